@@ -1,0 +1,91 @@
+"""Saved artifacts: tensors in safetensors and facts in JSON, never code; loading never unpickles."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdhook_rl.errors import ArtifactError
+
+__all__ = ["load_artifact", "save_artifact"]
+
+FORMAT = "tdhook_rl/1"
+
+
+def save_artifact(
+    path: str | Path, kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None
+) -> Path:
+    """Write ``<path>.safetensors`` and, for people, the same facts as ``<path>.json``.
+
+    Args:
+        path: where to write; a ``.safetensors`` ending may be given or left out.
+        kind: what it is, such as ``"linear_probe"``; loading checks it.
+        tensors: the tensors by name.
+        facts: JSON-able facts: where it was fitted, on how much data, how well it did.
+
+    Returns:
+        the path of the safetensors file.
+
+    Raises:
+        ArtifactError: if the folder cannot be written or a fact is not JSON.
+    """
+    from safetensors.torch import save_file
+
+    path = _with_ending(path)
+    document = {"format": FORMAT, "kind": kind, "facts": dict(facts or {})}
+    try:
+        text = json.dumps(document, indent=2)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"the facts of {path.name!r} are not JSON: {error}") from None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
+            path,
+            metadata={"tdhook_rl": json.dumps(document)},
+        )
+        path.with_suffix(".json").write_text(text + "\n")
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
+    return path
+
+
+def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read an artifact of the expected kind.
+
+    Returns:
+        its tensors and its facts.
+
+    Raises:
+        ArtifactError: if the file is absent, corrupt, holds NaN, or is something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = _with_ending(path)
+    if not path.is_file():
+        near = sorted(found.name for found in path.parent.glob("*.safetensors")) if path.parent.is_dir() else []
+        raise ArtifactError(f"there is no artifact {path}; in that folder: {', '.join(near) or 'none'}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            document = json.loads((file.metadata() or {}).get("tdhook_rl", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{path} is not a readable safetensors file: {error}") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ArtifactError(f"{path} was not written by this library (its header lacks format {FORMAT!r})")
+    if document["kind"] != kind:
+        raise ArtifactError(f"{path} holds a {document['kind']!r}, not a {kind!r}")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ArtifactError(f"{path}: the tensor {name!r} has NaN or infinite entries")
+    return tensors, document["facts"]
+
+
+def _with_ending(path: str | Path) -> Path:
+    path = Path(path)
+    return path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")

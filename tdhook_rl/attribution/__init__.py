@@ -1,0 +1,5 @@
+"""What a policy looks at: attribution of decisions and values to inputs and activations."""
+
+from tdhook_rl.attribution.saliency import Saliency
+
+__all__ = ["Saliency"]

@@ -1,0 +1,95 @@
+"""Any batch shape to chunks and back; what an extra pass must leave as it found it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+__all__ = ["GeneratorState", "default_chunk_size", "frozen_statistics", "in_recurrent_mode", "map_chunks"]
+
+#: Rows of one chunk for convolutional nets, where larger batches are slower on CPU; other nets take the whole batch.
+CONV_CHUNK = 64
+
+_BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+
+
+def map_chunks(
+    data: TensorDictBase, function: Callable[[TensorDictBase], TensorDictBase], chunk_size: int | None
+) -> TensorDictBase:
+    """Apply a row-wise function over flat chunks and give the result the batch shape of the data.
+
+    Args:
+        data: a TensorDict of any batch shape, ``()`` included.
+        function: maps a TensorDict with one batch dimension (none if the data has none) to another
+            with the same batch size.
+        chunk_size: rows per call; ``None`` for all at once.
+
+    Returns:
+        a TensorDict with the batch size of ``data``.
+    """
+    if data.ndim == 0:
+        return function(data)
+    flat = data.reshape(-1) if data.ndim > 1 else data
+    rows = flat.batch_size[0]
+    if chunk_size is None or rows <= chunk_size:
+        result = function(flat)
+    else:
+        result = torch.cat([function(flat[start : start + chunk_size]) for start in range(0, rows, chunk_size)])
+    return result.reshape(data.batch_size) if data.ndim > 1 else result
+
+
+def default_chunk_size(module: nn.Module) -> int | None:
+    """``CONV_CHUNK`` for modules with convolutions, else ``None`` (the whole batch)."""
+    return CONV_CHUNK if any(isinstance(child, _CONVOLUTIONS) for child in module.modules()) else None
+
+
+def in_recurrent_mode(module: nn.Module) -> bool:
+    """Whether a TorchRL recurrent module of the policy reads whole trajectories (``set_recurrent_mode``)."""
+    return any(getattr(child, "recurrent_mode", False) is True for child in module.modules())
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Run batch-statistics layers in eval mode, so that an extra pass does not move their buffers."""
+    changed = [child for child in module.modules() if isinstance(child, _BATCH_STATISTICS) and child.training]
+    for child in changed:
+        child.training = False
+    try:
+        yield
+    finally:
+        for child in changed:
+            child.training = True
+
+
+class GeneratorState:
+    """The state of torch's global generators, to be put back after an extra pass."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._cuda = device if device is not None and device.type == "cuda" else None
+        self._states = self._read()
+
+    def _read(self) -> list[Tensor]:
+        states = [torch.get_rng_state()]
+        if self._cuda is not None:
+            states.append(torch.cuda.get_rng_state(self._cuda))
+        return states
+
+    def restore(self) -> None:
+        """Put the state back; nothing is written where nothing was drawn."""
+        for index, (now, then) in enumerate(zip(self._read(), self._states, strict=True)):
+            if not torch.equal(now, then):
+                if index == 0:
+                    torch.set_rng_state(then)
+                else:
+                    torch.cuda.set_rng_state(then, self._cuda)
+
+
+def shallow(data: TensorDictBase) -> TensorDict:
+    """An unlocked TensorDict over the same tensors; results can be added to it without touching the data."""
+    copy = data.copy() if not data.is_locked else data.clone(recurse=False)
+    return copy.unlock_() if copy.is_locked else copy

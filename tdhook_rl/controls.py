@@ -1,0 +1,79 @@
+"""What may change while a hooked policy runs: vectors, alphas, probe weights.
+
+They live in shared-memory tensors outside the module tree, so that writing one in the main process is
+seen by every worker at once, ``state_dict`` and weight sync never meet them, and a device copy of the
+policy goes on sharing them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdhook_rl.errors import InputError, KeyCollisionError, MissingKeyError, nearest
+
+__all__ = ["Controls"]
+
+
+class Controls(MutableMapping[str, Tensor]):
+    """Named shared-memory tensors that are written in place.
+
+    Example:
+        >>> controls = Controls()
+        >>> controls.add("steering.alpha", 0.0)
+        >>> controls["steering.alpha"] = 0.5
+        >>> controls["steering.alpha"]
+        tensor(0.5000)
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Any) -> Tensor:
+        """Create a control; its shape and dtype stay what they are here."""
+        if name in self._tensors:
+            raise KeyCollisionError(f"there are two controls named {name!r}: give one of the methods another name=")
+        tensor = torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
+        self._tensors[name] = tensor.share_memory_()
+        return self._tensors[name]
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise MissingKeyError(f"no control is named {name!r}; {nearest(name, self._tensors)}") from None
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        tensor = self[name]
+        value = torch.as_tensor(value).detach()
+        if value.shape != tensor.shape:
+            raise InputError(
+                f"control {name!r} has shape {tuple(tensor.shape)}, got {tuple(value.shape)}: "
+                "a control keeps its shape, because running workers share its memory"
+            )
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise InputError(f"control {name!r} was given NaN or infinite values")
+        tensor.copy_(value)
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError(f"control {name!r} cannot be deleted: running workers share its memory")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        return f"Controls({', '.join(f'{name}: {tuple(value.shape)}' for name, value in self._tensors.items())})"
+
+    def update_(self, values: Mapping[str, Any]) -> None:
+        """Write several controls in place; what remote workers (Ray) are sent through ``map_fn``."""
+        for name, value in values.items():
+            self[name] = value
+
+    def __deepcopy__(self, memo: dict) -> Controls:
+        return self

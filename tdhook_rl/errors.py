@@ -1,0 +1,81 @@
+"""The errors of tdhook_rl: each says what was asked, what was found and what to do.
+
+All derive from :class:`TdhookError` and from the built-in error that a caller would expect, so that
+``except KeyError`` around a missing key goes on working.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "ArtifactError",
+    "InactiveError",
+    "InputError",
+    "KeyCollisionError",
+    "MissingKeyError",
+    "PreparationError",
+    "SiteError",
+    "TargetError",
+    "TdhookError",
+    "TieError",
+    "nearest",
+]
+
+
+class TdhookError(Exception):
+    """Base of every error that tdhook_rl raises on purpose."""
+
+
+class SiteError(TdhookError, LookupError):
+    """A module path or pattern names nothing, or names a module that never ran."""
+
+
+class TargetError(TdhookError, ValueError):
+    """The scalar to explain cannot be computed, or no gradient reaches it."""
+
+
+class InputError(TdhookError, ValueError):
+    """A tensor has a shape, dtype or value that the method cannot use."""
+
+
+class KeyCollisionError(TdhookError, ValueError):
+    """A result key is already a key of the policy or of another method."""
+
+
+class MissingKeyError(TdhookError, KeyError):
+    """A TensorDict lacks a key that a configured method reads."""
+
+    # KeyError prints the repr of its argument, which would show the message in quotes.
+    __str__ = Exception.__str__
+
+
+class PreparationError(TdhookError, RuntimeError):
+    """The module cannot be hooked as it is (compiled, lazy, scripted, not copyable)."""
+
+
+class TieError(TdhookError, RuntimeError):
+    """The hooked policy and the user's policy no longer hold the same tensors."""
+
+
+class InactiveError(TdhookError, RuntimeError):
+    """A hooked policy was called after its context had ended."""
+
+
+class ArtifactError(TdhookError, ValueError):
+    """A saved probe, vector or result cannot be read or written."""
+
+
+def nearest(asked: str, known: Iterable[str], count: int = 3) -> str:
+    """A clause that lists the closest known names, for the end of an error message.
+
+    Example:
+        >>> nearest("fc3", ["fc1", "fc2"])
+        "nearest: 'fc2', 'fc1'"
+    """
+    names = list(dict.fromkeys(str(name) for name in known))
+    if not names:
+        return "there is none"
+    close = difflib.get_close_matches(str(asked), names, n=count, cutoff=0.3) or names[:count]
+    return "nearest: " + ", ".join(repr(name) for name in close)

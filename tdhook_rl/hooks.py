@@ -1,0 +1,207 @@
+"""Picklable hook objects that live on the clone, and the state of one call that they share.
+
+Hooks are small importable objects: no closures (workers unpickle them), no counters and no growing lists
+(each would make ``torch.compile`` recompile in silence).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+
+from tdhook_rl.controls import Controls
+from tdhook_rl.errors import InactiveError, InputError, MissingKeyError, nearest
+
+if TYPE_CHECKING:
+    from tdhook_rl.passes import Replay
+    from tdhook_rl.tying import Tie
+
+__all__ = ["CaptureHook", "LeafHook", "Portable", "RowHook", "Runtime", "first_tensor", "with_first_tensor"]
+
+
+class Runtime:
+    """What the hooks of one hooked policy share: switches, and the slots of the call under way.
+
+    Slots are emptied after each call, so that nothing of a call outlives it.
+    """
+
+    def __init__(self) -> None:
+        self.controls = Controls()
+        self.active = True
+        self.recording = False
+        self.depth = 0
+        self.level = -1
+        self.replay: Replay | None = None
+        self.tie: Tie | None = None
+        self.row_hook: RowHook | None = None
+        self.slots: dict[str, Tensor] = {}
+        self.leaves: dict[str, Tensor | None] = {}
+        self.rows: dict[NestedKey, Tensor] = {}
+        self.lock = threading.RLock()
+
+    def refuse(self) -> None:
+        raise InactiveError(
+            "this hooked policy was called after its context had ended; keep the `with` block open, or use "
+            "`prepare(..., return_context=False)` for a collector that outlives the block and call `.restore()` at the end"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["lock"]
+        return state | {"slots": {}, "leaves": {}, "rows": {}, "replay": None, "tie": None, "recording": False, "depth": 0}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.lock = threading.RLock()
+
+
+class CaptureHook:
+    """Forward hook that keeps the output of its module while the root call records.
+
+    The output is detached and copied: an in-place activation after the module, or an environment that
+    reuses its observation buffer, would otherwise overwrite what was captured.
+    """
+
+    def __init__(self, runtime: Runtime, slot: str, transform: Callable[[Any], Any] | None = None) -> None:
+        self.runtime = runtime
+        self.slot = slot
+        self.transform = transform
+
+    def __call__(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
+        runtime = self.runtime
+        if not runtime.active:
+            runtime.refuse()
+        if runtime.recording:
+            value = first_tensor(output, module, self.slot)
+            runtime.slots[self.slot] = unbatched(value, runtime.level).detach().clone()
+
+
+class LeafHook:
+    """Forward hook that makes the output of its module a leaf of the explanation pass.
+
+    A leaf is the output itself where a gradient already reaches it; otherwise a detached copy that
+    requires a gradient. In a functional pass a given offset (zeros) is added instead.
+    """
+
+    def __init__(self, runtime: Runtime, slot: str) -> None:
+        self.runtime = runtime
+        self.slot = slot
+
+    def __call__(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
+        leaves = self.runtime.leaves
+        if self.slot not in leaves:
+            return None
+        value = first_tensor(output, module, self.slot)
+        offset = leaves[self.slot]
+        if offset is not None:
+            value = value + offset
+        else:
+            value = value if value.requires_grad else value.detach().requires_grad_()
+            self.runtime.slots[self.slot] = value
+        return with_first_tensor(output, value, module)
+
+
+class RowHook:
+    """Pre-hook and hook of a TensorDict-level module: lends per-row keys to the hooks inside it.
+
+    It sits on the modules below the root because ``get_dist`` skips the root's hooks.
+    """
+
+    def __init__(self, runtime: Runtime, keys: tuple[NestedKey, ...]) -> None:
+        self.runtime = runtime
+        self.keys = keys
+
+    def before(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        data = args[0] if args else kwargs.get("tensordict")
+        if not isinstance(data, TensorDictBase):
+            return
+        for key in self.keys:
+            value = data.get(key, None)
+            if value is None:
+                raise MissingKeyError(
+                    f"a steered policy reads the per-row key {key!r}, which the TensorDict lacks; "
+                    f"{nearest(str(key), map(str, data.keys(True, True)))}. Set it on every step "
+                    "(a TensorDictPrimer adds a key to an environment) or give a number instead of a key"
+                )
+            self.runtime.rows[key] = value
+
+    def after(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
+        # Inside a root call the root takes the rows back; after get_dist nobody else would.
+        if not self.runtime.depth:
+            self.runtime.rows.clear()
+
+
+class Portable:
+    """A user's callable that travels to spawned workers by cloudpickle, lambdas included."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> Portable:
+        return self
+
+    def __reduce__(self) -> tuple:
+        import cloudpickle
+
+        return _load_portable, (cloudpickle.dumps(self.function),)
+
+
+def _load_portable(data: bytes) -> Portable:
+    import cloudpickle
+
+    return Portable(cloudpickle.loads(data))
+
+
+def first_tensor(output: Any, module: torch.nn.Module, site: str) -> Tensor:
+    """The tensor that an output stands for: itself, the first of a tuple, the first out-key of a TensorDict."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, (tuple, list)) and output:
+        return first_tensor(output[0], module, site)
+    if isinstance(output, TensorDictBase):
+        keys = getattr(module, "out_keys", None) or list(output.keys(True, True))
+        return first_tensor(output.get(keys[0]), module, site)
+    raise InputError(f"the output of {site!r} ({type(module).__name__}) is a {type(output).__name__}, not a tensor")
+
+
+def with_first_tensor(output: Any, value: Tensor, module: torch.nn.Module) -> Any:
+    """The same output with the tensor of :func:`first_tensor` replaced."""
+    if isinstance(output, Tensor):
+        return value
+    if isinstance(output, TensorDictBase):
+        keys = getattr(module, "out_keys", None) or list(output.keys(True, True))
+        return output.set(keys[0], value)
+    rest = [with_first_tensor(output[0], value, module), *output[1:]]
+    return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
+
+
+def vmap_level() -> int:
+    """The nesting level of functorch transforms around the caller; -1 outside and under compile."""
+    if torch.compiler.is_compiling():
+        return -1
+    stack = torch._C._functorch.get_interpreter_stack()
+    return -1 if not stack else stack[-1].level()
+
+
+def unbatched(value: Tensor, level: int) -> Tensor:
+    """Turn ``vmap`` dimensions deeper than ``level`` into an explicit dimension before the features.
+
+    A batched tensor must not outlive its ``vmap``; the hidden dimension (agents, ensemble members) is
+    part of what the site computed.
+    """
+    if torch.compiler.is_compiling():
+        return value
+    functorch = torch._C._functorch
+    while functorch.is_batchedtensor(value) and functorch.maybe_get_level(value) > level:
+        dim = functorch.maybe_get_bdim(value)
+        value = functorch.get_unwrapped(value)
+        value = value.movedim(dim, -2 if value.ndim > 1 else 0)
+    return value

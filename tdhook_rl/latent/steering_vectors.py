@@ -1,0 +1,184 @@
+"""Steering vectors: add a direction to what modules compute, while the policy acts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import NestedKey
+from torch import Tensor, nn
+
+from tdhook_rl.errors import InputError, MissingKeyError
+from tdhook_rl.hooks import Portable, Runtime, first_tensor, with_first_tensor
+from tdhook_rl.method import Binder, Method
+
+__all__ = ["SteeringVectors"]
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringVectors(Method):
+    """Add ``alpha * vector`` to the output of modules (Turner et al. 2023), or apply a function to it.
+
+    Args:
+        vectors: for each module path, the vector to add, of the shape of the module's features; or the
+            TensorDict key of a vector for each row (batch + features).
+        alpha: the strength. A number becomes the control ``"<name>.alpha"``, which may be changed while the
+            policy runs; a TensorDict key gives each row of a batched environment its own (batch-shaped).
+        modules_to_steer: for the function form, the module paths.
+        steer_fn: ``steer_fn(module_key, output)``, called with keywords where it has those parameters; it
+            returns a tensor of the same shape as ``output``.
+        name: the prefix of the controls: ``"<name>.alpha"`` and ``"<name>.<path>"`` for each vector.
+
+    Where alpha is 0 the output is untouched, bit for bit. Steering acts wherever the policy is entered:
+    ``forward``, ``get_dist``, ``log_prob``.
+
+    Raises:
+        SiteError: if a path matches nothing.
+        InputError: if a vector does not fit the module's features.
+        MissingKeyError: if a per-row key is absent.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+        >>> data = TensorDict({"input": torch.randn(3, 4), "alpha": torch.tensor([0.0, 0.5, 1.0])}, batch_size=3)
+        >>> with SteeringVectors({"1": torch.ones(8)}, alpha="alpha").prepare(net) as hooked:
+        ...     steered = hooked(data.clone())["output"]
+        >>> torch.equal(steered[0], net(data["input"])[0]), torch.equal(steered[2], net(data["input"])[2])
+        (True, False)
+    """
+
+    vectors: Mapping[str, Tensor | NestedKey] | None = None
+    alpha: float | NestedKey = 1.0
+    modules_to_steer: Sequence[str] | None = None
+    steer_fn: Callable[..., Tensor] | None = None
+    name: str = "steering"
+
+    def __post_init__(self) -> None:
+        if (self.vectors is None) == (self.steer_fn is None):
+            raise InputError(
+                "SteeringVectors takes either vectors={path: vector} or modules_to_steer=[...] with steer_fn="
+            )
+        if (self.steer_fn is None) != (self.modules_to_steer is None):
+            raise InputError("modules_to_steer= and steer_fn= go together")
+
+    def bind(self, binder: Binder) -> None:
+        if self.steer_fn is not None:
+            function, keywords = Portable(self.steer_fn), _takes_keywords(self.steer_fn)
+            for site in binder.sites(self.modules_to_steer):
+                binder.on_output(site, FunctionHook(binder.runtime, site.name, function, keywords))
+            return
+        if isinstance(self.alpha, (str, tuple)):
+            alpha = _Source(binder.runtime, row=binder.read_row(self.alpha))
+        else:
+            alpha = _Source(binder.runtime, control=binder.control(f"{self.name}.alpha", float(self.alpha)))
+        for path, vector in self.vectors.items():
+            for site in binder.sites(path):
+                if isinstance(vector, (str, tuple)):
+                    source = _Source(binder.runtime, row=binder.read_row(vector))
+                else:
+                    source = _Source(binder.runtime, control=self._vector_control(binder, site.name, vector))
+                binder.on_output(site, AdditionHook(binder.runtime, site.name, source, alpha))
+
+    def _vector_control(self, binder: Binder, path: str, vector: Any) -> str:
+        vector = torch.as_tensor(vector)
+        if not bool(torch.isfinite(vector).all()):
+            raise InputError(f"the steering vector for {path!r} has NaN or infinite entries")
+        return binder.control(f"{self.name}.{path}", vector)
+
+
+class _Source:
+    """Where a hook finds a tensor at run time: a control, or a per-row key of the TensorDict."""
+
+    def __init__(self, runtime: Runtime, *, control: str | None = None, row: NestedKey | None = None) -> None:
+        self.runtime = runtime
+        self.control = control
+        self.row = row
+
+    def read(self, site: str) -> Tensor:
+        if self.row is None:
+            return self.runtime.controls[self.control]
+        value = self.runtime.rows.get(self.row)
+        if value is None:
+            raise MissingKeyError(
+                f"steering {site!r} reads the per-row key {self.row!r}: call the policy with a TensorDict that has it"
+            )
+        return value
+
+
+class AdditionHook:
+    """Forward hook: ``output + alpha * vector`` where alpha is not 0."""
+
+    def __init__(self, runtime: Runtime, site: str, vector: _Source, alpha: _Source) -> None:
+        self.runtime = runtime
+        self.site = site
+        self.vector = vector
+        self.alpha = alpha
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if not self.runtime.active:
+            self.runtime.refuse()
+        value = first_tensor(output, module, self.site)
+        vector = self.vector.read(self.site).to(value.device, value.dtype)
+        alpha = self.alpha.read(self.site).to(value.device, value.dtype)
+        if self.alpha.row is not None:
+            alpha = self._per_row(alpha, value)
+        if self.vector.row is None and value.shape[value.ndim - vector.ndim :] != vector.shape:
+            raise InputError(
+                f"the steering vector for {self.site!r} has shape {tuple(vector.shape)}, but the module's output has "
+                f"shape {tuple(value.shape)}: a vector has the shape of the features, without the batch"
+            )
+        # where, not a product: 0 * inf is NaN, and x + 0 turns -0.0 into 0.0.
+        return with_first_tensor(output, torch.where(alpha != 0, value + alpha * vector, value), module)
+
+    def _per_row(self, alpha: Tensor, value: Tensor) -> Tensor:
+        if alpha.ndim > 1 and alpha.shape[-1] == 1 and alpha.shape != value.shape[: alpha.ndim]:
+            alpha = alpha.squeeze(-1)
+        if alpha.shape != value.shape[: alpha.ndim] and alpha.ndim and value.shape[0] == alpha.numel():
+            alpha = alpha.reshape(-1)  # convolutional nets flatten the leading dimensions
+        if alpha.shape != value.shape[: alpha.ndim]:
+            raise InputError(
+                f"the per-row alpha {self.alpha.row!r} has shape {tuple(alpha.shape)}, which does not start the shape "
+                f"{tuple(value.shape)} of {self.site!r}: give one number for each row of the batch"
+            )
+        return alpha.reshape(*alpha.shape, *(1,) * (value.ndim - alpha.ndim))
+
+
+class FunctionHook:
+    """Forward hook: the user's ``steer_fn(module_key, output)``."""
+
+    def __init__(self, runtime: Runtime, site: str, function: Portable, keywords: bool) -> None:
+        self.runtime = runtime
+        self.site = site
+        self.function = function
+        self.keywords = keywords
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if not self.runtime.active:
+            self.runtime.refuse()
+        if self.keywords:
+            steered = self.function(module_key=self.site, output=output)
+        else:
+            steered = self.function(self.site, output)
+        if isinstance(output, Tensor) and (not isinstance(steered, Tensor) or steered.shape != output.shape):
+            got = tuple(steered.shape) if isinstance(steered, Tensor) else type(steered).__name__
+            raise InputError(
+                f"steer_fn must return a tensor of shape {tuple(output.shape)} for {self.site!r}, got {got}"
+            )
+        return steered
+
+
+def _takes_keywords(function: Callable[..., Any]) -> bool:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return False
+    for names, keywords in ((("module_key", "output"), True), ((), False)):
+        try:
+            signature.bind(**dict.fromkeys(names)) if keywords else signature.bind(None, None)
+        except TypeError:
+            continue
+        return keywords
+    raise InputError(f"steer_fn must accept (module_key, output), but its signature is {signature}")

@@ -1,0 +1,281 @@
+"""Methods: small configuration objects that prepare a policy to be seen or changed from inside.
+
+``with method.prepare(policy) as hooked:`` gives the hooked policy; :class:`Compose` prepares one policy
+with several methods, applied in the order written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Literal, overload
+
+import torch
+from tensordict import NestedKey
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from tensordict.utils import unravel_key, unravel_key_list
+from torch import Tensor, nn
+
+from tdhook_rl.classes import swap_class
+from tdhook_rl.errors import InputError, KeyCollisionError, PreparationError, SiteError, nearest
+from tdhook_rl.hooks import CaptureHook, LeafHook, RowHook, Runtime
+from tdhook_rl.module import HookedMixin
+from tdhook_rl.passes import Bound, ReplayMixin, draws
+from tdhook_rl.paths import Site, find_sites
+from tdhook_rl.tying import Tie, tied_clone
+
+__all__ = ["Binder", "Compose", "HookingContext", "Method"]
+
+#: Names that a hooked policy adds to its class; a policy that has one of its own is refused.
+_ADDED_NAMES = ("annotate", "result_keys", "controls", "restore", "policy_in_keys", "policy_out_keys")
+
+
+class Method:
+    """Base of every method: configuration only; it holds no model and no results."""
+
+    @overload
+    def prepare(
+        self, module: nn.Module, in_keys: Any = ..., out_keys: Any = ..., return_context: Literal[True] = ...
+    ) -> HookingContext: ...
+    @overload
+    def prepare(
+        self, module: nn.Module, in_keys: Any = ..., out_keys: Any = ..., *, return_context: Literal[False]
+    ) -> Any: ...
+    def prepare(
+        self,
+        module: nn.Module,
+        in_keys: Sequence[NestedKey] | None = None,
+        out_keys: Sequence[NestedKey] | None = None,
+        return_context: bool = True,
+    ) -> Any:
+        """Prepare a policy, value network or any module; nothing of it is touched.
+
+        Args:
+            module: a ``TensorDictModule`` (any TorchRL policy or value network), or a plain ``nn.Module``,
+                which is wrapped in one; paths are relative to the module that is given.
+            in_keys: for a plain module, the keys of its inputs; ``["input"]`` by default.
+            out_keys: for a plain module, the keys of its outputs; ``["output"]`` by default.
+            return_context: ``True`` for a context to enter; ``False`` for the hooked policy itself, which
+                stays hooked until its ``restore()`` is called.
+
+        Returns:
+            a :class:`HookingContext`, or the hooked policy.
+
+        Raises:
+            PreparationError: for a module that cannot be hooked (compiled, lazy, scripted).
+        """
+        context = HookingContext([*self._methods()], module, in_keys, out_keys)
+        return context if return_context else context.__enter__()
+
+    def bind(self, binder: Binder) -> Bound | None:
+        """Place this method's hooks on a clone; the object that computes its results, if it has any."""
+        raise NotImplementedError
+
+    def _methods(self) -> Sequence[Method]:
+        return [self]
+
+
+class Compose(Method):
+    """Several methods on one policy, in one forward pass where they can share it.
+
+    Hooks act in the order written: caching before steering shows the activation before it was steered.
+    Attributions explain the policy as steered.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from tdhook_rl.attribution import Saliency
+        >>> from tdhook_rl.latent import ActivationCaching
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+        >>> with Compose(ActivationCaching("1"), Saliency()).prepare(net) as hooked:
+        ...     data = hooked(TensorDict({"input": torch.randn(5, 4)}, batch_size=5))
+        >>> data["cache", "1"].shape, data["attr", "input"].shape
+        (torch.Size([5, 8]), torch.Size([5, 4]))
+    """
+
+    def __init__(self, *methods: Method) -> None:
+        if not methods:
+            raise InputError("Compose() needs at least one method")
+        for method in methods:
+            if not isinstance(method, Method):
+                raise InputError(f"Compose() takes methods such as Saliency(), got {method!r}")
+        self.methods = methods
+
+    def _methods(self) -> Sequence[Method]:
+        return [inner for method in self.methods for inner in method._methods()]
+
+    def __repr__(self) -> str:
+        return f"Compose({', '.join(map(repr, self.methods))})"
+
+
+class HookingContext:
+    """The time during which a policy is hooked. It can be entered again after it was left."""
+
+    def __init__(
+        self,
+        methods: list[Method],
+        module: nn.Module,
+        in_keys: Sequence[NestedKey] | None,
+        out_keys: Sequence[NestedKey] | None,
+    ) -> None:
+        if isinstance(module, HookedMixin):
+            raise PreparationError(
+                "this policy is hooked already: prepare the user's policy with Compose(first, second)"
+            )
+        if not isinstance(module, nn.Module):
+            raise PreparationError(f"a policy is an nn.Module, got a {type(module).__name__}")
+        self._methods = methods
+        self._module = module
+        self._wrapped = isinstance(module, TensorDictModuleBase)
+        if self._wrapped:
+            _check_known("in_keys", in_keys, module.in_keys)
+            _check_known("out_keys", out_keys, module.out_keys)
+        self._in_keys = list(in_keys) if in_keys is not None else ["input"]
+        self._out_keys = list(out_keys) if out_keys is not None else ["output"]
+        self._hooked: Any = None
+
+    def __enter__(self) -> Any:
+        if self._hooked is not None:
+            raise PreparationError("this context is entered already: a second prepare() gives another one")
+        self._hooked = self._build()
+        return self._hooked
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hooked.restore()
+        self._hooked = None
+
+    def _build(self) -> Any:
+        clone = tied_clone(self._module)
+        root = clone
+        if not self._wrapped:
+            clone = TensorDictModule(clone, in_keys=self._in_keys, out_keys=self._out_keys)
+            clone.training = root.training
+        taken = [name for name in _ADDED_NAMES if hasattr(clone, name)]
+        if taken:
+            raise PreparationError(
+                f"{type(clone).__name__} has its own attribute {taken[0]!r}, which a hooked policy needs: rename it"
+            )
+        runtime = Runtime()
+        runtime.tie = Tie(self._module)
+        binder = Binder(clone, root, runtime)
+        for child in list(clone.modules()):
+            if child is not clone and draws(child):
+                swap_class(child, ReplayMixin)
+                child.__dict__["_hooked_runtime"] = runtime
+        bound = [one for one in (method.bind(binder) for method in self._methods) if one is not None]
+        binder.place_row_hooks()
+        _check_collisions(clone, bound, binder.reads)
+        clone.__dict__.update(_hooked_runtime=runtime, _hooked_bound=bound, _hooked_reads=binder.reads)
+        swap_class(clone, HookedMixin)
+        return clone
+
+
+class Binder:
+    """Places the hooks of methods on a clone.
+
+    Attributes:
+        policy: the clone that will be hooked.
+        root: the module that paths start from.
+        runtime: what the hooks share.
+        reads: per-row keys that interventions read.
+    """
+
+    def __init__(self, policy: TensorDictModuleBase, root: nn.Module, runtime: Runtime) -> None:
+        self.policy = policy
+        self.root = root
+        self.runtime = runtime
+        self.reads: list[NestedKey] = []
+        self._slots = 0
+
+    def sites(self, pattern: str | Sequence[str]) -> list[Site]:
+        """The submodules that a pattern names (see :func:`tdhook_rl.paths.find_sites`)."""
+        return find_sites(self.root, pattern)
+
+    def site(self, path: str) -> Site:
+        """The one submodule that a path or pattern names."""
+        sites = self.sites(path)
+        if len(sites) > 1:
+            raise SiteError(
+                f"{path!r} names {len(sites)} modules of {type(self.root).__name__} where one is needed: "
+                f"{', '.join(repr(site.name) for site in sites[:4])}"
+            )
+        return sites[0]
+
+    def capture(self, site: Site, transform: Callable[[Any], Any] | None = None) -> str:
+        """Keep the output of a site in every recorded forward; returns the slot it is kept in."""
+        slot = self._slot(site)
+        self.on_output(site, CaptureHook(self.runtime, slot, transform))
+        return slot
+
+    def leaf(self, site: Site) -> str:
+        """Let explanation passes differentiate with respect to the output of a site."""
+        slot = self._slot(site)
+        self.on_output(site, LeafHook(self.runtime, slot))
+        return slot
+
+    def on_output(self, site: Site, hook: Callable[..., Any]) -> None:
+        """Register a forward hook; hooks of one site run in the order of registration."""
+        site.module.register_forward_hook(hook)
+
+    def read_row(self, key: NestedKey) -> NestedKey:
+        """Declare a key that an intervention reads from each TensorDict."""
+        key = unravel_key(key)
+        if key not in self.reads and key not in self.policy.in_keys:
+            self.reads.append(key)
+        self._lent = True
+        return key
+
+    def place_row_hooks(self) -> None:
+        """Lend the declared keys to the hooks, at the root and at every TensorDict-level module below it."""
+        if not self.reads:
+            return
+        hook = RowHook(self.runtime, tuple(self.reads))
+        self.runtime.row_hook = hook
+        for child in self.policy.modules():
+            if child is not self.policy and isinstance(child, TensorDictModuleBase):
+                child.register_forward_pre_hook(hook.before, with_kwargs=True)
+                child.register_forward_hook(hook.after, always_call=True)
+
+    def control(self, name: str, value: Tensor | float) -> str:
+        """Create a tensor that may be changed while the policy runs; returns its name."""
+        self.runtime.controls.add(name, torch.as_tensor(value))
+        return name
+
+    def _slot(self, site: Site) -> str:
+        self._slots += 1
+        return f"{self._slots}:{site.path}"
+
+
+def _check_known(what: str, asked: Sequence[NestedKey] | None, known: Sequence[NestedKey]) -> None:
+    for key in unravel_key_list(list(asked)) if asked is not None else []:
+        if key not in known:
+            raise KeyCollisionError(
+                f"prepare({what}=...) names {key!r}, which is not among the module's {what}; "
+                f"{nearest(str(key), map(str, known))}"
+            )
+
+
+def _check_collisions(policy: TensorDictModuleBase, bound: list[Bound], reads: list[NestedKey]) -> None:
+    own = {_as_tuple(key) for key in (*policy.in_keys, *policy.out_keys, *reads)}
+    seen: dict[tuple[str, ...], Bound] = {}
+    for one in bound:
+        for key in one.result_keys:
+            clash = next((k for k in own if k == key[: len(k)] or key == k[: len(key)]), None)
+            if clash is not None:
+                raise KeyCollisionError(
+                    f"the result key {key!r} collides with the policy's key {clash!r}: give the method another root "
+                    "(attribution_key=, cache_key=, probe_key=)"
+                )
+            if key in seen:
+                raise KeyCollisionError(
+                    f"two methods write {key!r}: give one of them another root (attribution_key=, cache_key=, probe_key=)"
+                )
+            if any(part.startswith("_") for part in key):
+                raise KeyCollisionError(f"the result key {key!r} starts with an underscore, which collectors drop")
+            seen[key] = one
+
+
+def _as_tuple(key: NestedKey) -> tuple[str, ...]:
+    return (key,) if isinstance(key, str) else key

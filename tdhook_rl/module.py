@@ -1,0 +1,289 @@
+"""The hooked module: the user's policy, seen from inside.
+
+It is an instance of the policy's class over the policy's tensors (see :mod:`tdhook_rl.tying`). Its forward
+runs the policy's own forward and then publishes results beside the policy's outputs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torch import nn
+
+from tdhook_rl.batching import (
+    GeneratorState,
+    default_chunk_size,
+    frozen_statistics,
+    in_recurrent_mode,
+    map_chunks,
+    shallow,
+)
+from tdhook_rl.classes import Swapped
+from tdhook_rl.controls import Controls
+from tdhook_rl.errors import InputError, TieError
+from tdhook_rl.hooks import Runtime, vmap_level
+from tdhook_rl.passes import Bound, Call, observers, publish, run_root, stored_inputs
+
+__all__ = ["HookedMixin"]
+
+
+class HookedMixin(Swapped):
+    """What a hooked policy can do beyond being the policy.
+
+    Attributes:
+        controls: the tensors that may be changed while the policy runs, also in workers.
+        result_keys: the keys that the configured methods write, per step or by :meth:`annotate`.
+    """
+
+    _hooked_runtime: Runtime
+    _hooked_bound: list[Bound]
+    _hooked_reads: list[NestedKey]
+
+    @classmethod
+    def _namespace(cls, base: type[nn.Module]) -> dict[str, Any]:
+        """Forward with the policy's signature, and the dist methods that must refuse after the context."""
+
+        @functools.wraps(base.forward)
+        def forward(self: HookedMixin, *args: Any, **kwargs: Any) -> Any:
+            return self._hooked_forward(base.forward, args, kwargs)
+
+        guarded = {
+            name: _guarded(getattr(base, name))
+            for name in ("get_dist", "get_dist_params", "log_prob")
+            if callable(getattr(base, name, None))
+        }
+        return {"forward": forward} | guarded
+
+    # ------------------------------------------------------------------ keys
+
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        own = super().out_keys
+        # While the policy's own forward runs it must see its own keys: it zips them with its outputs.
+        return own if self._hooked_runtime.depth else [*own, *self._step_keys()]
+
+    @out_keys.setter
+    def out_keys(self, value: list[NestedKey]) -> None:
+        super(HookedMixin, type(self)).out_keys.fset(self, value)
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        own = super().in_keys
+        return own if self._hooked_runtime.depth else [*own, *self._hooked_reads]
+
+    @in_keys.setter
+    def in_keys(self, value: list[NestedKey]) -> None:
+        super(HookedMixin, type(self)).in_keys.fset(self, value)
+
+    @property
+    def policy_in_keys(self) -> list[NestedKey]:
+        """The policy's own input keys, without what interventions read."""
+        return list(super().in_keys)
+
+    @property
+    def policy_out_keys(self) -> list[NestedKey]:
+        """The policy's own output keys, without results."""
+        return list(super().out_keys)
+
+    @property
+    def result_keys(self) -> list[NestedKey]:
+        """Every key that a configured method writes, the ``("computed", root)`` masks included."""
+        return self._with_masks(observers(self._hooked_bound))
+
+    def _step_keys(self) -> list[NestedKey]:
+        return self._with_masks([one for one in observers(self._hooked_bound) if one.when == "step"])
+
+    @staticmethod
+    def _with_masks(bound: list[Bound]) -> list[NestedKey]:
+        keys = [key for one in bound for key in one.result_keys]
+        return [*keys, *dict.fromkeys(("computed", key[0]) for key in keys)]
+
+    # ------------------------------------------------------------------ running
+
+    @property
+    def controls(self) -> Controls:
+        return self._hooked_runtime.controls
+
+    def _hooked_forward(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        runtime = self._hooked_runtime
+        if not runtime.active:
+            runtime.refuse()
+        if torch.compiler.is_compiling():
+            return self._hooked_call(forward, args, kwargs)
+        if runtime.tie is not None:
+            runtime.tie.check(self)
+        # A collector's thread and a postproc in the main thread may use one hooked policy at once.
+        with runtime.lock:
+            return self._hooked_call(forward, args, kwargs)
+
+    def _hooked_call(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        runtime = self._hooked_runtime
+        data = args[0] if args else kwargs.get("tensordict")
+        steps = [one for one in observers(self._hooked_bound) if one.when == "step"]
+        if runtime.depth or not steps or not isinstance(data, TensorDictBase):
+            # Called with tensors, the policy answers with its own outputs, as before.
+            return run_root(self, forward, args, kwargs)
+        replays = any(one.replays for one in steps)
+        inputs = stored_inputs(self, data) if replays else {}
+        before = GeneratorState(data.device) if replays and not torch.compiler.is_compiling() else None
+        runtime.level = vmap_level()
+        runtime.recording = True
+        try:
+            try:
+                output = run_root(self, forward, args, kwargs)
+            finally:
+                runtime.recording = False
+            if before is None:
+                publish(output, self._compute(steps, Call(self, forward, output, inputs)))
+            else:
+                # Noise inside the policy repeats in the second pass; afterwards the stream goes on as if
+                # there had been none.
+                after = GeneratorState(data.device)
+                before.restore()
+                try:
+                    publish(output, self._compute(steps, Call(self, forward, output, inputs)))
+                finally:
+                    after.restore()
+            return output
+        finally:
+            runtime.slots.clear()
+
+    @staticmethod
+    def _compute(bound: list[Bound], call: Call) -> dict[tuple[str, ...], torch.Tensor]:
+        results: dict[tuple[str, ...], torch.Tensor] = {}
+        for one in bound:
+            results.update(one.compute(call))
+        return results
+
+    def annotate(self, data: TensorDictBase, *, chunk_size: int | None = None) -> TensorDict:
+        """Compute what the data does not hold yet: every configured method, over a whole batch.
+
+        The stored actions are the targets; nothing is sampled, and the generators stay as they are. The
+        result can be a collector's ``postproc``.
+
+        Args:
+            data: a batch as collected or read from a buffer, of any batch shape; it is not modified and
+                may be locked or memory-mapped.
+            chunk_size: rows per pass; by default 64 for convolutional nets and the whole batch otherwise.
+
+        Returns:
+            a new TensorDict with the entries of ``data`` (the same tensors) and the results.
+
+        Raises:
+            MissingKeyError: if an input of the policy is absent.
+            InputError: for an empty batch, or a recurrent policy in recurrent mode.
+        """
+        runtime = self._hooked_runtime
+        if not runtime.active:
+            runtime.refuse()
+        result = shallow(data)
+        missing = [one for one in observers(self._hooked_bound) if not _holds(data, one)]
+        if not missing:
+            return result
+        if data.batch_size.numel() == 0:
+            raise InputError(f"there is nothing to annotate: the batch has shape {tuple(data.batch_size)}")
+        if in_recurrent_mode(self):
+            raise InputError(
+                "annotate() merges rows into chunks, which would mix trajectories in recurrent mode: "
+                "leave set_recurrent_mode off, so that each row is explained at its stored hidden state"
+            )
+        if runtime.tie is not None:
+            runtime.tie.check(self)
+        forward = type(self)._base.forward
+        keys = [*self.in_keys, *super().out_keys]
+        selected = data.select(*keys, strict=False)
+        chunk_size = default_chunk_size(self) if chunk_size is None else chunk_size
+
+        def analyse(chunk: TensorDictBase) -> TensorDict:
+            call = Call(self, forward, chunk, stored_inputs(self, chunk))
+            runtime.level = vmap_level()
+            try:
+                if any(one.reads_forward for one in missing):
+                    with torch.no_grad():
+                        call.replay(record=True)
+                computed = TensorDict({}, batch_size=chunk.batch_size)
+                publish(computed, self._compute(missing, call))
+                return computed
+            finally:
+                runtime.slots.clear()
+
+        with runtime.lock, frozen_statistics(self):
+            before = GeneratorState(data.device)
+            try:
+                results = map_chunks(selected, analyse, chunk_size)
+            finally:
+                before.restore()
+        for root, group in results.items():
+            # A node of the caller's is copied before results join it.
+            node = data.get(root, None)
+            result.set(root, group if node is None else node.copy().update(group))
+        return result
+
+    def restore(self) -> None:
+        """End the hooking; calling the policy afterwards raises. What leaving the ``with`` block does."""
+        self._hooked_runtime.active = False
+
+    # ------------------------------------------------------------------ what would untie the copy
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        if assign and self._hooked_runtime.tie is not None:
+            raise TieError(
+                "load_state_dict(assign=True) would give the hooked policy tensors of its own: use assign=False"
+            )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        tensors = [*self.parameters(), *self.buffers()]
+        if all(
+            (device is None or tensor.device == device)
+            and (dtype is None or tensor.dtype == dtype or not tensor.is_floating_point())
+            for tensor in tensors
+        ):
+            return self
+        return super().to(*args, **kwargs)
+
+    def share_memory(self) -> Any:
+        for tensor in (*self.parameters(), *self.buffers()):
+            tensor.share_memory_()
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        self._refuse_if_tied("requires_grad_()")
+        return super().requires_grad_(requires_grad)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_if_tied("moving or casting")
+        return super()._apply(*args, **kwargs)
+
+    def _refuse_if_tied(self, what: str) -> None:
+        if self._hooked_runtime.tie is not None:
+            raise TieError(
+                f"{what} on a hooked policy would change or leave the tensors of the user's policy: "
+                "do it on the policy before `prepare`"
+            )
+
+
+def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def guarded(self: HookedMixin, *args: Any, **kwargs: Any) -> Any:
+        if not self._hooked_runtime.active:
+            self._hooked_runtime.refuse()
+        return method(self, *args, **kwargs)
+
+    return guarded
+
+
+def _holds(data: TensorDictBase, bound: Bound) -> bool:
+    names = set(data.keys(include_nested=True, leaves_only=True))
+    for key in bound.result_keys:
+        if key not in names:
+            return False
+        mask = data.get(("computed", key[0]), None)
+        if mask is not None and not bool(mask.all()):
+            return False
+    return True

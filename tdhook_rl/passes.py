@@ -1,0 +1,223 @@
+"""One call of a hooked policy, seen by a method, and the replays of it that gradients need.
+
+A replay runs the policy again on given inputs with interventions on and observers off. It never samples:
+where the policy would draw an action, the stored one is used and the distribution is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, set_interaction_type
+from torch import Tensor, nn
+
+from tdhook_rl.classes import Swapped
+from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
+from tdhook_rl.hooks import Runtime
+
+if TYPE_CHECKING:
+    from tdhook_rl.module import HookedMixin
+
+__all__ = ["Bound", "Call", "Pass", "Replay", "ReplayMixin", "publish"]
+
+
+class Bound(Protocol):
+    """A method bound to one hooked policy: what it declares, and how it computes results of a call."""
+
+    result_keys: tuple[tuple[str, ...], ...]  # empty for interventions
+    when: str  # "step": in every forward; "batch": in annotate only
+    reads_forward: bool  # uses what its hooks captured in the forward pass
+    replays: bool  # runs the policy again
+
+    def compute(self, call: Call) -> Mapping[tuple[str, ...], Tensor]:
+        """The results of one call, each with the batch shape of the call first."""
+
+
+@dataclass
+class Replay:
+    """What a replay takes from the stored data, and the distributions that it met."""
+
+    stored: TensorDictBase
+    distributions: list[tuple[nn.Module, torch.distributions.Distribution]] = field(default_factory=list)
+
+
+class ReplayMixin(Swapped):
+    """A module that draws: in a replay it hands on the stored sample and draws nothing."""
+
+    _hooked_runtime: Runtime
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        replay = self._hooked_runtime.replay
+        data = args[0] if args else kwargs.get("tensordict")
+        if replay is None or not isinstance(data, TensorDictBase):
+            return super().forward(*args, **kwargs)
+        if isinstance(self, ProbabilisticTensorDictModule):
+            replay.distributions.append((self, self.get_dist(data)))
+        stored = {key: replay.stored.get(key, None) for key in sample_keys(self)}
+        if any(value is None for value in stored.values()):
+            with set_interaction_type(InteractionType.DETERMINISTIC):
+                return super().forward(*args, **kwargs)
+        for key, value in stored.items():
+            data.set(key, value)
+        return data
+
+
+def draws(module: nn.Module) -> bool:
+    """Whether a module adds randomness of its own to the action."""
+    from torchrl.modules import AdditiveGaussianModule, EGreedyModule, OrnsteinUhlenbeckProcessModule
+
+    return isinstance(
+        module,
+        (ProbabilisticTensorDictModule, EGreedyModule, AdditiveGaussianModule, OrnsteinUhlenbeckProcessModule),
+    )
+
+
+def sample_keys(module: nn.Module) -> list[NestedKey]:
+    """The keys a drawing module writes its samples under."""
+    if isinstance(module, ProbabilisticTensorDictModule):
+        return list(module.dist_sample_keys)
+    return [module.action_key]
+
+
+@dataclass
+class Pass:
+    """The outcome of a replay: the policy's outputs with their graph, and the distributions on the way."""
+
+    outputs: TensorDictBase
+    stored: TensorDictBase
+    distributions: list[tuple[nn.Module, torch.distributions.Distribution]]
+    out_keys: list[NestedKey]
+
+
+class Call:
+    """One call of a hooked policy: the data it saw, what its hooks captured, and replays of it."""
+
+    def __init__(
+        self, policy: HookedMixin, forward: Callable[..., Any], data: TensorDictBase, inputs: dict[NestedKey, Tensor]
+    ) -> None:
+        self.policy = policy
+        self.data = data
+        self.inputs = inputs
+        self._forward = forward
+
+    @property
+    def batch_size(self) -> torch.Size:
+        return self.data.batch_size
+
+    @property
+    def slots(self) -> dict[str, Tensor]:
+        return self.policy._hooked_runtime.slots
+
+    def captured(self, slot: str, site: str) -> Tensor:
+        """The output captured at a site, with the batch shape of the call first.
+
+        Raises:
+            SiteError: if the module did not run in this call.
+        """
+        value = self.slots.get(slot)
+        if value is None:
+            raise SiteError(
+                f"the module {site!r} did not run in this call, so there is no activation to show; "
+                "name a module that the policy's forward executes"
+            )
+        return _with_batch(value, self.batch_size, site)
+
+    def replay(
+        self,
+        inputs: Mapping[NestedKey, Tensor] | None = None,
+        stored: TensorDictBase | None = None,
+        record: bool = False,
+    ) -> Pass:
+        """Run the policy again, with its interventions and the stored samples.
+
+        Args:
+            inputs: replacements of some of the policy's inputs, of the batch shape of ``stored``.
+            stored: where the other inputs and the samples come from; the data of this call by default.
+            record: let the capture hooks fill the slots of this call.
+        """
+        runtime = self.policy._hooked_runtime
+        inputs = inputs or {}
+        own = stored is None
+        stored = self.data if stored is None else stored
+        data = TensorDict({}, batch_size=stored.batch_size)
+        for key, value in (self.inputs if own else stored_inputs(self.policy, stored)).items():
+            data.set(key, inputs.get(key, value))
+        replay = Replay(stored)
+        previous = runtime.replay, runtime.recording
+        runtime.replay, runtime.recording = replay, record
+        try:
+            outputs = run_root(self.policy, self._forward, (data,), {})
+        finally:
+            runtime.replay, runtime.recording = previous
+        return Pass(outputs, stored, replay.distributions, self.policy.policy_out_keys)
+
+
+def run_root(policy: HookedMixin, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The policy's own forward, with its own keys and with the per-row keys lent to the hooks inside."""
+    runtime = policy._hooked_runtime
+    if runtime.row_hook is not None:
+        runtime.row_hook.before(policy, args, kwargs)
+    runtime.depth += 1
+    try:
+        return forward(policy, *args, **kwargs)
+    finally:
+        runtime.depth -= 1
+        if not runtime.depth:
+            runtime.rows.clear()
+
+
+def stored_inputs(policy: HookedMixin, data: TensorDictBase) -> dict[NestedKey, Tensor]:
+    """The entries that the policy reads.
+
+    Raises:
+        MissingKeyError: if the data lacks one.
+    """
+    inputs = {}
+    for key in policy.in_keys:
+        value = data.get(key, None)
+        if value is None:
+            raise MissingKeyError(
+                f"the policy reads {key!r}, which the TensorDict lacks; "
+                f"{nearest(str(key), map(str, data.keys(True, True)))}"
+            )
+        inputs[key] = value
+    return inputs
+
+
+def publish(data: TensorDictBase, results: Mapping[tuple[str, ...], Tensor]) -> None:
+    """Write results, and the ``("computed", root)`` mask of each root, into a TensorDict."""
+    if not results:
+        return
+    batch = data.batch_size
+    groups: dict[str, dict[tuple[str, ...] | str, Tensor]] = {}
+    for (root, *rest), value in results.items():
+        groups.setdefault(root, {})[rest[0] if len(rest) == 1 else tuple(rest)] = value
+    masks = {root: torch.ones(batch, dtype=torch.bool, device=data.device) for root in groups}
+    for root, group in (*groups.items(), ("computed", masks)):
+        node = data.get(root, None)
+        if isinstance(node, TensorDictBase) and not set(node.keys()) <= set(group):
+            # Somebody else's entries live under this root: keep them, without writing into their node.
+            data.set(root, node.copy().update(group))
+        else:
+            data.set(root, TensorDict(group, batch_size=batch))
+
+
+def _with_batch(value: Tensor, batch: torch.Size, site: str) -> Tensor:
+    if value.shape[: len(batch)] == batch:
+        return value
+    # Convolutional nets flatten the leading dimensions before their layers.
+    if len(batch) > 1 and value.shape[0] == batch.numel():
+        return value.reshape(*batch, *value.shape[1:])
+    raise InputError(
+        f"the output of {site!r} has shape {tuple(value.shape)}, which does not start with the batch shape "
+        f"{tuple(batch)}: name a module whose output has a row for each row of the batch"
+    )
+
+
+def observers(bound: Sequence[Bound]) -> list[Bound]:
+    """The bound methods that write results."""
+    return [one for one in bound if one.result_keys]

@@ -1,0 +1,238 @@
+"""The scalar to explain: one number for each row, computed from a replay of the policy.
+
+The taken action is the one stored in the data, never a new sample. Each function returns a
+:class:`Target` for ``target=`` of an attribution method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase, is_tensor_collection
+from tensordict.utils import unravel_key
+from torch import Tensor
+
+from tdhook_rl.errors import TargetError, nearest
+from tdhook_rl.hooks import Portable
+from tdhook_rl.passes import Pass, sample_keys
+
+__all__ = [
+    "Target",
+    "chosen_logit",
+    "chosen_q",
+    "default_target",
+    "entropy",
+    "logit",
+    "margin",
+    "output_sum",
+    "state_value",
+    "taken_action_log_prob",
+]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A named function from a replay to one number for each row.
+
+    Args:
+        name: how messages and reports call it.
+        function: maps a :class:`tdhook_rl.passes.Pass` to a tensor of the batch shape.
+    """
+
+    name: str
+    function: Callable[[Pass], Tensor]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "function", Portable(self.function))
+
+    def __call__(self, run: Pass) -> Tensor:
+        return per_row(self.function(run), run.outputs.batch_size, self.name)
+
+
+def taken_action_log_prob() -> Target:
+    """The log-probability of the stored action, for policies with a distribution."""
+    return Target("taken_action_log_prob", _taken_action_log_prob)
+
+
+def entropy() -> Target:
+    """The entropy of the action distribution."""
+    return Target("entropy", _entropy)
+
+
+def chosen_logit(key: NestedKey = "logits") -> Target:
+    """The logit of the stored action (an index, or one-hot), before normalisation."""
+    return Target("chosen_logit", _Chosen(unravel_key(key)))
+
+
+def logit(index: int, key: NestedKey = "logits") -> Target:
+    """The logit of one action, whichever was taken."""
+    return Target(f"logit({index})", _Indexed(unravel_key(key), index))
+
+
+def margin(key: NestedKey = "logits") -> Target:
+    """The logit of the stored action minus the largest logit of the others."""
+    return Target("margin", _Margin(unravel_key(key)))
+
+
+def state_value(key: NestedKey = "state_value") -> Target:
+    """The estimated value of the state."""
+    return Target("state_value", _Entry(unravel_key(key)))
+
+
+def chosen_q(key: NestedKey = "action_value") -> Target:
+    """The estimated Q-value of the stored action."""
+    return Target("chosen_q", _Chosen(unravel_key(key)))
+
+
+def output_sum() -> Target:
+    """The sum of the module's floating-point outputs that depend on its inputs."""
+    return Target("output_sum", _output_sum)
+
+
+def default_target(run: Pass) -> Target:
+    """What is explained unless told otherwise: the taken action of a policy, else the sum of outputs."""
+    if run.distributions:
+        return taken_action_log_prob()
+    if "action_value" in run.outputs.keys() and "action" in run.stored.keys():
+        return chosen_q()
+    return output_sum()
+
+
+def _taken_action_log_prob(run: Pass) -> Tensor:
+    module, distribution = _last_distribution(run, "taken_action_log_prob")
+    actions = [run.stored.get(key, None) for key in sample_keys(module)]
+    if any(action is None for action in actions):
+        raise TargetError(
+            f"taken_action_log_prob explains the stored action {sample_keys(module)[0]!r}, which the data lacks: "
+            "annotate data that a policy has collected, or choose another target"
+        )
+    if len(actions) == 1:
+        return distribution.log_prob(actions[0])
+    log_prob = distribution.log_prob(run.stored)
+    if is_tensor_collection(log_prob):
+        return sum(
+            per_row(value, run.outputs.batch_size, "taken_action_log_prob") for value in log_prob.values(True, True)
+        )
+    return log_prob
+
+
+def _entropy(run: Pass) -> Tensor:
+    _, distribution = _last_distribution(run, "entropy")
+    try:
+        return distribution.entropy()
+    except NotImplementedError:
+        raise TargetError(
+            f"{type(distribution).__name__} has no closed-form entropy: choose another target"
+        ) from None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    key: NestedKey
+
+    def __call__(self, run: Pass) -> Tensor:
+        return _entry(run, self.key)
+
+
+@dataclass(frozen=True)
+class _Indexed:
+    key: NestedKey
+    index: int
+
+    def __call__(self, run: Pass) -> Tensor:
+        logits = _entry(run, self.key)
+        if not -logits.shape[-1] <= self.index < logits.shape[-1]:
+            raise TargetError(
+                f"logit({self.index}) was asked, but {self.key!r} has {logits.shape[-1]} entries in its last dimension"
+            )
+        return logits[..., self.index]
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    key: NestedKey
+
+    def __call__(self, run: Pass) -> Tensor:
+        values = _entry(run, self.key)
+        return (values * _one_hot(run, values)).sum(-1)
+
+
+@dataclass(frozen=True)
+class _Margin:
+    key: NestedKey
+
+    def __call__(self, run: Pass) -> Tensor:
+        values = _entry(run, self.key)
+        chosen = _one_hot(run, values).bool()
+        return values[chosen].reshape(values.shape[:-1]) - values.masked_fill(chosen, -torch.inf).amax(-1)
+
+
+def _output_sum(run: Pass) -> Tensor:
+    batch = run.outputs.batch_size
+    terms = [
+        value.reshape(*batch, -1).sum(-1)
+        for value in (run.outputs.get(key, None) for key in run.out_keys)
+        if isinstance(value, Tensor) and value.requires_grad
+    ]
+    if not terms:
+        raise TargetError(
+            f"none of the outputs {run.out_keys} depends on the explained input through a gradient: "
+            "they are integers, detached or constant; give a target="
+        )
+    return torch.stack(terms).sum(0)
+
+
+def _entry(run: Pass, key: NestedKey) -> Tensor:
+    value = run.outputs.get(key, None)
+    if value is None:
+        known = [str(k) for k in run.outputs.keys(True, True)]
+        raise TargetError(f"the target reads {key!r}, which the policy does not output; {nearest(str(key), known)}")
+    return value
+
+
+def _one_hot(run: Pass, values: Tensor) -> Tensor:
+    action = run.stored.get("action", None)
+    if action is None:
+        raise TargetError("the target explains the stored action 'action', which the data lacks")
+    if action.shape == values.shape and action.dtype != torch.long or action.shape == values.shape and values.ndim > 1:
+        return action.to(values.dtype)
+    if action.ndim == values.ndim and action.shape[-1] == 1:
+        action = action.squeeze(-1)
+    if action.is_floating_point() or action.shape != values.shape[:-1]:
+        raise TargetError(
+            f"the stored action of shape {tuple(action.shape)} ({action.dtype}) names no entry of values of shape "
+            f"{tuple(values.shape)}: the target is for discrete actions, an index or one-hot"
+        )
+    return torch.nn.functional.one_hot(action, values.shape[-1]).to(values.dtype)
+
+
+def _last_distribution(run: Pass, name: str) -> tuple[Any, torch.distributions.Distribution]:
+    if not run.distributions:
+        raise TargetError(
+            f"{name} needs a policy with a distribution (ProbabilisticActor); this one has none: "
+            "use chosen_q(), state_value() or logit(i)"
+        )
+    return run.distributions[-1]
+
+
+def per_row(value: Tensor, batch: torch.Size, name: str) -> Tensor:
+    """A target value as one number for each row; trailing dimensions (action dimensions) are summed.
+
+    Raises:
+        TargetError: if the value does not start with the batch shape, or is an integer.
+    """
+    if not isinstance(value, Tensor) or isinstance(value, TensorDictBase):
+        raise TargetError(f"target {name} is a {type(value).__name__}, not a tensor")
+    if not value.is_floating_point():
+        raise TargetError(
+            f"target {name} is an integer tensor ({value.dtype}), which has no gradient: explain what it was "
+            "computed from, such as the logits"
+        )
+    if value.shape[: len(batch)] != batch:
+        raise TargetError(
+            f"target {name} has shape {tuple(value.shape)}; it must start with the batch shape {tuple(batch)}"
+        )
+    return value.reshape(*batch, -1).sum(-1) if value.ndim > len(batch) else value
