@@ -73,7 +73,7 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[
     try:
         with safe_open(path, framework="pt") as file:
             document = json.loads((file.metadata() or {}).get("tdhook_rl", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ArtifactError(f"{path} is not a readable safetensors file: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:

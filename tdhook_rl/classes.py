@@ -18,7 +18,7 @@ class Swapped:
     """Base of the mixins: rebuilds the dynamic class when a copy is unpickled."""
 
     _mixin: type
-    _base: type
+    _base: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _rebuild, (self._mixin, self._base), self.__getstate__()

@@ -46,14 +46,22 @@ class Runtime:
 
     def refuse(self) -> None:
         raise InactiveError(
-            "this hooked policy was called after its context had ended; keep the `with` block open, or use "
-            "`prepare(..., return_context=False)` for a collector that outlives the block and call `.restore()` at the end"
+            "this hooked policy was called after its context had ended; keep the `with` block open, or, for a "
+            "collector that outlives the block, use `prepare(..., return_context=False)` and `.restore()` at the end"
         )
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         del state["lock"]
-        return state | {"slots": {}, "leaves": {}, "rows": {}, "replay": None, "tie": None, "recording": False, "depth": 0}
+        return state | {
+            "slots": {},
+            "leaves": {},
+            "rows": {},
+            "replay": None,
+            "tie": None,
+            "recording": False,
+            "depth": 0,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

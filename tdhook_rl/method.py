@@ -270,7 +270,7 @@ def _check_collisions(policy: TensorDictModuleBase, bound: list[Bound], reads: l
                 )
             if key in seen:
                 raise KeyCollisionError(
-                    f"two methods write {key!r}: give one of them another root (attribution_key=, cache_key=, probe_key=)"
+                    f"two methods write {key!r}: give one another root (attribution_key=, cache_key=, probe_key=)"
                 )
             if any(part.startswith("_") for part in key):
                 raise KeyCollisionError(f"the result key {key!r} starts with an underscore, which collectors drop")

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
 from tdhook_rl.batching import (
@@ -28,10 +29,17 @@ from tdhook_rl.errors import InputError, TieError
 from tdhook_rl.hooks import Runtime, vmap_level
 from tdhook_rl.passes import Bound, Call, observers, publish, run_root, stored_inputs
 
+if TYPE_CHECKING:
+    # What the mixin is mixed with: lets the checker see the methods that super() finds.
+    class _Policy(Swapped, TensorDictModuleBase):
+        pass
+else:
+    _Policy = Swapped
+
 __all__ = ["HookedMixin"]
 
 
-class HookedMixin(Swapped):
+class HookedMixin(_Policy):
     """What a hooked policy can do beyond being the policy.
 
     Attributes:

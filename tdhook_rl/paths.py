@@ -135,8 +135,10 @@ def _parse(path: str) -> list[tuple[str, str]]:
         match = _STEP.match(path, position)
         if match is None:
             raise SiteError(f"{path!r} is not a module path: cannot read {path[position:]!r}")
-        kind = "key" if match["key"] is not None else match.lastgroup
-        steps.append((kind, match[kind].strip() if kind == "slice" else match[kind]))
+        kind, text = next(
+            (kind, match[kind]) for kind in ("slice", "index", "key", "escaped", "name") if match[kind] is not None
+        )
+        steps.append((kind, text.strip()))
         position = match.end()
     if not steps:
         raise SiteError(f"{path!r} is not a module path: it has no step")
@@ -158,10 +160,11 @@ def _descend(prefix: str, module: nn.Module, step: tuple[str, str], path: str) -
             ) from None
         chosen = [chosen] if isinstance(chosen, str) else chosen
         return [(_join(prefix, name), children[name]) for name in chosen if children[name] is not None]
-    if children.get(text) is not None:
-        return [(_join(prefix, text), children[text])]
-    if children.get("module") is not None:
-        return _descend(_join(prefix, "module"), children["module"], step, path)
+    child, wrapped = children.get(text), children.get("module")
+    if child is not None:
+        return [(_join(prefix, text), child)]
+    if wrapped is not None:
+        return _descend(_join(prefix, "module"), wrapped, step, path)
     raise SiteError(f"{path!r}: {type(module).__name__} {prefix!r} has no child {text!r}; {nearest(text, children)}")
 
 

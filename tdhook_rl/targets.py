@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDictBase, is_tensor_collection
+from tensordict import NestedKey, TensorDictBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 
@@ -112,10 +112,9 @@ def _taken_action_log_prob(run: Pass) -> Tensor:
     if len(actions) == 1:
         return distribution.log_prob(actions[0])
     log_prob = distribution.log_prob(run.stored)
-    if is_tensor_collection(log_prob):
-        return sum(
-            per_row(value, run.outputs.batch_size, "taken_action_log_prob") for value in log_prob.values(True, True)
-        )
+    if isinstance(log_prob, TensorDictBase):
+        batch = run.outputs.batch_size
+        return torch.stack([per_row(v, batch, "taken_action_log_prob") for v in log_prob.values(True, True)]).sum(0)
     return log_prob
 
 
@@ -124,9 +123,7 @@ def _entropy(run: Pass) -> Tensor:
     try:
         return distribution.entropy()
     except NotImplementedError:
-        raise TargetError(
-            f"{type(distribution).__name__} has no closed-form entropy: choose another target"
-        ) from None
+        raise TargetError(f"{type(distribution).__name__} has no closed-form entropy: choose another target") from None
 
 
 @dataclass(frozen=True)
@@ -197,7 +194,7 @@ def _one_hot(run: Pass, values: Tensor) -> Tensor:
     action = run.stored.get("action", None)
     if action is None:
         raise TargetError("the target explains the stored action 'action', which the data lacks")
-    if action.shape == values.shape and action.dtype != torch.long or action.shape == values.shape and values.ndim > 1:
+    if action.shape == values.shape:
         return action.to(values.dtype)
     if action.ndim == values.ndim and action.shape[-1] == 1:
         action = action.squeeze(-1)

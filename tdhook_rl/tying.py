@@ -92,7 +92,7 @@ class Tie:
             self._warned = True
             warnings.warn(
                 f"the user's policy is in {'train' if original.training else 'eval'} mode and the hooked one in "
-                f"{'train' if clone.training else 'eval'} mode: train() and eval() affect only the side they are called on",
+                f"{'train' if clone.training else 'eval'} mode: train() and eval() act only where called",
                 stacklevel=4,
             )
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictModule
 from tensordict.utils import unravel_key
@@ -77,12 +78,13 @@ class Saliency(Method):
 
     def bind(self, binder: Binder) -> _BoundSaliency:
         sites = [site for path in self.input_modules for site in binder.sites(path)]
+        inputs: list[NestedKey] | None
         if self.inputs is not None:
             inputs = [unravel_key(key) for key in self.inputs]
         else:
             inputs = [] if sites else None
         leaves = {binder.leaf(site): site.name for site in sites}
-        declared = inputs if inputs is not None else [key for key in binder.policy.in_keys]
+        declared = inputs if inputs is not None else list(binder.policy.in_keys)
         keys = {key: (self.attribution_key, *((key,) if isinstance(key, str) else key)) for key in declared}
         return _BoundSaliency(self, keys, inputs, leaves, self.when or self._default_when(binder.policy))
 
@@ -138,4 +140,7 @@ class _BoundSaliency:
         values = self._init(run.outputs.select(*run.out_keys, strict=False), TensorDict({}, batch_size=batch))
         if not isinstance(values, TensorDictBase):
             raise TargetError(f"init_attr_targets must return a TensorDict, got a {type(values).__name__}")
-        return sum(per_row(value, batch, f"init_attr_targets[{key!r}]") for key, value in values.items(True, True))
+        terms = [per_row(value, batch, f"init_attr_targets[{key!r}]") for key, value in values.items(True, True)]
+        if not terms:
+            raise TargetError("init_attr_targets returned an empty TensorDict: it holds the values to explain")
+        return torch.stack(terms).sum(0)

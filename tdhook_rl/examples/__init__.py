@@ -1,0 +1,1 @@
+"""One runnable file for each way of use, and the demo."""

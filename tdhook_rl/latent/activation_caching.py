@@ -75,9 +75,7 @@ class _BoundCaching:
 
     def _settle(self, call: Call) -> None:
         """After the first forward, stop declaring the matches of a pattern that never run."""
-        fired = {
-            key: entry for key, entry in self._slots.items() if entry[2] or entry[0] in call.slots
-        }
+        fired = {key: entry for key, entry in self._slots.items() if entry[2] or entry[0] in call.slots}
         if not fired:
             names = ", ".join(repr(name) for _, name, _ in self._slots.values())
             raise SiteError(f"none of the modules that the pattern matched ran in this call: {names}")

@@ -98,9 +98,9 @@ class _Source:
         self.row = row
 
     def read(self, site: str) -> Tensor:
-        if self.row is None:
+        if self.control is not None:
             return self.runtime.controls[self.control]
-        value = self.runtime.rows.get(self.row)
+        value = self.runtime.rows.get(self.row, None)
         if value is None:
             raise MissingKeyError(
                 f"steering {site!r} reads the per-row key {self.row!r}: call the policy with a TensorDict that has it"

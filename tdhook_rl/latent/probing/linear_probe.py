@@ -154,8 +154,8 @@ class _BoundReadout:
         for key, (slot, site, weight, bias, kind) in self._readings.items():
             value = call.captured(slot, site)
             features = value.reshape(*call.batch_size, -1)
-            weight, bias = (controls[name].to(value.device, value.dtype) for name in (weight, bias))
-            results[key] = _probabilities(_scores(features, weight, bias, site), kind)
+            scores = _scores(features, controls[weight].to(value.device), controls[bias].to(value.device), site)
+            results[key] = _probabilities(scores, kind)
         return results
 
 

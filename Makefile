@@ -1,0 +1,40 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each makes its own .venv from Python 3.11+.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-all lint format bench clean
+
+demo: $(READY)
+	$(BIN)/tdhook-rl demo $(DEMO)
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(TEST)
+
+test-all: $(READY)
+	$(BIN)/python -m pytest $(TEST)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.collector_overhead $(BENCH)
+
+# torch first and pinned: an unpinned torch would pull a CUDA build of several gigabytes.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) runs

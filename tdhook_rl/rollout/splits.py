@@ -1,0 +1,74 @@
+"""Splitting rows into training and held-out rows by groups: episodes, positions, levels.
+
+Rows of one episode resemble each other, so a split by row measures memory. A row counts as training only
+if all of its groups are training groups, as held out only if all are held out; the rest is left unused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.utils import unravel_key
+from torch import Tensor
+
+from tdhook_rl.errors import InputError, MissingKeyError, nearest
+
+__all__ = ["EPISODE", "GroupSplit"]
+
+#: The key under which TorchRL's collectors number the episodes.
+EPISODE = ("collector", "traj_ids")
+
+
+class GroupSplit:
+    """A split that depends on group numbers only, so that it is the same in every batch and process.
+
+    Args:
+        groupings: each a key, or several keys that name a group together; integers or booleans.
+        held_out: the share of the groups of each grouping that is held out.
+        seed: another seed holds out other groups.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> data = TensorDict({"episode": torch.arange(1000), "cell": torch.arange(1000) % 7}, batch_size=1000)
+        >>> train, held = GroupSplit("episode", held_out=0.25)(data)
+        >>> bool((train ^ held).all()), 200 < int(held.sum()) < 300
+        (True, True)
+    """
+
+    def __init__(self, *groupings: NestedKey | Sequence[NestedKey], held_out: float = 0.25, seed: int = 0) -> None:
+        if not 0 < held_out < 1:
+            raise InputError(f"held_out is a share between 0 and 1, got {held_out}")
+        chosen = groupings or (EPISODE,)
+        self.groupings = [[unravel_key(key) for key in (one if isinstance(one, list) else [one])] for one in chosen]
+        self.held_out = held_out
+        self.seed = seed
+
+    def __call__(self, data: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """The training mask and the held-out mask, each of the batch shape."""
+        held = torch.stack([self._held(data, keys) for keys in self.groupings])
+        return ~held.any(0), held.all(0)
+
+    def _held(self, data: TensorDictBase, keys: list[NestedKey]) -> Tensor:
+        code = torch.full(data.batch_size, self.seed + 1, dtype=torch.long, device=data.device)
+        for key in keys:
+            value = data.get(key, None)
+            if value is None:
+                raise MissingKeyError(
+                    f"the split groups rows by {key!r}, which the data lacks; "
+                    f"{nearest(str(key), map(str, data.keys(True, True)))}"
+                )
+            if value.is_floating_point():
+                raise InputError(f"the split groups rows by {key!r}, which is {value.dtype}: groups are integers")
+            for column in value.reshape(*data.batch_size, -1).long().unbind(-1):
+                code = _mix(code ^ _mix(column + 1))
+        # 31 bits are exact in float64 and plenty for a share.
+        return (code & 0x7FFFFFFF).double() / 0x80000000 < self.held_out
+
+
+def _mix(code: Tensor) -> Tensor:
+    """A fixed 64-bit mixing of integers (shifts and odd multipliers, wrapping around)."""
+    code = (code ^ (code >> 31)) * 0x2545F4914F6CDD1D
+    code = (code ^ (code >> 29)) * 0x27D4EB2F165667C5
+    return code ^ (code >> 32)
