@@ -33,7 +33,8 @@ class CueCorners(EnvBase):
         batch_size: how many copies are stepped at once; ``()`` for one.
         max_steps: an episode is truncated after this many steps.
         seed: of the start states.
-        device: where the tensors live.
+        device: where the tensors live; as in TorchRL, ``None`` leaves them on the default device and spares
+            collectors a cast at every step.
 
     Keys:
         ``observation``: float, 90 = 3 planes (agent, goals, lights) x 6 rows x 5 columns; the lights are row 0
@@ -58,7 +59,7 @@ class CueCorners(EnvBase):
         batch_size: tuple[int, ...] | list[int] | torch.Size = (),
         max_steps: int = 30,
         seed: int | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
     ) -> None:
         if max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {max_steps}")
@@ -67,7 +68,7 @@ class CueCorners(EnvBase):
             raise ValueError(f"CueCorners needs at least one copy, got batch_size={tuple(batch_size)}")
         super().__init__(device=device, batch_size=batch_size)
         self.max_steps = max_steps
-        self._generator = torch.Generator(device=self.device)
+        self._generator = torch.Generator(device=self.device or torch.get_default_device())
         self.set_seed(0 if seed is None else seed)
         shape = self.batch_size
         concepts = Composite(
@@ -178,6 +179,21 @@ class CueCorners(EnvBase):
                 "done": terminated | truncated,
             }
         )
+
+    def maybe_reset(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Start new episodes in the rows that are done; entries that are not the environment's stay."""
+        done = tensordict["done"].squeeze(-1)
+        if bool(done.any()):
+            concept, fresh = tensordict["concept"], self._reset(tensordict)
+            began = fresh["concept"]
+            for key, value in began.items():
+                mask = done.unsqueeze(-1) if value.ndim > done.ndim else done
+                concept.set(key, torch.where(mask, value, concept.get(key)))
+            tensordict.set("elapsed", tensordict["elapsed"].masked_fill(done, 0))
+            tensordict.set("observation", torch.where(done.unsqueeze(-1), fresh["observation"], tensordict["observation"]))
+            for key in ("done", "terminated", "truncated"):
+                tensordict.set(key, torch.zeros_like(tensordict[key]))
+        return tensordict
 
     def _set_seed(self, seed: int | None) -> None:
         if seed is not None:

@@ -167,7 +167,10 @@ class HookingContext:
         bound = [one for one in (method.bind(binder) for method in self._methods) if one is not None]
         binder.place_row_hooks()
         _check_collisions(clone, bound, binder.reads)
-        clone.__dict__.update(_hooked_runtime=runtime, _hooked_bound=bound, _hooked_reads=binder.reads)
+        steps = [one for one in bound if one.result_keys and one.when == "step"]
+        clone.__dict__.update(
+            _hooked_runtime=runtime, _hooked_bound=bound, _hooked_steps=steps, _hooked_reads=binder.reads
+        )
         swap_class(clone, HookedMixin)
         return clone
 

@@ -49,6 +49,7 @@ class HookedMixin(_Policy):
 
     _hooked_runtime: Runtime
     _hooked_bound: list[Bound]
+    _hooked_steps: list[Bound]  # those that write at every forward
     _hooked_reads: list[NestedKey]
 
     @classmethod
@@ -103,7 +104,7 @@ class HookedMixin(_Policy):
         return self._with_masks(observers(self._hooked_bound))
 
     def _step_keys(self) -> list[NestedKey]:
-        return self._with_masks([one for one in observers(self._hooked_bound) if one.when == "step"])
+        return self._with_masks(self._hooked_steps)
 
     @staticmethod
     def _with_masks(bound: list[Bound]) -> list[NestedKey]:
@@ -131,7 +132,7 @@ class HookedMixin(_Policy):
     def _hooked_call(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         runtime = self._hooked_runtime
         data = args[0] if args else kwargs.get("tensordict")
-        steps = [one for one in observers(self._hooked_bound) if one.when == "step"]
+        steps = self._hooked_steps
         if runtime.depth or not steps or not isinstance(data, TensorDictBase):
             # Called with tensors, the policy answers with its own outputs, as before.
             return run_root(self, forward, args, kwargs)
