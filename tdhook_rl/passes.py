@@ -124,7 +124,7 @@ class Call:
                 f"the module {site!r} did not run in this call, so there is no activation to show; "
                 "name a module that the policy's forward executes"
             )
-        return _with_batch(value, self.batch_size, site)
+        return with_batch(value, self.batch_size, site)
 
     def replay(
         self,
@@ -198,7 +198,12 @@ def publish(data: TensorDictBase, results: Mapping[tuple[str, ...], Tensor]) -> 
         data.set(("computed", root), torch.ones(data.batch_size, dtype=torch.bool, device=device))
 
 
-def _with_batch(value: Tensor, batch: torch.Size, site: str) -> Tensor:
+def with_batch(value: Tensor, batch: torch.Size, site: str) -> Tensor:
+    """What a site computed, with the batch shape first.
+
+    Raises:
+        InputError: if its rows are not the rows of the batch.
+    """
     if value.shape[: len(batch)] == batch:
         return value
     # Convolutional nets flatten the leading dimensions before their layers.

@@ -16,7 +16,7 @@ from tdhook_rl.attribution.gradients import explainable_inputs, gradients
 from tdhook_rl.errors import InputError, TargetError
 from tdhook_rl.hooks import Portable
 from tdhook_rl.method import Binder, Method
-from tdhook_rl.passes import Call, Pass
+from tdhook_rl.passes import Call, Pass, with_batch
 from tdhook_rl.targets import Target, default_target, per_row
 
 if TYPE_CHECKING:
@@ -126,7 +126,10 @@ class _BoundSaliency:
         of_inputs, of_leaves = gradients(call, inputs, leaves, self._explained)
         self._keys = {key: name for key, name in self._keys.items() if key in inputs}  # boolean inputs drop out
         results = {self._keys[key]: self._finish(value, inputs[key]) for key, value in of_inputs.items()}
-        return results | {self._leaves[slot]: self._finish(*pair) for slot, pair in of_leaves.items()}
+        for slot, (gradient, value) in of_leaves.items():
+            key = self._leaves[slot]
+            results[key] = with_batch(self._finish(gradient, value), call.batch_size, key[-1])
+        return results
 
     def _finish(self, gradient: Tensor, value: Tensor) -> Tensor:
         if self._multiply:

@@ -1,0 +1,331 @@
+"""The invariants of a hooked policy, for every method and policy."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+
+from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors
+from tdhook_rl.errors import InactiveError, PreparationError, TieError
+from tdhook_rl.module import HookedMixin
+from tests.method_table import METHODS
+from tests.policies import CASES, categorical, mlp, value
+
+OBSERVING = [name for name, row in METHODS.items() if row.observes]
+every_method = pytest.mark.parametrize("method", METHODS)
+every_observer = pytest.mark.parametrize("method", OBSERVING)
+every_policy = pytest.mark.parametrize("policy", CASES)
+
+
+def hook_count(module: nn.Module) -> int:
+    stores = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(child, store)) for child in module.modules() for store in stores)
+
+
+def snapshot(module: nn.Module) -> tuple:
+    """All of a module that hooking might change."""
+    return (
+        hook_count(module),
+        [(name, type(child), child.training, sorted(vars(child))) for name, child in module.named_modules()],
+        [(name, id(p), p.requires_grad, p.grad is None, p._version) for name, p in module.named_parameters()],
+        [(name, id(b), b._version) for name, b in module.named_buffers()],
+        module.in_keys,
+        module.out_keys,
+    )
+
+
+@every_observer
+@every_policy
+@pytest.mark.parametrize("batch", [(), (5,), (3, 2)])
+def test_observing_changes_nothing(method: str, policy: str, batch: tuple[int, ...]) -> None:
+    case = CASES[policy]
+    if policy == "pixels" and batch == () and "saliency" not in method and "alpha_0" not in method:
+        pytest.skip("TorchRL's ConvNet adds a batch dimension of its own to a single frame")
+    plain = case.build()
+    data = case.data(*batch)
+    torch.manual_seed(7)
+    expected = plain(data.clone())
+    state = torch.get_rng_state()
+    with METHODS[method].make(case).prepare(plain) as hooked:
+        torch.manual_seed(7)
+        found = hooked(data.clone())
+    assert torch.equal(torch.get_rng_state(), state)
+    for key in expected.keys(True, True):
+        assert torch.equal(found[key], expected[key]), key
+    for key in hooked._step_keys():
+        assert found[key].shape[: len(batch)] == batch
+    assert set(found.keys(True, True)) - set(expected.keys(True, True)) == {
+        key if isinstance(key, tuple) else (key,) for key in hooked._step_keys()
+    }
+
+
+@every_method
+@every_policy
+def test_the_hooked_policy_is_the_policy(method: str, policy: str) -> None:
+    case = CASES[policy]
+    plain = case.build()
+    own_keys = list(plain.out_keys)
+    with METHODS[method].make(case).prepare(plain) as hooked:
+        assert isinstance(hooked, type(plain))
+        assert list(hooked.state_dict()) == list(plain.state_dict())
+        assert all(a is b for a, b in zip(hooked.parameters(), plain.parameters(), strict=True))
+        assert all(a is b for a, b in zip(hooked.buffers(), plain.buffers(), strict=True))
+        ours, theirs = TensorDict.from_module(hooked), TensorDict.from_module(plain)
+        assert list(ours.keys(True, True)) == list(theirs.keys(True, True))
+        assert hooked.in_keys == plain.in_keys
+        assert hooked.out_keys[: len(own_keys)] == own_keys
+        hooked.load_state_dict(plain.state_dict())
+        plain.load_state_dict(hooked.state_dict())
+
+
+@every_method
+@every_policy
+def test_the_users_policy_is_untouched(method: str, policy: str) -> None:
+    case = CASES[policy]
+    plain = case.build()
+    before = snapshot(plain)
+    context = METHODS[method].make(case).prepare(plain)
+    with context as hooked:
+        hooked(case.data(4))
+        hooked.annotate(plain(case.data(4)))
+        assert snapshot(plain) == before
+    assert snapshot(plain) == before
+
+    def use_and_fail() -> None:
+        with context as again:
+            again(case.data(4))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        use_and_fail()
+    assert snapshot(plain) == before
+
+
+class Broken(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError
+
+
+@every_method
+def test_a_raising_model_leaves_nothing_behind(method: str) -> None:
+    case = CASES["value"]
+    plain = value()
+    plain.module.append(Broken())
+    before = snapshot(plain)
+    with METHODS[method].make(case).prepare(plain) as hooked:
+        data = case.data(3)
+        with pytest.raises(ZeroDivisionError):
+            hooked(data)
+        runtime = hooked._hooked_runtime
+        assert not runtime.slots
+        assert not runtime.rows
+        assert runtime.depth == 0
+        assert not runtime.recording
+        assert list(data.keys()) == ["observation"]
+        assert not data["observation"].requires_grad
+    assert snapshot(plain) == before
+
+
+def test_a_raising_hook_leaves_nothing_behind() -> None:
+    def fail(module_key: str, output: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError(module_key)
+
+    case = CASES["categorical"]
+    plain = categorical()
+    before = snapshot(plain)
+    method = Compose(
+        ActivationCaching(case.site), SteeringVectors(modules_to_steer=["module.0.module.3"], steer_fn=fail)
+    )
+    with method.prepare(plain) as hooked:
+        with pytest.raises(ZeroDivisionError, match=r"module\.0\.module\.3"):
+            hooked(case.data(3))
+        assert not hooked._hooked_runtime.slots
+        with pytest.raises(ZeroDivisionError):
+            hooked.get_dist(case.data(3))
+        assert not hooked._hooked_runtime.slots
+    assert snapshot(plain) == before
+    plain(case.data(3))
+
+
+@every_observer
+def test_the_callers_data_is_read_only(method: str) -> None:
+    case = CASES["categorical"]
+    plain = case.build()
+    data = plain(case.data(4)).lock_()
+    before = {key: (id(data[key]), data[key]._version) for key in data.keys(True, True)}
+    with METHODS[method].make(case).prepare(plain) as hooked:
+        found = hooked.annotate(data)
+        for key in hooked.result_keys:
+            assert key in found.keys(True, True)
+            assert not found[key].requires_grad
+    assert {key: (id(data[key]), data[key]._version) for key in data.keys(True, True)} == before
+    assert not any(data[key].requires_grad for key in ("observation",))
+
+
+def test_memory_mapped_data_is_annotated(tmp_path) -> None:
+    case = CASES["categorical"]
+    plain = case.build()
+    data = plain(case.data(4)).detach().memmap_(tmp_path)
+    method = Compose(ActivationCaching(case.site), Saliency())
+    with method.prepare(plain) as hooked:
+        found = hooked.annotate(data)
+    assert found["attr", "observation"].shape == (4, 6)
+    assert "attr" not in data.keys()
+
+
+@every_observer
+@every_policy
+@pytest.mark.parametrize("batch", [(5,), (4, 3)])
+def test_inline_equals_batched_equals_chunked(method: str, policy: str, batch: tuple[int, ...]) -> None:
+    case = CASES[policy]
+    plain = case.build()
+    with METHODS[method].make(case).prepare(plain) as hooked:
+        rows = [hooked(case.data()) if policy != "pixels" else hooked(case.data(1))[0] for _ in range(12)]
+        found = torch.stack(rows)
+        keys = [key for key in hooked.result_keys if key in found.keys(True, True)]
+        inputs = found.exclude(*{key[0] for key in hooked.result_keys})
+        shaped = inputs[: torch.Size(batch).numel()].reshape(batch)
+        whole = hooked.annotate(shaped)
+        chunked = hooked.annotate(shaped, chunk_size=3)
+        for key in keys:
+            expected = found[key][: torch.Size(batch).numel()].reshape(*batch, *found[key].shape[1:])
+            torch.testing.assert_close(whole[key], expected, rtol=1e-4, atol=1e-5)
+        for key in hooked.result_keys:
+            torch.testing.assert_close(chunked[key], whole[key], rtol=1e-4, atol=1e-5)
+            assert whole[key].shape[: len(batch)] == batch
+
+
+@every_method
+@every_policy
+def test_copies_travel(method: str, policy: str) -> None:
+    case = CASES[policy]
+    plain = case.build()
+    data = case.data(4)
+    with METHODS[method].make(case).prepare(plain) as hooked:
+        torch.manual_seed(3)
+        expected = hooked(data.clone())
+        for twin in (pickle.loads(pickle.dumps(hooked)), copy.deepcopy(hooked)):
+            assert isinstance(twin, HookedMixin)
+            assert isinstance(twin, type(plain))
+            torch.manual_seed(3)
+            found = twin(data.clone())
+            for key in expected.keys(True, True):
+                assert torch.equal(found[key], expected[key]), key
+
+
+def test_after_the_context_calling_raises_and_says_what_to_do() -> None:
+    case = CASES["categorical"]
+    plain = categorical()
+    context = ActivationCaching(case.site).prepare(plain)
+    with context as hooked:
+        inner = hooked.module[0]
+    for call in (hooked, hooked.get_dist, hooked.annotate, inner):
+        with pytest.raises(InactiveError, match="return_context=False"):
+            call(case.data(2))
+    with context as again, pytest.raises(PreparationError, match="entered already"):
+        context.__enter__()
+    kept = ActivationCaching(case.site).prepare(plain, return_context=False)
+    kept(case.data(2))
+    kept.restore()
+    with pytest.raises(InactiveError):
+        kept(case.data(2))
+    with pytest.raises(InactiveError):
+        again(case.data(2))
+
+
+def test_training_flags_are_copied_and_divergence_warns() -> None:
+    plain = categorical().eval()
+    case = CASES["categorical"]
+    with ActivationCaching(case.site).prepare(plain) as hooked:
+        assert not hooked.training
+        plain.train()
+        assert not hooked.training
+        with pytest.warns(UserWarning, match="train mode and the hooked one in eval"):
+            hooked(case.data(2))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            hooked(case.data(2))  # once
+
+
+def test_an_untied_original_is_noticed() -> None:
+    case = CASES["categorical"]
+    plain = categorical()
+    with ActivationCaching(case.site).prepare(plain) as hooked:
+        plain.load_state_dict({k: v.clone() for k, v in plain.state_dict().items()}, assign=True)
+        with pytest.raises(TieError, match=r"module\.0\.module\.0\.weight"):
+            hooked(case.data(2))
+    with ActivationCaching(case.site).prepare(plain) as hooked:
+        for refused in (hooked.double, lambda: hooked.requires_grad_(False), lambda: hooked.to(torch.float64)):
+            with pytest.raises(TieError, match="hooked policy"):
+                refused()
+        with pytest.raises(TieError, match="assign"):
+            hooked.load_state_dict(plain.state_dict(), assign=True)
+        assert hooked.to("cpu") is hooked
+
+
+def test_an_optimiser_step_on_the_policy_is_seen_at_once() -> None:
+    case = CASES["value"]
+    plain = value()
+    data = case.data(3)
+    with ActivationCaching(case.site).prepare(plain) as hooked:
+        first = hooked(data.clone())["state_value"]
+        optimizer = torch.optim.SGD(plain.parameters(), lr=1.0)
+        plain(data.clone())["state_value"].sum().backward()
+        optimizer.step()
+        second = hooked(data.clone())["state_value"]
+        assert not torch.equal(first, second)
+        assert torch.equal(second, plain(data.clone())["state_value"])
+
+
+def test_a_plain_module_is_wrapped_and_paths_are_its_own() -> None:
+    net = mlp()
+    with ActivationCaching("1").prepare(net) as hooked:
+        found = hooked(TensorDict({"input": torch.randn(3, 6)}, batch_size=3))
+        assert found["cache", "1"].shape == (3, 16)
+        assert torch.equal(found["output"], net(found["input"]))
+    with ActivationCaching("1").prepare(net, in_keys=["x"], out_keys=["y"]) as hooked:
+        assert hooked.in_keys == ["x"]
+        assert torch.equal(hooked(x=torch.ones(2, 6)), net(torch.ones(2, 6)))
+
+
+def test_called_with_tensors_it_answers_as_the_policy() -> None:
+    case = CASES["categorical"]
+    plain = categorical()
+    x = torch.randn(3, 6)
+    torch.manual_seed(1)
+    expected = plain(observation=x)
+    with METHODS["activation_caching"].make(case).prepare(plain) as hooked:
+        torch.manual_seed(1)
+        found = hooked(observation=x)
+        torch.manual_seed(1)
+        positional = hooked(x)
+    assert len(found) == len(expected)
+    for a, b, c in zip(found, expected, positional, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+def test_in_place_activations_do_not_overwrite_what_was_captured() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 2))
+    x = torch.randn(5, 6)
+    with ActivationCaching(["0", "1"]).prepare(net) as hooked:
+        found = hooked(TensorDict({"input": x}, batch_size=5))
+    torch.testing.assert_close(found["cache", "0"], net[0](x))
+    torch.testing.assert_close(found["cache", "1"], net[0](x).relu())
+
+
+def test_every_result_key_has_a_mask() -> None:
+    case = CASES["categorical"]
+    with Compose(ActivationCaching(case.site), Saliency(when="step")).prepare(categorical()) as hooked:
+        found = hooked(case.data(3, 2))
+        for root in ("cache", "attr"):
+            assert ("computed", root) in hooked.out_keys
+            assert found["computed", root].dtype == torch.bool
+            assert found["computed", root].shape == (3, 2)
+            assert bool(found["computed", root].all())

@@ -1,0 +1,82 @@
+"""Naming a submodule: literal paths, patterns, and what is said when nothing is named."""
+
+from __future__ import annotations
+
+import pytest
+from tensordict.nn import TensorDictModule
+from torch import nn
+
+from tdhook_rl.errors import SiteError
+from tdhook_rl.paths import find_sites, resolve
+from tests.policies import categorical
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(2, 2) for _ in range(12)])
+        self.blocks = nn.ModuleDict({"a/0": nn.Linear(2, 2), "b": nn.Sequential(nn.ReLU(), nn.Tanh())})
+        self.head = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+
+    def forward(self, x):
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("path", "canonical"),
+    [
+        ("layers.5", ["layers.5"]),
+        ("layers[5]", ["layers.5"]),
+        ("layers[-1]", ["layers.11"]),
+        ("layers[1:3]", ["layers.1", "layers.2"]),
+        ("layers[::6]", ["layers.0", "layers.6"]),
+        ("blocks.<a/0>", ["blocks.a/0"]),
+        ("blocks['b'][0]", ["blocks.b.0"]),
+        (".head.0", ["head.0"]),
+        ("head", ["head"]),
+    ],
+)
+def test_literal_paths(path: str, canonical: list[str]) -> None:
+    net = Net()
+    assert [name for name, _ in resolve(net, path)] == canonical
+    for name, module in resolve(net, path):
+        assert net.get_submodule(name) is module
+
+
+def test_a_wrapper_is_looked_through() -> None:
+    module = TensorDictModule(Net(), in_keys=["x"], out_keys=["y"])
+    assert [name for name, _ in resolve(module, "head[0]")] == ["module.head.0"]
+    assert [name for name, _ in resolve(categorical(), "0.module[1]")] == ["module.0.module.1"]
+
+
+def test_a_literal_is_not_a_prefix_but_a_pattern_is_one() -> None:
+    net = Net()
+    assert [site.path for site in find_sites(net, "layers.1")] == ["layers.1"]
+    assert [site.path for site in find_sites(net, r"layers\.1.?$")] == ["layers.1", "layers.10", "layers.11"]
+    assert [site.explicit for site in find_sites(net, ["head.0", r"head\.1$|head\.9"])] == [True, False]
+
+
+def test_results_are_filed_under_the_path_as_written() -> None:
+    (site,) = find_sites(Net(), "layers[-1]")
+    assert (site.name, site.path) == ("layers[-1]", "layers.11")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("haed.0", r"no submodule of Net matches 'haed\.0'; nearest: 'head\.0'"),
+        ("layers.12", "nearest"),
+        ("layers[12]", "neither a path|matches"),
+        ("layers", r"ModuleList of Net, a container that never runs; nearest: 'layers\.\d+'"),
+        ("head[", r"neither a path of Net nor a regular expression"),
+        ("__class__.mro()", "no submodule of Net matches"),
+    ],
+)
+def test_what_names_nothing_raises_with_the_nearest(path: str, message: str) -> None:
+    with pytest.raises(SiteError, match=message):
+        find_sites(Net(), path)
+
+
+def test_naming_no_module_raises() -> None:
+    with pytest.raises(SiteError, match="at least one"):
+        find_sites(Net(), [])
