@@ -9,6 +9,7 @@ import argparse
 from itertools import pairwise
 
 import torch
+from tdhook_rl.envs import CueCorners
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.distributions import Categorical
@@ -17,7 +18,6 @@ from torchrl.modules import ProbabilisticActor
 
 from benchmarks.pairs import compare
 from tdhook_rl import ActivationCaching
-from tdhook_rl.envs import CueCorners
 
 ENVS, STEPS = 128, 16
 SITES = ["module.0.module.1", "module.0.module.3"]
@@ -68,9 +68,7 @@ def main(pairs: int) -> None:
     with ActivationCaching(SITES).prepare(plain) as hooked:
         policies = {"plain": plain, "by hand": by_hand, "hooked": hooked}
         runs = {name: batches(policy).__next__ for name, policy in policies.items()}
-        seconds, ratios = compare(
-            runs, {"hooked": ["plain", "by hand"], "by hand": ["plain"]}, pairs=pairs
-        )
+        seconds, ratios = compare(runs, {"hooked": ["plain", "by hand"], "by hand": ["plain"]}, pairs=pairs)
     for name, value in seconds.items():
         print(f"{name:8} {ENVS * STEPS / value:9.0f} frames per CPU second")
     for ratio in ratios:

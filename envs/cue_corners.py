@@ -190,7 +190,9 @@ class CueCorners(EnvBase):
                 mask = done.unsqueeze(-1) if value.ndim > done.ndim else done
                 concept.set(key, torch.where(mask, value, concept.get(key)))
             tensordict.set("elapsed", tensordict["elapsed"].masked_fill(done, 0))
-            tensordict.set("observation", torch.where(done.unsqueeze(-1), fresh["observation"], tensordict["observation"]))
+            tensordict.set(
+                "observation", torch.where(done.unsqueeze(-1), fresh["observation"], tensordict["observation"])
+            )
             for key in ("done", "terminated", "truncated"):
                 tensordict.set(key, torch.zeros_like(tensordict[key]))
         return tensordict

@@ -261,20 +261,14 @@ class HookedMixin(_Policy):
             tensor.share_memory_()
         return self
 
-    def requires_grad_(self, requires_grad: bool = True) -> Any:
-        self._refuse_if_tied("requires_grad_()")
-        return super().requires_grad_(requires_grad)
-
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._refuse_if_tied("moving or casting")
-        return super()._apply(*args, **kwargs)
-
-    def _refuse_if_tied(self, what: str) -> None:
+        # requires_grad_ is not refused: TorchRL's value estimators switch it off and on again around a call.
         if self._hooked_runtime.tie is not None:
             raise TieError(
-                f"{what} on a hooked policy would change or leave the tensors of the user's policy: "
+                "moving or casting a hooked policy would change or leave the tensors of the user's policy: "
                 "do it on the policy before `prepare`"
             )
+        return super()._apply(*args, **kwargs)
 
 
 def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
