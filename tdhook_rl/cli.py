@@ -54,6 +54,7 @@ def _demo(options: argparse.Namespace) -> int:
 
     from tdhook_rl.examples import demo, demo_report
     from tdhook_rl.report import new_folder, open_sinks
+    from tdhook_rl.rollout import Interruptible
 
     torchrl.logger.setLevel("ERROR")  # its INFO lines would cut through the progress bar
     console = Console()
@@ -64,18 +65,22 @@ def _demo(options: argparse.Namespace) -> int:
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} frames"),
         TimeElapsedColumn(), console=console,
     )  # fmt: skip
+    interruptible = Interruptible()
+
+    def show(what: str, done: int, total: int) -> None:
+        interruptible.check()
+        bar.update(task, description=what, completed=done, total=total)
+
     try:
-        with bar:
+        with interruptible, bar:
             task = bar.add_task("starting", total=settings.frames)
-            found = demo.run(
-                settings,
-                folder,
-                sinks,
-                lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
-            )
+            found = demo.run(settings, folder, sinks, show)
         report = demo_report.write(found, settings, folder)
-    except KeyboardInterrupt:
-        console.print(f"stopped; what was measured so far is in {folder / 'log.csv'}")
+    except (KeyboardInterrupt, Exception) as error:
+        # A worker that was stopped while it started ends in an error of the collector's.
+        if not (interruptible.requested or isinstance(error, KeyboardInterrupt)):
+            raise
+        console.print(f"stopped; what was measured so far is in {folder / 'log.csv'}", soft_wrap=True)
         return 130
     finally:
         sinks.close()

@@ -28,7 +28,7 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.examples.agent import FC2, PPO, make_actor, make_critic
 from tdhook_rl.examples.steer_at_eval import contrast
 from tdhook_rl.report import Sinks
-from tdhook_rl.rollout import EPISODE, GroupSplit, OnlineProbe
+from tdhook_rl.rollout import EPISODE, GroupSplit, OnlineProbe, ignore_interrupts
 from tdhook_rl.sweeps import DoseResponse, SteeringVector, dose_response, first_episode
 
 __all__ = ["Findings", "Settings", "run"]
@@ -54,8 +54,11 @@ class Settings:
     def __post_init__(self) -> None:
         if self.frames < BATCH:
             raise InputError(f"--frames must be at least one batch of {BATCH}, got {self.frames}")
-        if not 0 <= self.workers <= ENVS:
-            raise InputError(f"--workers goes from 0 (no worker processes) to {ENVS}, got {self.workers}")
+        if self.workers < 0 or (self.workers and ENVS % self.workers):
+            raise InputError(
+                f"--workers is 0 (collect in this process) or a number that divides the {ENVS} environments "
+                f"(1, 2, 4, 8, ...), got {self.workers}"
+            )
 
 
 @dataclass
@@ -163,10 +166,15 @@ def _collector(settings: Settings, policy: ProbabilisticActor) -> Any:
         return Collector(CueCorners(batch_size=[ENVS], seed=settings.seed), policy, **common)
     share = ENVS // settings.workers
     makers = [
-        partial(CueCorners, batch_size=[share], seed=settings.seed * 1000 + worker)
+        partial(_worker_env, batch_size=[share], seed=settings.seed * 1000 + worker)
         for worker in range(settings.workers)
     ]
     return MultiSyncCollector(makers, policy, cat_results=0, **common)
+
+
+def _worker_env(**options: Any) -> CueCorners:
+    ignore_interrupts()
+    return CueCorners(**options)
 
 
 def _measure(data: TensorDictBase) -> dict[str, float]:

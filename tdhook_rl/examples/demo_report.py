@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tdhook_rl.examples.demo import CONCEPTS, Findings, Settings
 from tdhook_rl.report import Figure, Table, write_report
-from tdhook_rl.report.figures import attribution_bars, dose_curve, learning_curves, observation_maps
+from tdhook_rl.report.figures import attribution_bars, dose_curve, learning_curves, observation_maps, overview
 
 __all__ = ["COLUMNS", "summary", "write"]
 
@@ -41,21 +41,15 @@ def write(found: Findings, settings: Settings, folder: Path) -> Path:
     """Write the figures and ``report.html``; returns the path of the report."""
     figures = folder / "figures"
     curves = found.curves
-    learning = learning_curves(
-        figures / "learning.png",
-        curves["success"],
-        {
-            f"{name.replace('_', ' ')} ({role})": (curves[f"probe.{name}.trained"], curves[f"probe.{name}.untrained"])
-            for name, role in CONCEPTS.items()
-        },
-        "success",
-    )
+    probes = {
+        f"{name.replace('_', ' ')} ({role})": (curves[f"probe.{name}.trained"], curves[f"probe.{name}.untrained"])
+        for name, role in CONCEPTS.items()
+    }
+    learning = learning_curves(figures / "learning.png", curves["success"], probes, "success")
     lights = {network: seen["lights"].tolist() for network, seen in found.saliency.items()}
-    bars = attribution_bars(
-        figures / "saliency_lights.png",
-        dict(zip(LIGHTS, zip(lights["trained"], lights["untrained"], strict=True), strict=True)),
-        "mean |gradient| of the chosen logit",
-    )
+    of_lights = dict(zip(LIGHTS, zip(lights["trained"], lights["untrained"], strict=True), strict=True))
+    bars = attribution_bars(figures / "saliency_lights.png", of_lights, "mean |gradient| of the chosen logit")
+    overview(figures / "overview.png", of_lights, probes, found.response, "other")
     maps = observation_maps(
         figures / "saliency_maps.png",
         found.saliency["trained"]["planes"],

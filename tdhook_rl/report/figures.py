@@ -11,63 +11,94 @@ from torch import Tensor
 if TYPE_CHECKING:
     from tdhook_rl.sweeps import DoseResponse
 
-__all__ = ["attribution_bars", "dose_curve", "learning_curves"]
+__all__ = ["attribution_bars", "dose_curve", "learning_curves", "observation_maps", "overview"]
 
 BLUE, ORANGE, GREEN, GREY = "#2a6fbb", "#d9772b", "#3b8f5a", "#8a8f98"
 
 Curve = Sequence[tuple[int, float]]
 
 
-def learning_curves(
-    path: Path, behaviour: Curve, probes: Mapping[str, tuple[Curve, Curve]], behaviour_label: str
-) -> Path:
+Bars = Mapping[str, tuple[float, float]]
+Probes = Mapping[str, tuple[Curve, Curve]]
+
+
+def overview(path: Path, bars: Bars, probes: Probes, response: DoseResponse, outcome: str) -> Path:
+    """The three questions side by side: what it looks at, what it knows, and changing its mind."""
+    figure, (left, middle, right) = _subplots(1, 3, figsize=(13, 3.4))
+    _draw_bars(left, bars, "mean |gradient|")
+    _draw_probes(middle, probes, "probe accuracy (held out)")
+    _draw_dose(right, response, outcome)
+    right.set(xlabel="alpha (in units of the vector)", ylabel="P(the other corner)")
+    for axis, title in ((left, "What is it looking at?"), (middle, "What does it know?"), (right, "Can I change it?")):
+        axis.set_title(title, fontsize=11)
+        axis.legend(frameon=False, fontsize=7)
+    figure.tight_layout()
+    return _save(figure, path)
+
+
+def learning_curves(path: Path, behaviour: Curve, probes: Probes, behaviour_label: str) -> Path:
     """Behaviour above, held-out probe accuracy below: the trained network solid, the untrained one dashed."""
     figure, (above, below) = _subplots(2, 1, figsize=(7, 5), sharex=True, height_ratios=[1, 2])
     above.plot(*_columns(behaviour), color=GREEN)
     above.set(ylabel=behaviour_label, ylim=(-0.03, 1.03))
-    for (name, (trained, untrained)), colour in zip(probes.items(), (BLUE, ORANGE, GREY), strict=False):
-        below.plot(*_columns(trained), color=colour, label=f"{name}, trained")
-        below.plot(*_columns(untrained), color=colour, linestyle="--", linewidth=1, label=f"{name}, untrained")
-    below.axhline(0.5, color=GREY, linewidth=0.8, linestyle=":")
-    below.set(ylabel="probe accuracy\n(held-out episodes and states)", xlabel="environment frames", ylim=(0, 1.03))
+    _draw_probes(below, probes, "probe accuracy\n(held-out episodes and states)")
     below.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=8, frameon=False)
     return _save(figure, path)
 
 
-def attribution_bars(path: Path, values: Mapping[str, tuple[float, float]], ylabel: str) -> Path:
+def attribution_bars(path: Path, values: Bars, ylabel: str) -> Path:
     """For each feature the attribution in the trained and in the untrained network."""
     figure, axis = _subplots(figsize=(6, 3.2))
+    _draw_bars(axis, values, ylabel)
+    axis.legend(frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
+def _draw_probes(axis: Any, probes: Probes, ylabel: str) -> None:
+    for (name, (trained, untrained)), colour in zip(probes.items(), (BLUE, ORANGE, GREY), strict=False):
+        axis.plot(*_columns(trained), color=colour, label=f"{name}, trained")
+        axis.plot(*_columns(untrained), color=colour, linestyle="--", linewidth=1, label=f"{name}, untrained")
+    axis.axhline(0.5, color=GREY, linewidth=0.8, linestyle=":")
+    axis.set(ylabel=ylabel, xlabel="environment frames", ylim=(0, 1.03))
+
+
+def _draw_bars(axis: Any, values: Bars, ylabel: str) -> None:
     names = list(values)
     places = range(len(names))
     axis.bar([p - 0.2 for p in places], [values[n][0] for n in names], width=0.4, color=BLUE, label="trained")
     axis.bar([p + 0.2 for p in places], [values[n][1] for n in names], width=0.4, color=GREY, label="untrained")
     axis.set_xticks(list(places), names)
     axis.set(ylabel=ylabel)
-    axis.legend(frameon=False, fontsize=8)
-    return _save(figure, path)
 
 
 def dose_curve(path: Path, response: DoseResponse, outcome: str, competence: str, xlabel: str, ylabel: str) -> Path:
     """The rate of an outcome by alpha, the random vectors as a band, and what is left of competence."""
     figure, axis = _subplots(figsize=(6, 3.6))
-    alphas = list(response.alphas)
-    controls = response.rates[outcome][1:]
-    axis.fill_between(
-        alphas, controls.amin(0), controls.amax(0), color=GREY, alpha=0.35, linewidth=0, label="random vectors (range)"
-    )
-    axis.plot(alphas, controls.mean(0), color=GREY, linewidth=1, label="random vectors (mean)")
-    axis.plot(alphas, response.of_vector(outcome), color=BLUE, marker="o", label="steering vector")
-    axis.plot(alphas, response.of_vector(competence), color=GREEN, linestyle="--", label=f"{competence} (vector)")
-    axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(-0.03, 1.03))
+    _draw_dose(axis, response, outcome)
+    left = response.of_vector(competence).numpy()
+    axis.plot(list(response.alphas), left, color=GREEN, linestyle="--", label=f"{competence} (vector)")
+    axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.legend(frameon=False, fontsize=8)
     return _save(figure, path)
+
+
+def _draw_dose(axis: Any, response: DoseResponse, outcome: str) -> None:
+    alphas = list(response.alphas)
+    # matplotlib takes arrays: numpy's conversion of tensors warns.
+    controls = response.rates[outcome][1:].numpy()
+    axis.fill_between(
+        alphas, controls.min(0), controls.max(0), color=GREY, alpha=0.35, linewidth=0, label="random vectors (range)"
+    )
+    axis.plot(alphas, controls.mean(0), color=GREY, linewidth=1, label="random vectors (mean)")
+    axis.plot(alphas, response.of_vector(outcome).numpy(), color=BLUE, marker="o", label="steering vector")
+    axis.set(ylim=(-0.03, 1.03))
 
 
 def observation_maps(path: Path, planes: Tensor, titles: Sequence[str], label: str) -> Path:
     """One map for each plane of a grid observation, ``(planes, rows, columns)``, on one colour scale."""
     figure, axes = _subplots(1, len(titles), figsize=(2.6 * len(titles), 3.0), squeeze=False)
     for axis, plane, title in zip(axes[0], planes, titles, strict=True):
-        image = axis.imshow(plane, cmap="viridis", vmin=0, vmax=float(planes.max()))
+        image = axis.imshow(plane.numpy(), cmap="viridis", vmin=0, vmax=float(planes.max()))
         axis.set_title(title, fontsize=9)
         axis.set(xticks=[], yticks=[])
     figure.colorbar(image, ax=axes[0].tolist(), label=label, shrink=0.75)

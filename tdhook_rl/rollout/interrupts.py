@@ -1,0 +1,53 @@
+"""Stopping a training loop by Ctrl-C between two batches, where everything can be shut down in order."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+__all__ = ["Interruptible", "ignore_interrupts"]
+
+
+class Interruptible:
+    """While entered, the first Ctrl-C is remembered and raised by :meth:`check`; the second acts at once.
+
+    An interrupt in the middle of a loss is lost in TorchRL's functional calls, whose exit handling raises an
+    error of its own, and it reaches the workers before the collector can shut them down.
+
+    Example:
+        >>> with Interruptible() as interruptible:
+        ...     interruptible.check()  # between batches
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: Any = None
+
+    def __enter__(self) -> Interruptible:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._remember)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def check(self) -> None:
+        """Raise ``KeyboardInterrupt`` if Ctrl-C was pressed since the block was entered."""
+        if self.requested:
+            raise KeyboardInterrupt
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def ignore_interrupts() -> None:
+    """For worker processes: leave Ctrl-C, which the terminal sends to them too, to the main process."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,62 @@
+"""Every docstring example and every README snippet runs."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tdhook_rl
+from tdhook_rl import envs
+
+ROOT = Path(__file__).parents[1]
+MODULES = [
+    info.name
+    for package in (tdhook_rl, envs)
+    for info in pkgutil.walk_packages(package.__path__, package.__name__ + ".")
+]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("index", range(len(BLOCKS)))
+def test_readme_snippets(index: int, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(BLOCKS[index], f"README.md block {index}", "exec"), {})
+
+
+def test_the_first_snippet_is_short() -> None:
+    assert BLOCKS
+    assert len(BLOCKS[0].strip().splitlines()) <= 15
+
+
+def test_readme_names_files_that_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / target).exists(), target
+
+
+def test_importing_adds_next_to_nothing() -> None:
+    code = (
+        "import torchrl, sys; before = set(sys.modules); import tdhook_rl; "
+        "print(*sorted(set(sys.modules) - before), sep='\\n')"
+    )
+    added = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert added == ["tdhook_rl"]
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="Salienci"):
+        tdhook_rl.Salienci  # noqa: B018
+    assert "Saliency" in dir(tdhook_rl)
