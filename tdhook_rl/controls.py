@@ -23,7 +23,7 @@ class Controls(MutableMapping[str, Tensor]):
 
     Example:
         >>> controls = Controls()
-        >>> controls.add("steering.alpha", 0.0)
+        >>> _ = controls.add("steering.alpha", 0.0)
         >>> controls["steering.alpha"] = 0.5
         >>> controls["steering.alpha"]
         tensor(0.5000)
