@@ -21,7 +21,16 @@ if TYPE_CHECKING:
     from tdhook_rl.passes import Replay
     from tdhook_rl.tying import Tie
 
-__all__ = ["CaptureHook", "LeafHook", "Portable", "RowHook", "Runtime", "first_tensor", "with_first_tensor"]
+__all__ = [
+    "CaptureHook",
+    "LeafHook",
+    "Portable",
+    "RowHook",
+    "Runtime",
+    "WatchHook",
+    "first_tensor",
+    "with_first_tensor",
+]
 
 
 class Runtime:
@@ -41,6 +50,7 @@ class Runtime:
         self.row_hook: RowHook | None = None
         self.slots: dict[str, Tensor] = {}
         self.leaves: dict[str, Tensor | None] = {}
+        self.added: frozenset[str] = frozenset()
         self.rows: dict[NestedKey, Tensor] = {}
         self.lock = threading.RLock()
 
@@ -89,11 +99,23 @@ class CaptureHook:
             runtime.slots[self.slot] = unbatched(value, runtime.level).detach().clone()
 
 
+class WatchHook:
+    """Forward hook that keeps the output of its module, with its graph, for the targets of a replay."""
+
+    def __init__(self, runtime: Runtime, slot: str) -> None:
+        self.runtime = runtime
+        self.slot = slot
+
+    def __call__(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
+        if self.runtime.replay is not None:
+            self.runtime.replay.watched[self.slot] = first_tensor(output, module, self.slot)
+
+
 class LeafHook:
     """Forward hook that makes the output of its module a leaf of the explanation pass.
 
-    A leaf is the output itself where a gradient already reaches it; otherwise a detached copy that
-    requires a gradient. In a functional pass a given offset (zeros) is added instead.
+    A leaf is the output itself where a gradient already reaches it, otherwise a detached copy that requires a
+    gradient; or a given value in its place (or, in a functional pass, added to it as a difference of zero).
     """
 
     def __init__(self, runtime: Runtime, slot: str) -> None:
@@ -105,12 +127,14 @@ class LeafHook:
         if self.slot not in leaves:
             return None
         value = first_tensor(output, module, self.slot)
-        offset = leaves[self.slot]
-        if offset is not None:
-            value = value + offset
-        else:
-            value = value if value.requires_grad else value.detach().requires_grad_()
-            self.runtime.slots[self.slot] = value
+        given = leaves[self.slot]
+        if given is not None and self.slot in self.runtime.added:
+            value = value + (given - given.detach())
+        elif given is not None:
+            value = given
+        elif not value.requires_grad and torch.is_grad_enabled():
+            value = value.detach().requires_grad_()
+        self.runtime.slots[self.slot] = value
         return with_first_tensor(output, value, module)
 
 

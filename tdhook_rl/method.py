@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from tdhook_rl.classes import swap_class
 from tdhook_rl.errors import InputError, KeyCollisionError, PreparationError, SiteError, nearest
-from tdhook_rl.hooks import CaptureHook, LeafHook, RowHook, Runtime
+from tdhook_rl.hooks import CaptureHook, LeafHook, RowHook, Runtime, WatchHook
 from tdhook_rl.module import HookedMixin
 from tdhook_rl.passes import Bound, ReplayMixin, draws
 from tdhook_rl.paths import Site, find_sites
-from tdhook_rl.tying import Tie, tied_clone
+from tdhook_rl.tying import Tie, replace_tensors, tied_clone
 
 __all__ = ["Binder", "Compose", "HookingContext", "Method"]
 
@@ -167,10 +167,11 @@ class HookingContext:
         bound = [one for one in (method.bind(binder) for method in self._methods) if one is not None]
         binder.place_row_hooks()
         _check_collisions(clone, bound, binder.reads)
-        steps = [one for one in bound if one.result_keys and one.when == "step"]
+        steps = [one for one in bound if (one.result_keys or getattr(one, "consumes", False)) and one.when == "step"]
         clone.__dict__.update(
             _hooked_runtime=runtime, _hooked_bound=bound, _hooked_steps=steps, _hooked_reads=binder.reads
         )
+        clone.__dict__["_hooked_routes"] = binder.routes
         swap_class(clone, HookedMixin)
         return clone
 
@@ -183,6 +184,7 @@ class Binder:
         root: the module that paths start from.
         runtime: what the hooks share.
         reads: per-row keys that interventions read.
+        routes: what one site hands to another during a call; each has ``close(complete)``, called at its end.
     """
 
     def __init__(self, policy: TensorDictModuleBase, root: nn.Module, runtime: Runtime) -> None:
@@ -190,6 +192,7 @@ class Binder:
         self.root = root
         self.runtime = runtime
         self.reads: list[NestedKey] = []
+        self.routes: list[Any] = []
         self._slots = 0
 
     def sites(self, pattern: str | Sequence[str]) -> list[Site]:
@@ -216,6 +219,12 @@ class Binder:
         """Let explanation passes differentiate with respect to the output of a site."""
         slot = self._slot(site)
         self.on_output(site, LeafHook(self.runtime, slot))
+        return slot
+
+    def watch(self, site: Site) -> str:
+        """Show the output of a site, with its graph, to the targets of replays (``Pass.watched``)."""
+        slot = self._slot(site)
+        self.on_output(site, WatchHook(self.runtime, slot))
         return slot
 
     def on_output(self, site: Site, hook: Callable[..., Any]) -> None:
@@ -245,6 +254,22 @@ class Binder:
         """Create a tensor that may be changed while the policy runs; returns its name."""
         self.runtime.controls.add(name, torch.as_tensor(value))
         return name
+
+    def own_parameters(self, values: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+        """Give the clone, wherever it holds these parameters, others of its own with the given values."""
+        own = {id(old): nn.Parameter(value, requires_grad=old.requires_grad) for old, value in values}
+        replace_tensors(self.policy, own)
+        if self.runtime.tie is not None:
+            self.runtime.tie.watch(old for old, _ in values)
+
+    def expose(self, name: str, value: Any) -> None:
+        """Add an attribute to the hooked policy; it travels with copies of it."""
+        if hasattr(self.policy, name):
+            raise PreparationError(
+                f"{type(self.policy).__name__} has its own attribute {name!r}, which a method (or the same method "
+                "twice) adds to the hooked policy: rename it"
+            )
+        self.policy.__dict__[name] = value
 
     def _slot(self, site: Site) -> str:
         self._slots += 1

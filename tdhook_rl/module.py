@@ -51,6 +51,7 @@ class HookedMixin(_Policy):
     _hooked_bound: list[Bound]
     _hooked_steps: list[Bound]  # those that write at every forward
     _hooked_reads: list[NestedKey]
+    _hooked_routes: list[Any]  # what sites hand to each other during a call
 
     @classmethod
     def _namespace(cls, base: type[nn.Module]) -> dict[str, Any]:
@@ -127,7 +128,18 @@ class HookedMixin(_Policy):
             runtime.tie.check(self)
         # A collector's thread and a postproc in the main thread may use one hooked policy at once.
         with runtime.lock:
-            return self._hooked_call(forward, args, kwargs)
+            complete = False
+            try:
+                output = self._hooked_call(forward, args, kwargs)
+                complete = True
+            finally:
+                self._close_routes(complete)
+            return output
+
+    def _close_routes(self, complete: bool = False) -> None:
+        if not self._hooked_runtime.depth:
+            for route in self._hooked_routes:
+                route.close(complete)
 
     def _hooked_call(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         runtime = self._hooked_runtime
@@ -147,14 +159,14 @@ class HookedMixin(_Policy):
             finally:
                 runtime.recording = False
             if before is None:
-                publish(output, self._compute(steps, Call(self, forward, output, inputs)))
+                publish(output, self._compute(steps, Call(self, forward, output, inputs, data)))
             else:
                 # Noise inside the policy repeats in the second pass; afterwards the stream goes on as if
                 # there had been none.
                 after = GeneratorState(data.device)
                 before.restore()
                 try:
-                    publish(output, self._compute(steps, Call(self, forward, output, inputs)))
+                    publish(output, self._compute(steps, Call(self, forward, output, inputs, data)))
                 finally:
                     after.restore()
             return output
@@ -203,7 +215,7 @@ class HookedMixin(_Policy):
         if runtime.tie is not None:
             runtime.tie.check(self)
         forward = type(self)._base.forward
-        keys = [*self.in_keys, *super().out_keys]
+        keys = [*self.in_keys, *super().out_keys, *(key for one in missing for key in getattr(one, "reads", ()))]
         selected = data.select(*keys, strict=False)
         chunk_size = default_chunk_size(self) if chunk_size is None else chunk_size
 
@@ -219,6 +231,7 @@ class HookedMixin(_Policy):
                 return computed
             finally:
                 runtime.slots.clear()
+                self._close_routes()
 
         with runtime.lock, frozen_statistics(self):
             before = GeneratorState(data.device)
@@ -276,7 +289,10 @@ def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(self: HookedMixin, *args: Any, **kwargs: Any) -> Any:
         if not self._hooked_runtime.active:
             self._hooked_runtime.refuse()
-        return method(self, *args, **kwargs)
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self._close_routes()
 
     return guarded
 

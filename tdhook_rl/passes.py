@@ -28,7 +28,7 @@ __all__ = ["Bound", "Call", "Pass", "Replay", "ReplayMixin", "publish"]
 class Bound(Protocol):
     """A method bound to one hooked policy: what it declares, and how it computes results of a call."""
 
-    result_keys: tuple[tuple[str, ...], ...]  # empty for interventions
+    result_keys: tuple[tuple[str, ...], ...]  # empty for interventions, and for `consumes = True`: computed, writes none
     when: str  # "step": in every forward; "batch": in annotate only
     reads_forward: bool  # uses what its hooks captured in the forward pass
     replays: bool  # runs the policy again
@@ -43,6 +43,7 @@ class Replay:
 
     stored: TensorDictBase
     distributions: list[tuple[nn.Module, torch.distributions.Distribution]] = field(default_factory=list)
+    watched: dict[str, Tensor] = field(default_factory=dict)
 
 
 class ReplayMixin(Swapped):
@@ -91,16 +92,23 @@ class Pass:
     stored: TensorDictBase
     distributions: list[tuple[nn.Module, torch.distributions.Distribution]]
     out_keys: list[NestedKey]
+    watched: dict[str, Tensor]  # outputs of target modules, by slot
 
 
 class Call:
     """One call of a hooked policy: the data it saw, what its hooks captured, and replays of it."""
 
     def __init__(
-        self, policy: HookedMixin, forward: Callable[..., Any], data: TensorDictBase, inputs: dict[NestedKey, Tensor]
+        self,
+        policy: HookedMixin,
+        forward: Callable[..., Any],
+        data: TensorDictBase,
+        inputs: dict[NestedKey, Tensor],
+        source: TensorDictBase | None = None,
     ) -> None:
         self.policy = policy
         self.data = data
+        self.source = data if source is None else source  # what the policy was called with
         self.inputs = inputs
         self._forward = forward
 
@@ -153,7 +161,7 @@ class Call:
             outputs = run_root(self.policy, self._forward, (data,), {})
         finally:
             runtime.replay, runtime.recording = previous
-        return Pass(outputs, stored, replay.distributions, self.policy.policy_out_keys)
+        return Pass(outputs, stored, replay.distributions, self.policy.policy_out_keys, replay.watched)
 
 
 def run_root(policy: HookedMixin, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:

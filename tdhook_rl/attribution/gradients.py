@@ -1,4 +1,4 @@
-"""Gradients of a target with respect to inputs and inner activations, in one replay.
+"""Gradients of targets with respect to inputs and inner activations, in one replay.
 
 ``torch.autograd.grad`` with respect to the explained tensors only; where autograd is out of reach
 (inference mode, compile, inside a functorch transform) ``torch.func.grad`` gives the same numbers.
@@ -17,7 +17,10 @@ from tdhook_rl.errors import InputError, SiteError, TargetError, nearest
 from tdhook_rl.hooks import Runtime, vmap_level
 from tdhook_rl.passes import Call, Pass
 
-__all__ = ["explainable_inputs", "gradients"]
+__all__ = ["activations", "explainable_inputs", "gradients"]
+
+Scalar = Callable[[Pass], Tensor]
+Gradients = tuple[dict[NestedKey, Tensor], dict[str, Tensor]]
 
 
 def explainable_inputs(call: Call, keys: Sequence[NestedKey] | None) -> dict[NestedKey, Tensor]:
@@ -46,80 +49,133 @@ def explainable_inputs(call: Call, keys: Sequence[NestedKey] | None) -> dict[Nes
 def gradients(
     call: Call,
     inputs: Mapping[NestedKey, Tensor],
-    leaves: Mapping[str, str],
-    target: Callable[[Pass], Tensor],
+    leaves: Mapping[str, Tensor | None],
+    sites: Mapping[str, str],
+    targets: Sequence[Scalar],
+    *,
     stored: TensorDictBase | None = None,
-) -> tuple[dict[NestedKey, Tensor], dict[str, tuple[Tensor, Tensor]]]:
-    """Gradients of ``target`` (summed over rows, which do not interact).
+    weights: Tensor | None = None,
+) -> tuple[list[Gradients], dict[str, Tensor]]:
+    """Gradients of each target, summed over rows (which do not interact), from one forward pass.
 
     Args:
         call: the call that is explained.
         inputs: the explained inputs, floating point.
-        leaves: for each slot of an inner activation that is explained, the name of its site.
-        target: maps a replay to one number for each row.
-        stored: where the other inputs and the samples come from.
+        leaves: the inner activations that are explained, by slot: a value to put in their place, or ``None`` for
+            what the policy computes.
+        sites: the names of the leaves' sites, for messages.
+        targets: each maps a replay to one number for each row.
+        stored: where the other inputs and the samples come from; the call's data by default.
+        weights: a weight for each row; ones by default.
 
     Returns:
-        the gradient of each input, and for each inner activation by slot its gradient and its value.
+        for each target the gradients of the inputs by key and of the leaves by slot; and the values of the leaves.
 
     Raises:
-        TargetError: if no gradient reaches the target.
+        TargetError: if no gradient reaches a target.
         SiteError: if an explained module does not run.
     """
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or vmap_level() >= 0:
+        return _functional(call, inputs, leaves, sites, targets, stored, weights)
     runtime = call.policy._hooked_runtime
-    functional = torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or vmap_level() >= 0
-    if functional:
-        if leaves:
-            raise InputError("inner activations cannot be explained under inference_mode, compile or vmap")
-        return _functional(call, inputs, target, stored), {}
-    with torch.enable_grad(), _leaves(runtime, leaves):
+    given = {slot: None if value is None else value.detach().requires_grad_() for slot, value in leaves.items()}
+    with torch.enable_grad(), _leaves(runtime, given):
         primals = {key: value.detach().requires_grad_() for key, value in inputs.items()}
-        value = target(call.replay(primals, stored))
-        if not value.requires_grad:
-            raise TargetError(_no_path(target))
-        for slot, site in leaves.items():
-            if slot not in runtime.slots:
-                raise SiteError(f"the module {site!r} did not run, so its activation cannot be explained")
-        points = [*primals.values(), *(runtime.slots[slot] for slot in leaves)]
-        found = torch.autograd.grad(value, points, torch.ones_like(value), allow_unused=True)
-    if all(gradient is None for gradient in found):
-        raise TargetError(_no_path(target))
-    filled = [
-        torch.zeros_like(point) if gradient is None else gradient for point, gradient in zip(points, found, strict=True)
-    ]
-    count = len(primals)
-    inner = zip(filled[count:], (point.detach() for point in points[count:]), strict=True)
-    return dict(zip(primals, filled[:count], strict=True)), dict(zip(leaves, inner, strict=True))
+        run = call.replay(primals, stored)
+        values = [target(run) for target in targets]
+        _require_fired(runtime, leaves, sites)
+        inner = {slot: runtime.slots[slot] for slot in leaves}
+        points = [*primals.values(), *inner.values()]
+        found = []
+        for index, (target, value) in enumerate(zip(targets, values, strict=True)):
+            if not value.requires_grad:
+                raise TargetError(_no_path(target))
+            outer = torch.ones_like(value) if weights is None else weights.to(value.dtype)
+            more = index + 1 < len(values)
+            one = torch.autograd.grad(value, points, outer, allow_unused=True, retain_graph=more)
+            if all(gradient is None for gradient in one):
+                raise TargetError(_no_path(target))
+            found.append(_split(one, points, primals, inner))
+    return found, {slot: value.detach() for slot, value in inner.items()}
+
+
+def activations(
+    call: Call,
+    sites: Mapping[str, str],
+    inputs: Mapping[NestedKey, Tensor] | None = None,
+    stored: TensorDictBase | None = None,
+) -> dict[str, Tensor]:
+    """What the policy computes at sites, by slot, on the call's inputs or on others."""
+    runtime = call.policy._hooked_runtime
+    with torch.no_grad(), _leaves(runtime, dict.fromkeys(sites)):
+        call.replay(inputs, stored)
+        _require_fired(runtime, dict.fromkeys(sites), sites)
+        return {slot: runtime.slots[slot].detach() for slot in sites}
 
 
 def _functional(
-    call: Call, inputs: Mapping[NestedKey, Tensor], target: Callable[[Pass], Tensor], stored: TensorDictBase | None
-) -> dict[NestedKey, Tensor]:
-    keys = list(inputs)
+    call: Call,
+    inputs: Mapping[NestedKey, Tensor],
+    leaves: Mapping[str, Tensor | None],
+    sites: Mapping[str, str],
+    targets: Sequence[Scalar],
+    stored: TensorDictBase | None,
+    weights: Tensor | None,
+) -> tuple[list[Gradients], dict[str, Tensor]]:
+    runtime = call.policy._hooked_runtime
+    computed = activations(call, sites, inputs, stored) if leaves else {}
+    inner = {slot: computed[slot] if value is None else value for slot, value in leaves.items()}
+    # To put what is computed in its own place would cut the inputs off from what follows: there the difference
+    # to it, which is zero, is added.
+    added = frozenset(slot for slot, value in leaves.items() if value is None)
+    points = [value.detach() for value in (*inputs.values(), *inner.values())]
+    found = []
+    for target in targets:
 
-    def total(*values: Tensor) -> Tensor:
-        value = target(call.replay(dict(zip(keys, values, strict=True)), stored))
-        if not value.requires_grad and not torch.compiler.is_compiling():
-            raise TargetError(_no_path(target))
-        return value.sum()
+        def total(*values: Tensor, target: Scalar = target) -> Tensor:
+            chosen = dict(zip(inputs, values, strict=False))
+            placed = dict(zip(inner, values[len(inputs) :], strict=True))
+            with _leaves(runtime, placed, added):
+                value = target(call.replay(chosen, stored))
+            if not torch.compiler.is_compiling() and not value.requires_grad:
+                raise TargetError(_no_path(target))
+            return (value if weights is None else value * weights.to(value.dtype)).sum()
 
-    values = [inputs[key].detach() for key in keys]
-    found = torch.func.grad(total, argnums=tuple(range(len(keys))))(*values)
-    return dict(zip(keys, found, strict=True))
+        one = torch.func.grad(total, argnums=tuple(range(len(points))))(*points)
+        found.append(_split(one, points, inputs, inner))
+    return found, {slot: value.detach() for slot, value in inner.items()}
+
+
+def _split(
+    one: Sequence[Tensor | None],
+    points: Sequence[Tensor],
+    inputs: Mapping[NestedKey, Tensor],
+    inner: Mapping[str, Tensor],
+) -> Gradients:
+    filled = [torch.zeros_like(p) if gradient is None else gradient for p, gradient in zip(points, one, strict=True)]
+    return dict(zip(inputs, filled, strict=False)), dict(zip(inner, filled[len(inputs) :], strict=True))
 
 
 @contextmanager
-def _leaves(runtime: Runtime, leaves: Mapping[str, str]) -> Iterator[None]:
-    runtime.leaves = dict.fromkeys(leaves)
+def _leaves(
+    runtime: Runtime, leaves: Mapping[str, Tensor | None], added: frozenset[str] = frozenset()
+) -> Iterator[None]:
+    runtime.leaves, runtime.added = dict(leaves), added
     try:
         yield
     finally:
-        runtime.leaves = {}
+        runtime.leaves, runtime.added = {}, frozenset()
         for slot in leaves:
             runtime.slots.pop(slot, None)
 
 
-def _no_path(target: Callable[[Pass], Tensor]) -> str:
+def _require_fired(runtime: Runtime, leaves: Mapping[str, Tensor | None], sites: Mapping[str, str]) -> None:
+    for slot in leaves:
+        if slot not in runtime.slots:
+            raise SiteError(f"the module {sites[slot]!r} did not run, so its activation cannot be explained")
+
+
+def _no_path(target: Scalar) -> str:
     return (
         f"no gradient reaches the target {getattr(target, 'name', target)!s} from the explained inputs: the policy "
         "detaches, rounds or samples on the way (an action has no gradient; its log-probability has)"

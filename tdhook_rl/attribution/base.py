@@ -1,0 +1,266 @@
+"""What gradient attributions share: which tensors are explained, which targets, and where results go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictModule
+from tensordict.utils import unravel_key
+from torch import Tensor
+
+from tdhook_rl.attribution.gradients import explainable_inputs
+from tdhook_rl.errors import InputError, MissingKeyError, TargetError, nearest
+from tdhook_rl.hooks import Portable
+from tdhook_rl.method import Binder, Method
+from tdhook_rl.passes import Call, Pass, with_batch
+from tdhook_rl.targets import Target, default_target, per_row
+
+if TYPE_CHECKING:
+    from tensordict.nn import TensorDictModuleBase
+
+__all__ = ["BoundAttribution", "Explained", "GradientAttribution"]
+
+Init = Callable[[TensorDictBase, TensorDictBase], TensorDictBase]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GradientAttribution(Method):
+    """Base of the gradient attributions: what is explained, with respect to what.
+
+    Args:
+        target: what is explained, from :mod:`tdhook_rl.targets`; by default the log-probability of the taken
+            action on policies and the sum of outputs elsewhere. A mapping of names to targets explains each by
+            itself, from one forward pass, under ``(attribution_key, name, ...)``.
+        init_attr_targets: instead of ``target``, ``(outputs, additional) -> TensorDict`` of the values to explain;
+            their sum over entries is explained for each row.
+        init_attr_inputs: ``(inputs, additional) -> TensorDict`` of the inputs to explain, selected from or computed
+            from all inputs.
+        init_attr_grads: ``(targets, additional) -> TensorDict`` of the weights of the targets of
+            ``init_attr_targets``; ones by default.
+        additional_init_keys: keys of the data that the three functions are given as ``additional``.
+        inputs: the input keys to explain; by default every input that is not boolean, and none where
+            ``input_modules`` are given.
+        input_modules: modules whose output is explained, under ``(attribution_key, path)``.
+        target_modules: modules whose output ``init_attr_targets`` is given beside the policy's outputs.
+        when: ``"step"`` in every forward, as a second pass; ``"batch"`` in ``annotate`` only. By default
+            ``"batch"`` on policies explained through ``target`` and ``"step"`` elsewhere.
+        attribution_key: the root of the result keys.
+    """
+
+    target: Target | Mapping[str, Target] | None = None
+    init_attr_targets: Init | None = None
+    init_attr_inputs: Init | None = None
+    init_attr_grads: Init | None = None
+    additional_init_keys: Sequence[NestedKey] = ()
+    inputs: Sequence[NestedKey] | None = None
+    input_modules: Sequence[str] = ()
+    target_modules: Sequence[str] = ()
+    when: Literal["step", "batch"] | None = None
+    attribution_key: str = "attr"
+
+    bound_class: ClassVar[type[BoundAttribution]]
+
+    def __post_init__(self) -> None:
+        if self.target is not None and self.init_attr_targets is not None:
+            raise TargetError("target= and init_attr_targets= both say what to explain: give one of them")
+        if self.when not in (None, "step", "batch"):
+            raise InputError(f"when= is 'step' or 'batch', got {self.when!r}")
+        if self.init_attr_targets is None and (self.init_attr_grads is not None or self.target_modules):
+            raise TargetError("init_attr_grads= and target_modules= belong to init_attr_targets=, which is not given")
+        targets = self.target.values() if isinstance(self.target, Mapping) else [self.target]
+        for one in targets:
+            if one is not None and not callable(one):
+                raise TargetError(f"target= is a target such as targets.entropy(), got {one!r}")
+
+    def bind(self, binder: Binder) -> BoundAttribution:
+        return self.bound_class(self, binder)
+
+    def default_when(self, policy: TensorDictModuleBase) -> Literal["step", "batch"]:
+        """Policies act at every step and are explained once a batch, which is many times cheaper."""
+        acts = any(isinstance(child, ProbabilisticTensorDictModule) for child in policy.modules()) or any(
+            key == "action" or key[-1] == "action" for key in policy.out_keys
+        )
+        return "batch" if acts and self.init_attr_targets is None else "step"
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What is explained in one call: inputs by key, and inner activations by slot with the name of their site."""
+
+    inputs: dict[NestedKey, Tensor]
+    leaves: dict[str, str]
+
+
+class BoundAttribution:
+    """A gradient attribution bound to a policy. Subclasses say how one target is attributed."""
+
+    reads_forward = False
+    replays = True
+
+    def __init__(self, config: GradientAttribution, binder: Binder) -> None:
+        sites = [site for path in config.input_modules for site in binder.sites(path)]
+        self.config = config
+        self.when = config.when or config.default_when(binder.policy)
+        self.root = config.attribution_key
+        self.inputs: list[NestedKey] | None = None
+        if config.inputs is not None:
+            self.inputs = [unravel_key(key) for key in config.inputs]
+        elif sites and config.init_attr_inputs is None:
+            self.inputs = []
+        self.leaves = {binder.leaf(site): site.name for site in sites}
+        self.watched = {binder.watch(site): site.name for path in config.target_modules for site in binder.sites(path)}
+        self.declared = list(binder.policy.in_keys) if self.inputs is None else self.inputs
+        self.names = list(config.target) if isinstance(config.target, Mapping) else [None]
+        self._init = {
+            name: None if function is None else Portable(function)
+            for name, function in (
+                ("targets", config.init_attr_targets),
+                ("inputs", config.init_attr_inputs),
+                ("grads", config.init_attr_grads),
+            )
+        }
+        self._chosen: list[Target | None] = (
+            list(config.target.values()) if isinstance(config.target, Mapping) else [config.target]
+        )
+        self._additional_keys = [unravel_key(key) for key in config.additional_init_keys]
+        self.reads = list(self._additional_keys)
+        # The functions travel wrapped, the rest of the configuration as it is.
+        self.config = _without_functions(config)
+
+    @property
+    def result_keys(self) -> tuple[tuple[str, ...], ...]:
+        explained = [*map(_as_tuple, self.declared), *((site,) for site in self.leaves.values())]
+        return tuple((self.root, *([name] if name else []), *key) for name in self.names for key in explained)
+
+    def compute(self, call: Call) -> dict[tuple[str, ...], Tensor]:
+        explained = Explained(self._explained_inputs(call), self.leaves)
+        self.declared = [key for key in self.declared if key in explained.inputs]  # boolean inputs drop out
+        targets = [self._function(one, call) for one in self._chosen]
+        results: dict[tuple[str, ...], Tensor] = {}
+        for name, (of_inputs, of_leaves) in zip(self.names, self.attribute(call, explained, targets), strict=True):
+            prefix = (self.root, *([name] if name else []))
+            for key, value in of_inputs.items():
+                results[*prefix, *_as_tuple(key)] = value
+            for slot, value in of_leaves.items():
+                site = self.leaves[slot]
+                results[*prefix, site] = with_batch(value, call.batch_size, site)
+        return results
+
+    def attribute(
+        self, call: Call, explained: Explained, targets: Sequence[Callable[[Pass], Tensor]]
+    ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
+        """For each target the attribution of each input (by key) and of each inner activation (by slot)."""
+        raise NotImplementedError
+
+    def additional(self, call: Call) -> TensorDict:
+        """The entries of ``additional_init_keys``."""
+        found = TensorDict({}, batch_size=call.batch_size)
+        for key in self._additional_keys:
+            value = call.data.get(key, None)
+            if value is None:
+                raise MissingKeyError(
+                    f"additional_init_keys names {key!r}, which the data lacks; "
+                    f"{nearest(str(key), map(str, call.data.keys(True, True)))}"
+                )
+            found.set(key, value)
+        return found
+
+    def _explained_inputs(self, call: Call) -> dict[NestedKey, Tensor]:
+        function = self._init["inputs"]
+        if function is None:
+            return explainable_inputs(call, self.inputs)
+        chosen = function(TensorDict(dict(call.inputs), batch_size=call.batch_size), self.additional(call))
+        _require_tensordict(chosen, "init_attr_inputs")
+        keys = [key if len(_as_tuple(key)) > 1 else _as_tuple(key)[0] for key in chosen.keys(True, True)]
+        unknown = [key for key in keys if key not in call.policy.policy_in_keys]
+        if unknown:
+            raise InputError(
+                f"init_attr_inputs returned {unknown[0]!r}, which is not an input of the policy; "
+                f"{nearest(str(unknown[0]), map(str, call.policy.policy_in_keys))}"
+            )
+        return {key: chosen.get(key) for key in keys}
+
+    def _function(self, target: Target | None, call: Call) -> Callable[[Pass], Tensor]:
+        init = self._init["targets"]
+        if init is None:
+            return target or _Default()
+        return _InitTargets(init, self._init["grads"], self.additional(call), self.watched)
+
+
+class _Default:
+    name = "(default)"
+
+    def __call__(self, run: Pass) -> Tensor:
+        return default_target(run)(run)
+
+
+class _InitTargets:
+    """The callbacks of the seed as one function from a replay to one number for each row."""
+
+    name = "init_attr_targets"
+
+    def __init__(
+        self,
+        targets: Callable[..., Any],
+        grads: Callable[..., Any] | None,
+        additional: TensorDict,
+        watched: dict[str, str],
+    ) -> None:
+        self.targets = targets
+        self.grads = grads
+        self.additional = additional
+        self.watched = watched
+
+    def __call__(self, run: Pass) -> Tensor:
+        batch = run.outputs.batch_size
+        outputs = run.outputs.select(*run.out_keys, strict=False)
+        for slot, site in self.watched.items():
+            if slot not in run.watched:
+                raise TargetError(f"target_modules names {site!r}, which did not run")
+            outputs.set(site, run.watched[slot])
+        additional = self.additional
+        if additional.batch_size != batch:  # a path of several points: each point has the rows of the call
+            points = batch.numel() // max(additional.batch_size.numel(), 1)
+            additional = additional.expand(points, *additional.batch_size).reshape(batch)
+        values = self.targets(outputs, additional)
+        _require_tensordict(values, "init_attr_targets")
+        keys = list(values.keys(True, True))
+        if not keys:
+            raise TargetError("init_attr_targets returned an empty TensorDict: it holds the values to explain")
+        weights = None
+        if self.grads is not None:
+            weights = self.grads(values, additional)
+            _require_tensordict(weights, "init_attr_grads")
+            if set(weights.keys(True, True)) != set(keys):
+                raise TargetError(
+                    f"init_attr_grads returned {sorted(map(str, weights.keys(True, True)))}, "
+                    f"but the targets are {sorted(map(str, keys))}"
+                )
+        terms = []
+        for key in keys:
+            value = values.get(key)
+            value = value if weights is None else value * weights.get(key).detach()
+            terms.append(per_row(value, batch, f"init_attr_targets[{key!r}]"))
+        return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
+
+
+def _require_tensordict(value: Any, name: str) -> None:
+    if not isinstance(value, TensorDictBase):
+        raise TargetError(f"{name} must return a TensorDict, got a {type(value).__name__}")
+
+
+def _without_functions(config: GradientAttribution) -> GradientAttribution:
+    import copy
+
+    plain = copy.copy(config)
+    for name in ("init_attr_targets", "init_attr_inputs", "init_attr_grads", "target"):
+        object.__setattr__(plain, name, None)
+    return plain
+
+
+def _as_tuple(key: NestedKey) -> tuple[str, ...]:
+    return (key,) if isinstance(key, str) else key

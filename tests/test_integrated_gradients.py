@@ -1,0 +1,246 @@
+"""Integrated gradients: quadrature, completeness, linear identities, inner activations, bounded passes."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+
+from tdhook_rl import Compose, SteeringVectors, targets
+from tdhook_rl.attribution import IntegratedGradients, Saliency
+from tdhook_rl.attribution.integrated_gradients import quadrature
+from tdhook_rl.errors import InputError, MissingKeyError, TargetError
+from tests.oracles import row_gradients
+from tests.policies import ACTIONS, FEATURES, categorical, mlp
+
+F64 = torch.float64
+RULES = ["gausslegendre", "riemann_middle", "riemann_left", "riemann_right", "riemann_trapezoid"]
+
+
+def pair(rows: int = 5, *batch: int) -> TensorDict:
+    x = torch.randn(rows, FEATURES, dtype=F64)
+    data = TensorDict({"input": x, ("baseline", "input"): torch.randn_like(x)}, batch_size=rows)
+    return data.reshape(batch) if batch else data
+
+
+def output(index: int) -> targets.Target:
+    return targets.Target(f"output {index}", lambda run: run.outputs["output"][..., index])
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+def test_weights_add_up_to_one(rule: str, steps: int) -> None:
+    points, weights = quadrature(rule, steps)
+    assert len(points) == len(weights) == steps
+    assert sum(weights) == pytest.approx(1.0, abs=1e-12)
+    assert all(0 <= point <= 1 for point in points)
+
+
+def test_gauss_legendre_is_exact_for_polynomials() -> None:
+    points, weights = map(np.array, quadrature("gausslegendre", 5))
+    for degree in range(10):
+        assert weights @ points**degree == pytest.approx(1 / (degree + 1), abs=1e-14)
+    assert abs(weights @ points**10 - 1 / 11) > 1e-9
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_linear_net_is_attributed_exactly_by_every_rule(rule: str) -> None:
+    net = nn.Linear(FEATURES, 1).double()
+    data = pair()
+    with IntegratedGradients(method=rule, n_steps=3).prepare(net) as hooked:
+        found = hooked(data.clone())["attr", "input"]
+    torch.testing.assert_close(found, net.weight * (data["input"] - data["baseline", "input"]), atol=1e-13, rtol=1e-13)
+
+
+def by_hand(net: nn.Module, x: torch.Tensor, b: torch.Tensor, index: int, steps: int = 400) -> torch.Tensor:
+    """A fine midpoint rule over Jacobians, one point at a time."""
+    total = torch.zeros_like(x)
+    for step in range(steps):
+        total += row_gradients(lambda v: net(v)[index], b + (step + 0.5) / steps * (x - b))
+    return total / steps * (x - b)
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (5, 1)])
+@pytest.mark.parametrize("chunk_size", [None, 7])
+def test_equals_a_fine_midpoint_rule_and_is_complete(batch: tuple[int, ...], chunk_size: int | None) -> None:
+    net = mlp().double()
+    rows = pair()
+    data = rows.reshape(batch) if batch else rows[0]
+    method = IntegratedGradients(target=output(2), n_steps=32, chunk_size=chunk_size, compute_convergence_delta=True)
+    with method.prepare(net) as hooked:
+        found = hooked(data.clone())
+    expected = by_hand(net, rows["input"], rows["baseline", "input"], 2)
+    expected = expected.reshape(*batch, FEATURES) if batch else expected[0]
+    torch.testing.assert_close(found["attr", "input"], expected, rtol=1e-4, atol=1e-6)
+    change = net(data["input"])[..., 2] - net(data["baseline", "input"])[..., 2]
+    torch.testing.assert_close(found["attr", "input"].sum(-1), change, rtol=0, atol=1e-8)
+    assert found["convergence_delta"].shape == batch
+    assert float(found["convergence_delta"].detach().abs().max()) < 1e-8
+    assert torch.equal(found["output"], net(data["input"]))
+
+
+def test_the_snippet_of_the_seed_without_a_batch_size() -> None:
+    net, class_idx = mlp(), 1
+    x, baseline = torch.randn(3, FEATURES), torch.zeros(3, FEATURES)
+
+    def init_attr_targets(targets, _):
+        return TensorDict(out=targets["output"][..., class_idx], batch_size=targets.batch_size)
+
+    with IntegratedGradients(init_attr_targets=init_attr_targets).prepare(net) as hooked:
+        td = hooked(TensorDict({"input": x, ("baseline", "input"): baseline}))
+        attr = td.get(("attr", "input"))
+    change = net(x)[:, class_idx] - net(baseline)[:, class_idx]
+    torch.testing.assert_close(attr.sum(-1), change, rtol=1e-4, atol=1e-5)
+
+
+def test_average_gradients_without_the_product() -> None:
+    net = mlp().double()
+    data = pair()
+    with IntegratedGradients(multiply_by_inputs=False, target=output(0)).prepare(net) as hooked:
+        average = hooked(data.clone())["attr", "input"]
+    with IntegratedGradients(target=output(0)).prepare(net) as hooked:
+        product = hooked(data.clone())["attr", "input"]
+    torch.testing.assert_close(average * (data["input"] - data["baseline", "input"]), product)
+
+
+def test_several_targets_each_by_itself() -> None:
+    net = mlp().double()
+    data = pair()
+    wanted = {f"logit {index}": output(index) for index in range(ACTIONS)}
+    with Compose(IntegratedGradients(target=wanted), Saliency(target=wanted, attribution_key="grad")).prepare(
+        net
+    ) as hooked:
+        found = hooked(data.clone())
+    for index, name in enumerate(wanted):
+        with IntegratedGradients(target=wanted[name]).prepare(net) as hooked:
+            alone = hooked(data.clone())["attr", "input"]
+        torch.testing.assert_close(found["attr", name, "input"], alone)
+        expected = row_gradients(lambda v, index=index: net(v)[index], data["input"])
+        torch.testing.assert_close(found["grad", name, "input"], expected)
+
+
+def test_inner_activations_are_complete_and_independent_of_the_inputs() -> None:
+    net = mlp().double()
+    data = pair()
+    method = IntegratedGradients(target=output(1), inputs=["input"], input_modules=["1", "3"])
+    with method.prepare(net) as hooked:
+        found = hooked(data.clone())
+    change = (net(data["input"]) - net(data["baseline", "input"]))[:, 1]
+    torch.testing.assert_close(found["attr", "input"].sum(-1), change, atol=1e-8, rtol=0)
+    torch.testing.assert_close(found["attr", "3"].sum(-1), change, atol=1e-8, rtol=0)
+    head = net[4]  # after the last hidden layer the net is linear
+    hidden = net[:4](data["input"]) - net[:4](data["baseline", "input"])
+    torch.testing.assert_close(found["attr", "3"], head.weight[1] * hidden)
+
+
+def test_the_taken_action_of_a_policy_in_annotate_with_steering() -> None:
+    actor = categorical().double()
+    vector = torch.randn(16, dtype=F64)
+    data = actor(TensorDict({"observation": torch.randn(6, FEATURES, dtype=F64)}, batch_size=6)).detach()
+    method = Compose(
+        SteeringVectors({"module.0.module.1": vector}),
+        IntegratedGradients(baseline=0.0, target=targets.chosen_logit(), n_steps=64),
+    )
+    with method.prepare(actor) as hooked:
+        found = hooked.annotate(data)["attr", "observation"].sum(-1)
+    net = actor.module[0].module
+
+    def steered(x: torch.Tensor) -> torch.Tensor:
+        return net[2:](net[:2](x) + vector).gather(-1, data["action"][:, None]).squeeze(-1)
+
+    change = steered(data["observation"]) - steered(torch.zeros_like(data["observation"]))
+    torch.testing.assert_close(found, change, atol=1e-8, rtol=0)
+
+
+def test_the_functional_engine_gives_the_same_numbers() -> None:
+    net = mlp().double()
+    data = pair()
+    for make in (partial(IntegratedGradients, n_steps=8), Saliency):
+        with make(target=output(1), inputs=["input"], input_modules=["1"]).prepare(net) as hooked:
+            expected = hooked(data.clone())["attr"]
+            with torch.inference_mode():
+                found = hooked(data.clone())["attr"]
+        torch.testing.assert_close(found["input"], expected["input"])
+        torch.testing.assert_close(found["1"], expected["1"])
+
+
+def test_callbacks_select_inputs_weight_targets_and_read_other_keys() -> None:
+    net = nn.Bilinear(3, 2, 2).double()
+    data = TensorDict(
+        {"a": torch.randn(4, 3, dtype=F64), "b": torch.randn(4, 2, dtype=F64), "w": torch.rand(4, dtype=F64)},
+        batch_size=4,
+    )
+    method = Saliency(
+        init_attr_inputs=lambda inputs, _: inputs.select("a"),
+        init_attr_targets=lambda outputs, _: TensorDict(
+            {"x": outputs["output"][..., 0], "y": outputs["output"][..., 1]}, batch_size=outputs.batch_size
+        ),
+        init_attr_grads=lambda t, extra: TensorDict({"x": extra["w"], "y": -extra["w"]}, batch_size=t.batch_size),
+        additional_init_keys=["w"],
+    )
+    with method.prepare(net, in_keys=["a", "b"], out_keys=["output"]) as hooked:
+        found = hooked(data.clone())
+    assert list(found["attr"].keys()) == ["a"]
+    for row in range(4):
+        jacobian = torch.func.jacfwd(lambda a, row=row: net(a[None], data["b"][row][None])[0])(data["a"][row])
+        torch.testing.assert_close(found["attr", "a"][row], data["w"][row] * (jacobian[0] - jacobian[1]))
+    with method.prepare(net, in_keys=["a", "b"], out_keys=["output"]) as hooked:
+        with pytest.raises(MissingKeyError, match="additional_init_keys names 'w'"):
+            hooked(data.exclude("w"))
+
+
+def test_target_modules_are_given_to_the_callback() -> None:
+    net = mlp().double()
+    data = TensorDict({"input": torch.randn(4, FEATURES, dtype=F64)}, batch_size=4)
+    method = Saliency(
+        target_modules=["1"],
+        init_attr_targets=lambda outputs, _: TensorDict(unit=outputs["1"][..., 3], batch_size=outputs.batch_size),
+    )
+    with method.prepare(net) as hooked:
+        found = hooked(data.clone())["attr", "input"]
+    torch.testing.assert_close(found, row_gradients(lambda v: net[:2](v)[3], data["input"]))
+
+
+def test_bad_baselines_and_settings_are_refused() -> None:
+    net = mlp()
+    x = torch.randn(3, FEATURES)
+    with IntegratedGradients().prepare(net) as hooked:
+        for extra, error, message in (
+            ({}, MissingKeyError, r"\('baseline', 'input'\), which the data lacks.*baseline=0.0"),
+            ({("baseline", "input"): torch.zeros(3, 2)}, InputError, r"shape \(3, 2\).*must match 'input'"),
+            ({("baseline", "input"): torch.zeros(3, FEATURES, dtype=F64)}, InputError, "is torch.float64"),
+        ):
+            with pytest.raises(error, match=message):
+                hooked(TensorDict({"input": x, **extra}, batch_size=3))
+    for options, message in (
+        ({"n_steps": 0}, "positive integer"),
+        ({"n_steps": 2.5}, "positive integer"),
+        ({"method": "gauss"}, "nearest: 'gausslegendre'"),
+        ({"chunk_size": 0}, "chunk_size"),
+    ):
+        with pytest.raises(InputError, match=message):
+            IntegratedGradients(**options)
+    with pytest.raises(TargetError, match="belong to init_attr_targets"):
+        Saliency(init_attr_grads=lambda t, _: t)
+    with pytest.raises(TargetError, match=r"targets\.entropy"):
+        Saliency(target="entropy")
+
+
+def test_the_rows_of_a_pass_are_bounded() -> None:
+    seen = []
+
+    class Watching(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(len(x))
+            return x.sum(-1, keepdim=True)
+
+    data = TensorDict({"input": torch.randn(10, FEATURES)}, batch_size=10)
+    with IntegratedGradients(baseline=0.0, n_steps=50, chunk_size=40).prepare(Watching()) as hooked:
+        hooked(data)
+    assert seen[0] == 10  # the call itself
+    assert max(seen[1:]) <= 40
+    assert sum(seen[1:]) == 500
