@@ -7,7 +7,8 @@ Hooks are small importable objects: no closures (workers unpickle them), no coun
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,8 +52,18 @@ class Runtime:
         self.slots: dict[str, Tensor] = {}
         self.leaves: dict[str, Tensor | None] = {}
         self.added: frozenset[str] = frozenset()
+        self.explaining: str | None = None
         self.rows: dict[NestedKey, Tensor] = {}
         self.lock = threading.RLock()
+
+    @contextmanager
+    def explained_by(self, owner: str) -> Iterator[None]:
+        """Let the hooks of one method change gradients in the passes that follow."""
+        previous, self.explaining = self.explaining, owner
+        try:
+            yield
+        finally:
+            self.explaining = previous
 
     def refuse(self) -> None:
         raise InactiveError(

@@ -271,6 +271,11 @@ class Binder:
             )
         self.policy.__dict__[name] = value
 
+    def owner(self) -> str:
+        """A name of its own for a method whose hooks act only while it explains."""
+        self._slots += 1
+        return f"{self._slots}:owner"
+
     def _slot(self, site: Site) -> str:
         self._slots += 1
         return f"{self._slots}:{site.path}"

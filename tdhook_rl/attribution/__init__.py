@@ -1,6 +1,8 @@
 """What a policy looks at: attribution of decisions and values to inputs and activations."""
 
+from tdhook_rl.attribution.grad_cam import DimsConfig, GradCAM
+from tdhook_rl.attribution.guided_backpropagation import GuidedBackpropagation
 from tdhook_rl.attribution.integrated_gradients import IntegratedGradients
 from tdhook_rl.attribution.saliency import Saliency
 
-__all__ = ["IntegratedGradients", "Saliency"]
+__all__ = ["DimsConfig", "GradCAM", "GuidedBackpropagation", "IntegratedGradients", "Saliency"]

@@ -1,0 +1,131 @@
+"""Grad-CAM: channels of an inner activation, weighted by how much the target depends on each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from tensordict import NestedKey
+from torch import Tensor
+
+from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttribution
+from tdhook_rl.attribution.gradients import gradients
+from tdhook_rl.errors import InputError
+from tdhook_rl.passes import Call, Pass, with_batch
+
+if TYPE_CHECKING:
+    from tdhook_rl.method import Binder
+
+__all__ = ["DimsConfig", "GradCAM"]
+
+
+@dataclass(frozen=True)
+class DimsConfig:
+    """Dimensions of an activation: over which gradients are averaged, and over which weighted channels are summed.
+
+    Args:
+        weight_pooling_dims: averaged over, such as rows and columns.
+        feature_sum_dims: summed over, such as channels.
+
+    Negative numbers count from the end and hold for any batch shape. Positive ones count from the start of an
+    activation with one batch dimension, as in ``(batch, channels, rows, columns)``.
+    """
+
+    weight_pooling_dims: Sequence[int] = (-2, -1)
+    feature_sum_dims: Sequence[int] = (-3,)
+
+
+class _BoundGradCAM(BoundAttribution):
+    def __init__(self, config: GradCAM, binder: Binder) -> None:
+        super().__init__(config, binder)
+        self._dims = dict(config.modules_to_attribute)
+        self._relu = config.relu
+        self._absolute = config.absolute
+        self._upsample = config.upsample_to
+
+    def attribute(
+        self, call: Call, explained: Explained, targets: Sequence[Callable[[Pass], Tensor]]
+    ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
+        sites = explained.leaves
+        found, inner = gradients(call, {}, dict.fromkeys(sites), sites, targets)
+        return [
+            ({}, {slot: self._map(gradient, inner[slot], sites[slot], call) for slot, gradient in of_leaves.items()})
+            for _, of_leaves in found
+        ]
+
+    def _map(self, gradient: Tensor, value: Tensor, site: str, call: Call) -> Tensor:
+        batch = call.batch_size
+        gradient, value = (with_batch(tensor, batch, site) for tensor in (gradient, value))
+        dims = self._dims[site]
+        pooled = _from_the_end(dims.weight_pooling_dims, value, len(batch), site)
+        summed = _from_the_end(dims.feature_sum_dims, value, len(batch), site)
+        weights = gradient.mean(pooled, keepdim=True) if pooled else gradient
+        weighted = weights * value
+        found = weighted.sum(summed) if summed else weighted
+        found = found.relu() if self._relu else found
+        found = found.abs() if self._absolute else found
+        return found if self._upsample is None else _upsample(found, self._upsample, len(batch), site)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GradCAM(GradientAttribution):
+    """Grad-CAM (Selvaraju et al. 2017) at inner modules.
+
+    Args:
+        modules_to_attribute: for each module path, which dimensions are pooled and summed.
+        relu: keep positive evidence only, as in the paper; off by default, since negative evidence matters in RL.
+        absolute: take the absolute value.
+        upsample_to: rows and columns that the map is interpolated to (bilinear), such as the observation's.
+
+    The other arguments are those of :class:`tdhook_rl.attribution.base.GradientAttribution`; inputs are not
+    explained.
+
+    Writes ``(attribution_key, path)``: batch + what is left after summing, rows and columns for images.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+        >>> with GradCAM(modules_to_attribute={"1": DimsConfig()}).prepare(net) as hooked:
+        ...     data = hooked(TensorDict({"input": torch.randn(3, 1, 8, 8)}, batch_size=3))
+        >>> data["attr", "1"].shape
+        torch.Size([3, 6, 6])
+    """
+
+    modules_to_attribute: Mapping[str, DimsConfig] | None = None
+    relu: bool = False
+    absolute: bool = False
+    upsample_to: tuple[int, int] | None = None
+
+    bound_class: ClassVar[type[BoundAttribution]] = _BoundGradCAM
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.modules_to_attribute:
+            raise InputError("GradCAM needs modules_to_attribute={path: DimsConfig(...)}")
+        if self.inputs is not None or self.input_modules or self.init_attr_inputs is not None:
+            raise InputError("GradCAM explains modules_to_attribute; inputs= and input_modules= belong to Saliency")
+        object.__setattr__(self, "input_modules", tuple(self.modules_to_attribute))
+
+
+def _from_the_end(dims: Sequence[int], value: Tensor, batch_dims: int, site: str) -> list[int]:
+    """Dimensions as negative numbers, checked against the features of the activation."""
+    features = value.ndim - batch_dims
+    found = [dim if dim < 0 else dim - 1 - features for dim in dims]
+    wrong = [dim for dim, end in zip(dims, found, strict=True) if not -features <= end <= -1]
+    if wrong:
+        raise InputError(
+            f"GradCAM at {site!r} was given dimension {wrong[0]}, but the activation has {features} feature "
+            f"dimensions (shape {tuple(value.shape)}): use -{features} to -1, or 1 to {features}"
+        )
+    return found
+
+
+def _upsample(found: Tensor, size: tuple[int, int], batch_dims: int, site: str) -> Tensor:
+    if found.ndim - batch_dims != 2:
+        raise InputError(f"upsample_to= needs maps of rows and columns, but {site!r} gives {tuple(found.shape)}")
+    maps = found.reshape(-1, 1, *found.shape[-2:])
+    resized = torch.nn.functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+    return resized.reshape(*found.shape[:-2], *size)
