@@ -3,6 +3,7 @@
 from tdhook_rl.attribution.grad_cam import DimsConfig, GradCAM
 from tdhook_rl.attribution.guided_backpropagation import GuidedBackpropagation
 from tdhook_rl.attribution.integrated_gradients import IntegratedGradients
+from tdhook_rl.attribution.lrp import LRP
 from tdhook_rl.attribution.saliency import Saliency
 
-__all__ = ["DimsConfig", "GradCAM", "GuidedBackpropagation", "IntegratedGradients", "Saliency"]
+__all__ = ["LRP", "DimsConfig", "GradCAM", "GuidedBackpropagation", "IntegratedGradients", "Saliency"]

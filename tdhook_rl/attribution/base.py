@@ -103,7 +103,6 @@ class BoundAttribution:
 
     def __init__(self, config: GradientAttribution, binder: Binder) -> None:
         sites = [site for path in config.input_modules for site in binder.sites(path)]
-        self.config = config
         self.when = config.when or config.default_when(binder.policy)
         self.root = config.attribution_key
         self.inputs: list[NestedKey] | None = None
@@ -128,8 +127,6 @@ class BoundAttribution:
         )
         self._additional_keys = [unravel_key(key) for key in config.additional_init_keys]
         self.reads = list(self._additional_keys)
-        # The functions travel wrapped, the rest of the configuration as it is.
-        self.config = _without_functions(config)
 
     @property
     def result_keys(self) -> tuple[tuple[str, ...], ...]:
@@ -251,15 +248,6 @@ class _InitTargets:
 def _require_tensordict(value: Any, name: str) -> None:
     if not isinstance(value, TensorDictBase):
         raise TargetError(f"{name} must return a TensorDict, got a {type(value).__name__}")
-
-
-def _without_functions(config: GradientAttribution) -> GradientAttribution:
-    import copy
-
-    plain = copy.copy(config)
-    for name in ("init_attr_targets", "init_attr_inputs", "init_attr_grads", "target"):
-        object.__setattr__(plain, name, None)
-    return plain
 
 
 def _as_tuple(key: NestedKey) -> tuple[str, ...]:
