@@ -169,9 +169,13 @@ class HookingContext:
         _check_collisions(clone, bound, binder.reads)
         steps = [one for one in bound if (one.result_keys or getattr(one, "consumes", False)) and one.when == "step"]
         clone.__dict__.update(
-            _hooked_runtime=runtime, _hooked_bound=bound, _hooked_steps=steps, _hooked_reads=binder.reads
+            _hooked_runtime=runtime,
+            _hooked_bound=bound,
+            _hooked_steps=steps,
+            _hooked_alone=[one for one in steps if getattr(one, "without_forward", False)],
+            _hooked_reads=binder.reads,
+            _hooked_routes=binder.routes,
         )
-        clone.__dict__["_hooked_routes"] = binder.routes
         swap_class(clone, HookedMixin)
         return clone
 

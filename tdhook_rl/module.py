@@ -50,6 +50,7 @@ class HookedMixin(_Policy):
     _hooked_runtime: Runtime
     _hooked_bound: list[Bound]
     _hooked_steps: list[Bound]  # those that write at every forward
+    _hooked_alone: list[Bound]  # those that can do without the policy's own inputs
     _hooked_reads: list[NestedKey]
     _hooked_routes: list[Any]  # what sites hand to each other during a call
 
@@ -148,6 +149,13 @@ class HookedMixin(_Policy):
         if runtime.depth or not steps or not isinstance(data, TensorDictBase):
             # Called with tensors, the policy answers with its own outputs, as before.
             return run_root(self, forward, args, kwargs)
+        lacking = any(data.get(key, None) is None for key in super().in_keys) if self._hooked_alone else False
+        if lacking and len(self._hooked_alone) == len(steps):
+            try:
+                publish(data, self._compute(steps, Call(self, forward, data, {}, data)))
+            finally:
+                runtime.slots.clear()
+            return data
         replays = any(one.replays for one in steps)
         inputs = stored_inputs(self, data) if replays else {}
         before = GeneratorState(data.device) if replays and not torch.compiler.is_compiling() else None

@@ -28,7 +28,7 @@ __all__ = ["Bound", "Call", "Pass", "Replay", "ReplayMixin", "publish"]
 class Bound(Protocol):
     """A method bound to one hooked policy: what it declares, and how it computes results of a call."""
 
-    result_keys: tuple[tuple[str, ...], ...]  # empty for interventions, and for `consumes = True`: computed, writes none
+    result_keys: tuple[tuple[str, ...], ...]  # empty for interventions and for methods that consume
     when: str  # "step": in every forward; "batch": in annotate only
     reads_forward: bool  # uses what its hooks captured in the forward pass
     replays: bool  # runs the policy again

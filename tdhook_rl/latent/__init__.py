@@ -1,6 +1,16 @@
 """What a policy represents: reading, patching and steering activations."""
 
+from tdhook_rl.latent.activation_addition import ActivationAddition
 from tdhook_rl.latent.activation_caching import ActivationCaching
+from tdhook_rl.latent.activation_patching import ActivationPatching
+from tdhook_rl.latent.directions import DirectionalAblation, DirectionClamping
 from tdhook_rl.latent.steering_vectors import SteeringVectors
 
-__all__ = ["ActivationCaching", "SteeringVectors"]
+__all__ = [
+    "ActivationAddition",
+    "ActivationCaching",
+    "ActivationPatching",
+    "DirectionClamping",
+    "DirectionalAblation",
+    "SteeringVectors",
+]

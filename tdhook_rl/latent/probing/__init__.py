@@ -1,6 +1,27 @@
 """What a policy knows: linear read-outs of its activations."""
 
+from tdhook_rl.latent.probing.estimators import (
+    BilinearEstimator,
+    LinearEstimator,
+    LowRankBilinearEstimator,
+    MeanDifferenceClassifier,
+    TorchEstimator,
+)
 from tdhook_rl.latent.probing.linear_probe import LinearProbe, ProbeReadout
+from tdhook_rl.latent.probing.managers import BilinearProbeManager, ProbeManager
+from tdhook_rl.latent.probing.probing import Probing
 from tdhook_rl.latent.probing.statistics import ClassStatistics
 
-__all__ = ["ClassStatistics", "LinearProbe", "ProbeReadout"]
+__all__ = [
+    "BilinearEstimator",
+    "BilinearProbeManager",
+    "ClassStatistics",
+    "LinearEstimator",
+    "LinearProbe",
+    "LowRankBilinearEstimator",
+    "MeanDifferenceClassifier",
+    "ProbeManager",
+    "ProbeReadout",
+    "Probing",
+    "TorchEstimator",
+]

@@ -1,0 +1,106 @@
+"""Activation addition: the difference between what modules compute on two sets of inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+
+from tdhook_rl.errors import InputError, MissingKeyError, nearest
+from tdhook_rl.method import Binder, Method
+from tdhook_rl.passes import Call
+
+__all__ = ["ActivationAddition"]
+
+
+@dataclass(frozen=True)
+class ActivationAddition(Method):
+    """Extract a steering vector: mean activation on positive inputs minus mean on negative ones (Turner et al. 2023).
+
+    Args:
+        modules_to_steer: module paths or patterns.
+        positive_key: the root of the positive inputs.
+        negative_key: the root of the negative inputs.
+        steer_key: the root of the result keys.
+
+    Reads ``(positive_key, in_key)`` and ``(negative_key, in_key)``; the policy's own inputs may be absent, then the
+    policy itself is not run. Writes ``(steer_key, path)``: the mean over the batch, expanded to batch + features;
+    for a TensorDict without batch size the mean over the first dimension, of the shape of the features. The two
+    sets may differ in their number of samples where the TensorDict has no batch size.
+
+    Raises:
+        MissingKeyError: if the positive or negative inputs are absent.
+        InputError: if there are no samples.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh())
+        >>> pos, neg = torch.ones(5, 4), torch.zeros(5, 4)
+        >>> with ActivationAddition(["1"]).prepare(net) as hooked:
+        ...     steer = hooked(TensorDict({("positive", "input"): pos, ("negative", "input"): neg})).get(("steer", "1"))
+        >>> steer.shape
+        torch.Size([8])
+    """
+
+    modules_to_steer: str | Sequence[str]
+    positive_key: str = "positive"
+    negative_key: str = "negative"
+    steer_key: str = "steer"
+
+    def bind(self, binder: Binder) -> _BoundAddition:
+        slots = {binder.capture(site): site.name for site in binder.sites(self.modules_to_steer)}
+        return _BoundAddition(self, slots, list(binder.policy.in_keys))
+
+
+class _BoundAddition:
+    when = "step"
+    reads_forward = False
+    replays = True
+    without_forward = True  # runs where the policy's own inputs are absent
+
+    def __init__(self, config: ActivationAddition, slots: dict[str, str], in_keys: list[NestedKey]) -> None:
+        self._roots = (config.positive_key, config.negative_key)
+        self._slots = slots
+        self._in_keys = in_keys
+        self.reads = [(root, *((key,) if isinstance(key, str) else key)) for root in self._roots for key in in_keys]
+        self.result_keys = tuple((config.steer_key, site) for site in slots.values())
+
+    def compute(self, call: Call) -> dict[tuple[str, ...], Tensor]:
+        positive, negative = (self._means(call, root) for root in self._roots)
+        found: dict[tuple[str, ...], Tensor] = {}
+        for key, slot in zip(self.result_keys, self._slots, strict=True):
+            vector = positive[slot] - negative[slot]
+            found[key] = vector.expand(*call.batch_size, *vector.shape)
+        return found
+
+    def _means(self, call: Call, root: str) -> dict[str, Tensor]:
+        inputs = call.data.get(root, None)
+        missing = [
+            key for key in self._in_keys if not isinstance(inputs, TensorDictBase) or inputs.get(key, None) is None
+        ]
+        if missing:
+            raise MissingKeyError(
+                f"ActivationAddition reads {(root, missing[0])!r}, which the data lacks; "
+                f"{nearest(str((root, missing[0])), map(str, call.data.keys(True, True)))}"
+            )
+        slots = dict(call.slots)
+        call.slots.clear()
+        with torch.no_grad():
+            call.replay(stored=inputs, record=True)
+        means = {}
+        for slot, site in self._slots.items():
+            value = call.captured(slot, site)
+            samples = max(len(call.batch_size), 1)
+            if value.ndim < samples or value.shape[:samples].numel() == 0:
+                raise InputError(
+                    f"the {root} inputs give {site!r} the shape {tuple(value.shape)}: no sample to average over"
+                )
+            # Without a batch size a flat activation is one sample.
+            one = not call.batch_size and value.ndim == 1
+            means[slot] = value if one else value.flatten(0, samples - 1).mean(0)
+        call.slots.clear()
+        call.slots.update(slots)
+        return means

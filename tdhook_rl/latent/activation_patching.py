@@ -1,0 +1,148 @@
+"""Activation patching: run on other inputs, with some activations as they were on the data's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import NestedKey
+from tensordict.nn import ProbabilisticTensorDictModule
+from torch import Tensor, nn
+
+from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
+from tdhook_rl.hooks import Portable, Runtime, first_tensor, with_first_tensor
+from tdhook_rl.method import Binder, Method
+from tdhook_rl.passes import Call, sample_keys
+
+__all__ = ["ActivationPatching"]
+
+PatchFunction = Callable[..., Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationPatching(Method):
+    """Put activations of one run into another (Vig et al. 2020; Meng et al. 2022).
+
+    The policy runs on its inputs as always, and a second time on the inputs under ``patch_key``, in which the
+    output of each named module is replaced by what it was in the first run.
+
+    Args:
+        modules_to_patch: module paths or patterns.
+        patch_key: the root of the second inputs, which are read, and of the outputs of the second run, which are
+            written. In the second run nothing is sampled, and the sampled keys (the action, its log-probability)
+            are not written.
+        patch_fn: ``patch_fn(module_key, output, output_to_patch)``: from the first run's ``output`` and the second
+            run's ``output_to_patch`` the value to put in (all of the first run's by default; ``None`` leaves the
+            second run as it is). Called with keywords.
+
+    Reads ``(patch_key, in_key)``, of the shape of the input. Writes ``(patch_key, out_key)``.
+
+    Raises:
+        MissingKeyError: if the second inputs are absent.
+        InputError: if ``patch_fn`` returns something of another shape.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+        >>> x, other = torch.randn(3, 4), torch.randn(3, 4)
+        >>> with ActivationPatching(["1"]).prepare(net) as hooked:
+        ...     data = hooked(TensorDict({"input": x, ("patched", "input"): other}, batch_size=3))
+        >>> torch.equal(data["patched", "output"], data["output"])  # everything passes through module 1
+        True
+    """
+
+    modules_to_patch: str | Sequence[str]
+    patch_fn: PatchFunction | None = None
+    patch_key: str = "patched"
+
+    def bind(self, binder: Binder) -> _BoundPatching:
+        owner = binder.owner()
+        function = None if self.patch_fn is None else Portable(self.patch_fn)
+        slots = {}
+        for site in binder.sites(self.modules_to_patch):
+            slot = binder.capture(site)
+            binder.on_output(site, _PatchHook(binder.runtime, owner, slot, site.name, function))
+            slots[slot] = site.name
+        drawn: set[NestedKey] = set()
+        for child in binder.policy.modules():
+            if isinstance(child, ProbabilisticTensorDictModule):
+                drawn.update([*sample_keys(child), *(child.log_prob_keys if child.return_log_prob else [])])
+        kept = [key for key in binder.policy.out_keys if key not in drawn]
+        return _BoundPatching(self.patch_key, owner, slots, kept, list(binder.policy.in_keys))
+
+
+class _PatchHook:
+    """Forward hook that puts the captured output in while its own method runs the policy again."""
+
+    def __init__(self, runtime: Runtime, owner: str, slot: str, site: str, function: Portable | None) -> None:
+        self.runtime = runtime
+        self.owner = owner
+        self.slot = slot
+        self.site = site
+        self.function = function
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if self.runtime.explaining != self.owner:
+            return None
+        original = self.runtime.slots.get(self.slot)
+        if original is None:
+            raise SiteError(f"the module {self.site!r} runs on the patched inputs but did not run on the data's own")
+        value = first_tensor(output, module, self.site)
+        patch: Tensor | None = original
+        if self.function is not None:
+            patch = self.function(module_key=self.site, output=original, output_to_patch=value)
+        if patch is None:
+            return None
+        if not isinstance(patch, Tensor) or patch.shape != value.shape:
+            got = tuple(patch.shape) if isinstance(patch, Tensor) else type(patch).__name__
+            raise InputError(f"the patch of {self.site!r} must have shape {tuple(value.shape)}, got {got}")
+        return with_first_tensor(output, patch, module)
+
+
+class _BoundPatching:
+    when = "step"
+    reads_forward = True
+    replays = True
+
+    def __init__(
+        self, root: str, owner: str, slots: dict[str, str], out_keys: list[NestedKey], in_keys: list[NestedKey]
+    ) -> None:
+        self._root = root
+        self._owner = owner
+        self._slots = slots
+        self._out_keys = out_keys
+        self._in_keys = in_keys
+        self.reads = [(root, *_as_tuple(key)) for key in in_keys]
+        self.result_keys = tuple((root, *_as_tuple(key)) for key in out_keys)
+
+    def compute(self, call: Call) -> dict[tuple[str, ...], Tensor]:
+        for slot, site in self._slots.items():
+            call.captured(slot, site)  # raises where the module did not run
+        others = {}
+        for key, read in zip(self._in_keys, self.reads, strict=True):
+            value = call.data.get(read, None)
+            if value is None:
+                raise MissingKeyError(
+                    f"ActivationPatching reads the second input {read!r}, which the data lacks; "
+                    f"{nearest(str(read), map(str, call.data.keys(True, True)))}"
+                )
+            if value.shape != call.inputs[key].shape:
+                raise InputError(
+                    f"the second input {read!r} has shape {tuple(value.shape)}, but {key!r} has "
+                    f"{tuple(call.inputs[key].shape)}"
+                )
+            others[key] = value
+        with torch.no_grad(), call.policy._hooked_runtime.explained_by(self._owner):
+            outputs = call.replay(others).outputs
+        found = {}
+        for key in self._out_keys:
+            value = outputs.get(key, None)
+            if isinstance(value, Tensor):
+                found[self._root, *_as_tuple(key)] = value.detach()
+        return found
+
+
+def _as_tuple(key: NestedKey) -> tuple[str, ...]:
+    return (key,) if isinstance(key, str) else key

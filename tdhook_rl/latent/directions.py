@@ -1,0 +1,109 @@
+"""Directions of activations as interventions: taken out, or held at a value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdhook_rl.errors import InputError
+from tdhook_rl.hooks import Runtime, first_tensor, with_first_tensor
+from tdhook_rl.method import Binder, Method
+
+__all__ = ["DirectionClamping", "DirectionalAblation"]
+
+
+@dataclass(frozen=True, eq=False)
+class DirectionalAblation(Method):
+    """Take the component along a direction out of the output of modules (Arditi et al. 2024).
+
+    Args:
+        directions: for each module path a vector of the shape of the module's features; its length does not matter.
+        name: the prefix of the controls ``"<name>.<path>"`` (the unit vectors).
+
+    Raises:
+        InputError: if a direction is zero, not finite, or does not fit the module's features.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> net = nn.Sequential(nn.Linear(4, 3))
+        >>> with DirectionalAblation({"0": torch.tensor([0.0, 2.0, 0.0])}).prepare(net) as hooked:
+        ...     data = hooked(TensorDict({"input": torch.randn(5, 4)}, batch_size=5))
+        >>> data["output"][:, 1].abs().max() < 1e-6
+        tensor(True)
+    """
+
+    directions: Mapping[str, Tensor]
+    name: str = "ablation"
+
+    def bind(self, binder: Binder) -> None:
+        _place(binder, self.directions, self.name, binder.control(f"{self.name}.value", 0.0))
+
+
+@dataclass(frozen=True, eq=False)
+class DirectionClamping(Method):
+    """Hold the component along a direction at a value, whatever the input.
+
+    Args:
+        directions: for each module path a vector of the shape of the module's features; its length does not matter.
+        value: the component, in units of the unit vector; the control ``"<name>.value"`` changes it while running.
+        name: the prefix of the controls.
+
+    Raises:
+        InputError: if a direction is zero, not finite, or does not fit the module's features.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> net = nn.Sequential(nn.Linear(4, 3))
+        >>> with DirectionClamping({"0": torch.tensor([0.0, 2.0, 0.0])}, value=1.5).prepare(net) as hooked:
+        ...     data = hooked(TensorDict({"input": torch.randn(5, 4)}, batch_size=5))
+        >>> torch.allclose(data["output"][:, 1], torch.tensor(1.5))
+        True
+    """
+
+    directions: Mapping[str, Tensor]
+    value: float
+    name: str = "clamping"
+
+    def bind(self, binder: Binder) -> None:
+        _place(binder, self.directions, self.name, binder.control(f"{self.name}.value", float(self.value)))
+
+
+def _place(binder: Binder, directions: Mapping[str, Tensor], name: str, value: str) -> None:
+    for path, direction in directions.items():
+        direction = torch.as_tensor(direction)
+        norm = direction.double().norm()
+        if not bool(torch.isfinite(norm)) or float(norm) == 0:
+            raise InputError(f"the direction for {path!r} must be finite and not zero; its norm is {float(norm)}")
+        for site in binder.sites(path):
+            control = binder.control(f"{name}.{site.name}", (direction.double() / norm).to(direction.dtype))
+            binder.on_output(site, _ComponentHook(binder.runtime, site.name, control, value))
+
+
+class _ComponentHook:
+    """Forward hook that sets the component of an output along a unit vector."""
+
+    def __init__(self, runtime: Runtime, site: str, direction: str, value: str) -> None:
+        self.runtime = runtime
+        self.site = site
+        self.direction = direction
+        self.value = value
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if not self.runtime.active:
+            self.runtime.refuse()
+        tensor = first_tensor(output, module, self.site)
+        unit = self.runtime.controls[self.direction].to(tensor.device, tensor.dtype)
+        wanted = self.runtime.controls[self.value].to(tensor.device, tensor.dtype)
+        features = tensor.shape[tensor.ndim - unit.ndim :]
+        if features != unit.shape:
+            raise InputError(
+                f"the direction for {self.site!r} has shape {tuple(unit.shape)}, but the module's output has shape "
+                f"{tuple(tensor.shape)}: a direction has the shape of the features, without the batch"
+            )
+        dims = list(range(-unit.ndim, 0))
+        component = (tensor * unit).sum(dims, keepdim=True)
+        return with_first_tensor(output, tensor + (wanted - component) * unit, module)

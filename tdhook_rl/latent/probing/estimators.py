@@ -1,0 +1,299 @@
+"""Probes in torch: they train under ``no_grad`` and ``inference_mode`` too, and leave the global generators alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdhook_rl.errors import InputError
+
+__all__ = [
+    "BilinearEstimator",
+    "LinearEstimator",
+    "LowRankBilinearEstimator",
+    "MeanDifferenceClassifier",
+    "TorchEstimator",
+]
+
+_FACTORS = ("left", "right")
+
+
+class TorchEstimator:
+    """Base of the estimators; a subclass defines :meth:`scores`, and :meth:`initial` for other weights.
+
+    Args:
+        widths: of each input; ``None`` for any.
+        bias: whether there is an intercept.
+        num_classes: classes are 0 to ``num_classes - 1`` (cross-entropy); ``None`` for regression (squared error).
+        epochs: passes over the rows, with Adam.
+        lr: the learning rate.
+        batch_size: rows of one step.
+        device: where it trains; where the activations are unless given.
+        seed: of the initial weights and the order of the rows; unless given, the seed last set by
+            ``torch.manual_seed`` (which is read, not advanced).
+        verbose: print the loss of each tenth epoch.
+
+    Attributes:
+        weights: the tensors of the fitted estimator by name; empty before ``fit``.
+    """
+
+    def __init__(
+        self,
+        *,
+        widths: tuple[int | None, ...] = (None,),
+        bias: bool = True,
+        num_classes: int | None = None,
+        epochs: int = 100,
+        lr: float = 1e-2,
+        batch_size: int = 128,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
+        verbose: bool = False,
+    ) -> None:
+        if num_classes is not None and num_classes < 2:
+            raise InputError(f"num_classes is at least 2, or None for regression; got {num_classes}")
+        if epochs < 1 or batch_size < 1 or lr <= 0:
+            raise InputError(f"epochs, batch_size and lr are positive, got {epochs}, {batch_size} and {lr}")
+        self.widths = widths
+        self.bias = bias
+        self.num_classes = num_classes
+        self.epochs = epochs
+        self.lr = lr
+        self.batch_size = batch_size
+        self.device = device
+        self.seed = seed
+        self.verbose = verbose
+        self.weights: dict[str, Tensor] = {}
+
+    def initial(self, widths: list[int], generator: torch.Generator) -> dict[str, Tensor]:
+        """The weights that training starts from, without the bias: zeros ``(outputs, *widths)`` unless overridden."""
+        return {"weight": torch.zeros(self.outputs, *widths)}
+
+    def scores(self, weights: dict[str, Tensor], *Xs: Tensor) -> Tensor:
+        """``(rows, outputs)`` from inputs ``(rows, features)``, without the bias."""
+        raise NotImplementedError
+
+    @property
+    def outputs(self) -> int:
+        """How many scores a row gets: one for each class, or one in a regression."""
+        return self.num_classes or 1
+
+    def fit(self, *Xs: Tensor, y: Tensor) -> TorchEstimator:
+        """Train from new weights.
+
+        Args:
+            Xs: the inputs, each ``(rows, features)``.
+            y: ``(rows,)``: class numbers, or values in a regression.
+
+        Raises:
+            InputError: for shapes or labels that do not fit.
+        """
+        # Tensors made in inference mode cannot be trained on: they are copied outside it.
+        with torch.inference_mode(False), torch.enable_grad():
+            inputs = self._inputs(Xs, self.widths)
+            target = self._target(y, [len(x) for x in inputs]).to(inputs[0].device)
+            self.weights = self._train(inputs, target)
+            self._fitted = tuple(x.shape[1] for x in inputs)
+        return self
+
+    def predict(self, *Xs: Tensor) -> Tensor:
+        """``(rows,)``: the most likely class, or the value of a regression.
+
+        Raises:
+            InputError: before ``fit``, or for inputs of another width.
+        """
+        scores = self._scored(Xs)
+        return scores.squeeze(-1) if self.num_classes is None else scores.argmax(-1)
+
+    def predict_proba(self, *Xs: Tensor) -> Tensor:
+        """``(rows, classes)``: the probability of each class."""
+        if self.num_classes is None:
+            raise InputError("a regression has no class probabilities: give num_classes")
+        return self._scored(Xs).softmax(-1)
+
+    def _train(self, inputs: list[Tensor], target: Tensor) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(torch.initial_seed() if self.seed is None else self.seed)
+        first = inputs[0]
+        start = self.initial([x.shape[1] for x in inputs], generator)
+        start |= {"bias": torch.zeros(self.outputs)} if self.bias else {}
+        weights = {name: value.to(first.device, first.dtype).requires_grad_() for name, value in start.items()}
+        optimizer = torch.optim.Adam(weights.values(), lr=self.lr)
+        for epoch in range(self.epochs):
+            order = torch.randperm(len(target), generator=generator).to(first.device)
+            total = torch.zeros((), device=first.device)
+            for rows in order.split(self.batch_size):
+                loss = self._loss(self._with_bias(weights, [x[rows] for x in inputs]), target[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                total += loss.detach() * len(rows)
+            if self.verbose and epoch % 10 == 0:
+                print(f"{type(self).__name__}: epoch {epoch}, loss {float(total) / len(target):.4g}")
+        return {name: value.detach() for name, value in weights.items()}
+
+    def _loss(self, scores: Tensor, target: Tensor) -> Tensor:
+        if self.num_classes is None:
+            return torch.nn.functional.mse_loss(scores.squeeze(-1), target.to(scores.dtype))
+        return torch.nn.functional.cross_entropy(scores, target)
+
+    def _with_bias(self, weights: dict[str, Tensor], inputs: list[Tensor]) -> Tensor:
+        scores = self.scores(weights, *inputs)
+        return scores + weights["bias"] if "bias" in weights else scores
+
+    def _scored(self, Xs: tuple[Tensor, ...]) -> Tensor:
+        if not self.weights:
+            raise InputError(f"this {type(self).__name__} predicts before it was fitted: call fit(..., y=labels) first")
+        with torch.no_grad():
+            inputs = self._inputs(Xs, self._fitted)
+            return self._with_bias({name: value.to(inputs[0]) for name, value in self.weights.items()}, inputs)
+
+    def _inputs(self, Xs: tuple[Tensor, ...], widths: tuple[int | None, ...]) -> list[Tensor]:
+        fits = len(Xs) == len(widths) and all(
+            x.ndim == 2 and width in (None, x.shape[1]) for x, width in zip(Xs, widths, strict=True)
+        )
+        if not fits:
+            raise InputError(
+                f"{type(self).__name__} takes {len(widths)} input(s) of shape (rows, features) with features "
+                f"{['any' if width is None else width for width in widths]}, got {[tuple(x.shape) for x in Xs]}"
+            )
+        dtype = torch.float64 if all(x.dtype == torch.float64 for x in Xs) else torch.float32
+        device = Xs[0].device if self.device is None else torch.device(self.device)
+        return [x.detach().to(device, dtype, copy=True) for x in Xs]
+
+    def _target(self, y: Tensor, rows: list[int]) -> Tensor:
+        if y.ndim != 1 or set(rows) != {len(y)} or not len(y):
+            raise InputError(f"labels of shape {tuple(y.shape)} do not fit inputs of {rows} rows")
+        y = y.detach().clone()
+        if self.num_classes is None:
+            return y
+        if y.is_floating_point() and not torch.equal(y, y.round()):
+            raise InputError(f"{type(self).__name__} with num_classes fits class numbers, got fractions ({y.dtype})")
+        y = y.long()
+        if not 0 <= int(y.min()) <= int(y.max()) < self.num_classes:
+            raise InputError(f"labels go from {int(y.min())} to {int(y.max())}, expected 0 to {self.num_classes - 1}")
+        return y
+
+
+class LinearEstimator(TorchEstimator):
+    """Scores ``weight @ x + bias``: softmax regression, or linear regression without ``num_classes``.
+
+    Args:
+        d_latent: the width of the input; taken from the data unless given.
+        bias: whether there is an intercept.
+        options: ``num_classes``, ``epochs``, ``lr``... of :class:`TorchEstimator`.
+
+    Reference: Alain & Bengio 2017, "Understanding intermediate layers using linear classifier probes".
+
+    Example:
+        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+        >>> probe = LinearEstimator(num_classes=2, lr=0.1).fit(x, y=(x[:, 0] > 0).long())
+        >>> bool((probe.predict(x) == (x[:, 0] > 0)).float().mean() > 0.95)
+        True
+    """
+
+    def __init__(self, d_latent: int | None = None, bias: bool = True, **options: Any) -> None:
+        super().__init__(widths=(d_latent,), bias=bias, **options)
+
+    def scores(self, weights: dict[str, Tensor], *Xs: Tensor) -> Tensor:
+        return Xs[0] @ weights["weight"].T
+
+
+class BilinearEstimator(TorchEstimator):
+    """Scores ``x1 @ weight[k] @ x2 + bias[k]`` of two activations.
+
+    Args:
+        d_latent1, d_latent2: the widths of the inputs; taken from the data unless given.
+        bias: whether there is an intercept.
+        options: ``num_classes``, ``epochs``, ``lr``... of :class:`TorchEstimator`.
+
+    Reference: Pirsiavash, Ramanan & Fowlkes 2009, "Bilinear classifiers for visual recognition".
+
+    Example:
+        >>> a, b = torch.randn(2, 400, 2, generator=torch.Generator().manual_seed(0))
+        >>> same = (a[:, 0] * b[:, 0] > 0).long()
+        >>> probe = BilinearEstimator(num_classes=2, lr=0.1, epochs=20).fit(a, b, y=same)
+        >>> bool((probe.predict(a, b) == same).float().mean() > 0.9)
+        True
+    """
+
+    def __init__(
+        self, d_latent1: int | None = None, d_latent2: int | None = None, bias: bool = True, **options: Any
+    ) -> None:
+        super().__init__(widths=(d_latent1, d_latent2), bias=bias, **options)
+
+    def scores(self, weights: dict[str, Tensor], *Xs: Tensor) -> Tensor:
+        return torch.einsum("ni,kij,nj->nk", Xs[0], weights["weight"], Xs[1])
+
+
+class LowRankBilinearEstimator(BilinearEstimator):
+    """A bilinear estimator whose matrix of each class is ``left[k].T @ right[k]``, of rank ``rank`` (8 by default).
+
+    Other arguments are those of :class:`BilinearEstimator`.
+
+    Reference: Kim et al. 2017, "Hadamard product for low-rank bilinear pooling".
+
+    Example:
+        >>> a, b = torch.randn(2, 400, 2, generator=torch.Generator().manual_seed(0))
+        >>> same = (a[:, 0] * b[:, 0] > 0).long()
+        >>> probe = LowRankBilinearEstimator(rank=1, num_classes=2, lr=0.1, epochs=20, seed=0).fit(a, b, y=same)
+        >>> bool((probe.predict(a, b) == same).float().mean() > 0.9)
+        True
+    """
+
+    def __init__(self, *d_latents: int | None, rank: int = 8, **options: Any) -> None:
+        super().__init__(*d_latents, **options)
+        if rank < 1:
+            raise InputError(f"a low-rank estimator has a rank of at least 1, got {rank}")
+        self.rank = rank
+
+    def initial(self, widths: list[int], generator: torch.Generator) -> dict[str, Tensor]:
+        # Both factors at zero would be a saddle point.
+        factors = [torch.randn(self.outputs, self.rank, width, generator=generator) / width**0.5 for width in widths]
+        return dict(zip(_FACTORS, factors, strict=True))
+
+    def scores(self, weights: dict[str, Tensor], *Xs: Tensor) -> Tensor:
+        left, right = (torch.einsum("ni,kri->nkr", x, weights[side]) for x, side in zip(Xs, _FACTORS, strict=True))
+        return (left * right).sum(-1)
+
+
+class MeanDifferenceClassifier(LinearEstimator):
+    """Two classes, told apart along the difference of their means, halfway between them.
+
+    Args:
+        normalize: scale the direction to length 1 (predictions stay, probabilities change).
+
+    Reference: Marks & Tegmark 2024, "The geometry of truth" (mass-mean probes).
+
+    Example:
+        >>> x = torch.tensor([[0.0, 1.0], [0.0, 3.0], [2.0, 1.0], [2.0, 3.0]])
+        >>> probe = MeanDifferenceClassifier().fit(x, y=torch.tensor([0, 0, 1, 1]))
+        >>> probe.coef_.tolist(), float(probe.intercept_), probe.predict(x).tolist()
+        ([1.0, 0.0], -1.0, [0, 0, 1, 1])
+    """
+
+    def __init__(self, normalize: bool = True) -> None:
+        super().__init__(num_classes=2)
+        self.normalize = normalize
+
+    @property
+    def coef_(self) -> Tensor:
+        """The direction from class 0 to class 1, ``(features,)``."""
+        return self.weights["weight"][1]
+
+    @property
+    def intercept_(self) -> Tensor:
+        """Minus the score of the point halfway between the means."""
+        return self.weights["bias"][1]
+
+    def _train(self, inputs: list[Tensor], target: Tensor) -> dict[str, Tensor]:
+        counts = target.bincount(minlength=2).tolist()
+        if not all(counts):
+            raise InputError(f"a difference of means needs both classes, got {counts} rows of classes 0 and 1")
+        negative, positive = (inputs[0][target == label].mean(0) for label in (0, 1))
+        direction = positive - negative
+        if self.normalize:
+            direction = direction / direction.norm().clamp_min(torch.finfo(direction.dtype).tiny)
+        weight = torch.stack([torch.zeros_like(direction), direction])
+        return {"weight": weight, "bias": -weight @ (positive + negative) / 2}
