@@ -10,6 +10,7 @@ import copy
 import threading
 import warnings
 import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.errors import PreparationError, TieError
 
-__all__ = ["Tie", "tied_clone"]
+__all__ = ["Tie", "put_back", "replace_tensors", "tied_clone"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -75,6 +76,12 @@ class Tie:
             if tensor is not None
         ]
         self._warned = False
+        self._edited: list[tuple[Tensor, int, str]] = []
+
+    def watch(self, tensors: Iterable[Tensor]) -> None:
+        """Warn when the user changes tensors of which the clone was given an edited copy."""
+        given = {id(tensor) for tensor in tensors if not tensor.is_inference()}
+        self._edited += [(tensor, tensor._version, path) for *_, tensor, path in self._entries if id(tensor) in given]
 
     def check(self, clone: nn.Module) -> None:
         """Raise :class:`TieError` if the original was given other tensors; warn if train/eval differ."""
@@ -87,6 +94,14 @@ class Tie:
                     f"the user's policy holds another tensor at {path!r} than when it was prepared "
                     "(load_state_dict(assign=True) and .to(...) replace tensors): prepare it again"
                 )
+        stale = next((path for tensor, version, path in self._edited if tensor._version != version), None)
+        if stale is not None:
+            self._edited = []
+            warnings.warn(
+                f"the user's policy has changed at {stale!r} since it was prepared, and the hooked policy has an "
+                "edited copy from then: leave the context and enter it again to edit the new weights",
+                stacklevel=4,
+            )
         original = self._original()
         if original is not None and original.training is not clone.training and not self._warned:
             self._warned = True
@@ -98,6 +113,63 @@ class Tie:
 
     def original(self) -> nn.Module | None:
         return self._original()
+
+
+def replace_tensors(clone: nn.Module, new: Mapping[int, Tensor]) -> list[tuple[Any, Any, Any]]:
+    """Give a tied clone tensors of its own, wherever it holds those with the given ids.
+
+    Args:
+        clone: what :func:`tied_clone` made; the original is not touched.
+        new: for the ``id`` of each tensor to replace, the tensor to hold instead.
+
+    Returns:
+        what was replaced, for :func:`put_back`.
+    """
+    replaced: list[tuple[Any, Any, Any]] = []
+
+    def put(holder: Any, key: Any, value: Any) -> None:
+        replaced.append((holder, key, holder[key]))
+        holder[key] = value
+
+    copies: dict[int, TensorDictParams] = {}
+    for module in list(clone.modules()):
+        if isinstance(module, TensorDictParams):
+            continue  # the original holds the same object: its holders are given a copy
+        # Attributes and lists of tensors as well: recurrent layers compute with `_flat_weights`.
+        lists = [value for value in vars(module).values() if isinstance(value, list)]
+        holders: list[Any] = [module._parameters, module._buffers, vars(module), *lists]
+        for holder in holders:
+            for key, value in enumerate(holder) if isinstance(holder, list) else list(holder.items()):
+                if isinstance(value, Tensor) and id(value) in new:
+                    put(holder, key, new[id(value)])
+        for name, child in list(module._modules.items()):
+            if isinstance(child, TensorDictParams) and any(
+                id(tensor) in new for tensor in (*child.parameters(), *child.buffers())
+            ):
+                put(module._modules, name, copies.setdefault(id(child), _with_tensors(child, new)))
+    return replaced
+
+
+def put_back(replaced: list[tuple[Any, Any, Any]]) -> None:
+    """Undo :func:`replace_tensors`."""
+    for holder, key, value in reversed(replaced):
+        holder[key] = value
+
+
+def _with_tensors(params: TensorDictParams, new: Mapping[int, Tensor]) -> TensorDictParams:
+    copied = TensorDictParams(params)
+    copied.no_convert, copied._lock_content = params.no_convert, params._lock_content
+    copied.training = params.training
+    data = copied._param_td.unlock_()
+    for key, tensor in list(data.items(True, True)):
+        if id(tensor) in new:
+            data.set(key, new[id(tensor)])
+    if params._param_td.is_locked:
+        data.lock_()
+    copied._reset_params()
+    if params.is_locked:
+        copied.lock_()
+    return copied
 
 
 def _refuse_uncopyable(module: nn.Module) -> None:

@@ -1,0 +1,95 @@
+"""Intrinsic dimension around each point from its neighbourhood's eigenvalues, corrected for curvature."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase, dispatch
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from tdhook_rl.latent.dimension_estimation.neighbours import (
+    check_k,
+    check_keys,
+    local_spectrum,
+    nearest_neighbours,
+    read_points,
+    refuse_duplicates,
+    resolve_k,
+    write_results,
+)
+
+__all__ = ["CaPcaDimensionEstimator"]
+
+
+class CaPcaDimensionEstimator(TensorDictModuleBase):
+    """The dimension whose quadratically curved ball explains the eigenvalues of a neighbourhood best.
+
+    The k nearest neighbours lie in a ball whose radius r is the distance to neighbour k + 1. In a flat space of
+    dimension d they are uniform in it, and d eigenvalues of their covariance, over r^2, are 1 / (d + 2). Curvature
+    feeds the other eigenvalues and takes from these: to second order by (3d + 4) / (2d (d + 1)) times the sum of
+    the others. For each d the deficit is given back, and the d is chosen that minimises
+
+        || (lambda_i + c_d tail_d - 1 / (d + 2))_{i <= d} || + 2 tail_d,   tail_d = sum_{i > d} lambda_i.
+
+    The idea, calibrating local PCA on a quadratic embedding, is that of Gilbert & O'Neill 2023 (arXiv:2309.13478).
+    The constant c_d was derived for this module, and may differ from theirs: it assumes points uniform in volume
+    on the graph of a quadratic function, cut at distance r, with principal curvatures that are independent and
+    zero on average. It is exact to second order for curves and cylinders; on a sphere, where all curvatures agree,
+    the deficit is larger and the correction partial.
+
+    Reads ``in_key``: ``(..., N, D)``, N >= 5; memory grows with N^2 and N k D. Writes ``out_key``: ``(..., N)``,
+    whole numbers as floats from 1 to min(k - 1, D). A locked TensorDict is not changed: the result is in the
+    returned shallow copy.
+
+    Args:
+        in_key: where the points are.
+        out_key: where the dimensions go.
+        k: how many neighbours, from 3 to N - 2 and more than the dimension that is looked for; ``"auto"`` takes
+            the square root of N.
+
+    Raises:
+        MissingKeyError: if the TensorDict lacks ``in_key``.
+        KeyCollisionError: if the result would replace the points.
+        InputError: for another shape or dtype, too few points for k, NaN, a point with k duplicates.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> plane = torch.rand(500, 2, generator=torch.Generator().manual_seed(0)) @ torch.eye(2, 10)
+        >>> CaPcaDimensionEstimator(k=20)(TensorDict({"data": plane}))["dimension"].median().item()
+        2.0
+    """
+
+    def __init__(
+        self, *, in_key: NestedKey = "data", out_key: NestedKey = "dimension", k: int | Literal["auto"] = "auto"
+    ) -> None:
+        super().__init__()
+        check_k(k, least=3)
+        self.in_key, self.out_key, self.k = in_key, out_key, k
+        self.in_keys, self.out_keys = [in_key], [out_key]
+        check_keys(self.in_keys, self.out_keys)
+
+    @dispatch(auto_batch_size=False)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the dimension around each point."""
+        points = read_points(tensordict, self.in_key, rows=5)
+        k = resolve_k(self.k, points, self.in_key, least=3, reserve=2)
+        found, index = nearest_neighbours(points, k + 1)
+        refuse_duplicates(found[..., -2], self.in_key, what=f"their {k} nearest neighbours")
+        # The point itself is left out: it is the centre by construction, not a draw from the ball.
+        spectrum = local_spectrum(points, index[..., :-1], with_itself=False) / found[..., -1:].square()
+        return write_results(tensordict, {self.out_key: _misfit(spectrum).argmin(-1).add(1).to(points.dtype)})
+
+
+def _misfit(spectrum: Tensor) -> Tensor:
+    """How badly each dimension 1..m explains the eigenvalues ``(..., m)`` of a neighbourhood of radius 1."""
+    d = torch.arange(1, spectrum.shape[-1] + 1, dtype=spectrum.dtype, device=spectrum.device)
+    head = spectrum.cumsum(-1)
+    tail = (head[..., -1:] - head).clamp_min(0)
+    shift = (3 * d + 4) / (2 * d * (d + 1)) * tail - 1 / (d + 2)
+    # sum_{i <= d} (lambda_i + shift_d)^2, expanded so that no table over pairs (d, i) is needed
+    squares = spectrum.square().cumsum(-1) + 2 * shift * head + d * shift.square()
+    return squares.clamp_min(0).sqrt() + 2 * tail

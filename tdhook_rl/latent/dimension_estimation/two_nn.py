@@ -1,0 +1,101 @@
+"""The two-nearest-neighbours estimate of intrinsic dimension: one number for a cloud of points."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase, dispatch
+from tensordict.utils import NestedKey
+
+from tdhook_rl.errors import InputError
+from tdhook_rl.latent.dimension_estimation.neighbours import (
+    check_keys,
+    nearest_neighbours,
+    read_points,
+    refuse_duplicates,
+    write_results,
+)
+
+__all__ = ["TwoNnDimensionEstimator"]
+
+
+def _suffixed(key: NestedKey, suffix: str) -> NestedKey:
+    return key + suffix if isinstance(key, str) else (*key[:-1], key[-1] + suffix)
+
+
+class TwoNnDimensionEstimator(TensorDictModuleBase):
+    """Intrinsic dimension from the ratio of the distances to the two nearest neighbours.
+
+    Where the density hardly changes between a point and its second neighbour, the ratio mu of the two distances
+    has the distribution F(mu) = 1 - mu^(-d). The slope through the origin of -log(1 - F) against log(mu), with
+    the empirical F, is the dimension d (Facco, d'Errico, Rodriguez & Laio 2017, Scientific Reports 7:12140).
+
+    Reads ``in_key``: ``(..., N, D)``, N >= 3 points of D features, any leading dimensions; time and memory grow
+    with N^2. Writes ``out_key``: ``(...)``; with ``return_xy`` also the fitted points, ``out_key + "_x"`` (log mu,
+    increasing) and ``out_key + "_y"`` (-log(1 - F)), both ``(..., kept)``: they lie on a line if the estimate is
+    to be trusted. A locked TensorDict is not changed: the result is in the returned shallow copy.
+
+    Args:
+        in_key: where the points are.
+        out_key: where the dimension goes.
+        return_xy: whether to write the fitted points as well.
+        eps: two points closer than ``eps`` times the root mean square distance to the centre count as
+            duplicates; 0 means equal.
+        discard: the share of points with the largest ratios that the fit leaves out, as the paper does (0.1);
+            the last point, where 1 - F is zero, is always left out.
+
+    Raises:
+        MissingKeyError: if the TensorDict lacks ``in_key``.
+        KeyCollisionError: if a result would replace the points.
+        InputError: for another shape or dtype, fewer than 3 points, NaN, duplicates, a regular grid (all ratios
+            are 1), or a batch size that counts the points.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> plane = torch.rand(500, 2, generator=torch.Generator().manual_seed(0)) @ torch.eye(2, 10)
+        >>> TwoNnDimensionEstimator()(TensorDict({"data": plane}))["dimension"].round().item()
+        2.0
+    """
+
+    def __init__(
+        self,
+        *,
+        in_key: NestedKey = "data",
+        out_key: NestedKey = "dimension",
+        return_xy: bool = False,
+        eps: float = 0.0,
+        discard: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if not 0 <= discard < 1:
+            raise InputError(f"discard is a share of the points in [0, 1), got {discard}")
+        if not eps >= 0:
+            raise InputError(f"eps is a share of the spread of the points, at least 0, got {eps}")
+        self.in_key, self.out_key = in_key, out_key
+        self.eps, self.discard = eps, discard
+        self.in_keys = [in_key]
+        self.out_keys = [out_key]
+        if return_xy:
+            self.out_keys += [_suffixed(out_key, "_x"), _suffixed(out_key, "_y")]
+        check_keys(self.in_keys, self.out_keys)
+
+    @dispatch(auto_batch_size=False)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the dimension of each cloud."""
+        points = read_points(tensordict, self.in_key, rows=3)
+        rows = points.shape[-2]
+        found, _ = nearest_neighbours(points, 2)
+        spread = (points - points.mean(-2, keepdim=True)).square().sum(-1).mean(-1, keepdim=True).sqrt()
+        refuse_duplicates(found[..., 0], self.in_key, tolerance=self.eps * spread, what="another point")
+        kept = max(2, min(rows - 1, int(rows * (1 - self.discard))))
+        x = (found[..., 1] / found[..., 0]).log().sort(-1).values[..., :kept]
+        ranks = torch.arange(1, kept + 1, dtype=x.dtype, device=x.device)
+        y = (-torch.log1p(-ranks / rows)).expand_as(x)
+        squares = x.square().sum(-1)
+        if bool((squares == 0).any()):
+            raise InputError(
+                f"in {self.in_key!r} the two nearest neighbours are equally far from every fitted point, as on a grid: "
+                "the ratio of distances says nothing about the dimension; use LocalPcaDimensionEstimator"
+            )
+        return write_results(tensordict, dict(zip(self.out_keys, ((x * y).sum(-1) / squares, x, y), strict=False)))

@@ -1,0 +1,164 @@
+"""Centred kernel alignment between two representations of the same points."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase, dispatch
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from tdhook_rl.errors import InputError
+from tdhook_rl.latent.dimension_estimation.neighbours import check_keys, distances, read_points, write_results
+
+__all__ = ["CkaEstimator"]
+
+
+class CkaEstimator(TensorDictModuleBase):
+    """Centred kernel alignment: HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)), of two kernels on the same N points.
+
+    1 for representations equal up to rotation, isotropic scale and offset (Kornblith, Norouzi, Lee & Hinton 2019,
+    ICML; linear and RBF kernels). The plain estimate grows with the features at fixed N: with fewer points than
+    features even independent data score high. ``debiased`` uses the unbiased HSIC of Song, Smola, Gretton, Bedo &
+    Borgwardt 2012 (JMLR 13), as Nguyen, Raghu & Kornblith 2020 (arXiv:2010.15327) do: about 0 for independent
+    data, and possibly below 0.
+
+    Reads ``in_key_a``: ``(..., N, D_a)`` and ``in_key_b``: ``(..., N, D_b)``, with the same leading dimensions and
+    N, row i of both from one input. Writes ``out_key``: ``(...)``. The linear kernel takes N D^2 time when there
+    are more points than features; otherwise, and for RBF, time and memory grow with N^2. A representation that is
+    constant over its points has no similarity, and with ``debiased`` one that is constant but for a single point:
+    the result of that cloud is NaN, others are unaffected. A locked TensorDict is not changed: the result is in
+    the returned shallow copy.
+
+    Args:
+        in_key_a: where the first representation is.
+        in_key_b: where the second one is.
+        out_key: where the similarity goes.
+        kernel: ``"linear"`` or ``"rbf"``, exp(-distance^2 / (2 sigma^2)).
+        debiased: whether to use the unbiased HSIC, which needs 4 points (the plain one: 2).
+        eps: a representation whose root mean square distance to its centre is at most ``eps`` times its root mean
+            square counts as constant (rounding makes constant float32 data scatter by about 1e-7); likewise an
+            unbiased HSIC(K, K) against the terms that it is the difference of.
+        bandwidth: sigma of the RBF kernel, as a share of the median distance between two points of the cloud.
+
+    Raises:
+        MissingKeyError: if the TensorDict lacks a key.
+        KeyCollisionError: if the result would replace a representation.
+        InputError: for another shape or dtype, too few points, NaN, a and b that do not pair up, an unknown
+            kernel, or an RBF bandwidth of zero because half the pairs of points coincide.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> a = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+        >>> data = TensorDict({"data_a": a, "data_b": 3 * a.flip(-1) + 1})
+        >>> round(CkaEstimator()(data)["cka"].item(), 4)
+        1.0
+    """
+
+    def __init__(
+        self,
+        *,
+        in_key_a: NestedKey = "data_a",
+        in_key_b: NestedKey = "data_b",
+        out_key: NestedKey = "cka",
+        kernel: Literal["linear", "rbf"] = "linear",
+        debiased: bool = False,
+        eps: float = 1e-6,
+        bandwidth: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if kernel not in ("linear", "rbf"):
+            raise InputError(f"a kernel is 'linear' or 'rbf', got {kernel!r}")
+        if not (eps >= 0 and bandwidth > 0 and math.isfinite(bandwidth)):
+            raise InputError(f"eps is at least 0 and bandwidth positive, got {eps} and {bandwidth}")
+        self.in_key_a, self.in_key_b, self.out_key = in_key_a, in_key_b, out_key
+        self.kernel, self.debiased, self.eps, self.bandwidth = kernel, debiased, eps, bandwidth
+        self.in_keys, self.out_keys = [in_key_a, in_key_b], [out_key]
+        check_keys(self.in_keys, self.out_keys)
+
+    @dispatch(auto_batch_size=False)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the similarity of each pair of clouds."""
+        a, b = read_pair(tensordict, self.in_key_a, self.in_key_b, rows=4 if self.debiased else 2)
+        a, constant_a = self._centred(a)
+        b, constant_b = self._centred(b)
+        if self.kernel == "linear" and max(a.shape[-1], b.shape[-1]) <= a.shape[-2]:
+            cross, _ = self._by_features(a, b)
+            (own_a, size_a), (own_b, size_b) = self._by_features(a, a), self._by_features(b, b)
+        else:
+            gram_a, size_a = self._gram(a, constant_a, self.in_key_a)
+            gram_b, size_b = self._gram(b, constant_b, self.in_key_b)
+            cross, own_a, own_b = ((x * y).sum((-2, -1)) for x, y in ((gram_a, gram_b), (gram_a,) * 2, (gram_b,) * 2))
+        # An unbiased HSIC(K, K) that is zero up to rounding would make the ratio an arbitrary number.
+        undefined = constant_a | constant_b | (own_a <= self.eps * size_a) | (own_b <= self.eps * size_b)
+        return write_results(
+            tensordict, {self.out_key: (cross / (own_a.sqrt() * own_b.sqrt())).masked_fill(undefined, math.nan)}
+        )
+
+    def _centred(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Points about their mean and of mean square 1, and whether the cloud is constant."""
+        centred = points - points.mean(-2, keepdim=True)
+        spread = centred.square().mean((-2, -1), keepdim=True).sqrt()
+        size = points.square().mean((-2, -1), keepdim=True).sqrt()
+        constant = spread <= self.eps * size
+        # Fourth powers follow: without the division they leave the range of float32 for features of size 1e10.
+        return centred / spread.masked_fill(constant, 1), constant[..., 0, 0]
+
+    def _by_features(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """HSIC of linear kernels up to a factor of N, without an N x N table, and the size of its largest term."""
+        inner = (x.mT @ y).square().sum((-2, -1))
+        if not self.debiased:
+            return inner, inner
+        rows = x.shape[-2]
+        # The diagonals leave both kernels. As the points are centred, what is left of row i sums to -|x_i|^2.
+        norm_x, norm_y = x.square().sum(-1), y.square().sum(-1)
+        both = (norm_x * norm_y).sum(-1)
+        total = norm_x.sum(-1) * norm_y.sum(-1)
+        return inner - both + total / ((rows - 1) * (rows - 2)) - 2 * both / (rows - 2), inner
+
+    def _gram(self, points: Tensor, constant: Tensor, key: NestedKey) -> tuple[Tensor, Tensor]:
+        """The centred kernel matrix (zero diagonal and row sums for the unbiased HSIC), and its size before that."""
+        rows = points.shape[-2]
+        if self.kernel == "linear":
+            gram = points @ points.mT
+        else:
+            apart = distances(points)
+            pairs = torch.triu_indices(rows, rows, 1, device=points.device)
+            middle = apart[..., pairs[0], pairs[1]].median(-1).values
+            if bool(((middle == 0) & ~constant).any()):
+                raise InputError(
+                    f"half of the pairs of points of {key!r} coincide, so the median distance, which sets the RBF "
+                    "bandwidth, is 0; drop duplicates or use kernel='linear'"
+                )
+            sigma = self.bandwidth * middle.masked_fill(constant, 1)[..., None, None]
+            gram = torch.exp(-0.5 * (apart.masked_fill(apart.isinf(), 0) / sigma).square())
+        size = gram.square().sum((-2, -1))
+        if not self.debiased:
+            means = gram.mean(-1, keepdim=True)
+            return gram - means - means.mT + means.mean(-2, keepdim=True), size
+        diagonal = torch.eye(rows, dtype=torch.bool, device=gram.device)
+        gram = gram.masked_fill(diagonal, 0)
+        sums = gram.sum(-1, keepdim=True) / (rows - 2)
+        total = gram.sum((-2, -1), keepdim=True) / ((rows - 1) * (rows - 2))
+        return (gram - sums - sums.mT + total).masked_fill(diagonal, 0), size
+
+
+def read_pair(data: TensorDictBase, key_a: NestedKey, key_b: NestedKey, *, rows: int) -> tuple[Tensor, Tensor]:
+    """Two clouds of the same points, in one dtype.
+
+    Raises:
+        MissingKeyError: if a key is absent.
+        InputError: if either cloud is unusable or their shapes differ in more than the features.
+    """
+    a, b = read_points(data, key_a, rows=rows), read_points(data, key_b, rows=rows)
+    if a.shape[:-1] != b.shape[:-1]:
+        raise InputError(
+            f"{key_a!r} has shape {tuple(a.shape)} and {key_b!r} {tuple(b.shape)}: they are two representations of "
+            "the same points, so all but the last dimension agree"
+        )
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype), b.to(dtype)

@@ -1,0 +1,244 @@
+"""Pruning: set the least important weights of the hooked policy to zero."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tdhook_rl.errors import InputError, SiteError, nearest
+from tdhook_rl.method import Binder, Method
+
+__all__ = ["Pruning", "magnitude"]
+
+_ARGUMENTS = ("module_key", "parameter_name", "parameter")
+
+
+def magnitude(module_key: str, parameter_name: str, parameter: nn.Parameter) -> Tensor | None:
+    """The default importance: the absolute value of a weight (Han et al. 2015).
+
+    Biases and one-dimensional scales of normalisation layers are left alone.
+
+    Example:
+        >>> magnitude("0", "weight", nn.Parameter(torch.tensor([[-2.0, 0.5]]))).tolist()
+        [[2.0, 0.5]]
+    """
+    return parameter.abs() if "weight" in parameter_name and parameter.ndim > 1 else None
+
+
+@dataclass(frozen=True, eq=False)
+class Pruning(Method):
+    """Set the least important weights of the hooked policy to zero (Han et al. 2015).
+
+    Args:
+        importance_callback: ``importance_callback(module_key, parameter_name, parameter)``, called once for each
+            parameter with keywords where it has those parameters; it returns scores of the parameter's shape, or
+            ``None`` to leave the parameter alone. By default :func:`magnitude`.
+        amount_to_prune: how many of the scored weights become zero, lowest scores first and over all modules
+            together: a share (float from 0 to 1, rounded to a count) or a count (int). Of equal scores the
+            first goes first.
+        modules_to_prune: paths or patterns that restrict the pruning to these modules and what they contain;
+            or ``{path: (dim, amount)}`` to prune whole slices along ``dim`` (rows of a Linear's weight are its
+            outputs, ``dim=0``), as many as ``amount`` says, those of lowest norm first (Li et al. 2017).
+        skip_modules: paths or patterns of modules to leave alone with what they contain, or
+            ``skip_modules(name, module) -> bool``.
+        norm: the order of the norm of the scores of a slice.
+
+    The policy is pruned as it is when the context is entered: the hooked policy gets its own copy of each pruned
+    parameter, and the user's policy keeps its tensors. Training the user's policy afterwards does not reach the
+    copies, and warns; enter the context again to prune the new weights. Weights that are loaded or synchronised
+    into the hooked policy replace the pruned ones, zeros included; a collector that synchronises from the hooked
+    policy (``update_policy_weights_()`` without arguments) sends the pruned weights.
+
+    Raises:
+        SiteError: if a path matches nothing, or names a module without a weight.
+        InputError: if the amount is absent or out of range, or scores are not finite or of another shape.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+        >>> with Pruning(amount_to_prune=0.5).prepare(net) as hooked:
+        ...     data = hooked(TensorDict({"input": torch.randn(3, 4)}, batch_size=3))
+        ...     zeros = sum(int((weight == 0).sum()) for weight in hooked.parameters())
+        >>> zeros, sum(int((weight == 0).sum()) for weight in net.parameters())
+        (24, 0)
+        >>> with Pruning(modules_to_prune={"0": (0, 3)}).prepare(net) as hooked:
+        ...     int((hooked.module[0].weight == 0).all(1).sum())
+        3
+    """
+
+    importance_callback: Callable[..., Tensor | None] | None = None
+    amount_to_prune: float | int | None = None
+    modules_to_prune: str | Sequence[str] | Mapping[str, tuple[int, float | int]] | None = None
+    skip_modules: str | Sequence[str] | Callable[[str, nn.Module], bool] | None = None
+    norm: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.modules_to_prune, Mapping):
+            if self.amount_to_prune is None:
+                raise InputError(
+                    "Pruning() needs amount_to_prune=, a share such as 0.3 or a count of weights; or "
+                    "modules_to_prune={path: (dim, amount)} to prune whole slices"
+                )
+            _check_amount(self.amount_to_prune, "amount_to_prune")
+            return
+        if self.amount_to_prune is not None:
+            raise InputError("modules_to_prune={path: (dim, amount)} has its own amounts: leave amount_to_prune out")
+        for path, value in self.modules_to_prune.items():
+            if not isinstance(value, (tuple, list)) or len(value) != 2 or not _is_int(value[0]):
+                raise InputError(f"modules_to_prune[{path!r}] must be (dim, amount), got {value!r}")
+            _check_amount(value[1], f"the amount of modules_to_prune[{path!r}]")
+
+    def bind(self, binder: Binder) -> None:
+        # Scores may be computed with a graph by the user's callback; none is needed.
+        with torch.no_grad():
+            masks = self._slices(binder) if isinstance(self.modules_to_prune, Mapping) else self._entries(binder)
+            binder.own_parameters(
+                [(one, one.detach().clone().masked_fill_(mask.to(one.device), 0)) for one, mask in masks]
+            )
+
+    def _entries(self, binder: Binder) -> list[tuple[nn.Parameter, Tensor]]:
+        """The single weights of lowest score, over all modules together."""
+        places = _places(binder.root)
+        if self.modules_to_prune is not None:
+            paths = [site.path for site in binder.sites(self.modules_to_prune)]
+            places = [place for place in places if _inside(place.module_key, paths)]
+        scored = self._scored(binder, places)
+        if not scored:
+            raise SiteError(
+                f"there is nothing to prune in {self.modules_to_prune or type(binder.root).__name__!r}: no parameter "
+                f"was scored among {[place.name for place in places][:6]}"
+            )
+        flat = torch.cat([scores.flatten() for _, scores in scored])
+        chosen = torch.zeros(flat.numel(), dtype=torch.bool)
+        count = _count(self.amount_to_prune, flat.numel(), "amount_to_prune", "weights")
+        chosen[torch.argsort(flat, stable=True)[:count]] = True
+        parts = chosen.split([scores.numel() for _, scores in scored])
+        return [
+            (place.parameter, part.reshape(scores.shape)) for (place, scores), part in zip(scored, parts, strict=True)
+        ]
+
+    def _slices(self, binder: Binder) -> list[tuple[nn.Parameter, Tensor]]:
+        """The slices of lowest norm, in each named module."""
+        masks: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        every, skip = _places(binder.root), self._skips(binder)
+        for path, (dim, amount) in self.modules_to_prune.items():
+            sites = [site for site in binder.sites(path) if not skip(site.path, site.module)]
+            found = [self._scored(binder, [place for place in every if place.module is site.module]) for site in sites]
+            # Of the modules that a pattern matches, one with a weight is enough.
+            empty = [site for site, scored in zip(sites, found, strict=True) if not scored]
+            if empty and (empty[0].explicit or len(empty) == len(sites)):
+                inner = [key for key in dict.fromkeys(place.module_key for place in every) if key]
+                raise SiteError(
+                    f"{empty[0].name!r} ({type(empty[0].module).__name__}) has no weight of its own to prune; "
+                    f"{nearest(empty[0].path, inner)}"
+                )
+            for place, scores in (pair for scored in found for pair in scored):
+                mask = self._slice_mask(place, scores, dim, amount)
+                previous = masks.get(id(place.parameter))
+                masks[id(place.parameter)] = place.parameter, mask if previous is None else mask | previous[1]
+        return list(masks.values())
+
+    def _slice_mask(self, place: _Place, scores: Tensor, dim: int, amount: float | int) -> Tensor:
+        if not -scores.ndim <= dim < scores.ndim:
+            raise InputError(f"{place.name!r} of shape {tuple(scores.shape)} has no dimension {dim} to prune slices of")
+        rows = scores.movedim(dim, 0)
+        norms = torch.linalg.vector_norm(rows.flatten(1) if rows.ndim > 1 else rows[:, None], ord=self.norm, dim=1)
+        count = _count(amount, len(norms), f"the amount for {place.name!r}", f"slices along dimension {dim}")
+        mask = torch.zeros(rows.shape, dtype=torch.bool)
+        mask[torch.argsort(norms, stable=True)[:count]] = True
+        return mask.movedim(0, dim)
+
+    def _scored(self, binder: Binder, places: list[_Place]) -> list[tuple[_Place, Tensor]]:
+        """The parameters that have scores, each once, with the scores in float64 on the CPU."""
+        importance = self.importance_callback or magnitude
+        keywords, skip = _takes_keywords(importance), self._skips(binder)
+        scored: dict[int, tuple[_Place, Tensor]] = {}
+        for place in places:
+            if id(place.parameter) in scored or skip(place.module_key, place.module):
+                continue
+            arguments = (place.module_key, place.parameter_name, place.parameter)
+            scores = importance(**dict(zip(_ARGUMENTS, arguments, strict=True))) if keywords else importance(*arguments)
+            if scores is not None:
+                scored[id(place.parameter)] = place, _checked(scores, place)
+        return list(scored.values())
+
+    def _skips(self, binder: Binder) -> Callable[[str, nn.Module], bool]:
+        if callable(self.skip_modules):
+            return self.skip_modules
+        left_alone = [] if self.skip_modules is None else [site.path for site in binder.sites(self.skip_modules)]
+        return lambda path, module: _inside(path, left_alone)
+
+
+class _Place(NamedTuple):
+    module_key: str
+    module: nn.Module
+    parameter_name: str
+    parameter: nn.Parameter
+
+    @property
+    def name(self) -> str:
+        return f"{self.module_key}.{self.parameter_name}" if self.module_key else self.parameter_name
+
+
+def _places(root: nn.Module) -> list[_Place]:
+    return [
+        _Place(path, module, name, parameter)
+        for path, module in root.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+
+
+def _inside(path: str, holders: list[str]) -> bool:
+    return any(path == holder or path.startswith(f"{holder}.") for holder in holders)
+
+
+def _checked(scores: Any, place: _Place) -> Tensor:
+    if not isinstance(scores, Tensor) or scores.shape != place.parameter.shape:
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise InputError(
+            f"importance_callback must return scores of shape {tuple(place.parameter.shape)} for {place.name!r}, "
+            f"or None to leave it alone, got {got}"
+        )
+    if not bool(torch.isfinite(scores).all()):
+        raise InputError(f"importance_callback returned NaN or infinite scores for {place.name!r}")
+    return scores.detach().to("cpu", torch.float64)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_amount(amount: Any, what: str) -> None:
+    if _is_int(amount):
+        valid = amount >= 0
+    else:
+        valid = isinstance(amount, float) and 0 <= amount <= 1
+    if not valid:
+        raise InputError(f"{what} is a share from 0.0 to 1.0 or a count of at least 0, got {amount!r}")
+
+
+def _count(amount: Any, total: int, what: str, of: str) -> int:
+    count = amount if _is_int(amount) else round(amount * total)
+    if count > total:
+        raise InputError(f"{what} is {count}, but there are {total} {of}")
+    return count
+
+
+def _takes_keywords(function: Callable[..., Any]) -> bool:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return False
+    for names, keywords in ((_ARGUMENTS, True), ((), False)):
+        try:
+            signature.bind(**dict.fromkeys(names)) if keywords else signature.bind(*_ARGUMENTS)
+        except TypeError:
+            continue
+        return keywords
+    raise InputError(f"importance_callback must accept {', '.join(_ARGUMENTS)}, but its signature is {signature}")
