@@ -12,30 +12,62 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tdhook_rl import targets
-    from tdhook_rl.attribution import Saliency
-    from tdhook_rl.latent import ActivationCaching, SteeringVectors
+    from tdhook_rl.attribution import LRP, GradCAM, GuidedBackpropagation, IntegratedGradients, Saliency
+    from tdhook_rl.latent import (
+        ActivationAddition,
+        ActivationCaching,
+        ActivationPatching,
+        DirectionalAblation,
+        DirectionClamping,
+        SteeringVectors,
+    )
     from tdhook_rl.latent.probing import LinearProbe, ProbeReadout
-    from tdhook_rl.method import Compose, Method
+    from tdhook_rl.method import Compose, HookedModule, Method
+    from tdhook_rl.weights import Adapters, Pruning, TaskVectors
 
 _HOME = {
+    "ActivationAddition": "tdhook_rl.latent",
     "ActivationCaching": "tdhook_rl.latent",
+    "ActivationPatching": "tdhook_rl.latent",
+    "Adapters": "tdhook_rl.weights",
     "Compose": "tdhook_rl.method",
+    "DirectionClamping": "tdhook_rl.latent",
+    "DirectionalAblation": "tdhook_rl.latent",
+    "GradCAM": "tdhook_rl.attribution",
+    "GuidedBackpropagation": "tdhook_rl.attribution",
+    "HookedModule": "tdhook_rl.method",
+    "IntegratedGradients": "tdhook_rl.attribution",
+    "LRP": "tdhook_rl.attribution",
     "LinearProbe": "tdhook_rl.latent.probing",
     "Method": "tdhook_rl.method",
     "ProbeReadout": "tdhook_rl.latent.probing",
+    "Pruning": "tdhook_rl.weights",
     "Saliency": "tdhook_rl.attribution",
     "SteeringVectors": "tdhook_rl.latent",
+    "TaskVectors": "tdhook_rl.weights",
     "targets": "tdhook_rl.targets",
 }
 
 __all__ = [
+    "LRP",
+    "ActivationAddition",
     "ActivationCaching",
+    "ActivationPatching",
+    "Adapters",
     "Compose",
+    "DirectionClamping",
+    "DirectionalAblation",
+    "GradCAM",
+    "GuidedBackpropagation",
+    "HookedModule",
+    "IntegratedGradients",
     "LinearProbe",
     "Method",
     "ProbeReadout",
+    "Pruning",
     "Saliency",
     "SteeringVectors",
+    "TaskVectors",
     "__version__",
     "targets",
 ]

@@ -24,10 +24,13 @@ from tdhook_rl.passes import Bound, ReplayMixin, draws
 from tdhook_rl.paths import Site, find_sites
 from tdhook_rl.tying import Tie, replace_tensors, tied_clone
 
-__all__ = ["Binder", "Compose", "HookingContext", "Method"]
+__all__ = ["Binder", "Compose", "HookedModule", "HookingContext", "Method"]
 
 #: Names that a hooked policy adds to its class; a policy that has one of its own is refused.
-_ADDED_NAMES = ("annotate", "result_keys", "controls", "restore", "policy_in_keys", "policy_out_keys")
+_ADDED_NAMES = (
+    "annotate", "controls", "disable_context", "disable_context_hooks", "hooked_root", "policy_in_keys",
+    "policy_out_keys", "restore", "result_keys", "run",
+)  # fmt: skip
 
 
 class Method:
@@ -175,9 +178,30 @@ class HookingContext:
             _hooked_alone=[one for one in steps if getattr(one, "without_forward", False)],
             _hooked_reads=binder.reads,
             _hooked_routes=binder.routes,
+            _hooked_wraps=not self._wrapped,
         )
         swap_class(clone, HookedMixin)
         return clone
+
+
+class HookedModule:
+    """A hooked module without any method: for runs over a plain module.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> hooked = HookedModule.from_module(nn.Sequential(nn.Linear(4, 2)))
+        >>> with hooked.run(TensorDict({"input": torch.ones(1, 4)}, batch_size=1)) as run:
+        ...     proxy = run.save("0")
+        >>> proxy.resolve().shape
+        torch.Size([1, 2])
+    """
+
+    @staticmethod
+    def from_module(
+        module: nn.Module, in_keys: Sequence[NestedKey] | None = None, out_keys: Sequence[NestedKey] | None = None
+    ) -> Any:
+        """Hook a module; arguments as of :meth:`Method.prepare`. It stays hooked until its ``restore()``."""
+        return HookingContext([], module, in_keys, out_keys).__enter__()
 
 
 class Binder:

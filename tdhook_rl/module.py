@@ -7,7 +7,8 @@ runs the policy's own forward and then publishes results beside the policy's out
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,9 +26,10 @@ from tdhook_rl.batching import (
 )
 from tdhook_rl.classes import Swapped
 from tdhook_rl.controls import Controls
-from tdhook_rl.errors import InputError, TieError
+from tdhook_rl.errors import InactiveError, InputError, TieError
 from tdhook_rl.hooks import Runtime, vmap_level
 from tdhook_rl.passes import Bound, Call, observers, publish, run_root, stored_inputs
+from tdhook_rl.runs import HookedModuleRun, direct_methods, disabled_hooks
 
 if TYPE_CHECKING:
     # What the mixin is mixed with: lets the checker see the methods that super() finds.
@@ -52,6 +54,7 @@ class HookedMixin(_Policy):
     _hooked_steps: list[Bound]  # those that write at every forward
     _hooked_alone: list[Bound]  # those that can do without the policy's own inputs
     _hooked_reads: list[NestedKey]
+    _hooked_wraps: bool  # the policy is a wrapper of ours around the user's plain module
     _hooked_routes: list[Any]  # what sites hand to each other during a call
 
     @classmethod
@@ -67,7 +70,9 @@ class HookedMixin(_Policy):
             for name in ("get_dist", "get_dist_params", "log_prob")
             if callable(getattr(base, name, None))
         }
-        return {"forward": forward} | guarded
+        # A policy that has a `get` or `set` of its own keeps it.
+        direct = {name: method for name, method in direct_methods().items() if not hasattr(base, name)}
+        return {"forward": forward} | guarded | direct
 
     # ------------------------------------------------------------------ keys
 
@@ -256,6 +261,40 @@ class HookedMixin(_Policy):
     def restore(self) -> None:
         """End the hooking; calling the policy afterwards raises. What leaving the ``with`` block does."""
         self._hooked_runtime.active = False
+
+    # ------------------------------------------------------------------ single modules
+
+    @property
+    def hooked_root(self) -> nn.Module:
+        """The module that paths start from: the policy, or the plain module that was wrapped."""
+        return self.module if self._hooked_wraps else self
+
+    def run(self, data: TensorDictBase, **options: Any) -> HookedModuleRun:
+        """One forward in which single modules are captured, overridden or stopped at.
+
+        Args:
+            data: the TensorDict the policy is called on.
+            **options: see :class:`tdhook_rl.runs.HookedModuleRun`.
+        """
+        if not self._hooked_runtime.active:
+            self._hooked_runtime.refuse()
+        return HookedModuleRun(self, data, **options)
+
+    def disable_context_hooks(self) -> AbstractContextManager[Any]:
+        """A block in which the hooks of the context's methods neither act nor write."""
+        return disabled_hooks(self)
+
+    @contextmanager
+    def disable_context(self) -> Iterator[nn.Module]:
+        """A block that gives the user's own module.
+
+        Raises:
+            InactiveError: in a copy of the hooked policy, or when the user's module is gone.
+        """
+        original = None if self._hooked_runtime.tie is None else self._hooked_runtime.tie.original()
+        if original is None:
+            raise InactiveError("the user's module is not at hand here: this is a copy, or the module was deleted")
+        yield original
 
     # ------------------------------------------------------------------ what would untie the copy
 
