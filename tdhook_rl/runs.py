@@ -85,7 +85,7 @@ class HookedModuleRun:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
         >>> with ActivationCaching("0").prepare(net) as hooked:
         ...     with hooked.run(TensorDict({"input": torch.randn(3, 4)}, batch_size=3)) as run:
-        ...         run.save("1")
+        ...         _ = run.save("1")
         ...         run.set("0", torch.zeros(3, 8))
         ...     run.get("1").resolve().abs().max()
         tensor(0.)

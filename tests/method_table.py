@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from tdhook_rl import ActivationCaching, LinearProbe, ProbeReadout, Saliency, SteeringVectors
+from tdhook_rl.attribution import LRP, IntegratedGradients
+from tdhook_rl.latent import DirectionalAblation, DirectionClamping
 from tdhook_rl.method import Method
+from tdhook_rl.weights import Adapters, TaskVectors
 from tests.policies import Case
 
 
@@ -25,8 +28,9 @@ def probe(case: Case) -> LinearProbe:
     return LinearProbe(weight=torch.randn(3, width), bias=torch.randn(3), path=case.site)
 
 
-def identity(module_key: str, output: torch.Tensor) -> torch.Tensor:
-    return output
+def no_share_out(name: str, module: torch.nn.Module) -> bool:
+    """Modules of the tests' policies that no LRP rule is meant for, among them one that only raises."""
+    return type(module).__name__ in ("NormalParamExtractor", "biased_softplus", "Broken")
 
 
 METHODS = {
@@ -35,10 +39,17 @@ METHODS = {
     "saliency_step": Row(lambda case: Saliency(when="step"), True),
     "saliency_batch": Row(lambda case: Saliency(when="batch"), True),
     "saliency_latent": Row(lambda case: Saliency(when="step", input_modules=[case.site]), True),
+    "integrated_gradients_step": Row(lambda case: IntegratedGradients(baseline=0.0, n_steps=4, when="step"), True),
+    "integrated_gradients_batch": Row(lambda case: IntegratedGradients(baseline=0.0, n_steps=4, when="batch"), True),
+    "lrp": Row(lambda case: LRP(when="step", skip_modules=no_share_out), True),
+    "task_vectors": Row(lambda case: TaskVectors(alphas=(0.5, 1.0)), True),
     "probe_readout": Row(lambda case: ProbeReadout({"concept": probe(case)}), True),
     "steering_alpha_0": Row(lambda case: SteeringVectors({case.site: torch.randn(case.features)}, alpha=0.0), True),
     "steering": Row(lambda case: SteeringVectors({case.site: torch.randn(case.features)}, alpha=1.0), False),
     "steering_function": Row(
         lambda case: SteeringVectors(modules_to_steer=[case.site], steer_fn=lambda k, o: o + 1.0), False
     ),
+    "ablation": Row(lambda case: DirectionalAblation({case.site: torch.randn(case.features)}), False),
+    "clamping": Row(lambda case: DirectionClamping({case.site: torch.randn(case.features)}, value=1.0), False),
+    "adapters": Row(lambda case: Adapters({case.site: (torch.nn.Tanh(), case.site, case.site)}), False),
 }

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchrl.modules.models.utils import SquashDims, SqueezeLayer
 
 from tdhook_rl.errors import InputError
 
@@ -160,6 +161,7 @@ AVERAGES = (
 )  # fmt: skip
 #: Modules whose gradient is a way to hand relevance on: they select or move entries.
 ROUTING = (
+    SquashDims, SqueezeLayer,
     nn.Identity, nn.Dropout, nn.Flatten, nn.Unflatten, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d,
     nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
 )  # fmt: skip
