@@ -154,7 +154,7 @@ class _Chosen:
 
     def __call__(self, run: Pass) -> Tensor:
         values = _entry(run, self.key)
-        return (values * _one_hot(run, values)).sum(-1)
+        return (values * one_hot_action(run, values)).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class _Margin:
 
     def __call__(self, run: Pass) -> Tensor:
         values = _entry(run, self.key)
-        chosen = _one_hot(run, values).bool()
+        chosen = one_hot_action(run, values).bool()
         return values[chosen].reshape(values.shape[:-1]) - values.masked_fill(chosen, -torch.inf).amax(-1)
 
 
@@ -172,7 +172,10 @@ def _output_sum(run: Pass) -> Tensor:
     terms = [
         value.reshape(*batch, -1).sum(-1)
         for value in (run.outputs.get(key, None) for key in run.out_keys)
-        if isinstance(value, Tensor) and value.requires_grad
+        # Where no gradient is recorded (a difference of two values is wanted), constants cancel.
+        if isinstance(value, Tensor)
+        and value.is_floating_point()
+        and (value.requires_grad or not torch.is_grad_enabled())
     ]
     if not terms:
         raise TargetError(
@@ -190,7 +193,7 @@ def _entry(run: Pass, key: NestedKey) -> Tensor:
     return value
 
 
-def _one_hot(run: Pass, values: Tensor) -> Tensor:
+def one_hot_action(run: Pass, values: Tensor) -> Tensor:
     action = run.stored.get("action", None)
     if action is None:
         raise TargetError("the target explains the stored action 'action', which the data lacks")

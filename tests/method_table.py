@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tdhook_rl import ActivationCaching, LinearProbe, ProbeReadout, Saliency, SteeringVectors
-from tdhook_rl.attribution import LRP, IntegratedGradients
+from tdhook_rl.attribution import LRP, ActivationMaximisation, IntegratedGradients, Occlusion
 from tdhook_rl.latent import DirectionalAblation, DirectionClamping
 from tdhook_rl.method import Method
 from tdhook_rl.weights import Adapters, TaskVectors
@@ -42,6 +42,8 @@ METHODS = {
     "integrated_gradients_step": Row(lambda case: IntegratedGradients(baseline=0.0, n_steps=4, when="step"), True),
     "integrated_gradients_batch": Row(lambda case: IntegratedGradients(baseline=0.0, n_steps=4, when="batch"), True),
     "lrp": Row(lambda case: LRP(when="step", skip_modules=no_share_out), True),
+    "occlusion": Row(lambda case: Occlusion(when="step", groups=[[0, 1], [2, 3, 4]]), True),
+    "activation_maximisation": Row(lambda case: ActivationMaximisation(case.site, n_steps=2, when="batch"), True),
     "task_vectors": Row(lambda case: TaskVectors(alphas=(0.5, 1.0)), True),
     "probe_readout": Row(lambda case: ProbeReadout({"concept": probe(case)}), True),
     "steering_alpha_0": Row(lambda case: SteeringVectors({case.site: torch.randn(case.features)}, alpha=0.0), True),

@@ -83,6 +83,17 @@ def test_equals_a_fine_midpoint_rule_and_is_complete(batch: tuple[int, ...], chu
     assert torch.equal(found["output"], net(data["input"]))
 
 
+def test_the_delta_of_the_default_target() -> None:
+    net = mlp().double()
+    data = pair()
+    with IntegratedGradients(compute_convergence_delta=True, n_steps=32).prepare(net) as hooked:
+        found = hooked(data.clone())
+        with torch.inference_mode():
+            again = hooked(data.clone())
+    assert float(found["convergence_delta"].abs().max()) < 1e-8
+    torch.testing.assert_close(again["convergence_delta"], found["convergence_delta"], rtol=0, atol=1e-12)
+
+
 def test_the_snippet_of_the_seed_without_a_batch_size() -> None:
     net, class_idx = mlp(), 1
     x, baseline = torch.randn(3, FEATURES), torch.zeros(3, FEATURES)

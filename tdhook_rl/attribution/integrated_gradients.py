@@ -142,7 +142,7 @@ class _BoundIntegratedGradients(BoundAttribution):
         for start in range(0, len(self._points), at_once):
             alphas = self._points[start : start + at_once]
             points = len(alphas)
-            stored = _repeat(call.data, points)
+            stored = repeat_rows(call.data, points)
             path = {key: _between(baselines[key], ends[key], alphas, batch) for key in ends}
             middle = {slot: _between(low, high, alphas, batch) for slot, (low, high) in inner.items()}
             weights = next(iter(path.values())).new_tensor(self._weights[start : start + at_once])
@@ -186,12 +186,13 @@ class _BoundIntegratedGradients(BoundAttribution):
         batch = call.batch_size
         with torch.no_grad():
             high, low = call.replay(ends), call.replay(baselines)
-        for name, target, (of_inputs, of_leaves) in zip(self.names, targets, averages, strict=True):
+            changes = [target(high) - target(low) for target in targets]
+        for name, change, (of_inputs, of_leaves) in zip(self.names, changes, averages, strict=True):
             terms = [value * (ends[key] - baselines[key]) for key, value in of_inputs.items()]
             terms += [value * (inner[slot][1] - inner[slot][0]) for slot, value in of_leaves.items()]
             total = torch.stack([term.reshape(*batch, -1).sum(-1) for term in terms]).sum(0)
             key = (self._delta_key or "", *([name] if name else []))
-            self._deltas[key] = total - (target(high) - target(low))
+            self._deltas[key] = total - change
 
     def _baseline_of(self, key: NestedKey) -> tuple[str, ...]:
         return (self._baseline_key, *((key,) if isinstance(key, str) else key))
@@ -276,7 +277,7 @@ class IntegratedGradients(GradientAttribution):
             raise InputError(f"chunk_size is a positive number of rows, got {self.chunk_size}")
 
 
-def _repeat(data: TensorDictBase, points: int) -> TensorDictBase:
+def repeat_rows(data: TensorDictBase, points: int) -> TensorDictBase:
     """The rows of the data once for each point of the path, as one batch dimension."""
     repeated = data.expand(points, *data.batch_size)
     return repeated.reshape(-1) if data.ndim else repeated.clone(recurse=False)

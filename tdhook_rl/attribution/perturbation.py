@@ -1,0 +1,281 @@
+"""Attribution by perturbation: replace or blur a part of what the policy sees, and look what changes.
+
+No gradient is needed: only replays of the policy, in passes of bounded size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from tensordict import NestedKey
+from tensordict.utils import unravel_key
+from torch import Tensor
+
+from tdhook_rl.attribution.base import BoundAttribution
+from tdhook_rl.attribution.perturbation_base import (
+    Blurred,
+    BoundPerturbation,
+    Changes,
+    ChosenFirst,
+    Measure,
+    Occluded,
+    Output,
+    Perturbation,
+    owners,
+)
+from tdhook_rl.errors import InputError, MissingKeyError, nearest
+from tdhook_rl.passes import Call
+
+if TYPE_CHECKING:
+    from tdhook_rl.method import Binder
+
+__all__ = ["SARFA", "Occlusion", "PerturbationSaliency"]
+
+Groups = Sequence[Sequence[int]]
+
+
+class _BoundOcclusion(BoundPerturbation):
+    def __init__(self, config: Occlusion, binder: Binder) -> None:
+        super().__init__(config, binder)
+        self._name = type(config).__name__
+        self._baseline = config.baseline
+        self._baseline_key = config.baseline_key
+        self._groups = config.groups
+        if isinstance(self._groups, Mapping):
+            self._groups = {unravel_key(key): groups for key, groups in self._groups.items()}
+            unknown = [key for key in self._groups if key not in self.declared]
+            if unknown:
+                raise InputError(
+                    f"groups= names {unknown[0]!r}, which is not an explained input of the policy; "
+                    f"{nearest(str(unknown[0]), map(str, self.declared))}"
+                )
+        if self._baseline is None:
+            self.reads = [*self.reads, *(self._baseline_of(key) for key in binder.policy.in_keys)]
+
+    def _changes(self, call: Call, key: NestedKey, value: Tensor, inputs: Mapping[NestedKey, Tensor]) -> Changes:
+        shape = value.shape[len(call.batch_size) :]
+        features = shape.numel()
+        groups = self._groups
+        if groups is not None and not isinstance(groups, Mapping) and len(inputs) > 1:
+            raise InputError(
+                f"groups= is a list, but several inputs are explained ({', '.join(map(repr, inputs))}): give "
+                "groups={input: [...]}, or name one input with inputs=[...]"
+            )
+        of_key = groups.get(key) if isinstance(groups, Mapping) else groups
+        if of_key is None:
+            owner, count = torch.arange(features), features
+        else:
+            owner, count = owners(of_key, features, key), len(of_key)
+        return Occluded(owner.reshape(shape).to(value.device), count, value, self._read_baseline(call, key, value))
+
+    def _baseline_of(self, key: NestedKey) -> tuple[str, ...]:
+        return (self._baseline_key, *((key,) if isinstance(key, str) else key))
+
+    def _read_baseline(self, call: Call, key: NestedKey, value: Tensor) -> Tensor:
+        if self._baseline is not None:
+            return torch.full_like(value, self._baseline)
+        name = self._baseline_of(key)
+        found = call.data.get(name, None)
+        if found is None:
+            raise MissingKeyError(
+                f"{self._name}(baseline=None) reads what replaces {key!r} under {name!r}, which the data lacks; "
+                f"{nearest(str(name), map(str, call.data.keys(True, True)))}. Or give a number: baseline=0.0"
+            )
+        if found.shape != value.shape or found.device != value.device:
+            raise InputError(
+                f"the baseline {name!r} has shape {tuple(found.shape)} on {found.device}; it must match {key!r}, "
+                f"which has shape {tuple(value.shape)} on {value.device}"
+            )
+        return found.to(value.dtype)
+
+
+class _BoundSARFA(_BoundOcclusion):
+    def __init__(self, config: SARFA, binder: Binder) -> None:
+        super().__init__(config, binder)
+        self._keys = _keys(config.key, ("logits", "action_value"))
+
+    def _measures(self, targets: Sequence[Measure]) -> Sequence[Measure]:
+        return [ChosenFirst(Output(self._keys, self._name))]
+
+    def _compare(self, before: Tensor, after: Tensor) -> Tensor:
+        drop = before.softmax(-1)[..., 0] - after.softmax(-1)[..., 0]
+        old, new = before[..., 1:].log_softmax(-1), after[..., 1:].log_softmax(-1)
+        rest = old.exp()
+        # Masked actions have a logit of -inf on both sides, and no part in the divergence.
+        divergence = torch.where(rest > 0, rest * (old - new), 0.0).sum(-1)
+        relevant = 1 / (1 + divergence)
+        return torch.where(drop > 0, 2 * relevant * drop / (relevant + drop), 0.0)
+
+
+class _BoundPerturbationSaliency(BoundPerturbation):
+    def __init__(self, config: PerturbationSaliency, binder: Binder) -> None:
+        super().__init__(config, binder)
+        self._config = (config.stride, config.sigma, config.blur_sigma)
+        self._output: Output | None = None
+        if config.mode != "target":
+            names = ("logits", "action_value") if config.mode == "policy" else ("state_value",)
+            self._output = Output(_keys(config.key, names), f"PerturbationSaliency(mode={config.mode!r})")
+
+    def _changes(self, call: Call, key: NestedKey, value: Tensor, inputs: Mapping[NestedKey, Tensor]) -> Changes:
+        shape = value.shape[len(call.batch_size) :]
+        if len(shape) != 3:
+            raise InputError(
+                f"PerturbationSaliency blurs images of (channels, rows, columns), but {key!r} has shape {tuple(shape)} "
+                f"after the batch size {tuple(call.batch_size)}: name the images with inputs=[...], or use Occlusion"
+            )
+        return Blurred(value, *self._config)
+
+    def _measures(self, targets: Sequence[Measure]) -> Sequence[Measure]:
+        return targets if self._output is None else [self._output]
+
+    def _compare(self, before: Tensor, after: Tensor) -> Tensor:
+        if self._output is None:
+            return before - after
+        return 0.5 * (before - after).square()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Occlusion(Perturbation):
+    """Occlusion (Zeiler & Fergus 2014): how much the target drops when features are replaced.
+
+    Args:
+        groups: which features are replaced together: a list of groups, each a list of indices into the flattened
+            features of the one explained input, or a mapping of input keys to such lists. By default, and for
+            inputs that the mapping leaves out, every feature by itself.
+        baseline: the number that replaces them; with ``None`` the replacement of input ``k`` is read from the data
+            under ``(baseline_key, k)``, of the shape of the input.
+        baseline_key: the root of the baselines in the data.
+        chunk_size: rows (groups times batch) of one pass; by default 64 for convolutional nets, else 8192.
+
+    The other arguments are those of :class:`tdhook_rl.attribution.base.GradientAttribution`, without
+    ``input_modules``.
+
+    Writes ``(attribution_key, in_key)``: batch + the shape of the input. Each feature holds the target at the input
+    minus the target with the feature's group replaced; features in no group hold 0.
+
+    Raises:
+        InputError: for an unknown input, an index out of range, a feature in two groups, or a baseline of another
+            shape.
+        MissingKeyError: if a baseline is absent.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> net = torch.nn.Linear(4, 1)
+        >>> x = torch.randn(3, 4)
+        >>> with Occlusion(groups=[[0, 1], [2, 3]]).prepare(net) as hooked:
+        ...     data = hooked(TensorDict({"input": x}, batch_size=3))
+        >>> torch.allclose(data["attr", "input"][:, 0], (x * net.weight)[:, :2].sum(-1), atol=1e-6)
+        True
+    """
+
+    groups: Groups | Mapping[NestedKey, Groups] | None = None
+    baseline: float | None = 0.0
+    baseline_key: str = "baseline"
+
+    bound_class: ClassVar[type[BoundAttribution]] = _BoundOcclusion
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SARFA(Occlusion):
+    """Specific and relevant feature attribution (Puri et al. 2020) of the stored discrete action.
+
+    With ``P`` the softmax of the logits or Q values, a group of features scores ``2 K dP / (K + dP)``: ``dP`` is the
+    drop of ``P(action)`` when the group is replaced (specific), and ``K = 1 / (1 + KL)``, with the divergence from
+    the renormalised probabilities of the other actions before to those after (relevant: what moves all actions alike
+    scores less). Where ``dP <= 0`` the score is 0; it lies in [0, 1].
+
+    Args:
+        key: the output with one number for each action; by default ``"logits"``, else ``"action_value"``.
+
+    The other arguments are those of :class:`Occlusion`, without targets.
+
+    Writes ``(attribution_key, in_key)``: batch + the shape of the input.
+
+    Raises:
+        TargetError: if the policy outputs no such values, or the stored action is not one of two or more.
+        InputError, MissingKeyError: as :class:`Occlusion`.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> net = torch.nn.Linear(4, 3)
+        >>> data = TensorDict({"input": torch.randn(5, 4), "action": torch.randint(3, (5,))}, batch_size=5)
+        >>> with SARFA().prepare(net, in_keys=["input"], out_keys=["logits"]) as hooked:
+        ...     data = hooked(data)
+        >>> data["attr", "input"].shape, bool((data["attr", "input"] >= 0).all())
+        (torch.Size([5, 4]), True)
+    """
+
+    key: NestedKey | None = None
+
+    bound_class: ClassVar[type[BoundAttribution]] = _BoundSARFA
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._refuse_targets("explains the probability of the stored action")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PerturbationSaliency(Perturbation):
+    """Perturbation saliency of images (Greydanus et al. 2018): what changes when a place is blurred.
+
+    At each place of a grid the image is blended with a blurred copy through a Gaussian mask, in all channels; the
+    map of scores is interpolated (bilinear) to the size of the image.
+
+    Args:
+        mode: ``"target"`` scores how much the target drops, which is specific to the action and signed (Huber et al.
+            2022 found the score of the paper to depend little on the output layer); ``"policy"`` and ``"value"``
+            score half the squared change of the logits or of the state value, as in the paper.
+        stride: pixels between places: ``ceil(rows / stride)`` by ``ceil(columns / stride)`` evenly spread places.
+        sigma: the width of the mask in pixels, 1 at the place.
+        blur_sigma: the width of the Gaussian that blurs the image, in pixels.
+        key: what is read in place of the target: by default ``"logits"``, else ``"action_value"``, or
+            ``"state_value"``.
+        chunk_size: rows (places times batch) of one pass; by default 64 for convolutional nets, else 8192.
+
+    The other arguments are those of :class:`tdhook_rl.attribution.base.GradientAttribution`, without
+    ``input_modules``. Inputs that are not images are left out by ``inputs=[...]``.
+
+    Writes ``(attribution_key, in_key)``: batch + (rows, columns), one map for all channels.
+
+    Raises:
+        InputError: for an input that is not ``(channels, rows, columns)``.
+        TargetError: if the policy does not output what the mode reads.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> net = torch.nn.Sequential(torch.nn.Flatten(-3), torch.nn.Linear(2 * 8 * 8, 3))
+        >>> with PerturbationSaliency(stride=4, sigma=2.0).prepare(net) as hooked:
+        ...     data = hooked(TensorDict({"input": torch.rand(5, 2, 8, 8)}, batch_size=5))
+        >>> data["attr", "input"].shape
+        torch.Size([5, 8, 8])
+    """
+
+    mode: Literal["target", "policy", "value"] = "target"
+    stride: int = 5
+    sigma: float = 5.0
+    blur_sigma: float = 3.0
+    key: NestedKey | None = None
+
+    bound_class: ClassVar[type[BoundAttribution]] = _BoundPerturbationSaliency
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        modes = ("target", "policy", "value")
+        if self.mode not in modes:
+            raise InputError(f"no mode is named {self.mode!r}; {nearest(str(self.mode), modes)}")
+        if self.mode != "target":
+            self._refuse_targets(f"with mode={self.mode!r} scores an output")
+        elif self.key is not None:
+            raise InputError("key= belongs to the modes 'policy' and 'value'; mode='target' explains target=")
+        if not isinstance(self.stride, int) or self.stride < 1:
+            raise InputError(f"stride is a positive number of pixels, got {self.stride!r}")
+        for name in ("sigma", "blur_sigma"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name} is a positive number of pixels, got {getattr(self, name)!r}")
+
+
+def _keys(key: NestedKey | None, default: tuple[str, ...]) -> tuple[NestedKey, ...]:
+    return default if key is None else (unravel_key(key),)

@@ -1,0 +1,249 @@
+"""What the perturbation methods share: perturbed copies of an input, measured in passes of bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from tensordict import NestedKey
+from torch import Tensor
+
+from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttribution
+from tdhook_rl.attribution.integrated_gradients import PATH_ROWS, repeat_rows
+from tdhook_rl.batching import CONV_CHUNK, default_chunk_size, shallow
+from tdhook_rl.errors import InputError, TargetError, nearest
+from tdhook_rl.passes import Call, Pass
+from tdhook_rl.targets import Target, default_target, one_hot_action
+
+if TYPE_CHECKING:
+    from tdhook_rl.method import Binder
+
+__all__ = ["Blurred", "BoundPerturbation", "Changes", "ChosenFirst", "Occluded", "Output", "Perturbation", "owners"]
+
+Measure = Callable[[Pass], Tensor]
+
+
+class Changes(Protocol):
+    """The perturbed copies of one input, made as they are needed."""
+
+    count: int
+
+    def make(self, start: int, stop: int) -> Tensor:
+        """Copies ``start`` to ``stop``, ``(copies, *batch, *features)``."""
+
+    def spread(self, scores: Tensor) -> Tensor:
+        """From a score for each copy, ``(count, *batch)``, to a map with the batch first."""
+
+
+class BoundPerturbation(BoundAttribution):
+    """Measures the policy on perturbed copies; subclasses say what is perturbed, measured and compared."""
+
+    def __init__(self, config: Perturbation, binder: Binder) -> None:
+        super().__init__(config, binder)
+        self._rows = config.chunk_size or (CONV_CHUNK if default_chunk_size(binder.policy) else PATH_ROWS)
+
+    def attribute(
+        self, call: Call, explained: Explained, targets: Sequence[Measure]
+    ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
+        measures = self._measures(targets)
+        found: list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]] = [({}, {}) for _ in measures]
+        inputs = explained.inputs
+        # What the policy was given, also where it has overwritten an input since.
+        whole = shallow(call.data)
+        for key, value in (call.inputs | inputs).items():
+            whole.set(key, value)
+        with torch.no_grad():
+            run = call.replay(inputs)
+            before = [measure(run) for measure in measures]
+            for key, value in inputs.items():
+                changes = self._changes(call, key, value, inputs)
+                scores: list[list[Tensor]] = [[] for _ in measures]
+                at_once = max(1, self._rows // max(call.batch_size.numel(), 1))
+                for start in range(0, changes.count, at_once):
+                    changed = changes.make(start, min(start + at_once, changes.count))
+                    copies = len(changed)
+                    flat = changed.flatten(0, len(call.batch_size)) if call.batch_size else changed
+                    run = call.replay({key: flat}, repeat_rows(whole, copies))
+                    for kept, reference, measure in zip(scores, before, measures, strict=True):
+                        after = measure(run)
+                        after = after.reshape(copies, *call.batch_size, *after.shape[1:])
+                        scored = self._compare(reference.expand_as(after), after)
+                        kept.append(scored.reshape(copies, *call.batch_size, -1).sum(-1))
+                for (of_inputs, _), kept in zip(found, scores, strict=True):
+                    of_inputs[key] = changes.spread(torch.cat(kept))
+        return found
+
+    def _changes(self, call: Call, key: NestedKey, value: Tensor, inputs: Mapping[NestedKey, Tensor]) -> Changes:
+        raise NotImplementedError
+
+    def _measures(self, targets: Sequence[Measure]) -> Sequence[Measure]:
+        return targets
+
+    def _compare(self, before: Tensor, after: Tensor) -> Tensor:
+        """The score of each copy and row, from what was measured before and after; feature dimensions are summed."""
+        return before - after
+
+    def _function(self, target: Target | None, call: Call) -> Measure:
+        return super()._function(target, call) if self._init["targets"] else _WithoutGradient(target)
+
+
+@dataclass(frozen=True)
+class _WithoutGradient:
+    """A target where nothing requires a gradient: the sum of outputs cannot ask which of them depend on the input.
+
+    It need not, since only differences count.
+    """
+
+    target: Target | None
+
+    def __call__(self, run: Pass) -> Tensor:
+        target = self.target or default_target(run)
+        if getattr(target, "name", None) != "output_sum":
+            return target(run)
+        batch = run.outputs.batch_size
+        values = [run.outputs.get(key, None) for key in run.out_keys]
+        terms = [v.reshape(*batch, -1).sum(-1) for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+        if not terms:
+            raise TargetError(f"none of the outputs {run.out_keys} is a floating-point tensor: give a target=")
+        return torch.stack(terms).sum(0)
+
+
+@dataclass(frozen=True)
+class Output:
+    """An output of the policy, the first of several that it has."""
+
+    keys: Sequence[NestedKey]
+    method: str
+
+    def __call__(self, run: Pass) -> Tensor:
+        for key in self.keys:
+            value = run.outputs.get(key, None)
+            if value is not None:
+                return value
+        known = [str(key) for key in run.outputs.keys(True, True)]
+        asked = " or ".join(repr(key) for key in self.keys)
+        raise TargetError(
+            f"{self.method} reads {asked}, which the policy does not output; {nearest(str(self.keys[0]), known)}. "
+            "Name another output with key="
+        )
+
+
+@dataclass(frozen=True)
+class ChosenFirst:
+    """Logits or values of discrete actions, the stored action first and the others after it."""
+
+    output: Output
+
+    def __call__(self, run: Pass) -> Tensor:
+        values = self.output(run)
+        if values.ndim != run.outputs.batch_dims + 1 or values.shape[-1] < 2:
+            raise TargetError(
+                f"SARFA compares one choice among two or more discrete actions, but the values have shape "
+                f"{tuple(values.shape)} at batch size {tuple(run.outputs.batch_size)}"
+            )
+        order = one_hot_action(run, values).sort(dim=-1, descending=True, stable=True).indices
+        return values.gather(-1, order)
+
+
+class Occluded:
+    """Groups of features in turn replaced by their baseline; ``owner`` has the group of each feature, or -1."""
+
+    def __init__(self, owner: Tensor, count: int, value: Tensor, baseline: Tensor) -> None:
+        self.owner = owner
+        self.count = count
+        self.value = value
+        self.baseline = baseline
+
+    def make(self, start: int, stop: int) -> Tensor:
+        group = torch.arange(start, stop, device=self.value.device).reshape(-1, *(1,) * self.value.ndim)
+        return torch.where(self.owner == group, self.baseline, self.value)
+
+    def spread(self, scores: Tensor) -> Tensor:
+        by_group = torch.cat([scores, torch.zeros_like(scores[:1])]).movedim(0, -1)  # -1 finds the zero
+        return by_group[..., self.owner]
+
+
+class Blurred:
+    """Places of an image in turn blended with a blurred copy, through a Gaussian mask."""
+
+    def __init__(self, value: Tensor, stride: int, sigma: float, blur_sigma: float) -> None:
+        self.value = value
+        self.size = (int(value.shape[-2]), int(value.shape[-1]))
+        self.grid = tuple(-(-length // stride) for length in self.size)
+        self.count = self.grid[0] * self.grid[1]
+        self.sigma = sigma
+        by_row, by_column = (self._smoothing(length, blur_sigma) for length in self.size)
+        self.difference = by_row @ value @ by_column.T - value
+
+    def _near(self, length: int, centres: Tensor, sigma: float) -> Tensor:
+        places = torch.arange(length, dtype=self.value.dtype, device=self.value.device)
+        return torch.exp(-((places - centres[:, None]) ** 2) / (2 * sigma**2))
+
+    def _smoothing(self, length: int, sigma: float) -> Tensor:
+        centres = torch.arange(length, dtype=self.value.dtype, device=self.value.device)
+        weights = self._near(length, centres, sigma)
+        return weights / weights.sum(-1, keepdim=True)  # at the border the weights inside add up to 1
+
+    def make(self, start: int, stop: int) -> Tensor:
+        index = torch.arange(start, stop, device=self.value.device)
+        parts = []
+        for place, places, length in zip(
+            (index // self.grid[1], index % self.grid[1]), self.grid, self.size, strict=True
+        ):
+            centres = (place.to(self.value.dtype) + 0.5) * (length / places) - 0.5
+            parts.append(self._near(length, centres, self.sigma))
+        masks = parts[0][:, :, None] * parts[1][:, None, :]
+        return self.value + masks.reshape(len(index), *(1,) * (self.value.ndim - 2), *self.size) * self.difference
+
+    def spread(self, scores: Tensor) -> Tensor:
+        maps = scores.movedim(0, -1).reshape(-1, 1, *self.grid)
+        maps = torch.nn.functional.interpolate(maps, size=self.size, mode="bilinear", align_corners=False)
+        return maps.reshape(*scores.shape[1:], *self.size)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Perturbation(GradientAttribution):
+    """Base of the perturbation methods: explains inputs, without gradients.
+
+    Args:
+        chunk_size: rows (copies times batch) of one pass; by default 64 for convolutional nets, else 8192.
+    """
+
+    chunk_size: int | None = None
+
+    bound_class: ClassVar[type[BoundAttribution]] = BoundPerturbation
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__
+        if self.input_modules:
+            raise InputError(f"{name} perturbs inputs: input_modules= belongs to gradients, such as Saliency")
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise InputError(f"chunk_size is a positive number of rows, got {self.chunk_size}")
+
+    def _refuse_targets(self, instead: str) -> None:
+        if self.target is not None or self.init_attr_targets is not None:
+            raise TargetError(f"{type(self).__name__} {instead}: leave out target= and init_attr_targets=")
+
+
+def owners(groups: Sequence[Any], features: int, key: NestedKey) -> Tensor:
+    """For each feature the number of its group, or -1."""
+    owner = [-1] * features
+    if not len(groups):
+        raise InputError(f"groups= of {key!r} is empty: leave it out for every feature by itself")
+    for number, group in enumerate(groups):
+        indices = [int(index) for index in torch.as_tensor(group, dtype=torch.long).reshape(-1)]
+        if not indices:
+            raise InputError(f"group {number} of {key!r} is empty")
+        for index in indices:
+            if not 0 <= index < features:
+                raise InputError(
+                    f"group {number} of {key!r} has index {index}, but the input has {features} features: "
+                    f"0 to {features - 1}, counted in the flattened input"
+                )
+            if owner[index] not in (-1, number):
+                raise InputError(f"feature {index} of {key!r} is in the groups {owner[index]} and {number}")
+            owner[index] = number
+    return torch.tensor(owner)

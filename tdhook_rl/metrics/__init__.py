@@ -1,0 +1,21 @@
+"""How far an attribution can be trusted: scores of faithfulness, robustness, randomisation and localisation."""
+
+from tdhook_rl.metrics.completeness import completeness_gap
+from tdhook_rl.metrics.deletion import DeletionInsertion, deletion_insertion
+from tdhook_rl.metrics.infidelity import InfidelityMetric
+from tdhook_rl.metrics.localisation import pointing_game, relevance_mass
+from tdhook_rl.metrics.randomisation import cascading_randomisation
+from tdhook_rl.metrics.scoring import ScoreDirection
+from tdhook_rl.metrics.sensitivity import SensitivityMetric
+
+__all__ = [
+    "DeletionInsertion",
+    "InfidelityMetric",
+    "ScoreDirection",
+    "SensitivityMetric",
+    "cascading_randomisation",
+    "completeness_gap",
+    "deletion_insertion",
+    "pointing_game",
+    "relevance_mass",
+]

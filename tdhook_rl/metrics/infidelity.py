@@ -1,0 +1,109 @@
+"""Infidelity: does an attribution foretell how the explained target changes when the input does?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from tdhook_rl.errors import InputError, nearest
+from tdhook_rl.metrics.scoring import ScoreDirection, Scorer, flat, require_count, score
+
+__all__ = ["InfidelityMetric"]
+
+Form = Literal["auto", "gradient", "product"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfidelityMetric:
+    """Infidelity (Yeh, Hsieh, Suggala, Inouye & Ravikumar 2019, NeurIPS), the mean of a squared error.
+
+    With Gaussian perturbations ``I`` of the explained inputs ``x``, an attribution and the target ``f`` that it
+    explains (by the stored action, never a new sample):
+
+    - ``form="gradient"``: E[(I . attr - (f(x) - f(x - I)))^2], ``I`` of standard deviation ``noise_scale``;
+    - ``form="product"``, for attributions that are a sensitivity times input minus baseline: the same with
+      ``attr / (x - baseline)`` in the place of ``attr`` and ``I = s (x - baseline)``, ``s`` of standard deviation
+      ``noise_scale``; so ``I . attr / (x - baseline)`` is ``s . attr`` and nothing is divided by zero. Inputs that
+      equal their baseline are not perturbed.
+
+    Zero for a linear policy with either; lower is better. Values are in squared units of the target and grow with
+    ``noise_scale`` squared, so compare methods at one setting and one form.
+
+    Args:
+        n_perturb_samples: perturbations for each row.
+        noise_scale: their standard deviation.
+        form: ``"auto"`` takes the form from the method: the product for LRP, for IntegratedGradients as it is by
+            default, for occlusion, and wherever ``multiply_by_inputs=True``; else the gradient.
+        baseline: of the product form, a number; by default the one of the method (zero for LRP and gradient times
+            input).
+        attribution_key: which attribution is scored, by its root; not needed where there is one.
+        target: which target is scored, where the method explains several.
+        seed: of the perturbations.
+        chunk_size: rows per pass; by default 64 for convolutional nets, else all.
+
+    Called with a hooked policy and data that hold attributions, returns a score for each row, the batch shape.
+
+    Raises:
+        InputError: for a policy without an attribution method, with several and none named, or an empty batch.
+        MissingKeyError: if the attribution is not in the data.
+        TargetError: if several targets are explained and none is named.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> from tdhook_rl.attribution import Saliency
+        >>> with Saliency().prepare(torch.nn.Linear(4, 1).double()) as hooked:
+        ...     data = hooked(TensorDict({"input": torch.randn(3, 4).double()}, batch_size=3))
+        ...     found = InfidelityMetric()(hooked, data)
+        >>> found.shape, bool((found < 1e-20).all())
+        (torch.Size([3]), True)
+    """
+
+    n_perturb_samples: int = 10
+    noise_scale: float = 0.01
+    form: Form = "auto"
+    baseline: float | None = None
+    attribution_key: str | None = None
+    target: str | None = None
+    seed: int = 0
+    chunk_size: int | None = None
+
+    score_direction: ClassVar[ScoreDirection] = ScoreDirection.LOWER
+
+    def __post_init__(self) -> None:
+        require_count("n_perturb_samples", self.n_perturb_samples)
+        if not self.noise_scale > 0:
+            raise InputError(f"noise_scale is a positive number, got {self.noise_scale!r}")
+        if self.form not in get_args(Form):
+            raise InputError(f"no form is named {self.form!r}; {nearest(str(self.form), get_args(Form))}")
+
+    def __call__(self, hooked: Any, data: TensorDictBase) -> Tensor:
+        generators: dict[torch.device, torch.Generator] = {}
+
+        def infidelity(scorer: Scorer) -> dict[str, Tensor]:
+            attributions = scorer.stored()
+            here = scorer.value(scorer.inputs)
+            product = scorer.is_product if self.form == "auto" else self.form == "product"
+            baseline = scorer.baseline(self.baseline) if product else {}
+            total = torch.zeros_like(here)
+            for _ in range(self.n_perturb_samples):
+                noise = {key: self.noise_scale * _normal(x, generators, self.seed) for key, x in scorer.inputs.items()}
+                foretold = (flat(noise, scorer.batch_size) * flat(attributions, scorer.batch_size)).sum(-1)
+                moved = {
+                    key: x - noise[key] * (x - baseline[key]) if product else x - noise[key]
+                    for key, x in scorer.inputs.items()
+                }
+                total += (foretold - (here - scorer.value(moved))) ** 2
+            return {"score": total / self.n_perturb_samples}
+
+        return score(hooked, data, infidelity, self.attribution_key, self.target, self.chunk_size)["score"]
+
+
+def _normal(like: Tensor, generators: dict[torch.device, torch.Generator], seed: int) -> Tensor:
+    """Normal noise from a generator of its own."""
+    if like.device not in generators:
+        generators[like.device] = torch.Generator(like.device).manual_seed(seed)
+    return torch.randn(like.shape, generator=generators[like.device], dtype=like.dtype, device=like.device)

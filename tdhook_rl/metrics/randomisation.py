@@ -1,0 +1,165 @@
+"""Cascading randomisation: an attribution that explains what was learnt must change when it is unlearnt."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor, nn
+
+from tdhook_rl.errors import InputError
+from tdhook_rl.method import Method
+from tdhook_rl.metrics.scoring import flat
+from tdhook_rl.metrics.selection import find_attribution, target_name
+from tdhook_rl.paths import find_sites
+
+__all__ = ["cascading_randomisation", "spearman"]
+
+
+def cascading_randomisation(
+    method: Method,
+    module: nn.Module,
+    data: TensorDictBase,
+    *,
+    layers: Sequence[str] | None = None,
+    initialise: Callable[[nn.Module], Any] | None = None,
+    absolute: bool = False,
+    in_keys: Sequence[NestedKey] | None = None,
+    out_keys: Sequence[NestedKey] | None = None,
+    attribution_key: str | None = None,
+    target: str | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Correlate attributions with themselves as layers lose what they learnt, one more each step (Adebayo et al. 2018).
+
+    A copy of the module is randomised from the output downwards; the module is not touched. The stored actions
+    stay the explained ones. An attribution that depends on the weights falls from 1 towards 0; one that stays
+    near 1 shows the input, not the policy. Lower is better.
+
+    Args:
+        method: an attribution method, or a ``Compose`` that has one.
+        module: the policy or network, trained, not hooked.
+        data: a batch that the policy has acted on, of any batch shape; attributions in it are not used.
+        layers: paths or patterns of the layers, the first to be randomised first; by default every layer with
+            parameters that runs, the last that runs first.
+        initialise: what is done to a layer; by default its ``reset_parameters()``.
+        absolute: compare absolute values, so that a change of sign alone counts as none.
+        in_keys: for a plain module, as in ``prepare``.
+        out_keys: likewise.
+        attribution_key: which attribution is compared, by its root; not needed where there is one.
+        target: which target is compared, where the method explains several.
+        seed: of the new weights; the global generators are as before afterwards.
+
+    Returns:
+        by step, ``"original"`` and then the path of the layer randomised last, Spearman's rank correlation with
+        the original for each row, the batch shape, over all that is explained; NaN where an attribution is constant.
+
+    Raises:
+        InputError: for a batch that is empty, a method without attribution, or a layer that cannot be initialised.
+        SiteError: if a pattern matches no layer.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> from tdhook_rl.attribution import Saliency
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        >>> data = TensorDict({"input": torch.randn(3, 4)}, batch_size=3)
+        >>> found = cascading_randomisation(Saliency(), net, data)
+        >>> list(found), found["original"]
+        (['original', '2', '0'], tensor([1., 1., 1.]))
+    """
+    if data.batch_size.numel() == 0:
+        raise InputError(f"there is nothing to score: the batch has shape {tuple(data.batch_size)}")
+    own = copy.deepcopy(module)
+    keys = {"in_keys": in_keys, "out_keys": out_keys}
+
+    def attributions() -> Tensor:
+        with method.prepare(own, **keys) as hooked:
+            bound = find_attribution(hooked, attribution_key)
+            name = target_name(bound, target)
+            prefix = (bound.root, *([name] if name else []))
+            found = hooked.annotate(data.exclude(*{key[0] for key in hooked.result_keys}, "computed"))
+            wanted = [key for key in bound.result_keys if key[: len(prefix)] == prefix]
+            values = flat({key: found.get(key).detach() for key in wanted}, data.batch_size)
+            return values.abs() if absolute else values
+
+    original = attributions()
+    if layers is None:
+        paths = _running_layers(own, method, data, keys)
+    else:
+        paths = [site.path for pattern in layers for site in find_sites(own, pattern)]
+    results = {"original": spearman(original, original)}
+    with _own_generators(seed):
+        for path in dict.fromkeys(paths):
+            _initialise(path, own.get_submodule(path), initialise)
+            results[path or "(root)"] = spearman(original, attributions())
+    return results
+
+
+def spearman(first: Tensor, second: Tensor) -> Tensor:
+    """Spearman's rank correlation over the last dimension, ties with their mean rank; NaN for constants.
+
+    Example:
+        >>> spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 40.0, 9.0]))
+        tensor(0.5000)
+    """
+    x, y = (_mean_ranks(values) for values in (first, second))
+    x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
+    return ((x * y).sum(-1) / (x.square().sum(-1) * y.square().sum(-1)).sqrt()).to(first.dtype)
+
+
+def _mean_ranks(values: Tensor) -> Tensor:
+    values = values.contiguous()
+    ordered = values.sort(-1).values
+    below = torch.searchsorted(ordered, values, right=False)
+    up_to = torch.searchsorted(ordered, values, right=True)
+    return (below + up_to + 1).double() / 2
+
+
+def _running_layers(own: nn.Module, method: Method, data: TensorDictBase, keys: dict[str, Any]) -> list[str]:
+    """The layers with parameters of their own, the last that runs first."""
+    ran: list[str] = []
+    handles = []
+    for path, child in own.named_modules():
+        if next(child.parameters(recurse=False), None) is not None:
+            handles.append(child.register_forward_hook(lambda *_, path=path: ran.append(path)))
+    try:
+        # The hooked clone of a module has copies of the module's hooks: these call the same list.
+        with method.prepare(own, **keys) as hooked:
+            hooked.annotate(data.exclude(*{key[0] for key in hooked.result_keys}, "computed"))
+    finally:
+        for handle in handles:
+            handle.remove()
+    order = list(dict.fromkeys(ran))[::-1]
+    if not order:
+        raise InputError(
+            f"no layer of {type(own).__name__} that runs has parameters: there is nothing to randomise; name layers="
+        )
+    return order
+
+
+def _initialise(path: str, layer: nn.Module, initialise: Callable[[nn.Module], Any] | None) -> None:
+    if initialise is not None:
+        initialise(layer)
+        return
+    reset = getattr(layer, "reset_parameters", None)
+    if not callable(reset):
+        raise InputError(
+            f"the layer {path!r} ({type(layer).__name__}) has no reset_parameters(): say how to randomise it with "
+            "initialise=, or leave it out with layers=[...]"
+        )
+    reset()
+
+
+@contextmanager
+def _own_generators(seed: int) -> Iterator[None]:
+    """A block whose draws are seeded and leave the global generators as they were."""
+    cuda = torch.cuda.is_initialized()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if cuda else []):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            torch.cuda.manual_seed_all(seed)
+        yield

@@ -1,0 +1,216 @@
+"""What the metrics share: the target that an attribution explains, evaluated at inputs of the metric's choice.
+
+A metric replays the hooked policy with its interventions and the stored samples, as the attribution does. Nothing
+is sampled, and neither the data nor the global generators change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torch import Tensor
+
+from tdhook_rl.attribution import LRP
+from tdhook_rl.attribution.base import BoundAttribution
+from tdhook_rl.batching import (
+    GeneratorState,
+    default_chunk_size,
+    frozen_statistics,
+    in_recurrent_mode,
+    map_chunks,
+    shallow,
+)
+from tdhook_rl.errors import InputError, MissingKeyError, nearest
+from tdhook_rl.hooks import vmap_level
+from tdhook_rl.metrics.selection import find_attribution, target_name
+from tdhook_rl.passes import Call, stored_inputs
+
+__all__ = ["ScoreDirection", "Scorer", "flat", "require_count", "score"]
+
+
+class ScoreDirection(Enum):
+    """Which values of a metric are good."""
+
+    LOWER = "lower"
+    HIGHER = "higher"
+
+
+class Scorer:
+    """One chunk of rows: its inputs and attributions, and the explained target as a function of the inputs.
+
+    Attributes:
+        inputs: the explained inputs by key, as floats: ``(rows, *features)``, or ``features`` without a batch.
+    """
+
+    def __init__(self, hooked: Any, bound: BoundAttribution, name: str | None, data: TensorDictBase) -> None:
+        self._hooked = hooked
+        self._bound = bound
+        self._name = name
+        self._data = data
+        self._call = self._call_on(data)
+        self.inputs: dict[NestedKey, Tensor] = bound._explained_inputs(self._call)
+        self._target = bound._function(bound._chosen[bound.names.index(name)], self._call)
+
+    @property
+    def batch_size(self) -> torch.Size:
+        return self._data.batch_size
+
+    @property
+    def is_product(self) -> bool:
+        """Whether the attributions are products with input minus baseline, not gradients."""
+        if isinstance(self._bound, LRP.bound_class):
+            return True
+        # What has a baseline without saying so (occlusion) measures changes from it.
+        return bool(getattr(self._bound, "_multiply", hasattr(self._bound, "_read_baseline")))
+
+    def value(self, inputs: Mapping[NestedKey, Tensor]) -> Tensor:
+        """The target at these inputs, the batch shape."""
+        # With a graph: the default target of a plain module adds up the outputs that a gradient reaches.
+        with torch.enable_grad():
+            given = {key: value.detach().clone().requires_grad_() for key, value in inputs.items()}
+            return self._target(self._call.replay(given)).detach()
+
+    def stored(self) -> dict[NestedKey, Tensor]:
+        """The attributions that the data holds, by input.
+
+        Raises:
+            MissingKeyError: if the data lacks one.
+            InputError: if one has another shape than its input.
+        """
+        return self._read(self._data)
+
+    def attribute(self, inputs: Mapping[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
+        """The attributions that the method computes at other inputs."""
+        data = shallow(self._data)
+        for key, value in inputs.items():
+            baseline = getattr(self._bound, "_baseline_of", lambda key: None)(key)
+            if baseline is not None and data.get(baseline, None) is not None:
+                data.set(baseline, data.get(baseline).to(value.dtype))  # of integers that are explained as floats
+            data.set(key, value)
+        call = self._call_on(data)
+        if self._bound.reads_forward:
+            with torch.no_grad():
+                call.replay(record=True)
+        found = TensorDict({}, batch_size=self.batch_size)
+        for name, value in self._bound.compute(call).items():
+            found.set(name, value.detach())
+        return self._read(found)
+
+    def baseline(self, number: float | None) -> dict[NestedKey, Tensor]:
+        """The baseline of each explained input: a number, else the method's (zero for LRP and gradient times input),
+        else the data's, else zeros."""
+        return {key: self._baseline_of(key, value, number) for key, value in self.inputs.items()}
+
+    def _baseline_of(self, key: NestedKey, value: Tensor, number: float | None) -> Tensor:
+        if number is not None:
+            return torch.full_like(value, number)
+        read = getattr(self._bound, "_read_baseline", None)
+        if read is not None:
+            return read(self._call, key, value)
+        name = ("baseline", *_as_tuple(key))
+        # Gradient times input and LRP share out what is above zero.
+        found = None if self.is_product else self._data.get(name, None)
+        if found is None:
+            return torch.zeros_like(value)
+        if found.shape != value.shape:
+            raise InputError(
+                f"the baseline {name!r} has shape {tuple(found.shape)}; it must match {key!r}, which has shape "
+                f"{tuple(value.shape)}"
+            )
+        return found.to(value.dtype)
+
+    def _call_on(self, data: TensorDictBase) -> Call:
+        return Call(self._hooked, type(self._hooked)._base.forward, data, stored_inputs(self._hooked, data))
+
+    def _read(self, data: TensorDictBase) -> dict[NestedKey, Tensor]:
+        found = {}
+        for key, value in self.inputs.items():
+            name = (self._bound.root, *([self._name] if self._name else []), *_as_tuple(key))
+            attribution = data.get(name, None)
+            if attribution is None:
+                raise MissingKeyError(
+                    f"the metric scores the attribution {name!r}, which the data lacks; "
+                    f"{nearest(str(name), map(str, data.keys(True, True)))}. Give it what the hooked policy or its "
+                    "annotate() returned"
+                )
+            if attribution.shape != value.shape:
+                raise InputError(
+                    f"the attribution {name!r} has shape {tuple(attribution.shape)}; to be scored it must match the "
+                    f"input {key!r}, which has shape {tuple(value.shape)}"
+                )
+            found[key] = attribution.detach().to(value.dtype)
+        return found
+
+
+def score(
+    hooked: Any,
+    data: TensorDictBase,
+    function: Callable[[Scorer], dict[str, Tensor]],
+    attribution_key: str | None,
+    target: str | None,
+    chunk_size: int | None = None,
+) -> dict[str, Tensor]:
+    """Score rows chunk by chunk; each score gets the batch shape of the data before its own dimensions.
+
+    Raises:
+        InputError: for something that is not a hooked policy with an attribution of inputs, or an empty batch.
+        TargetError: if the method explains several targets and none is named.
+    """
+    bound = find_attribution(hooked, attribution_key)
+    name = target_name(bound, target)
+    if bound.inputs == [] and bound._init["inputs"] is None:
+        raise InputError(
+            f"the attribution {bound.root!r} explains inner activations only, but this metric changes inputs: "
+            "explain inputs too, with inputs=[...]"
+        )
+    if data.batch_size.numel() == 0:
+        raise InputError(f"there is nothing to score: the batch has shape {tuple(data.batch_size)}")
+    if in_recurrent_mode(hooked):
+        raise InputError(
+            "metrics merge rows into chunks, which would mix trajectories in recurrent mode: leave "
+            "set_recurrent_mode off, so that each row is scored at its stored hidden state"
+        )
+    runtime = hooked._hooked_runtime
+    if runtime.tie is not None:
+        runtime.tie.check(hooked)
+
+    def analyse(chunk: TensorDictBase) -> TensorDict:
+        runtime.level = vmap_level()
+        try:
+            return TensorDict(function(Scorer(hooked, bound, name, chunk)), batch_size=chunk.batch_size)
+        finally:
+            runtime.slots.clear()
+            hooked._close_routes()
+
+    chunk_size = default_chunk_size(hooked) if chunk_size is None else chunk_size
+    keys = [*hooked.in_keys, *hooked.policy_out_keys, *bound.reads, *(key[:1] for key in bound.result_keys), "baseline"]
+    # Out of inference mode, whose tensors have no gradients: those that come from it are copied.
+    with torch.inference_mode(False), torch.no_grad(), runtime.lock, frozen_statistics(hooked):
+        chosen = data.select(*dict.fromkeys(keys), strict=False)
+        if any(value.is_inference() for value in chosen.values(True, True) if isinstance(value, Tensor)):
+            chosen = chosen.clone()
+        before = GeneratorState(data.device)
+        try:
+            results = map_chunks(chosen, analyse, chunk_size)
+        finally:
+            before.restore()
+    return {str(key): value for key, value in results.items()}
+
+
+def flat(parts: Mapping[Any, Tensor], batch: torch.Size) -> Tensor:
+    """All parts of each row as one vector, ``(*batch, features)``."""
+    return torch.cat([value.reshape(*batch, -1) for value in parts.values()], -1)
+
+
+def require_count(name: str, value: int) -> None:
+    """Refuse what is not a positive integer."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name} is a positive integer, got {value!r}")
+
+
+def _as_tuple(key: NestedKey) -> tuple[str, ...]:
+    return (key,) if isinstance(key, str) else key

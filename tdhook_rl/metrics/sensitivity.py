@@ -1,0 +1,85 @@
+"""Max-sensitivity: how much does an attribution change when its input hardly does?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from tdhook_rl.errors import InputError
+from tdhook_rl.metrics.scoring import ScoreDirection, Scorer, flat, require_count, score
+
+__all__ = ["SensitivityMetric"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityMetric:
+    """Max-sensitivity (Yeh et al. 2019, NeurIPS), relative: max over d of ||attr(x + d) - attr(x)|| / ||attr(x)||.
+
+    The d are uniform in [-``perturb_radius``, ``perturb_radius``] in every explained input; the norm is Euclidean
+    over all explained inputs of a row, and the stored action stays the explained one. Baselines stay where they
+    are. A row whose attribution is zero scores 0 where it stays zero and infinity where it does not. Lower is
+    better, but a constant attribution has the best score of all: read it beside
+    :class:`tdhook_rl.metrics.InfidelityMetric`.
+
+    Args:
+        perturb_radius: largest change of an input.
+        n_perturb_samples: perturbations for each row.
+        attribution_key: which attribution is scored, by its root; not needed where there is one.
+        target: which target is scored, where the method explains several.
+        seed: of the perturbations.
+        chunk_size: rows per pass; by default 64 for convolutional nets, else all.
+
+    Called with a hooked policy and data that hold attributions, returns a score for each row, the batch shape.
+
+    Raises:
+        InputError: for a policy without an attribution method, with several and none named, or an empty batch.
+        MissingKeyError: if the attribution is not in the data.
+        TargetError: if several targets are explained and none is named.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> from tdhook_rl.attribution import Saliency
+        >>> with Saliency().prepare(torch.nn.Linear(4, 1)) as hooked:
+        ...     data = hooked(TensorDict({"input": torch.randn(3, 4)}, batch_size=3))
+        ...     SensitivityMetric()(hooked, data)
+        tensor([0., 0., 0.])
+    """
+
+    perturb_radius: float = 0.02
+    n_perturb_samples: int = 10
+    attribution_key: str | None = None
+    target: str | None = None
+    seed: int = 0
+    chunk_size: int | None = None
+
+    score_direction: ClassVar[ScoreDirection] = ScoreDirection.LOWER
+
+    def __post_init__(self) -> None:
+        require_count("n_perturb_samples", self.n_perturb_samples)
+        if not self.perturb_radius > 0:
+            raise InputError(f"perturb_radius is a positive number, got {self.perturb_radius!r}")
+
+    def __call__(self, hooked: Any, data: TensorDictBase) -> Tensor:
+        generators: dict[torch.device, torch.Generator] = {}
+
+        def draw(like: Tensor) -> Tensor:
+            if like.device not in generators:
+                generators[like.device] = torch.Generator(like.device).manual_seed(self.seed)
+            uniform = torch.rand(like.shape, generator=generators[like.device], dtype=like.dtype, device=like.device)
+            return (2 * uniform - 1) * self.perturb_radius
+
+        def sensitivity(scorer: Scorer) -> dict[str, Tensor]:
+            here = flat(scorer.stored(), scorer.batch_size)
+            largest = torch.zeros_like(here[..., 0])
+            for _ in range(self.n_perturb_samples):
+                moved = scorer.attribute({key: value + draw(value) for key, value in scorer.inputs.items()})
+                change = (flat(moved, scorer.batch_size) - here).norm(dim=-1)
+                largest = torch.maximum(largest, change)
+            ratio = largest / here.norm(dim=-1)
+            return {"score": torch.where(largest == 0, largest, ratio)}
+
+        return score(hooked, data, sensitivity, self.attribution_key, self.target, self.chunk_size)["score"]
