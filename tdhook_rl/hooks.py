@@ -106,8 +106,8 @@ class CaptureHook:
         if not runtime.active:
             runtime.refuse()
         if runtime.recording:
-            value = first_tensor(output, module, self.slot)
-            runtime.slots[self.slot] = unbatched(value, runtime.level).detach().clone()
+            value = unbatched(first_tensor(output, module, self.slot), runtime.level)
+            runtime.slots[self.slot] = (value.detach() if value.requires_grad else value).clone()
 
 
 class WatchHook:

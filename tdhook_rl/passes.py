@@ -203,7 +203,7 @@ def publish(data: TensorDictBase, results: Mapping[tuple[str, ...], Tensor]) -> 
         data.set(key, value)
     device = next(iter(results.values())).device if results else None
     for root in dict.fromkeys(key[0] for key in results):
-        data.set(("computed", root), torch.ones(data.batch_size, dtype=torch.bool, device=device))
+        data.set(("computed", root), torch.full(data.batch_size, True, device=device))
 
 
 def with_batch(value: Tensor, batch: torch.Size, site: str) -> Tensor:
