@@ -16,7 +16,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.controls import Controls
-from tdhook_rl.errors import InactiveError, InputError, MissingKeyError, nearest
+from tdhook_rl.errors import InactiveError, InputError, MissingKeyError, SiteError, nearest
 
 if TYPE_CHECKING:
     from tdhook_rl.passes import Replay
@@ -53,6 +53,9 @@ class Runtime:
         self.leaves: dict[str, Tensor | None] = {}
         self.added: frozenset[str] = frozenset()
         self.explaining: str | None = None
+        # Groups of intervention sites of which one must run in the first forward; then empty.
+        self.expected: list[frozenset[str]] = []
+        self.fired: set[str] = set()
         self.rows: dict[NestedKey, Tensor] = {}
         self.lock = threading.RLock()
 
@@ -64,6 +67,22 @@ class Runtime:
             yield
         finally:
             self.explaining = previous
+
+    def note_fired(self, site: str) -> None:
+        """Called by the hooks of interventions, so that one that never acts is noticed."""
+        if self.expected:
+            self.fired.add(site)
+
+    def require_fired(self) -> None:
+        """After the first forward: raise for a named intervention site, or a whole pattern, that did not run."""
+        for group in self.expected:
+            if not group & self.fired:
+                names = ", ".join(map(repr, sorted(group)))
+                raise SiteError(
+                    f"an intervention was placed on {names}, which did not run in this forward, so it changed "
+                    "nothing: name a module that the policy's forward executes"
+                )
+        self.expected, self.fired = [], set()
 
     def refuse(self) -> None:
         raise InactiveError(
@@ -96,10 +115,9 @@ class CaptureHook:
     reuses its observation buffer, would otherwise overwrite what was captured.
     """
 
-    def __init__(self, runtime: Runtime, slot: str, transform: Callable[[Any], Any] | None = None) -> None:
+    def __init__(self, runtime: Runtime, slot: str) -> None:
         self.runtime = runtime
         self.slot = slot
-        self.transform = transform
 
     def __call__(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         runtime = self.runtime

@@ -237,10 +237,18 @@ class Binder:
             )
         return sites[0]
 
-    def capture(self, site: Site, transform: Callable[[Any], Any] | None = None) -> str:
+    def intervention_sites(self, pattern: str | Sequence[str]) -> list[Site]:
+        """As :meth:`sites`; the first forward raises if a named one, or all of a pattern, did not run."""
+        sites = self.sites(pattern)
+        self.runtime.expected += [frozenset([site.name]) for site in sites if site.explicit]
+        if matched := frozenset(site.name for site in sites if not site.explicit):
+            self.runtime.expected.append(matched)
+        return sites
+
+    def capture(self, site: Site) -> str:
         """Keep the output of a site in every recorded forward; returns the slot it is kept in."""
         slot = self._slot(site)
-        self.on_output(site, CaptureHook(self.runtime, slot, transform))
+        self.on_output(site, CaptureHook(self.runtime, slot))
         return slot
 
     def leaf(self, site: Site) -> str:
@@ -264,7 +272,6 @@ class Binder:
         key = unravel_key(key)
         if key not in self.reads and key not in self.policy.in_keys:
             self.reads.append(key)
-        self._lent = True
         return key
 
     def place_row_hooks(self) -> None:

@@ -171,7 +171,10 @@ def run_root(policy: HookedMixin, forward: Callable[..., Any], args: tuple, kwar
         runtime.row_hook.before(policy, args, kwargs)
     runtime.depth += 1
     try:
-        return forward(policy, *args, **kwargs)
+        output = forward(policy, *args, **kwargs)
+        if runtime.expected:
+            runtime.require_fired()
+        return output
     finally:
         runtime.depth -= 1
         if not runtime.depth:

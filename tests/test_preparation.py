@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from tdhook_rl import ActivationCaching, Compose, Saliency
+from tdhook_rl import ActivationCaching, Compose, DirectionalAblation, Saliency, SteeringVectors
 from tdhook_rl.errors import KeyCollisionError, PreparationError, SiteError
 from tests.policies import CASES, categorical, mlp
 
@@ -102,6 +102,15 @@ def test_a_named_site_that_does_not_run_is_an_error_and_a_pattern_needs_one() ->
         ActivationCaching("unused").prepare(Unused()) as hooked,
         pytest.raises(SiteError, match="'unused' did not run"),
     ):
+        hooked(data.clone())
+    for method in (
+        SteeringVectors({"unused": torch.ones(2)}),
+        SteeringVectors(modules_to_steer=["unused"], steer_fn=lambda k, o: o),
+        DirectionalAblation({"un.*": torch.ones(2)}),
+    ):
+        with method.prepare(Unused()) as hooked, pytest.raises(SiteError, match="'unused', which did not run"):
+            hooked(data.clone())
+    with SteeringVectors({".*used$": torch.ones(2)}).prepare(Unused()) as hooked:
         hooked(data.clone())
     with ActivationCaching("un.*").prepare(Unused()) as hooked, pytest.raises(SiteError, match="none of the modules"):
         hooked(data.clone())

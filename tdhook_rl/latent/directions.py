@@ -78,7 +78,7 @@ def _place(binder: Binder, directions: Mapping[str, Tensor], name: str, value: s
         norm = direction.double().norm()
         if not bool(torch.isfinite(norm)) or float(norm) == 0:
             raise InputError(f"the direction for {path!r} must be finite and not zero; its norm is {float(norm)}")
-        for site in binder.sites(path):
+        for site in binder.intervention_sites(path):
             control = binder.control(f"{name}.{site.name}", (direction.double() / norm).to(direction.dtype))
             binder.on_output(site, _ComponentHook(binder.runtime, site.name, control, value))
 
@@ -95,6 +95,7 @@ class _ComponentHook:
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if not self.runtime.active:
             self.runtime.refuse()
+        self.runtime.note_fired(self.site)
         tensor = first_tensor(output, module, self.site)
         unit = self.runtime.controls[self.direction].to(tensor.device, tensor.dtype)
         wanted = self.runtime.controls[self.value].to(tensor.device, tensor.dtype)

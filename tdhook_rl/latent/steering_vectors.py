@@ -67,7 +67,7 @@ class SteeringVectors(Method):
     def bind(self, binder: Binder) -> None:
         if self.steer_fn is not None:
             function, keywords = Portable(self.steer_fn), _takes_keywords(self.steer_fn)
-            for site in binder.sites(self.modules_to_steer):
+            for site in binder.intervention_sites(self.modules_to_steer):
                 binder.on_output(site, FunctionHook(binder.runtime, site.name, function, keywords))
             return
         if isinstance(self.alpha, (str, tuple)):
@@ -75,7 +75,7 @@ class SteeringVectors(Method):
         else:
             alpha = _Source(binder.runtime, control=binder.control(f"{self.name}.alpha", float(self.alpha)))
         for path, vector in self.vectors.items():
-            for site in binder.sites(path):
+            for site in binder.intervention_sites(path):
                 if isinstance(vector, (str, tuple)):
                     source = _Source(binder.runtime, row=binder.read_row(vector))
                 else:
@@ -120,6 +120,7 @@ class AdditionHook:
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if not self.runtime.active:
             self.runtime.refuse()
+        self.runtime.note_fired(self.site)
         value = first_tensor(output, module, self.site)
         vector = self.vector.read(self.site).to(value.device, value.dtype)
         alpha = self.alpha.read(self.site).to(value.device, value.dtype)
@@ -158,6 +159,7 @@ class FunctionHook:
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if not self.runtime.active:
             self.runtime.refuse()
+        self.runtime.note_fired(self.site)
         if self.keywords:
             steered = self.function(module_key=self.site, output=output)
         else:
