@@ -23,6 +23,7 @@ from tdhook_rl.module import HookedMixin
 from tdhook_rl.passes import Bound, ReplayMixin, draws
 from tdhook_rl.paths import Site, find_sites
 from tdhook_rl.tying import Tie, replace_tensors, tied_clone
+from tdhook_rl.writing import WritingMixin, writes_by_default
 
 __all__ = ["Binder", "Compose", "HookedModule", "HookingContext", "Method"]
 
@@ -164,9 +165,13 @@ class HookingContext:
         runtime.tie = Tie(self._module)
         binder = Binder(clone, root, runtime)
         for child in list(clone.modules()):
-            if child is not clone and draws(child):
+            if child is clone:
+                continue
+            if draws(child):
                 swap_class(child, ReplayMixin)
                 child.__dict__["_hooked_runtime"] = runtime
+            elif writes_by_default(child):
+                swap_class(child, WritingMixin)
         bound = [one for one in (method.bind(binder) for method in self._methods) if one is not None]
         binder.place_row_hooks()
         _check_collisions(clone, bound, binder.reads)

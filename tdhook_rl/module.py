@@ -30,6 +30,7 @@ from tdhook_rl.errors import InactiveError, InputError, TieError
 from tdhook_rl.hooks import Runtime, vmap_level
 from tdhook_rl.passes import Bound, Call, observers, publish, run_root, stored_inputs
 from tdhook_rl.runs import HookedModuleRun, direct_methods, disabled_hooks
+from tdhook_rl.writing import write_tensors, writes_by_default
 
 if TYPE_CHECKING:
     # What the mixin is mixed with: lets the checker see the methods that super() finds.
@@ -72,7 +73,8 @@ class HookedMixin(_Policy):
         }
         # A policy that has a `get` or `set` of its own keeps it.
         direct = {name: method for name, method in direct_methods().items() if not hasattr(base, name)}
-        return {"forward": forward} | guarded | direct
+        writing = {"_write_to_tensordict": write_tensors} if writes_by_default(base) else {}
+        return {"forward": forward} | guarded | direct | writing
 
     # ------------------------------------------------------------------ keys
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tdhook_rl.classes import Swapped
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.hooks import Runtime
+from tdhook_rl.writing import set_entry
 
 if TYPE_CHECKING:
     from tdhook_rl.module import HookedMixin
@@ -203,10 +204,10 @@ def publish(data: TensorDictBase, results: Mapping[tuple[str, ...], Tensor]) -> 
     """Write results, and the ``("computed", root)`` mask of each root, into a TensorDict."""
     # Entry by entry: setting a nested TensorDict at once costs several times as much.
     for key, value in results.items():
-        data.set(key, value)
+        set_entry(data, key, value)
     device = next(iter(results.values())).device if results else None
-    for root in dict.fromkeys(key[0] for key in results):
-        data.set(("computed", root), torch.full(data.batch_size, True, device=device))
+    for root in {key[0]: None for key in results}:
+        set_entry(data, ("computed", root), torch.full(data.batch_size, True, device=device))
 
 
 def with_batch(value: Tensor, batch: torch.Size, site: str) -> Tensor:
