@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
-__all__ = ["GeneratorState", "default_chunk_size", "frozen_statistics", "in_recurrent_mode", "map_chunks"]
+__all__ = [
+    "GeneratorState",
+    "Traits",
+    "default_chunk_size",
+    "frozen_statistics",
+    "in_recurrent_mode",
+    "map_chunks",
+]
 
 #: Rows of one chunk for convolutional nets, where larger batches are slower on CPU; other nets take the whole batch.
 CONV_CHUNK = 64
@@ -51,6 +59,24 @@ def default_chunk_size(module: nn.Module) -> int | None:
 def in_recurrent_mode(module: nn.Module) -> bool:
     """Whether a TorchRL recurrent module of the policy reads whole trajectories (``set_recurrent_mode``)."""
     return any(getattr(child, "recurrent_mode", False) is True for child in module.modules())
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a policy is made of; its modules are looked through once, not at every call."""
+
+    convolutional: bool
+    recurrent: bool  # has a TorchRL recurrent module, which may be told to read whole trajectories
+    batch_statistics: bool  # normalises by statistics of its batch when it trains
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Traits:
+        children = list(module.modules())
+        return cls(
+            convolutional=any(isinstance(child, _CONVOLUTIONS) for child in children),
+            recurrent=any(hasattr(child, "recurrent_mode") for child in children),
+            batch_statistics=any(isinstance(child, _BATCH_STATISTICS) for child in children),
+        )
 
 
 @contextmanager

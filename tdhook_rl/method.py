@@ -16,12 +16,14 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from tensordict.utils import unravel_key, unravel_key_list
 from torch import Tensor, nn
 
+from tdhook_rl.batching import Traits
 from tdhook_rl.classes import swap_class
 from tdhook_rl.errors import InputError, KeyCollisionError, PreparationError, SiteError, nearest
 from tdhook_rl.hooks import CaptureHook, LeafHook, RowHook, Runtime, WatchHook
 from tdhook_rl.module import HookedMixin
 from tdhook_rl.passes import Bound, ReplayMixin, draws
 from tdhook_rl.paths import Site, find_sites
+from tdhook_rl.shared_pass import can_share
 from tdhook_rl.tying import Tie, replace_tensors, tied_clone
 from tdhook_rl.writing import WritingMixin, writes_by_default
 
@@ -170,16 +172,19 @@ class HookingContext:
             if draws(child):
                 swap_class(child, ReplayMixin)
                 child.__dict__["_hooked_runtime"] = runtime
-            elif writes_by_default(child):
+            elif writes_by_default(type(child)):
                 swap_class(child, WritingMixin)
         bound = [one for one in (method.bind(binder) for method in self._methods) if one is not None]
         binder.place_row_hooks()
         _check_collisions(clone, bound, binder.reads)
         steps = [one for one in bound if (one.result_keys or getattr(one, "consumes", False)) and one.when == "step"]
+        traits = Traits.of(clone)
         clone.__dict__.update(
             _hooked_runtime=runtime,
             _hooked_bound=bound,
             _hooked_steps=steps,
+            _hooked_traits=traits,
+            _hooked_shares=can_share(clone, traits),
             _hooked_alone=[one for one in steps if getattr(one, "without_forward", False)],
             _hooked_reads=binder.reads,
             _hooked_routes=binder.routes,

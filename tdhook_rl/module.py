@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +17,9 @@ from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
 from tdhook_rl.batching import (
+    CONV_CHUNK,
     GeneratorState,
-    default_chunk_size,
+    Traits,
     frozen_statistics,
     in_recurrent_mode,
     map_chunks,
@@ -30,6 +31,7 @@ from tdhook_rl.errors import InactiveError, InputError, TieError
 from tdhook_rl.hooks import Runtime, vmap_level
 from tdhook_rl.passes import Bound, Call, observers, publish, run_root, stored_inputs
 from tdhook_rl.runs import HookedModuleRun, direct_methods, disabled_hooks
+from tdhook_rl.shared_pass import shared_pass, sharing
 from tdhook_rl.writing import write_tensors, writes_by_default
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ class HookedMixin(_Policy):
     _hooked_runtime: Runtime
     _hooked_bound: list[Bound]
     _hooked_steps: list[Bound]  # those that write at every forward
+    _hooked_traits: Traits
+    _hooked_shares: bool  # the forward itself may be explained, without a second pass
     _hooked_alone: list[Bound]  # those that can do without the policy's own inputs
     _hooked_reads: list[NestedKey]
     _hooked_wraps: bool  # the policy is a wrapper of ours around the user's plain module
@@ -163,30 +167,43 @@ class HookedMixin(_Policy):
             finally:
                 runtime.slots.clear()
             return data
-        replays = any(one.replays for one in steps)
+        runtime.level = vmap_level()
+        shared = sharing(self, steps, data) if self._hooked_shares else []
+        rest = [one for one in steps if one not in shared] if shared else steps
+        replays = any(one.replays for one in rest)
         inputs = stored_inputs(self, data) if replays else {}
         before = GeneratorState(data.device) if replays and not torch.compiler.is_compiling() else None
-        runtime.level = vmap_level()
+        results: dict[tuple[str, ...], torch.Tensor] = {}
         runtime.recording = True
         try:
             try:
-                output = run_root(self, forward, args, kwargs)
+                if shared:
+                    with shared_pass(self, forward, data, shared) as (output, call):
+                        runtime.recording = False
+                        results = self._compute(shared, call)
+                else:
+                    output = run_root(self, forward, args, kwargs)
             finally:
                 runtime.recording = False
             if before is None:
-                publish(output, self._compute(steps, Call(self, forward, output, inputs, data)))
+                results |= self._compute(rest, Call(self, forward, output, inputs, data))
             else:
                 # Noise inside the policy repeats in the second pass; afterwards the stream goes on as if
                 # there had been none.
                 after = GeneratorState(data.device)
                 before.restore()
                 try:
-                    publish(output, self._compute(steps, Call(self, forward, output, inputs, data)))
+                    with self._frozen_statistics():
+                        results |= self._compute(rest, Call(self, forward, output, inputs, data))
                 finally:
                     after.restore()
+            publish(output, results)
             return output
         finally:
             runtime.slots.clear()
+
+    def _frozen_statistics(self) -> AbstractContextManager[None]:
+        return frozen_statistics(self) if self._hooked_traits.batch_statistics else nullcontext()
 
     @staticmethod
     def _compute(bound: list[Bound], call: Call) -> dict[tuple[str, ...], torch.Tensor]:
@@ -222,7 +239,8 @@ class HookedMixin(_Policy):
             return result
         if data.batch_size.numel() == 0:
             raise InputError(f"there is nothing to annotate: the batch has shape {tuple(data.batch_size)}")
-        if in_recurrent_mode(self):
+        traits = self._hooked_traits
+        if traits.recurrent and in_recurrent_mode(self):
             raise InputError(
                 "annotate() merges rows into chunks, which would mix trajectories in recurrent mode: "
                 "leave set_recurrent_mode off, so that each row is explained at its stored hidden state"
@@ -232,7 +250,8 @@ class HookedMixin(_Policy):
         forward = type(self)._base.forward
         keys = [*self.in_keys, *super().out_keys, *(key for one in missing for key in getattr(one, "reads", ()))]
         selected = data.select(*keys, strict=False)
-        chunk_size = default_chunk_size(self) if chunk_size is None else chunk_size
+        if chunk_size is None and traits.convolutional:
+            chunk_size = CONV_CHUNK
 
         def analyse(chunk: TensorDictBase) -> TensorDict:
             call = Call(self, forward, chunk, stored_inputs(self, chunk))
@@ -248,7 +267,7 @@ class HookedMixin(_Policy):
                 runtime.slots.clear()
                 self._close_routes()
 
-        with runtime.lock, frozen_statistics(self):
+        with runtime.lock, self._frozen_statistics():
             before = GeneratorState(data.device)
             try:
                 results = map_chunks(selected, analyse, chunk_size)

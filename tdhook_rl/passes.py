@@ -111,6 +111,8 @@ class Call:
         self.data = data
         self.source = data if source is None else source  # what the policy was called with
         self.inputs = inputs
+        # The forward itself, where it can be explained without a second pass, and the leaves of its graph.
+        self.shared: tuple[Pass, Mapping[NestedKey, Tensor]] | None = None
         self._forward = forward
 
     @property

@@ -75,6 +75,7 @@ class Tie:
             for name, tensor in store.items()
             if tensor is not None
         ]
+        self._parameters = [tensor for *_, tensor, _ in self._entries if isinstance(tensor, nn.Parameter)]
         self._warned = False
         self._edited: list[tuple[Tensor, int, str]] = []
 
@@ -113,6 +114,10 @@ class Tie:
 
     def original(self) -> nn.Module | None:
         return self._original()
+
+    def asks_for_gradients(self) -> bool:
+        """Whether every parameter requires a gradient, and there is one."""
+        return bool(self._parameters) and all(parameter.requires_grad for parameter in self._parameters)
 
 
 def replace_tensors(clone: nn.Module, new: Mapping[int, Tensor]) -> list[tuple[Any, Any, Any]]:

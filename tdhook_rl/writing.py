@@ -41,9 +41,9 @@ class WritingMixin(Swapped):
     _write_to_tensordict = write_tensors
 
 
-def writes_by_default(module: nn.Module) -> bool:
-    """Whether a module writes the way ``TensorDictModule`` does, with no way of its own."""
-    return getattr(type(module), "_write_to_tensordict", None) is TensorDictModule._write_to_tensordict
+def writes_by_default(cls: type[nn.Module]) -> bool:
+    """Whether modules of a class write the way ``TensorDictModule`` does, with no way of their own."""
+    return getattr(cls, "_write_to_tensordict", None) is TensorDictModule._write_to_tensordict
 
 
 def set_entry(data: TensorDictBase, key: tuple[str, ...], value: Tensor) -> None:
@@ -58,4 +58,3 @@ def set_entry(data: TensorDictBase, key: tuple[str, ...], value: Tensor) -> None
         data._set_tuple(key, value, inplace=False, validated=True)
     else:
         data.set(key, value)
-

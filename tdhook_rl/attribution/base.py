@@ -100,6 +100,7 @@ class BoundAttribution:
 
     reads_forward = False
     replays = True
+    shares_forward = False  # may explain the policy's own forward, see tdhook_rl.shared_pass
 
     def __init__(self, config: GradientAttribution, binder: Binder) -> None:
         sites = [site for path in config.input_modules for site in binder.sites(path)]

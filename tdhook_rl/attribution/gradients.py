@@ -77,25 +77,43 @@ def gradients(
     """
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or vmap_level() >= 0:
         return _functional(call, inputs, leaves, sites, targets, stored, weights)
+    if call.shared is not None:
+        run, points = call.shared
+        return _backward(call, run, {key: points[key] for key in inputs}, leaves, sites, targets, weights, keep=True)
     runtime = call.policy._hooked_runtime
     given = {slot: None if value is None else value.detach().requires_grad_() for slot, value in leaves.items()}
     with torch.enable_grad(), _leaves(runtime, given):
         primals = {key: value.detach().requires_grad_() for key, value in inputs.items()}
         run = call.replay(primals, stored)
-        values = [target(run) for target in targets]
-        _require_fired(runtime, leaves, sites)
-        inner = {slot: runtime.slots[slot] for slot in leaves}
-        points = [*primals.values(), *inner.values()]
-        found = []
-        for index, (target, value) in enumerate(zip(targets, values, strict=True)):
-            if not value.requires_grad:
-                raise TargetError(_no_path(target))
-            outer = torch.ones_like(value) if weights is None else weights.to(value.dtype)
-            more = index + 1 < len(values)
-            one = torch.autograd.grad(value, points, outer, allow_unused=True, retain_graph=more)
-            if all(gradient is None for gradient in one):
-                raise TargetError(_no_path(target))
-            found.append(_split(one, points, primals, inner))
+        return _backward(call, run, primals, leaves, sites, targets, weights, keep=False)
+
+
+def _backward(
+    call: Call,
+    run: Pass,
+    primals: Mapping[NestedKey, Tensor],
+    leaves: Mapping[str, Tensor | None],
+    sites: Mapping[str, str],
+    targets: Sequence[Scalar],
+    weights: Tensor | None,
+    keep: bool,
+) -> tuple[list[Gradients], dict[str, Tensor]]:
+    """Differentiate the targets of a pass; ``keep`` its graph for the caller."""
+    runtime = call.policy._hooked_runtime
+    values = [target(run) for target in targets]
+    _require_fired(runtime, leaves, sites)
+    inner = {slot: runtime.slots[slot] for slot in leaves}
+    points = [*primals.values(), *inner.values()]
+    found = []
+    for index, (target, value) in enumerate(zip(targets, values, strict=True)):
+        if not value.requires_grad:
+            raise TargetError(_no_path(target))
+        outer = torch.ones_like(value) if weights is None else weights.to(value.dtype)
+        more = keep or index + 1 < len(values)
+        one = torch.autograd.grad(value, points, outer, allow_unused=True, retain_graph=more)
+        if all(gradient is None for gradient in one):
+            raise TargetError(_no_path(target))
+        found.append(_split(one, points, primals, inner))
     return found, {slot: value.detach() for slot, value in inner.items()}
 
 

@@ -70,6 +70,7 @@ class _BoundGuidedBackpropagation(_BoundSaliency):
             )
         for name, child in relus:
             binder.on_output(Site(name, name, child, True), _GuideHook(binder.runtime, self._owner))
+        self.shares_forward = False  # the hooks change gradients that the caller's own backward must not see
 
     def attribute(
         self, call: Call, explained: Explained, targets: Sequence[Callable[[Pass], Tensor]]

@@ -24,6 +24,7 @@ class _BoundSaliency(BoundAttribution):
         super().__init__(config, binder)
         self._absolute = config.absolute
         self._multiply = config.multiply_by_inputs
+        self.shares_forward = config.init_attr_inputs is None
 
     def attribute(
         self, call: Call, explained: Explained, targets: Sequence[Callable[[Pass], Tensor]]
