@@ -53,8 +53,9 @@ class Runtime:
         self.leaves: dict[str, Tensor | None] = {}
         self.added: frozenset[str] = frozenset()
         self.explaining: str | None = None
-        # Groups of intervention sites of which one must run in the first forward; then empty.
+        # Groups of intervention sites of which one must run in a forward, and whether the first forward is over.
         self.expected: list[frozenset[str]] = []
+        self.checked = False
         self.fired: set[str] = set()
         self.rows: dict[NestedKey, Tensor] = {}
         self.lock = threading.RLock()
@@ -70,8 +71,15 @@ class Runtime:
 
     def note_fired(self, site: str) -> None:
         """Called by the hooks of interventions, so that one that never acts is noticed."""
-        if self.expected:
+        if self.checks_sites():
             self.fired.add(site)
+
+    def checks_sites(self) -> bool:
+        """Whether the forward under way is looked at for interventions that do not act: the first, or a traced one.
+
+        What the traced answer reads must not change afterwards, or the next call would compile again.
+        """
+        return bool(self.expected) and (torch.compiler.is_compiling() or not self.checked)
 
     def require_fired(self) -> None:
         """After the first forward: raise for a named intervention site, or a whole pattern, that did not run."""
@@ -82,7 +90,8 @@ class Runtime:
                     f"an intervention was placed on {names}, which did not run in this forward, so it changed "
                     "nothing: name a module that the policy's forward executes"
                 )
-        self.expected, self.fired = [], set()
+        if not torch.compiler.is_compiling():
+            self.checked, self.fired = True, set()
 
     def refuse(self) -> None:
         raise InactiveError(

@@ -7,6 +7,7 @@ runs the policy's own forward and then publishes results beside the policy's out
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,8 @@ class HookedMixin(_Policy):
         result_keys: the keys that the configured methods write, per step or by :meth:`annotate`.
     """
 
+    _hooked_own_in_keys: Callable[[], list[NestedKey]]  # what the policy's class answers
+    _hooked_own_out_keys: Callable[[], list[NestedKey]]
     _hooked_runtime: Runtime
     _hooked_bound: list[Bound]
     _hooked_steps: list[Bound]  # those that write at every forward
@@ -78,13 +81,14 @@ class HookedMixin(_Policy):
         # A policy that has a `get` or `set` of its own keeps it.
         direct = {name: method for name, method in direct_methods().items() if not hasattr(base, name)}
         writing = {"_write_to_tensordict": write_tensors} if writes_by_default(base) else {}
-        return {"forward": forward} | guarded | direct | writing
+        own = {"_hooked_own_in_keys": _reader(base, "in_keys"), "_hooked_own_out_keys": _reader(base, "out_keys")}
+        return {"forward": forward} | guarded | direct | writing | own
 
     # ------------------------------------------------------------------ keys
 
     @property
     def out_keys(self) -> list[NestedKey]:
-        own = super().out_keys
+        own = self._hooked_own_out_keys()
         # While the policy's own forward runs it must see its own keys: it zips them with its outputs.
         return own if self._hooked_runtime.depth else [*own, *self._step_keys()]
 
@@ -94,7 +98,7 @@ class HookedMixin(_Policy):
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        own = super().in_keys
+        own = self._hooked_own_in_keys()
         return own if self._hooked_runtime.depth else [*own, *self._hooked_reads]
 
     @in_keys.setter
@@ -104,12 +108,12 @@ class HookedMixin(_Policy):
     @property
     def policy_in_keys(self) -> list[NestedKey]:
         """The policy's own input keys, without what interventions read."""
-        return list(super().in_keys)
+        return list(self._hooked_own_in_keys())
 
     @property
     def policy_out_keys(self) -> list[NestedKey]:
         """The policy's own output keys, without results."""
-        return list(super().out_keys)
+        return list(self._hooked_own_out_keys())
 
     @property
     def result_keys(self) -> list[NestedKey]:
@@ -160,7 +164,7 @@ class HookedMixin(_Policy):
         if runtime.depth or not steps or not isinstance(data, TensorDictBase):
             # Called with tensors, the policy answers with its own outputs, as before.
             return run_root(self, forward, args, kwargs)
-        lacking = any(data.get(key, None) is None for key in super().in_keys) if self._hooked_alone else False
+        lacking = any(data.get(key, None) is None for key in self._hooked_own_in_keys()) if self._hooked_alone else False
         if lacking and len(self._hooked_alone) == len(steps):
             try:
                 publish(data, self._compute(steps, Call(self, forward, data, {}, data)))
@@ -248,7 +252,7 @@ class HookedMixin(_Policy):
         if runtime.tie is not None:
             runtime.tie.check(self)
         forward = type(self)._base.forward
-        keys = [*self.in_keys, *super().out_keys, *(key for one in missing for key in getattr(one, "reads", ()))]
+        keys = [*self.in_keys, *self._hooked_own_out_keys(), *(key for one in missing for key in getattr(one, "reads", ()))]
         selected = data.select(*keys, strict=False)
         if chunk_size is None and traits.convolutional:
             chunk_size = CONV_CHUNK
@@ -350,6 +354,15 @@ class HookedMixin(_Policy):
                 "do it on the policy before `prepare`"
             )
         return super()._apply(*args, **kwargs)
+
+
+def _reader(base: type[nn.Module], name: str) -> Callable[[Any], list[NestedKey]]:
+    """A method that reads a class's own keys; in place of ``super().in_keys``, which ``torch.compile`` cannot trace."""
+    found = inspect.getattr_static(base, name)
+    if isinstance(found, property):
+        getter = found.fget
+        return lambda self: getter(self)  # type: ignore[misc]
+    return lambda self: found
 
 
 def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:

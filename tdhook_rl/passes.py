@@ -172,10 +172,13 @@ def run_root(policy: HookedMixin, forward: Callable[..., Any], args: tuple, kwar
     runtime = policy._hooked_runtime
     if runtime.row_hook is not None:
         runtime.row_hook.before(policy, args, kwargs)
+    checks_sites = runtime.checks_sites()
+    if checks_sites:
+        runtime.fired = set()
     runtime.depth += 1
     try:
         output = forward(policy, *args, **kwargs)
-        if runtime.expected:
+        if checks_sites:
             runtime.require_fired()
         return output
     finally:

@@ -34,6 +34,7 @@ def sharing(policy: HookedMixin, steps: Sequence[Bound], data: TensorDictBase) -
     tie = policy._hooked_runtime.tie
     if (
         tie is None
+        or torch.compiler.is_compiling()
         or type(data) is not TensorDict
         or not torch.is_grad_enabled()
         or torch.is_inference_mode_enabled()
