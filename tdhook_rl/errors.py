@@ -14,6 +14,7 @@ __all__ = [
     "InactiveError",
     "InputError",
     "KeyCollisionError",
+    "MismatchError",
     "MissingKeyError",
     "PreparationError",
     "SiteError",
@@ -61,6 +62,10 @@ class TieError(TdhookError, RuntimeError):
 
 class InactiveError(TdhookError, RuntimeError):
     """A hooked policy was called after its context had ended."""
+
+
+class MismatchError(TdhookError, RuntimeError):
+    """A batch would be explained by another policy than the one that collected it."""
 
 
 class ArtifactError(TdhookError, ValueError):

@@ -56,6 +56,7 @@ class Runtime:
         # Groups of intervention sites of which one must run in a forward, and whether the first forward is over.
         self.expected: list[frozenset[str]] = []
         self.checked = False
+        self.mismatch_warned = False
         self.fired: set[str] = set()
         self.rows: dict[NestedKey, Tensor] = {}
         self.lock = threading.RLock()

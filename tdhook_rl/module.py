@@ -17,18 +17,11 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
-from tdhook_rl.batching import (
-    CONV_CHUNK,
-    GeneratorState,
-    Traits,
-    frozen_statistics,
-    in_recurrent_mode,
-    map_chunks,
-    shallow,
-)
+from tdhook_rl.annotation import OnMismatch, annotate
+from tdhook_rl.batching import GeneratorState, Traits, frozen_statistics
 from tdhook_rl.classes import Swapped
 from tdhook_rl.controls import Controls
-from tdhook_rl.errors import InactiveError, InputError, TieError
+from tdhook_rl.errors import InactiveError, TieError
 from tdhook_rl.hooks import Runtime, vmap_level
 from tdhook_rl.passes import Bound, Call, observers, publish, run_root, stored_inputs
 from tdhook_rl.runs import HookedModuleRun, direct_methods, disabled_hooks
@@ -164,7 +157,7 @@ class HookedMixin(_Policy):
         if runtime.depth or not steps or not isinstance(data, TensorDictBase):
             # Called with tensors, the policy answers with its own outputs, as before.
             return run_root(self, forward, args, kwargs)
-        lacking = any(data.get(key, None) is None for key in self._hooked_own_in_keys()) if self._hooked_alone else False
+        lacking = self._hooked_alone and any(data.get(key, None) is None for key in self._hooked_own_in_keys())
         if lacking and len(self._hooked_alone) == len(steps):
             try:
                 publish(data, self._compute(steps, Call(self, forward, data, {}, data)))
@@ -216,72 +209,35 @@ class HookedMixin(_Policy):
             results.update(one.compute(call))
         return results
 
-    def annotate(self, data: TensorDictBase, *, chunk_size: int | None = None) -> TensorDict:
+    def annotate(
+        self, data: TensorDictBase, *, chunk_size: int | None = None, on_mismatch: OnMismatch = "warn"
+    ) -> TensorDict:
         """Compute what the data does not hold yet: every configured method, over a whole batch.
 
-        The stored actions are the targets; nothing is sampled, and the generators stay as they are. The
+        The stored actions are the targets; nothing is sampled, and the generators stay as they are. A recurrent
+        policy is run at the hidden state that is stored with each row; only methods with
+        ``horizon="trajectory"`` are given whole trajectories, of which the last batch dimension is time. The
         result can be a collector's ``postproc``.
 
         Args:
             data: a batch as collected or read from a buffer, of any batch shape; it is not modified and
                 may be locked or memory-mapped.
             chunk_size: rows per pass; by default 64 for convolutional nets and the whole batch otherwise.
+            on_mismatch: what to do where the stored outputs are not what the policy computes now, because the
+                weights have changed since, noise or interventions differ: ``"warn"`` once, ``"raise"``, or
+                ``"ignore"``.
 
         Returns:
             a new TensorDict with the entries of ``data`` (the same tensors) and the results.
 
         Raises:
             MissingKeyError: if an input of the policy is absent.
-            InputError: for an empty batch, or a recurrent policy in recurrent mode.
+            InputError: for an empty batch.
+            MismatchError: with ``on_mismatch="raise"``.
         """
-        runtime = self._hooked_runtime
-        if not runtime.active:
-            runtime.refuse()
-        result = shallow(data)
-        missing = [one for one in observers(self._hooked_bound) if not _holds(data, one)]
-        if not missing:
-            return result
-        if data.batch_size.numel() == 0:
-            raise InputError(f"there is nothing to annotate: the batch has shape {tuple(data.batch_size)}")
-        traits = self._hooked_traits
-        if traits.recurrent and in_recurrent_mode(self):
-            raise InputError(
-                "annotate() merges rows into chunks, which would mix trajectories in recurrent mode: "
-                "leave set_recurrent_mode off, so that each row is explained at its stored hidden state"
-            )
-        if runtime.tie is not None:
-            runtime.tie.check(self)
-        forward = type(self)._base.forward
-        keys = [*self.in_keys, *self._hooked_own_out_keys(), *(key for one in missing for key in getattr(one, "reads", ()))]
-        selected = data.select(*keys, strict=False)
-        if chunk_size is None and traits.convolutional:
-            chunk_size = CONV_CHUNK
-
-        def analyse(chunk: TensorDictBase) -> TensorDict:
-            call = Call(self, forward, chunk, stored_inputs(self, chunk))
-            runtime.level = vmap_level()
-            try:
-                if any(one.reads_forward for one in missing):
-                    with torch.no_grad():
-                        call.replay(record=True)
-                computed = TensorDict({}, batch_size=chunk.batch_size)
-                publish(computed, self._compute(missing, call))
-                return computed
-            finally:
-                runtime.slots.clear()
-                self._close_routes()
-
-        with runtime.lock, self._frozen_statistics():
-            before = GeneratorState(data.device)
-            try:
-                results = map_chunks(selected, analyse, chunk_size)
-            finally:
-                before.restore()
-        for root, group in results.items():
-            # A node of the caller's is copied before results join it.
-            node = data.get(root, None)
-            result.set(root, group if node is None else node.copy().update(group))
-        return result
+        if not self._hooked_runtime.active:
+            self._hooked_runtime.refuse()
+        return annotate(self, data, chunk_size, on_mismatch)
 
     def restore(self) -> None:
         """End the hooking; calling the policy afterwards raises. What leaving the ``with`` block does."""
@@ -376,14 +332,3 @@ def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
             self._close_routes()
 
     return guarded
-
-
-def _holds(data: TensorDictBase, bound: Bound) -> bool:
-    names = set(data.keys(include_nested=True, leaves_only=True))
-    for key in bound.result_keys:
-        if key not in names:
-            return False
-        mask = data.get(("computed", key[0]), None)
-        if mask is not None and not bool(mask.all()):
-            return False
-    return True

@@ -113,6 +113,8 @@ class Call:
         self.inputs = inputs
         # The forward itself, where it can be explained without a second pass, and the leaves of its graph.
         self.shared: tuple[Pass, Mapping[NestedKey, Tensor]] | None = None
+        # The outputs of a replay of the call as it is, kept for a comparison with the stored ones.
+        self.replayed: TensorDictBase | None = None
         self._forward = forward
 
     @property
@@ -142,6 +144,7 @@ class Call:
         inputs: Mapping[NestedKey, Tensor] | None = None,
         stored: TensorDictBase | None = None,
         record: bool = False,
+        as_it_was: bool = False,
     ) -> Pass:
         """Run the policy again, with its interventions and the stored samples.
 
@@ -149,6 +152,7 @@ class Call:
             inputs: replacements of some of the policy's inputs, of the batch shape of ``stored``.
             stored: where the other inputs and the samples come from; the data of this call by default.
             record: let the capture hooks fill the slots of this call.
+            as_it_was: nothing is replaced by other values, so the outputs may be compared with the stored ones.
         """
         runtime = self.policy._hooked_runtime
         inputs = inputs or {}
@@ -164,6 +168,8 @@ class Call:
             outputs = run_root(self.policy, self._forward, (data,), {})
         finally:
             runtime.replay, runtime.recording = previous
+        if as_it_was:
+            self.replayed = outputs
         return Pass(outputs, stored, replay.distributions, self.policy.policy_out_keys, replay.watched)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pytest
 import torch
+from tdhook_rl.envs import CueCorners
 from torchrl.collectors import Collector
 
 from tdhook_rl import ActivationCaching, Compose, ProbeReadout, Saliency, SteeringVectors
-from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import PreparationError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.method import Method
@@ -32,7 +33,8 @@ def _fresh_graphs() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("policy", "gradients"), [*((name, False) for name in CASES if name != "relu"), ("categorical", True), ("value", True)]
+    ("policy", "gradients"),
+    [*((name, False) for name in CASES if name != "relu"), ("categorical", True), ("value", True)],
 )
 @pytest.mark.parametrize("method", METHODS)
 def test_one_graph_with_the_same_numbers(policy: str, method: str, gradients: bool) -> None:
@@ -95,7 +97,7 @@ def test_a_collector_that_compiles_its_policy(method: str) -> None:
         batches = [data.clone() for data in collector]
         collector.shutdown()
     results = [key for key in hooked._step_keys() if key[0] != "computed"]
-    for first, second in zip(batches, batches[1:], strict=False):
+    for first, second in pairwise(batches):
         for key in results:
             assert not torch.equal(first[key], second[key])
     last = batches[-1]

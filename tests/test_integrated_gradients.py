@@ -157,7 +157,7 @@ def test_the_taken_action_of_a_policy_in_annotate_with_steering() -> None:
         IntegratedGradients(baseline=0.0, target=targets.chosen_logit(), n_steps=64),
     )
     with method.prepare(actor) as hooked:
-        found = hooked.annotate(data)["attr", "observation"].sum(-1)
+        found = hooked.annotate(data, on_mismatch="ignore")["attr", "observation"].sum(-1)
     net = actor.module[0].module
 
     def steered(x: torch.Tensor) -> torch.Tensor:

@@ -48,6 +48,9 @@ class GradientAttribution(Method):
         target_modules: modules whose output ``init_attr_targets`` is given beside the policy's outputs.
         when: ``"step"`` in every forward, as a second pass; ``"batch"`` in ``annotate`` only. By default
             ``"batch"`` on policies explained through ``target`` and ``"step"`` elsewhere.
+        horizon: of recurrent policies: ``"step"`` stops gradients at the hidden state stored with each row;
+            ``"trajectory"`` lets them run through time, so that an observation is explained by the sum of the
+            targets from its step on (of one trajectory; ``annotate`` only, the last batch dimension is time).
         attribution_key: the root of the result keys.
     """
 
@@ -60,15 +63,26 @@ class GradientAttribution(Method):
     input_modules: Sequence[str] = ()
     target_modules: Sequence[str] = ()
     when: Literal["step", "batch"] | None = None
+    horizon: Literal["step", "trajectory"] = "step"
     attribution_key: str = "attr"
 
     bound_class: ClassVar[type[BoundAttribution]]
+    horizons: ClassVar[tuple[str, ...]] = ("step",)
 
     def __post_init__(self) -> None:
         if self.target is not None and self.init_attr_targets is not None:
             raise TargetError("target= and init_attr_targets= both say what to explain: give one of them")
         if self.when not in (None, "step", "batch"):
             raise InputError(f"when= is 'step' or 'batch', got {self.when!r}")
+        if self.horizon not in self.horizons:
+            raise InputError(
+                f"{type(self).__name__} has the horizons {', '.join(map(repr, self.horizons))}; got {self.horizon!r}"
+            )
+        if self.horizon == "trajectory" and self.when == "step":
+            raise InputError(
+                "horizon='trajectory' explains what is decided later as well, which no step knows: leave when= out, "
+                "and annotate whole trajectories"
+            )
         if self.init_attr_targets is None and (self.init_attr_grads is not None or self.target_modules):
             raise TargetError("init_attr_grads= and target_modules= belong to init_attr_targets=, which is not given")
         targets = self.target.values() if isinstance(self.target, Mapping) else [self.target]
@@ -81,6 +95,8 @@ class GradientAttribution(Method):
 
     def default_when(self, policy: TensorDictModuleBase) -> Literal["step", "batch"]:
         """Policies act at every step and are explained once a batch, which is many times cheaper."""
+        if self.horizon == "trajectory":
+            return "batch"
         acts = any(isinstance(child, ProbabilisticTensorDictModule) for child in policy.modules()) or any(
             key == "action" or key[-1] == "action" for key in policy.out_keys
         )
@@ -105,6 +121,7 @@ class BoundAttribution:
     def __init__(self, config: GradientAttribution, binder: Binder) -> None:
         sites = [site for path in config.input_modules for site in binder.sites(path)]
         self.when = config.when or config.default_when(binder.policy)
+        self.horizon = config.horizon
         self.root = config.attribution_key
         self.inputs: list[NestedKey] | None = None
         if config.inputs is not None:

@@ -75,3 +75,4 @@ class Saliency(GradientAttribution):
     multiply_by_inputs: bool = False
 
     bound_class: ClassVar[type[BoundAttribution]] = _BoundSaliency
+    horizons: ClassVar[tuple[str, ...]] = ("step", "trajectory")

@@ -81,7 +81,9 @@ def cascading_randomisation(
             bound = find_attribution(hooked, attribution_key)
             name = target_name(bound, target)
             prefix = (bound.root, *([name] if name else []))
-            found = hooked.annotate(data.exclude(*{key[0] for key in hooked.result_keys}, "computed"))
+            found = hooked.annotate(
+                data.exclude(*{key[0] for key in hooked.result_keys}, "computed"), on_mismatch="ignore"
+            )
             wanted = [key for key in bound.result_keys if key[: len(prefix)] == prefix]
             values = flat({key: found.get(key).detach() for key in wanted}, data.batch_size)
             return values.abs() if absolute else values
@@ -129,7 +131,7 @@ def _running_layers(own: nn.Module, method: Method, data: TensorDictBase, keys: 
     try:
         # The hooked clone of a module has copies of the module's hooks: these call the same list.
         with method.prepare(own, **keys) as hooked:
-            hooked.annotate(data.exclude(*{key[0] for key in hooked.result_keys}, "computed"))
+            hooked.annotate(data.exclude(*{key[0] for key in hooked.result_keys}, "computed"), on_mismatch="ignore")
     finally:
         for handle in handles:
             handle.remove()

@@ -1,0 +1,154 @@
+"""Results of a whole batch, computed after it was collected.
+
+Rows are explained in chunks, each at what is stored with it: its action, and the hidden state of a recurrent
+policy. Only methods with ``horizon="trajectory"`` see time: they are given whole trajectories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+
+from tdhook_rl.batching import CONV_CHUNK, GeneratorState, in_recurrent_mode, map_chunks, shallow
+from tdhook_rl.errors import InputError, nearest
+from tdhook_rl.hooks import vmap_level
+from tdhook_rl.mismatch import Mismatch
+from tdhook_rl.passes import Bound, Call, observers, publish, stored_inputs
+
+if TYPE_CHECKING:
+    from tdhook_rl.module import HookedMixin
+
+__all__ = ["OnMismatch", "annotate"]
+
+OnMismatch = Literal["warn", "raise", "ignore"]
+
+
+def annotate(
+    policy: HookedMixin, data: TensorDictBase, chunk_size: int | None = None, on_mismatch: OnMismatch = "warn"
+) -> TensorDict:
+    """What :meth:`tdhook_rl.module.HookedMixin.annotate` does."""
+    if on_mismatch not in ("warn", "raise", "ignore"):
+        raise InputError(
+            f"on_mismatch is 'warn', 'raise' or 'ignore', got {on_mismatch!r}; "
+            f"{nearest(str(on_mismatch), ('warn', 'raise', 'ignore'))}"
+        )
+    runtime = policy._hooked_runtime
+    result = shallow(data)
+    missing = [one for one in observers(policy._hooked_bound) if not _holds(data, one)]
+    if not missing:
+        return result
+    if data.batch_size.numel() == 0:
+        raise InputError(f"there is nothing to annotate: the batch has shape {tuple(data.batch_size)}")
+    if runtime.tie is not None:
+        runtime.tie.check(policy)
+    mismatch = Mismatch(policy, on_mismatch)
+    selected = _select(policy, data, missing)
+    computed: list[TensorDictBase] = []
+    with runtime.lock, policy._frozen_statistics():
+        before = GeneratorState(data.device)
+        try:
+            for horizon in ("step", "trajectory"):
+                group = [one for one in missing if getattr(one, "horizon", "step") == horizon]
+                if group:
+                    run = _rows if horizon == "step" else _trajectories
+                    computed.append(run(policy, selected, _Analysis(policy, group, mismatch), chunk_size))
+        finally:
+            before.restore()
+    mismatch.report(data)
+    for results in computed:
+        for root, group in results.items():
+            # A node of the caller's is copied before results join it.
+            node = result.get(root, None)
+            result.set(root, group if node is None else node.copy().update(group))
+    return result
+
+
+class _Analysis:
+    """Computes the results of one chunk."""
+
+    def __init__(self, policy: HookedMixin, bound: Sequence[Bound], mismatch: Mismatch) -> None:
+        self.policy = policy
+        self.bound = list(bound)
+        self.mismatch = mismatch
+        self.forward: Callable[..., Any] = type(policy)._base.forward
+
+    def __call__(self, chunk: TensorDictBase) -> TensorDict:
+        policy, runtime = self.policy, self.policy._hooked_runtime
+        call = Call(policy, self.forward, chunk, stored_inputs(policy, chunk))
+        runtime.level = vmap_level()
+        try:
+            if any(one.reads_forward for one in self.bound):
+                with torch.no_grad():
+                    call.replay(record=True, as_it_was=True)
+            computed = TensorDict({}, batch_size=chunk.batch_size)
+            publish(computed, policy._compute(self.bound, call))
+            # Paths and perturbations never run the policy on the data as it was.
+            if self.mismatch.wanted and call.replayed is None and runtime.level < 0:
+                with torch.no_grad():
+                    call.replay(as_it_was=True)
+            self.mismatch.compare(call)
+            return computed
+        finally:
+            runtime.slots.clear()
+            policy._close_routes()
+
+
+def _select(policy: HookedMixin, data: TensorDictBase, missing: Sequence[Bound]) -> TensorDictBase:
+    """What the passes read, and what schedules decide once for the whole batch."""
+    keys: list[NestedKey] = [*policy.in_keys, *policy.policy_out_keys]
+    for one in missing:
+        keys += getattr(one, "reads", ())
+    selected = data.select(*keys, strict=False)
+    for one in missing:
+        plan = getattr(one, "plan", None)
+        if plan is not None:
+            selected.set(*plan(selected))
+    return selected
+
+
+def _rows(policy: HookedMixin, data: TensorDictBase, analysis: _Analysis, chunk_size: int | None) -> TensorDictBase:
+    if chunk_size is None and policy._hooked_traits.convolutional:
+        chunk_size = CONV_CHUNK
+    with _recurrent_mode(policy, False):
+        return map_chunks(data, analysis, chunk_size)
+
+
+def _trajectories(
+    policy: HookedMixin, data: TensorDictBase, analysis: _Analysis, chunk_size: int | None
+) -> TensorDictBase:
+    if data.ndim == 0:
+        raise InputError(
+            "horizon='trajectory' explains whole trajectories, but the data has no batch dimension: its last batch "
+            "dimension is time"
+        )
+    steps = data.batch_size[-1]
+    flat = data.reshape(-1, steps)
+    at_once = len(flat) if chunk_size is None else max(1, chunk_size // steps)
+    with _recurrent_mode(policy, True):
+        parts = [analysis(flat[start : start + at_once]) for start in range(0, len(flat), at_once)]
+    return torch.cat(parts).reshape(data.batch_size)
+
+
+def _recurrent_mode(policy: HookedMixin, mode: bool) -> AbstractContextManager[Any]:
+    if not policy._hooked_traits.recurrent or in_recurrent_mode(policy) is mode:
+        return nullcontext()
+    from torchrl.modules import set_recurrent_mode
+
+    return set_recurrent_mode(mode)
+
+
+def _holds(data: TensorDictBase, bound: Bound) -> bool:
+    names = set(data.keys(include_nested=True, leaves_only=True))
+    # A schedule leaves rows out on purpose; data without any row of it was collected before it could act.
+    enough = torch.any if getattr(bound, "plan", None) is not None else torch.all
+    for key in bound.result_keys:
+        if key not in names:
+            return False
+        mask = data.get(("computed", key[0]), None)
+        if mask is not None and not bool(enough(mask)):
+            return False
+    return True

@@ -1,0 +1,98 @@
+"""Whether a batch is explained by the policy that collected it.
+
+Results that are computed later equal those of the rollout only where the weights, the interventions and the noise
+are the same. A replay computes the policy's outputs anyway, so they are compared with the stored ones.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+
+from tdhook_rl.errors import MismatchError
+from tdhook_rl.passes import Call
+
+if TYPE_CHECKING:
+    from tdhook_rl.module import HookedMixin
+
+__all__ = ["Mismatch"]
+
+#: How far outputs may differ: batched and single rows differ in the last bits of the format.
+RELATIVE, ABSOLUTE = 1e-3, 1e-4
+
+
+class Mismatch:
+    """Collects, chunk by chunk, the rows whose stored outputs are not what the policy computes now."""
+
+    def __init__(self, policy: HookedMixin, how: Literal["warn", "raise", "ignore"]) -> None:
+        self._policy = policy
+        self._how = how
+        #: Whether anybody would be told.
+        self.wanted = how == "raise" or (how == "warn" and not policy._hooked_runtime.mismatch_warned)
+        self._rows = 0
+        self._different = 0
+        self._largest = 0.0
+        self._key: NestedKey | None = None
+
+    def compare(self, call: Call) -> None:
+        """Compare the outputs of the call's own replay, if there was one, with the stored ones."""
+        outputs = call.replayed
+        if outputs is None or not self.wanted:
+            return
+        batch = call.batch_size
+        different = torch.zeros(batch, dtype=torch.bool, device=call.data.device)
+        written = torch.zeros_like(different)
+        for key in self._policy.policy_out_keys:
+            stored, found = call.data.get(key, None), outputs.get(key, None)
+            if not isinstance(stored, Tensor) or not isinstance(found, Tensor) or stored is found:
+                continue
+            if not stored.is_floating_point() or stored.shape != found.shape:
+                continue
+            stored, found = stored.detach(), found.detach().to(stored.dtype)
+            near = torch.isclose(found, stored, rtol=RELATIVE, atol=ABSOLUTE, equal_nan=True)
+            rows = ~near.reshape(*batch, -1).all(-1)
+            # Collectors leave zeros where random frames were taken instead of the policy's actions.
+            acted = (stored != 0).reshape(*batch, -1).any(-1)
+            written |= acted
+            if bool((rows & acted).any()):
+                gap = float((found - stored)[rows & acted].abs().nan_to_num(torch.inf).max())
+                if gap > self._largest:
+                    self._largest, self._key = gap, key
+                different |= rows
+        self._rows += batch.numel()
+        self._different += int((different & written).sum())
+
+    def report(self, data: TensorDictBase) -> None:
+        """Say so, if rows differ: an error, or a warning once for each hooked policy."""
+        if not self._different:
+            return
+        message = (
+            f"the stored {self._key!r} of {self._different} of {self._rows} rows is not what the policy computes now "
+            f"(largest difference {self._largest:.2g}), so these rows are explained by another policy than the one "
+            f"that acted{self._causes(data)}. The weights may have changed since, noise such as dropout or random "
+            "frames may differ, or interventions; on_mismatch='ignore' accepts that"
+        )
+        if self._how == "raise":
+            raise MismatchError(message)
+        self._policy._hooked_runtime.mismatch_warned = True
+        warnings.warn(message, stacklevel=5)
+
+    def _causes(self, data: TensorDictBase) -> str:
+        causes = []
+        for key in (("next", "policy_version"), "policy_version"):
+            version = data.get(key, None)
+            if isinstance(version, Tensor) and version.numel():
+                low, high = version.min().item(), version.max().item()
+                causes.append(f"collected under policy version {low:g}" + (f" to {high:g}" if high > low else ""))
+                break
+        for name, value in self._policy.controls.items():
+            recorded = data.get(("control", name), None)
+            if value.numel() == 1 and isinstance(recorded, Tensor) and recorded.is_floating_point():
+                other = recorded[recorded != value.to(recorded)]
+                if other.numel():
+                    causes.append(f"{name!r} was {other.reshape(-1)[0].item():g} and is {value.item():g}")
+        return f" ({'; '.join(causes)})" if causes else ""
