@@ -17,12 +17,14 @@ if TYPE_CHECKING:
         ActivationAddition,
         ActivationCaching,
         ActivationPatching,
+        ControlRecord,
         DirectionalAblation,
         DirectionClamping,
         SteeringVectors,
     )
     from tdhook_rl.latent.probing import LinearProbe, ProbeReadout
     from tdhook_rl.method import Compose, HookedModule, Method
+    from tdhook_rl.scheduled import Scheduled
     from tdhook_rl.weights import Adapters, Pruning, TaskVectors
 
 _HOME = {
@@ -31,6 +33,7 @@ _HOME = {
     "ActivationPatching": "tdhook_rl.latent",
     "Adapters": "tdhook_rl.weights",
     "Compose": "tdhook_rl.method",
+    "ControlRecord": "tdhook_rl.latent",
     "DirectionClamping": "tdhook_rl.latent",
     "DirectionalAblation": "tdhook_rl.latent",
     "GradCAM": "tdhook_rl.attribution",
@@ -43,6 +46,7 @@ _HOME = {
     "ProbeReadout": "tdhook_rl.latent.probing",
     "Pruning": "tdhook_rl.weights",
     "Saliency": "tdhook_rl.attribution",
+    "Scheduled": "tdhook_rl.scheduled",
     "SteeringVectors": "tdhook_rl.latent",
     "TaskVectors": "tdhook_rl.weights",
     "targets": "tdhook_rl.targets",
@@ -55,6 +59,7 @@ __all__ = [
     "ActivationPatching",
     "Adapters",
     "Compose",
+    "ControlRecord",
     "DirectionClamping",
     "DirectionalAblation",
     "GradCAM",
@@ -66,6 +71,7 @@ __all__ = [
     "ProbeReadout",
     "Pruning",
     "Saliency",
+    "Scheduled",
     "SteeringVectors",
     "TaskVectors",
     "__version__",

@@ -38,7 +38,11 @@ def annotate(
         )
     runtime = policy._hooked_runtime
     result = shallow(data)
-    missing = [one for one in observers(policy._hooked_bound) if not _holds(data, one)]
+    missing = [
+        one
+        for one in observers(policy._hooked_bound)
+        if not getattr(one, "only_in_forward", False) and not _holds(data, one)
+    ]
     if not missing:
         return result
     if data.batch_size.numel() == 0:
@@ -103,9 +107,10 @@ def _select(policy: HookedMixin, data: TensorDictBase, missing: Sequence[Bound])
     for one in missing:
         keys += getattr(one, "reads", ())
     selected = data.select(*keys, strict=False)
-    for one in missing:
-        plan = getattr(one, "plan", None)
-        if plan is not None:
+    plans = [one.plan for one in missing if hasattr(one, "plan")]
+    if plans:
+        selected = shallow(selected)
+        for plan in plans:
             selected.set(*plan(selected))
     return selected
 
@@ -144,7 +149,7 @@ def _recurrent_mode(policy: HookedMixin, mode: bool) -> AbstractContextManager[A
 def _holds(data: TensorDictBase, bound: Bound) -> bool:
     names = set(data.keys(include_nested=True, leaves_only=True))
     # A schedule leaves rows out on purpose; data without any row of it was collected before it could act.
-    enough = torch.any if getattr(bound, "plan", None) is not None else torch.all
+    enough = torch.any if hasattr(bound, "plan") else torch.all
     for key in bound.result_keys:
         if key not in names:
             return False

@@ -31,6 +31,7 @@ class Controls(MutableMapping[str, Tensor]):
 
     def __init__(self) -> None:
         self._tensors: dict[str, Tensor] = {}
+        self._versions: dict[str, Tensor] = {}
 
     def add(self, name: str, value: Any) -> Tensor:
         """Create a control; its shape and dtype stay what they are here."""
@@ -38,6 +39,7 @@ class Controls(MutableMapping[str, Tensor]):
             raise KeyCollisionError(f"there are two controls named {name!r}: give one of the methods another name=")
         tensor = torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
         self._tensors[name] = tensor.share_memory_()
+        self._versions[name] = torch.zeros((), dtype=torch.int64).share_memory_()
         return self._tensors[name]
 
     def __getitem__(self, name: str) -> Tensor:
@@ -57,6 +59,12 @@ class Controls(MutableMapping[str, Tensor]):
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise InputError(f"control {name!r} was given NaN or infinite values")
         tensor.copy_(value)
+        self._versions[name] += 1
+
+    def version(self, name: str) -> Tensor:
+        """How often a control was set since it was made, ``()``, int64; shared like the control itself."""
+        self[name]
+        return self._versions[name]
 
     def __delitem__(self, name: str) -> None:
         raise TypeError(f"control {name!r} cannot be deleted: running workers share its memory")

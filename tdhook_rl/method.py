@@ -353,6 +353,15 @@ def _check_collisions(policy: TensorDictModuleBase, bound: list[Bound], reads: l
             if any(part.startswith("_") for part in key):
                 raise KeyCollisionError(f"the result key {key!r} starts with an underscore, which collectors drop")
             seen[key] = one
+    for one in bound:
+        if getattr(one, "exclusive", False):
+            roots = {key[0] for key in one.result_keys}
+            shared = next((key for key, other in seen.items() if other is not one and key[0] in roots), None)
+            if shared is not None:
+                raise KeyCollisionError(
+                    f"a scheduled method writes under {shared[0]!r} and so does another, but one mask "
+                    f"('computed', {shared[0]!r}) cannot speak for both: give it another root (attribution_key=, ...)"
+                )
 
 
 def _as_tuple(key: NestedKey) -> tuple[str, ...]:

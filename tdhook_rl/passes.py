@@ -121,6 +121,11 @@ class Call:
     def batch_size(self) -> torch.Size:
         return self.data.batch_size
 
+    def part(self, rows: Tensor) -> Call:
+        """The same call with the rows of a boolean mask only, as one batch dimension; captures stay behind."""
+        inputs = {key: value[rows] for key, value in self.inputs.items()}
+        return Call(self.policy, self._forward, self.data[rows], inputs)
+
     @property
     def slots(self) -> dict[str, Tensor]:
         return self.policy._hooked_runtime.slots
@@ -218,7 +223,9 @@ def publish(data: TensorDictBase, results: Mapping[tuple[str, ...], Tensor]) -> 
         set_entry(data, key, value)
     device = next(iter(results.values())).device if results else None
     for root in {key[0]: None for key in results}:
-        set_entry(data, ("computed", root), torch.full(data.batch_size, True, device=device))
+        # A schedule brings a mask of its own; elsewhere every row is real.
+        if root != "computed" and ("computed", root) not in results:
+            set_entry(data, ("computed", root), torch.full(data.batch_size, True, device=device))
 
 
 def with_batch(value: Tensor, batch: torch.Size, site: str) -> Tensor:

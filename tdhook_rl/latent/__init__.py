@@ -3,6 +3,7 @@
 from tdhook_rl.latent.activation_addition import ActivationAddition
 from tdhook_rl.latent.activation_caching import ActivationCaching
 from tdhook_rl.latent.activation_patching import ActivationPatching
+from tdhook_rl.latent.control_record import ControlRecord
 from tdhook_rl.latent.directions import DirectionalAblation, DirectionClamping
 from tdhook_rl.latent.steering_vectors import SteeringVectors
 
@@ -10,6 +11,7 @@ __all__ = [
     "ActivationAddition",
     "ActivationCaching",
     "ActivationPatching",
+    "ControlRecord",
     "DirectionClamping",
     "DirectionalAblation",
     "SteeringVectors",
