@@ -1,0 +1,122 @@
+"""Annotated batches in a TorchRL ``Trainer``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict import TensorDictBase
+from torchrl.trainers import TrainerHookBase
+
+from tdhook_rl.annotation import OnMismatch
+from tdhook_rl.errors import InputError
+from tdhook_rl.rollout.summary import summarise
+
+if TYPE_CHECKING:
+    from torchrl.trainers import Trainer
+
+__all__ = ["AnnotateHook"]
+
+
+class AnnotateHook(TrainerHookBase):
+    """A ``Trainer`` hook: what a hooked policy's methods find in each batch, written into it and logged.
+
+    Where the trainer is handed batches, each is annotated before it reaches the losses and the replay buffer. Where
+    batches go straight to the buffer (asynchronous collection, ``replay_buffer=`` of the collector), the newest rows
+    of the buffer are annotated instead; they stay as they are, and the result is at hand as ``last``.
+
+    Args:
+        policy: the hooked policy (the losses go on using the plain one).
+        every: every how many batches.
+        rows: how many elements of a buffer are explained at once (along the first dimension of its storage).
+        prefix: of the names in the log, ``"<prefix>/attr.observation"``.
+        on_mismatch: as of ``annotate``. Rows of a buffer were often collected by older weights, which is what
+            ``"warn"`` would say at every training run; they are explained by the policy as it is now.
+
+    Attributes:
+        last: the batch annotated last.
+
+    Example:
+        >>> from tdhook_rl import Saliency
+        >>> from tdhook_rl.examples.agent import make_actor
+        >>> policy = Saliency().prepare(make_actor(), return_context=False)
+        >>> hook = AnnotateHook(policy, every=2)
+        >>> hook.state_dict()
+        {'batches': 0, 'written': 0}
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        *,
+        every: int = 1,
+        rows: int = 1024,
+        prefix: str = "interp",
+        on_mismatch: OnMismatch = "ignore",
+    ) -> None:
+        for name, value in (("every", every), ("rows", rows)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"{name}= is a positive integer, got {value!r}")
+        self.policy = policy
+        self.every = every
+        self.rows = rows
+        self.prefix = prefix
+        self.on_mismatch: OnMismatch = on_mismatch
+        self.last: TensorDictBase | None = None
+        self._trainer: Trainer | None = None
+        self._batches = 0
+        self._written = 0
+
+    def register(self, trainer: Trainer, name: str = "annotate") -> None:
+        self._trainer = trainer
+        trainer.register_op("batch_process", self.annotate_batch)
+        trainer.register_op("pre_steps_log", self.log)
+        trainer.register_module(name, self)
+
+    def annotate_batch(self, batch: TensorDictBase) -> TensorDictBase:
+        """The batch with results: in the schedule of ``every``, the others unchanged."""
+        due = self._batches % self.every == 0
+        self._batches += 1
+        if not due:
+            self.last = None
+            return batch
+        self.last = self.policy.annotate(batch, on_mismatch=self.on_mismatch)
+        return self.last
+
+    def log(self, batch: TensorDictBase | None) -> dict[str, float] | None:
+        """The summary of what was annotated last; reads the buffer where no batch is handed over."""
+        if batch is None:
+            due = self._batches % self.every == 0
+            self._batches += 1
+            rows = self._newest_rows() if due else None
+            self.last = None if rows is None else self.policy.annotate(rows, on_mismatch=self.on_mismatch)
+        if self.last is None:
+            return None
+        summary = summarise(self.last, self.policy.result_keys)
+        return {f"{self.prefix}/{name}": value for name, value in summary.items()}
+
+    def _newest_rows(self) -> TensorDictBase | None:
+        buffer = getattr(self._trainer, "replay_buffer", None)
+        if buffer is None:
+            raise InputError(
+                "the trainer hands over no batches (they go straight to a replay buffer), and it knows no buffer to "
+                "read them from: give it one, Trainer(replay_buffer=...)"
+            )
+        # Storages of more dimensions count and are read along the first, which is time.
+        size = getattr(buffer.storage, "_len_along_dim0", len(buffer))
+        written = int(buffer.write_count)
+        new = written - self._written
+        self._written = written
+        if size == 0 or new <= 0:
+            return None
+        count = min(new, size, self.rows)
+        last = written % size if size else 0  # a full ring goes on at its start
+        places = torch.arange(last - count, last) % size
+        return buffer.storage.get(places)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self._batches, "written": self._written}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._batches = state_dict["batches"]
+        self._written = state_dict["written"]
