@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 
-from tdhook_rl.batching import CONV_CHUNK, GeneratorState, in_recurrent_mode, map_chunks, shallow
+from tdhook_rl.batching import GeneratorState, conv_chunk, in_recurrent_mode, map_chunks, shallow
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.hooks import vmap_level
 from tdhook_rl.mismatch import Mismatch
@@ -117,7 +117,7 @@ def _select(policy: HookedMixin, data: TensorDictBase, missing: Sequence[Bound])
 
 def _rows(policy: HookedMixin, data: TensorDictBase, analysis: _Analysis, chunk_size: int | None) -> TensorDictBase:
     if chunk_size is None and policy._hooked_traits.convolutional:
-        chunk_size = CONV_CHUNK
+        chunk_size = conv_chunk((data.get(key, None) for key in policy.policy_in_keys), data.batch_size)
     with _recurrent_mode(policy, False):
         return map_chunks(data, analysis, chunk_size)
 

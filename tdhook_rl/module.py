@@ -222,7 +222,8 @@ class HookedMixin(_Policy):
         Args:
             data: a batch as collected or read from a buffer, of any batch shape; it is not modified and
                 may be locked or memory-mapped.
-            chunk_size: rows per pass; by default 64 for convolutional nets and the whole batch otherwise.
+            chunk_size: rows per pass; by default the whole batch, and for convolutional nets as many as stay fast
+                (64 for frames of 3 x 64 x 64).
             on_mismatch: what to do where the stored outputs are not what the policy computes now, because the
                 weights have changed since, noise or interventions differ: ``"warn"`` once, ``"raise"``, or
                 ``"ignore"``.

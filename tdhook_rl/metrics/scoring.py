@@ -18,7 +18,7 @@ from tdhook_rl.attribution import LRP
 from tdhook_rl.attribution.base import BoundAttribution
 from tdhook_rl.batching import (
     GeneratorState,
-    default_chunk_size,
+    conv_chunk,
     frozen_statistics,
     in_recurrent_mode,
     map_chunks,
@@ -186,7 +186,8 @@ def score(
             runtime.slots.clear()
             hooked._close_routes()
 
-    chunk_size = default_chunk_size(hooked) if chunk_size is None else chunk_size
+    if chunk_size is None and hooked._hooked_traits.convolutional:
+        chunk_size = conv_chunk((data.get(key, None) for key in hooked.policy_in_keys), data.batch_size)
     keys = [*hooked.in_keys, *hooked.policy_out_keys, *bound.reads, *(key[:1] for key in bound.result_keys), "baseline"]
     # Out of inference mode, whose tensors have no gradients: those that come from it are copied.
     with torch.inference_mode(False), torch.no_grad(), runtime.lock, frozen_statistics(hooked):
