@@ -1,14 +1,30 @@
-"""Interleaved pairs of runs and the ratio of their process CPU times."""
+"""Interleaved rounds of runs, and medians of what they cost against each other in process CPU time."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-__all__ = ["Ratio", "compare"]
+__all__ = ["Median", "Ratio", "compare", "measure", "repetitions"]
+
+
+@dataclass(frozen=True)
+class Median:
+    """The median of the rounds and its 95 % bootstrap interval."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Median:
+        resampled = np.median(np.random.default_rng(0).choice(values, (2000, len(values))), axis=1)
+        low, high = np.quantile(resampled, [0.025, 0.975])
+        return cls(float(np.median(values)), float(low), float(high))
 
 
 @dataclass(frozen=True)
@@ -29,10 +45,48 @@ class Ratio:
         )
 
 
+def measure(runs: Mapping[str, Callable[[], Any]], rounds: int, repeat: int = 1) -> dict[str, np.ndarray]:
+    """Run every contender in turn, again and again, in alternating order.
+
+    Args:
+        runs: what to run, by name; each call does the same amount of work.
+        rounds: how many samples of each.
+        repeat: calls of one sample.
+
+    Returns:
+        for each contender its seconds of process CPU time per call, one entry a round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    for index in range(rounds):
+        order = list(runs) if index % 2 else list(runs)[::-1]
+        for name in order:
+            run = runs[name]
+            start = time.process_time()
+            for _ in range(repeat):
+                run()
+            seconds[name].append((time.process_time() - start) / repeat)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def repetitions(run: Callable[[], Any], seconds: float = 0.02) -> int:
+    """Calls that take at least so long together."""
+    repeat = 1
+    while True:
+        start = time.process_time()
+        for _ in range(repeat):
+            run()
+        spent = time.process_time() - start
+        if spent >= seconds:
+            return repeat
+        repeat = max(2 * repeat, int(repeat * seconds / max(spent, 1e-6)))
+
+
 def compare(
-    runs: Mapping[str, Callable[[], None]], against: Mapping[str, list[str]], pairs: int = 40
+    runs: Mapping[str, Callable[[], Any]], against: Mapping[str, list[str]], pairs: int = 40
 ) -> tuple[dict[str, float], list[Ratio]]:
-    """Run every contender in turn, again and again, and compare their speeds pair by pair.
+    """Compare the speeds of contenders pair by pair.
 
     Args:
         runs: what to run, by name; each call does the same amount of work.
@@ -42,21 +96,10 @@ def compare(
     Returns:
         the median seconds of process CPU time of each contender, and the ratios (above 1: faster).
     """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    for index in range(pairs):
-        order = list(runs) if index % 2 else list(runs)[::-1]
-        for name in order:
-            start = time.process_time()
-            runs[name]()
-            seconds[name].append(time.process_time() - start)
-    generator = np.random.default_rng(0)
+    seconds = measure(runs, pairs)
     ratios = []
     for name, others in against.items():
         for other in others:
-            values = np.array(seconds[other]) / np.array(seconds[name])
-            resampled = np.median(generator.choice(values, (2000, len(values))), axis=1)
-            low, high = np.quantile(resampled, [0.025, 0.975])
-            ratios.append(Ratio(name, other, float(np.median(values)), float(low), float(high), pairs))
+            found = Median.of(seconds[other] / seconds[name])
+            ratios.append(Ratio(name, other, found.median, found.low, found.high, pairs))
     return {name: float(np.median(values)) for name, values in seconds.items()}, ratios
