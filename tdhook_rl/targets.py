@@ -145,7 +145,7 @@ class _Indexed:
             raise TargetError(
                 f"logit({self.index}) was asked, but {self.key!r} has {logits.shape[-1]} entries in its last dimension"
             )
-        return logits[..., self.index]
+        return logits.select(-1, self.index)
 
 
 @dataclass(frozen=True)

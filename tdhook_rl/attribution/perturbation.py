@@ -148,7 +148,7 @@ class Occlusion(Perturbation):
         baseline: the number that replaces them; with ``None`` the replacement of input ``k`` is read from the data
             under ``(baseline_key, k)``, of the shape of the input.
         baseline_key: the root of the baselines in the data.
-        chunk_size: rows (groups times batch) of one pass; by default 64 for convolutional nets, else 8192.
+        chunk_size: rows (groups times batch) of one pass; by default at most 4096, fewer for convolutional nets.
 
     The other arguments are those of :class:`tdhook_rl.attribution.base.GradientAttribution`, without
     ``input_modules``.
@@ -233,7 +233,7 @@ class PerturbationSaliency(Perturbation):
         blur_sigma: the width of the Gaussian that blurs the image, in pixels.
         key: what is read in place of the target: by default ``"logits"``, else ``"action_value"``, or
             ``"state_value"``.
-        chunk_size: rows (places times batch) of one pass; by default 64 for convolutional nets, else 8192.
+        chunk_size: rows (places times batch) of one pass; by default at most 4096, fewer for convolutional nets.
 
     The other arguments are those of :class:`tdhook_rl.attribution.base.GradientAttribution`, without
     ``input_modules``. Inputs that are not images are left out by ``inputs=[...]``.

@@ -11,8 +11,8 @@ from tensordict import NestedKey
 from torch import Tensor
 
 from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttribution
-from tdhook_rl.attribution.integrated_gradients import PATH_ROWS, repeat_rows
-from tdhook_rl.batching import CONV_CHUNK, default_chunk_size, shallow
+from tdhook_rl.attribution.integrated_gradients import repeat_rows, rows_at_once
+from tdhook_rl.batching import shallow
 from tdhook_rl.errors import InputError, TargetError, nearest
 from tdhook_rl.passes import Call, Pass
 from tdhook_rl.targets import Target, default_target, one_hot_action
@@ -42,7 +42,7 @@ class BoundPerturbation(BoundAttribution):
 
     def __init__(self, config: Perturbation, binder: Binder) -> None:
         super().__init__(config, binder)
-        self._rows = config.chunk_size or (CONV_CHUNK if default_chunk_size(binder.policy) else PATH_ROWS)
+        self._chunk_size = config.chunk_size
 
     def attribute(
         self, call: Call, explained: Explained, targets: Sequence[Measure]
@@ -60,7 +60,7 @@ class BoundPerturbation(BoundAttribution):
             for key, value in inputs.items():
                 changes = self._changes(call, key, value, inputs)
                 scores: list[list[Tensor]] = [[] for _ in measures]
-                at_once = max(1, self._rows // max(call.batch_size.numel(), 1))
+                at_once = max(1, rows_at_once(call, self._chunk_size) // max(call.batch_size.numel(), 1))
                 for start in range(0, changes.count, at_once):
                     changed = changes.make(start, min(start + at_once, changes.count))
                     copies = len(changed)
@@ -208,7 +208,7 @@ class Perturbation(GradientAttribution):
     """Base of the perturbation methods: explains inputs, without gradients.
 
     Args:
-        chunk_size: rows (copies times batch) of one pass; by default 64 for convolutional nets, else 8192.
+        chunk_size: rows (copies times batch) of one pass; by default at most 4096, fewer for convolutional nets.
     """
 
     chunk_size: int | None = None

@@ -32,7 +32,7 @@ def completeness_gap(
             LRP and gradient times input), else ``("baseline", key)`` of the data, else zeros.
         attribution_key: which attribution is scored, by its root; not needed where there is one.
         target: which target is scored, where the method explains several.
-        chunk_size: rows per pass; by default 64 for convolutional nets, else all.
+        chunk_size: rows per pass; by default all, fewer for convolutional nets.
 
     Returns:
         the gap, with its sign, of the batch shape.

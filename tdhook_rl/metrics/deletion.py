@@ -72,7 +72,7 @@ def deletion_insertion(
         attribution_key: which attribution is scored, by its root; not needed where there is one.
         target: which target is scored, where the method explains several.
         seed: of the random rankings.
-        chunk_size: rows per pass; by default 64 for convolutional nets, else all.
+        chunk_size: rows per pass; by default all, fewer for convolutional nets.
 
     Raises:
         InputError: for a policy without an attribution method, with several and none named, or an empty batch.

@@ -31,7 +31,7 @@ class SensitivityMetric:
         attribution_key: which attribution is scored, by its root; not needed where there is one.
         target: which target is scored, where the method explains several.
         seed: of the perturbations.
-        chunk_size: rows per pass; by default 64 for convolutional nets, else all.
+        chunk_size: rows per pass; by default all, fewer for convolutional nets.
 
     Called with a hooked policy and data that hold attributions, returns a score for each row, the batch shape.
 

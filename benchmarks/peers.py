@@ -1,0 +1,124 @@
+"""The same attribution as each contender does it: by hand, with tdhook_rl, captum and tdhook 0.3.0.
+
+Each function gives a run without arguments that returns what the contender computed. A peer that is not installed
+is left out (:func:`installed`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from benchmarks.nets import CLASS, Problem
+from tdhook_rl import Saliency, targets
+from tdhook_rl.attribution import IntegratedGradients
+from tdhook_rl.attribution.integrated_gradients import quadrature
+
+__all__ = ["PEERS", "STEPS", "Run", "by_hand", "captum", "installed", "ours", "tdhook"]
+
+Run = Callable[[], Tensor]
+PEERS = ("captum", "tdhook")
+STEPS = 50
+
+
+def installed(peer: str) -> bool:
+    return find_spec(peer) is not None
+
+
+# ------------------------------------------------------------------ by hand: the floor
+
+
+def by_hand(method: str, problem: Problem, chunk: int | None = None) -> Run:
+    """What a user would write without a library, at its fastest."""
+    if method == "Saliency":
+        return partial(_gradient_by_hand, problem.net, problem.x)
+    points, weights = (torch.tensor(values) for values in quadrature("gausslegendre", STEPS))
+    at_once = STEPS if chunk is None else max(1, chunk // len(problem.x))
+    return partial(_integrate_by_hand, problem, points.split(at_once), weights.split(at_once))
+
+
+def _gradient_by_hand(net: nn.Module, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(net(x)[:, CLASS].sum(), x)[0]
+
+
+def _integrate_by_hand(problem: Problem, points: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
+    x, baseline = problem.x, problem.baseline
+    total = torch.zeros_like(x)
+    for alphas, shares in zip(points, weights, strict=True):
+        path = torch.lerp(baseline, x, alphas.reshape(-1, *(1,) * x.ndim)).flatten(0, 1).requires_grad_()
+        outer = shares.repeat_interleave(len(x))
+        gradient = torch.autograd.grad(problem.net(path)[:, CLASS], path, outer)[0]
+        total += gradient.reshape(len(alphas), *x.shape).sum(0)
+    return total * (x - baseline)
+
+
+# ------------------------------------------------------------------ tdhook_rl
+
+
+def ours(method: str, problem: Problem, stack: ExitStack, **options: Any) -> tuple[Run, Run]:
+    """The hooked policy called, and ``annotate``; defaults unless options are given."""
+    target = targets.logit(CLASS, key="output")
+    made = (
+        Saliency(target=target)
+        if method == "Saliency"
+        else IntegratedGradients(target=target, n_steps=STEPS, **options)
+    )
+    hooked = stack.enter_context(made.prepare(problem.net))
+    data = _data(problem)
+    return (
+        lambda: hooked(data.copy())["attr", "input"],
+        lambda: hooked.annotate(data)["attr", "input"],
+    )
+
+
+def _data(problem: Problem) -> TensorDict:
+    entries = {"input": problem.x, ("baseline", "input"): problem.baseline}
+    return TensorDict(entries, batch_size=len(problem.x))
+
+
+# ------------------------------------------------------------------ peers
+
+
+def captum(method: str, problem: Problem, chunk: int | None = None) -> Run:
+    from captum import attr
+
+    if method == "Saliency":
+        # A leaf that requires a gradient already spares captum a warning at every call.
+        x = problem.x.clone().requires_grad_()
+        return partial(attr.Saliency(problem.net).attribute, x, target=CLASS, abs=False)
+    return partial(
+        attr.IntegratedGradients(problem.net).attribute,
+        problem.x,
+        baselines=problem.baseline,
+        target=CLASS,
+        n_steps=STEPS,
+        method="gausslegendre",
+        internal_batch_size=chunk,
+    )
+
+
+def tdhook(method: str, problem: Problem, stack: ExitStack) -> Run:
+    from tdhook import attribution
+
+    def init_attr_targets(outputs: TensorDict, _: TensorDict) -> TensorDict:
+        return TensorDict(out=outputs["output"][..., CLASS], batch_size=outputs.batch_size)
+
+    if method == "Saliency":
+        made = attribution.Saliency(init_attr_targets=init_attr_targets)
+    else:
+        made = attribution.IntegratedGradients(
+            init_attr_targets=init_attr_targets, multiply_by_inputs=True, n_steps=STEPS
+        )
+    # It places hooks on the module that it is given.
+    hooked = stack.enter_context(made.prepare(copy.deepcopy(problem.net)))
+    data = _data(problem)
+    return lambda: hooked(data.copy())["attr", "input"]
