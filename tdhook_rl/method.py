@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.classes import swap_class
 from tdhook_rl.errors import InputError, KeyCollisionError, PreparationError, SiteError, nearest
-from tdhook_rl.hooks import CaptureHook, LeafHook, RowHook, Runtime, WatchHook
+from tdhook_rl.hooks import CaptureHook, InputCaptureHook, LeafHook, RowHook, Runtime, WatchHook
 from tdhook_rl.module import HookedMixin
 from tdhook_rl.passes import Bound, ReplayMixin, draws
 from tdhook_rl.paths import Site, find_sites
@@ -28,8 +28,8 @@ __all__ = ["Binder", "Compose", "HookedModule", "HookingContext", "Method"]
 
 #: Names that a hooked policy adds to its class; a policy that has one of its own is refused.
 _ADDED_NAMES = (
-    "annotate", "controls", "disable_context", "disable_context_hooks", "hooked_root", "policy_in_keys",
-    "policy_out_keys", "restore", "result_keys", "run",
+    "annotate", "controls", "disable_context", "disable_context_hooks", "hooked_root", "hooking_context",
+    "policy_in_keys", "policy_out_keys", "restore", "result_keys", "run",
 )  # fmt: skip
 
 
@@ -247,19 +247,25 @@ class Binder:
 
     def capture(self, site: Site) -> str:
         """Keep the output of a site in every recorded forward; returns the slot it is kept in."""
-        slot = self._slot(site)
+        slot = self.slot(site)
         self.on_output(site, CaptureHook(self.runtime, slot))
+        return slot
+
+    def capture_input(self, site: Site) -> str:
+        """Keep the first input of a site in every recorded forward; returns the slot it is kept in."""
+        slot = self.slot(site)
+        site.module.register_forward_pre_hook(InputCaptureHook(self.runtime, slot), with_kwargs=True)
         return slot
 
     def leaf(self, site: Site) -> str:
         """Let explanation passes differentiate with respect to the output of a site."""
-        slot = self._slot(site)
+        slot = self.slot(site)
         self.on_output(site, LeafHook(self.runtime, slot))
         return slot
 
     def watch(self, site: Site) -> str:
         """Show the output of a site, with its graph, to the targets of replays (``Pass.watched``)."""
-        slot = self._slot(site)
+        slot = self.slot(site)
         self.on_output(site, WatchHook(self.runtime, slot))
         return slot
 
@@ -311,7 +317,8 @@ class Binder:
         self._slots += 1
         return f"{self._slots}:owner"
 
-    def _slot(self, site: Site) -> str:
+    def slot(self, site: Site) -> str:
+        """A name under which a hook keeps what it captures at a site, for the duration of a call."""
         self._slots += 1
         return f"{self._slots}:{site.path}"
 
@@ -327,7 +334,8 @@ def _check_known(what: str, asked: Sequence[NestedKey] | None, known: Sequence[N
 
 def _check_collisions(policy: TensorDictModuleBase, bound: list[Bound], reads: list[NestedKey]) -> None:
     own = {_as_tuple(key) for key in (*policy.in_keys, *policy.out_keys, *reads)}
-    seen: dict[tuple[str, ...], Bound] = {}
+    seen: set[tuple[str, ...]] = set()
+    nodes: set[tuple[str, ...]] = set()  # what lies above the keys seen: a tensor cannot be there
     for one in bound:
         for key in one.result_keys:
             clash = next((k for k in own if k == key[: len(k)] or key == k[: len(key)]), None)
@@ -336,13 +344,16 @@ def _check_collisions(policy: TensorDictModuleBase, bound: list[Bound], reads: l
                     f"the result key {key!r} collides with the policy's key {clash!r}: give the method another root "
                     "(attribution_key=, cache_key=, probe_key=)"
                 )
-            if key in seen:
+            above = {key[:length] for length in range(1, len(key))}
+            if key in seen or key in nodes or above & seen:
                 raise KeyCollisionError(
-                    f"two methods write {key!r}: give one another root (attribution_key=, cache_key=, probe_key=)"
+                    f"two methods write {key!r}, or one writes a tensor where the other needs a node: give one "
+                    "another root (attribution_key=, cache_key=, probe_key=)"
                 )
             if any(part.startswith("_") for part in key):
                 raise KeyCollisionError(f"the result key {key!r} starts with an underscore, which collectors drop")
-            seen[key] = one
+            seen.add(key)
+            nodes |= above
 
 
 def _as_tuple(key: NestedKey) -> tuple[str, ...]:
