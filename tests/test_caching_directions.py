@@ -26,7 +26,7 @@ F64 = torch.float64
 
 
 class Residual(nn.Module):
-    """The input of `inner` is used beside it, and what it returns is changed in place."""
+    """What `inner` and `same` are given is used beside them, and what `inner` returns is changed in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Residual(nn.Module):
         lifted = self.lift(x)
         inner = self.inner(lifted)
         inner = inner.relu_() if self.in_place else inner.relu()
-        return self.head(lifted + self.same(inner) * lifted)
+        return self.head(lifted + self.same(inner) * lifted + inner)
 
 
 def with_torch_hooks(net: nn.Module, path: str, x: torch.Tensor, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -169,17 +169,21 @@ def test_explanations_by_other_methods_are_not_seen() -> None:
 
 
 def test_an_explained_forward_is_still_the_callers() -> None:
-    case, cache = CASES["value"], TensorDict()
+    case, cache, arrived = CASES["value"], TensorDict(), []
     critic = case.build().double()
     data = case.data(4).to(F64)
-    method = Compose(
-        Saliency(when="step", input_modules=[case.site]),
-        ActivationCaching("module.3", directions=["bwd_pre"], cache=cache),
+    saliency = Saliency(when="step", input_modules=[case.site])
+    caching = ActivationCaching(
+        "module.3",
+        directions=["bwd_pre"],
+        cache=cache,
+        callback=lambda grad_output: (arrived.append(1), grad_output[0])[1],
     )
-    with method.prepare(critic) as hooked:
+    with Compose(saliency, caching).prepare(critic) as hooked:
         found = hooked(data)
-        assert cache.is_empty()
+        assert not arrived
         (3 * found["state_value"]).sum().backward()
+        assert len(arrived) == 1
         assert not found["observation"].requires_grad
     torch.testing.assert_close(cache["module.3"], 3 * critic.module[4].weight.expand(4, -1))
 
