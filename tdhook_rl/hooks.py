@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from tdhook_rl.controls import Controls
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CaptureHook",
+    "InputCaptureHook",
     "LeafHook",
     "Portable",
     "RowHook",
     "Runtime",
     "WatchHook",
+    "first_input",
     "first_tensor",
     "with_first_tensor",
 ]
@@ -138,6 +141,14 @@ class CaptureHook:
             runtime.slots[self.slot] = (value.detach() if value.requires_grad else value).clone()
 
 
+class InputCaptureHook(CaptureHook):
+    """Forward pre-hook (with keywords) that keeps the first input of its module while the root call records."""
+
+    def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.runtime.recording or not self.runtime.active:
+            super().__call__(module, args, first_input(module, args, kwargs, self.slot))
+
+
 class WatchHook:
     """Forward hook that keeps the output of its module, with its graph, for the targets of a replay."""
 
@@ -231,16 +242,24 @@ def _load_portable(data: bytes) -> Portable:
     return Portable(cloudpickle.loads(data))
 
 
-def first_tensor(output: Any, module: torch.nn.Module, site: str) -> Tensor:
+def first_tensor(output: Any, module: torch.nn.Module, site: str, what: str = "output") -> Tensor:
     """The tensor that an output stands for: itself, the first of a tuple, the first out-key of a TensorDict."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, (tuple, list)) and output:
-        return first_tensor(output[0], module, site)
+        return first_tensor(output[0], module, site, what)
     if isinstance(output, TensorDictBase):
         keys = getattr(module, "out_keys", None) or list(output.keys(True, True))
-        return first_tensor(output.get(keys[0]), module, site)
-    raise InputError(f"the output of {site!r} ({type(module).__name__}) is a {type(output).__name__}, not a tensor")
+        return first_tensor(output.get(keys[0]), module, site, what)
+    raise InputError(f"the {what} of {site!r} ({type(module).__name__}) is a {type(output).__name__}, not a tensor")
+
+
+def first_input(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], site: str) -> Tensor:
+    """The tensor that a module is given first, or the first in-key of the TensorDict that it is given."""
+    given = next(iter((*args, *kwargs.values())), None)
+    if isinstance(given, TensorDictBase) and isinstance(module, TensorDictModuleBase):
+        given = given.get(module.in_keys[0])
+    return first_tensor(given, module, site, "input")
 
 
 def with_first_tensor(output: Any, value: Tensor, module: torch.nn.Module) -> Any:

@@ -13,13 +13,14 @@ from typing import Any, Literal, overload
 import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
-from tensordict.utils import unravel_key, unravel_key_list
+from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
 from tdhook_rl.batching import Traits
 from tdhook_rl.classes import swap_class
-from tdhook_rl.errors import InputError, KeyCollisionError, PreparationError, SiteError, nearest
-from tdhook_rl.hooks import CaptureHook, LeafHook, RowHook, Runtime, WatchHook
+from tdhook_rl.collisions import check_collisions, check_known
+from tdhook_rl.errors import InputError, PreparationError, SiteError
+from tdhook_rl.hooks import CaptureHook, InputCaptureHook, LeafHook, RowHook, Runtime, WatchHook
 from tdhook_rl.module import HookedMixin
 from tdhook_rl.passes import Bound, ReplayMixin, draws
 from tdhook_rl.paths import Site, find_sites
@@ -31,8 +32,8 @@ __all__ = ["Binder", "Compose", "HookedModule", "HookingContext", "Method"]
 
 #: Names that a hooked policy adds to its class; a policy that has one of its own is refused.
 _ADDED_NAMES = (
-    "annotate", "controls", "disable_context", "disable_context_hooks", "hooked_root", "policy_in_keys",
-    "policy_out_keys", "restore", "result_keys", "run",
+    "annotate", "controls", "disable_context", "disable_context_hooks", "hooked_root", "hooking_context",
+    "policy_in_keys", "policy_out_keys", "restore", "result_keys", "run",
 )  # fmt: skip
 
 
@@ -134,8 +135,8 @@ class HookingContext:
         self._module = module
         self._wrapped = isinstance(module, TensorDictModuleBase)
         if self._wrapped:
-            _check_known("in_keys", in_keys, module.in_keys)
-            _check_known("out_keys", out_keys, module.out_keys)
+            check_known("in_keys", in_keys, module.in_keys)
+            check_known("out_keys", out_keys, module.out_keys)
         self._in_keys = list(in_keys) if in_keys is not None else ["input"]
         self._out_keys = list(out_keys) if out_keys is not None else ["output"]
         self._hooked: Any = None
@@ -176,7 +177,7 @@ class HookingContext:
                 swap_class(child, WritingMixin)
         bound = [one for one in (method.bind(binder) for method in self._methods) if one is not None]
         binder.place_row_hooks()
-        _check_collisions(clone, bound, binder.reads)
+        check_collisions(clone, bound, binder.reads)
         steps = [one for one in bound if (one.result_keys or getattr(one, "consumes", False)) and one.when == "step"]
         traits = Traits.of(clone)
         clone.__dict__.update(
@@ -257,19 +258,25 @@ class Binder:
 
     def capture(self, site: Site) -> str:
         """Keep the output of a site in every recorded forward; returns the slot it is kept in."""
-        slot = self._slot(site)
+        slot = self.slot(site)
         self.on_output(site, CaptureHook(self.runtime, slot))
+        return slot
+
+    def capture_input(self, site: Site) -> str:
+        """Keep the first input of a site in every recorded forward; returns the slot it is kept in."""
+        slot = self.slot(site)
+        site.module.register_forward_pre_hook(InputCaptureHook(self.runtime, slot), with_kwargs=True)
         return slot
 
     def leaf(self, site: Site) -> str:
         """Let explanation passes differentiate with respect to the output of a site."""
-        slot = self._slot(site)
+        slot = self.slot(site)
         self.on_output(site, LeafHook(self.runtime, slot))
         return slot
 
     def watch(self, site: Site) -> str:
         """Show the output of a site, with its graph, to the targets of replays (``Pass.watched``)."""
-        slot = self._slot(site)
+        slot = self.slot(site)
         self.on_output(site, WatchHook(self.runtime, slot))
         return slot
 
@@ -321,48 +328,7 @@ class Binder:
         self._slots += 1
         return f"{self._slots}:owner"
 
-    def _slot(self, site: Site) -> str:
+    def slot(self, site: Site) -> str:
+        """A name under which a hook keeps what it captures at a site, for the duration of a call."""
         self._slots += 1
         return f"{self._slots}:{site.path}"
-
-
-def _check_known(what: str, asked: Sequence[NestedKey] | None, known: Sequence[NestedKey]) -> None:
-    for key in unravel_key_list(list(asked)) if asked is not None else []:
-        if key not in known:
-            raise KeyCollisionError(
-                f"prepare({what}=...) names {key!r}, which is not among the module's {what}; "
-                f"{nearest(str(key), map(str, known))}"
-            )
-
-
-def _check_collisions(policy: TensorDictModuleBase, bound: list[Bound], reads: list[NestedKey]) -> None:
-    own = {_as_tuple(key) for key in (*policy.in_keys, *policy.out_keys, *reads)}
-    seen: dict[tuple[str, ...], Bound] = {}
-    for one in bound:
-        for key in one.result_keys:
-            clash = next((k for k in own if k == key[: len(k)] or key == k[: len(key)]), None)
-            if clash is not None:
-                raise KeyCollisionError(
-                    f"the result key {key!r} collides with the policy's key {clash!r}: give the method another root "
-                    "(attribution_key=, cache_key=, probe_key=)"
-                )
-            if key in seen:
-                raise KeyCollisionError(
-                    f"two methods write {key!r}: give one another root (attribution_key=, cache_key=, probe_key=)"
-                )
-            if any(part.startswith("_") for part in key):
-                raise KeyCollisionError(f"the result key {key!r} starts with an underscore, which collectors drop")
-            seen[key] = one
-    for one in bound:
-        if getattr(one, "exclusive", False):
-            roots = {key[0] for key in one.result_keys}
-            shared = next((key for key, other in seen.items() if other is not one and key[0] in roots), None)
-            if shared is not None:
-                raise KeyCollisionError(
-                    f"a scheduled method writes under {shared[0]!r} and so does another, but one mask "
-                    f"('computed', {shared[0]!r}) cannot speak for both: give it another root (attribution_key=, ...)"
-                )
-
-
-def _as_tuple(key: NestedKey) -> tuple[str, ...]:
-    return (key,) if isinstance(key, str) else key

@@ -20,6 +20,7 @@ from torch import nn
 from tdhook_rl.annotation import OnMismatch, annotate
 from tdhook_rl.batching import GeneratorState, Traits, frozen_statistics
 from tdhook_rl.classes import Swapped
+from tdhook_rl.context import ContextView
 from tdhook_rl.controls import Controls
 from tdhook_rl.errors import InactiveError, TieError
 from tdhook_rl.hooks import Runtime, vmap_level
@@ -132,7 +133,9 @@ class HookedMixin(_Policy):
         if not runtime.active:
             runtime.refuse()
         if torch.compiler.is_compiling():
-            return self._hooked_call(forward, args, kwargs)
+            output = self._hooked_call(forward, args, kwargs)
+            self._close_routes(complete=True)
+            return output
         if runtime.tie is not None:
             runtime.tie.check(self)
         # A collector's thread and a postproc in the main thread may use one hooked policy at once.
@@ -243,6 +246,11 @@ class HookedMixin(_Policy):
     def restore(self) -> None:
         """End the hooking; calling the policy afterwards raises. What leaving the ``with`` block does."""
         self._hooked_runtime.active = False
+
+    @property
+    def hooking_context(self) -> ContextView:
+        """What this policy was prepared with, seen from the policy: the cache, and blocks without the hooks."""
+        return ContextView(self)
 
     # ------------------------------------------------------------------ single modules
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from tensordict import TensorDict
 
 from tdhook_rl import ActivationCaching, LinearProbe, ProbeReadout, Saliency, SteeringVectors
 from tdhook_rl.attribution import LRP, ActivationMaximisation, IntegratedGradients, Occlusion
@@ -13,6 +14,8 @@ from tdhook_rl.latent import DirectionalAblation, DirectionClamping
 from tdhook_rl.method import Method
 from tdhook_rl.weights import Adapters, TaskVectors
 from tests.policies import Case
+
+DIRECTIONS = ["fwd", "fwd_pre", "bwd", "bwd_pre"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,24 @@ def no_share_out(name: str, module: torch.nn.Module) -> bool:
 METHODS = {
     "activation_caching": Row(lambda case: ActivationCaching(case.site), True),
     "activation_caching_pattern": Row(lambda case: ActivationCaching(case.site.replace(".", r"\.") + "$"), True),
+    "activation_caching_directions": Row(
+        lambda case: ActivationCaching(case.site, directions=DIRECTIONS, cache=TensorDict()), True
+    ),
+    "activation_caching_callback": Row(
+        lambda case: ActivationCaching(
+            case.site,
+            callback=lambda output, args: output * args[0].sum(-1, keepdim=True),
+            use_nested_keys=True,
+            cache_key="own",
+        ),
+        True,
+    ),
+    "activation_caching_gradients": Row(
+        lambda case: ActivationCaching(
+            case.site.replace(".", r"\.") + "$", directions=["bwd", "bwd_pre"], cache=TensorDict(), relative=False
+        ),
+        True,
+    ),
     "saliency_step": Row(lambda case: Saliency(when="step"), True),
     "saliency_batch": Row(lambda case: Saliency(when="batch"), True),
     "saliency_latent": Row(lambda case: Saliency(when="step", input_modules=[case.site]), True),

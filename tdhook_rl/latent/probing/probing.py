@@ -12,7 +12,6 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
-from tdhook_rl.hooks import CaptureHook
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.passes import Call
 from tdhook_rl.paths import Site, find_sites
@@ -100,7 +99,7 @@ class Probing(Method):
                         f"probe_factory({site.name!r}, {direction!r}) returned a {type(probe).__name__}, which has no "
                         "method step(activation, **additional)"
                     )
-                slot = binder.capture(site) if direction == "fwd" else _capture_input(binder, site)
+                slot = binder.capture(site) if direction == "fwd" else binder.capture_input(site)
                 readings.append(_Reading(site.name, slot, site.explicit, probe))
         return _BoundProbing(readings, _by_name(self.additional_keys or ()))
 
@@ -120,16 +119,6 @@ class Probing(Method):
             return isinstance(site.module, tuple(self.classes_to_skip))
         inner = any(other.path.startswith(f"{site.path}.") for other in found)
         return inner and isinstance(site.module, _CONTAINERS)
-
-
-class InputCaptureHook(CaptureHook):
-    """Forward pre-hook that keeps the first input of its module while the root call records."""
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = next(iter((*args, *kwargs.values())), None)
-        if isinstance(given, TensorDictBase) and isinstance(module, TensorDictModuleBase):
-            given = given.get(module.in_keys[0])
-        super().__call__(module, args, given)
 
 
 @dataclass(frozen=True)
@@ -168,12 +157,6 @@ class _BoundProbing:
         for one, activation in zip(ran, activations, strict=True):
             one.probe.step(activation, **additional)
         return {}
-
-
-def _capture_input(binder: Binder, site: Site) -> str:
-    slot = binder._slot(site)
-    site.module.register_forward_pre_hook(InputCaptureHook(binder.runtime, slot), with_kwargs=True)
-    return slot
 
 
 def _by_name(keys: Sequence[NestedKey]) -> dict[str, NestedKey]:

@@ -1,0 +1,62 @@
+"""Keys that would meet: of the policy, of the results, and those that a call of ``prepare`` names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tensordict import NestedKey
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import unravel_key_list
+
+from tdhook_rl.errors import KeyCollisionError, nearest
+from tdhook_rl.passes import Bound
+
+__all__ = ["check_collisions", "check_known"]
+
+
+def check_known(what: str, asked: Sequence[NestedKey] | None, known: Sequence[NestedKey]) -> None:
+    """Refuse keys of ``prepare`` that the module does not have."""
+    for key in unravel_key_list(list(asked)) if asked is not None else []:
+        if key not in known:
+            raise KeyCollisionError(
+                f"prepare({what}=...) names {key!r}, which is not among the module's {what}; "
+                f"{nearest(str(key), map(str, known))}"
+            )
+
+
+def check_collisions(policy: TensorDictModuleBase, bound: list[Bound], reads: list[NestedKey]) -> None:
+    """Refuse result keys that meet each other or the policy's own, and masks that would speak for two methods."""
+    own = {_as_tuple(key) for key in (*policy.in_keys, *policy.out_keys, *reads)}
+    seen: dict[tuple[str, ...], Bound] = {}
+    nodes: set[tuple[str, ...]] = set()  # what lies above the keys seen: a tensor cannot be there
+    for one in bound:
+        for key in one.result_keys:
+            clash = next((k for k in own if k == key[: len(k)] or key == k[: len(key)]), None)
+            if clash is not None:
+                raise KeyCollisionError(
+                    f"the result key {key!r} collides with the policy's key {clash!r}: give the method another root "
+                    "(attribution_key=, cache_key=, probe_key=)"
+                )
+            above = {key[:length] for length in range(1, len(key))}
+            if key in seen or key in nodes or above & set(seen):
+                raise KeyCollisionError(
+                    f"two methods write {key!r}, or one writes a tensor where the other needs a node: give one "
+                    "another root (attribution_key=, cache_key=, probe_key=)"
+                )
+            if any(part.startswith("_") for part in key):
+                raise KeyCollisionError(f"the result key {key!r} starts with an underscore, which collectors drop")
+            seen[key] = one
+            nodes |= above
+    for one in bound:
+        if getattr(one, "exclusive", False):
+            roots = {key[0] for key in one.result_keys}
+            shared = next((key for key, other in seen.items() if other is not one and key[0] in roots), None)
+            if shared is not None:
+                raise KeyCollisionError(
+                    f"a scheduled method writes under {shared[0]!r} and so does another, but one mask "
+                    f"('computed', {shared[0]!r}) cannot speak for both: give it another root (attribution_key=, ...)"
+                )
+
+
+def _as_tuple(key: NestedKey) -> tuple[str, ...]:
+    return (key,) if isinstance(key, str) else key

@@ -1,0 +1,281 @@
+"""The hooks of activation caching beyond the plain capture: callbacks, caches, gradients."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+from tdhook_rl.errors import InputError
+from tdhook_rl.hooks import (
+    CaptureHook,
+    Portable,
+    Runtime,
+    first_input,
+    first_tensor,
+    unbatched,
+    with_first_tensor,
+)
+from tdhook_rl.latent.caches import CallRecord, Key, Staging
+
+__all__ = ["FORWARD", "GRADIENT", "CachingHook", "Callback", "GradientHook", "escaped"]
+
+#: What a callback is offered, by direction.
+FORWARD = {
+    "fwd": ("module", "args", "kwargs", "output", "key", "direction"),
+    "fwd_pre": ("module", "args", "kwargs", "key", "direction"),
+}
+GRADIENT = {
+    "bwd": ("module", "grad_input", "key", "direction"),
+    "bwd_pre": ("module", "grad_output", "key", "direction"),
+}
+
+
+class Callback:
+    """The user's function on what was captured; it is passed what it has parameters for.
+
+    Raises:
+        InputError: if it has no parameter of a known name, or needs one that a direction does not offer.
+    """
+
+    def __init__(self, function: Callable[..., Any], directions: Sequence[str]) -> None:
+        self.function = Portable(function)
+        offered = FORWARD | GRADIENT
+        known = list(dict.fromkeys(name for direction in directions for name in offered[direction]))
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError):
+            raise InputError(
+                f"callback={function!r} has no signature to read: write it as a function of some of {', '.join(known)}"
+            ) from None
+        self.names = None
+        if any(one.kind is one.VAR_KEYWORD for one in parameters):
+            return
+        named = {one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
+        needed = [
+            one.name
+            for one in parameters
+            if one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+        ]
+        asked = f"callback= has the parameters ({', '.join(one.name for one in parameters)})"
+        if not named & set(known):
+            raise InputError(
+                f"{asked}, none of which is offered: it is called with keywords, {', '.join(known)}; "
+                "write for instance `lambda output: output[0]`"
+            )
+        for direction in directions:
+            lacking = [name for name in needed if name not in offered[direction] or name not in named]
+            if lacking:
+                raise InputError(
+                    f"{asked}, but in the direction {direction!r} there is no keyword {lacking[0]!r}, only "
+                    f"{', '.join(offered[direction])}: give {lacking[0]!r} a default, or take **kwargs"
+                )
+        self.names = named
+
+    def __call__(self, *, key: str, **offered: Any) -> Tensor:
+        offered["key"] = key
+        names = self.names
+        value = self.function(**{name: value for name, value in offered.items() if names is None or name in names})
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"the callback returned a {type(value).__name__} for {key!r}: return the one tensor to keep"
+            )
+        return value
+
+
+class CachingHook(CaptureHook):
+    """Hook or pre-hook (with keywords) that captures through a callback, and for a cache.
+
+    Calls of the policy with tensors have no TensorDict to write to, but do fill the cache.
+    """
+
+    def __init__(
+        self, runtime: Runtime, slot: str, path: str, key: Key, callback: Callback | None, staging: Staging | None
+    ) -> None:
+        super().__init__(runtime, slot)
+        self.path = path
+        self.key = key
+        self.callback = callback
+        self.staging = staging
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._captures():
+            if self.callback is None:
+                value = first_input(module, args, kwargs, self.path)
+            else:
+                value = self.callback(module=module, args=args, kwargs=kwargs, key=self.path, direction="fwd_pre")
+            self._keep(module, args, value)
+
+    def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if self._captures():
+            if self.callback is None:
+                value = first_tensor(output, module, self.path)
+            else:
+                value = self.callback(
+                    module=module, args=args, kwargs=kwargs, output=output, key=self.path, direction="fwd"
+                )
+            self._keep(module, args, value)
+
+    def _captures(self) -> bool:
+        runtime = self.runtime
+        if not runtime.active:
+            runtime.refuse()
+        return runtime.recording or (self.staging is not None and runtime.depth > 0 and runtime.replay is None)
+
+    def _keep(self, module: nn.Module, args: tuple, value: Tensor) -> None:
+        if self.runtime.recording:
+            super().__call__(module, args, value)
+        elif self.staging is not None:
+            self.staging.loose[self.key] = escaped(value.detach().clone())
+
+
+class GradientHook:
+    """Hook or pre-hook (with keywords) that lets the gradient of an output or input arrive in the cache.
+
+    What the backward pass calls holds no tensor.
+    """
+
+    def __init__(
+        self, runtime: Runtime, path: str, key: Key, direction: str, callback: Callback | None, staging: Staging
+    ) -> None:
+        self.runtime = runtime
+        self.path = path
+        self.key = key
+        self.direction = direction
+        self.callback = callback
+        self.staging = staging
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not self._captures():
+            return None
+        value = first_input(module, args, kwargs, self.path)
+        if isinstance(next(iter((*args, *kwargs.values()))), TensorDictBase):
+            raise InputError(
+                f"{self.path!r} is given a TensorDict, whose entries are not its own to watch: use the direction "
+                "'bwd_pre', or name a module inside it"
+            )
+        if getattr(module, "inplace", False) is True:
+            raise InputError(
+                f"{self.path!r} ({type(module).__name__}) changes its input in place, so that the gradient of what it "
+                "was given passes by: use the direction 'bwd_pre' on the module before it"
+            )
+        # The module is given a tensor of its own: others that read the same one add nothing to the gradient.
+        point = self._watched(value, module, own=False)
+        if args:
+            return (with_first_tensor(args[0], point, module), *args[1:]), kwargs
+        name, given = next(iter(kwargs.items()))
+        return args, kwargs | {name: with_first_tensor(given, point, module)}
+
+    def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        if not self._captures():
+            return None
+        value = first_tensor(output, module, self.path)
+        given = [_base(one) for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
+        own = value is output and all(_base(value) is not one for one in given)
+        point = self._watched(value, module, own)
+        return None if point is value else with_first_tensor(output, point, module)
+
+    def _captures(self) -> bool:
+        runtime = self.runtime
+        if not runtime.active:
+            runtime.refuse()
+        record = self.staging.record
+        record.ran.add(self.key)
+        # A replay that records is the forward itself, explained; those of annotate() have gradients off.
+        if not torch.is_grad_enabled() or (runtime.replay is not None and not runtime.recording):
+            return False
+        record.under_way = runtime.depth > 0
+        record.last[self.key] = object()
+        return True
+
+    def _watched(self, value: Tensor, module: nn.Module, own: bool) -> Tensor:
+        if not (value.is_floating_point() or value.is_complex()):
+            what = "input" if self.direction == "bwd" else "output"
+            raise InputError(
+                f"the {what} of {self.path!r} is of {value.dtype}, which has no gradient: name a module that "
+                "computes with floating-point numbers"
+            )
+        record = self.staging.record
+        return watched(value, functools.partial(self._arrive, module, record, record.last[self.key]), own)
+
+    def _arrive(self, module: nn.Module, record: CallRecord, token: object, gradient: Tensor) -> None:
+        # The last run of a module in a call counts, as for its output; its gradient is the first to arrive. While
+        # the call is under way, gradients are those of other methods, which explain it.
+        if record.under_way or record.last[self.key] is not token:
+            return
+        value = gradient
+        if self.callback is not None:
+            name = "grad_input" if self.direction == "bwd" else "grad_output"
+            value = self.callback(module=module, key=self.path, direction=self.direction, **{name: (gradient,)})
+        value = escaped(value.detach().clone())
+        batch = record.batch
+        if batch is not None and value.shape[: len(batch)] != batch and value.shape[:1] == (batch.numel(),):
+            # Convolutional nets flatten the leading dimensions before their layers.
+            value = value.reshape(*batch, *value.shape[1:])
+        self.staging.store.put(self.key, value)
+
+
+def watched(value: Tensor, arrive: Callable[[Tensor], None], own: bool) -> Tensor:
+    """Let ``arrive`` be called with the gradient of a tensor, or of one in its place with the same numbers.
+
+    Args:
+        value: a tensor with or without a graph; without one, nothing before it is learnt, but what comes after may
+            still depend on it.
+        arrive: called by backward passes.
+        own: nobody else holds the memory. Then the tensor is watched itself, and a change in place behind it is fine.
+    """
+    functorch = torch._C._functorch
+    if functorch.is_batchedtensor(value):
+        # Gradients are of what a vmap batches; its dimension goes where captures of outputs have it.
+        level, dim = functorch.maybe_get_level(value), functorch.maybe_get_bdim(value)
+        inner = functorch.get_unwrapped(value)
+        place = -2 if inner.ndim > 1 else 0
+        point = watched(inner.movedim(dim, place), arrive, own=False).movedim(place, dim)
+        return functorch._add_batch_dim(point, dim, level)
+    if not value.requires_grad:
+        value = (value.clone() if value.is_inference() else value).detach().requires_grad_()
+        point = value.clone() if own else _piece(value)
+        point.register_hook(arrive)
+        return point
+    base = _base(value)
+    if own and base.grad_fn is not None and (base is value or _reshaped(base, value)):
+        # A linear layer returns a view of the matrix that it computed. If the view is changed in place, the gradient
+        # of what it was arrives at the matrix alone.
+        shape = value.shape
+        base.register_hook(lambda gradient: arrive(gradient.reshape(shape)))
+        return value
+    point = _piece(value)
+    point.register_hook(arrive)
+    return point
+
+
+def _base(value: Tensor) -> Tensor:
+    base = value._base
+    return value if base is None else base
+
+
+def _reshaped(base: Tensor, view: Tensor) -> bool:
+    return base.is_contiguous() and view.is_contiguous() and base.numel() == view.numel()
+
+
+def _piece(value: Tensor) -> Tensor:
+    # Not a plain view: changed in place, it would silently leave the graph. With pieces of a tensor PyTorch refuses.
+    return value.unsqueeze(0).unbind()[0]
+
+
+def escaped(value: Tensor) -> Tensor:
+    """A tensor that may outlive the functorch transforms that it was computed in, their dimensions explicit."""
+    if torch.compiler.is_compiling():
+        return value
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(value):
+        if functorch.is_batchedtensor(value):
+            value = unbatched(value, functorch.maybe_get_level(value) - 1)
+        else:
+            value = functorch.get_unwrapped(value)
+    return value
