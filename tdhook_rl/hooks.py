@@ -6,8 +6,9 @@ Hooks are small importable objects: no closures (workers unpickle them), no coun
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -222,26 +223,51 @@ def _load_portable(data: bytes) -> Portable:
 
 
 def first_tensor(output: Any, module: torch.nn.Module, site: str) -> Tensor:
-    """The tensor that an output stands for: itself, the first of a tuple, the first out-key of a TensorDict."""
+    """The tensor that an output stands for: itself, or the first one in a tuple, a mapping or a TensorDict.
+
+    Nested containers are searched in order; a TensorDict in the order of the module's out-keys.
+
+    Raises:
+        InputError: if there is no tensor.
+    """
     if isinstance(output, Tensor):
         return output
-    if isinstance(output, (tuple, list)) and output:
-        return first_tensor(output[0], module, site)
-    if isinstance(output, TensorDictBase):
-        keys = getattr(module, "out_keys", None) or list(output.keys(True, True))
-        return first_tensor(output.get(keys[0]), module, site)
-    raise InputError(f"the output of {site!r} ({type(module).__name__}) is a {type(output).__name__}, not a tensor")
+    found = _first(output, module)
+    if found is None:
+        raise InputError(f"the output of {site!r} ({type(module).__name__}) is a {type(output).__name__}, not a tensor")
+    return found
 
 
 def with_first_tensor(output: Any, value: Tensor, module: torch.nn.Module) -> Any:
     """The same output with the tensor of :func:`first_tensor` replaced."""
     if isinstance(output, Tensor):
         return value
+    key, item = next((key, item) for key, item in _entries(output, module) if _first(item, module) is not None)
+    new = with_first_tensor(item, value, module)
+    if isinstance(output, TensorDictBase):
+        return output.set(key, new)
+    if isinstance(output, Mapping):
+        # A copy keeps the class: the outputs of transformers' models are mappings with attributes.
+        changed = copy.copy(output)
+        changed[key] = new  # type: ignore[index]
+        return changed
+    items = [*output[:key], new, *output[key + 1 :]]
+    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+
+
+def _first(output: Any, module: torch.nn.Module) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output
+    return next((t for t in (_first(item, module) for _, item in _entries(output, module)) if t is not None), None)
+
+
+def _entries(output: Any, module: torch.nn.Module) -> Iterable[tuple[Any, Any]]:
     if isinstance(output, TensorDictBase):
         keys = getattr(module, "out_keys", None) or list(output.keys(True, True))
-        return output.set(keys[0], value)
-    rest = [with_first_tensor(output[0], value, module), *output[1:]]
-    return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
+        return [(key, output.get(key, None)) for key in keys]
+    if isinstance(output, Mapping):
+        return output.items()
+    return enumerate(output) if isinstance(output, (tuple, list)) else ()
 
 
 def vmap_level() -> int:

@@ -26,7 +26,7 @@ from tdhook_rl.batching import (
 )
 from tdhook_rl.classes import Swapped
 from tdhook_rl.controls import Controls
-from tdhook_rl.errors import InactiveError, InputError, TieError
+from tdhook_rl.errors import InactiveError, InputError, MissingKeyError, TdhookError, TieError
 from tdhook_rl.hooks import Runtime, vmap_level
 from tdhook_rl.passes import Bound, Call, observers, publish, run_root, stored_inputs
 from tdhook_rl.runs import HookedModuleRun, direct_methods, disabled_hooks
@@ -138,9 +138,21 @@ class HookedMixin(_Policy):
             try:
                 output = self._hooked_call(forward, args, kwargs)
                 complete = True
+            except Exception as error:
+                self._require_own_inputs(args, kwargs, error)
+                raise
             finally:
                 self._close_routes(complete)
             return output
+
+    def _require_own_inputs(self, args: tuple, kwargs: dict[str, Any], error: Exception) -> None:
+        """A wrapped module is given None for an absent key: where it fails, say so rather than what it says."""
+        data = args[0] if args else kwargs.get("tensordict")
+        if self._hooked_wraps and isinstance(data, TensorDictBase) and not isinstance(error, TdhookError):
+            try:
+                stored_inputs(self, data)
+            except MissingKeyError as missing:
+                raise missing from error
 
     def _close_routes(self, complete: bool = False) -> None:
         if not self._hooked_runtime.depth:

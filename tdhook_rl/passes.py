@@ -191,9 +191,10 @@ def stored_inputs(policy: HookedMixin, data: TensorDictBase) -> dict[NestedKey, 
     for key in policy.in_keys:
         value = data.get(key, None)
         if value is None:
+            hint = ". Name the module's inputs with prepare(module, in_keys=[...], out_keys=[...])"
             raise MissingKeyError(
                 f"the policy reads {key!r}, which the TensorDict lacks; "
-                f"{nearest(str(key), map(str, data.keys(True, True)))}"
+                f"{nearest(str(key), map(str, data.keys(True, True)))}{hint if policy._hooked_wraps else ''}"
             )
         inputs[key] = value
     return inputs

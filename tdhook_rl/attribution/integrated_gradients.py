@@ -84,8 +84,9 @@ class _BoundIntegratedGradients(BoundAttribution):
         self, call: Call, explained: Explained, targets: Sequence[Callable[[Pass], Tensor]]
     ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
         found: list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]] = [({}, {}) for _ in targets]
-        # Two paths where both are asked for: an activation in the place of what is computed cuts off the inputs.
-        groups = [Explained(explained.inputs, {}), Explained({}, explained.leaves)]
+        # A path for each activation: one in the place of what is computed cuts off the inputs and earlier ones.
+        groups = [Explained(explained.inputs, {})]
+        groups += [Explained({}, {slot: site}) for slot, site in explained.leaves.items()]
         for group in groups:
             if group.inputs or group.leaves:
                 parts = self._attribute_group(call, group, targets)
@@ -102,7 +103,7 @@ class _BoundIntegratedGradients(BoundAttribution):
         baselines = {key: self._read_baseline(call, key, value) for key, value in path_inputs.items()}
         ends = {key: inputs.get(key, call.inputs[key]) for key in baselines}
         inner = self._inner_path(call, sites, ends, baselines)
-        averages = self._integrate(call, inputs, sites, ends, baselines, inner, targets)
+        averages = self._integrate(call, inputs, sites, baselines, inner, targets)
         if self._delta_key is not None and not self._deltas:
             self._measure_deltas(call, ends, baselines, inner, targets, averages)
         if not self._multiply:
@@ -116,21 +117,33 @@ class _BoundIntegratedGradients(BoundAttribution):
         ]
 
     def _path_inputs(self, call: Call, inputs: Mapping[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
-        """The inputs that have a baseline: the explained ones, or all floating-point ones for inner activations."""
+        """The inputs that have a baseline: the explained ones, or, for inner activations, numbers and pixels.
+
+        Tokens and counters have one where the data holds it.
+        """
         if inputs:
             return dict(inputs)
-        return {
-            key: call.inputs[key]
-            for key in call.policy.policy_in_keys
-            if call.inputs[key].is_floating_point() or call.data.get(self._baseline_of(key), None) is not None
+        keys = call.policy.policy_in_keys
+        chosen = {
+            key: value
+            for key in keys
+            if (value := call.inputs[key]).is_floating_point()
+            or value.dtype == torch.uint8
+            or call.data.get(self._baseline_of(key), None) is not None
         }
+        if not chosen:
+            raise MissingKeyError(
+                f"IntegratedGradients of inner activations compares them with those at a baseline, and none of the "
+                f"inputs {keys} has one: put neutral indices (padding tokens, say) into the data under "
+                f"{self._baseline_of(keys[0])!r}"
+            )
+        return chosen
 
     def _integrate(
         self,
         call: Call,
         inputs: Mapping[NestedKey, Tensor],
         sites: Mapping[str, str],
-        ends: Mapping[NestedKey, Tensor],
         baselines: Mapping[NestedKey, Tensor],
         inner: Mapping[str, tuple[Tensor, Tensor]],
         targets: Sequence[Callable[[Pass], Tensor]],
@@ -143,16 +156,16 @@ class _BoundIntegratedGradients(BoundAttribution):
             alphas = self._points[start : start + at_once]
             points = len(alphas)
             stored = repeat_rows(call.data, points)
-            path = {key: _between(baselines[key], ends[key], alphas, batch) for key in ends}
+            path = {key: _between(baselines[key], end, alphas, batch) for key, end in inputs.items()}
             middle = {slot: _between(low, high, alphas, batch) for slot, (low, high) in inner.items()}
-            weights = next(iter(path.values())).new_tensor(self._weights[start : start + at_once])
+            weights = next(iter((*path.values(), *middle.values()))).new_tensor(self._weights[start : start + at_once])
             found, _ = gradients(
                 call,
-                {key: path[key] for key in inputs},
+                path,
                 middle,
                 sites,
                 targets,
-                stored=stored.update({key: value for key, value in path.items() if key not in inputs}),
+                stored=stored,
                 weights=weights.repeat_interleave(rows),
             )
             for (of_inputs, of_leaves), (sum_inputs, sum_leaves) in zip(found, totals, strict=True):
@@ -232,13 +245,14 @@ class IntegratedGradients(GradientAttribution):
         multiply_by_inputs: multiply by input minus baseline, so that attributions add up to the change of the
             target (completeness); ``False`` gives the average gradient.
         compute_convergence_delta: also write the sum of the attributions minus the change of the target (of the
-            inputs' attributions where inner activations are explained as well).
+            inputs' attributions where inner activations are explained as well, else of the first of several).
         delta_key: where that is written, batch-shaped.
         chunk_size: rows (points times batch) of one pass; by default 64 for convolutional nets, else 8192. The
             memory needed does not grow with ``n_steps``.
 
     The other arguments are those of :class:`tdhook_rl.attribution.base.GradientAttribution`. With
-    ``input_modules`` the path runs between the activations at the baseline and at the input.
+    ``input_modules`` the path runs between the activations at the baseline and at the input, and the inputs stay as
+    they are: what reaches the target past the modules is not attributed to them, and shows in the delta.
 
     Writes ``(attribution_key, in_key)`` and ``(attribution_key, path)``: batch + the shape of what is explained.
 
