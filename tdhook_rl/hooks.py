@@ -10,7 +10,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -222,52 +222,58 @@ def _load_portable(data: bytes) -> Portable:
     return Portable(cloudpickle.loads(data))
 
 
-def first_tensor(output: Any, module: torch.nn.Module, site: str) -> Tensor:
-    """The tensor that an output stands for: itself, or the first one in a tuple, a mapping or a TensorDict.
+Side = Literal["out_keys", "in_keys"]
 
-    Nested containers are searched in order; a TensorDict in the order of the module's out-keys.
+
+def first_tensor(value: Any, module: torch.nn.Module, site: str, side: Side = "out_keys") -> Tensor:
+    """The tensor that an output (or input) stands for: itself, or the first in a tuple, a mapping or a TensorDict.
+
+    Nested containers are searched in order; a TensorDict in the order of the module's keys.
 
     Raises:
         InputError: if there is no tensor.
     """
-    if isinstance(output, Tensor):
-        return output
-    found = _first(output, module)
+    if isinstance(value, Tensor):
+        return value
+    found = _first(value, module, side)
     if found is None:
-        raise InputError(f"the output of {site!r} ({type(module).__name__}) is a {type(output).__name__}, not a tensor")
+        what = "output" if side == "out_keys" else "input"
+        raise InputError(f"the {what} of {site!r} ({type(module).__name__}) is a {type(value).__name__}, not a tensor")
     return found
 
 
-def with_first_tensor(output: Any, value: Tensor, module: torch.nn.Module) -> Any:
-    """The same output with the tensor of :func:`first_tensor` replaced."""
-    if isinstance(output, Tensor):
-        return value
-    key, item = next((key, item) for key, item in _entries(output, module) if _first(item, module) is not None)
-    new = with_first_tensor(item, value, module)
-    if isinstance(output, TensorDictBase):
-        return output.set(key, new)
-    if isinstance(output, Mapping):
+def with_first_tensor(value: Any, new: Tensor, module: torch.nn.Module, side: Side = "out_keys") -> Any:
+    """The same output (or input) with the tensor of :func:`first_tensor` replaced."""
+    if isinstance(value, Tensor):
+        return new
+    entries = _entries(value, module, side)
+    key, item = next((key, item) for key, item in entries if _first(item, module, side) is not None)
+    item = with_first_tensor(item, new, module, side)
+    if isinstance(value, TensorDictBase):
+        return value.set(key, item)
+    if isinstance(value, Mapping):
         # A copy keeps the class: the outputs of transformers' models are mappings with attributes.
-        changed = copy.copy(output)
-        changed[key] = new  # type: ignore[index]
+        changed = copy.copy(value)
+        changed[key] = item  # type: ignore[index]
         return changed
-    items = [*output[:key], new, *output[key + 1 :]]
-    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+    items = [*value[:key], item, *value[key + 1 :]]
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
-def _first(output: Any, module: torch.nn.Module) -> Tensor | None:
-    if isinstance(output, Tensor):
-        return output
-    return next((t for t in (_first(item, module) for _, item in _entries(output, module)) if t is not None), None)
+def _first(value: Any, module: torch.nn.Module, side: Side) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value
+    inner = (_first(item, module, side) for _, item in _entries(value, module, side))
+    return next((found for found in inner if found is not None), None)
 
 
-def _entries(output: Any, module: torch.nn.Module) -> Iterable[tuple[Any, Any]]:
-    if isinstance(output, TensorDictBase):
-        keys = getattr(module, "out_keys", None) or list(output.keys(True, True))
-        return [(key, output.get(key, None)) for key in keys]
-    if isinstance(output, Mapping):
-        return output.items()
-    return enumerate(output) if isinstance(output, (tuple, list)) else ()
+def _entries(value: Any, module: torch.nn.Module, side: Side) -> Iterable[tuple[Any, Any]]:
+    if isinstance(value, TensorDictBase):
+        keys = getattr(module, side, None) or list(value.keys(True, True))
+        return [(key, value.get(key, None)) for key in keys]
+    if isinstance(value, Mapping):
+        return value.items()
+    return enumerate(value) if isinstance(value, (tuple, list)) else ()
 
 
 def vmap_level() -> int:

@@ -26,10 +26,11 @@ from tdhook_rl.batching import (
 )
 from tdhook_rl.classes import Swapped
 from tdhook_rl.controls import Controls
+from tdhook_rl.direct import direct_methods, disabled_hooks
 from tdhook_rl.errors import InactiveError, InputError, MissingKeyError, TdhookError, TieError
 from tdhook_rl.hooks import Runtime, vmap_level
 from tdhook_rl.passes import Bound, Call, observers, publish, run_root, stored_inputs
-from tdhook_rl.runs import HookedModuleRun, direct_methods, disabled_hooks
+from tdhook_rl.runs import HookedModuleRun
 
 if TYPE_CHECKING:
     # What the mixin is mixed with: lets the checker see the methods that super() finds.
@@ -281,16 +282,16 @@ class HookedMixin(_Policy):
         """The module that paths start from: the policy, or the plain module that was wrapped."""
         return self.module if self._hooked_wraps else self
 
-    def run(self, data: TensorDictBase, **options: Any) -> HookedModuleRun:
+    def run(self, data: TensorDictBase, *args: Any, **options: Any) -> HookedModuleRun:
         """One forward in which single modules are captured, overridden or stopped at.
 
         Args:
             data: the TensorDict the policy is called on.
-            **options: see :class:`tdhook_rl.runs.HookedModuleRun`.
+            *args, **options: see :class:`tdhook_rl.runs.HookedModuleRun`.
         """
         if not self._hooked_runtime.active:
             self._hooked_runtime.refuse()
-        return HookedModuleRun(self, data, **options)
+        return HookedModuleRun(self, data, *args, **options)
 
     def disable_context_hooks(self) -> AbstractContextManager[Any]:
         """A block in which the hooks of the context's methods neither act nor write."""
