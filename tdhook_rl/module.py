@@ -241,7 +241,9 @@ class HookedMixin(_Policy):
         if runtime.tie is not None:
             runtime.tie.check(self)
         forward = type(self)._base.forward
-        keys = [*self.in_keys, *super().out_keys, *(key for one in missing for key in getattr(one, "reads", ()))]
+        # A network without an action of its own is explained for the stored one.
+        keys = [*self.in_keys, *super().out_keys, "action"]
+        keys += [key for one in missing for key in getattr(one, "reads", ())]
         selected = data.select(*keys, strict=False)
         chunk_size = default_chunk_size(self) if chunk_size is None else chunk_size
 

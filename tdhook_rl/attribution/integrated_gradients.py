@@ -34,7 +34,9 @@ def quadrature(method: Quadrature, steps: int) -> tuple[tuple[float, ...], tuple
     """Points in [0, 1] and weights that add up to 1.
 
     Args:
-        method: ``"gausslegendre"`` (exact for polynomials of degree ``2 * steps - 1``), or a rule of equal steps.
+        method: ``"gausslegendre"`` (exact for polynomials of degree ``2 * steps - 1``), or a rule of equal steps. The
+            trapezoid has half weight at both ends; captum 0.9 divides its weights by ``steps`` instead of
+            ``steps - 1``, so that its attributions fall short by ``1 / steps``.
         steps: how many points.
 
     Example:

@@ -187,7 +187,8 @@ def score(
             hooked._close_routes()
 
     chunk_size = default_chunk_size(hooked) if chunk_size is None else chunk_size
-    keys = [*hooked.in_keys, *hooked.policy_out_keys, *bound.reads, *(key[:1] for key in bound.result_keys), "baseline"]
+    keys = [*hooked.in_keys, *hooked.policy_out_keys, *bound.reads, *(key[:1] for key in bound.result_keys)]
+    keys += ["baseline", "action"]
     # Out of inference mode, whose tensors have no gradients: those that come from it are copied.
     with torch.inference_mode(False), torch.no_grad(), runtime.lock, frozen_statistics(hooked):
         chosen = data.select(*dict.fromkeys(keys), strict=False)
