@@ -130,22 +130,29 @@ class CaptureHook:
 
 
 class WatchHook:
-    """Forward hook that keeps the output of its module, with its graph, for the targets of a replay."""
+    """Forward hook that keeps the output of its module, with its graph, for the targets of a replay.
+
+    What follows is given a copy, which an in-place activation may overwrite.
+    """
 
     def __init__(self, runtime: Runtime, slot: str) -> None:
         self.runtime = runtime
         self.slot = slot
 
-    def __call__(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
-        if self.runtime.replay is not None:
-            self.runtime.replay.watched[self.slot] = first_tensor(output, module, self.slot)
+    def __call__(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
+        if self.runtime.replay is None:
+            return None
+        value = first_tensor(output, module, self.slot)
+        self.runtime.replay.watched[self.slot] = value
+        return with_first_tensor(output, value.clone(), module)
 
 
 class LeafHook:
     """Forward hook that makes the output of its module a leaf of the explanation pass.
 
     A leaf is the output itself where a gradient already reaches it, otherwise a detached copy that requires a
-    gradient; or a given value in its place (or, in a functional pass, added to it as a difference of zero).
+    gradient; or a given value in its place (or, in a functional pass, added to it as a difference of zero). What
+    follows is given a copy: an in-place activation would overwrite the leaf, and be explained in its place.
     """
 
     def __init__(self, runtime: Runtime, slot: str) -> None:
@@ -165,7 +172,7 @@ class LeafHook:
         elif not value.requires_grad and torch.is_grad_enabled():
             value = value.detach().requires_grad_()
         self.runtime.slots[self.slot] = value
-        return with_first_tensor(output, value, module)
+        return with_first_tensor(output, value.clone(), module)
 
 
 class RowHook:

@@ -29,7 +29,7 @@ from tdhook_rl.controls import Controls
 from tdhook_rl.direct import direct_methods, disabled_hooks
 from tdhook_rl.errors import InactiveError, InputError, MissingKeyError, TdhookError, TieError
 from tdhook_rl.hooks import Runtime, vmap_level
-from tdhook_rl.passes import Bound, Call, observers, publish, run_root, stored_inputs
+from tdhook_rl.passes import Bound, Call, action_keys, observers, publish, run_root, stored_inputs
 from tdhook_rl.runs import HookedModuleRun
 
 if TYPE_CHECKING:
@@ -170,7 +170,8 @@ class HookedMixin(_Policy):
         lacking = any(data.get(key, None) is None for key in super().in_keys) if self._hooked_alone else False
         if lacking and len(self._hooked_alone) == len(steps):
             try:
-                publish(data, self._compute(steps, Call(self, forward, data, {}, data)))
+                with frozen_statistics(self):
+                    publish(data, self._compute(steps, Call(self, forward, data, {}, data)))
             finally:
                 runtime.slots.clear()
             return data
@@ -184,15 +185,17 @@ class HookedMixin(_Policy):
                 output = run_root(self, forward, args, kwargs)
             finally:
                 runtime.recording = False
+            call = Call(self, forward, output, inputs, data)
             if before is None:
-                publish(output, self._compute(steps, Call(self, forward, output, inputs, data)))
+                publish(output, self._compute(steps, call))
             else:
                 # Noise inside the policy repeats in the second pass; afterwards the stream goes on as if
                 # there had been none.
                 after = GeneratorState(data.device)
                 before.restore()
                 try:
-                    publish(output, self._compute(steps, Call(self, forward, output, inputs, data)))
+                    with frozen_statistics(self):
+                        publish(output, self._compute(steps, call))
                 finally:
                     after.restore()
             return output
@@ -241,21 +244,20 @@ class HookedMixin(_Policy):
         if runtime.tie is not None:
             runtime.tie.check(self)
         forward = type(self)._base.forward
-        # A network without an action of its own is explained for the stored one.
-        keys = [*self.in_keys, *super().out_keys, "action"]
+        keys = [*self.in_keys, *super().out_keys, *action_keys(self)]
         keys += [key for one in missing for key in getattr(one, "reads", ())]
         selected = data.select(*keys, strict=False)
         chunk_size = default_chunk_size(self) if chunk_size is None else chunk_size
 
-        def analyse(chunk: TensorDictBase) -> TensorDict:
+        def analyse(bound: list[Bound], chunk: TensorDictBase) -> TensorDict:
             call = Call(self, forward, chunk, stored_inputs(self, chunk))
             runtime.level = vmap_level()
             try:
-                if any(one.reads_forward for one in missing):
+                if any(one.reads_forward for one in bound):
                     with torch.no_grad():
                         call.replay(record=True)
                 computed = TensorDict({}, batch_size=chunk.batch_size)
-                publish(computed, self._compute(missing, call))
+                publish(computed, self._compute(bound, call))
                 return computed
             finally:
                 runtime.slots.clear()
@@ -263,10 +265,18 @@ class HookedMixin(_Policy):
 
         with runtime.lock, frozen_statistics(self):
             before = GeneratorState(data.device)
+            # A mean over the batch cannot be taken chunk by chunk.
+            whole = [one for one in missing if getattr(one, "whole_batch", False)]
+            by_row = [one for one in missing if one not in whole]
             try:
-                results = map_chunks(selected, analyse, chunk_size)
+                parts = [
+                    map_chunks(selected, functools.partial(analyse, group), size)
+                    for group, size in ((whole, None), (by_row, chunk_size))
+                    if group
+                ]
             finally:
                 before.restore()
+            results = parts[0].update(parts[-1])
         for root, group in results.items():
             # A node of the caller's is copied before results join it.
             node = data.get(root, None)

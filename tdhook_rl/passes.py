@@ -200,6 +200,13 @@ def stored_inputs(policy: HookedMixin, data: TensorDictBase) -> dict[NestedKey, 
     return inputs
 
 
+def action_keys(policy: HookedMixin) -> list[NestedKey]:
+    """Where the stored action of a network may be that has none of its own: at the top, or beside nested outputs."""
+    return list(
+        dict.fromkeys(["action", *((*k[:-1], "action") for k in policy.policy_out_keys if isinstance(k, tuple))])
+    )
+
+
 def publish(data: TensorDictBase, results: Mapping[tuple[str, ...], Tensor]) -> None:
     """Write results, and the ``("computed", root)`` mask of each root, into a TensorDict."""
     # Entry by entry: setting a nested TensorDict at once costs several times as much.

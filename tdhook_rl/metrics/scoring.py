@@ -27,7 +27,7 @@ from tdhook_rl.batching import (
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.hooks import vmap_level
 from tdhook_rl.metrics.selection import find_attribution, target_name
-from tdhook_rl.passes import Call, stored_inputs
+from tdhook_rl.passes import Call, action_keys, stored_inputs
 
 __all__ = ["ScoreDirection", "Scorer", "flat", "require_count", "score"]
 
@@ -188,7 +188,7 @@ def score(
 
     chunk_size = default_chunk_size(hooked) if chunk_size is None else chunk_size
     keys = [*hooked.in_keys, *hooked.policy_out_keys, *bound.reads, *(key[:1] for key in bound.result_keys)]
-    keys += ["baseline", "action"]
+    keys += ["baseline", *action_keys(hooked)]
     # Out of inference mode, whose tensors have no gradients: those that come from it are copied.
     with torch.inference_mode(False), torch.no_grad(), runtime.lock, frozen_statistics(hooked):
         chosen = data.select(*dict.fromkeys(keys), strict=False)
