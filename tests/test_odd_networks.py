@@ -17,6 +17,9 @@ from tests.method_table import METHODS, pairs
 from tests.policies import ACTIONS, CASES, ODD, Pair
 from tests.test_invariants import assert_at_rest, snapshot
 
+# Batch statistics decide while a policy trains, the running ones explain it: a difference that may be warned of.
+pytestmark = pytest.mark.filterwarnings("ignore:the stored .* is not what the policy computes now:UserWarning")
+
 
 def buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in module.named_buffers()}
