@@ -17,7 +17,7 @@ from tdhook_rl.batching import GeneratorState, conv_chunk, in_recurrent_mode, ma
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.hooks import vmap_level
 from tdhook_rl.mismatch import Mismatch
-from tdhook_rl.passes import Bound, Call, observers, publish, stored_inputs
+from tdhook_rl.passes import Bound, Call, action_keys, observers, publish, stored_inputs
 
 if TYPE_CHECKING:
     from tdhook_rl.module import HookedMixin
@@ -57,9 +57,13 @@ def annotate(
         try:
             for horizon in ("step", "trajectory"):
                 group = [one for one in missing if getattr(one, "horizon", "step") == horizon]
-                if group:
-                    run = _rows if horizon == "step" else _trajectories
-                    computed.append(run(policy, selected, _Analysis(policy, group, mismatch), chunk_size))
+                run = _rows if horizon == "step" else _trajectories
+                # A mean over the batch cannot be taken chunk by chunk.
+                whole = [one for one in group if getattr(one, "whole_batch", False)]
+                by_row = [one for one in group if one not in whole]
+                for part, size in ((whole, data.batch_size.numel()), (by_row, chunk_size)):
+                    if part:
+                        computed.append(run(policy, selected, _Analysis(policy, part, mismatch), size))
         finally:
             before.restore()
     mismatch.report(data)
@@ -103,7 +107,7 @@ class _Analysis:
 
 def _select(policy: HookedMixin, data: TensorDictBase, missing: Sequence[Bound]) -> TensorDictBase:
     """What the passes read, and what schedules decide once for the whole batch."""
-    keys: list[NestedKey] = [*policy.in_keys, *policy.policy_out_keys]
+    keys: list[NestedKey] = [*policy.in_keys, *policy.policy_out_keys, *action_keys(policy)]
     for one in missing:
         keys += getattr(one, "reads", ())
     selected = data.select(*keys, strict=False)

@@ -6,14 +6,14 @@ Hooks are small importable objects: no closures (workers unpickle them), no coun
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from tdhook_rl.controls import Controls
@@ -150,22 +150,29 @@ class InputCaptureHook(CaptureHook):
 
 
 class WatchHook:
-    """Forward hook that keeps the output of its module, with its graph, for the targets of a replay."""
+    """Forward hook that keeps the output of its module, with its graph, for the targets of a replay.
+
+    What follows is given a copy, which an in-place activation may overwrite.
+    """
 
     def __init__(self, runtime: Runtime, slot: str) -> None:
         self.runtime = runtime
         self.slot = slot
 
-    def __call__(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
-        if self.runtime.replay is not None:
-            self.runtime.replay.watched[self.slot] = first_tensor(output, module, self.slot)
+    def __call__(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
+        if self.runtime.replay is None:
+            return None
+        value = first_tensor(output, module, self.slot)
+        self.runtime.replay.watched[self.slot] = value
+        return with_first_tensor(output, value.clone(), module)
 
 
 class LeafHook:
     """Forward hook that makes the output of its module a leaf of the explanation pass.
 
     A leaf is the output itself where a gradient already reaches it, otherwise a detached copy that requires a
-    gradient; or a given value in its place (or, in a functional pass, added to it as a difference of zero).
+    gradient; or a given value in its place (or, in a functional pass, added to it as a difference of zero). What
+    follows is given a copy: an in-place activation would overwrite the leaf, and be explained in its place.
     """
 
     def __init__(self, runtime: Runtime, slot: str) -> None:
@@ -185,7 +192,7 @@ class LeafHook:
         elif not value.requires_grad and torch.is_grad_enabled():
             value = value.detach().requires_grad_()
         self.runtime.slots[self.slot] = value
-        return with_first_tensor(output, value, module)
+        return with_first_tensor(output, value.clone(), module)
 
 
 class RowHook:
@@ -242,35 +249,63 @@ def _load_portable(data: bytes) -> Portable:
     return Portable(cloudpickle.loads(data))
 
 
-def first_tensor(output: Any, module: torch.nn.Module, site: str, what: str = "output") -> Tensor:
-    """The tensor that an output stands for: itself, the first of a tuple, the first out-key of a TensorDict."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, (tuple, list)) and output:
-        return first_tensor(output[0], module, site, what)
-    if isinstance(output, TensorDictBase):
-        keys = getattr(module, "out_keys", None) or list(output.keys(True, True))
-        return first_tensor(output.get(keys[0]), module, site, what)
-    raise InputError(f"the {what} of {site!r} ({type(module).__name__}) is a {type(output).__name__}, not a tensor")
-
-
 def first_input(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], site: str) -> Tensor:
     """The tensor that a module is given first, or the first in-key of the TensorDict that it is given."""
-    given = next(iter((*args, *kwargs.values())), None)
-    if isinstance(given, TensorDictBase) and isinstance(module, TensorDictModuleBase):
-        given = given.get(module.in_keys[0])
-    return first_tensor(given, module, site, "input")
+    return first_tensor(args if args else kwargs, module, site, "in_keys")
 
 
-def with_first_tensor(output: Any, value: Tensor, module: torch.nn.Module) -> Any:
-    """The same output with the tensor of :func:`first_tensor` replaced."""
-    if isinstance(output, Tensor):
+Side = Literal["out_keys", "in_keys"]
+
+
+def first_tensor(value: Any, module: torch.nn.Module, site: str, side: Side = "out_keys") -> Tensor:
+    """The tensor that an output (or input) stands for: itself, or the first in a tuple, a mapping or a TensorDict.
+
+    Nested containers are searched in order; a TensorDict in the order of the module's keys.
+
+    Raises:
+        InputError: if there is no tensor.
+    """
+    if isinstance(value, Tensor):
         return value
-    if isinstance(output, TensorDictBase):
-        keys = getattr(module, "out_keys", None) or list(output.keys(True, True))
-        return output.set(keys[0], value)
-    rest = [with_first_tensor(output[0], value, module), *output[1:]]
-    return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
+    found = _first(value, module, side)
+    if found is None:
+        what = "output" if side == "out_keys" else "input"
+        raise InputError(f"the {what} of {site!r} ({type(module).__name__}) is a {type(value).__name__}, not a tensor")
+    return found
+
+
+def with_first_tensor(value: Any, new: Tensor, module: torch.nn.Module, side: Side = "out_keys") -> Any:
+    """The same output (or input) with the tensor of :func:`first_tensor` replaced."""
+    if isinstance(value, Tensor):
+        return new
+    entries = _entries(value, module, side)
+    key, item = next((key, item) for key, item in entries if _first(item, module, side) is not None)
+    item = with_first_tensor(item, new, module, side)
+    if isinstance(value, TensorDictBase):
+        return value.set(key, item)
+    if isinstance(value, Mapping):
+        # A copy keeps the class: the outputs of transformers' models are mappings with attributes.
+        changed = copy.copy(value)
+        changed[key] = item  # type: ignore[index]
+        return changed
+    items = [*value[:key], item, *value[key + 1 :]]
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
+def _first(value: Any, module: torch.nn.Module, side: Side) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value
+    inner = (_first(item, module, side) for _, item in _entries(value, module, side))
+    return next((found for found in inner if found is not None), None)
+
+
+def _entries(value: Any, module: torch.nn.Module, side: Side) -> Iterable[tuple[Any, Any]]:
+    if isinstance(value, TensorDictBase):
+        keys = getattr(module, side, None) or list(value.keys(True, True))
+        return [(key, value.get(key, None)) for key in keys]
+    if isinstance(value, Mapping):
+        return value.items()
+    return enumerate(value) if isinstance(value, (tuple, list)) else ()
 
 
 def vmap_level() -> int:

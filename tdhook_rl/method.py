@@ -6,7 +6,7 @@ with several methods, applied in the order written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, overload
 
@@ -36,6 +36,8 @@ _ADDED_NAMES = (
     "policy_in_keys", "policy_out_keys", "restore", "result_keys", "run",
 )  # fmt: skip
 
+Keys = Sequence[NestedKey] | Mapping[str, NestedKey]
+
 
 class Method:
     """Base of every method: configuration only; it holds no model and no results."""
@@ -51,7 +53,7 @@ class Method:
     def prepare(
         self,
         module: nn.Module,
-        in_keys: Sequence[NestedKey] | None = None,
+        in_keys: Keys | None = None,
         out_keys: Sequence[NestedKey] | None = None,
         return_context: bool = True,
     ) -> Any:
@@ -60,7 +62,8 @@ class Method:
         Args:
             module: a ``TensorDictModule`` (any TorchRL policy or value network), or a plain ``nn.Module``,
                 which is wrapped in one; paths are relative to the module that is given.
-            in_keys: for a plain module, the keys of its inputs; ``["input"]`` by default.
+            in_keys: for a plain module, the keys of its inputs, ``["input"]`` by default; or, for inputs that it
+                takes by name, ``{argument: key}``, as in ``TensorDictModule``.
             out_keys: for a plain module, the keys of its outputs; ``["output"]`` by default.
             return_context: ``True`` for a context to enter; ``False`` for the hooked policy itself, which
                 stays hooked until its ``restore()`` is called.
@@ -122,7 +125,7 @@ class HookingContext:
         self,
         methods: list[Method],
         module: nn.Module,
-        in_keys: Sequence[NestedKey] | None,
+        in_keys: Keys | None,
         out_keys: Sequence[NestedKey] | None,
     ) -> None:
         if isinstance(module, HookedMixin):
@@ -135,9 +138,12 @@ class HookingContext:
         self._module = module
         self._wrapped = isinstance(module, TensorDictModuleBase)
         if self._wrapped:
-            check_known("in_keys", in_keys, module.in_keys)
+            names = [*in_keys.values()] if isinstance(in_keys, Mapping) else in_keys
+            check_known("in_keys", names, module.in_keys)
             check_known("out_keys", out_keys, module.out_keys)
-        self._in_keys = list(in_keys) if in_keys is not None else ["input"]
+        self._in_keys: Any = ["input"]
+        if in_keys is not None:
+            self._in_keys = dict(in_keys) if isinstance(in_keys, Mapping) else list(in_keys)
         self._out_keys = list(out_keys) if out_keys is not None else ["output"]
         self._hooked: Any = None
 
@@ -208,9 +214,7 @@ class HookedModule:
     """
 
     @staticmethod
-    def from_module(
-        module: nn.Module, in_keys: Sequence[NestedKey] | None = None, out_keys: Sequence[NestedKey] | None = None
-    ) -> Any:
+    def from_module(module: nn.Module, in_keys: Keys | None = None, out_keys: Sequence[NestedKey] | None = None) -> Any:
         """Hook a module; arguments as of :meth:`Method.prepare`. It stays hooked until its ``restore()``."""
         return HookingContext([], module, in_keys, out_keys).__enter__()
 

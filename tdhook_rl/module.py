@@ -22,10 +22,11 @@ from tdhook_rl.batching import GeneratorState, Traits, frozen_statistics
 from tdhook_rl.classes import Swapped
 from tdhook_rl.context import ContextView
 from tdhook_rl.controls import Controls
-from tdhook_rl.errors import InactiveError, TieError
+from tdhook_rl.direct import direct_methods, disabled_hooks
+from tdhook_rl.errors import InactiveError, MissingKeyError, TdhookError, TieError
 from tdhook_rl.hooks import Runtime, vmap_level
 from tdhook_rl.passes import Bound, Call, observers, publish, run_root, stored_inputs
-from tdhook_rl.runs import HookedModuleRun, direct_methods, disabled_hooks
+from tdhook_rl.runs import HookedModuleRun
 from tdhook_rl.shared_pass import shared_pass, sharing
 from tdhook_rl.writing import write_tensors, writes_by_default
 
@@ -144,9 +145,21 @@ class HookedMixin(_Policy):
             try:
                 output = self._hooked_call(forward, args, kwargs)
                 complete = True
+            except Exception as error:
+                self._require_own_inputs(args, kwargs, error)
+                raise
             finally:
                 self._close_routes(complete)
             return output
+
+    def _require_own_inputs(self, args: tuple, kwargs: dict[str, Any], error: Exception) -> None:
+        """A wrapped module is given None for an absent key: where it fails, say so rather than what it says."""
+        data = args[0] if args else kwargs.get("tensordict")
+        if self._hooked_wraps and isinstance(data, TensorDictBase) and not isinstance(error, TdhookError):
+            try:
+                stored_inputs(self, data)
+            except MissingKeyError as missing:
+                raise missing from error
 
     def _close_routes(self, complete: bool = False) -> None:
         if not self._hooked_runtime.depth:
@@ -163,7 +176,8 @@ class HookedMixin(_Policy):
         lacking = self._hooked_alone and any(data.get(key, None) is None for key in self._hooked_own_in_keys())
         if lacking and len(self._hooked_alone) == len(steps):
             try:
-                publish(data, self._compute(steps, Call(self, forward, data, {}, data)))
+                with self._frozen_statistics():
+                    publish(data, self._compute(steps, Call(self, forward, data, {}, data)))
             finally:
                 runtime.slots.clear()
             return data
@@ -259,16 +273,16 @@ class HookedMixin(_Policy):
         """The module that paths start from: the policy, or the plain module that was wrapped."""
         return self.module if self._hooked_wraps else self
 
-    def run(self, data: TensorDictBase, **options: Any) -> HookedModuleRun:
+    def run(self, data: TensorDictBase, *args: Any, **options: Any) -> HookedModuleRun:
         """One forward in which single modules are captured, overridden or stopped at.
 
         Args:
             data: the TensorDict the policy is called on.
-            **options: see :class:`tdhook_rl.runs.HookedModuleRun`.
+            *args, **options: see :class:`tdhook_rl.runs.HookedModuleRun`.
         """
         if not self._hooked_runtime.active:
             self._hooked_runtime.refuse()
-        return HookedModuleRun(self, data, **options)
+        return HookedModuleRun(self, data, *args, **options)
 
     def disable_context_hooks(self) -> AbstractContextManager[Any]:
         """A block in which the hooks of the context's methods neither act nor write."""

@@ -208,12 +208,20 @@ def stored_inputs(policy: HookedMixin, data: TensorDictBase) -> dict[NestedKey, 
     for key in policy.in_keys:
         value = data.get(key, None)
         if value is None:
+            hint = ". Name the module's inputs with prepare(module, in_keys=[...], out_keys=[...])"
             raise MissingKeyError(
                 f"the policy reads {key!r}, which the TensorDict lacks; "
-                f"{nearest(str(key), map(str, data.keys(True, True)))}"
+                f"{nearest(str(key), map(str, data.keys(True, True)))}{hint if policy._hooked_wraps else ''}"
             )
         inputs[key] = value
     return inputs
+
+
+def action_keys(policy: HookedMixin) -> list[NestedKey]:
+    """Where the stored action of a network may be that has none of its own: at the top, or beside nested outputs."""
+    return list(
+        dict.fromkeys(["action", *((*k[:-1], "action") for k in policy.policy_out_keys if isinstance(k, tuple))])
+    )
 
 
 def publish(data: TensorDictBase, results: Mapping[tuple[str, ...], Tensor]) -> None:

@@ -154,7 +154,7 @@ def _descend(prefix: str, module: nn.Module, step: tuple[str, str], path: str) -
             return _descend(_join(prefix, "module"), children["module"], step, path)
         try:
             chosen = names[int(text)] if kind == "index" else names[_slice(text)]
-        except IndexError:
+        except (IndexError, ValueError):  # a slice may have a step of zero
             raise SiteError(
                 f"{path!r}: index {text} of {type(module).__name__} {holder!r}, which has {len(names)} children"
             ) from None

@@ -5,62 +5,27 @@ The body of ``with hooked.run(data) as run:`` says what to do; the model runs on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictModule
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tdhook_rl.errors import InputError, SiteError, TargetError, nearest
 from tdhook_rl.hooks import first_tensor, with_first_tensor
-from tdhook_rl.paths import find_sites
+from tdhook_rl.passes import Pass
+from tdhook_rl.requests import OFFERED, Act, CacheProxy, EarlyStop, Kind, caller, kind_of, request_sites
+from tdhook_rl.targets import Target
 
 if TYPE_CHECKING:
     from tdhook_rl.module import HookedMixin
-    from tdhook_rl.targets import Target
 
-__all__ = ["CacheProxy", "EarlyStop", "HookedModuleRun"]
-
-Kind = Literal["output", "input", "grad_input", "grad_output"]
-DIRECTIONS: dict[str, Kind] = {"fwd": "output", "fwd_pre": "input", "bwd": "grad_input", "bwd_pre": "grad_output"}
-
-
-class EarlyStop(Exception):
-    """Raised by a module after which the forward was to stop."""
-
-
-class CacheProxy:
-    """A value that a run will have captured; it keeps the cache alive.
-
-    Example:
-        >>> cache = TensorDict()
-        >>> proxy = CacheProxy(cache, "layer_output")
-        >>> cache["layer_output"] = torch.ones(2)
-        >>> proxy.resolve().tolist()
-        [1.0, 1.0]
-    """
-
-    def __init__(self, cache: TensorDictBase | dict[str, Any], key: str) -> None:
-        self.cache = cache
-        self.key = key
-
-    def resolve(self) -> Any:
-        """The captured value.
-
-        Raises:
-            SiteError: if it was not captured: the run has not ended, or the module did not run.
-        """
-        value = self.cache.get(self.key, None)
-        if value is None:
-            raise SiteError(
-                f"nothing was captured under {self.key!r}: the run has not ended, the module did not run, or no "
-                f"gradient reached it; captured: {', '.join(map(repr, self.cache.keys())) or 'nothing'}"
-            )
-        return value
+__all__ = ["CacheProxy", "EarlyStop", "HookedModuleRun", "without_methods"]
 
 
 class HookedModuleRun:
@@ -78,7 +43,17 @@ class HookedModuleRun:
             summed. Without it, ``run_callback`` calls ``backward`` itself.
 
     The kinds: ``output`` and ``input`` of a module's forward, ``grad_input`` and ``grad_output`` of its backward. Of
-    a tuple the first tensor is meant. If the body raises, the model does not run.
+    a tuple or mapping the first tensor is meant. If the body raises, the model does not run.
+
+    A ``callback`` is called with those of these keywords that it takes: ``module``, ``key``, ``direction``, ``value``
+    (where one is set), and as torch gives them to hooks ``args`` and ``kwargs``, ``output``, or ``grad_input`` or
+    ``grad_output`` (tuples of one).
+
+    Raises:
+        SiteError: if a path names nothing, if :meth:`set` or :meth:`stop` names a module that did not run, or if what
+            is asked for was not captured.
+        InputError: if a value has another shape than what it replaces.
+        TargetError: if no gradient reaches the captured modules from the target.
 
     Example:
         >>> from tdhook_rl.latent import ActivationCaching
@@ -106,14 +81,15 @@ class HookedModuleRun:
         self.hooked = hooked
         self.data = data
         self.cache = TensorDict() if run_cache is None else run_cache
-        self._save_cache = self.cache if cache is None else cache
+        self._save_cache = cache
         self._prefix = f"{'run' if run_name is None else run_name}{'.' if run_sep is None else run_sep}"
         self._grad_enabled = grad_enabled or target is not None
         self._callback = run_callback
         self._target = target
         self._handles: list[RemovableHandle] = []
         self._points: list[Tensor] = []
-        self._captured: dict[tuple[str, Kind], CacheProxy] = {}
+        self._captured: list[tuple[str, Kind, CacheProxy]] = []
+        self._idle: dict[object, str] = {}  # overrides and stops that have not acted yet
         self._state: Literal["new", "open", "ended"] = "new"
         self.stopped_at: str | None = None
 
@@ -125,8 +101,9 @@ class HookedModuleRun:
         Args:
             key: the module path.
             cache_key: the key in :attr:`cache`; ``f"{key}_{kind}"`` by default.
-            callback: ``(module=, key=, direction=, output=...)`` returns what is captured instead.
-            direction: ``"fwd"``, ``"fwd_pre"``, ``"bwd"`` or ``"bwd_pre"``.
+            callback: returns what is captured instead, a tensor or TensorDict.
+            direction: ``"fwd"``, ``"fwd_pre"``, ``"bwd"`` or ``"bwd_pre"``; ``"fwd_kwargs"`` and
+                ``"fwd_pre_kwargs"`` are the first two.
             prepend: act before the hooks that are there.
             relative: start the path at the user's module (``True``) or at the wrapping TensorDictModule.
         """
@@ -134,7 +111,8 @@ class HookedModuleRun:
 
     def save(self, key: str, *, cache_key: str | None = None, **options: Any) -> CacheProxy:
         """As :meth:`get`, into ``cache=`` and under ``f"{run_name}{run_sep}{key}_{kind}"``."""
-        return self._capture(key, self._save_cache, cache_key, self._prefix, **options)
+        cache = self.cache if self._save_cache is None else self._save_cache
+        return self._capture(key, cache, cache_key, self._prefix, **options)
 
     def get_input(self, key: str, **options: Any) -> CacheProxy:
         """Capture a module's (first) input."""
@@ -175,24 +153,34 @@ class HookedModuleRun:
         """Override a module's output.
 
         Args:
-            key: the module path.
-            value: a tensor of the same shape, or the :class:`CacheProxy` of an earlier capture of this run.
-            callback: ``(module=, value=, output=...)`` returns what is put in instead.
+            key: the module path; of a slice or pattern every module.
+            value: a tensor of the same shape (or a tuple with it), or the :class:`CacheProxy` of an earlier capture
+                of this run.
+            callback: returns what is put in instead, or ``None`` to leave it.
             direction, prepend, relative: as in :meth:`get`.
         """
         self._require("open", "set")
-        kind = _kind(direction)
+        kind = kind_of(direction)
+        call = None if callback is None else caller(callback, ("value", *OFFERED[kind]), key)
+        token = object()
 
-        def replace(module: nn.Module, original: Tensor) -> Tensor:
+        def replace(module: nn.Module, original: Tensor, given: dict[str, Any]) -> Tensor | None:
+            self._idle.pop(token, None)
             new = value.resolve() if isinstance(value, CacheProxy) else value
-            if callback is not None:
-                new = callback(module=module, value=new, **{_argument(kind): original})
+            if call is not None:
+                new = call(module=module, key=key, direction=direction, value=new, **given)
+                if new is None:
+                    return None
+            while isinstance(new, (tuple, list)) and new:
+                new = new[0]
             if not isinstance(new, Tensor) or new.shape != original.shape:
                 got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
                 raise InputError(f"the {kind} of {key!r} has shape {tuple(original.shape)}, it cannot be set to {got}")
             return new.to(original.device, original.dtype)
 
         self._place(key, kind, replace, prepend, relative)
+        if kind in ("output", "input"):  # a gradient may be overridden in a backward after the run
+            self._idle[token] = f"run.set named {key!r}, which did not run, so nothing was overridden"
 
     def set_input(self, key: str, value: Any, **options: Any) -> None:
         """Override a module's (first) input."""
@@ -213,8 +201,9 @@ class HookedModuleRun:
         def halt(module: nn.Module, args: tuple, output: Any) -> None:
             raise EarlyStop(key)
 
-        for module in self._modules(key, relative):
-            self._handles.append(module.register_forward_hook(halt))
+        for site in request_sites(self.hooked, key, relative):
+            self._handles.append(site.module.register_forward_hook(halt))
+        self._idle[object()] = f"run.stop named {key!r}, which did not run, so nothing was stopped"
 
     # ------------------------------------------------------------------ running
 
@@ -237,7 +226,7 @@ class HookedModuleRun:
             self._points.clear()
 
     def _run(self) -> None:
-        with torch.set_grad_enabled(self._grad_enabled), _without_methods(self.hooked):
+        with torch.set_grad_enabled(self._grad_enabled), without_methods(self.hooked):
             try:
                 if self._callback is not None:
                     self._callback(self.hooked, self.data)
@@ -247,17 +236,29 @@ class HookedModuleRun:
                 self.stopped_at = str(stop)
                 if self._target is not None:
                     raise TargetError(f"the run stopped at {stop}, so its target cannot be computed") from None
+                return
+            if self._idle:
+                raise SiteError(f"{next(iter(self._idle.values()))}: name a module that the forward executes")
             if self._target is not None:
                 self._differentiate()
 
     def _differentiate(self) -> None:
         if not self._points:
             return
-        value = self._target(self.data) if callable(self._target) else self._target
+        value = self._value()
         if not isinstance(value, Tensor) or not value.requires_grad:
             raise TargetError("the target of the run is no tensor with a gradient path to the captured modules")
         # With respect to the captured tensors only: no .grad of the user's parameters is written.
         torch.autograd.grad(value.sum(), self._points, allow_unused=True)
+
+    def _value(self) -> Any:
+        if not isinstance(self._target, Target):
+            return self._target(self.data) if callable(self._target) else self._target
+        # The distributions of this very forward: their parameters are among its outputs.
+        draws = [child for child in self.hooked.modules() if isinstance(child, ProbabilisticTensorDictModule)]
+        distributions: list[Any] = [(child, child.get_dist(self.data)) for child in draws]
+        keys = self.hooked.policy_out_keys
+        return self._target(Pass(self.data, self.data.detach(), distributions, keys, {}))
 
     def _capture(
         self,
@@ -271,36 +272,44 @@ class HookedModuleRun:
         prepend: bool = False,
         relative: bool = True,
     ) -> CacheProxy:
-        kind = _kind(direction)
+        kind = kind_of(direction)
         if self._state == "ended":
-            return self._find(key, kind)
+            return self._find(key, kind, cache_key)
         self._require("open", "get")
         proxy = CacheProxy(cache, cache_key or f"{prefix}{key}_{kind}")
+        call = None if callback is None else caller(callback, OFFERED[kind], key)
+        sites = request_sites(self.hooked, key, relative)
+        if len(sites) > 1:
+            names = ", ".join(repr(site.name) for site in sites[:4])
+            raise SiteError(f"{key!r} names {len(sites)} modules where one is captured: {names}")
 
-        def keep(module: nn.Module, original: Tensor) -> None:
-            value = original
-            if callback is not None:
-                value = callback(module=module, key=key, direction=direction, **{_argument(kind): original})
-            elif isinstance(value, Tensor):
-                value = value.clone()  # an in-place module would overwrite it
-            proxy.cache[proxy.key] = value
+        def keep(module: nn.Module, original: Tensor, given: dict[str, Any]) -> None:
+            # A copy: an in-place module would overwrite it.
+            value = original.clone() if call is None else call(module=module, key=key, direction=direction, **given)
+            if not isinstance(value, (Tensor, TensorDictBase)):
+                raise InputError(
+                    f"the callback for {key!r} must return a tensor or a TensorDict, got a {type(value).__name__}"
+                )
+            if getattr(proxy.cache, "is_locked", False) and proxy.cache.get(proxy.key, None) is not None:
+                proxy.cache.set_(proxy.key, value)  # a preallocated cache, such as a memory-mapped one
+            else:
+                proxy.cache[proxy.key] = value
 
         self._place(key, kind, keep, prepend, relative)
-        self._captured[key, kind] = proxy
+        self._captured.append((key, kind, proxy))
         return proxy
 
-    def _find(self, key: str, kind: Kind) -> CacheProxy:
-        if (key, kind) not in self._captured:
-            known = [f"{path} ({what})" for path, what in self._captured]
+    def _find(self, key: str, kind: Kind, cache_key: str | None) -> CacheProxy:
+        found = [proxy for path, what, proxy in self._captured if (path, what) == (key, kind)]
+        if not found:
+            known = [f"{path} ({what})" for path, what, _ in self._captured]
             raise SiteError(
                 f"the {kind} of {key!r} was not captured in this run: call run.save({key!r}) or run.get({key!r}) in "
                 f"the block; {nearest(f'{key} ({kind})', known)}"
             )
-        return self._captured[key, kind]
+        return next((proxy for proxy in found if proxy.key == cache_key), found[-1])
 
-    def _place(
-        self, key: str, kind: Kind, act: Callable[[nn.Module, Tensor], Tensor | None], prepend: bool, relative: bool
-    ) -> None:
+    def _place(self, key: str, kind: Kind, act: Act, prepend: bool, relative: bool) -> None:
         if kind in ("grad_input", "grad_output"):
             self._grad_enabled = True
 
@@ -308,31 +317,39 @@ class HookedModuleRun:
             if not value.requires_grad:
                 value = value.detach().requires_grad_()
             point = value.view_as(value)  # a node of its own: it sees the gradient through this module only
-            point.register_hook(lambda gradient: act(module, gradient))
+            point.register_hook(lambda gradient: act(module, gradient, {kind: (gradient,)}))
             self._points.append(point)
             return point
 
-        def before(module: nn.Module, args: tuple) -> Any:
-            if not args:
-                raise InputError(f"{key!r} is called without positional arguments, so it has no first input")
-            value = first_tensor(args[0], module, key)
-            new = act(module, value) if kind == "input" else on_gradient(module, value)
-            return None if new is None else (with_first_tensor(args[0], new, module), *args[1:])
+        def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            # Models of transformers pass some inputs by name only.
+            given = args if args else kwargs
+            value = first_tensor(given, module, key, "in_keys")
+            new = (
+                act(module, value, {"args": args, "kwargs": kwargs}) if kind == "input" else on_gradient(module, value)
+            )
+            if new is None:
+                return None
+            if any(isinstance(one, TensorDictBase) for one in (*args, *kwargs.values())):
+                raise InputError(
+                    f"{key!r} ({type(module).__name__}) reads its input from the caller's TensorDict, which a run does "
+                    "not change: name the module inside it"
+                )
+            given = with_first_tensor(given, new, module, "in_keys")
+            return (given, kwargs) if args else (args, given)
 
-        def after(module: nn.Module, args: tuple, output: Any) -> Any:
+        def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
             value = first_tensor(output, module, key)
-            new = act(module, value) if kind == "output" else on_gradient(module, value)
+            raw = {"args": args, "kwargs": kwargs, "output": output}
+            new = act(module, value, raw) if kind == "output" else on_gradient(module, value)
             return None if new is None else with_first_tensor(output, new, module)
 
-        for module in self._modules(key, relative):
+        for site in request_sites(self.hooked, key, relative):
             if kind in ("input", "grad_input"):
-                self._handles.append(module.register_forward_pre_hook(before, prepend=prepend))
+                handle = site.module.register_forward_pre_hook(before, prepend=prepend, with_kwargs=True)
             else:
-                self._handles.append(module.register_forward_hook(after, prepend=prepend))
-
-    def _modules(self, key: str, relative: bool) -> list[nn.Module]:
-        root = self.hooked.hooked_root if relative else self.hooked
-        return [site.module for site in find_sites(root, key, type(root).__name__)]
+                handle = site.module.register_forward_hook(after, prepend=prepend, with_kwargs=True)
+            self._handles.append(handle)
 
     def _require(self, state: str, what: str) -> None:
         if self._state != state:
@@ -342,82 +359,11 @@ class HookedModuleRun:
             )
 
 
-class Handles:
-    """The hooks of one request; :meth:`remove` takes them away."""
-
-    def __init__(self, handles: list[RemovableHandle]) -> None:
-        self._handles = handles
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-def direct_methods() -> dict[str, Callable[..., Any]]:
-    """The requests of a run as methods of the hooked module itself: they last until their handle is removed.
-
-    ``set*(key, value)`` and ``stop(key)`` return a handle, ``get*(cache, key)`` a handle and a proxy. ``stop`` raises
-    :class:`EarlyStop` out of the call.
-    """
-
-    def request(name: str) -> Callable[..., Any]:
-        def method(self: HookedMixin, *args: Any, **options: Any) -> Any:
-            captures = name.startswith("get")
-            run = HookedModuleRun(self, TensorDict(), run_cache=args[0] if captures else None)
-            run._state = "open"
-            proxy = getattr(run, name)(*(args[1:] if captures else args), **options)
-            return (Handles(run._handles), proxy) if captures else Handles(run._handles)
-
-        method.__name__ = name
-        method.__doc__ = f"As ``run.{name}``, until the returned handle is removed."
-        return method
-
-    names = [f"{verb}{kind}" for verb in ("get", "set") for kind in ("", "_input", "_grad", "_grad_output")]
-    return {name: request(name) for name in (*names, "stop")}
-
-
-def _kind(direction: str) -> Kind:
-    if direction not in DIRECTIONS:
-        raise InputError(f"no direction is named {direction!r}; {nearest(direction, DIRECTIONS)}")
-    return DIRECTIONS[direction]
-
-
-def _argument(kind: Kind) -> str:
-    return "args" if kind == "input" else kind
-
-
 @contextmanager
-def _without_methods(hooked: HookedMixin) -> Iterator[None]:
+def without_methods(hooked: HookedMixin) -> Iterator[None]:
     """A run captures what it was asked for; per-step methods of the context that observe are left out."""
     steps, hooked._hooked_steps = hooked._hooked_steps, []
     try:
         yield
     finally:
         hooked._hooked_steps = steps
-
-
-@contextmanager
-def disabled_hooks(hooked: HookedMixin) -> Iterator[HookedMixin]:
-    """The hooked module without the hooks and results of its methods, for a while."""
-    stores: list[tuple[Mapping[int, Any], dict[int, Any]]] = []
-    for module in hooked.modules():
-        for store in (module._forward_hooks, module._forward_pre_hooks):
-            if any(_ours(hook) for hook in store.values()):
-                stores.append((store, dict(store)))
-    try:
-        for store, entries in stores:
-            for number, hook in entries.items():
-                if _ours(hook):
-                    del store[number]  # type: ignore[attr-defined]
-        with _without_methods(hooked):
-            yield hooked
-    finally:
-        for store, entries in stores:
-            added = {number: hook for number, hook in store.items() if number not in entries}
-            store.clear()  # type: ignore[attr-defined]
-            store.update(entries | added)  # type: ignore[attr-defined]
-
-
-def _ours(hook: Any) -> bool:
-    owner = type(getattr(hook, "__self__", hook))
-    return owner.__module__.startswith("tdhook_rl.")

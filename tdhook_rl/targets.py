@@ -96,9 +96,23 @@ def default_target(run: Pass) -> Target:
     """What is explained unless told otherwise: the taken action of a policy, else the sum of outputs."""
     if run.distributions:
         return taken_action_log_prob()
-    if "action_value" in run.outputs.keys() and "action" in run.stored.keys():
-        return chosen_q()
+    values = named(run.outputs, "action_value")
+    if values is not None and stored_action(run, values) is not None:
+        return chosen_q(values)
     return output_sum()
+
+
+def named(data: TensorDictBase, name: str) -> NestedKey | None:
+    """The key of an entry with this name: at the top, else the first among nested ones (those of agents)."""
+    if name in data.keys():
+        return name
+    return next((key for key in data.keys(True, True) if isinstance(key, tuple) and key[-1] == name), None)
+
+
+def stored_action(run: Pass, values: NestedKey) -> Tensor | None:
+    """The action stored beside logits or values with a nested key, else at the top."""
+    beside = None if isinstance(values, str) else run.stored.get((*values[:-1], "action"), None)
+    return run.stored.get("action", None) if beside is None else beside
 
 
 def _taken_action_log_prob(run: Pass) -> Tensor:
@@ -154,7 +168,7 @@ class _Chosen:
 
     def __call__(self, run: Pass) -> Tensor:
         values = _entry(run, self.key)
-        return (values * one_hot_action(run, values)).sum(-1)
+        return (values * one_hot_action(run, values, self.key)).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -163,7 +177,7 @@ class _Margin:
 
     def __call__(self, run: Pass) -> Tensor:
         values = _entry(run, self.key)
-        chosen = one_hot_action(run, values).bool()
+        chosen = one_hot_action(run, values, self.key).bool()
         return values[chosen].reshape(values.shape[:-1]) - values.masked_fill(chosen, -torch.inf).amax(-1)
 
 
@@ -193,8 +207,9 @@ def _entry(run: Pass, key: NestedKey) -> Tensor:
     return value
 
 
-def one_hot_action(run: Pass, values: Tensor) -> Tensor:
-    action = run.stored.get("action", None)
+def one_hot_action(run: Pass, values: Tensor, key: NestedKey = "logits") -> Tensor:
+    """The stored action in the shape of logits or values, which are under ``key``."""
+    action = stored_action(run, key)
     if action is None:
         raise TargetError("the target explains the stored action 'action', which the data lacks")
     if action.shape == values.shape:

@@ -9,6 +9,7 @@ import torch
 import torchrl
 
 os.environ.setdefault("WANDB_SILENT", "true")
+os.environ["HF_HUB_OFFLINE"] = "1"
 torchrl.logger.setLevel("ERROR")
 torch.set_num_threads(1)
 

@@ -142,10 +142,40 @@ def test_inner_activations_are_complete_and_independent_of_the_inputs() -> None:
         found = hooked(data.clone())
     change = (net(data["input"]) - net(data["baseline", "input"]))[:, 1]
     torch.testing.assert_close(found["attr", "input"].sum(-1), change, atol=1e-8, rtol=0)
-    torch.testing.assert_close(found["attr", "3"].sum(-1), change, atol=1e-8, rtol=0)
+    for site in ("1", "3"):  # an earlier activation is not cut off by a later one
+        torch.testing.assert_close(found["attr", site].sum(-1), change, atol=1e-8, rtol=0)
     head = net[4]  # after the last hidden layer the net is linear
     hidden = net[:4](data["input"]) - net[:4](data["baseline", "input"])
     torch.testing.assert_close(found["attr", "3"], head.weight[1] * hidden)
+
+
+class Gate(nn.Module):
+    """What `inner` computes multiplies what went past it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.inner.weight.dtype) / 255
+        return (self.inner(x) * x.square()).sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.uint8])
+def test_inputs_that_go_past_an_explained_module_stay_as_they_are(dtype: torch.dtype) -> None:
+    net = Gate().double()
+    x, low = torch.randint(0, 255, (2, 5, 6)).to(dtype)
+    past = (x.double() / 255).square()
+    for stored, number in ((low, None), (torch.zeros_like(low), 0.0)):
+        data = TensorDict({"input": x, ("baseline", "input"): stored}, batch_size=5)
+        method = IntegratedGradients(input_modules=["inner"], baseline=number, compute_convergence_delta=True)
+        with method.prepare(net) as hooked:
+            found = hooked(data)
+        expected = (net.inner(x.double() / 255) - net.inner(stored.double() / 255)) * past
+        torch.testing.assert_close(found["attr", "inner"], expected.detach())
+        # The delta says how much of the change is not theirs.
+        missing = expected.sum(-1, keepdim=True) - (net(x) - net(stored))
+        torch.testing.assert_close(found["convergence_delta"], missing.squeeze(-1).detach())
 
 
 def test_the_taken_action_of_a_policy_in_annotate_with_steering() -> None:

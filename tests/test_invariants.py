@@ -12,15 +12,21 @@ from tensordict import TensorDict
 from torch import nn
 
 from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors
-from tdhook_rl.errors import InactiveError, PreparationError, TieError
+from tdhook_rl.errors import InactiveError, PreparationError, TdhookError, TieError
 from tdhook_rl.module import HookedMixin
-from tests.method_table import METHODS
-from tests.policies import CASES, categorical, mlp, value
+from tests.method_table import METHODS, pairs
+from tests.policies import CASES, Case, categorical, mlp, value
 
 OBSERVING = [name for name, row in METHODS.items() if row.observes]
+BATCHES = [(), (5,), (3, 2)]
 every_method = pytest.mark.parametrize("method", METHODS)
 every_observer = pytest.mark.parametrize("method", OBSERVING)
-every_policy = pytest.mark.parametrize("policy", CASES)
+every_pair = pytest.mark.parametrize(("method", "policy"), pairs(CASES))
+
+
+def usual(method: str) -> Case:
+    """One policy that a method is for."""
+    return CASES[(METHODS[method].cases or ["categorical"])[0]]
 
 
 def hook_count(module: nn.Module) -> int:
@@ -40,15 +46,21 @@ def snapshot(module: nn.Module) -> tuple:
     )
 
 
-@every_observer
-@every_policy
-@pytest.mark.parametrize("batch", [(), (5,), (3, 2)])
+def assert_at_rest(hooked: HookedMixin) -> None:
+    """Nothing of a call is left."""
+    runtime = hooked._hooked_runtime
+    for name in ("slots", "leaves", "rows", "depth", "recording", "replay", "explaining"):
+        assert not getattr(runtime, name), name
+
+
+@pytest.mark.parametrize(
+    ("method", "policy", "batch"),
+    [(m, p, batch) for m, p in pairs(CASES, observes=True) for batch in BATCHES if METHODS[m].fits(p, batch)],
+)
 def test_observing_changes_nothing(method: str, policy: str, batch: tuple[int, ...]) -> None:
-    case = CASES[policy]
-    if policy == "pixels" and batch == () and "saliency" not in method and "alpha_0" not in method:
-        pytest.skip("TorchRL's ConvNet adds a batch dimension of its own to a single frame")
+    case, row = CASES[policy], METHODS[method]
     plain = case.build()
-    data = case.data(*batch)
+    data = row.data(case, *batch)
     torch.manual_seed(7)
     expected = plain(data.clone())
     state = torch.get_rng_state()
@@ -65,16 +77,17 @@ def test_observing_changes_nothing(method: str, policy: str, batch: tuple[int, .
     }
 
 
-@every_method
-@every_policy
+@every_pair
 def test_the_hooked_policy_is_the_policy(method: str, policy: str) -> None:
     case = CASES[policy]
     plain = case.build()
     own_keys = list(plain.out_keys)
-    with METHODS[method].make(case).prepare(plain) as hooked:
+    row = METHODS[method]
+    with row.make(case).prepare(plain) as hooked:
         assert isinstance(hooked, type(plain))
         assert list(hooked.state_dict()) == list(plain.state_dict())
-        assert all(a is b for a, b in zip(hooked.parameters(), plain.parameters(), strict=True))
+        tied = [a is b for a, b in zip(hooked.parameters(), plain.parameters(), strict=True)]
+        assert all(tied) or row.own_weights
         assert all(a is b for a, b in zip(hooked.buffers(), plain.buffers(), strict=True))
         ours, theirs = TensorDict.from_module(hooked), TensorDict.from_module(plain)
         assert list(ours.keys(True, True)) == list(theirs.keys(True, True))
@@ -84,26 +97,52 @@ def test_the_hooked_policy_is_the_policy(method: str, policy: str) -> None:
         plain.load_state_dict(hooked.state_dict())
 
 
-@every_method
-@every_policy
+@every_pair
 def test_the_users_policy_is_untouched(method: str, policy: str) -> None:
     case = CASES[policy]
     plain = case.build()
     before = snapshot(plain)
-    context = METHODS[method].make(case).prepare(plain)
+    row = METHODS[method]
+    context = row.make(case).prepare(plain)
     with context as hooked:
-        hooked(case.data(4))
-        hooked.annotate(plain(case.data(4)))
+        hooked(row.data(case, 4))
+        hooked.annotate(plain(row.data(case, 4)))
         assert snapshot(plain) == before
     assert snapshot(plain) == before
 
     def use_and_fail() -> None:
         with context as again:
-            again(case.data(4))
+            again(row.data(case, 4))
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         use_and_fail()
+    assert snapshot(plain) == before
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.bad is not None])
+def test_a_bad_target_or_place_leaves_nothing_behind(method: str) -> None:
+    case, row = usual(method), METHODS[method]
+    plain = case.build()
+    before, data = snapshot(plain), row.data(case, 3)
+    keys = set(data.keys(True, True))
+    entered = []
+
+    def use() -> None:
+        with row.bad(case).prepare(plain) as hooked:
+            entered.append(hooked)
+            hooked.annotate(hooked(data))
+
+    with pytest.raises(TdhookError):
+        use()
+    assert snapshot(plain) == before
+    # A key that the policy's own forward has written may stay; none of the method may.
+    assert set(data.keys(True, True)) <= keys | set(plain.out_keys)
+    assert not data[case.key].requires_grad
+    for hooked in entered:
+        assert_at_rest(hooked)
+    with row.make(case).prepare(plain) as again:
+        again(row.data(case, 3))
     assert snapshot(plain) == before
 
 
@@ -114,21 +153,19 @@ class Broken(nn.Module):
 
 @every_method
 def test_a_raising_model_leaves_nothing_behind(method: str) -> None:
-    case = CASES["value"]
-    plain = value()
-    plain.module.append(Broken())
+    case, row = usual(method), METHODS[method]
+    plain = case.build()
+    plain.module[0].module.append(Broken())
     before = snapshot(plain)
-    with METHODS[method].make(case).prepare(plain) as hooked:
-        data = case.data(3)
-        with pytest.raises(ZeroDivisionError):
-            hooked(data)
-        runtime = hooked._hooked_runtime
-        assert not runtime.slots
-        assert not runtime.rows
-        assert runtime.depth == 0
-        assert not runtime.recording
-        assert list(data.keys()) == ["observation"]
-        assert not data["observation"].requires_grad
+    with row.make(case).prepare(plain) as hooked:
+        data = row.data(case, 3)
+        keys = list(data.keys(True, True))
+        for call in (hooked, hooked.get_dist):
+            with pytest.raises(ZeroDivisionError):
+                call(data)
+            assert_at_rest(hooked)
+            assert list(data.keys(True, True)) == keys
+            assert not data[case.key].requires_grad
     assert snapshot(plain) == before
 
 
@@ -155,17 +192,17 @@ def test_a_raising_hook_leaves_nothing_behind() -> None:
 
 @every_observer
 def test_the_callers_data_is_read_only(method: str) -> None:
-    case = CASES["categorical"]
+    case, row = usual(method), METHODS[method]
     plain = case.build()
-    data = plain(case.data(4)).lock_()
+    data = plain(row.data(case, 4)).lock_()
     before = {key: (id(data[key]), data[key]._version) for key in data.keys(True, True)}
-    with METHODS[method].make(case).prepare(plain) as hooked:
+    with row.make(case).prepare(plain) as hooked:
         found = hooked.annotate(data)
         for key in hooked.result_keys:
             assert key in found.keys(True, True)
             assert not found[key].requires_grad
     assert {key: (id(data[key]), data[key]._version) for key in data.keys(True, True)} == before
-    assert not any(data[key].requires_grad for key in ("observation",))
+    assert not data[case.key].requires_grad
 
 
 def test_memory_mapped_data_is_annotated(tmp_path) -> None:
@@ -179,17 +216,16 @@ def test_memory_mapped_data_is_annotated(tmp_path) -> None:
     assert "attr" not in data.keys()
 
 
-@every_observer
-@every_policy
+@pytest.mark.parametrize(("method", "policy"), pairs(CASES, observes=True, by_row=True))
 @pytest.mark.parametrize("batch", [(5,), (4, 3)])
 def test_inline_equals_batched_equals_chunked(method: str, policy: str, batch: tuple[int, ...]) -> None:
-    case = CASES[policy]
+    case, row = CASES[policy], METHODS[method]
     plain = case.build()
-    with METHODS[method].make(case).prepare(plain) as hooked:
-        rows = [hooked(case.data()) if policy != "pixels" else hooked(case.data(1))[0] for _ in range(12)]
+    with row.make(case).prepare(plain) as hooked:
+        rows = [hooked(row.data(case)) if policy != "pixels" else hooked(row.data(case, 1))[0] for _ in range(12)]
         found = torch.stack(rows)
         keys = [key for key in hooked.result_keys if key in found.keys(True, True)]
-        inputs = found.exclude(*{key[0] for key in hooked.result_keys})
+        inputs = found.exclude(*hooked.result_keys)
         shaped = inputs[: torch.Size(batch).numel()].reshape(batch)
         whole = hooked.annotate(shaped)
         chunked = hooked.annotate(shaped, chunk_size=3)
@@ -201,12 +237,11 @@ def test_inline_equals_batched_equals_chunked(method: str, policy: str, batch: t
             assert whole[key].shape[: len(batch)] == batch
 
 
-@every_method
-@every_policy
+@every_pair
 def test_copies_travel(method: str, policy: str) -> None:
     case = CASES[policy]
     plain = case.build()
-    data = case.data(4)
+    data = METHODS[method].data(case, 4)
     with METHODS[method].make(case).prepare(plain) as hooked:
         torch.manual_seed(3)
         expected = hooked(data.clone())

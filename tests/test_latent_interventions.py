@@ -110,6 +110,10 @@ def test_the_vector_is_expanded_over_the_batch_beside_the_outputs(batch: tuple[i
     torch.testing.assert_close(alone["steer", case.site], found["steer", case.site])
     assert "action" in found.keys()
     assert "action" not in alone.keys()
+    with Compose(ActivationAddition([case.site]), ActivationCaching(case.site)).prepare(actor) as hooked:
+        chunked = hooked.annotate(actor(data), chunk_size=2)  # which does not take the mean of each chunk
+    torch.testing.assert_close(chunked["steer", case.site], found["steer", case.site])
+    assert chunked["cache", case.site].shape == (*batch, HIDDEN)
 
 
 def test_one_sample_without_batch_size_and_bad_contrasts() -> None:

@@ -8,7 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
+from torch.distributions import Categorical
+from torchrl.modules import ProbabilisticActor
 
 from tdhook_rl import Compose, Saliency, targets
 from tdhook_rl.attribution import LRP
@@ -26,6 +29,7 @@ from tdhook_rl.attribution.lrp_rules import (
     ZPlus,
 )
 from tdhook_rl.errors import InputError, SiteError
+from tdhook_rl.metrics import completeness_gap
 from tests.policies import categorical
 
 F64 = torch.float64
@@ -215,6 +219,43 @@ def test_a_policy_is_explained_from_the_logit_of_its_action() -> None:
         torch.testing.assert_close(twin.annotate(data)["attr", "observation"], found["attr", "observation"])
     with LRP(target=targets.chosen_logit()).prepare(actor) as hooked:
         torch.testing.assert_close(hooked.annotate(data)["attr", "observation"], found["attr", "observation"])
+
+
+TARGETS = {
+    "default": (None, lambda y: y),
+    "logit": (logit(1), lambda y: y * torch.tensor([0, 1, 0])),
+    "difference": (
+        targets.Target("difference", lambda run: 2 * run.outputs["output"][..., 0] - run.outputs["output"][..., 2]),
+        lambda y: y * torch.tensor([2, 0, -1]),
+    ),
+    "square": (targets.Target("square", lambda run: run.outputs["output"].square()), lambda y: 2 * y * y),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_relevance_starts_at_each_output_times_its_slope(name: str) -> None:
+    target, start = TARGETS[name]
+    net = relu_net(bias=False)
+    x = torch.randn(5, 6, dtype=F64)
+    mapper = Uniform(Epsilon(0.0), epsilon=0.0)
+    with LRP(rule_mapper=mapper, target=target, compute_relevance_gap=True).prepare(net) as hooked:
+        found = hooked(TensorDict({"input": x}, batch_size=5))
+    # Without biases LRP-0 of one output is gradient times input; relevance is linear in where it starts.
+    jacobian = torch.stack([torch.func.jacrev(lambda v: net(v))(row) for row in x])
+    y = net(x).detach()
+    shares = torch.where(y == 0, 0, start(y) / y)
+    torch.testing.assert_close(found["attr", "input"], torch.einsum("bj,bji->bi", shares, jacobian) * x)
+    if name != "square":
+        assert float(found["relevance_gap"].abs().max()) < 1e-12
+
+
+def test_a_policy_without_bias_is_complete_for_its_logit() -> None:
+    net = relu_net(bias=False)
+    module = TensorDictModule(net, in_keys=["observation"], out_keys=["logits"])
+    actor = ProbabilisticActor(module, in_keys=["logits"], distribution_class=Categorical)
+    data = actor(TensorDict({"observation": torch.randn(6, 6, dtype=F64)}, batch_size=6)).detach()
+    with LRP(rule_mapper=Uniform(Epsilon(0.0), epsilon=0.0)).prepare(actor) as hooked:
+        assert float(completeness_gap(hooked, hooked.annotate(data)).abs().max()) < 1e-12
 
 
 def test_a_start_of_ones_where_asked() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
+
 import pytest
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -9,6 +12,7 @@ from torch import nn
 from tdhook_rl.errors import SiteError
 from tdhook_rl.paths import find_sites, resolve
 from tests.policies import categorical
+from tests.seed_page import Model
 
 
 class Net(nn.Module):
@@ -34,6 +38,19 @@ class Net(nn.Module):
         ("blocks['b'][0]", ["blocks.b.0"]),
         (".head.0", ["head.0"]),
         ("head", ["head"]),
+        ("layers[ 2 ]", ["layers.2"]),
+        ("layers[-2:]", ["layers.10", "layers.11"]),
+        ("layers[2::-1]", ["layers.2", "layers.1", "layers.0"]),
+        ("layers.<5>", ["layers.5"]),
+        ("<layers>.5", ["layers.5"]),
+        ("layers['5']", ["layers.5"]),
+        ('blocks["b"].1', ["blocks.b.1"]),
+        ("blocks.b[0:2]", ["blocks.b.0", "blocks.b.1"]),
+        ("blocks.a/0", ["blocks.a/0"]),
+        ("head..0.", ["head.0"]),
+        ("[-1]", ["head"]),
+        ("[1]['b'][0]", ["blocks.b.0"]),
+        ("[0][3]", ["layers.3"]),
     ],
 )
 def test_literal_paths(path: str, canonical: list[str]) -> None:
@@ -41,6 +58,53 @@ def test_literal_paths(path: str, canonical: list[str]) -> None:
     assert [name for name, _ in resolve(net, path)] == canonical
     for name, module in resolve(net, path):
         assert net.get_submodule(name) is module
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "__import__('os').environ.update(HACKED='1')",
+        "layers[__import__('os').environ.update(HACKED='1')]",
+        "layers[0].__class__.__init__",
+        "layers.__len__()",
+        "head.explode",
+        "head[0].explode",
+        "explode",
+        "layers[0 if True else 1]",
+        "layers[0:(2)]",
+        "layers[1.0]",
+        "layers[0",
+        "layers[::0]",
+        "layers]0[",
+        "<>",
+        "head.0.weight",
+        "layers[0:2][0]",
+        "layers[12]",
+        "layers[-13]",
+        "layers.-1",
+        "",
+        "..",
+    ],
+)
+def test_paths_are_parsed_never_evaluated(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Trap(Net):
+        @property
+        def explode(self) -> None:
+            raise AssertionError("a path reached a property")
+
+    monkeypatch.delenv("HACKED", raising=False)
+    with pytest.raises(SiteError):
+        resolve(Trap(), path)
+    with suppress(SiteError):  # some mean something as a regular expression, such as a set of characters
+        assert all(not site.explicit for site in find_sites(Trap(), path))
+    assert "HACKED" not in os.environ
+
+
+def test_the_paths_of_the_page() -> None:
+    model = Model("layers")
+    for path in ("layers.5.mlp", "layers[5].mlp", "layers[-3].mlp", "layers[5:6].mlp", "[0].<5>.mlp", "layers.<5>.mlp"):
+        assert resolve(model, path) == [("layers.5.mlp", model.layers[5].mlp)]
+    assert [name for name, _ in resolve(model, "layers[1:3].attn")] == ["layers.1.attn", "layers.2.attn"]
 
 
 def test_a_wrapper_is_looked_through() -> None:

@@ -1,154 +1,114 @@
-"""The snippets and tables of the page that this library implements, with `tdhook` replaced by `tdhook_rl`."""
+"""The code blocks of the page run as they are printed, and each key of its table is used."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
 from tensordict import TensorDict
 from torch import nn
 
-from tdhook_rl.errors import MissingKeyError, SiteError
-from tdhook_rl.method import HookedModule
-
-
-class Layer(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.attn, self.mlp = nn.Linear(width, width), nn.Sequential(nn.Linear(width, width), nn.Tanh())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.mlp(x + self.attn(x))
-
-
-class Model(nn.Module):
-    """A stack with the paths that the page uses: `layer.7.mlp`."""
-
-    def __init__(self, width: int = 6) -> None:
-        super().__init__()
-        self.layer = nn.ModuleList([Layer(width) for _ in range(8)])
-        self.head = nn.Linear(width, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layer:
-            x = layer(x)
-        return self.head(x)
-
-
-class Transformer(nn.Module):
-    """Token ids to logits, with the paths `transformer.h.N.mlp`."""
-
-    def __init__(self, width: int = 8) -> None:
-        super().__init__()
-        self.transformer = nn.ModuleDict(
-            {"wte": nn.Embedding(20, width), "h": nn.ModuleList([Layer(width) for _ in range(11)])}
-        )
-        self.lm_head = nn.Linear(width, 20)
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        x = self.transformer["wte"](input_ids)
-        for block in self.transformer["h"]:
-            x = block(x)
-        return self.lm_head(x)
+from tdhook_rl import HookedModule
+from tdhook_rl.attribution import IntegratedGradients, Saliency
+from tdhook_rl.latent import ActivationAddition, ActivationPatching, SteeringVectors
+from tdhook_rl.latent.probing import Probing
+from tests import seed_page
+from tests.seed_page import F64, Model, inputs, of_class, run_block
 
 
 @pytest.fixture
 def model() -> Model:
-    return Model()
+    return Model().double()
 
 
-def test_quick_pattern_attribution(model: Model) -> None:
-    from tdhook_rl.attribution import IntegratedGradients
-
-    x, baseline, class_idx = torch.randn(4, 6), torch.zeros(4, 6), 2
-
-    def init_fn(targets, _):
-        return TensorDict(out=targets["output"][..., class_idx], batch_size=targets.batch_size)
-
-    with IntegratedGradients(init_attr_targets=init_fn).prepare(model) as hooked:
-        td = hooked(TensorDict({"input": x, ("baseline", "input"): baseline}))
-        attr = td.get(("attr", "input"))
-    change = (model(x) - model(baseline))[:, class_idx]
-    torch.testing.assert_close(attr.sum(-1), change, atol=1e-4, rtol=1e-4)
+def from_zero(net: nn.Module, x: torch.Tensor, index: int, points: int = 2000) -> torch.Tensor:
+    """Integrated gradients from a baseline of zero, by a fine midpoint rule."""
+    path = (x * ((torch.arange(points, dtype=F64) + 0.5) / points)[:, None, None]).requires_grad_()
+    return x * torch.autograd.grad(net(path)[..., index].sum(), path)[0].mean(0)
 
 
-def test_quick_pattern_steering(model: Model) -> None:
-    from tdhook_rl.latent import ActivationAddition, SteeringVectors
-
-    x, pos, neg, scale = torch.randn(5, 6), torch.randn(7, 6), torch.randn(7, 6), 1.5
-    with ActivationAddition(["layer.7.mlp"]).prepare(model) as hooked:
-        steer = hooked(TensorDict({("positive", "input"): pos, ("negative", "input"): neg})).get(
-            ("steer", "layer.7.mlp")
-        )
-    with SteeringVectors(modules_to_steer=["layer.7.mlp"], steer_fn=lambda k, o: o + scale * steer).prepare(
-        model
-    ) as hooked:
-        out = hooked(TensorDict({"input": x}))
-    assert steer.shape == (6,)
-    torch.testing.assert_close(out["output"], model(x) + scale * steer @ model.head.weight.T)
+def test_workflow_1(model: Model) -> None:
+    x, class_idx = inputs(2), 2
+    scope = run_block(seed_page.WORKFLOW_1, model=model, x=x, baseline=torch.zeros_like(x), class_idx=class_idx)
+    assert scope["td"].batch_size == ()
+    torch.testing.assert_close(scope["attr"], from_zero(model, x, class_idx), rtol=1e-5, atol=1e-6)
 
 
-def test_workflow_2_probing() -> None:
-    from tdhook_rl.latent.probing import ProbeManager, Probing
-
-    model = Transformer()
-    labels = torch.randint(0, 2, (40,))
-    ids = labels[:, None] * 10 + torch.randint(0, 10, (40, 5))
-
-    def compute_metrics(predictions, targets):
-        return {"accuracy": float((torch.as_tensor(predictions) == torch.as_tensor(targets)).float().mean())}
-
-    def batch(step_type: str, rows: slice) -> TensorDict:
-        return TensorDict({"input_ids": ids[rows], "labels": labels[rows], "step_type": step_type}, batch_size=[20])
-
-    manager = ProbeManager(LogisticRegression, {}, compute_metrics)
-    with Probing(
-        "transformer.h.(0|5|10).mlp$",
-        manager.probe_factory,
-        additional_keys=["labels", "step_type"],
-    ).prepare(model, in_keys=["input_ids"], out_keys=["logits"]) as hooked:
-        hooked(batch("fit", slice(0, 20)))
-        hooked(batch("predict", slice(20, 40)))
-    assert {key.split("_")[0] for key in manager.fit_metrics} == {f"transformer.h.{n}.mlp" for n in (0, 5, 10)}
-    assert set(manager.predict_metrics) == set(manager.fit_metrics)
-
-
-def test_every_class_of_the_selection_guide_is_where_the_page_says() -> None:
-    from tdhook_rl import attribution, latent, weights
-    from tdhook_rl.latent import probing
-
-    for module, names in (
-        (attribution, "Saliency IntegratedGradients GradCAM LRP GuidedBackpropagation"),
-        (latent, "ActivationAddition SteeringVectors ActivationPatching ActivationCaching"),
-        (probing, "Probing ProbeManager BilinearProbeManager"),
-        (weights, "Pruning Adapters TaskVectors"),
-    ):
-        for name in names.split():
-            assert getattr(module, name).__module__.startswith(module.__name__)
-
-
-def test_pitfalls_give_their_errors(model: Model) -> None:
-    from tdhook_rl.attribution import IntegratedGradients
-    from tdhook_rl.latent import ActivationCaching
-    from tdhook_rl.latent.probing import ProbeManager, Probing
-
-    x = torch.randn(4, 6)
-    with IntegratedGradients().prepare(model) as hooked, pytest.raises(MissingKeyError, match="baseline"):
-        hooked(TensorDict({"input": x}, batch_size=4))
-    manager = ProbeManager(LogisticRegression, {}, lambda p, y: {})
-    with Probing("layer.0.mlp$", manager.probe_factory, additional_keys=["labels", "step_type"]).prepare(
-        model
-    ) as hooked:
-        with pytest.raises(MissingKeyError, match="step_type"):
-            hooked(TensorDict({"input": x, "labels": torch.zeros(4)}, batch_size=4))
-    with pytest.raises(SiteError, match="nearest"):
-        ActivationCaching("layers.5.mlp").prepare(model).__enter__()
-
-
-def test_the_path_of_a_wrapped_module_from_the_wrapper(model: Model) -> None:
-    data = TensorDict({"input": torch.randn(4, 6)}, batch_size=4)
+def test_workflow_3() -> None:
+    model = Model("layers").double()
+    x, override_tensor = inputs(3), inputs(3)
     hooked = HookedModule.from_module(model)
-    with hooked.run(data) as run:
-        inner = run.get("layer.7.mlp")
-        outer = run.get("module.layer.7.mlp", relative=False)
-    assert torch.equal(inner.resolve(), outer.resolve())
+    data = TensorDict({"input": x}, batch_size=3)
+    scope = run_block(seed_page.WORKFLOW_3, hooked_module=hooked, data=data, override_tensor=override_tensor)
+    torch.testing.assert_close(scope["cached"], model.layers[5].mlp(override_tensor))
+    h = x
+    for index, layer in enumerate(model.layers):
+        h = h + layer.mlp(override_tensor if index == 5 else layer.attn(h))
+    torch.testing.assert_close(data["output"], model.head(h))
+    assert data["output"].requires_grad
+
+
+def test_quick_patterns(model: Model) -> None:
+    x, pos, neg, scale, index = inputs(2), inputs(7), inputs(4), 1.5, 1
+    names = {"IntegratedGradients": IntegratedGradients, "ActivationAddition": ActivationAddition}
+    scope = run_block(
+        seed_page.QUICK_PATTERNS,
+        **names,
+        SteeringVectors=SteeringVectors,
+        model=model,
+        init_fn=of_class(index),
+        x=x,
+        baseline=torch.zeros_like(x),
+        pos=pos,
+        neg=neg,
+        scale=scale,
+    )
+    torch.testing.assert_close(scope["attr"], from_zero(model, x, index), rtol=1e-5, atol=1e-6)
+
+    def hidden(v: torch.Tensor) -> torch.Tensor:
+        for layer in model.layer[:7]:
+            v = layer(v)
+        return model.layer[7].mlp(model.layer[7].attn(v))
+
+    steer = hidden(pos).mean(0) - hidden(neg).mean(0)
+    torch.testing.assert_close(scope["steer"], steer)  # the features of one sample, although no batch size was given
+    torch.testing.assert_close(scope["out"]["output"], model(x) + scale * steer @ model.head.weight.T)
+
+
+# ---------------------------------------------------------------------- the key table
+
+
+@pytest.mark.parametrize("keys", seed_page.KEYS)
+def test_the_key_table(keys: str, model: Model) -> None:
+    x, other = inputs(), inputs()
+    data = TensorDict({"input": x}, batch_size=5)
+    if keys == '("baseline", "input")':
+        with IntegratedGradients(init_attr_targets=of_class(0)).prepare(model) as hooked:
+            at_x = hooked(data.clone().set(("baseline", "input"), x))["attr", "input"]
+            elsewhere = hooked(data.clone().set(("baseline", "input"), other))["attr", "input"]
+        assert not at_x.any()
+        assert elsewhere.any()
+    elif keys == '("positive", "input"), ("negative", "input")':
+        both = TensorDict({("positive", "input"): x, ("negative", "input"): other}, batch_size=5)
+        swapped = TensorDict({("positive", "input"): other, ("negative", "input"): x}, batch_size=5)
+        with ActivationAddition(["layer.7.mlp"]).prepare(model) as hooked:
+            steer = hooked(both)["steer", "layer.7.mlp"]
+            assert torch.equal(hooked(swapped)["steer", "layer.7.mlp"], -steer)
+    elif keys == '("patched", "input")':
+        with ActivationPatching(["layer.7"]).prepare(model) as hooked:
+            found = hooked(data.set(("patched", "input"), other))
+        assert torch.equal(found["patched", "output"], found["output"])  # everything passes through the last layer
+    elif keys == '("attr", key)':
+        with Saliency(init_attr_targets=of_class(0)).prepare(model, in_keys=["pixels"]) as hooked:
+            assert hooked(TensorDict({"pixels": x}))["attr", "pixels"].shape == x.shape
+    else:
+        seen = []
+
+        class Reader:
+            def step(self, activation, labels, step_type):
+                seen.append((labels, step_type))
+
+        read = Probing("head", lambda key, direction: Reader(), additional_keys=keys.split(", "))
+        with read.prepare(model) as hooked:
+            hooked(data.set("labels", torch.arange(5)).set("step_type", "fit"))
+        assert seen[0][0].tolist() == [0, 1, 2, 3, 4]
+        assert seen[0][1] == "fit"

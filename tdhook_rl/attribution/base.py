@@ -13,6 +13,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor
 
 from tdhook_rl.attribution.gradients import explainable_inputs
+from tdhook_rl.batching import in_recurrent_mode
 from tdhook_rl.errors import InputError, MissingKeyError, TargetError, nearest
 from tdhook_rl.hooks import Portable
 from tdhook_rl.method import Binder, Method
@@ -117,6 +118,7 @@ class BoundAttribution:
     reads_forward = False
     replays = True
     shares_forward = False  # may explain the policy's own forward, see tdhook_rl.shared_pass
+    horizon: str = "step"  # a row is explained by itself
 
     def __init__(self, config: GradientAttribution, binder: Binder) -> None:
         sites = [site for path in config.input_modules for site in binder.sites(path)]
@@ -152,6 +154,11 @@ class BoundAttribution:
         return tuple((self.root, *([name] if name else []), *key) for name in self.names for key in explained)
 
     def compute(self, call: Call) -> dict[tuple[str, ...], Tensor]:
+        if self.horizon == "step" and in_recurrent_mode(call.policy):
+            raise InputError(
+                f"{type(self).__name__.removeprefix('_Bound')} explains rows, but a policy in recurrent mode reads "
+                "trajectories: leave set_recurrent_mode off, so that each row is explained at its stored hidden state"
+            )
         explained = Explained(self._explained_inputs(call), self.leaves)
         self.declared = [key for key in self.declared if key in explained.inputs]  # boolean inputs drop out
         targets = [self._function(one, call) for one in self._chosen]

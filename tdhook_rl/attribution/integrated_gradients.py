@@ -17,7 +17,7 @@ from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttr
 from tdhook_rl.attribution.gradients import activations, gradients
 from tdhook_rl.batching import conv_chunk
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
-from tdhook_rl.passes import Call, Pass
+from tdhook_rl.passes import Call, Pass, with_batch
 
 if TYPE_CHECKING:
     from tdhook_rl.method import Binder
@@ -36,7 +36,9 @@ def quadrature(method: Quadrature, steps: int) -> tuple[tuple[float, ...], tuple
     """Points in [0, 1] and weights that add up to 1.
 
     Args:
-        method: ``"gausslegendre"`` (exact for polynomials of degree ``2 * steps - 1``), or a rule of equal steps.
+        method: ``"gausslegendre"`` (exact for polynomials of degree ``2 * steps - 1``), or a rule of equal steps. The
+            trapezoid has half weight at both ends; captum 0.9 divides its weights by ``steps`` instead of
+            ``steps - 1``, so that its attributions fall short by ``1 / steps``.
         steps: how many points.
 
     Example:
@@ -101,8 +103,9 @@ class _BoundIntegratedGradients(BoundAttribution):
         self, call: Call, explained: Explained, targets: Sequence[Callable[[Pass], Tensor]]
     ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
         found: list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]] = [({}, {}) for _ in targets]
-        # Two paths where both are asked for: an activation in the place of what is computed cuts off the inputs.
-        groups = [Explained(explained.inputs, {}), Explained({}, explained.leaves)]
+        # A path for each activation: one in the place of what is computed cuts off the inputs and earlier ones.
+        groups = [Explained(explained.inputs, {})]
+        groups += [Explained({}, {slot: site}) for slot, site in explained.leaves.items()]
         for group in groups:
             if group.inputs or group.leaves:
                 parts = self._attribute_group(call, group, targets)
@@ -119,7 +122,7 @@ class _BoundIntegratedGradients(BoundAttribution):
         baselines = {key: self._read_baseline(call, key, value) for key, value in path_inputs.items()}
         ends = {key: inputs.get(key, call.inputs[key]) for key in baselines}
         inner = self._inner_path(call, sites, ends, baselines)
-        averages = self._integrate(call, inputs, sites, ends, baselines, inner, targets)
+        averages = self._integrate(call, inputs, sites, baselines, inner, targets)
         if self._delta_key is not None and not self._deltas:
             self._measure_deltas(call, ends, baselines, inner, targets, averages)
         if not self._multiply:
@@ -133,21 +136,33 @@ class _BoundIntegratedGradients(BoundAttribution):
         ]
 
     def _path_inputs(self, call: Call, inputs: Mapping[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
-        """The inputs that have a baseline: the explained ones, or all floating-point ones for inner activations."""
+        """The inputs that have a baseline: the explained ones, or, for inner activations, numbers and pixels.
+
+        Tokens and counters have one where the data holds it.
+        """
         if inputs:
             return dict(inputs)
-        return {
-            key: call.inputs[key]
-            for key in call.policy.policy_in_keys
-            if call.inputs[key].is_floating_point() or call.data.get(self._baseline_of(key), None) is not None
+        keys = call.policy.policy_in_keys
+        chosen = {
+            key: value
+            for key in keys
+            if (value := call.inputs[key]).is_floating_point()
+            or value.dtype == torch.uint8
+            or call.data.get(self._baseline_of(key), None) is not None
         }
+        if not chosen:
+            raise MissingKeyError(
+                f"IntegratedGradients of inner activations compares them with those at a baseline, and none of the "
+                f"inputs {keys} has one: put neutral indices (padding tokens, say) into the data under "
+                f"{self._baseline_of(keys[0])!r}"
+            )
+        return chosen
 
     def _integrate(
         self,
         call: Call,
         inputs: Mapping[NestedKey, Tensor],
         sites: Mapping[str, str],
-        ends: Mapping[NestedKey, Tensor],
         baselines: Mapping[NestedKey, Tensor],
         inner: Mapping[str, tuple[Tensor, Tensor]],
         targets: Sequence[Callable[[Pass], Tensor]],
@@ -157,9 +172,9 @@ class _BoundIntegratedGradients(BoundAttribution):
         # As many points at once as fit, in passes of equal size.
         most = max(1, rows_at_once(call, self._chunk_size) // rows)
         at_once = math.ceil(steps / math.ceil(steps / most))
-        first = next(iter(ends.values()))
+        first = next(iter((*inputs.values(), *(low for low, _ in inner.values()))))
         alphas, weights = self._points.to(first), self._weights.to(first)
-        shapes = {key: ends[key].shape for key in inputs}, {slot: low.shape for slot, (low, _) in inner.items()}
+        shapes = {key: value.shape for key, value in inputs.items()}, {s: low.shape for s, (low, _) in inner.items()}
         totals: list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]] = [({}, {}) for _ in targets]
         stored = None
         for start in range(0, steps, at_once):
@@ -167,13 +182,9 @@ class _BoundIntegratedGradients(BoundAttribution):
             points = len(chosen)
             if stored is None or stored.batch_size[0] != points * rows:
                 stored = repeat_rows(call.data, points, self._unread)
-            path = {key: _between(baselines[key], ends[key], chosen, batch) for key in ends}
-            for key, value in path.items():
-                if key not in inputs:
-                    stored.set(key, value)
             found, _ = gradients(
                 call,
-                {key: path[key] for key in inputs},
+                {key: _between(baselines[key], end, chosen, batch) for key, end in inputs.items()},
                 {slot: _between(low, high, chosen, batch) for slot, (low, high) in inner.items()},
                 sites,
                 targets,
@@ -196,8 +207,12 @@ class _BoundIntegratedGradients(BoundAttribution):
     ) -> dict[str, tuple[Tensor, Tensor]]:
         if not sites:
             return {}
+        batch = call.batch_size
         low, high = activations(call, sites, baselines), activations(call, sites, ends)
-        return {slot: (low[slot], high[slot]) for slot in sites}
+        return {
+            slot: (with_batch(low[slot], batch, site), with_batch(high[slot], batch, site))
+            for slot, site in sites.items()
+        }
 
     def _measure_deltas(
         self,
@@ -257,13 +272,14 @@ class IntegratedGradients(GradientAttribution):
         multiply_by_inputs: multiply by input minus baseline, so that attributions add up to the change of the
             target (completeness); ``False`` gives the average gradient.
         compute_convergence_delta: also write the sum of the attributions minus the change of the target (of the
-            inputs' attributions where inner activations are explained as well).
+            inputs' attributions where inner activations are explained as well, else of the first of several).
         delta_key: where that is written, batch-shaped.
         chunk_size: rows (points times batch) of one pass; by default at most 4096, fewer for convolutional nets.
             The memory needed does not grow with ``n_steps`` or the batch.
 
     The other arguments are those of :class:`tdhook_rl.attribution.base.GradientAttribution`. With
-    ``input_modules`` the path runs between the activations at the baseline and at the input.
+    ``input_modules`` the path runs between the activations at the baseline and at the input, and the inputs stay as
+    they are: what reaches the target past the modules is not attributed to them, and shows in the delta.
 
     Writes ``(attribution_key, in_key)`` and ``(attribution_key, path)``: batch + the shape of what is explained.
 

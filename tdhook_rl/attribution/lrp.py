@@ -18,7 +18,7 @@ from tdhook_rl.errors import InputError, SiteError
 from tdhook_rl.hooks import Runtime
 from tdhook_rl.passes import Call, Pass
 from tdhook_rl.paths import Site
-from tdhook_rl.targets import Target, chosen_logit, default_target
+from tdhook_rl.targets import Target, chosen_logit, default_target, named, stored_action
 
 if TYPE_CHECKING:
     from tdhook_rl.method import Binder
@@ -108,6 +108,9 @@ class _BoundLRP(BoundAttribution):
         gaps, self._gaps = self._gaps, {}
         return results | gaps
 
+    def _function(self, target: Target | None, call: Call) -> Callable[[Pass], Tensor]:
+        return _Default() if target is None and self._init["targets"] is None else super()._function(target, call)
+
     def attribute(
         self, call: Call, explained: Explained, targets: Sequence[Callable[[Pass], Tensor]]
     ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
@@ -126,8 +129,24 @@ class _BoundLRP(BoundAttribution):
         return found
 
 
+class _Default:
+    """The logit of the taken action: a log-probability has no share-out through the normalisation."""
+
+    name = "(default)"
+
+    def __call__(self, run: Pass) -> Tensor:
+        logits = named(run.outputs, "logits")
+        if logits is None or stored_action(run, logits) is None:
+            return default_target(run)(run)
+        return chosen_logit(logits)(run)
+
+
 class _Start:
-    """A target whose gradient starts at its own value, so that the relevance of the output is the output."""
+    """A target whose gradient starts at relevance: each output that the target reads, times how much it counts.
+
+    Of a logit that is the logit, of a sum every term by itself, of a margin one logit and the other with its sign; so
+    that the relevance of the outputs adds up to the target wherever this is linear in them.
+    """
 
     def __init__(self, target: Callable[[Pass], Tensor], at_output: bool) -> None:
         self.target = target
@@ -136,14 +155,33 @@ class _Start:
         self.value: Tensor = torch.empty(0)
 
     def __call__(self, run: Pass) -> Tensor:
-        target = self.target
-        if not isinstance(target, Target) and self.name == "(default)":
-            # A log-probability has no share-out through the normalisation; the logit it came from has.
-            has_logits = "logits" in run.outputs.keys() and "action" in run.stored.keys()
-            target = chosen_logit() if has_logits else default_target(run)
-        value = target(run)
+        if not self.at_output:
+            value = self.target(run)
+            self.value = value.detach()
+            return value
+        nodes = {key: value for key, value in run.outputs.items(True, True) if _has_gradient(value)}
+        outputs = run.outputs.clone(recurse=False)
+        points = [value.detach().requires_grad_() for value in (*nodes.values(), *run.watched.values())]
+        for key, point in zip(nodes, points, strict=False):
+            outputs.set(key, point)
+        drawn: list[tuple[Any, Any]] = list(run.distributions)
+        distributions = [(module, module.get_dist(outputs)) for module, _ in drawn]
+        watched = dict(zip(run.watched, points[len(nodes) :], strict=True))
+        value = self.target(Pass(outputs, run.stored, distributions, run.out_keys, watched))
         self.value = value.detach()
-        return value * self.value if self.at_output else value
+        if not value.requires_grad:
+            return value
+        counts = torch.autograd.grad(value.sum(), points, allow_unused=True)
+        terms = [
+            (node * (point.detach() * count)).reshape(*run.outputs.batch_size, -1).sum(-1)
+            for node, point, count in zip((*nodes.values(), *run.watched.values()), points, counts, strict=True)
+            if count is not None
+        ]
+        return torch.stack(terms).sum(0) if terms else self.value
+
+
+def _has_gradient(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.requires_grad
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -159,8 +197,10 @@ class LRP(GradientAttribution):
             :class:`~tdhook_rl.attribution.lrp_rules.Sum` module doubles it.
         gap_key: where that is written, batch-shaped.
 
-    Relevance starts at the value of the target (by default the logit of the taken action on policies with logits);
-    with ``init_attr_grads`` it starts at what that returns. The other arguments are those of
+    Relevance starts at the outputs that the target reads, each times its slope (by default at the logit of the taken
+    action on policies with logits, elsewhere at every output): for a target that is linear in them, such as a logit,
+    a value, a sum or a margin, that adds up to the target. With ``init_attr_grads`` it starts at what that returns.
+    The other arguments are those of
     :class:`tdhook_rl.attribution.base.GradientAttribution`.
 
     Writes ``(attribution_key, in_key)`` and ``(attribution_key, path)``: batch + the shape of what is explained.

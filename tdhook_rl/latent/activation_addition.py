@@ -60,6 +60,7 @@ class _BoundAddition:
     reads_forward = False
     replays = True
     without_forward = True  # runs where the policy's own inputs are absent
+    whole_batch = True  # its mean is over all rows
 
     def __init__(self, config: ActivationAddition, slots: dict[str, str], in_keys: list[NestedKey]) -> None:
         self._roots = (config.positive_key, config.negative_key)

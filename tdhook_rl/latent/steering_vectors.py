@@ -29,7 +29,8 @@ class SteeringVectors(Method):
             policy runs; a TensorDict key gives each row of a batched environment its own (batch-shaped).
         modules_to_steer: for the function form, the module paths.
         steer_fn: ``steer_fn(module_key, output)``, called with keywords where it has those parameters; it
-            returns a tensor of the same shape as ``output``.
+            returns a tensor of the same shape as ``output``, which is the first tensor of a module that returns a
+            tuple or a mapping.
         name: the prefix of the controls: ``"<name>.alpha"`` and ``"<name>.<path>"`` for each vector.
 
     Where alpha is 0 the output is untouched, bit for bit. Steering acts wherever the policy is entered:
@@ -160,16 +161,17 @@ class FunctionHook:
         if not self.runtime.active:
             self.runtime.refuse()
         self.runtime.note_fired(self.site)
+        value = first_tensor(output, module, self.site)
         if self.keywords:
-            steered = self.function(module_key=self.site, output=output)
+            steered = self.function(module_key=self.site, output=value)
         else:
-            steered = self.function(self.site, output)
-        if isinstance(output, Tensor) and (not isinstance(steered, Tensor) or steered.shape != output.shape):
+            steered = self.function(self.site, value)
+        if not isinstance(steered, Tensor) or steered.shape != value.shape:
             got = tuple(steered.shape) if isinstance(steered, Tensor) else type(steered).__name__
             raise InputError(
-                f"steer_fn must return a tensor of shape {tuple(output.shape)} for {self.site!r}, got {got}"
+                f"steer_fn must return a tensor of shape {tuple(value.shape)} for {self.site!r}, got {got}"
             )
-        return steered
+        return with_first_tensor(output, steered, module)
 
 
 def _takes_keywords(function: Callable[..., Any]) -> bool:

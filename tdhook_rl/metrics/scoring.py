@@ -27,7 +27,7 @@ from tdhook_rl.batching import (
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.hooks import vmap_level
 from tdhook_rl.metrics.selection import find_attribution, target_name
-from tdhook_rl.passes import Call, stored_inputs
+from tdhook_rl.passes import Call, action_keys, stored_inputs
 
 __all__ = ["ScoreDirection", "Scorer", "flat", "require_count", "score"]
 
@@ -188,7 +188,8 @@ def score(
 
     if chunk_size is None and hooked._hooked_traits.convolutional:
         chunk_size = conv_chunk((data.get(key, None) for key in hooked.policy_in_keys), data.batch_size)
-    keys = [*hooked.in_keys, *hooked.policy_out_keys, *bound.reads, *(key[:1] for key in bound.result_keys), "baseline"]
+    keys = [*hooked.in_keys, *hooked.policy_out_keys, *bound.reads, *(key[:1] for key in bound.result_keys)]
+    keys += ["baseline", *action_keys(hooked)]
     # Out of inference mode, whose tensors have no gradients: those that come from it are copied.
     with torch.inference_mode(False), torch.no_grad(), runtime.lock, frozen_statistics(hooked):
         chosen = data.select(*dict.fromkeys(keys), strict=False)

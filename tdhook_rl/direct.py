@@ -1,0 +1,121 @@
+"""Requests on the hooked module itself, outside a run; and a time without the hooks of its methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from tensordict import TensorDict
+from torch.utils.hooks import RemovableHandle
+
+from tdhook_rl.errors import InputError, nearest
+from tdhook_rl.requests import request_sites
+from tdhook_rl.runs import HookedModuleRun, without_methods
+
+if TYPE_CHECKING:
+    from tdhook_rl.module import HookedMixin
+
+__all__ = ["Handles", "direct_methods", "disabled_hooks"]
+
+#: How torch registers a hook of each direction, with its options.
+_REGISTER: dict[str, tuple[str, dict[str, bool]]] = {
+    "fwd": ("register_forward_hook", {}),
+    "fwd_kwargs": ("register_forward_hook", {"with_kwargs": True}),
+    "fwd_pre": ("register_forward_pre_hook", {}),
+    "fwd_pre_kwargs": ("register_forward_pre_hook", {"with_kwargs": True}),
+    "bwd": ("register_full_backward_hook", {}),
+    "bwd_pre": ("register_full_backward_pre_hook", {}),
+}
+
+
+class Handles:
+    """The hooks of one request; :meth:`remove` takes them away."""
+
+    def __init__(self, handles: list[RemovableHandle]) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def direct_methods() -> dict[str, Callable[..., Any]]:
+    """The requests of a run as methods of the hooked module itself: they last until their handle is removed.
+
+    ``set*(key, value)`` and ``stop(key)`` return a handle; ``get*(cache, key)`` and ``save*(cache, key)``, which are
+    one without the name of a run, a handle and a proxy. ``stop`` raises :class:`tdhook_rl.requests.EarlyStop` out of
+    the call. ``register_submodule_hook(key, hook)`` registers a hook of the user's, called as torch calls it.
+    """
+
+    def request(name: str) -> Callable[..., Any]:
+        def method(self: HookedMixin, *args: Any, **options: Any) -> Any:
+            captures = not name.startswith(("set", "stop"))
+            run = HookedModuleRun(self, TensorDict(), run_cache=args[0] if captures else None)
+            run._state = "open"
+            proxy = getattr(run, name.replace("save", "get"))(*(args[1:] if captures else args), **options)
+            return (Handles(run._handles), proxy) if captures else Handles(run._handles)
+
+        method.__name__ = name
+        method.__doc__ = f"As ``run.{name}``, until the returned handle is removed."
+        return method
+
+    names = [f"{verb}{kind}" for verb in ("get", "save", "set") for kind in ("", "_input", "_grad", "_grad_output")]
+    return {name: request(name) for name in (*names, "stop")} | {"register_submodule_hook": register_submodule_hook}
+
+
+def register_submodule_hook(
+    self: HookedMixin,
+    key: str,
+    hook: Callable[..., Any],
+    direction: str = "fwd",
+    prepend: bool = False,
+    relative: bool = True,
+) -> Handles:
+    """Register a hook of one's own on a submodule of the hooked copy, until the returned handle is removed.
+
+    Args:
+        key: the module path or pattern.
+        hook: called with what torch gives a hook of this direction, and may return what torch lets it return.
+        direction: ``"fwd"``, ``"fwd_pre"``, ``"bwd"``, ``"bwd_pre"``, or with keyword arguments ``"fwd_kwargs"`` and
+            ``"fwd_pre_kwargs"``.
+        prepend: act before the hooks that are there.
+        relative: start the path at the user's module (``True``) or at the wrapping TensorDictModule.
+    """
+    if direction not in _REGISTER:
+        raise InputError(f"no direction is named {direction!r}; {nearest(direction, _REGISTER)}")
+    register, options = _REGISTER[direction]
+    sites = request_sites(self, key, relative)
+    return Handles([getattr(site.module, register)(hook, prepend=prepend, **options) for site in sites])
+
+
+@contextmanager
+def disabled_hooks(hooked: HookedMixin) -> Iterator[HookedMixin]:
+    """The hooked module without the hooks and results of its methods, for a while."""
+    runtime = hooked._hooked_runtime
+    stores: list[tuple[Mapping[int, Any], dict[int, Any]]] = []
+    for module in hooked.modules():
+        for store in (module._forward_hooks, module._forward_pre_hooks):
+            if any(_ours(hook) for hook in store.values()):
+                stores.append((store, dict(store)))
+    # No key is read for them, and that they do not act is meant.
+    kept = runtime.row_hook, runtime.expected, hooked._hooked_reads
+    try:
+        runtime.row_hook, runtime.expected, hooked._hooked_reads = None, [], []
+        for store, entries in stores:
+            for number, hook in entries.items():
+                if _ours(hook):
+                    del store[number]  # type: ignore[attr-defined]
+        with without_methods(hooked):
+            yield hooked
+    finally:
+        runtime.row_hook, runtime.expected, hooked._hooked_reads = kept
+        for store, entries in stores:
+            added = {number: hook for number, hook in store.items() if number not in entries}
+            store.clear()  # type: ignore[attr-defined]
+            store.update(entries | added)  # type: ignore[attr-defined]
+
+
+def _ours(hook: Any) -> bool:
+    owner = type(getattr(hook, "__self__", hook))
+    return owner.__module__.startswith("tdhook_rl.")
