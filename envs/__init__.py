@@ -1,5 +1,22 @@
-"""Environments whose answers are known: what matters for value and policy, and what does not."""
+"""Environments whose answers are known: what matters for value and policy, and what does not.
 
+Importing this package registers the environments with Gymnasium.
+"""
+
+from tdhook_rl.envs.base import ConceptEnv
+from tdhook_rl.envs.check import Report, check_concept_env
+from tdhook_rl.envs.concepts import Concept
 from tdhook_rl.envs.cue_corners import CueCorners
+from tdhook_rl.envs.gymnasium_face import GymnasiumFace, register
 
-__all__ = ["CueCorners"]
+__all__ = [
+    "Concept",
+    "ConceptEnv",
+    "CueCorners",
+    "GymnasiumFace",
+    "Report",
+    "check_concept_env",
+    "register",
+]
+
+register(CueCorners)
