@@ -7,16 +7,18 @@ from tdhook_rl.envs.base import ConceptEnv
 from tdhook_rl.envs.check import Report, check_concept_env
 from tdhook_rl.envs.concepts import Concept
 from tdhook_rl.envs.cue_corners import CueCorners
+from tdhook_rl.envs.cue_grid import CueGrid
 from tdhook_rl.envs.gymnasium_face import GymnasiumFace, register
 
 __all__ = [
     "Concept",
     "ConceptEnv",
     "CueCorners",
+    "CueGrid",
     "GymnasiumFace",
     "Report",
     "check_concept_env",
     "register",
 ]
 
-register(CueCorners)
+register(CueCorners, CueGrid)
