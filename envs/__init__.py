@@ -9,6 +9,7 @@ from tdhook_rl.envs.concepts import Concept
 from tdhook_rl.envs.cue_corners import CueCorners
 from tdhook_rl.envs.cue_grid import CueGrid
 from tdhook_rl.envs.gymnasium_face import GymnasiumFace, register
+from tdhook_rl.envs.t_maze import TMaze
 
 __all__ = [
     "Concept",
@@ -17,8 +18,9 @@ __all__ = [
     "CueGrid",
     "GymnasiumFace",
     "Report",
+    "TMaze",
     "check_concept_env",
     "register",
 ]
 
-register(CueCorners, CueGrid)
+register(CueCorners, CueGrid, TMaze)
