@@ -9,6 +9,7 @@ from tdhook_rl.envs.concepts import Concept
 from tdhook_rl.envs.cue_corners import CueCorners
 from tdhook_rl.envs.cue_grid import CueGrid
 from tdhook_rl.envs.gymnasium_face import GymnasiumFace, register
+from tdhook_rl.envs.known_value import KnownValue
 from tdhook_rl.envs.t_maze import TMaze
 
 __all__ = [
@@ -17,10 +18,11 @@ __all__ = [
     "CueCorners",
     "CueGrid",
     "GymnasiumFace",
+    "KnownValue",
     "Report",
     "TMaze",
     "check_concept_env",
     "register",
 ]
 
-register(CueCorners, CueGrid, TMaze)
+register(KnownValue, CueCorners, CueGrid, TMaze)
