@@ -5,6 +5,7 @@ Importing this package registers the environments with Gymnasium.
 
 from tdhook_rl.envs.base import ConceptEnv
 from tdhook_rl.envs.check import Report, check_concept_env
+from tdhook_rl.envs.cheese import Cheese
 from tdhook_rl.envs.concepts import Concept
 from tdhook_rl.envs.cue_corners import CueCorners
 from tdhook_rl.envs.cue_grid import CueGrid
@@ -13,6 +14,7 @@ from tdhook_rl.envs.known_value import KnownValue
 from tdhook_rl.envs.t_maze import TMaze
 
 __all__ = [
+    "Cheese",
     "Concept",
     "ConceptEnv",
     "CueCorners",
@@ -25,4 +27,4 @@ __all__ = [
     "register",
 ]
 
-register(KnownValue, CueCorners, CueGrid, TMaze)
+register(KnownValue, CueCorners, CueGrid, TMaze, Cheese)
