@@ -10,6 +10,7 @@ from tdhook_rl.envs.concepts import Concept
 from tdhook_rl.envs.cue_corners import CueCorners
 from tdhook_rl.envs.cue_grid import CueGrid
 from tdhook_rl.envs.gymnasium_face import GymnasiumFace, register
+from tdhook_rl.envs.key_door import KeyDoor
 from tdhook_rl.envs.known_value import KnownValue
 from tdhook_rl.envs.t_maze import TMaze
 
@@ -20,6 +21,7 @@ __all__ = [
     "CueCorners",
     "CueGrid",
     "GymnasiumFace",
+    "KeyDoor",
     "KnownValue",
     "Report",
     "TMaze",
@@ -27,4 +29,4 @@ __all__ = [
     "register",
 ]
 
-register(KnownValue, CueCorners, CueGrid, TMaze, Cheese)
+register(KnownValue, CueCorners, CueGrid, TMaze, Cheese, KeyDoor)
