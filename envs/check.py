@@ -98,11 +98,16 @@ def check_concept_env(env: EnvBase, *, steps: int = 40, rows: int = 200, seed: i
         except _Skip as skip:
             found.append((name, "skipped", str(skip)))
         except Exception as error:  # a report shows every failure, of whatever kind
-            found.append((name, "failed", f"{type(error).__name__}: {error}" if str(error) else type(error).__name__))
+            found.append((name, "failed", _one_line(error)))
     report = Report(type(env).__name__, tuple(found))
     if report.failed:
         raise EnvCheckError(str(report))
     return report
+
+
+def _one_line(error: Exception, longest: int = 600) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= longest else text[:longest] + " ..."
 
 
 def _part(env: EnvBase, name: str) -> Any:
