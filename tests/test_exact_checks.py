@@ -99,6 +99,7 @@ def test_observing_and_steering_at_alpha_0_leave_every_bit() -> None:
 
 
 @pytest.mark.parametrize("light", range(4))
+@torch.no_grad()
 def test_steering_the_first_pre_activation_is_the_flip_of_the_input(light: int) -> None:
     actor = make_actor()
     off, on = CueCorners().paired_states(light)
@@ -112,6 +113,7 @@ def test_steering_the_first_pre_activation_is_the_flip_of_the_input(light: int) 
 
 
 @pytest.mark.parametrize("site", SITES)
+@torch.no_grad()
 def test_a_full_patch_is_the_corrupted_run(site: str) -> None:
     """Patching the activations of the corrupted run into the clean one reproduces it to the last bit."""
     actor = make_actor()
@@ -125,6 +127,7 @@ def test_a_full_patch_is_the_corrupted_run(site: str) -> None:
     assert not torch.equal(expected, actor(clean.clone())["logits"])
 
 
+@torch.no_grad()
 def test_patching_all_but_the_direction_changes_no_action() -> None:
     """The complement: at the first pre-activation the flip is one direction, so that the rest carries nothing."""
     actor = make_actor()
