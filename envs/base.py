@@ -380,4 +380,4 @@ def _batch_size(owner: str, batch_size: Sequence[int]) -> torch.Size:
 
 
 def _like(mask: Tensor, value: Tensor) -> Tensor:
-    return mask.reshape(*mask.shape, *(1,) * (value.ndim - mask.ndim))
+    return mask.reshape((*mask.shape, *(1,) * (value.ndim - mask.ndim)))

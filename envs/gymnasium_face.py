@@ -48,7 +48,7 @@ class GymnasiumFace(gymnasium.Env):
         self.render_mode = render_mode
         spec = self.env.observation_spec["observation"]
         dtype = np.uint8 if spec.dtype == torch.uint8 else np.float32
-        low, high = spec.space.low.numpy(), spec.space.high.numpy()
+        low, high = spec.space.low.numpy(force=True), spec.space.high.numpy(force=True)
         self.observation_space = spaces.Box(low.astype(dtype), high.astype(dtype), dtype=dtype)
         self.action_space = spaces.Discrete(self.env.n_actions)
         self._state: TensorDictBase | None = None
@@ -88,12 +88,12 @@ class GymnasiumFace(gymnasium.Env):
             return None
         if self._state is None:
             raise gymnasium.error.ResetNeeded("call reset before render")
-        return self.env.render(self._state).numpy()
+        return self.env.render(self._state).numpy(force=True)
 
     def _observed(self) -> tuple[np.ndarray, dict[str, Any]]:
         assert self._state is not None
-        labels = {name: value.numpy().copy()[()] for name, value in self._state["concept"].items()}
-        return self._state["observation"].numpy().copy(), {"concept": labels}
+        labels = {name: value.numpy(force=True).copy()[()] for name, value in self._state["concept"].items()}
+        return self._state["observation"].numpy(force=True).copy(), {"concept": labels}
 
 
 def register(*environments: type[ConceptEnv]) -> None:

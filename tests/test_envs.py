@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torchrl.envs import SerialEnv, TransformedEnv
+from torchrl.envs import SerialEnv, StepCounter, TransformedEnv
 from torchrl.envs.transforms import ObservationNorm
 from torchrl.envs.utils import check_env_specs
 
@@ -124,6 +126,24 @@ def test_a_reset_begins_where_it_is_told(make: Callable[..., ConceptEnv]) -> Non
     other = env.sample_states(5, seed=8).set("_reset", mask)
     partly = env.reset(other, set_state=True)
     assert torch.equal(partly["observation"], other["observation"])
+
+
+@every_env
+def test_states_are_set_inside_other_environments(make: Callable[..., ConceptEnv]) -> None:
+    states = make().sample_states(3, seed=7)
+    for env in (TransformedEnv(make(batch_size=[3]), StepCounter()), SerialEnv(3, partial(make))):
+        assert torch.equal(env.reset(states.clone(), set_state=True)["observation"], states["observation"])
+
+
+@every_env
+def test_copies_go_on_alike(make: Callable[..., ConceptEnv]) -> None:
+    env = make(batch_size=[3], seed=5, device="cpu")
+    env.reset()
+    other, sent = copy.deepcopy(env), pickle.loads(pickle.dumps(env))
+    expected = env.reset()
+    assert expected.device == torch.device("cpu")
+    for twin in (other, sent):
+        assert torch.equal(twin.reset()["observation"], expected["observation"])
 
 
 @every_env
