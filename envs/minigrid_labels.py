@@ -42,7 +42,8 @@ def make_minigrid(name: str = "MiniGrid-DoorKey-5x5-v0", *, labels: bool = True,
 
     Returns:
         an environment with ``image`` (uint8, ``(7, 7, 3)``: cast it before gradients), ``direction`` and
-        ``mission`` (a string, outside the tensors).
+        ``mission`` (a string, outside the tensors). After :func:`register_mission_space`, TorchRL's ``GymEnv(name)``
+        does the same without labels.
 
     Raises:
         ImportError: without the extra ``minigrid``.
