@@ -7,11 +7,20 @@ each step costs 0.02. The first two lights are relevant only together (their XOR
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
-from torchrl.envs import EnvBase
+from torchrl.data import Bounded, TensorSpec
+
+from tdhook_rl.envs.base import ConceptEnv
+from tdhook_rl.envs.concepts import Concept
+from tdhook_rl.envs.grids import manhattan, moved, worth
+from tdhook_rl.envs.rendering import Canvas
+from tdhook_rl.errors import InputError
 
 __all__ = ["CueCorners"]
 
@@ -20,14 +29,13 @@ BITS = 4
 CELLS = SIDE * SIDE
 CORNERS = (0, CELLS - 1)  # A, B
 STEP_COST = 0.02
-MOVES = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1]])  # up, down, left, right
 
 
-class CueCorners(EnvBase):
+class CueCorners(ConceptEnv):
     """The environment, batched in torch.
 
     The state travels in the TensorDict, so that a rollout can start from any state: reset with a TensorDict
-    made by :meth:`state`, or set ``auto_reset=False``.
+    made by :meth:`state` and ``set_state=True``, or set ``auto_reset=False``.
 
     Args:
         batch_size: how many copies are stepped at once; ``()`` for one.
@@ -49,79 +57,58 @@ class CueCorners(EnvBase):
         (torch.Size([3, 5, 90]), torch.Size([3, 5, 4]))
     """
 
-    batch_locked = False
+    gymnasium_id = "tdhook_rl/CueCorners-v0"
     n_actions = 4
     observation_features = 3 * (SIDE + 1) * SIDE
+    concepts: ClassVar[Mapping[str, Concept]] = {
+        "bits": Concept(
+            role=("needed", "needed", "unneeded", "unneeded"),
+            meaning="the lights",
+            classes=2,
+            size=BITS,
+            moves=("bits",),
+            follows=("xor", "unneeded_xor", "paying_corner"),
+        ),
+        "xor": Concept(
+            role="needed",
+            meaning="exactly one of the first two lights is on",
+            classes=2,
+            moves=("bits",),
+            follows=("bits", "paying_corner"),
+        ),
+        "unneeded_xor": Concept(
+            role="unneeded",
+            meaning="exactly one of the last two lights is on",
+            classes=2,
+            moves=("bits",),
+            follows=("bits",),
+        ),
+        "paying_corner": Concept(
+            role="needed",
+            meaning="0 if corner A pays, 1 if B does",
+            classes=2,
+            moves=("bits",),
+            follows=("bits", "xor"),
+        ),
+        "cell": Concept(role="needed", meaning="where the agent is", classes=CELLS),
+    }
+    variables: ClassVar[Mapping[str, NestedKey]] = {
+        "cell": ("concept", "cell"),
+        "bits": ("concept", "bits"),
+        "elapsed": "elapsed",
+    }
 
     def __init__(
         self,
         *,
-        batch_size: tuple[int, ...] | list[int] | torch.Size = (),
+        batch_size: Sequence[int] = (),
         max_steps: int = 30,
         seed: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1, got {max_steps}")
-        batch_size = torch.Size(batch_size)
-        if batch_size.numel() < 1:
-            raise ValueError(f"CueCorners needs at least one copy, got batch_size={tuple(batch_size)}")
-        super().__init__(device=device, batch_size=batch_size)
-        self.max_steps = max_steps
-        self._generator = torch.Generator(device=self.device or torch.get_default_device())
-        self.set_seed(0 if seed is None else seed)
-        shape = self.batch_size
-        concepts = Composite(
-            bits=Binary(n=BITS, shape=(*shape, BITS), dtype=torch.long),
-            xor=Categorical(2, shape=shape),
-            unneeded_xor=Categorical(2, shape=shape),
-            paying_corner=Categorical(2, shape=shape),
-            cell=Categorical(CELLS, shape=shape),
-            shape=shape,
-        )
-        self.observation_spec = Composite(
-            observation=Bounded(0.0, 1.0, shape=(*shape, self.observation_features)),
-            elapsed=Unbounded(shape=shape, dtype=torch.long),
-            concept=concepts,
-            shape=shape,
-            device=self.device,
-        )
-        self.state_spec = Composite(
-            elapsed=Unbounded(shape=shape, dtype=torch.long), concept=concepts.clone(), shape=shape, device=self.device
-        )
-        self.action_spec = Categorical(self.n_actions, shape=shape, device=self.device)
-        self.reward_spec = Unbounded(shape=(*shape, 1), device=self.device)
-        self.done_spec = Composite(
-            {key: Categorical(2, shape=(*shape, 1), dtype=torch.bool) for key in ("done", "terminated", "truncated")},
-            shape=shape,
-            device=self.device,
-        )
+        super().__init__(batch_size=batch_size, max_steps=max_steps, seed=seed, device=device)
 
     # ------------------------------------------------------------------ states
-
-    def state(self, *, cell: Tensor, bits: Tensor, elapsed: Tensor | None = None) -> TensorDict:
-        """The TensorDict of given states: what ``reset`` would return there.
-
-        Args:
-            cell: ``batch``, 0 to 24, not a goal corner.
-            bits: ``batch + (4,)``, zeros and ones.
-            elapsed: ``batch``; zero by default.
-
-        Raises:
-            ValueError: for cells outside the grid or on a goal, or bits that are not 0 and 1.
-        """
-        cell, bits = cell.to(self.device, torch.long), bits.to(self.device, torch.long)
-        if bits.shape != (*cell.shape, BITS):
-            raise ValueError(f"bits has shape {tuple(bits.shape)}, expected {(*cell.shape, BITS)}")
-        if bool(((cell < 0) | (cell >= CELLS)).any()):
-            raise ValueError(f"cells go from 0 to {CELLS - 1}, got {int(cell.min())} to {int(cell.max())}")
-        if bool(((cell == CORNERS[0]) | (cell == CORNERS[1])).any()):
-            raise ValueError(f"cells {CORNERS} are the goals, where an episode has ended")
-        if bool(((bits != 0) & (bits != 1)).any()):
-            raise ValueError("bits are 0 or 1")
-        data = self._describe(cell, bits, torch.zeros_like(cell) if elapsed is None else elapsed)
-        running = torch.zeros(*cell.shape, 1, dtype=torch.bool, device=self.device)
-        return data.update({key: running.clone() for key in ("done", "terminated", "truncated")})
 
     def all_states(self) -> TensorDict:
         """Every state in which the agent acts: 23 cells x 16 settings of the lights, batch (368,)."""
@@ -132,99 +119,102 @@ class CueCorners(EnvBase):
     def paired_states(self, bit: int = 0) -> tuple[TensorDict, TensorDict]:
         """Every state with the light off, and the same states with only that light on: batch (184,) each."""
         if not 0 <= bit < BITS:
-            raise ValueError(f"there are lights 0 to {BITS - 1}, got {bit}")
+            raise InputError(f"there are lights 0 to {BITS - 1}, got {bit}")
         states = self.all_states()
         off = states[states["concept", "bits"][:, bit] == 0]
         return off, self.flip(off, bit)
 
     def flip(self, states: TensorDictBase, bit: int = 0) -> TensorDict:
         """The same states with one light flipped, labels included."""
-        bits = states["concept", "bits"].clone()
-        bits[..., bit] = 1 - bits[..., bit]
-        return self.state(cell=states["concept", "cell"], bits=bits, elapsed=states["elapsed"])
+        return self.change(states, "bits", bit)
 
     @classmethod
     def light_features(cls) -> Tensor:
         """Where the four lights are in the observation, ``(4,)``."""
         return 2 * (SIDE + 1) * SIDE + torch.arange(BITS)
 
-    # ------------------------------------------------------------------ EnvBase
+    # ------------------------------------------------------------------ the hooks of ConceptEnv
 
-    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: object) -> TensorDictBase:
-        shape = self.batch_size if tensordict is None or tensordict.is_empty() else tensordict.batch_size
+    def _observation_spec(self, shape: torch.Size) -> TensorSpec:
+        return Bounded(0.0, 1.0, shape=(*shape, self.observation_features))
+
+    def _begin(self, shape: torch.Size) -> dict[str, Tensor]:
         cell = torch.randint(1, CELLS - 1, shape, generator=self._generator, device=self.device)
         bits = torch.randint(0, 2, (*shape, BITS), generator=self._generator, device=self.device)
-        return self._describe(cell, bits, torch.zeros_like(cell))
+        return {"cell": cell, "bits": bits}
 
-    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        cell, bits = tensordict["concept", "cell"], tensordict["concept", "bits"]
-        elapsed = tensordict["elapsed"] + 1
-        move = MOVES.to(self.device)[tensordict["action"]]
-        row = (cell // SIDE + move[..., 0]).clamp(0, SIDE - 1)
-        column = (cell % SIDE + move[..., 1]).clamp(0, SIDE - 1)
-        cell = row * SIDE + column
-        data = self._describe(cell, bits, elapsed)
-        in_a, in_b = cell == CORNERS[0], cell == CORNERS[1]
-        pays_b = data["concept", "paying_corner"] == 1
-        right = torch.where(pays_b, in_b, in_a)
-        wrong = torch.where(pays_b, in_a, in_b)
-        reward = right.float() - wrong.float() - STEP_COST
-        terminated = (in_a | in_b).unsqueeze(-1)
-        truncated = (elapsed >= self.max_steps).unsqueeze(-1) & ~terminated
-        return data.update(
-            {
-                "reward": reward.unsqueeze(-1),
-                "terminated": terminated,
-                "truncated": truncated,
-                "done": terminated | truncated,
-            }
-        )
-
-    def maybe_reset(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Start new episodes in the rows that are done; entries that are not the environment's stay."""
-        done = tensordict["done"].squeeze(-1)
-        if bool(done.any()):
-            concept, fresh = tensordict["concept"], self._reset(tensordict)
-            began = fresh["concept"]
-            for key, value in began.items():
-                mask = done.unsqueeze(-1) if value.ndim > done.ndim else done
-                concept.set(key, torch.where(mask, value, concept.get(key)))
-            tensordict.set("elapsed", tensordict["elapsed"].masked_fill(done, 0))
-            tensordict.set(
-                "observation", torch.where(done.unsqueeze(-1), fresh["observation"], tensordict["observation"])
-            )
-            for key in ("done", "terminated", "truncated"):
-                tensordict.set(key, torch.zeros_like(tensordict[key]))
-        return tensordict
-
-    def _set_seed(self, seed: int | None) -> None:
-        if seed is not None:
-            self._generator.manual_seed(int(seed))
-
-    def _describe(self, cell: Tensor, bits: Tensor, elapsed: Tensor) -> TensorDict:
-        shape = cell.shape
-        planes = torch.zeros(*shape, 3, (SIDE + 1) * SIDE, device=self.device)
+    def _observe(self, at: Mapping[str, Tensor]) -> Tensor:
+        cell = at["cell"]
+        planes = torch.zeros(*cell.shape, 3, (SIDE + 1) * SIDE, device=self.device)
         # Row 0 of each plane is the row of lights; the grid starts at row 1.
         planes[..., 0, :].scatter_(-1, (cell + SIDE).unsqueeze(-1), 1.0)
         planes[..., 1, SIDE + CORNERS[0]] = 1.0
         planes[..., 1, SIDE + CORNERS[1]] = 1.0
-        planes[..., 2, :BITS] = bits.float()
+        planes[..., 2, :BITS] = at["bits"].float()
+        return planes.flatten(-2)
+
+    def _label(self, at: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        bits = at["bits"]
         xor = bits[..., 0] ^ bits[..., 1]
-        return TensorDict(
-            {
-                "observation": planes.flatten(-2),
-                "elapsed": elapsed,
-                "concept": TensorDict(
-                    {
-                        "bits": bits,
-                        "xor": xor,
-                        "unneeded_xor": bits[..., 2] ^ bits[..., 3],
-                        "paying_corner": 1 - xor,
-                        "cell": cell,
-                    },
-                    batch_size=shape,
-                ),
-            },
-            batch_size=shape,
-            device=self.device,
-        )
+        return {"xor": xor, "unneeded_xor": bits[..., 2] ^ bits[..., 3], "paying_corner": 1 - xor}
+
+    def _advance(self, at: Mapping[str, Tensor], action: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        cell = moved(at["cell"], action, SIDE)
+        in_a, in_b = cell == CORNERS[0], cell == CORNERS[1]
+        pays_b = self._label(at)["paying_corner"] == 1
+        right = torch.where(pays_b, in_b, in_a)
+        wrong = torch.where(pays_b, in_a, in_b)
+        return {"cell": cell}, right.float() - wrong.float() - STEP_COST, in_a | in_b
+
+    def _check(self, at: Mapping[str, Tensor]) -> None:
+        if bool(((at["cell"] == CORNERS[0]) | (at["cell"] == CORNERS[1])).any()):
+            raise InputError(f"cells {CORNERS} are the goals, where an episode has ended")
+
+    def _changed(self, at: Mapping[str, Tensor], concept: str, index: int | None) -> dict[str, Tensor]:
+        light = index if index is not None else 2 if concept == "unneeded_xor" else 0
+        bits = at["bits"].clone()
+        bits[..., light] = 1 - bits[..., light]
+        return {"bits": bits}
+
+    def _value(self, at: Mapping[str, Tensor], gamma: float) -> Tensor:
+        corners = torch.tensor(CORNERS, device=self.device)
+        return worth(manhattan(at["cell"], corners[self._label(at)["paying_corner"]], SIDE), gamma, STEP_COST)
+
+    def _relevance(self, of: str, at: Mapping[str, Tensor] | None) -> Tensor:
+        planes = torch.zeros(3, SIDE + 1, SIDE, dtype=torch.bool, device=self.device)
+        planes[0, 1:] = True
+        planes[0, 1:].flatten()[list(CORNERS)] = False  # the agent is never seen on a goal
+        planes[2, 0, :2] = True
+        return planes.flatten()
+
+    def _draw(self, at: Mapping[str, Any]) -> np.ndarray:
+        canvas = Canvas(SIDE + 1, SIDE)
+        for column in range(SIDE):
+            canvas.fill(0, column, "wall")
+        for light, on in enumerate(at["bits"]):
+            canvas.disc(0, light, "yellow" if on else "ink", radius=0.3)
+            canvas.ring(0, light, "white" if light < 2 else "grey", radius=0.38)
+        pays = at["bits"][0] != at["bits"][1], at["bits"][0] == at["bits"][1]
+        for cell in range(CELLS):
+            canvas.outline(cell // SIDE + 1, cell % SIDE)
+        for corner, letter, good in zip(CORNERS, "AB", pays, strict=True):
+            canvas.fill(corner // SIDE + 1, corner % SIDE, "green" if good else "red", inset=0.06)
+            canvas.text(corner // SIDE + 1, corner % SIDE, letter, "white")
+        canvas.disc(at["cell"] // SIDE + 1, at["cell"] % SIDE, "blue")
+        return canvas.pixels
+
+    def describe_slowly(self, *, cell: int, bits: Sequence[int], elapsed: int = 0) -> dict[str, Any]:  # type: ignore[override]
+        """The labels and the observation of one state, by counting."""
+        lit = [light for light, on in enumerate(bits) if on]
+        first, last = len([x for x in lit if x < 2]), len([x for x in lit if x >= 2])
+        observation = [0.0] * self.observation_features
+        for ones in (5 + cell, 30 + 5, 30 + 5 + 24, *(60 + light for light in lit)):
+            observation[ones] = 1.0
+        return {
+            "bits": list(bits),
+            "xor": 1 if first == 1 else 0,
+            "unneeded_xor": 1 if last == 1 else 0,
+            "paying_corner": 0 if first == 1 else 1,
+            "cell": cell,
+            "observation": observation,
+        }

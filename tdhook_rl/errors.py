@@ -11,6 +11,8 @@ from collections.abc import Iterable
 
 __all__ = [
     "ArtifactError",
+    "ConceptError",
+    "EnvCheckError",
     "InactiveError",
     "InputError",
     "KeyCollisionError",
@@ -70,6 +72,14 @@ class MismatchError(TdhookError, RuntimeError):
 
 class ArtifactError(TdhookError, ValueError):
     """A saved probe, vector or result cannot be read or written."""
+
+
+class ConceptError(TdhookError, LookupError):
+    """An environment has no concept of this name, or the concept cannot be changed alone."""
+
+
+class EnvCheckError(TdhookError, AssertionError):
+    """An environment's specs, labels, pairs or Gymnasium face are not what it declares."""
 
 
 def nearest(asked: str, known: Iterable[str], count: int = 3) -> str:

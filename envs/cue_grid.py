@@ -1,0 +1,217 @@
+"""CueGrid: the task of CueCorners where both goals move, so that no action is tied to a goal.
+
+A 4x4 grid with two goals in random cells and a row of four lights above it. The agent is paid +1 at goal A
+if exactly one of the first two lights is on and at goal B otherwise, and -1 at the wrong goal; each step
+costs 0.02. What the lights mean can be decoded from a trained agent, yet the mean-difference vector that
+steers agents in CueCorners does next to nothing here: the negative control of steering.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from tensordict import NestedKey
+from torch import Tensor
+from torchrl.data import Bounded, TensorSpec
+
+from tdhook_rl.envs.base import ConceptEnv
+from tdhook_rl.envs.concepts import EPISODE_COIN, Concept
+from tdhook_rl.envs.grids import between, manhattan, moved, one_hot, worth
+from tdhook_rl.envs.rendering import Canvas
+from tdhook_rl.errors import InputError
+
+__all__ = ["CueGrid"]
+
+SIDE = 4
+BITS = 4
+CELLS = SIDE * SIDE
+PLANE = (SIDE + 1) * SIDE
+STEP_COST = 0.02
+# Hewitt and Liang (2019): a label drawn once for each input type, here the pair of agent's cell and goal A's.
+CONTROL = torch.randint(0, 2, (CELLS, CELLS), generator=torch.Generator().manual_seed(2019))
+
+
+class CueGrid(ConceptEnv):
+    """The environment, batched in torch.
+
+    Args:
+        batch_size: how many copies are stepped at once; ``()`` for one.
+        max_steps: an episode is truncated after this many steps.
+        seed: of the start states.
+        device: where the tensors live.
+
+    Keys:
+        ``observation``: float, 80 = 4 planes (agent, goal A, goal B, lights) x 5 rows x 4 columns; the lights
+        are row 0 of the fourth plane. Concepts as in CueCorners, and ``goal_a``, ``goal_b`` and
+        ``paying_cell`` (cells, 0 to 15), ``paying_goal`` (0 for A), ``control_label`` (a random label for each
+        pair of agent's cell and goal A's) and ``episode_coin`` (drawn for each episode, seen nowhere: what a
+        probe finds of it is leakage).
+
+    Example:
+        >>> env = CueGrid(batch_size=[3], seed=0)
+        >>> env.rollout(5, break_when_any_done=False)["concept", "paying_goal"].shape
+        torch.Size([3, 5])
+    """
+
+    gymnasium_id = "tdhook_rl/CueGrid-v0"
+    n_actions = 4
+    observation_features = 4 * PLANE
+    concepts: ClassVar[Mapping[str, Concept]] = {
+        "bits": Concept(
+            role=("needed", "needed", "unneeded", "unneeded"),
+            meaning="the lights",
+            classes=2,
+            size=BITS,
+            moves=("bits",),
+            follows=("xor", "unneeded_xor", "paying_goal", "paying_cell"),
+        ),
+        "xor": Concept(
+            role="needed",
+            meaning="exactly one of the first two lights is on",
+            classes=2,
+            moves=("bits",),
+            follows=("bits", "paying_goal", "paying_cell"),
+        ),
+        "unneeded_xor": Concept(
+            role="unneeded",
+            meaning="exactly one of the last two lights is on",
+            classes=2,
+            moves=("bits",),
+            follows=("bits",),
+        ),
+        "paying_goal": Concept(
+            role="needed",
+            meaning="0 if goal A pays, 1 if B does",
+            classes=2,
+            moves=("bits",),
+            follows=("bits", "xor", "paying_cell"),
+        ),
+        "paying_cell": Concept(role="needed", meaning="where the goal is that pays", classes=CELLS),
+        "cell": Concept(role="needed", meaning="where the agent is", classes=CELLS),
+        "goal_a": Concept(role="needed", meaning="where goal A is", classes=CELLS),
+        "goal_b": Concept(role="needed", meaning="where goal B is", classes=CELLS),
+        "control_label": Concept(role="control", meaning="a fixed random label for each pair of cells", classes=2),
+        "episode_coin": EPISODE_COIN,
+    }
+    variables: ClassVar[Mapping[str, NestedKey]] = {
+        name: ("concept", name) for name in ("cell", "goal_a", "goal_b", "bits", "episode_coin")
+    } | {"elapsed": "elapsed"}
+    defaults: ClassVar[Mapping[str, int]] = {"episode_coin": 0, "elapsed": 0}
+
+    def __init__(
+        self,
+        *,
+        batch_size: Sequence[int] = (),
+        max_steps: int = 30,
+        seed: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(batch_size=batch_size, max_steps=max_steps, seed=seed, device=device)
+
+    @classmethod
+    def light_features(cls) -> Tensor:
+        """Where the four lights are in the observation, ``(4,)``."""
+        return 3 * PLANE + torch.arange(BITS)
+
+    # ------------------------------------------------------------------ the hooks of ConceptEnv
+
+    def _observation_spec(self, shape: torch.Size) -> TensorSpec:
+        return Bounded(0.0, 1.0, shape=(*shape, self.observation_features))
+
+    def _begin(self, shape: torch.Size) -> dict[str, Tensor]:
+        random = {"generator": self._generator, "device": self.device}
+        cell, goal_a, goal_b = torch.rand(*shape, CELLS, **random).topk(3, -1).indices.unbind(-1)
+        bits = torch.randint(0, 2, (*shape, BITS), **random)
+        coin = torch.randint(0, 2, shape, **random)
+        return {"cell": cell, "goal_a": goal_a, "goal_b": goal_b, "bits": bits, "episode_coin": coin}
+
+    def _observe(self, at: Mapping[str, Tensor]) -> Tensor:
+        planes = [one_hot(at[name] + SIDE, PLANE) for name in ("cell", "goal_a", "goal_b")]
+        lights = torch.zeros_like(planes[0])
+        lights[..., :BITS] = at["bits"].float()
+        return torch.cat([*planes, lights], -1)
+
+    def _label(self, at: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        bits = at["bits"]
+        xor = bits[..., 0] ^ bits[..., 1]
+        return {
+            "xor": xor,
+            "unneeded_xor": bits[..., 2] ^ bits[..., 3],
+            "paying_goal": 1 - xor,
+            "paying_cell": torch.where(xor == 1, at["goal_a"], at["goal_b"]),
+            "control_label": CONTROL.to(bits.device)[at["cell"], at["goal_a"]],
+        }
+
+    def _advance(self, at: Mapping[str, Tensor], action: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        cell = moved(at["cell"], action, SIDE)
+        ended = (cell == at["goal_a"]) | (cell == at["goal_b"])
+        right = (cell == self._label(at)["paying_cell"]).float()
+        return {"cell": cell}, right - (ended.float() - right) - STEP_COST, ended
+
+    def _check(self, at: Mapping[str, Tensor]) -> None:
+        if bool((at["goal_a"] == at["goal_b"]).any()):
+            raise InputError("goal_a and goal_b are different cells")
+        if bool(((at["cell"] == at["goal_a"]) | (at["cell"] == at["goal_b"])).any()):
+            raise InputError("the agent is on a goal, where an episode has ended")
+
+    def _changed(self, at: Mapping[str, Tensor], concept: str, index: int | None) -> dict[str, Tensor]:
+        if concept == "episode_coin":
+            return {"episode_coin": 1 - at["episode_coin"]}
+        light = index if index is not None else 2 if concept == "unneeded_xor" else 0
+        bits = at["bits"].clone()
+        bits[..., light] = 1 - bits[..., light]
+        return {"bits": bits}
+
+    def _value(self, at: Mapping[str, Tensor], gamma: float) -> Tensor:
+        goal = self._label(at)["paying_cell"]
+        wrong = at["goal_a"] + at["goal_b"] - goal
+        # A wrong goal on the only shortest path costs a detour of two steps.
+        detour = 2 * between(wrong, at["cell"], goal, SIDE)
+        return worth(manhattan(at["cell"], goal, SIDE) + detour, gamma, STEP_COST)
+
+    def _relevance(self, of: str, at: Mapping[str, Tensor] | None) -> Tensor:
+        planes = torch.zeros(4, SIDE + 1, SIDE, dtype=torch.bool, device=self.device)
+        planes[:3, 1:] = True
+        planes[3, 0, :2] = True
+        return planes.flatten()
+
+    def _draw(self, at: Mapping[str, Any]) -> np.ndarray:
+        canvas = Canvas(SIDE + 1, SIDE, tile=44)
+        for light, on in enumerate(at["bits"]):
+            canvas.fill(0, light, "wall")
+            canvas.disc(0, light, "yellow" if on else "ink", radius=0.3)
+            canvas.ring(0, light, "white" if light < 2 else "grey", radius=0.38)
+        for cell in range(CELLS):
+            canvas.outline(cell // SIDE + 1, cell % SIDE)
+        a_pays = at["bits"][0] != at["bits"][1]
+        for goal, letter, pays in ((at["goal_a"], "A", a_pays), (at["goal_b"], "B", not a_pays)):
+            canvas.fill(goal // SIDE + 1, goal % SIDE, "green" if pays else "red", inset=0.06)
+            canvas.text(goal // SIDE + 1, goal % SIDE, letter, "white")
+        canvas.disc(at["cell"] // SIDE + 1, at["cell"] % SIDE, "blue")
+        return canvas.pixels
+
+    def describe_slowly(  # type: ignore[override]
+        self, *, cell: int, goal_a: int, goal_b: int, bits: Sequence[int], episode_coin: int = 0, elapsed: int = 0
+    ) -> dict[str, Any]:
+        """The labels and the observation of one state, by counting."""
+        lit = [light for light, on in enumerate(bits) if on]
+        first, last = len([x for x in lit if x < 2]), len([x for x in lit if x >= 2])
+        observation = [0.0] * self.observation_features
+        for ones in (4 + cell, 24 + goal_a, 44 + goal_b, *(60 + light for light in lit)):
+            observation[ones] = 1.0
+        return {
+            "bits": list(bits),
+            "xor": 1 if first == 1 else 0,
+            "unneeded_xor": 1 if last == 1 else 0,
+            "paying_goal": 0 if first == 1 else 1,
+            "paying_cell": goal_a if first == 1 else goal_b,
+            "cell": cell,
+            "goal_a": goal_a,
+            "goal_b": goal_b,
+            "control_label": CONTROL.tolist()[cell][goal_a],
+            "episode_coin": episode_coin,
+            "observation": observation,
+        }
