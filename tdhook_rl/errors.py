@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "ArtifactError",
+    "CheckError",
     "InactiveError",
     "InputError",
     "KeyCollisionError",
@@ -61,6 +62,10 @@ class TieError(TdhookError, RuntimeError):
 
 class InactiveError(TdhookError, RuntimeError):
     """A hooked policy was called after its context had ended."""
+
+
+class CheckError(TdhookError, RuntimeError):
+    """A dry run of a hooked policy found what would fail, or be wrong in silence, in training."""
 
 
 class ArtifactError(TdhookError, ValueError):
