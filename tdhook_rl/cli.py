@@ -1,13 +1,16 @@
-"""The command line: ``tdhook-rl demo``."""
+"""The command line: ``tdhook-rl demo`` and ``tdhook-rl check``."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from tdhook_rl.errors import InputError, TdhookError, nearest
 
 __all__ = ["main"]
 
@@ -15,8 +18,6 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status (1 for an error that has a message, 130 for Ctrl-C)."""
     options = _parser().parse_args(arguments)
-    from tdhook_rl.errors import TdhookError
-
     try:
         return options.command(options)
     except TdhookError as error:
@@ -44,7 +45,62 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=None, help="a new folder for the output (runs/demo-TIME)")
     demo.add_argument("--logger", choices=("wandb", "csv"), default="wandb", help="wandb runs offline, beside the CSV")
     demo.set_defaults(command=_demo)
+    check = commands.add_parser(
+        "check",
+        help="try a hooked policy in its environment and collector, and say what would fail",
+        description="A dry run on copies: keys, shapes, ties, pickling, devices, buffers, graphs. Exit status 1 on errors.",
+    )
+    check.add_argument(
+        "source",
+        nargs="?",
+        metavar="MODULE:FUNCTION",
+        help="returns (hooked_policy, env) or (hooked_policy, env, collector_kwargs); a built-in example by default",
+    )
+    check.add_argument("--compile", action="store_true", help="look for graph breaks and recompilations as well")
+    check.add_argument("--workers", type=int, default=0, help="also try so many spawned workers")
+    check.set_defaults(command=_check)
     return parser
+
+
+def _check(options: argparse.Namespace) -> int:
+    from tdhook_rl.rollout import check
+
+    parts = _example() if options.source is None else _load(options.source)()
+    if not isinstance(parts, tuple) or len(parts) not in (2, 3):
+        raise InputError(f"{options.source} returned {parts!r}: it must return (policy, env) or (policy, env, kwargs)")
+    policy, env, *rest = parts
+    arguments = {**(rest[0] if rest else {}), **({"num_workers": options.workers} if options.workers else {})}
+    report = check(policy, env, arguments, compile=options.compile)
+    try:
+        from rich.console import Console
+
+        Console().print(report)
+    except ModuleNotFoundError:
+        print(report)
+    return 0 if report.ok else 1
+
+
+def _load(source: str) -> Callable[[], Any]:
+    module, _, name = source.partition(":")
+    if not module or not name:
+        raise InputError(f"{source!r} names no function: write MODULE:FUNCTION, such as my_project.train:make")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise InputError(f"no module is named {error.name!r}, which {source!r} needs") from error
+    except AttributeError as error:
+        known = vars(importlib.import_module(module))
+        raise InputError(f"{module!r} has no {name!r}; {nearest(name, known)}") from error
+
+
+def _example() -> tuple[Any, ...]:
+    from tdhook_rl import ActivationCaching, Compose, Saliency
+    from tdhook_rl.envs import CueCorners
+    from tdhook_rl.examples.agent import FC2, make_actor
+
+    method = Compose(ActivationCaching(FC2), Saliency(when="step"))
+    return method.prepare(make_actor(), return_context=False), CueCorners(batch_size=[4], seed=0)
 
 
 def _demo(options: argparse.Namespace) -> int:

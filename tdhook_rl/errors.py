@@ -13,6 +13,7 @@ __all__ = [
     "ArtifactError",
     "ConceptError",
     "EnvCheckError",
+    "CheckError",
     "InactiveError",
     "InputError",
     "KeyCollisionError",
@@ -68,6 +69,10 @@ class InactiveError(TdhookError, RuntimeError):
 
 class MismatchError(TdhookError, RuntimeError):
     """A batch would be explained by another policy than the one that collected it."""
+
+
+class CheckError(TdhookError, RuntimeError):
+    """A dry run of a hooked policy found what would fail, or be wrong in silence, in training."""
 
 
 class ArtifactError(TdhookError, ValueError):

@@ -78,28 +78,32 @@ class Tie:
         self._parameters = [tensor for *_, tensor, _ in self._entries if isinstance(tensor, nn.Parameter)]
         self._warned = False
         self._edited: list[tuple[Tensor, int, str]] = []
+        self._replaced: set[int] = set()
 
     def watch(self, tensors: Iterable[Tensor]) -> None:
         """Warn when the user changes tensors of which the clone was given an edited copy."""
-        given = {id(tensor) for tensor in tensors if not tensor.is_inference()}
-        self._edited += [(tensor, tensor._version, path) for *_, tensor, path in self._entries if id(tensor) in given]
+        given = {id(tensor): tensor.is_inference() for tensor in tensors}
+        self._replaced |= given.keys()
+        self._edited += [
+            (tensor, tensor._version, path)
+            for *_, tensor, path in self._entries
+            if given.get(id(tensor), True) is False  # an inference tensor has no version
+        ]
 
     def check(self, clone: nn.Module) -> None:
         """Raise :class:`TieError` if the original was given other tensors; warn if train/eval differ."""
         # While a loss runs, another thread may see the original with target weights swapped in.
         if threading.current_thread() is not threading.main_thread():
             return
-        for store, name, tensor, path in self._entries:
-            if store.get(name) is not tensor:
-                raise TieError(
-                    f"the user's policy holds another tensor at {path!r} than when it was prepared "
-                    "(load_state_dict(assign=True) and .to(...) replace tensors): prepare it again"
-                )
-        stale = next((path for tensor, version, path in self._edited if tensor._version != version), None)
-        if stale is not None:
+        if (path := self.untied()) is not None:
+            raise TieError(
+                f"the user's policy holds another tensor at {path!r} than when it was prepared "
+                "(load_state_dict(assign=True) and .to(...) replace tensors): prepare it again"
+            )
+        if (path := self.outdated()) is not None:
             self._edited = []
             warnings.warn(
-                f"the user's policy has changed at {stale!r} since it was prepared, and the hooked policy has an "
+                f"the user's policy has changed at {path!r} since it was prepared, and the hooked policy has an "
                 "edited copy from then: leave the context and enter it again to edit the new weights",
                 stacklevel=4,
             )
@@ -111,6 +115,32 @@ class Tie:
                 f"{'train' if clone.training else 'eval'} mode: train() and eval() act only where called",
                 stacklevel=4,
             )
+
+    def untied(self) -> str | None:
+        """Where the original holds another tensor than when it was prepared."""
+        for store, name, tensor, path in self._entries:
+            if store.get(name) is not tensor:
+                return path
+        return None
+
+    def outdated(self) -> str | None:
+        """Where the user changed a tensor of which the clone has an edited copy."""
+        for tensor, version, path in self._edited:
+            if tensor._version != version:
+                return path
+        return None
+
+    def stray(self, root: nn.Module) -> str | None:
+        """Where the clone, from the module that paths start at, holds a tensor that is not the original's."""
+        found = _tensors(root)
+        return next(
+            (
+                path
+                for *_, tensor, path in self._entries
+                if found.get(path) is not tensor and id(tensor) not in self._replaced
+            ),
+            None,
+        )
 
     def original(self) -> nn.Module | None:
         return self._original()

@@ -49,6 +49,8 @@ def writes_by_default(cls: type[nn.Module]) -> bool:
 def set_entry(data: TensorDictBase, key: tuple[str, ...], value: Tensor) -> None:
     """Set an entry; where its shape and device are right, without TensorDict's conversions and checks."""
     batch = data.batch_size
+    if type(data) is TensorDict and len(key) > 1:
+        _drop_device_of_node(data, key[0])
     if (
         type(data) is TensorDict
         and type(value) is Tensor
@@ -58,3 +60,18 @@ def set_entry(data: TensorDictBase, key: tuple[str, ...], value: Tensor) -> None
         data._set_tuple(key, value, inplace=False, validated=True)
     else:
         data.set(key, value)
+
+
+def _drop_device_of_node(data: TensorDict, root: str) -> None:
+    """Let the node of a root be one without a device.
+
+    A collector with ``device=`` looks for the policy's outputs by comparing, among others, the mask
+    ``("computed", "cache")`` with the node ``"cache"``, and raises where both have the same device; one that casts
+    and writes to a buffer cannot stack nodes of which only some have a device.
+    """
+    node = data._get_str(root, None)
+    if node is None:
+        if data.device is not None:
+            data._set_str(root, TensorDict({}, batch_size=data.batch_size), inplace=False, validated=True)
+    elif isinstance(node, TensorDictBase) and node.device is not None:
+        data._set_str(root, node.copy().clear_device_(), inplace=False, validated=True)

@@ -113,6 +113,31 @@ def test_env_rollout_keeps_no_graph_in_the_results() -> None:
     assert not data["attr", "observation"].requires_grad
 
 
+@pytest.mark.parametrize("buffered", [False, True])
+@pytest.mark.parametrize(
+    "devices",
+    [{"device": "cpu"}, {"policy_device": "cpu"}, {"policy_device": "cpu:0", "env_device": "cpu"}],
+    ids=["device", "policy_device", "cast"],
+)
+def test_collectors_that_are_told_devices(devices: dict, buffered: bool) -> None:
+    actor = make_actor()
+    options = {"replay_buffer": ReplayBuffer(storage=LazyTensorStorage(64))} if buffered else {}
+    with everything().prepare(actor) as policy:
+        collector = Collector(
+            CueCorners(batch_size=[2], max_steps=4, seed=0),
+            policy,
+            frames_per_batch=32,
+            total_frames=64,
+            auto_register_policy_transforms=False,
+            **options,
+            **devices,
+        )
+        for data in collector:
+            found = options["replay_buffer"][:] if buffered else data
+            check(policy.annotate(found.reshape(-1)), actor)
+        collector.shutdown()
+
+
 @pytest.mark.parametrize("storage", [LazyTensorStorage, LazyMemmapStorage])
 def test_results_reach_a_replay_buffer(storage) -> None:
     actor = make_actor()

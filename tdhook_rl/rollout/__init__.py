@@ -1,30 +1,44 @@
-"""Batches from a collector: splits, online probes, and results in trainers, evaluators and logs."""
+"""Batches from a collector: a check before there is one, splits, online probes, and results in trainers and logs."""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from tdhook_rl.rollout.interrupts import Interruptible, ignore_interrupts
 from tdhook_rl.rollout.online_probe import OnlineProbe
 from tdhook_rl.rollout.splits import EPISODE, GroupSplit
 from tdhook_rl.rollout.summary import AnnotatedMetrics, summarise
 
+if TYPE_CHECKING:
+    from tdhook_rl.rollout.doctor import check
+    from tdhook_rl.rollout.findings import Finding, Report
+    from tdhook_rl.rollout.trainer_hook import AnnotateHook
+
+# The trainers of TorchRL are imported with the hook that joins them.
+_HOME = {
+    "AnnotateHook": "tdhook_rl.rollout.trainer_hook",
+    "Finding": "tdhook_rl.rollout.findings",
+    "Report": "tdhook_rl.rollout.findings",
+    "check": "tdhook_rl.rollout.doctor",
+}
+
 __all__ = [
     "EPISODE",
     "AnnotateHook",
     "AnnotatedMetrics",
+    "Finding",
     "GroupSplit",
     "Interruptible",
     "OnlineProbe",
+    "Report",
+    "check",
     "ignore_interrupts",
     "summarise",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # The trainers of TorchRL are imported with the hook that joins them.
-    if name == "AnnotateHook":
-        from tdhook_rl.rollout.trainer_hook import AnnotateHook
-
-        return AnnotateHook
-    raise AttributeError(f"module 'tdhook_rl.rollout' has no attribute {name!r}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'tdhook_rl.rollout' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,0 +1,61 @@
+"""The command line of the doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tdhook_rl.cli import main
+
+SOURCE = """
+from tdhook_rl import ActivationCaching
+from tdhook_rl.envs import CueCorners
+from tdhook_rl.examples.agent import FC2, make_actor
+
+def good():
+    return ActivationCaching(FC2).prepare(make_actor(), return_context=False), CueCorners(batch_size=[2])
+
+def untied():
+    actor = make_actor()
+    policy = ActivationCaching(FC2).prepare(actor, return_context=False)
+    actor.double()
+    return policy, CueCorners(batch_size=[2])
+
+def nothing():
+    return None
+"""
+
+
+@pytest.fixture(autouse=True)
+def _a_module_of_the_users(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "users_own_setup.py").write_text(SOURCE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def test_the_example_and_a_users_policy_pass(capsys) -> None:
+    assert main(["check"]) == 0
+    assert main(["check", "users_own_setup:good"]) == 0
+    shown = capsys.readouterr().out
+    assert "0 errors" in shown
+    assert "tie" in shown
+
+
+def test_a_broken_set_up_fails_with_the_remedy(capsys) -> None:
+    assert main(["check", "users_own_setup:untied"]) == 1
+    assert "error" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("users_own_setup", "names no function"),
+        ("users_own_setup:godo", "nearest: 'good'"),
+        ("no_such_module:make", "no module is named 'no_such_module'"),
+        ("users_own_setup:nothing", "must return"),
+    ],
+)
+def test_bad_sources_say_so(source: str, message: str, capsys) -> None:
+    assert main(["check", source]) == 1
+    assert message in capsys.readouterr().err
