@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 import torchrl
-from tdhook_rl.envs import CueCorners
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from torchrl.modules import ProbabilisticActor
 
 from benchmarks.pairs import Median, measure
 from tdhook_rl import ActivationCaching, LinearProbe, ProbeReadout, Saliency, SteeringVectors, targets
+from tdhook_rl.envs import CueCorners
 from tdhook_rl.method import Method
 
 PLANES, ACTIONS, WIDTH = (3, 6, 5), 4, 64

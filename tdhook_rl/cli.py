@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check",
         help="try a hooked policy in its environment and collector, and say what would fail",
-        description="A dry run on copies: keys, shapes, ties, pickling, devices, buffers, graphs. Exit status 1 on errors.",
+        description="A dry run on copies: keys, shapes, pickling, devices, buffers, graphs. Exit status 1 on errors.",
     )
     check.add_argument(
         "source",

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 
 __all__ = [
     "ArtifactError",
+    "CheckError",
     "ConceptError",
     "EnvCheckError",
-    "CheckError",
     "InactiveError",
     "InputError",
     "KeyCollisionError",

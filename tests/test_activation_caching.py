@@ -6,12 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from tdhook_rl.envs import CueCorners
 from tensordict import TensorDict
 from torch import nn
 from torchrl.collectors import MultiSyncCollector
 
 from tdhook_rl import ActivationCaching, Compose, Saliency
+from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InactiveError, InputError, KeyCollisionError, SiteError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tests.policies import CASES, FEATURES, HIDDEN, categorical, mlp

@@ -9,7 +9,6 @@ import weakref
 
 import pytest
 import torch
-from tdhook_rl.envs import CueCorners
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -17,6 +16,7 @@ from torchrl.modules import MultiAgentMLP
 from torchrl.objectives import ClipPPOLoss
 
 from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors
+from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError, SiteError
 from tdhook_rl.examples.agent import FC2, make_actor, make_critic
 from tests.method_table import DIRECTIONS

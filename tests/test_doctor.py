@@ -15,19 +15,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torch.distributions import Categorical
-from torchrl.collectors import Collector, MultiSyncCollector
+from torchrl.collectors import Collector
 from torchrl.collectors.distributed import RayCollector
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ListStorage, ReplayBuffer
 from torchrl.envs import InitTracker, SelectTransform, TransformedEnv
 from torchrl.modules import EGreedyModule, GRUModule, ProbabilisticActor, QValueActor
 from torchrl.modules.utils import get_env_transforms_from_module
 
-from tdhook_rl import ActivationCaching, Compose, ProbeReadout, Saliency, SteeringVectors
-from tdhook_rl.attribution import Occlusion
+from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import CheckError, InputError
 from tdhook_rl.examples.agent import FC2, make_actor

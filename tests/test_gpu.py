@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tdhook_rl.envs import CueCorners
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 
 from tdhook_rl import ActivationCaching, Compose, ControlRecord, ProbeReadout, Saliency, SteeringVectors
 from tdhook_rl.attribution import IntegratedGradients
+from tdhook_rl.envs import CueCorners
 from tests.method_table import probe
 from tests.policies import CASES
 
