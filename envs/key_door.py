@@ -29,6 +29,7 @@ CELLS = SIDE * SIDE
 WALL = 3  # the column between the rooms
 TILE = 6  # pixels
 STEP_COST = 0.02
+AHEAD = ("subgoal", "distance")
 FLOORS = ((225, 225, 215), (190, 205, 225))
 # Tiles of the picture: each of the first five on both floors, then the wall and the door.
 EMPTY, KEY, GOAL, AGENT, CARRIER = range(5)
@@ -61,19 +62,9 @@ class KeyDoor(ConceptEnv):
     n_actions = 4
     concepts: ClassVar[Mapping[str, Concept]] = {
         "has_key": Concept(
-            role="needed",
-            meaning="the agent holds the key",
-            classes=2,
-            moves=("has_key",),
-            follows=("subgoal", "distance"),
+            role="needed", meaning="the agent holds the key", classes=2, moves=("has_key",), follows=AHEAD
         ),
-        "door_open": Concept(
-            role="needed",
-            meaning="the door is open",
-            classes=2,
-            moves=("door_open",),
-            follows=("subgoal", "distance"),
-        ),
+        "door_open": Concept(role="needed", meaning="the door is open", classes=2, moves=("door_open",), follows=AHEAD),
         "subgoal": Concept(role="needed", meaning="what comes next: key, door or goal", classes=3),
         "distance": Concept(role="needed", meaning="steps to the goal, those for key and door included"),
         "cell": Concept(role="needed", meaning="where the agent is", classes=CELLS),
