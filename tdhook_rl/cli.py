@@ -1,8 +1,9 @@
-"""The command line: ``tdhook-rl demo``."""
+"""The command line: ``tdhook-rl demo`` and ``tdhook-rl check``."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import time
 from collections.abc import Sequence
@@ -44,6 +45,24 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=None, help="a new folder for the output (runs/demo-TIME)")
     demo.add_argument("--logger", choices=("wandb", "csv"), default="wandb", help="wandb runs offline, beside the CSV")
     demo.set_defaults(command=_demo)
+    check = commands.add_parser(
+        "check",
+        help="try a hooked policy in its environment and collector before training",
+        description="Make a dry run on copies and list what would fail or go wrong in silence; exits 1 on an error.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    check.add_argument(
+        "target",
+        nargs="?",
+        default="tdhook_rl.examples.check:setup",
+        metavar="MODULE:FUNCTION",
+        help="returns (hooked policy, environment) or (..., collector arguments), and takes no argument",
+    )
+    check.add_argument("--compile", action="store_true", help="look for graph breaks and recompilations as well")
+    check.add_argument("--workers", type=int, default=0, help="run a MultiSyncCollector with so many processes")
+    check.add_argument("--steps", type=int, default=16, help="steps of the environment that are looked at one by one")
+    check.add_argument("--time-limit", type=float, default=120.0, help="seconds, whatever it waits for")
+    check.set_defaults(command=_check)
     return parser
 
 
@@ -86,6 +105,62 @@ def _demo(options: argparse.Namespace) -> int:
         sinks.close()
     _print_summary(console, demo_report, found, folder, report)
     return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    import torchrl
+
+    from tdhook_rl.rollout import check
+
+    torchrl.logger.setLevel("ERROR")
+    policy, env, *rest = _called(options.target)
+    arguments = dict(rest[0] if rest else {})
+    if options.workers:
+        arguments["num_workers"] = options.workers
+    report = check(policy, env, arguments, steps=options.steps, compile=options.compile, time_limit=options.time_limit)
+    _show(report)
+    return 0 if report.ok else 1
+
+
+def _show(report: Any) -> None:
+    if sys.stdout.isatty():
+        try:
+            from rich.console import Console
+        except ModuleNotFoundError:
+            pass
+        else:
+            Console().print(report)
+            return
+    print(report)
+
+
+def _called(target: str) -> tuple[Any, ...]:
+    """What the function that ``MODULE:FUNCTION`` names returns: a policy, an environment, perhaps arguments."""
+    from tdhook_rl.errors import InputError, nearest
+
+    module_name, _, name = target.partition(":")
+    if not name:
+        raise InputError(f"{target!r} does not name a function: write MODULE:FUNCTION, such as 'my_agent:setup'")
+    folder = str(Path.cwd())
+    if folder not in sys.path:  # as for `python -m`; an installed command does not look there
+        sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise InputError(f"there is no module {error.name!r} in {folder} or among the installed ones") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        names = [other for other, value in vars(module).items() if callable(value)]
+        raise InputError(f"{module_name!r} has no function {name!r}; {nearest(name, names)}")
+    made = function()
+    if not isinstance(made, tuple) or len(made) not in (2, 3):
+        raise InputError(
+            f"{target} returned {'a tuple of ' + str(len(made)) if isinstance(made, tuple) else type(made).__name__}, "
+            "where (hooked policy, environment) or (hooked policy, environment, collector arguments) is expected"
+        )
+    return made
 
 
 def _print_summary(console: Any, demo_report: Any, found: Any, folder: Path, report: Path) -> None:

@@ -5,29 +5,34 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import multiprocessing
+import os
 import random
+import re
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torch.distributions import Categorical
-from torchrl.collectors import Collector, MultiSyncCollector
+from torchrl.collectors import AsyncBatchedCollector, Collector, MultiAsyncCollector
 from torchrl.collectors.distributed import RayCollector
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ListStorage, ReplayBuffer
 from torchrl.envs import InitTracker, SelectTransform, TransformedEnv
 from torchrl.modules import EGreedyModule, GRUModule, ProbabilisticActor, QValueActor
 from torchrl.modules.utils import get_env_transforms_from_module
 
-from tdhook_rl import ActivationCaching, Compose, ProbeReadout, Saliency, SteeringVectors
-from tdhook_rl.attribution import Occlusion
+from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors
+from tdhook_rl.cli import main
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import CheckError, InputError
 from tdhook_rl.examples.agent import FC2, make_actor
@@ -333,7 +338,9 @@ def test_recurrent_mode() -> None:
 def test_exploration_is_named() -> None:
     spec = CueCorners().action_spec
     actor = QValueActor(nn.Linear(FEATURES, 4), in_keys=["observation"], spec=spec)
-    policy = hooked(TensorDictSequential(actor, EGreedyModule(spec=spec)), ActivationCaching("module.0.module.0.module"))
+    policy = hooked(
+        TensorDictSequential(actor, EGreedyModule(spec=spec)), ActivationCaching("module.0.module.0.module")
+    )
     report = check(policy, env())
     assert report.ok, str(report)
     assert "EGreedyModule at 'module.1'" in found(report, "exploration", "ok").seen
@@ -423,7 +430,9 @@ def test_shapes_that_change() -> None:
     policy = Acting(lambda step, data: data.set("extra", torch.zeros(2, 1 + step // 4)), ("extra",))
     one = found(check(hooked(policy, ActivationCaching("module")), env()), "shapes", "error")
     assert "('extra',) is (1,) float32 first and (2,) float32 at step 4" in one.seen
-    policy = Acting(lambda step, data: data.set("extra", torch.zeros(2, dtype=[torch.int, torch.long][step > 6])), ("extra",))
+    policy = Acting(
+        lambda step, data: data.set("extra", torch.zeros(2, dtype=[torch.int, torch.long][step > 6])), ("extra",)
+    )
     one = found(check(hooked(policy, ActivationCaching("module")), env()), "shapes", "error")
     assert "() int32 first and () int64 at step 7" in one.seen
 
@@ -448,7 +457,9 @@ def test_observations_outputs_and_results_that_are_not_finite() -> None:
 
 
 def test_results_that_never_change() -> None:
-    policy = hooked(make_actor(), SteeringVectors(modules_to_steer=[FC2], steer_fn=lambda k, o: o * 0 + 1), ActivationCaching(FC2))
+    policy = hooked(
+        make_actor(), SteeringVectors(modules_to_steer=[FC2], steer_fn=lambda k, o: o * 0 + 1), ActivationCaching(FC2)
+    )
     one = found(check(policy, env()), "values", "warning")
     assert "has the same value at each of 16 steps" in one.seen
 
@@ -500,14 +511,24 @@ def test_devices() -> None:
     assert "'cuda:99'" in found(report, "devices", "error").seen
     assert "not tried" in found(report, "collector", "warning").seen
     net = TensorDictModule(nn.Linear(FEATURES, 4), in_keys=["observation"], out_keys=[("agent", "logits")])
-    actor = ProbabilisticActor(net, in_keys={"logits": ("agent", "logits")}, distribution_class=Categorical, out_keys=["action"])
+    actor = ProbabilisticActor(
+        net, in_keys={"logits": ("agent", "logits")}, distribution_class=Categorical, out_keys=["action"]
+    )
     policy = hooked(actor, ActivationCaching("module.0.module"))
-    options = {"policy_device": "cpu:0", "env_device": "cpu", "replay_buffer": ReplayBuffer(storage=LazyTensorStorage(99))}
+    options = {
+        "policy_device": "cpu:0",
+        "env_device": "cpu",
+        "replay_buffer": ReplayBuffer(storage=LazyTensorStorage(99)),
+    }
     one = found(check(policy, env(), options), "devices", "error")
     assert "('agent', 'logits')" in one.seen
     assert "storing_device" in one.remedy
     with pytest.raises(RuntimeError, match="devices differ"):  # which is what TorchRL would say
-        list(Collector(env(), policy, frames_per_batch=8, total_frames=8, auto_register_policy_transforms=False, **options))
+        list(
+            Collector(
+                env(), policy, frames_per_batch=8, total_frames=8, auto_register_policy_transforms=False, **options
+            )
+        )
     assert check(policy, env(), options | {"storing_device": "cpu"}).ok
 
 
@@ -565,7 +586,10 @@ class Remembering:
 
 def test_values_that_are_frozen_between_batches() -> None:
     postproc = Remembering()
-    assert "('extra',) is the same" in found(check(hooked(make_actor()), env(), {"postproc": postproc}), "frozen", "error").seen
+    assert (
+        "('extra',) is the same"
+        in found(check(hooked(make_actor()), env(), {"postproc": postproc}), "frozen", "error").seen
+    )
     assert postproc.extra is None  # a copy of it was called
 
 
@@ -583,7 +607,7 @@ def test_arguments_that_cannot_be_tried() -> None:
 def test_what_is_not_to_check() -> None:
     with pytest.raises(InputError, match="not one; give what"):
         check(make_actor(), env())
-    with pytest.raises(InputError, match="its module 'module.0' is: prepare the outermost"):
+    with pytest.raises(InputError, match=r"its module 'module\.0' is: prepare the outermost"):
         check(TensorDictSequential(hooked(make_actor())), env())
     with pytest.raises(InputError, match="at least two"):
         check(hooked(make_actor()), env(), steps=1)
@@ -614,6 +638,73 @@ def test_an_environment_that_hangs() -> None:
     assert one.seen == "after 1 s the check still waited for the environment at step 2"
 
 
+def hanging_worker() -> CueCorners:
+    time.sleep(60 if multiprocessing.parent_process() else 0)
+    return env()
+
+
+def test_a_worker_that_hangs_is_named_and_stopped() -> None:
+    began = time.monotonic()
+    report = check(hooked(make_actor()), hanging_worker, {"num_workers": 1}, time_limit=4.0)
+    assert time.monotonic() - began < 40
+    assert "still waited for the start of 1 worker of MultiSyncCollector" in found(report, "time limit", "error").seen
+    assert not multiprocessing.active_children()
+
+
+def die(step: int, data: TensorDictBase) -> None:
+    if step == 2 and multiprocessing.parent_process():
+        os._exit(3)
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_named() -> None:
+    report = check(hooked(make_actor()), functools.partial(Changed, die), {"num_workers": 1})
+    assert re.search(r"batch 0 from 1 worker .*worker 0 \(exit code 3\)", found(report, "dry run", "error").seen)
+    assert not multiprocessing.active_children()
+
+
+class SetsNewKey:
+    def __call__(self, data: TensorDictBase) -> None:
+        data.set("extra", data["logits"].sum(-1))
+
+
+def test_a_hook_in_a_worker_whose_keys_are_frozen() -> None:
+    report = check(hooked(make_actor()), env, {"num_workers": 1, "post_collect_hook": SetsNewKey()})
+    assert found(report, "collector", "ok").seen == "MultiSyncCollector ran with 1 worker, and took weights"
+    assert "('extra',) is the same in two batches" in found(report, "frozen", "error").seen
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared_init", [True, False])
+def test_results_that_workers_add_behind_the_storage(shared_init: bool) -> None:
+    policy = hooked(make_actor())
+    buffer = ReplayBuffer(storage=LazyTensorStorage(100, shared_init=shared_init), shared=True)
+    report = check(policy, CueCorners, {"num_workers": 1, "postproc": policy.annotate, "replay_buffer": buffer})
+    if shared_init:
+        assert report.ok, str(report)
+    else:
+        one = found(report, "kept", "error")
+        assert "('attr', 'observation')" in one.seen
+        assert "shared_init=True" in one.remedy
+
+
+@pytest.mark.slow
+def test_multi_async() -> None:
+    report = check(
+        hooked(make_actor()), env(), {"num_workers": 1, "compile_policy": True}, collector=MultiAsyncCollector
+    )
+    assert report.ok, str(report)
+
+
+def test_async_batched() -> None:
+    policy, options = hooked(make_actor()), {"num_workers": 3, "env_backend": "threading"}
+    report = check(policy, CueCorners, options, collector=AsyncBatchedCollector)
+    assert report.ok, str(report)
+    report = check(policy, env, options, collector=AsyncBatchedCollector)  # takes no batched environments
+    assert "(because of " in found(report, "dry run", "error").seen
+
+
 def broken_steering(module_key: str, output: torch.Tensor) -> torch.Tensor:
     torch._dynamo.graph_break()
     return output
@@ -638,3 +729,48 @@ def test_graphs_that_break_and_recompile() -> None:
     one = found(check(hooked(policy, ActivationCaching("module")), env(), compile=True), "compile", "warning")
     assert "the user's policy does not either" in one.remedy
     torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------ the command
+
+
+def test_the_command_on_its_example(capsys) -> None:
+    assert main(["check", "--steps", "8"]) == 0
+    shown = capsys.readouterr().out
+    assert "written at each of 8 steps: ('cache', 'module.0.module.3') (64,) float32" in shown
+    assert shown.endswith("0 warnings, 0 errors\n")
+
+
+def test_the_command_on_a_users_function(tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "my_agent.py").write_text(
+        "from tdhook_rl.examples.check import setup\n"
+        "def broken():\n"
+        "    policy, env, arguments = setup()\n"
+        "    return policy, env, arguments | {'policy_device': 'cuda:99'}\n"
+        "def nothing():\n"
+        "    return 1\n"
+        "value = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert main(["check", "my_agent:broken"]) == 1
+    assert "error devices" in capsys.readouterr().out.replace("error   devices", "error devices")
+    for target, message in (
+        ("my_agent", "write MODULE:FUNCTION"),
+        ("my_agent:brokn", r"has no function 'brokn'; nearest: 'broken'"),
+        ("my_agent:value", "has no function 'value'"),
+        ("my_agent:nothing", "returned int, where (hooked policy, environment)"),
+        ("no_such_module:x", "no module 'no_such_module'"),
+    ):
+        assert main(["check", target]) == 1
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_command_prints_with_and_without_rich(installed: bool, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    if not installed:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+        monkeypatch.setitem(sys.modules, "rich", None)
+    assert main(["check", "--steps", "2"]) == 0
+    assert ("┃" in capsys.readouterr().out) == installed

@@ -59,6 +59,11 @@ def _available(device: torch.device) -> bool:
 
 def collecting_findings(run: Collecting, policy: Any, walk: Walk) -> Iterator[Finding]:
     """Which results the collector kept, and whether they were computed and changed."""
+    if not run.batches:
+        yield Finding(
+            "collector", "error", f"{run.kind.__name__} gave nothing", "look at frames_per_batch and its like"
+        )
+        return
     if run.skipped:
         yield Finding(
             "collector",
@@ -70,7 +75,7 @@ def collecting_findings(run: Collecting, policy: Any, walk: Walk) -> Iterator[Fi
         "collector",
         "ok",
         f"{run.kind.__name__} ran"
-        + (f" with {run.workers} workers" if run.workers else "")
+        + (f" with {run.workers} worker{'s' * (run.workers > 1)}" if run.workers else "")
         + (", and took weights" if run.synced else ""),
     )
     buffered = run.options.get("replay_buffer") is not None
@@ -143,6 +148,8 @@ def _random(run: Collecting, walk: Walk) -> Iterator[Finding]:
 
 
 def _frozen(run: Collecting, walk: Walk) -> Iterator[Finding]:
+    if len(run.batches) < 2:
+        return
     first, second = run.batches[-2:]
     inputs = [key for key in map(as_tuple, walk.policy.policy_in_keys) if first.get(key, None) is not None]
     if all(torch.equal(first.get(key), second.get(key)) for key in inputs):
@@ -179,7 +186,10 @@ def failure(error: Exception, where: str, options: dict[str, Any]) -> Finding:
     if isinstance(error, TdhookError):
         return Finding("dry run", "error", f"{where}: {error}")
     text = f"{type(error).__name__}: {error}"
-    return Finding("dry run", "error", f"{where}: {type(error).__name__}: {first_line(error)}", _remedy(text, options))
+    seen = f"{where}: {type(error).__name__}: {first_line(error)}"
+    if (cause := error.__cause__) is not None:
+        seen += f" (because of {type(cause).__name__}: {first_line(cause)})"
+    return Finding("dry run", "error", seen, _remedy(text, options))
 
 
 def _remedy(text: str, options: dict[str, Any]) -> str:
@@ -189,7 +199,7 @@ def _remedy(text: str, options: dict[str, Any]) -> str:
         (("got NoneType",), "an entry is absent at the first step: write it at every step, from the reset on"),
         (("pickle", "serialize"), "build and prepare the policy inside a function, given as policy_factory="),
         (
-            ("bootstrapping phase", "failed to initialize", "closed the connection"),
+            ("bootstrapping phase", "failed to initialize", "closed the connection", "process failed"),
             "read the worker's traceback above; a script that starts workers needs `if __name__ == '__main__':`",
         ),
     )

@@ -122,7 +122,7 @@ def _shadow(bound: Any) -> Any:
     return shadow
 
 
-def fresh_env(env: Any, options: dict[str, Any] | None = None) -> Any:
+def fresh_env(env: Any, options: dict[str, Any]) -> Any:
     """An environment that may be stepped: a copy of an instance, or what a constructor makes.
 
     Raises:
@@ -138,10 +138,16 @@ def fresh_env(env: Any, options: dict[str, Any] | None = None) -> Any:
                 f"this {type(env).__name__} cannot be copied ({type(error).__name__}: {first_line(error)}), and a dry "
                 "run must not step yours: give a function that makes one"
             ) from error
-    made = env(**(options or {}))
+    made = env(**options)
     if not isinstance(made, EnvBase):
         raise InputError(f"the environment constructor returned a {type(made).__name__}, not a TorchRL environment")
     return made
+
+
+def env_options(given: Any) -> dict[str, Any]:
+    """The arguments of the environment's constructor: ``create_env_kwargs``, or the first of several."""
+    options = given[0] if isinstance(given, (list, tuple)) and given else given
+    return dict(options or {})
 
 
 def first_line(error: BaseException) -> str:
