@@ -140,7 +140,7 @@ def _called(target: str) -> tuple[Any, ...]:
 
     module_name, _, name = target.partition(":")
     if not name:
-        raise InputError(f"{target!r} does not name a function: write MODULE:FUNCTION, such as 'my_agent:setup'")
+        raise InputError(f"{target!r} names no function: write MODULE:FUNCTION, such as 'my_agent:setup'")
     folder = str(Path.cwd())
     if folder not in sys.path:  # as for `python -m`; an installed command does not look there
         sys.path.insert(0, folder)
@@ -149,16 +149,16 @@ def _called(target: str) -> tuple[Any, ...]:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
-        raise InputError(f"there is no module {error.name!r} in {folder} or among the installed ones") from None
+        raise InputError(f"no module is named {error.name!r}, in {folder} or among the installed ones") from None
     function = getattr(module, name, None)
     if not callable(function):
         names = [other for other, value in vars(module).items() if callable(value)]
         raise InputError(f"{module_name!r} has no function {name!r}; {nearest(name, names)}")
     made = function()
     if not isinstance(made, tuple) or len(made) not in (2, 3):
+        got = f"a tuple of {len(made)}" if isinstance(made, tuple) else type(made).__name__
         raise InputError(
-            f"{target} returned {'a tuple of ' + str(len(made)) if isinstance(made, tuple) else type(made).__name__}, "
-            "where (hooked policy, environment) or (hooked policy, environment, collector arguments) is expected"
+            f"{target} returned {got}: it must return (hooked policy, environment), or with collector arguments third"
         )
     return made
 

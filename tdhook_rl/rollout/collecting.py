@@ -101,6 +101,9 @@ class Collecting:
         if self.random:
             arguments["init_random_frames"] = frames
         arguments |= {"frames_per_batch": frames, "total_frames": frames * (2 + self.random)}
+        if arguments.get("trajs_per_batch"):
+            # One trajectory is as good as many, and takes as long as it takes.
+            arguments |= {"trajs_per_batch": 1, "total_frames": -1}
         if compiles := arguments.pop("compile_policy", None):
             # It is tried by itself, and would use up the number of recompilations that Dynamo allows the class in this
             # process. What it traces in workers is the same with a backend that takes no time.

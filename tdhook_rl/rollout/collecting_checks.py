@@ -60,9 +60,7 @@ def _available(device: torch.device) -> bool:
 def collecting_findings(run: Collecting, policy: Any, walk: Walk) -> Iterator[Finding]:
     """Which results the collector kept, and whether they were computed and changed."""
     if not run.batches:
-        yield Finding(
-            "collector", "error", f"{run.kind.__name__} gave nothing", "look at frames_per_batch and its like"
-        )
+        yield Finding("collector", "error", f"{run.kind.__name__} gave nothing", "a batch must come within a few steps")
         return
     if run.skipped:
         yield Finding(

@@ -128,9 +128,15 @@ def fresh_env(env: Any, options: dict[str, Any]) -> Any:
     Raises:
         InputError: if the instance does not deep-copy, or the constructor makes something else.
     """
-    from torchrl.envs import EnvBase
+    from torchrl.envs import EnvBase, ParallelEnv
 
     if isinstance(env, EnvBase):
+        if any(isinstance(part, ParallelEnv) and not part.is_closed for part in env.modules()):
+            # Half a copy of it would close its workers when it is deleted.
+            raise InputError(
+                "this ParallelEnv has started its workers, and a dry run must not step them: give a function that "
+                "makes another, or one that has not been reset"
+            )
         try:
             return copy.deepcopy(env)
         except Exception as error:
