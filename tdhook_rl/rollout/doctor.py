@@ -84,8 +84,8 @@ def check(
         >>> actor = make_actor()
         >>> with ActivationCaching(FC2).prepare(actor) as policy:
         ...     report = check(policy, CueCorners(batch_size=[2]), {"frames_per_batch": 64})
-        >>> report.summary()
-        '18 ok, 0 warnings, 0 errors'
+        >>> report.ok, len(report.of_level("warning"))
+        (True, 0)
     """
     if steps < 2:
         raise InputError(f"steps={steps}: at least two are needed, to see what changes between them")
