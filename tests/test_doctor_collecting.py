@@ -100,6 +100,14 @@ def test_random_frames() -> None:
     assert "lack ('cache', 'module.0.module.3')" in found(report, "random frames", "warning").seen
 
 
+def test_masks_that_are_cleared() -> None:
+    def clear(data: TensorDictBase) -> TensorDictBase:
+        return data.set(("computed", "cache"), torch.zeros(data.batch_size, dtype=torch.bool))
+
+    one = found(check(hooked(make_actor()), env(), {"postproc": clear}), "schedules", "error")
+    assert "no row of 'cache' was computed in the batches of the collector" in one.seen
+
+
 class Remembering:
     """A postproc that computes once."""
 

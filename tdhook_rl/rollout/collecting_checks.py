@@ -88,7 +88,7 @@ def collecting_findings(run: Collecting, policy: Any, walk: Walk) -> Iterator[Fi
         yield Finding("kept", "error", f"{where} lacks {names}", _why_lost(run, walk, lost))
     else:
         yield Finding("kept", "ok", f"{'the replay buffer' if buffered else 'the batch'} holds every result")
-    yield from _computed(run, last, expected - set(lost))
+    yield from _computed(run, walk, expected - set(lost))
     if not buffered:
         yield from _random(run, walk)
         yield from _frozen(run, walk)
@@ -118,14 +118,18 @@ def _why_lost(run: Collecting, walk: Walk, lost: list[Key]) -> str:
     return "write the results beside the buffer with tdhook_rl.replay.analyze"
 
 
-def _computed(run: Collecting, batch: TensorDictBase, kept: set[Key]) -> Iterator[Finding]:
+def _computed(run: Collecting, walk: Walk, kept: set[Key]) -> Iterator[Finding]:
+    rows = walk.steps * walk.env.batch_size.numel()
     for key in sorted(kept):
-        if key[0] == "computed" and not bool(batch.get(key).any()):
+        if key[0] != "computed" or walk.selected.get(key[1], rows) < rows:
+            continue  # a schedule may well leave out the few steps of a dry run
+        masks = [batch.get(key, None) for batch in run.batches[run.random :] or run.batches]
+        if not any(mask is not None and bool(mask.any()) for mask in masks):
             yield Finding(
                 "schedules",
                 "error",
-                f"no row of {key[1]!r} was computed in a batch of the collector",
-                "choose a shorter period or another mask, or compute the batch with postproc=policy.annotate",
+                f"no row of {key[1]!r} was computed in the batches of the collector",
+                "look for what clears the mask, such as a postproc",
             )
 
 
