@@ -52,7 +52,8 @@ def check(
         steps: how many steps are made by hand; more, up to one batch of the collector, if a schedule has not selected
             a row by then.
         compile: compile as well, with a backend that only traces; implied by ``compile_policy``.
-        time_limit: seconds after which the check ends, whatever it waits for.
+        time_limit: seconds after which the check ends, whatever it waits for. Workers are stopped; what hangs in this
+            process cannot be, and is left in a thread of its own.
 
     Returns:
         a :class:`Report`: ``str(report)`` is a table, ``report.ok`` says that there is no error, and
