@@ -6,11 +6,9 @@ import argparse
 import importlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from tdhook_rl.errors import InputError, TdhookError, nearest
 
 __all__ = ["main"]
 
@@ -18,6 +16,8 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status (1 for an error that has a message, 130 for Ctrl-C)."""
     options = _parser().parse_args(arguments)
+    from tdhook_rl.errors import TdhookError
+
     try:
         return options.command(options)
     except TdhookError as error:
@@ -47,60 +47,23 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(command=_demo)
     check = commands.add_parser(
         "check",
-        help="try a hooked policy in its environment and collector, and say what would fail",
-        description="A dry run on copies: keys, shapes, pickling, devices, buffers, graphs. Exit status 1 on errors.",
+        help="try a hooked policy in its environment and collector before training",
+        description="Make a dry run on copies and list what would fail or go wrong in silence; exits 1 on an error.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     check.add_argument(
-        "source",
+        "target",
         nargs="?",
+        default="tdhook_rl.examples.check:setup",
         metavar="MODULE:FUNCTION",
-        help="returns (hooked_policy, env) or (hooked_policy, env, collector_kwargs); a built-in example by default",
+        help="returns (hooked policy, environment) or (..., collector arguments), and takes no argument",
     )
     check.add_argument("--compile", action="store_true", help="look for graph breaks and recompilations as well")
-    check.add_argument("--workers", type=int, default=0, help="also try so many spawned workers")
+    check.add_argument("--workers", type=int, default=0, help="run a MultiSyncCollector with so many processes")
+    check.add_argument("--steps", type=int, default=16, help="steps of the environment that are looked at one by one")
+    check.add_argument("--time-limit", type=float, default=120.0, help="seconds, whatever it waits for")
     check.set_defaults(command=_check)
     return parser
-
-
-def _check(options: argparse.Namespace) -> int:
-    from tdhook_rl.rollout import check
-
-    parts = _example() if options.source is None else _load(options.source)()
-    if not isinstance(parts, tuple) or len(parts) not in (2, 3):
-        raise InputError(f"{options.source} returned {parts!r}: it must return (policy, env) or (policy, env, kwargs)")
-    policy, env, *rest = parts
-    arguments = {**(rest[0] if rest else {}), **({"num_workers": options.workers} if options.workers else {})}
-    report = check(policy, env, arguments, compile=options.compile)
-    try:
-        from rich.console import Console
-
-        Console().print(report)
-    except ModuleNotFoundError:
-        print(report)
-    return 0 if report.ok else 1
-
-
-def _load(source: str) -> Callable[[], Any]:
-    module, _, name = source.partition(":")
-    if not module or not name:
-        raise InputError(f"{source!r} names no function: write MODULE:FUNCTION, such as my_project.train:make")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as error:
-        raise InputError(f"no module is named {error.name!r}, which {source!r} needs") from error
-    except AttributeError as error:
-        known = vars(importlib.import_module(module))
-        raise InputError(f"{module!r} has no {name!r}; {nearest(name, known)}") from error
-
-
-def _example() -> tuple[Any, ...]:
-    from tdhook_rl import ActivationCaching, Compose, Saliency
-    from tdhook_rl.envs import CueCorners
-    from tdhook_rl.examples.agent import FC2, make_actor
-
-    method = Compose(ActivationCaching(FC2), Saliency(when="step"))
-    return method.prepare(make_actor(), return_context=False), CueCorners(batch_size=[4], seed=0)
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -142,6 +105,62 @@ def _demo(options: argparse.Namespace) -> int:
         sinks.close()
     _print_summary(console, demo_report, found, folder, report)
     return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    import torchrl
+
+    from tdhook_rl.rollout import check
+
+    torchrl.logger.setLevel("ERROR")
+    policy, env, *rest = _called(options.target)
+    arguments = dict(rest[0] if rest else {})
+    if options.workers:
+        arguments["num_workers"] = options.workers
+    report = check(policy, env, arguments, steps=options.steps, compile=options.compile, time_limit=options.time_limit)
+    _show(report)
+    return 0 if report.ok else 1
+
+
+def _show(report: Any) -> None:
+    if sys.stdout.isatty():
+        try:
+            from rich.console import Console
+        except ModuleNotFoundError:
+            pass
+        else:
+            Console().print(report)
+            return
+    print(report)
+
+
+def _called(target: str) -> tuple[Any, ...]:
+    """What the function that ``MODULE:FUNCTION`` names returns: a policy, an environment, perhaps arguments."""
+    from tdhook_rl.errors import InputError, nearest
+
+    module_name, _, name = target.partition(":")
+    if not name:
+        raise InputError(f"{target!r} names no function: write MODULE:FUNCTION, such as 'my_agent:setup'")
+    folder = str(Path.cwd())
+    if folder not in sys.path:  # as for `python -m`; an installed command does not look there
+        sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise InputError(f"no module is named {error.name!r}, in {folder} or among the installed ones") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        names = [other for other, value in vars(module).items() if callable(value)]
+        raise InputError(f"{module_name!r} has no function {name!r}; {nearest(name, names)}")
+    made = function()
+    if not isinstance(made, tuple) or len(made) not in (2, 3):
+        got = f"a tuple of {len(made)}" if isinstance(made, tuple) else type(made).__name__
+        raise InputError(
+            f"{target} returned {got}: it must return (hooked policy, environment), or with collector arguments third"
+        )
+    return made
 
 
 def _print_summary(console: Any, demo_report: Any, found: Any, folder: Path, report: Path) -> None:

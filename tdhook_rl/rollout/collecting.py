@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
 
-from tdhook_rl.rollout.dry_run import Watch, first_line, fresh_env
+from tdhook_rl.rollout.dry_run import Watch, env_options, first_line, fresh_env
 
 __all__ = ["Collecting", "replica"]
 
@@ -40,25 +40,26 @@ class Collecting:
     skipped: list[str] = field(default_factory=list)
     synced: bool = False
 
-    def run(self, policy: Any, trial: Any, env: Any, factory: Any, watch: Watch) -> None:
+    def run(self, policy: Any, trial: Any, env: Any, copies: int, factory: Any, watch: Watch) -> None:
         """Collect a few batches.
 
         Args:
             policy: the user's hooked policy, to which arguments such as ``postproc`` may refer.
             trial: the copy that collects.
             env: the user's environment or its constructor.
+            copies: how many environments it steps at once.
             factory: the ``policy_factory``; ``None`` where the policy itself is given.
             watch: says what is waited for.
         """
         watch.waiting_for = "a fresh environment for the collector"
-        made = fresh_env(env, self.options.get("create_env_kwargs"))
-        copies = made.batch_size.numel() * max(self.workers, 1)
-        arguments = self._arguments(policy, trial, copies)
+        arguments = self._arguments(policy, trial, copies * max(self.workers, 1))
+        options = env_options(arguments.pop("create_env_kwargs", None))
         if self.workers:
-            arguments.pop("create_env_kwargs", None)
-            made = [functools.partial(_made, env, made, self.options.get("create_env_kwargs"))] * self.workers
+            made = [functools.partial(fresh_env, env, options)] * self.workers
+        else:
+            made = fresh_env(env, options)
         name = self.kind.__name__
-        what = f"{self.workers} workers of {name}" if self.workers else name
+        what = f"{self.workers} worker{'s' * (self.workers > 1)} of {name}" if self.workers else name
         watch.waiting_for = f"the start of {what}"
         given = {"policy": trial} if factory is None else {"policy_factory": factory}
         collector = self.kind(made, **given, **arguments)
@@ -66,7 +67,7 @@ class Collecting:
             frames = iter(collector)
             for index in range(2 + self.random):
                 watch.waiting_for = f"batch {index} from {what}"
-                batch = next(frames)
+                batch = next(frames, None)  # None as well if it goes to a buffer
                 if batch is not None:
                     # Collectors write into the same memory again.
                     self.batches.append(batch.detach().clone())
@@ -76,11 +77,16 @@ class Collecting:
                     self.synced = True
             if (buffer := arguments.get("replay_buffer")) is not None:
                 self.batches = [buffer[:].clone()]
-        finally:
-            watch.waiting_for = f"the end of {what}"
-            collector.shutdown()
+        except BaseException:
+            with contextlib.suppress(Exception):
+                collector.shutdown()
+            raise
+        watch.waiting_for = f"the end of {what}"
+        collector.shutdown()
 
     def _arguments(self, policy: Any, trial: Any, copies: int) -> dict[str, Any]:
+        from torchrl.collectors import Collector, MultiCollector
+
         arguments: dict[str, Any] = {}
         memo = {id(policy): trial}
         for name, value in self.options.items():
@@ -95,23 +101,18 @@ class Collecting:
         if self.random:
             arguments["init_random_frames"] = frames
         arguments |= {"frames_per_batch": frames, "total_frames": frames * (2 + self.random)}
+        if arguments.get("trajs_per_batch"):
+            # One trajectory is as good as many, and takes as long as it takes.
+            arguments |= {"trajs_per_batch": 1, "total_frames": -1}
         if compiles := arguments.pop("compile_policy", None):
             # It is tried by itself, and would use up the number of recompilations that Dynamo allows the class in this
             # process. What it traces in workers is the same with a backend that takes no time.
             if self.workers:
                 arguments["compile_policy"] = (compiles if isinstance(compiles, dict) else {}) | {"backend": "eager"}
-        accepted = inspect.signature(self.kind.__init__).parameters
-        if "auto_register_policy_transforms" in accepted:
+        if issubclass(self.kind, (Collector, MultiCollector)):
             # TorchRL warns of its next default otherwise; what is missing is a finding of its own.
             arguments.setdefault("auto_register_policy_transforms", False)
         return arguments
-
-
-def _made(env: Any, copied: Any, options: Mapping[str, Any] | None) -> Any:
-    """What a worker steps: a copy of the user's instance, or what the constructor makes there."""
-    from torchrl.envs import EnvBase
-
-    return copied if isinstance(env, EnvBase) else env(**(options or {}))
 
 
 def replica(buffer: Any, rows: int = 256) -> Any:

@@ -59,6 +59,9 @@ def _available(device: torch.device) -> bool:
 
 def collecting_findings(run: Collecting, policy: Any, walk: Walk) -> Iterator[Finding]:
     """Which results the collector kept, and whether they were computed and changed."""
+    if not run.batches:
+        yield Finding("collector", "error", f"{run.kind.__name__} gave nothing", "a batch must come within a few steps")
+        return
     if run.skipped:
         yield Finding(
             "collector",
@@ -70,7 +73,7 @@ def collecting_findings(run: Collecting, policy: Any, walk: Walk) -> Iterator[Fi
         "collector",
         "ok",
         f"{run.kind.__name__} ran"
-        + (f" with {run.workers} workers" if run.workers else "")
+        + (f" with {run.workers} worker{'s' * (run.workers > 1)}" if run.workers else "")
         + (", and took weights" if run.synced else ""),
     )
     buffered = run.options.get("replay_buffer") is not None
@@ -85,7 +88,7 @@ def collecting_findings(run: Collecting, policy: Any, walk: Walk) -> Iterator[Fi
         yield Finding("kept", "error", f"{where} lacks {names}", _why_lost(run, walk, lost))
     else:
         yield Finding("kept", "ok", f"{'the replay buffer' if buffered else 'the batch'} holds every result")
-    yield from _computed(run, last, expected - set(lost))
+    yield from _computed(run, walk, expected - set(lost))
     if not buffered:
         yield from _random(run, walk)
         yield from _frozen(run, walk)
@@ -115,14 +118,18 @@ def _why_lost(run: Collecting, walk: Walk, lost: list[Key]) -> str:
     return "write the results beside the buffer with tdhook_rl.replay.analyze"
 
 
-def _computed(run: Collecting, batch: TensorDictBase, kept: set[Key]) -> Iterator[Finding]:
+def _computed(run: Collecting, walk: Walk, kept: set[Key]) -> Iterator[Finding]:
+    rows = walk.steps * walk.env.batch_size.numel()
     for key in sorted(kept):
-        if key[0] == "computed" and not bool(batch.get(key).any()):
+        if key[0] != "computed" or walk.selected.get(key[1], rows) < rows:
+            continue  # a schedule may well leave out the few steps of a dry run
+        masks = [batch.get(key, None) for batch in run.batches[run.random :] or run.batches]
+        if not any(mask is not None and bool(mask.any()) for mask in masks):
             yield Finding(
                 "schedules",
                 "error",
-                f"no row of {key[1]!r} was computed in a batch of the collector",
-                "choose a shorter period or another mask, or compute the batch with postproc=policy.annotate",
+                f"no row of {key[1]!r} was computed in the batches of the collector",
+                "look for what clears the mask, such as a postproc",
             )
 
 
@@ -143,6 +150,8 @@ def _random(run: Collecting, walk: Walk) -> Iterator[Finding]:
 
 
 def _frozen(run: Collecting, walk: Walk) -> Iterator[Finding]:
+    if len(run.batches) < 2:
+        return
     first, second = run.batches[-2:]
     inputs = [key for key in map(as_tuple, walk.policy.policy_in_keys) if first.get(key, None) is not None]
     if all(torch.equal(first.get(key), second.get(key)) for key in inputs):
@@ -179,7 +188,10 @@ def failure(error: Exception, where: str, options: dict[str, Any]) -> Finding:
     if isinstance(error, TdhookError):
         return Finding("dry run", "error", f"{where}: {error}")
     text = f"{type(error).__name__}: {error}"
-    return Finding("dry run", "error", f"{where}: {type(error).__name__}: {first_line(error)}", _remedy(text, options))
+    seen = f"{where}: {type(error).__name__}: {first_line(error)}"
+    if (cause := error.__cause__) is not None:
+        seen += f" (because of {type(cause).__name__}: {first_line(cause)})"
+    return Finding("dry run", "error", seen, _remedy(text, options))
 
 
 def _remedy(text: str, options: dict[str, Any]) -> str:
@@ -189,7 +201,7 @@ def _remedy(text: str, options: dict[str, Any]) -> str:
         (("got NoneType",), "an entry is absent at the first step: write it at every step, from the reset on"),
         (("pickle", "serialize"), "build and prepare the policy inside a function, given as policy_factory="),
         (
-            ("bootstrapping phase", "failed to initialize", "closed the connection"),
+            ("bootstrapping phase", "failed to initialize", "closed the connection", "process failed"),
             "read the worker's traceback above; a script that starts workers needs `if __name__ == '__main__':`",
         ),
     )

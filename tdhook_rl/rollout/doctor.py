@@ -17,7 +17,7 @@ from tdhook_rl.module import HookedMixin
 from tdhook_rl.rollout.collecting import Collecting
 from tdhook_rl.rollout.collecting_checks import collecting_findings, device_findings, failure
 from tdhook_rl.rollout.compile_checks import compile_findings
-from tdhook_rl.rollout.dry_run import TimeUp, Watch, fresh_env, trial_of, untouched
+from tdhook_rl.rollout.dry_run import TimeUp, Watch, env_options, fresh_env, trial_of, untouched
 from tdhook_rl.rollout.findings import Finding, Report
 from tdhook_rl.rollout.policy_checks import policy_findings
 from tdhook_rl.rollout.walk import Walk
@@ -52,7 +52,8 @@ def check(
         steps: how many steps are made by hand; more, up to one batch of the collector, if a schedule has not selected
             a row by then.
         compile: compile as well, with a backend that only traces; implied by ``compile_policy``.
-        time_limit: seconds after which the check ends, whatever it waits for.
+        time_limit: seconds after which the check ends, whatever it waits for. Workers are stopped; what hangs in this
+            process cannot be, and is left in a thread of its own.
 
     Returns:
         a :class:`Report`: ``str(report)`` is a table, ``report.ok`` says that there is no error, and
@@ -136,18 +137,18 @@ class _Examination:
 
     def _collector(self) -> tuple[type, int]:
         """The collector's class, and how many environments it is given in a list; 0 for one environment."""
-        from torchrl.collectors import AsyncBatchedCollector, Collector, MultiSyncCollector
+        from torchrl.collectors import AsyncBatchedCollector, Collector, MultiCollector, MultiSyncCollector
 
         asked = self.options.pop("num_workers", None)
         kind = self.collector or (MultiSyncCollector if asked else Collector)
-        takes_a_list = "num_workers" in _parameters(kind) or issubclass(kind, AsyncBatchedCollector)
+        takes_a_list = issubclass(kind, (MultiCollector, AsyncBatchedCollector))
         if asked and not takes_a_list:
             raise InputError(f"{kind.__name__} has no workers: leave out num_workers, or give a MultiSyncCollector")
         return kind, (asked or 1) if takes_a_list else 0
 
     def _run(self, kind: type, workers: int) -> Iterator[Finding]:
         self.watch.waiting_for = "the constructor of the environment"
-        env, failed = self._attempt(lambda: fresh_env(self.env, self.options.get("create_env_kwargs")))
+        env, failed = self._attempt(lambda: fresh_env(self.env, env_options(self.options.get("create_env_kwargs"))))
         if failed is not None:
             yield failed
             return
@@ -222,8 +223,9 @@ class _Examination:
             )
             return
         run = Collecting(kind, self.options, workers)
+        copies = walk.env.batch_size.numel()
         _, failed = self._attempt(
-            lambda: run.run(self.policy, trial_of(self.policy), self.env, self.factory, self.watch)
+            lambda: run.run(self.policy, trial_of(self.policy), self.env, copies, self.factory, self.watch)
         )
         if failed is None:
             yield from collecting_findings(run, self.policy, walk)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tdhook_rl.errors import InputError
+from tdhook_rl.latent.caches import CacheStore, Staging
 
 __all__ = ["TimeUp", "Watch", "fresh_env", "trial_of", "untouched"]
 
@@ -110,12 +111,18 @@ def trial_of(policy: Any) -> Any:
     trial = copy.deepcopy(policy)
     trial._hooked_runtime.checked = False  # look again for interventions that do not act
     # Methods that feed the user's probes share them with copies of the policy, on purpose; a dry run must not.
-    # A cache of the caller's is bound up with the hooks that fill it: it is filled by the dry run, as by any copy.
+    # So it is with a cache of the caller's, which the hooks reach through a route.
     shadows = {
         id(one): _shadow(one)
         for one in trial._hooked_bound
         if getattr(one, "consumes", False) and not hasattr(one, "_staging")
     }
+    stores: dict[int, CacheStore] = {}
+    for route in trial._hooked_routes:
+        if isinstance(route, Staging):
+            held = route.store.data
+            own = CacheStore(held.clone().lock_() if held.is_locked else held.clone())
+            route.store = stores.setdefault(id(route.store), own)
     for name in ("_hooked_bound", "_hooked_steps", "_hooked_alone"):
         trial.__dict__[name] = [shadows.get(id(one), one) for one in getattr(trial, name)]
     return trial
@@ -127,15 +134,21 @@ def _shadow(bound: Any) -> Any:
     return shadow
 
 
-def fresh_env(env: Any, options: dict[str, Any] | None = None) -> Any:
+def fresh_env(env: Any, options: dict[str, Any]) -> Any:
     """An environment that may be stepped: a copy of an instance, or what a constructor makes.
 
     Raises:
         InputError: if the instance does not deep-copy, or the constructor makes something else.
     """
-    from torchrl.envs import EnvBase
+    from torchrl.envs import EnvBase, ParallelEnv
 
     if isinstance(env, EnvBase):
+        if any(isinstance(part, ParallelEnv) and not part.is_closed for part in env.modules()):
+            # Half a copy of it would close its workers when it is deleted.
+            raise InputError(
+                "this ParallelEnv has started its workers, and a dry run must not step them: give a function that "
+                "makes another, or one that has not been reset"
+            )
         try:
             return copy.deepcopy(env)
         except Exception as error:
@@ -143,10 +156,16 @@ def fresh_env(env: Any, options: dict[str, Any] | None = None) -> Any:
                 f"this {type(env).__name__} cannot be copied ({type(error).__name__}: {first_line(error)}), and a dry "
                 "run must not step yours: give a function that makes one"
             ) from error
-    made = env(**(options or {}))
+    made = env(**options)
     if not isinstance(made, EnvBase):
         raise InputError(f"the environment constructor returned a {type(made).__name__}, not a TorchRL environment")
     return made
+
+
+def env_options(given: Any) -> dict[str, Any]:
+    """The arguments of the environment's constructor: ``create_env_kwargs``, or the first of several."""
+    options = given[0] if isinstance(given, (list, tuple)) and given else given
+    return dict(options or {})
 
 
 def first_line(error: BaseException) -> str:

@@ -119,7 +119,7 @@ def _sites(walk: Walk) -> Iterator[Finding]:
 def _keys(walk: Walk) -> Iterator[Finding]:
     results, ok = walk.results, True
     declared = {as_tuple(key) for key in walk.policy.out_keys}
-    for key in declared:
+    for key in sorted(declared):
         absent = [step for step, written in enumerate(walk.written) if key not in written]
         if absent:
             ok = False
@@ -285,11 +285,20 @@ def batch_findings(walk: Walk, batch: TensorDictBase, annotated: TensorDictBase)
     if absent:
         yield Finding("annotate", "error", f"annotate() did not write {_list(absent)}, which is declared")
         return
-    differs = []
+    ok, differs = True, []
     for key in inline:
-        mask = batch.get(("computed", key[0]))
+        # A schedule may draw other rows for a batch than it drew step by step.
+        mask = batch.get(("computed", key[0])) & annotated.get(("computed", key[0]))
         ours, again = batch.get(key)[mask], annotated.get(key)[mask]
-        if not torch.allclose(ours, again, rtol=1e-3, atol=1e-5, equal_nan=True):
+        if ours.shape != again.shape:
+            ok = False
+            yield Finding(
+                "annotate",
+                "warning",
+                f"annotate() gives {key} the shape {tuple(again.shape[1:])}, each step gave {tuple(ours.shape[1:])}",
+                "the module adds a batch dimension where the environment has none: name the TensorDictModule around it",
+            )
+        elif not torch.allclose(ours, again, rtol=1e-3, atol=1e-5, equal_nan=True):
             differs.append(f"{key} by up to {float((ours - again).abs().max()):.2g}")
     if differs:
         yield Finding(
@@ -298,7 +307,7 @@ def batch_findings(walk: Walk, batch: TensorDictBase, annotated: TensorDictBase)
             f"annotate() gives other values than each step did: {', '.join(differs)}",
             "the policy draws noise or depends on other rows (dropout, batch norm): what was stored cannot be repeated",
         )
-    else:
+    elif ok:
         names = [key for key in added if key[0] != "computed"]
         yield Finding(
             "annotate", "ok", f"it repeats what was written step by step, and adds {_list(names) or 'nothing'}"
