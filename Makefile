@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all lint format bench clean
+.PHONY: demo test test-all lint format bench bench-peers clean
 
 demo: $(READY)
 	$(BIN)/tdhook-rl demo $(DEMO)
@@ -27,6 +27,13 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.collector_overhead $(BENCH)
+
+# Beside captum and tdhook, which only this needs.
+bench-peers: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[peers]'
+	$(BIN)/python -m benchmarks.attribution_speed $(BENCH)
+	$(BIN)/python -m benchmarks.prepared_call
+	$(BIN)/python -m benchmarks.ig_memory
 
 # torch first and pinned: an unpinned torch would pull a CUDA build of several gigabytes.
 $(READY): pyproject.toml constraints.txt

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CLASSES", "CLASS", "Impala", "Problem", "impala", "mlp"]
+__all__ = ["CLASS", "CLASSES", "Impala", "Problem", "impala", "mlp"]
 
 FEATURES, CLASSES = 8, 4
 #: The output that is explained.

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -22,10 +21,9 @@ from tdhook_rl import Saliency, targets
 from tdhook_rl.attribution import IntegratedGradients
 from tdhook_rl.attribution.integrated_gradients import quadrature
 
-__all__ = ["PEERS", "STEPS", "Run", "by_hand", "captum", "installed", "ours", "tdhook"]
+__all__ = ["STEPS", "Run", "by_hand", "captum", "installed", "ours", "tdhook"]
 
 Run = Callable[[], Tensor]
-PEERS = ("captum", "tdhook")
 STEPS = 50
 
 
@@ -36,12 +34,12 @@ def installed(peer: str) -> bool:
 # ------------------------------------------------------------------ by hand: the floor
 
 
-def by_hand(method: str, problem: Problem, chunk: int | None = None) -> Run:
+def by_hand(method: str, problem: Problem, chunk: int | None = None, steps: int = STEPS) -> Run:
     """What a user would write without a library, at its fastest."""
     if method == "Saliency":
         return partial(_gradient_by_hand, problem.net, problem.x)
-    points, weights = (torch.tensor(values) for values in quadrature("gausslegendre", STEPS))
-    at_once = STEPS if chunk is None else max(1, chunk // len(problem.x))
+    points, weights = (torch.tensor(values) for values in quadrature("gausslegendre", steps))
+    at_once = steps if chunk is None else max(1, chunk // len(problem.x))
     return partial(_integrate_by_hand, problem, points.split(at_once), weights.split(at_once))
 
 
@@ -64,27 +62,27 @@ def _integrate_by_hand(problem: Problem, points: tuple[Tensor, ...], weights: tu
 # ------------------------------------------------------------------ tdhook_rl
 
 
-def ours(method: str, problem: Problem, stack: ExitStack, **options: Any) -> tuple[Run, Run]:
-    """The hooked policy called, and ``annotate``; defaults unless options are given."""
+def ours(method: str, problem: Problem, stack: ExitStack, steps: int = STEPS) -> tuple[Run, Run]:
+    """The hooked policy called, and ``annotate``, with the defaults."""
     target = targets.logit(CLASS, key="output")
-    made = Saliency(target=target) if method == "Saliency" else IntegratedGradients(target=target, n_steps=STEPS, **options)
+    made = Saliency(target=target) if method == "Saliency" else IntegratedGradients(target=target, n_steps=steps)
     hooked = stack.enter_context(made.prepare(problem.net))
-    data = _data(problem)
+    data = _data(method, problem)
     return (
         lambda: hooked(data.copy())["attr", "input"],
         lambda: hooked.annotate(data)["attr", "input"],
     )
 
 
-def _data(problem: Problem) -> TensorDict:
-    entries = {"input": problem.x, ("baseline", "input"): problem.baseline}
-    return TensorDict(entries, batch_size=len(problem.x))
+def _data(method: str, problem: Problem) -> TensorDict:
+    baseline = {} if method == "Saliency" else {("baseline", "input"): problem.baseline}
+    return TensorDict({"input": problem.x, **baseline}, batch_size=len(problem.x))
 
 
 # ------------------------------------------------------------------ peers
 
 
-def captum(method: str, problem: Problem, chunk: int | None = None) -> Run:
+def captum(method: str, problem: Problem, chunk: int | None = None, steps: int = STEPS) -> Run:
     from captum import attr
 
     if method == "Saliency":
@@ -96,13 +94,13 @@ def captum(method: str, problem: Problem, chunk: int | None = None) -> Run:
         problem.x,
         baselines=problem.baseline,
         target=CLASS,
-        n_steps=STEPS,
+        n_steps=steps,
         method="gausslegendre",
         internal_batch_size=chunk,
     )
 
 
-def tdhook(method: str, problem: Problem, stack: ExitStack) -> Run:
+def tdhook(method: str, problem: Problem, stack: ExitStack, steps: int = STEPS) -> Run:
     from tdhook import attribution
 
     def init_attr_targets(outputs: TensorDict, _: TensorDict) -> TensorDict:
@@ -112,9 +110,9 @@ def tdhook(method: str, problem: Problem, stack: ExitStack) -> Run:
         made = attribution.Saliency(init_attr_targets=init_attr_targets)
     else:
         made = attribution.IntegratedGradients(
-            init_attr_targets=init_attr_targets, multiply_by_inputs=True, n_steps=STEPS
+            init_attr_targets=init_attr_targets, multiply_by_inputs=True, n_steps=steps
         )
-    # It places hooks on the module that it is given.
+    # It places hooks on the module and switches requires_grad on in the tensors that it is given.
     hooked = stack.enter_context(made.prepare(copy.deepcopy(problem.net)))
-    data = _data(problem)
+    data = _data(method, problem).clone()
     return lambda: hooked(data.copy())["attr", "input"]
