@@ -151,9 +151,7 @@ def _split(
     inner: Mapping[str, Tensor],
 ) -> Gradients:
     filled = [torch.zeros_like(p) if gradient is None else gradient for p, gradient in zip(points, one, strict=True)]
-    return dict(zip(inputs, filled, strict=False)), dict(
-        zip(inner, filled[len(inputs) :], strict=True)
-    ) if inner else {}
+    return dict(zip(inputs, filled, strict=False)), dict(zip(inner, filled[len(inputs) :], strict=True))
 
 
 @contextmanager
