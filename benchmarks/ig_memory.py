@@ -70,6 +70,7 @@ def table(points: list[tuple[int, int]]) -> dict[str, list[float]]:
 
 
 def main() -> None:
+    # captum's internal_batch_size, which is off by default, bounds the steps at once as well.
     print("peak above what was there before the call, MiB (ReLU net, 3 hidden layers of 64; defaults of each)")
     print(f"{'batch':>8}{'steps':>7}" + "".join(f"{name:>14}" for name in CONTENDERS))
     by_steps = table([(BATCH, steps) for steps in GROWING_STEPS])["tdhook_rl"]

@@ -239,7 +239,7 @@ def per_row(value: Tensor, batch: torch.Size, name: str) -> Tensor:
     Raises:
         TargetError: if the value does not start with the batch shape, or is an integer.
     """
-    if not isinstance(value, Tensor) or isinstance(value, TensorDictBase):
+    if not isinstance(value, Tensor):
         raise TargetError(f"target {name} is a {type(value).__name__}, not a tensor")
     if not value.is_floating_point():
         raise TargetError(

@@ -12,7 +12,7 @@ from torch import nn
 
 from tdhook_rl import Compose, SteeringVectors, targets
 from tdhook_rl.attribution import IntegratedGradients, Saliency
-from tdhook_rl.attribution.integrated_gradients import quadrature
+from tdhook_rl.attribution.integrated_gradients import quadrature, repeat_rows
 from tdhook_rl.errors import InputError, MissingKeyError, TargetError
 from tests.oracles import row_gradients
 from tests.policies import ACTIONS, FEATURES, categorical, mlp
@@ -271,17 +271,122 @@ def test_bad_baselines_and_settings_are_refused() -> None:
         Saliency(target="entropy")
 
 
-def test_the_rows_of_a_pass_are_bounded() -> None:
-    seen = []
+class Watching(nn.Module):
+    """A linear net that keeps how many rows each pass that records a graph had."""
 
-    class Watching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.requires_grad:
+            self.seen.append(len(x))
+        return x.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize(("rows", "chunk_size"), [(10, 40), (10, 7), (100, 30)])
+def test_the_rows_of_a_pass_are_bounded(rows: int, chunk_size: int) -> None:
+    net = Watching()
+    data = TensorDict({"input": torch.randn(rows, FEATURES)}, batch_size=rows)
+    with IntegratedGradients(baseline=0.0, n_steps=50, chunk_size=chunk_size, when="batch").prepare(net) as hooked:
+        hooked.annotate(data)
+        seen = hooked.hooked_root.seen
+    assert max(seen) <= chunk_size
+    assert sum(seen) == 50 * rows
+
+
+@pytest.mark.parametrize("when", ["step", "batch"])
+def test_blocks_of_rows_give_what_one_pass_gives(when: str) -> None:
+    net = mlp().double()
+    data = pair(12)
+    data["w"] = torch.rand(12, dtype=F64)
+    shaped = data.reshape(3, 4)
+    options = {
+        "init_attr_targets": lambda outputs, extra: TensorDict(
+            out=outputs["output"][..., 1] * extra["w"], batch_size=outputs.batch_size
+        ),
+        "additional_init_keys": ["w"],
+        "inputs": ["input"],
+        "input_modules": ["1"],
+        "compute_convergence_delta": True,
+        "n_steps": 16,
+        "when": when,
+    }
+    found = []
+    for chunk_size, batch in ((None, data), (5, data), (5, shaped)):
+        with IntegratedGradients(chunk_size=chunk_size, **options).prepare(net) as hooked:
+            found.append(hooked(batch.clone()) if when == "step" else hooked.annotate(batch))
+    whole, blocks, of_any_shape = found
+    for key in (("attr", "input"), ("attr", "1"), "convergence_delta"):
+        torch.testing.assert_close(blocks[key], whole[key])
+        torch.testing.assert_close(of_any_shape[key].flatten(0, 1), whole[key])
+    change = (net(data["input"]) - net(data["baseline", "input"]))[:, 1] * data["w"]
+    torch.testing.assert_close(whole["attr", "input"].sum(-1), change, rtol=0, atol=1e-5)
+
+
+def test_embeddings_of_tokens_are_explained_between_those_of_the_baseline_and_the_input() -> None:
+    net = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    tokens = torch.randint(0, 10, (5, 3))
+    data = TensorDict({"input": tokens, ("baseline", "input"): torch.zeros_like(tokens)}, batch_size=5)
+    with IntegratedGradients(input_modules=["0"]).prepare(net) as hooked:
+        found = hooked(data.clone())["attr", "0"]
+    change = (net(tokens) - net(torch.zeros_like(tokens)))[:, 0]
+    torch.testing.assert_close(found.sum((1, 2)), change, atol=1e-8, rtol=0)
+
+
+def test_inner_activations_of_a_net_that_flattens_the_batch() -> None:
+    class Frames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 3)
+            self.head = nn.Linear(2 * 4, 1)
+
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            seen.append(len(x))
-            return x.sum(-1, keepdim=True)
+            return self.head(self.conv(x.flatten(0, -4)).tanh().flatten(1)).reshape(*x.shape[:-3], 1)
 
-    data = TensorDict({"input": torch.randn(10, FEATURES)}, batch_size=10)
-    with IntegratedGradients(baseline=0.0, n_steps=50, chunk_size=40).prepare(Watching()) as hooked:
-        hooked(data)
-    assert seen[0] == 10  # the call itself
-    assert max(seen[1:]) <= 40
-    assert sum(seen[1:]) == 500
+    net = Frames().double()
+    x = torch.randn(2, 3, 1, 4, 4, dtype=F64)
+    with IntegratedGradients(baseline=0.0, input_modules=["conv"]).prepare(net) as hooked:
+        found = hooked(TensorDict({"input": x}, batch_size=(2, 3)))["attr", "conv"]
+    assert found.shape == (2, 3, 2, 2, 2)
+    change = (net(x) - net(torch.zeros_like(x)))[..., 0]
+    torch.testing.assert_close(found.flatten(2).sum(-1), change, atol=1e-8, rtol=0)
+
+
+def test_a_first_call_in_inference_mode_leaves_nothing_behind() -> None:
+    net = mlp().double()
+    data = pair()
+    with IntegratedGradients(target=output(1)).prepare(net) as hooked, torch.inference_mode():
+        hooked(data.clone())
+        with torch.inference_mode(False):
+            found = hooked(data.clone())["attr", "input"]
+    change = (net(data["input"]) - net(data["baseline", "input"]))[:, 1]
+    torch.testing.assert_close(found.sum(-1), change, atol=1e-3, rtol=0)
+
+
+def test_a_callback_may_read_the_baseline() -> None:
+    net = nn.Linear(FEATURES, 1).double()
+    data = pair()
+    method = IntegratedGradients(
+        init_attr_targets=lambda outputs, extra: TensorDict(
+            out=outputs["output"][..., 0] * extra["baseline", "input"][..., 0], batch_size=outputs.batch_size
+        ),
+        additional_init_keys=[("baseline", "input")],
+    )
+    with method.prepare(net) as hooked:
+        found = hooked(data.clone())["attr", "input"]
+    difference = data["input"] - data["baseline", "input"]
+    torch.testing.assert_close(found, net.weight * difference * data["baseline", "input"][:, :1])
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_repeated_rows(batch: tuple[int, ...]) -> None:
+    agents = TensorDict({"x": torch.randn(*batch, 4, 2)}, batch_size=(*batch, 4))
+    data = TensorDict({"a": torch.randn(*batch, 2), "agents": agents, "left out": torch.zeros(batch)}, batch_size=batch)
+    found = repeat_rows(data, 5, ["left out"])
+    rows = data.batch_size.numel()
+    assert found.batch_size == (5 * rows,)
+    assert found["agents"].batch_size == (5 * rows, 4)
+    assert set(found.keys()) == {"a", "agents"}
+    assert torch.equal(found["a"], data["a"].reshape(rows, 2).repeat(5, 1))
+    assert torch.equal(found["agents", "x"], agents["x"].reshape(rows, 4, 2).repeat(5, 1, 1))

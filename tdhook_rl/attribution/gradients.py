@@ -32,18 +32,16 @@ def explainable_inputs(call: Call, keys: Sequence[NestedKey] | None) -> dict[Nes
     own = call.policy.policy_in_keys
     if keys is None:
         keys = [key for key in own if isinstance(call.inputs[key], Tensor) and call.inputs[key].dtype != torch.bool]
-    unknown = [key for key in keys if key not in own]
-    if unknown:
+    elif unknown := [key for key in keys if key not in own]:
         raise InputError(f"{unknown[0]!r} is not an input of the policy; {nearest(str(unknown[0]), map(str, own))}")
-    chosen = {key: call.inputs[key] for key in keys}
-    floats = {
-        key: value if value.is_floating_point() else value.to(torch.get_default_dtype())
-        for key, value in chosen.items()
-    }
-    for key, value in chosen.items():
+    chosen = {}
+    for key in keys:
+        value = call.inputs[key]
         if not value.is_floating_point():
-            _require_same_outputs(call, key, floats[key])
-    return floats
+            value = value.to(torch.get_default_dtype())
+            _require_same_outputs(call, key, value)
+        chosen[key] = value
+    return chosen
 
 
 def gradients(

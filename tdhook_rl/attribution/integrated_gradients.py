@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
@@ -62,11 +63,8 @@ def quadrature(method: Quadrature, steps: int) -> tuple[tuple[float, ...], tuple
 class _BoundIntegratedGradients(BoundAttribution):
     def __init__(self, config: IntegratedGradients, binder: Binder) -> None:
         super().__init__(config, binder)
-        # Tensors of every call, also of those outside of an inference mode in which the policy was prepared.
-        with torch.inference_mode(False):
-            self._points, self._weights = (
-                torch.tensor(values, dtype=torch.float64) for values in quadrature(config.method, config.n_steps)
-            )
+        self._points, self._weights = quadrature(config.method, config.n_steps)
+        self._one_pass: tuple[tuple, list[tuple[Tensor, Tensor]]] = ((), [])  # the last schedule of a single pass
         self._multiply = config.multiply_by_inputs
         self._baseline = config.baseline
         self._baseline_key = config.baseline_key
@@ -102,6 +100,8 @@ class _BoundIntegratedGradients(BoundAttribution):
     def attribute(
         self, call: Call, explained: Explained, targets: Sequence[Callable[[Pass], Tensor]]
     ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
+        if len(explained.leaves) + bool(explained.inputs) == 1:
+            return self._attribute_group(call, explained, targets)
         found: list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]] = [({}, {}) for _ in targets]
         # A path for each activation: one in the place of what is computed cuts off the inputs and earlier ones.
         groups = [Explained(explained.inputs, {})]
@@ -168,28 +168,22 @@ class _BoundIntegratedGradients(BoundAttribution):
         targets: Sequence[Callable[[Pass], Tensor]],
     ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
         batch = call.batch_size
-        rows, steps = max(batch.numel(), 1), len(self._points)
-        # As many points at once as fit, in passes of equal size.
-        most = max(1, rows_at_once(call, self._chunk_size) // rows)
-        at_once = math.ceil(steps / math.ceil(steps / most))
-        first = next(iter((*inputs.values(), *(low for low, _ in inner.values()))))
-        alphas, weights = self._points.to(first), self._weights.to(first)
+        rows = max(batch.numel(), 1)
         shapes = {key: value.shape for key, value in inputs.items()}, {s: low.shape for s, (low, _) in inner.items()}
         totals: list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]] = [({}, {}) for _ in targets]
         stored = None
-        for start in range(0, steps, at_once):
-            chosen = alphas[start : start + at_once]
-            points = len(chosen)
+        for alphas, weights in self._passes(call, next(iter((*inputs.values(), *(low for low, _ in inner.values()))))):
+            points = len(alphas)
             if stored is None or stored.batch_size[0] != points * rows:
                 stored = repeat_rows(call.data, points, self._unread)
             found, _ = gradients(
                 call,
-                {key: _between(baselines[key], end, chosen, batch) for key, end in inputs.items()},
-                {slot: _between(low, high, chosen, batch) for slot, (low, high) in inner.items()},
+                {key: _between(baselines[key], end, alphas, batch) for key, end in inputs.items()},
+                {slot: _between(low, high, alphas, batch) for slot, (low, high) in inner.items()},
                 sites,
                 targets,
                 stored=stored,
-                weights=weights[start : start + at_once].repeat_interleave(rows),
+                weights=weights,
             )
             for one, total in zip(found, totals, strict=True):
                 for part, sums, shape in zip(one, total, shapes, strict=True):
@@ -197,6 +191,28 @@ class _BoundIntegratedGradients(BoundAttribution):
                         value = value.reshape(points, *shape[key]).sum(0)
                         sums[key] = value if key not in sums else sums[key] + value
         return totals
+
+    def _passes(self, call: Call, like: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The points of each pass, and a weight for each of its rows: as many as fit, in passes of equal size."""
+        steps, rows = len(self._points), max(call.batch_size.numel(), 1)
+        number = math.ceil(steps / max(1, rows_at_once(call, self._chunk_size) // rows))
+        known, passes = self._one_pass
+        keep = number == 1 and type(like) is Tensor and not torch.compiler.is_compiling()
+        key = (rows, like.dtype, like.device)
+        if keep and known == key:
+            return passes
+        # Ordinary tensors, also where the first call is in inference mode.
+        with torch.inference_mode(False) if keep else nullcontext():
+            alphas, weights = (
+                torch.tensor(values, dtype=like.dtype, device=like.device) for values in (self._points, self._weights)
+            )
+            size = math.ceil(steps / number)
+            passes = [
+                (a, w.repeat_interleave(rows)) for a, w in zip(alphas.split(size), weights.split(size), strict=True)
+            ]
+        if keep:
+            self._one_pass = key, passes
+        return passes
 
     def _inner_path(
         self,
@@ -356,8 +372,7 @@ def _blocks(call: Call, size: int) -> Iterator[Call]:
 
 def _between(low: Tensor, high: Tensor, alphas: Tensor, batch: torch.Size) -> Tensor:
     """Points from low to high, ``(points * rows, features)``."""
-    weights = alphas.to(low.dtype).reshape(-1, *(1,) * low.ndim)
-    path = torch.lerp(low[None], high[None], weights)
+    path = torch.lerp(low[None], high[None], alphas.to(low).reshape(-1, *(1,) * low.ndim))
     # Convolutional nets flatten the leading dimensions before their layers.
     leading = len(batch) if low.shape[: len(batch)] == batch else 1
     return path.flatten(0, leading) if batch else path
