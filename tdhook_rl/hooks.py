@@ -16,7 +16,8 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.controls import Controls
-from tdhook_rl.errors import InactiveError, InputError, MissingKeyError, SiteError, nearest
+from tdhook_rl.errors import InactiveError, MissingKeyError, SiteError, nearest
+from tdhook_rl.rows import as_leaf, first_tensor, rows_of, vmap_level, with_first_tensor, with_rows
 
 if TYPE_CHECKING:
     from tdhook_rl.passes import Replay
@@ -30,7 +31,10 @@ __all__ = [
     "Runtime",
     "WatchHook",
     "first_tensor",
+    "rows_of",
+    "vmap_level",
     "with_first_tensor",
+    "with_rows",
 ]
 
 
@@ -45,7 +49,11 @@ class Runtime:
         self.active = True
         self.recording = False
         self.depth = 0
+        # Of the call under way: the nesting level of functorch transforms around it, and its batch size if known;
+        # and inside a recurrent module the batch size and the resets that this reads.
         self.level = -1
+        self.batch: torch.Size | None = None
+        self.time: tuple[torch.Size, Tensor | None] | None = None
         self.replay: Replay | None = None
         self.tie: Tie | None = None
         self.row_hook: RowHook | None = None
@@ -60,6 +68,16 @@ class Runtime:
         self.fired: set[str] = set()
         self.rows: dict[NestedKey, Tensor] = {}
         self.lock = threading.RLock()
+
+    def begin(self, args: tuple, kwargs: dict[str, Any]) -> tuple[int, torch.Size | None]:
+        """Note what the policy is about to run on; returns what :meth:`end` puts back."""
+        data = args[0] if args else kwargs.get("tensordict")
+        previous = self.level, self.batch
+        self.level, self.batch = vmap_level(), data.batch_size if isinstance(data, TensorDictBase) else None
+        return previous
+
+    def end(self, previous: tuple[int, torch.Size | None]) -> None:
+        self.level, self.batch = previous
 
     @contextmanager
     def explained_by(self, owner: str) -> Iterator[None]:
@@ -111,6 +129,7 @@ class Runtime:
             "tie": None,
             "recording": False,
             "depth": 0,
+            "time": None,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -134,7 +153,7 @@ class CaptureHook:
         if not runtime.active:
             runtime.refuse()
         if runtime.recording:
-            value = unbatched(first_tensor(output, module, self.slot), runtime.level)
+            value, _ = rows_of(output, module, self.slot, runtime)
             runtime.slots[self.slot] = (value.detach() if value.requires_grad else value).clone()
 
 
@@ -145,9 +164,13 @@ class WatchHook:
         self.runtime = runtime
         self.slot = slot
 
-    def __call__(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
-        if self.runtime.replay is not None:
-            self.runtime.replay.watched[self.slot] = first_tensor(output, module, self.slot)
+    def __call__(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
+        if self.runtime.replay is None:
+            return None
+        value, disguise = rows_of(output, module, self.slot, self.runtime)
+        self.runtime.replay.watched[self.slot] = value
+        # What is shown must be on the way to the outputs, for gradients to reach it.
+        return None if disguise is None else with_rows(output, value, module, disguise)
 
 
 class LeafHook:
@@ -165,16 +188,16 @@ class LeafHook:
         leaves = self.runtime.leaves
         if self.slot not in leaves:
             return None
-        value = first_tensor(output, module, self.slot)
+        value, disguise = rows_of(output, module, self.slot, self.runtime)
         given = leaves[self.slot]
         if given is not None and self.slot in self.runtime.added:
             value = value + (given - given.detach())
         elif given is not None:
             value = given
         elif not value.requires_grad and torch.is_grad_enabled():
-            value = value.detach().requires_grad_()
+            value = as_leaf(value)
         self.runtime.slots[self.slot] = value
-        return with_first_tensor(output, value, module)
+        return with_rows(output, value, module, disguise)
 
 
 class RowHook:
@@ -229,50 +252,3 @@ def _load_portable(data: bytes) -> Portable:
     import cloudpickle
 
     return Portable(cloudpickle.loads(data))
-
-
-def first_tensor(output: Any, module: torch.nn.Module, site: str) -> Tensor:
-    """The tensor that an output stands for: itself, the first of a tuple, the first out-key of a TensorDict."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, (tuple, list)) and output:
-        return first_tensor(output[0], module, site)
-    if isinstance(output, TensorDictBase):
-        keys = getattr(module, "out_keys", None) or list(output.keys(True, True))
-        return first_tensor(output.get(keys[0]), module, site)
-    raise InputError(f"the output of {site!r} ({type(module).__name__}) is a {type(output).__name__}, not a tensor")
-
-
-def with_first_tensor(output: Any, value: Tensor, module: torch.nn.Module) -> Any:
-    """The same output with the tensor of :func:`first_tensor` replaced."""
-    if isinstance(output, Tensor):
-        return value
-    if isinstance(output, TensorDictBase):
-        keys = getattr(module, "out_keys", None) or list(output.keys(True, True))
-        return output.set(keys[0], value)
-    rest = [with_first_tensor(output[0], value, module), *output[1:]]
-    return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
-
-
-def vmap_level() -> int:
-    """The nesting level of functorch transforms around the caller; -1 outside and under compile."""
-    if torch.compiler.is_compiling():
-        return -1
-    stack = torch._C._functorch.get_interpreter_stack()
-    return -1 if not stack else stack[-1].level()
-
-
-def unbatched(value: Tensor, level: int) -> Tensor:
-    """Turn ``vmap`` dimensions deeper than ``level`` into an explicit dimension before the features.
-
-    A batched tensor must not outlive its ``vmap``; the hidden dimension (agents, ensemble members) is
-    part of what the site computed.
-    """
-    if torch.compiler.is_compiling():
-        return value
-    functorch = torch._C._functorch
-    while functorch.is_batchedtensor(value) and functorch.maybe_get_level(value) > level:
-        dim = functorch.maybe_get_bdim(value)
-        value = functorch.get_unwrapped(value)
-        value = value.movedim(dim, -2 if value.ndim > 1 else 0)
-    return value

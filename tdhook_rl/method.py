@@ -23,6 +23,7 @@ from tdhook_rl.hooks import CaptureHook, LeafHook, RowHook, Runtime, WatchHook
 from tdhook_rl.module import HookedMixin
 from tdhook_rl.passes import Bound, ReplayMixin, draws
 from tdhook_rl.paths import Site, find_sites
+from tdhook_rl.rows import note_intervention, survey
 from tdhook_rl.shared_pass import can_share
 from tdhook_rl.tying import Tie, replace_tensors, tied_clone
 from tdhook_rl.writing import WritingMixin, writes_by_default
@@ -165,6 +166,7 @@ class HookingContext:
             )
         runtime = Runtime()
         runtime.tie = Tie(self._module)
+        survey(clone, runtime)
         binder = Binder(clone, root, runtime)
         for child in list(clone.modules()):
             if child is clone:
@@ -275,6 +277,8 @@ class Binder:
 
     def on_output(self, site: Site, hook: Callable[..., Any]) -> None:
         """Register a forward hook; hooks of one site run in the order of registration."""
+        if not isinstance(hook, (CaptureHook, WatchHook, LeafHook)):
+            note_intervention(self.root, site.path, site.name)
         site.module.register_forward_hook(hook)
 
     def read_row(self, key: NestedKey) -> NestedKey:

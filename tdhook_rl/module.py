@@ -324,11 +324,14 @@ def _reader(base: type[nn.Module], name: str) -> Callable[[Any], list[NestedKey]
 def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def guarded(self: HookedMixin, *args: Any, **kwargs: Any) -> Any:
-        if not self._hooked_runtime.active:
-            self._hooked_runtime.refuse()
+        runtime = self._hooked_runtime
+        if not runtime.active:
+            runtime.refuse()
+        previous = runtime.begin(args, kwargs)
         try:
             return method(self, *args, **kwargs)
         finally:
+            runtime.end(previous)
             self._close_routes()
 
     return guarded

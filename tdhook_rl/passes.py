@@ -45,6 +45,8 @@ class Replay:
     stored: TensorDictBase
     distributions: list[tuple[nn.Module, torch.distributions.Distribution]] = field(default_factory=list)
     watched: dict[str, Tensor] = field(default_factory=dict)
+    # What a deterministic policy decided before exploration noise was added.
+    decided: dict[NestedKey, Tensor] = field(default_factory=dict)
 
 
 class ReplayMixin(Swapped):
@@ -57,9 +59,15 @@ class ReplayMixin(Swapped):
         data = args[0] if args else kwargs.get("tensordict")
         if replay is None or not isinstance(data, TensorDictBase):
             return super().forward(*args, **kwargs)
-        if isinstance(self, ProbabilisticTensorDictModule):
-            replay.distributions.append((self, self.get_dist(data)))
         stored = {key: replay.stored.get(key, None) for key in sample_keys(self)}
+        if isinstance(self, ProbabilisticTensorDictModule):
+            distribution = self.get_dist(data)
+            replay.distributions.append((self, distribution))
+            if is_point(distribution):  # it draws nothing, and gradients pass through what it decides
+                stored = dict.fromkeys(stored)
+            _require_own_shape(stored, distribution)
+        else:
+            replay.decided.update({key: data.get(key) for key in stored if data.get(key).is_floating_point()})
         if any(value is None for value in stored.values()):
             with set_interaction_type(InteractionType.DETERMINISTIC):
                 return super().forward(*args, **kwargs)
@@ -80,9 +88,34 @@ def draws(module: nn.Module) -> bool:
 
 def sample_keys(module: nn.Module) -> list[NestedKey]:
     """The keys a drawing module writes its samples under."""
+    from torchrl.modules import OrnsteinUhlenbeckProcessModule
+
     if isinstance(module, ProbabilisticTensorDictModule):
         return list(module.dist_sample_keys)
-    return [module.action_key]
+    return [module.ou.key if isinstance(module, OrnsteinUhlenbeckProcessModule) else module.action_key]
+
+
+def is_point(distribution: torch.distributions.Distribution) -> bool:
+    """Whether a distribution is a single point, which has no log-probability to explain."""
+    from torchrl.modules import Delta
+
+    return isinstance(distribution, Delta)
+
+
+def _require_own_shape(
+    stored: Mapping[NestedKey, Tensor | None], distribution: torch.distributions.Distribution
+) -> None:
+    """A stored sample of another shape would be broadcast against the distribution in silence."""
+    if len(stored) != 1:
+        return
+    ((key, value),) = stored.items()
+    rows, events = distribution.batch_shape, distribution.event_shape
+    if value is not None and (value.shape[: len(rows)] != rows or value.ndim < len(rows) + len(events)):
+        raise InputError(
+            f"the stored {key!r} has shape {tuple(value.shape)}, but the policy draws it from a "
+            f"{type(distribution).__name__} over {tuple(rows + events)} and changes it afterwards, so what was drawn "
+            "is not known: explain a policy that stores its samples as they were drawn"
+        )
 
 
 @dataclass
@@ -94,6 +127,16 @@ class Pass:
     distributions: list[tuple[nn.Module, torch.distributions.Distribution]]
     out_keys: list[NestedKey]
     watched: dict[str, Tensor]  # outputs of target modules, by slot
+    policy: nn.Module | None = None
+
+    def support(self, key: NestedKey) -> Tensor | None:
+        """The returns that the atoms of a distributional Q-network stand for, where ``key`` has log-probabilities."""
+        from torchrl.modules import DistributionalQValueModule
+
+        for child in () if self.policy is None else self.policy.modules():
+            if isinstance(child, DistributionalQValueModule) and child.action_value_key == key:
+                return child.support
+        return None
 
 
 class Call:
@@ -175,7 +218,11 @@ class Call:
             runtime.replay, runtime.recording = previous
         if as_it_was:
             self.replayed = outputs
-        return Pass(outputs, stored, replay.distributions, self.policy.policy_out_keys, replay.watched)
+        if replay.decided:
+            outputs = outputs.copy()
+            for key, value in replay.decided.items():
+                outputs.set(key, value)
+        return Pass(outputs, stored, replay.distributions, self.policy.policy_out_keys, replay.watched, self.policy)
 
 
 def run_root(policy: HookedMixin, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -187,12 +234,14 @@ def run_root(policy: HookedMixin, forward: Callable[..., Any], args: tuple, kwar
     if checks_sites:
         runtime.fired = set()
     runtime.depth += 1
+    previous = runtime.begin(args, kwargs)
     try:
         output = forward(policy, *args, **kwargs)
         if checks_sites:
             runtime.require_fired()
         return output
     finally:
+        runtime.end(previous)
         runtime.depth -= 1
         if not runtime.depth:
             runtime.rows.clear()

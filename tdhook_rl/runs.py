@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tdhook_rl.errors import InputError, SiteError, TargetError, nearest
-from tdhook_rl.hooks import first_tensor, with_first_tensor
 from tdhook_rl.paths import find_sites
+from tdhook_rl.rows import RecurrentHook, as_leaf, rows_of, with_rows
 
 if TYPE_CHECKING:
     from tdhook_rl.module import HookedMixin
@@ -304,9 +304,11 @@ class HookedModuleRun:
         if kind in ("grad_input", "grad_output"):
             self._grad_enabled = True
 
+        runtime = self.hooked._hooked_runtime
+
         def on_gradient(module: nn.Module, value: Tensor) -> Tensor:
             if not value.requires_grad:
-                value = value.detach().requires_grad_()
+                value = as_leaf(value)
             point = value.view_as(value)  # a node of its own: it sees the gradient through this module only
             point.register_hook(lambda gradient: act(module, gradient))
             self._points.append(point)
@@ -315,14 +317,14 @@ class HookedModuleRun:
         def before(module: nn.Module, args: tuple) -> Any:
             if not args:
                 raise InputError(f"{key!r} is called without positional arguments, so it has no first input")
-            value = first_tensor(args[0], module, key)
+            value, disguise = rows_of(args[0], module, key, runtime)
             new = act(module, value) if kind == "input" else on_gradient(module, value)
-            return None if new is None else (with_first_tensor(args[0], new, module), *args[1:])
+            return None if new is None else (with_rows(args[0], new, module, disguise), *args[1:])
 
         def after(module: nn.Module, args: tuple, output: Any) -> Any:
-            value = first_tensor(output, module, key)
+            value, disguise = rows_of(output, module, key, runtime)
             new = act(module, value) if kind == "output" else on_gradient(module, value)
-            return None if new is None else with_first_tensor(output, new, module)
+            return None if new is None else with_rows(output, new, module, disguise)
 
         for module in self._modules(key, relative):
             if kind in ("input", "grad_input"):
@@ -420,4 +422,6 @@ def disabled_hooks(hooked: HookedMixin) -> Iterator[HookedMixin]:
 
 def _ours(hook: Any) -> bool:
     owner = type(getattr(hook, "__self__", hook))
+    if owner is RecurrentHook:  # it neither acts nor writes
+        return False
     return owner.__module__.startswith("tdhook_rl.")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tdhook_rl.errors import TargetError, nearest
 from tdhook_rl.hooks import Portable
-from tdhook_rl.passes import Pass, sample_keys
+from tdhook_rl.passes import Pass, is_point, sample_keys
 
 __all__ = [
     "Target",
@@ -93,12 +93,34 @@ def output_sum() -> Target:
 
 
 def default_target(run: Pass) -> Target:
-    """What is explained unless told otherwise: the taken action of a policy, else the sum of outputs."""
-    if run.distributions:
+    """What is explained unless told otherwise: the taken action of a policy, the value of a critic, or all outputs.
+
+    The action of a deterministic policy is explained before exploration noise, summed over its dimensions.
+    """
+    if run.distributions and not is_point(run.distributions[-1][1]):
         return taken_action_log_prob()
-    if "action_value" in run.outputs.keys() and "action" in run.stored.keys():
-        return chosen_q()
+    values = named(run.outputs, "action_value")
+    if values is not None and stored_action(run, values) is not None:
+        return chosen_q(values)
+    decided = [key for module, _ in run.distributions for key in sample_keys(module)]
+    for key in (*decided, *(named(run.outputs, name) for name in ("action", "state_value", "state_action_value"))):
+        if key in run.out_keys and _explains(run.outputs.get(key)):
+            return Target(str(key), _Entry(key))
     return output_sum()
+
+
+def named(data: TensorDictBase, name: str) -> NestedKey | None:
+    """The key of an entry with this name: at the top, else the first among nested ones (those of agents)."""
+    if name in data.keys():
+        return name
+    return next((key for key in data.keys(True, True) if isinstance(key, tuple) and key[-1] == name), None)
+
+
+def stored_action(run: Pass, values: NestedKey) -> Tensor | None:
+    """The stored action of logits or values: beside them, at the top, or where the policy's distribution has it."""
+    keys: list[NestedKey] = [] if isinstance(values, str) else [(*values[:-1], "action")]
+    keys += ["action", *(key for module, _ in run.distributions for key in sample_keys(module))]
+    return next((action for action in (run.stored.get(key, None) for key in keys) if action is not None), None)
 
 
 def _taken_action_log_prob(run: Pass) -> Tensor:
@@ -110,7 +132,14 @@ def _taken_action_log_prob(run: Pass) -> Tensor:
             "annotate data that a policy has collected, or choose another target"
         )
     if len(actions) == 1:
-        return distribution.log_prob(actions[0])
+        found = distribution.log_prob(actions[0])
+        if found.numel() != distribution.batch_shape.numel():
+            raise TargetError(
+                f"the stored action {sample_keys(module)[0]!r} of shape {tuple(actions[0].shape)} is broadcast against "
+                f"the policy's {type(distribution).__name__} over {tuple(distribution.batch_shape)}: store it in the "
+                "shape in which the policy gives it"
+            )
+        return found
     log_prob = distribution.log_prob(run.stored)
     if isinstance(log_prob, TensorDictBase):
         batch = run.outputs.batch_size
@@ -131,7 +160,7 @@ class _Entry:
     key: NestedKey
 
     def __call__(self, run: Pass) -> Tensor:
-        return _entry(run, self.key)
+        return _entry(run, self.key)[1]
 
 
 @dataclass(frozen=True)
@@ -140,7 +169,7 @@ class _Indexed:
     index: int
 
     def __call__(self, run: Pass) -> Tensor:
-        logits = _entry(run, self.key)
+        _, logits = _values(run, self.key)
         if not -logits.shape[-1] <= self.index < logits.shape[-1]:
             raise TargetError(
                 f"logit({self.index}) was asked, but {self.key!r} has {logits.shape[-1]} entries in its last dimension"
@@ -153,8 +182,8 @@ class _Chosen:
     key: NestedKey
 
     def __call__(self, run: Pass) -> Tensor:
-        values = _entry(run, self.key)
-        return (values * one_hot_action(run, values)).sum(-1)
+        key, values = _values(run, self.key)
+        return (values * one_hot_action(run, values, key)).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -162,8 +191,8 @@ class _Margin:
     key: NestedKey
 
     def __call__(self, run: Pass) -> Tensor:
-        values = _entry(run, self.key)
-        chosen = one_hot_action(run, values).bool()
+        key, values = _values(run, self.key)
+        chosen = one_hot_action(run, values, key).bool()
         return values[chosen].reshape(values.shape[:-1]) - values.masked_fill(chosen, -torch.inf).amax(-1)
 
 
@@ -172,10 +201,7 @@ def _output_sum(run: Pass) -> Tensor:
     terms = [
         value.reshape(*batch, -1).sum(-1)
         for value in (run.outputs.get(key, None) for key in run.out_keys)
-        # Where no gradient is recorded (a difference of two values is wanted), constants cancel.
-        if isinstance(value, Tensor)
-        and value.is_floating_point()
-        and (value.requires_grad or not torch.is_grad_enabled())
+        if _explains(value)
     ]
     if not terms:
         raise TargetError(
@@ -185,16 +211,36 @@ def _output_sum(run: Pass) -> Tensor:
     return torch.stack(terms).sum(0)
 
 
-def _entry(run: Pass, key: NestedKey) -> Tensor:
+def _explains(value: Any) -> bool:
+    """Whether an output depends on the inputs; where no gradient is recorded, a difference is wanted, and any does."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    return value.requires_grad or not torch.is_grad_enabled()
+
+
+def _entry(run: Pass, key: NestedKey) -> tuple[NestedKey, Tensor]:
+    """An output and its key; a name also finds the only nested output that is called so."""
     value = run.outputs.get(key, None)
+    if value is None and isinstance(key, str):
+        nested = [one for one in run.out_keys if isinstance(one, tuple) and one[-1] == key]
+        if len(nested) == 1:
+            key, value = nested[0], run.outputs.get(nested[0], None)
     if value is None:
         known = [str(k) for k in run.outputs.keys(True, True)]
         raise TargetError(f"the target reads {key!r}, which the policy does not output; {nearest(str(key), known)}")
-    return value
+    return key, value
 
 
-def one_hot_action(run: Pass, values: Tensor) -> Tensor:
-    action = run.stored.get("action", None)
+def _values(run: Pass, key: NestedKey) -> tuple[NestedKey, Tensor]:
+    """Logits or values of the actions; of a distributional Q-network the expectations over its atoms."""
+    key, values = _entry(run, key)
+    support = run.support(key)
+    return key, values if support is None else (values.exp() * support.to(values).unsqueeze(-1)).sum(-2)
+
+
+def one_hot_action(run: Pass, values: Tensor, key: NestedKey = "logits") -> Tensor:
+    """The stored action in the shape of logits or values, which are under ``key``."""
+    action = stored_action(run, key)
     if action is None:
         raise TargetError("the target explains the stored action 'action', which the data lacks")
     if action.shape == values.shape:
