@@ -189,6 +189,7 @@ class HookingContext:
             _hooked_shares=can_share(clone, traits),
             _hooked_alone=[one for one in steps if getattr(one, "without_forward", False)],
             _hooked_reads=binder.reads,
+            _hooked_overwrites=[key for key in clone.in_keys if key in clone.out_keys],
             _hooked_routes=binder.routes,
             _hooked_wraps=not self._wrapped,
         )

@@ -15,6 +15,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, set_interaction_type
 from torch import Tensor, nn
 
+from tdhook_rl.batching import shallow
 from tdhook_rl.classes import Swapped
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.hooks import Runtime
@@ -152,6 +153,11 @@ class Call:
     ) -> None:
         self.policy = policy
         self.data = data
+        if policy._hooked_overwrites and inputs:
+            # Passes over more rows than the call's read the inputs from here.
+            self.data = shallow(data)
+            for key in policy._hooked_overwrites:
+                self.data.set(key, inputs[key])
         self.source = data if source is None else source  # what the policy was called with
         self.inputs = inputs
         # The forward itself, where it can be explained without a second pass, and the leaves of its graph.
@@ -181,9 +187,12 @@ class Call:
         """
         value = self.slots.get(slot)
         if value is None:
+            hint = ""
+            if self.policy._hooked_traits.recurrent:
+                hint = " (in recurrent mode the backend 'scan' reads trajectories without calling the recurrent core)"
             raise SiteError(
                 f"the module {site!r} did not run in this call, so there is no activation to show; "
-                "name a module that the policy's forward executes"
+                f"name a module that the policy's forward executes{hint}"
             )
         return with_batch(value, self.batch_size, site)
 

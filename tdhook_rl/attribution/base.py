@@ -13,6 +13,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor
 
 from tdhook_rl.attribution.gradients import explainable_inputs
+from tdhook_rl.batching import in_recurrent_mode
 from tdhook_rl.errors import InputError, MissingKeyError, TargetError, nearest
 from tdhook_rl.hooks import Portable
 from tdhook_rl.method import Binder, Method
@@ -152,6 +153,12 @@ class BoundAttribution:
         return tuple((self.root, *([name] if name else []), *key) for name in self.names for key in explained)
 
     def compute(self, call: Call) -> dict[tuple[str, ...], Tensor]:
+        if self.horizon == "step" and call.policy._hooked_traits.recurrent and in_recurrent_mode(call.policy):
+            raise InputError(
+                f"{type(self).__name__.removeprefix('_Bound')} explains rows, but a policy in recurrent mode reads "
+                "trajectories, whose steps would be mixed: collect without it and call annotate on the batch, which "
+                "explains each row at its stored hidden state, or the whole trajectory with horizon='trajectory'"
+            )
         explained = Explained(self._explained_inputs(call), self.leaves)
         self.declared = [key for key in self.declared if key in explained.inputs]  # boolean inputs drop out
         targets = [self._function(one, call) for one in self._chosen]

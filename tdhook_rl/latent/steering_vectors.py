@@ -25,12 +25,14 @@ class SteeringVectors(Method):
 
     Args:
         vectors: for each module path, the vector to add, of the shape of the module's features; or the
-            TensorDict key of a vector for each row (batch + features).
+            TensorDict key of a vector for each row (batch + features). In a multi-agent net the vector is for all
+            agents (features) or one for each (agents + features), with shared parameters and with separate ones.
         alpha: the strength. A number becomes the control ``"<name>.alpha"``, which may be changed while the
             policy runs; a TensorDict key gives each row of a batched environment its own (batch-shaped).
         modules_to_steer: for the function form, the module paths.
         steer_fn: ``steer_fn(module_key, output)``, called with keywords where it has those parameters; it
-            returns a tensor of the same shape as ``output``.
+            returns a tensor of the same shape as ``output``, which is the first tensor of a module that returns a
+            tuple.
         name: the prefix of the controls: ``"<name>.alpha"`` and ``"<name>.<path>"`` for each vector.
 
     Where alpha is 0 the output is untouched, bit for bit. Steering acts wherever the policy is entered:
@@ -180,19 +182,17 @@ class FunctionHook:
         if not self.runtime.active:
             self.runtime.refuse()
         self.runtime.note_fired(self.site)
-        given, disguise = output, None
-        if isinstance(output, Tensor):
-            given, disguise = rows_of(output, module, self.site, self.runtime)
+        value, disguise = rows_of(output, module, self.site, self.runtime)
         if self.keywords:
-            steered = self.function(module_key=self.site, output=given)
+            steered = self.function(module_key=self.site, output=value)
         else:
-            steered = self.function(self.site, given)
-        if isinstance(given, Tensor) and (not isinstance(steered, Tensor) or steered.shape != given.shape):
+            steered = self.function(self.site, value)
+        if not isinstance(steered, Tensor) or steered.shape != value.shape:
             got = tuple(steered.shape) if isinstance(steered, Tensor) else type(steered).__name__
             raise InputError(
-                f"steer_fn must return a tensor of shape {tuple(given.shape)} for {self.site!r}, got {got}"
+                f"steer_fn must return a tensor of shape {tuple(value.shape)} for {self.site!r}, got {got}"
             )
-        return steered if disguise is None else disguise(steered)
+        return with_rows(output, steered, module, disguise)
 
 
 def _takes_keywords(function: Callable[..., Any]) -> bool:
