@@ -49,8 +49,8 @@ def annotate(
         raise InputError(f"there is nothing to annotate: the batch has shape {tuple(data.batch_size)}")
     if policy._hooked_overwrites:
         raise InputError(
-            f"{type(policy)._base.__name__} writes over its own input {policy._hooked_overwrites[0]!r}, so a batch no "
-            "longer holds what the policy saw: explain it while it acts, with when='step'"
+            f"{type(policy)._base.__name__} writes over its own inputs {', '.join(map(repr, policy._hooked_overwrites))}, "
+            "so a batch no longer holds what the policy saw: explain it while it acts, with when='step'"
         )
     if runtime.tie is not None:
         runtime.tie.check(policy)

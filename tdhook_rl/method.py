@@ -21,7 +21,7 @@ from tdhook_rl.classes import swap_class
 from tdhook_rl.errors import InputError, KeyCollisionError, PreparationError, SiteError, nearest
 from tdhook_rl.hooks import CaptureHook, LeafHook, RowHook, Runtime, WatchHook
 from tdhook_rl.module import HookedMixin
-from tdhook_rl.passes import Bound, ReplayMixin, draws
+from tdhook_rl.passes import Bound, ReplayMixin, draws, supports
 from tdhook_rl.paths import Site, find_sites
 from tdhook_rl.rows import note_intervention, survey
 from tdhook_rl.shared_pass import can_share
@@ -189,8 +189,9 @@ class HookingContext:
             _hooked_shares=can_share(clone, traits),
             _hooked_alone=[one for one in steps if getattr(one, "without_forward", False)],
             _hooked_reads=binder.reads,
-            _hooked_overwrites=[key for key in clone.in_keys if key in clone.out_keys],
+            _hooked_overwrites=[key for key in clone.in_keys if key in list(clone.out_keys)],
             _hooked_routes=binder.routes,
+            _hooked_supports=supports(clone),
             _hooked_wraps=not self._wrapped,
         )
         swap_class(clone, HookedMixin)

@@ -56,6 +56,7 @@ class HookedMixin(_Policy):
     _hooked_alone: list[Bound]  # those that can do without the policy's own inputs
     _hooked_reads: list[NestedKey]
     _hooked_overwrites: list[NestedKey]  # inputs that the policy writes over
+    _hooked_supports: dict[NestedKey, torch.Tensor]
     _hooked_wraps: bool  # the policy is a wrapper of ours around the user's plain module
     _hooked_routes: list[Any]  # what sites hand to each other during a call
 

@@ -96,10 +96,20 @@ def sample_keys(module: nn.Module) -> list[NestedKey]:
     return [module.ou.key if isinstance(module, OrnsteinUhlenbeckProcessModule) else module.action_key]
 
 
+def supports(policy: nn.Module) -> dict[NestedKey, Tensor]:
+    """The supports of the distributional Q-networks in a policy (``Pass.supports``)."""
+    from torchrl.modules import DistributionalQValueModule
+
+    found = [child for child in policy.modules() if isinstance(child, DistributionalQValueModule)]
+    return {child.action_value_key: child.support for child in found}
+
+
 def is_point(distribution: torch.distributions.Distribution) -> bool:
     """Whether a distribution is a single point, which has no log-probability to explain."""
     from torchrl.modules import Delta
 
+    while hasattr(distribution, "base_dist"):  # a transformed point is one
+        distribution = distribution.base_dist
     return isinstance(distribution, Delta)
 
 
@@ -128,16 +138,8 @@ class Pass:
     distributions: list[tuple[nn.Module, torch.distributions.Distribution]]
     out_keys: list[NestedKey]
     watched: dict[str, Tensor]  # outputs of target modules, by slot
-    policy: nn.Module | None = None
-
-    def support(self, key: NestedKey) -> Tensor | None:
-        """The returns that the atoms of a distributional Q-network stand for, where ``key`` has log-probabilities."""
-        from torchrl.modules import DistributionalQValueModule
-
-        for child in () if self.policy is None else self.policy.modules():
-            if isinstance(child, DistributionalQValueModule) and child.action_value_key == key:
-                return child.support
-        return None
+    # Of distributional Q-networks: the returns that the atoms stand for, by the key of their log-probabilities.
+    supports: Mapping[NestedKey, Tensor] = field(default_factory=dict)
 
 
 class Call:
@@ -231,7 +233,9 @@ class Call:
             outputs = outputs.copy()
             for key, value in replay.decided.items():
                 outputs.set(key, value)
-        return Pass(outputs, stored, replay.distributions, self.policy.policy_out_keys, replay.watched, self.policy)
+        policy = self.policy
+        keys = policy.policy_out_keys
+        return Pass(outputs, stored, replay.distributions, keys, replay.watched, policy._hooked_supports)
 
 
 def run_root(policy: HookedMixin, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -15,6 +15,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
+from torch._functorch import vmap as functorch_vmap
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from tdhook_rl.errors import InputError, SiteError
@@ -98,11 +99,16 @@ def with_first_tensor(output: Any, value: Tensor, module: nn.Module) -> Any:
 
 
 def vmap_level() -> int:
-    """The nesting level of functorch transforms around the caller; -1 outside and under compile."""
-    if torch.compiler.is_compiling():
+    """The nesting level of functorch transforms around the caller; -1 outside."""
+    if not torch.compiler.is_compiling():
+        stack = torch._C._functorch.get_interpreter_stack()
+        return -1 if not stack else stack[-1].level()
+    if not torch._C._are_functorch_transforms_active():
         return -1
-    stack = torch._C._functorch.get_interpreter_stack()
-    return -1 if not stack else stack[-1].level()
+    # The compiler knows the level of a vmap that is entered, and no way to ask for the present one.
+    level = functorch_vmap._vmap_increment_nesting(1, "error") - 1
+    functorch_vmap._vmap_decrement_nesting()
+    return level
 
 
 def rows_of(output: Any, module: nn.Module, site: str, runtime: Runtime) -> tuple[Tensor, Disguise | None]:
@@ -119,7 +125,7 @@ def rows_of(output: Any, module: nn.Module, site: str, runtime: Runtime) -> tupl
         if layout.agents and (folded := _folded(value, layout.agents, runtime.batch)) is not None:
             shape = value.shape
             return value.reshape(folded), lambda rows: rows.reshape(shape)
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(value):
+    if torch._C._functorch.is_batchedtensor(value):
         return _out_of_vmap(value, runtime)
     return value, None
 
@@ -159,16 +165,19 @@ def _out_of_vmap(value: Tensor, runtime: Runtime) -> tuple[Tensor, Disguise | No
     """Make the dimensions that ``vmap`` hides explicit, after the rows. A batched tensor must not outlive its vmap."""
     functorch = torch._C._functorch
     levels: list[int] = []
-    place = max(0, value.ndim - feature_dims(value, runtime.batch))
-    if runtime.batch is None:
-        place = max(0, value.ndim - 1)
-    while functorch.is_batchedtensor(value) and functorch.maybe_get_level(value) > runtime.level:
-        levels.append(functorch.maybe_get_level(value))
-        value = functorch.get_unwrapped(value).movedim(functorch.maybe_get_bdim(value), place)
+    place = max(0, value.ndim - (1 if runtime.batch is None else feature_dims(value, runtime.batch)))
+    if torch.compiler.is_compiling():  # sees no further than the innermost vmap
+        if (level := vmap_level()) > runtime.level:
+            levels.append(level)
+            value = functorch_vmap._remove_batch_dim(value, level, 1, place)
+    else:
+        while functorch.is_batchedtensor(value) and functorch.maybe_get_level(value) > runtime.level:
+            levels.append(functorch.maybe_get_level(value))
+            value = functorch.get_unwrapped(value).movedim(functorch.maybe_get_bdim(value), place)
 
     def back(rows: Tensor) -> Tensor:
         for level in reversed(levels):
-            rows = functorch._add_batch_dim(rows, place, level)
+            rows = functorch_vmap._add_batch_dim(rows, place, level)
         return rows
 
     return value, back if levels else None

@@ -80,7 +80,9 @@ def shared_pass(
                     if holder.get(key, None) is point:
                         holder.set(key, inputs[key])
         call = Call(policy, forward, output, inputs, data)
-        run = Pass(output, output, replay.distributions, policy.policy_out_keys, replay.watched, policy)
+        run = Pass(
+            output, output, replay.distributions, policy.policy_out_keys, replay.watched, policy._hooked_supports
+        )
         call.shared = run, points
         yield output, call
     finally:

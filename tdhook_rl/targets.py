@@ -234,7 +234,7 @@ def _entry(run: Pass, key: NestedKey) -> tuple[NestedKey, Tensor]:
 def _values(run: Pass, key: NestedKey) -> tuple[NestedKey, Tensor]:
     """Logits or values of the actions; of a distributional Q-network the expectations over its atoms."""
     key, values = _entry(run, key)
-    support = run.support(key)
+    support = run.supports.get(key)
     return key, values if support is None else (values.exp() * support.to(values).unsqueeze(-1)).sum(-2)
 
 
@@ -252,7 +252,8 @@ def one_hot_action(run: Pass, values: Tensor, key: NestedKey = "logits") -> Tens
             f"the stored action of shape {tuple(action.shape)} ({action.dtype}) names no entry of values of shape "
             f"{tuple(values.shape)}: the target is for discrete actions, an index or one-hot"
         )
-    return torch.nn.functional.one_hot(action, values.shape[-1]).to(values.dtype)
+    # Not one_hot, which looks at the values and therefore fails inside vmap.
+    return (action.unsqueeze(-1) == torch.arange(values.shape[-1], device=action.device)).to(values.dtype)
 
 
 def _last_distribution(run: Pass, name: str) -> tuple[Any, torch.distributions.Distribution]:

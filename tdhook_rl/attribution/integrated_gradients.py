@@ -16,7 +16,7 @@ from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttr
 from tdhook_rl.attribution.gradients import activations, gradients
 from tdhook_rl.batching import CONV_CHUNK, default_chunk_size
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
-from tdhook_rl.passes import Call, Pass
+from tdhook_rl.passes import Call, Pass, with_batch
 
 if TYPE_CHECKING:
     from tdhook_rl.method import Binder
@@ -171,8 +171,12 @@ class _BoundIntegratedGradients(BoundAttribution):
     ) -> dict[str, tuple[Tensor, Tensor]]:
         if not sites:
             return {}
+        batch = call.batch_size
         low, high = activations(call, sites, baselines), activations(call, sites, ends)
-        return {slot: (low[slot], high[slot]) for slot in sites}
+        return {
+            slot: (with_batch(low[slot], batch, site), with_batch(high[slot], batch, site))
+            for slot, site in sites.items()
+        }
 
     def _measure_deltas(
         self,
