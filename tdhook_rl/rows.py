@@ -39,24 +39,30 @@ class Layout:
     Args:
         agents: how many agents a convolutional net of a multi-agent net may have folded into its rows; 0 elsewhere.
         recurrent: the site is the core of a TorchRL recurrent module.
+        flat: the rows have exactly one dimension, also where the batch has none.
     """
 
     agents: int = 0
     recurrent: bool = False
+    flat: bool = False
 
 
 def survey(policy: nn.Module, runtime: Runtime) -> None:
     """Tell each module of a clone the layout of its rows, ``None`` where they are the rows of the batch."""
+    from torchrl.modules import DecisionTransformer
+
     for path, module in policy.named_modules():
         if isinstance(module, TensorDictParams):  # the original holds the same object, and it never runs
             continue
-        agents, parent = 0, policy
-        above = policy
+        agents, flat = 0, False
+        parent, above = policy, policy
         for name in path.split(".") if path else ():
             agents = getattr(above, "n_agents", 0) if hasattr(above, "_empty_net") else agents
+            flat = flat or isinstance(above, DecisionTransformer)
             parent, above = above, above._modules[name]  # type: ignore[assignment]
         recurrent = above is not parent and _reads_time(parent)
-        module.__dict__["_hooked_layout"] = Layout(agents, recurrent) if agents or recurrent else None
+        special = agents or recurrent or flat
+        module.__dict__["_hooked_layout"] = Layout(agents, recurrent, flat) if special else None
         if _reads_time(module):
             hook = RecurrentHook(runtime)
             module.__dict__["_hooked_recurrent"] = hook
@@ -125,6 +131,8 @@ def rows_of(output: Any, module: nn.Module, site: str, runtime: Runtime) -> tupl
         if layout.agents and (folded := _folded(value, layout.agents, runtime.batch)) is not None:
             shape = value.shape
             return value.reshape(folded), lambda rows: rows.reshape(shape)
+        if layout.flat and not runtime.batch and runtime.batch is not None:
+            return value.squeeze(0), lambda rows: rows.unsqueeze(0)
     if torch._C._functorch.is_batchedtensor(value):
         return _out_of_vmap(value, runtime)
     return value, None

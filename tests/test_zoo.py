@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.collectors import Collector
 
@@ -16,6 +19,7 @@ from tdhook_rl import ActivationCaching, Compose, LinearProbe, ProbeReadout, Sal
 from tdhook_rl.attribution import IntegratedGradients
 from tdhook_rl.latent import DirectionalAblation, DirectionClamping
 from tdhook_rl.method import Method
+from tests.test_invariants import snapshot
 from tests.zoo import ZOO, Entry
 
 COPIES, STEPS, BATCHES = 3, 5, 3
@@ -230,3 +234,85 @@ def test_cell(policy: str, method: str) -> None:
             found.append(cell.check(entry, plain, data.reshape(-1)))
     assert len(found) == BATCHES
     assert found[0].numel() == 1 or not torch.equal(found[0], found[2])
+
+
+# ---------------------------------------------------------------------- what holds for every policy
+
+
+def observing(entry: Entry) -> Compose:
+    """Everything that only observes, at every step, and steering at alpha 0."""
+    methods = [
+        ActivationCaching(entry.site),
+        ProbeReadout({"concept": fitted(entry)}),
+        Saliency(when="step", target=entry.target, inputs=entry.explained),
+        Saliency(when="step", target=entry.target, input_modules=[entry.site], attribution_key="inner"),
+        SteeringVectors({entry.site: vector(entry)}, alpha=0.0),
+    ]
+    if entry.value is not None:
+        methods.append(Saliency(when="step", target=entry.value[0], inputs=entry.explained, attribution_key="value"))
+    return Compose(*methods)
+
+
+def run(entry: Entry, policy: nn.Module, acting: nn.Module, batch: tuple[int, ...]) -> tuple[TensorDict, Tensor]:
+    torch.manual_seed(4)
+    frames = 6 * torch.Size(batch).numel()
+    critic = {"policy": None, "postproc": acting} if entry.critic else {"policy": acting}
+    collector = Collector(entry.env(policy, *batch), frames_per_batch=frames, total_frames=2 * frames, **critic)
+    data = torch.cat([one.clone() for one in collector], -1)
+    collector.shutdown()
+    return data, torch.get_rng_state()
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 2)])
+@pytest.mark.parametrize("policy", ZOO)
+def test_an_observing_run_is_the_plain_run(policy: str, batch: tuple[int, ...]) -> None:
+    entry = ZOO[policy]
+    plain = entry.build()
+    acting = plain if hasattr(plain, "in_keys") else TensorDictModule(plain, ["observation"], ["action"])
+    expected, state = run(entry, plain, acting, batch)
+    with prepare(entry, plain, observing(entry)) as hooked:
+        found, state_after = run(entry, plain, hooked, batch)
+    assert torch.equal(state, state_after)
+    for key in expected.keys(True, True):
+        assert found[key].dtype == expected[key].dtype
+        assert torch.equal(found[key], expected[key]), key
+    rows = found.reshape(-1)
+    check_cache(entry, plain, rows)
+    check_probe(entry, plain, rows)
+    check_saliency("action")(entry, plain, rows)
+    close(rows["inner", entry.site], inner_gradient(entry, plain, rows))
+    for key in hooked._step_keys():
+        assert found[key].shape[: len(batch) + 1] == (*batch, 12)
+        assert not found[key].requires_grad
+
+
+@pytest.mark.parametrize("policy", ZOO)
+def test_a_hooked_policy_is_the_policy_and_travels(policy: str) -> None:
+    entry = ZOO[policy]
+    plain = entry.build()
+    data = collect_rows(entry, plain)
+    if hasattr(plain, "in_keys"):
+        plain(data.clone())  # the first call fills caches of TensorDictParams
+    before = snapshot(plain) if hasattr(plain, "in_keys") else None
+    with prepare(entry, plain, observing(entry)) as hooked:
+        if before is not None:
+            assert isinstance(hooked, type(plain))
+            assert list(hooked.state_dict()) == list(plain.state_dict())
+            ours, theirs = TensorDict.from_module(hooked), TensorDict.from_module(plain)
+            assert list(ours.keys(True, True)) == list(theirs.keys(True, True))
+            assert hooked.in_keys == plain.in_keys
+        torch.manual_seed(3)
+        expected = hooked(data.clone())
+        for twin in (pickle.loads(pickle.dumps(hooked)), copy.deepcopy(hooked)):
+            torch.manual_seed(3)
+            found = twin(data.clone())
+            for key in expected.keys(True, True):
+                assert torch.equal(found[key], expected[key]), key
+        hooked.annotate(expected)
+        assert before is None or snapshot(plain) == before
+    assert before is None or snapshot(plain) == before
+
+
+def collect_rows(entry: Entry, policy: nn.Module) -> TensorDict:
+    """What the policy reads at the start of three episodes, and an action."""
+    return entry.env(policy, 3).rollout(1)[:, 0].exclude("next")
