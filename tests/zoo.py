@@ -47,6 +47,7 @@ from tests.policies import ACTIONS, FEATURES, HIDDEN, categorical, mlp, one_hot,
 
 AGENTS, ATOMS, CONTEXT, CONTROLS = 3, 5, 3, 2
 SUPPORT = torch.linspace(-1, 1, ATOMS)
+OBSERVED = ("agents", "observation")
 
 Outputs = dict[NestedKey, Tensor]
 
@@ -446,7 +447,7 @@ def block(net: DTActor, inputs: list[Tensor], replaced: Tensor | None = None) ->
 
 
 def agents(net: nn.Module) -> ProbabilisticActor:
-    module = TensorDictModule(net, in_keys=[("agents", "observation")], out_keys=[("agents", "logits")])
+    module = TensorDictModule(net, in_keys=[OBSERVED], out_keys=[("agents", "logits")])
     return ProbabilisticActor(
         module,
         in_keys={"logits": ("agents", "logits")},
@@ -490,16 +491,14 @@ def agents_entry(share: bool, central: bool = False, net: Callable = own_module)
         first=first,
         rest=rest,
         score=index_log_prob(("agents", "logits"), ("agents", "action")),
-        observations={("agents", "observation"): Unbounded((AGENTS, FEATURES))},
+        observations={OBSERVED: Unbounded((AGENTS, FEATURES))},
         actions={("agents", "action"): CategoricalSpec(ACTIONS, shape=(AGENTS,))},
-        explained=(("agents", "observation"),),
+        explained=(OBSERVED,),
     )
 
 
 def agents_q() -> TensorDictSequential:
-    module = TensorDictModule(
-        agents_mlp(False), in_keys=[("agents", "observation")], out_keys=[("agents", "action_value")]
-    )
+    module = TensorDictModule(agents_mlp(False), in_keys=[OBSERVED], out_keys=[("agents", "action_value")])
     keys = [("agents", key) for key in ("action", "action_value", "chosen_action_value")]
     value = QValueModule(
         action_value_key=("agents", "action_value"),
@@ -538,9 +537,9 @@ def agents_conv(share: bool) -> Entry:
         first=first,
         rest=lambda p, h, d: {("agents", "logits"): p.module[0].module[1](h.flatten(-3))},
         score=index_log_prob(("agents", "logits"), ("agents", "action")),
-        observations={("agents", "observation"): Unbounded((AGENTS, 2, 6, 6))},
+        observations={OBSERVED: Unbounded((AGENTS, 2, 6, 6))},
         actions={("agents", "action"): CategoricalSpec(ACTIONS, shape=(AGENTS,))},
-        explained=(("agents", "observation"),),
+        explained=(OBSERVED,),
     )
 
 
