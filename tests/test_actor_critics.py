@@ -65,7 +65,7 @@ def test_a_site_of_the_other_head_does_not_run() -> None:
     with ActivationCaching("module.2.module").prepare(actor_value()) as hooked:
         hooked(observations(2))
     policy = actor_value().get_policy_operator()
-    with pytest.raises(SiteError, match="matches 'module.2.module'|did not run"):
+    with pytest.raises(SiteError, match=r"matches 'module\.2\.module'|did not run"):
         with ActivationCaching("module.2.module").prepare(policy) as hooked:
             hooked(observations(2))
 

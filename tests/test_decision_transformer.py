@@ -61,7 +61,7 @@ def test_the_inference_wrapper_is_explained_while_it_acts() -> None:
     plain = policy(data.clone())
     with method.prepare(policy) as hooked:
         found = hooked(data.clone())
-        with pytest.raises(InputError, match="writes over its own inputs .*'action_cat'"):
+        with pytest.raises(InputError, match=r"writes over its own inputs .*'action_cat'"):
             hooked.annotate(found.exclude("attr"))
     leaves = {key: data[key].clone().requires_grad_() for key in CONTEXT_KEYS}
 
