@@ -39,7 +39,7 @@ from torchrl.objectives import (
 
 from tests.mock_env import MockEnv
 from tests.policies import ACTIONS, FEATURES, HIDDEN, mlp
-from tests.zoo import ATOMS, CONTINUOUS, CONTROLS, DISCRETE, SUPPORT, VECTOR
+from tests.zoo_entry import ATOMS, CONTINUOUS, CONTROLS, DISCRETE, SUPPORT, VECTOR
 
 __all__ = ["LOSSES", "LossCase", "Modules", "Nets"]
 

@@ -13,7 +13,8 @@ from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors, tar
 from tdhook_rl.errors import InactiveError, SiteError
 from tests.policies import FEATURES, HIDDEN, categorical
 from tests.test_invariants import hook_count
-from tests.zoo import ZOO, actor_critic, actor_value, critic
+from tests.zoo import ZOO
+from tests.zoo_policies import actor_critic, actor_value, critic
 
 TRUNK = "module.0.module"
 

@@ -16,7 +16,10 @@ from tdhook_rl.attribution import LRP, DimsConfig, GradCAM, IntegratedGradients
 from tdhook_rl.errors import InputError, SiteError
 from tdhook_rl.latent import ActivationPatching, DirectionalAblation
 from tdhook_rl.weights import Adapters
-from tests.zoo import AGENTS, FEATURES, HIDDEN, OBSERVED, ZOO, Entry, agents_mlp
+from tests.policies import FEATURES, HIDDEN
+from tests.zoo import ZOO, Entry
+from tests.zoo_agents import agents_mlp
+from tests.zoo_entry import AGENTS, OBSERVED
 
 NETS = [name for name in ZOO if name.startswith("agents_")]
 every_net = pytest.mark.parametrize("net", NETS)

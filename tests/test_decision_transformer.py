@@ -19,7 +19,10 @@ from torchrl.modules import (
 from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors
 from tdhook_rl.attribution import IntegratedGradients, Occlusion
 from tdhook_rl.errors import InputError
-from tests.zoo import CONTEXT, CONTEXT_KEYS, CONTROLS, FEATURES, HIDDEN, ZOO, block, transformer
+from tests.policies import FEATURES, HIDDEN
+from tests.zoo import ZOO
+from tests.zoo_entry import CONTEXT, CONTROLS
+from tests.zoo_time import CONTEXT_KEYS, block, transformer
 
 SITE = "td_module.module.0.module.transformer.transformer.h.0.attn"
 

@@ -22,7 +22,10 @@ from tdhook_rl import Saliency, targets
 from tdhook_rl.attribution import Occlusion
 from tdhook_rl.errors import TargetError
 from tests.policies import ACTIONS, FEATURES, categorical, mlp
-from tests.zoo import AGENTS, CONTINUOUS, CONTROLS, OBSERVED, SEPARATE, ZOO, agents_q, ou_noise
+from tests.zoo import ZOO
+from tests.zoo_agents import SEPARATE, agents_q
+from tests.zoo_entry import AGENTS, CONTINUOUS, CONTROLS, OBSERVED
+from tests.zoo_policies import ou_noise
 
 
 def gradient(function, x: torch.Tensor) -> torch.Tensor:
