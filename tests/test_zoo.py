@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torchrl.collectors import Collector
 
 from tdhook_rl import ActivationCaching, Compose, LinearProbe, ProbeReadout, Saliency, SteeringVectors
-from tdhook_rl.attribution import IntegratedGradients
+from tdhook_rl.attribution import IntegratedGradients, Occlusion
 from tdhook_rl.latent import DirectionalAblation, DirectionClamping
 from tdhook_rl.method import Method
+from tdhook_rl.weights import Adapters
 from tests.test_invariants import snapshot
 from tests.zoo import ZOO, Entry
 
@@ -136,6 +137,20 @@ def check_completeness(entry: Entry, policy: Any, rows: TensorDictBase) -> Tenso
     return found
 
 
+def check_occlusion(entry: Entry, policy: Any, rows: TensorDictBase) -> Tensor:
+    def score(given: TensorDictBase) -> Tensor:
+        return entry.score(entry.rest(policy, entry.first(policy, given), given), rows)
+
+    found = torch.zeros(())
+    for key in entry.explained:
+        occluded = rows[key].flatten(1).clone()
+        occluded[:, -1] = 0
+        without = rows.clone(recurse=False).set(key, occluded.reshape(rows[key].shape))
+        found = rows["attr", key].flatten(1)[:, -1]
+        close(found, score(rows) - score(without))
+    return found
+
+
 def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected.to(found.dtype), rtol=1e-3, atol=1e-4)
 
@@ -161,10 +176,15 @@ CELLS = {
         lambda e: SteeringVectors({e.site: vector(e)}, alpha="strength"), check_outputs(add_per_row)
     ),
     "steering_function": Cell(
-        lambda e: SteeringVectors(modules_to_steer=[e.site], steer_fn=shifted), check_outputs(lambda e, h, r: h + 1.0)
+        lambda e: SteeringVectors(modules_to_steer=[e.site], steer_fn=shifted),
+        check_outputs(lambda e, h, r: h + 1.0),
+        slow=True,
     ),
     "ablation": Cell(lambda e: DirectionalAblation({e.site: vector(e)}), check_outputs(hold(0.0))),
-    "clamping": Cell(lambda e: DirectionClamping({e.site: vector(e)}, value=1.5), check_outputs(hold(1.5))),
+    "clamping": Cell(lambda e: DirectionClamping({e.site: vector(e)}, value=1.5), check_outputs(hold(1.5)), slow=True),
+    "adapter": Cell(
+        lambda e: Adapters({"tanh": (torch.tanh, e.site, e.site)}), check_outputs(lambda e, h, r: h.tanh()), slow=True
+    ),
     "probe": Cell(lambda e: ProbeReadout({"concept": fitted(e)}), check_probe),
     "saliency_step": Cell(
         lambda e: Saliency(when="step", target=e.target, inputs=e.explained), check_saliency("action")
@@ -189,6 +209,10 @@ CELLS = {
     "integrated_gradients_batch": Cell(
         lambda e: IntegratedGradients(when="batch", target=e.target, inputs=e.explained, baseline=0.0, n_steps=64),
         check_completeness,
+        slow=True,
+    ),
+    "occlusion_batch": Cell(
+        lambda e: Occlusion(when="batch", target=e.target, inputs=e.explained), check_occlusion, slow=True
     ),
 }
 
@@ -217,12 +241,18 @@ def collected(entry: Entry, policy: nn.Module, hooked: Any) -> Iterator[TensorDi
         collector.shutdown()
 
 
-@pytest.mark.parametrize("method", CELLS)
-@pytest.mark.parametrize("policy", ZOO)
+def cells() -> Iterator[Any]:
+    """Every policy with every method, named after both."""
+    for policy, entry in ZOO.items():
+        for method, cell in CELLS.items():
+            if cell.needs(entry):
+                slow = cell.slow or (policy == "decision_transformer" and method.endswith("batch"))
+                yield pytest.param(policy, method, id=f"{policy}-{method}", marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize(("policy", "method"), list(cells()))
 def test_cell(policy: str, method: str) -> None:
     entry, cell = ZOO[policy], CELLS[method]
-    if not cell.needs(entry):
-        pytest.skip("there is no value")
     plain = entry.build()
     found = []
     with prepare(entry, plain, cell.make(entry)) as hooked:
