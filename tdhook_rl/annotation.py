@@ -47,6 +47,12 @@ def annotate(
         return result
     if data.batch_size.numel() == 0:
         raise InputError(f"there is nothing to annotate: the batch has shape {tuple(data.batch_size)}")
+    if policy._hooked_overwrites:
+        names = ", ".join(map(repr, policy._hooked_overwrites))
+        raise InputError(
+            f"{type(policy)._base.__name__} writes over its own inputs {names}, so a batch no longer holds "
+            "what the policy saw: explain it while it acts, with when='step'"
+        )
     if runtime.tie is not None:
         runtime.tie.check(policy)
     mismatch = Mismatch(policy, on_mismatch)

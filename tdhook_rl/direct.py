@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.requests import request_sites
+from tdhook_rl.rows import RecurrentHook
 from tdhook_rl.runs import HookedModuleRun, without_methods
 
 if TYPE_CHECKING:
@@ -118,4 +119,6 @@ def disabled_hooks(hooked: HookedMixin) -> Iterator[HookedMixin]:
 
 def _ours(hook: Any) -> bool:
     owner = type(getattr(hook, "__self__", hook))
+    if owner is RecurrentHook:  # it neither acts nor writes
+        return False
     return owner.__module__.startswith("tdhook_rl.")

@@ -6,18 +6,19 @@ Hooks are small importable objects: no closures (workers unpickle them), no coun
 
 from __future__ import annotations
 
-import copy
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
+from tdhook_rl.containers import first_input, first_tensor, with_first_tensor
 from tdhook_rl.controls import Controls
-from tdhook_rl.errors import InactiveError, InputError, MissingKeyError, SiteError, nearest
+from tdhook_rl.errors import InactiveError, MissingKeyError, SiteError, nearest
+from tdhook_rl.rows import as_leaf, rows_of, unbatched, vmap_level, with_rows
 
 if TYPE_CHECKING:
     from tdhook_rl.passes import Replay
@@ -33,7 +34,11 @@ __all__ = [
     "WatchHook",
     "first_input",
     "first_tensor",
+    "rows_of",
+    "unbatched",
+    "vmap_level",
     "with_first_tensor",
+    "with_rows",
 ]
 
 
@@ -48,7 +53,11 @@ class Runtime:
         self.active = True
         self.recording = False
         self.depth = 0
+        # Of the call under way: the nesting level of functorch transforms around it, and its batch size if known;
+        # and inside a recurrent module the batch size and the resets that this reads.
         self.level = -1
+        self.batch: torch.Size | None = None
+        self.time: tuple[torch.Size, Tensor | None] | None = None
         self.replay: Replay | None = None
         self.tie: Tie | None = None
         self.row_hook: RowHook | None = None
@@ -63,6 +72,16 @@ class Runtime:
         self.fired: set[str] = set()
         self.rows: dict[NestedKey, Tensor] = {}
         self.lock = threading.RLock()
+
+    def begin(self, args: tuple, kwargs: dict[str, Any]) -> tuple[int, torch.Size | None]:
+        """Note what the policy is about to run on; returns what :meth:`end` puts back."""
+        data = args[0] if args else kwargs.get("tensordict")
+        previous = self.level, self.batch
+        self.level, self.batch = vmap_level(), data.batch_size if isinstance(data, TensorDictBase) else None
+        return previous
+
+    def end(self, previous: tuple[int, torch.Size | None]) -> None:
+        self.level, self.batch = previous
 
     @contextmanager
     def explained_by(self, owner: str) -> Iterator[None]:
@@ -114,6 +133,7 @@ class Runtime:
             "tie": None,
             "recording": False,
             "depth": 0,
+            "time": None,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -137,7 +157,7 @@ class CaptureHook:
         if not runtime.active:
             runtime.refuse()
         if runtime.recording:
-            value = unbatched(first_tensor(output, module, self.slot), runtime.level)
+            value, _ = rows_of(output, module, self.slot, runtime)
             runtime.slots[self.slot] = (value.detach() if value.requires_grad else value).clone()
 
 
@@ -162,9 +182,9 @@ class WatchHook:
     def __call__(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
         if self.runtime.replay is None:
             return None
-        value = first_tensor(output, module, self.slot)
+        value, disguise = rows_of(output, module, self.slot, self.runtime)
         self.runtime.replay.watched[self.slot] = value
-        return with_first_tensor(output, value.clone(), module)
+        return with_rows(output, value.clone(), module, disguise)
 
 
 class LeafHook:
@@ -183,16 +203,16 @@ class LeafHook:
         leaves = self.runtime.leaves
         if self.slot not in leaves:
             return None
-        value = first_tensor(output, module, self.slot)
+        value, disguise = rows_of(output, module, self.slot, self.runtime)
         given = leaves[self.slot]
         if given is not None and self.slot in self.runtime.added:
             value = value + (given - given.detach())
         elif given is not None:
             value = given
         elif not value.requires_grad and torch.is_grad_enabled():
-            value = value.detach().requires_grad_()
+            value = as_leaf(value)
         self.runtime.slots[self.slot] = value
-        return with_first_tensor(output, value.clone(), module)
+        return with_rows(output, value.clone(), module, disguise)
 
 
 class RowHook:
@@ -247,86 +267,3 @@ def _load_portable(data: bytes) -> Portable:
     import cloudpickle
 
     return Portable(cloudpickle.loads(data))
-
-
-def first_input(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], site: str) -> Tensor:
-    """The tensor that a module is given first, or the first in-key of the TensorDict that it is given."""
-    return first_tensor(args if args else kwargs, module, site, "in_keys")
-
-
-Side = Literal["out_keys", "in_keys"]
-
-
-def first_tensor(value: Any, module: torch.nn.Module, site: str, side: Side = "out_keys") -> Tensor:
-    """The tensor that an output (or input) stands for: itself, or the first in a tuple, a mapping or a TensorDict.
-
-    Nested containers are searched in order; a TensorDict in the order of the module's keys.
-
-    Raises:
-        InputError: if there is no tensor.
-    """
-    if isinstance(value, Tensor):
-        return value
-    found = _first(value, module, side)
-    if found is None:
-        what = "output" if side == "out_keys" else "input"
-        raise InputError(f"the {what} of {site!r} ({type(module).__name__}) is a {type(value).__name__}, not a tensor")
-    return found
-
-
-def with_first_tensor(value: Any, new: Tensor, module: torch.nn.Module, side: Side = "out_keys") -> Any:
-    """The same output (or input) with the tensor of :func:`first_tensor` replaced."""
-    if isinstance(value, Tensor):
-        return new
-    entries = _entries(value, module, side)
-    key, item = next((key, item) for key, item in entries if _first(item, module, side) is not None)
-    item = with_first_tensor(item, new, module, side)
-    if isinstance(value, TensorDictBase):
-        return value.set(key, item)
-    if isinstance(value, Mapping):
-        # A copy keeps the class: the outputs of transformers' models are mappings with attributes.
-        changed = copy.copy(value)
-        changed[key] = item  # type: ignore[index]
-        return changed
-    items = [*value[:key], item, *value[key + 1 :]]
-    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-
-
-def _first(value: Any, module: torch.nn.Module, side: Side) -> Tensor | None:
-    if isinstance(value, Tensor):
-        return value
-    inner = (_first(item, module, side) for _, item in _entries(value, module, side))
-    return next((found for found in inner if found is not None), None)
-
-
-def _entries(value: Any, module: torch.nn.Module, side: Side) -> Iterable[tuple[Any, Any]]:
-    if isinstance(value, TensorDictBase):
-        keys = getattr(module, side, None) or list(value.keys(True, True))
-        return [(key, value.get(key, None)) for key in keys]
-    if isinstance(value, Mapping):
-        return value.items()
-    return enumerate(value) if isinstance(value, (tuple, list)) else ()
-
-
-def vmap_level() -> int:
-    """The nesting level of functorch transforms around the caller; -1 outside and under compile."""
-    if torch.compiler.is_compiling():
-        return -1
-    stack = torch._C._functorch.get_interpreter_stack()
-    return -1 if not stack else stack[-1].level()
-
-
-def unbatched(value: Tensor, level: int) -> Tensor:
-    """Turn ``vmap`` dimensions deeper than ``level`` into an explicit dimension before the features.
-
-    A batched tensor must not outlive its ``vmap``; the hidden dimension (agents, ensemble members) is
-    part of what the site computed.
-    """
-    if torch.compiler.is_compiling():
-        return value
-    functorch = torch._C._functorch
-    while functorch.is_batchedtensor(value) and functorch.maybe_get_level(value) > level:
-        dim = functorch.maybe_get_bdim(value)
-        value = functorch.get_unwrapped(value)
-        value = value.movedim(dim, -2 if value.ndim > 1 else 0)
-    return value

@@ -22,8 +22,9 @@ from tdhook_rl.collisions import check_collisions, check_known
 from tdhook_rl.errors import InputError, PreparationError, SiteError
 from tdhook_rl.hooks import CaptureHook, InputCaptureHook, LeafHook, RowHook, Runtime, WatchHook
 from tdhook_rl.module import HookedMixin
-from tdhook_rl.passes import Bound, ReplayMixin, draws
+from tdhook_rl.passes import Bound, ReplayMixin, draws, supports
 from tdhook_rl.paths import Site, find_sites
+from tdhook_rl.rows import note_intervention, survey
 from tdhook_rl.shared_pass import can_share
 from tdhook_rl.tying import Tie, replace_tensors, tied_clone
 from tdhook_rl.writing import WritingMixin, writes_by_default
@@ -172,6 +173,7 @@ class HookingContext:
             )
         runtime = Runtime()
         runtime.tie = Tie(self._module)
+        survey(clone, runtime)
         binder = Binder(clone, root, runtime)
         for child in list(clone.modules()):
             if child is clone:
@@ -194,7 +196,9 @@ class HookingContext:
             _hooked_shares=can_share(clone, traits),
             _hooked_alone=[one for one in steps if getattr(one, "without_forward", False)],
             _hooked_reads=binder.reads,
+            _hooked_overwrites=[key for key in clone.in_keys if key in list(clone.out_keys)],
             _hooked_routes=binder.routes,
+            _hooked_supports=supports(clone),
             _hooked_wraps=not self._wrapped,
         )
         swap_class(clone, HookedMixin)
@@ -286,6 +290,8 @@ class Binder:
 
     def on_output(self, site: Site, hook: Callable[..., Any]) -> None:
         """Register a forward hook; hooks of one site run in the order of registration."""
+        if not isinstance(hook, (CaptureHook, WatchHook, LeafHook)):
+            note_intervention(self.root, site.path, site.name)
         site.module.register_forward_hook(hook)
 
     def read_row(self, key: NestedKey) -> NestedKey:

@@ -57,6 +57,8 @@ class HookedMixin(_Policy):
     _hooked_shares: bool  # the forward itself may be explained, without a second pass
     _hooked_alone: list[Bound]  # those that can do without the policy's own inputs
     _hooked_reads: list[NestedKey]
+    _hooked_overwrites: list[NestedKey]  # inputs that the policy writes over
+    _hooked_supports: dict[NestedKey, torch.Tensor]
     _hooked_wraps: bool  # the policy is a wrapper of ours around the user's plain module
     _hooked_routes: list[Any]  # what sites hand to each other during a call
 
@@ -347,11 +349,14 @@ def _reader(base: type[nn.Module], name: str) -> Callable[[Any], list[NestedKey]
 def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def guarded(self: HookedMixin, *args: Any, **kwargs: Any) -> Any:
-        if not self._hooked_runtime.active:
-            self._hooked_runtime.refuse()
+        runtime = self._hooked_runtime
+        if not runtime.active:
+            runtime.refuse()
+        previous = runtime.begin(args, kwargs)
         try:
             return method(self, *args, **kwargs)
         finally:
+            runtime.end(previous)
             self._close_routes()
 
     return guarded

@@ -15,6 +15,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, set_interaction_type
 from torch import Tensor, nn
 
+from tdhook_rl.batching import shallow
 from tdhook_rl.classes import Swapped
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.hooks import Runtime
@@ -45,6 +46,8 @@ class Replay:
     stored: TensorDictBase
     distributions: list[tuple[nn.Module, torch.distributions.Distribution]] = field(default_factory=list)
     watched: dict[str, Tensor] = field(default_factory=dict)
+    # What a deterministic policy decided before exploration noise was added.
+    decided: dict[NestedKey, Tensor] = field(default_factory=dict)
 
 
 class ReplayMixin(Swapped):
@@ -57,9 +60,15 @@ class ReplayMixin(Swapped):
         data = args[0] if args else kwargs.get("tensordict")
         if replay is None or not isinstance(data, TensorDictBase):
             return super().forward(*args, **kwargs)
-        if isinstance(self, ProbabilisticTensorDictModule):
-            replay.distributions.append((self, self.get_dist(data)))
         stored = {key: replay.stored.get(key, None) for key in sample_keys(self)}
+        if isinstance(self, ProbabilisticTensorDictModule):
+            distribution = self.get_dist(data)
+            replay.distributions.append((self, distribution))
+            if is_point(distribution):  # it draws nothing, and gradients pass through what it decides
+                stored = dict.fromkeys(stored)
+            _require_own_shape(stored, distribution)
+        else:
+            replay.decided.update({key: data.get(key) for key in stored if data.get(key).is_floating_point()})
         if any(value is None for value in stored.values()):
             with set_interaction_type(InteractionType.DETERMINISTIC):
                 return super().forward(*args, **kwargs)
@@ -80,9 +89,44 @@ def draws(module: nn.Module) -> bool:
 
 def sample_keys(module: nn.Module) -> list[NestedKey]:
     """The keys a drawing module writes its samples under."""
+    from torchrl.modules import OrnsteinUhlenbeckProcessModule
+
     if isinstance(module, ProbabilisticTensorDictModule):
         return list(module.dist_sample_keys)
-    return [module.action_key]
+    return [module.ou.key if isinstance(module, OrnsteinUhlenbeckProcessModule) else module.action_key]
+
+
+def supports(policy: nn.Module) -> dict[NestedKey, Tensor]:
+    """The supports of the distributional Q-networks in a policy (``Pass.supports``)."""
+    from torchrl.modules import DistributionalQValueModule
+
+    found = [child for child in policy.modules() if isinstance(child, DistributionalQValueModule)]
+    return {child.action_value_key: child.support for child in found}
+
+
+def is_point(distribution: torch.distributions.Distribution) -> bool:
+    """Whether a distribution is a single point, which has no log-probability to explain."""
+    from torchrl.modules import Delta
+
+    while hasattr(distribution, "base_dist"):  # a transformed point is one
+        distribution = distribution.base_dist
+    return isinstance(distribution, Delta)
+
+
+def _require_own_shape(
+    stored: Mapping[NestedKey, Tensor | None], distribution: torch.distributions.Distribution
+) -> None:
+    """A stored sample of another shape would be broadcast against the distribution in silence."""
+    if len(stored) != 1:
+        return
+    ((key, value),) = stored.items()
+    rows, events = distribution.batch_shape, distribution.event_shape
+    if value is not None and (value.shape[: len(rows)] != rows or value.ndim < len(rows) + len(events)):
+        raise InputError(
+            f"the stored {key!r} has shape {tuple(value.shape)}, but the policy draws it from a "
+            f"{type(distribution).__name__} over {tuple(rows + events)} and changes it afterwards, so what was drawn "
+            "is not known: explain a policy that stores its samples as they were drawn"
+        )
 
 
 @dataclass
@@ -94,6 +138,8 @@ class Pass:
     distributions: list[tuple[nn.Module, torch.distributions.Distribution]]
     out_keys: list[NestedKey]
     watched: dict[str, Tensor]  # outputs of target modules, by slot
+    # Of distributional Q-networks: the returns that the atoms stand for, by the key of their log-probabilities.
+    supports: Mapping[NestedKey, Tensor] = field(default_factory=dict)
 
 
 class Call:
@@ -109,6 +155,11 @@ class Call:
     ) -> None:
         self.policy = policy
         self.data = data
+        if policy._hooked_overwrites and inputs:
+            # Passes over more rows than the call's read the inputs from here.
+            self.data = shallow(data)
+            for key in policy._hooked_overwrites:
+                self.data.set(key, inputs[key])
         self.source = data if source is None else source  # what the policy was called with
         self.inputs = inputs
         # The forward itself, where it can be explained without a second pass, and the leaves of its graph.
@@ -138,9 +189,12 @@ class Call:
         """
         value = self.slots.get(slot)
         if value is None:
+            hint = ""
+            if self.policy._hooked_traits.recurrent:
+                hint = " (in recurrent mode the backend 'scan' reads trajectories without calling the recurrent core)"
             raise SiteError(
                 f"the module {site!r} did not run in this call, so there is no activation to show; "
-                "name a module that the policy's forward executes"
+                f"name a module that the policy's forward executes{hint}"
             )
         return with_batch(value, self.batch_size, site)
 
@@ -175,7 +229,13 @@ class Call:
             runtime.replay, runtime.recording = previous
         if as_it_was:
             self.replayed = outputs
-        return Pass(outputs, stored, replay.distributions, self.policy.policy_out_keys, replay.watched)
+        if replay.decided:
+            outputs = outputs.copy()
+            for key, value in replay.decided.items():
+                outputs.set(key, value)
+        policy = self.policy
+        keys = policy.policy_out_keys
+        return Pass(outputs, stored, replay.distributions, keys, replay.watched, policy._hooked_supports)
 
 
 def run_root(policy: HookedMixin, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -187,12 +247,14 @@ def run_root(policy: HookedMixin, forward: Callable[..., Any], args: tuple, kwar
     if checks_sites:
         runtime.fired = set()
     runtime.depth += 1
+    previous = runtime.begin(args, kwargs)
     try:
         output = forward(policy, *args, **kwargs)
         if checks_sites:
             runtime.require_fired()
         return output
     finally:
+        runtime.end(previous)
         runtime.depth -= 1
         if not runtime.depth:
             runtime.rows.clear()

@@ -16,10 +16,11 @@ from tensordict.nn import ProbabilisticTensorDictModule
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tdhook_rl.containers import first_tensor, with_first_tensor
 from tdhook_rl.errors import InputError, SiteError, TargetError, nearest
-from tdhook_rl.hooks import first_tensor, with_first_tensor
 from tdhook_rl.passes import Pass
 from tdhook_rl.requests import OFFERED, Act, CacheProxy, EarlyStop, Kind, caller, kind_of, request_sites
+from tdhook_rl.rows import as_leaf, rows_of, with_rows
 from tdhook_rl.targets import Target
 
 if TYPE_CHECKING:
@@ -313,9 +314,11 @@ class HookedModuleRun:
         if kind in ("grad_input", "grad_output"):
             self._grad_enabled = True
 
+        runtime = self.hooked._hooked_runtime
+
         def on_gradient(module: nn.Module, value: Tensor) -> Tensor:
             if not value.requires_grad:
-                value = value.detach().requires_grad_()
+                value = as_leaf(value)
             point = value.view_as(value)  # a node of its own: it sees the gradient through this module only
             point.register_hook(lambda gradient: act(module, gradient, {kind: (gradient,)}))
             self._points.append(point)
@@ -324,7 +327,9 @@ class HookedModuleRun:
         def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
             # Models of transformers pass some inputs by name only.
             given = args if args else kwargs
-            value = first_tensor(given, module, key, "in_keys")
+            packed = args and isinstance(args[0], tuple)
+            tensor = args[0] if packed else first_tensor(given, module, key, "in_keys")
+            value, disguise = rows_of(tensor, module, key, runtime)
             new = (
                 act(module, value, {"args": args, "kwargs": kwargs}) if kind == "input" else on_gradient(module, value)
             )
@@ -335,14 +340,15 @@ class HookedModuleRun:
                     f"{key!r} ({type(module).__name__}) reads its input from the caller's TensorDict, which a run does "
                     "not change: name the module inside it"
                 )
+            new = new if disguise is None else disguise(new)
             given = with_first_tensor(given, new, module, "in_keys")
             return (given, kwargs) if args else (args, given)
 
         def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-            value = first_tensor(output, module, key)
+            value, disguise = rows_of(output, module, key, runtime)
             raw = {"args": args, "kwargs": kwargs, "output": output}
             new = act(module, value, raw) if kind == "output" else on_gradient(module, value)
-            return None if new is None else with_first_tensor(output, new, module)
+            return None if new is None else with_rows(output, new, module, disguise)
 
         for site in request_sites(self.hooked, key, relative):
             if kind in ("input", "grad_input"):

@@ -80,7 +80,10 @@ def shared_pass(
                     if holder.get(key, None) is point:
                         holder.set(key, inputs[key])
         call = Call(policy, forward, output, inputs, data)
-        call.shared = Pass(output, output, replay.distributions, policy.policy_out_keys, replay.watched), points
+        run = Pass(
+            output, output, replay.distributions, policy.policy_out_keys, replay.watched, policy._hooked_supports
+        )
+        call.shared = run, points
         yield output, call
     finally:
         for slot in slots:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tdhook_rl.errors import TargetError, nearest
 from tdhook_rl.hooks import Portable
-from tdhook_rl.passes import Pass, sample_keys
+from tdhook_rl.passes import Pass, is_point, sample_keys
 
 __all__ = [
     "Target",
@@ -93,12 +93,19 @@ def output_sum() -> Target:
 
 
 def default_target(run: Pass) -> Target:
-    """What is explained unless told otherwise: the taken action of a policy, else the sum of outputs."""
-    if run.distributions:
+    """What is explained unless told otherwise: the taken action of a policy, the value of a critic, or all outputs.
+
+    The action of a deterministic policy is explained before exploration noise, summed over its dimensions.
+    """
+    if run.distributions and not is_point(run.distributions[-1][1]):
         return taken_action_log_prob()
     values = named(run.outputs, "action_value")
     if values is not None and stored_action(run, values) is not None:
         return chosen_q(values)
+    decided = [key for module, _ in run.distributions for key in sample_keys(module)]
+    for key in (*decided, *(named(run.outputs, name) for name in ("action", "state_value", "state_action_value"))):
+        if key in run.out_keys and _explains(run.outputs.get(key)):
+            return Target(str(key), _Entry(key))
     return output_sum()
 
 
@@ -110,9 +117,10 @@ def named(data: TensorDictBase, name: str) -> NestedKey | None:
 
 
 def stored_action(run: Pass, values: NestedKey) -> Tensor | None:
-    """The action stored beside logits or values with a nested key, else at the top."""
-    beside = None if isinstance(values, str) else run.stored.get((*values[:-1], "action"), None)
-    return run.stored.get("action", None) if beside is None else beside
+    """The stored action of logits or values: beside them, at the top, or where the policy's distribution has it."""
+    keys: list[NestedKey] = [] if isinstance(values, str) else [(*values[:-1], "action")]
+    keys += ["action", *(key for module, _ in run.distributions for key in sample_keys(module))]
+    return next((action for action in (run.stored.get(key, None) for key in keys) if action is not None), None)
 
 
 def _taken_action_log_prob(run: Pass) -> Tensor:
@@ -124,7 +132,14 @@ def _taken_action_log_prob(run: Pass) -> Tensor:
             "annotate data that a policy has collected, or choose another target"
         )
     if len(actions) == 1:
-        return distribution.log_prob(actions[0])
+        found = distribution.log_prob(actions[0])
+        if found.numel() != distribution.batch_shape.numel():
+            raise TargetError(
+                f"the stored action {sample_keys(module)[0]!r} of shape {tuple(actions[0].shape)} is broadcast against "
+                f"the policy's {type(distribution).__name__} over {tuple(distribution.batch_shape)}: store it in the "
+                "shape in which the policy gives it"
+            )
+        return found
     log_prob = distribution.log_prob(run.stored)
     if isinstance(log_prob, TensorDictBase):
         batch = run.outputs.batch_size
@@ -145,7 +160,7 @@ class _Entry:
     key: NestedKey
 
     def __call__(self, run: Pass) -> Tensor:
-        return _entry(run, self.key)
+        return _entry(run, self.key)[1]
 
 
 @dataclass(frozen=True)
@@ -154,7 +169,7 @@ class _Indexed:
     index: int
 
     def __call__(self, run: Pass) -> Tensor:
-        logits = _entry(run, self.key)
+        _, logits = _values(run, self.key)
         if not -logits.shape[-1] <= self.index < logits.shape[-1]:
             raise TargetError(
                 f"logit({self.index}) was asked, but {self.key!r} has {logits.shape[-1]} entries in its last dimension"
@@ -167,8 +182,8 @@ class _Chosen:
     key: NestedKey
 
     def __call__(self, run: Pass) -> Tensor:
-        values = _entry(run, self.key)
-        return (values * one_hot_action(run, values, self.key)).sum(-1)
+        key, values = _values(run, self.key)
+        return (values * one_hot_action(run, values, key)).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -176,8 +191,8 @@ class _Margin:
     key: NestedKey
 
     def __call__(self, run: Pass) -> Tensor:
-        values = _entry(run, self.key)
-        chosen = one_hot_action(run, values, self.key).bool()
+        key, values = _values(run, self.key)
+        chosen = one_hot_action(run, values, key).bool()
         return values[chosen].reshape(values.shape[:-1]) - values.masked_fill(chosen, -torch.inf).amax(-1)
 
 
@@ -186,10 +201,7 @@ def _output_sum(run: Pass) -> Tensor:
     terms = [
         value.reshape(*batch, -1).sum(-1)
         for value in (run.outputs.get(key, None) for key in run.out_keys)
-        # Where no gradient is recorded (a difference of two values is wanted), constants cancel.
-        if isinstance(value, Tensor)
-        and value.is_floating_point()
-        and (value.requires_grad or not torch.is_grad_enabled())
+        if _explains(value)
     ]
     if not terms:
         raise TargetError(
@@ -199,12 +211,31 @@ def _output_sum(run: Pass) -> Tensor:
     return torch.stack(terms).sum(0)
 
 
-def _entry(run: Pass, key: NestedKey) -> Tensor:
+def _explains(value: Any) -> bool:
+    """Whether an output depends on the inputs; where no gradient is recorded, a difference is wanted, and any does."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    return value.requires_grad or not torch.is_grad_enabled()
+
+
+def _entry(run: Pass, key: NestedKey) -> tuple[NestedKey, Tensor]:
+    """An output and its key; a name also finds the only nested output that is called so."""
     value = run.outputs.get(key, None)
+    if value is None and isinstance(key, str):
+        nested = [one for one in run.out_keys if isinstance(one, tuple) and one[-1] == key]
+        if len(nested) == 1:
+            key, value = nested[0], run.outputs.get(nested[0], None)
     if value is None:
         known = [str(k) for k in run.outputs.keys(True, True)]
         raise TargetError(f"the target reads {key!r}, which the policy does not output; {nearest(str(key), known)}")
-    return value
+    return key, value
+
+
+def _values(run: Pass, key: NestedKey) -> tuple[NestedKey, Tensor]:
+    """Logits or values of the actions; of a distributional Q-network the expectations over its atoms."""
+    key, values = _entry(run, key)
+    support = run.supports.get(key)
+    return key, values if support is None else (values.exp() * support.to(values).unsqueeze(-1)).sum(-2)
 
 
 def one_hot_action(run: Pass, values: Tensor, key: NestedKey = "logits") -> Tensor:
@@ -221,7 +252,8 @@ def one_hot_action(run: Pass, values: Tensor, key: NestedKey = "logits") -> Tens
             f"the stored action of shape {tuple(action.shape)} ({action.dtype}) names no entry of values of shape "
             f"{tuple(values.shape)}: the target is for discrete actions, an index or one-hot"
         )
-    return torch.nn.functional.one_hot(action, values.shape[-1]).to(values.dtype)
+    # Not one_hot, which looks at the values and therefore fails inside vmap.
+    return (action.unsqueeze(-1) == torch.arange(values.shape[-1], device=action.device)).to(values.dtype)
 
 
 def _last_distribution(run: Pass, name: str) -> tuple[Any, torch.distributions.Distribution]:

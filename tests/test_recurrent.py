@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -10,9 +12,9 @@ from torch import nn
 from torch.distributions import Categorical
 from torchrl.modules import GRUModule, LSTMModule, ProbabilisticActor, set_recurrent_mode
 
-from tdhook_rl import ActivationCaching, Compose, Saliency, targets
-from tdhook_rl.attribution import DimsConfig, GradCAM
-from tdhook_rl.errors import InputError
+from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors, targets
+from tdhook_rl.attribution import DimsConfig, GradCAM, IntegratedGradients, Occlusion
+from tdhook_rl.errors import InputError, SiteError
 from tests.policies import categorical
 
 
@@ -146,3 +148,138 @@ def test_what_the_trajectory_horizon_cannot_do_is_refused() -> None:
     with Saliency(horizon="trajectory").prepare(categorical()) as hooked:
         with pytest.raises(InputError, match="no batch dimension"):
             hooked.annotate(hooked(TensorDict({"observation": torch.randn(6)}, batch_size=[])))
+
+
+CORES = {"lstm": (LSTMModule, False), "gru": (GRUModule, False)}
+CORES |= {f"{name} in python": (kind, True) for name, (kind, _) in CORES.items()}
+
+
+class Unrolled:
+    """A recurrent policy, a batch of trajectories with resets, and what its core computes, step by step."""
+
+    def __init__(self, core: str, batch: tuple[int, ...], resets: bool, **options) -> None:
+        kind, in_python = CORES[core]
+        rnn = kind(
+            input_size=4, hidden_size=8, in_key="observation", out_key="hidden", python_based=in_python, **options
+        )
+        head = TensorDictModule(nn.Linear(8, 3), in_keys=["hidden"], out_keys=["logits"])
+        net = TensorDictSequential(rnn, head)
+        self.actor = ProbabilisticActor(
+            net, in_keys=["logits"], distribution_class=Categorical, return_log_prob=True
+        ).double()
+        self.head = head.module
+        self.name = "lstm" if kind is LSTMModule else "gru"
+        self.site = f"module.0.module.0.{self.name}"
+        is_init = torch.zeros(*batch, 1, dtype=torch.bool)
+        is_init[..., 0, :] = True
+        if resets:
+            is_init[..., 2, :] = True
+            is_init.reshape(-1, batch[-1])[-1, 3] = True
+        states = {key: torch.zeros(*batch, 1, 8).double() for key in self.actor.in_keys if "recurrent" in str(key)}
+        self.data = TensorDict(
+            {
+                "observation": torch.randn(*batch, 4).double(),
+                "is_init": is_init,
+                "strength": torch.rand(*batch).double(),
+                "action": torch.randint(0, 3, batch),
+                **states,
+            },
+            batch_size=batch,
+        )
+        core_module = getattr(rnn, self.name)
+        rows = []
+        flat = self.data["observation"].reshape(-1, batch[-1], 4)
+        for trajectory, starts in zip(flat, is_init.reshape(len(flat), -1), strict=True):
+            state = self._start()
+            for step, reset in zip(trajectory, starts, strict=True):
+                output, state = core_module(step[None, None], self._start() if bool(reset) else state)
+                rows.append(output[0, 0])
+        self.hidden = torch.stack(rows).reshape(*batch, 8)
+
+    def _start(self):
+        zeros = torch.zeros(1, 1, 8).double()
+        return (zeros, zeros) if self.name == "lstm" else zeros
+
+
+@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize("batch", [(5,), (3, 5), (2, 2, 5)])
+@pytest.mark.parametrize("core", CORES)
+def test_the_core_in_recurrent_mode_shows_and_takes_a_row_for_each_step(core: str, batch: tuple, resets: bool) -> None:
+    case, vector = Unrolled(core, batch, resets), torch.randn(8).double()
+    with ActivationCaching(case.site).prepare(case.actor) as hooked, set_recurrent_mode(True):
+        found = hooked(case.data.clone())
+    torch.testing.assert_close(found["cache", case.site], case.hidden)
+    method = SteeringVectors({case.site: vector}, alpha="strength")
+    with method.prepare(case.actor) as hooked, set_recurrent_mode(True):
+        found = hooked(case.data.clone())
+        again = hooked.get_dist(case.data.clone())
+    expected = case.head(case.hidden + case.data["strength"].unsqueeze(-1) * vector)
+    torch.testing.assert_close(found["logits"], expected)
+    torch.testing.assert_close(again.logits, expected.log_softmax(-1))
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_the_core_is_explained_row_by_row_along_trajectories(core: str) -> None:
+    case = Unrolled(core, (3, 5), True)
+    method = Saliency(target=targets.chosen_logit(), input_modules=[case.site], horizon="trajectory")
+    with method.prepare(case.actor) as hooked:
+        found = hooked.annotate(case.data)
+    torch.testing.assert_close(found["attr", case.site], case.head.weight[case.data["action"]])
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_the_core_in_collection_mode_has_no_dimension_of_time(core: str, batch: tuple) -> None:
+    case = Unrolled(core, (*batch, 1), False)
+    data = case.data.clone().squeeze(-1)
+    with Compose(ActivationCaching(case.site), SteeringVectors({case.site: torch.ones(8).double()})).prepare(
+        case.actor
+    ) as hooked:
+        found = hooked(data)
+    torch.testing.assert_close(found["cache", case.site], case.hidden.squeeze(-2))
+    torch.testing.assert_close(found["logits"], case.head(case.hidden.squeeze(-2) + 1))
+
+
+@pytest.mark.parametrize("batch", [(5,), (3, 5)])
+@pytest.mark.parametrize("attribution", [Saliency, partial(IntegratedGradients, baseline=0.0), Occlusion])
+def test_attribution_per_step_is_refused_in_recurrent_mode(attribution, batch: tuple) -> None:
+    case = Unrolled("gru", batch, False)
+    with attribution(when="step", inputs=["observation"]).prepare(case.actor) as hooked:
+        with set_recurrent_mode(True), pytest.raises(InputError, match=r"annotate .*horizon='trajectory'"):
+            hooked(case.data.clone())
+        assert not hooked._hooked_runtime.slots
+
+
+@pytest.mark.parametrize("core", ["lstm", "gru"])
+def test_the_scan_backend_does_not_call_the_core_and_says_so(core: str) -> None:
+    pytest.importorskip("hoptorch")
+    case = Unrolled(core, (3, 5), True, recurrent_backend="scan")
+    step = case.data[:, 0]
+    with SteeringVectors({case.site: torch.ones(8).double()}).prepare(case.actor) as hooked:
+        hooked(step.clone())  # collection does call it
+        with set_recurrent_mode(True):
+            for call in (hooked, hooked.get_dist, hooked.get_dist_params):
+                with pytest.raises(SiteError, match="recurrent_backend='pad'"):
+                    call(case.data.clone())
+    with ActivationCaching(case.site).prepare(case.actor) as hooked:
+        hooked(step.clone())
+        with set_recurrent_mode(True), pytest.raises(SiteError, match="did not run"):
+            hooked(case.data.clone())
+    with ActivationCaching("module.0.module.1").prepare(case.actor) as hooked, set_recurrent_mode(True):
+        found = hooked(case.data.clone())  # what reads the output runs as ever
+    torch.testing.assert_close(found["cache", "module.0.module.1"], case.head(case.hidden))
+
+
+def test_runs_see_rows_of_the_core() -> None:
+    case = Unrolled("gru", (3, 5), True)
+    with ActivationCaching(case.site).prepare(case.actor) as hooked, set_recurrent_mode(True):
+        with hooked.run(case.data.clone(), target=lambda data: data["logits"].sum()) as run:
+            run.save(case.site)
+            run.save_grad_output(case.site)
+        torch.testing.assert_close(run.get(case.site).resolve(), case.hidden.detach())
+        expected = case.head.weight.sum(0).expand(3, 5, 8)
+        torch.testing.assert_close(run.get_grad_output(case.site).resolve(), expected)
+        data = case.data.clone()
+        with hooked.run(data) as run:
+            run.set(case.site, torch.ones(3, 5, 8).double())
+    torch.testing.assert_close(data["logits"], case.head(torch.ones(3, 5, 8).double()))

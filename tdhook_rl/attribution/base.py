@@ -154,10 +154,11 @@ class BoundAttribution:
         return tuple((self.root, *([name] if name else []), *key) for name in self.names for key in explained)
 
     def compute(self, call: Call) -> dict[tuple[str, ...], Tensor]:
-        if self.horizon == "step" and in_recurrent_mode(call.policy):
+        if self.horizon == "step" and call.policy._hooked_traits.recurrent and in_recurrent_mode(call.policy):
             raise InputError(
                 f"{type(self).__name__.removeprefix('_Bound')} explains rows, but a policy in recurrent mode reads "
-                "trajectories: leave set_recurrent_mode off, so that each row is explained at its stored hidden state"
+                "trajectories, whose steps would be mixed: collect without it and call annotate on the batch, which "
+                "explains each row at its stored hidden state, or the whole trajectory with horizon='trajectory'"
             )
         explained = Explained(self._explained_inputs(call), self.leaves)
         self.declared = [key for key in self.declared if key in explained.inputs]  # boolean inputs drop out

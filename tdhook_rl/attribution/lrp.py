@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from tensordict import NestedKey
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import Tensor, nn
 
 from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttribution
@@ -92,8 +92,15 @@ class _BoundLRP(BoundAttribution):
 
     @staticmethod
     def _rule_of(name: str, module: nn.Module, mapper: RuleMapper, config: LRP) -> Rule | None:
-        if isinstance(module, TensorDictModuleBase) or (config.skip_modules and config.skip_modules(name, module)):
+        if isinstance(module, (TensorDictModuleBase, TensorDictParams)):
             return None
+        if config.skip_modules and config.skip_modules(name, module):
+            return None
+        if "_empty_net" in name.split("."):
+            raise SiteError(
+                f"the weights of {name!r} are lent to it during the call of a multi-agent net, and LRP reads weights "
+                "afterwards: use Saliency or IntegratedGradients"
+            )
         rule = mapper(name, module)
         works = bool(next(module.parameters(recurse=False), None) is not None) or not list(module.children())
         if rule is None and works and not isinstance(module, (*ROUTING, nn.Sequential, nn.ModuleList)):

@@ -12,9 +12,10 @@ from tensordict.nn import ProbabilisticTensorDictModule
 from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
-from tdhook_rl.hooks import Portable, Runtime, first_tensor, with_first_tensor
+from tdhook_rl.hooks import Portable, Runtime
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.passes import Call, sample_keys
+from tdhook_rl.rows import rows_of, with_rows
 
 __all__ = ["ActivationPatching"]
 
@@ -89,7 +90,7 @@ class _PatchHook:
         original = self.runtime.slots.get(self.slot)
         if original is None:
             raise SiteError(f"the module {self.site!r} runs on the patched inputs but did not run on the data's own")
-        value = first_tensor(output, module, self.site)
+        value, disguise = rows_of(output, module, self.site, self.runtime)
         patch: Tensor | None = original
         if self.function is not None:
             patch = self.function(module_key=self.site, output=original, output_to_patch=value)
@@ -98,7 +99,7 @@ class _PatchHook:
         if not isinstance(patch, Tensor) or patch.shape != value.shape:
             got = tuple(patch.shape) if isinstance(patch, Tensor) else type(patch).__name__
             raise InputError(f"the patch of {self.site!r} must have shape {tuple(value.shape)}, got {got}")
-        return with_first_tensor(output, patch, module)
+        return with_rows(output, patch, module, disguise)
 
 
 class _BoundPatching:

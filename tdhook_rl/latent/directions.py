@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.hooks import Runtime, first_tensor, with_first_tensor
+from tdhook_rl.hooks import Runtime
 from tdhook_rl.method import Binder, Method
+from tdhook_rl.rows import feature_dims, rows_of, with_rows
 
 __all__ = ["DirectionClamping", "DirectionalAblation"]
 
@@ -96,15 +97,15 @@ class _ComponentHook:
         if not self.runtime.active:
             self.runtime.refuse()
         self.runtime.note_fired(self.site)
-        tensor = first_tensor(output, module, self.site)
+        tensor, disguise = rows_of(output, module, self.site, self.runtime)
         unit = self.runtime.controls[self.direction].to(tensor.device, tensor.dtype)
         wanted = self.runtime.controls[self.value].to(tensor.device, tensor.dtype)
         features = tensor.shape[tensor.ndim - unit.ndim :]
-        if features != unit.shape:
+        if features != unit.shape or feature_dims(tensor, self.runtime.batch) < unit.ndim:
             raise InputError(
                 f"the direction for {self.site!r} has shape {tuple(unit.shape)}, but the module's output has shape "
                 f"{tuple(tensor.shape)}: a direction has the shape of the features, without the batch"
             )
         dims = list(range(-unit.ndim, 0))
         component = (tensor * unit).sum(dims, keepdim=True)
-        return with_first_tensor(output, tensor + (wanted - component) * unit, module)
+        return with_rows(output, tensor + (wanted - component) * unit, module, disguise)

@@ -12,8 +12,9 @@ from tensordict import NestedKey
 from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError, MissingKeyError
-from tdhook_rl.hooks import Portable, Runtime, first_tensor, with_first_tensor
+from tdhook_rl.hooks import Portable, Runtime
 from tdhook_rl.method import Binder, Method
+from tdhook_rl.rows import feature_dims, rows_of, with_rows
 
 __all__ = ["SteeringVectors"]
 
@@ -24,7 +25,8 @@ class SteeringVectors(Method):
 
     Args:
         vectors: for each module path, the vector to add, of the shape of the module's features; or the
-            TensorDict key of a vector for each row (batch + features).
+            TensorDict key of a vector for each row (batch + features). In a multi-agent net the vector is for all
+            agents (features) or one for each (agents + features), with shared parameters and with separate ones.
         alpha: the strength. A number becomes the control ``"<name>.alpha"``, which may be changed while the
             policy runs; a TensorDict key gives each row of a batched environment its own (batch-shaped).
         modules_to_steer: for the function form, the module paths.
@@ -122,18 +124,23 @@ class AdditionHook:
         if not self.runtime.active:
             self.runtime.refuse()
         self.runtime.note_fired(self.site)
-        value = first_tensor(output, module, self.site)
+        value, disguise = rows_of(output, module, self.site, self.runtime)
         vector = self.vector.read(self.site).to(value.device, value.dtype)
         alpha = self.alpha.read(self.site).to(value.device, value.dtype)
         if self.alpha.row is not None:
             alpha = self._per_row(alpha, value)
-        if self.vector.row is None and value.shape[value.ndim - vector.ndim :] != vector.shape:
+        if self.vector.row is not None:
+            vector = self._vectors_per_row(vector, value)
+        elif (
+            value.shape[value.ndim - vector.ndim :] != vector.shape
+            or feature_dims(value, self.runtime.batch) < vector.ndim
+        ):
             raise InputError(
                 f"the steering vector for {self.site!r} has shape {tuple(vector.shape)}, but the module's output has "
                 f"shape {tuple(value.shape)}: a vector has the shape of the features, without the batch"
             )
         # where, not a product: 0 * inf is NaN, and x + 0 turns -0.0 into 0.0.
-        return with_first_tensor(output, torch.where(alpha != 0, value + alpha * vector, value), module)
+        return with_rows(output, torch.where(alpha != 0, value + alpha * vector, value), module, disguise)
 
     def _per_row(self, alpha: Tensor, value: Tensor) -> Tensor:
         if alpha.ndim > 1 and alpha.shape[-1] == 1 and alpha.shape != value.shape[: alpha.ndim]:
@@ -146,6 +153,20 @@ class AdditionHook:
                 f"{tuple(value.shape)} of {self.site!r}: give one number for each row of the batch"
             )
         return alpha.reshape(*alpha.shape, *(1,) * (value.ndim - alpha.ndim))
+
+    def _vectors_per_row(self, vectors: Tensor, value: Tensor) -> Tensor:
+        batch = self.runtime.batch
+        if vectors.shape == value.shape or batch is None:
+            return vectors
+        features = vectors.shape[len(batch) :]
+        rows = value.shape[: value.ndim - feature_dims(value, batch)]
+        between = value.ndim - len(rows) - len(features)  # agents that share the vector of their row
+        if vectors.shape[: len(batch)] != batch or between < 0 or value.shape[value.ndim - len(features) :] != features:
+            raise InputError(
+                f"the steering vectors {self.vector.row!r} have shape {tuple(vectors.shape)}, but the output of "
+                f"{self.site!r} has shape {tuple(value.shape)}: give each row one vector of the shape of the features"
+            )
+        return vectors.reshape(*rows, *(1,) * between, *features)
 
 
 class FunctionHook:
@@ -161,7 +182,7 @@ class FunctionHook:
         if not self.runtime.active:
             self.runtime.refuse()
         self.runtime.note_fired(self.site)
-        value = first_tensor(output, module, self.site)
+        value, disguise = rows_of(output, module, self.site, self.runtime)
         if self.keywords:
             steered = self.function(module_key=self.site, output=value)
         else:
@@ -171,7 +192,7 @@ class FunctionHook:
             raise InputError(
                 f"steer_fn must return a tensor of shape {tuple(value.shape)} for {self.site!r}, got {got}"
             )
-        return with_first_tensor(output, steered, module)
+        return with_rows(output, steered, module, disguise)
 
 
 def _takes_keywords(function: Callable[..., Any]) -> bool:

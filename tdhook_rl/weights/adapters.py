@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError, SiteError
-from tdhook_rl.hooks import Portable, Runtime, first_tensor, with_first_tensor
+from tdhook_rl.hooks import Portable, Runtime
 from tdhook_rl.method import Binder, Method
+from tdhook_rl.rows import rows_of, with_rows
 
 __all__ = ["Adapters"]
 
@@ -120,7 +121,7 @@ class SourceHook:
         if not self.runtime.active:
             self.runtime.refuse()
         # A copy: an in-place activation behind the module would change what the adapter is given.
-        self.route.value = first_tensor(output, module, self.route.source).clone()
+        self.route.value = rows_of(output, module, self.route.source, self.runtime)[0].clone()
 
 
 class AdapterHook:
@@ -136,7 +137,7 @@ class AdapterHook:
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if not self.runtime.active:
             self.runtime.refuse()
-        value = first_tensor(output, module, self.target)
+        value, disguise = rows_of(output, module, self.target, self.runtime)
         adapted = self.adapter(value if self.route is None else self.route.take())
         if not isinstance(adapted, Tensor) or adapted.shape != value.shape:
             got = f"shape {tuple(adapted.shape)}" if isinstance(adapted, Tensor) else f"a {type(adapted).__name__}"
@@ -144,4 +145,4 @@ class AdapterHook:
                 f"adapter {self.name!r} must return a tensor of shape {tuple(value.shape)}, that of the output of "
                 f"{self.target!r}, got {got}"
             )
-        return with_first_tensor(output, adapted, module)
+        return with_rows(output, adapted, module, disguise)

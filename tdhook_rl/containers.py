@@ -1,0 +1,74 @@
+"""The tensor that an output or input stands for, in whatever it is wrapped: tuples, mappings, TensorDicts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from tdhook_rl.errors import InputError
+
+__all__ = ["first_input", "first_tensor", "with_first_tensor"]
+
+
+def first_input(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], site: str) -> Tensor:
+    """The tensor that a module is given first, or the first in-key of the TensorDict that it is given."""
+    return first_tensor(args if args else kwargs, module, site, "in_keys")
+
+
+Side = Literal["out_keys", "in_keys"]
+
+
+def first_tensor(value: Any, module: torch.nn.Module, site: str, side: Side = "out_keys") -> Tensor:
+    """The tensor that an output (or input) stands for: itself, or the first in a tuple, a mapping or a TensorDict.
+
+    Nested containers are searched in order; a TensorDict in the order of the module's keys.
+
+    Raises:
+        InputError: if there is no tensor.
+    """
+    if isinstance(value, Tensor):
+        return value
+    found = _first(value, module, side)
+    if found is None:
+        what = "output" if side == "out_keys" else "input"
+        raise InputError(f"the {what} of {site!r} ({type(module).__name__}) is a {type(value).__name__}, not a tensor")
+    return found
+
+
+def with_first_tensor(value: Any, new: Tensor, module: torch.nn.Module, side: Side = "out_keys") -> Any:
+    """The same output (or input) with the tensor of :func:`first_tensor` replaced."""
+    if isinstance(value, Tensor):
+        return new
+    entries = _entries(value, module, side)
+    key, item = next((key, item) for key, item in entries if _first(item, module, side) is not None)
+    item = with_first_tensor(item, new, module, side)
+    if isinstance(value, TensorDictBase):
+        return value.set(key, item)
+    if isinstance(value, Mapping):
+        # A copy keeps the class: the outputs of transformers' models are mappings with attributes.
+        changed = copy.copy(value)
+        changed[key] = item  # type: ignore[index]
+        return changed
+    items = [*value[:key], item, *value[key + 1 :]]
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
+def _first(value: Any, module: torch.nn.Module, side: Side) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value
+    inner = (_first(item, module, side) for _, item in _entries(value, module, side))
+    return next((found for found in inner if found is not None), None)
+
+
+def _entries(value: Any, module: torch.nn.Module, side: Side) -> Iterable[tuple[Any, Any]]:
+    if isinstance(value, TensorDictBase):
+        keys = getattr(module, side, None) or list(value.keys(True, True))
+        return [(key, value.get(key, None)) for key in keys]
+    if isinstance(value, Mapping):
+        return value.items()
+    return enumerate(value) if isinstance(value, (tuple, list)) else ()

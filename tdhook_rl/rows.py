@@ -1,0 +1,270 @@
+"""What a site computes, with a row for each row of the batch.
+
+Some modules see their rows in disguise: inside ``vmap`` the dimension of agents or ensemble members is hidden, a
+convolutional net folds agents into its rows, and a recurrent module adds a dimension of time, pads or packs.
+:func:`rows_of` takes the disguise off (batch, then agents, then features), :func:`with_rows` puts it on again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictParams
+from torch import Tensor, nn
+from torch._functorch import vmap as functorch_vmap
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from tdhook_rl.containers import first_tensor, with_first_tensor
+from tdhook_rl.errors import InputError, SiteError
+
+if TYPE_CHECKING:
+    from tdhook_rl.hooks import Runtime
+
+__all__ = [
+    "Layout", "RecurrentHook", "as_leaf", "feature_dims", "note_intervention", "rows_of", "survey", "unbatched",
+    "vmap_level", "with_rows",
+]  # fmt: skip
+
+#: Puts rows into the form that the module gave them.
+Disguise = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the modules around a site say about its rows.
+
+    Args:
+        agents: how many agents a convolutional net of a multi-agent net may have folded into its rows; 0 elsewhere.
+        recurrent: the site is the core of a TorchRL recurrent module.
+        flat: the rows have exactly one dimension, also where the batch has none.
+    """
+
+    agents: int = 0
+    recurrent: bool = False
+    flat: bool = False
+
+
+def survey(policy: nn.Module, runtime: Runtime) -> None:
+    """Tell each module of a clone the layout of its rows, ``None`` where they are the rows of the batch."""
+    from torchrl.modules import DecisionTransformer
+
+    for path, module in policy.named_modules():
+        if isinstance(module, TensorDictParams):  # the original holds the same object, and it never runs
+            continue
+        agents, flat = 0, False
+        parent, above = policy, policy
+        for name in path.split(".") if path else ():
+            agents = getattr(above, "n_agents", 0) if hasattr(above, "_empty_net") else agents
+            flat = flat or isinstance(above, DecisionTransformer)
+            parent, above = above, above._modules[name]  # type: ignore[assignment]
+        recurrent = above is not parent and _reads_time(parent)
+        special = agents or recurrent or flat
+        module.__dict__["_hooked_layout"] = Layout(agents, recurrent, flat) if special else None
+        if _reads_time(module):
+            hook = RecurrentHook(runtime)
+            module.__dict__["_hooked_recurrent"] = hook
+            module.register_forward_pre_hook(hook.before, with_kwargs=True)
+            module.register_forward_hook(hook.after, always_call=True)
+
+
+def note_intervention(root: nn.Module, path: str, name: str) -> None:
+    """Remember that something acts on a site, for recurrent modules that can do without a call of it."""
+    parent = root.get_submodule(path.rpartition(".")[0])
+    if path and _reads_time(parent):
+        parent._hooked_recurrent.acting.append(name)  # type: ignore[union-attr, operator]
+
+
+def _reads_time(module: nn.Module) -> bool:
+    return hasattr(type(module), "recurrent_mode")
+
+
+def vmap_level() -> int:
+    """The nesting level of functorch transforms around the caller; -1 outside."""
+    if not torch.compiler.is_compiling():
+        stack = torch._C._functorch.get_interpreter_stack()
+        return -1 if not stack else stack[-1].level()
+    if not torch._C._are_functorch_transforms_active():
+        return -1
+    # The compiler knows the level of a vmap that is entered, and no way to ask for the present one.
+    level = functorch_vmap._vmap_increment_nesting(1, "error") - 1
+    functorch_vmap._vmap_decrement_nesting()
+    return level
+
+
+def rows_of(output: Any, module: nn.Module, site: str, runtime: Runtime) -> tuple[Tensor, Disguise | None]:
+    """The first tensor of an output (or input) of a site: batch, agents, features; and the way back.
+
+    Raises:
+        InputError: if the output holds no tensor, or is padded in an unknown way.
+    """
+    value = first_tensor(output, module, site)
+    layout: Layout | None = module._hooked_layout  # type: ignore[assignment]
+    if layout is not None:
+        if layout.recurrent:
+            return _out_of_time(output, value, site, runtime)
+        if layout.agents and (folded := _folded(value, layout.agents, runtime.batch)) is not None:
+            shape = value.shape
+            return value.reshape(folded), lambda rows: rows.reshape(shape)
+        if layout.flat and not runtime.batch and runtime.batch is not None:
+            return value.squeeze(0), lambda rows: rows.unsqueeze(0)
+    if torch._C._functorch.is_batchedtensor(value):
+        return _out_of_vmap(value, runtime)
+    return value, None
+
+
+def with_rows(output: Any, rows: Tensor, module: nn.Module, disguise: Disguise | None) -> Any:
+    """The same output with the rows of :func:`rows_of` replaced."""
+    return with_first_tensor(output, rows if disguise is None else disguise(rows), module)
+
+
+def feature_dims(rows: Tensor, batch: torch.Size | None) -> int:
+    """How many of the last dimensions are no rows: features, and agents before them."""
+    if batch is None:
+        return rows.ndim
+    return rows.ndim - (len(batch) if rows.shape[: len(batch)] == batch else 1)
+
+
+def as_leaf(rows: Tensor) -> Tensor:
+    """The same values as a point that gradients are taken at."""
+    if vmap_level() < 0:
+        return rows.detach().requires_grad_()
+    # Inside a transform no tensor can be told to require a gradient; a product with one that does can.
+    return rows.detach() * torch.ones((), dtype=rows.dtype, device=rows.device, requires_grad=True)
+
+
+# ---------------------------------------------------------------------- agents
+
+
+def _folded(value: Tensor, agents: int, batch: torch.Size | None) -> tuple[int, ...] | None:
+    if batch is None or value.shape[: len(batch) + 1] == (*batch, agents):
+        return None
+    if value.ndim < 2 or value.shape[0] != batch.numel() * agents:
+        return None
+    return *batch, agents, *value.shape[1:]
+
+
+def _out_of_vmap(value: Tensor, runtime: Runtime) -> tuple[Tensor, Disguise | None]:
+    """Make the dimensions that ``vmap`` hides explicit, after the rows. A batched tensor must not outlive its vmap."""
+    functorch = torch._C._functorch
+    levels: list[int] = []
+    place = max(0, value.ndim - (1 if runtime.batch is None else feature_dims(value, runtime.batch)))
+    if torch.compiler.is_compiling():  # sees no further than the innermost vmap
+        if (level := vmap_level()) > runtime.level:
+            levels.append(level)
+            value = functorch_vmap._remove_batch_dim(value, level, 1, place)
+    else:
+        while functorch.is_batchedtensor(value) and functorch.maybe_get_level(value) > runtime.level:
+            levels.append(functorch.maybe_get_level(value))
+            value = functorch.get_unwrapped(value).movedim(functorch.maybe_get_bdim(value), place)
+
+    def back(rows: Tensor) -> Tensor:
+        for level in reversed(levels):
+            rows = functorch_vmap._add_batch_dim(rows, place, level)
+        return rows
+
+    return value, back if levels else None
+
+
+def unbatched(value: Tensor, level: int) -> Tensor:
+    """Turn ``vmap`` dimensions deeper than ``level`` into an explicit dimension before the features.
+
+    A batched tensor must not outlive its ``vmap``; the hidden dimension (agents, ensemble members) is
+    part of what the site computed.
+    """
+    if torch.compiler.is_compiling():
+        return value
+    functorch = torch._C._functorch
+    while functorch.is_batchedtensor(value) and functorch.maybe_get_level(value) > level:
+        dim = functorch.maybe_get_bdim(value)
+        value = functorch.get_unwrapped(value)
+        value = value.movedim(dim, -2 if value.ndim > 1 else 0)
+    return value
+
+
+# ---------------------------------------------------------------------- time
+
+
+class RecurrentHook:
+    """Pre-hook and hook of a TorchRL recurrent module: tells the hooks on its core which rows it reads.
+
+    With the backend ``"scan"`` trajectories are read without a call of the core: what acts on it would not act.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.acting: list[str] = []  # sites of interventions on the core
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        data = args[0] if args else kwargs.get("tensordict")
+        known = isinstance(data, TensorDictBase)
+        self.runtime.time = (data.batch_size, data.get("is_init", None)) if known else None  # type: ignore[union-attr]
+        backend = getattr(module, "recurrent_backend", "pad")
+        if backend == "auto":
+            backend = "scan" if torch.compiler.is_compiling() else "pad"
+        if self.acting and backend != "pad" and module.recurrent_mode:
+            raise SiteError(
+                f"an intervention was placed on {self.acting[0]!r}, but in recurrent mode the backend {backend!r} of "
+                f"{type(module).__name__} reads trajectories without calling it, so it would change nothing: use "
+                "recurrent_backend='pad', or intervene on the module that reads the output"
+            )
+
+    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.runtime.time = None
+
+
+def _out_of_time(output: Any, value: Tensor, site: str, runtime: Runtime) -> tuple[Tensor, Disguise]:
+    """The rows of the core of a recurrent module, which has a dimension of time, padded or packed at resets."""
+    if runtime.time is None:
+        raise InputError(
+            f"the rows of {site!r} are unknown, because its recurrent module was not called with a TensorDict"
+        )
+    batch, is_init = runtime.time
+    shape = value.shape
+    packed = _packed(output)
+    if packed is not None:
+        order = _order(packed).to(value.device)
+        rows = value[order].reshape(*batch, *shape[1:])
+        inverse = order.argsort()
+        return rows, lambda rows: rows.reshape(shape)[inverse]
+    if shape[:2].numel() == batch.numel():
+        return value.reshape(*batch, *shape[2:]), lambda rows: rows.reshape(shape)
+    lengths = _lengths(is_init, batch)
+    if lengths is None or shape[:2] != (len(lengths), int(lengths.max())):
+        raise InputError(
+            f"the output of {site!r} has shape {tuple(shape)}, which is no padded form of the batch {tuple(batch)}"
+        )
+    filled = torch.arange(shape[1], device=value.device) < lengths.to(value.device)[:, None]
+
+    def pad(rows: Tensor) -> Tensor:
+        blank = torch.zeros(shape, dtype=rows.dtype, device=rows.device)
+        return blank.index_put((filled,), rows.reshape(-1, *shape[2:]))
+
+    return value[filled].reshape(*batch, *shape[2:]), pad
+
+
+def _packed(output: Any) -> PackedSequence | None:
+    while isinstance(output, (tuple, list)) and not isinstance(output, PackedSequence) and output:
+        output = output[0]
+    return output if isinstance(output, PackedSequence) else None
+
+
+def _order(packed: PackedSequence) -> Tensor:
+    """For each row, trajectory by trajectory, where it is in the packed data."""
+    places = torch.arange(len(packed.data))
+    sorting = (None if one is None else one.cpu() for one in (packed.sorted_indices, packed.unsorted_indices))
+    padded, lengths = pad_packed_sequence(PackedSequence(places, packed.batch_sizes, *sorting), batch_first=True)
+    return padded[torch.arange(padded.shape[1]) < lengths[:, None]]
+
+
+def _lengths(is_init: Tensor | None, batch: torch.Size) -> Tensor | None:
+    """The lengths of the trajectories in the rows of a batch of which the last dimension is time."""
+    if is_init is None:
+        return None
+    starts = is_init.reshape(-1, batch[-1]).clone()
+    starts[:, 0] = True
+    places = starts.flatten().nonzero().squeeze(-1)
+    return torch.diff(places, append=places.new_tensor([starts.numel()]))
