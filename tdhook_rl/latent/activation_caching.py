@@ -29,6 +29,8 @@ class ActivationCaching(Method):
     Writes ``(cache_key, path)``, batch + features: a detached copy of what the module returned (the first
     tensor of a tuple) at every forward, and by ``annotate`` on data that lacks it. A module that runs
     several times in one forward shows its last output.
+    In nets of many agents that is batch + agents + features, inside ``vmap`` too; the core of a recurrent module
+    has one row for each step, in recurrent mode as in collection.
 
     Raises:
         SiteError: if a pattern matches nothing, or a named module does not run.
