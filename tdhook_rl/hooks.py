@@ -18,7 +18,7 @@ from torch import Tensor
 from tdhook_rl.containers import first_input, first_tensor, with_first_tensor
 from tdhook_rl.controls import Controls
 from tdhook_rl.errors import InactiveError, MissingKeyError, SiteError, nearest
-from tdhook_rl.rows import as_leaf, rows_of, unbatched, vmap_level, with_rows
+from tdhook_rl.rows import as_leaf, lent_rows, rows_of, unbatched, vmap_level, with_rows
 
 if TYPE_CHECKING:
     from tdhook_rl.passes import Replay
@@ -237,7 +237,7 @@ class RowHook:
                     f"{nearest(str(key), map(str, data.keys(True, True)))}. Set it on every step "
                     "(a TensorDictPrimer adds a key to an environment) or give a number instead of a key"
                 )
-            self.runtime.rows[key] = value
+            self.runtime.rows[key] = lent_rows(value, module, self.runtime)
 
     def after(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         # Inside a root call the root takes the rows back; after get_dist nobody else would.

@@ -353,8 +353,15 @@ def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
         if not runtime.active:
             runtime.refuse()
         previous = runtime.begin(args, kwargs)
+        # A loss may enter here and nowhere else.
+        checks_sites = not runtime.depth and runtime.checks_sites()
+        if checks_sites:
+            runtime.fired = set()
         try:
-            return method(self, *args, **kwargs)
+            found = method(self, *args, **kwargs)
+            if checks_sites and runtime.checks_sites():  # log_prob has looked in get_dist already
+                runtime.require_fired()
+            return found
         finally:
             runtime.end(previous)
             self._close_routes()

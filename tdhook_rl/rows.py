@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from tdhook_rl.hooks import Runtime
 
 __all__ = [
-    "Layout", "RecurrentHook", "as_leaf", "feature_dims", "note_intervention", "rows_of", "survey", "unbatched",
-    "vmap_level", "with_rows",
+    "Layout", "RecurrentHook", "as_leaf", "feature_dims", "lent_rows", "note_intervention", "rows_of", "survey",
+    "unbatched", "vmap_level", "with_rows",
 ]  # fmt: skip
 
 #: Puts rows into the form that the module gave them.
@@ -41,29 +41,38 @@ class Layout:
         agents: how many agents a convolutional net of a multi-agent net may have folded into its rows; 0 elsewhere.
         recurrent: the site is the core of a TorchRL recurrent module.
         flat: the rows have exactly one dimension, also where the batch has none.
+        mapped: the dimension of the batch that a ``VmapModule`` around the site hides; negative ones count from the
+            last.
     """
 
     agents: int = 0
     recurrent: bool = False
     flat: bool = False
+    mapped: int | None = None
+
+    def hides(self, batch: torch.Size | None) -> int:
+        """Where the hidden dimension of the batch belongs."""
+        return self.mapped if batch is None or self.mapped >= 0 else len(batch) + self.mapped  # type: ignore[operator, return-value]
 
 
 def survey(policy: nn.Module, runtime: Runtime) -> None:
     """Tell each module of a clone the layout of its rows, ``None`` where they are the rows of the batch."""
-    from torchrl.modules import DecisionTransformer
+    from torchrl.modules import DecisionTransformer, VmapModule
 
     for path, module in policy.named_modules():
         if isinstance(module, TensorDictParams):  # the original holds the same object, and it never runs
             continue
-        agents, flat = 0, False
+        agents, flat, mapped = 0, False, None
         parent, above = policy, policy
         for name in path.split(".") if path else ():
             agents = getattr(above, "n_agents", 0) if hasattr(above, "_empty_net") else agents
             flat = flat or isinstance(above, DecisionTransformer)
+            if isinstance(above, VmapModule):
+                mapped = -1 if above.vmap_dim is None else above.vmap_dim
             parent, above = above, above._modules[name]  # type: ignore[assignment]
         recurrent = above is not parent and _reads_time(parent)
-        special = agents or recurrent or flat
-        module.__dict__["_hooked_layout"] = Layout(agents, recurrent, flat) if special else None
+        layout = Layout(agents, recurrent, flat, mapped)
+        module.__dict__["_hooked_layout"] = None if layout == Layout() else layout
         if _reads_time(module):
             hook = RecurrentHook(runtime)
             module.__dict__["_hooked_recurrent"] = hook
@@ -112,8 +121,16 @@ def rows_of(output: Any, module: nn.Module, site: str, runtime: Runtime) -> tupl
         if layout.flat and not runtime.batch and runtime.batch is not None:
             return value.squeeze(0), lambda rows: rows.unsqueeze(0)
     if torch._C._functorch.is_batchedtensor(value):
-        return _out_of_vmap(value, runtime)
+        return _out_of_vmap(value, runtime, layout)
     return value, None
+
+
+def lent_rows(value: Tensor, module: nn.Module, runtime: Runtime) -> Tensor:
+    """An entry of the data that a module reads, with a row for each row of the batch."""
+    layout: Layout | None = module._hooked_layout  # type: ignore[assignment]
+    if layout is None or layout.mapped is None or not torch._C._functorch.is_batchedtensor(value):
+        return value
+    return _out_of_vmap(value, runtime, layout)[0]
 
 
 def with_rows(output: Any, rows: Tensor, module: nn.Module, disguise: Disguise | None) -> Any:
@@ -147,11 +164,11 @@ def _folded(value: Tensor, agents: int, batch: torch.Size | None) -> tuple[int, 
     return *batch, agents, *value.shape[1:]
 
 
-def _out_of_vmap(value: Tensor, runtime: Runtime) -> tuple[Tensor, Disguise | None]:
+def _out_of_vmap(value: Tensor, runtime: Runtime, layout: Layout | None) -> tuple[Tensor, Disguise | None]:
     """Make the dimensions that ``vmap`` hides explicit, after the rows. A batched tensor must not outlive its vmap."""
     functorch = torch._C._functorch
     levels: list[int] = []
-    place = max(0, value.ndim - (1 if runtime.batch is None else feature_dims(value, runtime.batch)))
+    place = _place(value, runtime.batch, layout)
     if torch.compiler.is_compiling():  # sees no further than the innermost vmap
         if (level := vmap_level()) > runtime.level:
             levels.append(level)
@@ -167,6 +184,17 @@ def _out_of_vmap(value: Tensor, runtime: Runtime) -> tuple[Tensor, Disguise | No
         return rows
 
     return value, back if levels else None
+
+
+def _place(value: Tensor, batch: torch.Size | None, layout: Layout | None) -> int:
+    """Where what ``vmap`` hides belongs: agents after the rows, and a dimension of the batch among them."""
+    if layout is not None and layout.mapped is not None:
+        return layout.hides(batch)
+    if batch is None:
+        return max(0, value.ndim - 1)
+    if value.shape[: len(batch)] == batch:
+        return len(batch)
+    return 1 if value.ndim and value.shape[0] == batch.numel() else 0
 
 
 def unbatched(value: Tensor, level: int) -> Tensor:

@@ -1,7 +1,8 @@
 """The scalar to explain: one number for each row, computed from a replay of the policy.
 
 The taken action is the one stored in the data, never a new sample. Each function returns a
-:class:`Target` for ``target=`` of an attribution method.
+:class:`Target` for ``target=`` of an attribution method. A name such as ``"logits"`` also finds the only nested
+output that is called so, as those of agents are.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def state_value(key: NestedKey = "state_value") -> Target:
 
 
 def chosen_q(key: NestedKey = "action_value") -> Target:
-    """The estimated Q-value of the stored action."""
+    """The estimated Q-value of the stored action; of a distributional Q-network the expectation over its atoms."""
     return Target("chosen_q", _Chosen(unravel_key(key)))
 
 

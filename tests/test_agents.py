@@ -8,8 +8,9 @@ import pickle
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import EnsembleModule, TensorDictModule
 from torch import Tensor, nn
+from torchrl.modules import VmapModule
 
 from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors, targets
 from tdhook_rl.attribution import LRP, DimsConfig, GradCAM, IntegratedGradients
@@ -235,3 +236,38 @@ def test_parameters_inside_the_net(share: bool) -> None:
         found = hooked(data)
     assert found["cache", "module._empty_net.1"].shape == (5, AGENTS, HIDDEN)
     torch.testing.assert_close(found["agents", "logits"], expected)
+
+
+@pytest.mark.parametrize(("batch", "dim"), [((HIDDEN,), 0), ((3,), None), ((2, HIDDEN), 0), ((HIDDEN, 4), None)])
+def test_rows_that_a_vmap_module_takes_one_by_one(batch: tuple[int, ...], dim: int | None) -> None:
+    # As many rows as features: only the module can tell which is which.
+    net = nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 2))
+    policy = VmapModule(TensorDictModule(net, in_keys=["observation"], out_keys=["values"]), dim)
+    data = TensorDict({"observation": torch.randn(*batch, FEATURES), "alpha": torch.rand(batch)}, batch_size=batch)
+    site, shift = "module.module.1", torch.randn(HIDDEN)
+    method = Compose(
+        ActivationCaching(site),
+        SteeringVectors({site: shift}, alpha="alpha"),
+        Saliency(when="step", inputs=["observation"]),
+        Saliency(when="step", input_modules=[site], attribution_key="inner"),
+    )
+    with method.prepare(policy) as hooked:
+        found = hooked(data.clone())
+    x = data["observation"].clone().requires_grad_()
+    hidden = net[:2](x)
+    values = net[2:](hidden + data["alpha"].unsqueeze(-1) * shift)
+    of_input, of_hidden = torch.autograd.grad(values.sum(), (x, hidden))
+    torch.testing.assert_close(found["cache", site], hidden.detach())
+    torch.testing.assert_close(found["values"], values)
+    torch.testing.assert_close(found["attr", "observation"], of_input)
+    torch.testing.assert_close(found["inner", site], of_hidden)
+
+
+def test_an_ensemble_that_runs_the_users_own_modules_says_so() -> None:
+    # EnsembleModule keeps a bound method, which a copy of it goes on calling.
+    net = nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 2))
+    policy = EnsembleModule(TensorDictModule(net, in_keys=["observation"], out_keys=["values"]), num_copies=3)
+    data = TensorDict({"observation": torch.randn(4, FEATURES)}, batch_size=4)
+    for method in (ActivationCaching("module.module.1"), SteeringVectors({"module.module.1": torch.ones(HIDDEN)})):
+        with method.prepare(policy) as hooked, pytest.raises(SiteError, match="did not run"):
+            hooked(data.clone())

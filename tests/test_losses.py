@@ -12,21 +12,19 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.distributions import Categorical
 from torchrl.collectors import Collector
-from torchrl.envs import Compose as EnvCompose
-from torchrl.envs import InitTracker, TransformedEnv
-from torchrl.modules import GRUModule, LSTMModule, ProbabilisticActor, ValueOperator, set_recurrent_mode
+from torchrl.modules import ProbabilisticActor, ValueOperator
 from torchrl.objectives import ClipPPOLoss, LossModule, SoftUpdate
 from torchrl.objectives.value import GAE, TD0Estimator, TD1Estimator, TDLambdaEstimator
 
 from tdhook_rl import ActivationCaching, Compose, LinearProbe, ProbeReadout, Saliency, SteeringVectors
-from tdhook_rl.errors import InputError
+from tdhook_rl.errors import SiteError
 from tdhook_rl.method import Method
 from tests.loss_cases import LOSSES, LossCase, Modules, Nets
-from tests.policies import ACTIONS, FEATURES, HIDDEN
+from tests.policies import HIDDEN
 
 ESTIMATORS = {
     "gae": lambda critic: GAE(gamma=0.9, lmbda=0.8, value_network=critic),
@@ -350,63 +348,28 @@ def test_strength_of_each_row_in_a_loss() -> None:
     torch.testing.assert_close(found["kl_approx"], (data["action_log_prob"] - log_prob).mean().detach())
 
 
-def recurrent(kind: type, outputs: int, key: str, shift: Tensor | None, twin: nn.Module | None = None) -> Any:
-    """A recurrent net, or the same one with a vector added to what its core puts out."""
-    core = kind(input_size=FEATURES, hidden_size=HIDDEN, in_key="observation", out_key="hidden")
-    head = TensorDictModule(nn.Linear(HIDDEN, outputs), in_keys=["hidden"], out_keys=[key])
-    if twin is not None:
-        core, head = twin.module[0], twin.module[-1]
-    between = [] if shift is None else [TensorDictModule(Shift(shift), in_keys=["hidden"], out_keys=["hidden"])]
-    return TensorDictSequential(core, *between, head)
+class Idle(nn.Module):
+    """A net with a layer that it does not use."""
+
+    def __init__(self, net: nn.Sequential) -> None:
+        super().__init__()
+        self.net, self.idle = net, nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, observation: Tensor) -> Tensor:
+        return self.net(observation)
 
 
-def acting(net: Any) -> ProbabilisticActor:
-    return ProbabilisticActor(net, in_keys=["logits"], distribution_class=Categorical, return_log_prob=True)
-
-
-@pytest.mark.parametrize(("kind", "core"), [(LSTMModule, "lstm"), (GRUModule, "gru")])
-def test_recurrent_losses_over_trajectories_with_resets(kind: type, core: str) -> None:
-    actor_net = recurrent(kind, ACTIONS, "logits", None)
-    value_net = recurrent(kind, 1, "state_value", None)
-    primer = actor_net.module[0].make_tensordict_primer()
-    env = TransformedEnv(LOSSES["a2c"].env(), EnvCompose(InitTracker(), primer))
-    with torch.no_grad():
-        data = env.rollout(7, acting(actor_net), break_when_any_done=False)
-    assert bool(data["is_init"][:, 1:].any())
-
-    def losses(actor: Any, critic: Any) -> TensorDict:
-        given = data.clone()
-        with set_recurrent_mode(True):
-            GAE(gamma=0.9, lmbda=0.8, value_network=critic, deactivate_vmap=True)(given)
-            found = ClipPPOLoss(actor, critic)(given)
-        return TensorDict({"advantage": given["advantage"].mean()}).update(found.detach())
-
-    plain = losses(acting(actor_net), value_net)
-    vectors = vector(1), vector(2)
-    by_hand = losses(
-        acting(recurrent(kind, ACTIONS, "logits", vectors[0], actor_net)),
-        recurrent(kind, 1, "state_value", vectors[1], value_net),
-    )
-    sites = f"module.0.module.0.{core}", f"module.0.{core}"
-    steering = [
-        Compose(ActivationCaching(site), SteeringVectors({site: shift}))
-        for site, shift in zip(sites, vectors, strict=True)
-    ]
-    with steering[0].prepare(acting(actor_net)) as actor, steering[1].prepare(value_net) as critic:
-        assert_bits(losses(acting(actor_net), value_net), plain)
-        found = losses(actor, critic)
-        assert_nothing_kept(actor)
-        assert_nothing_kept(critic)
-    for key in by_hand.keys():
-        torch.testing.assert_close(found[key], by_hand[key])
-    assert not torch.equal(found["advantage"], plain["advantage"])
-    assert not torch.equal(found["kl_approx"], plain["kl_approx"])
-
-
-def test_attribution_per_step_inside_a_recurrent_loss_is_refused() -> None:
-    net = recurrent(GRUModule, 1, "state_value", None)
-    env = TransformedEnv(LOSSES["a2c"].env(), EnvCompose(InitTracker(), net.module[0].make_tensordict_primer()))
-    data = env.rollout(5, break_when_any_done=False)
-    with Saliency(when="step", inputs=["observation"]).prepare(net) as hooked, set_recurrent_mode(True):
-        with pytest.raises(InputError, match="annotate"):
-            GAE(gamma=0.9, lmbda=0.8, value_network=hooked, deactivate_vmap=True)(data)
+@pytest.mark.parametrize("entry", ["get_dist", "get_dist_params", "log_prob", "loss"])
+def test_an_intervention_that_a_loss_never_reaches_is_noticed(entry: str) -> None:
+    nets, modules = LOSSES["ppo_clip"].build()
+    data = gathered(LOSSES["ppo_clip"], modules)
+    net = TensorDictModule(Idle(nets["actor"]), in_keys=["observation"], out_keys=["logits"])
+    actor = ProbabilisticActor(net, in_keys=["logits"], distribution_class=Categorical, return_log_prob=True)
+    with SteeringVectors({"module.0.module.idle": vector(1)}).prepare(actor) as hooked:
+        call = ClipPPOLoss(hooked, modules["critic"]) if entry == "loss" else getattr(hooked, entry)
+        with pytest.raises(SiteError, match=r"'module\.0\.module\.idle', which did not run"):
+            call(data.clone())
+    with SteeringVectors({"module.0.module.net.1": vector(1)}).prepare(actor) as hooked:
+        call = ClipPPOLoss(hooked, modules["critic"]) if entry == "loss" else getattr(hooked, entry)
+        for _ in range(2):
+            call(data.clone())

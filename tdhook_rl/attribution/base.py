@@ -34,8 +34,9 @@ class GradientAttribution(Method):
 
     Args:
         target: what is explained, from :mod:`tdhook_rl.targets`; by default the log-probability of the taken
-            action on policies and the sum of outputs elsewhere. A mapping of names to targets explains each by
-            itself, from one forward pass, under ``(attribution_key, name, ...)``.
+            action on policies (a deterministic action before exploration noise, the value of the action in
+            Q-networks), the value of critics, and the sum of outputs elsewhere. A mapping of names to targets
+            explains each by itself, from one forward pass, under ``(attribution_key, name, ...)``.
         init_attr_targets: instead of ``target``, ``(outputs, additional) -> TensorDict`` of the values to explain;
             their sum over entries is explained for each row.
         init_attr_inputs: ``(inputs, additional) -> TensorDict`` of the inputs to explain, selected from or computed

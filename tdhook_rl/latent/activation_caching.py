@@ -45,7 +45,9 @@ class ActivationCaching(Method):
     the keys are the same without the root.
 
     **Forward directions** are written at every forward, batch + features, detached and copied, and by ``annotate``
-    on data that lacks them. A module that runs several times in one forward shows its last run.
+    on data that lacks them. A module that runs several times in one forward shows its last run. In nets of many
+    agents they are batch + agents + features, inside ``vmap`` too; the core of a recurrent module has one row for
+    each step, in recurrent mode as in collection.
 
     **Gradient directions** need a cache: a gradient exists only once somebody runs a backward pass through what
     the policy returned, or through a loss that uses the policy (``get_dist`` included). It is written to the cache
