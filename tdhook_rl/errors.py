@@ -21,6 +21,7 @@ __all__ = [
     "TargetError",
     "TdhookError",
     "TieError",
+    "WorkerError",
     "nearest",
 ]
 
@@ -66,6 +67,10 @@ class InactiveError(TdhookError, RuntimeError):
 
 class MismatchError(TdhookError, RuntimeError):
     """A batch would be explained by another policy than the one that collected it."""
+
+
+class WorkerError(TdhookError, RuntimeError):
+    """A worker of a collector died, does not answer in time, or cannot be reached."""
 
 
 class ArtifactError(TdhookError, ValueError):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.batching import Traits
 from tdhook_rl.classes import swap_class
+from tdhook_rl.collection import collides
 from tdhook_rl.errors import InputError, KeyCollisionError, PreparationError, SiteError, nearest
 from tdhook_rl.hooks import CaptureHook, LeafHook, RowHook, Runtime, WatchHook
 from tdhook_rl.module import HookedMixin
@@ -34,6 +35,9 @@ _ADDED_NAMES = (
     "annotate", "controls", "disable_context", "disable_context_hooks", "hooked_root", "policy_in_keys",
     "policy_out_keys", "restore", "result_keys", "run",
 )  # fmt: skip
+
+#: Roots that are not the methods': ``step_mdp`` reads "next", collectors write "collector", masks are "computed".
+_RESERVED = ("next", "collector", "computed")
 
 
 class Method:
@@ -340,7 +344,7 @@ def _check_collisions(policy: TensorDictModuleBase, bound: list[Bound], reads: l
     seen: dict[tuple[str, ...], Bound] = {}
     for one in bound:
         for key in one.result_keys:
-            clash = next((k for k in own if k == key[: len(k)] or key == k[: len(key)]), None)
+            clash = next((other for other in own if collides(key, other)), None)
             if clash is not None:
                 raise KeyCollisionError(
                     f"the result key {key!r} collides with the policy's key {clash!r}: give the method another root "
@@ -349,6 +353,11 @@ def _check_collisions(policy: TensorDictModuleBase, bound: list[Bound], reads: l
             if key in seen:
                 raise KeyCollisionError(
                     f"two methods write {key!r}: give one another root (attribution_key=, cache_key=, probe_key=)"
+                )
+            if key[0] in _RESERVED:
+                raise KeyCollisionError(
+                    f"the result key {key!r} starts with {key[0]!r}, which holds entries of TorchRL or the masks of "
+                    "results: give the method another root (attribution_key=, cache_key=, probe_key=)"
                 )
             if any(part.startswith("_") for part in key):
                 raise KeyCollisionError(f"the result key {key!r} starts with an underscore, which collectors drop")

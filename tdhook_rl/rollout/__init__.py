@@ -1,10 +1,12 @@
-"""Batches from a collector: splits, online probes, and results in trainers, evaluators and logs."""
+"""Batches from a collector: splits, online probes, results in trainers and logs; workers: live controls, a guard."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from tdhook_rl.rollout.guarded import Guarded
 from tdhook_rl.rollout.interrupts import Interruptible, ignore_interrupts
+from tdhook_rl.rollout.live_controls import set_controls
 from tdhook_rl.rollout.online_probe import OnlineProbe
 from tdhook_rl.rollout.splits import EPISODE, GroupSplit
 from tdhook_rl.rollout.summary import AnnotatedMetrics, summarise
@@ -14,9 +16,11 @@ __all__ = [
     "AnnotateHook",
     "AnnotatedMetrics",
     "GroupSplit",
+    "Guarded",
     "Interruptible",
     "OnlineProbe",
     "ignore_interrupts",
+    "set_controls",
     "summarise",
 ]
 
