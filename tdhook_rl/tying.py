@@ -89,19 +89,26 @@ class Tie:
         # While a loss runs, another thread may see the original with target weights swapped in.
         if threading.current_thread() is not threading.main_thread():
             return
+        self.require_held()
+        self._warn(clone)
+
+    def require_held(self) -> None:
+        """Raise :class:`TieError` if the original was given other tensors."""
         for store, name, tensor, path in self._entries:
             if store.get(name) is not tensor:
                 raise TieError(
                     f"the user's policy holds another tensor at {path!r} than when it was prepared "
                     "(load_state_dict(assign=True) and .to(...) replace tensors): prepare it again"
                 )
+
+    def _warn(self, clone: nn.Module) -> None:
         stale = next((path for tensor, version, path in self._edited if tensor._version != version), None)
         if stale is not None:
             self._edited = []
             warnings.warn(
                 f"the user's policy has changed at {stale!r} since it was prepared, and the hooked policy has an "
                 "edited copy from then: leave the context and enter it again to edit the new weights",
-                stacklevel=4,
+                stacklevel=5,
             )
         original = self._original()
         if original is not None and original.training is not clone.training and not self._warned:
@@ -109,7 +116,7 @@ class Tie:
             warnings.warn(
                 f"the user's policy is in {'train' if original.training else 'eval'} mode and the hooked one in "
                 f"{'train' if clone.training else 'eval'} mode: train() and eval() act only where called",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def original(self) -> nn.Module | None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from tdhook_rl.envs import CueCorners
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from tdhook_rl import (
     SteeringVectors,
     targets,
 )
+from tdhook_rl.envs import CueCorners
 from tdhook_rl.examples.agent import FC2, make_actor
 
 ALPHA = 0.5

@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-from tdhook_rl.envs import CueCorners
 from tensordict import TensorDict
 from torch import nn
 from torchrl.collectors import Collector, MultiSyncCollector
@@ -16,6 +15,7 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
 from tdhook_rl import ActivationCaching, Compose, LinearProbe, ProbeReadout, Saliency, SteeringVectors, targets
+from tdhook_rl.envs import CueCorners
 from tdhook_rl.examples.agent import FC2, make_actor, make_critic
 
 PROBE = LinearProbe(weight=torch.randn(2, 64), bias=torch.zeros(2), path=FC2)

@@ -7,10 +7,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tdhook_rl.envs import CueCorners
 from torchrl.collectors import Collector
 
 from tdhook_rl import ActivationCaching, Compose, ProbeReadout, Saliency, SteeringVectors
+from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import PreparationError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.method import Method

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tdhook_rl.envs import CueCorners
 from torchrl.envs import StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
+from tdhook_rl.envs import CueCorners
 from tests.oracles import xor_of
 
 

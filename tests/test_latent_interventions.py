@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tdhook_rl.envs import CueCorners
 from tensordict import TensorDict
 from torch import nn
 
 from tdhook_rl import ActivationCaching, Compose, SteeringVectors
+from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.latent import ActivationAddition, ActivationPatching, DirectionalAblation, DirectionClamping

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
-from tdhook_rl.envs import CueCorners
 from tensordict import TensorDict
 from torch import nn
 
 from tdhook_rl import Compose, IntegratedGradients, Saliency, SteeringVectors, targets
 from tdhook_rl.attribution import LRP
+from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InactiveError, InputError, MissingKeyError, SiteError, TargetError
 from tdhook_rl.examples.agent import make_trained_actor
 from tdhook_rl.latent import ActivationCaching

@@ -6,13 +6,13 @@ import warnings
 
 import pytest
 import torch
-from tdhook_rl.envs import CueCorners
 from tensordict import TensorDict
 from torch import nn
 from torchrl.collectors import Collector
 
 from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors
 from tdhook_rl.attribution import IntegratedGradients, Occlusion
+from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError, MismatchError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tests.policies import CASES, categorical

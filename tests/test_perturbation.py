@@ -10,7 +10,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from tdhook_rl.envs import CueCorners
 from tensordict import TensorDict
 from tensordict.nn import InteractionType, TensorDictModule, set_interaction_type
 from torch import nn
@@ -18,6 +17,7 @@ from torch import nn
 from tdhook_rl import Compose, SteeringVectors, targets
 from tdhook_rl.attribution.activation_maximisation import ActivationMaximisation
 from tdhook_rl.attribution.perturbation import SARFA, Occlusion, PerturbationSaliency
+from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, TargetError
 from tdhook_rl.examples.agent import make_trained_actor
 from tests.policies import ACTIONS, CASES, FEATURES, actor_value, categorical, mlp, one_hot, pixels, q_value

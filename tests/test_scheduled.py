@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tdhook_rl.envs import CueCorners
 from tensordict import TensorDict
 from torch import nn
 from torchrl.collectors import Collector, MultiSyncCollector
@@ -21,6 +20,7 @@ from tdhook_rl import (
     SteeringVectors,
 )
 from tdhook_rl.attribution import IntegratedGradients, Occlusion
+from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError, KeyCollisionError, MissingKeyError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tests.policies import CASES, categorical

@@ -7,11 +7,11 @@ import pickle
 
 import pytest
 import torch
-from tdhook_rl.envs import CueCorners
 from torch import nn
 from torchrl.collectors import Collector
 
 from tdhook_rl import Compose
+from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InactiveError, InputError, PreparationError
 from tdhook_rl.examples.agent import make_actor
 from tdhook_rl.weights import TaskVectors

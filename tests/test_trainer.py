@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tdhook_rl.envs import CueCorners
 from tensordict import TensorDict
 from torch import nn
 from torchrl.collectors import Collector, Evaluator
@@ -17,6 +16,7 @@ from torchrl.record import CSVLogger
 from torchrl.trainers import Trainer
 
 from tdhook_rl import ActivationCaching, Compose, Saliency, Scheduled, targets
+from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError
 from tdhook_rl.examples.agent import FC2, make_actor, make_critic
 from tdhook_rl.rollout import AnnotatedMetrics, AnnotateHook, summarise

@@ -10,7 +10,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from tdhook_rl.envs import CueCorners
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -18,6 +17,7 @@ from torchrl.collectors import Collector
 from torchrl.modules import MultiAgentMLP
 
 from tdhook_rl import ActivationCaching, Compose, Saliency
+from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.weights import Adapters, Pruning, TaskVectors

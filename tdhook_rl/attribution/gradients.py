@@ -118,7 +118,7 @@ def _backward(
         one = torch.autograd.grad(value, points, outer, allow_unused=True, retain_graph=more)
         if all(gradient is None for gradient in one):
             raise TargetError(_no_path(target))
-        found.append(_split(one, points, primals, inner))
+        found.append(_split(one, points, primals, inner, value.detach()))
     return found, {slot: value.detach() for slot, value in inner.items()}
 
 
@@ -155,17 +155,17 @@ def _functional(
     found = []
     for target in targets:
 
-        def total(*values: Tensor, target: Scalar = target) -> Tensor:
+        def total(*values: Tensor, target: Scalar = target) -> tuple[Tensor, Tensor]:
             chosen = dict(zip(inputs, values, strict=False))
             placed = dict(zip(inner, values[len(inputs) :], strict=True))
             with _leaves(runtime, placed, added):
                 value = target(call.replay(chosen, stored))
             if not torch.compiler.is_compiling() and not value.requires_grad:
                 raise TargetError(_no_path(target))
-            return (value if weights is None else value * weights.to(value.dtype)).sum()
+            return (value if weights is None else value * weights.to(value.dtype)).sum(), value
 
-        one = torch.func.grad(total, argnums=tuple(range(len(points))))(*points)
-        found.append(_split(one, points, inputs, inner))
+        one, reached = torch.func.grad(total, argnums=tuple(range(len(points))), has_aux=True)(*points)
+        found.append(_split(one, points, inputs, inner, reached))
     return found, {slot: value.detach() for slot, value in inner.items()}
 
 
@@ -174,9 +174,23 @@ def _split(
     points: Sequence[Tensor],
     inputs: Mapping[NestedKey, Tensor],
     inner: Mapping[str, Tensor],
+    reached: Tensor,
 ) -> Gradients:
-    filled = [torch.zeros_like(p) if gradient is None else gradient for p, gradient in zip(points, one, strict=True)]
+    defined = torch.isfinite(reached)
+    filled = [
+        torch.zeros_like(point) if gradient is None else _where(defined, gradient)
+        for point, gradient in zip(points, one, strict=True)
+    ]
     return dict(zip(inputs, filled, strict=False)), dict(zip(inner, filled[len(inputs) :], strict=True))
+
+
+def _where(defined: Tensor, gradient: Tensor) -> Tensor:
+    """NaN in the rows whose target is NaN or infinite: a number there would say something that is not so."""
+    if gradient.shape[: defined.ndim] != defined.shape:
+        if not gradient.ndim or gradient.shape[0] != defined.numel():
+            return gradient
+        defined = defined.reshape(-1)  # convolutional nets flatten the leading dimensions
+    return torch.where(defined.reshape(*defined.shape, *(1,) * (gradient.ndim - defined.ndim)), gradient, torch.nan)
 
 
 @contextmanager

@@ -34,6 +34,7 @@ class ControlRecord(Method):
         MissingKeyError: if a name is no control.
 
     Example:
+        >>> import torch
         >>> from tensordict import TensorDict
         >>> from tdhook_rl import Compose, SteeringVectors
         >>> method = Compose(SteeringVectors({"0": torch.ones(2)}, alpha=0.5), ControlRecord())

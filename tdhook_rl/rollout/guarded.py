@@ -184,11 +184,10 @@ class Guarded:
         collector = self.collector
         error = getattr(collector, "_replay_error", None)
         thread = getattr(collector, "_thread", None) or getattr(collector, "_collection_thread", None)
-        stopped = getattr(collector, "_stop", False) or self._closed
         frames = max(getattr(collector, "_frames", 0), getattr(collector, "collected_frames", 0))
         total = getattr(collector, "total_frames", None)
         complete = total is not None and 0 <= total <= frames
-        ended = thread is not None and not thread.is_alive() and not stopped and not complete
+        ended = thread is not None and not thread.is_alive() and not self._closed and not complete
         if error is not None or ended:
             reason = "its traceback went to standard error" if error is None else repr(error)
             raise WorkerError(
