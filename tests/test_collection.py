@@ -56,7 +56,7 @@ def check_all(learner: Learner, rows: TensorDictBase) -> None:
         {"batch_size": ()},
         {"policy_device": "cpu:0"},  # the policy is copied, as it is onto a GPU
         {"policy_device": "cpu:0", "storing_device": "cpu"},
-        {"compile_policy": {"backend": "eager", "fullgraph": True}},
+        pytest.param({"compile_policy": {"backend": "eager", "fullgraph": True}}, marks=pytest.mark.slow),
         {"use_buffers": False},
         {"reset_at_each_iter": True},
         {"trajs_per_batch": 5, "traj_format": "padded"},
@@ -473,6 +473,7 @@ def test_controls_that_do_not_fit_are_refused_and_none_is_set() -> None:
     plain.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.limit(120)
 def test_a_dead_environment_of_a_parallel_env_is_named() -> None:
     env = ParallelEnv(2, env_functions(1, ())[0])
@@ -502,3 +503,35 @@ def test_a_module_with_its_own_register_collector_keeps_it() -> None:
     place = Place()
     hooked.register_collector(place)
     assert hooked.seen is place
+
+
+class Stepped:
+    """A target during which somebody steps the weights, as a learner does while a collector runs in the background."""
+
+    name = "stepped"
+
+    def __init__(self, actor: nn.Module, times: int) -> None:
+        self.weight = actor.module[0].module[2].weight
+        self.times = times
+
+    def __call__(self, run: Any) -> torch.Tensor:
+        if self.times:
+            self.times -= 1
+            with torch.no_grad():
+                self.weight.add_(0.1)
+        return run.outputs["logits"].sum(-1)
+
+
+def test_weights_that_are_stepped_during_an_explanation() -> None:
+    actor = make_actor()
+    data = CueCorners(batch_size=[3], seed=0).reset()
+    with Saliency(target=Stepped(actor, 2), when="step").prepare(actor) as policy, torch.no_grad():
+        found = policy(data.clone())["attr", "observation"]
+    with Saliency(target=Stepped(actor, 0), when="step").prepare(actor) as policy, torch.no_grad():
+        assert torch.equal(found, policy(data.clone())["attr", "observation"])
+    with (
+        Saliency(target=Stepped(actor, 1000), when="step").prepare(actor) as policy,
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match="modified by an inplace operation"),
+    ):
+        policy(data.clone())

@@ -20,6 +20,9 @@ from tdhook_rl.passes import Call, Pass
 __all__ = ["activations", "explainable_inputs", "gradients"]
 
 Scalar = Callable[[Pass], Tensor]
+
+#: How often a pass is made where a learner in another thread changes the weights between its forward and its backward.
+ATTEMPTS = 5
 Gradients = tuple[dict[NestedKey, Tensor], dict[str, Tensor]]
 
 
@@ -75,11 +78,31 @@ def gradients(
         TargetError: if no gradient reaches a target.
         SiteError: if an explained module does not run.
     """
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or vmap_level() >= 0:
-        return _functional(call, inputs, leaves, sites, targets, stored, weights)
     if call.shared is not None:
         run, points = call.shared
         return _backward(call, run, {key: points[key] for key in inputs}, leaves, sites, targets, weights, keep=True)
+    if torch.compiler.is_compiling():
+        return _functional(call, inputs, leaves, sites, targets, stored, weights)
+    functional = torch.is_inference_mode_enabled() or vmap_level() >= 0
+    replay = _functional if functional else _recorded
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return replay(call, inputs, leaves, sites, targets, stored, weights)
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+    return replay(call, inputs, leaves, sites, targets, stored, weights)
+
+
+def _recorded(
+    call: Call,
+    inputs: Mapping[NestedKey, Tensor],
+    leaves: Mapping[str, Tensor | None],
+    sites: Mapping[str, str],
+    targets: Sequence[Scalar],
+    stored: TensorDictBase | None,
+    weights: Tensor | None,
+) -> tuple[list[Gradients], dict[str, Tensor]]:
     runtime = call.policy._hooked_runtime
     given = {slot: None if value is None else value.detach().requires_grad_() for slot, value in leaves.items()}
     with torch.enable_grad(), _leaves(runtime, given):

@@ -83,6 +83,8 @@ def _way_to_workers(collector: Any, told: dict[str, Tensor], outer: str) -> Call
     Raises:
         WorkerError: where there are workers with controls of their own, and no way to them.
     """
+    if getattr(collector, "closed", False):
+        raise WorkerError(f"{outer} has been shut down")
     if hasattr(collector, "remote_collectors"):
         inner = getattr(collector, "collector_class", None)
         if collector.policy is None and hasattr(inner, "_run_processes"):

@@ -82,7 +82,10 @@ def workers_of(collector: Any) -> list[Worker]:
 def inner_collector(collector: Any) -> Any:
     """The collector inside an ``Evaluator``, where it has been made already; any other collector itself."""
     backend = getattr(collector, "_backend", None)
-    return collector if backend is None else (getattr(backend, "_collector", None) or backend)
+    if backend is None:
+        return collector
+    made = getattr(backend, "_collector", None)
+    return backend if made is None else made
 
 
 class Caller:
