@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all lint format bench clean
+.PHONY: demo test test-all matrix lint format bench clean
 
 demo: $(READY)
 	$(BIN)/tdhook-rl demo $(DEMO)
@@ -15,6 +15,11 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest $(TEST)
+
+# Runs every cell and writes docs/compatibility.md: about ten minutes on two cores.
+matrix: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt ray
+	$(BIN)/python -m tests.matrix
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -9,7 +9,6 @@ import argparse
 from itertools import pairwise
 
 import torch
-from tdhook_rl.envs import CueCorners
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.distributions import Categorical
@@ -18,6 +17,7 @@ from torchrl.modules import ProbabilisticActor
 
 from benchmarks.pairs import compare
 from tdhook_rl import ActivationCaching
+from tdhook_rl.envs import CueCorners
 
 ENVS, STEPS = 128, 16
 SITES = ["module.0.module.1", "module.0.module.3"]

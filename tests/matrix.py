@@ -30,7 +30,7 @@ from torchrl.data import ReplayBuffer
 from tdhook_rl.errors import TdhookError
 from tdhook_rl.rollout import Guarded, set_controls
 from tests.collecting import PROBES, RESULTS, Learner, check, rows_of, version_of
-from tests.matrix_rows import ROOT, ROWS, Row
+from tests.matrix_rows import ROOT, ROWS, Row, stop_ray
 
 PAGE = ROOT / "docs" / "compatibility.md"
 LIMIT = 300.0  # seconds for a row
@@ -170,7 +170,7 @@ def run_row(row: Row) -> dict[str, str]:
     finally:
         session.guarded.shutdown()
         if row.needs == "ray":
-            importlib.import_module("ray").shutdown()
+            stop_ray()
     # A step may see the weights or controls change: one step of each of two workers, twice two environments.
     allowed = 0 if row.strict else 4 * (len(FORMS) + 1)
     for what in ("steering", *RESULTS):

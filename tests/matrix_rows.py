@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torchrl.weight_update import MultiProcessWeightSyncScheme, SharedMemWeightS
 from tests.collecting import Learner, env_functions, prepared_actor
 
 ROOT = Path(__file__).parents[1]
+RAY_FOLDERS: list[str] = []
 Consume = Literal["iterate", "buffer", "background", "evaluate"]
 
 
@@ -121,16 +123,27 @@ def start_ray() -> None:
     """A local Ray: no dashboard, a small object store, files in a folder of its own."""
     import ray
 
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    RAY_FOLDERS.append(tempfile.mkdtemp(prefix="ray_"))
     ray.init(
         num_cpus=2,
         include_dashboard=False,
         object_store_memory=100 * 2**20,
         log_to_driver=False,
         configure_logging=False,
-        _temp_dir=tempfile.mkdtemp(prefix="ray_"),
+        _temp_dir=RAY_FOLDERS[-1],
         runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}},
     )
+
+
+def stop_ray() -> None:
+    """End the Ray of :func:`start_ray`, and remove its files."""
+    import ray
+
+    ray.shutdown()
+    while RAY_FOLDERS:
+        shutil.rmtree(RAY_FOLDERS.pop(), ignore_errors=True)
 
 
 NOT_GIVEN = {"none": "TorchRL wants the weights to be given"}

