@@ -5,16 +5,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all lint format bench bench-peers clean
+.PHONY: demo test test-all matrix lint format bench bench-peers clean
 
 demo: $(READY)
 	$(BIN)/tdhook-rl demo $(DEMO)
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(TEST)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not matrix" $(TEST)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest $(TEST)
+
+# Runs every cell and writes docs/compatibility.md: about ten minutes on two cores.
+matrix: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt ray
+	$(BIN)/python -m tests.matrix
 
 lint: $(READY)
 	$(BIN)/ruff check .

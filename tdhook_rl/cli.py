@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    import torch
     import torchrl
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -76,6 +77,8 @@ def _demo(options: argparse.Namespace) -> int:
     from tdhook_rl.rollout import Interruptible
 
     torchrl.logger.setLevel("ERROR")  # its INFO lines would cut through the progress bar
+    # Nets this small gain nothing from a second thread, and on a busy machine the two wait for each other.
+    torch.set_num_threads(1)
     console = Console()
     settings = demo.Settings(frames=options.frames, seed=options.seed, workers=options.workers, logger=options.logger)
     folder = new_folder(options.out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S"))

@@ -8,10 +8,14 @@ from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key_list
 
+from tdhook_rl.collection import collides
 from tdhook_rl.errors import KeyCollisionError, nearest
 from tdhook_rl.passes import Bound
 
 __all__ = ["check_collisions", "check_known"]
+
+#: Roots that are not the methods': ``step_mdp`` reads "next", collectors write "collector", masks are "computed".
+RESERVED = ("next", "collector", "computed")
 
 
 def check_known(what: str, asked: Sequence[NestedKey] | None, known: Sequence[NestedKey]) -> None:
@@ -31,7 +35,7 @@ def check_collisions(policy: TensorDictModuleBase, bound: list[Bound], reads: li
     nodes: set[tuple[str, ...]] = set()  # what lies above the keys seen: a tensor cannot be there
     for one in bound:
         for key in one.result_keys:
-            clash = next((k for k in own if k == key[: len(k)] or key == k[: len(key)]), None)
+            clash = next((other for other in own if collides(key, other)), None)
             if clash is not None:
                 raise KeyCollisionError(
                     f"the result key {key!r} collides with the policy's key {clash!r}: give the method another root "
@@ -42,6 +46,11 @@ def check_collisions(policy: TensorDictModuleBase, bound: list[Bound], reads: li
                 raise KeyCollisionError(
                     f"two methods write {key!r}, or one writes a tensor where the other needs a node: give one "
                     "another root (attribution_key=, cache_key=, probe_key=)"
+                )
+            if key[0] in RESERVED:
+                raise KeyCollisionError(
+                    f"the result key {key!r} starts with {key[0]!r}, which holds entries of TorchRL or the masks of "
+                    "results: give the method another root (attribution_key=, cache_key=, probe_key=)"
                 )
             if any(part.startswith("_") for part in key):
                 raise KeyCollisionError(f"the result key {key!r} starts with an underscore, which collectors drop")

@@ -49,6 +49,10 @@ class Controls(MutableMapping[str, Tensor]):
             raise MissingKeyError(f"no control is named {name!r}; {nearest(name, self._tensors)}") from None
 
     def __setitem__(self, name: str, value: Any) -> None:
+        self[name].copy_(self._checked(name, value))
+        self._versions[name] += 1
+
+    def _checked(self, name: str, value: Any) -> Tensor:
         tensor = self[name]
         value = torch.as_tensor(value).detach()
         if value.shape != tensor.shape:
@@ -58,8 +62,7 @@ class Controls(MutableMapping[str, Tensor]):
             )
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise InputError(f"control {name!r} was given NaN or infinite values")
-        tensor.copy_(value)
-        self._versions[name] += 1
+        return value
 
     def version(self, name: str) -> Tensor:
         """How often a control was set since it was made, ``()``, int64; shared like the control itself."""
@@ -79,8 +82,9 @@ class Controls(MutableMapping[str, Tensor]):
         return f"Controls({', '.join(f'{name}: {tuple(value.shape)}' for name, value in self._tensors.items())})"
 
     def update_(self, values: Mapping[str, Any]) -> None:
-        """Write several controls in place; what remote workers (Ray) are sent through ``map_fn``."""
-        for name, value in values.items():
+        """Write several controls in place, all or (where one is refused) none."""
+        checked = {name: self._checked(name, value) for name, value in values.items()}
+        for name, value in checked.items():
             self[name] = value
 
     def __deepcopy__(self, memo: dict) -> Controls:

@@ -24,6 +24,7 @@ __all__ = [
     "TargetError",
     "TdhookError",
     "TieError",
+    "WorkerError",
     "nearest",
 ]
 
@@ -73,6 +74,10 @@ class MismatchError(TdhookError, RuntimeError):
 
 class CheckError(TdhookError, RuntimeError):
     """A dry run of a hooked policy found what would fail, or be wrong in silence, in training."""
+
+
+class WorkerError(TdhookError, RuntimeError):
+    """A worker of a collector died, does not answer in time, or cannot be reached."""
 
 
 class ArtifactError(TdhookError, ValueError):

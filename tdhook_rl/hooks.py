@@ -123,6 +123,8 @@ class Runtime:
         )
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.tie is not None and threading.current_thread() is threading.main_thread():
+            self.tie.require_held()  # a copy, such as a worker's, cannot look any more
         state = self.__dict__.copy()
         del state["lock"]
         return state | {

@@ -20,6 +20,7 @@ from torch import nn
 from tdhook_rl.annotation import OnMismatch, annotate
 from tdhook_rl.batching import GeneratorState, Traits, frozen_statistics
 from tdhook_rl.classes import Swapped
+from tdhook_rl.collection import take_in
 from tdhook_rl.context import ContextView
 from tdhook_rl.controls import Controls
 from tdhook_rl.direct import direct_methods, disabled_hooks
@@ -258,6 +259,18 @@ class HookedMixin(_Policy):
         if not self._hooked_runtime.active:
             self._hooked_runtime.refuse()
         return annotate(self, data, chunk_size, on_mismatch)
+
+    def register_collector(self, collector: Any) -> None:
+        """Called by TorchRL's collectors when they take the policy in, in the process in which it will run.
+
+        Raises:
+            KeyCollisionError: if a result key is a key of the collector's environment.
+            InputError: if the collector mixes devices where TorchRL cannot store the results.
+        """
+        own = getattr(super(), "register_collector", None)
+        if own is not None:
+            own(collector)
+        take_in(self, collector)
 
     def restore(self) -> None:
         """End the hooking; calling the policy afterwards raises. What leaving the ``with`` block does."""

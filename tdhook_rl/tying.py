@@ -95,17 +95,24 @@ class Tie:
         # While a loss runs, another thread may see the original with target weights swapped in.
         if threading.current_thread() is not threading.main_thread():
             return
+        self.require_held()
+        self._warn(clone)
+
+    def require_held(self) -> None:
+        """Raise :class:`TieError` if the original was given other tensors."""
         if (path := self.untied()) is not None:
             raise TieError(
                 f"the user's policy holds another tensor at {path!r} than when it was prepared "
                 "(load_state_dict(assign=True) and .to(...) replace tensors): prepare it again"
             )
+
+    def _warn(self, clone: nn.Module) -> None:
         if (path := self.outdated()) is not None:
             self._edited = []
             warnings.warn(
                 f"the user's policy has changed at {path!r} since it was prepared, and the hooked policy has an "
                 "edited copy from then: leave the context and enter it again to edit the new weights",
-                stacklevel=4,
+                stacklevel=5,
             )
         original = self._original()
         if original is not None and original.training is not clone.training and not self._warned:
@@ -113,7 +120,7 @@ class Tie:
             warnings.warn(
                 f"the user's policy is in {'train' if original.training else 'eval'} mode and the hooked one in "
                 f"{'train' if clone.training else 'eval'} mode: train() and eval() act only where called",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def untied(self) -> str | None:

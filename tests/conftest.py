@@ -1,8 +1,13 @@
-"""Shared set-up: one thread (the machine may have two cores), quiet TorchRL, a fixed seed for each test."""
+"""Shared set-up: one thread (the machine may have two cores), quiet TorchRL, a fixed seed, a limit of time."""
 
 from __future__ import annotations
 
+import faulthandler
+import multiprocessing
 import os
+import signal
+from collections.abc import Iterator
+from types import FrameType
 
 import pytest
 import torch
@@ -17,3 +22,30 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _time_limit(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With ``@pytest.mark.limit(seconds)``: a test that waits too long fails, and leaves no process behind."""
+    marker = request.node.get_closest_marker("limit")
+    if marker is None:
+        yield
+        return
+    seconds = marker.args[0]
+
+    def over(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"the test took more than {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    faulthandler.dump_traceback_later(seconds + 60, exit=True)  # where no Python code runs that could raise
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+        faulthandler.cancel_dump_traceback_later()
+        left = multiprocessing.active_children()
+        for process in left:
+            process.kill()
+        assert not left, f"the test left {left} behind"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 
 import pytest
 import torch
 from tensordict import TensorDict
 from torch import nn
-from torchrl.collectors import Collector, MultiSyncCollector
+from torchrl.collectors import Collector
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
@@ -157,43 +156,6 @@ def test_results_reach_a_replay_buffer(storage) -> None:
         data = buffer[:].reshape(-1)
         assert set(policy._step_keys()) <= set(data.keys(True, True))
         check(policy.annotate(data), actor)
-
-
-def test_multi_sync_workers_with_both_ways_to_send_weights() -> None:
-    actor = make_actor()
-    with everything().prepare(actor) as policy:
-        collector = MultiSyncCollector(
-            [partial(CueCorners, batch_size=[2], max_steps=4, seed=seed) for seed in (0, 1)],
-            policy,
-            frames_per_batch=64,
-            total_frames=64 * 6,
-            postproc=policy.annotate,
-        )
-        try:
-            batches, alphas = [], [0.0, 0.0, 0.0, 2.0, 0.0, 0.0]
-            for index, data in enumerate(collector):
-                # The workers of batch n+1 are set going when it is asked for, after these lines.
-                if alphas[index] == 0.0:
-                    check(data, actor)
-                else:
-                    data = data.exclude("attr", "live", "probe")
-                    hidden = actor.module[0].module[:4](data["observation"])
-                    torch.testing.assert_close(data["logits"], actor.module[0].module[4:](hidden + alphas[index]))
-                batches.append(data)
-                nudge(actor)
-                if index % 2:
-                    collector.update_policy_weights_()
-                else:
-                    collector.update_policy_weights_(TensorDict.from_module(actor))
-                if index + 1 < len(alphas):
-                    policy.controls["steering.alpha"] = alphas[index + 1]
-            workers = list(collector.procs)
-        finally:
-            collector.shutdown()
-        assert len(workers) == 2
-        assert not any(worker.is_alive() for worker in workers)
-    assert not torch.equal(batches[0]["cache", FC2], batches[2]["cache", FC2])
-    assert bool(batches[0]["next", "done"].any())
 
 
 def test_losses_on_the_plain_actor_see_no_hook() -> None:

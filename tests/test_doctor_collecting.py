@@ -82,8 +82,7 @@ def test_a_buffer_whose_rows_lack_the_results(storage: Any) -> None:
 def test_other_ways_to_lose_results() -> None:
     policy = hooked(make_actor())
     buffer = functools.partial(ReplayBuffer, storage=LazyMemmapStorage(100))
-    report = check(policy, env(), {"replay_buffer": buffer(), "init_random_frames": 500})
-    assert "init_random_frames" in found(report, "kept", "error").remedy
+    assert check(policy, env(), {"replay_buffer": buffer(), "init_random_frames": 500}).ok
     options = {"replay_buffer": buffer(), "init_random_frames": 500, "postproc": policy.annotate}
     assert check(policy, env(), options).ok
     keep = SelectTransform("observation", "action", ("next", "reward"))
@@ -97,7 +96,7 @@ def test_random_frames() -> None:
     policy = hooked(make_actor())
     assert "masked" in found(check(policy, env(), {"init_random_frames": 100}), "random frames", "ok").seen
     report = check(policy, env(), {"init_random_frames": 100, "use_buffers": False})
-    assert "lack ('cache', 'module.0.module.3')" in found(report, "random frames", "warning").seen
+    assert "masked" in found(report, "random frames", "ok").seen
 
 
 def test_masks_that_are_cleared() -> None:

@@ -20,6 +20,9 @@ from tdhook_rl.passes import Call, Pass
 __all__ = ["activations", "explainable_inputs", "gradients"]
 
 Scalar = Callable[[Pass], Tensor]
+
+#: How often a pass is made where a learner in another thread changes the weights between its forward and its backward.
+ATTEMPTS = 5
 Gradients = tuple[dict[NestedKey, Tensor], dict[str, Tensor]]
 
 
@@ -73,11 +76,31 @@ def gradients(
         TargetError: if no gradient reaches a target.
         SiteError: if an explained module does not run.
     """
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or vmap_level() >= 0:
-        return _functional(call, inputs, leaves, sites, targets, stored, weights)
     if call.shared is not None:
         run, points = call.shared
         return _backward(call, run, {key: points[key] for key in inputs}, leaves, sites, targets, weights, keep=True)
+    if torch.compiler.is_compiling():
+        return _functional(call, inputs, leaves, sites, targets, stored, weights)
+    functional = torch.is_inference_mode_enabled() or vmap_level() >= 0
+    replay = _functional if functional else _recorded
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return replay(call, inputs, leaves, sites, targets, stored, weights)
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+    return replay(call, inputs, leaves, sites, targets, stored, weights)
+
+
+def _recorded(
+    call: Call,
+    inputs: Mapping[NestedKey, Tensor],
+    leaves: Mapping[str, Tensor | None],
+    sites: Mapping[str, str],
+    targets: Sequence[Scalar],
+    stored: TensorDictBase | None,
+    weights: Tensor | None,
+) -> tuple[list[Gradients], dict[str, Tensor]]:
     runtime = call.policy._hooked_runtime
     given = {slot: None if value is None else value.detach().requires_grad_() for slot, value in leaves.items()}
     with torch.enable_grad(), _leaves(runtime, given):
@@ -116,7 +139,7 @@ def _backward(
         one = torch.autograd.grad(value, points, outer, allow_unused=True, retain_graph=more)
         if all(gradient is None for gradient in one):
             raise TargetError(_no_path(target))
-        found.append(_split(one, points, primals, inner))
+        found.append(_split(one, points, primals, inner, value.detach()))
     return found, {slot: value.detach() for slot, value in inner.items()}
 
 
@@ -153,17 +176,17 @@ def _functional(
     found = []
     for target in targets:
 
-        def total(*values: Tensor, target: Scalar = target) -> Tensor:
+        def total(*values: Tensor, target: Scalar = target) -> tuple[Tensor, Tensor]:
             chosen = dict(zip(inputs, values, strict=False))
             placed = dict(zip(inner, values[len(inputs) :], strict=True))
             with _leaves(runtime, placed, added):
                 value = target(call.replay(chosen, stored))
             if not torch.compiler.is_compiling() and not value.requires_grad:
                 raise TargetError(_no_path(target))
-            return (value if weights is None else value * weights.to(value.dtype)).sum()
+            return (value if weights is None else value * weights.to(value.dtype)).sum(), value
 
-        one = torch.func.grad(total, argnums=tuple(range(len(points))))(*points)
-        found.append(_split(one, points, inputs, inner))
+        one, reached = torch.func.grad(total, argnums=tuple(range(len(points))), has_aux=True)(*points)
+        found.append(_split(one, points, inputs, inner, reached))
     return found, {slot: value.detach() for slot, value in inner.items()}
 
 
@@ -172,9 +195,23 @@ def _split(
     points: Sequence[Tensor],
     inputs: Mapping[NestedKey, Tensor],
     inner: Mapping[str, Tensor],
+    reached: Tensor,
 ) -> Gradients:
-    filled = [torch.zeros_like(p) if gradient is None else gradient for p, gradient in zip(points, one, strict=True)]
+    defined = torch.isfinite(reached)
+    filled = [
+        torch.zeros_like(point) if gradient is None else _where(defined, gradient)
+        for point, gradient in zip(points, one, strict=True)
+    ]
     return dict(zip(inputs, filled, strict=False)), dict(zip(inner, filled[len(inputs) :], strict=True))
+
+
+def _where(defined: Tensor, gradient: Tensor) -> Tensor:
+    """NaN in the rows whose target is NaN or infinite: a number there would say something that is not so."""
+    if gradient.shape[: defined.ndim] != defined.shape:
+        if not gradient.ndim or gradient.shape[0] != defined.numel():
+            return gradient
+        defined = defined.reshape(-1)  # convolutional nets flatten the leading dimensions
+    return torch.where(defined.reshape(*defined.shape, *(1,) * (gradient.ndim - defined.ndim)), gradient, torch.nan)
 
 
 @contextmanager

@@ -105,9 +105,10 @@ class _BoundSARFA(_BoundOcclusion):
         old, new = before[..., 1:].log_softmax(-1), after[..., 1:].log_softmax(-1)
         rest = old.exp()
         # Masked actions have a logit of -inf on both sides, and no part in the divergence.
-        divergence = torch.where(rest > 0, rest * (old - new), 0.0).sum(-1)
+        divergence = torch.where(rest == 0, 0.0, rest * (old - new)).sum(-1)
         relevant = 1 / (1 + divergence)
-        return torch.where(drop > 0, 2 * relevant * drop / (relevant + drop), 0.0)
+        # Asked this way round, what is NaN stays NaN.
+        return torch.where(drop <= 0, 0.0, 2 * relevant * drop / (relevant + drop))
 
 
 class _BoundPerturbationSaliency(BoundPerturbation):

@@ -1,11 +1,13 @@
-"""Batches from a collector: a check before there is one, splits, online probes, and results in trainers and logs."""
+"""Batches from a collector: a check beforehand, splits, online probes, results in trainers, live controls, a guard."""
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from tdhook_rl.rollout.guarded import Guarded
 from tdhook_rl.rollout.interrupts import Interruptible, ignore_interrupts
+from tdhook_rl.rollout.live_controls import set_controls
 from tdhook_rl.rollout.online_probe import OnlineProbe
 from tdhook_rl.rollout.splits import EPISODE, GroupSplit
 from tdhook_rl.rollout.summary import AnnotatedMetrics, summarise
@@ -29,11 +31,13 @@ __all__ = [
     "AnnotatedMetrics",
     "Finding",
     "GroupSplit",
+    "Guarded",
     "Interruptible",
     "OnlineProbe",
     "Report",
     "check",
     "ignore_interrupts",
+    "set_controls",
     "summarise",
 ]
 

@@ -88,7 +88,9 @@ def collecting_findings(run: Collecting, policy: Any, walk: Walk) -> Iterator[Fi
         yield Finding("kept", "error", f"{where} lacks {names}", _why_lost(run, walk, lost))
     else:
         yield Finding("kept", "ok", f"{'the replay buffer' if buffered else 'the batch'} holds every result")
-    yield from _computed(run, walk, expected - set(lost))
+    # A buffer counts elements, which may be trajectories: random frames can then outlast the dry run.
+    if not (buffered and run.random):
+        yield from _computed(run, walk, expected - set(lost))
     if not buffered:
         yield from _random(run, walk)
         yield from _frozen(run, walk)
@@ -102,11 +104,6 @@ def _why_lost(run: Collecting, walk: Walk, lost: list[Key]) -> str:
         return (
             "its rows from before fixed its keys: start a new buffer, or write the results beside it with "
             "tdhook_rl.replay.analyze"
-        )
-    if run.random:
-        return (
-            "the rows of init_random_frames have no results and fix its keys: do without init_random_frames, or fill "
-            "them in with postproc=policy.annotate"
         )
     if len(buffer.transform):
         return "a transform of the buffer drops them, such as SelectKeys: add them to it"

@@ -19,8 +19,6 @@ from tdhook_rl.rollout.walk import as_tuple, hooks_of, is_ours
 
 __all__ = ["policy_findings"]
 
-#: Roots that collectors, buffers and the masks of results fill themselves.
-_RESERVED = ("collector", "computed", "next")
 _ELSEWHERE = "build and prepare the policy inside a function and give it to the collector as policy_factory="
 
 
@@ -184,15 +182,6 @@ def _require_same(copied: Any, policy: Any) -> None:
 
 
 def _names(policy: Any) -> Finding:
-    results = [as_tuple(key) for key in policy.result_keys]
-    for key in results:
-        if key[0] in _RESERVED and not (key[0] == "computed" and key[1:] in {(other[0],) for other in results}):
-            return Finding(
-                "names",
-                "error",
-                f"the result {key} is below {key[0]!r}, which TorchRL or the masks fill",
-                "give the method another root (attribution_key=, cache_key=, probe_key=)",
-            )
     private = [key for key in map(as_tuple, policy.policy_out_keys) if any(_is_private(part) for part in key)]
     if private:
         return Finding(
@@ -201,7 +190,7 @@ def _names(policy: Any) -> Finding:
             f"collectors strip {private[0]}, which the policy writes, because of its underscore",
             "rename it, if training reads it",
         )
-    return Finding("names", "ok", "no key is private or reserved")
+    return Finding("names", "ok", "no key is private; reserved ones are refused by prepare()")
 
 
 def _is_private(part: str) -> bool:

@@ -19,7 +19,9 @@ def summarise(data: TensorDictBase, result_keys: Sequence[NestedKey]) -> dict[st
     """One number for each result: over the rows that were computed, padding left out.
 
     Attributions and activations are summarised by their mean absolute value, what lies in [0, 1] or counts
-    (probes, masks, controls) by its mean. ``computed.<root>`` is the share of rows that were computed.
+    (probes, masks, controls) by its mean. ``computed.<root>`` is the share of rows that were computed. Rows that are
+    NaN or infinite, because what the policy saw was, are left out; ``nonfinite.<key>`` is their share, where there are
+    any.
 
     Args:
         data: a batch with results; rows where ``("collector", "mask")`` is false are padding.
@@ -49,7 +51,13 @@ def summarise(data: TensorDictBase, result_keys: Sequence[NestedKey]) -> dict[st
             continue
         mask = data.get(("computed", parts[0]), None)
         rows = value[real if mask is None else real & mask.reshape(batch).cpu()]
-        found[".".join(parts)] = _mean(rows.abs() if parts[0] not in ("probe", "steered", "control") else rows)
+        name = ".".join(parts)
+        finite = torch.isfinite(rows)
+        finite = finite.flatten(1).all(-1) if rows.ndim > 1 else finite
+        if not bool(finite.all()):
+            found[f"nonfinite.{name}"] = _mean(~finite)
+            rows = rows[finite]
+        found[name] = _mean(rows.abs() if parts[0] not in ("probe", "steered", "control") else rows)
     return found
 
 

@@ -1,0 +1,540 @@
+"""One process: every way in which a ``Collector`` runs a policy, and input that it should not have been given."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import InteractionType, TensorDictModule, set_interaction_type
+from torch import nn
+from torchrl.collectors import Collector
+from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ListStorage, ReplayBuffer
+from torchrl.envs import ParallelEnv
+from torchrl.modules import QValueActor
+
+from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors, targets
+from tdhook_rl.envs import CueCorners
+from tdhook_rl.errors import InputError, KeyCollisionError, TieError, WorkerError
+from tdhook_rl.examples.agent import FC2, make_actor
+from tdhook_rl.rollout import Guarded, set_controls, summarise
+from tests.collecting import PROBES, RESULTS, Learner, check, env_functions, expected, rows_of, version_of
+from tests.method_table import METHODS, Row, pairs
+from tests.policies import CASES, Case
+
+METHODS_COLLECTED = ("steering", *RESULTS)
+STORAGES = {"tensor": LazyTensorStorage, "memmap": LazyMemmapStorage, "list": ListStorage}
+
+
+def make_collector(policy: Any, *, batch_size: tuple[int, ...] = (2,), **options: Any) -> Collector:
+    options = {"frames_per_batch": 32, "total_frames": 128, "auto_register_policy_transforms": False} | options
+    return Collector(env_functions(1, batch_size)[0](), policy, **options)
+
+
+def has_everything(learner: Learner, data: TensorDictBase) -> None:
+    for key in learner.policy._step_keys():
+        assert data.get(key, None) is not None, key
+
+
+def check_all(learner: Learner, rows: TensorDictBase) -> None:
+    for what in METHODS_COLLECTED:
+        check(rows, learner.versions, what)
+
+
+# ---------------------------------------------------------------------- ways to collect
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": ()},
+        {"policy_device": "cpu:0"},  # the policy is copied, as it is onto a GPU
+        {"policy_device": "cpu:0", "storing_device": "cpu"},
+        pytest.param({"compile_policy": {"backend": "eager", "fullgraph": True}}, marks=pytest.mark.slow),
+        {"use_buffers": False},
+        {"reset_at_each_iter": True},
+        {"trajs_per_batch": 5, "traj_format": "padded"},
+        {"trajs_per_batch": 5, "traj_format": "cat"},
+        {"compact_obs": True},
+        {"max_frames_per_traj": 3},
+    ],
+    ids=str,
+)
+def test_values_follow_the_weights_and_the_controls(options: dict[str, Any]) -> None:
+    learner = Learner()
+    collector = make_collector(learner.policy, **options)
+    steady = "trajs_per_batch" in options  # trajectories are handed out some time after they were collected
+    batches = []
+    for index, data in enumerate(collector):
+        has_everything(learner, data)
+        batches.append(learner.policy.annotate(data))
+        if index == 2:
+            break
+        if not steady:
+            learner.step()
+            collector.update_policy_weights_()
+            set_controls(collector, {"steering.alpha": 2.0 + index, "probe.x.weight": PROBES[1].weight})
+    collector.shutdown()
+    check_all(learner, rows_of(batches))
+    if not steady:
+        versions = [version_of(rows_of([batch]), learner.versions).unique().tolist() for batch in batches]
+        assert versions == [[0], [1], [2]]
+        assert [batch["control", "steering.alpha"].unique().tolist() for batch in batches] == [[0.5], [2.0], [3.0]]
+    assert bool(rows_of(batches)["next", "done"].any())
+
+
+@pytest.mark.parametrize("options", [{}, {"trajs_per_batch": 4}], ids=str)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_replay_buffers_hold_the_results(storage: str, options: dict[str, Any]) -> None:
+    learner = Learner()
+    buffer = ReplayBuffer(storage=STORAGES[storage](256), batch_size=8)
+    collector = make_collector(learner.policy, replay_buffer=buffer, **options)
+    assert list(collector) == [None] * len(list(range(0, 128, 32)))
+    collector.shutdown()
+    has_everything(learner, buffer[:])
+    check_all(learner, rows_of([learner.policy.annotate(buffer[:].to_tensordict())]))
+
+
+@pytest.mark.parametrize("where", ["memmap", "list", "no buffers", "buffers"])
+def test_random_frames_have_results_that_are_not_computed(where: str) -> None:
+    learner = Learner()
+    buffer = ReplayBuffer(storage=STORAGES[where](256), batch_size=8) if where in STORAGES else None
+    use_buffers = False if where == "no buffers" else None
+    collector = make_collector(
+        learner.policy, batch_size=(), init_random_frames=32, replay_buffer=buffer, use_buffers=use_buffers
+    )
+    batches = list(collector)
+    collector.shutdown()
+    batches = batches if buffer is None else [buffer[:]]
+    has_everything(learner, batches[0])
+    # What the policy itself would have written is not there in random frames, and some storages then never take it.
+    keys = [*learner.policy._step_keys(), "observation", "action"]
+    rows = torch.cat([batch.to_tensordict().select(*keys) for batch in batches])
+    random, acted = rows[:32], rows[32:]
+    for root in ("cache", "live", "probe", "control"):
+        assert not bool(random["computed", root].any())
+        assert bool(acted["computed", root].all())
+    assert float(random["cache", FC2].abs().sum()) == 0.0
+    wanted = expected(acted, learner.versions[0])
+    for what in ("caching", "probe readout", "saliency per step"):
+        name, key = RESULTS[what]
+        torch.testing.assert_close(acted[key], wanted[name], rtol=1e-3, atol=1e-5)
+    assert bool(learner.policy.annotate(random)["computed", "cache"].all())
+
+
+class Greedy(nn.Module):
+    """A net that writes nothing but the action, as a tensor storage demands after random frames."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(90, 8), nn.Tanh(), nn.Linear(8, 4))
+
+    def forward(self, observation: torch.Tensor) -> torch.Tensor:
+        return self.net(observation).argmax(-1)
+
+
+def test_random_frames_in_a_tensor_storage() -> None:
+    actor = TensorDictModule(Greedy(), in_keys=["observation"], out_keys=["action"])
+    buffer = ReplayBuffer(storage=LazyTensorStorage(256), batch_size=8)
+    with ActivationCaching("module.net.1").prepare(actor) as policy:
+        list(make_collector(policy, batch_size=(), init_random_frames=64, replay_buffer=buffer))
+    rows = buffer[:]
+    assert rows["computed", "cache"].tolist() == [False] * 64 + [True] * 64
+    assert not bool(rows["cache", "module.net.1"][:64].any())
+    with torch.no_grad():
+        torch.testing.assert_close(rows["cache", "module.net.1"][64:], actor.module.net[:2](rows["observation"][64:]))
+
+
+def test_the_blank_results_of_random_frames_leave_the_generator_alone() -> None:
+    found = []
+    for policy in (make_actor(), Learner().policy):
+        torch.manual_seed(3)
+        buffer = ReplayBuffer(storage=ListStorage(100), batch_size=8)
+        collector = make_collector(policy, init_random_frames=32, total_frames=32, replay_buffer=buffer)
+        assert len(list(collector)) == 1
+        found.append((buffer[:]["action"], torch.get_rng_state()))
+        collector.shutdown()
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_a_hook_of_the_user_is_called_beside_ours() -> None:
+    calls = []
+    collector = make_collector(Learner().policy, pre_collect_hook=lambda: calls.append(1))
+    list(collector)
+    collector.shutdown()
+    assert len(calls) == 4
+
+
+def test_a_policy_made_in_the_collector() -> None:
+    learner = Learner()
+    collector = make_collector(None, policy_factory=lambda: learner.policy)
+    set_controls(collector, {"steering.alpha": 1.5})
+    rows = rows_of([learner.policy.annotate(data) for data in collector])
+    collector.shutdown()
+    check_all(learner, rows)
+    assert rows["control", "steering.alpha"].unique().tolist() == [1.5]
+
+
+@pytest.mark.limit(60)
+def test_collection_in_the_background() -> None:
+    learner = Learner()
+    buffer = ReplayBuffer(storage=LazyTensorStorage(10_000), batch_size=8)
+    collector = make_collector(learner.policy, batch_size=(), replay_buffer=buffer, total_frames=10_000)
+    with Guarded(collector, timeout=30) as guarded:
+        guarded.start()
+        for alpha in (1.0, 2.0):
+            until = len(buffer) + 64
+            while len(buffer) < until:
+                guarded.check()
+                time.sleep(0.01)
+            set_controls(guarded, {"steering.alpha": alpha})
+        until = len(buffer) + 64
+        while len(buffer) < until:
+            guarded.check()
+            time.sleep(0.01)
+    rows = learner.policy.annotate(buffer[:], on_mismatch="ignore")
+    for what in ("steering", "caching", "probe readout"):
+        check(rows, learner.versions, what, allowed=2)  # the step during which a control is set
+    assert rows["control", "steering.alpha"].unique().tolist() == [0.5, 1.0, 2.0]
+
+
+@pytest.mark.limit(60)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_background_that_fails_is_an_error() -> None:
+    def fail(data: TensorDictBase) -> TensorDictBase:
+        raise ValueError("no")
+
+    buffer = ReplayBuffer(storage=LazyTensorStorage(100), batch_size=8)
+    collector = make_collector(Learner().policy, batch_size=(), replay_buffer=buffer, postproc=fail)
+    guarded = Guarded(collector)
+    guarded.start()
+    collector._thread.join(20)
+    with pytest.raises(WorkerError, match="in the background ended after 32 frames"):
+        guarded.check()
+
+
+def test_weights_in_every_form_and_those_that_do_not_fit() -> None:
+    learner = Learner()
+    forms: dict[str, Callable[[nn.Module], Any]] = {
+        "none": lambda actor: None,
+        "tensordict": TensorDict.from_module,
+        "module": lambda actor: actor,
+        "state_dict": lambda actor: actor.state_dict(),
+    }
+    with Guarded(make_collector(learner.policy, policy_device="cpu:0", total_frames=-1)) as guarded:
+        iterator = iter(guarded)
+        next(iterator)
+        for form in forms.values():
+            learner.step()
+            guarded.update_policy_weights_(form(learner.actor))
+            rows = rows_of([next(iterator)])
+            assert version_of(rows, learner.versions).unique().tolist() == [len(learner.versions) - 1]
+        with pytest.raises(InputError, match="which the policy does not have; nearest: 'module"):
+            guarded.update_policy_weights_(TensorDict({"pol": TensorDict.from_module(learner.actor)}))
+        weights = TensorDict.from_module(learner.actor).data.clone()
+        weights["module", "0", "module", "0", "weight"] = torch.zeros(3, 90)
+        with pytest.raises(InputError, match=r"of shape \(3, 90\); the policy's has \(64, 90\)"):
+            guarded.update_policy_weights_(weights)
+
+
+def test_guarded_is_a_collector_to_its_users() -> None:
+    guarded = Guarded(make_collector(Learner().policy))
+    assert guarded.total_frames == 128
+    assert guarded.set_seed(1) is not None
+    with guarded:
+        assert len(list(guarded)) == 4
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        guarded.no_such_thing  # noqa: B018
+    with pytest.raises(InputError, match="timeout="):
+        Guarded(guarded.collector, timeout=0)
+
+
+# ---------------------------------------------------------------------- keys
+
+
+class Renamed(CueCorners):
+    """An environment with one more entry, under a given key."""
+
+    def __init__(self, key: Any, **options: Any) -> None:
+        super().__init__(**options)
+        self._key = key
+        spec = self.observation_spec.clone()
+        spec[key] = spec["elapsed"].clone()
+        self.observation_spec = spec
+
+    def _describe(self, *args: Any) -> TensorDict:
+        data = super()._describe(*args)
+        return data.set(self._key, data["elapsed"]) if hasattr(self, "_key") else data
+
+
+@pytest.mark.parametrize("key", ["cache", ("cache", FC2), ("attr", "observation", "deep")])
+def test_a_result_that_would_overwrite_the_environment_is_refused(key: Any) -> None:
+    policy = Compose(ActivationCaching(FC2), Saliency()).prepare(make_actor(), return_context=False)
+    with pytest.raises(KeyCollisionError, match="collides with the environment's key"):
+        Collector(Renamed(key, batch_size=[2]), policy, frames_per_batch=8, total_frames=8)
+
+
+@pytest.mark.parametrize("root", ["next", "collector", "computed"])
+def test_roots_of_others_are_refused(root: str) -> None:
+    with pytest.raises(KeyCollisionError, match=f"starts with '{root}'"):
+        ActivationCaching(FC2, cache_key=root).prepare(make_actor()).__enter__()
+
+
+@pytest.mark.parametrize("storing", [{}, {"storing_device": "cpu"}])
+def test_mixed_devices_with_a_buffer(storing: dict[str, str]) -> None:
+    buffer = ReplayBuffer(storage=LazyTensorStorage(256), batch_size=8)
+    learner = Learner()
+    collector = make_collector(learner.policy, policy_device="cpu:0", replay_buffer=buffer, **storing)
+    assert len(list(collector)) == 4
+    collector.shutdown()
+    check_all(learner, rows_of([learner.policy.annotate(buffer[:])]))
+
+
+class Changing(CueCorners):
+    """At some steps (or resets) an entry comes, goes, or changes its shape."""
+
+    def __init__(self, how: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.how = how
+        self.calls = 0
+
+    def _alter(self, data: TensorDict, reset: bool) -> TensorDict:
+        self.calls += 1
+        now = self.calls % 3 == 0
+        if (self.how == "a key at some steps" and now) or (self.how == "a key at resets" and reset):
+            data.set("extra", torch.ones(*data.batch_size, 2))
+        if self.how == "a result at some steps" and now:
+            data.set(("cache", FC2), torch.full((*data.batch_size, 64), 9.0))
+        if self.how == "no observation at some steps" and now and not reset:
+            data.pop("observation")
+        if self.how == "another shape at some steps" and now and not reset:
+            data.set("observation", data["observation"][..., :10])
+        return data
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **options: Any) -> TensorDictBase:
+        return self._alter(super()._reset(tensordict, **options), True)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        return self._alter(super()._step(tensordict), False)
+
+    def maybe_reset(self, tensordict: TensorDictBase) -> TensorDictBase:
+        return super(CueCorners, self).maybe_reset(tensordict)
+
+
+@pytest.mark.parametrize(
+    ("how", "options"),
+    [
+        ("a key at some steps", {}),
+        ("a key at resets", {}),
+        ("a key at resets", {"use_buffers": False}),
+        ("a result at some steps", {}),
+        ("no observation at some steps", {"use_buffers": False}),
+        ("no observation at some steps", {}),
+        ("another shape at some steps", {}),
+    ],
+    ids=str,
+)
+def test_where_the_environment_changes_its_keys_the_hooked_policy_does_what_the_plain_one_does(
+    how: str, options: dict[str, Any]
+) -> None:
+    def collect(policy: Any) -> TensorDict | Exception:
+        torch.manual_seed(2)
+        env = Changing(how, max_steps=4, seed=0)
+        collector = Collector(env, policy, frames_per_batch=16, total_frames=64, **options)
+        try:
+            return torch.cat([data.to_tensordict() for data in collector])
+        except Exception as error:
+            return error
+        finally:
+            collector.shutdown()
+
+    actor = make_actor()
+    method = Compose(ActivationCaching(FC2), Saliency(when="step"), SteeringVectors({FC2: torch.ones(64)}, alpha=0.0))
+    plain = collect(actor)
+    found = collect(method.prepare(actor, return_context=False))
+    if isinstance(plain, Exception):
+        assert type(found) is type(plain)
+        assert str(found) == str(plain)
+        return
+    for key in plain.keys(True, True):
+        assert torch.equal(found[key], plain[key]), key
+    with torch.no_grad():
+        torch.testing.assert_close(found["cache", FC2], actor.module[0].module[:4](found["observation"]))
+    assert bool(found["computed", "cache"].all())
+
+
+# ---------------------------------------------------------------------- numbers
+
+
+def deterministic_case(name: str) -> tuple[Case, nn.Module]:
+    case = CASES[name]
+    policy = case.build()
+    for module in policy.modules():
+        if hasattr(module, "distribution_kwargs"):
+            module.distribution_kwargs = {"validate_args": False}  # which refuses NaN, with or without hooks
+    return case, policy
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    pairs(dict.fromkeys(("relu", "value", "q_value", "pixels")), observes=True, second=()),
+)
+def test_a_row_with_nan_stays_in_its_row_and_is_not_given_numbers(method: str, name: str) -> None:
+    row: Row = METHODS[method]
+    case, policy = deterministic_case(name)
+    with row.make(case).prepare(policy) as hooked:
+        clean = case.data(4)
+        broken = clean.clone()
+        broken[case.key][1].view(-1)[0] = torch.nan
+        found = []
+        for data in (clean, broken):
+            torch.manual_seed(1)
+            with torch.no_grad(), set_interaction_type(InteractionType.DETERMINISTIC):
+                found.append(hooked.annotate(hooked(data.clone()), on_mismatch="ignore"))
+        keys = [key for key in hooked.result_keys if key[0] != "computed"]
+    for key in keys:
+        whole, value = (one[key].reshape(4, -1) for one in found)
+        assert torch.equal(value[[0, 2, 3]], whole[[0, 2, 3]])
+        # What no neighbour of the NaN and no perturbation reaches may be a number.
+        local = method in ("occlusion", "sarfa", "perturbation_saliency") or (
+            name == "pixels" and key[0] in ("cache", "own")
+        )
+        assert not bool(torch.isfinite(value[1]).any() if not local else torch.isfinite(value[1]).all())
+
+
+class Breaking(CueCorners):
+    """Now and then an observation has a NaN."""
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        data = super()._step(tensordict)
+        broken = (data["elapsed"] == 2).unsqueeze(-1) & (torch.arange(90) == 5)
+        return data.set("observation", data["observation"].masked_fill(broken, torch.nan))
+
+
+def test_training_goes_on_through_nan_and_the_summary_counts_it() -> None:
+    net = nn.Sequential(nn.Linear(90, 16), nn.ReLU(), nn.Linear(16, 4))
+    actor = QValueActor(net, in_keys=["observation"], spec=CueCorners().action_spec)
+    method = Compose(ActivationCaching("module.0.module.1"), Saliency(target=targets.chosen_q()))
+    with method.prepare(actor) as policy:
+        collector = Collector(
+            Breaking(batch_size=[4], seed=0, max_steps=4),
+            policy,
+            frames_per_batch=64,
+            total_frames=192,
+            postproc=policy.annotate,
+        )
+        batches = list(collector)
+        collector.shutdown()
+        summaries = [summarise(data, policy.result_keys) for data in batches]
+    assert len(batches) == 3
+    for data, summary in zip(batches, summaries, strict=True):
+        broken = data["observation"].isnan().any(-1)
+        assert bool(broken.any())
+        for key in (("cache", "module.0.module.1"), ("attr", "observation")):
+            assert torch.equal(~torch.isfinite(data[key]).all(-1), broken)
+            assert torch.equal(torch.isfinite(data[key]).any(-1), ~broken)
+            assert summary[f"nonfinite.{'.'.join(key)}"] == pytest.approx(float(broken.double().mean()))
+            assert summary[".".join(key)] == pytest.approx(float(data[key][~broken].abs().double().mean()))
+
+
+# ---------------------------------------------------------------------- ties and controls
+
+
+def test_an_untied_policy_is_noticed_before_the_next_batch() -> None:
+    learner = Learner()
+    with Guarded(make_collector(learner.policy)) as guarded:
+        iterator = iter(guarded)
+        next(iterator)
+        learner.actor.load_state_dict(copy.deepcopy(learner.actor.state_dict()), assign=True)
+        with pytest.raises(TieError, match="prepare it again"):
+            guarded.update_policy_weights_()
+        with pytest.raises(TieError, match="prepare it again"):
+            next(iterator)
+    with pytest.raises(TieError, match="prepare it again"):
+        copy.deepcopy(learner.policy)  # as for a worker, which cannot look
+
+
+def test_controls_that_do_not_fit_are_refused_and_none_is_set() -> None:
+    learner = Learner()
+    collector = make_collector(learner.policy)
+    with pytest.raises(InputError, match="shape"):
+        set_controls(collector, {"steering.alpha": 3.0, "probe.x.bias": torch.zeros(7)})
+    assert float(learner.policy.controls["steering.alpha"]) == 0.5
+    with pytest.raises(KeyError, match=r"nearest: 'steering\.alpha'"):
+        set_controls(collector, {"steering.alfa": 3.0})
+    collector.shutdown()
+    plain = make_collector(make_actor())
+    with pytest.raises(InputError, match="runs no hooked policy"):
+        set_controls(plain, {"steering.alpha": 1.0})
+    plain.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.limit(120)
+def test_a_dead_environment_of_a_parallel_env_is_named() -> None:
+    env = ParallelEnv(2, env_functions(1, ())[0])
+    collector = Collector(env, Learner().policy, frames_per_batch=16, total_frames=-1)
+    guarded = Guarded(collector, timeout=30)
+    iterator = iter(guarded)
+    next(iterator)
+    victim = collector.env._workers[1].pid
+    os.kill(victim, signal.SIGKILL)
+    with pytest.raises(
+        WorkerError, match=rf"environment worker 1 \(process {victim}\) of Collector was killed by SIGKILL"
+    ):
+        next(iterator)
+
+
+def test_a_module_with_its_own_register_collector_keeps_it() -> None:
+    class Own(TensorDictModule):
+        def register_collector(self, collector: Any) -> None:
+            self.seen = collector
+
+    module = Own(nn.Linear(90, 4), in_keys=["observation"], out_keys=["logits"])
+    hooked = ActivationCaching("module").prepare(module, return_context=False)
+
+    class Place:
+        env = CueCorners()
+
+    place = Place()
+    hooked.register_collector(place)
+    assert hooked.seen is place
+
+
+class Stepped:
+    """A target during which somebody steps the weights, as a learner does while a collector runs in the background."""
+
+    name = "stepped"
+
+    def __init__(self, actor: nn.Module, times: int) -> None:
+        self.weight = actor.module[0].module[2].weight
+        self.times = times
+
+    def __call__(self, run: Any) -> torch.Tensor:
+        if self.times:
+            self.times -= 1
+            with torch.no_grad():
+                self.weight.add_(0.1)
+        return run.outputs["logits"].sum(-1)
+
+
+def test_weights_that_are_stepped_during_an_explanation() -> None:
+    actor = make_actor()
+    data = CueCorners(batch_size=[3], seed=0).reset()
+    with Saliency(target=Stepped(actor, 2), when="step").prepare(actor) as policy, torch.no_grad():
+        found = policy(data.clone())["attr", "observation"]
+    with Saliency(target=Stepped(actor, 0), when="step").prepare(actor) as policy, torch.no_grad():
+        assert torch.equal(found, policy(data.clone())["attr", "observation"])
+    with (
+        Saliency(target=Stepped(actor, 1000), when="step").prepare(actor) as policy,
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match="modified by an inplace operation"),
+    ):
+        policy(data.clone())
