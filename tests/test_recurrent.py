@@ -283,3 +283,51 @@ def test_runs_see_rows_of_the_core() -> None:
         with hooked.run(data) as run:
             run.set(case.site, torch.ones(3, 5, 8).double())
     torch.testing.assert_close(data["logits"], case.head(torch.ones(3, 5, 8).double()))
+
+
+def test_the_carried_state_is_steered_at_the_rows_that_say_so() -> None:
+    """Against a hidden state changed by hand between two steps."""
+    actor, vector = recurrent_actor(), torch.randn(1, 8, dtype=torch.float64)
+    state = ("next", "recurrent_state")
+    observations = torch.randn(3, 6, 4, dtype=torch.float64)
+    with SteeringVectors({("module.0.module.0", state): vector}, alpha="alpha").prepare(actor) as hooked:
+        assert list(hooked.controls) == ["steering.module.0.module.0:next.recurrent_state"]
+        data, hidden, expected = [], torch.zeros(3, 1, 8, dtype=torch.float64), []
+        steered_hidden = hidden
+        for step in range(6):
+            common = {"observation": observations[:, step], "is_init": torch.full((3, 1), step == 0)}
+            alpha = torch.tensor([0.0, float(step == 2), -2.0 * (step == 3)], dtype=torch.float64)
+            row = TensorDict(common | {"recurrent_state": steered_hidden, "alpha": alpha}, batch_size=[3])
+            data.append(hooked(row).detach())
+            steered_hidden = data[-1][state]
+            row = actor(TensorDict(common | {"recurrent_state": hidden}, batch_size=[3])).detach()
+            expected.append(row)
+            hidden = row[state] + alpha[:, None, None] * vector
+    for step in range(6):
+        torch.testing.assert_close(data[step]["logits"], expected[step]["logits"], rtol=0, atol=1e-14)
+    assert torch.equal(data[5]["logits"][0], expected[5]["logits"][0])  # alpha 0: every bit
+    plain = step_by_step(actor, observations)["logits"]
+    assert (data[5]["logits"][1:] - plain[1:, 5]).abs().amax(-1).gt(1e-6).all()
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "message"),
+    [
+        ("module.0.module.0", ("next", "recurrent"), "nearest: .*recurrent_state"),
+        ("module.0.module.1.module", "logits", "writes no entries"),
+    ],
+)
+def test_an_entry_that_a_module_does_not_write_is_refused(path: str, key: object, message: str) -> None:
+    with pytest.raises(SiteError, match=message):
+        with SteeringVectors({(path, key): torch.zeros(8)}).prepare(recurrent_actor()):
+            pass
+
+
+def test_the_carried_state_is_not_steered_in_recurrent_mode() -> None:
+    vector = torch.ones(1, 8, dtype=torch.float64)
+    with SteeringVectors({("module.0.module.0", ("next", "recurrent_state")): vector}).prepare(
+        recurrent_actor()
+    ) as hooked:
+        data = step_by_step(hooked, torch.randn(2, 3, 4, dtype=torch.float64))
+        with set_recurrent_mode(True), pytest.raises(SiteError, match="step by step"):
+            hooked(data)

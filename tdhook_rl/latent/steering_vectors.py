@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey
+from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
-from tdhook_rl.errors import InputError, MissingKeyError
+from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.hooks import Portable, Runtime
 from tdhook_rl.method import Binder, Method
+from tdhook_rl.paths import Site
 from tdhook_rl.rows import feature_dims, rows_of, with_rows
 
 __all__ = ["SteeringVectors"]
@@ -27,19 +29,22 @@ class SteeringVectors(Method):
         vectors: for each module path, the vector to add, of the shape of the module's features; or the
             TensorDict key of a vector for each row (batch + features). In a multi-agent net the vector is for all
             agents (features) or one for each (agents + features), with shared parameters and with separate ones.
+            A pair of a path and a key, such as ``("0", ("next", "recurrent_state"))``, steers that entry of what a
+            ``TensorDictModule`` writes: the state that a recurrent policy carries to its next step.
         alpha: the strength. A number becomes the control ``"<name>.alpha"``, which may be changed while the
             policy runs; a TensorDict key gives each row of a batched environment its own (batch-shaped).
         modules_to_steer: for the function form, the module paths.
         steer_fn: ``steer_fn(module_key, output)``, called with keywords where it has those parameters; it
             returns a tensor of the same shape as ``output``, which is the first tensor of a module that returns a
             tuple or a mapping.
-        name: the prefix of the controls: ``"<name>.alpha"`` and ``"<name>.<path>"`` for each vector.
+        name: the prefix of the controls: ``"<name>.alpha"`` and ``"<name>.<path>"`` for each vector
+            (``"<name>.<path>:<key>"`` for an entry, nested keys joined by dots).
 
     Where alpha is 0 the output is untouched, bit for bit. Steering acts wherever the policy is entered:
     ``forward``, ``get_dist``, ``log_prob``.
 
     Raises:
-        SiteError: if a path matches nothing.
+        SiteError: if a path matches nothing, or an entry is not one that the module writes.
         InputError: if a vector does not fit the module's features.
         MissingKeyError: if a per-row key is absent.
 
@@ -53,7 +58,7 @@ class SteeringVectors(Method):
         (True, False)
     """
 
-    vectors: Mapping[str, Tensor | NestedKey] | None = None
+    vectors: Mapping[Any, Tensor | NestedKey] | None = None
     alpha: float | NestedKey = 1.0
     modules_to_steer: Sequence[str] | None = None
     steer_fn: Callable[..., Tensor] | None = None
@@ -77,13 +82,19 @@ class SteeringVectors(Method):
             alpha = _Source(binder.runtime, row=binder.read_row(self.alpha))
         else:
             alpha = _Source(binder.runtime, control=binder.control(f"{self.name}.alpha", float(self.alpha)))
-        for path, vector in self.vectors.items():
+        for steered, vector in self.vectors.items():
+            path, entry = (steered, None) if isinstance(steered, str) else steered
             for site in binder.intervention_sites(path):
+                key = None if entry is None else written_entry(site, entry)
+                name = site.name if key is None else f"{site.name}:{key if isinstance(key, str) else '.'.join(key)}"
                 if isinstance(vector, (str, tuple)):
                     source = _Source(binder.runtime, row=binder.read_row(vector))
                 else:
-                    source = _Source(binder.runtime, control=self._vector_control(binder, site.name, vector))
-                binder.on_output(site, AdditionHook(binder.runtime, site.name, source, alpha))
+                    source = _Source(binder.runtime, control=self._vector_control(binder, name, vector))
+                if key is None:
+                    binder.on_output(site, AdditionHook(binder.runtime, site.name, source, alpha))
+                else:
+                    binder.on_output(site, EntryAdditionHook(binder.runtime, site.name, source, alpha, key))
 
     def _vector_control(self, binder: Binder, path: str, vector: Any) -> str:
         vector = torch.as_tensor(vector)
@@ -125,6 +136,10 @@ class AdditionHook:
             self.runtime.refuse()
         self.runtime.note_fired(self.site)
         value, disguise = rows_of(output, module, self.site, self.runtime)
+        return with_rows(output, self.steered(value), module, disguise)
+
+    def steered(self, value: Tensor) -> Tensor:
+        """The rows after the addition."""
         vector = self.vector.read(self.site).to(value.device, value.dtype)
         alpha = self.alpha.read(self.site).to(value.device, value.dtype)
         if self.alpha.row is not None:
@@ -140,7 +155,7 @@ class AdditionHook:
                 f"shape {tuple(value.shape)}: a vector has the shape of the features, without the batch"
             )
         # where, not a product: 0 * inf is NaN, and x + 0 turns -0.0 into 0.0.
-        return with_rows(output, torch.where(alpha != 0, value + alpha * vector, value), module, disguise)
+        return torch.where(alpha != 0, value + alpha * vector, value)
 
     def _per_row(self, alpha: Tensor, value: Tensor) -> Tensor:
         if alpha.ndim > 1 and alpha.shape[-1] == 1 and alpha.shape != value.shape[: alpha.ndim]:
@@ -167,6 +182,48 @@ class AdditionHook:
                 f"{self.site!r} has shape {tuple(value.shape)}: give each row one vector of the shape of the features"
             )
         return vectors.reshape(*rows, *(1,) * between, *features)
+
+
+class EntryAdditionHook(AdditionHook):
+    """The same for one entry of the TensorDict that a TensorDict-level module writes."""
+
+    def __init__(self, runtime: Runtime, site: str, vector: _Source, alpha: _Source, key: NestedKey) -> None:
+        super().__init__(runtime, site, vector, alpha)
+        self.key = key
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if not self.runtime.active:
+            self.runtime.refuse()
+        if getattr(module, "recurrent_mode", False):
+            raise SiteError(
+                f"steering {self.key!r} of {self.site!r} acts between the steps of a recurrent policy, which reads "
+                "whole trajectories in recurrent mode: call it step by step"
+            )
+        self.runtime.note_fired(self.site)
+        value = output.get(self.key, None)
+        if value is None:
+            raise SiteError(
+                f"{self.site!r} did not write {self.key!r}; {nearest(str(self.key), map(str, output.keys(True, True)))}"
+            )
+        return output.set(self.key, self.steered(value))
+
+
+def written_entry(site: Site, key: NestedKey) -> NestedKey:
+    """The key as the module at a site writes it.
+
+    Raises:
+        SiteError: if the module is not TensorDict-level, or writes no such entry.
+    """
+    written = getattr(site.module, "out_keys", None)
+    if written is None:
+        raise SiteError(
+            f"{site.name!r} is a {type(site.module).__name__}, which writes no entries of a TensorDict: give its path "
+            "alone to steer what it returns, or the path of the TensorDictModule around it"
+        )
+    key = unravel_key(key)
+    if key not in [unravel_key(one) for one in written]:
+        raise SiteError(f"{site.name!r} does not write {key!r}; {nearest(str(key), map(str, written))}")
+    return key
 
 
 class FunctionHook:
