@@ -1,4 +1,4 @@
-"""The command line: ``tdhook-rl demo`` and ``tdhook-rl check``."""
+"""The command line: ``tdhook-rl demo``, ``tdhook-rl experiment`` and ``tdhook-rl check``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in ("rich", "matplotlib"):
             raise
-        print(f"tdhook-rl: the demo needs {error.name}: pip install 'tdhook_rl[demo]'", file=sys.stderr)
+        print(f"tdhook-rl: this command needs {error.name}: pip install 'tdhook_rl[demo]'", file=sys.stderr)
         return 1
 
 
@@ -45,6 +45,22 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=None, help="a new folder for the output (runs/demo-TIME)")
     demo.add_argument("--logger", choices=("wandb", "csv"), default="wandb", help="wandb runs offline, beside the CSV")
     demo.set_defaults(command=_demo)
+    experiment = commands.add_parser(
+        "experiment",
+        help="repeat an experiment on an agent whose environment says what is right",
+        description="Measure an agent that comes with the package, or one that is trained anew, and hold the figures "
+        "against what is expected; exits 1 if one is not met.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    experiment.add_argument(
+        "name",
+        metavar="NAME",
+        help="known_value, steering, probing, memory, patching, misgeneralisation, or all of them",
+    )
+    experiment.add_argument("--seed", type=int, default=0, help="of the agent; 0 to 2 come trained")
+    experiment.add_argument("--train", action="store_true", help="train the agent first, which takes up to two minutes")
+    experiment.add_argument("--out", type=Path, default=None, help="a new folder for the output (runs/NAME-TIME)")
+    experiment.set_defaults(command=_experiment)
     check = commands.add_parser(
         "check",
         help="try a hooked policy in its environment and collector before training",
@@ -70,7 +86,6 @@ def _demo(options: argparse.Namespace) -> int:
     import torch
     import torchrl
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from tdhook_rl.examples import demo, demo_report
     from tdhook_rl.report import new_folder, open_sinks
@@ -83,10 +98,7 @@ def _demo(options: argparse.Namespace) -> int:
     settings = demo.Settings(frames=options.frames, seed=options.seed, workers=options.workers, logger=options.logger)
     folder = new_folder(options.out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S"))
     sinks = open_sinks(folder, settings.logger, folder.name, vars(settings))
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} frames"),
-        TimeElapsedColumn(), console=console,
-    )  # fmt: skip
+    bar = _progress(console)
     interruptible = Interruptible()
 
     def show(what: str, done: int, total: int) -> None:
@@ -108,6 +120,63 @@ def _demo(options: argparse.Namespace) -> int:
         sinks.close()
     _print_summary(console, demo_report, found, folder, report)
     return 0
+
+
+def _experiment(options: argparse.Namespace) -> int:
+    import torch
+    import torchrl
+    from rich.console import Console
+
+    from tdhook_rl.experiments import EXPERIMENTS, experiment, report
+    from tdhook_rl.report import new_folder
+
+    torchrl.logger.setLevel("ERROR")
+    torch.set_num_threads(1)
+    console = Console()
+    names = list(EXPERIMENTS) if options.name == "all" else [options.name]
+    chosen = {name: experiment(name) for name in names}  # an unknown name ends here, before there is a folder
+    folder = new_folder(options.out or Path("runs") / time.strftime(f"{options.name}-%Y%m%d-%H%M%S"))
+    bar = _progress(console)
+    found = {}
+    try:
+        with bar:
+            task = bar.add_task("starting", total=None)
+
+            def show(what: str, done: int, total: int) -> None:
+                bar.update(task, description=what, completed=done, total=total)
+
+            agents = report.agents(chosen.values(), options.seed, folder if options.train else None, show)
+            for name, one in chosen.items():
+                bar.update(task, description=f"measuring  {name}")
+                found[name] = one.measure(agents[one.agent])
+    except KeyboardInterrupt:
+        console.print(f"stopped; {folder} holds what was finished", soft_wrap=True)
+        return 130
+    page = report.write(found, options.seed, folder)
+    for name, findings in found.items():
+        _print_table(console, chosen[name].title, report.COLUMNS, [check.row for check in findings.checks])
+    console.print(f"  {page}  the report: open it in a browser", highlight=False, soft_wrap=True)
+    return 0 if all(findings.met for findings in found.values()) else 1
+
+
+def _progress(console: Any) -> Any:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} frames"),
+        TimeElapsedColumn(), console=console,
+    )  # fmt: skip
+
+
+def _print_table(console: Any, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.table import Table
+
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -167,14 +236,8 @@ def _called(target: str) -> tuple[Any, ...]:
 
 
 def _print_summary(console: Any, demo_report: Any, found: Any, folder: Path, report: Path) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"What was found in {found.seconds:.0f} s")
-    for column in demo_report.COLUMNS:
-        table.add_column(column)
-    for row in demo_report.summary(found):
-        table.add_row(*row)
-    console.print(table)
+    title = f"What was found in {found.seconds:.0f} s"
+    _print_table(console, title, demo_report.COLUMNS, demo_report.summary(found))
     for name, what in (
         (report.name, "the report: open it in a browser"),
         ("log.csv", "every measurement, as step, name, value"),

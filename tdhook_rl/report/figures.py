@@ -11,7 +11,15 @@ from torch import Tensor
 if TYPE_CHECKING:
     from tdhook_rl.sweeps import DoseResponse
 
-__all__ = ["attribution_bars", "dose_curve", "learning_curves", "observation_maps", "overview"]
+__all__ = [
+    "attribution_bars",
+    "dose_curve",
+    "grouped_bars",
+    "learning_curves",
+    "observation_maps",
+    "overview",
+    "series",
+]
 
 BLUE, ORANGE, GREEN, GREY = "#2a6fbb", "#d9772b", "#3b8f5a", "#8a8f98"
 
@@ -36,12 +44,14 @@ def overview(path: Path, bars: Bars, probes: Probes, response: DoseResponse, out
     return _save(figure, path)
 
 
-def learning_curves(path: Path, behaviour: Curve, probes: Probes, behaviour_label: str) -> Path:
+def learning_curves(
+    path: Path, behaviour: Curve, probes: Probes, behaviour_label: str, held_out: str = "episodes and states"
+) -> Path:
     """Behaviour above, held-out probe accuracy below: the trained network solid, the untrained one dashed."""
     figure, (above, below) = _subplots(2, 1, figsize=(7, 5), sharex=True, height_ratios=[1, 2])
     above.plot(*_columns(behaviour), color=GREEN)
     above.set(ylabel=behaviour_label, ylim=(-0.03, 1.03))
-    _draw_probes(below, probes, "probe accuracy\n(held-out episodes and states)")
+    _draw_probes(below, probes, f"probe accuracy\n(held-out {held_out})")
     below.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=8, frameon=False)
     return _save(figure, path)
 
@@ -50,6 +60,32 @@ def attribution_bars(path: Path, values: Bars, ylabel: str) -> Path:
     """For each feature the attribution in the trained and in the untrained network."""
     figure, axis = _subplots(figsize=(6, 3.2))
     _draw_bars(axis, values, ylabel)
+    axis.legend(frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
+def grouped_bars(path: Path, groups: Mapping[str, Mapping[str, float]], ylabel: str) -> Path:
+    """For each group one bar of each series, side by side."""
+    names = list(next(iter(groups.values())))
+    figure, axis = _subplots(figsize=(min(9.0, max(4.5, 0.45 * len(groups) * len(names))), 3.2))
+    width = 0.8 / len(names)
+    for place, (name, colour) in enumerate(zip(names, (BLUE, ORANGE, GREY, GREEN), strict=False)):
+        offset = (place - (len(names) - 1) / 2) * width
+        heights = [values[name] for values in groups.values()]
+        axis.bar([group + offset for group in range(len(groups))], heights, width=width, color=colour, label=name)
+    axis.set_xticks(range(len(groups)), list(groups))
+    axis.set(ylabel=ylabel)
+    if len(names) > 1:
+        axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(names))
+    return _save(figure, path)
+
+
+def series(path: Path, x: Sequence[float], lines: Mapping[str, Sequence[float]], xlabel: str, ylabel: str) -> Path:
+    """Lines over one axis, of values between 0 and 1."""
+    figure, axis = _subplots(figsize=(6, 3.4))
+    for (name, values), colour in zip(lines.items(), (BLUE, GREY, ORANGE, GREEN), strict=False):
+        axis.plot(list(x), list(values), color=colour, marker="o", markersize=3, label=name)
+    axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(-0.03, 1.03))
     axis.legend(frameon=False, fontsize=8)
     return _save(figure, path)
 

@@ -1,0 +1,106 @@
+"""What an experiment found: figures held against what is expected, and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tdhook_rl.experiments.agents import Agent, Recipe
+from tdhook_rl.report import Figure
+
+__all__ = ["COLUMNS", "Check", "Experiment", "Findings", "Trained"]
+
+COLUMNS = ("measured", "found", "expected", "beside it", "met")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure and what it has to be.
+
+    Args:
+        measured: in words.
+        value: the figure.
+        low: it has to be at least this.
+        high: it has to be at most this.
+        beside: what it is compared with: the untrained network, random directions, chance.
+    """
+
+    measured: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    beside: str = ""
+
+    @property
+    def met(self) -> bool:
+        """Whether it is as expected; NaN never is."""
+        low, high = -float("inf") if self.low is None else self.low, float("inf") if self.high is None else self.high
+        return low <= self.value <= high
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """The cells of its row in a table, in the order of ``COLUMNS``."""
+        if self.low is not None and self.high is not None:
+            expected = f"{self.low:g} to {self.high:g}"
+        elif self.low is not None:
+            expected = f"at least {self.low:g}"
+        else:
+            expected = f"at most {self.high:g}"
+        shown = f"{self.value:.3f}" if abs(self.value) >= 5e-4 or self.value == 0 else f"{self.value:.1e}"
+        return self.measured, shown, expected, self.beside, "yes" if self.met else "no"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All figures of an experiment on one agent, and what its pictures are drawn from."""
+
+    checks: list[Check]
+    data: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def met(self) -> bool:
+        """Whether every figure is as expected."""
+        return all(check.met for check in self.checks)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Trained:
+    """An agent after training, and what it is compared with.
+
+    Args:
+        recipe: how it was trained.
+        seed: of its training.
+        agent: after training.
+        untrained: the same agent before.
+        snapshots: agents on the way, by the frames that they had been trained on.
+    """
+
+    recipe: Recipe
+    seed: int
+    agent: Agent
+    untrained: Agent
+    snapshots: Mapping[int, Agent]
+
+    @property
+    def networks(self) -> dict[str, Agent]:
+        """The two networks that tables put side by side."""
+        return {"trained": self.agent, "untrained": self.untrained}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """An experiment: which agent it examines, and how.
+
+    Args:
+        agent: the name of the recipe.
+        title: the question.
+        measure: from an agent the figures.
+        draw: from the figures the pictures, in a folder.
+    """
+
+    agent: str
+    title: str
+    measure: Callable[[Trained], Findings]
+    draw: Callable[[Findings, Path], list[Figure]]

@@ -1,0 +1,125 @@
+"""E1: do attributions find what the value and the policy depend on, where that is known in closed form?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from tdhook_rl import targets
+from tdhook_rl.attribution import IntegratedGradients, Saliency
+from tdhook_rl.envs import KnownValue
+from tdhook_rl.experiments.agents import Agent
+from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained
+from tdhook_rl.metrics import deletion_insertion, relevance_mass
+from tdhook_rl.report import Figure
+from tdhook_rl.report.figures import grouped_bars
+
+__all__ = ["EXPERIMENT"]
+
+STATES = 2000
+IG_STEPS = 32
+RANDOM_ORDERS = 10
+
+
+def measure(trained: Trained) -> Findings:
+    """Integrated gradients and gradients of the value and the policy, beside the truth."""
+    env = KnownValue()
+    states = env.sample_states(STATES, seed=10_000 + trained.seed)
+    truth = env.attribution(states)
+    value, policy = env.relevance("value"), env.relevance("policy")
+    value_only = value & ~policy
+    found = {name: _attributions(agent, states) for name, agent in trained.networks.items()}
+    mass = {name: _mass(one["value"], value) for name, one in found.items()}
+    cosine = {name: _cosine(one["value"], truth) for name, one in found.items()}
+    decides = {name: _mass(one["policy"], policy) for name, one in found.items()}
+    slope = {name: one["gradient"].mean(0) for name, one in found.items()}
+    auc, random_auc = _deletion(trained.agent, states)
+    chance = float(value.float().mean())
+    checks = [
+        Check("value: share of integrated gradients on the features that pay", mass["trained"], low=0.85,
+              beside=f"chance {chance:.2f}, untrained {mass['untrained']:.2f}"),
+        Check("... in the untrained network", mass["untrained"], high=0.35, beside=f"chance {chance:.2f}"),
+        Check("value: cosine with the true attribution", cosine["trained"], low=0.95,
+              beside=f"untrained {cosine['untrained']:.2f}"),
+        Check("... in the untrained network", abs(cosine["untrained"]), high=0.4, beside="chance 0"),
+        Check("value: mean gradient of the feature that drifts", float(slope["trained"][2]), low=1.6, high=2.0,
+              beside="true 1.786 (1.000 of the reward's)"),
+        Check("value: mean gradient of the bonus", float(slope["trained"][5]), low=0.9, high=1.1, beside="true 1"),
+        Check("policy: share on the feature that decides", decides["trained"], low=0.65,
+              beside=f"chance {1 / 16:.2f}, untrained {decides['untrained']:.2f}"),
+        Check("policy: share on features that matter for value alone", _mass(found["trained"]["policy"], value_only),
+              high=0.08, beside=f"chance {2 / 16:.2f}"),
+        Check("deletion: area of the order by attribution minus random orders", auc - random_auc, low=0.25,
+              beside=f"{auc:.2f} and {random_auc:.2f}"),
+    ]  # fmt: skip
+    means = {name: one["value"].abs().mean(0).tolist() for name, one in found.items()}
+    return Findings(checks, {"truth": truth.abs().mean(0).tolist(), **means})
+
+
+def draw(findings: Findings, folder: Path) -> list[Figure]:
+    """The mean attribution of every feature, beside the truth."""
+    groups = {
+        f"x{feature}": {name: findings.data[name][feature] for name in ("truth", "trained", "untrained")}
+        for feature in range(16)
+    }
+    path = grouped_bars(folder / "known_value.png", groups, "mean |integrated gradients| of the value")
+    caption = (
+        "Features 2, 5 and 9 pay. Feature 11 drifts as feature 2 does, but nothing depends on it. The true attribution "
+        "is that of the optimal value, in closed form."
+    )
+    return [Figure("What the value depends on", path, caption)]
+
+
+def _attributions(agent: Agent, states: TensorDictBase) -> dict[str, Tensor]:
+    with IntegratedGradients(target=targets.state_value(), baseline=0.0, n_steps=IG_STEPS).prepare(agent.critic) as net:
+        value = net.annotate(states)["attr", "observation"]
+    with Saliency(target=targets.state_value()).prepare(agent.critic) as net:
+        gradient = net.annotate(states)["attr", "observation"]
+    acted = states.clone().set("action", _greedy(agent, states))
+    with IntegratedGradients(target=targets.margin(), baseline=0.0, n_steps=IG_STEPS).prepare(agent.actor) as net:
+        policy = net.annotate(acted)["attr", "observation"]
+    return {"value": value, "gradient": gradient, "policy": policy}
+
+
+def _greedy(agent: Agent, states: TensorDictBase) -> Tensor:
+    with torch.no_grad():
+        return agent.actor(states.clone())["logits"].argmax(-1)
+
+
+def _mass(attribution: Tensor, mask: Tensor) -> float:
+    return float(relevance_mass(attribution.abs().mean(0), mask))
+
+
+def _cosine(attribution: Tensor, truth: Tensor) -> float:
+    return float(torch.cosine_similarity(attribution, truth, dim=-1).mean())
+
+
+def _deletion(agent: Agent, states: TensorDictBase) -> tuple[float, float]:
+    """How fast the value changes as features go, by their attribution and in random orders; 1 is at once."""
+    method = IntegratedGradients(target=targets.state_value(), baseline=0.0, n_steps=IG_STEPS)
+    with method.prepare(agent.critic) as hooked:
+        explained = hooked.annotate(states)
+
+        def area(data: TensorDictBase) -> float:
+            found = deletion_insertion(hooked, data, baseline=0.0, absolute=True, n_random=1)
+            change = (found.deletion_curve - found.deletion_curve[..., :1]).abs().mean(0)
+            return float(torch.trapezoid(change / change[-1], found.shares))
+
+        draws = torch.Generator().manual_seed(0)
+        shape = explained["attr", "observation"].shape
+        orders = [
+            explained.clone().set(("attr", "observation"), torch.rand(shape, generator=draws))
+            for _ in range(RANDOM_ORDERS)
+        ]
+        return area(explained), sum(map(area, orders)) / RANDOM_ORDERS
+
+
+EXPERIMENT = Experiment(
+    agent="known_value",
+    title="Do attributions find what the value and the policy depend on?",
+    measure=measure,
+    draw=draw,
+)

@@ -1,0 +1,129 @@
+"""E5: which activations carry the decision? Those of one run put into another."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+from tdhook_rl import ActivationCaching
+from tdhook_rl.envs import CueCorners
+from tdhook_rl.errors import InputError
+from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained
+from tdhook_rl.latent import ActivationPatching
+from tdhook_rl.report import Figure
+from tdhook_rl.report.figures import grouped_bars
+
+__all__ = ["EXPERIMENT"]
+
+CONTROLS = 32
+
+
+def measure(trained: Trained) -> Findings:
+    """Full and one-dimensional patches, in states where switching a light changes what the agent does."""
+    actor, sites = trained.agent.actor, trained.recipe.sites
+    clean, corrupt = _decisions(actor)
+    outputs = {name: _logits(actor, one) for name, one in (("clean", clean), ("corrupt", corrupt))}
+    full = {name: _patched(actor, path, clean, corrupt, None) for name, path in sites.items()}
+    gap = max(float((logits - outputs["corrupt"]).abs().max()) for logits in full.values())
+    light, corner, random = {}, {}, {}
+    draws = torch.Generator().manual_seed(trained.seed)
+    towards_b = torch.where(clean["concept", "paying_corner"] == 0, 1.0, -1.0)
+    for name, path in sites.items():
+        difference = _activations(actor, path, corrupt) - _activations(actor, path, clean)
+        recovered = partial(_recovered, actor, path, clean, corrupt, outputs)
+        light[name] = recovered(difference.mean(0))
+        corner[name] = recovered((towards_b[:, None] * difference).mean(0))
+        noise = torch.randn(CONTROLS, difference.shape[-1], generator=draws)
+        random[name] = [abs(recovered(one)) for one in noise]
+    mean_random = {name: sum(values) / CONTROLS for name, values in random.items()}
+    share = len(clean) / len(CueCorners().paired_states(0)[0])
+    checks = [
+        Check("largest change of a logit, all of a layer patched against the corrupted run", gap, high=0.0,
+              beside=f"at {', '.join(sites)}"),
+        Check("fc2: share of the logit difference that the corner's direction recovers", corner["fc2"], low=0.9,
+              beside=f"the light's {light['fc2']:.2f}"),
+        Check("pre1: share that the light's direction recovers", light["pre1"], low=0.9,
+              beside=f"exact; the corner's {corner['pre1']:.2f}"),
+        Check("fc2: random directions, mean of 32", mean_random["fc2"], high=0.1,
+              beside=f"most {max(random['fc2']):.3f}"),
+        Check("states in which the light decides", share, low=0.7),
+    ]  # fmt: skip
+    return Findings(checks, {"the light": light, "the corner": corner, "random": mean_random})
+
+
+def draw(findings: Findings, folder: Path) -> list[Figure]:
+    """What one direction recovers, by layer."""
+    groups = {name: {of: values[name] for of, values in findings.data.items()} for name in findings.data["random"]}
+    path = grouped_bars(folder / "patching.png", groups, "recovered logit difference (median)")
+    caption = (
+        "In states where switching the first light changes the action, the component of a layer along one direction is "
+        "replaced by that of the run with the light switched: along the mean difference of the light, on minus off, "
+        "or of the corner that pays. The first linear layer carries the light, fc2 the corner; in between is the XOR."
+    )
+    return [Figure("Which activations carry the decision", path, caption)]
+
+
+def _decisions(actor: nn.Module) -> tuple[TensorDict, TensorDict]:
+    """Pairs of states that differ in the first light and in what the agent does."""
+    off, on = (states.select("observation", "concept") for states in CueCorners().paired_states(0))
+    changes = _logits(actor, off).argmax(-1) != _logits(actor, on).argmax(-1)
+    if not bool(changes.any()):
+        raise InputError("the first light changes no action of this agent, so there is nothing to patch")
+    return off[changes], on[changes]
+
+
+def _logits(actor: nn.Module, states: TensorDictBase) -> Tensor:
+    with torch.no_grad():
+        return actor(states.clone())["logits"]
+
+
+def _activations(actor: nn.Module, path: str, states: TensorDictBase) -> Tensor:
+    with ActivationCaching(path).prepare(actor) as hooked:
+        return hooked.annotate(states)["cache", path]
+
+
+def _patched(
+    actor: nn.Module, path: str, clean: TensorDictBase, corrupt: TensorDictBase, direction: Tensor | None
+) -> Tensor:
+    """The logits on clean inputs with activations of the corrupted run: all of them, or their part in a direction."""
+    function = None if direction is None else partial(_along, direction=direction / direction.norm())
+    data = corrupt.clone().set(("patched", "observation"), clean["observation"])
+    with torch.no_grad(), ActivationPatching([path], patch_fn=function).prepare(actor) as hooked:
+        return hooked(data)["patched", "logits"]
+
+
+def _along(module_key: str, output: Tensor, output_to_patch: Tensor, direction: Tensor) -> Tensor:
+    component = ((output - output_to_patch) * direction).sum(-1, keepdim=True)
+    return output_to_patch + component * direction
+
+
+def _recovered(
+    actor: nn.Module,
+    path: str,
+    clean: TensorDictBase,
+    corrupt: TensorDictBase,
+    outputs: dict[str, Tensor],
+    direction: Tensor,
+) -> float:
+    """The median share of the change of logit difference between the two actions; 1 is the corrupted run."""
+    actions = torch.stack([outputs["clean"].argmax(-1), outputs["corrupt"].argmax(-1)], -1)
+
+    def difference(logits: Tensor) -> Tensor:
+        first, second = logits.gather(-1, actions).unbind(-1)
+        return second - first
+
+    start, end = difference(outputs["clean"]), difference(outputs["corrupt"])
+    reached = difference(_patched(actor, path, clean, corrupt, direction))
+    return float(((reached - start) / (end - start)).median())
+
+
+EXPERIMENT = Experiment(
+    agent="cue_corners",
+    title="Which activations carry the decision?",
+    measure=measure,
+    draw=draw,
+)

@@ -1,0 +1,184 @@
+"""E3: what does the agent know, when did it learn it, and what do wrong splits and steering make of it?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from tdhook_rl import ActivationCaching, Saliency, targets
+from tdhook_rl.envs import CueGrid
+from tdhook_rl.experiments.agents import Agent
+from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained
+from tdhook_rl.experiments.steering import outcomes
+from tdhook_rl.report import Figure
+from tdhook_rl.report.figures import learning_curves
+from tdhook_rl.rollout import GroupSplit, OnlineProbe
+from tdhook_rl.sweeps import SteeringVector, dose_response, first_episode
+
+__all__ = ["EXPERIMENT"]
+
+#: From a state that 128 agents reach by random moves in 32 steps: 4096 rows, episodes of a few steps each.
+ENVS, STEPS = 128, 32
+#: The leakage of a wrong split is the larger, the fewer the episodes: measured in quarters of about 100 each.
+QUARTERS = 4
+EPISODES = 1024
+CONCEPTS = ("xor", "unneeded_xor", "unused_light", "control_label")
+SKILLED = 0.9
+
+
+def measure(trained: Trained) -> Findings:
+    """Probes by layer, concept and network; over training; with a wrong split; and the steering control."""
+    sites = trained.recipe.sites
+    fc2 = sites["fc2"]
+    states = _states(20_000 + trained.seed)
+    scores = {name: _grid(agent, states, sites) for name, agent in trained.networks.items()}
+    at = {name: layers["fc2"] for name, layers in scores.items()}
+    seen = _seen(trained.agent, states, sites)
+    coin = {
+        split: _mean_accuracy(seen, ("cache", fc2), "episode_coin", grouping)
+        for split, grouping in {"transitions": "row", "trajectories": "episode"}.items()
+    }
+    curves = _curves(trained, states)
+    first = {name: _reaches(curve, SKILLED) for name, curve in curves.items()}
+    steered = {name: _steered(trained, path, states) for name, path in sites.items() if name in ("fc2", "fc3")}
+    ratio = {name: _saliency_ratio(agent, states) for name, agent in trained.networks.items()}
+    observation = scores["trained"]["observation"]
+    checks = [
+        Check("probe of the needed XOR at fc2", at["trained"]["xor"], low=0.95,
+              beside=f"observation {observation['xor']:.2f}, untrained {at['untrained']['xor']:.2f}"),
+        Check("probe of the XOR that is not needed", at["trained"]["unneeded_xor"], high=0.60,
+              beside=f"untrained {at['untrained']['unneeded_xor']:.2f}"),
+        Check("needed XOR, trained minus untrained", at["trained"]["xor"] - at["untrained"]["xor"], low=0.25),
+        Check("a coin of the episode: split by transitions minus by trajectories",
+              coin["transitions"] - coin["trajectories"], low=0.2,
+              beside=f"{coin['transitions']:.2f} and {coin['trajectories']:.2f}"),
+        Check("frames until the probe reaches 0.9, of those until the agent does", first["probe"] / first["behaviour"],
+              high=0.75, beside=f"{first['probe']:,} and {first['behaviour']:,}"),
+        *[Check(f"P(other goal) at alpha 1, mean-difference vector at {name}", value, high=0.12,
+                beside="goals move: no direction means a place") for name, value in steered.items()],
+        Check("saliency of the chosen logit, lights that matter over lights that do not", ratio["trained"], low=4.0,
+              beside=f"untrained {ratio['untrained']:.2f}"),
+        Check("episodes that reach the goal that pays", curves["behaviour"][-1][1], low=0.9),
+    ]  # fmt: skip
+    return Findings(checks, {"scores": scores, "curves": curves, "untrained": at["untrained"]})
+
+
+def draw(findings: Findings, folder: Path) -> list[Figure]:
+    """Behaviour and probes over training."""
+    curves, untrained = findings.data["curves"], findings.data["untrained"]
+    flat = {
+        name: [(frames, untrained[key]) for frames, _ in curves["behaviour"]]
+        for name, key in (("probe", "xor"), ("unneeded", "unneeded_xor"))
+    }
+    probes = {
+        "XOR (needed)": (curves["probe"], flat["probe"]),
+        "other XOR (not needed)": (curves["unneeded"], flat["unneeded"]),
+    }
+    path = learning_curves(folder / "probing.png", curves["behaviour"], probes, "episodes won", "episodes")
+    caption = (
+        "Probes of the second hidden layer on held-out episodes, for the agent as it was after so many frames. The "
+        "concept that the task needs can be read before the agent acts on it; the one that it does not need is lost."
+    )
+    return [Figure("What it knows, and when", path, caption)]
+
+
+def _states(seed: int) -> TensorDictBase:
+    env = CueGrid(batch_size=[ENVS], seed=seed)
+    torch.manual_seed(seed)  # random actions are drawn from torch's generator
+    data = env.rollout(STEPS, break_when_any_done=False)
+    ended = data["next", "done"].squeeze(-1).long()
+    earlier = torch.cat([torch.zeros_like(ended[:, :1]), ended[:, :-1]], 1).cumsum(1)
+    data["episode"] = earlier + torch.arange(ENVS)[:, None] * (STEPS + 1)
+    data["row"] = torch.arange(data.numel()).reshape(data.batch_size)
+    data["concept", "unused_light"] = data["concept", "bits"][..., 2]
+    return data.select("observation", "concept", "elapsed", "episode", "row").reshape(-1)
+
+
+def _seen(agent: Agent, states: TensorDictBase, sites: Mapping[str, str]) -> TensorDictBase:
+    with ActivationCaching(list(sites.values())).prepare(agent.actor) as hooked:
+        return hooked.annotate(states)
+
+
+def _grid(agent: Agent, states: TensorDictBase, sites: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    seen = _seen(agent, states, sites)
+    keys: dict[str, Any] = {"observation": "observation"} | {name: ("cache", path) for name, path in sites.items()}
+    return {
+        layer: {concept: _accuracy(seen, key, concept, "episode") for concept in CONCEPTS}
+        for layer, key in keys.items()
+    }
+
+
+def _accuracy(seen: TensorDictBase, features: Any, concept: str, grouping: str) -> float:
+    probe = OnlineProbe(features=features, label=("concept", concept), split=GroupSplit(grouping, held_out=0.3))
+    return probe.update(seen)["accuracy"]
+
+
+def _mean_accuracy(seen: TensorDictBase, features: Any, concept: str, grouping: str) -> float:
+    parts = [_accuracy(part, features, concept, grouping) for part in seen.chunk(QUARTERS)]
+    return sum(parts) / QUARTERS
+
+
+def _curves(trained: Trained, states: TensorDictBase) -> dict[str, list[tuple[int, float]]]:
+    """Of the probes and of behaviour, by frames of training."""
+    path = trained.recipe.sites["fc2"]
+    agents = {0: trained.untrained, **trained.snapshots, trained.recipe.frames: trained.agent}
+    curves: dict[str, list[tuple[int, float]]] = {"behaviour": [], "probe": [], "unneeded": []}
+    for frames, agent in agents.items():
+        seen = _seen(agent, states, {"fc2": path})
+        curves["behaviour"].append((frames, _success(agent, trained.seed)))
+        for name, concept in (("probe", "xor"), ("unneeded", "unneeded_xor")):
+            curves[name].append((frames, _accuracy(seen, ("cache", path), concept, "episode")))
+    return curves
+
+
+def _success(agent: Agent, seed: int) -> float:
+    env = CueGrid(batch_size=[EPISODES], seed=30_000 + seed)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        played = env.rollout(env.max_steps, agent.actor, break_when_any_done=False)
+    return float(outcomes(played, first_episode(played))["cued"].float().mean())
+
+
+def _reaches(curve: list[tuple[int, float]], level: float) -> int:
+    """The frames at which a curve first reaches a level; past the last ones if it never does."""
+    return next((frames for frames, value in curve if value >= level), 2 * curve[-1][0])
+
+
+def _steered(trained: Trained, path: str, states: TensorDictBase) -> float:
+    """P(other goal) under the mean difference of goal A paying and goal B paying, away from the goal that pays."""
+    env = CueGrid()
+    before, after = env.paired("paying_goal", states=states)
+    a, b = _swapped(before["concept", "paying_goal"] == 0, before.select("observation"), after.select("observation"))
+    vector = SteeringVector.from_pairs(trained.agent.actor, path, a, b)
+    response = dose_response(
+        trained.agent.actor, env, vector, outcomes=outcomes, alphas=(0.0, 1.0), controls=8, episodes=EPISODES,
+        sign=lambda start: 1.0 - 2.0 * (start["concept", "paying_goal"] == 0), max_steps=30, seed=40_000 + trained.seed,
+    )  # fmt: skip
+    return float(response.of_vector("other")[-1])
+
+
+def _swapped(first: Tensor, before: TensorDictBase, after: TensorDictBase) -> tuple[TensorDictBase, TensorDictBase]:
+    """Both members of each pair, those where goal A pays first."""
+    return torch.cat([before[first], after[~first]]), torch.cat([after[first], before[~first]])
+
+
+def _saliency_ratio(agent: Agent, states: TensorDictBase) -> float:
+    with Saliency(target=targets.chosen_logit()).prepare(agent.actor) as hooked:
+        with torch.no_grad():
+            acted = states.clone().set("action", agent.actor(states.clone())["logits"].argmax(-1))
+        seen = hooked.annotate(acted)
+    lights = seen["attr", "observation"].abs().mean(0)[CueGrid.light_features()]
+    return float(lights[:2].mean() / lights[2:].mean())
+
+
+EXPERIMENT = Experiment(
+    agent="cue_grid",
+    title="What does the agent know, and when did it learn it?",
+    measure=measure,
+    draw=draw,
+)

@@ -1,0 +1,51 @@
+"""The agents that experiments need, and the page that shows what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from tdhook_rl.errors import InputError
+from tdhook_rl.experiments import EXPERIMENTS
+from tdhook_rl.experiments.checkpoints import SEEDS, load, make
+from tdhook_rl.experiments.findings import COLUMNS, Experiment, Findings, Trained
+from tdhook_rl.report import Figure, Table, write_report
+
+__all__ = ["COLUMNS", "agents", "write"]
+
+Progress = Callable[[str, int, int], None]
+
+
+def agents(
+    chosen: Iterable[Experiment], seed: int, folder: Path | None = None, progress: Progress = lambda *_: None
+) -> dict[str, Trained]:
+    """The agents of some experiments, each once.
+
+    Args:
+        chosen: the experiments.
+        seed: of the agents.
+        folder: where agents that are trained now are saved; without one, those of the package are loaded.
+        progress: called while an agent is trained.
+
+    Raises:
+        InputError: for a seed that does not come with the package, if nothing is to be trained.
+    """
+    if folder is None and seed not in SEEDS:
+        raise InputError(f"agents of seeds {SEEDS[0]} to {SEEDS[-1]} come trained, seed {seed} does not: add --train")
+    names = dict.fromkeys(experiment.agent for experiment in chosen)
+    return {name: load(name, seed) if folder is None else make(name, seed, folder, progress) for name in names}
+
+
+def write(found: Mapping[str, Findings], seed: int, folder: Path) -> Path:
+    """Write the figures and ``report.html``; returns the path of the page."""
+    parts: list[Table | Figure] = []
+    for name, findings in found.items():
+        experiment = EXPERIMENTS[name]
+        parts.append(Table(experiment.title, COLUMNS, [check.row for check in findings.checks]))
+        parts += experiment.draw(findings, folder / "figures")
+    return write_report(
+        folder / "report.html",
+        "Experiments whose answers are known",
+        f"Agents of seed {seed}, held against what their environments say is right.",
+        parts,
+    )

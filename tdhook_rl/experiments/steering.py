@@ -1,0 +1,89 @@
+"""E2: does one direction change where the agent goes, more than random directions of the same length?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from tdhook_rl import SteeringVectors
+from tdhook_rl.envs import CueCorners
+from tdhook_rl.examples.steer_at_eval import contrast
+from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained
+from tdhook_rl.report import Figure
+from tdhook_rl.report.figures import dose_curve
+from tdhook_rl.sweeps import DoseResponse, SteeringVector, dose_response
+
+__all__ = ["EXPERIMENT", "outcomes"]
+
+EPISODES = 1024
+LIGHT = 0
+
+
+def measure(trained: Trained) -> Findings:
+    """Dose and response at the second hidden layer, and the exact case at the first linear layer."""
+    actor, sites = trained.agent.actor, trained.recipe.sites
+    response = _sweep(trained, contrast(actor), lambda start: 1.0 - 2.0 * (start["concept", "paying_corner"] == 0))
+    weights = dict(actor.named_parameters())[f"{sites['pre1']}.weight"].detach()
+    flip = SteeringVector(vector=weights[:, CueCorners.light_features()[LIGHT]], path=sites["pre1"])
+    exact = _sweep(trained, flip, lambda start: 1.0 - 2.0 * start["concept", "bits"][:, LIGHT])
+    other, control = response.of_vector("other"), response.best_control("other")
+    half = float(exact.of_vector("other")[2])
+    checks = [
+        Check("P(other corner) at alpha 1", float(other[-1]), low=0.93, beside=f"at alpha 0 {other[0]:.3f}"),
+        Check("smallest rise from one alpha to the next", float(other.diff().min()), low=0.0,
+              beside="alpha 0, 0.25, 0.5, 0.75, 1"),
+        Check("P(other corner) at alpha 1 minus the best random direction", float(other[-1] - control[-1]), low=0.4,
+              beside=f"best of 8: {control[-1]:.3f}"),
+        Check("first layer: largest change of a logit, steering against the input", _exact_gap(trained, flip),
+              high=1e-5, beside="exact in real numbers"),
+        Check("first layer: P(other corner) at alpha 1", float(exact.of_vector("other")[-1]), low=0.93),
+        Check("first layer: P(other corner) at alpha 0.5, away from a half", abs(half - 0.5), high=0.15,
+              beside=f"{half:.3f}"),
+    ]  # fmt: skip
+    return Findings(checks, {"response": response})
+
+
+def draw(findings: Findings, folder: Path) -> list[Figure]:
+    """The dose-response curve."""
+    response: DoseResponse = findings.data["response"]
+    path = dose_curve(
+        folder / "steering.png", response, "other", "cued", "alpha (in units of the vector)",
+        "episodes that end in the corner",
+    )  # fmt: skip
+    caption = (
+        "The difference vector of the second hidden layer is added towards the corner that does not pay. Each point "
+        f"is {response.episodes} episodes from the same starts with the same noise; random directions have its length."
+    )
+    return [Figure("Changing its mind", path, caption)]
+
+
+def outcomes(rollout: TensorDictBase, first: Tensor) -> dict[str, Tensor]:
+    """Whether the first episode of each row ended at the goal that pays, or at the other."""
+    reward = rollout["next", "reward"].squeeze(-1)
+    return {"cued": ((reward > 0.5) & first).any(-1), "other": ((reward < -0.5) & first).any(-1)}
+
+
+def _sweep(trained: Trained, vector: SteeringVector, sign: Callable[[TensorDictBase], Tensor]) -> DoseResponse:
+    return dose_response(
+        trained.agent.actor, CueCorners(), vector, outcomes=outcomes, sign=sign, controls=8, episodes=EPISODES,
+        max_steps=30, seed=20_000 + trained.seed,
+    )  # fmt: skip
+
+
+def _exact_gap(trained: Trained, flip: SteeringVector) -> float:
+    """Adding the column of the weights that reads a light is switching the light on."""
+    off, on = CueCorners().paired_states(LIGHT)
+    with torch.no_grad(), SteeringVectors({flip.path: flip.vector}).prepare(trained.agent.actor) as steered:
+        return float((steered(off.clone())["logits"] - trained.agent.actor(on.clone())["logits"]).abs().max())
+
+
+EXPERIMENT = Experiment(
+    agent="cue_corners",
+    title="Does one direction change where the agent goes?",
+    measure=measure,
+    draw=draw,
+)

@@ -1,0 +1,127 @@
+"""The six experiments, on the agents that come with the package: the science, without training."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from tdhook_rl.cli import main
+from tdhook_rl.errors import ArtifactError, InputError
+from tdhook_rl.experiments import COLUMNS, EXPERIMENTS, RECIPES, SEEDS, Check, Findings, experiment, load, make
+from tdhook_rl.experiments import checkpoints as shipped
+from tdhook_rl.experiments.training import train, untrained
+
+
+def shown(findings: Findings) -> str:
+    return "\n".join(" | ".join(check.row) for check in findings.checks)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_figure_is_as_expected(name: str, seed: int, tmp_path: Path) -> None:
+    chosen = experiment(name)
+    findings = chosen.measure(load(chosen.agent, seed))
+    assert findings.met, shown(findings)
+    for figure in chosen.draw(findings, tmp_path):
+        assert figure.path.stat().st_size > 5000
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_untrained_agent_does_not_pass(name: str) -> None:
+    trained = load(EXPERIMENTS[name].agent, 0)
+    pretender = dataclasses.replace(trained, agent=trained.untrained, snapshots={})
+    if name == "patching":
+        with pytest.raises(InputError, match="changes no action"):
+            EXPERIMENTS[name].measure(pretender)
+        return
+    findings = EXPERIMENTS[name].measure(pretender)
+    assert not findings.met, shown(findings)
+
+
+def test_a_check_reads_its_limits() -> None:
+    assert Check("x", 0.5, low=0.5, high=0.5).met
+    assert not Check("x", 0.49, low=0.5).met
+    assert not Check("x", 0.51, high=0.5).met
+    assert not Check("x", float("nan"), low=0.5).met
+    row = Check("x", 1.23456e-5, high=1.0, beside="y").row
+    assert row == ("x", "1.2e-05", "at most 1", "y", "yes")
+    assert len(row) == len(COLUMNS)
+
+
+# ---------------------------------------------------------------------- agents
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_training_is_repeatable_and_a_checkpoint_holds_all(name: str, tmp_path: Path, monkeypatch) -> None:
+    size = 128 * RECIPES[name].steps
+    short = dataclasses.replace(RECIPES[name], frames=3 * size, snapshots=(size, 2 * size))
+    monkeypatch.setitem(RECIPES, name, short)
+    steps = []
+    first = make(name, 5, tmp_path, lambda what, done, of: steps.append((done, of)))
+    assert steps == [(size, 3 * size), (2 * size, 3 * size), (3 * size, 3 * size)]
+    again, states = train(short, 5)
+    read = load(name, 5, tmp_path)
+    for part in short.saved:
+        expected = getattr(again, part).state_dict()
+        for trained in (first, read):
+            for key, value in getattr(trained.agent, part).state_dict().items():
+                assert torch.equal(value, expected[key]), key
+    assert list(read.snapshots) == list(states) == [size, 2 * size]
+    head = list(states[size])[-1]
+    assert torch.equal(read.snapshots[size].actor.state_dict()[head], states[size][head])
+    assert not torch.equal(states[size][head], states[2 * size][head])
+    before = untrained(short, 5).actor.state_dict()
+    assert torch.equal(read.untrained.actor.state_dict()[head], before[head])
+    assert not torch.equal(again.actor.state_dict()[head], before[head])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_agent_that_is_trained_now_passes(name: str) -> None:
+    chosen = experiment(name)
+    findings = chosen.measure(make(chosen.agent, 0))
+    assert findings.met, shown(findings)
+
+
+def test_every_checkpoint_is_there_and_small() -> None:
+    for name in RECIPES:
+        for seed in SEEDS:
+            assert (shipped.FOLDER / f"{name}_{seed}.safetensors").stat().st_size < 500_000
+
+
+def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no artifact"):
+        load("cheese", 7)
+    file = shipped.FOLDER / "t_maze_0.safetensors"
+    (tmp_path / "t_maze_0.safetensors").write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ArtifactError, match="not a readable"):
+        load("t_maze", 0, tmp_path)
+    (tmp_path / "known_value_0.safetensors").write_bytes(file.read_bytes())
+    with pytest.raises(ArtifactError, match="does not fit the agent"):
+        load("known_value", 0, tmp_path)
+    with pytest.raises(InputError, match="nearest: 't_maze'"):
+        load("tmaze", 0)
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def test_the_command_writes_a_report(tmp_path: Path, capsys) -> None:
+    assert main(["experiment", "patching", "--seed", "1", "--out", str(tmp_path / "found")]) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert "Which activations carry the decision?" in output
+    assert "report.html" in output.replace(" ", "")
+    page = (tmp_path / "found" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 1
+    assert 'class="no"' not in page
+
+
+def test_the_command_refuses_what_it_cannot_do(tmp_path: Path, capsys) -> None:
+    assert main(["experiment", "probes", "--out", str(tmp_path / "a")]) == 1
+    assert "nearest: 'probing'" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+    assert main(["experiment", "patching", "--seed", "9", "--out", str(tmp_path / "b")]) == 1
+    assert "add --train" in capsys.readouterr().err
