@@ -18,7 +18,7 @@ h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-
 p.lead { color: #56606c; margin-top: 0; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 th, td { text-align: left; padding: .4rem .7rem; border-bottom: 1px solid #e1e5ea; }
-th { color: #56606c; font-weight: 600; } td.num { font-variant-numeric: tabular-nums; }
+th { color: #56606c; font-weight: 600; } td.num { font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.yes { color: #23703f; } td.no { color: #b3382c; }
 figure { margin: 1rem 0; } figure img { max-width: 100%; } figcaption { color: #56606c; font-size: .9rem; }
 """
