@@ -67,10 +67,10 @@ def ours(method: str, problem: Problem, stack: ExitStack, steps: int = STEPS) ->
     target = targets.logit(CLASS, key="output")
     made = Saliency(target=target) if method == "Saliency" else IntegratedGradients(target=target, n_steps=steps)
     hooked = stack.enter_context(made.prepare(problem.net))
-    data = _data(method, problem)
+    data, batch = _data(method, problem), _data(method, problem)
     return (
-        lambda: hooked(data.copy())["attr", "input"],
-        lambda: hooked.annotate(data)["attr", "input"],
+        lambda: hooked(data)["attr", "input"],
+        lambda: hooked.annotate(batch)["attr", "input"],
     )
 
 
@@ -115,4 +115,4 @@ def tdhook(method: str, problem: Problem, stack: ExitStack, steps: int = STEPS) 
     # It places hooks on the module and switches requires_grad on in the tensors that it is given.
     hooked = stack.enter_context(made.prepare(copy.deepcopy(problem.net)))
     data = _data(method, problem).clone()
-    return lambda: hooked(data.copy())["attr", "input"]
+    return lambda: hooked(data)["attr", "input"]

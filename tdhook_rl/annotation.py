@@ -101,7 +101,7 @@ class _Analysis:
             computed = TensorDict({}, batch_size=chunk.batch_size)
             publish(computed, policy._compute(self.bound, call))
             # Paths and perturbations never run the policy on the data as it was.
-            if self.mismatch.wanted and call.replayed is None and runtime.level < 0:
+            if call.replayed is None and runtime.level < 0 and self.mismatch.can_compare(chunk):
                 with torch.no_grad():
                     call.replay(as_it_was=True)
             self.mismatch.compare(call)
@@ -157,11 +157,10 @@ def _recurrent_mode(policy: HookedMixin, mode: bool) -> AbstractContextManager[A
 
 
 def _holds(data: TensorDictBase, bound: Bound) -> bool:
-    names = set(data.keys(include_nested=True, leaves_only=True))
     # A schedule leaves rows out on purpose; data without any row of it was collected before it could act.
     enough = torch.any if hasattr(bound, "plan") else torch.all
     for key in bound.result_keys:
-        if key not in names:
+        if not isinstance(data.get(key, None), torch.Tensor):
             return False
         mask = data.get(("computed", key[0]), None)
         if mask is not None and not bool(enough(mask)):

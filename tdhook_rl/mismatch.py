@@ -38,6 +38,13 @@ class Mismatch:
         self._largest = 0.0
         self._key: NestedKey | None = None
 
+    def can_compare(self, data: TensorDictBase) -> bool:
+        """Whether anybody would be told, and the data holds outputs to compare with."""
+        return self.wanted and any(
+            isinstance(stored, Tensor) and stored.is_floating_point()
+            for stored in (data.get(key, None) for key in self._policy.policy_out_keys)
+        )
+
     def compare(self, call: Call) -> None:
         """Compare the outputs of the call's own replay, if there was one, with the stored ones."""
         outputs = call.replayed

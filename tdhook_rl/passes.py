@@ -19,7 +19,7 @@ from tdhook_rl.batching import shallow
 from tdhook_rl.classes import Swapped
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.hooks import Runtime
-from tdhook_rl.writing import set_entry
+from tdhook_rl.writing import set_entries
 
 if TYPE_CHECKING:
     from tdhook_rl.module import HookedMixin
@@ -218,8 +218,8 @@ class Call:
         own = stored is None
         stored = self.data if stored is None else stored
         data = TensorDict({}, batch_size=stored.batch_size)
-        for key, value in (self.inputs if own else stored_inputs(self.policy, stored)).items():
-            data.set(key, inputs.get(key, value))
+        for key, value in ({**self.inputs, **inputs} if own else stored_inputs(self.policy, stored, inputs)).items():
+            data.set(key, value)
         replay = Replay(stored)
         previous = runtime.replay, runtime.recording
         runtime.replay, runtime.recording = replay, record
@@ -260,15 +260,17 @@ def run_root(policy: HookedMixin, forward: Callable[..., Any], args: tuple, kwar
             runtime.rows.clear()
 
 
-def stored_inputs(policy: HookedMixin, data: TensorDictBase) -> dict[NestedKey, Tensor]:
-    """The entries that the policy reads.
+def stored_inputs(
+    policy: HookedMixin, data: TensorDictBase, given: Mapping[NestedKey, Tensor] | None = None
+) -> dict[NestedKey, Tensor]:
+    """The entries that the policy reads, of which some may be given.
 
     Raises:
         MissingKeyError: if the data lacks one.
     """
     inputs = {}
     for key in policy.in_keys:
-        value = data.get(key, None)
+        value = given[key] if given and key in given else data.get(key, None)
         if value is None:
             hint = ". Name the module's inputs with prepare(module, in_keys=[...], out_keys=[...])"
             raise MissingKeyError(
@@ -288,14 +290,16 @@ def action_keys(policy: HookedMixin) -> list[NestedKey]:
 
 def publish(data: TensorDictBase, results: Mapping[tuple[str, ...], Tensor]) -> None:
     """Write results, and the ``("computed", root)`` mask of each root, into a TensorDict."""
-    # Entry by entry: setting a nested TensorDict at once costs several times as much.
-    for key, value in results.items():
-        set_entry(data, key, value)
-    device = next(iter(results.values())).device if results else None
-    for root in {key[0]: None for key in results}:
-        # A schedule brings a mask of its own; elsewhere every row is real.
-        if root != "computed" and ("computed", root) not in results:
-            set_entry(data, ("computed", root), torch.full(data.batch_size, True, device=device))
+    if not results:
+        return
+    batch, device = data.batch_size, next(iter(results.values())).device
+    # A schedule brings a mask of its own; elsewhere every row is real.
+    masks: dict[tuple[str, ...], Tensor] = {
+        ("computed", root): torch.ones(batch, dtype=torch.bool, device=device)
+        for root in {key[0]: None for key in results}
+        if root != "computed" and ("computed", root) not in results
+    }
+    set_entries(data, {**results, **masks})
 
 
 def with_batch(value: Tensor, batch: torch.Size, site: str) -> Tensor:

@@ -41,10 +41,12 @@ class Target:
     Args:
         name: how messages and reports call it.
         function: maps a :class:`tdhook_rl.passes.Pass` to a tensor of the batch shape.
+        reads_inputs: whether it may look at inputs in ``Pass.stored``; the targets of this module look at actions.
     """
 
     name: str
     function: Callable[[Pass], Tensor]
+    reads_inputs: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "function", Portable(self.function))
@@ -55,42 +57,42 @@ class Target:
 
 def taken_action_log_prob() -> Target:
     """The log-probability of the stored action, for policies with a distribution."""
-    return Target("taken_action_log_prob", _taken_action_log_prob)
+    return _own("taken_action_log_prob", _taken_action_log_prob)
 
 
 def entropy() -> Target:
     """The entropy of the action distribution."""
-    return Target("entropy", _entropy)
+    return _own("entropy", _entropy)
 
 
 def chosen_logit(key: NestedKey = "logits") -> Target:
     """The logit of the stored action (an index, or one-hot), before normalisation."""
-    return Target("chosen_logit", _Chosen(unravel_key(key)))
+    return _own("chosen_logit", _Chosen(unravel_key(key)))
 
 
 def logit(index: int, key: NestedKey = "logits") -> Target:
     """The logit of one action, whichever was taken."""
-    return Target(f"logit({index})", _Indexed(unravel_key(key), index))
+    return _own(f"logit({index})", _Indexed(unravel_key(key), index))
 
 
 def margin(key: NestedKey = "logits") -> Target:
     """The logit of the stored action minus the largest logit of the others."""
-    return Target("margin", _Margin(unravel_key(key)))
+    return _own("margin", _Margin(unravel_key(key)))
 
 
 def state_value(key: NestedKey = "state_value") -> Target:
     """The estimated value of the state."""
-    return Target("state_value", _Entry(unravel_key(key)))
+    return _own("state_value", _Entry(unravel_key(key)))
 
 
 def chosen_q(key: NestedKey = "action_value") -> Target:
     """The estimated Q-value of the stored action; of a distributional Q-network the expectation over its atoms."""
-    return Target("chosen_q", _Chosen(unravel_key(key)))
+    return _own("chosen_q", _Chosen(unravel_key(key)))
 
 
 def output_sum() -> Target:
     """The sum of the module's floating-point outputs that depend on its inputs."""
-    return Target("output_sum", _output_sum)
+    return _own("output_sum", _output_sum)
 
 
 def default_target(run: Pass) -> Target:
@@ -106,8 +108,12 @@ def default_target(run: Pass) -> Target:
     decided = [key for module, _ in run.distributions for key in sample_keys(module)]
     for key in (*decided, *(named(run.outputs, name) for name in ("action", "state_value", "state_action_value"))):
         if key in run.out_keys and _explains(run.outputs.get(key)):
-            return Target(str(key), _Entry(key))
+            return _own(str(key), _Entry(key))
     return output_sum()
+
+
+def _own(name: str, function: Callable[[Pass], Tensor]) -> Target:
+    return Target(name, function, reads_inputs=False)
 
 
 def named(data: TensorDictBase, name: str) -> NestedKey | None:

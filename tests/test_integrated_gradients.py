@@ -390,3 +390,13 @@ def test_repeated_rows(batch: tuple[int, ...]) -> None:
     assert set(found.keys()) == {"a", "agents"}
     assert torch.equal(found["a"], data["a"].reshape(rows, 2).repeat(5, 1))
     assert torch.equal(found["agents", "x"], agents["x"].reshape(rows, 4, 2).repeat(5, 1, 1))
+
+
+def test_a_target_of_the_users_may_look_at_the_stored_inputs() -> None:
+    net = nn.Sequential(nn.Linear(4, 3)).double()
+    data = TensorDict({"input": torch.randn(5, 4, dtype=torch.float64), "other": torch.randn(5)}, batch_size=5)
+    scaled = targets.Target("scaled", lambda run: run.outputs["output"][..., 0] * run.stored["input"][..., 1])
+    with IntegratedGradients(target=scaled, baseline=0.0).prepare(net) as hooked:
+        found = hooked(data.clone())["attr", "input"]
+    expected = net[0].weight[0] * data["input"] * data["input"][:, 1:2]
+    torch.testing.assert_close(found, expected)

@@ -146,6 +146,10 @@ class BoundAttribution:
         self._chosen: list[Target | None] = (
             list(config.target.values()) if isinstance(config.target, Mapping) else [config.target]
         )
+        # The callbacks are given outputs; a target of the user's may look at the stored inputs.
+        self.reads_inputs = config.init_attr_targets is None and any(
+            one is not None and getattr(one, "reads_inputs", True) for one in self._chosen
+        )
         self._additional_keys = [unravel_key(key) for key in config.additional_init_keys]
         self.reads = list(self._additional_keys)
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -134,12 +135,15 @@ def _backward(
     for index, (target, value) in enumerate(zip(targets, values, strict=True)):
         if not value.requires_grad:
             raise TargetError(_no_path(target))
+        reached: Tensor | None = value.detach()
+        if _surely_finite(reached):  # looked at while it is in the processor's cache
+            reached = None
         outer = torch.ones_like(value) if weights is None else weights.to(value.dtype)
         more = keep or index + 1 < len(values)
         one = torch.autograd.grad(value, points, outer, allow_unused=True, retain_graph=more)
         if all(gradient is None for gradient in one):
             raise TargetError(_no_path(target))
-        found.append(_split(one, points, primals, inner, value.detach()))
+        found.append(_split(one, points, primals, inner, reached))
     return found, {slot: value.detach() for slot, value in inner.items()}
 
 
@@ -195,14 +199,23 @@ def _split(
     points: Sequence[Tensor],
     inputs: Mapping[NestedKey, Tensor],
     inner: Mapping[str, Tensor],
-    reached: Tensor,
+    reached: Tensor | None,
 ) -> Gradients:
-    defined = torch.isfinite(reached)
+    """The gradients by name; ``reached`` are the values of the target where some may not be finite."""
     filled = [
-        torch.zeros_like(point) if gradient is None else _where(defined, gradient)
-        for point, gradient in zip(points, one, strict=True)
+        torch.zeros_like(point) if gradient is None else gradient for point, gradient in zip(points, one, strict=True)
     ]
+    if reached is not None:
+        defined = torch.isfinite(reached)
+        filled = [
+            value if gradient is None else _where(defined, value) for value, gradient in zip(filled, one, strict=True)
+        ]
     return dict(zip(inputs, filled, strict=False)), dict(zip(inner, filled[len(inputs) :], strict=True))
+
+
+def _surely_finite(value: Tensor) -> bool:
+    """Whether the sum says so, which costs a tenth of looking at each entry; other devices would be waited for."""
+    return value.device.type == "cpu" and math.isfinite(value.sum().item())
 
 
 def _where(defined: Tensor, gradient: Tensor) -> Tensor:

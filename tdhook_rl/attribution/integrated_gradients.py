@@ -18,7 +18,7 @@ from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttr
 from tdhook_rl.attribution.gradients import activations, gradients
 from tdhook_rl.batching import conv_chunk
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
-from tdhook_rl.passes import Call, Pass, with_batch
+from tdhook_rl.passes import Call, Pass, draws, sample_keys, with_batch
 
 if TYPE_CHECKING:
     from tdhook_rl.method import Binder
@@ -76,6 +76,10 @@ class _BoundIntegratedGradients(BoundAttribution):
         others = [*self.reads, *binder.policy.in_keys]
         self._unread = frozenset([config.baseline_key]) - {key if isinstance(key, str) else key[0] for key in others}
         self.reads = [*self.reads, *(self._baseline_of(key) for key in binder.policy.in_keys)]
+        # What targets may read of the stored data although the policy reads it as an input.
+        drawn = [key for child in binder.policy.modules() if draws(child) for key in sample_keys(child)]
+        self._results: frozenset[str] | None = None  # known once every method is bound
+        self._actions = frozenset(["action", *binder.policy.out_keys, *drawn])
 
     @property
     def result_keys(self) -> tuple[tuple[str, ...], ...]:
@@ -172,10 +176,11 @@ class _BoundIntegratedGradients(BoundAttribution):
         shapes = {key: value.shape for key, value in inputs.items()}, {s: low.shape for s, (low, _) in inner.items()}
         totals: list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]] = [({}, {}) for _ in targets]
         stored = None
+        left_out = self._not_repeated(call, inputs)
         for alphas, weights in self._passes(call, next(iter((*inputs.values(), *(low for low, _ in inner.values()))))):
             points = len(alphas)
             if stored is None or stored.batch_size[0] != points * rows:
-                stored = repeat_rows(call.data, points, self._unread)
+                stored = repeat_rows(call.data, points, left_out)
             found, _ = gradients(
                 call,
                 {key: _between(baselines[key], end, alphas, batch) for key, end in inputs.items()},
@@ -191,6 +196,14 @@ class _BoundIntegratedGradients(BoundAttribution):
                         value = value.reshape(points, *shape[key]).sum(0)
                         sums[key] = value if key not in sums else sums[key] + value
         return totals
+
+    def _not_repeated(self, call: Call, inputs: Mapping[NestedKey, Tensor]) -> frozenset[str]:
+        """What no pass reads of the stored data: baselines, results of an earlier call, inputs that are replaced."""
+        if self._results is None:
+            read = {key if isinstance(key, str) else key[0] for key in call.policy.in_keys}
+            self._results = frozenset(key[0] for key in call.policy.result_keys) - read
+        replaced = set() if self.reads_inputs else {key for key in inputs if isinstance(key, str)} - self._actions
+        return self._unread | self._results | replaced
 
     def _passes(self, call: Call, like: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The points of each pass, and a weight for each of its rows: as many as fit, in passes of equal size."""
