@@ -77,7 +77,10 @@ def annotate(
         for root, group in results.items():
             # A node of the caller's is copied before results join it.
             node = result.get(root, None)
-            result.set(root, group if node is None else node.copy().update(group))
+            if node is None and type(result) is TensorDict and isinstance(group, TensorDictBase):
+                result._set_str(root, group, inplace=False, validated=True)
+            else:
+                result.set(root, group if node is None else node.copy().update(group))
     return result
 
 
@@ -98,7 +101,7 @@ class _Analysis:
             if any(one.reads_forward for one in self.bound):
                 with torch.no_grad():
                     call.replay(record=True, as_it_was=True)
-            computed = TensorDict({}, batch_size=chunk.batch_size)
+            computed = TensorDict._new_unsafe({}, batch_size=chunk.batch_size)
             publish(computed, policy._compute(self.bound, call))
             # Paths and perturbations never run the policy on the data as it was.
             if call.replayed is None and runtime.level < 0 and self.mismatch.can_compare(chunk):

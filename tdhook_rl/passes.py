@@ -6,13 +6,20 @@ where the policy would draw an action, the stored one is used and the distributi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, set_interaction_type
+from tensordict.nn import (
+    InteractionType,
+    ProbabilisticTensorDictModule,
+    TensorDictModule,
+    set_interaction_type,
+    skip_existing,
+)
 from torch import Tensor, nn
 
 from tdhook_rl.batching import shallow
@@ -25,6 +32,11 @@ if TYPE_CHECKING:
     from tdhook_rl.module import HookedMixin
 
 __all__ = ["Bound", "Call", "Pass", "Replay", "ReplayMixin", "publish"]
+
+
+# Given a TensorDict, and unless existing entries are skipped, the decorators of this forward only take time.
+_DECORATED = TensorDictModule.forward
+_BARE = inspect.unwrap(_DECORATED)
 
 
 class Bound(Protocol):
@@ -217,7 +229,7 @@ class Call:
         inputs = inputs or {}
         own = stored is None
         stored = self.data if stored is None else stored
-        data = TensorDict({}, batch_size=stored.batch_size)
+        data = TensorDict._new_unsafe({}, batch_size=stored.batch_size)
         for key, value in ({**self.inputs, **inputs} if own else stored_inputs(self.policy, stored, inputs)).items():
             data.set(key, value)
         replay = Replay(stored)
@@ -247,6 +259,8 @@ def run_root(policy: HookedMixin, forward: Callable[..., Any], args: tuple, kwar
     if checks_sites:
         runtime.fired = set()
     runtime.depth += 1
+    if forward is _DECORATED and len(args) == 1 and not kwargs and isinstance(args[0], TensorDictBase):
+        forward = _BARE if not torch.compiler.is_compiling() and not skip_existing() else forward
     previous = runtime.begin(args, kwargs)
     try:
         output = forward(policy, *args, **kwargs)

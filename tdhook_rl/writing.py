@@ -88,6 +88,6 @@ def _node(data: TensorDict, root: str) -> TensorDictBase:
             return node
         node = node.copy().clear_device_()
     else:
-        node = TensorDict({}, batch_size=data.batch_size)
+        node = TensorDict._new_unsafe({}, batch_size=data.batch_size)
     data._set_str(root, node, inplace=False, validated=True)
     return node
