@@ -17,6 +17,7 @@ from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ListStorage, ReplayBuffer
 from torchrl.envs import ParallelEnv
+from torchrl.envs.utils import exploration_type
 from torchrl.modules import QValueActor
 
 from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors, targets
@@ -490,6 +491,7 @@ def test_a_dead_environment_of_a_parallel_env_is_named() -> None:
         WorkerError, match=rf"environment worker 1 \(process {victim}\) of Collector was killed by SIGKILL"
     ):
         next(iterator)
+    assert exploration_type() is None  # the thread that waited had set it for its rollout
 
 
 def test_a_module_with_its_own_register_collector_keeps_it() -> None:

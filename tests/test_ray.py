@@ -34,8 +34,9 @@ class Telling(CueCorners):
 
 @pytest.fixture
 def local_ray() -> Iterator[None]:
+    before = {pid for pid, _ in descendants([os.getpid()])}  # such as inductor's, of an earlier test
     start_ray()
-    started = {pid for pid, _ in descendants([os.getpid()])}
+    started = {pid for pid, _ in descendants([os.getpid()])} - before
     assert started
     try:
         yield

@@ -10,6 +10,8 @@ from types import TracebackType
 from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import set_interaction_type
+from tensordict.nn.probabilistic import interaction_type
 from torch import nn
 
 from tdhook_rl.errors import InputError, WorkerError, nearest
@@ -134,10 +136,13 @@ class Guarded:
     def _call(self, what: str, function: Callable[[], Any]) -> Any:
         if self._runs_here():
             return function()
+        exploration = interaction_type()
         try:
             return self._caller.call(what, function, self.timeout)
         except WorkerError:
             self._give_up()
+            # It is one for all threads, and the one that still waits has set it for its rollout.
+            set_interaction_type(exploration).__enter__()
             raise
         except Exception as error:
             index = self._dead_actor(error)
