@@ -26,7 +26,7 @@ from tdhook_rl.batching import shallow
 from tdhook_rl.classes import Swapped
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.hooks import Runtime
-from tdhook_rl.writing import set_entries
+from tdhook_rl.writing import set_entries, set_tensor
 
 if TYPE_CHECKING:
     from tdhook_rl.module import HookedMixin
@@ -231,7 +231,7 @@ class Call:
         stored = self.data if stored is None else stored
         data = TensorDict._new_unsafe({}, batch_size=stored.batch_size)
         for key, value in ({**self.inputs, **inputs} if own else stored_inputs(self.policy, stored, inputs)).items():
-            data.set(key, value)
+            set_tensor(data, key, value)
         replay = Replay(stored)
         previous = runtime.replay, runtime.recording
         runtime.replay, runtime.recording = replay, record

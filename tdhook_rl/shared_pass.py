@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tdhook_rl.batching import Traits
 from tdhook_rl.hooks import vmap_level
 from tdhook_rl.passes import Bound, Call, Pass, Replay, draws, run_root, stored_inputs
+from tdhook_rl.writing import set_tensor
 
 if TYPE_CHECKING:
     from tdhook_rl.module import HookedMixin
@@ -71,14 +72,14 @@ def shared_pass(
     try:
         try:
             for key, point in points.items():
-                data.set(key, point)
+                set_tensor(data, key, point)
             output = run_root(policy, forward, (data,), {})
         finally:
             runtime.replay, runtime.leaves = previous, {}
             for key, point in points.items():
                 for holder in (data,) if output is data else (data, output):
                     if holder.get(key, None) is point:
-                        holder.set(key, inputs[key])
+                        set_tensor(holder, key, inputs[key])
         call = Call(policy, forward, output, inputs, data)
         run = Pass(
             output, output, replay.distributions, policy.policy_out_keys, replay.watched, policy._hooked_supports

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.classes import Swapped
 
-__all__ = ["WritingMixin", "set_entries", "write_tensors", "writes_by_default"]
+__all__ = ["WritingMixin", "set_entries", "set_tensor", "write_tensors", "writes_by_default"]
 
 
 def write_tensors(
@@ -31,7 +31,7 @@ def write_tensors(
         return TensorDictModule._write_to_tensordict(self, tensordict, tensors, tensordict_out, out_keys)
     for key, tensor in zip(keys, tensors, strict=True):
         if key != "_":
-            target.set(key, tensor)
+            set_tensor(target, key, tensor)
     return target
 
 
@@ -44,6 +44,20 @@ class WritingMixin(Swapped):
 def writes_by_default(cls: type[nn.Module]) -> bool:
     """Whether modules of a class write the way ``TensorDictModule`` does, with no way of their own."""
     return getattr(cls, "_write_to_tensordict", None) is TensorDictModule._write_to_tensordict
+
+
+def set_tensor(data: TensorDictBase, key: NestedKey, value: Tensor) -> None:
+    """Set an entry; one at the top whose shape and device are right without TensorDict's conversions and checks."""
+    if (
+        type(key) is str
+        and type(data) is TensorDict
+        and type(value) is Tensor
+        and value.shape[: data.ndim] == data.batch_size
+        and (data.device is None or data.device == value.device)
+    ):
+        data._set_str(key, value, inplace=False, validated=True)
+    else:
+        data.set(key, value)
 
 
 def set_entries(data: TensorDictBase, entries: Mapping[tuple[str, ...], Tensor]) -> None:
