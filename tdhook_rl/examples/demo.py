@@ -31,7 +31,7 @@ from tdhook_rl.report import Sinks
 from tdhook_rl.rollout import EPISODE, GroupSplit, OnlineProbe, ignore_interrupts
 from tdhook_rl.sweeps import DoseResponse, SteeringVector, dose_response, first_episode
 
-__all__ = ["Findings", "Settings", "run"]
+__all__ = ["Findings", "Settings", "outcomes", "run"]
 
 ENVS = 128
 BATCH = 2048
@@ -198,7 +198,7 @@ def _examine(
     env = CueCorners(batch_size=[episodes], seed=settings.seed + 10_000)
     with torch.no_grad():
         played = env.rollout(env.max_steps, actor, break_when_any_done=False)
-    found.success = float(_outcomes(played, first_episode(played))["cued"].float().mean())
+    found.success = float(outcomes(played, first_episode(played))["cued"].float().mean())
     # Random behaviour visits every state, so that probes are not scored on the paths of one policy.
     wandered = env.rollout(env.max_steps, break_when_any_done=False)
     wandered["episode"] = torch.arange(episodes)[:, None].expand(wandered.batch_size)
@@ -230,7 +230,7 @@ def _steer(settings: Settings, actor: ProbabilisticActor, folder: Path, found: F
         actor,
         CueCorners(),
         vector,
-        outcomes=_outcomes,
+        outcomes=outcomes,
         # The vector points towards corner A; away from the corner that pays is -1 where A pays.
         sign=lambda start: torch.where(start["concept", "paying_corner"] == 0, -1.0, 1.0),
         controls=8,
@@ -240,6 +240,7 @@ def _steer(settings: Settings, actor: ProbabilisticActor, folder: Path, found: F
     )
 
 
-def _outcomes(rollout: TensorDictBase, first: Tensor) -> dict[str, Tensor]:
+def outcomes(rollout: TensorDictBase, first: Tensor) -> dict[str, Tensor]:
+    """Whether the first episode of each row ended at the goal that pays, or at the other."""
     reward = rollout["next", "reward"].squeeze(-1)
     return {"cued": ((reward > 0.5) & first).any(-1), "other": ((reward < -0.5) & first).any(-1)}

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tdhook_rl import ActivationCaching, Saliency, targets
 from tdhook_rl.envs import CueGrid
+from tdhook_rl.examples.demo import outcomes
 from tdhook_rl.experiments.agents import Agent
 from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained
-from tdhook_rl.experiments.steering import outcomes
 from tdhook_rl.report import Figure
 from tdhook_rl.report.figures import learning_curves
 from tdhook_rl.rollout import GroupSplit, OnlineProbe

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from tdhook_rl import SteeringVectors
 from tdhook_rl.envs import CueCorners
+from tdhook_rl.examples.demo import outcomes
 from tdhook_rl.examples.steer_at_eval import contrast
 from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained
 from tdhook_rl.report import Figure
 from tdhook_rl.report.figures import dose_curve
 from tdhook_rl.sweeps import DoseResponse, SteeringVector, dose_response
 
-__all__ = ["EXPERIMENT", "outcomes"]
+__all__ = ["EXPERIMENT"]
 
 EPISODES = 1024
 LIGHT = 0
@@ -59,12 +60,6 @@ def draw(findings: Findings, folder: Path) -> list[Figure]:
         f"is {response.episodes} episodes from the same starts with the same noise; random directions have its length."
     )
     return [Figure("Changing its mind", path, caption)]
-
-
-def outcomes(rollout: TensorDictBase, first: Tensor) -> dict[str, Tensor]:
-    """Whether the first episode of each row ended at the goal that pays, or at the other."""
-    reward = rollout["next", "reward"].squeeze(-1)
-    return {"cued": ((reward > 0.5) & first).any(-1), "other": ((reward < -0.5) & first).any(-1)}
 
 
 def _sweep(trained: Trained, vector: SteeringVector, sign: Callable[[TensorDictBase], Tensor]) -> DoseResponse:
