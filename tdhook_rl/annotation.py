@@ -18,6 +18,7 @@ from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.hooks import vmap_level
 from tdhook_rl.mismatch import Mismatch
 from tdhook_rl.passes import Bound, Call, action_keys, observers, publish, stored_inputs
+from tdhook_rl.writing import require_room
 
 if TYPE_CHECKING:
     from tdhook_rl.module import HookedMixin
@@ -77,7 +78,8 @@ def annotate(
         for root, group in results.items():
             # A node of the caller's is copied before results join it.
             node = result.get(root, None)
-            if node is None and type(result) is TensorDict and isinstance(group, TensorDictBase):
+            plain = type(result) is TensorDict and result.device is None and not result._has_names()
+            if node is None and plain and isinstance(group, TensorDictBase):
                 result._set_str(root, group, inplace=False, validated=True)
             else:
                 result.set(root, group if node is None else node.copy().update(group))
@@ -163,6 +165,8 @@ def _holds(data: TensorDictBase, bound: Bound) -> bool:
     # A schedule leaves rows out on purpose; data without any row of it was collected before it could act.
     enough = torch.any if hasattr(bound, "plan") else torch.all
     for key in bound.result_keys:
+        if len(key) > 1:
+            require_room(data.get(key[0], None), key[0])
         if not isinstance(data.get(key, None), torch.Tensor):
             return False
         mask = data.get(("computed", key[0]), None)

@@ -7,14 +7,16 @@ every call: about 30 us, more than everything else that a hooked policy adds. A 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase, is_non_tensor
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from tdhook_rl.classes import Swapped
+from tdhook_rl.errors import KeyCollisionError
 
-__all__ = ["WritingMixin", "set_entries", "set_tensor", "write_tensors", "writes_by_default"]
+__all__ = ["WritingMixin", "require_room", "set_entries", "set_tensor", "write_tensors", "writes_by_default"]
 
 
 def write_tensors(
@@ -73,8 +75,9 @@ def set_entries(data: TensorDictBase, entries: Mapping[tuple[str, ...], Tensor])
     dims = len(batch)
     nodes: dict[str, TensorDictBase] = {}
     for key, value in entries.items():
-        if type(value) is not Tensor or value.shape[:dims] != batch or device not in (None, value.device):
-            if len(key) > 1:
+        fits = type(value) is Tensor and value.shape[:dims] == batch and device in (None, value.device)
+        if not fits or (len(key) > 1 and not _may_hold(data, key[0])):
+            if len(key) > 1 and _may_hold(data, key[0]):
                 _node(data, key[0])
             data.set(key, value)
         elif len(key) == 1:
@@ -87,6 +90,26 @@ def set_entries(data: TensorDictBase, entries: Mapping[tuple[str, ...], Tensor])
                 node._set_str(key[1], value, inplace=False, validated=True)
             else:
                 node.set(key[1:], value)
+
+
+def _may_hold(data: TensorDict, root: str) -> bool:
+    """Whether a root is free or a TensorDict's; what else the user has there is not written over.
+
+    Raises:
+        KeyCollisionError: if it holds no entries at all.
+    """
+    found = data._get_str(root, None)
+    require_room(found, root)
+    return found is None or isinstance(found, TensorDictBase)
+
+
+def require_room(found: Any, root: str) -> None:
+    """Raise :class:`KeyCollisionError` if what the data has under a root holds no entries."""
+    if isinstance(found, Tensor) or is_non_tensor(found):
+        raise KeyCollisionError(
+            f"results are written under {root!r}, where the data has a {type(found).__name__} of its own: give the "
+            "method another root (attribution_key=, cache_key=, probe_key=)"
+        )
 
 
 def _node(data: TensorDict, root: str) -> TensorDictBase:
@@ -102,6 +125,7 @@ def _node(data: TensorDict, root: str) -> TensorDictBase:
             return node
         node = node.copy().clear_device_()
     else:
-        node = TensorDict._new_unsafe({}, batch_size=data.batch_size)
+        names = data.names if data._has_names() else None
+        node = TensorDict._new_unsafe({}, batch_size=data.batch_size, names=names)
     data._set_str(root, node, inplace=False, validated=True)
     return node

@@ -212,3 +212,21 @@ def test_compiled_policies_fill_a_cache() -> None:
             assert ("bwd_pre", "1") not in cache.keys(True)
             found["output"].sum().backward()
             assert cache["bwd_pre", "1"].shape == (3, HIDDEN)
+
+
+@pytest.mark.parametrize("mine", [torch.ones(5), "a string"])
+def test_what_the_user_has_under_the_root_is_not_written_over(mine: object) -> None:
+    data = TensorDict({"observation": torch.randn(5, FEATURES), "cache": mine}, batch_size=5)
+    with ActivationCaching("module.0.module.1").prepare(categorical()) as hooked:
+        with pytest.raises(KeyCollisionError, match=r"under 'cache', where the data has a \w+ of its own"):
+            hooked(data)
+        with pytest.raises(KeyCollisionError, match="of its own"):
+            hooked.annotate(data)
+    assert torch.equal(data["cache"], mine) if isinstance(mine, torch.Tensor) else data["cache"] == mine
+
+
+def test_results_keep_the_names_of_the_dimensions() -> None:
+    data = TensorDict({"observation": torch.randn(2, 5, FEATURES)}, batch_size=[2, 5], names=["row", "time"])
+    with ActivationCaching("module.0.module.1").prepare(categorical()) as hooked:
+        assert hooked(data.clone())["cache"].names == ["row", "time"]
+        assert hooked.annotate(data)["cache"].names == ["row", "time"]

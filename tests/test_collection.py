@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -492,6 +493,25 @@ def test_a_dead_environment_of_a_parallel_env_is_named() -> None:
     ):
         next(iterator)
     assert exploration_type() is None  # the thread that waited had set it for its rollout
+
+
+class Slow(CueCorners):
+    """Lets the collector wait."""
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        time.sleep(0.5)
+        return super()._step(tensordict)
+
+
+def test_ctrl_c_while_a_guarded_collector_waits_leaves_the_exploration_type() -> None:
+    env = ParallelEnv(1, Slow)
+    guarded = Guarded(Collector(env, Learner().policy, frames_per_batch=100, total_frames=-1), timeout=60)
+    stop = threading.Timer(1.0, signal.raise_signal, [signal.SIGINT])
+    stop.start()
+    with pytest.raises(KeyboardInterrupt):
+        next(iter(guarded))
+    guarded.shutdown(2.0)
+    assert exploration_type() is None
 
 
 def test_a_module_with_its_own_register_collector_keeps_it() -> None:

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torch import nn
+from torch.distributions import Categorical
+from torchrl.modules import ProbabilisticActor
 
 from tdhook_rl import Compose, SteeringVectors, targets
 from tdhook_rl.attribution import IntegratedGradients, Saliency
@@ -400,3 +403,31 @@ def test_a_target_of_the_users_may_look_at_the_stored_inputs() -> None:
         found = hooked(data.clone())["attr", "input"]
     expected = net[0].weight[0] * data["input"] * data["input"][:, 1:2]
     torch.testing.assert_close(found, expected)
+
+
+def test_the_stored_action_is_read_although_results_share_its_root() -> None:
+    net = TensorDictModule(nn.Linear(4, 3), ["observation"], [("agents", "logits")])
+    actor = ProbabilisticActor(
+        net, in_keys={"logits": ("agents", "logits")}, out_keys=[("agents", "action")], distribution_class=Categorical,
+        return_log_prob=True,
+    )  # fmt: skip
+    data = actor(TensorDict({"observation": torch.randn(5, 4)}, batch_size=5)).detach()
+    with IntegratedGradients(attribution_key="agents", baseline=0.0).prepare(actor) as hooked:
+        found = hooked.annotate(data)["agents", "observation"]
+    chosen = data["agents", "action"]
+
+    def score(x: torch.Tensor) -> torch.Tensor:
+        return net.module(x).log_softmax(-1)[torch.arange(5), chosen]
+
+    change = score(data["observation"]) - score(torch.zeros(5, 4))
+    torch.testing.assert_close(found.sum(-1), change.detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_target_of_the_users_may_look_at_earlier_results() -> None:
+    net = nn.Linear(4, 1)
+    data = TensorDict({"input": torch.randn(5, 4), "attr": {"input": torch.randn(5, 4)}}, batch_size=5)
+    weight = data["attr", "input"].sum(-1)
+    scaled = targets.Target("scaled", lambda run: run.outputs["output"][..., 0] * run.stored["attr", "input"].sum(-1))
+    with IntegratedGradients(target=scaled, baseline=0.0).prepare(net) as hooked:
+        found = hooked(data)["attr", "input"]
+    torch.testing.assert_close(found, (net.weight * data["input"] * weight[:, None]).detach())

@@ -331,3 +331,45 @@ def test_the_carried_state_is_not_steered_in_recurrent_mode() -> None:
         data = step_by_step(hooked, torch.randn(2, 3, 4, dtype=torch.float64))
         with set_recurrent_mode(True), pytest.raises(SiteError, match="step by step"):
             hooked(data)
+
+
+def test_an_undefined_target_leaves_the_steps_before_it_undefined_as_well() -> None:
+    """A step is explained by the sum of the targets from it on, to the end of its trajectory."""
+    actor = recurrent_actor()
+    data = step_by_step(actor, torch.randn(2, 6, 4, dtype=torch.float64))
+    data["is_init"][0, 2] = True
+    data["scale"] = torch.ones(2, 6, dtype=torch.float64)
+    data["scale"][0, 4] = torch.inf
+    scaled = targets.Target("scaled", lambda run: run.outputs["logits"][..., 0] * run.stored["scale"])
+    method = Saliency(target=scaled, inputs=["observation"], horizon="trajectory", additional_init_keys=["scale"])
+    with method.prepare(actor) as hooked:
+        found = hooked.annotate(data, on_mismatch="ignore")["attr", "observation"]
+    undefined = found.isnan().all(-1)
+    assert torch.equal(undefined, found.isnan().any(-1))
+    assert undefined[0].tolist() == [False, False, True, True, True, False]
+    assert not undefined[1].any()
+
+
+def test_the_state_of_an_enclosing_module_is_not_steered_in_recurrent_mode_either() -> None:
+    vector = torch.ones(1, 8, dtype=torch.float64)
+    with SteeringVectors({("module.0", ("next", "recurrent_state")): vector}).prepare(recurrent_actor()) as hooked:
+        data = step_by_step(hooked, torch.randn(2, 3, 4, dtype=torch.float64))
+        with set_recurrent_mode(True), pytest.raises(SiteError, match="step by step"):
+            hooked(data)
+
+
+def test_an_entry_that_is_not_carried_is_steered_in_both_modes() -> None:
+    actor = recurrent_actor()
+    vector = torch.randn(8, dtype=torch.float64)
+    with SteeringVectors({("module.0.module.0", "hidden"): vector}).prepare(actor) as hooked:
+        data = step_by_step(hooked, torch.randn(2, 3, 4, dtype=torch.float64))
+        with set_recurrent_mode(True):
+            whole = hooked(data.clone())
+    torch.testing.assert_close(whole["logits"], data["logits"])
+
+
+@pytest.mark.parametrize("steered", [("0", "a", "b"), ("0",), 3, ("0", 3)])
+def test_what_is_steered_is_a_path_or_a_path_and_a_key(steered: object) -> None:
+    with pytest.raises(InputError, match="a pair of a path and a TensorDict key"):
+        with SteeringVectors({steered: torch.zeros(8)}).prepare(recurrent_actor()):
+            pass

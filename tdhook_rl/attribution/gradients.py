@@ -14,6 +14,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
+from tdhook_rl.batching import in_recurrent_mode
 from tdhook_rl.errors import InputError, SiteError, TargetError, nearest
 from tdhook_rl.hooks import Runtime, vmap_level
 from tdhook_rl.passes import Call, Pass
@@ -143,7 +144,7 @@ def _backward(
         one = torch.autograd.grad(value, points, outer, allow_unused=True, retain_graph=more)
         if all(gradient is None for gradient in one):
             raise TargetError(_no_path(target))
-        found.append(_split(one, points, primals, inner, reached))
+        found.append(_split(one, points, primals, inner, None if reached is None else _defined(call, reached)))
     return found, {slot: value.detach() for slot, value in inner.items()}
 
 
@@ -190,7 +191,7 @@ def _functional(
             return (value if weights is None else value * weights.to(value.dtype)).sum(), value
 
         one, reached = torch.func.grad(total, argnums=tuple(range(len(points))), has_aux=True)(*points)
-        found.append(_split(one, points, inputs, inner, reached))
+        found.append(_split(one, points, inputs, inner, _defined(call, reached)))
     return found, {slot: value.detach() for slot, value in inner.items()}
 
 
@@ -199,18 +200,30 @@ def _split(
     points: Sequence[Tensor],
     inputs: Mapping[NestedKey, Tensor],
     inner: Mapping[str, Tensor],
-    reached: Tensor | None,
+    defined: Tensor | None,
 ) -> Gradients:
-    """The gradients by name; ``reached`` are the values of the target where some may not be finite."""
+    """The gradients by name; ``defined`` says for which rows there is one, where that is not all of them."""
     filled = [
         torch.zeros_like(point) if gradient is None else gradient for point, gradient in zip(points, one, strict=True)
     ]
-    if reached is not None:
-        defined = torch.isfinite(reached)
+    if defined is not None:
         filled = [
             value if gradient is None else _where(defined, value) for value, gradient in zip(filled, one, strict=True)
         ]
     return dict(zip(inputs, filled, strict=False)), dict(zip(inner, filled[len(inputs) :], strict=True))
+
+
+def _defined(call: Call, reached: Tensor) -> Tensor:
+    """The rows whose target is finite; in recurrent mode those from whose step on it is, up to the trajectory's end."""
+    defined = torch.isfinite(reached)
+    policy = call.policy
+    if not policy._hooked_traits.recurrent or not in_recurrent_mode(policy) or defined.shape != call.batch_size:
+        return defined
+    starts = call.data.get("is_init", torch.zeros_like(defined)).reshape(defined.shape)
+    steps = list(defined.unbind(-1))
+    for step in range(len(steps) - 2, -1, -1):
+        steps[step] = steps[step] & (steps[step + 1] | starts[..., step + 1])
+    return torch.stack(steps, -1)
 
 
 def _surely_finite(value: Tensor) -> bool:

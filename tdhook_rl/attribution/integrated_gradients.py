@@ -79,7 +79,7 @@ class _BoundIntegratedGradients(BoundAttribution):
         # What targets may read of the stored data although the policy reads it as an input.
         drawn = [key for child in binder.policy.modules() if draws(child) for key in sample_keys(child)]
         self._results: frozenset[str] | None = None  # known once every method is bound
-        self._actions = frozenset(["action", *binder.policy.out_keys, *drawn])
+        self._read_by_targets: frozenset[NestedKey] = frozenset(["action", *binder.policy.out_keys, *drawn])
 
     @property
     def result_keys(self) -> tuple[tuple[str, ...], ...]:
@@ -199,10 +199,13 @@ class _BoundIntegratedGradients(BoundAttribution):
 
     def _not_repeated(self, call: Call, inputs: Mapping[NestedKey, Tensor]) -> frozenset[str]:
         """What no pass reads of the stored data: baselines, results of an earlier call, inputs that are replaced."""
+        if self.reads_inputs:  # a target of the user's may read anything
+            return self._unread
         if self._results is None:
-            read = {key if isinstance(key, str) else key[0] for key in call.policy.in_keys}
-            self._results = frozenset(key[0] for key in call.policy.result_keys) - read
-        replaced = set() if self.reads_inputs else {key for key in inputs if isinstance(key, str)} - self._actions
+            read = [*call.policy.in_keys, *self._read_by_targets]
+            roots = {key if isinstance(key, str) else key[0] for key in read}
+            self._results = frozenset(key[0] for key in call.policy.result_keys) - roots
+        replaced = {key for key in inputs if isinstance(key, str)} - self._read_by_targets
         return self._unread | self._results | replaced
 
     def _passes(self, call: Call, like: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -12,6 +12,7 @@ from tensordict import NestedKey
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
+from tdhook_rl.batching import in_recurrent_mode
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.hooks import Portable, Runtime
 from tdhook_rl.method import Binder, Method
@@ -83,7 +84,7 @@ class SteeringVectors(Method):
         else:
             alpha = _Source(binder.runtime, control=binder.control(f"{self.name}.alpha", float(self.alpha)))
         for steered, vector in self.vectors.items():
-            path, entry = (steered, None) if isinstance(steered, str) else steered
+            path, entry = _path_and_entry(steered)
             for site in binder.intervention_sites(path):
                 key = None if entry is None else written_entry(site, entry)
                 name = site.name if key is None else f"{site.name}:{key if isinstance(key, str) else '.'.join(key)}"
@@ -101,6 +102,19 @@ class SteeringVectors(Method):
         if not bool(torch.isfinite(vector).all()):
             raise InputError(f"the steering vector for {path!r} has NaN or infinite entries")
         return binder.control(f"{self.name}.{path}", vector)
+
+
+def _path_and_entry(steered: Any) -> tuple[str, NestedKey | None]:
+    if isinstance(steered, str):
+        return steered, None
+    if isinstance(steered, tuple) and len(steered) == 2 and isinstance(steered[0], str):
+        path, entry = steered
+        if isinstance(entry, str) or (isinstance(entry, tuple) and all(isinstance(part, str) for part in entry)):
+            return path, entry
+    raise InputError(
+        f"vectors= names {steered!r}: it takes a module path, or a pair of a path and a TensorDict key such as "
+        '("module.0", ("next", "recurrent_state"))'
+    )
 
 
 class _Source:
@@ -194,7 +208,8 @@ class EntryAdditionHook(AdditionHook):
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if not self.runtime.active:
             self.runtime.refuse()
-        if getattr(module, "recurrent_mode", False):
+        carried = isinstance(self.key, tuple) and self.key[0] == "next"
+        if carried and in_recurrent_mode(module):
             raise SiteError(
                 f"steering {self.key!r} of {self.site!r} acts between the steps of a recurrent policy, which reads "
                 "whole trajectories in recurrent mode: call it step by step"

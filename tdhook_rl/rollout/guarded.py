@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import set_interaction_type
+from tensordict.nn import InteractionType, set_interaction_type
 from tensordict.nn.probabilistic import interaction_type
 from torch import nn
 
@@ -62,6 +62,7 @@ class Guarded:
         self._children: set[tuple[int, str]] = set()
         self._caller = Caller(self._name, lambda: workers_of(self.collector))
         self._closed = False
+        self._left_at: list[InteractionType | None] = []  # the exploration type when a call was left waiting
         self._note_workers()
 
     def __iter__(self) -> Iterator[TensorDictBase | None]:
@@ -108,6 +109,7 @@ class Guarded:
             return
         self._closed = True
         error = self._shut(timeout)
+        self._restore_exploration()
         if error is not None:
             raise error
 
@@ -140,9 +142,8 @@ class Guarded:
         try:
             return self._caller.call(what, function, self.timeout)
         except WorkerError:
+            self._left_at.append(exploration)
             self._give_up()
-            # It is one for all threads, and the one that still waits has set it for its rollout.
-            set_interaction_type(exploration).__enter__()
             raise
         except Exception as error:
             index = self._dead_actor(error)
@@ -153,6 +154,9 @@ class Guarded:
             raise WorkerError(
                 f"remote worker {index} of {self._name} died ({reason}); the collector cannot go on without it"
             ) from error
+        except BaseException:  # Ctrl-C, which leaves the waiting thread in the middle of a rollout
+            self._left_at.append(exploration)
+            raise
 
     def _runs_here(self) -> bool:
         """Whether nothing of the collector is in another process."""
@@ -220,6 +224,13 @@ class Guarded:
             self._closed = True
             end([*self._known.values(), *workers_of(self.collector)], self._children)
             self._shut(5.0)
+        self._restore_exploration()
+
+    def _restore_exploration(self) -> None:
+        """The exploration type is one for all threads; a thread that was left waiting has set it for its rollout."""
+        if self._left_at:
+            set_interaction_type(self._left_at[0]).__enter__()
+            self._left_at.clear()
 
     def _shut(self, timeout: float) -> BaseException | None:
         """Shut down in a bounded time; returns the collector's own error."""
