@@ -123,39 +123,51 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _experiment(options: argparse.Namespace) -> int:
+    import matplotlib  # noqa: F401  (without it the figures would fail after the work)
     import torch
     import torchrl
     from rich.console import Console
 
+    from tdhook_rl.errors import TdhookError
     from tdhook_rl.experiments import EXPERIMENTS, experiment, report
     from tdhook_rl.report import new_folder
+    from tdhook_rl.rollout import Interruptible
 
     torchrl.logger.setLevel("ERROR")
     torch.set_num_threads(1)
     console = Console()
     names = list(EXPERIMENTS) if options.name == "all" else [options.name]
-    chosen = {name: experiment(name) for name in names}  # an unknown name ends here, before there is a folder
+    chosen = {name: experiment(name) for name in names}
+    report.require_seed(options.seed, options.train)  # mistakes end before there is a folder
     folder = new_folder(options.out or Path("runs") / time.strftime(f"{options.name}-%Y%m%d-%H%M%S"))
     bar = _progress(console)
-    found = {}
+    interruptible = Interruptible()
+    found: dict[str, Any] = {}
+    stopped: BaseException | None = None
     try:
-        with bar:
+        with interruptible, bar:
             task = bar.add_task("starting", total=None)
 
-            def show(what: str, done: int, total: int) -> None:
+            def show(what: str, done: int = 0, total: int | None = None) -> None:
+                interruptible.check()
                 bar.update(task, description=what, completed=done, total=total)
 
             agents = report.agents(chosen.values(), options.seed, folder if options.train else None, show)
             for name, one in chosen.items():
-                bar.update(task, description=f"measuring  {name}")
+                show(f"measuring  {name}")
                 found[name] = one.measure(agents[one.agent])
-    except KeyboardInterrupt:
-        console.print(f"stopped; {folder} holds what was finished", soft_wrap=True)
-        return 130
-    page = report.write(found, options.seed, folder)
+    except (KeyboardInterrupt, TdhookError) as error:
+        stopped = error
     for name, findings in found.items():
         _print_table(console, chosen[name].title, report.COLUMNS, [check.row for check in findings.checks])
-    console.print(f"  {page}  the report: open it in a browser", highlight=False, soft_wrap=True)
+    if found:
+        page = report.write(found, options.seed, folder)
+        console.print(f"  {page}  the report: open it in a browser", highlight=False, soft_wrap=True)
+    if isinstance(stopped, KeyboardInterrupt):
+        console.print(f"stopped after {len(found)} of {len(chosen)} experiments", soft_wrap=True)
+        return 130
+    if stopped is not None:
+        raise stopped
     return 0 if all(findings.met for findings in found.values()) else 1
 
 

@@ -125,3 +125,16 @@ def test_the_command_refuses_what_it_cannot_do(tmp_path: Path, capsys) -> None:
     assert not (tmp_path / "a").exists()
     assert main(["experiment", "patching", "--seed", "9", "--out", str(tmp_path / "b")]) == 1
     assert "add --train" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (InputError("no such luck"), 1)])
+def test_the_command_keeps_what_was_finished(error: BaseException, code: int, tmp_path: Path, monkeypatch) -> None:
+    def fail(trained: object) -> Findings:
+        raise error
+
+    for name in list(EXPERIMENTS)[1:]:
+        monkeypatch.setitem(EXPERIMENTS, name, dataclasses.replace(EXPERIMENTS[name], measure=fail))
+    assert main(["experiment", "all", "--out", str(tmp_path / "found")]) == code
+    page = (tmp_path / "found" / "report.html").read_text()
+    assert page.count("<h2>") == 2  # one table, one figure

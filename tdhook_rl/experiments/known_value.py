@@ -36,7 +36,8 @@ def measure(trained: Trained) -> Findings:
     cosine = {name: _cosine(one["value"], truth) for name, one in found.items()}
     decides = {name: _mass(one["policy"], policy) for name, one in found.items()}
     slope = {name: one["gradient"].mean(0) for name, one in found.items()}
-    auc, random_auc = _deletion(trained.agent, states)
+    areas = {name: _deletion(agent, states) for name, agent in trained.networks.items()}
+    auc, random_auc = areas["trained"]
     chance = float(value.float().mean())
     checks = [
         Check("value: share of integrated gradients on the features that pay", mass["trained"], low=0.85,
@@ -52,8 +53,8 @@ def measure(trained: Trained) -> Findings:
               beside=f"chance {1 / 16:.2f}, untrained {decides['untrained']:.2f}"),
         Check("policy: share on features that matter for value alone", _mass(found["trained"]["policy"], value_only),
               high=0.08, beside=f"chance {2 / 16:.2f}"),
-        Check("deletion: area of the order by attribution minus random orders", auc - random_auc, low=0.25,
-              beside=f"{auc:.2f} and {random_auc:.2f}"),
+        Check("deletion (faithful to the network?): area by attribution minus by chance", auc - random_auc, low=0.25,
+              beside=f"{auc:.2f} and {random_auc:.2f}; untrained {areas['untrained'][0] - areas['untrained'][1]:.2f}"),
     ]  # fmt: skip
     means = {name: one["value"].abs().mean(0).tolist() for name, one in found.items()}
     return Findings(checks, {"truth": truth.abs().mean(0).tolist(), **means})

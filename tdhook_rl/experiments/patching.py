@@ -29,26 +29,26 @@ def measure(trained: Trained) -> Findings:
     outputs = {name: _logits(actor, one) for name, one in (("clean", clean), ("corrupt", corrupt))}
     full = {name: _patched(actor, path, clean, corrupt, None) for name, path in sites.items()}
     gap = max(float((logits - outputs["corrupt"]).abs().max()) for logits in full.values())
-    light, corner, random = {}, {}, {}
+    light, corner, random, size = {}, {}, {}, {}
     draws = torch.Generator().manual_seed(trained.seed)
     towards_b = torch.where(clean["concept", "paying_corner"] == 0, 1.0, -1.0)
     for name, path in sites.items():
         difference = _activations(actor, path, corrupt) - _activations(actor, path, clean)
         recovered = partial(_recovered, actor, path, clean, corrupt, outputs)
-        light[name] = recovered(difference.mean(0))
+        light[name], size[name] = recovered(difference.mean(0)), recovered(difference.mean(0), size=True)
         corner[name] = recovered((towards_b[:, None] * difference).mean(0))
         noise = torch.randn(CONTROLS, difference.shape[-1], generator=draws)
-        random[name] = [abs(recovered(one)) for one in noise]
+        random[name] = [recovered(one, size=True) for one in noise]
     mean_random = {name: sum(values) / CONTROLS for name, values in random.items()}
     share = len(clean) / len(CueCorners().paired_states(0)[0])
     checks = [
-        Check("largest change of a logit, all of a layer patched against the corrupted run", gap, high=0.0,
+        Check("all of a layer patched (exact): largest change of a logit against the corrupted run", gap, high=0.0,
               beside=f"at {', '.join(sites)}"),
         Check("fc2: share of the logit difference that the corner's direction recovers", corner["fc2"], low=0.9,
-              beside=f"the light's {light['fc2']:.2f}"),
-        Check("pre1: share that the light's direction recovers", light["pre1"], low=0.9,
-              beside=f"exact; the corner's {corner['pre1']:.2f}"),
-        Check("fc2: random directions, mean of 32", mean_random["fc2"], high=0.1,
+              beside=f"the light's {light['fc2']:.2f} ({size['fc2']:.2f} in size)"),
+        Check("pre1 (exact): share that the light's direction recovers", light["pre1"], low=0.9,
+              beside=f"the corner's {corner['pre1']:.2f}"),
+        Check("fc2: random directions, in size, mean of 32", mean_random["fc2"], high=0.1,
               beside=f"most {max(random['fc2']):.3f}"),
         Check("states in which the light decides", share, low=0.7),
     ]  # fmt: skip
@@ -108,8 +108,9 @@ def _recovered(
     corrupt: TensorDictBase,
     outputs: dict[str, Tensor],
     direction: Tensor,
+    size: bool = False,
 ) -> float:
-    """The median share of the change of logit difference between the two actions; 1 is the corrupted run."""
+    """The median share (or its size) of the change of logit difference between two actions; 1: the corrupted run."""
     actions = torch.stack([outputs["clean"].argmax(-1), outputs["corrupt"].argmax(-1)], -1)
 
     def difference(logits: Tensor) -> Tensor:
@@ -118,7 +119,8 @@ def _recovered(
 
     start, end = difference(outputs["clean"]), difference(outputs["corrupt"])
     reached = difference(_patched(actor, path, clean, corrupt, direction))
-    return float(((reached - start) / (end - start)).median())
+    share = (reached - start) / (end - start)
+    return float((share.abs() if size else share).median())
 
 
 EXPERIMENT = Experiment(

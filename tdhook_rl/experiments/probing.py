@@ -18,7 +18,7 @@ from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained
 from tdhook_rl.report import Figure
 from tdhook_rl.report.figures import learning_curves
 from tdhook_rl.rollout import GroupSplit, OnlineProbe
-from tdhook_rl.sweeps import SteeringVector, dose_response, first_episode
+from tdhook_rl.sweeps import DoseResponse, SteeringVector, dose_response, first_episode
 
 __all__ = ["EXPERIMENT"]
 
@@ -57,13 +57,14 @@ def measure(trained: Trained) -> Findings:
         Check("a coin of the episode: split by transitions minus by trajectories",
               coin["transitions"] - coin["trajectories"], low=0.2,
               beside=f"{coin['transitions']:.2f} and {coin['trajectories']:.2f}"),
-        Check("frames until the probe reaches 0.9, of those until the agent does", first["probe"] / first["behaviour"],
-              high=0.75, beside=f"{first['probe']:,} and {first['behaviour']:,}"),
-        *[Check(f"P(other goal) at alpha 1, mean-difference vector at {name}", value, high=0.12,
-                beside="goals move: no direction means a place") for name, value in steered.items()],
+        Check("frames until the probe reaches 0.9, of those until the agent does",
+              first["probe"] / max(first["behaviour"], 1.0), low=0.01, high=0.75,
+              beside=f"{first['probe']:,.0f} and {first['behaviour']:,.0f}"),
+        *[Check(f"P(other goal) at alpha 1, mean-difference vector at {name}", float(one.of_vector("other")[-1]),
+                high=0.12, beside=_beside(one)) for name, one in steered.items()],
         Check("saliency of the chosen logit, lights that matter over lights that do not", ratio["trained"], low=4.0,
               beside=f"untrained {ratio['untrained']:.2f}"),
-        Check("episodes that reach the goal that pays", curves["behaviour"][-1][1], low=0.9),
+        Check("episodes that reach the goal that pays, not steered", curves["behaviour"][-1][1], low=0.9),
     ]  # fmt: skip
     return Findings(checks, {"scores": scores, "curves": curves, "untrained": at["untrained"]})
 
@@ -89,8 +90,9 @@ def draw(findings: Findings, folder: Path) -> list[Figure]:
 
 def _states(seed: int) -> TensorDictBase:
     env = CueGrid(batch_size=[ENVS], seed=seed)
-    torch.manual_seed(seed)  # random actions are drawn from torch's generator
-    data = env.rollout(STEPS, break_when_any_done=False)
+    with torch.random.fork_rng(devices=[]):  # random actions are drawn from torch's generator
+        torch.manual_seed(seed)
+        data = env.rollout(STEPS, break_when_any_done=False)
     ended = data["next", "done"].squeeze(-1).long()
     earlier = torch.cat([torch.zeros_like(ended[:, :1]), ended[:, :-1]], 1).cumsum(1)
     data["episode"] = earlier + torch.arange(ENVS)[:, None] * (STEPS + 1)
@@ -138,28 +140,33 @@ def _curves(trained: Trained, states: TensorDictBase) -> dict[str, list[tuple[in
 
 def _success(agent: Agent, seed: int) -> float:
     env = CueGrid(batch_size=[EPISODES], seed=30_000 + seed)
-    torch.manual_seed(seed)
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         played = env.rollout(env.max_steps, agent.actor, break_when_any_done=False)
     return float(outcomes(played, first_episode(played))["cued"].float().mean())
 
 
-def _reaches(curve: list[tuple[int, float]], level: float) -> int:
-    """The frames at which a curve first reaches a level; past the last ones if it never does."""
-    return next((frames for frames, value in curve if value >= level), 2 * curve[-1][0])
+def _reaches(curve: list[tuple[int, float]], level: float) -> float:
+    """The frames at which a curve first reaches a level; NaN, which meets no expectation, where it does not."""
+    return next((float(frames) for frames, value in curve if value >= level), float("nan"))
 
 
-def _steered(trained: Trained, path: str, states: TensorDictBase) -> float:
-    """P(other goal) under the mean difference of goal A paying and goal B paying, away from the goal that pays."""
+def _steered(trained: Trained, path: str, states: TensorDictBase) -> DoseResponse:
+    """The mean difference of goal A paying and goal B paying, added away from the goal that pays."""
     env = CueGrid()
     before, after = env.paired("paying_goal", states=states)
     a, b = _swapped(before["concept", "paying_goal"] == 0, before.select("observation"), after.select("observation"))
     vector = SteeringVector.from_pairs(trained.agent.actor, path, a, b)
-    response = dose_response(
+    return dose_response(
         trained.agent.actor, env, vector, outcomes=outcomes, alphas=(0.0, 1.0), controls=8, episodes=EPISODES,
         sign=lambda start: 1.0 - 2.0 * (start["concept", "paying_goal"] == 0), max_steps=30, seed=40_000 + trained.seed,
     )  # fmt: skip
-    return float(response.of_vector("other")[-1])
+
+
+def _beside(response: DoseResponse) -> str:
+    other, won = response.of_vector("other"), response.of_vector("cued")
+    control = float(response.best_control("other")[-1])
+    return f"alpha 0: {other[0]:.3f}, best of 8 random {control:.3f}; P(goal that pays) {won[0]:.2f} to {won[-1]:.2f}"
 
 
 def _swapped(first: Tensor, before: TensorDictBase, after: TensorDictBase) -> tuple[TensorDictBase, TensorDictBase]:

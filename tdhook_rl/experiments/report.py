@@ -11,7 +11,7 @@ from tdhook_rl.experiments.checkpoints import SEEDS, load, make
 from tdhook_rl.experiments.findings import COLUMNS, Experiment, Findings, Trained
 from tdhook_rl.report import Figure, Table, write_report
 
-__all__ = ["COLUMNS", "agents", "write"]
+__all__ = ["COLUMNS", "agents", "require_seed", "write"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -30,10 +30,15 @@ def agents(
     Raises:
         InputError: for a seed that does not come with the package, if nothing is to be trained.
     """
-    if folder is None and seed not in SEEDS:
-        raise InputError(f"agents of seeds {SEEDS[0]} to {SEEDS[-1]} come trained, seed {seed} does not: add --train")
+    require_seed(seed, folder is not None)
     names = dict.fromkeys(experiment.agent for experiment in chosen)
     return {name: load(name, seed) if folder is None else make(name, seed, folder, progress) for name in names}
+
+
+def require_seed(seed: int, trains: bool) -> None:
+    """Raise an ``InputError`` for a seed that does not come with the package, if nothing is to be trained."""
+    if not trains and seed not in SEEDS:
+        raise InputError(f"agents of seeds {SEEDS[0]} to {SEEDS[-1]} come trained, seed {seed} does not: add --train")
 
 
 def write(found: Mapping[str, Findings], seed: int, folder: Path) -> Path:

@@ -42,7 +42,12 @@ def train(
     Returns:
         the agent, and the weights of its actor after each of ``recipe.snapshots`` frames.
     """
-    torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _trained(recipe, seed, progress)
+
+
+def _trained(recipe: Recipe, seed: int, progress: Progress) -> tuple[Agent, dict[int, dict[str, Tensor]]]:
     agent = recipe.agent()
     size = ENVS * recipe.steps
     loss = ClipPPOLoss(agent.actor, agent.critic, entropy_coeff=recipe.entropy, clip_epsilon=0.2)
