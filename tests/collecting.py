@@ -10,10 +10,12 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
+from torchrl.collectors import Collector
 
 from tdhook_rl import (
     ActivationCaching,
@@ -154,3 +156,15 @@ def check(data: TensorDictBase, versions: list[nn.Sequential], what: str, allowe
         found, wanted = rows[key], expected(rows, versions[index])[name]
         wrong += int((~torch.isclose(found, wanted, rtol=1e-3, atol=1e-5).all(-1)).sum())
     assert wrong <= allowed, f"{wrong} of {len(data)} rows of {what} are not what the network computes"
+
+
+def make_collector(policy: Any, *, batch_size: tuple[int, ...] = (2,), **options: Any) -> Collector:
+    """A collector of CueCorners in this process."""
+    options = {"frames_per_batch": 32, "total_frames": 128, "auto_register_policy_transforms": False} | options
+    return Collector(env_functions(1, batch_size)[0](), policy, **options)
+
+
+def check_all(learner: Learner, rows: TensorDictBase) -> None:
+    """Everything that a learner's policy wrote, and its steering."""
+    for what in ("steering", *RESULTS):
+        check(rows, learner.versions, what)

@@ -34,10 +34,6 @@ class Agent:
     actor: nn.Module
     critic: nn.Module
 
-    def parts(self, names: tuple[str, ...]) -> nn.ModuleDict:
-        """Some of the two, as one module whose weights can be saved."""
-        return nn.ModuleDict({name: getattr(self, name) for name in names})
-
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:

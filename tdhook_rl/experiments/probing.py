@@ -27,7 +27,6 @@ ENVS, STEPS = 128, 32
 #: The leakage of a wrong split is the larger, the fewer the episodes: measured in quarters of about 100 each.
 QUARTERS = 4
 EPISODES = 1024
-CONCEPTS = ("xor", "unneeded_xor", "unused_light", "control_label")
 SKILLED = 0.9
 
 
@@ -36,9 +35,13 @@ def measure(trained: Trained) -> Findings:
     sites = trained.recipe.sites
     fc2 = sites["fc2"]
     states = _states(20_000 + trained.seed)
-    scores = {name: _grid(agent, states, sites) for name, agent in trained.networks.items()}
-    at = {name: layers["fc2"] for name, layers in scores.items()}
-    seen = _seen(trained.agent, states, sites)
+    activations = {name: _seen(agent, states, {"fc2": fc2}) for name, agent in trained.networks.items()}
+    at = {
+        name: {concept: _accuracy(seen, ("cache", fc2), concept, "episode") for concept in ("xor", "unneeded_xor")}
+        for name, seen in activations.items()
+    }
+    seen = activations["trained"]
+    control = _accuracy(seen, ("cache", fc2), "control_label", "episode")
     coin = {
         split: _mean_accuracy(seen, ("cache", fc2), "episode_coin", grouping)
         for split, grouping in {"transitions": "row", "trajectories": "episode"}.items()
@@ -47,10 +50,11 @@ def measure(trained: Trained) -> Findings:
     first = {name: _reaches(curve, SKILLED) for name, curve in curves.items()}
     steered = {name: _steered(trained, path, states) for name, path in sites.items() if name in ("fc2", "fc3")}
     ratio = {name: _saliency_ratio(agent, states) for name, agent in trained.networks.items()}
-    observation = scores["trained"]["observation"]
+    observation = _accuracy(states, "observation", "xor", "episode")
     checks = [
         Check("probe of the needed XOR at fc2", at["trained"]["xor"], low=0.95,
-              beside=f"observation {observation['xor']:.2f}, untrained {at['untrained']['xor']:.2f}"),
+              beside=f"observation {observation:.2f}, untrained {at['untrained']['xor']:.2f}, "
+              f"random label {control:.2f}"),
         Check("probe of the XOR that is not needed", at["trained"]["unneeded_xor"], high=0.60,
               beside=f"untrained {at['untrained']['unneeded_xor']:.2f}"),
         Check("needed XOR, trained minus untrained", at["trained"]["xor"] - at["untrained"]["xor"], low=0.25),
@@ -66,7 +70,7 @@ def measure(trained: Trained) -> Findings:
               beside=f"untrained {ratio['untrained']:.2f}"),
         Check("episodes that reach the goal that pays, not steered", curves["behaviour"][-1][1], low=0.9),
     ]  # fmt: skip
-    return Findings(checks, {"scores": scores, "curves": curves, "untrained": at["untrained"]})
+    return Findings(checks, {"curves": curves, "untrained": at["untrained"]})
 
 
 def draw(findings: Findings, folder: Path) -> list[Figure]:
@@ -97,22 +101,12 @@ def _states(seed: int) -> TensorDictBase:
     earlier = torch.cat([torch.zeros_like(ended[:, :1]), ended[:, :-1]], 1).cumsum(1)
     data["episode"] = earlier + torch.arange(ENVS)[:, None] * (STEPS + 1)
     data["row"] = torch.arange(data.numel()).reshape(data.batch_size)
-    data["concept", "unused_light"] = data["concept", "bits"][..., 2]
     return data.select("observation", "concept", "elapsed", "episode", "row").reshape(-1)
 
 
 def _seen(agent: Agent, states: TensorDictBase, sites: Mapping[str, str]) -> TensorDictBase:
     with ActivationCaching(list(sites.values())).prepare(agent.actor) as hooked:
         return hooked.annotate(states)
-
-
-def _grid(agent: Agent, states: TensorDictBase, sites: Mapping[str, str]) -> dict[str, dict[str, float]]:
-    seen = _seen(agent, states, sites)
-    keys: dict[str, Any] = {"observation": "observation"} | {name: ("cache", path) for name, path in sites.items()}
-    return {
-        layer: {concept: _accuracy(seen, key, concept, "episode") for concept in CONCEPTS}
-        for layer, key in keys.items()
-    }
 
 
 def _accuracy(seen: TensorDictBase, features: Any, concept: str, grouping: str) -> float:
