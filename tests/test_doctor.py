@@ -7,6 +7,7 @@ import io
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from tdhook_rl import ActivationCaching, Compose, Saliency
+from tdhook_rl.attribution import SARFA
 from tdhook_rl.cli import main
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import CheckError
@@ -56,7 +58,11 @@ def test_a_healthy_set_up_is_all_ok_and_left_as_it_was() -> None:
 )
 def test_no_method_alarms_it(name: str) -> None:
     actor = make_actor()
-    with METHODS[name].make(CASE).prepare(actor) as policy:
+    method = METHODS[name].make(CASE)
+    if isinstance(method, SARFA):
+        # The features of the row's groups are seldom set here: their relevance is 0 throughout, or a rounding error.
+        method = replace(method, groups=None)
+    with method.prepare(actor) as policy:
         report = check(policy, env())
     assert report.ok, str(report)
     assert not report.of_level("warning"), str(report)
