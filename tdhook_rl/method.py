@@ -17,6 +17,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
 from tdhook_rl.batching import Traits
+from tdhook_rl.chains import is_chain, quicken_chains
 from tdhook_rl.classes import swap_class
 from tdhook_rl.collisions import check_collisions, check_known
 from tdhook_rl.errors import InputError, PreparationError, SiteError
@@ -24,6 +25,7 @@ from tdhook_rl.hooks import CaptureHook, InputCaptureHook, LeafHook, RowHook, Ru
 from tdhook_rl.module import HookedMixin
 from tdhook_rl.passes import Bound, ReplayMixin, draws, supports
 from tdhook_rl.paths import Site, find_sites
+from tdhook_rl.pooling import quicken_pooling
 from tdhook_rl.rows import note_intervention, survey
 from tdhook_rl.shared_pass import can_share
 from tdhook_rl.tying import Tie, replace_tensors, tied_clone
@@ -185,6 +187,9 @@ class HookingContext:
                 swap_class(child, WritingMixin)
         bound = [one for one in (method.bind(binder) for method in self._methods) if one is not None]
         binder.place_row_hooks()
+        # After the methods, whose rules may ask for the exact class of a module.
+        quicken_chains(clone, runtime)
+        quicken_pooling(clone)
         check_collisions(clone, bound, binder.reads)
         steps = [one for one in bound if (one.result_keys or getattr(one, "consumes", False)) and one.when == "step"]
         traits = Traits.of(clone)
@@ -194,6 +199,7 @@ class HookingContext:
             _hooked_steps=steps,
             _hooked_traits=traits,
             _hooked_shares=can_share(clone, traits),
+            _hooked_is_chain=is_chain(clone),
             _hooked_alone=[one for one in steps if getattr(one, "without_forward", False)],
             _hooked_reads=binder.reads,
             _hooked_overwrites=[key for key in clone.in_keys if key in list(clone.out_keys)],

@@ -28,7 +28,7 @@ from tdhook_rl.errors import InactiveError, MissingKeyError, TdhookError, TieErr
 from tdhook_rl.hooks import Runtime, vmap_level
 from tdhook_rl.passes import Bound, Call, observers, publish, run_root, stored_inputs
 from tdhook_rl.runs import HookedModuleRun
-from tdhook_rl.shared_pass import shared_pass, sharing
+from tdhook_rl.shared_pass import chain_pass, graph_pass, sharing
 from tdhook_rl.writing import write_tensors, writes_by_default
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class HookedMixin(_Policy):
     _hooked_steps: list[Bound]  # those that write at every forward
     _hooked_traits: Traits
     _hooked_shares: bool  # the forward itself may be explained, without a second pass
+    _hooked_is_chain: bool  # a chain computes all that the policy outputs
     _hooked_alone: list[Bound]  # those that can do without the policy's own inputs
     _hooked_reads: list[NestedKey]
     _hooked_overwrites: list[NestedKey]  # inputs that the policy writes over
@@ -194,8 +195,12 @@ class HookedMixin(_Policy):
         runtime.recording = True
         try:
             try:
-                if shared:
-                    with shared_pass(self, forward, data, shared) as (output, call):
+                if shared and self._hooked_is_chain:
+                    output, call = chain_pass(self, forward, data)
+                    runtime.recording = False
+                    results = self._compute(shared, call)
+                elif shared:
+                    with graph_pass(self, forward, data, shared) as (output, call):
                         runtime.recording = False
                         results = self._compute(shared, call)
                 else:

@@ -26,9 +26,10 @@ from tdhook_rl.batching import shallow
 from tdhook_rl.classes import Swapped
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.hooks import Runtime
-from tdhook_rl.writing import set_entries, set_tensor
+from tdhook_rl.writing import get_entry, set_entries, set_tensor
 
 if TYPE_CHECKING:
+    from tdhook_rl.chains import Record
     from tdhook_rl.module import HookedMixin
 
 __all__ = ["Bound", "Call", "Pass", "Replay", "ReplayMixin", "publish"]
@@ -174,8 +175,10 @@ class Call:
                 self.data.set(key, inputs[key])
         self.source = data if source is None else source  # what the policy was called with
         self.inputs = inputs
-        # The forward itself, where it can be explained without a second pass, and the leaves of its graph.
+        # The forward itself, where it can be explained without a second pass: with the leaves of its graph, or with
+        # what the policy's one chain recorded.
         self.shared: tuple[Pass, Mapping[NestedKey, Tensor]] | None = None
+        self.chain: tuple[Pass, Record] | None = None
         # The outputs of a replay of the call as it is, kept for a comparison with the stored ones.
         self.replayed: TensorDictBase | None = None
         self._forward = forward
@@ -284,7 +287,7 @@ def stored_inputs(
     """
     inputs = {}
     for key in policy.in_keys:
-        value = given[key] if given and key in given else data.get(key, None)
+        value = given[key] if given and key in given else get_entry(data, key)
         if value is None:
             hint = ". Name the module's inputs with prepare(module, in_keys=[...], out_keys=[...])"
             raise MissingKeyError(

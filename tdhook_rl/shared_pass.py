@@ -1,7 +1,8 @@
-"""The policy's own forward as the pass that is explained, where it records a graph anyway.
+"""The policy's own forward as the pass that is explained.
 
-A gradient is otherwise a second pass. Where the caller has gradients on and every parameter asks for one, the
-forward computes the same numbers whether or not its inputs are leaves of the graph: one pass then serves both.
+A gradient is otherwise a second pass. Two kinds of forward compute the same numbers whether or not they are explained:
+that of a chain, which a tape records in any grad mode; and that of other policies where the caller has gradients on
+and every parameter asks for one, so that a graph is recorded anyway, with or without the inputs as its leaves.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from tdhook_rl.batching import Traits
+from tdhook_rl.chains import Tape
 from tdhook_rl.hooks import vmap_level
 from tdhook_rl.passes import Bound, Call, Pass, Replay, draws, run_root, stored_inputs
-from tdhook_rl.writing import set_tensor
+from tdhook_rl.writing import get_entry, set_tensor
 
 if TYPE_CHECKING:
     from tdhook_rl.module import HookedMixin
 
-__all__ = ["can_share", "shared_pass", "sharing"]
+__all__ = ["can_share", "chain_pass", "graph_pass", "sharing"]
 
 
 def can_share(policy: nn.Module, traits: Traits) -> bool:
@@ -32,15 +34,12 @@ def can_share(policy: nn.Module, traits: Traits) -> bool:
 
 def sharing(policy: HookedMixin, steps: Sequence[Bound], data: TensorDictBase) -> list[Bound]:
     """The methods that can explain the forward about to run on ``data``, instead of a second pass."""
-    tie = policy._hooked_runtime.tie
     if (
-        tie is None
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
         or type(data) is not TensorDict
-        or not torch.is_grad_enabled()
         or torch.is_inference_mode_enabled()
         or vmap_level() >= 0
-        or not tie.asks_for_gradients()
+        or not (policy._hooked_is_chain or _records_a_graph(policy))
     ):
         return []
     own = policy.policy_out_keys
@@ -48,12 +47,35 @@ def sharing(policy: HookedMixin, steps: Sequence[Bound], data: TensorDictBase) -
         one
         for one in steps
         if getattr(one, "shares_forward", False)
-        and all(key not in own and _is_plain_float(data.get(key, None)) for key in one.declared)  # type: ignore[attr-defined]
+        and all(key not in own and _is_plain_float(get_entry(data, key)) for key in one.declared)  # type: ignore[attr-defined]
     ]
 
 
+def _records_a_graph(policy: HookedMixin) -> bool:
+    tie = policy._hooked_runtime.tie
+    return torch.is_grad_enabled() and tie is not None and tie.asks_for_gradients()
+
+
+def chain_pass(policy: HookedMixin, forward: Callable[..., Any], data: TensorDict) -> tuple[Any, Call]:
+    """Run a policy that is a chain, and record it; the output, and the call to explain."""
+    runtime = policy._hooked_runtime
+    inputs = stored_inputs(policy, data)
+    tape = Tape(list(inputs.values()), cut=False)
+    previous, runtime.tape = runtime.tape, tape
+    try:
+        output = run_root(policy, forward, (data,), {})
+    finally:
+        runtime.tape = previous
+    call = Call(policy, forward, output, inputs, data)
+    out_keys = policy.policy_out_keys
+    record = tape.only(get_entry(output, out_keys[0]))
+    if record is not None:  # else somebody has hooked a layer, or changed the output, since: a second pass explains it
+        call.chain = Pass(output, output, [], out_keys, {}), record
+    return output, call
+
+
 @contextmanager
-def shared_pass(
+def graph_pass(
     policy: HookedMixin, forward: Callable[..., Any], data: TensorDict, shared: Sequence[Any]
 ) -> Iterator[tuple[Any, Call]]:
     """Run the policy on ``data`` with its explained inputs as leaves; yields the output and the call to explain.

@@ -19,6 +19,7 @@ from torch import Tensor
 from tdhook_rl.errors import TargetError, nearest
 from tdhook_rl.hooks import Portable
 from tdhook_rl.passes import Pass, is_point, sample_keys
+from tdhook_rl.writing import get_entry
 
 __all__ = [
     "Target",
@@ -53,6 +54,11 @@ class Target:
 
     def __call__(self, run: Pass) -> Tensor:
         return per_row(self.function(run), run.outputs.batch_size, self.name)
+
+    def slope(self, run: Pass) -> Tensor | None:
+        """The derivative with respect to the one output of a network, where the target is linear in it, else None."""
+        function = getattr(getattr(self.function, "function", None), "slope", None)
+        return None if function is None else function(run)
 
 
 def taken_action_log_prob() -> Target:
@@ -92,7 +98,7 @@ def chosen_q(key: NestedKey = "action_value") -> Target:
 
 def output_sum() -> Target:
     """The sum of the module's floating-point outputs that depend on its inputs."""
-    return _own("output_sum", _output_sum)
+    return _own("output_sum", _OutputSum())
 
 
 def default_target(run: Pass) -> Target:
@@ -169,6 +175,10 @@ class _Entry:
     def __call__(self, run: Pass) -> Tensor:
         return _entry(run, self.key)[1]
 
+    def slope(self, run: Pass) -> Tensor | None:
+        key, value = _entry(run, self.key)
+        return torch.ones_like(value) if key in run.out_keys else None
+
 
 @dataclass(frozen=True)
 class _Indexed:
@@ -177,6 +187,17 @@ class _Indexed:
 
     def __call__(self, run: Pass) -> Tensor:
         _, logits = _values(run, self.key)
+        return self._of(logits)
+
+    def slope(self, run: Pass) -> Tensor | None:
+        key, logits = _entry(run, self.key)
+        if key not in run.out_keys:
+            return None
+        slope = torch.zeros_like(logits)
+        self._of(slope).fill_(1)
+        return slope
+
+    def _of(self, logits: Tensor) -> Tensor:
         if not -logits.shape[-1] <= self.index < logits.shape[-1]:
             raise TargetError(
                 f"logit({self.index}) was asked, but {self.key!r} has {logits.shape[-1]} entries in its last dimension"
@@ -192,6 +213,10 @@ class _Chosen:
         key, values = _values(run, self.key)
         return (values * one_hot_action(run, values, key)).sum(-1)
 
+    def slope(self, run: Pass) -> Tensor | None:
+        key, values = _entry(run, self.key)
+        return one_hot_action(run, values, key) if key in run.out_keys else None
+
 
 @dataclass(frozen=True)
 class _Margin:
@@ -203,19 +228,25 @@ class _Margin:
         return values[chosen].reshape(values.shape[:-1]) - values.masked_fill(chosen, -torch.inf).amax(-1)
 
 
-def _output_sum(run: Pass) -> Tensor:
-    batch = run.outputs.batch_size
-    terms = [
-        value.reshape(*batch, -1).sum(-1)
-        for value in (run.outputs.get(key, None) for key in run.out_keys)
-        if _explains(value)
-    ]
-    if not terms:
-        raise TargetError(
-            f"none of the outputs {run.out_keys} depends on the explained input through a gradient: "
-            "they are integers, detached or constant; give a target="
-        )
-    return torch.stack(terms).sum(0)
+@dataclass(frozen=True)
+class _OutputSum:
+    def __call__(self, run: Pass) -> Tensor:
+        batch = run.outputs.batch_size
+        return torch.stack([value.reshape(*batch, -1).sum(-1) for value in self._terms(run)]).sum(0)
+
+    def slope(self, run: Pass) -> Tensor | None:
+        terms = self._terms(run)
+        return torch.ones_like(terms[0]) if len(terms) == 1 else None
+
+    @staticmethod
+    def _terms(run: Pass) -> list[Tensor]:
+        terms = [value for value in (run.outputs.get(key, None) for key in run.out_keys) if _explains(value)]
+        if not terms:
+            raise TargetError(
+                f"none of the outputs {run.out_keys} depends on the explained input through a gradient: "
+                "they are integers, detached or constant; give a target="
+            )
+        return terms
 
 
 def _explains(value: Any) -> bool:
@@ -227,7 +258,7 @@ def _explains(value: Any) -> bool:
 
 def _entry(run: Pass, key: NestedKey) -> tuple[NestedKey, Tensor]:
     """An output and its key; a name also finds the only nested output that is called so."""
-    value = run.outputs.get(key, None)
+    value = get_entry(run.outputs, key)
     if value is None and isinstance(key, str):
         nested = [one for one in run.out_keys if isinstance(one, tuple) and one[-1] == key]
         if len(nested) == 1:

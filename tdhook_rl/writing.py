@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from tdhook_rl.classes import Swapped
 from tdhook_rl.errors import KeyCollisionError
 
-__all__ = ["WritingMixin", "require_room", "set_entries", "set_tensor", "write_tensors", "writes_by_default"]
+__all__ = [
+    "WritingMixin",
+    "get_entry",
+    "require_room",
+    "set_entries",
+    "set_tensor",
+    "write_tensors",
+    "writes_by_default",
+]
 
 
 def write_tensors(
@@ -62,6 +70,15 @@ def set_tensor(data: TensorDictBase, key: NestedKey, value: Tensor) -> None:
         data.set(key, value)
 
 
+def get_entry(data: TensorDictBase, key: NestedKey) -> Any:
+    """``data.get(key, None)``; a tensor at the top without the detour through nested keys."""
+    if type(key) is str and type(data) is TensorDict:
+        value = data._get_str(key, None)
+        if type(value) is Tensor:
+            return value
+    return data.get(key, None)
+
+
 def set_entries(data: TensorDictBase, entries: Mapping[tuple[str, ...], Tensor]) -> None:
     """Set entries; where their shape and device are right, without TensorDict's conversions and checks.
 
@@ -75,21 +92,20 @@ def set_entries(data: TensorDictBase, entries: Mapping[tuple[str, ...], Tensor])
     dims = len(batch)
     nodes: dict[str, TensorDictBase] = {}
     for key, value in entries.items():
-        fits = type(value) is Tensor and value.shape[:dims] == batch and device in (None, value.device)
-        if not fits or (len(key) > 1 and not _may_hold(data, key[0])):
-            if len(key) > 1 and _may_hold(data, key[0]):
-                _node(data, key[0])
-            data.set(key, value)
-        elif len(key) == 1:
-            data._set_str(key[0], value, inplace=False, validated=True)
-        else:
+        node = None
+        if len(key) > 1:
             node = nodes.get(key[0])
-            if node is None:
+            if node is None and _may_hold(data, key[0]):
                 node = nodes[key[0]] = _node(data, key[0])
-            if len(key) == 2 and type(node) is TensorDict:
-                node._set_str(key[1], value, inplace=False, validated=True)
-            else:
-                node.set(key[1:], value)
+        fits = type(value) is Tensor and value.shape[:dims] == batch and (device is None or device == value.device)
+        if not fits or (len(key) > 1 and node is None):
+            data.set(key, value)
+        elif node is None:
+            data._set_str(key[0], value, inplace=False, validated=True)
+        elif len(key) == 2 and type(node) is TensorDict:
+            node._set_str(key[1], value, inplace=False, validated=True)
+        else:
+            node.set(key[1:], value)
 
 
 def _may_hold(data: TensorDict, root: str) -> bool:
@@ -99,8 +115,10 @@ def _may_hold(data: TensorDict, root: str) -> bool:
         KeyCollisionError: if it holds no entries at all.
     """
     found = data._get_str(root, None)
+    if found is None or type(found) is TensorDict:
+        return True
     require_room(found, root)
-    return found is None or isinstance(found, TensorDictBase)
+    return isinstance(found, TensorDictBase)
 
 
 def require_room(found: Any, root: str) -> None:

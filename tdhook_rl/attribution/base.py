@@ -225,6 +225,9 @@ class _Default:
     def __call__(self, run: Pass) -> Tensor:
         return default_target(run)(run)
 
+    def slope(self, run: Pass) -> Tensor | None:
+        return default_target(run).slope(run)
+
 
 class _InitTargets:
     """The callbacks of the seed as one function from a replay to one number for each row."""

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -14,7 +13,9 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.batching import in_recurrent_mode
+from tdhook_rl.attribution.chain_gradients import as_it_was, chain_gradient, no_path, replayed_chain
+from tdhook_rl.attribution.undefined import blank, defined_rows, surely_finite
+from tdhook_rl.chains import Record, Tape
 from tdhook_rl.errors import InputError, SiteError, TargetError, nearest
 from tdhook_rl.hooks import Runtime, vmap_level
 from tdhook_rl.passes import Call, Pass
@@ -78,13 +79,18 @@ def gradients(
         TargetError: if no gradient reaches a target.
         SiteError: if an explained module does not run.
     """
+    if call.chain is not None and inputs:
+        return _of_chain(call, call.chain, inputs, targets, weights), {}
     if call.shared is not None:
         run, points = call.shared
-        return _backward(call, run, {key: points[key] for key in inputs}, leaves, sites, targets, weights, keep=True)
+        primals = {key: points[key] for key in inputs}
+        return _backward(call, run, primals, None, leaves, sites, targets, weights, keep=True)
     if torch.compiler.is_compiling():
         return _functional(call, inputs, leaves, sites, targets, stored, weights)
     functional = torch.is_inference_mode_enabled() or vmap_level() >= 0
     replay = _functional if functional else _recorded
+    if call.policy._hooked_is_chain and inputs and not functional and not leaves:
+        replay = _replayed_chain
     for _ in range(ATTEMPTS - 1):
         try:
             return replay(call, inputs, leaves, sites, targets, stored, weights)
@@ -107,44 +113,72 @@ def _recorded(
     given = {slot: None if value is None else value.detach().requires_grad_() for slot, value in leaves.items()}
     with torch.enable_grad(), _leaves(runtime, given):
         primals = {key: value.detach().requires_grad_() for key, value in inputs.items()}
-        as_it_was = (
-            stored is None
-            and all(value is None for value in leaves.values())
-            and all(value.data_ptr() == call.inputs[key].data_ptr() for key, value in inputs.items())
-        )
-        run = call.replay(primals, stored, as_it_was=as_it_was)
-        return _backward(call, run, primals, leaves, sites, targets, weights, keep=False)
+        same = all(value is None for value in leaves.values()) and as_it_was(call, inputs, stored)
+        tape = Tape(list(primals.values()), cut=True)
+        with tape.recording(runtime):
+            run = call.replay(primals, stored, as_it_was=same)
+        return _backward(call, run, primals, tape, leaves, sites, targets, weights, keep=False)
+
+
+def _replayed_chain(
+    call: Call,
+    inputs: Mapping[NestedKey, Tensor],
+    leaves: Mapping[str, Tensor | None],
+    sites: Mapping[str, str],
+    targets: Sequence[Scalar],
+    stored: TensorDictBase | None,
+    weights: Tensor | None,
+) -> tuple[list[Gradients], dict[str, Tensor]]:
+    chain = replayed_chain(call, inputs, stored)
+    if chain is None:
+        return _recorded(call, inputs, leaves, sites, targets, stored, weights)
+    return _of_chain(call, chain, inputs, targets, weights), {}
+
+
+def _of_chain(
+    call: Call,
+    chain: tuple[Pass, Record],
+    inputs: Mapping[NestedKey, Tensor],
+    targets: Sequence[Scalar],
+    weights: Tensor | None,
+) -> list[Gradients]:
+    (key,) = inputs
+    return [({key: chain_gradient(call, chain, key, target, weights)}, {}) for target in targets]
 
 
 def _backward(
     call: Call,
     run: Pass,
     primals: Mapping[NestedKey, Tensor],
+    tape: Tape | None,
     leaves: Mapping[str, Tensor | None],
     sites: Mapping[str, str],
     targets: Sequence[Scalar],
     weights: Tensor | None,
     keep: bool,
 ) -> tuple[list[Gradients], dict[str, Tensor]]:
-    """Differentiate the targets of a pass; ``keep`` its graph for the caller."""
+    """Differentiate the targets of a pass; ``keep`` its graph for the caller. The tape has the chains in it."""
     runtime = call.policy._hooked_runtime
     values = [target(run) for target in targets]
     _require_fired(runtime, leaves, sites)
     inner = {slot: runtime.slots[slot] for slot in leaves}
     points = [*primals.values(), *inner.values()]
+    cuts = [] if tape is None else [record.output for record in tape.records]
     found = []
     for index, (target, value) in enumerate(zip(targets, values, strict=True)):
         if not value.requires_grad:
-            raise TargetError(_no_path(target))
-        reached: Tensor | None = value.detach()
-        if _surely_finite(reached):  # looked at while it is in the processor's cache
-            reached = None
-        outer = torch.ones_like(value) if weights is None else weights.to(value.dtype)
+            raise TargetError(no_path(target))
+        total = value.sum()
+        finite = surely_finite(total)
+        explained, outer = (total, None) if weights is None else (value, weights.to(value.dtype))
         more = keep or index + 1 < len(values)
-        one = torch.autograd.grad(value, points, outer, allow_unused=True, retain_graph=more)
-        if all(gradient is None for gradient in one):
-            raise TargetError(_no_path(target))
-        found.append(_split(one, points, primals, inner, None if reached is None else _defined(call, reached)))
+        reached = torch.autograd.grad(explained, [*points, *cuts], outer, allow_unused=True, retain_graph=more)
+        if all(gradient is None for gradient in reached):
+            raise TargetError(no_path(target))
+        one: Sequence[Tensor | None] = reached[: len(points)]
+        if tape is not None and cuts:
+            one = [tape.pull(*both, reached[len(points) :]) for both in zip(points, one, strict=True)]
+        found.append(_split(one, points, primals, inner, None if finite else defined_rows(call, value.detach())))
     return found, {slot: value.detach() for slot, value in inner.items()}
 
 
@@ -187,11 +221,11 @@ def _functional(
             with _leaves(runtime, placed, added):
                 value = target(call.replay(chosen, stored))
             if not torch.compiler.is_compiling() and not value.requires_grad:
-                raise TargetError(_no_path(target))
+                raise TargetError(no_path(target))
             return (value if weights is None else value * weights.to(value.dtype)).sum(), value
 
         one, reached = torch.func.grad(total, argnums=tuple(range(len(points))), has_aux=True)(*points)
-        found.append(_split(one, points, inputs, inner, _defined(call, reached)))
+        found.append(_split(one, points, inputs, inner, defined_rows(call, reached)))
     return found, {slot: value.detach() for slot, value in inner.items()}
 
 
@@ -208,36 +242,9 @@ def _split(
     ]
     if defined is not None:
         filled = [
-            value if gradient is None else _where(defined, value) for value, gradient in zip(filled, one, strict=True)
+            value if gradient is None else blank(defined, value) for value, gradient in zip(filled, one, strict=True)
         ]
     return dict(zip(inputs, filled, strict=False)), dict(zip(inner, filled[len(inputs) :], strict=True))
-
-
-def _defined(call: Call, reached: Tensor) -> Tensor:
-    """The rows whose target is finite; in recurrent mode those from whose step on it is, up to the trajectory's end."""
-    defined = torch.isfinite(reached)
-    policy = call.policy
-    if not policy._hooked_traits.recurrent or not in_recurrent_mode(policy) or defined.shape != call.batch_size:
-        return defined
-    starts = call.data.get("is_init", torch.zeros_like(defined)).reshape(defined.shape)
-    steps = list(defined.unbind(-1))
-    for step in range(len(steps) - 2, -1, -1):
-        steps[step] = steps[step] & (steps[step + 1] | starts[..., step + 1])
-    return torch.stack(steps, -1)
-
-
-def _surely_finite(value: Tensor) -> bool:
-    """Whether the sum says so, which costs a tenth of looking at each entry; other devices would be waited for."""
-    return value.device.type == "cpu" and math.isfinite(value.sum().item())
-
-
-def _where(defined: Tensor, gradient: Tensor) -> Tensor:
-    """NaN in the rows whose target is NaN or infinite: a number there would say something that is not so."""
-    if gradient.shape[: defined.ndim] != defined.shape:
-        if not gradient.ndim or gradient.shape[0] != defined.numel():
-            return gradient
-        defined = defined.reshape(-1)  # convolutional nets flatten the leading dimensions
-    return torch.where(defined.reshape(*defined.shape, *(1,) * (gradient.ndim - defined.ndim)), gradient, torch.nan)
 
 
 @contextmanager
@@ -257,13 +264,6 @@ def _require_fired(runtime: Runtime, leaves: Mapping[str, Tensor | None], sites:
     for slot in leaves:
         if slot not in runtime.slots:
             raise SiteError(f"the module {sites[slot]!r} did not run, so its activation cannot be explained")
-
-
-def _no_path(target: Scalar) -> str:
-    return (
-        f"no gradient reaches the target {getattr(target, 'name', target)!s} from the explained inputs: the policy "
-        "detaches, rounds or samples on the way (an action has no gradient; its log-probability has)"
-    )
 
 
 def _require_same_outputs(call: Call, key: NestedKey, floats: Tensor) -> None:

@@ -1,0 +1,40 @@
+"""Rows that have no attribution: those whose target is NaN or infinite."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tdhook_rl.batching import in_recurrent_mode
+from tdhook_rl.passes import Call
+
+__all__ = ["blank", "defined_rows", "surely_finite"]
+
+
+def defined_rows(call: Call, reached: Tensor) -> Tensor:
+    """The rows whose target is finite; in recurrent mode those from whose step on it is, up to the trajectory's end."""
+    defined = torch.isfinite(reached)
+    policy = call.policy
+    if not policy._hooked_traits.recurrent or not in_recurrent_mode(policy) or defined.shape != call.batch_size:
+        return defined
+    starts = call.data.get("is_init", torch.zeros_like(defined)).reshape(defined.shape)
+    steps = list(defined.unbind(-1))
+    for step in range(len(steps) - 2, -1, -1):
+        steps[step] = steps[step] & (steps[step + 1] | starts[..., step + 1])
+    return torch.stack(steps, -1)
+
+
+def surely_finite(value: Tensor) -> bool:
+    """Whether the sum says so, which costs a tenth of looking at each entry; other devices would be waited for."""
+    return value.device.type == "cpu" and math.isfinite((value.sum() if value.ndim else value).item())
+
+
+def blank(defined: Tensor, gradient: Tensor) -> Tensor:
+    """NaN in the rows whose target is NaN or infinite: a number there would say something that is not so."""
+    if gradient.shape[: defined.ndim] != defined.shape:
+        if not gradient.ndim or gradient.shape[0] != defined.numel():
+            return gradient
+        defined = defined.reshape(-1)  # convolutional nets flatten the leading dimensions
+    return torch.where(defined.reshape(*defined.shape, *(1,) * (gradient.ndim - defined.ndim)), gradient, torch.nan)
