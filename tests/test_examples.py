@@ -9,10 +9,8 @@ import torch
 from tensordict import TensorDict
 
 from tdhook_rl import LinearProbe, Saliency, targets
-from tdhook_rl.errors import ArtifactError, InputError
 from tdhook_rl.examples import replay_buffer, steer_at_eval, train_ppo
-from tdhook_rl.examples.agent import make_actor, make_trained_actor
-from tdhook_rl.replay import analyze
+from tdhook_rl.examples.agent import make_trained_actor
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +42,6 @@ def test_replay_buffer(actor, tmp_path: Path) -> None:
     with Saliency(target=targets.chosen_logit()).prepare(actor) as policy:
         expected = policy.annotate(buffer[1020:1030])["attr", "observation"]  # across the end of a batch
     torch.testing.assert_close(again["attr", "observation"][1020:1030], expected)
-
-
-def test_results_of_another_run_and_empty_buffers_are_refused(tmp_path: Path) -> None:
-    from torchrl.data import LazyTensorStorage, ReplayBuffer
-
-    (tmp_path / "x").touch()
-    buffer = ReplayBuffer(storage=LazyTensorStorage(8))
-    with Saliency().prepare(make_actor()) as policy:
-        with pytest.raises(ArtifactError, match="not empty"):
-            analyze(policy, buffer, tmp_path)
-        with pytest.raises(InputError, match="buffer is empty"):
-            analyze(policy, buffer, tmp_path / "new")
 
 
 def test_steer_at_eval(actor, tmp_path: Path) -> None:

@@ -1,61 +1,163 @@
-"""A replay buffer, offline: read it in storage order, keep the results beside it."""
+"""Every row of a replay buffer annotated; the results are kept beside it and an interrupted analysis goes on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
 from torchrl.data import ReplayBuffer
 
+from tdhook_rl.annotation import OnMismatch
 from tdhook_rl.errors import ArtifactError, InputError
+from tdhook_rl.replay.reading import entries, in_order, read
+from tdhook_rl.replay.results import Results
 
-__all__ = ["analyze", "in_order"]
+__all__ = ["analyze"]
 
+#: Entries that are computed again before an analysis goes on, and how far they may differ.
+CHECKED = 32
+RELATIVE, OF_LARGEST = 1e-3, 1e-4
 
-def in_order(buffer: ReplayBuffer, batch_size: int = 1024) -> Iterator[tuple[int, TensorDictBase]]:
-    """Batches of a buffer in storage order, each with the index of its first row; the last may be smaller.
-
-    Raises:
-        InputError: if the buffer is empty.
-    """
-    size = len(buffer)
-    if size == 0:
-        raise InputError("the replay buffer is empty")
-    for start in range(0, size, batch_size):
-        yield start, buffer.storage.get(torch.arange(start, min(start + batch_size, size)))
+Progress = Callable[[int, int], None]
 
 
-def analyze(hooked: Any, buffer: ReplayBuffer, folder: str | Path, *, batch_size: int = 1024) -> TensorDict:
+def analyze(
+    hooked: Any,
+    buffer: ReplayBuffer,
+    folder: str | Path,
+    *,
+    batch_size: int = 1024,
+    on_mismatch: OnMismatch = "warn",
+    progress: Progress | None = None,
+) -> TensorDict:
     """Annotate every row of a buffer and keep the results in memory-mapped files beside it.
+
+    Called again with the folder of an analysis that was interrupted, by Ctrl-C or by a machine, it goes on from the
+    entry after the last that was written; of one that is finished, it returns the results. In both cases some of the
+    stored entries are computed again first, so that results of other weights, methods or data are never mixed.
 
     Args:
         hooked: a hooked policy; its configured methods are computed.
-        buffer: any TorchRL buffer; it is only read.
-        folder: where the results go; a new or empty folder.
+        buffer: any TorchRL buffer of TensorDicts; it is only read, in storage order, as its ``sample`` gives rows.
+        folder: where the results go: a new or empty folder, or that of an analysis to go on with.
         batch_size: rows read at once.
+        on_mismatch: as of ``annotate``: what to do where the stored outputs are not what the policy computes now.
+        progress: called with the entries that are done, and all, before the first batch and after each.
 
     Returns:
-        a memory-mapped TensorDict of the result keys, row ``i`` for storage row ``i``; read it again with
-        ``TensorDict.load_memmap(folder)``.
+        a memory-mapped TensorDict of the result keys, entry ``i`` for storage entry ``i``; read it again with
+        :func:`load_results`.
 
     Raises:
-        ArtifactError: if the folder is not empty or cannot be written.
-        InputError: if the buffer is empty.
+        ArtifactError: if the folder holds something else, cannot be written, or was written by another analysis.
+        InputError: if the buffer is empty, an ensemble, or does not hold TensorDicts.
+
+    Example:
+        >>> import tempfile
+        >>> from torchrl.data import LazyTensorStorage
+        >>> from tdhook_rl import Saliency
+        >>> from tdhook_rl.envs import CueCorners
+        >>> from tdhook_rl.examples.agent import make_actor
+        >>> actor, buffer = make_actor(), ReplayBuffer(storage=LazyTensorStorage(100))
+        >>> data = CueCorners(batch_size=[5]).rollout(20, actor, break_when_any_done=False)
+        >>> _ = buffer.extend(data.reshape(-1).detach())
+        >>> with tempfile.TemporaryDirectory() as folder, Saliency().prepare(actor) as policy:
+        ...     analyze(policy, buffer, folder)["attr", "observation"].shape
+        torch.Size([100, 90])
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ArtifactError(f"{folder} is not empty: results of another run are not overwritten; name a new folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {folder}: {error.strerror or error}") from error
-    results: TensorDict | None = None
-    for start, batch in in_order(buffer, batch_size):
-        found = hooked.annotate(batch).select(*hooked.result_keys)
+    size, _ = entries(buffer)
+    results = Results.find(folder)
+    if results is not None:
+        _require_same(results, hooked, buffer, size)
+    done = 0 if results is None else results.page.done
+    if progress is not None:
+        progress(done, size)
+    for first, batch in in_order(buffer, batch_size, start=done):
+        found = _results_of(hooked, batch, on_mismatch)
         if results is None:
-            results = found[0].expand(len(buffer)).memmap_like(folder)
-        results[start : start + len(found)] = found
-    return results
+            results = Results.create(folder, found, size, _facts(hooked))
+        results.write(first, found)
+        if progress is not None:
+            progress(first + len(found), size)
+    assert results is not None  # there is at least one entry
+    return results.data
+
+
+def _results_of(hooked: Any, batch: TensorDictBase, on_mismatch: OnMismatch) -> TensorDictBase:
+    """What annotate gives; some methods show only what happens while the policy acts.
+
+    Raises:
+        InputError: if that is all that is configured.
+    """
+    found = hooked.annotate(batch, on_mismatch=on_mismatch).select(*hooked.result_keys, strict=False)
+    if found.is_empty():
+        raise InputError(
+            f"the hooked policy computes nothing offline (its results are {hooked.result_keys}): prepare it with a "
+            "method that observes, such as ActivationCaching or Saliency"
+        )
+    return found
+
+
+def _facts(hooked: Any) -> dict[str, Any]:
+    return {
+        "policy": type(hooked)._base.__name__,
+        "parameters": sum(parameter.numel() for parameter in hooked.parameters()),
+    }
+
+
+def _require_same(results: Results, hooked: Any, buffer: ReplayBuffer, size: int) -> None:
+    """Raise :class:`ArtifactError` if this policy, these methods and this buffer did not give what is stored."""
+    folder, page = results.folder, results.page
+    if page.entries != size:
+        raise ArtifactError(
+            f"the analysis in {folder} is of a buffer of {page.entries} entries, and this one has {size}: name a new "
+            "folder"
+        )
+    if page.done == 0:
+        return
+    index = torch.linspace(0, page.done - 1, min(CHECKED, page.done)).round().long().unique()
+    found = _results_of(hooked, read(buffer, index), "ignore")
+    known = {tuple(entry["key"]) for entry in page.keys}
+    asked = {key if isinstance(key, tuple) else (key,) for key in found.keys(True, True)}
+    if known != asked:
+        raise ArtifactError(
+            f"the analysis in {folder} holds {_listed(known - asked)}, and this one computes {_listed(asked - known)}: "
+            "name a new folder"
+        )
+    for key in sorted(known):
+        if key[0] == "computed":
+            continue
+        rows = _both(found, results.data[index], key)
+        if not _near(found.get(key)[rows], results.data.get(key)[index][rows]):
+            raise ArtifactError(
+                f"{key!r} in {folder} is not what this policy computes now: its weights, its methods or the buffer "
+                "have changed since; name a new folder"
+            )
+
+
+def _both(found: TensorDictBase, stored: TensorDictBase, key: tuple[str, ...]) -> Tensor:
+    """The rows that both have: a schedule may choose others each time."""
+    masks = [one.get(("computed", key[0]), None) for one in (found, stored)]
+    rows = torch.ones(found.batch_size, dtype=torch.bool)
+    for mask in masks:
+        rows = rows if mask is None else rows & mask.cpu()
+    return rows
+
+
+def _near(found: Tensor, stored: Tensor) -> bool:
+    found, stored = found.cpu(), stored.cpu()
+    if found.shape != stored.shape or found.dtype != stored.dtype:
+        return False
+    if not found.is_floating_point():
+        return torch.equal(found, stored)
+    largest = float(stored.abs().nan_to_num(0.0, 0.0, 0.0).max()) if stored.numel() else 0.0
+    return torch.allclose(found, stored, rtol=RELATIVE, atol=OF_LARGEST * largest, equal_nan=True)
+
+
+def _listed(keys: set[tuple[str, ...]]) -> str:
+    return ", ".join(map(repr, sorted(keys))) or "nothing else"
