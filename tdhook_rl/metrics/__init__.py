@@ -1,9 +1,10 @@
-"""How far an attribution can be trusted: scores of faithfulness, robustness, randomisation and localisation."""
+"""How far an attribution can be trusted (faithfulness, robustness, randomisation, localisation); a layer's health."""
 
 from tdhook_rl.metrics.completeness import completeness_gap
 from tdhook_rl.metrics.deletion import DeletionInsertion, deletion_insertion
 from tdhook_rl.metrics.infidelity import InfidelityMetric
 from tdhook_rl.metrics.localisation import pointing_game, relevance_mass
+from tdhook_rl.metrics.plasticity import action_churn, dormant_units, effective_rank, entropy_rank
 from tdhook_rl.metrics.randomisation import cascading_randomisation
 from tdhook_rl.metrics.scoring import ScoreDirection
 from tdhook_rl.metrics.sensitivity import SensitivityMetric
@@ -13,9 +14,13 @@ __all__ = [
     "InfidelityMetric",
     "ScoreDirection",
     "SensitivityMetric",
+    "action_churn",
     "cascading_randomisation",
     "completeness_gap",
     "deletion_insertion",
+    "dormant_units",
+    "effective_rank",
+    "entropy_rank",
     "pointing_game",
     "relevance_mass",
 ]

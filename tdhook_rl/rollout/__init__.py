@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from tdhook_rl.rollout.diagnostics import NetworkDiagnostics
 from tdhook_rl.rollout.guarded import Guarded
 from tdhook_rl.rollout.interrupts import Interruptible, ignore_interrupts
 from tdhook_rl.rollout.live_controls import set_controls
@@ -33,6 +34,7 @@ __all__ = [
     "GroupSplit",
     "Guarded",
     "Interruptible",
+    "NetworkDiagnostics",
     "OnlineProbe",
     "Report",
     "check",

@@ -1,0 +1,172 @@
+"""The health of a network while it trains: the same states, looked at again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from tdhook_rl.batching import GeneratorState
+from tdhook_rl.errors import InputError, MissingKeyError, nearest
+from tdhook_rl.latent.activation_caching import ActivationCaching
+from tdhook_rl.latent.representation_similarity import CkaEstimator
+from tdhook_rl.metrics.plasticity import action_churn, dormant_units, effective_rank, entropy_rank
+
+__all__ = ["NetworkDiagnostics"]
+
+
+class NetworkDiagnostics:
+    """Dormant units, ranks, drift and churn of a policy or value network, on a fixed set of states.
+
+    What a network does in the states of the day changes with the states; so it is asked about the same ones at each
+    :meth:`update`, in one forward pass without exploration, in eval mode, which moves no random generator. The network
+    itself is not touched: a hooked copy over the same weights is run.
+
+    Args:
+        policy: the network, a TensorDict module; not a hooked one.
+        sites: the layers to look at: paths or patterns, as of :class:`ActivationCaching`. Layers after their activation
+            are meant (a unit before its ReLU is seldom dormant).
+        states: the states to look at, of any batch shape; by default those of the first batch that :meth:`update` is
+            given.
+        rows: how many states are kept, evenly spread over what was given.
+        tau: see :func:`tdhook_rl.metrics.dormant_units`.
+        delta: see :func:`tdhook_rl.metrics.effective_rank`.
+        action_key: the key of the action, for churn; networks that have none have no churn.
+
+    Attributes:
+        states: the states that are looked at, one batch dimension; ``None`` before the first update.
+        last: what the last update returned.
+
+    Raises:
+        SiteError: if a path names no module.
+        InputError: for ``rows`` below 1.
+
+    Example:
+        >>> from tdhook_rl.envs import CueCorners
+        >>> from tdhook_rl.examples.agent import make_actor
+        >>> actor = make_actor()
+        >>> diagnostics = NetworkDiagnostics(actor, sites=["module.0.module.3"])
+        >>> found = diagnostics.update(CueCorners(batch_size=[8]).rollout(20, actor, break_when_any_done=False))
+        >>> sorted(found)[:3]
+        ['cka_first/module.0.module.3', 'dead/module.0.module.3', 'dormant/module.0.module.3']
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        *,
+        sites: Sequence[str],
+        states: TensorDictBase | None = None,
+        rows: int = 512,
+        tau: float = 0.025,
+        delta: float = 0.01,
+        action_key: str | tuple[str, ...] = "action",
+    ) -> None:
+        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+            raise InputError(f"rows= is a positive integer, got {rows!r}")
+        pattern = [sites] if isinstance(sites, str) else list(sites)
+        self._hooked = ActivationCaching(pattern).prepare(policy, return_context=False)
+        for child in self._hooked.modules():
+            child.training = False  # dropout would count as churn
+        self._sites = [key[-1] for key in self._hooked.result_keys if key[0] == "cache"]
+        self.rows, self.tau, self.delta = rows, tau, delta
+        self._action_key = action_key
+        self._first: dict[str, Tensor] = {}
+        self._actions: Tensor | None = None
+        self.states: TensorDict | None = None
+        self.last: dict[str, float] = {}
+        if states is not None:
+            self._keep(states)
+
+    def update(self, data: TensorDictBase | None = None) -> dict[str, float]:
+        """Look at the network as it is now.
+
+        Args:
+            data: a batch to take the states from at the first update, if none were given; not read afterwards.
+
+        Returns:
+            for each site ``dormant/`` and ``dead/`` (the shares of its units that hardly or never act),
+            ``effective_rank/``, ``entropy_rank/``, ``norm/`` (mean Euclidean norm of the features) and ``cka_first/``
+            (linear CKA with the first update: 1 where nothing has moved); ``churn`` (the share of states whose greedy
+            action has changed since the last update; NaN at the first) and ``states``, how many were looked at.
+            Where an activation is NaN or infinite, its site has NaN, and ``nonfinite/`` is the share of such rows.
+
+        Raises:
+            InputError: at a first update without states, or for an empty batch.
+            InactiveError: if the network is gone.
+            MissingKeyError: if the states lack an input of the network.
+        """
+        if self.states is None:
+            if data is None:
+                raise InputError("the first update needs a batch to take states from, or give states= beforehand")
+            self._keep(data)
+        outputs = self._run()
+        found: dict[str, float] = {}
+        for site in self._sites:
+            found |= self._look(site, outputs.get(("cache", site)))
+        actions = outputs.get(self._action_key, None)
+        if isinstance(actions, Tensor):
+            found["churn"] = float("nan") if self._actions is None else action_churn(self._actions, actions)
+            self._actions = actions.clone()
+        self.last = found | {"states": float(len(outputs))}
+        return self.last
+
+    def stats(self) -> dict[str, float]:
+        """The last findings, as TorchRL's ``LoggerMonitor`` asks for them."""
+        return dict(self.last)
+
+    def _keep(self, data: TensorDictBase) -> None:
+        keys = self._hooked.policy_in_keys
+        for key in keys:
+            if data.get(key, None) is None:
+                raise MissingKeyError(
+                    f"the network reads {key!r}, which the states lack; {nearest(str(key), map(str, data.keys(True)))}"
+                )
+        if not data.batch_size.numel():
+            raise InputError(f"there are no states to look at: the batch has shape {tuple(data.batch_size)}")
+        real = data.get(("collector", "mask"), None)
+        chosen = data.select(*keys).reshape(-1)
+        if real is not None:
+            chosen = chosen[real.reshape(-1)]
+        spread = torch.linspace(0, len(chosen) - 1, min(self.rows, len(chosen))).round().long()
+        self.states = chosen[spread].detach().clone()
+
+    def _run(self) -> TensorDictBase:
+        assert self.states is not None
+        with self._hooked.disable_context() as original:
+            self._hooked.training = original.training  # or it would warn that the two differ
+        before = GeneratorState(self.states.device)
+        try:
+            with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+                return self._hooked(self.states.copy())
+        finally:
+            before.restore()
+
+    def _look(self, site: str, activations: Tensor) -> dict[str, float]:
+        usable = torch.isfinite(activations.flatten(1)).all(-1)
+        first = self._first.setdefault(site, activations.clone())
+        if not bool(usable.all()):
+            names = ("dormant", "dead", "effective_rank", "entropy_rank", "norm", "cka_first")
+            share = float((~usable).double().mean())
+            return {f"{name}/{site}": float("nan") for name in names} | {f"nonfinite/{site}": share}
+        measured: dict[str, Any] = {
+            "dormant": dormant_units(activations, self.tau).double().mean(),
+            "dead": dormant_units(activations, 0.0).double().mean(),
+            "effective_rank": effective_rank(activations, self.delta),
+            "entropy_rank": entropy_rank(activations),
+            "norm": activations.flatten(1).norm(dim=-1).mean(),
+            "cka_first": _similarity(first, activations),
+        }
+        return {f"{name}/{site}": float(value) for name, value in measured.items()}
+
+
+def _similarity(first: Tensor, now: Tensor) -> float:
+    """Linear CKA; NaN where it is not defined: too few states, or features that are the same in all."""
+    if len(now) < 2 or not bool(torch.isfinite(first).all()):
+        return float("nan")
+    pair = TensorDict({"data_a": first.flatten(1).double(), "data_b": now.flatten(1).double()})
+    return float(CkaEstimator()(pair)["cka"])
