@@ -1,13 +1,15 @@
 """Chains of layers whose derivatives are known: they run without module calls and are explained without a graph.
 
 The policies of RL are mostly small multilayer perceptrons, in which calls and autograd's bookkeeping take longer than
-the arithmetic. In a hooked copy an ``nn.Sequential`` of the layers of :data:`LAYERS` calls their functions directly;
-and while its input is being explained, a :class:`Tape` keeps what each layer's derivative needs and applies the
-operations that autograd would. A layer that anybody has hooked, replaced or changed runs as it always does.
+the arithmetic. In a hooked copy an ``nn.Sequential`` of the layers of :data:`LAYERS` that a TensorDictModule calls
+runs by their functions; and while its input is being explained, a :class:`Record` keeps what the derivative of each
+layer needs and applies the operations that autograd would. Where anybody listens to a layer, or has replaced or changed
+one, all run as they always do.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,16 +20,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from tdhook_rl.classes import Swapped, swap_class
+from tdhook_rl.rows import vmap_level
 
 if TYPE_CHECKING:
-    from tensordict.nn import TensorDictModuleBase
-
     from tdhook_rl.hooks import Runtime
 
-__all__ = ["LAYERS", "ChainMixin", "Layer", "Tape", "is_chain", "quicken_chains"]
+__all__ = ["LAYERS", "MODIFIED", "TWICE", "Layer", "Record", "Tape", "chain_of", "layers_alone", "quicken_chains"]
 
 _aten = torch.ops.aten
+
+#: What torch says where a tensor that a derivative needs was changed meanwhile; and what is said here where a chain that
+#: is one node of the graph is differentiated twice.
+MODIFIED = "modified by an inplace operation"
+TWICE = "a recorded chain is differentiated twice"
+
+#: Where autocast can be asked for; other devices (meta) know none.
+_DEVICES = ("cpu", "cuda", "mps")
 
 
 class Layer(NamedTuple):
@@ -45,20 +53,8 @@ class Layer(NamedTuple):
 
 
 def _linear(module: nn.Linear, x: Tensor) -> Tensor:
-    own = module._parameters
-    if "weight" in own and "bias" in own:  # a look at the dictionary is cheaper than module.weight
-        return F.linear(x, own["weight"], own["bias"])
-    return module.forward(x)
-
-
-def _weight(module: nn.Module) -> Tensor:
-    weight = module._parameters.get("weight")
-    return module.weight if weight is None else weight  # type: ignore[return-value]
-
-
-def _version(value: Tensor) -> int:
-    """How often a tensor was changed in place; those of inference mode do not count."""
-    return -1 if value.is_inference() else value._version
+    own = module._parameters  # a look at the dictionary is cheaper than module.weight
+    return F.linear(x, own["weight"], own["bias"])
 
 
 #: The layers by their exact class: a subclass may compute something else.
@@ -82,6 +78,8 @@ LAYERS: dict[type[nn.Module], Layer] = {
         "input",
     ),
 }
+#: What these classes do by themselves; somebody may replace it for a whole class.
+_FORWARDS = {kind: kind.forward for kind in LAYERS}
 
 Steps = list[tuple[Layer, nn.Module]]
 
@@ -94,40 +92,54 @@ class Record:
         self._steps = steps
         self._kept: list[Tensor] = []
         self._versions: list[int] = []
-
-    def run(self) -> Tensor:
-        value = self.input
-        for (forward, _, keeps), module in self._steps:
-            if keeps == "weight":
-                self._keep(_weight(module))  # before it is used: a learner may change it meanwhile
-            elif keeps == "input":
-                self._keep(value)
-            value = forward(module, value)
+        for (forward, _, keeps), module in steps:
+            if keeps == "input":
+                self._kept.append(x)
+            elif keeps == "weight":
+                weight: Any = module._parameters["weight"]
+                self._kept.append(weight)
+                # Before it is used: a learner may change it meanwhile. Those of inference mode do not count.
+                self._versions.append(-1 if weight.is_inference() else weight._version)
+            x = forward(module, x)
             if keeps == "output":
-                self._keep(value)
-        self.output = value
-        self._version = _version(value)
-        return value
-
-    def _keep(self, value: Tensor) -> None:
-        self._kept.append(value)
-        self._versions.append(_version(value))
-
-    def came_to(self, output: Any) -> bool:
-        """Whether ``output`` is what the chain has computed, as it was."""
-        return output is self.output and _version(output) == self._version
+                self._kept.append(x)
+        self.output = x
 
     def pull(self, gradient: Tensor) -> Tensor:
         """The gradient with respect to the input, from that with respect to the output; with gradients off.
 
         Raises:
-            RuntimeError: as autograd does, if a weight has changed since (a learner in another thread).
+            RuntimeError: as autograd does, if a weight was changed since (by a learner in another thread).
         """
-        if self._versions != [_version(value) for value in self._kept]:
-            raise RuntimeError("a weight was modified by an inplace operation while its policy was explained")
-        for ((_, backward, _), module), kept in zip(reversed(self._steps), reversed(self._kept), strict=True):
+        device = gradient.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self.pull(gradient)
+        versions = reversed(self._versions)
+        for ((_, backward, keeps), module), kept in zip(reversed(self._steps), reversed(self._kept), strict=True):
+            if keeps == "weight" and next(versions) not in (-1, kept._version):
+                raise RuntimeError(f"a weight was {MODIFIED} while its policy was explained")
             gradient = backward(module, gradient, kept)
         return gradient
+
+    def joined(self, x: Tensor) -> Tensor:
+        """The output as a function of ``x``, a tensor with the numbers of the input, for a graph that goes on."""
+        return _Joined.apply(x, self)
+
+
+class _Joined(torch.autograd.Function):
+    """A chain as one node of a graph. What follows is given a copy, which it may change in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, record: Record) -> Tensor:
+        ctx.record = record
+        return record.output.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():  # with create_graph=True: a module of the policy differentiates by itself
+            raise RuntimeError(TWICE)
+        return ctx.record.pull(gradient), None
 
 
 class Tape:
@@ -135,13 +147,13 @@ class Tape:
 
     Args:
         points: the tensors that are explained; the chains that read another one are not recorded.
-        cut: hand out each chain's output as a leaf of the graph instead of one that depends on the weights, so that
-            no graph of the chain is made.
+        alone: the layers of the one chain that is the whole of a policy, whose output then keeps the graph of the
+            weights, if there is one. Without, each chain becomes one node of the graph.
     """
 
-    def __init__(self, points: Sequence[Tensor], cut: bool) -> None:
+    def __init__(self, points: Sequence[Tensor], alone: Steps | None = None) -> None:
         self.points = points
-        self.cut = cut
+        self.alone = alone
         self.records: list[Record] = []
 
     @contextmanager
@@ -156,98 +168,110 @@ class Tape:
     def takes(self, x: Any) -> bool:
         for point in self.points:  # a generator would cost more than the comparison
             if x is point:
-                return not torch.is_autocast_enabled(x.device.type)
+                device = x.device.type
+                return device in _DEVICES and not torch.is_autocast_enabled(device) and vmap_level() < 0
         return False
 
     def run(self, steps: Steps, x: Tensor) -> Tensor:
-        record = Record(steps, x)
-        if self.cut:
-            with torch.no_grad():
-                record.run()
-            record.output = record.output.detach().requires_grad_()
-            output = record.output.clone()  # what follows may change it in place
-        else:
-            output = record.run()
+        if self.alone is not None:
+            record = Record(steps, x)
+            self.records.append(record)
+            return record.output
+        with torch.no_grad():
+            record = Record(steps, x)
         self.records.append(record)
-        return output
+        return record.joined(x)
 
     def only(self, output: Any) -> Record | None:
         """The record of the one chain, if ``output`` is what it has computed."""
-        return self.records[0] if len(self.records) == 1 and self.records[0].came_to(output) else None
-
-    def pull(self, point: Tensor, gradient: Tensor | None, of_outputs: Sequence[Tensor | None]) -> Tensor | None:
-        """The gradient of a point: what autograd found, and what goes through the chains that read it."""
-        for record, outer in zip(self.records, of_outputs, strict=True):
-            if record.input is point and outer is not None:
-                with torch.no_grad():
-                    through = record.pull(outer)
-                gradient = through if gradient is None else gradient + through
-        return gradient
+        return self.records[0] if len(self.records) == 1 and self.records[0].output is output else None
 
 
-if TYPE_CHECKING:
-    # What the mixin is mixed with: lets the checker see the methods that super() finds.
-    class _Sequential(Swapped, nn.Sequential):
-        pass
-else:
-    _Sequential = Swapped
-
-
-class ChainMixin(_Sequential):
-    """An ``nn.Sequential`` of a hooked copy."""
-
-    _shows = False
-    _hooked_runtime: Runtime
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs or torch.compiler.is_compiling():
-            return super().forward(*args, **kwargs)
-        steps = self._steps()
-        if steps is None:
-            return super().forward(*args)
-        (value,) = args
-        tape = self._hooked_runtime.tape
-        if tape is not None and tape.takes(value):
-            return tape.run(steps, value)
-        for layer, module in steps:
-            value = layer.forward(module, value)
-        return value
-
-    def _steps(self) -> Steps | None:
-        """The layers, if all are known, and nobody listens to or has changed one."""
-        if not self._modules or self._backward_hooks or self._backward_pre_hooks or _has_any_global_hook():
-            return None
-        steps = []
-        for module in self._modules.values():
-            layer = LAYERS.get(type(module))
-            if layer is None or module._forward_hooks or module._forward_pre_hooks:
-                return None
-            if module._backward_hooks or module._backward_pre_hooks:
-                return None
-            own = module.__dict__
-            if "forward" in own or own.get("inplace", False):
-                return None
-            steps.append((layer, module))
-        return steps
+# ------------------------------------------------------------------ in a hooked copy
 
 
 def quicken_chains(policy: nn.Module, runtime: Runtime) -> None:
-    """Make chains of the sequential modules below the root of a hooked copy."""
+    """Let the sequential modules that TensorDictModules of a hooked copy call run as chains.
+
+    Those that other modules call are left alone: their forward may do anything with them.
+    """
+    for child in policy.modules():
+        if isinstance(child, TensorDictModule) and _calls_its_module(child):
+            _quicken(child.module, runtime)
+
+
+def _calls_its_module(module: TensorDictModule) -> bool:
+    kind = type(module)
+    usual = kind.forward is TensorDictModule.forward and kind._call_module is TensorDictModule._call_module
+    return usual and module.method is None
+
+
+def _quicken(module: nn.Module, runtime: Runtime) -> None:
     from torchrl.modules import MLP
 
-    for child in policy.modules():
-        forward = type(child).forward
-        # torchrl's MLP gives its output a shape where it is asked for several dimensions.
-        reshapes = forward is MLP.forward and not isinstance(child.out_features, int)
-        if forward in (nn.Sequential.forward, MLP.forward) and not reshapes:
-            swap_class(child, ChainMixin)
-            child.__dict__["_hooked_runtime"] = runtime
+    kind: Any = type(module)
+    forward = kind.forward
+    if forward not in (nn.Sequential.forward, MLP.forward) or kind.__iter__ is not nn.Sequential.__iter__:
+        return
+    if forward is MLP.forward and not isinstance(module.out_features, int):
+        return  # it gives its output a shape
+    # An attribute of the instance: the class, which the user's code may look at, stays what it is.
+    module.__dict__["forward"] = functools.partial(_run, module, forward, runtime)
+    for child in module.children():
+        _quicken(child, runtime)
 
 
-def is_chain(policy: TensorDictModuleBase) -> bool:
-    """Whether a policy is a chain and nothing else: its one output is what that computes from its one input."""
-    if not isinstance(policy, TensorDictModule) or type(policy).forward is not TensorDictModule.forward:
-        return False
+def _run(module: nn.Sequential, usual: Callable[..., Any], runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
+    forward = type(module).forward
+    if len(args) != 1 or kwargs or forward is not usual or torch.compiler.is_compiling():
+        return forward(module, *args, **kwargs)
+    tape, (value,) = runtime.tape, args
+    steps = layers_of(module) if tape is None or tape.alone is None else tape.alone
+    if steps is None:
+        return forward(module, value)
+    if tape is not None and tape.takes(value):
+        return tape.run(steps, value)
+    for layer, child in steps:
+        value = layer.forward(child, value)
+    return value
+
+
+def layers_of(module: nn.Sequential) -> Steps | None:
+    """The layers, if all are known, and nobody listens to or has changed one."""
+    if not module._modules or module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook():
+        return None
+    steps: Steps = []
+    for child in module._modules.values():
+        kind = type(child)
+        layer = LAYERS.get(kind)  # type: ignore[arg-type]
+        if layer is None or kind.forward is not _FORWARDS[kind]:  # type: ignore[union-attr, index]
+            return None
+        own = child.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return None
+        if "forward" in own or own.get("inplace", False):
+            return None
+        if layer.keeps == "weight":
+            weights = own["_parameters"]
+            weight, bias = weights.get("weight"), weights.get("bias", weights)
+            # Weights that are computed from something have a gradient of their own.
+            if bias is weights or weight is None or not weight.is_leaf or not (bias is None or bias.is_leaf):
+                return None
+        steps.append((layer, child))  # type: ignore[arg-type]
+    return steps
+
+
+def chain_of(policy: Any) -> nn.Sequential | None:
+    """The chain that is the whole of a policy: its one output is what that computes from its one input."""
+    if not isinstance(policy, TensorDictModule) or not _calls_its_module(policy):
+        return None
     chain = policy.module
-    known = isinstance(chain, ChainMixin) and not chain._forward_hooks and chain._steps() is not None
-    return known and len(policy.in_keys) == len(policy.out_keys) == 1 and policy.method is None
+    quick = isinstance(chain, nn.Sequential) and "forward" in chain.__dict__
+    return chain if quick and len(policy.in_keys) == len(policy.out_keys) == 1 else None
+
+
+def layers_alone(chain: nn.Sequential | None) -> Steps | None:
+    """The layers of such a chain, if it is one just now, and nobody listens to it or changes what it is given."""
+    if chain is None or chain._forward_hooks or chain._forward_pre_hooks:
+        return None
+    return layers_of(chain)

@@ -19,7 +19,6 @@ class Swapped:
 
     _mixin: type
     _base: type[nn.Module]
-    _shows = True  # in the name of the class
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _rebuild, (self._mixin, self._base), self.__getstate__()
@@ -30,8 +29,7 @@ def mixed_class(mixin: type[Swapped], base: type[nn.Module]) -> type:
     """The subclass of ``base`` with the behaviour of ``mixin``; the same object at every call."""
     namespace = {"_mixin": mixin, "_base": base, "__module__": base.__module__, "__doc__": base.__doc__}
     namespace |= mixin._namespace(base) if hasattr(mixin, "_namespace") else {}
-    prefix = mixin.__name__.removesuffix("Mixin") if mixin._shows else ""
-    return type(f"{prefix}{base.__name__}", (mixin, base), namespace)
+    return type(f"{mixin.__name__.removesuffix('Mixin')}{base.__name__}", (mixin, base), namespace)
 
 
 def swap_class(module: nn.Module, mixin: type[Swapped]) -> None:

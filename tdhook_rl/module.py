@@ -56,7 +56,7 @@ class HookedMixin(_Policy):
     _hooked_steps: list[Bound]  # those that write at every forward
     _hooked_traits: Traits
     _hooked_shares: bool  # the forward itself may be explained, without a second pass
-    _hooked_is_chain: bool  # a chain computes all that the policy outputs
+    _hooked_chain: nn.Sequential | None  # what computes all that the policy outputs
     _hooked_alone: list[Bound]  # those that can do without the policy's own inputs
     _hooked_reads: list[NestedKey]
     _hooked_overwrites: list[NestedKey]  # inputs that the policy writes over
@@ -186,7 +186,8 @@ class HookedMixin(_Policy):
                 runtime.slots.clear()
             return data
         runtime.level = vmap_level()
-        shared = sharing(self, steps, data) if self._hooked_shares else []
+        shares = self._hooked_shares and len(args) == 1 and not kwargs
+        shared, layers = sharing(self, steps, data) if shares else ([], None)
         rest = [one for one in steps if one not in shared] if shared else steps
         replays = any(one.replays for one in rest)
         inputs = stored_inputs(self, data) if replays else {}
@@ -195,8 +196,8 @@ class HookedMixin(_Policy):
         runtime.recording = True
         try:
             try:
-                if shared and self._hooked_is_chain:
-                    output, call = chain_pass(self, forward, data)
+                if layers is not None:
+                    output, call = chain_pass(self, forward, data, layers)
                     runtime.recording = False
                     results = self._compute(shared, call)
                 elif shared:

@@ -196,6 +196,10 @@ class Call:
     def slots(self) -> dict[str, Tensor]:
         return self.policy._hooked_runtime.slots
 
+    def as_it_was(self, inputs: Mapping[NestedKey, Tensor], stored: TensorDictBase | None) -> bool:
+        """Whether a replay on these inputs computes what the call did."""
+        return stored is None and all(value.data_ptr() == self.inputs[key].data_ptr() for key, value in inputs.items())
+
     def captured(self, slot: str, site: str) -> Tensor:
         """The output captured at a site, with the batch shape of the call first.
 

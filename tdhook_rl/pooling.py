@@ -1,24 +1,26 @@
 """Max pooling on CPU by way of the memory format in which torch has a vector kernel for it.
 
 In a network such as IMPALA's the pooling of contiguous frames takes as long as all convolutions forward. A maximum is
-the same number however it is found: outputs and gradients are the same bits, in the same layout.
+the same number however it is found: outputs and gradients are the same, in the same layout.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from tdhook_rl.classes import Swapped, swap_class
 from tdhook_rl.rows import vmap_level
 
-__all__ = ["PoolingMixin", "quicken_pooling"]
+__all__ = ["quicken_pooling"]
 
 #: Below so many entries the change of format costs more than it gains: measured on CPU for 3 x 3 windows.
 ENTRIES = 8192
+_USUAL = nn.MaxPool2d.forward
 
 
 class _MaxPool(torch.autograd.Function):
@@ -42,26 +44,21 @@ class _MaxPool(torch.autograd.Function):
         ), None
 
 
-class PoolingMixin(Swapped):
-    """An ``nn.MaxPool2d`` of a hooked copy."""
-
-    _shows = False
-    return_indices: bool
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        value = args[0] if len(args) == 1 and not kwargs else None
-        if type(value) is not Tensor or torch.compiler.is_compiling() or self.return_indices or not _gains(value):
-            return super().forward(*args, **kwargs)
-        if value.requires_grad and torch.is_grad_enabled():
-            return _MaxPool.apply(value, self)
-        return _pool(self, value, return_indices=False)
-
-
 def quicken_pooling(policy: nn.Module) -> None:
     """Let the max pooling of a hooked copy take the faster way."""
-    for child in list(policy.modules()):
-        if type(child) is nn.MaxPool2d:
-            swap_class(child, PoolingMixin)
+    for child in policy.modules():
+        if type(child) is nn.MaxPool2d and "forward" not in child.__dict__:
+            # An attribute of the instance: the class, which the user's code may look at, stays what it is.
+            child.__dict__["forward"] = functools.partial(_run, child)
+
+
+def _run(module: nn.MaxPool2d, *args: Any, **kwargs: Any) -> Any:
+    value = args[0] if len(args) == 1 and not kwargs else None
+    if type(value) is not Tensor or torch.compiler.is_compiling() or not _gains(module, value):
+        return nn.MaxPool2d.forward(module, *args, **kwargs)
+    if value.requires_grad and torch.is_grad_enabled():
+        return _MaxPool.apply(value, module)
+    return _pool(module, value, return_indices=False)
 
 
 def _pool(module: nn.MaxPool2d, value: Tensor, return_indices: bool) -> Any:
@@ -77,6 +74,9 @@ def _pool(module: nn.MaxPool2d, value: Tensor, return_indices: bool) -> Any:
     return (found[0].contiguous(), found[1]) if return_indices else found.contiguous()
 
 
-def _gains(value: Tensor) -> bool:
-    cpu = value.device.type == "cpu" and value.numel() >= ENTRIES
-    return cpu and value.ndim == 4 and value.is_contiguous() and vmap_level() < 0
+def _gains(module: nn.MaxPool2d, value: Tensor) -> bool:
+    if torch.jit.is_tracing() or forward_ad._current_level >= 0 or vmap_level() >= 0:
+        return False
+    usual = nn.MaxPool2d.forward is _USUAL and not module.return_indices
+    frames = value.ndim == 4 and value.device.type == "cpu" and value.is_floating_point() and value.is_contiguous()
+    return usual and frames and value.numel() >= ENTRIES

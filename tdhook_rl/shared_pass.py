@@ -7,7 +7,7 @@ and every parameter asks for one, so that a graph is recorded anyway, with or wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from tdhook_rl.batching import Traits
-from tdhook_rl.chains import Tape
+from tdhook_rl.chains import Steps, Tape, layers_alone
 from tdhook_rl.hooks import vmap_level
 from tdhook_rl.passes import Bound, Call, Pass, Replay, draws, run_root, stored_inputs
 from tdhook_rl.writing import get_entry, set_tensor
@@ -32,23 +32,26 @@ def can_share(policy: nn.Module, traits: Traits) -> bool:
     return not traits.batch_statistics and not any(draws(child) for child in policy.modules())
 
 
-def sharing(policy: HookedMixin, steps: Sequence[Bound], data: TensorDictBase) -> list[Bound]:
-    """The methods that can explain the forward about to run on ``data``, instead of a second pass."""
+def sharing(policy: HookedMixin, steps: Sequence[Bound], data: TensorDictBase) -> tuple[list[Bound], Steps | None]:
+    """The methods that can explain the forward about to run on ``data``; and the layers, where it runs as a chain."""
     if (
         torch.compiler.is_compiling()
         or type(data) is not TensorDict
         or torch.is_inference_mode_enabled()
         or vmap_level() >= 0
-        or not (policy._hooked_is_chain or _records_a_graph(policy))
     ):
-        return []
+        return [], None
     own = policy.policy_out_keys
-    return [
+    able: list[Any] = [
         one
         for one in steps
         if getattr(one, "shares_forward", False)
         and all(key not in own and _is_plain_float(get_entry(data, key)) for key in one.declared)  # type: ignore[attr-defined]
     ]
+    if not able:
+        return [], None
+    layers = layers_alone(policy._hooked_chain) if all(one.knows_targets for one in able) else None
+    return able if layers is not None or _records_a_graph(policy) else [], layers
 
 
 def _records_a_graph(policy: HookedMixin) -> bool:
@@ -56,21 +59,18 @@ def _records_a_graph(policy: HookedMixin) -> bool:
     return torch.is_grad_enabled() and tie is not None and tie.asks_for_gradients()
 
 
-def chain_pass(policy: HookedMixin, forward: Callable[..., Any], data: TensorDict) -> tuple[Any, Call]:
+def chain_pass(policy: HookedMixin, forward: Callable[..., Any], data: TensorDict, layers: Steps) -> tuple[Any, Call]:
     """Run a policy that is a chain, and record it; the output, and the call to explain."""
-    runtime = policy._hooked_runtime
     inputs = stored_inputs(policy, data)
-    tape = Tape(list(inputs.values()), cut=False)
-    previous, runtime.tape = runtime.tape, tape
-    try:
+    tape = Tape(list(inputs.values()), alone=layers)
+    with tape.recording(policy._hooked_runtime):
         output = run_root(policy, forward, (data,), {})
-    finally:
-        runtime.tape = previous
     call = Call(policy, forward, output, inputs, data)
     out_keys = policy.policy_out_keys
     record = tape.only(get_entry(output, out_keys[0]))
-    if record is not None:  # else somebody has hooked a layer, or changed the output, since: a second pass explains it
-        call.chain = Pass(output, output, [], out_keys, {}), record
+    if record is not None:  # else a second pass explains what came out: the weights are computed, or under autocast
+        run = Pass(outputs=_own(policy, output, inputs), stored=output, distributions=[], out_keys=out_keys, watched={})
+        call.chain = run, record
     return output, call
 
 
@@ -104,13 +104,32 @@ def graph_pass(
                         set_tensor(holder, key, inputs[key])
         call = Call(policy, forward, output, inputs, data)
         run = Pass(
-            output, output, replay.distributions, policy.policy_out_keys, replay.watched, policy._hooked_supports
+            outputs=_own(policy, output, points),
+            stored=output,
+            distributions=replay.distributions,
+            out_keys=policy.policy_out_keys,
+            watched=replay.watched,
+            supports=policy._hooked_supports,
         )
         call.shared = run, points
         yield output, call
     finally:
         for slot in slots:
             runtime.slots.pop(slot, None)
+
+
+def _own(policy: HookedMixin, output: TensorDictBase, inputs: Mapping[NestedKey, Tensor]) -> TensorDict:
+    """The inputs and outputs of the policy alone: a target must not find the caller's other entries."""
+    entries = dict(inputs)
+    for key in policy.policy_out_keys:
+        entries[key] = get_entry(output, key)
+    if all(type(key) is str and type(value) is Tensor for key, value in entries.items()):
+        return TensorDict._new_unsafe(entries, batch_size=output.batch_size)
+    own = TensorDict({}, batch_size=output.batch_size)
+    for key, value in entries.items():
+        if value is not None:
+            own.set(key, value)
+    return own
 
 
 def _is_plain_float(value: Any) -> bool:

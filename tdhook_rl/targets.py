@@ -55,9 +55,9 @@ class Target:
     def __call__(self, run: Pass) -> Tensor:
         return per_row(self.function(run), run.outputs.batch_size, self.name)
 
-    def slope(self, run: Pass) -> Tensor | None:
+    def _hooked_slope(self, run: Pass) -> Tensor | None:
         """The derivative with respect to the one output of a network, where the target is linear in it, else None."""
-        function = getattr(getattr(self.function, "function", None), "slope", None)
+        function = getattr(getattr(self.function, "function", None), "_hooked_slope", None)
         return None if function is None else function(run)
 
 
@@ -118,6 +118,14 @@ def default_target(run: Pass) -> Target:
     return output_sum()
 
 
+def no_path(target: Callable[[Pass], Tensor]) -> str:
+    """What is said where no gradient reaches a target."""
+    return (
+        f"no gradient reaches the target {getattr(target, 'name', target)!s} from the explained inputs: the policy "
+        "detaches, rounds or samples on the way (an action has no gradient; its log-probability has)"
+    )
+
+
 def _own(name: str, function: Callable[[Pass], Tensor]) -> Target:
     return Target(name, function, reads_inputs=False)
 
@@ -175,7 +183,7 @@ class _Entry:
     def __call__(self, run: Pass) -> Tensor:
         return _entry(run, self.key)[1]
 
-    def slope(self, run: Pass) -> Tensor | None:
+    def _hooked_slope(self, run: Pass) -> Tensor | None:
         key, value = _entry(run, self.key)
         return torch.ones_like(value) if key in run.out_keys else None
 
@@ -189,7 +197,7 @@ class _Indexed:
         _, logits = _values(run, self.key)
         return self._of(logits)
 
-    def slope(self, run: Pass) -> Tensor | None:
+    def _hooked_slope(self, run: Pass) -> Tensor | None:
         key, logits = _entry(run, self.key)
         if key not in run.out_keys:
             return None
@@ -213,7 +221,7 @@ class _Chosen:
         key, values = _values(run, self.key)
         return (values * one_hot_action(run, values, key)).sum(-1)
 
-    def slope(self, run: Pass) -> Tensor | None:
+    def _hooked_slope(self, run: Pass) -> Tensor | None:
         key, values = _entry(run, self.key)
         return one_hot_action(run, values, key) if key in run.out_keys else None
 
@@ -234,7 +242,7 @@ class _OutputSum:
         batch = run.outputs.batch_size
         return torch.stack([value.reshape(*batch, -1).sum(-1) for value in self._terms(run)]).sum(0)
 
-    def slope(self, run: Pass) -> Tensor | None:
+    def _hooked_slope(self, run: Pass) -> Tensor | None:
         terms = self._terms(run)
         return torch.ones_like(terms[0]) if len(terms) == 1 else None
 

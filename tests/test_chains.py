@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import pickle
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -14,11 +16,11 @@ from torchrl.modules import MLP, ProbabilisticActor, ValueOperator
 
 from tdhook_rl import ActivationCaching, Compose, Saliency, targets
 from tdhook_rl.attribution import IntegratedGradients
-from tdhook_rl.chains import LAYERS, ChainMixin, Record
+from tdhook_rl.chains import LAYERS, Record
 from tdhook_rl.errors import TargetError
 from tdhook_rl.targets import Target
 
-SQUARES = Target("squares", lambda run: run.outputs["output"].square().sum(-1))
+SQUARES = Target("squares", lambda run: run.outputs["output"].square().sum(-1), reads_inputs=False)
 ACTIVATIONS = [kind for kind in LAYERS if kind is not nn.Linear]
 
 
@@ -125,10 +127,17 @@ def test_a_target_that_reads_the_input_as_well() -> None:
 
 
 def test_a_target_that_no_gradient_reaches() -> None:
-    rounded = Target("rounded", lambda run: run.outputs["output"].detach().sum(-1))
-    hooked = Saliency(target=rounded).prepare(chain(), return_context=False)
-    with pytest.raises(TargetError, match="no gradient reaches the target rounded"):
-        hooked(data(5))
+    other = torch.ones(5, requires_grad=True)
+    unreached = {
+        "rounded": lambda run: run.outputs["output"].detach().sum(-1),
+        "of another": lambda run: other * run.outputs["output"].detach().sum(-1),
+    }
+    for name, function in unreached.items():
+        for reads_inputs in (True, False):
+            target = Target(name, function, reads_inputs)
+            hooked = Saliency(target=target).prepare(chain(), return_context=False)
+            with pytest.raises(TargetError, match=f"no gradient reaches the target {name}"):
+                hooked(data(5))
 
 
 def test_rows_without_a_target_have_no_gradient() -> None:
@@ -142,7 +151,8 @@ def test_rows_without_a_target_have_no_gradient() -> None:
     one = data(50)
     finite = net(one["input"])[..., 1] > 0
     assert 0 < finite.sum() < 50
-    with Saliency(target=Target("log", lambda run: run.outputs["output"][..., 1].log())).prepare(net) as hooked:
+    log = Target("log", lambda run: run.outputs["output"][..., 1].log(), reads_inputs=False)
+    with Saliency(target=log).prepare(net) as hooked:
         found = hooked(one)["attr", "input"]
     assert torch.equal(found.isfinite().all(-1), finite)
 
@@ -240,15 +250,19 @@ def test_autocast_runs_as_without_us(records: list[Record]) -> None:
     assert not records
 
 
-def test_the_copy_keeps_the_names_of_classes() -> None:
-    net = chain()
+def test_the_copy_keeps_its_classes_and_can_be_sliced_and_copied() -> None:
+    net, x = chain(), data(3)["input"]
     with Saliency().prepare(net) as hooked:
         assert repr(hooked.hooked_root) == repr(net)
-        assert isinstance(hooked.hooked_root, ChainMixin)
-    assert type(net) is nn.Sequential
+        assert type(hooked.hooked_root) is nn.Sequential
+        assert torch.equal(hooked.hooked_root[:2](x), net[:2](x))
+        assert "forward" not in vars(net)
+        for copied in (copy.deepcopy(hooked), pickle.loads(pickle.dumps(hooked))):
+            assert torch.equal(copied(data(3).set("input", x))["output"], net(x))
 
 
-def test_a_weight_that_a_learner_changes_meanwhile() -> None:
+@pytest.mark.parametrize("how", ["annotate", "no_grad", "grad"])
+def test_a_weight_that_a_learner_changes_meanwhile(how: str) -> None:
     net, one = chain(), data(5)
     changes = []
 
@@ -259,8 +273,13 @@ def test_a_weight_that_a_learner_changes_meanwhile() -> None:
                 net[0].weight.mul_(2)
         return run.outputs["output"][..., 1]
 
-    with Saliency(target=Target("learns", learns)).prepare(net) as hooked:
-        found = hooked.annotate(one)  # the pass is made again, with the new weights
+    target = Target("learns", learns, reads_inputs=False)  # known, and explained through the chain
+    with Saliency(target=target).prepare(net) as hooked:
+        if how == "annotate":
+            found = hooked.annotate(one)  # the pass is made again, with the new weights
+        else:
+            with torch.set_grad_enabled(how == "grad"):
+                found = hooked(one.clone())
     torch.testing.assert_close(found["attr", "input"], by_autograd(net, one["input"], logit))
 
 
@@ -336,3 +355,244 @@ def test_networks_of_torchrl(out_features: int | tuple[int, int], records: list[
     assert bool(records) is (out_features == 3)
     assert torch.equal(found["state_value"], net(x))
     torch.testing.assert_close(found["attr", "observation"], by_autograd(net, x, lambda y: y))
+
+
+# ------------------------------------------------------------------ what a graph of all layers is needed for
+
+
+class Modulated(nn.Module):
+    """Computes weights of its net from a context, or from the input."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.net, self.hyper = how, chain(), nn.Linear(2, 96).double()
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        weight = self.net[0].weight * x.mean().sigmoid()
+        if self.how == "context":
+            weight = self.hyper(context.mean(0)).view(16, 6)
+        return torch.func.functional_call(self.net, {"0.weight": weight}, x)
+
+
+@pytest.mark.parametrize("how", ["context", "input"])
+def test_weights_that_are_computed(how: str) -> None:
+    net, x, context = Modulated(how), data(5)["input"], torch.randn(5, 2, dtype=torch.double)
+    points = x.clone().requires_grad_(), context.clone().requires_grad_()
+    of_x, of_context = torch.autograd.grad(net(*points)[:, 1].sum(), points, allow_unused=True)
+    one = TensorDict({"input": x, "context": context}, batch_size=5)
+    with Saliency(target=targets.logit(1, "output")).prepare(net, in_keys=["input", "context"]) as hooked:
+        found = hooked.annotate(one)
+    torch.testing.assert_close(found["attr", "input"], of_x)
+    torch.testing.assert_close(
+        found["attr", "context"], torch.zeros_like(context) if of_context is None else of_context
+    )
+
+
+def test_weights_of_a_chain_that_carry_a_graph() -> None:
+    net, one, scale = chain(), data(5), torch.ones((), dtype=torch.double, requires_grad=True)
+    policy = TensorDictModule(net, ["input"], ["output"])
+    with Saliency(target=targets.logit(1, "output")).prepare(policy) as hooked:
+        found = torch.func.functional_call(hooked, {"module.0.weight": net[0].weight * scale}, (one.clone(),))
+    torch.testing.assert_close(found["attr", "input"], by_autograd(net, one["input"], logit))
+    assert torch.autograd.grad(found["output"].sum(), scale)[0] != 0
+
+
+class Force(nn.Module):
+    """A policy that differentiates: the gradient of an energy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = chain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            return torch.autograd.grad(self.net(x).square().sum(), x, create_graph=True)[0]
+
+
+class ForceOfEnergy(nn.Module):
+    def forward(self, energy: Tensor, x: Tensor) -> Tensor:
+        return torch.autograd.grad(energy.square().sum(), x, create_graph=True)[0]
+
+
+def test_policies_that_differentiate() -> None:
+    net, one = Force(), data(5)
+    expected = by_autograd(net, one["input"], logit)
+    apart = TensorDictSequential(
+        TensorDictModule(net.net, ["input"], ["energy"]),
+        TensorDictModule(ForceOfEnergy(), ["energy", "input"], ["output"]),
+    )
+    for policy in (net, apart):
+        with Saliency(target=targets.logit(1, "output"), when="batch").prepare(policy) as hooked:
+            torch.testing.assert_close(hooked.annotate(one)["attr", "input"], expected)
+
+
+def test_targets_that_differentiate() -> None:
+    def sensitivity(run: object) -> Tensor:
+        y, x = run.outputs["output"], run.outputs["input"]
+        return torch.autograd.grad(y.sum(), x, create_graph=True)[0].square().sum(-1)
+
+    net, one = chain(), data(5)
+    x = one["input"].clone().requires_grad_()
+    slope = torch.autograd.grad(net(x).sum(), x, create_graph=True)[0]
+    expected = torch.autograd.grad(slope.square().sum(), x)[0]
+    with Saliency(target=Target("sensitivity", sensitivity)).prepare(net) as hooked:
+        torch.testing.assert_close(hooked(one.clone())["attr", "input"], expected)
+        torch.testing.assert_close(hooked.annotate(one)["attr", "input"], expected)
+
+
+@pytest.mark.parametrize("reads_inputs", [False, True])
+def test_targets_that_mask_in_place(reads_inputs: bool) -> None:
+    def masked(run: object) -> Tensor:
+        y = run.outputs["output"]
+        y[:, 0] = -torch.inf
+        return y.log_softmax(-1)[:, 1]
+
+    net, one = chain(), data(5)
+    expected = by_autograd(net, one["input"], lambda y: y[:, 1:].log_softmax(-1)[:, 0])
+    with Saliency(target=Target("masked", masked, reads_inputs)).prepare(net) as hooked:
+        torch.testing.assert_close(hooked.annotate(one)["attr", "input"], expected)
+
+
+MODES = pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+
+
+@MODES
+def test_noise_before_the_chain_is_drawn_once(mode: type) -> None:
+    net, one = chain(), data(5)
+    net.register_forward_pre_hook(lambda m, a: (a[0] + torch.randn_like(a[0]),))
+    with Saliency(target=SQUARES).prepare(net) as hooked, mode():
+        torch.manual_seed(3)
+        found = hooked(one.clone())
+        after = torch.randn(3)
+    torch.manual_seed(3)
+    x = one["input"] + torch.randn_like(one["input"])
+    assert torch.equal(torch.randn(3), after)
+    clean = nn.Sequential(*net)
+    torch.testing.assert_close(found["output"], clean(x))
+    torch.testing.assert_close(found["attr", "input"], by_autograd(clean, x, lambda y: y.square().sum(-1)))
+
+
+def test_a_hook_on_the_gradient_of_the_chain() -> None:
+    def doubles(module: nn.Module, args: tuple, y: Tensor) -> None:
+        if y.requires_grad:
+            y.register_hook(lambda gradient: 2 * gradient)
+
+    net, one = chain(), data(5)
+    with Saliency(target=targets.logit(1, "output")).prepare(net) as hooked:
+        hooked.hooked_root.register_forward_hook(doubles)
+        expected = 2 * by_autograd(net, one["input"], logit)
+        torch.testing.assert_close(hooked(one.clone())["attr", "input"], expected)
+        torch.testing.assert_close(hooked.annotate(one)["attr", "input"], expected)
+
+
+def test_a_class_that_somebody_has_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, one = chain(), data(5)
+    usual = nn.Linear.forward
+    with Saliency(target=targets.logit(1, "output")).prepare(net) as hooked:
+        monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * usual(self, x))
+        found = hooked(one.clone())
+        assert torch.equal(found["output"], net(one["input"]))
+        torch.testing.assert_close(found["attr", "input"], by_autograd(net, one["input"], logit))
+
+
+class Backwards(nn.Sequential):
+    def __iter__(self) -> Iterator[nn.Module]:
+        return reversed(list(self._modules.values()))
+
+
+def test_sequences_that_run_in_another_order() -> None:
+    net, one = Backwards(nn.Linear(16, 3), nn.Tanh(), nn.Linear(6, 16)).double(), data(5)
+    with Saliency(target=targets.logit(1, "output")).prepare(net) as hooked:
+        found = hooked(one.clone())
+    assert torch.equal(found["output"], net(one["input"]))
+    torch.testing.assert_close(found["attr", "input"], by_autograd(net, one["input"], logit))
+
+
+class Ensemble(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.scale = chain(), nn.Parameter(torch.rand(4, 3, dtype=torch.double))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(lambda scale: self.net(x) * scale)(self.scale).mean(0)
+
+
+def test_chains_inside_transforms() -> None:
+    net, one = Ensemble(), data(5)
+    with Saliency(target=targets.logit(1, "output")).prepare(net) as hooked:
+        found = hooked.annotate(one)
+    torch.testing.assert_close(found["attr", "input"], by_autograd(net, one["input"], logit))
+
+
+class Exact(TensorDictSequential):
+    """Runs its modules without the caller's autocast."""
+
+    def forward(self, data: TensorDict) -> TensorDict:
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(data)
+
+
+def test_a_network_that_leaves_the_callers_autocast() -> None:
+    net, one = chain().float(), data(5).float()
+    policy = Exact(TensorDictModule(net, ["input"], ["output"]))
+    with Saliency(target=targets.logit(1, "output")).prepare(policy) as hooked:
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            found = hooked(one.clone())
+    assert found["attr", "input"].dtype is torch.float32
+    torch.testing.assert_close(found["attr", "input"], by_autograd(net, one["input"], logit))
+
+
+def test_sums_that_overflow_in_half_precision() -> None:
+    net = nn.Sequential(nn.Linear(2, 2, bias=False)).half()
+    with torch.no_grad():
+        net[0].weight.copy_(200 * torch.eye(2))
+    rows = TensorDict({"input": torch.tensor([[200.0, 200.0], [-200.0, -200.0], [1.0, 1.0]]).half()}, batch_size=3)
+    with Saliency(target=targets.output_sum()).prepare(net) as hooked:
+        found = hooked.annotate(rows)["attr", "input"]
+    assert found.isnan().all(-1).tolist() == [True, True, False]
+
+
+@MODES
+def test_other_entries_of_the_caller_are_not_explained(mode: type) -> None:
+    net, one = chain(), data(5)
+    one["next", "action_value"] = torch.randn(5, 2)
+    one["action"] = torch.zeros(5, dtype=torch.long)
+    policy = TensorDictModule(net, ["input"], ["state_value"])
+    expected = by_autograd(net, one["input"], lambda y: y)
+    with Saliency(when="step").prepare(policy) as hooked, mode():
+        torch.testing.assert_close(hooked(one)["attr", "input"], expected)
+
+
+@MODES
+def test_results_go_where_the_caller_says(mode: type) -> None:
+    net, one, out = chain(), data(5), TensorDict({}, batch_size=5)
+    with Saliency(target=targets.logit(1, "output")).prepare(net) as hooked, mode():
+        assert hooked(one, tensordict_out=out) is out
+    assert torch.equal(out["output"], net(one["input"]))
+    torch.testing.assert_close(out["attr", "input"], by_autograd(net, one["input"], logit))
+
+
+class Named(nn.Sequential):
+    _steps = slope = 4
+
+
+class Sloped:
+    slope = _steps = 2.0
+
+    def __call__(self, run: object) -> Tensor:
+        return run.outputs["output"][..., 1]
+
+
+def test_names_that_users_give_their_own_things() -> None:
+    net, one = Named(*chain()), data(5)
+    with Saliency(target=Target("sloped", Sloped())).prepare(net) as hooked:
+        found = hooked(one)
+    torch.testing.assert_close(found["attr", "input"], by_autograd(net, one["input"], logit))
+
+
+def test_shapes_without_numbers() -> None:
+    net = chain().to("meta")
+    with Saliency(target=targets.logit(1, "output")).prepare(net) as hooked:
+        found = hooked(TensorDict({"input": torch.empty(5, 6, dtype=torch.double, device="meta")}, batch_size=5))
+    assert found["attr", "input"].shape == (5, 6)

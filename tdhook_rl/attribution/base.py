@@ -119,6 +119,7 @@ class BoundAttribution:
     reads_forward = False
     replays = True
     shares_forward = False  # may explain the policy's own forward, see tdhook_rl.shared_pass
+    knows_targets = False  # explains targets of this library only, which look at outputs and stored actions
     horizon: str = "step"  # a row is explained by itself
 
     def __init__(self, config: GradientAttribution, binder: Binder) -> None:
@@ -150,6 +151,7 @@ class BoundAttribution:
         self.reads_inputs = config.init_attr_targets is None and any(
             one is not None and getattr(one, "reads_inputs", True) for one in self._chosen
         )
+        self.knows_targets = config.init_attr_targets is None and not self.reads_inputs
         self._additional_keys = [unravel_key(key) for key in config.additional_init_keys]
         self.reads = list(self._additional_keys)
 
@@ -221,12 +223,13 @@ class BoundAttribution:
 
 class _Default:
     name = "(default)"
+    reads_inputs = False
 
     def __call__(self, run: Pass) -> Tensor:
         return default_target(run)(run)
 
-    def slope(self, run: Pass) -> Tensor | None:
-        return default_target(run).slope(run)
+    def _hooked_slope(self, run: Pass) -> Tensor | None:
+        return default_target(run)._hooked_slope(run)
 
 
 class _InitTargets:

@@ -7,18 +7,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.attribution.chain_gradients import as_it_was, chain_gradient, no_path, replayed_chain
+from tdhook_rl.attribution.chain_gradients import chain_gradient, replayed_chain
 from tdhook_rl.attribution.undefined import blank, defined_rows, surely_finite
-from tdhook_rl.chains import Record, Tape
+from tdhook_rl.chains import MODIFIED, TWICE, Record, Tape
 from tdhook_rl.errors import InputError, SiteError, TargetError, nearest
 from tdhook_rl.hooks import Runtime, vmap_level
 from tdhook_rl.passes import Call, Pass
+from tdhook_rl.targets import no_path
 
 __all__ = ["activations", "explainable_inputs", "gradients"]
 
@@ -80,27 +81,26 @@ def gradients(
         SiteError: if an explained module does not run.
     """
     if call.chain is not None and inputs:
-        return _of_chain(call, call.chain, inputs, targets, weights), {}
-    if call.shared is not None:
+        try:
+            return _of_chain(call, call.chain, inputs, targets, weights), {}
+        except RuntimeError as error:
+            if MODIFIED not in str(error):
+                raise  # else the weights are others by now, and a pass of its own explains the policy as it is
+    elif call.shared is not None:
         run, points = call.shared
-        primals = {key: points[key] for key in inputs}
-        return _backward(call, run, primals, None, leaves, sites, targets, weights, keep=True)
-    if torch.compiler.is_compiling():
+        return _backward(call, run, {key: points[key] for key in inputs}, leaves, sites, targets, weights, keep=True)
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or vmap_level() >= 0:
         return _functional(call, inputs, leaves, sites, targets, stored, weights)
-    functional = torch.is_inference_mode_enabled() or vmap_level() >= 0
-    replay = _functional if functional else _recorded
-    if call.policy._hooked_is_chain and inputs and not functional and not leaves:
-        replay = _replayed_chain
     for _ in range(ATTEMPTS - 1):
         try:
-            return replay(call, inputs, leaves, sites, targets, stored, weights)
+            return _replayed(call, inputs, leaves, sites, targets, stored, weights)
         except RuntimeError as error:
-            if "modified by an inplace operation" not in str(error):
+            if MODIFIED not in str(error):
                 raise
-    return replay(call, inputs, leaves, sites, targets, stored, weights)
+    return _replayed(call, inputs, leaves, sites, targets, stored, weights)
 
 
-def _recorded(
+def _replayed(
     call: Call,
     inputs: Mapping[NestedKey, Tensor],
     leaves: Mapping[str, Tensor | None],
@@ -109,30 +109,17 @@ def _recorded(
     stored: TensorDictBase | None,
     weights: Tensor | None,
 ) -> tuple[list[Gradients], dict[str, Tensor]]:
-    runtime = call.policy._hooked_runtime
-    given = {slot: None if value is None else value.detach().requires_grad_() for slot, value in leaves.items()}
-    with torch.enable_grad(), _leaves(runtime, given):
-        primals = {key: value.detach().requires_grad_() for key, value in inputs.items()}
-        same = all(value is None for value in leaves.values()) and as_it_was(call, inputs, stored)
-        tape = Tape(list(primals.values()), cut=True)
-        with tape.recording(runtime):
-            run = call.replay(primals, stored, as_it_was=same)
-        return _backward(call, run, primals, tape, leaves, sites, targets, weights, keep=False)
-
-
-def _replayed_chain(
-    call: Call,
-    inputs: Mapping[NestedKey, Tensor],
-    leaves: Mapping[str, Tensor | None],
-    sites: Mapping[str, str],
-    targets: Sequence[Scalar],
-    stored: TensorDictBase | None,
-    weights: Tensor | None,
-) -> tuple[list[Gradients], dict[str, Tensor]]:
-    chain = replayed_chain(call, inputs, stored)
-    if chain is None:
-        return _recorded(call, inputs, leaves, sites, targets, stored, weights)
-    return _of_chain(call, chain, inputs, targets, weights), {}
+    # A target of the user's may differentiate by itself, or look at the graph: it is given that of all layers.
+    known = all(getattr(target, "reads_inputs", True) is False for target in targets)
+    if known and inputs and not leaves and (chain := replayed_chain(call, inputs, stored)) is not None:
+        return _of_chain(call, chain, inputs, targets, weights), {}
+    try:
+        return _recorded(call, inputs, leaves, sites, targets, stored, weights, tape=known)
+    except RuntimeError as error:
+        # So may a module of the policy.
+        if not known or not any(text in str(error) for text in (TWICE, "used in the graph")):
+            raise
+    return _recorded(call, inputs, leaves, sites, targets, stored, weights, tape=False)
 
 
 def _of_chain(
@@ -146,24 +133,43 @@ def _of_chain(
     return [({key: chain_gradient(call, chain, key, target, weights)}, {}) for target in targets]
 
 
+def _recorded(
+    call: Call,
+    inputs: Mapping[NestedKey, Tensor],
+    leaves: Mapping[str, Tensor | None],
+    sites: Mapping[str, str],
+    targets: Sequence[Scalar],
+    stored: TensorDictBase | None,
+    weights: Tensor | None,
+    tape: bool,
+) -> tuple[list[Gradients], dict[str, Tensor]]:
+    """By autograd; with ``tape``, chains of known layers are one node of the graph each."""
+    runtime = call.policy._hooked_runtime
+    given = {slot: None if value is None else value.detach().requires_grad_() for slot, value in leaves.items()}
+    with torch.enable_grad(), _leaves(runtime, given):
+        primals = {key: value.detach().requires_grad_() for key, value in inputs.items()}
+        same = all(value is None for value in leaves.values()) and call.as_it_was(inputs, stored)
+        with Tape(list(primals.values())).recording(runtime) if tape else nullcontext():
+            run = call.replay(primals, stored, as_it_was=same)
+        return _backward(call, run, primals, leaves, sites, targets, weights, keep=False)
+
+
 def _backward(
     call: Call,
     run: Pass,
     primals: Mapping[NestedKey, Tensor],
-    tape: Tape | None,
     leaves: Mapping[str, Tensor | None],
     sites: Mapping[str, str],
     targets: Sequence[Scalar],
     weights: Tensor | None,
     keep: bool,
 ) -> tuple[list[Gradients], dict[str, Tensor]]:
-    """Differentiate the targets of a pass; ``keep`` its graph for the caller. The tape has the chains in it."""
+    """Differentiate the targets of a pass; ``keep`` its graph for the caller."""
     runtime = call.policy._hooked_runtime
     values = [target(run) for target in targets]
     _require_fired(runtime, leaves, sites)
     inner = {slot: runtime.slots[slot] for slot in leaves}
     points = [*primals.values(), *inner.values()]
-    cuts = [] if tape is None else [record.output for record in tape.records]
     found = []
     for index, (target, value) in enumerate(zip(targets, values, strict=True)):
         if not value.requires_grad:
@@ -172,13 +178,11 @@ def _backward(
         finite = surely_finite(total)
         explained, outer = (total, None) if weights is None else (value, weights.to(value.dtype))
         more = keep or index + 1 < len(values)
-        reached = torch.autograd.grad(explained, [*points, *cuts], outer, allow_unused=True, retain_graph=more)
-        if all(gradient is None for gradient in reached):
+        one = torch.autograd.grad(explained, points, outer, allow_unused=True, retain_graph=more)
+        if all(gradient is None for gradient in one):
             raise TargetError(no_path(target))
-        one: Sequence[Tensor | None] = reached[: len(points)]
-        if tape is not None and cuts:
-            one = [tape.pull(*both, reached[len(points) :]) for both in zip(points, one, strict=True)]
-        found.append(_split(one, points, primals, inner, None if finite else defined_rows(call, value.detach())))
+        defined = None if finite else defined_rows(call, value.detach())
+        found.append(_split(one, points, primals, inner, defined))
     return found, {slot: value.detach() for slot, value in inner.items()}
 
 
