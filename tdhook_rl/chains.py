@@ -9,9 +9,7 @@ one, all run as they always do.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -25,12 +23,12 @@ from tdhook_rl.rows import vmap_level
 if TYPE_CHECKING:
     from tdhook_rl.hooks import Runtime
 
-__all__ = ["LAYERS", "MODIFIED", "TWICE", "Layer", "Record", "Tape", "chain_of", "layers_alone", "quicken_chains"]
+__all__ = ["LAYERS", "MODIFIED", "TWICE", "Chain", "Layer", "Record", "Tape", "chain_of", "quicken_chains"]
 
 _aten = torch.ops.aten
 
-#: What torch says where a tensor that a derivative needs was changed meanwhile; and what is said here where a chain that
-#: is one node of the graph is differentiated twice.
+#: What torch says where a tensor that a derivative needs was changed meanwhile, and what is said here where a chain
+#: that is one node of the graph is differentiated twice.
 MODIFIED = "modified by an inplace operation"
 TWICE = "a recorded chain is differentiated twice"
 
@@ -143,36 +141,39 @@ class _Joined(torch.autograd.Function):
 
 
 class Tape:
-    """What chains computed from explained tensors in one pass.
+    """What the chains of a hooked copy compute from explained tensors, in the pass inside its ``with`` block.
 
     Args:
+        runtime: the runtime of the hooked copy.
         points: the tensors that are explained; the chains that read another one are not recorded.
         alone: the layers of the one chain that is the whole of a policy, whose output then keeps the graph of the
             weights, if there is one. Without, each chain becomes one node of the graph.
     """
 
-    def __init__(self, points: Sequence[Tensor], alone: Steps | None = None) -> None:
+    def __init__(self, runtime: Runtime, points: Sequence[Tensor], alone: Steps | None = None) -> None:
         self.points = points
         self.alone = alone
         self.records: list[Record] = []
+        self._runtime = runtime
 
-    @contextmanager
-    def recording(self, runtime: Runtime) -> Iterator[None]:
-        """Let the chains of a hooked copy record on this tape."""
-        previous, runtime.tape = runtime.tape, self
-        try:
-            yield
-        finally:
-            runtime.tape = previous
+    def __enter__(self) -> Tape:
+        self._previous, self._runtime.tape = self._runtime.tape, self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._runtime.tape = self._previous
 
     def takes(self, x: Any) -> bool:
+        """Whether a chain that reads ``x`` is recorded."""
         for point in self.points:  # a generator would cost more than the comparison
             if x is point:
                 device = x.device.type
-                return device in _DEVICES and not torch.is_autocast_enabled(device) and vmap_level() < 0
+                plain = device in _DEVICES and not torch.is_autocast_enabled(device)
+                return plain and (self.alone is not None or vmap_level() < 0)
         return False
 
     def run(self, steps: Steps, x: Tensor) -> Tensor:
+        """Run a chain and record it."""
         if self.alone is not None:
             record = Record(steps, x)
             self.records.append(record)
@@ -187,7 +188,84 @@ class Tape:
         return self.records[0] if len(self.records) == 1 and self.records[0].output is output else None
 
 
-# ------------------------------------------------------------------ in a hooked copy
+class Chain:
+    """The forward of an ``nn.Sequential`` of a hooked copy.
+
+    It is an attribute of the instance: the class, which the user's code may look at, stays what it is.
+    """
+
+    def __init__(self, module: nn.Sequential, runtime: Runtime) -> None:
+        self.module = module
+        self.runtime = runtime
+        self._usual = type(module).forward
+        self._forget()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = type(self.module).forward
+        if len(args) != 1 or kwargs or forward is not self._usual or torch.compiler.is_compiling():
+            return forward(self.module, *args, **kwargs)
+        tape, (value,) = self.runtime.tape, args
+        steps = self.layers() if tape is None or tape.alone is None else tape.alone
+        if steps is None:
+            return forward(self.module, value)
+        if tape is not None and tape.takes(value):
+            return tape.run(steps, value)
+        for layer, child in steps:
+            value = layer.forward(child, value)
+        return value
+
+    def layers(self) -> Steps | None:
+        """The layers, if all are known, and nobody listens to or has changed one."""
+        if list(self.module._modules.values()) != self._children:
+            self._survey()
+        if not self._steps or any(self._hooks) or _has_any_global_hook():
+            return None
+        for child, kind, own in self._owners:
+            if child.__class__ is not kind or "forward" in own or own.get("inplace", False):
+                return None
+        for kind in self._kinds:
+            if kind.forward is not _FORWARDS[kind]:
+                return None
+        for parameters in self._parameters:
+            # Weights that are computed from something have a gradient of their own.
+            weight, bias = parameters.get("weight"), parameters.get("bias", parameters)
+            if bias is parameters or weight is None or not weight.is_leaf or not (bias is None or bias.is_leaf):
+                return None
+        return self._steps
+
+    def alone(self) -> Steps | None:
+        """The layers, if besides nobody listens to the chain itself, or changes what it is given."""
+        return None if self.module._forward_hooks or self.module._forward_pre_hooks else self.layers()
+
+    def _forget(self) -> None:
+        self._children: list[nn.Module] = []
+        self._steps: Steps = []
+
+    def _survey(self) -> None:
+        """Note where each look has to go: at every call, that has to be short."""
+        self._children = children = list(self.module._modules.values())
+        known = all(type(child) in LAYERS for child in children)
+        self._steps = [(LAYERS[type(child)], child) for child in children] if known else []
+        self._owners = [(child, type(child), child.__dict__) for child in children]
+        self._kinds = {type(child) for child in children}
+        self._parameters = [child._parameters for layer, child in self._steps if layer.keeps == "weight"]
+        # These are filled and emptied in place.
+        self._hooks = [
+            hooks
+            for child in children
+            for hooks in (child._forward_hooks, child._forward_pre_hooks, *_backward_hooks(child))
+        ] + _backward_hooks(self.module)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self.module, "runtime": self.runtime, "_usual": self._usual}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()  # what was noted belongs to the modules that were copied
+
+
+def _backward_hooks(module: nn.Module) -> list[dict]:
+    return [module._backward_hooks, module._backward_pre_hooks]
 
 
 def quicken_chains(policy: nn.Module, runtime: Runtime) -> None:
@@ -198,6 +276,14 @@ def quicken_chains(policy: nn.Module, runtime: Runtime) -> None:
     for child in policy.modules():
         if isinstance(child, TensorDictModule) and _calls_its_module(child):
             _quicken(child.module, runtime)
+
+
+def chain_of(policy: Any) -> Chain | None:
+    """The chain that is the whole of a policy: its one output is what that computes from its one input."""
+    if not isinstance(policy, TensorDictModule) or not _calls_its_module(policy):
+        return None
+    chain = policy.module.__dict__.get("forward")
+    return chain if isinstance(chain, Chain) and len(policy.in_keys) == len(policy.out_keys) == 1 else None
 
 
 def _calls_its_module(module: TensorDictModule) -> bool:
@@ -213,65 +299,8 @@ def _quicken(module: nn.Module, runtime: Runtime) -> None:
     forward = kind.forward
     if forward not in (nn.Sequential.forward, MLP.forward) or kind.__iter__ is not nn.Sequential.__iter__:
         return
-    if forward is MLP.forward and not isinstance(module.out_features, int):
-        return  # it gives its output a shape
-    # An attribute of the instance: the class, which the user's code may look at, stays what it is.
-    module.__dict__["forward"] = functools.partial(_run, module, forward, runtime)
+    if "forward" in module.__dict__ or (forward is MLP.forward and not isinstance(module.out_features, int)):
+        return  # somebody's own forward, or one that gives its output a shape
+    module.__dict__["forward"] = Chain(module, runtime)  # type: ignore[arg-type]
     for child in module.children():
         _quicken(child, runtime)
-
-
-def _run(module: nn.Sequential, usual: Callable[..., Any], runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
-    forward = type(module).forward
-    if len(args) != 1 or kwargs or forward is not usual or torch.compiler.is_compiling():
-        return forward(module, *args, **kwargs)
-    tape, (value,) = runtime.tape, args
-    steps = layers_of(module) if tape is None or tape.alone is None else tape.alone
-    if steps is None:
-        return forward(module, value)
-    if tape is not None and tape.takes(value):
-        return tape.run(steps, value)
-    for layer, child in steps:
-        value = layer.forward(child, value)
-    return value
-
-
-def layers_of(module: nn.Sequential) -> Steps | None:
-    """The layers, if all are known, and nobody listens to or has changed one."""
-    if not module._modules or module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook():
-        return None
-    steps: Steps = []
-    for child in module._modules.values():
-        kind = type(child)
-        layer = LAYERS.get(kind)  # type: ignore[arg-type]
-        if layer is None or kind.forward is not _FORWARDS[kind]:  # type: ignore[union-attr, index]
-            return None
-        own = child.__dict__
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            return None
-        if "forward" in own or own.get("inplace", False):
-            return None
-        if layer.keeps == "weight":
-            weights = own["_parameters"]
-            weight, bias = weights.get("weight"), weights.get("bias", weights)
-            # Weights that are computed from something have a gradient of their own.
-            if bias is weights or weight is None or not weight.is_leaf or not (bias is None or bias.is_leaf):
-                return None
-        steps.append((layer, child))  # type: ignore[arg-type]
-    return steps
-
-
-def chain_of(policy: Any) -> nn.Sequential | None:
-    """The chain that is the whole of a policy: its one output is what that computes from its one input."""
-    if not isinstance(policy, TensorDictModule) or not _calls_its_module(policy):
-        return None
-    chain = policy.module
-    quick = isinstance(chain, nn.Sequential) and "forward" in chain.__dict__
-    return chain if quick and len(policy.in_keys) == len(policy.out_keys) == 1 else None
-
-
-def layers_alone(chain: nn.Sequential | None) -> Steps | None:
-    """The layers of such a chain, if it is one just now, and nobody listens to it or changes what it is given."""
-    if chain is None or chain._forward_hooks or chain._forward_pre_hooks:
-        return None
-    return layers_of(chain)

@@ -32,6 +32,8 @@ from tdhook_rl.shared_pass import chain_pass, graph_pass, sharing
 from tdhook_rl.writing import write_tensors, writes_by_default
 
 if TYPE_CHECKING:
+    from tdhook_rl.chains import Chain
+
     # What the mixin is mixed with: lets the checker see the methods that super() finds.
     class _Policy(Swapped, TensorDictModuleBase):
         pass
@@ -56,7 +58,7 @@ class HookedMixin(_Policy):
     _hooked_steps: list[Bound]  # those that write at every forward
     _hooked_traits: Traits
     _hooked_shares: bool  # the forward itself may be explained, without a second pass
-    _hooked_chain: nn.Sequential | None  # what computes all that the policy outputs
+    _hooked_chain: Chain | None  # what computes all that the policy outputs
     _hooked_alone: list[Bound]  # those that can do without the policy's own inputs
     _hooked_reads: list[NestedKey]
     _hooked_overwrites: list[NestedKey]  # inputs that the policy writes over

@@ -7,7 +7,7 @@ and every parameter asks for one, so that a graph is recorded anyway, with or wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from tdhook_rl.batching import Traits
-from tdhook_rl.chains import Steps, Tape, layers_alone
-from tdhook_rl.hooks import vmap_level
+from tdhook_rl.chains import Steps, Tape
 from tdhook_rl.passes import Bound, Call, Pass, Replay, draws, run_root, stored_inputs
 from tdhook_rl.writing import get_entry, set_tensor
 
@@ -38,7 +37,7 @@ def sharing(policy: HookedMixin, steps: Sequence[Bound], data: TensorDictBase) -
         torch.compiler.is_compiling()
         or type(data) is not TensorDict
         or torch.is_inference_mode_enabled()
-        or vmap_level() >= 0
+        or policy._hooked_runtime.level >= 0
     ):
         return [], None
     own = policy.policy_out_keys
@@ -50,7 +49,8 @@ def sharing(policy: HookedMixin, steps: Sequence[Bound], data: TensorDictBase) -
     ]
     if not able:
         return [], None
-    layers = layers_alone(policy._hooked_chain) if all(one.knows_targets for one in able) else None
+    chain = policy._hooked_chain
+    layers = chain.alone() if chain is not None and all(one.knows_targets for one in able) else None
     return able if layers is not None or _records_a_graph(policy) else [], layers
 
 
@@ -62,14 +62,13 @@ def _records_a_graph(policy: HookedMixin) -> bool:
 def chain_pass(policy: HookedMixin, forward: Callable[..., Any], data: TensorDict, layers: Steps) -> tuple[Any, Call]:
     """Run a policy that is a chain, and record it; the output, and the call to explain."""
     inputs = stored_inputs(policy, data)
-    tape = Tape(list(inputs.values()), alone=layers)
-    with tape.recording(policy._hooked_runtime):
+    with Tape(policy._hooked_runtime, list(inputs.values()), layers) as tape:
         output = run_root(policy, forward, (data,), {})
     call = Call(policy, forward, output, inputs, data)
     out_keys = policy.policy_out_keys
     record = tape.only(get_entry(output, out_keys[0]))
     if record is not None:  # else a second pass explains what came out: the weights are computed, or under autocast
-        run = Pass(outputs=_own(policy, output, inputs), stored=output, distributions=[], out_keys=out_keys, watched={})
+        run = Pass(output, output, [], out_keys, {}, in_keys=list(inputs))
         call.chain = run, record
     return output, call
 
@@ -104,32 +103,21 @@ def graph_pass(
                         set_tensor(holder, key, inputs[key])
         call = Call(policy, forward, output, inputs, data)
         run = Pass(
-            outputs=_own(policy, output, points),
+            outputs=output,
             stored=output,
             distributions=replay.distributions,
             out_keys=policy.policy_out_keys,
             watched=replay.watched,
+            in_keys=list(inputs),
             supports=policy._hooked_supports,
-        )
+        ).own()
+        for key, point in points.items():  # a target may read them as well
+            set_tensor(run.outputs, key, point)
         call.shared = run, points
         yield output, call
     finally:
         for slot in slots:
             runtime.slots.pop(slot, None)
-
-
-def _own(policy: HookedMixin, output: TensorDictBase, inputs: Mapping[NestedKey, Tensor]) -> TensorDict:
-    """The inputs and outputs of the policy alone: a target must not find the caller's other entries."""
-    entries = dict(inputs)
-    for key in policy.policy_out_keys:
-        entries[key] = get_entry(output, key)
-    if all(type(key) is str and type(value) is Tensor for key, value in entries.items()):
-        return TensorDict._new_unsafe(entries, batch_size=output.batch_size)
-    own = TensorDict({}, batch_size=output.batch_size)
-    for key, value in entries.items():
-        if value is not None:
-            own.set(key, value)
-    return own
 
 
 def _is_plain_float(value: Any) -> bool:

@@ -56,7 +56,10 @@ class Target:
         return per_row(self.function(run), run.outputs.batch_size, self.name)
 
     def _hooked_slope(self, run: Pass) -> Tensor | None:
-        """The derivative with respect to the one output of a network, where the target is linear in it, else None."""
+        """The derivative with respect to the one output of a network, where the target is linear in it, else None.
+
+        Networks with several outputs, or with a distribution over returns (``Pass.supports``), have none.
+        """
         function = getattr(getattr(self.function, "function", None), "_hooked_slope", None)
         return None if function is None else function(run)
 

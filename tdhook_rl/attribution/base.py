@@ -229,6 +229,7 @@ class _Default:
         return default_target(run)(run)
 
     def _hooked_slope(self, run: Pass) -> Tensor | None:
+        run = run.own()
         return default_target(run)._hooked_slope(run)
 
 

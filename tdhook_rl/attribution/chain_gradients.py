@@ -14,7 +14,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.attribution.undefined import blank, defined_rows, surely_finite
-from tdhook_rl.chains import Record, Tape, layers_alone
+from tdhook_rl.chains import Record, Tape
 from tdhook_rl.errors import TargetError
 from tdhook_rl.passes import Call, Pass
 from tdhook_rl.targets import no_path
@@ -29,11 +29,11 @@ def replayed_chain(
     call: Call, inputs: Mapping[NestedKey, Tensor], stored: TensorDictBase | None
 ) -> tuple[Pass, Record] | None:
     """Run a policy that is a chain on inputs; ``None`` if it is none just now."""
-    steps = layers_alone(call.policy._hooked_chain)
-    if steps is None:
+    chain = call.policy._hooked_chain
+    layers = None if chain is None else chain.alone()
+    if layers is None:
         return None
-    tape = Tape(list(inputs.values()), alone=steps)
-    with torch.no_grad(), tape.recording(call.policy._hooked_runtime):
+    with torch.no_grad(), Tape(call.policy._hooked_runtime, list(inputs.values()), layers) as tape:
         run = call.replay(inputs, stored, as_it_was=call.as_it_was(inputs, stored))
     record = tape.only(get_entry(run.outputs, run.out_keys[0]))
     return None if record is None else (run, record)
@@ -58,10 +58,10 @@ def chain_gradient(
                 outer = outer * weights.to(outer.dtype).reshape(*weights.shape, *(1,) * (outer.ndim - weights.ndim))
             found, value = record.pull(outer), None
             if outer.dtype.itemsize < 4:  # a sum of finite outputs may overflow
-                value = target(run)
+                value = target(run.own())
         # Where every output is finite, so is what is linear in them.
         if not surely_finite(record.output if value is None else value):
-            found = blank(defined_rows(call, target(run) if value is None else value), found)
+            found = blank(defined_rows(call, target(run.own()) if value is None else value), found)
     return found
 
 
@@ -72,8 +72,8 @@ def _nonlinear(
     x = record.input.detach().requires_grad_()
     with torch.enable_grad():
         # Copies, which the target may change in place.
-        outputs = run.outputs.copy().set(key, x.clone()).set(run.out_keys[0], record.joined(x))
-        value = target(replace(run, outputs=outputs))
+        outputs = run.own().outputs.copy().set(key, x.clone()).set(run.out_keys[0], record.joined(x))
+        value = target(replace(run, outputs=outputs, in_keys=None))
     if not value.requires_grad:
         raise TargetError(no_path(target))
     outer = torch.ones_like(value) if weights is None else weights.to(value.dtype)

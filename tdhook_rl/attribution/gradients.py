@@ -149,7 +149,7 @@ def _recorded(
     with torch.enable_grad(), _leaves(runtime, given):
         primals = {key: value.detach().requires_grad_() for key, value in inputs.items()}
         same = all(value is None for value in leaves.values()) and call.as_it_was(inputs, stored)
-        with Tape(list(primals.values())).recording(runtime) if tape else nullcontext():
+        with Tape(runtime, list(primals.values())) if tape else nullcontext():
             run = call.replay(primals, stored, as_it_was=same)
         return _backward(call, run, primals, leaves, sites, targets, weights, keep=False)
 
