@@ -115,7 +115,7 @@ class Record:
                 return self.pull(gradient)
         versions = reversed(self._versions)
         for ((_, backward, keeps), module), kept in zip(reversed(self._steps), reversed(self._kept), strict=True):
-            if keeps == "weight" and next(versions) not in (-1, kept._version):
+            if keeps == "weight" and (version := next(versions)) >= 0 and kept._version != version:
                 raise RuntimeError(f"a weight was {MODIFIED} while its policy was explained")
             gradient = backward(module, gradient, kept)
         return gradient

@@ -126,6 +126,18 @@ def test_a_target_that_reads_the_input_as_well() -> None:
         torch.testing.assert_close(hooked.annotate(one)["attr", "input"], expected)
 
 
+def test_weights_of_inference_mode() -> None:
+    with torch.inference_mode():
+        net = chain()
+    one = data(5)
+    with Saliency(target=targets.logit(1, "output")).prepare(net) as hooked, torch.no_grad():
+        found = [hooked(one.clone()), hooked.annotate(one)]
+    for each in found:
+        torch.testing.assert_close(
+            each["attr", "input"], by_autograd(copy.deepcopy(net).requires_grad_(False), one["input"], logit)
+        )
+
+
 def test_a_target_that_no_gradient_reaches() -> None:
     other = torch.ones(5, requires_grad=True)
     unreached = {

@@ -281,8 +281,11 @@ def test_damaged_folders(damage: str, actor: ProbabilisticActor, buffer: ReplayB
 def test_a_folder_in_which_nothing_was_written_yet(
     actor: ProbabilisticActor, buffer: ReplayBuffer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(TensorDict, "memmap_like", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(TensorDict, "memmap_like", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(actor, buffer, tmp_path)
     with pytest.raises(ArtifactError, match="has reached 0 of 200"):
