@@ -1,36 +1,32 @@
-"""Chains of layers whose derivatives are known: they run without module calls and are explained without a graph.
+"""Policies that are a chain of known layers, whose derivatives need no graph.
 
-The policies of RL are mostly small multilayer perceptrons, in which calls and autograd's bookkeeping take longer than
-the arithmetic. In a hooked copy an ``nn.Sequential`` of the layers of :data:`LAYERS` that a TensorDictModule calls
-runs by their functions; and while its input is being explained, a :class:`Record` keeps what the derivative of each
-layer needs and applies the operations that autograd would. Where anybody listens to a layer, or has replaced or changed
-one, all run as they always do.
+The value and Q-networks of RL are mostly small multilayer perceptrons, in which module calls and autograd's bookkeeping
+take longer than the arithmetic. Where a whole policy is an ``nn.Sequential`` of the layers of :data:`LAYERS`, it may be
+run by their functions, and a :class:`Record` of the run applies the operations that autograd would. Where anybody
+listens to a layer, has replaced or changed one, or computes its weights, there is no chain, and all goes its usual way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, skip_existing
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from tdhook_rl.rows import vmap_level
-
 if TYPE_CHECKING:
-    from tdhook_rl.hooks import Runtime
+    from tdhook_rl.module import HookedMixin
 
-__all__ = ["LAYERS", "MODIFIED", "TWICE", "Chain", "Layer", "Record", "Tape", "chain_of", "quicken_chains"]
+__all__ = ["LAYERS", "MODIFIED", "Layer", "Record", "Steps", "chain_layers", "is_chain"]
 
 _aten = torch.ops.aten
 
-#: What torch says where a tensor that a derivative needs was changed meanwhile, and what is said here where a chain
-#: that is one node of the graph is differentiated twice.
+#: What torch says where a tensor that a derivative needs was changed meanwhile.
 MODIFIED = "modified by an inplace operation"
-TWICE = "a recorded chain is differentiated twice"
 
 #: Where autocast can be asked for; other devices (meta) know none.
 _DEVICES = ("cpu", "cuda", "mps")
@@ -109,10 +105,6 @@ class Record:
         Raises:
             RuntimeError: as autograd does, if a weight was changed since (by a learner in another thread).
         """
-        device = gradient.device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return self.pull(gradient)
         versions = reversed(self._versions)
         for ((_, backward, keeps), module), kept in zip(reversed(self._steps), reversed(self._kept), strict=True):
             if keeps == "weight" and (version := next(versions)) >= 0 and kept._version != version:
@@ -120,187 +112,65 @@ class Record:
             gradient = backward(module, gradient, kept)
         return gradient
 
-    def joined(self, x: Tensor) -> Tensor:
-        """The output as a function of ``x``, a tensor with the numbers of the input, for a graph that goes on."""
-        return _Joined.apply(x, self)
 
-
-class _Joined(torch.autograd.Function):
-    """A chain as one node of a graph. What follows is given a copy, which it may change in place."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, record: Record) -> Tensor:
-        ctx.record = record
-        return record.output.detach().clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        if torch.is_grad_enabled():  # with create_graph=True: a module of the policy differentiates by itself
-            raise RuntimeError(TWICE)
-        return ctx.record.pull(gradient), None
-
-
-class Tape:
-    """What the chains of a hooked copy compute from explained tensors, in the pass inside its ``with`` block.
-
-    Args:
-        runtime: the runtime of the hooked copy.
-        points: the tensors that are explained; the chains that read another one are not recorded.
-        alone: the layers of the one chain that is the whole of a policy, whose output then keeps the graph of the
-            weights, if there is one. Without, each chain becomes one node of the graph.
-    """
-
-    def __init__(self, runtime: Runtime, points: Sequence[Tensor], alone: Steps | None = None) -> None:
-        self.points = points
-        self.alone = alone
-        self.records: list[Record] = []
-        self._runtime = runtime
-
-    def __enter__(self) -> Tape:
-        self._previous, self._runtime.tape = self._runtime.tape, self
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._runtime.tape = self._previous
-
-    def takes(self, x: Any) -> bool:
-        """Whether a chain that reads ``x`` is recorded."""
-        for point in self.points:  # a generator would cost more than the comparison
-            if x is point:
-                device = x.device.type
-                plain = device in _DEVICES and not torch.is_autocast_enabled(device)
-                return plain and (self.alone is not None or vmap_level() < 0)
+def is_chain(policy: Any) -> bool:
+    """Whether a policy may be a chain: a TensorDictModule that only calls an ``nn.Sequential`` on one input."""
+    if not isinstance(policy, TensorDictModule) or not isinstance(policy.module, nn.Sequential):
         return False
-
-    def run(self, steps: Steps, x: Tensor) -> Tensor:
-        """Run a chain and record it."""
-        if self.alone is not None:
-            record = Record(steps, x)
-            self.records.append(record)
-            return record.output
-        with torch.no_grad():
-            record = Record(steps, x)
-        self.records.append(record)
-        return record.joined(x)
-
-    def only(self, output: Any) -> Record | None:
-        """The record of the one chain, if ``output`` is what it has computed."""
-        return self.records[0] if len(self.records) == 1 and self.records[0].output is output else None
+    kind = type(policy)
+    usual = all(
+        getattr(kind, name) is getattr(TensorDictModule, name)
+        for name in ("forward", "_call_module", "_write_to_tensordict", "__call__")
+    )
+    plain = policy.method is None and policy.inplace is True and policy._kwargs is None and not policy._get_kwargs
+    return usual and plain and len(policy.in_keys) == len(policy.out_keys) == 1 and policy.out_keys != ["_"]
 
 
-class Chain:
-    """The forward of an ``nn.Sequential`` of a hooked copy.
-
-    It is an attribute of the instance: the class, which the user's code may look at, stays what it is.
-    """
-
-    def __init__(self, module: nn.Sequential, runtime: Runtime) -> None:
-        self.module = module
-        self.runtime = runtime
-        self._usual = type(module).forward
-        self._forget()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = type(self.module).forward
-        if len(args) != 1 or kwargs or forward is not self._usual or torch.compiler.is_compiling():
-            return forward(self.module, *args, **kwargs)
-        tape, (value,) = self.runtime.tape, args
-        steps = self.layers() if tape is None or tape.alone is None else tape.alone
-        if steps is None:
-            return forward(self.module, value)
-        if tape is not None and tape.takes(value):
-            return tape.run(steps, value)
-        for layer, child in steps:
-            value = layer.forward(child, value)
-        return value
-
-    def layers(self) -> Steps | None:
-        """The layers, if all are known, and nobody listens to or has changed one."""
-        if list(self.module._modules.values()) != self._children:
-            self._survey()
-        if not self._steps or any(self._hooks) or _has_any_global_hook():
-            return None
-        for child, kind, own in self._owners:
-            if child.__class__ is not kind or "forward" in own or own.get("inplace", False):
-                return None
-        for kind in self._kinds:
-            if kind.forward is not _FORWARDS[kind]:
-                return None
-        for parameters in self._parameters:
-            # Weights that are computed from something have a gradient of their own.
-            weight, bias = parameters.get("weight"), parameters.get("bias", parameters)
-            if bias is parameters or weight is None or not weight.is_leaf or not (bias is None or bias.is_leaf):
-                return None
-        return self._steps
-
-    def alone(self) -> Steps | None:
-        """The layers, if besides nobody listens to the chain itself, or changes what it is given."""
-        return None if self.module._forward_hooks or self.module._forward_pre_hooks else self.layers()
-
-    def _forget(self) -> None:
-        self._children: list[nn.Module] = []
-        self._steps: Steps = []
-
-    def _survey(self) -> None:
-        """Note where each look has to go: at every call, that has to be short."""
-        self._children = children = list(self.module._modules.values())
-        known = all(type(child) in LAYERS for child in children)
-        self._steps = [(LAYERS[type(child)], child) for child in children] if known else []
-        self._owners = [(child, type(child), child.__dict__) for child in children]
-        self._kinds = {type(child) for child in children}
-        self._parameters = [child._parameters for layer, child in self._steps if layer.keeps == "weight"]
-        # These are filled and emptied in place.
-        self._hooks = [
-            hooks
-            for child in children
-            for hooks in (child._forward_hooks, child._forward_pre_hooks, *_backward_hooks(child))
-        ] + _backward_hooks(self.module)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module, "runtime": self.runtime, "_usual": self._usual}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()  # what was noted belongs to the modules that were copied
-
-
-def _backward_hooks(module: nn.Module) -> list[dict]:
-    return [module._backward_hooks, module._backward_pre_hooks]
-
-
-def quicken_chains(policy: nn.Module, runtime: Runtime) -> None:
-    """Let the sequential modules that TensorDictModules of a hooked copy call run as chains.
-
-    Those that other modules call are left alone: their forward may do anything with them.
-    """
-    for child in policy.modules():
-        if isinstance(child, TensorDictModule) and _calls_its_module(child):
-            _quicken(child.module, runtime)
-
-
-def chain_of(policy: Any) -> Chain | None:
-    """The chain that is the whole of a policy: its one output is what that computes from its one input."""
-    if not isinstance(policy, TensorDictModule) or not _calls_its_module(policy):
+def chain_layers(policy: HookedMixin, x: Any) -> Steps | None:
+    """The layers of a hooked policy for which :func:`is_chain` holds, if it is one for this input and just now."""
+    module, runtime = policy.module, policy._hooked_runtime
+    if type(x) is not Tensor or x.device.type not in _DEVICES or torch.is_autocast_enabled(x.device.type):
         return None
-    chain = policy.module.__dict__.get("forward")
-    return chain if isinstance(chain, Chain) and len(policy.in_keys) == len(policy.out_keys) == 1 else None
+    if runtime.row_hook is not None or runtime.expected or skip_existing():
+        return None
+    kind, own = type(module), module.__dict__
+    if kind.forward not in _sequences() or kind.__iter__ is not nn.Sequential.__iter__ or "forward" in own:
+        return None
+    if own.get("out_features", 0).__class__ is not int or _has_any_global_hook() or _is_heard(own):
+        return None  # torchrl's MLP gives its output a shape where it is asked for several dimensions
+    steps: Steps = []
+    for child in module._modules.values():
+        layer = LAYERS.get(child.__class__)
+        own = child.__dict__
+        if layer is None or child.__class__.forward is not _FORWARDS[child.__class__] or _is_heard(own):
+            return None
+        if "forward" in own or own.get("inplace", False):
+            return None
+        if layer.keeps == "weight" and not _is_plain(own["_parameters"]):
+            return None
+        steps.append((layer, child))
+    return steps or None
 
 
-def _calls_its_module(module: TensorDictModule) -> bool:
-    kind = type(module)
-    usual = kind.forward is TensorDictModule.forward and kind._call_module is TensorDictModule._call_module
-    return usual and module.method is None
-
-
-def _quicken(module: nn.Module, runtime: Runtime) -> None:
+@functools.cache
+def _sequences() -> tuple[Any, ...]:
     from torchrl.modules import MLP
 
-    kind: Any = type(module)
-    forward = kind.forward
-    if forward not in (nn.Sequential.forward, MLP.forward) or kind.__iter__ is not nn.Sequential.__iter__:
-        return
-    if "forward" in module.__dict__ or (forward is MLP.forward and not isinstance(module.out_features, int)):
-        return  # somebody's own forward, or one that gives its output a shape
-    module.__dict__["forward"] = Chain(module, runtime)  # type: ignore[arg-type]
-    for child in module.children():
-        _quicken(child, runtime)
+    return nn.Sequential.forward, MLP.forward
+
+
+def _is_heard(own: dict[str, Any]) -> bool:
+    """Whether a module, by its attributes, has a hook."""
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
+
+
+def _is_plain(parameters: dict[str, Any]) -> bool:
+    """Whether weight and bias are tensors that are computed from nothing; others have gradients of their own."""
+    if "bias" not in parameters:
+        return False
+    for value in (parameters.get("weight"), parameters["bias"]):
+        if value is not None and not (value.__class__ in (nn.Parameter, Tensor) and value.is_leaf):
+            return False
+    return parameters.get("weight") is not None

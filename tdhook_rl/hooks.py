@@ -21,7 +21,6 @@ from tdhook_rl.errors import InactiveError, MissingKeyError, SiteError, nearest
 from tdhook_rl.rows import as_leaf, lent_rows, rows_of, unbatched, vmap_level, with_rows
 
 if TYPE_CHECKING:
-    from tdhook_rl.chains import Tape
     from tdhook_rl.passes import Replay
     from tdhook_rl.tying import Tie
 
@@ -60,7 +59,6 @@ class Runtime:
         self.batch: torch.Size | None = None
         self.time: tuple[torch.Size, Tensor | None] | None = None
         self.replay: Replay | None = None
-        self.tape: Tape | None = None
         self.tie: Tie | None = None
         self.row_hook: RowHook | None = None
         self.slots: dict[str, Tensor] = {}
@@ -134,7 +132,6 @@ class Runtime:
             "leaves": {},
             "rows": {},
             "replay": None,
-            "tape": None,
             "tie": None,
             "recording": False,
             "depth": 0,

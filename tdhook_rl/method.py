@@ -17,7 +17,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
 from tdhook_rl.batching import Traits
-from tdhook_rl.chains import chain_of, quicken_chains
+from tdhook_rl.chains import is_chain
 from tdhook_rl.classes import swap_class
 from tdhook_rl.collisions import check_collisions, check_known
 from tdhook_rl.errors import InputError, PreparationError, SiteError
@@ -187,8 +187,6 @@ class HookingContext:
                 swap_class(child, WritingMixin)
         bound = [one for one in (method.bind(binder) for method in self._methods) if one is not None]
         binder.place_row_hooks()
-        # After the methods, whose rules may ask for the exact class of a module.
-        quicken_chains(clone, runtime)
         quicken_pooling(clone)
         check_collisions(clone, bound, binder.reads)
         steps = [one for one in bound if (one.result_keys or getattr(one, "consumes", False)) and one.when == "step"]
@@ -199,7 +197,7 @@ class HookingContext:
             _hooked_steps=steps,
             _hooked_traits=traits,
             _hooked_shares=can_share(clone, traits),
-            _hooked_chain=chain_of(clone),
+            _hooked_is_chain=is_chain(clone),
             _hooked_alone=[one for one in steps if getattr(one, "without_forward", False)],
             _hooked_reads=binder.reads,
             _hooked_overwrites=[key for key in clone.in_keys if key in list(clone.out_keys)],

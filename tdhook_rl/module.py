@@ -32,8 +32,6 @@ from tdhook_rl.shared_pass import chain_pass, graph_pass, sharing
 from tdhook_rl.writing import write_tensors, writes_by_default
 
 if TYPE_CHECKING:
-    from tdhook_rl.chains import Chain
-
     # What the mixin is mixed with: lets the checker see the methods that super() finds.
     class _Policy(Swapped, TensorDictModuleBase):
         pass
@@ -58,7 +56,7 @@ class HookedMixin(_Policy):
     _hooked_steps: list[Bound]  # those that write at every forward
     _hooked_traits: Traits
     _hooked_shares: bool  # the forward itself may be explained, without a second pass
-    _hooked_chain: Chain | None  # what computes all that the policy outputs
+    _hooked_is_chain: bool  # the policy may be a chain of known layers
     _hooked_alone: list[Bound]  # those that can do without the policy's own inputs
     _hooked_reads: list[NestedKey]
     _hooked_overwrites: list[NestedKey]  # inputs that the policy writes over
@@ -199,9 +197,8 @@ class HookedMixin(_Policy):
         try:
             try:
                 if layers is not None:
-                    output, call = chain_pass(self, forward, data, layers)
-                    runtime.recording = False
-                    results = self._compute(shared, call)
+                    output = data
+                    results = self._compute(shared, chain_pass(self, forward, data, layers))
                 elif shared:
                     with graph_pass(self, forward, data, shared) as (output, call):
                         runtime.recording = False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -153,14 +153,6 @@ class Pass:
     watched: dict[str, Tensor]  # outputs of target modules, by slot
     # Of distributional Q-networks: the returns that the atoms stand for, by the key of their log-probabilities.
     supports: Mapping[NestedKey, Tensor] = field(default_factory=dict)
-    in_keys: Sequence[NestedKey] | None = None  # where the outputs hold more than the policy reads and writes
-
-    def own(self) -> Pass:
-        """The pass with what the policy reads and writes alone: a target must not find the caller's other entries."""
-        if self.in_keys is None:
-            return self
-        keys = [*self.in_keys, *self.out_keys]
-        return replace(self, outputs=self.outputs.select(*keys, strict=False), in_keys=None)
 
 
 class Call:

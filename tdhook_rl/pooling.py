@@ -53,9 +53,9 @@ def quicken_pooling(policy: nn.Module) -> None:
 
 
 def _run(module: nn.MaxPool2d, *args: Any, **kwargs: Any) -> Any:
-    value = args[0] if len(args) == 1 and not kwargs else None
+    value = args[0] if len(args) == 1 and not kwargs and type(module) is nn.MaxPool2d else None
     if type(value) is not Tensor or torch.compiler.is_compiling() or not _gains(module, value):
-        return nn.MaxPool2d.forward(module, *args, **kwargs)
+        return type(module).forward(module, *args, **kwargs)
     if value.requires_grad and torch.is_grad_enabled():
         return _MaxPool.apply(value, module)
     return _pool(module, value, return_indices=False)
@@ -71,7 +71,10 @@ def _pool(module: nn.MaxPool2d, value: Tensor, return_indices: bool) -> Any:
         ceil_mode=module.ceil_mode,
         return_indices=return_indices,
     )
-    return (found[0].contiguous(), found[1]) if return_indices else found.contiguous()
+    # Not contiguous(), which lets frames of one place be: in the next convolution they would pass for channels_last.
+    if return_indices:
+        return found[0].clone(memory_format=torch.contiguous_format), found[1]
+    return found.clone(memory_format=torch.contiguous_format)
 
 
 def _gains(module: nn.MaxPool2d, value: Tensor) -> bool:

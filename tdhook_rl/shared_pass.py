@@ -16,7 +16,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from tdhook_rl.batching import Traits
-from tdhook_rl.chains import Steps, Tape
+from tdhook_rl.chains import Record, Steps, chain_layers
 from tdhook_rl.passes import Bound, Call, Pass, Replay, draws, run_root, stored_inputs
 from tdhook_rl.writing import get_entry, set_tensor
 
@@ -47,11 +47,10 @@ def sharing(policy: HookedMixin, steps: Sequence[Bound], data: TensorDictBase) -
         if getattr(one, "shares_forward", False)
         and all(key not in own and _is_plain_float(get_entry(data, key)) for key in one.declared)  # type: ignore[attr-defined]
     ]
-    if not able:
-        return [], None
-    chain = policy._hooked_chain
-    layers = chain.alone() if chain is not None and all(one.knows_targets for one in able) else None
-    return able if layers is not None or _records_a_graph(policy) else [], layers
+    layers = None
+    if able and policy._hooked_is_chain and all(one.linear for one in able):
+        layers = chain_layers(policy, get_entry(data, policy.policy_in_keys[0]))
+    return able if able and (layers is not None or _records_a_graph(policy)) else [], layers
 
 
 def _records_a_graph(policy: HookedMixin) -> bool:
@@ -59,18 +58,17 @@ def _records_a_graph(policy: HookedMixin) -> bool:
     return torch.is_grad_enabled() and tie is not None and tie.asks_for_gradients()
 
 
-def chain_pass(policy: HookedMixin, forward: Callable[..., Any], data: TensorDict, layers: Steps) -> tuple[Any, Call]:
-    """Run a policy that is a chain, and record it; the output, and the call to explain."""
-    inputs = stored_inputs(policy, data)
-    with Tape(policy._hooked_runtime, list(inputs.values()), layers) as tape:
-        output = run_root(policy, forward, (data,), {})
-    call = Call(policy, forward, output, inputs, data)
-    out_keys = policy.policy_out_keys
-    record = tape.only(get_entry(output, out_keys[0]))
-    if record is not None:  # else a second pass explains what came out: the weights are computed, or under autocast
-        run = Pass(output, output, [], out_keys, {}, in_keys=list(inputs))
-        call.chain = run, record
-    return output, call
+def chain_pass(policy: HookedMixin, forward: Callable[..., Any], data: TensorDict, layers: Steps) -> Call:
+    """Run a policy that is a chain of these layers, and record it; the call to explain."""
+    key, out_key = policy.policy_in_keys[0], policy.policy_out_keys[0]
+    record = Record(layers, get_entry(data, key))
+    set_tensor(data, out_key, record.output)
+    outputs = TensorDict._new_unsafe({}, batch_size=data.batch_size)
+    set_tensor(outputs, key, record.input)
+    set_tensor(outputs, out_key, record.output)
+    call = Call(policy, forward, data, {key: record.input}, data)
+    call.chain = Pass(outputs, data, distributions=[], out_keys=[out_key], watched={}), record
+    return call
 
 
 @contextmanager
@@ -86,6 +84,9 @@ def graph_pass(
     points: dict[NestedKey, Tensor] = {
         key: inputs[key].detach().requires_grad_() for one in shared for key in one.declared
     }
+    # What a target must not find: entries of the caller's that are not the policy's.
+    own = {key if isinstance(key, str) else key[0] for key in (*inputs, *policy.policy_out_keys)}
+    foreign = [key for key in data.keys() if key not in own]
     replay = Replay(data)
     slots = [slot for one in shared for slot in one.leaves]
     previous, output = runtime.replay, data
@@ -102,17 +103,12 @@ def graph_pass(
                     if holder.get(key, None) is point:
                         set_tensor(holder, key, inputs[key])
         call = Call(policy, forward, output, inputs, data)
+        outputs = output.exclude(*foreign)
+        for key, point in points.items():
+            set_tensor(outputs, key, point)
         run = Pass(
-            outputs=output,
-            stored=output,
-            distributions=replay.distributions,
-            out_keys=policy.policy_out_keys,
-            watched=replay.watched,
-            in_keys=list(inputs),
-            supports=policy._hooked_supports,
-        ).own()
-        for key, point in points.items():  # a target may read them as well
-            set_tensor(run.outputs, key, point)
+            outputs, output, replay.distributions, policy.policy_out_keys, replay.watched, policy._hooked_supports
+        )
         call.shared = run, points
         yield output, call
     finally:

@@ -55,13 +55,27 @@ class Target:
     def __call__(self, run: Pass) -> Tensor:
         return per_row(self.function(run), run.outputs.batch_size, self.name)
 
-    def _hooked_slope(self, run: Pass) -> Tensor | None:
-        """The derivative with respect to the one output of a network, where the target is linear in it, else None.
 
-        Networks with several outputs, or with a distribution over returns (``Pass.supports``), have none.
-        """
-        function = getattr(getattr(self.function, "function", None), "_hooked_slope", None)
-        return None if function is None else function(run)
+class LinearTarget(Target):
+    """A target of this module that is linear in one output, if the policy has one and no distribution over returns."""
+
+    def slope(self, run: Pass) -> Tensor | None:
+        """The derivative with respect to that output; ``None`` if the target is not of it."""
+        return self.function.function.slope(run)  # type: ignore[attr-defined]
+
+
+class DefaultTarget:
+    """What :func:`default_target` chooses, once there is a replay to choose by."""
+
+    name = "(default)"
+
+    def __call__(self, run: Pass) -> Tensor:
+        return default_target(run)(run)
+
+    def slope(self, run: Pass) -> Tensor | None:
+        """As of :class:`LinearTarget`, if that is what is chosen."""
+        chosen = default_target(run)
+        return chosen.slope(run) if isinstance(chosen, LinearTarget) else None
 
 
 def taken_action_log_prob() -> Target:
@@ -76,12 +90,12 @@ def entropy() -> Target:
 
 def chosen_logit(key: NestedKey = "logits") -> Target:
     """The logit of the stored action (an index, or one-hot), before normalisation."""
-    return _own("chosen_logit", _Chosen(unravel_key(key)))
+    return _linear("chosen_logit", _Chosen(unravel_key(key)))
 
 
 def logit(index: int, key: NestedKey = "logits") -> Target:
     """The logit of one action, whichever was taken."""
-    return _own(f"logit({index})", _Indexed(unravel_key(key), index))
+    return _linear(f"logit({index})", _Indexed(unravel_key(key), index))
 
 
 def margin(key: NestedKey = "logits") -> Target:
@@ -91,17 +105,17 @@ def margin(key: NestedKey = "logits") -> Target:
 
 def state_value(key: NestedKey = "state_value") -> Target:
     """The estimated value of the state."""
-    return _own("state_value", _Entry(unravel_key(key)))
+    return _linear("state_value", _Entry(unravel_key(key)))
 
 
 def chosen_q(key: NestedKey = "action_value") -> Target:
     """The estimated Q-value of the stored action; of a distributional Q-network the expectation over its atoms."""
-    return _own("chosen_q", _Chosen(unravel_key(key)))
+    return _linear("chosen_q", _Chosen(unravel_key(key)))
 
 
 def output_sum() -> Target:
     """The sum of the module's floating-point outputs that depend on its inputs."""
-    return _own("output_sum", _OutputSum())
+    return _linear("output_sum", _OutputSum())
 
 
 def default_target(run: Pass) -> Target:
@@ -117,7 +131,7 @@ def default_target(run: Pass) -> Target:
     decided = [key for module, _ in run.distributions for key in sample_keys(module)]
     for key in (*decided, *(named(run.outputs, name) for name in ("action", "state_value", "state_action_value"))):
         if key in run.out_keys and _explains(run.outputs.get(key)):
-            return _own(str(key), _Entry(key))
+            return _linear(str(key), _Entry(key))
     return output_sum()
 
 
@@ -127,6 +141,10 @@ def no_path(target: Callable[[Pass], Tensor]) -> str:
         f"no gradient reaches the target {getattr(target, 'name', target)!s} from the explained inputs: the policy "
         "detaches, rounds or samples on the way (an action has no gradient; its log-probability has)"
     )
+
+
+def _linear(name: str, function: Callable[[Pass], Tensor]) -> Target:
+    return LinearTarget(name, function, reads_inputs=False)
 
 
 def _own(name: str, function: Callable[[Pass], Tensor]) -> Target:
@@ -186,7 +204,7 @@ class _Entry:
     def __call__(self, run: Pass) -> Tensor:
         return _entry(run, self.key)[1]
 
-    def _hooked_slope(self, run: Pass) -> Tensor | None:
+    def slope(self, run: Pass) -> Tensor | None:
         key, value = _entry(run, self.key)
         return torch.ones_like(value) if key in run.out_keys else None
 
@@ -200,7 +218,7 @@ class _Indexed:
         _, logits = _values(run, self.key)
         return self._of(logits)
 
-    def _hooked_slope(self, run: Pass) -> Tensor | None:
+    def slope(self, run: Pass) -> Tensor | None:
         key, logits = _entry(run, self.key)
         if key not in run.out_keys:
             return None
@@ -224,7 +242,7 @@ class _Chosen:
         key, values = _values(run, self.key)
         return (values * one_hot_action(run, values, key)).sum(-1)
 
-    def _hooked_slope(self, run: Pass) -> Tensor | None:
+    def slope(self, run: Pass) -> Tensor | None:
         key, values = _entry(run, self.key)
         return one_hot_action(run, values, key) if key in run.out_keys else None
 
@@ -245,7 +263,7 @@ class _OutputSum:
         batch = run.outputs.batch_size
         return torch.stack([value.reshape(*batch, -1).sum(-1) for value in self._terms(run)]).sum(0)
 
-    def _hooked_slope(self, run: Pass) -> Tensor | None:
+    def slope(self, run: Pass) -> Tensor | None:
         terms = self._terms(run)
         return torch.ones_like(terms[0]) if len(terms) == 1 else None
 

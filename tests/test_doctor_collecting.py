@@ -21,6 +21,7 @@ from torchrl.collectors import AsyncBatchedCollector, Collector, MultiAsyncColle
 from torchrl.collectors.distributed import RayCollector
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ListStorage, ReplayBuffer
 from torchrl.envs import SelectTransform
+from torchrl.envs.utils import exploration_type
 from torchrl.modules import ProbabilisticActor
 
 from tdhook_rl import ActivationCaching, SteeringVectors
@@ -184,8 +185,10 @@ def test_a_cache_of_the_users_is_not_filled() -> None:
 def test_an_environment_that_hangs() -> None:
     source = Changed(lambda step, data: time.sleep(60 if step == 2 else 0))
     began = time.monotonic()
+    before = exploration_type()
     report = check(hooked(make_actor()), source, time_limit=1.0)
     assert time.monotonic() - began < 30
+    assert exploration_type() is before
     one = found(report, "time limit", "error")
     assert one.seen == "after 1 s the check still waited for the environment at step 2"
 

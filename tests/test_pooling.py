@@ -13,6 +13,7 @@ from tdhook_rl.pooling import ENTRIES, quicken_pooling
 WINDOWS = [
     {"kernel_size": 3, "stride": 2, "padding": 1},
     {"kernel_size": 2},
+    {"kernel_size": (5, 3)},
     {"kernel_size": (3, 2), "stride": (1, 2), "dilation": 2, "ceil_mode": True},
 ]
 
@@ -28,7 +29,7 @@ def frames(*shape: int) -> Tensor:
     return torch.randn(*shape).relu()
 
 
-@pytest.mark.parametrize("shape", [(4, 6, 30, 31), (1, 32, 16, 16), (1, 3, 6, 6), (3, 60, 61)])
+@pytest.mark.parametrize("shape", [(4, 6, 30, 31), (1, 32, 16, 16), (1, 3, 6, 6), (3, 60, 61), (64, 64, 5, 3)])
 @pytest.mark.parametrize("window", WINDOWS)
 def test_outputs_and_gradients_are_the_same_bits_in_the_same_layout(window: dict, shape: tuple[int, ...]) -> None:
     plain, quick = both(**window)
@@ -116,6 +117,26 @@ def test_a_hooked_network_computes_what_the_users_does() -> None:
     assert all(torch.equal(p.grad, one) for p, one in zip(net.parameters(), ours, strict=True))
     leaf = x.clone().requires_grad_()
     assert torch.equal(found["attr", "input"], torch.autograd.grad(net(leaf)[:, 1].sum(), leaf)[0])
+
+
+class Doubling(nn.MaxPool2d):
+    def forward(self, value: Tensor) -> Tensor:
+        return 2 * super().forward(value)
+
+
+def test_a_class_that_is_changed_afterwards() -> None:
+    plain, quick = both(kernel_size=2)
+    x = frames(2, 4, 40, 40)
+    quick.__class__ = Doubling
+    assert torch.equal(quick(x), 2 * plain(x))
+
+
+def test_frames_of_one_place_before_a_convolution() -> None:
+    net = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(256, 32, 1), nn.Flatten())
+    x = torch.randn(16, 256, 2, 2)
+    with ActivationCaching("1").prepare(net) as hooked, torch.no_grad():
+        found = hooked(TensorDict({"input": x}, batch_size=16))
+        assert torch.equal(found["output"], net(x))
 
 
 def test_hooks_on_the_pooling_see_its_output() -> None:

@@ -151,24 +151,22 @@ def test_it_goes_on_where_it_was_interrupted(
     assert (load_results(tmp_path / "parts") == whole).all()
 
 
-def test_a_process_that_is_killed(actor: ProbabilisticActor, buffer: ReplayBuffer, tmp_path: Path) -> None:
-    worker = multiprocessing.get_context("spawn").Process(target=_killed, args=(tmp_path / "parts",))
+def test_a_process_that_is_killed(actor: ProbabilisticActor, data: TensorDict, tmp_path: Path) -> None:
+    worker = multiprocessing.get_context("spawn").Process(target=_killed, args=(actor, data, tmp_path / "parts"))
     worker.start()
     worker.join(60)
     assert worker.exitcode == -signal.SIGKILL
     page = json.loads((tmp_path / "parts" / "analysis.json").read_text())
     assert page["done"] == 128
+    buffer = filled(LazyTensorStorage(ROWS * STEPS), data.reshape(-1))
     found = run(actor, buffer, tmp_path / "parts")
     whole = run(actor, buffer, tmp_path / "whole")
     for key in KEYS:
         torch.testing.assert_close(found[key], whole[key])
 
 
-def _killed(folder: Path) -> None:
+def _killed(actor: ProbabilisticActor, data: TensorDict, folder: Path) -> None:
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    actor = make_actor()
-    data = CueCorners(batch_size=[ROWS], seed=0).rollout(STEPS, actor, break_when_any_done=False).detach()
 
     def kill(done: int, size: int) -> None:
         if done == 128:

@@ -12,13 +12,14 @@ from tensordict.nn import ProbabilisticTensorDictModule
 from tensordict.utils import unravel_key
 from torch import Tensor
 
+from tdhook_rl.attribution.chain_gradients import is_linear
 from tdhook_rl.attribution.gradients import explainable_inputs
 from tdhook_rl.batching import in_recurrent_mode
 from tdhook_rl.errors import InputError, MissingKeyError, TargetError, nearest
 from tdhook_rl.hooks import Portable
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.passes import Call, Pass, with_batch
-from tdhook_rl.targets import Target, default_target, per_row
+from tdhook_rl.targets import DefaultTarget, Target, per_row
 
 if TYPE_CHECKING:
     from tensordict.nn import TensorDictModuleBase
@@ -119,7 +120,7 @@ class BoundAttribution:
     reads_forward = False
     replays = True
     shares_forward = False  # may explain the policy's own forward, see tdhook_rl.shared_pass
-    knows_targets = False  # explains targets of this library only, which look at outputs and stored actions
+    linear = False  # explains targets only that are linear in an output
     horizon: str = "step"  # a row is explained by itself
 
     def __init__(self, config: GradientAttribution, binder: Binder) -> None:
@@ -151,7 +152,7 @@ class BoundAttribution:
         self.reads_inputs = config.init_attr_targets is None and any(
             one is not None and getattr(one, "reads_inputs", True) for one in self._chosen
         )
-        self.knows_targets = config.init_attr_targets is None and not self.reads_inputs
+        self.linear = config.init_attr_targets is None and is_linear([one or DefaultTarget() for one in self._chosen])
         self._additional_keys = [unravel_key(key) for key in config.additional_init_keys]
         self.reads = list(self._additional_keys)
 
@@ -217,20 +218,8 @@ class BoundAttribution:
     def _function(self, target: Target | None, call: Call) -> Callable[[Pass], Tensor]:
         init = self._init["targets"]
         if init is None:
-            return target or _Default()
+            return target or DefaultTarget()
         return _InitTargets(init, self._init["grads"], self.additional(call), self.watched)
-
-
-class _Default:
-    name = "(default)"
-    reads_inputs = False
-
-    def __call__(self, run: Pass) -> Tensor:
-        return default_target(run)(run)
-
-    def _hooked_slope(self, run: Pass) -> Tensor | None:
-        run = run.own()
-        return default_target(run)._hooked_slope(run)
 
 
 class _InitTargets:

@@ -7,15 +7,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.attribution.chain_gradients import chain_gradient, replayed_chain
+from tdhook_rl.attribution.chain_gradients import chain_gradient, is_linear, replayed_chain
 from tdhook_rl.attribution.undefined import blank, defined_rows, surely_finite
-from tdhook_rl.chains import MODIFIED, TWICE, Record, Tape
+from tdhook_rl.chains import MODIFIED
 from tdhook_rl.errors import InputError, SiteError, TargetError, nearest
 from tdhook_rl.hooks import Runtime, vmap_level
 from tdhook_rl.passes import Call, Pass
@@ -80,13 +80,7 @@ def gradients(
         TargetError: if no gradient reaches a target.
         SiteError: if an explained module does not run.
     """
-    if call.chain is not None and inputs:
-        try:
-            return _of_chain(call, call.chain, inputs, targets, weights), {}
-        except RuntimeError as error:
-            if MODIFIED not in str(error):
-                raise  # else the weights are others by now, and a pass of its own explains the policy as it is
-    elif call.shared is not None:
+    if call.shared is not None:
         run, points = call.shared
         return _backward(call, run, {key: points[key] for key in inputs}, leaves, sites, targets, weights, keep=True)
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or vmap_level() >= 0:
@@ -97,6 +91,7 @@ def gradients(
         except RuntimeError as error:
             if MODIFIED not in str(error):
                 raise
+            call.chain = None  # it was another policy's: a pass of its own explains this one
     return _replayed(call, inputs, leaves, sites, targets, stored, weights)
 
 
@@ -109,28 +104,12 @@ def _replayed(
     stored: TensorDictBase | None,
     weights: Tensor | None,
 ) -> tuple[list[Gradients], dict[str, Tensor]]:
-    # A target of the user's may differentiate by itself, or look at the graph: it is given that of all layers.
-    known = all(getattr(target, "reads_inputs", True) is False for target in targets)
-    if known and inputs and not leaves and (chain := replayed_chain(call, inputs, stored)) is not None:
-        return _of_chain(call, chain, inputs, targets, weights), {}
-    try:
-        return _recorded(call, inputs, leaves, sites, targets, stored, weights, tape=known)
-    except RuntimeError as error:
-        # So may a module of the policy.
-        if not known or not any(text in str(error) for text in (TWICE, "used in the graph")):
-            raise
-    return _recorded(call, inputs, leaves, sites, targets, stored, weights, tape=False)
-
-
-def _of_chain(
-    call: Call,
-    chain: tuple[Pass, Record],
-    inputs: Mapping[NestedKey, Tensor],
-    targets: Sequence[Scalar],
-    weights: Tensor | None,
-) -> list[Gradients]:
-    (key,) = inputs
-    return [({key: chain_gradient(call, chain, key, target, weights)}, {}) for target in targets]
+    if len(inputs) == 1 and not leaves and is_linear(targets):
+        chain = call.chain or replayed_chain(call, inputs, stored)
+        found = [] if chain is None else [chain_gradient(call, chain, target, weights) for target in targets]
+        if found and all(one is not None for one in found):
+            return [(dict.fromkeys(inputs, one), {}) for one in found], {}
+    return _recorded(call, inputs, leaves, sites, targets, stored, weights)
 
 
 def _recorded(
@@ -141,16 +120,13 @@ def _recorded(
     targets: Sequence[Scalar],
     stored: TensorDictBase | None,
     weights: Tensor | None,
-    tape: bool,
 ) -> tuple[list[Gradients], dict[str, Tensor]]:
-    """By autograd; with ``tape``, chains of known layers are one node of the graph each."""
     runtime = call.policy._hooked_runtime
     given = {slot: None if value is None else value.detach().requires_grad_() for slot, value in leaves.items()}
     with torch.enable_grad(), _leaves(runtime, given):
         primals = {key: value.detach().requires_grad_() for key, value in inputs.items()}
         same = all(value is None for value in leaves.values()) and call.as_it_was(inputs, stored)
-        with Tape(runtime, list(primals.values())) if tape else nullcontext():
-            run = call.replay(primals, stored, as_it_was=same)
+        run = call.replay(primals, stored, as_it_was=same)
         return _backward(call, run, primals, leaves, sites, targets, weights, keep=False)
 
 

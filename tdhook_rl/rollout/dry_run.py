@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from tensordict.nn import set_interaction_type
+from tensordict.nn.probabilistic import interaction_type
 from torch import nn
 
 from tdhook_rl.errors import InputError
@@ -55,8 +57,8 @@ class Watch:
             TimeUp: naming what was waited for.
         """
         outcome: list[tuple[Any, BaseException | None]] = []
-        # The default device belongs to a thread.
-        device = torch.get_default_device()
+        # The default device belongs to a thread; the exploration type is one for all.
+        device, exploration = torch.get_default_device(), interaction_type()
 
         def target() -> None:
             try:
@@ -80,6 +82,8 @@ class Watch:
                     process.join(GRACE)
                 if started:
                     thread.join(GRACE)  # it waited for them, and fails now
+            if thread.is_alive():  # it is left in its rollout, for which it has set the exploration type
+                set_interaction_type(exploration).__enter__()
         if waited_for is not None:
             raise TimeUp(waited_for)
         value, error = outcome[0]
