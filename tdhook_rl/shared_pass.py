@@ -1,8 +1,8 @@
 """The policy's own forward as the pass that is explained.
 
 A gradient is otherwise a second pass. Two kinds of forward compute the same numbers whether or not they are explained:
-that of a chain, which a tape records in any grad mode; and that of other policies where the caller has gradients on
-and every parameter asks for one, so that a graph is recorded anyway, with or without the inputs as its leaves.
+that of a chain of known layers, which is recorded in any grad mode; and that of other policies where the caller has
+gradients on and every parameter asks for one, so that there is a graph anyway, with or without the inputs as its leaves.
 """
 
 from __future__ import annotations
