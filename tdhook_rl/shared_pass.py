@@ -2,7 +2,7 @@
 
 A gradient is otherwise a second pass. Two kinds of forward compute the same numbers whether or not they are explained:
 that of a chain of known layers, which is recorded in any grad mode; and that of other policies where the caller has
-gradients on and every parameter asks for one, so that there is a graph anyway, with or without the inputs as its leaves.
+gradients on and every parameter asks for one: there is a graph anyway, with or without the inputs as its leaves.
 """
 
 from __future__ import annotations
