@@ -74,6 +74,8 @@ LAYERS: dict[type[nn.Module], Layer] = {
 }
 #: What these classes do by themselves; somebody may replace it for a whole class.
 _FORWARDS = {kind: kind.forward for kind in LAYERS}
+_CALLS = nn.Module.__call__, nn.Module._call_impl
+_METHODS = ("forward", "_call_module", "_write_to_tensordict", "__call__")
 
 Steps = list[tuple[Layer, nn.Module]]
 
@@ -117,11 +119,8 @@ def is_chain(policy: Any) -> bool:
     """Whether a policy may be a chain: a TensorDictModule that only calls an ``nn.Sequential`` on one input."""
     if not isinstance(policy, TensorDictModule) or not isinstance(policy.module, nn.Sequential):
         return False
-    kind = type(policy)
-    usual = all(
-        getattr(kind, name) is getattr(TensorDictModule, name)
-        for name in ("forward", "_call_module", "_write_to_tensordict", "__call__")
-    )
+    kind, own = type(policy), policy.__dict__
+    usual = all(getattr(kind, name) is getattr(TensorDictModule, name) and name not in own for name in _METHODS)
     plain = policy.method is None and policy.inplace is True and policy._kwargs is None and not policy._get_kwargs
     return usual and plain and len(policy.in_keys) == len(policy.out_keys) == 1 and policy.out_keys != ["_"]
 
@@ -136,14 +135,16 @@ def chain_layers(policy: HookedMixin, x: Any) -> Steps | None:
     kind, own = type(module), module.__dict__
     if kind.forward not in _sequences() or kind.__iter__ is not nn.Sequential.__iter__ or "forward" in own:
         return None
+    if (kind.__call__, kind._call_impl) != _CALLS:
+        return None
     if own.get("out_features", 0).__class__ is not int or _has_any_global_hook() or _is_heard(own):
         return None  # torchrl's MLP gives its output a shape where it is asked for several dimensions
     steps: Steps = []
     for child in module._modules.values():
         layer = LAYERS.get(child.__class__)
-        own = child.__dict__
-        if layer is None or child.__class__.forward is not _FORWARDS[child.__class__] or _is_heard(own):
+        if layer is None or child.__class__.forward is not _FORWARDS[child.__class__] or _is_heard(child.__dict__):
             return None
+        own = child.__dict__
         if "forward" in own or own.get("inplace", False):
             return None
         if layer.keeps == "weight" and not _is_plain(own["_parameters"]):

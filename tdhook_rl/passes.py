@@ -144,7 +144,10 @@ def _require_own_shape(
 
 @dataclass
 class Pass:
-    """The outcome of a replay: the policy's outputs with their graph, and the distributions on the way."""
+    """The outcome of a replay: the policy's outputs with their graph, and the distributions on the way.
+
+    ``outputs`` has what the policy reads and writes, and no other entries of the data.
+    """
 
     outputs: TensorDictBase
     stored: TensorDictBase

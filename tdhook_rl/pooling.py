@@ -82,4 +82,6 @@ def _gains(module: nn.MaxPool2d, value: Tensor) -> bool:
         return False
     usual = nn.MaxPool2d.forward is _USUAL and not module.return_indices
     frames = value.ndim == 4 and value.device.type == "cpu" and value.is_floating_point() and value.is_contiguous()
-    return usual and frames and value.numel() >= ENTRIES
+    # Frames of one channel or place are contiguous in both formats, and keep the one that their strides say.
+    both = frames and value.is_contiguous(memory_format=torch.channels_last)
+    return usual and frames and not both and value.numel() >= ENTRIES

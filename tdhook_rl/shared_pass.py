@@ -61,8 +61,12 @@ def _records_a_graph(policy: HookedMixin) -> bool:
 def chain_pass(policy: HookedMixin, forward: Callable[..., Any], data: TensorDict, layers: Steps) -> Call:
     """Run a policy that is a chain of these layers, and record it; the call to explain."""
     key, out_key = policy.policy_in_keys[0], policy.policy_out_keys[0]
-    record = Record(layers, get_entry(data, key))
-    set_tensor(data, out_key, record.output)
+    try:
+        record = Record(layers, get_entry(data, key))
+        set_tensor(data, out_key, record.output)
+    except RuntimeError:
+        run_root(policy, forward, (data,), {})  # says it in its own words
+        raise
     outputs = TensorDict._new_unsafe({}, batch_size=data.batch_size)
     set_tensor(outputs, key, record.input)
     set_tensor(outputs, out_key, record.output)
@@ -84,9 +88,7 @@ def graph_pass(
     points: dict[NestedKey, Tensor] = {
         key: inputs[key].detach().requires_grad_() for one in shared for key in one.declared
     }
-    # What a target must not find: entries of the caller's that are not the policy's.
-    own = {key if isinstance(key, str) else key[0] for key in (*inputs, *policy.policy_out_keys)}
-    foreign = [key for key in data.keys() if key not in own]
+    brought = dict(data.items(True, True))
     replay = Replay(data)
     slots = [slot for one in shared for slot in one.leaves]
     previous, output = runtime.replay, data
@@ -103,6 +105,9 @@ def graph_pass(
                     if holder.get(key, None) is point:
                         set_tensor(holder, key, inputs[key])
         call = Call(policy, forward, output, inputs, data)
+        # A target must not find entries of the caller's that the policy neither reads nor writes.
+        own = (*inputs, *policy.policy_out_keys)
+        foreign = [key for key, value in brought.items() if key not in own and output.get(key, None) is value]
         outputs = output.exclude(*foreign)
         for key, point in points.items():
             set_tensor(outputs, key, point)

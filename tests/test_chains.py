@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential, set_skip_existing
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torchrl.modules import MLP, ProbabilisticActor, ValueOperator
@@ -19,7 +19,7 @@ from torchrl.modules import MLP, ProbabilisticActor, ValueOperator
 from tdhook_rl import ActivationCaching, Compose, Saliency, targets
 from tdhook_rl.attribution import IntegratedGradients
 from tdhook_rl.chains import LAYERS, Record
-from tdhook_rl.errors import TargetError
+from tdhook_rl.errors import MismatchError, TargetError
 from tdhook_rl.targets import LinearTarget, Target
 
 SQUARES = Target("squares", lambda run: run.outputs["output"].square().sum(-1), reads_inputs=False)
@@ -455,9 +455,75 @@ class Undeclared(TensorDictModuleBase):
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
 def test_outputs_that_are_not_declared_can_be_explained(mode: type) -> None:
     policy, one = Undeclared(), data(5)
+    expected = by_autograd(policy.net, one["input"], logit)
     with Saliency(target=targets.logit(1), when="step").prepare(policy) as hooked, mode():
-        found = hooked(one.clone())
-    torch.testing.assert_close(found["attr", "input"], by_autograd(policy.net, one["input"], logit))
+        for _ in range(2):  # at the second call the data has them already
+            torch.testing.assert_close(hooked(one)["attr", "input"], expected)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("known", [True, False])
+def test_entries_of_the_caller_are_not_explained(known: bool, mode: type) -> None:
+    net = chain() if known else nn.Sequential(chain(), nn.LayerNorm(3).double())
+    nested = {"x": torch.randn(5, 6).double(), "action_value": torch.randn(5, 4), "action": torch.zeros(5).long()}
+    one = TensorDict({"a": nested, "action_value": torch.randn(5, 2)}, batch_size=5)
+    policy = TensorDictModule(net, [("a", "x")], [("a", "y")])
+    with Saliency(when="step").prepare(policy) as hooked, mode():
+        found = hooked(one)["attr", "a", "x"]
+    torch.testing.assert_close(found, by_autograd(net, nested["x"], lambda y: y.sum(-1)))
+
+
+class Tripling(nn.Sequential):
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(3 * x)
+
+
+def _called_twice_as_much() -> TensorDictModule:
+    policy = TensorDictModule(chain(), ["input"], ["output"])
+    policy._call_module = lambda tensors, **_: 2 * policy.module(*tensors)
+    return policy
+
+
+def test_other_ways_to_be_called() -> None:
+    one = data(5)
+    for policy in (TensorDictModule(Tripling(*chain()), ["input"], ["output"]), _called_twice_as_much()):
+        expected = policy(one.clone())["output"]
+        with Saliency(target=targets.logit(1, "output")).prepare(policy) as hooked:
+            found = hooked(one.clone())
+        assert torch.equal(found["output"], expected)
+
+        def plain(x: Tensor, policy: TensorDictModule = policy) -> Tensor:
+            return policy(TensorDict({"input": x}, batch_size=5))["output"]
+
+        torch.testing.assert_close(found["attr", "input"], by_autograd(plain, one["input"], logit))
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_errors_are_in_the_policys_own_words(mode: type) -> None:
+    wide = TensorDict({"input": torch.randn(5, 7).double()}, batch_size=5)
+    with Saliency(target=targets.logit(1, "output")).prepare(chain()) as hooked, mode():
+        for call in (hooked, hooked.annotate):
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as error:
+                call(wide)
+            assert "TensorDictModule failed with operation" in str(error.value.__cause__)
+
+
+def test_paths_do_not_stand_in_for_what_is_stored() -> None:
+    net, one = chain(), data(5)
+    with IntegratedGradients(target=targets.logit(1, "output"), baseline=0.0, when="batch").prepare(net) as hooked:
+        stored = hooked(one)
+        hooked.annotate(stored, on_mismatch="raise")
+        with torch.no_grad():
+            net[0].weight.mul_(2)
+        with pytest.raises(MismatchError):
+            hooked.annotate(stored, on_mismatch="raise")
+
+
+def test_outputs_that_are_there_already_may_be_kept() -> None:
+    net, one = chain(), data(5).set("output", torch.zeros(5, 3).double())
+    method = Saliency(target=targets.logit(1, "output"))
+    with method.prepare(net) as hooked, set_skip_existing(True), torch.no_grad():
+        assert not hooked(one)["output"].any()
 
 
 def test_a_chain_behind_other_layers_is_left_to_autograd(records: list[Record]) -> None:

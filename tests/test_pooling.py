@@ -119,6 +119,22 @@ def test_a_hooked_network_computes_what_the_users_does() -> None:
     assert torch.equal(found["attr", "input"], torch.autograd.grad(net(leaf)[:, 1].sum(), leaf)[0])
 
 
+@pytest.mark.parametrize("shape", [(8, 64, 64, 1), (64, 1, 1, 256), (4, 40, 40, 3)])
+def test_frames_that_were_permuted(shape: tuple[int, ...]) -> None:
+    plain, quick = both(kernel_size=1)
+    x = frames(*shape).permute(0, 3, 1, 2)
+    assert torch.equal(quick(x), plain(x))
+    assert quick(x).stride() == plain(x).stride()
+
+
+def test_a_class_that_is_patched_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, quick = both(kernel_size=2)
+    x, usual = frames(2, 4, 40, 40), nn.MaxPool2d.forward
+    expected = 2 * plain(x)
+    monkeypatch.setattr(nn.MaxPool2d, "forward", lambda self, value: 2 * usual(self, value))
+    assert torch.equal(quick(x), expected)
+
+
 class Doubling(nn.MaxPool2d):
     def forward(self, value: Tensor) -> Tensor:
         return 2 * super().forward(value)

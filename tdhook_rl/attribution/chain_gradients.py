@@ -35,11 +35,14 @@ def replayed_chain(
     layers = chain_layers(policy, value)
     if layers is None:
         return None
-    with torch.no_grad():
-        record = Record(layers, value)
     data = call.data if stored is None else stored
     out_keys = policy.policy_out_keys
-    outputs = TensorDict({}, batch_size=data.batch_size).set(key, value).set(out_keys[0], record.output)
+    try:
+        with torch.no_grad():
+            record = Record(layers, value)
+        outputs = TensorDict({}, batch_size=data.batch_size).set(key, value).set(out_keys[0], record.output)
+    except RuntimeError:  # which the policy says in its own words
+        return None
     if call.as_it_was(inputs, stored):
         call.replayed = outputs
     return Pass(outputs, data, [], out_keys, {}), record
