@@ -8,10 +8,15 @@ import os
 import signal
 from collections.abc import Iterator
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 import torchrl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from tdhook_rl.chains import Record
 
 os.environ.setdefault("WANDB_SILENT", "true")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -49,3 +54,19 @@ def _time_limit(request: pytest.FixtureRequest) -> Iterator[None]:
         for process in left:
             process.kill()
         assert not left, f"the test left {left} behind"
+
+
+@pytest.fixture
+def records(monkeypatch: pytest.MonkeyPatch) -> list[Record]:
+    """The runs of chains whose gradient was asked of their records."""
+    from tdhook_rl.chains import Record
+
+    asked: list[Record] = []
+    pull = Record.pull
+
+    def counted(self: Record, gradient: Tensor) -> Tensor:
+        asked.append(self)
+        return pull(self, gradient)
+
+    monkeypatch.setattr(Record, "pull", counted)
+    return asked
