@@ -304,6 +304,13 @@ def test_nothing_is_unpickled(
 # ------------------------------------------------------------------ bad input
 
 
+def test_a_buffer_that_is_written_to_meanwhile(
+    actor: ProbabilisticActor, buffer: ReplayBuffer, data: TensorDict, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="was written to while it was analysed \\(at entry 0 of 200\\)"):
+        run(actor, buffer, tmp_path, progress=lambda *_: buffer.extend(data.reshape(-1)[:5]))
+
+
 def test_folders_and_buffers_that_cannot_be_analysed(
     actor: ProbabilisticActor, buffer: ReplayBuffer, data: TensorDict, tmp_path: Path
 ) -> None:

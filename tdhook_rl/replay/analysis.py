@@ -54,7 +54,7 @@ def analyze(
 
     Raises:
         ArtifactError: if the folder holds something else, cannot be written, or was written by another analysis.
-        InputError: if the buffer is empty, an ensemble, or does not hold TensorDicts.
+        InputError: if the buffer is empty, an ensemble, does not hold TensorDicts, or is written to meanwhile.
 
     Example:
         >>> import tempfile
@@ -71,6 +71,7 @@ def analyze(
     """
     folder = Path(folder)
     size, _ = entries(buffer)
+    written = buffer.write_count
     results = Results.find(folder)
     if results is not None:
         _require_same(results, hooked, buffer, size)
@@ -79,6 +80,11 @@ def analyze(
         progress(done, size)
     for first, batch in in_order(buffer, batch_size, start=done):
         found = _results_of(hooked, batch, on_mismatch)
+        if buffer.write_count != written:
+            raise InputError(
+                f"the buffer was written to while it was analysed (at entry {first} of {size}), so results would not "
+                "belong to its rows: analyse a buffer that rests, or a copy of it"
+            )
         if results is None:
             results = Results.create(folder, found, size, _facts(hooked))
         results.write(first, found)
@@ -118,8 +124,6 @@ def _require_same(results: Results, hooked: Any, buffer: ReplayBuffer, size: int
             f"the analysis in {folder} is of a buffer of {page.entries} entries, and this one has {size}: name a new "
             "folder"
         )
-    if page.done == 0:
-        return
     index = torch.linspace(0, page.done - 1, min(CHECKED, page.done)).round().long().unique()
     found = _results_of(hooked, read(buffer, index), "ignore")
     known = {tuple(entry["key"]) for entry in page.keys}
