@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.modules import GRUModule, QValueActor
+from torchrl.record.loggers import CSVLogger, LoggerMonitor
 
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InactiveError, InputError, MissingKeyError, SiteError
@@ -199,11 +201,27 @@ def test_rows_that_are_padding_or_no_numbers() -> None:
     data["collector", "mask"][:, :2] = True
     diagnostics = NetworkDiagnostics(actor, sites=[FC2])
     assert diagnostics.update(data)["states"] == 32
+    weights = copy.deepcopy(actor.state_dict())
+    diagnostics = NetworkDiagnostics(actor, sites=[FC2], states=data)
     with torch.no_grad():
         next(actor.parameters())[0] = torch.nan
     found = diagnostics.update()
     assert found[f"nonfinite/{FC2}"] == 1
     assert np.isnan(found[f"dormant/{FC2}"])
+    actor.load_state_dict(weights)
+    assert diagnostics.update()[f"cka_first/{FC2}"] == pytest.approx(1.0)  # with itself, the first that is finite
+
+
+def test_a_monitor_of_torchrl_logs_it(tmp_path: Path) -> None:
+    actor = make_actor()
+    diagnostics = NetworkDiagnostics(actor, sites=[FC2])
+    monitor = LoggerMonitor(CSVLogger("run", log_dir=str(tmp_path)), background=False, on_error="raise")
+    monitor.watch(diagnostics, name="network")
+    diagnostics.update(rollout(actor))
+    monitor.step()
+    logged = {path.relative_to(tmp_path / "run" / "scalars").as_posix(): path for path in tmp_path.rglob("*.csv")}
+    (dormant,) = (path for name, path in logged.items() if "dormant" in name)
+    assert float(dormant.read_text().split(",")[-1]) == pytest.approx(diagnostics.last[f"dormant/{FC2}"])
 
 
 def test_what_it_is_given_wrongly() -> None:
@@ -218,6 +236,11 @@ def test_what_it_is_given_wrongly() -> None:
         diagnostics.update()
     with pytest.raises(InputError, match="no states"):
         diagnostics.update(data[:0])
+    padding = data.copy().set(("collector", "mask"), torch.zeros(data.batch_size).bool())
+    with pytest.raises(InputError, match="all of it padding"):
+        diagnostics.update(padding)
+    with pytest.raises(MissingKeyError, match="does not output; nearest: 'action'"):
+        NetworkDiagnostics(actor, sites=[FC2], action_key="actions")
     with pytest.raises(MissingKeyError, match="'observation'"):
         diagnostics.update(data.select("action"))
     diagnostics.update(data)

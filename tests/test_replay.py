@@ -20,9 +20,11 @@ from torchrl.data import (
     ListStorage,
     ReplayBuffer,
     TensorDictReplayBuffer,
+    TensorStorage,
 )
 from torchrl.data.replay_buffers import ReplayBufferEnsemble
 from torchrl.data.replay_buffers.storages import CompressedListStorage
+from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 from torchrl.envs import ObservationNorm
 from torchrl.modules import ProbabilisticActor
 
@@ -90,6 +92,7 @@ STORAGES: dict[str, Callable[[Path], tuple[object, type[ReplayBuffer]]]] = {
     "list": lambda _: (ListStorage(1000), ReplayBuffer),
     "lists of a TensorDict buffer": lambda _: (ListStorage(1000), TensorDictReplayBuffer),
     "stack": lambda _: (LazyStackStorage(1000), TensorDictReplayBuffer),
+    "an offline dataset": lambda _: (None, TensorDictReplayBuffer),
     "compressed": lambda _: (CompressedListStorage(1000), TensorDictReplayBuffer),
 }
 
@@ -97,7 +100,12 @@ STORAGES: dict[str, Callable[[Path], tuple[object, type[ReplayBuffer]]]] = {
 @pytest.mark.parametrize("storage", STORAGES)
 def test_every_storage(storage: str, actor: ProbabilisticActor, data: TensorDict, tmp_path: Path) -> None:
     made, kind = STORAGES[storage](tmp_path / "buffer")
-    found = run(actor, filled(made, data.reshape(-1), kind), tmp_path / "results")
+    rows = data.reshape(-1)
+    if made is None:  # as Minari's and D4RL's are: written by nobody
+        buffer = kind(storage=TensorStorage(rows), writer=ImmutableDatasetWriter())
+    else:
+        buffer = filled(made, rows, kind)
+    found = run(actor, buffer, tmp_path / "results")
     with METHOD.prepare(actor) as policy:
         expected = policy.annotate(data.reshape(-1))
     assert found.batch_size == (ROWS * STEPS,)

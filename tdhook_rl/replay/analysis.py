@@ -71,7 +71,7 @@ def analyze(
     """
     folder = Path(folder)
     size, _ = entries(buffer)
-    written = buffer.write_count
+    written = _writes(buffer)
     results = Results.find(folder)
     if results is not None:
         _require_same(results, hooked, buffer, size)
@@ -80,7 +80,7 @@ def analyze(
         progress(done, size)
     for first, batch in in_order(buffer, batch_size, start=done):
         found = _results_of(hooked, batch, on_mismatch)
-        if buffer.write_count != written:
+        if _writes(buffer) != written:
             raise InputError(
                 f"the buffer was written to while it was analysed (at entry {first} of {size}), so results would not "
                 "belong to its rows: analyse a buffer that rests, or a copy of it"
@@ -92,6 +92,11 @@ def analyze(
             progress(first + len(found), size)
     assert results is not None  # there is at least one entry
     return results.data
+
+
+def _writes(buffer: ReplayBuffer) -> int | None:
+    # Offline datasets have a writer that counts nothing, since it writes nothing.
+    return getattr(buffer, "write_count", None)
 
 
 def _results_of(hooked: Any, batch: TensorDictBase, on_mismatch: OnMismatch) -> TensorDictBase:

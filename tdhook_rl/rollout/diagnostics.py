@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.utils import unravel_key
 from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
@@ -35,7 +36,7 @@ class NetworkDiagnostics:
         rows: how many states are kept, evenly spread over what was given.
         tau: see :func:`tdhook_rl.metrics.dormant_units`.
         delta: see :func:`tdhook_rl.metrics.effective_rank`.
-        action_key: the key of the action, for churn; networks that have none have no churn.
+        action_key: the key of the action, for churn; by default ``"action"``, where the network has it.
 
     Attributes:
         states: the states that are looked at, one batch dimension; ``None`` before the first update.
@@ -43,7 +44,8 @@ class NetworkDiagnostics:
 
     Raises:
         SiteError: if a path names no module.
-        InputError: for ``rows`` below 1.
+        MissingKeyError: if the network has no such action, or the states lack an input.
+        InputError: for ``rows`` below 1, or no states.
 
     Example:
         >>> from tdhook_rl.envs import CueCorners
@@ -64,7 +66,7 @@ class NetworkDiagnostics:
         rows: int = 512,
         tau: float = 0.025,
         delta: float = 0.01,
-        action_key: str | tuple[str, ...] = "action",
+        action_key: NestedKey | None = None,
     ) -> None:
         if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
             raise InputError(f"rows= is a positive integer, got {rows!r}")
@@ -74,7 +76,13 @@ class NetworkDiagnostics:
             child.training = False  # dropout would count as churn
         self._sites = [key[-1] for key in self._hooked.result_keys if key[0] == "cache"]
         self.rows, self.tau, self.delta = rows, tau, delta
-        self._action_key = action_key
+        known = self._hooked.policy_out_keys
+        if action_key is not None and unravel_key(action_key) not in known:
+            raise MissingKeyError(
+                f"churn compares the network's {action_key!r}, which it does not output; "
+                f"{nearest(str(action_key), map(str, known))}"
+            )
+        self._action_key = "action" if action_key is None else unravel_key(action_key)
         self._first: dict[str, Tensor] = {}
         self._actions: Tensor | None = None
         self.states: TensorDict | None = None
@@ -91,8 +99,9 @@ class NetworkDiagnostics:
         Returns:
             for each site ``dormant/`` and ``dead/`` (the shares of its units that hardly or never act),
             ``effective_rank/``, ``entropy_rank/``, ``norm/`` (mean Euclidean norm of the features) and ``cka_first/``
-            (linear CKA with the first update: 1 where nothing has moved); ``churn`` (the share of states whose greedy
-            action has changed since the last update; NaN at the first) and ``states``, how many were looked at.
+            (linear CKA with the first update in which the site was finite: 1 where nothing has moved); ``churn`` (the
+            share of states whose greedy action has changed since the last update; NaN at the first) and ``states``,
+            how many were looked at.
             Where an activation is NaN or infinite, its site has NaN, and ``nonfinite/`` is the share of such rows.
 
         Raises:
@@ -113,7 +122,7 @@ class NetworkDiagnostics:
             found["churn"] = float("nan") if self._actions is None else action_churn(self._actions, actions)
             self._actions = actions.clone()
         self.last = found | {"states": float(len(outputs))}
-        return self.last
+        return self.stats()
 
     def stats(self) -> dict[str, float]:
         """The last findings, as TorchRL's ``LoggerMonitor`` asks for them."""
@@ -126,9 +135,11 @@ class NetworkDiagnostics:
                 raise MissingKeyError(
                     f"the network reads {key!r}, which the states lack; {nearest(str(key), map(str, data.keys(True)))}"
                 )
-        if not data.batch_size.numel():
-            raise InputError(f"there are no states to look at: the batch has shape {tuple(data.batch_size)}")
         real = data.get(("collector", "mask"), None)
+        count = data.batch_size.numel() if real is None else int(real.sum())
+        if not count:
+            padding = ", all of it padding" if data.batch_size.numel() else ""
+            raise InputError(f"there are no states to look at: the batch has shape {tuple(data.batch_size)}{padding}")
         chosen = data.select(*keys).reshape(-1)
         if real is not None:
             chosen = chosen[real.reshape(-1)]
@@ -148,11 +159,11 @@ class NetworkDiagnostics:
 
     def _look(self, site: str, activations: Tensor) -> dict[str, float]:
         usable = torch.isfinite(activations.flatten(1)).all(-1)
-        first = self._first.setdefault(site, activations.clone())
         if not bool(usable.all()):
             names = ("dormant", "dead", "effective_rank", "entropy_rank", "norm", "cka_first")
             share = float((~usable).double().mean())
             return {f"{name}/{site}": float("nan") for name in names} | {f"nonfinite/{site}": share}
+        first = self._first.setdefault(site, activations.clone())
         measured: dict[str, Any] = {
             "dormant": dormant_units(activations, self.tau).double().mean(),
             "dead": dormant_units(activations, 0.0).double().mean(),
@@ -166,7 +177,7 @@ class NetworkDiagnostics:
 
 def _similarity(first: Tensor, now: Tensor) -> float:
     """Linear CKA; NaN where it is not defined: too few states, or features that are the same in all."""
-    if len(now) < 2 or not bool(torch.isfinite(first).all()):
+    if len(now) < 2:
         return float("nan")
     pair = TensorDict({"data_a": first.flatten(1).double(), "data_b": now.flatten(1).double()})
     return float(CkaEstimator()(pair)["cka"])
