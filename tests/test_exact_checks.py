@@ -135,12 +135,12 @@ def test_patching_all_but_the_direction_changes_no_action() -> None:
     column = actor.module[0].module[0].weight[:, CueCorners.light_features()[0]].detach()
     direction = column / column.norm()
 
-    def all_but(module_key: str, output: Tensor, output_to_patch: Tensor) -> Tensor:
-        change = output - output_to_patch
-        return output_to_patch + change - (change @ direction)[..., None] * direction
+    def all_but(path: str, here: Tensor, first: Tensor) -> Tensor:
+        change = first - here
+        return here + change - (change @ direction)[..., None] * direction
 
-    def only(module_key: str, output: Tensor, output_to_patch: Tensor) -> Tensor:
-        return output_to_patch + ((output - output_to_patch) @ direction)[..., None] * direction
+    def only(path: str, here: Tensor, first: Tensor) -> Tensor:
+        return here + ((first - here) @ direction)[..., None] * direction
 
     data = corrupted.clone().set(("patched", "observation"), clean["observation"])
     before, after = (actor(states.clone())["logits"] for states in (clean, corrupted))

@@ -23,15 +23,17 @@ def pair(*batch: int) -> TensorDict:
 
 
 @pytest.mark.parametrize("batch", [(), (5,), (3, 2)])
-def test_a_full_patch_reproduces_the_first_run_and_none_the_second(batch: tuple[int, ...]) -> None:
+def test_a_full_patch_reproduces_the_first_run_as_none_does(batch: tuple[int, ...]) -> None:
     net = mlp()
     data = pair(*batch)
     with ActivationPatching(["1"]).prepare(net) as hooked:
         found = hooked(data.clone())
     assert torch.equal(found["output"], net(data["input"]))
     assert torch.equal(found["patched", "output"], found["output"])
-    keep = ActivationPatching(["1"], patch_fn=lambda module_key, output, output_to_patch: None)
-    with keep.prepare(net) as hooked:
+    with ActivationPatching(["1"], patch_fn=lambda path, here, first: None).prepare(net) as hooked:
+        found = hooked(data.clone())
+    assert torch.equal(found["patched", "output"], found["output"])
+    with ActivationPatching(["1"], patch_fn=lambda path, here, first: here).prepare(net) as hooked:
         found = hooked(data.clone())
     assert torch.equal(found["patched", "output"], net(data["patched", "input"]))
 
@@ -40,8 +42,8 @@ def test_a_partial_patch_by_function() -> None:
     net = mlp().double()
     data = pair(6).double()
 
-    def first_half(module_key, output, output_to_patch):
-        return torch.cat([output[..., :8], output_to_patch[..., 8:]], -1)
+    def first_half(path, here, first):
+        return torch.cat([first[..., :8], here[..., 8:]], -1)
 
     with ActivationPatching(["1"], patch_fn=first_half).prepare(net) as hooked:
         found = hooked(data.clone())
@@ -73,7 +75,7 @@ def test_bad_patches_are_refused() -> None:
             hooked(pair(3).exclude("patched"))
         with pytest.raises(InputError, match="has shape"):
             hooked(pair(3).exclude("patched").set(("patched", "input"), torch.zeros(3, 2)))
-    with ActivationPatching(["1"], patch_fn=lambda **_: torch.zeros(1)).prepare(net) as hooked:
+    with ActivationPatching(["1"], patch_fn=lambda *_: torch.zeros(1)).prepare(net) as hooked:
         with pytest.raises(InputError, match=r"must have shape \(3, 16\), got \(1,\)"):
             hooked(pair(3))
         assert hooked._hooked_runtime.explaining is None

@@ -96,12 +96,14 @@ def activation_patching(model: Model) -> None:
 
     def patch_fn(module_key, output, output_to_patch):
         assert module_key == "layer.0.mlp"
-        return (output + output_to_patch) / 2
+        return output + (output_to_patch - output) / 4
 
-    with ActivationPatching(["layer.0.mlp"], patch_fn=patch_fn).prepare(model) as hooked:
+    with pytest.warns(FutureWarning, match="the other way round"):
+        method = ActivationPatching(["layer.0.mlp"], patch_fn=patch_fn)
+    with method.prepare(model) as hooked:
         found = hooked(TensorDict({"input": x, ("patched", "input"): other}, batch_size=5))
     first = model.layer[0]
-    h = other + (first.mlp(first.attn(x)) + first.mlp(first.attn(other))) / 2
+    h = other + (first.mlp(first.attn(x)) + 3 * first.mlp(first.attn(other))) / 4
     for layer in model.layer[1:]:
         h = layer(h)
     torch.testing.assert_close(found["patched", "output"], model.head(h))

@@ -43,6 +43,7 @@ class _BoundActivationMaximisation(BoundAttribution):
     def __init__(self, config: ActivationMaximisation, binder: Binder) -> None:
         super().__init__(config, binder)
         self._of_modules = config.target is None and config.init_attr_targets is None
+        self.shows_outputs = not config.paths
         if self._of_modules:
             sites = [site for path in config.paths for site in binder.sites(path)]
             self.watched = {binder.watch(site): site.name for site in sites}
@@ -77,7 +78,7 @@ class ActivationMaximisation(GradientAttribution):
 
     Args:
         modules_to_maximise: path or paths of the modules whose outputs, summed over features, are maximised; with
-            ``init_attr_targets``, the modules whose outputs that function is given.
+            ``init_attr_targets``, the modules whose outputs that function is given, and not the policy's.
         alpha: the step size; negative to minimise.
         n_steps: gradient steps.
         min_value: the least value of an input; what starts below is moved there.

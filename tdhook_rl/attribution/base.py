@@ -121,6 +121,7 @@ class BoundAttribution:
     replays = True
     shares_forward = False  # may explain the policy's own forward, see tdhook_rl.shared_pass
     linear = False  # explains targets only that are linear in an output
+    shows_outputs = True  # init_attr_targets is given the policy's outputs, beside those of target_modules
     horizon: str = "step"  # a row is explained by itself
 
     def __init__(self, config: GradientAttribution, binder: Binder) -> None:
@@ -219,7 +220,7 @@ class BoundAttribution:
         init = self._init["targets"]
         if init is None:
             return target or DefaultTarget()
-        return _InitTargets(init, self._init["grads"], self.additional(call), self.watched)
+        return _InitTargets(init, self._init["grads"], self.additional(call), self.watched, self.shows_outputs)
 
 
 class _InitTargets:
@@ -233,7 +234,9 @@ class _InitTargets:
         grads: Callable[..., Any] | None,
         additional: TensorDict,
         watched: dict[str, str],
+        shows_outputs: bool,
     ) -> None:
+        self.shows_outputs = shows_outputs
         self.targets = targets
         self.grads = grads
         self.additional = additional
@@ -241,7 +244,7 @@ class _InitTargets:
 
     def __call__(self, run: Pass) -> Tensor:
         batch = run.outputs.batch_size
-        outputs = run.outputs.select(*run.out_keys, strict=False)
+        outputs = run.outputs.select(*(run.out_keys if self.shows_outputs else ()), strict=False)
         for slot, site in self.watched.items():
             if slot not in run.watched:
                 raise TargetError(f"target_modules names {site!r}, which did not run")

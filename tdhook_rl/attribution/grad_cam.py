@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -26,15 +26,30 @@ class DimsConfig:
     """Dimensions of an activation: over which gradients are averaged, and over which weighted channels are summed.
 
     Args:
-        weight_pooling_dims: averaged over, such as rows and columns.
-        feature_sum_dims: summed over, such as channels.
+        weight_pooling_dims: averaged over, such as rows and columns; ``None`` for none.
+        feature_sum_dims: summed over, such as channels; ``None`` for none.
 
     Negative numbers count from the end and hold for any batch shape. Positive ones count from the start of an
     activation with one batch dimension, as in ``(batch, channels, rows, columns)``.
     """
 
-    weight_pooling_dims: Sequence[int] = (-2, -1)
-    feature_sum_dims: Sequence[int] = (-3,)
+    weight_pooling_dims: int | Sequence[int] | None = (-2, -1)
+    feature_sum_dims: int | Sequence[int] | None = (-3,)
+
+    def __post_init__(self) -> None:
+        for name in ("weight_pooling_dims", "feature_sum_dims"):
+            object.__setattr__(self, name, _dims(getattr(self, name), name))
+
+
+def _dims(dims: object, name: str) -> tuple[int, ...]:
+    given = dims
+    if dims is None:
+        dims = ()
+    elif isinstance(dims, int):
+        dims = (dims,)
+    if not isinstance(dims, (tuple, list)) or not all(isinstance(d, int) and not isinstance(d, bool) for d in dims):
+        raise InputError(f"DimsConfig({name}=...) takes dimensions such as (-2, -1), one of them, or None: {given!r}")
+    return tuple(dims)
 
 
 class _BoundGradCAM(BoundAttribution):
@@ -94,7 +109,7 @@ class GradCAM(GradientAttribution):
         torch.Size([3, 6, 6])
     """
 
-    modules_to_attribute: Mapping[str, DimsConfig] | None = None
+    modules_to_attribute: Mapping[str, DimsConfig] | None = field(default=None, kw_only=False)
     relu: bool = False
     absolute: bool = False
     upsample_to: tuple[int, int] | None = None
@@ -103,8 +118,12 @@ class GradCAM(GradientAttribution):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.modules_to_attribute:
-            raise InputError("GradCAM needs modules_to_attribute={path: DimsConfig(...)}")
+        modules = self.modules_to_attribute
+        if not isinstance(modules, Mapping) or not modules:
+            raise InputError(f"GradCAM needs modules_to_attribute={{path: DimsConfig(...)}}, got {modules!r}")
+        for path, dims in modules.items():
+            if not isinstance(dims, DimsConfig):
+                raise InputError(f"modules_to_attribute[{path!r}] is a DimsConfig(...), got {dims!r}")
         if self.inputs is not None or self.input_modules or self.init_attr_inputs is not None:
             raise InputError("GradCAM explains modules_to_attribute; inputs= and input_modules= belong to Saliency")
         object.__setattr__(self, "input_modules", tuple(self.modules_to_attribute))

@@ -96,9 +96,9 @@ def _patched(
         return hooked(data)["patched", "logits"]
 
 
-def _along(module_key: str, output: Tensor, output_to_patch: Tensor, direction: Tensor) -> Tensor:
-    component = ((output - output_to_patch) * direction).sum(-1, keepdim=True)
-    return output_to_patch + component * direction
+def _along(path: str, here: Tensor, first: Tensor, direction: Tensor) -> Tensor:
+    component = ((first - here) * direction).sum(-1, keepdim=True)
+    return here + component * direction
 
 
 def _recovered(

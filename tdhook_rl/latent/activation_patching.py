@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from tensordict import NestedKey
 from tensordict.nn import ProbabilisticTensorDictModule
 from torch import Tensor, nn
 
+from tdhook_rl.callbacks import takes_keywords
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.hooks import Portable, Runtime
 from tdhook_rl.method import Binder, Method
@@ -20,6 +22,7 @@ from tdhook_rl.rows import rows_of, with_rows
 __all__ = ["ActivationPatching"]
 
 PatchFunction = Callable[..., Tensor | None]
+_ARGUMENTS = ("module_key", "output", "output_to_patch")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,15 +37,21 @@ class ActivationPatching(Method):
         patch_key: the root of the second inputs, which are read, and of the outputs of the second run, which are
             written. In the second run nothing is sampled, and the sampled keys (the action, its log-probability)
             are not written.
-        patch_fn: ``patch_fn(module_key, output, output_to_patch)``: from the first run's ``output`` and the second
-            run's ``output_to_patch`` the value to put in (all of the first run's by default; ``None`` leaves the
-            second run as it is). Called with keywords.
+        patch_fn: ``patch_fn(module_key, output, output_to_patch)`` returns the value to put in: ``output`` is what the
+            module computes in the second run, the one that is patched, and ``output_to_patch`` what it computed in
+            the first. ``None``, as no function at all, puts all of ``output_to_patch`` in. Called with keywords where
+            it has these parameters, else by position.
 
     Reads ``(patch_key, in_key)``, of the shape of the input. Writes ``(patch_key, out_key)``.
 
     Raises:
         MissingKeyError: if the second inputs are absent.
         InputError: if ``patch_fn`` returns something of another shape.
+
+    Warns:
+        FutureWarning: for a ``patch_fn`` with the parameters ``output`` and ``output_to_patch``, which were the other
+            way round in tdhook_rl 0.1.0. One whose parameters have other names is called by position, and without a
+            warning.
 
     Example:
         >>> from tensordict import TensorDict
@@ -58,13 +67,26 @@ class ActivationPatching(Method):
     patch_fn: PatchFunction | None = None
     patch_key: str = "patched"
 
+    def __post_init__(self) -> None:
+        if self.patch_fn is not None and takes_keywords(self.patch_fn, _ARGUMENTS, "patch_fn"):
+            warnings.warn(
+                "patch_fn(module_key, output, output_to_patch): as in tdhook, `output` is of the run that is patched, "
+                "`output_to_patch` is of the first run (the data's own inputs), and None puts the latter in. In "
+                "tdhook_rl 0.1.0 the two were the other way round, and None left the run as it was. With other names "
+                "the parameters are filled in this order, and this warning is not given",
+                FutureWarning,
+                stacklevel=3,
+            )
+
     def bind(self, binder: Binder) -> _BoundPatching:
         owner = binder.owner()
-        function = None if self.patch_fn is None else Portable(self.patch_fn)
+        function, keywords = None, False
+        if self.patch_fn is not None:
+            function, keywords = Portable(self.patch_fn), takes_keywords(self.patch_fn, _ARGUMENTS, "patch_fn")
         slots = {}
         for site in binder.sites(self.modules_to_patch):
             slot = binder.capture(site)
-            binder.on_output(site, _PatchHook(binder.runtime, owner, slot, site.name, function))
+            binder.on_output(site, _PatchHook(binder.runtime, owner, slot, site.name, function, keywords))
             slots[slot] = site.name
         drawn: set[NestedKey] = set()
         for child in binder.policy.modules():
@@ -77,12 +99,15 @@ class ActivationPatching(Method):
 class _PatchHook:
     """Forward hook that puts the captured output in while its own method runs the policy again."""
 
-    def __init__(self, runtime: Runtime, owner: str, slot: str, site: str, function: Portable | None) -> None:
+    def __init__(
+        self, runtime: Runtime, owner: str, slot: str, site: str, function: Portable | None, keywords: bool
+    ) -> None:
         self.runtime = runtime
         self.owner = owner
         self.slot = slot
         self.site = site
         self.function = function
+        self.keywords = keywords
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if self.runtime.explaining != self.owner:
@@ -91,11 +116,13 @@ class _PatchHook:
         if original is None:
             raise SiteError(f"the module {self.site!r} runs on the patched inputs but did not run on the data's own")
         value, disguise = rows_of(output, module, self.site, self.runtime)
-        patch: Tensor | None = original
-        if self.function is not None:
-            patch = self.function(module_key=self.site, output=original, output_to_patch=value)
+        patch = None
+        if self.function is not None and self.keywords:
+            patch = self.function(module_key=self.site, output=value, output_to_patch=original)
+        elif self.function is not None:
+            patch = self.function(self.site, value, original)
         if patch is None:
-            return None
+            patch = original
         if not isinstance(patch, Tensor) or patch.shape != value.shape:
             got = tuple(patch.shape) if isinstance(patch, Tensor) else type(patch).__name__
             raise InputError(f"the patch of {self.site!r} must have shape {tuple(value.shape)}, got {got}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
 from tdhook_rl.batching import in_recurrent_mode
+from tdhook_rl.callbacks import takes_keywords
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.hooks import Portable, Runtime
 from tdhook_rl.method import Binder, Method
@@ -75,7 +75,10 @@ class SteeringVectors(Method):
 
     def bind(self, binder: Binder) -> None:
         if self.steer_fn is not None:
-            function, keywords = Portable(self.steer_fn), _takes_keywords(self.steer_fn)
+            function, keywords = (
+                Portable(self.steer_fn),
+                takes_keywords(self.steer_fn, ("module_key", "output"), "steer_fn"),
+            )
             for site in binder.intervention_sites(self.modules_to_steer):
                 binder.on_output(site, FunctionHook(binder.runtime, site.name, function, keywords))
             return
@@ -265,17 +268,3 @@ class FunctionHook:
                 f"steer_fn must return a tensor of shape {tuple(value.shape)} for {self.site!r}, got {got}"
             )
         return with_rows(output, steered, module, disguise)
-
-
-def _takes_keywords(function: Callable[..., Any]) -> bool:
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return False
-    for names, keywords in ((("module_key", "output"), True), ((), False)):
-        try:
-            signature.bind(**dict.fromkeys(names)) if keywords else signature.bind(None, None)
-        except TypeError:
-            continue
-        return keywords
-    raise InputError(f"steer_fn must accept (module_key, output), but its signature is {signature}")

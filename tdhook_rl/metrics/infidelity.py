@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -17,7 +17,7 @@ __all__ = ["InfidelityMetric"]
 Form = Literal["auto", "gradient", "product"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class InfidelityMetric:
     """Infidelity (Yeh, Hsieh, Suggala, Inouye & Ravikumar 2019, NeurIPS), the mean of a squared error.
 
@@ -63,6 +63,7 @@ class InfidelityMetric:
     """
 
     n_perturb_samples: int = 10
+    _: KW_ONLY
     noise_scale: float = 0.01
     form: Form = "auto"
     baseline: float | None = None

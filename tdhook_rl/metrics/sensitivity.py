@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from tdhook_rl.metrics.scoring import ScoreDirection, Scorer, flat, require_coun
 __all__ = ["SensitivityMetric"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class SensitivityMetric:
     """Max-sensitivity (Yeh et al. 2019, NeurIPS), relative: max over d of ||attr(x + d) - attr(x)|| / ||attr(x)||.
 
@@ -50,6 +50,7 @@ class SensitivityMetric:
     """
 
     perturb_radius: float = 0.02
+    _: KW_ONLY
     n_perturb_samples: int = 10
     attribution_key: str | None = None
     target: str | None = None

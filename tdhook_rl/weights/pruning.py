@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tdhook_rl.callbacks import takes_keywords
 from tdhook_rl.errors import InputError, SiteError, nearest
 from tdhook_rl.method import Binder, Method
 
@@ -36,17 +36,19 @@ class Pruning(Method):
 
     Args:
         importance_callback: ``importance_callback(module_key, parameter_name, parameter)``, called once for each
-            parameter with keywords where it has those parameters; it returns scores of the parameter's shape, or
-            ``None`` to leave the parameter alone. By default :func:`magnitude`.
+            parameter with keywords where it has those parameters; it returns scores of the parameter's shape, of
+            which the size counts and not the sign, or ``None`` to leave the parameter alone. By default
+            :func:`magnitude`.
         amount_to_prune: how many of the scored weights become zero, lowest scores first and over all modules
             together: a share (float from 0 to 1, rounded to a count) or a count (int). Of equal scores the
-            first goes first.
+            first goes first. With slices, the amount where a module has none.
         modules_to_prune: paths or patterns that restrict the pruning to these modules and what they contain;
             or ``{path: (dim, amount)}`` to prune whole slices along ``dim`` (rows of a Linear's weight are its
-            outputs, ``dim=0``), as many as ``amount`` says, those of lowest norm first (Li et al. 2017).
+            outputs, ``dim=0``), as many as ``amount`` says, those of lowest norm first (Li et al. 2017). An amount
+            of ``None`` is ``amount_to_prune``.
         skip_modules: paths or patterns of modules to leave alone with what they contain, or
             ``skip_modules(name, module) -> bool``.
-        norm: the order of the norm of the scores of a slice.
+        norm: the order of the norm of the scores of a slice: 1 for the sum of their sizes.
 
     The policy is pruned as it is when the context is entered: the hooked policy gets its own copy of each pruned
     parameter, and the user's policy keeps its tensors. Training the user's policy afterwards does not reach the
@@ -73,9 +75,9 @@ class Pruning(Method):
 
     importance_callback: Callable[..., Tensor | None] | None = None
     amount_to_prune: float | int | None = None
-    modules_to_prune: str | Sequence[str] | Mapping[str, tuple[int, float | int]] | None = None
+    modules_to_prune: str | Sequence[str] | Mapping[str, tuple[int, float | int | None]] | None = None
     skip_modules: str | Sequence[str] | Callable[[str, nn.Module], bool] | None = None
-    norm: float = 2.0
+    norm: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.modules_to_prune, Mapping):
@@ -87,11 +89,12 @@ class Pruning(Method):
             _check_amount(self.amount_to_prune, "amount_to_prune")
             return
         if self.amount_to_prune is not None:
-            raise InputError("modules_to_prune={path: (dim, amount)} has its own amounts: leave amount_to_prune out")
+            _check_amount(self.amount_to_prune, "amount_to_prune")
         for path, value in self.modules_to_prune.items():
             if not isinstance(value, (tuple, list)) or len(value) != 2 or not _is_int(value[0]):
                 raise InputError(f"modules_to_prune[{path!r}] must be (dim, amount), got {value!r}")
-            _check_amount(value[1], f"the amount of modules_to_prune[{path!r}]")
+            if value[1] is not None or self.amount_to_prune is None:
+                _check_amount(value[1], f"the amount of modules_to_prune[{path!r}]")
 
     def bind(self, binder: Binder) -> None:
         # Scores may be computed with a graph by the user's callback; none is needed.
@@ -137,6 +140,7 @@ class Pruning(Method):
                     f"{empty[0].name!r} ({type(empty[0].module).__name__}) has no weight of its own to prune; "
                     f"{nearest(empty[0].path, inner)}"
                 )
+            amount = self.amount_to_prune if amount is None else amount
             for place, scores in (pair for scored in found for pair in scored):
                 mask = self._slice_mask(place, scores, dim, amount)
                 previous = masks.get(id(place.parameter))
@@ -154,9 +158,9 @@ class Pruning(Method):
         return mask.movedim(0, dim)
 
     def _scored(self, binder: Binder, places: list[_Place]) -> list[tuple[_Place, Tensor]]:
-        """The parameters that have scores, each once, with the scores in float64 on the CPU."""
+        """The parameters that have scores, each once, with the sizes of the scores in float64 on the CPU."""
         importance = self.importance_callback or magnitude
-        keywords, skip = _takes_keywords(importance), self._skips(binder)
+        keywords, skip = takes_keywords(importance, _ARGUMENTS, "importance_callback"), self._skips(binder)
         scored: dict[int, tuple[_Place, Tensor]] = {}
         for place in places:
             if id(place.parameter) in scored or skip(place.module_key, place.module):
@@ -207,7 +211,7 @@ def _checked(scores: Any, place: _Place) -> Tensor:
         )
     if not bool(torch.isfinite(scores).all()):
         raise InputError(f"importance_callback returned NaN or infinite scores for {place.name!r}")
-    return scores.detach().to("cpu", torch.float64)
+    return scores.detach().to("cpu", torch.float64).abs()
 
 
 def _is_int(value: Any) -> bool:
@@ -228,17 +232,3 @@ def _count(amount: Any, total: int, what: str, of: str) -> int:
     if count > total:
         raise InputError(f"{what} is {count}, but there are {total} {of}")
     return count
-
-
-def _takes_keywords(function: Callable[..., Any]) -> bool:
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return False
-    for names, keywords in ((_ARGUMENTS, True), ((), False)):
-        try:
-            signature.bind(**dict.fromkeys(names)) if keywords else signature.bind(*_ARGUMENTS)
-        except TypeError:
-            continue
-        return keywords
-    raise InputError(f"importance_callback must accept {', '.join(_ARGUMENTS)}, but its signature is {signature}")

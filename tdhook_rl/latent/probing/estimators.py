@@ -80,16 +80,21 @@ class TorchEstimator:
         """How many scores a row gets: one for each class, or one in a regression."""
         return self.num_classes or 1
 
-    def fit(self, *Xs: Tensor, y: Tensor) -> TorchEstimator:
+    def fit(self, *Xs: Any, y: Any = None) -> TorchEstimator:
         """Train from new weights.
 
         Args:
-            Xs: the inputs, each ``(rows, features)``.
+            Xs: the inputs, each ``(rows, features)``, tensors or arrays; the labels may follow them.
             y: ``(rows,)``: class numbers, or values in a regression.
 
         Raises:
             InputError: for shapes or labels that do not fit.
         """
+        if y is None and len(Xs) == len(self.widths) + 1:
+            *Xs, y = Xs  # type: ignore[assignment]
+        if y is None:
+            raise InputError(f"{type(self).__name__}.fit(inputs, y=labels) was not given labels")
+        Xs, y = tuple(_tensor(x, "an input") for x in Xs), _tensor(y, "y")
         # Tensors made in inference mode cannot be trained on: they are copied outside it.
         with torch.inference_mode(False), torch.enable_grad():
             inputs = self._inputs(Xs, self.widths)
@@ -146,7 +151,7 @@ class TorchEstimator:
         if not self.weights:
             raise InputError(f"this {type(self).__name__} predicts before it was fitted: call fit(..., y=labels) first")
         with torch.no_grad():
-            inputs = self._inputs(Xs, self._fitted)
+            inputs = self._inputs(tuple(_tensor(x, "an input") for x in Xs), self._fitted)
             return self._with_bias({name: value.to(inputs[0]) for name, value in self.weights.items()}, inputs)
 
     def _inputs(self, Xs: tuple[Tensor, ...], widths: tuple[int | None, ...]) -> list[Tensor]:
@@ -174,6 +179,13 @@ class TorchEstimator:
         if not 0 <= int(y.min()) <= int(y.max()) < self.num_classes:
             raise InputError(f"labels go from {int(y.min())} to {int(y.max())}, expected 0 to {self.num_classes - 1}")
         return y
+
+
+def _tensor(value: Any, what: str) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{what} is a tensor or an array of numbers, got a {type(value).__name__} ({error})") from None
 
 
 class LinearEstimator(TorchEstimator):
