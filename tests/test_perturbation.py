@@ -404,13 +404,10 @@ def test_data_that_does_not_fit_is_refused() -> None:
     for policy, method, given, error, message in (
         (actor, Occlusion(groups=[[0, 6]]), data, InputError, "index 6.*0 to 5"),
         (actor, Occlusion(groups=[[-1]]), data, InputError, "index -1"),
-        (
-            actor,
-            Occlusion(groups=[[0, 1], [1]]),
-            data,
-            InputError,
-            "feature 1 of 'observation' is in the groups 0 and 1",
-        ),
+        (actor, Occlusion(groups=[[0, 0.5]]), data, InputError, "list of indices or a boolean mask"),
+        (actor, Occlusion(groups=[torch.ones(3, dtype=torch.bool)]), data, InputError, r"mask of shape \(3,\)"),
+        (actor, Occlusion(groups="segments"), data, MissingKeyError, "'segments', which the data lacks"),
+        (actor, Occlusion(baseline=torch.zeros(3, 6)), data, InputError, r"has shape \(3, 6\)"),
         (actor, Occlusion(groups=[]), data, InputError, "is empty"),
         (actor, Occlusion(groups=[[]]), data, InputError, "is empty"),
         (actor, Occlusion(baseline=None), data, MissingKeyError, r"'baseline', 'observation'.*lacks.*baseline=0.0"),

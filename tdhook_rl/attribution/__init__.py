@@ -5,7 +5,7 @@ from tdhook_rl.attribution.grad_cam import DimsConfig, GradCAM
 from tdhook_rl.attribution.guided_backpropagation import GuidedBackpropagation
 from tdhook_rl.attribution.integrated_gradients import IntegratedGradients
 from tdhook_rl.attribution.lrp import LRP
-from tdhook_rl.attribution.perturbation import SARFA, Occlusion, PerturbationSaliency
+from tdhook_rl.attribution.perturbation import SARFA, Occlusion, PerturbationSaliency, windows
 from tdhook_rl.attribution.saliency import Saliency
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "Occlusion",
     "PerturbationSaliency",
     "Saliency",
+    "windows",
 ]

@@ -250,13 +250,14 @@ def _require_same_outputs(call: Call, key: NestedKey, floats: Tensor) -> None:
     """An integer input is explained as floats only where the policy computes the same from them."""
     remedy = (
         f"the integer input {key!r} ({call.inputs[key].dtype}) cannot be explained as numbers; explain the output of "
-        "the module that reads it with input_modules=[path], or leave it out with inputs=[...]"
+        "the module that reads it with input_modules=[path], use Occlusion, which needs no gradient, or leave it out "
+        "with inputs=[...]"
     )
     with torch.no_grad():
         expected = call.replay().outputs
         try:
             found = call.replay({key: floats}).outputs
-        except (RuntimeError, TypeError, IndexError) as error:
+        except Exception as error:  # whatever the user's network raises, its own checks of the dtype included
             raise InputError(f"{remedy} ({type(error).__name__}: the module does not accept floats)") from error
     for name in call.policy.policy_out_keys:
         value = expected.get(name, None)

@@ -15,6 +15,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttribution
+from tdhook_rl.attribution.baselines import Baseline, check_baseline, filled
 from tdhook_rl.attribution.gradients import activations, gradients
 from tdhook_rl.batching import conv_chunk
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
@@ -271,7 +272,7 @@ class _BoundIntegratedGradients(BoundAttribution):
 
     def _read_baseline(self, call: Call, key: NestedKey, value: Tensor) -> Tensor:
         if self._baseline is not None:
-            return torch.full_like(value, self._baseline)
+            return filled(self._baseline, key, value, call.batch_size)
         name = self._baseline_of(key)
         found = call.data.get(name, None)
         if found is None:
@@ -298,8 +299,9 @@ class IntegratedGradients(GradientAttribution):
     Args:
         n_steps: points on the path. Gauss-Legendre with 16 is ample for smooth (tanh) nets, 32 to 64 for ReLU.
         method: the quadrature rule, see :func:`quadrature`.
-        baseline: a number that is the baseline everywhere; by default the baseline of input ``k`` is read from the
-            data under ``(baseline_key, k)``, of the shape, device and dtype of the input.
+        baseline: a number, a tensor of the shape of a row's features, or a mapping of input keys to these; by default
+            the baseline of input ``k`` is read from the data under ``(baseline_key, k)``, of the shape, device and
+            dtype of the input.
         baseline_key: the root of the baselines in the data.
         multiply_by_inputs: multiply by input minus baseline, so that attributions add up to the change of the
             target (completeness); ``False`` gives the average gradient.
@@ -331,7 +333,7 @@ class IntegratedGradients(GradientAttribution):
 
     n_steps: int = 50
     method: Quadrature = "gausslegendre"
-    baseline: float | None = None
+    baseline: Baseline | None = None
     baseline_key: str = "baseline"
     multiply_by_inputs: bool = True
     compute_convergence_delta: bool = False
@@ -342,6 +344,7 @@ class IntegratedGradients(GradientAttribution):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "baseline", check_baseline(self.baseline))
         if not isinstance(self.n_steps, int) or self.n_steps < 1:
             raise InputError(f"n_steps is a positive integer, got {self.n_steps!r}")
         if self.method not in get_args(Quadrature):

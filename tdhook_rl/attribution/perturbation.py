@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from tensordict import NestedKey
@@ -15,6 +15,8 @@ from tensordict.utils import unravel_key
 from torch import Tensor
 
 from tdhook_rl.attribution.base import BoundAttribution
+from tdhook_rl.attribution.baselines import Baseline, check_baseline, filled, in_dtype
+from tdhook_rl.attribution.groups import Groups, each_feature, group_features, groups_of_rows, windows
 from tdhook_rl.attribution.perturbation_base import (
     Blurred,
     BoundPerturbation,
@@ -24,7 +26,6 @@ from tdhook_rl.attribution.perturbation_base import (
     Occluded,
     Output,
     Perturbation,
-    owners,
 )
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.passes import Call
@@ -32,9 +33,9 @@ from tdhook_rl.passes import Call
 if TYPE_CHECKING:
     from tdhook_rl.method import Binder
 
-__all__ = ["SARFA", "Occlusion", "PerturbationSaliency"]
+__all__ = ["SARFA", "Occlusion", "PerturbationSaliency", "windows"]
 
-Groups = Sequence[Sequence[int]]
+FeatureGroups = Any  # a sequence of groups (indices or masks), or a TensorDict key
 
 
 class _BoundOcclusion(BoundPerturbation):
@@ -54,29 +55,41 @@ class _BoundOcclusion(BoundPerturbation):
                 )
         if self._baseline is None:
             self.reads = [*self.reads, *(self._baseline_of(key) for key in binder.policy.in_keys)]
+        listed = self._groups.values() if isinstance(self._groups, Mapping) else [self._groups]
+        self.reads = [*self.reads, *(unravel_key(one) for one in listed if _is_key(one))]
 
     def _changes(self, call: Call, key: NestedKey, value: Tensor, inputs: Mapping[NestedKey, Tensor]) -> Changes:
         shape = value.shape[len(call.batch_size) :]
-        features = shape.numel()
         groups = self._groups
         if groups is not None and not isinstance(groups, Mapping) and len(inputs) > 1:
             raise InputError(
-                f"groups= is a list, but several inputs are explained ({', '.join(map(repr, inputs))}): give "
+                f"groups= is for one input, but several inputs are explained ({', '.join(map(repr, inputs))}): give "
                 "groups={input: [...]}, or name one input with inputs=[...]"
             )
         of_key = groups.get(key) if isinstance(groups, Mapping) else groups
         if of_key is None:
-            owner, count = torch.arange(features), features
+            found: Groups = each_feature(shape)
+        elif _is_key(of_key):
+            found = groups_of_rows(self._read_groups(call, of_key), value, key, of_key)
         else:
-            owner, count = owners(of_key, features, key), len(of_key)
-        return Occluded(owner.reshape(shape).to(value.device), count, value, self._read_baseline(call, key, value))
+            found = group_features(of_key, shape, key)
+        return Occluded(found, value, self._read_baseline(call, key, value))
+
+    def _read_groups(self, call: Call, name: NestedKey) -> Tensor:
+        found = call.data.get(name, None)
+        if not isinstance(found, Tensor):
+            raise MissingKeyError(
+                f"{self._name}(groups=...) reads the groups of each row under {name!r}, which the data lacks; "
+                f"{nearest(str(name), map(str, call.data.keys(True, True)))}"
+            )
+        return found
 
     def _baseline_of(self, key: NestedKey) -> tuple[str, ...]:
         return (self._baseline_key, *((key,) if isinstance(key, str) else key))
 
     def _read_baseline(self, call: Call, key: NestedKey, value: Tensor) -> Tensor:
         if self._baseline is not None:
-            return torch.full_like(value, self._baseline)
+            return filled(self._baseline, key, value, call.batch_size)
         name = self._baseline_of(key)
         found = call.data.get(name, None)
         if found is None:
@@ -89,7 +102,7 @@ class _BoundOcclusion(BoundPerturbation):
                 f"the baseline {name!r} has shape {tuple(found.shape)} on {found.device}; it must match {key!r}, "
                 f"which has shape {tuple(value.shape)} on {value.device}"
             )
-        return found.to(value.dtype)
+        return in_dtype(found, value, key)
 
 
 class _BoundSARFA(_BoundOcclusion):
@@ -129,6 +142,13 @@ class _BoundPerturbationSaliency(BoundPerturbation):
             )
         return Blurred(value, *self._config)
 
+    def _explained_inputs(self, call: Call) -> dict[NestedKey, Tensor]:
+        """Bytes as numbers where the policy computes the same from them: blurring makes fractions."""
+        try:
+            return BoundAttribution._explained_inputs(self, call)
+        except InputError:
+            return super()._explained_inputs(call)
+
     def _measures(self, targets: Sequence[Measure]) -> Sequence[Measure]:
         return targets if self._output is None else [self._output]
 
@@ -144,10 +164,13 @@ class Occlusion(Perturbation):
 
     Args:
         groups: which features are replaced together: a list of groups, each a list of indices into the flattened
-            features of the one explained input, or a mapping of input keys to such lists. By default, and for
-            inputs that the mapping leaves out, every feature by itself.
-        baseline: the number that replaces them; with ``None`` the replacement of input ``k`` is read from the data
-            under ``(baseline_key, k)``, of the shape of the input.
+            features of the one explained input or a boolean mask of their shape (see :func:`windows`); or, for groups
+            that differ between rows, a TensorDict key of their numbers, integers of the shape of the input (-1 for
+            no group); or a mapping of input keys to these. By default, and for inputs that the mapping leaves out,
+            every feature by itself.
+        baseline: what replaces them: a number, a tensor of the shape of a row's features, or a mapping of input keys
+            to these; with ``None`` the replacement of input ``k`` is read from the data under ``(baseline_key, k)``,
+            of the shape of the input. Integers, bytes and booleans are replaced by values of their own dtype.
         baseline_key: the root of the baselines in the data.
         chunk_size: rows (groups times batch) of one pass; by default at most 4096, fewer for convolutional nets.
 
@@ -155,12 +178,13 @@ class Occlusion(Perturbation):
     ``input_modules``.
 
     Writes ``(attribution_key, in_key)``: batch + the shape of the input. Each feature holds the target at the input
-    minus the target with the feature's group replaced; features in no group hold 0.
+    minus the target with the feature's group replaced, the mean where it is in several groups, and 0 where it is in
+    none.
 
     Raises:
-        InputError: for an unknown input, an index out of range, a feature in two groups, or a baseline of another
-            shape.
-        MissingKeyError: if a baseline is absent.
+        InputError: for an unknown input, an index out of range, or a baseline of another shape, or that the dtype of
+            the input cannot hold.
+        MissingKeyError: if a baseline is absent, or groups that are read from the data.
 
     Example:
         >>> from tensordict import TensorDict
@@ -172,11 +196,15 @@ class Occlusion(Perturbation):
         True
     """
 
-    groups: Groups | Mapping[NestedKey, Groups] | None = None
-    baseline: float | None = 0.0
+    groups: FeatureGroups | Mapping[NestedKey, FeatureGroups] | None = None
+    baseline: Baseline | None = 0.0
     baseline_key: str = "baseline"
 
     bound_class: ClassVar[type[BoundAttribution]] = _BoundOcclusion
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "baseline", check_baseline(self.baseline))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -276,6 +304,13 @@ class PerturbationSaliency(Perturbation):
         for name in ("sigma", "blur_sigma"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} is a positive number of pixels, got {getattr(self, name)!r}")
+
+
+def _is_key(groups: Any) -> bool:
+    """Whether groups are read from the data: a string, or a tuple of strings."""
+    if isinstance(groups, tuple):
+        return bool(groups) and all(_is_key(part) for part in groups)
+    return isinstance(groups, str)
 
 
 def _keys(key: NestedKey | None, default: tuple[str, ...]) -> tuple[NestedKey, ...]:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
-from tensordict import NestedKey
+from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttribution
+from tdhook_rl.attribution.groups import Groups
 from tdhook_rl.attribution.integrated_gradients import repeat_rows, rows_at_once
 from tdhook_rl.batching import shallow
-from tdhook_rl.errors import InputError, TargetError, nearest
+from tdhook_rl.errors import InputError, TargetError, TdhookError, nearest
 from tdhook_rl.passes import Call, Pass
 from tdhook_rl.targets import Target, default_target, one_hot_action
 
 if TYPE_CHECKING:
     from tdhook_rl.method import Binder
 
-__all__ = ["Blurred", "BoundPerturbation", "Changes", "ChosenFirst", "Occluded", "Output", "Perturbation", "owners"]
+__all__ = ["Blurred", "BoundPerturbation", "Changes", "ChosenFirst", "Occluded", "Output", "Perturbation"]
 
 Measure = Callable[[Pass], Tensor]
 
@@ -65,7 +66,7 @@ class BoundPerturbation(BoundAttribution):
                     changed = changes.make(start, min(start + at_once, changes.count))
                     copies = len(changed)
                     flat = changed.flatten(0, len(call.batch_size)) if call.batch_size else changed
-                    run = call.replay({key: flat}, repeat_rows(whole, copies))
+                    run = _replay(call, key, flat, repeat_rows(whole, copies))
                     for kept, reference, measure in zip(scores, before, measures, strict=True):
                         after = measure(run)
                         after = after.reshape(copies, *call.batch_size, *after.shape[1:])
@@ -74,6 +75,10 @@ class BoundPerturbation(BoundAttribution):
                 for (of_inputs, _), kept in zip(found, scores, strict=True):
                     of_inputs[key] = changes.spread(torch.cat(kept))
         return found
+
+    def _explained_inputs(self, call: Call) -> dict[NestedKey, Tensor]:
+        """The inputs in their own dtype: nothing is differentiated."""
+        return super()._explained_inputs(call) if self._init["inputs"] else own_inputs(call, self.inputs)
 
     def _changes(self, call: Call, key: NestedKey, value: Tensor, inputs: Mapping[NestedKey, Tensor]) -> Changes:
         raise NotImplementedError
@@ -87,6 +92,38 @@ class BoundPerturbation(BoundAttribution):
 
     def _function(self, target: Target | None, call: Call) -> Measure:
         return super()._function(target, call) if self._init["targets"] else _WithoutGradient(target)
+
+
+def own_inputs(call: Call, keys: Sequence[NestedKey] | None) -> dict[NestedKey, Tensor]:
+    """The inputs to perturb: those asked for, else all that are not boolean, else (there are no others) all.
+
+    Raises:
+        InputError: if a key is not an input, or holds no tensor.
+    """
+    own = call.policy.policy_in_keys
+    tensors = [key for key in own if isinstance(call.inputs[key], Tensor)]
+    if keys is None:
+        keys = [key for key in tensors if call.inputs[key].dtype != torch.bool] or tensors
+    for key in keys:
+        if key not in own:
+            raise InputError(f"{key!r} is not an input of the policy; {nearest(str(key), map(str, own))}")
+        if key not in tensors:
+            raise InputError(f"the input {key!r} is a {type(call.inputs[key]).__name__}: tensors can be perturbed")
+    return {key: call.inputs[key] for key in keys}
+
+
+def _replay(call: Call, key: NestedKey, value: Tensor, stored: TensorDictBase) -> Pass:
+    if value.is_floating_point():
+        return call.replay({key: value}, stored)
+    try:
+        return call.replay({key: value}, stored)
+    except TdhookError:
+        raise
+    except Exception as error:  # whatever the user's network raises
+        raise InputError(
+            f"the policy does not run where parts of {key!r} ({value.dtype}) are replaced "
+            f"({type(error).__name__}: {error}): give a baseline that it can read, such as the index of a padding token"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -148,28 +185,27 @@ class ChosenFirst:
 
 
 class Occluded:
-    """Groups of features in turn replaced by their baseline; ``owner`` has the group of each feature, or -1."""
+    """Groups of features in turn replaced by their baseline."""
 
-    def __init__(self, owner: Tensor, count: int, value: Tensor, baseline: Tensor) -> None:
-        self.owner = owner
-        self.count = count
+    def __init__(self, groups: Groups, value: Tensor, baseline: Tensor) -> None:
+        self.groups = groups
+        self.count = groups.count
         self.value = value
         self.baseline = baseline
 
     def make(self, start: int, stop: int) -> Tensor:
-        group = torch.arange(start, stop, device=self.value.device).reshape(-1, *(1,) * self.value.ndim)
-        return torch.where(self.owner == group, self.baseline, self.value)
+        return torch.where(self.groups.mask(start, stop, self.value), self.baseline, self.value)
 
     def spread(self, scores: Tensor) -> Tensor:
-        by_group = torch.cat([scores, torch.zeros_like(scores[:1])]).movedim(0, -1)  # -1 finds the zero
-        return by_group[..., self.owner]
+        return self.groups.spread(scores)
 
 
 class Blurred:
-    """Places of an image in turn blended with a blurred copy, through a Gaussian mask."""
+    """Places of an image in turn blended with a blurred copy, through a Gaussian mask; bytes are rounded."""
 
     def __init__(self, value: Tensor, stride: int, sigma: float, blur_sigma: float) -> None:
-        self.value = value
+        self.dtype = value.dtype
+        self.value = value = value if value.is_floating_point() else value.to(torch.get_default_dtype())
         self.size = (int(value.shape[-2]), int(value.shape[-1]))
         self.grid = tuple(-(-length // stride) for length in self.size)
         self.count = self.grid[0] * self.grid[1]
@@ -195,7 +231,8 @@ class Blurred:
             centres = (place.to(self.value.dtype) + 0.5) * (length / places) - 0.5
             parts.append(self._near(length, centres, self.sigma))
         masks = parts[0][:, :, None] * parts[1][:, None, :]
-        return self.value + masks.reshape(len(index), *(1,) * (self.value.ndim - 2), *self.size) * self.difference
+        blended = self.value + masks.reshape(len(index), *(1,) * (self.value.ndim - 2), *self.size) * self.difference
+        return blended if self.dtype == blended.dtype else blended.round().to(self.dtype)
 
     def spread(self, scores: Tensor) -> Tensor:
         maps = scores.movedim(0, -1).reshape(-1, 1, *self.grid)
@@ -205,7 +242,9 @@ class Blurred:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Perturbation(GradientAttribution):
-    """Base of the perturbation methods: explains inputs, without gradients.
+    """Base of the perturbation methods: explains inputs, without gradients, in their own dtype.
+
+    ``inputs`` are by default all that are not boolean, or all where there are no others.
 
     Args:
         chunk_size: rows (copies times batch) of one pass; by default at most 4096, fewer for convolutional nets.
@@ -226,24 +265,3 @@ class Perturbation(GradientAttribution):
     def _refuse_targets(self, instead: str) -> None:
         if self.target is not None or self.init_attr_targets is not None:
             raise TargetError(f"{type(self).__name__} {instead}: leave out target= and init_attr_targets=")
-
-
-def owners(groups: Sequence[Any], features: int, key: NestedKey) -> Tensor:
-    """For each feature the number of its group, or -1."""
-    owner = [-1] * features
-    if not len(groups):
-        raise InputError(f"groups= of {key!r} is empty: leave it out for every feature by itself")
-    for number, group in enumerate(groups):
-        indices = [int(index) for index in torch.as_tensor(group, dtype=torch.long).reshape(-1)]
-        if not indices:
-            raise InputError(f"group {number} of {key!r} is empty")
-        for index in indices:
-            if not 0 <= index < features:
-                raise InputError(
-                    f"group {number} of {key!r} has index {index}, but the input has {features} features: "
-                    f"0 to {features - 1}, counted in the flattened input"
-                )
-            if owner[index] not in (-1, number):
-                raise InputError(f"feature {index} of {key!r} is in the groups {owner[index]} and {number}")
-            owner[index] = number
-    return torch.tensor(owner)

@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.errors import InputError, nearest
-from tdhook_rl.metrics.scoring import ScoreDirection, Scorer, flat, require_count, score
+from tdhook_rl.metrics.scoring import ScoreDirection, Scorer, flat, require_count, require_floats, score
 
 __all__ = ["InfidelityMetric"]
 
@@ -85,6 +85,7 @@ class InfidelityMetric:
         generators: dict[torch.device, torch.Generator] = {}
 
         def infidelity(scorer: Scorer) -> dict[str, Tensor]:
+            require_floats(scorer, "InfidelityMetric")
             attributions = scorer.stored()
             here = scorer.value(scorer.inputs)
             product = scorer.is_product if self.form == "auto" else self.form == "product"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tdhook_rl.attribution import LRP
 from tdhook_rl.attribution.base import BoundAttribution
+from tdhook_rl.attribution.baselines import filled
 from tdhook_rl.batching import (
     GeneratorState,
     conv_chunk,
@@ -29,7 +30,7 @@ from tdhook_rl.hooks import vmap_level
 from tdhook_rl.metrics.selection import find_attribution, target_name
 from tdhook_rl.passes import Call, action_keys, stored_inputs
 
-__all__ = ["ScoreDirection", "Scorer", "flat", "require_count", "score"]
+__all__ = ["ScoreDirection", "Scorer", "flat", "require_count", "require_floats", "score"]
 
 
 class ScoreDirection(Enum):
@@ -43,7 +44,8 @@ class Scorer:
     """One chunk of rows: its inputs and attributions, and the explained target as a function of the inputs.
 
     Attributes:
-        inputs: the explained inputs by key, as floats: ``(rows, *features)``, or ``features`` without a batch.
+        inputs: the explained inputs by key, ``(rows, *features)``, or ``features`` without a batch: as floats, or in
+            their own dtype where the method perturbs them.
     """
 
     def __init__(self, hooked: Any, bound: BoundAttribution, name: str | None, data: TensorDictBase) -> None:
@@ -71,7 +73,9 @@ class Scorer:
         """The target at these inputs, the batch shape."""
         # With a graph: the default target of a plain module adds up the outputs that a gradient reaches.
         with torch.enable_grad():
-            given = {key: value.detach().clone().requires_grad_() for key, value in inputs.items()}
+            given = {
+                key: value.detach().clone().requires_grad_(value.is_floating_point()) for key, value in inputs.items()
+            }
             return self._target(self._call.replay(given)).detach()
 
     def stored(self) -> dict[NestedKey, Tensor]:
@@ -107,7 +111,7 @@ class Scorer:
 
     def _baseline_of(self, key: NestedKey, value: Tensor, number: float | None) -> Tensor:
         if number is not None:
-            return torch.full_like(value, number)
+            return filled(number, key, value, self.batch_size)
         read = getattr(self._bound, "_read_baseline", None)
         if read is not None:
             return read(self._call, key, value)
@@ -142,7 +146,7 @@ class Scorer:
                     f"the attribution {name!r} has shape {tuple(attribution.shape)}; to be scored it must match the "
                     f"input {key!r}, which has shape {tuple(value.shape)}"
                 )
-            found[key] = attribution.detach().to(value.dtype)
+            found[key] = attribution.detach().to(value.dtype) if value.is_floating_point() else attribution.detach()
         return found
 
 
@@ -201,6 +205,16 @@ def score(
         finally:
             before.restore()
     return {str(key): value for key, value in results.items()}
+
+
+def require_floats(scorer: Scorer, metric: str) -> None:
+    """Refuse integers and booleans, which cannot be changed a little."""
+    for key, value in scorer.inputs.items():
+        if not value.is_floating_point():
+            raise InputError(
+                f"{metric} changes inputs a little, which {key!r} ({value.dtype}) cannot be: use deletion_insertion, "
+                "or explain other inputs with inputs=[...]"
+            )
 
 
 def flat(parts: Mapping[Any, Tensor], batch: torch.Size) -> Tensor:

@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.metrics.scoring import ScoreDirection, Scorer, flat, require_count, score
+from tdhook_rl.metrics.scoring import ScoreDirection, Scorer, flat, require_count, require_floats, score
 
 __all__ = ["SensitivityMetric"]
 
@@ -74,6 +74,7 @@ class SensitivityMetric:
             return (2 * uniform - 1) * self.perturb_radius
 
         def sensitivity(scorer: Scorer) -> dict[str, Tensor]:
+            require_floats(scorer, "SensitivityMetric")
             here = flat(scorer.stored(), scorer.batch_size)
             largest = torch.zeros_like(here[..., 0])
             for _ in range(self.n_perturb_samples):

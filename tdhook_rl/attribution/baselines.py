@@ -1,0 +1,100 @@
+"""Baselines that a method is given as an argument: a number, a tensor of features, or one of these by input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+from tensordict import NestedKey
+from tensordict.utils import unravel_key
+from torch import Tensor
+
+from tdhook_rl.errors import InputError, nearest
+
+__all__ = ["Baseline", "check_baseline", "filled", "in_dtype"]
+
+Baseline = float | Tensor | Mapping[NestedKey, float | Tensor]
+
+
+def check_baseline(baseline: Any) -> Any:
+    """The baseline as numbers and tensors, lists and arrays turned into tensors.
+
+    Raises:
+        InputError: for what is neither, or not finite.
+
+    Example:
+        >>> check_baseline(0.5), check_baseline([0.0, 1.0])
+        (0.5, tensor([0., 1.]))
+    """
+    if isinstance(baseline, Mapping):
+        return {unravel_key(key): check_baseline(value) for key, value in baseline.items()}
+    if baseline is None or (isinstance(baseline, Real) and math.isfinite(baseline)):
+        return baseline
+    try:
+        tensor = None if isinstance(baseline, (str, bytes)) else torch.as_tensor(baseline).detach()
+    except (TypeError, ValueError, RuntimeError):
+        tensor = None
+    if tensor is None or tensor.numel() == 0 or not bool(torch.isfinite(tensor).all()):
+        raise InputError(
+            "baseline= is a finite number, a tensor of the shape of the input's features, or {input: one of these}; "
+            f"got {baseline!r}"
+        )
+    return tensor
+
+
+def filled(baseline: Any, key: NestedKey, value: Tensor, batch: torch.Size) -> Tensor:
+    """The baseline of one input, of its shape, dtype and device.
+
+    Args:
+        baseline: as :func:`check_baseline` returns it.
+        key: the input.
+        value: the input, batch + features.
+        batch: the batch shape.
+
+    Raises:
+        InputError: if it does not fit the features, or a mapping lacks the input.
+    """
+    if isinstance(baseline, Mapping):
+        if key not in baseline:
+            raise InputError(
+                f"baseline= has none for the input {key!r}; {nearest(str(key), map(str, baseline))}: give one for "
+                "each explained input, or leave the input out with inputs=[...]"
+            )
+        baseline = baseline[key]
+    if not isinstance(baseline, Tensor):
+        if value.is_floating_point():
+            return torch.full_like(value, baseline)
+        return in_dtype(torch.as_tensor(baseline), value, key).expand_as(value)
+    features = value.shape[len(batch) :]
+    try:
+        fits = torch.broadcast_shapes(baseline.shape, features) == features
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise InputError(
+            f"baseline= has shape {tuple(baseline.shape)}, but a row of the input {key!r} has shape {tuple(features)}: "
+            f"give a tensor for one row, or put one for each row into the data under ('baseline', {key!r}) and leave "
+            "baseline= out (None)"
+        )
+    return in_dtype(baseline, value, key).expand_as(value)
+
+
+def in_dtype(baseline: Tensor, value: Tensor, key: NestedKey) -> Tensor:
+    """A baseline in the dtype and on the device of its input.
+
+    Raises:
+        InputError: if an input of integers or booleans cannot be what it says.
+    """
+    converted = baseline.to(value.device, value.dtype)
+    if not value.is_floating_point() and not value.is_complex() and baseline.dtype != value.dtype:
+        same = converted.to(torch.float64) == baseline.to(value.device, torch.float64)
+        if not bool(same.all()):
+            wrong = baseline.to(value.device)[~same].reshape(-1)[0]
+            raise InputError(
+                f"the baseline of the input {key!r} holds {float(wrong):g}, which is no {value.dtype}: the input is "
+                "perturbed in its own dtype"
+            )
+    return converted
