@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 
-from tdhook_rl.batching import GeneratorState, conv_chunk, in_recurrent_mode, map_chunks, shallow
+from tdhook_rl.batching import PassNoise, conv_chunk, in_recurrent_mode, map_chunks, shallow
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.hooks import vmap_level
 from tdhook_rl.mismatch import Mismatch
@@ -59,20 +59,16 @@ def annotate(
     mismatch = Mismatch(policy, on_mismatch)
     selected = _select(policy, data, missing)
     computed: list[TensorDictBase] = []
-    with runtime.lock, policy._frozen_statistics():
-        before = GeneratorState(data.device)
-        try:
-            for horizon in ("step", "trajectory"):
-                group = [one for one in missing if getattr(one, "horizon", "step") == horizon]
-                run = _rows if horizon == "step" else _trajectories
-                # A mean over the batch cannot be taken chunk by chunk.
-                whole = [one for one in group if getattr(one, "whole_batch", False)]
-                by_row = [one for one in group if one not in whole]
-                for part, size in ((whole, data.batch_size.numel()), (by_row, chunk_size)):
-                    if part:
-                        computed.append(run(policy, selected, _Analysis(policy, part, mismatch), size))
-        finally:
-            before.restore()
+    noise = PassNoise(data.device)
+    for horizon in ("step", "trajectory"):
+        group = [one for one in missing if getattr(one, "horizon", "step") == horizon]
+        run = _rows if horizon == "step" else _trajectories
+        # A mean over the batch cannot be taken chunk by chunk.
+        whole = [one for one in group if getattr(one, "whole_batch", False)]
+        by_row = [one for one in group if one not in whole]
+        for part, size in ((whole, data.batch_size.numel()), (by_row, chunk_size)):
+            if part:
+                computed.append(run(policy, selected, _Analysis(policy, part, mismatch, noise), size))
     mismatch.report(data)
     for results in computed:
         for root, group in results.items():
@@ -87,15 +83,30 @@ def annotate(
 
 
 class _Analysis:
-    """Computes the results of one chunk."""
+    """Computes the results of one chunk.
 
-    def __init__(self, policy: HookedMixin, bound: Sequence[Bound], mismatch: Mismatch) -> None:
+    Between two chunks other threads have their turn: what is changed for a pass is changed for one chunk.
+    """
+
+    def __init__(self, policy: HookedMixin, bound: Sequence[Bound], mismatch: Mismatch, noise: PassNoise) -> None:
         self.policy = policy
         self.bound = list(bound)
         self.mismatch = mismatch
+        self.noise = noise
+        self.through_time = False  # whole trajectories, in the recurrent mode
         self.forward: Callable[..., Any] = type(policy)._base.forward
 
     def __call__(self, chunk: TensorDictBase) -> TensorDict:
+        policy = self.policy
+        with (
+            policy._hooked_runtime.lock,
+            _recurrent_mode(policy, self.through_time),
+            policy._frozen_statistics(),
+            self.noise.under_way(),
+        ):
+            return self._compute(chunk)
+
+    def _compute(self, chunk: TensorDictBase) -> TensorDict:
         policy, runtime = self.policy, self.policy._hooked_runtime
         call = Call(policy, self.forward, chunk, stored_inputs(policy, chunk))
         runtime.level = vmap_level()
@@ -133,8 +144,7 @@ def _select(policy: HookedMixin, data: TensorDictBase, missing: Sequence[Bound])
 def _rows(policy: HookedMixin, data: TensorDictBase, analysis: _Analysis, chunk_size: int | None) -> TensorDictBase:
     if chunk_size is None and policy._hooked_traits.convolutional:
         chunk_size = conv_chunk((data.get(key, None) for key in policy.policy_in_keys), data.batch_size)
-    with _recurrent_mode(policy, False):
-        return map_chunks(data, analysis, chunk_size)
+    return map_chunks(data, analysis, chunk_size)
 
 
 def _trajectories(
@@ -148,8 +158,8 @@ def _trajectories(
     steps = data.batch_size[-1]
     flat = data.reshape(-1, steps)
     at_once = len(flat) if chunk_size is None else max(1, chunk_size // steps)
-    with _recurrent_mode(policy, True):
-        parts = [analysis(flat[start : start + at_once]) for start in range(0, len(flat), at_once)]
+    analysis.through_time = True
+    parts = [analysis(flat[start : start + at_once]) for start in range(0, len(flat), at_once)]
     return torch.cat(parts).reshape(data.batch_size)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "GeneratorState",
+    "PassNoise",
     "Traits",
     "conv_chunk",
     "frozen_statistics",
@@ -128,6 +129,30 @@ class GeneratorState:
                     torch.set_rng_state(then)
                 else:
                     torch.cuda.set_rng_state(then, self._cuda)
+
+
+class PassNoise:
+    """The noise of several passes in a row, each of which leaves torch's generators as it found them.
+
+    The passes draw from one stream. Between two of them other threads may draw from the generators; putting back a
+    state from before the first pass would repeat their noise.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
+        self._own: GeneratorState | None = None
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """The duration of one pass."""
+        before = GeneratorState(self._device)
+        if self._own is not None:
+            self._own.restore()
+        try:
+            yield
+        finally:
+            self._own = GeneratorState(self._device)
+            before.restore()
 
 
 def shallow(data: TensorDictBase) -> TensorDict:

@@ -6,7 +6,7 @@ which pickles and deep-copies although no import path leads to it.
 
 from __future__ import annotations
 
-import functools
+import weakref
 from typing import Any
 
 from torch import nn
@@ -24,12 +24,21 @@ class Swapped:
         return _rebuild, (self._mixin, self._base), self.__getstate__()
 
 
-@functools.cache
+#: For each class the mixed ones that are in use. They hold the class, and it may hold large things: a policy's class
+#: that was defined in a function goes when its last policy does.
+_mixed: weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[type, type]] = weakref.WeakKeyDictionary()
+
+
 def mixed_class(mixin: type[Swapped], base: type[nn.Module]) -> type:
-    """The subclass of ``base`` with the behaviour of ``mixin``; the same object at every call."""
+    """The subclass of ``base`` with the behaviour of ``mixin``; the same object at every call, while it is in use."""
+    known = _mixed.setdefault(base, weakref.WeakValueDictionary())
+    found = known.get(mixin)
+    if found is not None:
+        return found
     namespace = {"_mixin": mixin, "_base": base, "__module__": base.__module__, "__doc__": base.__doc__}
     namespace |= mixin._namespace(base) if hasattr(mixin, "_namespace") else {}
-    return type(f"{mixin.__name__.removesuffix('Mixin')}{base.__name__}", (mixin, base), namespace)
+    made = type(f"{mixin.__name__.removesuffix('Mixin')}{base.__name__}", (mixin, base), namespace)
+    return known.setdefault(mixin, made)
 
 
 def swap_class(module: nn.Module, mixin: type[Swapped]) -> None:

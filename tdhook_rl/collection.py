@@ -70,7 +70,7 @@ def _blank(policy: HookedMixin, data: TensorDict) -> TensorDict:
     """Results in the form in which the policy writes them, all zero, and masks that say so."""
     before = GeneratorState(data.device)
     try:
-        with torch.no_grad(), policy._frozen_statistics():
+        with policy._hooked_runtime.lock, torch.no_grad(), policy._frozen_statistics():
             written = policy(data.copy())
     finally:
         before.restore()

@@ -6,6 +6,7 @@ Hooks are small importable objects: no closures (workers unpickle them), no coun
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch import Tensor
 from tdhook_rl.containers import first_input, first_tensor, with_first_tensor
 from tdhook_rl.controls import Controls
 from tdhook_rl.errors import InactiveError, MissingKeyError, SiteError, nearest
+from tdhook_rl.forking import Switch, Turns, survive_forks
 from tdhook_rl.rows import as_leaf, lent_rows, rows_of, unbatched, vmap_level, with_rows
 
 if TYPE_CHECKING:
@@ -45,14 +47,20 @@ __all__ = [
 class Runtime:
     """What the hooks of one hooked policy share: switches, and the slots of the call under way.
 
-    Slots are emptied after each call, so that nothing of a call outlives it.
+    Slots are emptied after each call, so that nothing of a call outlives it. One call at a time: whoever runs the
+    policy, or a part of a batch, holds ``lock`` meanwhile.
     """
 
     def __init__(self) -> None:
         self.controls = Controls()
         self.active = True
+        # Tells copies in other processes that the hooking is over; this process has no need to look.
+        self.switch = Switch()
+        self.home = os.getpid()
+        self.away = False
         self.recording = False
         self.depth = 0
+        self.caller = 0  # the thread whose call is under way
         # Of the call under way: the nesting level of functorch transforms around it, and its batch size if known;
         # and inside a recurrent module the batch size and the resets that this reads.
         self.level = -1
@@ -71,7 +79,31 @@ class Runtime:
         self.mismatch_warned = False
         self.fired: set[str] = set()
         self.rows: dict[NestedKey, Tensor] = {}
-        self.lock = threading.RLock()
+        self.lock = Turns()
+        survive_forks(self)
+
+    def inside(self) -> bool:
+        """Whether this thread is within the policy's own forward; another's is none of its business."""
+        return bool(self.depth) and (torch.compiler.is_compiling() or self.caller == threading.get_ident())
+
+    def stop(self) -> None:
+        """End the hooking, here and in the copies that workers run."""
+        self.active = False
+        self.switch.off()
+
+    def require_active(self) -> None:
+        """Raise :class:`InactiveError` if the hooking is over, also in a worker."""
+        if self.away and self.active and not torch.compiler.is_compiling():
+            self.active = self.switch.on()
+        if not self.active:
+            self.refuse()
+
+    def forget_call(self) -> None:
+        """Drop what a call has left that will never end, because its thread is not in this process."""
+        self.lock = Turns()
+        self.recording, self.depth, self.caller = False, 0, 0
+        self.level, self.batch, self.time, self.replay, self.explaining = -1, None, None, None, None
+        self.slots, self.leaves, self.rows, self.added = {}, {}, {}, frozenset()
 
     def begin(self, args: tuple, kwargs: dict[str, Any]) -> tuple[int, torch.Size | None]:
         """Note what the policy is about to run on; returns what :meth:`end` puts back."""
@@ -127,6 +159,7 @@ class Runtime:
             self.tie.require_held()  # a copy, such as a worker's, cannot look any more
         state = self.__dict__.copy()
         del state["lock"]
+        self.switch.share()
         return state | {
             "slots": {},
             "leaves": {},
@@ -135,12 +168,15 @@ class Runtime:
             "tie": None,
             "recording": False,
             "depth": 0,
+            "caller": 0,
             "time": None,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.lock = threading.RLock()
+        self.away = self.home != os.getpid()
+        self.lock = Turns()
+        survive_forks(self)
 
 
 class CaptureHook:

@@ -89,7 +89,7 @@ class HookedMixin(_Policy):
     def out_keys(self) -> list[NestedKey]:
         own = self._hooked_own_out_keys()
         # While the policy's own forward runs it must see its own keys: it zips them with its outputs.
-        return own if self._hooked_runtime.depth else [*own, *self._step_keys()]
+        return own if self._hooked_runtime.inside() else [*own, *self._step_keys()]
 
     @out_keys.setter
     def out_keys(self, value: list[NestedKey]) -> None:
@@ -98,7 +98,7 @@ class HookedMixin(_Policy):
     @property
     def in_keys(self) -> list[NestedKey]:
         own = self._hooked_own_in_keys()
-        return own if self._hooked_runtime.depth else [*own, *self._hooked_reads]
+        return own if self._hooked_runtime.inside() else [*own, *self._hooked_reads]
 
     @in_keys.setter
     def in_keys(self, value: list[NestedKey]) -> None:
@@ -135,8 +135,7 @@ class HookedMixin(_Policy):
 
     def _hooked_forward(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         runtime = self._hooked_runtime
-        if not runtime.active:
-            runtime.refuse()
+        runtime.require_active()
         if torch.compiler.is_compiling():
             output = self._hooked_call(forward, args, kwargs)
             self._close_routes(complete=True)
@@ -261,8 +260,7 @@ class HookedMixin(_Policy):
             InputError: for an empty batch.
             MismatchError: with ``on_mismatch="raise"``.
         """
-        if not self._hooked_runtime.active:
-            self._hooked_runtime.refuse()
+        self._hooked_runtime.require_active()
         return annotate(self, data, chunk_size, on_mismatch)
 
     def register_collector(self, collector: Any) -> None:
@@ -279,7 +277,7 @@ class HookedMixin(_Policy):
 
     def restore(self) -> None:
         """End the hooking; calling the policy afterwards raises. What leaving the ``with`` block does."""
-        self._hooked_runtime.active = False
+        self._hooked_runtime.stop()
 
     @property
     def hooking_context(self) -> ContextView:
@@ -300,8 +298,7 @@ class HookedMixin(_Policy):
             data: the TensorDict the policy is called on.
             *args, **options: see :class:`tdhook_rl.runs.HookedModuleRun`.
         """
-        if not self._hooked_runtime.active:
-            self._hooked_runtime.refuse()
+        self._hooked_runtime.require_active()
         return HookedModuleRun(self, data, *args, **options)
 
     def disable_context_hooks(self) -> AbstractContextManager[Any]:
@@ -368,8 +365,14 @@ def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def guarded(self: HookedMixin, *args: Any, **kwargs: Any) -> Any:
         runtime = self._hooked_runtime
-        if not runtime.active:
-            runtime.refuse()
+        runtime.require_active()
+        if torch.compiler.is_compiling():
+            return alone(self, args, kwargs)
+        with runtime.lock:
+            return alone(self, args, kwargs)
+
+    def alone(self: HookedMixin, args: tuple, kwargs: dict[str, Any]) -> Any:
+        runtime = self._hooked_runtime
         previous = runtime.begin(args, kwargs)
         # A loss may enter here and nowhere else.
         checks_sites = not runtime.depth and runtime.checks_sites()

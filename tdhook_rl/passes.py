@@ -7,6 +7,7 @@ where the policy would draw an action, the stored one is used and the distributi
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -268,6 +269,8 @@ def run_root(policy: HookedMixin, forward: Callable[..., Any], args: tuple, kwar
     checks_sites = runtime.checks_sites()
     if checks_sites:
         runtime.fired = set()
+    if not torch.compiler.is_compiling():
+        runtime.caller = threading.get_ident()  # before the depth: other threads read both
     runtime.depth += 1
     if forward is _DECORATED and len(args) == 1 and not kwargs and isinstance(args[0], TensorDictBase):
         forward = _BARE if not torch.compiler.is_compiling() and not skip_existing() else forward

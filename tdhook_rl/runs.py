@@ -227,7 +227,8 @@ class HookedModuleRun:
             self._points.clear()
 
     def _run(self) -> None:
-        with torch.set_grad_enabled(self._grad_enabled), without_methods(self.hooked):
+        lock = self.hooked._hooked_runtime.lock  # what the run leaves out, calls of other threads are not to miss
+        with lock, torch.set_grad_enabled(self._grad_enabled), without_methods(self.hooked):
             try:
                 if self._callback is not None:
                     self._callback(self.hooked, self.data)

@@ -18,7 +18,7 @@ from tdhook_rl.attribution import LRP
 from tdhook_rl.attribution.base import BoundAttribution
 from tdhook_rl.attribution.baselines import filled
 from tdhook_rl.batching import (
-    GeneratorState,
+    PassNoise,
     conv_chunk,
     frozen_statistics,
     in_recurrent_mode,
@@ -182,28 +182,27 @@ def score(
     if runtime.tie is not None:
         runtime.tie.check(hooked)
 
+    noise = PassNoise(data.device)
+
     def analyse(chunk: TensorDictBase) -> TensorDict:
-        runtime.level = vmap_level()
-        try:
-            return TensorDict(function(Scorer(hooked, bound, name, chunk)), batch_size=chunk.batch_size)
-        finally:
-            runtime.slots.clear()
-            hooked._close_routes()
+        with runtime.lock, frozen_statistics(hooked), noise.under_way():
+            runtime.level = vmap_level()
+            try:
+                return TensorDict(function(Scorer(hooked, bound, name, chunk)), batch_size=chunk.batch_size)
+            finally:
+                runtime.slots.clear()
+                hooked._close_routes()
 
     if chunk_size is None and hooked._hooked_traits.convolutional:
         chunk_size = conv_chunk((data.get(key, None) for key in hooked.policy_in_keys), data.batch_size)
     keys = [*hooked.in_keys, *hooked.policy_out_keys, *bound.reads, *(key[:1] for key in bound.result_keys)]
     keys += ["baseline", *action_keys(hooked)]
     # Out of inference mode, whose tensors have no gradients: those that come from it are copied.
-    with torch.inference_mode(False), torch.no_grad(), runtime.lock, frozen_statistics(hooked):
+    with torch.inference_mode(False), torch.no_grad():
         chosen = data.select(*dict.fromkeys(keys), strict=False)
         if any(value.is_inference() for value in chosen.values(True, True) if isinstance(value, Tensor)):
             chosen = chosen.clone()
-        before = GeneratorState(data.device)
-        try:
-            results = map_chunks(chosen, analyse, chunk_size)
-        finally:
-            before.restore()
+        results = map_chunks(chosen, analyse, chunk_size)
     return {str(key): value for key, value in results.items()}
 
 
