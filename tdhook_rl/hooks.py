@@ -70,6 +70,8 @@ class Runtime:
         self.tie: Tie | None = None
         self.row_hook: RowHook | None = None
         self.slots: dict[str, Tensor] = {}
+        self.drawn: dict[str, Tensor] = {}  # samples of the call under way that its data may not hold in the end
+        self.told: set[str] = set()  # what the user was told once
         self.leaves: dict[str, Tensor | None] = {}
         self.added: frozenset[str] = frozenset()
         self.explaining: str | None = None
@@ -162,6 +164,7 @@ class Runtime:
         self.switch.share()
         return state | {
             "slots": {},
+            "drawn": {},
             "leaves": {},
             "rows": {},
             "replay": None,

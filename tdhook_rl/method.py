@@ -20,10 +20,11 @@ from tdhook_rl.batching import Traits
 from tdhook_rl.chains import is_chain
 from tdhook_rl.classes import swap_class
 from tdhook_rl.collisions import check_collisions, check_known
+from tdhook_rl.draws import Draw, draws, survey_draws
 from tdhook_rl.errors import InputError, PreparationError, SiteError
 from tdhook_rl.hooks import CaptureHook, InputCaptureHook, LeafHook, RowHook, Runtime, WatchHook
 from tdhook_rl.module import HookedMixin
-from tdhook_rl.passes import Bound, ReplayMixin, draws, supports
+from tdhook_rl.passes import Bound, DecidedHook, ReplayMixin, supports, value_actions
 from tdhook_rl.paths import Site, find_sites
 from tdhook_rl.pooling import quicken_pooling
 from tdhook_rl.rows import note_intervention, survey
@@ -177,13 +178,17 @@ class HookingContext:
         runtime.tie = Tie(self._module)
         survey(clone, runtime)
         binder = Binder(clone, root, runtime)
+        drawn = survey_draws(clone)
         for child in list(clone.modules()):
             if child is clone:
                 continue
             if draws(child):
                 swap_class(child, ReplayMixin)
-                child.__dict__["_hooked_runtime"] = runtime
-            elif writes_by_default(type(child)):
+                child.__dict__.update(_hooked_runtime=runtime, _hooked_draw=drawn.get(child, Draw()))
+                continue
+            if child in drawn:
+                child.register_forward_hook(DecidedHook(runtime, drawn[child]))
+            if writes_by_default(type(child)):
                 swap_class(child, WritingMixin)
         bound = [one for one in (method.bind(binder) for method in self._methods) if one is not None]
         binder.place_row_hooks()
@@ -196,7 +201,10 @@ class HookingContext:
             _hooked_bound=bound,
             _hooked_steps=steps,
             _hooked_traits=traits,
-            _hooked_shares=can_share(clone, traits),
+            _hooked_shares=can_share(clone, traits) and not drawn,
+            _hooked_draws=list(drawn.values()),
+            _hooked_slots={key: one.slots[key] for one in drawn.values() for key in one.rewriters},
+            _hooked_actions=value_actions(clone),
             _hooked_is_chain=is_chain(clone),
             _hooked_alone=[one for one in steps if getattr(one, "without_forward", False)],
             _hooked_reads=binder.reads,

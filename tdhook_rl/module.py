@@ -24,6 +24,7 @@ from tdhook_rl.collection import take_in
 from tdhook_rl.context import ContextView
 from tdhook_rl.controls import Controls
 from tdhook_rl.direct import direct_methods, disabled_hooks
+from tdhook_rl.draws import Draw
 from tdhook_rl.errors import InactiveError, MissingKeyError, TdhookError, TieError
 from tdhook_rl.hooks import Runtime, vmap_level
 from tdhook_rl.passes import Bound, Call, observers, publish, run_root, stored_inputs
@@ -61,6 +62,9 @@ class HookedMixin(_Policy):
     _hooked_reads: list[NestedKey]
     _hooked_overwrites: list[NestedKey]  # inputs that the policy writes over
     _hooked_supports: dict[NestedKey, torch.Tensor]
+    _hooked_draws: list[Draw]  # of samples that are no plain decisions
+    _hooked_slots: dict[NestedKey, str]  # where a call keeps actions that are written over later
+    _hooked_actions: dict[NestedKey, tuple[NestedKey, list[int] | None]]
     _hooked_wraps: bool  # the policy is a wrapper of ours around the user's plain module
     _hooked_routes: list[Any]  # what sites hand to each other during a call
 
@@ -206,8 +210,9 @@ class HookedMixin(_Policy):
                     output = run_root(self, forward, args, kwargs)
             finally:
                 runtime.recording = False
+            call = Call(self, forward, output, inputs, data).of_step(runtime.drawn if replays else {})
             if before is None:
-                results |= self._compute(rest, Call(self, forward, output, inputs, data))
+                results |= self._compute(rest, call)
             else:
                 # Noise inside the policy repeats in the second pass; afterwards the stream goes on as if
                 # there had been none.
@@ -215,13 +220,14 @@ class HookedMixin(_Policy):
                 before.restore()
                 try:
                     with self._frozen_statistics():
-                        results |= self._compute(rest, Call(self, forward, output, inputs, data))
+                        results |= self._compute(rest, call)
                 finally:
                     after.restore()
             publish(output, results)
             return output
         finally:
             runtime.slots.clear()
+            runtime.drawn.clear()
 
     def _frozen_statistics(self) -> AbstractContextManager[None]:
         return frozen_statistics(self) if self._hooked_traits.batch_statistics else nullcontext()

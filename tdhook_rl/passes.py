@@ -10,7 +10,7 @@ import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -25,8 +25,10 @@ from torch import Tensor, nn
 
 from tdhook_rl.batching import shallow
 from tdhook_rl.classes import Swapped
+from tdhook_rl.draws import Draw, sample_keys
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.hooks import Runtime
+from tdhook_rl.samples import components, decided_action, is_point, latent_samples, require_unchanged, samples
 from tdhook_rl.writing import get_entry, set_entries, set_tensor
 
 if TYPE_CHECKING:
@@ -53,35 +55,60 @@ class Bound(Protocol):
         """The results of one call, each with the batch shape of the call first."""
 
 
+class Drawn(NamedTuple):
+    """A distribution that a replay met, and what was drawn from it in the call that is explained."""
+
+    module: nn.Module
+    distribution: torch.distributions.Distribution
+    samples: Mapping[NestedKey, Tensor | None]
+
+    def again(self, outputs: TensorDictBase) -> Drawn:
+        """The same of other outputs."""
+        return Drawn(self.module, self.module.get_dist(outputs), self.samples)  # type: ignore[operator]
+
+
 @dataclass
 class Replay:
     """What a replay takes from the stored data, and the distributions that it met."""
 
     stored: TensorDictBase
-    distributions: list[tuple[nn.Module, torch.distributions.Distribution]] = field(default_factory=list)
+    in_step: bool = False  # of the forward that has just run, in the mode in which it ran
+    learning: bool = False  # whether it is to find what the data does not hold as it was drawn
+    distributions: list[Drawn] = field(default_factory=list)
     watched: dict[str, Tensor] = field(default_factory=dict)
     # What a deterministic policy decided before exploration noise was added.
     decided: dict[NestedKey, Tensor] = field(default_factory=dict)
+    # What was found, by slot.
+    learned: dict[str, Tensor] = field(default_factory=dict)
 
 
 class ReplayMixin(Swapped):
     """A module that draws: in a replay it hands on the stored sample and draws nothing."""
 
     _hooked_runtime: Runtime
+    _hooked_draw: Draw
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        replay = self._hooked_runtime.replay
+        runtime, draw = self._hooked_runtime, self._hooked_draw
+        replay = runtime.replay
         data = args[0] if args else kwargs.get("tensordict")
         if replay is None or not isinstance(data, TensorDictBase):
-            return super().forward(*args, **kwargs)
-        stored = {key: replay.stored.get(key, None) for key in sample_keys(self)}
+            output = super().forward(*args, **kwargs)
+            if draw.slots and runtime.recording:
+                note_samples(runtime, draw, output)
+            return output
         if isinstance(self, ProbabilisticTensorDictModule):
             distribution = self.get_dist(data)
-            replay.distributions.append((self, distribution))
-            if is_point(distribution):  # it draws nothing, and gradients pass through what it decides
-                stored = dict.fromkeys(stored)
+            stored = samples(self, draw, distribution, data, replay)
             _require_own_shape(stored, distribution)
+            replay.distributions.append(Drawn(self, distribution, stored))
+            if draw.latent:
+                again = latent_samples(self, draw, components(self, distribution), stored, replay)
+                if again is None:
+                    return super().forward(*args, **kwargs)
+                stored = again
         else:
+            stored = {key: replay.stored.get(draw.slots.get(key, key), None) for key in sample_keys(self)}
             replay.decided.update({key: data.get(key) for key in stored if data.get(key).is_floating_point()})
         if any(value is None for value in stored.values()):
             with set_interaction_type(InteractionType.DETERMINISTIC):
@@ -91,23 +118,27 @@ class ReplayMixin(Swapped):
         return data
 
 
-def draws(module: nn.Module) -> bool:
-    """Whether a module adds randomness of its own to the action."""
-    from torchrl.modules import AdditiveGaussianModule, EGreedyModule, OrnsteinUhlenbeckProcessModule
+class DecidedHook:
+    """Forward hook of a module whose decision, which it does not draw, later modules write over."""
 
-    return isinstance(
-        module,
-        (ProbabilisticTensorDictModule, EGreedyModule, AdditiveGaussianModule, OrnsteinUhlenbeckProcessModule),
-    )
+    def __init__(self, runtime: Runtime, draw: Draw) -> None:
+        self.runtime = runtime
+        self.draw = draw
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        runtime = self.runtime
+        if not isinstance(output, TensorDictBase):
+            return
+        if runtime.replay is not None and runtime.replay.learning:
+            decided_action(module, self.draw, output, runtime.replay)
+        elif runtime.replay is None and runtime.recording:
+            note_samples(runtime, self.draw, output)
 
 
-def sample_keys(module: nn.Module) -> list[NestedKey]:
-    """The keys a drawing module writes its samples under."""
-    from torchrl.modules import OrnsteinUhlenbeckProcessModule
-
-    if isinstance(module, ProbabilisticTensorDictModule):
-        return list(module.dist_sample_keys)
-    return [module.ou.key if isinstance(module, OrnsteinUhlenbeckProcessModule) else module.action_key]
+def note_samples(runtime: Runtime, draw: Draw, output: TensorDictBase) -> None:
+    """Keep, for the call under way, samples that its data may not hold in the end as they were drawn."""
+    for key, slot in draw.slots.items():
+        runtime.drawn[slot] = output.get(key).detach().clone()
 
 
 def supports(policy: nn.Module) -> dict[NestedKey, Tensor]:
@@ -118,20 +149,24 @@ def supports(policy: nn.Module) -> dict[NestedKey, Tensor]:
     return {child.action_value_key: child.support for child in found}
 
 
-def is_point(distribution: torch.distributions.Distribution) -> bool:
-    """Whether a distribution is a single point, which has no log-probability to explain."""
-    from torchrl.modules import Delta
+def value_actions(policy: nn.Module) -> dict[NestedKey, tuple[NestedKey, list[int] | None]]:
+    """Of each Q-network in a policy, by the key of its values: the key of the action that it chooses, and the sizes of
+    the choices where it makes several at once."""
+    from torchrl.modules import QValueModule
 
-    while hasattr(distribution, "base_dist"):  # a transformed point is one
-        distribution = distribution.base_dist
-    return isinstance(distribution, Delta)
+    found = [child for child in policy.modules() if isinstance(child, QValueModule)]
+    return {child.action_value_key: (child.out_keys[0], _sizes(child.var_nums)) for child in found}
+
+
+def _sizes(var_nums: Any) -> list[int] | None:
+    return None if var_nums is None else [int(size) for size in var_nums]
 
 
 def _require_own_shape(
     stored: Mapping[NestedKey, Tensor | None], distribution: torch.distributions.Distribution
 ) -> None:
     """A stored sample of another shape would be broadcast against the distribution in silence."""
-    if len(stored) != 1:
+    if len(stored) != 1 or is_point(distribution):
         return
     ((key, value),) = stored.items()
     rows, events = distribution.batch_shape, distribution.event_shape
@@ -152,11 +187,16 @@ class Pass:
 
     outputs: TensorDictBase
     stored: TensorDictBase
-    distributions: list[tuple[nn.Module, torch.distributions.Distribution]]
+    distributions: list[Drawn]
     out_keys: list[NestedKey]
     watched: dict[str, Tensor]  # outputs of target modules, by slot
     # Of distributional Q-networks: the returns that the atoms stand for, by the key of their log-probabilities.
     supports: Mapping[NestedKey, Tensor] = field(default_factory=dict)
+    # Where an action is kept as it was decided, if later modules write over it.
+    slots: Mapping[NestedKey, str] = field(default_factory=dict)
+    # Of Q-networks, see value_actions.
+    actions: Mapping[NestedKey, tuple[NestedKey, list[int] | None]] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)  # what the caller was told already
 
 
 class Call:
@@ -185,16 +225,57 @@ class Call:
         self.chain: tuple[Pass, Record] | None = None
         # The outputs of a replay of the call as it is, kept for a comparison with the stored ones.
         self.replayed: TensorDictBase | None = None
+        self.in_step = False  # of a forward that has just run
         self._forward = forward
+        self._learned = not policy._hooked_draws
 
     @property
     def batch_size(self) -> torch.Size:
         return self.data.batch_size
 
+    def of_step(self, drawn: Mapping[str, Tensor]) -> Call:
+        """The same call, of the forward that has just run, with what was drawn in it."""
+        self.in_step = True
+        if drawn:
+            self._keep(drawn)
+        return self
+
+    def learn(self) -> None:
+        """Find, once, what the data does not hold: samples that were written over later, the noise behind latents.
+
+        Raises:
+            InputError: if one cannot be told from what is stored.
+        """
+        if self._learned:
+            return
+        self._learned = True
+        known = set(self.data.keys())
+        wanted = {slot for draw in self.policy._hooked_draws for slot in draw.wanted}
+        if wanted <= known:
+            return
+        with torch.no_grad():
+            run = self.replay(learning=True)
+        for draw in self.policy._hooked_draws:
+            if draw.opaque:
+                require_unchanged(draw, self.data, run.outputs)
+
+    def _keep(self, entries: Mapping[str, Tensor]) -> None:
+        self.data = shallow(self.data)
+        for slot, value in entries.items():
+            if value.shape[: self.data.ndim] != self.data.batch_size:
+                raise InputError(
+                    f"a module draws {slot.split(':')[1]!r} for other rows ({tuple(value.shape)}) than those of the "
+                    f"batch {tuple(self.data.batch_size)}, so it is not known what was drawn for each row: explain the "
+                    "module that draws by itself"
+                )
+            self.data.set(slot, value)
+
     def part(self, rows: Tensor) -> Call:
         """The same call with the rows of a boolean mask only, as one batch dimension; captures stay behind."""
         inputs = {key: value[rows] for key, value in self.inputs.items()}
-        return Call(self.policy, self._forward, self.data[rows], inputs)
+        part = Call(self.policy, self._forward, self.data[rows], inputs)
+        part.in_step = self.in_step
+        return part
 
     @property
     def slots(self) -> dict[str, Tensor]:
@@ -227,6 +308,7 @@ class Call:
         stored: TensorDictBase | None = None,
         record: bool = False,
         as_it_was: bool = False,
+        learning: bool = False,
     ) -> Pass:
         """Run the policy again, with its interventions and the stored samples.
 
@@ -235,7 +317,10 @@ class Call:
             stored: where the other inputs and the samples come from; the data of this call by default.
             record: let the capture hooks fill the slots of this call.
             as_it_was: nothing is replaced by other values, so the outputs may be compared with the stored ones.
+            learning: keep what is found of what the data does not hold, see :meth:`learn`.
         """
+        if not self._learned:
+            self.learn()
         runtime = self.policy._hooked_runtime
         inputs = inputs or {}
         own = stored is None
@@ -243,13 +328,15 @@ class Call:
         data = TensorDict._new_unsafe({}, batch_size=stored.batch_size)
         for key, value in ({**self.inputs, **inputs} if own else stored_inputs(self.policy, stored, inputs)).items():
             set_tensor(data, key, value)
-        replay = Replay(stored)
+        replay = Replay(stored, self.in_step, learning)
         previous = runtime.replay, runtime.recording
         runtime.replay, runtime.recording = replay, record
         try:
             outputs = run_root(self.policy, self._forward, (data,), {})
         finally:
             runtime.replay, runtime.recording = previous
+        if learning:
+            self._keep(replay.learned)
         if as_it_was:
             self.replayed = outputs
         if replay.decided:
@@ -258,7 +345,10 @@ class Call:
                 outputs.set(key, value)
         policy = self.policy
         keys = policy.policy_out_keys
-        return Pass(outputs, stored, replay.distributions, keys, replay.watched, policy._hooked_supports)
+        return Pass(
+            outputs, stored, replay.distributions, keys, replay.watched, policy._hooked_supports,
+            policy._hooked_slots, policy._hooked_actions, runtime.told,
+        )  # fmt: skip
 
 
 def run_root(policy: HookedMixin, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:

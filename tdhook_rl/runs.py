@@ -18,9 +18,10 @@ from torch.utils.hooks import RemovableHandle
 
 from tdhook_rl.containers import first_tensor, with_first_tensor
 from tdhook_rl.errors import InputError, SiteError, TargetError, nearest
-from tdhook_rl.passes import Pass
+from tdhook_rl.passes import Drawn, Pass, Replay
 from tdhook_rl.requests import OFFERED, Act, CacheProxy, EarlyStop, Kind, caller, kind_of, request_sites
 from tdhook_rl.rows import as_leaf, rows_of, with_rows
+from tdhook_rl.samples import samples
 from tdhook_rl.targets import Target
 
 if TYPE_CHECKING:
@@ -257,10 +258,19 @@ class HookedModuleRun:
         if not isinstance(self._target, Target):
             return self._target(self.data) if callable(self._target) else self._target
         # The distributions of this very forward: their parameters are among its outputs.
-        draws = [child for child in self.hooked.modules() if isinstance(child, ProbabilisticTensorDictModule)]
-        distributions: list[Any] = [(child, child.get_dist(self.data)) for child in draws]
-        keys = self.hooked.policy_out_keys
-        return self._target(Pass(self.data, self.data.detach(), distributions, keys, {}))
+        hooked, stored = self.hooked, self.data.detach()
+        drawn = []
+        for child in hooked.modules():
+            if isinstance(child, ProbabilisticTensorDictModule):
+                distribution = child.get_dist(self.data)
+                found = samples(child, child._hooked_draw, distribution, self.data, Replay(stored))  # type: ignore[arg-type]
+                drawn.append(Drawn(child, distribution, found))
+        return self._target(
+            Pass(
+                self.data, stored, drawn, hooked.policy_out_keys, {}, hooked._hooked_supports, hooked._hooked_slots,
+                hooked._hooked_actions, hooked._hooked_runtime.told,
+            )
+        )  # fmt: skip
 
     def _capture(
         self,

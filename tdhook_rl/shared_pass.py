@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from tdhook_rl.batching import Traits
 from tdhook_rl.chains import Record, Steps, chain_layers
-from tdhook_rl.passes import Bound, Call, Pass, Replay, draws, run_root, stored_inputs
+from tdhook_rl.draws import draws
+from tdhook_rl.passes import Bound, Call, Pass, Replay, run_root, stored_inputs
 from tdhook_rl.writing import get_entry, set_tensor
 
 if TYPE_CHECKING:
@@ -112,8 +113,9 @@ def graph_pass(
         for key, point in points.items():
             set_tensor(outputs, key, point)
         run = Pass(
-            outputs, output, replay.distributions, policy.policy_out_keys, replay.watched, policy._hooked_supports
-        )
+            outputs, output, replay.distributions, policy.policy_out_keys, replay.watched, policy._hooked_supports,
+            actions=policy._hooked_actions, told=runtime.told,
+        )  # fmt: skip
         call.shared = run, points
         yield output, call
     finally:

@@ -1,8 +1,10 @@
 """The scalar to explain: one number for each row, computed from a replay of the policy.
 
 The taken action is the one stored in the data, never a new sample. Each function returns a
-:class:`Target` for ``target=`` of an attribution method. A name such as ``"logits"`` also finds the only nested
-output that is called so, as those of agents are.
+:class:`Target` for ``target=`` of an attribution method. All decisions of a policy (groups of agents, heads that
+decide one after the other, several critics) are explained together, by a sum, unless ``key`` chooses: an output or
+action key, the name of a group, or for log-probability and entropy a list of them. A name such as ``"logits"`` also
+finds the nested outputs that are called so, as those of agents are.
 """
 
 from __future__ import annotations
@@ -12,14 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey
 from tensordict.utils import unravel_key
 from torch import Tensor
 
-from tdhook_rl.errors import TargetError, nearest
-from tdhook_rl.hooks import Portable
-from tdhook_rl.passes import Pass, is_point, sample_keys
-from tdhook_rl.writing import get_entry
+from tdhook_rl.decisions import Keys, action_of, choose, drawn_decisions, every, outputs_named, tell_left_out
+from tdhook_rl.errors import TargetError
+from tdhook_rl.hooks import Portable, vmap_level
+from tdhook_rl.passes import Pass
 
 __all__ = [
     "Target",
@@ -78,23 +80,26 @@ class DefaultTarget:
         return chosen.slope(run) if isinstance(chosen, LinearTarget) else None
 
 
-def taken_action_log_prob() -> Target:
-    """The log-probability of the stored action, for policies with a distribution."""
-    return _own("taken_action_log_prob", _taken_action_log_prob)
+def taken_action_log_prob(key: Keys = None) -> Target:
+    """The log-probability of the stored action: the joint one of all decisions, or of those that ``key`` names.
+
+    Decisions that are left out because they have none (deterministic ones) are named in a warning.
+    """
+    return _own("taken_action_log_prob", _LogProb(key))
 
 
-def entropy() -> Target:
-    """The entropy of the action distribution."""
-    return _own("entropy", _entropy)
+def entropy(key: Keys = None) -> Target:
+    """The entropy of the action distribution: the sum of all, or of those that ``key`` names."""
+    return _own("entropy", _Entropy(key))
 
 
 def chosen_logit(key: NestedKey = "logits") -> Target:
     """The logit of the stored action (an index, or one-hot), before normalisation."""
-    return _linear("chosen_logit", _Chosen(unravel_key(key)))
+    return _linear("chosen_logit", _Chosen(unravel_key(key), "logits"))
 
 
 def logit(index: int, key: NestedKey = "logits") -> Target:
-    """The logit of one action, whichever was taken."""
+    """The logit of one action, whichever was taken; of several decisions ``key`` says which."""
     return _linear(f"logit({index})", _Indexed(unravel_key(key), index))
 
 
@@ -105,12 +110,12 @@ def margin(key: NestedKey = "logits") -> Target:
 
 def state_value(key: NestedKey = "state_value") -> Target:
     """The estimated value of the state."""
-    return _linear("state_value", _Entry(unravel_key(key)))
+    return _linear("state_value", _Entry(unravel_key(key), "state_value"))
 
 
 def chosen_q(key: NestedKey = "action_value") -> Target:
     """The estimated Q-value of the stored action; of a distributional Q-network the expectation over its atoms."""
-    return _linear("chosen_q", _Chosen(unravel_key(key)))
+    return _linear("chosen_q", _Chosen(unravel_key(key), "action_value"))
 
 
 def output_sum() -> Target:
@@ -123,15 +128,21 @@ def default_target(run: Pass) -> Target:
 
     The action of a deterministic policy is explained before exploration noise, summed over its dimensions.
     """
-    if run.distributions and not is_point(run.distributions[-1][1]):
+    if drawn_decisions(run):
         return taken_action_log_prob()
-    values = named(run.outputs, "action_value")
-    if values is not None and stored_action(run, values) is not None:
-        return chosen_q(values)
-    decided = [key for module, _ in run.distributions for key in sample_keys(module)]
-    for key in (*decided, *(named(run.outputs, name) for name in ("action", "state_value", "state_action_value"))):
-        if key in run.out_keys and _explains(run.outputs.get(key)):
-            return _linear(str(key), _Entry(key))
+    values = [key for key in every(run.outputs, "action_value") if action_of(run, key) is not None]
+    if len(values) == 1:
+        return chosen_q(values[0])
+    if values:
+        return chosen_q()
+    points = [key for drawn in run.distributions for key in drawn.samples]
+    critics = [*every(run.outputs, "state_value"), *every(run.outputs, "state_action_value")]
+    for keys in ([*points, *every(run.outputs, "action")], critics):
+        found = [key for key in dict.fromkeys(keys) if key in run.out_keys and _explains(run.outputs.get(key))]
+        if len(found) == 1:
+            return _linear(str(found[0]), _Entry(found[0]))
+        if found:
+            return _own(" + ".join(map(str, found)), _Sum(tuple(found)))
     return output_sum()
 
 
@@ -151,62 +162,71 @@ def _own(name: str, function: Callable[[Pass], Tensor]) -> Target:
     return Target(name, function, reads_inputs=False)
 
 
-def named(data: TensorDictBase, name: str) -> NestedKey | None:
-    """The key of an entry with this name: at the top, else the first among nested ones (those of agents)."""
-    if name in data.keys():
-        return name
-    return next((key for key in data.keys(True, True) if isinstance(key, tuple) and key[-1] == name), None)
+@dataclass(frozen=True)
+class _LogProb:
+    key: Keys
+
+    def __call__(self, run: Pass) -> Tensor:
+        name = "taken_action_log_prob"
+        terms = []
+        chosen = choose(run, self.key, name)
+        for key, distribution, action in chosen:
+            if action is None:
+                raise TargetError(
+                    f"{name} explains the stored action {key!r}, which the data lacks: annotate data that a policy has "
+                    "collected, or choose another target"
+                )
+            found = distribution.log_prob(action)
+            if found.numel() != distribution.batch_shape.numel():
+                raise TargetError(
+                    f"the stored action {key!r} of shape {tuple(action.shape)} is broadcast against the policy's "
+                    f"{type(distribution).__name__} over {tuple(distribution.batch_shape)}: store it in the shape in "
+                    "which the policy gives it"
+                )
+            terms.append(per_row(found, run.outputs.batch_size, name))
+        if self.key is None:
+            tell_left_out(run, chosen, name)
+        return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
 
 
-def stored_action(run: Pass, values: NestedKey) -> Tensor | None:
-    """The stored action of logits or values: beside them, at the top, or where the policy's distribution has it."""
-    keys: list[NestedKey] = [] if isinstance(values, str) else [(*values[:-1], "action")]
-    keys += ["action", *(key for module, _ in run.distributions for key in sample_keys(module))]
-    return next((action for action in (run.stored.get(key, None) for key in keys) if action is not None), None)
+@dataclass(frozen=True)
+class _Entropy:
+    key: Keys
 
-
-def _taken_action_log_prob(run: Pass) -> Tensor:
-    module, distribution = _last_distribution(run, "taken_action_log_prob")
-    actions = [run.stored.get(key, None) for key in sample_keys(module)]
-    if any(action is None for action in actions):
-        raise TargetError(
-            f"taken_action_log_prob explains the stored action {sample_keys(module)[0]!r}, which the data lacks: "
-            "annotate data that a policy has collected, or choose another target"
-        )
-    if len(actions) == 1:
-        found = distribution.log_prob(actions[0])
-        if found.numel() != distribution.batch_shape.numel():
-            raise TargetError(
-                f"the stored action {sample_keys(module)[0]!r} of shape {tuple(actions[0].shape)} is broadcast against "
-                f"the policy's {type(distribution).__name__} over {tuple(distribution.batch_shape)}: store it in the "
-                "shape in which the policy gives it"
-            )
-        return found
-    log_prob = distribution.log_prob(run.stored)
-    if isinstance(log_prob, TensorDictBase):
-        batch = run.outputs.batch_size
-        return torch.stack([per_row(v, batch, "taken_action_log_prob") for v in log_prob.values(True, True)]).sum(0)
-    return log_prob
-
-
-def _entropy(run: Pass) -> Tensor:
-    _, distribution = _last_distribution(run, "entropy")
-    try:
-        return distribution.entropy()
-    except NotImplementedError:
-        raise TargetError(f"{type(distribution).__name__} has no closed-form entropy: choose another target") from None
+    def __call__(self, run: Pass) -> Tensor:
+        terms = []
+        chosen = choose(run, self.key, "entropy")
+        for _, distribution, _ in chosen:
+            try:
+                terms.append(per_row(distribution.entropy(), run.outputs.batch_size, "entropy"))
+            except NotImplementedError:
+                raise TargetError(
+                    f"{type(distribution).__name__} has no closed-form entropy: choose another target"
+                ) from None
+        if self.key is None:
+            tell_left_out(run, chosen, "entropy")
+        return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
 
 
 @dataclass(frozen=True)
 class _Entry:
     key: NestedKey
+    name: str = ""
 
     def __call__(self, run: Pass) -> Tensor:
-        return _entry(run, self.key)[1]
+        return _total(run, [value for _, value in outputs_named(run, self.key, self.name)])
 
     def slope(self, run: Pass) -> Tensor | None:
-        key, value = _entry(run, self.key)
-        return torch.ones_like(value) if key in run.out_keys else None
+        found = outputs_named(run, self.key, self.name)
+        return torch.ones_like(found[0][1]) if len(found) == 1 and found[0][0] in run.out_keys else None
+
+
+@dataclass(frozen=True)
+class _Sum:
+    keys: tuple[NestedKey, ...]
+
+    def __call__(self, run: Pass) -> Tensor:
+        return _total(run, [run.outputs.get(key) for key in self.keys])
 
 
 @dataclass(frozen=True)
@@ -215,16 +235,22 @@ class _Indexed:
     index: int
 
     def __call__(self, run: Pass) -> Tensor:
-        _, logits = _values(run, self.key)
-        return self._of(logits)
+        return self._of(_expected(run, *self._one(run)))
 
     def slope(self, run: Pass) -> Tensor | None:
-        key, logits = _entry(run, self.key)
+        key, logits = self._one(run)
         if key not in run.out_keys:
             return None
         slope = torch.zeros_like(logits)
         self._of(slope).fill_(1)
         return slope
+
+    def _one(self, run: Pass) -> tuple[NestedKey, Tensor]:
+        found = outputs_named(run, self.key, "logits")
+        if len(found) > 1:
+            names = ", ".join(repr(key) for key, _ in found)
+            raise TargetError(f"logit({self.index}) is of one decision, but there are several: name one of {names}")
+        return found[0]
 
     def _of(self, logits: Tensor) -> Tensor:
         if not -logits.shape[-1] <= self.index < logits.shape[-1]:
@@ -237,14 +263,17 @@ class _Indexed:
 @dataclass(frozen=True)
 class _Chosen:
     key: NestedKey
+    name: str
 
     def __call__(self, run: Pass) -> Tensor:
-        key, values = _values(run, self.key)
-        return (values * one_hot_action(run, values, key)).sum(-1)
+        found = [(key, _expected(run, key, value)) for key, value in outputs_named(run, self.key, self.name)]
+        return _total(run, [(value * one_hot_action(run, value, key)).sum(-1) for key, value in found])
 
     def slope(self, run: Pass) -> Tensor | None:
-        key, values = _entry(run, self.key)
-        return one_hot_action(run, values, key) if key in run.out_keys else None
+        found = outputs_named(run, self.key, self.name)
+        if len(found) > 1 or found[0][0] not in run.out_keys:
+            return None
+        return one_hot_action(run, found[0][1], found[0][0])
 
 
 @dataclass(frozen=True)
@@ -252,9 +281,24 @@ class _Margin:
     key: NestedKey
 
     def __call__(self, run: Pass) -> Tensor:
-        key, values = _values(run, self.key)
-        chosen = one_hot_action(run, values, key).bool()
-        return values[chosen].reshape(values.shape[:-1]) - values.masked_fill(chosen, -torch.inf).amax(-1)
+        terms = []
+        for key, value in outputs_named(run, self.key, "logits"):
+            values = _expected(run, key, value)
+            chosen = one_hot_action(run, values, key).bool()
+            # Several choices at once, one after the other in one vector: each has a margin.
+            sizes = run.actions.get(key, (None, None))[1] or [values.shape[-1]]
+            terms += [self._of(*parts) for parts in zip(values.split(sizes, -1), chosen.split(sizes, -1), strict=True)]
+        return _total(run, terms)
+
+    @staticmethod
+    def _of(values: Tensor, chosen: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and vmap_level() < 0 and bool((chosen.sum(-1) != 1).any()):
+            raise TargetError(
+                f"margin is of one choice among {values.shape[-1]}, but the stored action has several, or none: only a "
+                "QValueModule with var_nums= says how they are divided"
+            )
+        best = values.masked_fill(~chosen, -torch.inf).amax(-1)
+        return best - values.masked_fill(chosen, -torch.inf).amax(-1)
 
 
 @dataclass(frozen=True)
@@ -285,29 +329,21 @@ def _explains(value: Any) -> bool:
     return value.requires_grad or not torch.is_grad_enabled()
 
 
-def _entry(run: Pass, key: NestedKey) -> tuple[NestedKey, Tensor]:
-    """An output and its key; a name also finds the only nested output that is called so."""
-    value = get_entry(run.outputs, key)
-    if value is None and isinstance(key, str):
-        nested = [one for one in run.out_keys if isinstance(one, tuple) and one[-1] == key]
-        if len(nested) == 1:
-            key, value = nested[0], run.outputs.get(nested[0], None)
-    if value is None:
-        known = [str(k) for k in run.outputs.keys(True, True)]
-        raise TargetError(f"the target reads {key!r}, which the policy does not output; {nearest(str(key), known)}")
-    return key, value
+def _total(run: Pass, terms: list[Tensor]) -> Tensor:
+    if len(terms) == 1:
+        return terms[0]
+    return torch.stack([per_row(term, run.outputs.batch_size, "of several decisions") for term in terms]).sum(0)
 
 
-def _values(run: Pass, key: NestedKey) -> tuple[NestedKey, Tensor]:
+def _expected(run: Pass, key: NestedKey, values: Tensor) -> Tensor:
     """Logits or values of the actions; of a distributional Q-network the expectations over its atoms."""
-    key, values = _entry(run, key)
     support = run.supports.get(key)
-    return key, values if support is None else (values.exp() * support.to(values).unsqueeze(-1)).sum(-2)
+    return values if support is None else (values.exp() * support.to(values).unsqueeze(-1)).sum(-2)
 
 
 def one_hot_action(run: Pass, values: Tensor, key: NestedKey = "logits") -> Tensor:
     """The stored action in the shape of logits or values, which are under ``key``."""
-    action = stored_action(run, key)
+    action = action_of(run, key)
     if action is None:
         raise TargetError("the target explains the stored action 'action', which the data lacks")
     if action.shape == values.shape:
@@ -321,15 +357,6 @@ def one_hot_action(run: Pass, values: Tensor, key: NestedKey = "logits") -> Tens
         )
     # Not one_hot, which looks at the values and therefore fails inside vmap.
     return (action.unsqueeze(-1) == torch.arange(values.shape[-1], device=action.device)).to(values.dtype)
-
-
-def _last_distribution(run: Pass, name: str) -> tuple[Any, torch.distributions.Distribution]:
-    if not run.distributions:
-        raise TargetError(
-            f"{name} needs a policy with a distribution (ProbabilisticActor); this one has none: "
-            "use chosen_q(), state_value() or logit(i)"
-        )
-    return run.distributions[-1]
 
 
 def per_row(value: Tensor, batch: torch.Size, name: str) -> Tensor:

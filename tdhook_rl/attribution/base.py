@@ -169,6 +169,7 @@ class BoundAttribution:
                 "trajectories, whose steps would be mixed: collect without it and call annotate on the batch, which "
                 "explains each row at its stored hidden state, or the whole trajectory with horizon='trajectory'"
             )
+        call.learn()
         explained = Explained(self._explained_inputs(call), self.leaves)
         self.declared = [key for key in self.declared if key in explained.inputs]  # boolean inputs drop out
         targets = [self._function(one, call) for one in self._chosen]

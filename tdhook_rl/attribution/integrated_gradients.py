@@ -18,8 +18,9 @@ from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttr
 from tdhook_rl.attribution.baselines import Baseline, check_baseline, filled
 from tdhook_rl.attribution.gradients import activations, gradients
 from tdhook_rl.batching import conv_chunk
+from tdhook_rl.draws import draws, sample_keys
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
-from tdhook_rl.passes import Call, Pass, draws, sample_keys, with_batch
+from tdhook_rl.passes import Call, Pass, with_batch
 
 if TYPE_CHECKING:
     from tdhook_rl.method import Binder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttribution
 from tdhook_rl.attribution.gradients import gradients
 from tdhook_rl.attribution.lrp_rules import ROUTING, Rule, RuleMapper, Uniform
+from tdhook_rl.decisions import action_of, drawn_decisions, every
 from tdhook_rl.errors import InputError, SiteError
 from tdhook_rl.hooks import Runtime
 from tdhook_rl.passes import Call, Pass
 from tdhook_rl.paths import Site
-from tdhook_rl.targets import Target, chosen_logit, default_target, named, stored_action
+from tdhook_rl.targets import Target, chosen_logit, default_target
 
 if TYPE_CHECKING:
     from tdhook_rl.method import Binder
@@ -142,10 +143,12 @@ class _Default:
     name = "(default)"
 
     def __call__(self, run: Pass) -> Tensor:
-        logits = named(run.outputs, "logits")
-        if logits is None or stored_action(run, logits) is None:
+        logits = every(run.outputs, "logits")
+        decided = drawn_decisions(run)
+        known = bool(logits) and all(action_of(run, key) is not None for key in logits)
+        if not known or (decided and len(decided) != len(logits)):
             return default_target(run)(run)
-        return chosen_logit(logits)(run)
+        return (chosen_logit(logits[0]) if len(logits) == 1 else chosen_logit())(run)
 
 
 class _Start:
@@ -171,10 +174,9 @@ class _Start:
         points = [value.detach().requires_grad_() for value in (*nodes.values(), *run.watched.values())]
         for key, point in zip(nodes, points, strict=False):
             outputs.set(key, point)
-        drawn: list[tuple[Any, Any]] = list(run.distributions)
-        distributions = [(module, module.get_dist(outputs)) for module, _ in drawn]
+        distributions = [one.again(outputs) for one in run.distributions]
         watched = dict(zip(run.watched, points[len(nodes) :], strict=True))
-        value = self.target(Pass(outputs, run.stored, distributions, run.out_keys, watched))
+        value = self.target(replace(run, outputs=outputs, distributions=distributions, watched=watched))
         self.value = value.detach()
         if not value.requires_grad:
             return value

@@ -155,10 +155,14 @@ class Output:
     method: str
 
     def __call__(self, run: Pass) -> Tensor:
+        return self.found(run)[1]
+
+    def found(self, run: Pass) -> tuple[NestedKey, Tensor]:
+        """Its key and value."""
         for key in self.keys:
             value = run.outputs.get(key, None)
             if value is not None:
-                return value
+                return key, value
         known = [str(key) for key in run.outputs.keys(True, True)]
         asked = " or ".join(repr(key) for key in self.keys)
         raise TargetError(
@@ -174,13 +178,13 @@ class ChosenFirst:
     output: Output
 
     def __call__(self, run: Pass) -> Tensor:
-        values = self.output(run)
+        key, values = self.output.found(run)
         if values.ndim != run.outputs.batch_dims + 1 or values.shape[-1] < 2:
             raise TargetError(
                 f"SARFA compares one choice among two or more discrete actions, but the values have shape "
                 f"{tuple(values.shape)} at batch size {tuple(run.outputs.batch_size)}"
             )
-        order = one_hot_action(run, values).sort(dim=-1, descending=True, stable=True).indices
+        order = one_hot_action(run, values, key).sort(dim=-1, descending=True, stable=True).indices
         return values.gather(-1, order)
 
 

@@ -13,10 +13,11 @@ from tensordict.nn import ProbabilisticTensorDictModule
 from torch import Tensor, nn
 
 from tdhook_rl.callbacks import takes_keywords
+from tdhook_rl.draws import sample_keys
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.hooks import Portable, Runtime
 from tdhook_rl.method import Binder, Method
-from tdhook_rl.passes import Call, sample_keys
+from tdhook_rl.passes import Call
 from tdhook_rl.rows import rows_of, with_rows
 
 __all__ = ["ActivationPatching"]

@@ -11,8 +11,8 @@ from tensordict import TensorDict
 from torch import nn
 
 from tdhook_rl.batching import in_recurrent_mode
+from tdhook_rl.draws import draws
 from tdhook_rl.errors import TieError
-from tdhook_rl.passes import draws
 from tdhook_rl.rollout.dry_run import first_line
 from tdhook_rl.rollout.findings import Finding
 from tdhook_rl.rollout.walk import as_tuple, hooks_of, is_ours

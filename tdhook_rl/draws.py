@@ -1,0 +1,201 @@
+"""What a policy draws, and what the rest of it makes of that.
+
+A sample is a decision, or a latent on the way to one; and what is stored is what was drawn, unless a later module
+writes over it. Both are read off the policy once, from what its modules read and write, in the order in which they run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tensordict import NestedKey
+from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModuleBase, TensorDictParams, TensorDictSequential
+from tensordict.utils import unravel_key
+from torch import nn
+
+__all__ = ["Draw", "draws", "is_action", "meets", "sample_keys", "survey_draws"]
+
+#: What names with "action" in them stand for otherwise.
+_NOT_ACTIONS = ("value", "prob", "logit", "param", "loc", "scale", "mask", "mean", "std", "entropy", "spec", "orig")
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What becomes of the samples of one module.
+
+    Attributes:
+        latent: whether they are latents on the way to a decision.
+        slots: by key, where a call keeps samples that its data may not hold as they were drawn.
+        rewriters: by key, the later modules that write over a sample, in order.
+        opaque: the module runs inside one whose forward is its own, which may change samples unseen.
+    """
+
+    latent: bool = False
+    slots: Mapping[NestedKey, str] = field(default_factory=dict)
+    rewriters: Mapping[NestedKey, tuple[nn.Module, ...]] = field(default_factory=dict)
+    opaque: bool = False
+
+    @property
+    def wanted(self) -> set[str]:
+        """The entries of a call that have to be found before it is explained."""
+        slots = set(self.slots.values())
+        return slots | {f"{slot}:noise" for slot in slots} if self.latent else slots
+
+
+@dataclass(frozen=True)
+class _Step:
+    module: TensorDictModuleBase
+    reads: list[NestedKey]
+    writes: list[NestedKey]
+    opaque: bool
+
+
+def draws(module: nn.Module) -> bool:
+    """Whether a module adds randomness of its own to the action."""
+    from torchrl.modules import AdditiveGaussianModule, EGreedyModule, OrnsteinUhlenbeckProcessModule
+
+    return isinstance(
+        module,
+        (ProbabilisticTensorDictModule, EGreedyModule, AdditiveGaussianModule, OrnsteinUhlenbeckProcessModule),
+    )
+
+
+def sample_keys(module: nn.Module) -> list[NestedKey]:
+    """The keys a drawing module writes its samples under."""
+    from torchrl.modules import OrnsteinUhlenbeckProcessModule
+
+    if isinstance(module, ProbabilisticTensorDictModule):
+        return list(module.dist_sample_keys)
+    return [module.ou.key if isinstance(module, OrnsteinUhlenbeckProcessModule) else module.action_key]  # type: ignore[union-attr, list-item]
+
+
+def survey_draws(policy: nn.Module) -> dict[nn.Module, Draw]:
+    """What becomes of what each module draws or decides; without those of which nothing is to be said."""
+    if not isinstance(policy, TensorDictModuleBase):
+        return {}
+    steps = list(_steps(policy))
+    actors = _last_draws_of_actors(policy)
+    found = {}
+    for place, step in enumerate(steps):
+        keys = _decided(step)
+        if not keys:
+            continue
+        later = steps[place + 1 :]
+        latent = isinstance(step.module, ProbabilisticTensorDictModule) and _is_latent(step, later, actors)
+        rewriters = {key: over for key in keys if (over := _rewriters(key, later))}
+        opaque = step.opaque and draws(step.module)
+        if not latent and not rewriters and not opaque:
+            continue
+        slots = {key: _slot(key, later) for key in keys if latent or opaque or key in rewriters}
+        found[step.module] = Draw(latent, slots, rewriters, opaque)
+    return found
+
+
+def is_action(key: NestedKey) -> bool:
+    """Whether a key is that of an action by its name."""
+    parts = (key,) if isinstance(key, str) else key
+    if "action" in parts[-1]:
+        return not any(word in parts[-1] for word in _NOT_ACTIONS)
+    return parts[-2:-1] in (("action",), ("actions",))
+
+
+def meets(key: NestedKey, other: NestedKey) -> bool:
+    """Whether two keys are the same, or one is inside the other."""
+    one, two = ((k,) if isinstance(k, str) else tuple(k) for k in (key, other))
+    return one == two[: len(one)] or two == one[: len(two)]
+
+
+def _steps(module: nn.Module, opaque: bool = False) -> Iterator[_Step]:
+    """The modules that read and write entries, in the order in which they run as far as that is known."""
+    inner = [] if isinstance(module, ProbabilisticTensorDictModule) else list(_inner(module))
+    if not inner:
+        reads, writes = ([unravel_key(key) for key in getattr(module, name)] for name in ("in_keys", "out_keys"))
+        yield _Step(module, reads, writes, opaque)  # type: ignore[arg-type]
+        return
+    usual = (TensorDictSequential.forward, _probabilistic_forward())
+    opaque = opaque or not isinstance(module, TensorDictSequential) or type(module).forward not in usual
+    for child in inner:
+        yield from _steps(child, opaque)
+
+
+def _inner(module: nn.Module) -> Iterator[TensorDictModuleBase]:
+    """The nearest TensorDict modules below one."""
+    for child in module.children():
+        if isinstance(child, TensorDictParams):
+            continue
+        if isinstance(child, TensorDictModuleBase):
+            yield child
+        else:
+            yield from _inner(child)
+
+
+def _probabilistic_forward() -> Any:
+    from tensordict.nn import ProbabilisticTensorDictSequential
+
+    return ProbabilisticTensorDictSequential.forward
+
+
+def _decided(step: _Step) -> list[NestedKey]:
+    """The keys under which a module draws, or, without drawing, writes an action that it does not read."""
+    if draws(step.module):
+        return [key for key in map(unravel_key, sample_keys(step.module)) if key != "_"]
+    return [key for key in step.writes if is_action(key) and not any(meets(key, read) for read in step.reads)]
+
+
+def _rewriters(key: NestedKey, later: list[_Step]) -> tuple[nn.Module, ...]:
+    found: list[nn.Module] = []
+    for step in later:
+        if not any(meets(key, other) for other in step.writes):
+            continue
+        if isinstance(step.module, ProbabilisticTensorDictModule):
+            break  # another sample takes its place
+        if not draws(step.module):
+            found.append(step.module)
+    return tuple(found)
+
+
+def _slot(key: NestedKey, later: list[_Step]) -> str:
+    """One place for all that write a key before it is written over: noise added to a sample is part of the action."""
+    name = key if isinstance(key, str) else ".".join(key)
+    over = [step for step in later if not draws(step.module) and any(meets(key, other) for other in step.writes)]
+    return f"_drawn:{name}:{len(over)}"
+
+
+def _is_latent(step: _Step, later: list[_Step], actors: set[int]) -> bool:
+    """Whether what a module draws is on the way to what the policy decides, by names, actors and what reads it."""
+    if _is_decision(step, actors):
+        return False
+    reached = list(_decided(step))
+    drawn, decided, others = False, False, False
+    for one in later:
+        if not any(meets(read, key) for read in one.reads for key in reached):
+            continue
+        reached += one.writes
+        if draws(one.module):
+            drawn = True
+            decided = decided or _is_decision(one, actors)
+        decided = decided or any(is_action(key) for key in one.writes)
+        # The value of an action reads a decision; any other output reads a latent.
+        others = others or any(_last(key) != "state_action_value" for key in one.writes)
+    return decided or (others and not drawn)
+
+
+def _is_decision(step: _Step, actors: set[int]) -> bool:
+    return id(step.module) in actors or any(map(is_action, _decided(step)))
+
+
+def _last_draws_of_actors(policy: nn.Module) -> set[int]:
+    from torchrl.modules import ProbabilisticActor
+
+    found = set()
+    for child in policy.modules():
+        if isinstance(child, ProbabilisticActor):
+            drawing = [one for one in child.modules() if isinstance(one, ProbabilisticTensorDictModule)]
+            found |= {id(one) for one in drawing[-1:]}
+    return found
+
+
+def _last(key: NestedKey) -> str:
+    return key if isinstance(key, str) else key[-1]
