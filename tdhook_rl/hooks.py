@@ -105,7 +105,7 @@ class Runtime:
         self.lock = Turns()
         self.recording, self.depth, self.caller = False, 0, 0
         self.level, self.batch, self.time, self.replay, self.explaining = -1, None, None, None, None
-        self.slots, self.leaves, self.rows, self.added = {}, {}, {}, frozenset()
+        self.slots, self.drawn, self.leaves, self.rows, self.added = {}, {}, {}, {}, frozenset()
 
     def begin(self, args: tuple, kwargs: dict[str, Any]) -> tuple[int, torch.Size | None]:
         """Note what the policy is about to run on; returns what :meth:`end` puts back."""
