@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdhook_rl.errors import InputError
 
-__all__ = ["first_input", "first_tensor", "with_first_tensor"]
+__all__ = ["first_input", "first_tensor", "other_tensors", "with_first_tensor", "with_other_tensors"]
 
 
 def first_input(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], site: str) -> Tensor:
@@ -55,6 +55,39 @@ def with_first_tensor(value: Any, new: Tensor, module: torch.nn.Module, side: Si
         changed[key] = item  # type: ignore[index]
         return changed
     items = [*value[:key], item, *value[key + 1 :]]
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
+def other_tensors(value: Any, module: torch.nn.Module) -> list[Tensor]:
+    """The tensors of an output behind the one of :func:`first_tensor`, in order."""
+    return _tensors(value, module)[1:]
+
+
+def with_other_tensors(value: Any, new: Iterable[Tensor], module: torch.nn.Module) -> Any:
+    """The same output with the tensors of :func:`other_tensors` replaced."""
+    return _replaced(value, iter([_tensors(value, module)[0], *new]), module)
+
+
+def _tensors(value: Any, module: torch.nn.Module) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for _, item in _entries(value, module, "out_keys") for tensor in _tensors(item, module)]
+
+
+def _replaced(value: Any, new: Iterator[Tensor], module: torch.nn.Module) -> Any:
+    if isinstance(value, Tensor):
+        return next(new)
+    entries = _entries(value, module, "out_keys")
+    if isinstance(value, (TensorDictBase, Mapping)):
+        changed: Any = value if isinstance(value, TensorDictBase) else copy.copy(value)
+        for key, item in entries:
+            if _first(item, module, "out_keys") is not None:
+                item = _replaced(item, new, module)
+                changed.set(key, item) if isinstance(changed, TensorDictBase) else changed.__setitem__(key, item)
+        return changed
+    if not isinstance(value, (tuple, list)):
+        return value
+    items = [_replaced(item, new, module) for _, item in entries]
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from tensordict import TensorDict
 from torch.utils.hooks import RemovableHandle
 
-from tdhook_rl.errors import InputError, nearest
-from tdhook_rl.requests import request_sites
+from tdhook_rl.errors import InputError, SiteError, nearest
+from tdhook_rl.requests import request_sites, without_methods
 from tdhook_rl.rows import RecurrentHook
-from tdhook_rl.runs import HookedModuleRun, without_methods
+from tdhook_rl.runs import HookedModuleRun
 
 if TYPE_CHECKING:
     from tdhook_rl.module import HookedMixin
@@ -53,7 +53,7 @@ def direct_methods() -> dict[str, Callable[..., Any]]:
         def method(self: HookedMixin, *args: Any, **options: Any) -> Any:
             captures = not name.startswith(("set", "stop"))
             run = HookedModuleRun(self, TensorDict(), run_cache=args[0] if captures else None)
-            run._state = "open"
+            run._state, run._acts_always = "open", True
             proxy = getattr(run, name.replace("save", "get"))(*(args[1:] if captures else args), **options)
             return (Handles(run._handles), proxy) if captures else Handles(run._handles)
 
@@ -87,6 +87,12 @@ def register_submodule_hook(
         raise InputError(f"no direction is named {direction!r}; {nearest(direction, _REGISTER)}")
     register, options = _REGISTER[direction]
     sites = request_sites(self, key, relative)
+    for site in sites:
+        if site.run is not None:
+            raise SiteError(
+                f"{site.name!r} names a run of a module, but a hook of one's own is called in all of them: leave "
+                f"'@{site.run}' out"
+            )
     return Handles([getattr(site.module, register)(hook, prepend=prepend, **options) for site in sites])
 
 

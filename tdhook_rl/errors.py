@@ -7,6 +7,7 @@ All derive from :class:`TdhookError` and from the built-in error that a caller w
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 __all__ = [
@@ -95,12 +96,31 @@ class EnvCheckError(TdhookError, AssertionError):
 def nearest(asked: str, known: Iterable[str], count: int = 3) -> str:
     """A clause that lists the closest known names, for the end of an error message.
 
+    Of paths, those that end alike come first: what is before them depends on how a policy is wrapped.
+
     Example:
         >>> nearest("fc3", ["fc1", "fc2"])
         "nearest: 'fc2', 'fc1'"
+        >>> nearest("module.0.module.3", ["module.0.module", "module.0.module.0", "module.0.module.0.module.3"], 1)
+        "nearest: 'module.0.module.0.module.3'"
     """
     names = list(dict.fromkeys(str(name) for name in known))
     if not names:
         return "there is none"
-    close = difflib.get_close_matches(str(asked), names, n=count, cutoff=0.3) or names[:count]
+    asked = str(asked)
+    alike = {name: ending for name in names if (ending := _common_ending(asked, name))}
+    close = sorted(alike, key=lambda name: (-alike[name], -difflib.SequenceMatcher(None, asked, name).ratio()))[:count]
+    close += [name for name in difflib.get_close_matches(asked, names, n=count, cutoff=0.3) if name not in close]
+    close = close[:count] or names[:count]
     return "nearest: " + ", ".join(repr(name) for name in close)
+
+
+def _common_ending(asked: str, name: str) -> int:
+    """How many of the last parts of two dotted paths are the same; 0 where one has no parts, or only a number is."""
+    ours, theirs = re.sub(r"[\\^$]", "", asked).split("@")[0].split("."), name.split(".")
+    if len(ours) < 2 and len(theirs) < 2:
+        return 0
+    count = 0
+    while count < min(len(ours), len(theirs)) and ours[-1 - count] == theirs[-1 - count]:
+        count += 1
+    return 0 if count == 1 and ours[-1].isdigit() and len(ours) > 1 else count

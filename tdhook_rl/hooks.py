@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,12 @@ from tdhook_rl.containers import first_input, first_tensor, with_first_tensor
 from tdhook_rl.controls import Controls
 from tdhook_rl.errors import InactiveError, MissingKeyError, SiteError, nearest
 from tdhook_rl.forking import Switch, Turns, survive_forks
+from tdhook_rl.repeats import Several, added, part_of, several_runs
 from tdhook_rl.rows import as_leaf, lent_rows, rows_of, unbatched, vmap_level, with_rows
 
 if TYPE_CHECKING:
     from tdhook_rl.passes import Replay
+    from tdhook_rl.paths import Run
     from tdhook_rl.tying import Tie
 
 __all__ = [
@@ -69,11 +71,13 @@ class Runtime:
         self.replay: Replay | None = None
         self.tie: Tie | None = None
         self.row_hook: RowHook | None = None
-        self.slots: dict[str, Tensor] = {}
+        self.runs: dict[str, int] | None = None  # of the call under way: how often each hook that counts has run
+        self.slots: dict[str, Tensor | Several] = {}
         self.drawn: dict[str, Tensor] = {}  # samples of the call under way that its data may not hold in the end
         self.told: set[str] = set()  # what the user was told once
         self.leaves: dict[str, Tensor | None] = {}
         self.added: frozenset[str] = frozenset()
+        self.totals: Mapping[str, int] = {}  # of the values that are given: how often their modules ran
         self.explaining: str | None = None
         # Groups of intervention sites of which one must run in a forward, and whether the first forward is over.
         self.expected: list[frozenset[str]] = []
@@ -106,16 +110,35 @@ class Runtime:
         self.recording, self.depth, self.caller = False, 0, 0
         self.level, self.batch, self.time, self.replay, self.explaining = -1, None, None, None, None
         self.slots, self.drawn, self.leaves, self.rows, self.added = {}, {}, {}, {}, frozenset()
+        self.runs, self.totals = None, {}
 
-    def begin(self, args: tuple, kwargs: dict[str, Any]) -> tuple[int, torch.Size | None]:
-        """Note what the policy is about to run on; returns what :meth:`end` puts back."""
+    def begin(self, args: tuple, kwargs: dict[str, Any], root: bool = False) -> tuple[Any, ...]:
+        """Note what the policy is about to run on; returns what :meth:`end` puts back.
+
+        Args:
+            args, kwargs: what it is called with.
+            root: it is called as a whole, and not by a method of its own such as ``get_dist``.
+        """
         data = args[0] if args else kwargs.get("tensordict")
-        previous = self.level, self.batch
+        previous = self.level, self.batch, self.runs, self.time
         self.level, self.batch = vmap_level(), data.batch_size if isinstance(data, TensorDictBase) else None
+        if root and self.replay is not None and self.depth == 1:
+            self.runs = self.replay.runs
+        elif root or self.runs is None:
+            self.runs = {}
         return previous
 
-    def end(self, previous: tuple[int, torch.Size | None]) -> None:
-        self.level, self.batch = previous
+    def end(self, previous: tuple[Any, ...]) -> None:
+        self.level, self.batch, self.runs, self.time = previous
+
+    def run_of(self, key: str) -> int:
+        """Count one more run of the hook of this name in the call under way; which run it is, from 0."""
+        runs = self.runs
+        if runs is None:
+            return 0
+        index = runs.get(key, 0)
+        runs[key] = index + 1
+        return index
 
     @contextmanager
     def explained_by(self, owner: str) -> Iterator[None]:
@@ -173,6 +196,7 @@ class Runtime:
             "depth": 0,
             "caller": 0,
             "time": None,
+            "runs": None,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -189,9 +213,10 @@ class CaptureHook:
     reuses its observation buffer, would otherwise overwrite what was captured.
     """
 
-    def __init__(self, runtime: Runtime, slot: str) -> None:
+    def __init__(self, runtime: Runtime, slot: str, run: Run = None) -> None:
         self.runtime = runtime
         self.slot = slot
+        self.run = None if run == -1 or (isinstance(run, int) and run >= 0) else run  # the last is what remains
 
     def __call__(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         runtime = self.runtime
@@ -199,7 +224,12 @@ class CaptureHook:
             runtime.refuse()
         if runtime.recording:
             value, _ = rows_of(output, module, self.slot, runtime)
-            runtime.slots[self.slot] = (value.detach() if value.requires_grad else value).clone()
+            value = (value.detach() if value.requires_grad else value).clone()
+            if self.run is not None:
+                before = runtime.slots.get(self.slot) if runtime.run_of(self.slot) else None
+                runtime.slots[self.slot] = added(before, value, self.run)  # type: ignore[arg-type]
+            else:
+                runtime.slots[self.slot] = value
 
 
 class InputCaptureHook(CaptureHook):
@@ -216,15 +246,20 @@ class WatchHook:
     What follows is given a copy, which an in-place activation may overwrite.
     """
 
-    def __init__(self, runtime: Runtime, slot: str) -> None:
+    def __init__(self, runtime: Runtime, slot: str, site: str, run: Run = None) -> None:
         self.runtime = runtime
         self.slot = slot
+        self.site = site
+        self.run = run
 
     def __call__(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
-        if self.runtime.replay is None:
+        runtime = self.runtime
+        if runtime.replay is None:
             return None
-        value, disguise = rows_of(output, module, self.slot, self.runtime)
-        self.runtime.replay.watched[self.slot] = value
+        if self.run is None and runtime.run_of(self.slot):
+            raise several_runs(self.site)
+        value, disguise = rows_of(output, module, self.slot, runtime)
+        runtime.replay.watched[self.slot] = value
         return with_rows(output, value.clone(), module, disguise)
 
 
@@ -234,25 +269,37 @@ class LeafHook:
     A leaf is the output itself where a gradient already reaches it, otherwise a detached copy that requires a
     gradient; or a given value in its place (or, in a functional pass, added to it as a difference of zero). What
     follows is given a copy: an in-place activation would overwrite the leaf, and be explained in its place.
+
+    A site of all runs has a leaf in each of them; a value that is given for it has a dimension for the runs.
     """
 
-    def __init__(self, runtime: Runtime, slot: str) -> None:
+    def __init__(self, runtime: Runtime, slot: str, site: str, run: Run = None) -> None:
         self.runtime = runtime
         self.slot = slot
+        self.site = site
+        self.run = None if isinstance(run, int) and run >= 0 else run
 
     def __call__(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
-        leaves = self.runtime.leaves
-        if self.slot not in leaves:
+        runtime = self.runtime
+        if self.slot not in runtime.leaves:
             return None
-        value, disguise = rows_of(output, module, self.slot, self.runtime)
-        given = leaves[self.slot]
-        if given is not None and self.slot in self.runtime.added:
-            value = value + (given - given.detach())
-        elif given is not None:
-            value = given
-        elif not value.requires_grad and torch.is_grad_enabled():
-            value = as_leaf(value)
-        self.runtime.slots[self.slot] = value
+        index = runtime.run_of(self.slot)
+        if index and self.run is None:
+            raise several_runs(self.site)
+        value, disguise = rows_of(output, module, self.slot, runtime)
+        given = runtime.leaves[self.slot]
+        if given is None:
+            if not value.requires_grad and torch.is_grad_enabled():
+                value = as_leaf(value)
+            before = runtime.slots.get(self.slot) if index else None
+            kept = value if self.run is None else added(before, value, self.run)  # type: ignore[arg-type]
+        else:
+            part = part_of(given, index, self.run, runtime.totals.get(self.slot), value, runtime.batch)
+            if part is None:
+                return None
+            value = value + (part - part.detach()) if self.slot in runtime.added else part
+            kept = given
+        runtime.slots[self.slot] = kept
         return with_rows(output, value.clone(), module, disguise)
 
 

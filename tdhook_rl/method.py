@@ -25,8 +25,9 @@ from tdhook_rl.errors import InputError, PreparationError, SiteError
 from tdhook_rl.hooks import CaptureHook, InputCaptureHook, LeafHook, RowHook, Runtime, WatchHook
 from tdhook_rl.module import HookedMixin
 from tdhook_rl.passes import Bound, DecidedHook, ReplayMixin, supports, value_actions
-from tdhook_rl.paths import Site, find_sites
+from tdhook_rl.paths import Run, Site, find_sites, require_apart, require_counted
 from tdhook_rl.pooling import quicken_pooling
+from tdhook_rl.repeats import RunHook
 from tdhook_rl.rows import note_intervention, survey
 from tdhook_rl.shared_pass import can_share
 from tdhook_rl.tying import Tie, replace_tensors, tied_clone
@@ -254,13 +255,16 @@ class Binder:
         self.routes: list[Any] = []
         self._slots = 0
 
-    def sites(self, pattern: str | Sequence[str]) -> list[Site]:
-        """The submodules that a pattern names (see :func:`tdhook_rl.paths.find_sites`)."""
-        return find_sites(self.root, pattern)
+    def sites(self, pattern: str | Sequence[str], *, runs: bool = False) -> list[Site]:
+        """The submodules that a pattern names; with ``runs``, single runs of them too (``"act@0"``).
 
-    def site(self, path: str) -> Site:
+        See :func:`tdhook_rl.paths.find_sites`.
+        """
+        return find_sites(self.root, pattern, runs=runs)
+
+    def site(self, path: str, *, runs: bool = False) -> Site:
         """The one submodule that a path or pattern names."""
-        sites = self.sites(path)
+        sites = self.sites(path, runs=runs)
         if len(sites) > 1:
             raise SiteError(
                 f"{path!r} names {len(sites)} modules of {type(self.root).__name__} where one is needed: "
@@ -269,42 +273,82 @@ class Binder:
         return sites[0]
 
     def intervention_sites(self, pattern: str | Sequence[str]) -> list[Site]:
-        """As :meth:`sites`; the first forward raises if a named one, or all of a pattern, did not run."""
-        sites = self.sites(pattern)
+        """As :meth:`sites`, each place once; the first forward raises if a named one, or all of a pattern, did not run.
+
+        Raises:
+            SiteError: if a pattern catches a module with what is inside of it, or longer names than were meant; or
+                if a run is counted from the last, which is not known before it is over.
+        """
+        sites = self.changed_sites(pattern)
+        require_counted(sites)
         self.runtime.expected += [frozenset([site.name]) for site in sites if site.explicit]
         if matched := frozenset(site.name for site in sites if not site.explicit):
             self.runtime.expected.append(matched)
         return sites
 
-    def capture(self, site: Site) -> str:
-        """Keep the output of a site in every recorded forward; returns the slot it is kept in."""
+    def changed_sites(self, pattern: str | Sequence[str], *, runs: bool = True, nested: bool = False) -> list[Site]:
+        """As :meth:`sites`, for something that changes what is computed there (see ``paths.require_apart``)."""
+        sites = self.sites(pattern, runs=runs)
+        for one in [pattern] if isinstance(pattern, str) else pattern:
+            require_apart(self.root, one, self.sites(one, runs=runs), nested=nested)
+        return sites
+
+    def capture(self, site: Site, run: Run = None) -> str:
+        """Keep the output of a site in every recorded forward; returns the slot it is kept in.
+
+        Args:
+            site: where; of several runs the last is kept, or those that the site says.
+            run: which runs are kept in place of what the site says.
+        """
         slot = self.slot(site)
-        self.on_output(site, CaptureHook(self.runtime, slot))
+        self.on_output(site, CaptureHook(self.runtime, slot, run or site.run))
         return slot
 
     def capture_input(self, site: Site) -> str:
         """Keep the first input of a site in every recorded forward; returns the slot it is kept in."""
         slot = self.slot(site)
-        site.module.register_forward_pre_hook(InputCaptureHook(self.runtime, slot), with_kwargs=True)
+        self.on_input(site, InputCaptureHook(self.runtime, slot, site.run))
         return slot
 
     def leaf(self, site: Site) -> str:
         """Let explanation passes differentiate with respect to the output of a site."""
         slot = self.slot(site)
-        self.on_output(site, LeafHook(self.runtime, slot))
+        self.on_output(site, LeafHook(self.runtime, slot, site.name, site.run))
         return slot
 
     def watch(self, site: Site) -> str:
         """Show the output of a site, with its graph, to the targets of replays (``Pass.watched``)."""
+        if site.run == "all" or (isinstance(site.run, int) and site.run < -1):
+            raise SiteError(
+                f"a target reads one run of a module, and {site.name!r} is not one: count from the first, as in "
+                "'act@0', or name the last, 'act@-1'"
+            )
         slot = self.slot(site)
-        self.on_output(site, WatchHook(self.runtime, slot))
+        self.on_output(site, WatchHook(self.runtime, slot, site.name, site.run))
         return slot
 
-    def on_output(self, site: Site, hook: Callable[..., Any]) -> None:
-        """Register a forward hook; hooks of one site run in the order of registration."""
-        if not isinstance(hook, (CaptureHook, WatchHook, LeafHook)):
+    def on_output(self, site: Site, hook: Callable[..., Any], *, observes: bool = False, **options: bool) -> None:
+        """Register a forward hook; hooks of one site run in the order of registration.
+
+        Args:
+            site: where; the hook is called in the run that it names, or in every run.
+            hook: as torch calls it.
+            observes: it only looks.
+            **options: of ``register_forward_hook``.
+        """
+        observes = observes or isinstance(hook, (CaptureHook, WatchHook, LeafHook))
+        if not observes:
             note_intervention(self.root, site.path, site.name)
-        site.module.register_forward_hook(hook)
+        site.module.register_forward_hook(self._in_its_run(site, hook, observes), **options)
+
+    def on_input(self, site: Site, hook: Callable[..., Any]) -> None:
+        """Register a forward pre-hook, with keywords, that only looks or watches (see :meth:`on_output`)."""
+        site.module.register_forward_pre_hook(self._in_its_run(site, hook, observes=True), with_kwargs=True)
+
+    def _in_its_run(self, site: Site, hook: Callable[..., Any], observes: bool) -> Callable[..., Any]:
+        if not isinstance(site.run, int) or site.run < 0:
+            return hook
+        return RunHook(self.runtime, self.slot(site), site.name, site.run, hook, observes)
 
     def read_row(self, key: NestedKey) -> NestedKey:
         """Declare a key that an intervention reads from each TensorDict."""

@@ -28,6 +28,8 @@ from tdhook_rl.classes import Swapped
 from tdhook_rl.draws import Draw, sample_keys
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.hooks import Runtime
+from tdhook_rl.repeats import Several
+from tdhook_rl.rows import with_batch
 from tdhook_rl.samples import components, decided_action, is_point, latent_samples, require_unchanged, samples
 from tdhook_rl.writing import get_entry, set_entries, set_tensor
 
@@ -76,6 +78,7 @@ class Replay:
     learning: bool = False  # whether it is to find what the data does not hold as it was drawn
     distributions: list[Drawn] = field(default_factory=list)
     watched: dict[str, Tensor] = field(default_factory=dict)
+    runs: dict[str, int] = field(default_factory=dict)  # how often the hooks that count ran
     # What a deterministic policy decided before exploration noise was added.
     decided: dict[NestedKey, Tensor] = field(default_factory=dict)
     # What was found, by slot.
@@ -197,6 +200,7 @@ class Pass:
     # Of Q-networks, see value_actions.
     actions: Mapping[NestedKey, tuple[NestedKey, list[int] | None]] = field(default_factory=dict)
     told: set[str] = field(default_factory=set)  # what the caller was told already
+    runs: Mapping[str, int] = field(default_factory=dict)  # how often sites ran, by slot
 
 
 class Call:
@@ -226,6 +230,8 @@ class Call:
         # The outputs of a replay of the call as it is, kept for a comparison with the stored ones.
         self.replayed: TensorDictBase | None = None
         self.in_step = False  # of a forward that has just run
+        # How often the sites of all runs, or of one counted from the last, ran in a pass before; by slot.
+        self.totals: dict[str, int] = {}
         self._forward = forward
         self._learned = not policy._hooked_draws
 
@@ -278,7 +284,7 @@ class Call:
         return part
 
     @property
-    def slots(self) -> dict[str, Tensor]:
+    def slots(self) -> dict[str, Tensor | Several]:
         return self.policy._hooked_runtime.slots
 
     def as_it_was(self, inputs: Mapping[NestedKey, Tensor], stored: TensorDictBase | None) -> bool:
@@ -289,7 +295,7 @@ class Call:
         """The output captured at a site, with the batch shape of the call first.
 
         Raises:
-            SiteError: if the module did not run in this call.
+            SiteError: if the module, or the run of it that is meant, did not run in this call.
         """
         value = self.slots.get(slot)
         if value is None:
@@ -300,6 +306,8 @@ class Call:
                 f"the module {site!r} did not run in this call, so there is no activation to show; "
                 f"name a module that the policy's forward executes{hint}"
             )
+        if isinstance(value, Several):
+            return value.chosen(self.batch_size, site)
         return with_batch(value, self.batch_size, site)
 
     def replay(
@@ -347,14 +355,16 @@ class Call:
         keys = policy.policy_out_keys
         return Pass(
             outputs, stored, replay.distributions, keys, replay.watched, policy._hooked_supports,
-            policy._hooked_slots, policy._hooked_actions, runtime.told,
+            policy._hooked_slots, policy._hooked_actions, runtime.told, replay.runs,
         )  # fmt: skip
 
 
 def run_root(policy: HookedMixin, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     """The policy's own forward, with its own keys and with the per-row keys lent to the hooks inside."""
     runtime = policy._hooked_runtime
+    rows = None
     if runtime.row_hook is not None:
+        rows = dict(runtime.rows) if runtime.depth else None  # a callback of the user's calls the policy on other data
         runtime.row_hook.before(policy, args, kwargs)
     checks_sites = runtime.checks_sites()
     if checks_sites:
@@ -364,7 +374,7 @@ def run_root(policy: HookedMixin, forward: Callable[..., Any], args: tuple, kwar
     runtime.depth += 1
     if forward is _DECORATED and len(args) == 1 and not kwargs and isinstance(args[0], TensorDictBase):
         forward = _BARE if not torch.compiler.is_compiling() and not skip_existing() else forward
-    previous = runtime.begin(args, kwargs)
+    previous = runtime.begin(args, kwargs, root=True)
     try:
         output = forward(policy, *args, **kwargs)
         if checks_sites:
@@ -375,6 +385,8 @@ def run_root(policy: HookedMixin, forward: Callable[..., Any], args: tuple, kwar
         runtime.depth -= 1
         if not runtime.depth:
             runtime.rows.clear()
+        elif rows is not None:
+            runtime.rows.update(rows)
 
 
 def stored_inputs(
@@ -417,23 +429,6 @@ def publish(data: TensorDictBase, results: Mapping[tuple[str, ...], Tensor]) -> 
         if root != "computed" and ("computed", root) not in results
     }
     set_entries(data, {**results, **masks})
-
-
-def with_batch(value: Tensor, batch: torch.Size, site: str) -> Tensor:
-    """What a site computed, with the batch shape first.
-
-    Raises:
-        InputError: if its rows are not the rows of the batch.
-    """
-    if value.shape[: len(batch)] == batch:
-        return value
-    # Convolutional nets flatten the leading dimensions before their layers.
-    if len(batch) > 1 and value.shape[0] == batch.numel():
-        return value.reshape(*batch, *value.shape[1:])
-    raise InputError(
-        f"the output of {site!r} has shape {tuple(value.shape)}, which does not start with the batch shape "
-        f"{tuple(batch)}: name a module whose output has a row for each row of the batch"
-    )
 
 
 def observers(bound: Sequence[Bound]) -> list[Bound]:

@@ -1,14 +1,28 @@
-"""Naming a submodule: ``"layers[-1].mlp"``, ``"layers.5.mlp"``, or a regular expression.
+r"""Naming a submodule: ``"layers[-1].mlp"``, ``"layers.5.mlp"``, or a regular expression.
 
-A pattern is tried as a literal path first and as a regular expression (``re.match``) second. Paths are
-parsed, never evaluated. A name that a wrapper lacks is looked up in the module it wraps, so that ``"1"``
+**Paths and patterns.** A pattern is tried as a literal path first and as a regular expression second, with
+``re.match`` on the canonical path of each module: it must match from the start of a path, and need not reach its end.
+``r"layers\.1"`` therefore catches ``layers.10`` and ``layers.1.mlp`` too, and ``r"layers\.1$"`` does not. What only
+observes may catch as much as it likes; an intervention whose pattern catches a module together with one inside it,
+or ``layers.10`` where it names ``layers.1``, is refused with the list.
+
+Paths are parsed, never evaluated. A name that a wrapper lacks is looked up in the module it wraps, so that ``"1"``
 names layer 1 of ``TensorDictModule(nn.Sequential(...))``.
+
+**Runs.** A module may run several times in one forward: a shared activation, a recurrent cell, the trunk of an actor
+and a critic. ``"act@0"`` is its first run in a call, ``"act@-1"`` the last, ``"act@all"`` every run by itself (in a
+dimension of its own, after the batch). Without it caching shows the last run, interventions that compute from the
+activation (steering, ablation) act in every run, and what would have to choose one (explanations, patching) raises
+where there are several. Two paths of one module are the same module, whose runs are counted together.
 
 Grammar::
 
+    site  := path ["@" (integer | "all")]
     path  := step ("." step | index)*
     step  := name | number | "<" any text without ">" ">"
     index := "[" integer | slice | quoted name "]"
+
+A module whose own name ends like a run is written ``"<act@0>"``.
 """
 
 from __future__ import annotations
@@ -16,12 +30,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
 from tdhook_rl.errors import SiteError, nearest
 
-__all__ = ["Site", "find_sites", "resolve"]
+__all__ = ["Run", "Site", "find_sites", "require_apart", "require_counted", "resolve"]
+
+#: Which run of a module in one call: its number (negative ones count from the last), all, or not said.
+Run = int | Literal["all"] | None
 
 _STEP = re.compile(
     r"""
@@ -33,16 +51,18 @@ _STEP = re.compile(
     """,
     re.VERBOSE,
 )
+_RUN = re.compile(r"(?P<path>.+)@(?P<run>-?\d+|all)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Site:
-    """One submodule: the name results are filed under, its canonical path, and the module."""
+    """One submodule: the name results are filed under, its canonical path, the module, and which run of it."""
 
     name: str
     path: str
     module: nn.Module
     explicit: bool  # named literally: it must run; a pattern only needs one of its sites to run
+    run: Run = None
 
 
 def resolve(root: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
@@ -69,16 +89,20 @@ def resolve(root: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def find_sites(root: nn.Module, pattern: str | Sequence[str], owner: str | None = None) -> list[Site]:
+def find_sites(
+    root: nn.Module, pattern: str | Sequence[str], owner: str | None = None, *, runs: bool = False
+) -> list[Site]:
     """The sites that a pattern, or each of several patterns, names.
 
     Args:
         root: the module that paths start from.
         pattern: one pattern or a sequence of patterns.
         owner: how error messages call the root; its class name by default.
+        runs: a pattern may name single runs of modules (``"act@0"``).
 
     Raises:
-        SiteError: if a pattern matches nothing, or a literal path names a container that never runs.
+        SiteError: if a pattern matches nothing, a literal path names a container that never runs, or a run is named
+            where the module as such is meant.
     """
     owner = owner or type(root).__name__
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
@@ -88,16 +112,88 @@ def find_sites(root: nn.Module, pattern: str | Sequence[str], owner: str | None 
     for one in patterns:
         for site in _find(root, one, owner):
             sites.setdefault(site.name, site)
+    if not runs:
+        for site in sites.values():
+            if site.run is not None:
+                raise SiteError(
+                    f"{site.name!r} names a run of a module of {owner}, but the module itself is meant here, whatever "
+                    f"its runs: leave '@{site.run}' out"
+                )
     return list(sites.values())
+
+
+def require_apart(root: nn.Module, pattern: str, sites: Sequence[Site], *, nested: bool = False) -> None:
+    """Check that the pattern of an intervention catches each place once, and no name that only begins alike.
+
+    Args:
+        root: the module that paths start from.
+        pattern: what was asked for.
+        sites: what :func:`find_sites` found for it.
+        nested: modules inside of others may be caught with them.
+
+    Raises:
+        SiteError: with the list of what was caught.
+    """
+    found = {site.path: site for site in sites if not site.explicit}
+    expression = re.compile(_split_run(pattern)[0]) if found else None
+    names = set(_names(root)) if found else set()
+    holders: dict[str, str] = {}  # what is caught too much, and the module that was meant
+    for path in found:
+        inside = [outer for outer in found if path.startswith(f"{outer}.")]
+        match = None if expression.fullmatch(path) else expression.match(path)  # type: ignore[union-attr]
+        begun = path[: match.end()] if match else path
+        if begun in names and begun != path and not path.startswith(f"{begun}."):
+            holders[path] = begun
+        elif inside and not nested:
+            holders[path] = inside[0]
+    if not holders:
+        return
+    meant = next(iter(holders.values()))
+    caught = ", ".join(map(repr, [*found][:40])) + (f" and {len(found) - 40} more" if len(found) > 40 else "")
+    raise SiteError(
+        f"the pattern {pattern!r} of an intervention catches {len(found)} modules of {type(root).__name__}, among them "
+        f"{next(iter(holders))!r} along with {meant!r}, so that what is done would be done there more than once or "
+        f"elsewhere than meant: {caught}. A pattern is matched from the start of a path (re.match): write "
+        f"{re.escape(meant) + '$'!r}, or the path {meant!r}, for that module alone"
+    )
+
+
+def require_counted(sites: Sequence[Site]) -> None:
+    """Check that it is known while a policy runs whether a run is the one that is meant.
+
+    Raises:
+        SiteError: for one that is counted from the last.
+    """
+    for site in sites:
+        if isinstance(site.run, int) and site.run < 0:
+            raise SiteError(
+                f"{site.name!r} names a run counted from the last, but while the policy runs it is not known which "
+                "run will be the last: count from the first, as in 'act@0', or name all with 'act@all'"
+            )
+
+
+def _split_run(pattern: str) -> tuple[str, Run]:
+    match = _RUN.fullmatch(pattern)
+    if match is None:
+        return pattern, None
+    return match["path"], "all" if match["run"] == "all" else int(match["run"])
+
+
+def _literal(root: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+    try:
+        return resolve(root, path)
+    except SiteError:
+        return []
 
 
 def _find(root: nn.Module, pattern: str, owner: str) -> list[Site]:
     if not isinstance(pattern, str):
         raise SiteError(f"a module of {owner} is named by a string, not by {pattern!r}")
-    try:
-        literal = resolve(root, pattern)
-    except SiteError:
-        literal = []
+    asked, (pattern, run) = pattern, _split_run(pattern)
+    literal = _literal(root, pattern)
+    if run is not None and not literal and (whole := _literal(root, asked)):
+        pattern, run, literal = asked, None, whole
+    suffix = "" if run is None else f"@{run}"
     if literal:
         for path, module in literal:
             if not _runs(module):
@@ -107,8 +203,8 @@ def _find(root: nn.Module, pattern: str, owner: str) -> list[Site]:
                     f"{nearest(pattern, inner)}"
                 )
         if len(literal) == 1:
-            return [Site(pattern, literal[0][0], literal[0][1], True)]
-        return [Site(path, path, module, True) for path, module in literal]
+            return [Site(asked, literal[0][0], literal[0][1], True, run)]
+        return [Site(f"{path}{suffix}", path, module, True, run) for path, module in literal]
     try:
         expression = re.compile(pattern)
     except re.error as error:
@@ -117,7 +213,7 @@ def _find(root: nn.Module, pattern: str, owner: str) -> list[Site]:
             f"{nearest(pattern, _names(root))}"
         ) from None
     matches = [
-        Site(path, path, module, False)
+        Site(f"{path}{suffix}", path, module, False, run)
         for path, module in _named_modules(root)
         if path and expression.match(path) and _runs(module)
     ]

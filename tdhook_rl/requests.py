@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError, SiteError, nearest
-from tdhook_rl.paths import Site, find_sites
+from tdhook_rl.paths import Site, find_sites, require_apart, require_counted
+from tdhook_rl.repeats import stacked
 
 if TYPE_CHECKING:
+    from tdhook_rl.hooks import Runtime
     from tdhook_rl.module import HookedMixin
+    from tdhook_rl.paths import Run
 
-__all__ = ["DIRECTIONS", "OFFERED", "Act", "CacheProxy", "EarlyStop", "Kind", "caller", "kind_of", "request_sites"]
+__all__ = [
+    "DIRECTIONS", "OFFERED", "Act", "CacheProxy", "EarlyStop", "KeptRuns", "Kind", "caller", "kind_of",
+    "request_sites", "without_methods",
+]  # fmt: skip
 
 Kind = Literal["output", "input", "grad_input", "grad_output"]
 DIRECTIONS: dict[str, Kind] = {
@@ -33,7 +41,8 @@ OFFERED: dict[Kind, tuple[str, ...]] = {
     "grad_input": ("grad_input",),
     "grad_output": ("grad_output",),
 }
-Act = Callable[[nn.Module, Tensor, dict[str, Any]], Tensor | None]
+#: Given the module, the value, what a callback is offered, and which run of the module it is.
+Act = Callable[[nn.Module, Tensor, dict[str, Any], int], Tensor | None]
 
 
 class EarlyStop(BaseException):
@@ -75,10 +84,19 @@ class CacheProxy:
         return value
 
 
-def request_sites(hooked: HookedMixin, key: str, relative: bool) -> list[Site]:
-    """The modules of a request, from the user's module (``relative``) or from the wrapper around it."""
+def request_sites(hooked: HookedMixin, key: str, relative: bool, acts: bool = False) -> list[Site]:
+    """The modules of a request, from the user's module (``relative``) or from the wrapper around it.
+
+    Raises:
+        SiteError: if there is none; or, for a request that ``acts`` while the model runs, if a pattern catches more
+            than is meant, or a run is counted from the last.
+    """
     root = hooked.hooked_root if relative else hooked
-    return find_sites(root, key, type(root).__name__)
+    sites = find_sites(root, key, type(root).__name__, runs=True)
+    if acts:
+        require_apart(root, key, sites)
+        require_counted(sites)
+    return sites
 
 
 def kind_of(direction: str) -> Kind:
@@ -110,3 +128,48 @@ def caller(callback: Callable[..., Any], offered: tuple[str, ...], key: str) -> 
         return callback
     taken = {one.name for one in parameters}
     return lambda **given: callback(**{name: value for name, value in given.items() if name in taken})
+
+
+class KeptRuns:
+    """Which runs of a module a request captures, and what it has of them."""
+
+    def __init__(self, key: str, run: Run, runtime: Runtime) -> None:
+        self.key = key
+        self.run = run
+        self.runtime = runtime
+        self.batch = torch.Size(())
+        self.times = 0
+        self.values: dict[int, Any] = {}
+
+    def note(self, index: int) -> None:
+        """A run begins."""
+        if not index:
+            self.values.clear()
+        self.times, self.batch = index + 1, self.runtime.batch or torch.Size(())
+
+    def of_runs(self, value: Any, index: int) -> Any:
+        """What is to be kept once the value of one run is there; ``None`` for nothing yet."""
+        if isinstance(self.run, int) and self.run >= 0:
+            return value
+        if self.run is None or self.run == -1:  # gradients arrive from the last run on
+            return value if index == self.times - 1 else None
+        self.values[index] = value
+        if self.run != "all":
+            return self.values.get(self.times + self.run)
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"{self.key!r} keeps all runs in one tensor, but the callback gave a {type(value).__name__}"
+            )
+        if len(self.values) < self.times:
+            return None
+        return stacked(tuple(self.values[one] for one in range(self.times)), self.batch, self.key)
+
+
+@contextmanager
+def without_methods(hooked: HookedMixin) -> Iterator[None]:
+    """A run captures what it was asked for; per-step methods of the context that observe are left out."""
+    steps, hooked._hooked_steps = hooked._hooked_steps, []
+    try:
+        yield
+    finally:
+        hooked._hooked_steps = steps

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from tdhook_rl.hooks import Runtime
 
 __all__ = [
-    "Layout", "RecurrentHook", "as_leaf", "feature_dims", "lent_rows", "note_intervention", "rows_of", "survey",
-    "unbatched", "vmap_level", "with_rows",
+    "Layout", "RecurrentHook", "as_leaf", "explicit", "feature_dims", "lent_rows", "note_intervention", "rows_of",
+    "survey", "unbatched", "vmap_level", "with_batch", "with_rows",
 ]  # fmt: skip
 
 #: Puts rows into the form that the module gave them.
@@ -133,9 +133,33 @@ def lent_rows(value: Tensor, module: nn.Module, runtime: Runtime) -> Tensor:
     return _out_of_vmap(value, runtime, layout)[0]
 
 
+def explicit(value: Tensor, module: nn.Module, runtime: Runtime) -> tuple[Tensor, Disguise | None]:
+    """A tensor with the dimensions that ``vmap`` hides from a module, as it is otherwise; and the way back."""
+    if torch._C._functorch.is_batchedtensor(value):
+        return _out_of_vmap(value, runtime, module._hooked_layout)  # type: ignore[arg-type]
+    return value, None
+
+
 def with_rows(output: Any, rows: Tensor, module: nn.Module, disguise: Disguise | None) -> Any:
     """The same output with the rows of :func:`rows_of` replaced."""
     return with_first_tensor(output, rows if disguise is None else disguise(rows), module)
+
+
+def with_batch(value: Tensor, batch: torch.Size, site: str) -> Tensor:
+    """What a site computed, with the batch shape first.
+
+    Raises:
+        InputError: if its rows are not the rows of the batch.
+    """
+    if value.shape[: len(batch)] == batch:
+        return value
+    # Convolutional nets flatten the leading dimensions before their layers.
+    if len(batch) > 1 and value.ndim and value.shape[0] == batch.numel():
+        return value.reshape(*batch, *value.shape[1:])
+    raise InputError(
+        f"the output of {site!r} has shape {tuple(value.shape)}, which does not start with the batch shape "
+        f"{tuple(batch)}: name a module whose output has a row for each row of the batch"
+    )
 
 
 def feature_dims(rows: Tensor, batch: torch.Size | None) -> int:

@@ -5,8 +5,8 @@ The body of ``with hooked.run(data) as run:`` says what to do; the model runs on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,21 +16,35 @@ from tensordict.nn import ProbabilisticTensorDictModule
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tdhook_rl.captures import Captures
 from tdhook_rl.containers import first_tensor, with_first_tensor
 from tdhook_rl.errors import InputError, SiteError, TargetError, nearest
 from tdhook_rl.passes import Drawn, Pass, Replay
-from tdhook_rl.requests import OFFERED, Act, CacheProxy, EarlyStop, Kind, caller, kind_of, request_sites
+from tdhook_rl.repeats import part_of, several_runs
+from tdhook_rl.requests import (
+    OFFERED,
+    Act,
+    CacheProxy,
+    EarlyStop,
+    KeptRuns,
+    Kind,
+    caller,
+    kind_of,
+    request_sites,
+    without_methods,
+)
 from tdhook_rl.rows import as_leaf, rows_of, with_rows
 from tdhook_rl.samples import samples
 from tdhook_rl.targets import Target
 
 if TYPE_CHECKING:
     from tdhook_rl.module import HookedMixin
+    from tdhook_rl.paths import Site
 
 __all__ = ["CacheProxy", "EarlyStop", "HookedModuleRun", "without_methods"]
 
 
-class HookedModuleRun:
+class HookedModuleRun(Captures):
     """One forward pass of a hooked module, with what was asked for in the body of its ``with`` block.
 
     Args:
@@ -50,6 +64,14 @@ class HookedModuleRun:
     A ``callback`` is called with those of these keywords that it takes: ``module``, ``key``, ``direction``, ``value``
     (where one is set), and as torch gives them to hooks ``args`` and ``kwargs``, ``output``, or ``grad_input`` or
     ``grad_output`` (tuples of one).
+
+    Of a module that runs several times in the forward, what is captured is of its last run, value and gradient alike;
+    ``"act@0"`` names one run, and ``"act@all"`` has all in a dimension after the batch (gradients once each run has
+    one). To override the module, say which run (a value of all runs fits ``"act@all"``) or give a callback, which acts
+    in each.
+
+    What is asked for acts in the forward of this run only: other calls of the hooked module, and other runs, are
+    clean, whether in the block, in a callback or in another thread.
 
     Raises:
         SiteError: if a path names nothing, if :meth:`set` or :meth:`stop` names a module that did not run, or if what
@@ -92,53 +114,11 @@ class HookedModuleRun:
         self._points: list[Tensor] = []
         self._captured: list[tuple[str, Kind, CacheProxy]] = []
         self._idle: dict[object, str] = {}  # overrides and stops that have not acted yet
+        self._given: list[tuple[str, int, dict[str, int]]] = []  # overrides of all runs: site, how many, how many were
+        self._running = self._busy = False  # in the run's own forward; in a callback of the run's
+        self._acts_always = False  # a request outside a run
         self._state: Literal["new", "open", "ended"] = "new"
         self.stopped_at: str | None = None
-
-    # ------------------------------------------------------------------ capturing
-
-    def get(self, key: str, *, cache_key: str | None = None, **options: Any) -> CacheProxy:
-        """Capture a module's output; after the block, find what was captured.
-
-        Args:
-            key: the module path.
-            cache_key: the key in :attr:`cache`; ``f"{key}_{kind}"`` by default.
-            callback: returns what is captured instead, a tensor or TensorDict.
-            direction: ``"fwd"``, ``"fwd_pre"``, ``"bwd"`` or ``"bwd_pre"``; ``"fwd_kwargs"`` and
-                ``"fwd_pre_kwargs"`` are the first two.
-            prepend: act before the hooks that are there.
-            relative: start the path at the user's module (``True``) or at the wrapping TensorDictModule.
-        """
-        return self._capture(key, self.cache, cache_key, "", **options)
-
-    def save(self, key: str, *, cache_key: str | None = None, **options: Any) -> CacheProxy:
-        """As :meth:`get`, into ``cache=`` and under ``f"{run_name}{run_sep}{key}_{kind}"``."""
-        cache = self.cache if self._save_cache is None else self._save_cache
-        return self._capture(key, cache, cache_key, self._prefix, **options)
-
-    def get_input(self, key: str, **options: Any) -> CacheProxy:
-        """Capture a module's (first) input."""
-        return self.get(key, direction="fwd_pre", **options)
-
-    def save_input(self, key: str, **options: Any) -> CacheProxy:
-        """Capture a module's (first) input, as :meth:`save`."""
-        return self.save(key, direction="fwd_pre", **options)
-
-    def get_grad(self, key: str, **options: Any) -> CacheProxy:
-        """Capture the gradient with respect to a module's (first) input."""
-        return self.get(key, direction="bwd", **options)
-
-    def save_grad(self, key: str, **options: Any) -> CacheProxy:
-        """Capture the gradient with respect to a module's (first) input, as :meth:`save`."""
-        return self.save(key, direction="bwd", **options)
-
-    def get_grad_output(self, key: str, **options: Any) -> CacheProxy:
-        """Capture the gradient with respect to a module's output."""
-        return self.get(key, direction="bwd_pre", **options)
-
-    def save_grad_output(self, key: str, **options: Any) -> CacheProxy:
-        """Capture the gradient with respect to a module's output, as :meth:`save`."""
-        return self.save(key, direction="bwd_pre", **options)
 
     # ------------------------------------------------------------------ overriding
 
@@ -164,11 +144,20 @@ class HookedModuleRun:
         self._require("open", "set")
         kind = kind_of(direction)
         call = None if callback is None else caller(callback, ("value", *OFFERED[kind]), key)
-        token = object()
+        token, times, runtime = object(), {"": 0}, self.hooked._hooked_runtime
+        every, one = key.endswith("@all"), kind in ("output", "input") and call is None and "@" not in key
 
-        def replace(module: nn.Module, original: Tensor, given: dict[str, Any]) -> Tensor | None:
+        def replace(module: nn.Module, original: Tensor, given: dict[str, Any], index: int) -> Tensor | None:
             self._idle.pop(token, None)
+            if index and one:
+                raise several_runs(key)
             new = value.resolve() if isinstance(value, CacheProxy) else value
+            if every and isinstance(new, Tensor) and new.ndim == original.ndim + 1:
+                dim = len(runtime.batch or ())
+                if not index and call is None:
+                    self._given.append((key, new.shape[dim], times))
+                times[""] = index + 1
+                new = part_of(new, index, "all", new.shape[dim], original, runtime.batch)
             if call is not None:
                 new = call(module=module, key=key, direction=direction, value=new, **given)
                 if new is None:
@@ -200,10 +189,14 @@ class HookedModuleRun:
         """End the forward after a module; what comes later does not run and is not written."""
         self._require("open", "stop")
 
-        def halt(module: nn.Module, args: tuple, output: Any) -> None:
-            raise EarlyStop(key)
+        runtime = self.hooked._hooked_runtime
+        for site in request_sites(self.hooked, key, relative, acts=True):
+            name = self._name()
 
-        for site in request_sites(self.hooked, key, relative):
+            def halt(module: nn.Module, args: tuple, output: Any, wanted: Any = site.run, name: str = name) -> None:
+                if self._acts() and (not isinstance(wanted, int) or runtime.run_of(name) == wanted):
+                    raise EarlyStop(key)
+
             self._handles.append(site.module.register_forward_hook(halt))
         self._idle[object()] = f"run.stop named {key!r}, which did not run, so nothing was stopped"
 
@@ -228,8 +221,10 @@ class HookedModuleRun:
             self._points.clear()
 
     def _run(self) -> None:
-        lock = self.hooked._hooked_runtime.lock  # what the run leaves out, calls of other threads are not to miss
-        with lock, torch.set_grad_enabled(self._grad_enabled), without_methods(self.hooked):
+        runtime = self.hooked._hooked_runtime
+        # What the run leaves out, and what it does, calls of other threads are not to miss or to see.
+        with runtime.lock, torch.set_grad_enabled(self._grad_enabled), without_methods(self.hooked):
+            self._running = True
             try:
                 if self._callback is not None:
                     self._callback(self.hooked, self.data)
@@ -240,6 +235,11 @@ class HookedModuleRun:
                 if self._target is not None:
                     raise TargetError(f"the run stopped at {stop}, so its target cannot be computed") from None
                 return
+            finally:
+                self._running = False
+            for key, given, times in self._given:
+                if given != times[""]:
+                    raise SiteError(f"run.set was given {given} runs for {key!r}, but the module ran {times['']} times")
             if self._idle:
                 raise SiteError(f"{next(iter(self._idle.values()))}: name a module that the forward executes")
             if self._target is not None:
@@ -294,20 +294,24 @@ class HookedModuleRun:
         if len(sites) > 1:
             names = ", ".join(repr(site.name) for site in sites[:4])
             raise SiteError(f"{key!r} names {len(sites)} modules where one is captured: {names}")
+        kept = KeptRuns(key, sites[0].run, self.hooked._hooked_runtime)
 
-        def keep(module: nn.Module, original: Tensor, given: dict[str, Any]) -> None:
+        def keep(module: nn.Module, original: Tensor, given: dict[str, Any], index: int) -> None:
             # A copy: an in-place module would overwrite it.
             value = original.clone() if call is None else call(module=module, key=key, direction=direction, **given)
             if not isinstance(value, (Tensor, TensorDictBase)):
                 raise InputError(
                     f"the callback for {key!r} must return a tensor or a TensorDict, got a {type(value).__name__}"
                 )
+            value = kept.of_runs(value, index)
+            if value is None:
+                return
             if getattr(proxy.cache, "is_locked", False) and proxy.cache.get(proxy.key, None) is not None:
                 proxy.cache.set_(proxy.key, value)  # a preallocated cache, such as a memory-mapped one
             else:
                 proxy.cache[proxy.key] = value
 
-        self._place(key, kind, keep, prepend, relative)
+        self._place(key, kind, keep, prepend, relative, kept)
         self._captured.append((key, kind, proxy))
         return proxy
 
@@ -321,29 +325,52 @@ class HookedModuleRun:
             )
         return next((proxy for proxy in found if proxy.key == cache_key), found[-1])
 
-    def _place(self, key: str, kind: Kind, act: Act, prepend: bool, relative: bool) -> None:
+    def _place(
+        self, key: str, kind: Kind, act: Act, prepend: bool, relative: bool, kept: KeptRuns | None = None
+    ) -> None:
         if kind in ("grad_input", "grad_output"):
             self._grad_enabled = True
 
         runtime = self.hooked._hooked_runtime
 
-        def on_gradient(module: nn.Module, value: Tensor) -> Tensor:
+        def called(module: nn.Module, value: Tensor, given: dict[str, Any], index: int) -> Tensor | None:
+            # The user's callback may call the hooked module: that call is not this run.
+            busy, self._busy = self._busy, True
+            try:
+                return act(module, value, given, index)
+            finally:
+                self._busy = busy
+
+        def on_gradient(module: nn.Module, value: Tensor, index: int) -> Tensor:
             if not value.requires_grad:
                 value = as_leaf(value)
             point = value.view_as(value)  # a node of its own: it sees the gradient through this module only
-            point.register_hook(lambda gradient: act(module, gradient, {kind: (gradient,)}))
+            point.register_hook(lambda gradient: called(module, gradient, {kind: (gradient,)}, index))
             self._points.append(point)
             return point
 
-        def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        def which(site: Site, name: str) -> int | None:
+            """Which run of the site is under way; None where nothing is to be done in it."""
+            if not self._acts():
+                return None
+            index = runtime.run_of(name)
+            if kept is not None:
+                kept.note(index)
+            return None if isinstance(site.run, int) and 0 <= site.run != index else index
+
+        def before(site: Site, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            index = which(site, name)
+            if index is None:
+                return None
             # Models of transformers pass some inputs by name only.
             given = args if args else kwargs
             packed = args and isinstance(args[0], tuple)
             tensor = args[0] if packed else first_tensor(given, module, key, "in_keys")
             value, disguise = rows_of(tensor, module, key, runtime)
-            new = (
-                act(module, value, {"args": args, "kwargs": kwargs}) if kind == "input" else on_gradient(module, value)
-            )
+            if kind == "input":
+                new = called(module, value, {"args": args, "kwargs": kwargs}, index)
+            else:
+                new = on_gradient(module, value, index)
             if new is None:
                 return None
             if any(isinstance(one, TensorDictBase) for one in (*args, *kwargs.values())):
@@ -355,18 +382,32 @@ class HookedModuleRun:
             given = with_first_tensor(given, new, module, "in_keys")
             return (given, kwargs) if args else (args, given)
 
-        def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        def after(site: Site, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+            index = which(site, name)
+            if index is None:
+                return None
             value, disguise = rows_of(output, module, key, runtime)
             raw = {"args": args, "kwargs": kwargs, "output": output}
-            new = act(module, value, raw) if kind == "output" else on_gradient(module, value)
+            new = called(module, value, raw, index) if kind == "output" else on_gradient(module, value, index)
             return None if new is None else with_rows(output, new, module, disguise)
 
-        for site in request_sites(self.hooked, key, relative):
+        for site in request_sites(self.hooked, key, relative, acts=kept is None):
+            name = self._name()
             if kind in ("input", "grad_input"):
-                handle = site.module.register_forward_pre_hook(before, prepend=prepend, with_kwargs=True)
+                hook = functools.partial(before, site, name)
+                handle = site.module.register_forward_pre_hook(hook, prepend=prepend, with_kwargs=True)
             else:
-                handle = site.module.register_forward_hook(after, prepend=prepend, with_kwargs=True)
+                hook = functools.partial(after, site, name)
+                handle = site.module.register_forward_hook(hook, prepend=prepend, with_kwargs=True)
             self._handles.append(handle)
+
+    def _acts(self) -> bool:
+        """Whether the forward under way is the one that was asked about."""
+        return self._acts_always or (self._running and not self._busy)
+
+    def _name(self) -> str:
+        """Under which the runs of a module are counted for one request."""
+        return f"run:{id(self)}:{len(self._handles)}"
 
     def _require(self, state: str, what: str) -> None:
         if self._state != state:
@@ -374,13 +415,3 @@ class HookedModuleRun:
                 f"run.{what} belongs inside `with hooked.run(...) as run:`; this run is "
                 f"{'not entered yet' if self._state == 'new' else 'open' if self._state == 'open' else 'over'}"
             )
-
-
-@contextmanager
-def without_methods(hooked: HookedMixin) -> Iterator[None]:
-    """A run captures what it was asked for; per-step methods of the context that observe are left out."""
-    steps, hooked._hooked_steps = hooked._hooked_steps, []
-    try:
-        yield
-    finally:
-        hooked._hooked_steps = steps

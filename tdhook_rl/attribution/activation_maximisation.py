@@ -45,7 +45,7 @@ class _BoundActivationMaximisation(BoundAttribution):
         self._of_modules = config.target is None and config.init_attr_targets is None
         self.shows_outputs = not config.paths
         if self._of_modules:
-            sites = [site for path in config.paths for site in binder.sites(path)]
+            sites = [site for path in config.paths for site in binder.sites(path, runs=True)]
             self.watched = {binder.watch(site): site.name for site in sites}
         self._alpha = config.alpha
         self._steps = config.n_steps

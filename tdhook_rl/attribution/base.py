@@ -47,7 +47,10 @@ class GradientAttribution(Method):
         additional_init_keys: keys of the data that the three functions are given as ``additional``.
         inputs: the input keys to explain; by default every input that is not boolean, and none where
             ``input_modules`` are given.
-        input_modules: modules whose output is explained, under ``(attribution_key, path)``.
+        input_modules: modules whose output is explained, under ``(attribution_key, path)``. Of a module that runs
+            several times in a call say which run: ``"act@0"``, ``"act@-1"``, or ``"act@all"`` for the gradient with
+            respect to each run, in a dimension for the runs after the batch (see :mod:`tdhook_rl.paths`); their sum
+            is the gradient for a change of all of them.
         target_modules: modules whose output ``init_attr_targets`` is given beside the policy's outputs.
         when: ``"step"`` in every forward, as a second pass; ``"batch"`` in ``annotate`` only. By default
             ``"batch"`` on policies explained through ``target`` and ``"step"`` elsewhere.
@@ -125,7 +128,7 @@ class BoundAttribution:
     horizon: str = "step"  # a row is explained by itself
 
     def __init__(self, config: GradientAttribution, binder: Binder) -> None:
-        sites = [site for path in config.input_modules for site in binder.sites(path)]
+        sites = [site for path in config.input_modules for site in binder.sites(path, runs=True)]
         self.when = config.when or config.default_when(binder.policy)
         self.horizon = config.horizon
         self.root = config.attribution_key
@@ -135,7 +138,8 @@ class BoundAttribution:
         elif sites and config.init_attr_inputs is None:
             self.inputs = []
         self.leaves = {binder.leaf(site): site.name for site in sites}
-        self.watched = {binder.watch(site): site.name for path in config.target_modules for site in binder.sites(path)}
+        watched = [site for path in config.target_modules for site in binder.sites(path, runs=True)]
+        self.watched = {binder.watch(site): site.name for site in watched}
         self.declared = list(binder.policy.in_keys) if self.inputs is None else self.inputs
         self.names = list(config.target) if isinstance(config.target, Mapping) else [None]
         self._init = {
@@ -171,7 +175,8 @@ class BoundAttribution:
             )
         call.learn()
         explained = Explained(self._explained_inputs(call), self.leaves)
-        self.declared = [key for key in self.declared if key in explained.inputs]  # boolean inputs drop out
+        if any(key not in explained.inputs for key in self.declared):  # boolean inputs drop out
+            self.declared = [key for key in self.declared if key in explained.inputs]
         targets = [self._function(one, call) for one in self._chosen]
         results: dict[tuple[str, ...], Tensor] = {}
         for name, (of_inputs, of_leaves) in zip(self.names, self.attribute(call, explained, targets), strict=True):

@@ -19,6 +19,7 @@ from tdhook_rl.chains import MODIFIED
 from tdhook_rl.errors import InputError, SiteError, TargetError, nearest
 from tdhook_rl.hooks import Runtime, vmap_level
 from tdhook_rl.passes import Call, Pass
+from tdhook_rl.repeats import Several, stacked
 from tdhook_rl.targets import no_path
 
 __all__ = ["activations", "explainable_inputs", "gradients"]
@@ -27,6 +28,7 @@ Scalar = Callable[[Pass], Tensor]
 
 #: How often a pass is made where a learner in another thread changes the weights between its forward and its backward.
 ATTEMPTS = 5
+NO_TOTALS: Mapping[str, int] = {}
 Gradients = tuple[dict[NestedKey, Tensor], dict[str, Tensor]]
 
 
@@ -123,7 +125,7 @@ def _recorded(
 ) -> tuple[list[Gradients], dict[str, Tensor]]:
     runtime = call.policy._hooked_runtime
     given = {slot: None if value is None else value.detach().requires_grad_() for slot, value in leaves.items()}
-    with torch.enable_grad(), _leaves(runtime, given):
+    with torch.enable_grad(), _leaves(runtime, given, totals=call.totals):
         primals = {key: value.detach().requires_grad_() for key, value in inputs.items()}
         same = all(value is None for value in leaves.values()) and call.as_it_was(inputs, stored)
         run = call.replay(primals, stored, as_it_was=same)
@@ -144,8 +146,8 @@ def _backward(
     runtime = call.policy._hooked_runtime
     values = [target(run) for target in targets]
     _require_fired(runtime, leaves, sites)
-    inner = {slot: runtime.slots[slot] for slot in leaves}
-    points = [*primals.values(), *inner.values()]
+    inner = {slot: _in_runs(runtime.slots[slot], sites[slot]) for slot in leaves}
+    points = [*primals.values(), *(value for runs in inner.values() for value in runs)]
     found = []
     for index, (target, value) in enumerate(zip(targets, values, strict=True)):
         if not value.requires_grad:
@@ -158,8 +160,25 @@ def _backward(
         if all(gradient is None for gradient in one):
             raise TargetError(no_path(target))
         defined = None if finite else defined_rows(call, value.detach())
-        found.append(_split(one, points, primals, inner, defined))
-    return found, {slot: value.detach() for slot, value in inner.items()}
+        gradients = _filled(one, points, defined)
+        of_inner = iter(gradients[len(primals) :])
+        of_leaves = {slot: tuple(next(of_inner) for _ in runs) for slot, runs in inner.items()}
+        found.append(
+            (
+                dict(zip(primals, gradients, strict=False)),
+                {slot: _joined(runtime.slots[slot], runs, run, sites[slot]) for slot, runs in of_leaves.items()},
+            )
+        )
+    return found, {slot: _joined(runtime.slots[slot], runs, run, sites[slot]).detach() for slot, runs in inner.items()}
+
+
+def _in_runs(value: Tensor | Several, site: str) -> tuple[Tensor, ...]:
+    return value.points(site) if isinstance(value, Several) else (value,)
+
+
+def _joined(kept: Tensor | Several, runs: tuple[Tensor, ...], run: Pass, site: str) -> Tensor:
+    """What belongs to the leaves of a site, one for each of its runs, as one tensor."""
+    return stacked(runs, run.outputs.batch_size, site) if isinstance(kept, Several) and kept.run == "all" else runs[0]
 
 
 def activations(
@@ -168,12 +187,28 @@ def activations(
     inputs: Mapping[NestedKey, Tensor] | None = None,
     stored: TensorDictBase | None = None,
 ) -> dict[str, Tensor]:
-    """What the policy computes at sites, by slot, on the call's inputs or on others."""
+    """What the policy computes at sites, by slot, on the call's inputs or on others.
+
+    Raises:
+        SiteError: if a module does not run, or if the runs of a site are counted and are not as many as before.
+    """
     runtime = call.policy._hooked_runtime
     with torch.no_grad(), _leaves(runtime, dict.fromkeys(sites)):
-        call.replay(inputs, stored)
+        run = call.replay(inputs, stored)
         _require_fired(runtime, dict.fromkeys(sites), sites)
-        return {slot: runtime.slots[slot].detach() for slot in sites}
+        found = {}
+        for slot, site in sites.items():
+            value = runtime.slots[slot]
+            if isinstance(value, Several):
+                times = len(value.values)
+                if call.totals.setdefault(slot, times) != times:
+                    raise SiteError(
+                        f"the module of {site!r} ran {call.totals[slot]} times on some inputs and {times} times on "
+                        "others, so that its runs cannot be compared: count from the first, as in 'act@0'"
+                    )
+                value = value.chosen(run.outputs.batch_size, site)
+            found[slot] = value.detach()
+        return found
 
 
 def _functional(
@@ -198,44 +233,40 @@ def _functional(
         def total(*values: Tensor, target: Scalar = target) -> tuple[Tensor, Tensor]:
             chosen = dict(zip(inputs, values, strict=False))
             placed = dict(zip(inner, values[len(inputs) :], strict=True))
-            with _leaves(runtime, placed, added):
+            with _leaves(runtime, placed, added, call.totals):
                 value = target(call.replay(chosen, stored))
             if not torch.compiler.is_compiling() and not value.requires_grad:
                 raise TargetError(no_path(target))
             return (value if weights is None else value * weights.to(value.dtype)).sum(), value
 
         one, reached = torch.func.grad(total, argnums=tuple(range(len(points))), has_aux=True)(*points)
-        found.append(_split(one, points, inputs, inner, defined_rows(call, reached)))
+        filled = _filled(one, points, defined_rows(call, reached))
+        found.append((dict(zip(inputs, filled, strict=False)), dict(zip(inner, filled[len(inputs) :], strict=True))))
     return found, {slot: value.detach() for slot, value in inner.items()}
 
 
-def _split(
-    one: Sequence[Tensor | None],
-    points: Sequence[Tensor],
-    inputs: Mapping[NestedKey, Tensor],
-    inner: Mapping[str, Tensor],
-    defined: Tensor | None,
-) -> Gradients:
-    """The gradients by name; ``defined`` says for which rows there is one, where that is not all of them."""
+def _filled(one: Sequence[Tensor | None], points: Sequence[Tensor], defined: Tensor | None) -> list[Tensor]:
+    """The gradients, zero where none arrived; ``defined`` says for which rows there is one, if not for all."""
     filled = [
         torch.zeros_like(point) if gradient is None else gradient for point, gradient in zip(points, one, strict=True)
     ]
-    if defined is not None:
-        filled = [
-            value if gradient is None else blank(defined, value) for value, gradient in zip(filled, one, strict=True)
-        ]
-    return dict(zip(inputs, filled, strict=False)), dict(zip(inner, filled[len(inputs) :], strict=True))
+    if defined is None:
+        return filled
+    return [value if gradient is None else blank(defined, value) for value, gradient in zip(filled, one, strict=True)]
 
 
 @contextmanager
 def _leaves(
-    runtime: Runtime, leaves: Mapping[str, Tensor | None], added: frozenset[str] = frozenset()
+    runtime: Runtime,
+    leaves: Mapping[str, Tensor | None],
+    added: frozenset[str] = frozenset(),
+    totals: Mapping[str, int] = NO_TOTALS,
 ) -> Iterator[None]:
-    runtime.leaves, runtime.added = dict(leaves), added
+    runtime.leaves, runtime.added, runtime.totals = dict(leaves), added, totals
     try:
         yield
     finally:
-        runtime.leaves, runtime.added = {}, frozenset()
+        runtime.leaves, runtime.added, runtime.totals = {}, frozenset(), NO_TOTALS
         for slot in leaves:
             runtime.slots.pop(slot, None)
 
@@ -243,7 +274,9 @@ def _leaves(
 def _require_fired(runtime: Runtime, leaves: Mapping[str, Tensor | None], sites: Mapping[str, str]) -> None:
     for slot in leaves:
         if slot not in runtime.slots:
-            raise SiteError(f"the module {sites[slot]!r} did not run, so its activation cannot be explained")
+            raise SiteError(
+                f"the module {sites[slot]!r} did not run (or not so often), so its activation cannot be explained"
+            )
 
 
 def _require_same_outputs(call: Call, key: NestedKey, floats: Tensor) -> None:

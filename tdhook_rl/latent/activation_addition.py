@@ -51,7 +51,7 @@ class ActivationAddition(Method):
     steer_key: str = "steer"
 
     def bind(self, binder: Binder) -> _BoundAddition:
-        slots = {binder.capture(site): site.name for site in binder.sites(self.modules_to_steer)}
+        slots = {binder.capture(site): site.name for site in binder.sites(self.modules_to_steer, runs=True)}
         return _BoundAddition(self, slots, list(binder.policy.in_keys))
 
 

@@ -24,7 +24,7 @@ class ActivationCaching(Method):
     """Write what modules compute under ``("cache", path)``; their gradients, and the last call, into a cache.
 
     Args:
-        key_pattern: a module path, a regular expression (``re.match`` on module names), or several of them.
+        key_pattern: a module path or pattern (see :mod:`tdhook_rl.paths`), or several of them.
         relative: ``True``: paths start at the module that is prepared; ``False``: at the TensorDict module around
             it, which differs for a plain ``nn.Module`` only (``"module.0"`` in place of ``"0"``).
         cache: a TensorDict of the caller's (see below).
@@ -45,9 +45,10 @@ class ActivationCaching(Method):
     the keys are the same without the root.
 
     **Forward directions** are written at every forward, batch + features, detached and copied, and by ``annotate``
-    on data that lacks them. A module that runs several times in one forward shows its last run. In nets of many
-    agents they are batch + agents + features, inside ``vmap`` too; the core of a recurrent module has one row for
-    each step, in recurrent mode as in collection.
+    on data that lacks them. A module that runs several times in one forward shows its last run; ``"act@0"`` is its
+    first one, and ``"act@all"`` has all of them in a dimension after the batch (gradients once each run has one). In
+    nets of many agents they are batch + agents + features, inside ``vmap`` too; the core of a recurrent module has one
+    row for each step, in recurrent mode as in collection.
 
     **Gradient directions** need a cache: a gradient exists only once somebody runs a backward pass through what
     the policy returned, or through a loss that uses the policy (``get_dist`` included). It is written to the cache
@@ -125,7 +126,7 @@ class ActivationCaching(Method):
             )
 
     def bind(self, binder: Binder) -> _BoundCaching:
-        sites = find_sites(binder.root if self.relative else binder.policy, self.key_pattern)
+        sites = find_sites(binder.root if self.relative else binder.policy, self.key_pattern, runs=True)
         _require_leaves([self._key("fwd", site) for site in sites])
         if tuple(self.directions) == ("fwd",) and self.cache is None and self.callback is None:
             # What most collectors run at every step: plain capture hooks, results written as they are.
@@ -143,19 +144,19 @@ class ActivationCaching(Method):
         for (direction, site), key in keys.items():
             if direction in GRADIENT:
                 assert staging is not None  # __post_init__
-                hook = GradientHook(binder.runtime, site.name, key[1:], direction, callback, staging)
+                hook = GradientHook(binder.runtime, site, key[1:], direction, callback, staging)
                 if direction == "bwd":
-                    site.module.register_forward_pre_hook(hook.before, with_kwargs=True)
+                    binder.on_input(site, hook.before)
                 else:
-                    site.module.register_forward_hook(hook.after, with_kwargs=True)
+                    binder.on_output(site, hook.after, observes=True, with_kwargs=True)
                 gradients[key[1:]] = site.name, site.explicit
                 continue
             slot = binder.slot(site)
-            capture = CachingHook(binder.runtime, slot, site.name, key[1:], callback, staging)
+            capture = CachingHook(binder.runtime, slot, site, key[1:], callback, staging)
             if direction == "fwd_pre":
-                site.module.register_forward_pre_hook(capture.before, with_kwargs=True)
+                binder.on_input(site, capture.before)
             else:
-                site.module.register_forward_hook(capture.after, with_kwargs=True)
+                binder.on_output(site, capture.after, observes=True, with_kwargs=True)
             slots[key] = slot, site.name, site.explicit
         return _BoundCaptures(slots, gradients, staging, callback is not None)
 

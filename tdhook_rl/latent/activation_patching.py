@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from tensordict import NestedKey
 from tensordict.nn import ProbabilisticTensorDictModule
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdhook_rl.callbacks import takes_keywords
 from tdhook_rl.draws import sample_keys
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
-from tdhook_rl.hooks import Portable, Runtime
+from tdhook_rl.hooks import Portable
+from tdhook_rl.latent.patch_hooks import KeepHook, PatchHook, other_count, runs_kept
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.passes import Call
-from tdhook_rl.rows import rows_of, with_rows
+from tdhook_rl.paths import Site
 
 __all__ = ["ActivationPatching"]
 
@@ -34,19 +34,23 @@ class ActivationPatching(Method):
     output of each named module is replaced by what it was in the first run.
 
     Args:
-        modules_to_patch: module paths or patterns.
+        modules_to_patch: module paths or patterns. Of a module that runs several times in a call say which run:
+            ``"act@0"``, ``"act@-1"``, or ``"act@all"`` to put each run's own activation into it.
         patch_key: the root of the second inputs, which are read, and of the outputs of the second run, which are
             written. In the second run nothing is sampled, and the sampled keys (the action, its log-probability)
             are not written.
         patch_fn: ``patch_fn(module_key, output, output_to_patch)`` returns the value to put in: ``output`` is what the
             module computes in the second run, the one that is patched, and ``output_to_patch`` what it computed in
             the first. ``None``, as no function at all, puts all of ``output_to_patch`` in. Called with keywords where
-            it has these parameters, else by position.
+            it has these parameters, else by position. Of a module that gives several tensors it decides on the first;
+            without a function all are put in.
 
     Reads ``(patch_key, in_key)``, of the shape of the input. Writes ``(patch_key, out_key)``.
 
     Raises:
         MissingKeyError: if the second inputs are absent.
+        SiteError: if a module does not run in both runs, runs several times and no run is named, or does not run
+            equally often where all runs are named.
         InputError: if ``patch_fn`` returns something of another shape.
 
     Warns:
@@ -56,6 +60,7 @@ class ActivationPatching(Method):
 
     Example:
         >>> from tensordict import TensorDict
+        >>> from torch import nn
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
         >>> x, other = torch.randn(3, 4), torch.randn(3, 4)
         >>> with ActivationPatching(["1"]).prepare(net) as hooked:
@@ -85,10 +90,11 @@ class ActivationPatching(Method):
         if self.patch_fn is not None:
             function, keywords = Portable(self.patch_fn), takes_keywords(self.patch_fn, _ARGUMENTS, "patch_fn")
         slots = {}
-        for site in binder.sites(self.modules_to_patch):
-            slot = binder.capture(site)
-            binder.on_output(site, _PatchHook(binder.runtime, owner, slot, site.name, function, keywords))
-            slots[slot] = site.name
+        for site in binder.changed_sites(self.modules_to_patch):
+            slot = binder.slot(site)
+            binder.on_output(site, KeepHook(binder.runtime, slot))
+            binder.on_output(site, PatchHook(binder.runtime, owner, slot, site, function, keywords))
+            slots[slot] = replace(site, module=None)  # the clone owns the module
         drawn: set[NestedKey] = set()
         for child in binder.policy.modules():
             if isinstance(child, ProbabilisticTensorDictModule):
@@ -97,46 +103,13 @@ class ActivationPatching(Method):
         return _BoundPatching(self.patch_key, owner, slots, kept, list(binder.policy.in_keys))
 
 
-class _PatchHook:
-    """Forward hook that puts the captured output in while its own method runs the policy again."""
-
-    def __init__(
-        self, runtime: Runtime, owner: str, slot: str, site: str, function: Portable | None, keywords: bool
-    ) -> None:
-        self.runtime = runtime
-        self.owner = owner
-        self.slot = slot
-        self.site = site
-        self.function = function
-        self.keywords = keywords
-
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        if self.runtime.explaining != self.owner:
-            return None
-        original = self.runtime.slots.get(self.slot)
-        if original is None:
-            raise SiteError(f"the module {self.site!r} runs on the patched inputs but did not run on the data's own")
-        value, disguise = rows_of(output, module, self.site, self.runtime)
-        patch = None
-        if self.function is not None and self.keywords:
-            patch = self.function(module_key=self.site, output=value, output_to_patch=original)
-        elif self.function is not None:
-            patch = self.function(self.site, value, original)
-        if patch is None:
-            patch = original
-        if not isinstance(patch, Tensor) or patch.shape != value.shape:
-            got = tuple(patch.shape) if isinstance(patch, Tensor) else type(patch).__name__
-            raise InputError(f"the patch of {self.site!r} must have shape {tuple(value.shape)}, got {got}")
-        return with_rows(output, patch, module, disguise)
-
-
 class _BoundPatching:
     when = "step"
     reads_forward = True
     replays = True
 
     def __init__(
-        self, root: str, owner: str, slots: dict[str, str], out_keys: list[NestedKey], in_keys: list[NestedKey]
+        self, root: str, owner: str, slots: dict[str, Site], out_keys: list[NestedKey], in_keys: list[NestedKey]
     ) -> None:
         self._root = root
         self._owner = owner
@@ -147,8 +120,7 @@ class _BoundPatching:
         self.result_keys = tuple((root, *_as_tuple(key)) for key in out_keys)
 
     def compute(self, call: Call) -> dict[tuple[str, ...], Tensor]:
-        for slot, site in self._slots.items():
-            call.captured(slot, site)  # raises where the module did not run
+        times = {slot: runs_kept(call, slot, site) for slot, site in self._slots.items()}
         others = {}
         for key, read in zip(self._in_keys, self.reads, strict=True):
             value = call.data.get(read, None)
@@ -164,8 +136,14 @@ class _BoundPatching:
                 )
             others[key] = value
         with torch.no_grad(), call.policy._hooked_runtime.explained_by(self._owner):
-            outputs = call.replay(others).outputs
-        found = {}
+            run = call.replay(others)
+        for slot, site in self._slots.items():
+            patched = run.runs.get(slot, 0)
+            if not patched:
+                raise SiteError(f"the module {site.name!r} did not run on the patched inputs, so nothing was patched")
+            if times[slot] not in (None, patched):
+                raise other_count(site.name, times[slot], patched)
+        outputs, found = run.outputs, {}
         for key in self._out_keys:
             value = outputs.get(key, None)
             if isinstance(value, Tensor):

@@ -12,6 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
+from tdhook_rl.repeats import Several
 
 __all__ = ["CacheStore", "CallRecord", "Staging", "holds_still"]
 
@@ -98,13 +99,14 @@ class CacheStore:
 
 
 class CallRecord:
-    """What gradient hooks know of the call they were set in: no tensor, so that no graph is kept."""
+    """What gradient hooks know of the call they were set in: nothing with a graph, so that none is kept."""
 
     def __init__(self) -> None:
         self.batch: torch.Size | None = None
         self.under_way = False  # from the first watched tensor of a call of `forward` to the end of the call
         self.ran: set[Key] = set()
-        self.last: dict[Key, object] = {}  # for each site, a token of its last run outside replays
+        self.times: dict[Key, int] = {}  # for each site, how often it ran outside replays
+        self.arrived: dict[Key, dict[int, Tensor]] = {}  # gradients of single runs that wait for those of the others
 
 
 class Staging:
@@ -119,6 +121,7 @@ class Staging:
         self.keys = keys
         self.record = CallRecord()
         self.loose: dict[Key, Tensor] = {}  # of a call with tensors, which has no batch size
+        self.several: dict[Key, Several] = {}  # the same, of sites of which all runs are kept
         self.values: dict[Key, Tensor] | None = None
 
     def stage(self, values: dict[Key, Tensor], batch: torch.Size) -> None:
@@ -127,17 +130,17 @@ class Staging:
 
     def close(self, complete: bool) -> None:
         values, loose, record = self.values, self.loose, self.record
-        self.values, self.loose, self.record = None, {}, CallRecord()
+        self.values, self.loose, self.several, self.record = None, {}, {}, CallRecord()
         record.under_way = False
         if not complete:
             return
         if values is not None:
             self.store.fill(self.keys, values, record.batch or torch.Size())
-        elif loose or record.last:
+        elif loose or record.times:
             self.store.fill(self.keys, loose, torch.Size())
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"record": CallRecord(), "loose": {}, "values": None}
+        return self.__dict__ | {"record": CallRecord(), "loose": {}, "several": {}, "values": None}
 
 
 def _fit(data: TensorDictBase, batch: torch.Size, keys: Iterable[Key]) -> None:

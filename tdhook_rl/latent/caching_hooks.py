@@ -22,6 +22,8 @@ from tdhook_rl.hooks import (
     with_first_tensor,
 )
 from tdhook_rl.latent.caches import CallRecord, Key, Staging
+from tdhook_rl.paths import Site
+from tdhook_rl.repeats import added, stacked
 
 __all__ = ["FORWARD", "GRADIENT", "CachingHook", "Callback", "GradientHook", "escaped"]
 
@@ -95,10 +97,10 @@ class CachingHook(CaptureHook):
     """
 
     def __init__(
-        self, runtime: Runtime, slot: str, path: str, key: Key, callback: Callback | None, staging: Staging | None
+        self, runtime: Runtime, slot: str, site: Site, key: Key, callback: Callback | None, staging: Staging | None
     ) -> None:
-        super().__init__(runtime, slot)
-        self.path = path
+        super().__init__(runtime, slot, site.run)
+        self.path = site.name
         self.key = key
         self.callback = callback
         self.staging = staging
@@ -131,7 +133,12 @@ class CachingHook(CaptureHook):
         if self.runtime.recording:
             super().__call__(module, args, value)
         elif self.staging is not None:
-            self.staging.loose[self.key] = escaped(value.detach().clone())
+            value = escaped(value.detach().clone())
+            if self.run is not None:
+                before = self.staging.several.get(self.key) if self.runtime.run_of(self.slot) else None
+                self.staging.several[self.key] = several = added(before, value, self.run)
+                value = several.chosen(torch.Size(()), self.path)
+            self.staging.loose[self.key] = value
 
 
 class GradientHook:
@@ -141,10 +148,11 @@ class GradientHook:
     """
 
     def __init__(
-        self, runtime: Runtime, path: str, key: Key, direction: str, callback: Callback | None, staging: Staging
+        self, runtime: Runtime, site: Site, key: Key, direction: str, callback: Callback | None, staging: Staging
     ) -> None:
         self.runtime = runtime
-        self.path = path
+        self.path = site.name
+        self.run = site.run
         self.key = key
         self.direction = direction
         self.callback = callback
@@ -190,7 +198,7 @@ class GradientHook:
         if not torch.is_grad_enabled() or (runtime.replay is not None and not runtime.recording):
             return False
         record.under_way = runtime.depth > 0
-        record.last[self.key] = object()
+        record.times[self.key] = record.times.get(self.key, 0) + 1
         return True
 
     def _watched(self, value: Tensor, module: nn.Module, own: bool) -> Tensor:
@@ -201,12 +209,15 @@ class GradientHook:
                 "computes with floating-point numbers"
             )
         record = self.staging.record
-        return watched(value, functools.partial(self._arrive, module, record, record.last[self.key]), own)
+        return watched(value, functools.partial(self._arrive, module, record, record.times[self.key] - 1), own)
 
-    def _arrive(self, module: nn.Module, record: CallRecord, token: object, gradient: Tensor) -> None:
-        # The last run of a module in a call counts, as for its output; its gradient is the first to arrive. While
-        # the call is under way, gradients are those of other methods, which explain it.
-        if record.under_way or record.last[self.key] is not token:
+    def _arrive(self, module: nn.Module, record: CallRecord, index: int, gradient: Tensor) -> None:
+        # Where no run is named the last one in a call counts, as for its output; its gradient is the first to
+        # arrive. A single run is told from others by a RunHook. While the call is under way, gradients are those of
+        # other methods, which explain it.
+        times = record.times[self.key]
+        meant = times + self.run if isinstance(self.run, int) and self.run < 0 else times - 1
+        if record.under_way or (self.run != "all" and index != meant):
             return
         value = gradient
         if self.callback is not None:
@@ -217,6 +228,13 @@ class GradientHook:
         if batch is not None and value.shape[: len(batch)] != batch and value.shape[:1] == (batch.numel(),):
             # Convolutional nets flatten the leading dimensions before their layers.
             value = value.reshape(*batch, *value.shape[1:])
+        if self.run == "all":
+            arrived = record.arrived.setdefault(self.key, {})
+            arrived[index] = value
+            if len(arrived) < times:
+                return
+            value = stacked(tuple(arrived[one] for one in range(times)), batch or torch.Size(()), self.path)
+            arrived.clear()
         self.staging.store.put(self.key, value)
 
 

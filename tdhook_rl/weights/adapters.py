@@ -62,10 +62,16 @@ class Adapters(Method):
 
     def bind(self, binder: Binder) -> None:
         for name, (adapter, source_path, target_path) in self.adapters.items():
-            source, target = binder.site(source_path), binder.site(target_path)
+            source, target = binder.site(source_path, runs=True), binder.site(target_path, runs=True)
+            for site in (source, target):
+                if site.run == "all" or (site.run is not None and site.run < 0):
+                    raise SiteError(
+                        f"adapter {name!r} joins one run to one run, and {site.name!r} does not say which: count from "
+                        "the first, as in 'act@0'"
+                    )
             carried = _Module(adapter) if isinstance(adapter, nn.Module) else Portable(adapter)
             route = None
-            if source.module is not target.module:
+            if source.module is not target.module or source.run != target.run:
                 route = _Route(name, source.name, target.name)
                 binder.routes.append(route)
                 binder.on_output(source, SourceHook(binder.runtime, route))

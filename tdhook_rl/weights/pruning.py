@@ -108,7 +108,7 @@ class Pruning(Method):
         """The single weights of lowest score, over all modules together."""
         places = _places(binder.root)
         if self.modules_to_prune is not None:
-            paths = [site.path for site in binder.sites(self.modules_to_prune)]
+            paths = [site.path for site in binder.changed_sites(self.modules_to_prune, runs=False, nested=True)]
             places = [place for place in places if _inside(place.module_key, paths)]
         scored = self._scored(binder, places)
         if not scored:
@@ -130,7 +130,9 @@ class Pruning(Method):
         masks: dict[int, tuple[nn.Parameter, Tensor]] = {}
         every, skip = _places(binder.root), self._skips(binder)
         for path, (dim, amount) in self.modules_to_prune.items():
-            sites = [site for site in binder.sites(path) if not skip(site.path, site.module)]
+            sites = [
+                site for site in binder.changed_sites(path, runs=False, nested=True) if not skip(site.path, site.module)
+            ]
             found = [self._scored(binder, [place for place in every if place.module is site.module]) for site in sites]
             # Of the modules that a pattern matches, one with a weight is enough.
             empty = [site for site, scored in zip(sites, found, strict=True) if not scored]
@@ -174,7 +176,11 @@ class Pruning(Method):
     def _skips(self, binder: Binder) -> Callable[[str, nn.Module], bool]:
         if callable(self.skip_modules):
             return self.skip_modules
-        left_alone = [] if self.skip_modules is None else [site.path for site in binder.sites(self.skip_modules)]
+        left_alone = (
+            []
+            if self.skip_modules is None
+            else [site.path for site in binder.changed_sites(self.skip_modules, runs=False, nested=True)]
+        )
         return lambda path, module: _inside(path, left_alone)
 
 

@@ -131,7 +131,7 @@ class ProbeReadout(Method):
     def bind(self, binder: Binder) -> _BoundReadout:
         readings = {}
         for name, probe in self.probes.items():
-            site = binder.site(probe.path)
+            site = binder.site(probe.path, runs=True)
             weight = binder.control(f"{self.name}.{name}.weight", probe.weight)
             bias = binder.control(f"{self.name}.{name}.bias", probe.bias)
             readings[self.probe_key, name] = (binder.capture(site), site.name, weight, bias, probe.kind)

@@ -38,7 +38,7 @@ class Probing(Method):
     The outputs of the policy are unchanged and no result key is written: the probes keep what they find.
 
     Args:
-        key_pattern: a module path, a regular expression (``re.match`` on module names), or several of them.
+        key_pattern: a module path or pattern (see :mod:`tdhook_rl.paths`), or several of them.
         probe_factory: ``probe_factory(key, direction)`` returns the probe of one site, an object with
             ``step(activation, **additional)``; called once for each site when the policy is prepared. ``key`` is
             the module path. :meth:`ProbeManager.probe_factory` is one.
@@ -104,7 +104,7 @@ class Probing(Method):
         return _BoundProbing(readings, _by_name(self.additional_keys or ()))
 
     def _sites(self, root: nn.Module) -> list[Site]:
-        found = find_sites(root, self.key_pattern)
+        found = find_sites(root, self.key_pattern, runs=True)
         kept = [site for site in found if site.explicit or not self._skips(site, found)]
         if not kept:
             names = ", ".join(f"{site.name!r} ({type(site.module).__name__})" for site in found[:4])
