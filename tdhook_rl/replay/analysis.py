@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torchrl.data import ReplayBuffer
 
 from tdhook_rl.annotation import OnMismatch
 from tdhook_rl.errors import ArtifactError, InputError
-from tdhook_rl.replay.reading import entries, in_order, read
+from tdhook_rl.replay.reading import Reader
 from tdhook_rl.replay.results import Results
 
 __all__ = ["analyze"]
@@ -70,16 +71,22 @@ def analyze(
         torch.Size([100, 90])
     """
     folder = Path(folder)
-    size, _ = entries(buffer)
+    reader = Reader(buffer)
+    size = reader.size
     written = _writes(buffer)
     results = Results.find(folder)
     if results is not None:
-        _require_same(results, hooked, buffer, size)
+        _require_same(results, hooked, reader)
     done = 0 if results is None else results.page.done
     if progress is not None:
         progress(done, size)
-    for first, batch in in_order(buffer, batch_size, start=done):
-        found = _results_of(hooked, batch, on_mismatch)
+    lacking = 0
+    for first, last in reader.chunks(batch_size, start=done):
+        index = torch.arange(first, last)
+        found = _results_of(hooked, reader.read(index), on_mismatch)
+        if bool((incomplete := reader.incomplete(index)).any()):
+            found = without(found, incomplete)
+            lacking += int(incomplete.sum())
         if _writes(buffer) != written:
             raise InputError(
                 f"the buffer was written to while it was analysed (at entry {first} of {size}), so results would not "
@@ -90,6 +97,12 @@ def analyze(
         results.write(first, found)
         if progress is not None:
             progress(first + len(found), size)
+    if lacking:
+        warnings.warn(
+            f"{lacking} of {size} rows have no results (NaN, and a false mask): {reader.looking} reads rows before "
+            "them that were written over, so what the policy saw there is no longer known",
+            stacklevel=2,
+        )
     assert results is not None  # there is at least one entry
     return results.data
 
@@ -121,16 +134,25 @@ def _facts(hooked: Any) -> dict[str, Any]:
     }
 
 
-def _require_same(results: Results, hooked: Any, buffer: ReplayBuffer, size: int) -> None:
+def without(found: TensorDictBase, rows: Tensor) -> TensorDictBase:
+    """Results of which some rows are not known: NaN where that can be written, and false masks."""
+    found = found.clone()
+    for key, value in found.items(True, True):
+        masked = isinstance(key, tuple) and key[0] == "computed"
+        value[rows] = float("nan") if value.is_floating_point() else False if masked else 0
+    return found
+
+
+def _require_same(results: Results, hooked: Any, reader: Reader) -> None:
     """Raise :class:`ArtifactError` if this policy, these methods and this buffer did not give what is stored."""
-    folder, page = results.folder, results.page
+    folder, page, size = results.folder, results.page, reader.size
     if page.entries != size:
         raise ArtifactError(
             f"the analysis in {folder} is of a buffer of {page.entries} entries, and this one has {size}: name a new "
             "folder"
         )
     index = torch.linspace(0, page.done - 1, min(CHECKED, page.done)).round().long().unique()
-    found = _results_of(hooked, read(buffer, index), "ignore")
+    found = _results_of(hooked, reader.read(index), "ignore")
     known = {tuple(entry["key"]) for entry in page.keys}
     asked = {key if isinstance(key, tuple) else (key,) for key in found.keys(True, True)}
     if known != asked:

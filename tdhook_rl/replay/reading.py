@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase, is_tensor_collection
+from tensordict import LazyStackedTensorDict, TensorDictBase, is_tensor_collection
+from torch import Tensor
 from torchrl.data import ReplayBuffer
 from torchrl.data.replay_buffers import ReplayBufferEnsemble
 
 from tdhook_rl.errors import InputError
+from tdhook_rl.replay.order import Trajectories
+from tdhook_rl.replay.transforms import (
+    Window,
+    followed_by,
+    named,
+    pieces,
+    require_alike,
+    require_at_rest,
+    told,
+    window_of,
+)
 
-__all__ = ["entries", "in_order", "read"]
+__all__ = ["Reader", "in_order"]
+
+#: A chunk is read again together with so many entries before and after it, if its transforms are not known.
+COMPANY = 4
+#: Rows of which the trajectory is looked up at once.
+LOOKED_UP = 1 << 14
 
 
 def in_order(buffer: ReplayBuffer, batch_size: int = 1024, start: int = 0) -> Iterator[tuple[int, TensorDictBase]]:
     """Batches of a buffer in storage order, as ``buffer.sample`` would give these rows (collated and transformed).
 
+    Transforms that look at other rows of a trajectory (``CatFrames``, ``NextStateReconstructor``) are given these rows,
+    whatever the batch. Other transforms that TorchRL does not promise to work row by row are tried in other company at
+    every batch, which takes the time of a second reading.
+
     Args:
         buffer: any TorchRL buffer of TensorDicts; it is only read.
-        batch_size: rows read at once. Where an entry of the storage is a trajectory, or the storage has several
-            dimensions, as many whole entries as have so many rows, and at least one.
+        batch_size: rows read at once, which changes nothing in them. Where an entry of the storage is a trajectory, or
+            the storage has several dimensions, as many whole entries as have so many rows, and at least one.
         start: the entry to begin with.
 
     Yields:
         the index of the first entry of a batch, and the batch, entries first; the last may be smaller.
 
     Raises:
-        InputError: if the buffer is empty, an ensemble, or does not hold TensorDicts.
+        InputError: if the buffer is empty, an ensemble, or does not hold TensorDicts; if a transform or ``collate_fn``
+            gives a row other values, or another number of rows, when other rows are read with it (a mean over the
+            batch, random crops, a count), and by name.
 
     Example:
         >>> from tensordict import TensorDict
@@ -38,40 +62,130 @@ def in_order(buffer: ReplayBuffer, batch_size: int = 1024, start: int = 0) -> It
         >>> [(first, len(batch)) for first, batch in in_order(buffer, 4)]
         [(0, 4), (4, 4), (8, 2)]
     """
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise InputError(f"batch_size= is a positive integer, got {batch_size!r}")
-    size, rows = entries(buffer)
-    step = max(1, batch_size // rows)
-    for first in range(start, size, step):
-        yield first, read(buffer, torch.arange(first, min(first + step, size)))
+    reader = Reader(buffer)
+    for first, last in reader.chunks(batch_size, start):
+        yield first, reader.read(torch.arange(first, last))
 
 
-def entries(buffer: ReplayBuffer) -> tuple[int, int]:
-    """How many entries a buffer has along the first dimension of its storage, and how many rows are in each.
+class Reader:
+    """Reads entries of a buffer as they are in their trajectory, whichever are read with them.
+
+    Args:
+        buffer: any TorchRL buffer of TensorDicts.
+
+    Attributes:
+        size: entries along the first dimension of the storage.
+        rows: rows in each entry.
 
     Raises:
         InputError: as of :func:`in_order`.
     """
-    if isinstance(buffer, ReplayBufferEnsemble):
-        raise InputError("an ensemble of buffers has no storage order: analyse each of its buffers, ensemble[i]")
-    size = len(buffer)
-    if size == 0:
-        raise InputError("the replay buffer is empty")
-    rows = max(1, read(buffer, torch.arange(1)).batch_size[1:].numel())
-    # A storage of several dimensions counts all its elements, one of trajectories counts these.
-    return (size // rows if buffer.storage.ndim > 1 else size), rows
 
+    def __init__(self, buffer: ReplayBuffer) -> None:
+        if isinstance(buffer, ReplayBufferEnsemble):
+            raise InputError("an ensemble of buffers has no storage order: analyse each of its buffers, ensemble[i]")
+        self._buffer = buffer
+        # Buffers in other processes are asked as they are.
+        self._near = type(buffer).__getitem__ is ReplayBuffer.__getitem__
+        length = len(buffer)
+        if length == 0:
+            raise InputError("the replay buffer is empty")
+        self._transforms = pieces(getattr(buffer, "_transform", None)) if self._near else []
+        require_at_rest(self._transforms)
+        self._known = self._near and told(buffer, self._transforms)
+        windows = [window_of(one) for one in self._transforms]
+        first = self._raw(torch.arange(1))
+        if not is_tensor_collection(first):
+            raise InputError(
+                f"the buffer holds a {type(first).__name__} where a TensorDict is analysed: store TensorDicts, or give "
+                "the buffer a collate_fn that makes them"
+            )
+        self.rows = max(1, first.batch_size[1:].numel())
+        # A storage of several dimensions counts all its elements, one of trajectories counts these.
+        self.size = length // self.rows if self.rows > 1 and buffer.storage.ndim > 1 else length
+        self._window: Window | None = None
+        if any(windows) and first.ndim == 1:
+            self._window = Window.sum([one for one in windows if one is not None])
+            self._trajectories = self._look_up()
 
-def read(buffer: ReplayBuffer, index: torch.Tensor) -> TensorDictBase:
-    """Some entries of a buffer.
+    def chunks(self, batch_size: int, start: int = 0) -> Iterator[tuple[int, int]]:
+        """The entries of each chunk of about so many rows: its first, and that after its last."""
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+            raise InputError(f"batch_size= is a positive integer, got {batch_size!r}")
+        step = max(1, batch_size // self.rows)
+        for first in range(start, self.size, step):
+            yield first, min(first + step, self.size)
 
-    Raises:
-        InputError: if they are not TensorDicts.
-    """
-    found: Any = buffer[index]
-    if not is_tensor_collection(found):
-        raise InputError(
-            f"the buffer holds a {type(found).__name__} where a TensorDict is analysed: store TensorDicts, or give the "
-            "buffer a collate_fn that makes them"
-        )
-    return found
+    def read(self, index: Tensor) -> TensorDictBase:
+        """These entries, collated and transformed.
+
+        Raises:
+            InputError: if what they are depends on what is read with them.
+        """
+        found = self._read(index, self._window)
+        if not self._known:
+            low, high = max(0, int(index.min()) - COMPANY), min(self.size, int(index.max()) + 1 + COMPANY)
+            company = torch.cat([torch.arange(low, int(index.min())), index, torch.arange(int(index.max()) + 1, high)])
+            wider = None if self._window is None else self._window.wider(COMPANY)
+            require_alike(lambda rows: self._read(rows, wider), self._raw, self._transforms, index, found, company)
+        return found
+
+    def incomplete(self, index: Tensor) -> Tensor:
+        """Which of these entries lack rows that a transform reads, since a ring has been written over them."""
+        if self._window is None:
+            return torch.zeros(len(index), dtype=torch.bool)
+        return self._trajectories.incomplete(index, self._window)
+
+    @property
+    def looking(self) -> str:
+        """The transforms that look at other rows."""
+        return ", ".join(named(one) for one in self._transforms if window_of(one) is not None)
+
+    # ------------------------------------------------------------------ reading
+
+    def _read(self, index: Tensor, window: Window | None) -> TensorDictBase:
+        if window is None:
+            return self._transformed(index)
+        parts, places = [], []
+        for place, rows, inside in self._trajectories.stretches(index, window):
+            parts.append(self._transformed(rows)[inside])
+            places.append(place)
+        found = torch.cat(parts)
+        return found[torch.cat(places).argsort()]
+
+    def _transformed(self, rows: Tensor) -> TensorDictBase:
+        data: Any = self._raw(rows)
+        for transform in self._transforms:
+            data = followed_by(data, transform)
+        if not is_tensor_collection(data) or data.ndim == 0 or len(data) != len(rows):
+            shape = tuple(data.batch_size) if is_tensor_collection(data) else type(data).__name__
+            names = ", ".join(named(one) for one in self._transforms) or "the collate_fn"
+            raise InputError(
+                f"the buffer gives a batch of shape {shape} for {len(rows)} entries ({names}), so its "
+                "rows are not those that are stored: analyse a buffer without that transform"
+            )
+        return data
+
+    def _raw(self, index: Tensor) -> Any:
+        """Some entries before they are transformed."""
+        buffer = self._buffer
+        if not self._near:
+            return buffer[index]
+        where: Any = index.numpy()
+        lock = getattr(buffer, "_replay_lock", None) or contextlib.nullcontext()
+        with lock:
+            if buffer.dim_extend > 0:
+                found = buffer._transpose(buffer._storage[(slice(None),) * buffer.dim_extend + (where,)])
+            else:
+                found = buffer._storage[where]
+        found = buffer._collate_fn(found)
+        # A stack of what is stored: a transform would write into it.
+        return found.clone() if isinstance(found, LazyStackedTensorDict) and self._transforms else found
+
+    def _look_up(self) -> Trajectories:
+        keys = Trajectories.keys(self._buffer, self._transforms)
+        parts = [
+            self._raw(torch.arange(first, min(first + LOOKED_UP, self.size))).select(*keys, strict=False)
+            for first in range(0, self.size, LOOKED_UP)
+        ]
+        return Trajectories(self._buffer, torch.cat(parts), self.looking)

@@ -1,0 +1,150 @@
+"""Which rows of a buffer follow each other in one trajectory, and in which order they were written."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor, nn
+from torchrl.data import ReplayBuffer
+from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter, RoundRobinWriter
+
+from tdhook_rl.errors import InputError
+
+if TYPE_CHECKING:
+    from tdhook_rl.replay.transforms import Window
+
+__all__ = ["Trajectories"]
+
+#: Where the number of a row's trajectory may be, where its steps are counted, and where its first step is marked.
+NUMBERS: tuple[NestedKey, ...] = (("collector", "traj_ids"), "traj_ids", "trajectory", "episode")
+COUNTS: tuple[NestedKey, ...] = ("step_count",)
+STARTS: tuple[NestedKey, ...] = ("is_init",)
+
+
+class Trajectories:
+    """The trajectories of the rows of a buffer.
+
+    Args:
+        buffer: the buffer, of one dimension.
+        facts: of every row what :meth:`keys` names.
+        looking: the transforms that ask, for messages.
+
+    Raises:
+        InputError: if nothing says where a trajectory ends.
+    """
+
+    def __init__(self, buffer: ReplayBuffer, facts: TensorDictBase, looking: str) -> None:
+        rows = len(facts)
+        if not isinstance(buffer._writer, (RoundRobinWriter, ImmutableDatasetWriter)):
+            raise InputError(
+                f"{looking} reads rows of one trajectory, and the {type(buffer._writer).__name__} of the buffer does "
+                "not keep them in the order in which they came: store what the transform computes"
+            )
+        cursor = int(getattr(buffer._writer, "_cursor", 0) or 0) % rows
+        written = getattr(buffer, "write_count", None)
+        full = rows == getattr(buffer.storage, "max_size", rows)
+        self._over = full and (written is None or written > rows)  # older rows have been written over
+        # In the order of writing.
+        order = torch.arange(rows).roll(-cursor) if full else torch.arange(rows)
+        number = _flat(facts, (_traj_key(buffer), *NUMBERS), order)
+        done = _flat(facts, [key for key in facts.keys(True, True) if _is_done(key)], order, merge=True)
+        begins = _flat(facts, STARTS, order)
+        count = _flat(facts, COUNTS, order)
+        if number is None and done is None and begins is None:
+            raise InputError(
+                f"{looking} reads rows of one trajectory, and no entry of the buffer says where one ends "
+                "(('next', 'done'), ('collector', 'traj_ids')): store it, or store what the transform computes"
+            )
+        starts = torch.zeros(rows, dtype=torch.bool)
+        if number is None:
+            lines = torch.zeros(rows, dtype=torch.long)
+            if count is not None:
+                starts[1:] |= count[1:] != count[:-1] + 1
+        else:
+            lines = number.unique(return_inverse=True)[1]
+        # Trajectory by trajectory, each in the order of writing.
+        by_line = lines.sort(stable=True).indices
+        line, begun = lines[by_line], starts[by_line]
+        begun[0] = True
+        begun[1:] |= line[1:] != line[:-1]
+        if done is not None:
+            begun[1:] |= done[by_line][:-1].bool()
+        known = begun.clone() if not self._over else torch.zeros(rows, dtype=torch.bool)
+        if begins is not None:
+            begun |= begins[by_line].bool()
+            known |= begins[by_line].bool()
+        if count is not None:
+            known |= begun & (count[by_line] == 0)
+        if done is not None:  # what was written just before it was an end
+            ended = torch.zeros(rows, dtype=torch.bool)
+            ended[1:] = done[:-1].bool()
+            known |= begun & ended[by_line]
+        self._entries = order[by_line]
+        self._place = self._entries.argsort()
+        self._first = _last_true(begun)
+        self._end = rows - 1 - _last_true(torch.cat([begun[1:], begun.new_ones(1)]).flip(0)).flip(0)
+        self._headless = begun & ~known
+
+    @staticmethod
+    def keys(buffer: ReplayBuffer, transforms: Sequence[nn.Module]) -> list[NestedKey]:
+        """What is read of every row."""
+        own = {getattr(one, "done_key", None) for one in transforms if hasattr(one, "done_key")}
+        done = [key for key in {"done", *own} if key is not None]
+        keys = [_traj_key(buffer), *NUMBERS, *COUNTS, *STARTS, *(("next", *_parts(key)) for key in done)]
+        return [key for key in keys if key is not None]
+
+    def stretches(self, index: Tensor, window: Window) -> Iterator[tuple[Tensor, Tensor, slice]]:
+        """Consecutive rows of one trajectory among these entries.
+
+        Yields:
+            where they are in ``index``, the entries to read for them, and where they are among those.
+        """
+        places = self._place[index].sort()
+        spots = places.values
+        cuts = (spots.diff() != 1) | (self._first[spots[1:]] != self._first[spots[:-1]])
+        edges = [0, *(cuts.nonzero().flatten() + 1).tolist(), len(spots)]
+        for low, high in itertools.pairwise(edges):
+            first, last = int(spots[low]), int(spots[high - 1])
+            start = max(int(self._first[first]), first - window.before)
+            stop = min(int(self._end[last]), last + window.after) + 1
+            inside = slice(first - start, first - start + high - low)
+            yield places.indices[low:high], self._entries[start:stop], inside
+
+    def incomplete(self, index: Tensor, window: Window) -> Tensor:
+        """Which of these entries read rows of their trajectory that are no longer there."""
+        places = self._place[index]
+        first = self._first[places]
+        return self._headless[first] & (places - first < window.before)
+
+
+def _traj_key(buffer: ReplayBuffer) -> NestedKey | None:
+    return getattr(buffer._sampler, "traj_key", None)
+
+
+def _parts(key: NestedKey) -> tuple[str, ...]:
+    return (key,) if isinstance(key, str) else tuple(key)
+
+
+def _is_done(key: NestedKey) -> bool:
+    return isinstance(key, tuple) and key[0] == "next"
+
+
+def _flat(facts: TensorDictBase, keys: Sequence[NestedKey | None], order: Tensor, merge: bool = False) -> Tensor | None:
+    """The first of these entries that is there, or any of them, one value a row."""
+    found = [facts.get(key, None) for key in keys if key is not None]
+    flat = [one.reshape(len(facts), -1)[order].cpu() for one in found if isinstance(one, Tensor)]
+    if not flat:
+        return None
+    if merge:
+        return torch.stack([one.bool().any(-1) for one in flat]).any(0)
+    return flat[0].any(-1) if flat[0].dtype == torch.bool else flat[0][:, 0]
+
+
+def _last_true(mask: Tensor) -> Tensor:
+    """For each place the last place up to it at which the mask is true."""
+    places = torch.arange(len(mask))
+    return torch.where(mask, places, torch.zeros_like(places)).cummax(0).values
