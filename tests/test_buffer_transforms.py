@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
+from torch.distributions import Categorical
 from torchrl.data import (
     LazyMemmapStorage,
     LazyStackStorage,
@@ -32,9 +33,12 @@ from torchrl.envs import (
     VecNorm,
 )
 from torchrl.envs.transforms import ModuleTransform, NextStateReconstructor, VecNormV2
+from torchrl.modules import GRUModule, ProbabilisticActor
 
 from tdhook_rl import ActivationCaching, Saliency, targets
+from tdhook_rl import Compose as Methods
 from tdhook_rl.errors import InputError
+from tdhook_rl.latent import ActivationAddition
 from tdhook_rl.replay import analyze, in_order
 
 LENGTHS = (7, 1, 30, 12, 3, 27)
@@ -369,3 +373,48 @@ def test_a_writer_that_keeps_no_order() -> None:
     buffer.append_transform(stacking())
     with pytest.raises(InputError, match=r"CatFrames.*TensorDictMaxValueWriter"):
         read(buffer, 7)
+
+
+# ------------------------------------------------------------------ methods that see more than a row
+
+
+def recurrent(rows: TensorDict) -> tuple[ProbabilisticActor, TensorDict]:
+    torch.manual_seed(0)
+    rnn = GRUModule(input_size=3, hidden_size=5, in_key="observation", out_key="hidden")
+    head = TensorDictModule(nn.Linear(5, 3), ["hidden"], ["logits"])
+    actor = ProbabilisticActor(TensorDictSequential(rnn, head), in_keys=["logits"], distribution_class=Categorical)
+    states = {"recurrent_state": torch.zeros(len(rows), 1, 5), "action": torch.randint(0, 3, (len(rows),))}
+    return actor, rows.copy().update(states)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_whole_trajectories_are_explained_whole(chunk: int, tmp_path: Path) -> None:
+    actor, data = recurrent(stream())
+    method = Saliency(target=targets.chosen_logit(), inputs=["observation"], horizon="trajectory")
+    with method.prepare(actor) as hooked:
+        parts = [hooked.annotate(one)["attr", "observation"] for one in data.split(LENGTHS)]
+        found = analyze(hooked, filled(data), tmp_path, batch_size=chunk)["attr", "observation"]
+    torch.testing.assert_close(found, torch.cat(parts))
+
+
+def test_trajectories_that_are_in_pieces_are_refused(tmp_path: Path) -> None:
+    data = stream((20, 20))
+    actor, turns = recurrent(data[torch.cat([torch.arange(0, 10), torch.arange(20, 30), torch.arange(10, 20)])])
+    with (
+        Saliency(inputs=["observation"], horizon="trajectory").prepare(actor) as hooked,
+        pytest.raises(InputError, match="horizon='trajectory' reads whole trajectories"),
+    ):
+        analyze(hooked, filled(turns), tmp_path, batch_size=4)
+
+
+def test_means_over_a_batch_are_refused(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(3, 2))
+    data = stream().select("observation")
+    data["positive"] = data.select("observation")
+    data["negative"] = data.select("observation")
+    method = Methods(ActivationAddition(["0"]), ActivationCaching("0"))
+    with (
+        method.prepare(net, in_keys=["observation"], out_keys=["logits"]) as hooked,
+        pytest.raises(InputError, match="are of all rows of a batch together"),
+    ):
+        analyze(hooked, filled(data), tmp_path, batch_size=4)

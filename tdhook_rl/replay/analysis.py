@@ -71,7 +71,7 @@ def analyze(
         torch.Size([100, 90])
     """
     folder = Path(folder)
-    reader = Reader(buffer)
+    reader = Reader(buffer, whole=_explains_trajectories(hooked))
     size = reader.size
     written = _writes(buffer)
     results = Results.find(folder)
@@ -105,6 +105,22 @@ def analyze(
         )
     assert results is not None  # there is at least one entry
     return results.data
+
+
+def _explains_trajectories(hooked: Any) -> bool:
+    """Whether chunks have to end where trajectories do.
+
+    Raises:
+        InputError: if a method needs all rows at once.
+    """
+    for one in hooked._hooked_bound:
+        if getattr(one, "whole_batch", False):
+            name = type(one).__name__.removeprefix("_Bound")
+            raise InputError(
+                f"the results of {name} ({', '.join(map(repr, one.result_keys))}) are of all rows of a batch together, "
+                "and a buffer is read in chunks: call annotate with the rows that are meant"
+            )
+    return any(getattr(one, "horizon", "step") == "trajectory" for one in hooked._hooked_bound)
 
 
 def _writes(buffer: ReplayBuffer) -> int | None:

@@ -31,7 +31,7 @@ class Trajectories:
     Args:
         buffer: the buffer, of one dimension.
         facts: of every row what :meth:`keys` names.
-        looking: the transforms that ask, for messages.
+        looking: who asks, for messages.
 
     Raises:
         InputError: if nothing says where a trajectory ends.
@@ -42,7 +42,7 @@ class Trajectories:
         if not isinstance(buffer._writer, (RoundRobinWriter, ImmutableDatasetWriter)):
             raise InputError(
                 f"{looking} reads rows of one trajectory, and the {type(buffer._writer).__name__} of the buffer does "
-                "not keep them in the order in which they came: store what the transform computes"
+                "not keep them in the order in which they came"
             )
         cursor = int(getattr(buffer._writer, "_cursor", 0) or 0) % rows
         written = getattr(buffer, "write_count", None)
@@ -56,8 +56,8 @@ class Trajectories:
         count = _flat(facts, COUNTS, order)
         if number is None and done is None and begins is None:
             raise InputError(
-                f"{looking} reads rows of one trajectory, and no entry of the buffer says where one ends "
-                "(('next', 'done'), ('collector', 'traj_ids')): store it, or store what the transform computes"
+                f"{looking} reads rows of one trajectory, and no entry of the buffer says where one ends: store "
+                "('next', 'done') or ('collector', 'traj_ids')"
             )
         starts = torch.zeros(rows, dtype=torch.bool)
         if number is None:
@@ -88,6 +88,7 @@ class Trajectories:
         self._first = _last_true(begun)
         self._end = rows - 1 - _last_true(torch.cat([begun[1:], begun.new_ones(1)]).flip(0)).flip(0)
         self._headless = begun & ~known
+        self._looking = looking
 
     @staticmethod
     def keys(buffer: ReplayBuffer, transforms: Sequence[nn.Module]) -> list[NestedKey]:
@@ -113,6 +114,21 @@ class Trajectories:
             stop = min(int(self._end[last]), last + window.after) + 1
             inside = slice(first - start, first - start + high - low)
             yield places.indices[low:high], self._entries[start:stop], inside
+
+    def end(self, entry: int) -> int:
+        """The entry after the last of the trajectory of this one.
+
+        Raises:
+            InputError: if its rows are not one after the other.
+        """
+        place = int(self._place[entry])
+        low, high = int(self._first[place]), int(self._end[place]) + 1
+        if not bool((self._entries[low:high].diff() == 1).all()):
+            raise InputError(
+                f"{self._looking} reads whole trajectories, and the rows of that of entry {entry} are not one "
+                "after the other in the buffer: store trajectories, one an entry"
+            )
+        return int(self._entries[high - 1]) + 1
 
     def incomplete(self, index: Tensor, window: Window) -> Tensor:
         """Which of these entries read rows of their trajectory that are no longer there."""

@@ -72,6 +72,7 @@ class Reader:
 
     Args:
         buffer: any TorchRL buffer of TensorDicts.
+        whole: where rows are stored one by one, let chunks end where trajectories do.
 
     Attributes:
         size: entries along the first dimension of the storage.
@@ -81,7 +82,7 @@ class Reader:
         InputError: as of :func:`in_order`.
     """
 
-    def __init__(self, buffer: ReplayBuffer) -> None:
+    def __init__(self, buffer: ReplayBuffer, whole: bool = False) -> None:
         if isinstance(buffer, ReplayBufferEnsemble):
             raise InputError("an ensemble of buffers has no storage order: analyse each of its buffers, ensemble[i]")
         self._buffer = buffer
@@ -104,17 +105,23 @@ class Reader:
         # A storage of several dimensions counts all its elements, one of trajectories counts these.
         self.size = length // self.rows if self.rows > 1 and buffer.storage.ndim > 1 else length
         self._window: Window | None = None
+        self._whole = whole and first.ndim == 1
         if any(windows) and first.ndim == 1:
             self._window = Window.sum([one for one in windows if one is not None])
-            self._trajectories = self._look_up()
+        if self._whole or self._window is not None:
+            self._trajectories = self._look_up("horizon='trajectory'" if self._whole else self.looking)
 
     def chunks(self, batch_size: int, start: int = 0) -> Iterator[tuple[int, int]]:
         """The entries of each chunk of about so many rows: its first, and that after its last."""
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise InputError(f"batch_size= is a positive integer, got {batch_size!r}")
         step = max(1, batch_size // self.rows)
-        for first in range(start, self.size, step):
-            yield first, min(first + step, self.size)
+        first = start
+        while first < self.size:
+            last = min(first + step, self.size)
+            last = self._trajectories.end(last - 1) if self._whole else last
+            yield first, last
+            first = last
 
     def read(self, index: Tensor) -> TensorDictBase:
         """These entries, collated and transformed.
@@ -182,10 +189,10 @@ class Reader:
         # A stack of what is stored: a transform would write into it.
         return found.clone() if isinstance(found, LazyStackedTensorDict) and self._transforms else found
 
-    def _look_up(self) -> Trajectories:
+    def _look_up(self, looking: str) -> Trajectories:
         keys = Trajectories.keys(self._buffer, self._transforms)
         parts = [
             self._raw(torch.arange(first, min(first + LOOKED_UP, self.size))).select(*keys, strict=False)
             for first in range(0, self.size, LOOKED_UP)
         ]
-        return Trajectories(self._buffer, torch.cat(parts), self.looking)
+        return Trajectories(self._buffer, torch.cat(parts), looking)
