@@ -14,7 +14,8 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 
 from tdhook_rl.batching import PassNoise, conv_chunk, in_recurrent_mode, map_chunks, shallow
-from tdhook_rl.errors import InputError, nearest
+from tdhook_rl.draws import masks_needed
+from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.hooks import vmap_level
 from tdhook_rl.mismatch import Mismatch
 from tdhook_rl.passes import Bound, Call, action_keys, observers, publish, stored_inputs
@@ -48,8 +49,16 @@ def annotate(
         return result
     if data.batch_size.numel() == 0:
         raise InputError(f"there is nothing to annotate: the batch has shape {tuple(data.batch_size)}")
-    if policy._hooked_overwrites:
-        names = ", ".join(map(repr, policy._hooked_overwrites))
+    if policy._hooked_noise:
+        for key in masks_needed(policy):
+            if data.get(key, None) is None:
+                raise MissingKeyError(
+                    f"the rows were decided under a dropout mask that the data does not hold ({key!r}), so they cannot "
+                    "be explained by it: keep it with the data, or explain while the policy acts, with when='step'"
+                )
+    lost = [key for key in policy._hooked_overwrites if key not in policy._hooked_noise]
+    if lost:
+        names = ", ".join(map(repr, lost))
         raise InputError(
             f"{type(policy)._base.__name__} writes over its own inputs {names}, so a batch no longer holds "
             "what the policy saw: explain it while it acts, with when='step'"

@@ -15,7 +15,9 @@ from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModuleBase, T
 from tensordict.utils import unravel_key
 from torch import nn
 
-__all__ = ["Draw", "draws", "is_action", "meets", "sample_keys", "survey_draws"]
+__all__ = [
+    "Draw", "draws", "is_action", "made_inside", "masks_needed", "meets", "noise_keys", "sample_keys", "survey_draws",
+]  # fmt: skip
 
 #: What names with "action" in them stand for otherwise.
 _NOT_ACTIONS = ("value", "prob", "logit", "param", "loc", "scale", "mask", "mean", "std", "entropy", "spec", "orig")
@@ -79,10 +81,12 @@ def survey_draws(policy: nn.Module) -> dict[nn.Module, Draw]:
     actors = _last_draws_of_actors(policy)
     found = {}
     for place, step in enumerate(steps):
+        later = steps[place + 1 :]
         keys = _decided(step)
+        if not draws(step.module):  # what is drawn under the same key is the decision
+            keys = [key for key in keys if not any(_samples(key, one) for one in later)]
         if not keys:
             continue
-        later = steps[place + 1 :]
         latent = isinstance(step.module, ProbabilisticTensorDictModule) and _is_latent(step, later, actors)
         rewriters = {key: over for key in keys if (over := _rewriters(key, later))}
         opaque = step.opaque and draws(step.module)
@@ -93,9 +97,55 @@ def survey_draws(policy: nn.Module) -> dict[nn.Module, Draw]:
     return found
 
 
+def made_inside(policy: nn.Module) -> list[NestedKey]:
+    """The ``in_keys`` that name a node whose entries the policy writes itself before it reads the node.
+
+    ``TensorDictSequential`` counts ``"params"`` among its inputs though it writes ``("params", "logits")`` before.
+    """
+    if not isinstance(policy, TensorDictModuleBase):
+        return []
+    written: list[NestedKey] = []
+    read: set[NestedKey] = set()
+    found = []
+    for step in _steps(policy):
+        for key in step.reads:
+            below = any(meets(key, one) and len(_parts(one)) > len(_parts(key)) for one in written)
+            if below and key not in read and key in policy.in_keys and key not in found:
+                found.append(key)
+            read.add(key)
+        written += step.writes
+    return found
+
+
+def noise_keys(policy: nn.Module) -> list[NestedKey]:
+    """The inputs that hold noise, which the module that reads them draws where it is absent, and keeps in the data.
+
+    The mask of a ``ConsistentDropoutModule``, the matrix of a ``gSDEModule``.
+    """
+    from torchrl.modules import ConsistentDropoutModule
+    from torchrl.modules.models.exploration import gSDEModule
+
+    found = []
+    for child in policy.modules():
+        if isinstance(child, ConsistentDropoutModule):
+            found.append(unravel_key(child.in_keys[1]))
+        elif isinstance(child, TensorDictModuleBase) and isinstance(getattr(child, "module", None), gSDEModule):
+            found.append(unravel_key(child.in_keys[2]))
+    own = getattr(policy, "in_keys", ())
+    return [key for key in dict.fromkeys(found) if key in own]
+
+
+def masks_needed(policy: nn.Module) -> list[NestedKey]:
+    """Those of :func:`noise_keys` without which the policy would draw other noise than its rows have seen."""
+    from torchrl.modules import ConsistentDropoutModule
+
+    drawing = [child for child in policy.modules() if isinstance(child, ConsistentDropoutModule)]
+    return [unravel_key(child.in_keys[1]) for child in drawing if child.consistent_dropout.training]
+
+
 def is_action(key: NestedKey) -> bool:
     """Whether a key is that of an action by its name."""
-    parts = (key,) if isinstance(key, str) else key
+    parts = _parts(key)
     if "action" in parts[-1]:
         return not any(word in parts[-1] for word in _NOT_ACTIONS)
     return parts[-2:-1] in (("action",), ("actions",))
@@ -103,7 +153,7 @@ def is_action(key: NestedKey) -> bool:
 
 def meets(key: NestedKey, other: NestedKey) -> bool:
     """Whether two keys are the same, or one is inside the other."""
-    one, two = ((k,) if isinstance(k, str) else tuple(k) for k in (key, other))
+    one, two = _parts(key), _parts(other)
     return one == two[: len(one)] or two == one[: len(two)]
 
 
@@ -144,12 +194,17 @@ def _decided(step: _Step) -> list[NestedKey]:
     return [key for key in step.writes if is_action(key) and not any(meets(key, read) for read in step.reads)]
 
 
+def _samples(key: NestedKey, step: _Step) -> bool:
+    drawing = isinstance(step.module, ProbabilisticTensorDictModule)
+    return drawing and any(meets(key, other) for other in step.writes)
+
+
 def _rewriters(key: NestedKey, later: list[_Step]) -> tuple[nn.Module, ...]:
     found: list[nn.Module] = []
     for step in later:
         if not any(meets(key, other) for other in step.writes):
             continue
-        if isinstance(step.module, ProbabilisticTensorDictModule):
+        if _samples(key, step):
             break  # another sample takes its place
         if not draws(step.module):
             found.append(step.module)
@@ -198,4 +253,8 @@ def _last_draws_of_actors(policy: nn.Module) -> set[int]:
 
 
 def _last(key: NestedKey) -> str:
-    return key if isinstance(key, str) else key[-1]
+    return _parts(key)[-1]
+
+
+def _parts(key: NestedKey) -> tuple[str, ...]:
+    return (key,) if isinstance(key, str) else tuple(key)

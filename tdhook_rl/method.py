@@ -20,7 +20,7 @@ from tdhook_rl.batching import Traits
 from tdhook_rl.chains import is_chain
 from tdhook_rl.classes import swap_class
 from tdhook_rl.collisions import check_collisions, check_known
-from tdhook_rl.draws import Draw, draws, survey_draws
+from tdhook_rl.draws import Draw, draws, made_inside, noise_keys, survey_draws
 from tdhook_rl.errors import InputError, PreparationError, SiteError
 from tdhook_rl.hooks import CaptureHook, InputCaptureHook, LeafHook, RowHook, Runtime, WatchHook
 from tdhook_rl.module import HookedMixin
@@ -210,6 +210,8 @@ class HookingContext:
             _hooked_alone=[one for one in steps if getattr(one, "without_forward", False)],
             _hooked_reads=binder.reads,
             _hooked_overwrites=[key for key in clone.in_keys if key in list(clone.out_keys)],
+            _hooked_made=binder.made,
+            _hooked_noise=binder.noise,
             _hooked_routes=binder.routes,
             _hooked_supports=supports(clone),
             _hooked_wraps=not self._wrapped,
@@ -244,6 +246,8 @@ class Binder:
         root: the module that paths start from.
         runtime: what the hooks share.
         reads: per-row keys that interventions read.
+        made: input keys of which the policy writes the entries itself.
+        noise: input keys that hold noise, see :func:`tdhook_rl.draws.noise_keys`.
         routes: what one site hands to another during a call; each has ``close(complete)``, called at its end.
     """
 
@@ -252,8 +256,15 @@ class Binder:
         self.root = root
         self.runtime = runtime
         self.reads: list[NestedKey] = []
+        self.made = made_inside(policy)
+        self.noise = noise_keys(policy)
         self.routes: list[Any] = []
         self._slots = 0
+
+    @property
+    def observed(self) -> list[NestedKey]:
+        """The input keys that are explained unless others are named: no noise, and nothing the policy makes itself."""
+        return [key for key in self.policy.in_keys if key not in self.made and key not in self.noise]
 
     def sites(self, pattern: str | Sequence[str], *, runs: bool = False) -> list[Site]:
         """The submodules that a pattern names; with ``runs``, single runs of them too (``"act@0"``).

@@ -7,6 +7,7 @@ are the same. A replay computes the policy's outputs anyway, so they are compare
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -40,10 +41,7 @@ class Mismatch:
 
     def can_compare(self, data: TensorDictBase) -> bool:
         """Whether anybody would be told, and the data holds outputs to compare with."""
-        return self.wanted and any(
-            isinstance(stored, Tensor) and stored.is_floating_point()
-            for stored in (data.get(key, None) for key in self._policy.policy_out_keys)
-        )
+        return self.wanted and any(isinstance(data.get(key, None), Tensor) for key in self._policy.policy_out_keys)
 
     def compare(self, call: Call) -> None:
         """Compare the outputs of the call's own replay, if there was one, with the stored ones."""
@@ -53,25 +51,36 @@ class Mismatch:
         batch = call.batch_size
         different = torch.zeros(batch, dtype=torch.bool, device=call.data.device)
         written = torch.zeros_like(different)
-        for key in self._policy.policy_out_keys:
-            stored, found = call.data.get(key, None), outputs.get(key, None)
-            if not isinstance(stored, Tensor) or not isinstance(found, Tensor) or stored is found:
-                continue
-            if not stored.is_floating_point() or stored.shape != found.shape:
-                continue
-            stored, found = stored.detach(), found.detach().to(stored.dtype)
-            near = torch.isclose(found, stored, rtol=RELATIVE, atol=ABSOLUTE, equal_nan=True)
+        pairs = list(self._pairs(call.data, outputs))
+        numbers = any(stored.is_floating_point() for _, stored, _ in pairs)
+        # Choices last: whether the policy has acted in a row is seen from its numbers, if it puts any out.
+        for key, stored, found in sorted(pairs, key=lambda pair: not pair[1].is_floating_point()):
+            if stored.is_floating_point():
+                near = torch.isclose(found, stored, rtol=RELATIVE, atol=ABSOLUTE, equal_nan=True)
+            else:
+                near = found == stored
             rows = ~near.reshape(*batch, -1).all(-1)
             # Collectors leave zeros where random frames were taken instead of the policy's actions.
-            acted = (stored != 0).reshape(*batch, -1).any(-1)
-            written |= acted
+            acted = written
+            if stored.is_floating_point() or not numbers:
+                acted = (stored != 0).reshape(*batch, -1).any(-1)
+                written = written | acted
             if bool((rows & acted).any()):
-                gap = float((found - stored)[rows & acted].abs().nan_to_num(torch.inf).max())
-                if gap > self._largest:
-                    self._largest, self._key = gap, key
+                gap = (found.double() - stored.double())[rows & acted].abs().nan_to_num(torch.inf)
+                if float(gap.max()) > self._largest:
+                    self._largest, self._key = float(gap.max()), key
                 different |= rows
         self._rows += batch.numel()
         self._different += int((different & written).sum())
+
+    def _pairs(self, data: TensorDictBase, outputs: TensorDictBase) -> Iterator[tuple[NestedKey, Tensor, Tensor]]:
+        """What is stored and what was computed, where they can be compared."""
+        for key in self._policy.policy_out_keys:
+            stored, found = data.get(key, None), outputs.get(key, None)
+            if not isinstance(stored, Tensor) or not isinstance(found, Tensor) or stored is found:
+                continue
+            if stored.shape == found.shape and stored.is_floating_point() == found.is_floating_point():
+                yield key, stored.detach(), found.detach().to(stored.dtype)
 
     def report(self, data: TensorDictBase) -> None:
         """Say so, if rows differ: an error, or a warning once for each hooked policy."""
@@ -81,7 +90,7 @@ class Mismatch:
             f"the stored {self._key!r} of {self._different} of {self._rows} rows is not what the policy computes now "
             f"(largest difference {self._largest:.2g}), so these rows are explained by another policy than the one "
             f"that acted{self._causes(data)}. The weights may have changed since, noise such as dropout or random "
-            "frames may differ, or interventions; on_mismatch='ignore' accepts that"
+            "frames may differ, interventions, or exploration outside of the policy; on_mismatch='ignore' accepts that"
         )
         if self._how == "raise":
             raise MismatchError(message)

@@ -27,7 +27,7 @@ from tdhook_rl.direct import direct_methods, disabled_hooks
 from tdhook_rl.draws import Draw
 from tdhook_rl.errors import InactiveError, MissingKeyError, TdhookError, TieError
 from tdhook_rl.hooks import Runtime, vmap_level
-from tdhook_rl.passes import Bound, Call, observers, publish, run_root, stored_inputs
+from tdhook_rl.passes import Bound, Call, drawn_noise, observers, publish, run_root, stored_inputs
 from tdhook_rl.runs import HookedModuleRun
 from tdhook_rl.shared_pass import chain_pass, graph_pass, sharing
 from tdhook_rl.writing import write_tensors, writes_by_default
@@ -61,6 +61,8 @@ class HookedMixin(_Policy):
     _hooked_alone: list[Bound]  # those that can do without the policy's own inputs
     _hooked_reads: list[NestedKey]
     _hooked_overwrites: list[NestedKey]  # inputs that the policy writes over
+    _hooked_made: list[NestedKey]  # input keys of which the policy writes the entries itself
+    _hooked_noise: list[NestedKey]  # inputs that hold noise, and are drawn where they are absent
     _hooked_supports: dict[NestedKey, torch.Tensor]
     _hooked_draws: list[Draw]  # of samples that are no plain decisions
     _hooked_slots: dict[NestedKey, str]  # where a call keeps actions that are written over later
@@ -110,8 +112,9 @@ class HookedMixin(_Policy):
 
     @property
     def policy_in_keys(self) -> list[NestedKey]:
-        """The policy's own input keys, without what interventions read."""
-        return list(self._hooked_own_in_keys())
+        """The policy's own input keys, without what interventions read and what it makes itself on the way."""
+        own, made = self._hooked_own_in_keys(), self._hooked_made
+        return [key for key in own if key not in made] if made else list(own)
 
     @property
     def policy_out_keys(self) -> list[NestedKey]:
@@ -210,6 +213,8 @@ class HookedMixin(_Policy):
                     output = run_root(self, forward, args, kwargs)
             finally:
                 runtime.recording = False
+            if replays and self._hooked_noise:
+                inputs |= drawn_noise(self, output)
             call = Call(self, forward, output, inputs, data).of_step(runtime.drawn if replays else {})
             if before is None:
                 results |= self._compute(rest, call)

@@ -220,7 +220,10 @@ class Call:
             # Passes over more rows than the call's read the inputs from here.
             self.data = shallow(data)
             for key in policy._hooked_overwrites:
-                self.data.set(key, inputs[key])
+                if key in inputs:
+                    self.data.set(key, inputs[key])
+                elif self.data.get(key, None) is not None:
+                    self.data = self.data.exclude(key)  # the policy was called without it
         self.source = data if source is None else source  # what the policy was called with
         self.inputs = inputs
         # The forward itself, where it can be explained without a second pass: with the leaves of its graph, or with
@@ -394,12 +397,22 @@ def stored_inputs(
 ) -> dict[NestedKey, Tensor]:
     """The entries that the policy reads, of which some may be given.
 
+    What the policy writes over, such as a hidden state or a mask that it draws, it may do without.
+
     Raises:
-        MissingKeyError: if the data lacks one.
+        MissingKeyError: if the data lacks another one.
     """
     inputs = {}
+    made = policy._hooked_made
     for key in policy.in_keys:
         value = given[key] if given and key in given else get_entry(data, key)
+        if key in made:
+            inputs.update(_given_beside(policy, key, value))
+            continue
+        if isinstance(value, TensorDictBase):
+            value = value.copy()  # the policy may write into it
+        if value is None and key in policy._hooked_overwrites:
+            continue
         if value is None:
             hint = ". Name the module's inputs with prepare(module, in_keys=[...], out_keys=[...])"
             raise MissingKeyError(
@@ -408,6 +421,22 @@ def stored_inputs(
             )
         inputs[key] = value
     return inputs
+
+
+def drawn_noise(policy: HookedMixin, output: TensorDictBase) -> dict[NestedKey, Tensor]:
+    """The noise that a forward has used, which is beside its action whether it was given or drawn."""
+    found = {key: output.get(key, None) for key in policy._hooked_noise}
+    return {key: value for key, value in found.items() if isinstance(value, Tensor)}
+
+
+def _given_beside(policy: HookedMixin, key: NestedKey, node: Any) -> dict[NestedKey, Tensor]:
+    """The entries of a node that are not the policy's own outputs."""
+    if not isinstance(node, TensorDictBase):
+        return {}
+    own = set(policy.policy_out_keys)
+    start = (key,) if isinstance(key, str) else key
+    entries = {(*start, *((k,) if isinstance(k, str) else k)): value for k, value in node.items(True, True)}
+    return {name: value for name, value in entries.items() if name not in own}
 
 
 def action_keys(policy: HookedMixin) -> list[NestedKey]:

@@ -62,7 +62,11 @@ class _BoundActivationMaximisation(BoundAttribution):
         points = {key: self._bounded(value.detach()) for key, value in inputs.items()}
         for _ in range(self._steps):
             [(slopes, _leaves)], _values = gradients(call, points, {}, {}, [target])
-            points = {key: self._bounded(value + self._alpha * slopes[key]) for key, value in points.items()}
+            points = {
+                # An input that no gradient reaches stays where it is.
+                key: self._bounded(torch.where(slopes[key].isnan().all(), value, value + self._alpha * slopes[key]))
+                for key, value in points.items()
+            }
         return points
 
     def _bounded(self, value: Tensor) -> Tensor:

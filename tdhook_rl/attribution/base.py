@@ -140,7 +140,7 @@ class BoundAttribution:
         self.leaves = {binder.leaf(site): site.name for site in sites}
         watched = [site for path in config.target_modules for site in binder.sites(path, runs=True)]
         self.watched = {binder.watch(site): site.name for site in watched}
-        self.declared = list(binder.policy.in_keys) if self.inputs is None else self.inputs
+        self.declared = binder.observed if self.inputs is None else self.inputs
         self.names = list(config.target) if isinstance(config.target, Mapping) else [None]
         self._init = {
             name: None if function is None else Portable(function)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from tdhook_rl.attribution.chain_gradients import chain_gradient, is_linear, replayed_chain
 from tdhook_rl.attribution.undefined import blank, defined_rows, surely_finite
+from tdhook_rl.attribution.unreached import tell_unreached
 from tdhook_rl.chains import MODIFIED
-from tdhook_rl.errors import InputError, SiteError, TargetError, nearest
+from tdhook_rl.errors import InputError, MissingKeyError, SiteError, TargetError, nearest
 from tdhook_rl.hooks import Runtime, vmap_level
 from tdhook_rl.passes import Call, Pass
 from tdhook_rl.repeats import Several, stacked
@@ -40,12 +41,16 @@ def explainable_inputs(call: Call, keys: Sequence[NestedKey] | None) -> dict[Nes
     """
     own = call.policy.policy_in_keys
     if keys is None:
-        keys = [key for key in own if isinstance(call.inputs[key], Tensor) and call.inputs[key].dtype != torch.bool]
+        noise = call.policy._hooked_noise
+        known = {key: call.inputs.get(key) for key in own if key not in noise}
+        keys = [key for key, value in known.items() if isinstance(value, Tensor) and value.dtype != torch.bool]
     elif unknown := [key for key in keys if key not in own]:
         raise InputError(f"{unknown[0]!r} is not an input of the policy; {nearest(str(unknown[0]), map(str, own))}")
     chosen = {}
     for key in keys:
-        value = call.inputs[key]
+        value = call.inputs.get(key)
+        if value is None:
+            raise MissingKeyError(f"{key!r} is to be explained, and the data does not hold it: the policy does without")
         if not value.is_floating_point():
             value = value.to(torch.get_default_dtype())
             _require_same_outputs(call, key, value)
@@ -157,8 +162,7 @@ def _backward(
         explained, outer = (total, None) if weights is None else (value, weights.to(value.dtype))
         more = keep or index + 1 < len(values)
         one = torch.autograd.grad(explained, points, outer, allow_unused=True, retain_graph=more)
-        if all(gradient is None for gradient in one):
-            raise TargetError(no_path(target))
+        tell_unreached(runtime, target, one, primals, [sites[slot] for slot, runs in inner.items() for _ in runs])
         defined = None if finite else defined_rows(call, value.detach())
         gradients = _filled(one, points, defined)
         of_inner = iter(gradients[len(primals) :])
@@ -230,25 +234,37 @@ def _functional(
     found = []
     for target in targets:
 
-        def total(*values: Tensor, target: Scalar = target) -> tuple[Tensor, Tensor]:
+        def total(*values: Tensor, target: Scalar = target) -> tuple[Tensor, tuple[Tensor, dict[int, Tensor]]]:
             chosen = dict(zip(inputs, values, strict=False))
             placed = dict(zip(inner, values[len(inputs) :], strict=True))
             with _leaves(runtime, placed, added, call.totals):
                 value = target(call.replay(chosen, stored))
-            if not torch.compiler.is_compiling() and not value.requires_grad:
+            scalar = (value if weights is None else value * weights.to(value.dtype)).sum()
+            if torch.compiler.is_compiling():
+                return scalar, (value, {})
+            if not value.requires_grad:
                 raise TargetError(no_path(target))
-            return (value if weights is None else value * weights.to(value.dtype)).sum(), value
+            # Zeros from the transform would not tell a slope of zero from an input that no gradient reaches.
+            own = torch.autograd.grad(scalar, values, allow_unused=True, create_graph=torch.is_grad_enabled())
+            return scalar.detach(), (value, {i: one for i, one in enumerate(own) if one is not None})
 
-        one, reached = torch.func.grad(total, argnums=tuple(range(len(points))), has_aux=True)(*points)
-        filled = _filled(one, points, defined_rows(call, reached))
+        one, (value, own) = torch.func.grad(total, argnums=tuple(range(len(points))), has_aux=True)(*points)
+        if not torch.compiler.is_compiling():
+            one = tuple(own.get(i) for i in range(len(points)))
+            tell_unreached(runtime, target, one, inputs, [sites[slot] for slot in inner])
+        filled = _filled(one, points, defined_rows(call, value))
         found.append((dict(zip(inputs, filled, strict=False)), dict(zip(inner, filled[len(inputs) :], strict=True))))
     return found, {slot: value.detach() for slot, value in inner.items()}
 
 
 def _filled(one: Sequence[Tensor | None], points: Sequence[Tensor], defined: Tensor | None) -> list[Tensor]:
-    """The gradients, zero where none arrived; ``defined`` says for which rows there is one, if not for all."""
+    """The gradients; ``defined`` says for which rows there is one, if not for all.
+
+    What no gradient reaches is NaN: zero would say that it does not matter.
+    """
     filled = [
-        torch.zeros_like(point) if gradient is None else gradient for point, gradient in zip(points, one, strict=True)
+        torch.full_like(point, torch.nan) if gradient is None else gradient
+        for point, gradient in zip(points, one, strict=True)
     ]
     if defined is None:
         return filled
