@@ -75,11 +75,15 @@ class Mismatch:
 
     def _pairs(self, data: TensorDictBase, outputs: TensorDictBase) -> Iterator[tuple[NestedKey, Tensor, Tensor]]:
         """What is stored and what was computed, where they can be compared."""
-        for key in self._policy.policy_out_keys:
+        keys = self._policy.policy_out_keys
+        # An action beside which no other output is stored is what is asked about, and no record of what was chosen.
+        recorded = all(data.get(key, None) is not None for key in keys)
+        for key in keys:
             stored, found = data.get(key, None), outputs.get(key, None)
             if not isinstance(stored, Tensor) or not isinstance(found, Tensor) or stored is found:
                 continue
-            if stored.shape == found.shape and stored.is_floating_point() == found.is_floating_point():
+            number = stored.is_floating_point()
+            if stored.shape == found.shape and number == found.is_floating_point() and (number or recorded):
                 yield key, stored.detach(), found.detach().to(stored.dtype)
 
     def report(self, data: TensorDictBase) -> None:
