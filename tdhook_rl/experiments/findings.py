@@ -9,8 +9,9 @@ from typing import Any
 
 from tdhook_rl.experiments.agents import Agent, Recipe
 from tdhook_rl.report import Figure
+from tdhook_rl.statistics import Interval, grouped_mean
 
-__all__ = ["COLUMNS", "Check", "Experiment", "Findings", "Trained"]
+__all__ = ["COLUMNS", "Check", "Experiment", "Findings", "Trained", "share"]
 
 COLUMNS = ("measured", "found", "expected", "beside it", "met")
 
@@ -21,23 +22,28 @@ class Check:
 
     Args:
         measured: in words.
-        value: the figure.
+        value: the figure; with its :class:`~tdhook_rl.statistics.Interval`, where it is an estimate.
         low: it has to be at least this.
         high: it has to be at most this.
         beside: what it is compared with: the untrained network, random directions, chance.
     """
 
     measured: str
-    value: float
+    value: float | Interval
     low: float | None = None
     high: float | None = None
     beside: str = ""
 
     @property
+    def figure(self) -> float:
+        """The value alone."""
+        return self.value.estimate if isinstance(self.value, Interval) else self.value
+
+    @property
     def met(self) -> bool:
         """Whether it is as expected; NaN never is."""
         low, high = -float("inf") if self.low is None else self.low, float("inf") if self.high is None else self.high
-        return low <= self.value <= high
+        return low <= self.figure <= high
 
     @property
     def row(self) -> tuple[str, ...]:
@@ -48,8 +54,17 @@ class Check:
             expected = f"at least {self.low:g}"
         else:
             expected = f"at most {self.high:g}"
-        shown = f"{self.value:.3f}" if abs(self.value) >= 5e-4 or self.value == 0 else f"{self.value:.1e}"
+        figure = self.figure
+        shown = f"{figure:.3f}" if abs(figure) >= 5e-4 or figure == 0 else f"{figure:.1e}"
+        if isinstance(self.value, Interval) and self.value.known:
+            shown += f" ({self.value.low:.3f} to {self.value.high:.3f})"
         return self.measured, shown, expected, self.beside, "yes" if self.met else "no"
+
+
+def share(rate: float, episodes: int) -> Interval:
+    """A rate of independent episodes, with its interval."""
+    hits = round(rate * episodes)
+    return grouped_mean([1.0] * hits + [0.0] * (episodes - hits), bounds=(0.0, 1.0), method="t")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tdhook_rl import ActivationCaching, SteeringVectors
 from tdhook_rl.envs import Cheese
-from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained
+from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained, share
 from tdhook_rl.report import Figure
 from tdhook_rl.report.figures import grouped_bars
 from tdhook_rl.sweeps import first_episode
@@ -31,10 +31,11 @@ def measure(trained: Trained) -> Findings:
     subtracted = {name: _success(_without_cheese(actor, path), seed) for name, path in trained.recipe.sites.items()}
     gaps = {name: _logit_gap(actor, path, seed) for name, path in trained.recipe.sites.items()}
     checks = [
-        Check("episodes that reach the cheese where it was in training", found["corner"], low=0.95,
+        Check("episodes that reach the cheese where it was in training", share(found["corner"], EPISODES), low=0.95,
               beside=f"untrained {before['corner']:.2f}"),
-        Check("... where it was not", found["elsewhere"], high=0.35, beside=f"untrained {before['elsewhere']:.2f}"),
-        Check("... where it was, but unseen: found on the way to the corner", hidden, low=0.35,
+        Check("... where it was not", share(found["elsewhere"], EPISODES), high=0.35,
+              beside=f"untrained {before['elsewhere']:.2f}"),
+        Check("... where it was, but unseen: found on the way to the corner", share(hidden, EPISODES), low=0.35,
               beside=f"untrained {before['corner, unseen']:.2f}"),
         *[Check(f"{name} (exact): success with the cheese subtracted, away from success with it unseen",
                 abs(value - hidden), high=1.5e-3, beside=f"{value:.3f} and {hidden:.3f}")

@@ -16,6 +16,7 @@ from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained
 from tdhook_rl.latent import ActivationPatching
 from tdhook_rl.report import Figure
 from tdhook_rl.report.figures import grouped_bars
+from tdhook_rl.statistics import grouped_mean
 
 __all__ = ["EXPERIMENT"]
 
@@ -48,7 +49,7 @@ def measure(trained: Trained) -> Findings:
               beside=f"the light's {light['fc2']:.2f} ({size['fc2']:.2f} in size)"),
         Check("pre1 (exact): share that the light's direction recovers", light["pre1"], low=0.9,
               beside=f"the corner's {corner['pre1']:.2f}"),
-        Check("fc2: random directions, in size, mean of 32", mean_random["fc2"], high=0.1,
+        Check(f"fc2: random directions, in size, mean of {CONTROLS}", grouped_mean(random["fc2"]), high=0.1,
               beside=f"most {max(random['fc2']):.3f}"),
         Check("states in which the light decides", share, low=0.7),
     ]  # fmt: skip

@@ -14,18 +14,20 @@ from tdhook_rl import ActivationCaching, Saliency, targets
 from tdhook_rl.envs import CueGrid
 from tdhook_rl.examples.demo import outcomes
 from tdhook_rl.experiments.agents import Agent
-from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained
+from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained, share
 from tdhook_rl.report import Figure
 from tdhook_rl.report.figures import learning_curves
 from tdhook_rl.rollout import GroupSplit, OnlineProbe
+from tdhook_rl.statistics import Interval, paired_difference
 from tdhook_rl.sweeps import DoseResponse, SteeringVector, dose_response, first_episode
 
 __all__ = ["EXPERIMENT"]
 
-#: From a state that 128 agents reach by random moves in 32 steps: 4096 rows, episodes of a few steps each.
-ENVS, STEPS = 128, 32
-#: The leakage of a wrong split is the larger, the fewer the episodes: measured in quarters of about 100 each.
-QUARTERS = 4
+#: States that 1024 agents reach by random moves in 32 steps: 3,000 episodes of a few steps each, so that the standard
+#: error of an accuracy on the held-out ones is below .02.
+ENVS, STEPS = 1024, 32
+#: The leakage of a wrong split is the larger, the fewer the episodes: measured in parts of about 100 each.
+PARTS, OF = 12, 32
 EPISODES = 1024
 SKILLED = 0.9
 
@@ -43,9 +45,10 @@ def measure(trained: Trained) -> Findings:
     seen = activations["trained"]
     control = _accuracy(seen, ("cache", fc2), "control_label", "episode")
     coin = {
-        split: _mean_accuracy(seen, ("cache", fc2), "episode_coin", grouping)
+        split: _accuracies_of_parts(seen, ("cache", fc2), "episode_coin", grouping)
         for split, grouping in {"transitions": "row", "trajectories": "episode"}.items()
     }
+    leak = paired_difference(coin["trajectories"], coin["transitions"])
     curves = _curves(trained, states)
     first = {name: _reaches(curve, SKILLED) for name, curve in curves.items()}
     steered = {name: _steered(trained, path, states) for name, path in sites.items() if name in ("fc2", "fc3")}
@@ -53,24 +56,26 @@ def measure(trained: Trained) -> Findings:
     observation = _accuracy(states, "observation", "xor", "episode")
     checks = [
         Check("probe of the needed XOR at fc2", at["trained"]["xor"], low=0.95,
-              beside=f"observation {observation:.2f}, untrained {at['untrained']['xor']:.2f}, "
-              f"random label {control:.2f}"),
+              beside=f"observation {observation.estimate:.2f}, untrained {at['untrained']['xor'].estimate:.2f}, "
+              f"random label {control.estimate:.2f}"),
         Check("probe of the XOR that is not needed", at["trained"]["unneeded_xor"], high=0.60,
-              beside=f"untrained {at['untrained']['unneeded_xor']:.2f}"),
-        Check("needed XOR, trained minus untrained", at["trained"]["xor"] - at["untrained"]["xor"], low=0.25),
-        Check("a coin of the episode: split by transitions minus by trajectories",
-              coin["transitions"] - coin["trajectories"], low=0.2,
-              beside=f"{coin['transitions']:.2f} and {coin['trajectories']:.2f}"),
+              beside=f"untrained {at['untrained']['unneeded_xor'].estimate:.2f}"),
+        Check("needed XOR, trained minus untrained", at["trained"]["xor"].estimate - at["untrained"]["xor"].estimate,
+              low=0.25),
+        Check(f"a coin of the episode: split by transitions minus by trajectories, mean of {PARTS} parts", leak,
+              low=0.2, beside=" and ".join(f"{sum(values) / PARTS:.2f}" for values in coin.values())),
         Check("frames until the probe reaches 0.9, of those until the agent does",
               first["probe"] / max(first["behaviour"], 1.0), low=0.01, high=0.75,
               beside=f"{first['probe']:,.0f} and {first['behaviour']:,.0f}"),
-        *[Check(f"P(other goal) at alpha 1, mean-difference vector at {name}", float(one.of_vector("other")[-1]),
-                high=0.12, beside=_beside(one)) for name, one in steered.items()],
+        *[Check(f"P(other goal) at alpha 1, mean-difference vector at {name}",
+                share(float(one.of_vector("other")[-1]), EPISODES), high=0.12, beside=_beside(one))
+          for name, one in steered.items()],
         Check("saliency of the chosen logit, lights that matter over lights that do not", ratio["trained"], low=4.0,
               beside=f"untrained {ratio['untrained']:.2f}"),
-        Check("episodes that reach the goal that pays, not steered", curves["behaviour"][-1][1], low=0.9),
+        Check("episodes that reach the goal that pays, not steered", share(curves["behaviour"][-1][1], EPISODES),
+              low=0.9),
     ]  # fmt: skip
-    return Findings(checks, {"curves": curves, "untrained": at["untrained"]})
+    return Findings(checks, {"curves": curves, "untrained": {k: v.estimate for k, v in at["untrained"].items()}})
 
 
 def draw(findings: Findings, folder: Path) -> list[Figure]:
@@ -109,14 +114,14 @@ def _seen(agent: Agent, states: TensorDictBase, sites: Mapping[str, str]) -> Ten
         return hooked.annotate(states)
 
 
-def _accuracy(seen: TensorDictBase, features: Any, concept: str, grouping: str) -> float:
+def _accuracy(seen: TensorDictBase, features: Any, concept: str, grouping: str) -> Interval:
     probe = OnlineProbe(features=features, label=("concept", concept), split=GroupSplit(grouping, held_out=0.3))
-    return probe.update(seen)["accuracy"]
+    probe.update(seen)
+    return probe.scores["accuracy"]
 
 
-def _mean_accuracy(seen: TensorDictBase, features: Any, concept: str, grouping: str) -> float:
-    parts = [_accuracy(part, features, concept, grouping) for part in seen.chunk(QUARTERS)]
-    return sum(parts) / QUARTERS
+def _accuracies_of_parts(seen: TensorDictBase, features: Any, concept: str, grouping: str) -> list[float]:
+    return [_accuracy(part, features, concept, grouping).estimate for part in seen.chunk(OF)[:PARTS]]
 
 
 def _curves(trained: Trained, states: TensorDictBase) -> dict[str, list[tuple[int, float]]]:
@@ -128,7 +133,7 @@ def _curves(trained: Trained, states: TensorDictBase) -> dict[str, list[tuple[in
         seen = _seen(agent, states, {"fc2": path})
         curves["behaviour"].append((frames, _success(agent, trained.seed)))
         for name, concept in (("probe", "xor"), ("unneeded", "unneeded_xor")):
-            curves[name].append((frames, _accuracy(seen, ("cache", path), concept, "episode")))
+            curves[name].append((frames, _accuracy(seen, ("cache", path), concept, "episode").estimate))
     return curves
 
 

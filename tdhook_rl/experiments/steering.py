@@ -13,7 +13,7 @@ from tdhook_rl import SteeringVectors
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.examples.demo import outcomes
 from tdhook_rl.examples.steer_at_eval import contrast
-from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained
+from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained, share
 from tdhook_rl.report import Figure
 from tdhook_rl.report.figures import dose_curve
 from tdhook_rl.sweeps import DoseResponse, SteeringVector, dose_response
@@ -33,17 +33,20 @@ def measure(trained: Trained) -> Findings:
     exact = _sweep(trained, flip, lambda start: 1.0 - 2.0 * start["concept", "bits"][:, LIGHT])
     other, control = response.of_vector("other"), response.best_control("other")
     half = float(exact.of_vector("other")[2])
+    rate = share(half, EPISODES)
     checks = [
-        Check("P(other corner) at alpha 1", float(other[-1]), low=0.93, beside=f"at alpha 0 {other[0]:.3f}"),
+        Check("P(other corner) at alpha 1", share(float(other[-1]), EPISODES), low=0.93,
+              beside=f"at alpha 0 {other[0]:.3f}"),
         Check("smallest rise from one alpha to the next", float(other.diff().min()), low=0.005,
               beside="alpha 0, 0.25, 0.5, 0.75, 1"),
         Check("P(other corner) at alpha 1 minus the best random direction", float(other[-1] - control[-1]), low=0.4,
               beside=f"best of 8: {control[-1]:.3f}"),
         Check("first layer: largest change of a logit, steering against the input", _exact_gap(trained, flip),
               high=1e-5, beside="exact in real numbers"),
-        Check("first layer: P(other corner) at alpha 1", float(exact.of_vector("other")[-1]), low=0.93),
+        Check("first layer: P(other corner) at alpha 1", share(float(exact.of_vector("other")[-1]), EPISODES),
+              low=0.93),
         Check("first layer: P(other corner) at alpha 0.5, away from a half", abs(half - 0.5), high=0.15,
-              beside=f"{half:.3f}"),
+              beside=f"{half:.3f} ({rate.low:.3f} to {rate.high:.3f})"),
     ]  # fmt: skip
     return Findings(checks, {"response": response})
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -11,8 +14,12 @@ from torch import Tensor
 
 from tdhook_rl.controls import Controls
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
-from tdhook_rl.latent.probing import ClassStatistics, LinearProbe
+from tdhook_rl.latent.probing.concepts import Concept, ProbeOptions, concept_of
+from tdhook_rl.latent.probing.linear_probe import LinearProbe
+from tdhook_rl.latent.probing.statistics import check_solve
 from tdhook_rl.rollout.splits import GroupSplit
+from tdhook_rl.statistics import Interval
+from tdhook_rl.statistics.interval import check_confidence
 
 __all__ = ["OnlineProbe"]
 
@@ -20,21 +27,43 @@ __all__ = ["OnlineProbe"]
 class OnlineProbe:
     """Fits a linear probe to cached activations, batch by batch, and scores it on held-out groups.
 
+    The score is pooled over the held-out rows of all batches, each scored by the probe of its time, with the decay of
+    the fit: one batch may hold out few groups and a rare class none. Beside it stand its interval by group, and how
+    many groups, rows and classes it rests on. A score that cannot be had is NaN, and a warning says why, once.
+
     Args:
-        features: the key of the activation, such as ``("cache", path)``.
-        label: the key of the concept: integers from 0, batch-shaped.
-        classes: how many values the concept takes.
+        features: the key of the activation, such as ``("cache", path)``, or of any other entry.
+        label: the key of the concept, or a function of the batch that returns it. Batch-shaped integers from 0: one
+            class of several. Integers 0 and 1 (or booleans) with one dimension more: several labels, each a concept of
+            its own. Floats, with ``kind="ridge"``: numbers.
+        classes: how many values a class may take; those that do not occur are left out.
         split: which rows train and which are held out; by episode unless told otherwise.
         kind: ``"lda"`` or ``"ridge"``.
-        penalty: see :meth:`ClassStatistics.solve`.
-        decay: what the sums are multiplied by before each batch; below 1 where the network is learning.
+        penalty: see :meth:`tdhook_rl.latent.probing.ClassStatistics.solve`.
+        decay: what all sums are multiplied by before each batch; below 1 where the network is learning.
+        priors: ``"equal"``: a discriminant takes a rare class for as likely as a frequent one, as balanced accuracy
+            does; ``"rows"``: as frequent as its rows.
+        min_rows: a class with fewer held-out rows (with the decay) is not scored.
+        confidence: of the intervals.
+
+    Attributes:
+        probe: the fitted :class:`LinearProbe`; ``None`` before there is one.
+        scores: the held-out scores by name, as :class:`tdhook_rl.statistics.Interval`: ``"accuracy"`` (balanced) and,
+            with two classes, ``"auc"``; for several labels these of each (``"accuracy.0"``); for numbers ``"r2"``.
+        words: what has to be said about them: why one cannot be had, which classes were left out, how few groups.
+
+    Raises:
+        InputError: for arguments that mean nothing.
 
     Example:
         >>> from tensordict import TensorDict
         >>> x = torch.randn(512, 3)
         >>> batch = TensorDict({"cache": {"1": x}, "door": (x[:, 0] > 0).long(), "episode": torch.arange(512)}, 512)
         >>> probe = OnlineProbe(features=("cache", "1"), label="door", split=GroupSplit("episode"))
-        >>> probe.update(batch)["accuracy"] > 0.9
+        >>> found = probe.update(batch)
+        >>> found["accuracy"] > 0.9, found["accuracy_low"] < found["accuracy"] < found["accuracy_high"]
+        (True, True)
+        >>> probe.scores["accuracy"].groups == found["groups"] == found["held_out_rows"]
         True
     """
 
@@ -42,67 +71,157 @@ class OnlineProbe:
         self,
         *,
         features: NestedKey,
-        label: NestedKey,
+        label: NestedKey | Callable[[TensorDictBase], Tensor],
         classes: int = 2,
         split: GroupSplit | None = None,
         kind: Literal["lda", "ridge"] = "lda",
         penalty: float = 1e-2,
         decay: float = 1.0,
+        priors: Literal["rows", "equal"] = "equal",
+        min_rows: float = 10,
+        confidence: float = 0.95,
     ) -> None:
+        check_solve(kind, penalty, priors)
+        check_confidence(confidence)
+        if not 0 <= decay <= 1:
+            raise InputError(f"a decay factor lies between 0 and 1, got {decay}")
+        if classes < 2:
+            raise InputError(f"a probe tells at least 2 classes apart, got classes={classes}")
         self.features = unravel_key(features)
-        self.label = unravel_key(label)
+        self.label = label if callable(label) else unravel_key(label)
         self.classes = classes
         self.split = split or GroupSplit()
         self.kind = kind
         self.penalty = penalty
         self.decay = decay
-        self.statistics: ClassStatistics | None = None
+        self.options = ProbeOptions(
+            kind=kind, penalty=penalty, priors=priors, min_rows=max(min_rows, 1e-3), confidence=confidence
+        )
         self.probe: LinearProbe | None = None
+        self.scores: dict[str, Interval] = {}
+        self.words = ""
+        self._concept: Concept | None = None
+        self._said: set[str] = set()
+
+    @property
+    def statistics(self) -> Any:
+        """The sums of the training rows (:class:`ClassStatistics`, say); ``None`` before the first batch."""
+        return None if self._concept is None else self._concept.statistics
 
     def update(self, data: TensorDictBase) -> dict[str, float]:
-        """Learn from the training rows of a batch and score the probe on its held-out rows.
+        """Learn from the training rows of a batch, and score its held-out rows with the probe that results.
 
         Returns:
-            ``accuracy`` (balanced, held-out rows; NaN while it cannot be had), ``train_accuracy``,
-            ``train_rows``, ``held_out_rows`` and ``dropped_rows`` (not computed, or not finite).
+            each of :attr:`scores` with its limits (``"accuracy"``, ``"accuracy_low"``, ``"accuracy_high"``; NaN where
+            they cannot be had), and ``groups``, ``rows`` and ``classes``, what the first of them rests on, pooled over
+            batches; ``train_accuracy`` (or ``train_r2``), of this batch's training rows, and of this batch
+            ``train_rows``, ``held_out_rows`` and ``dropped_rows`` (padding, not computed, or not finite).
 
         Raises:
-            MissingKeyError: if the activation or the label is absent.
+            MissingKeyError: if the activation, the label or a group is absent.
+            InputError: for labels or activations of another shape or type than before, or classes out of range.
         """
-        features, labels = self._entry(data, self.features), self._entry(data, self.label)
         batch = data.batch_size
-        if labels.shape != batch:
-            if labels.shape != (*batch, 1):
-                raise InputError(f"label {self.label!r} has shape {tuple(labels.shape)}, expected {tuple(batch)}")
-            labels = labels.squeeze(-1)
-        features = features.reshape(*batch, -1)
-        usable = torch.isfinite(features).all(-1)
-        mask = data.get(("computed", self.features[0]), None) if isinstance(self.features, tuple) else None
-        usable = usable if mask is None else usable & mask
-        train, held = (rows & usable for rows in self.split(data))
-        if self.statistics is None:
-            self.statistics = ClassStatistics(features=features.shape[-1], classes=self.classes)
-        self.statistics.decay(self.decay)
-        self.statistics.add(features[train], labels[train])
-        scores = {"accuracy": float("nan"), "train_accuracy": float("nan")}
-        if bool((self.statistics.count > 0).all()):
-            path = self.features[-1] if isinstance(self.features, tuple) else self.features
-            self.probe = self.statistics.solve(kind=self.kind, penalty=self.penalty, path=path)
-            for name, rows in (("accuracy", held), ("train_accuracy", train)):
-                if bool(rows.any()):
-                    scores[name] = self.probe.accuracy(features[rows], labels[rows])
+        features, labels, usable = self._entries(data)
+        if self._concept is None:
+            self._concept = concept_of(
+                labels, batch, self.options, features=features.shape[-1], classes=self.classes,
+                groupings=len(self.split.groupings),
+            )  # fmt: skip
+        concept = self._concept
+        labels = labels.reshape(batch.numel(), -1)
+        labels = labels if concept.main == "r2" or labels.shape[1] > 1 else labels[:, 0]
+        codes = [code.reshape(-1).cpu() for code in self.split.groups(data)]
+        train, held = ((mask.cpu() & usable).reshape(-1) for mask in self.split(data))
+        features = features.reshape(-1, features.shape[-1])
+        # Both are looked at before anything is learnt, so that an error leaves the sums as they were.
+        of_train, of_held = concept.checked(labels[train]), concept.checked(labels[held])
+        concept.decay(self.decay)
+        concept.learn(features[train], of_train)
+        self.probe = concept.solve(self.features[-1] if isinstance(self.features, tuple) else self.features)
+        trained = math.nan
+        if self.probe is not None:
+            if bool(held.any()):
+                concept.judge(self.probe, features[held], of_held, [code[held] for code in codes])
+            if bool(train.any()):
+                trained = concept.train_score(self.probe, features[train], of_train)
+        self._find(concept)
+        main = self.scores[concept.main]
         counts = {"train_rows": train, "held_out_rows": held, "dropped_rows": ~usable}
-        return scores | {name: float(rows.sum()) for name, rows in counts.items()}
+        found = {
+            key: value
+            for name, one in self.scores.items()
+            for key, value in ((name, one.estimate), (f"{name}_low", one.low), (f"{name}_high", one.high))
+        }
+        found |= {"groups": float(main.groups), "rows": main.rows, "classes": concept.classes}
+        found[f"train_{concept.main}"] = trained
+        return found | {name: float(rows.sum()) for name, rows in counts.items()}
 
-    def push(self, controls: Controls, name: str) -> None:
-        """Write the probe into the controls of a :class:`ProbeReadout`; running workers read it at once.
+    def push(self, controls: Controls, name: str) -> bool:
+        """Write the probe, its kind included, into the controls of a :class:`ProbeReadout`; running workers read it at
+        once.
 
         Args:
             controls: ``hooked.controls``.
             name: the prefix, ``"probe.<name of the probe>"``.
+
+        Returns:
+            whether there was a probe to write.
+
+        Raises:
+            MissingKeyError: if no readout of that name was prepared.
+            InputError: if it reads another number of features or classes.
         """
-        if self.probe is not None:
-            controls.update_({f"{name}.weight": self.probe.weight, f"{name}.bias": self.probe.bias})
+        if self.probe is None:
+            return False
+        controls.update_(self.probe.controls(name))
+        return True
+
+    def _find(self, concept: Concept) -> None:
+        """The scores as they are now, and words about them; a score that cannot be had is told once."""
+        self.scores = concept.found()
+        main = self.scores[concept.main]
+        words = list(concept.words)
+        if main.words and not math.isnan(main.estimate):
+            words.append(main.words)
+        self.words = "; ".join(words)
+        unseen = next((text for text in concept.words if "count as wrong" in text), None)
+        for reason, text in (("nan", self.words if math.isnan(main.estimate) else None), ("unseen", unseen)):
+            if text and reason not in self._said:
+                self._said.add(reason)
+                warnings.warn(f"the held-out {concept.main} of a probe of {self._name()}: {text}", stacklevel=3)
+
+    def _name(self) -> str:
+        if callable(self.label):
+            return getattr(self.label, "__name__", type(self.label).__name__)
+        return repr(self.label)
+
+    def _entries(self, data: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
+        """Features ``(*batch, features)``, labels, and which rows are usable, on the CPU."""
+        batch = data.batch_size
+        features = self._entry(data, self.features)
+        labels = self.label(data) if callable(self.label) else self._entry(data, self.label)
+        if not isinstance(labels, Tensor) or labels.shape[: len(batch)] != batch:
+            found = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+            raise InputError(f"label {self._name()} gives {found}, expected a tensor of the batch {tuple(batch)}")
+        if features.is_complex() or features.shape[: len(batch)] != batch:
+            raise InputError(
+                f"features {self.features!r} are {tuple(features.shape)} ({features.dtype}), expected real numbers for "
+                f"the batch {tuple(batch)}"
+            )
+        features = features.detach()
+        features = features.flatten(len(batch)) if features.ndim > len(batch) else features[..., None]
+        labels = labels.detach()
+        usable = torch.isfinite(features).all(-1).cpu()
+        if labels.is_floating_point():
+            usable &= torch.isfinite(labels.reshape(*batch, -1) if labels.numel() else labels).all(-1).cpu()
+        masks = [("collector", "mask")]
+        masks += [("computed", key[0]) for key in (self.features, self.label) if isinstance(key, tuple)]
+        for key in masks:
+            mask = data.get(key, None)
+            if mask is not None:
+                usable &= mask.reshape(batch).bool().cpu()
+        return features, labels, usable
 
     def _entry(self, data: TensorDictBase, key: NestedKey) -> Tensor:
         value = data.get(key, None)
@@ -111,4 +230,6 @@ class OnlineProbe:
                 f"the online probe reads {key!r}, which the batch lacks; "
                 f"{nearest(str(key), map(str, data.keys(True, True)))}"
             )
+        if not isinstance(value, Tensor):
+            raise InputError(f"the online probe reads {key!r}, which is a {type(value).__name__}, not a tensor")
         return value

@@ -6,6 +6,7 @@ if all of its groups are training groups, as held out only if all are held out; 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -22,10 +23,13 @@ EPISODE = ("collector", "traj_ids")
 
 
 class GroupSplit:
-    """A split that depends on group numbers only, so that it is the same in every batch and process.
+    """A split that depends on names and numbers of groups only, so that it is the same in every batch and process.
+
+    The groupings are drawn independently, also where their numbers agree: with two, a share of ``held_out`` squared of
+    the rows is held out.
 
     Args:
-        groupings: each a key, or several keys that name a group together; integers or booleans.
+        groupings: each a key, or a list of keys that name a group together; integers or booleans.
         held_out: the share of the groups of each grouping that is held out.
         seed: another seed holds out other groups.
 
@@ -47,11 +51,25 @@ class GroupSplit:
 
     def __call__(self, data: TensorDictBase) -> tuple[Tensor, Tensor]:
         """The training mask and the held-out mask, each of the batch shape."""
-        held = torch.stack([self._held(data, keys) for keys in self.groupings])
+        # 31 bits are exact in float64 and plenty for a share.
+        shares = torch.stack([(code & 0x7FFFFFFF).double() / 0x80000000 for code in self.groups(data)])
+        held = shares < self.held_out
         return ~held.any(0), held.all(0)
 
-    def _held(self, data: TensorDictBase, keys: list[NestedKey]) -> Tensor:
+    def groups(self, data: TensorDictBase) -> list[Tensor]:
+        """For each grouping the number of the group of each row: int64 of the batch shape, the same in every process.
+
+        Raises:
+            MissingKeyError: if a key is absent.
+            InputError: if a group is no integer.
+        """
+        return [self._code(data, keys) for keys in self.groupings]
+
+    def _code(self, data: TensorDictBase, keys: list[NestedKey]) -> Tensor:
+        # The name of the grouping takes part: without it, an episode and a cell of one number would share their fate.
+        name = zlib.crc32(repr(keys).encode())
         code = torch.full(data.batch_size, self.seed + 1, dtype=torch.long, device=data.device)
+        code = _mix(code ^ (name << 24))
         for key in keys:
             value = data.get(key, None)
             if value is None:
@@ -59,12 +77,12 @@ class GroupSplit:
                     f"the split groups rows by {key!r}, which the data lacks; "
                     f"{nearest(str(key), map(str, data.keys(True, True)))}"
                 )
-            if value.is_floating_point():
-                raise InputError(f"the split groups rows by {key!r}, which is {value.dtype}: groups are integers")
+            if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
+                found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise InputError(f"the split groups rows by {key!r}, which is {found}: groups are integers")
             for column in value.reshape(*data.batch_size, -1).long().unbind(-1):
-                code = _mix(code ^ _mix(column + 1))
-        # 31 bits are exact in float64 and plenty for a share.
-        return (code & 0x7FFFFFFF).double() / 0x80000000 < self.held_out
+                code = _mix(code ^ _mix(column.to(code.device) + 1))
+        return code
 
 
 def _mix(code: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from tdhook_rl.latent.probing.linear_probe import LinearProbe, ProbeReadout
 from tdhook_rl.latent.probing.managers import BilinearProbeManager, ProbeManager
 from tdhook_rl.latent.probing.probing import Probing
 from tdhook_rl.latent.probing.statistics import ClassStatistics
+from tdhook_rl.latent.probing.target_statistics import TargetStatistics
 
 __all__ = [
     "BilinearEstimator",
@@ -23,5 +24,6 @@ __all__ = [
     "ProbeManager",
     "ProbeReadout",
     "Probing",
+    "TargetStatistics",
     "TorchEstimator",
 ]

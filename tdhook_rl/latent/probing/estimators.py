@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +21,45 @@ __all__ = [
 _FACTORS = ("left", "right")
 
 
+@dataclass(frozen=True)
+class _Scale:
+    """Mean and spread of each column, in float64 where the device has it."""
+
+    mean: Tensor
+    spread: Tensor
+
+    @classmethod
+    def by(cls, values: Tensor, centred: bool) -> _Scale:
+        wide = values if values.device.type == "mps" else values.double()
+        mean = wide.mean(0)
+        spread = (wide - mean).square().mean(0).sqrt()
+        eps = torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
+        constant = spread <= (0.5 * eps * mean.abs()).clamp_min(torch.finfo(wide.dtype).tiny)
+        # Without an intercept a constant feature is one: it stays.
+        spread = torch.where(constant, torch.inf if centred else mean.abs().clamp_min(1e-12), spread)
+        return cls(mean if centred else torch.zeros_like(mean), spread)
+
+    @classmethod
+    def none(cls, like: Tensor) -> _Scale:
+        return cls(torch.zeros((), device=like.device), torch.ones((), device=like.device))
+
+    def of(self, values: Tensor) -> Tensor:
+        return (values - self.mean) / self.spread
+
+    def grown(self, values: Tensor) -> Tensor:
+        # A constant value of a regression has an infinite spread, and nothing to scale.
+        return values * torch.where(self.spread.isinf(), 0.0, self.spread).to(values)
+
+    def back(self, values: Tensor) -> Tensor:
+        return self.grown(values) + self.mean.to(values)
+
+
 class TorchEstimator:
     """Base of the estimators; a subclass defines :meth:`scores`, and :meth:`initial` for other weights.
+
+    Inputs (and the values of a regression) are standardised inside, by the rows of ``fit``: each feature is divided by
+    its standard deviation and, with an intercept, taken about its mean. Steps of one size then suit features of every
+    offset and scale. A feature that is constant in ``fit`` counts for nothing.
 
     Args:
         widths: of each input; ``None`` for any.
@@ -36,8 +74,12 @@ class TorchEstimator:
         verbose: print the loss of each tenth epoch.
 
     Attributes:
-        weights: the tensors of the fitted estimator by name; empty before ``fit``.
+        weights: the tensors of the fitted estimator by name, for standardised inputs unless the subclass says
+            otherwise; empty before ``fit``.
     """
+
+    #: Whether inputs are standardised.
+    standardised = True
 
     def __init__(
         self,
@@ -99,9 +141,19 @@ class TorchEstimator:
         with torch.inference_mode(False), torch.enable_grad():
             inputs = self._inputs(Xs, self.widths)
             target = self._target(y, [len(x) for x in inputs]).to(inputs[0].device)
-            self.weights = self._train(inputs, target)
+            self._scales = [self._scale(x) for x in inputs] if self.standardised else []
+            self._unit = _Scale.none(target)
+            if self.standardised and self.num_classes is None:
+                self._unit = self._scale(target)
+                target = self._unit.of(target.double()).to(inputs[0].dtype)
+            weights = self._train(self._scaled(inputs), target)
+            self.weights = self.raw(weights)
             self._fitted = tuple(x.shape[1] for x in inputs)
         return self
+
+    def raw(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights that are kept; a subclass may turn them into weights of inputs as they are."""
+        return weights
 
     def predict(self, *Xs: Tensor) -> Tensor:
         """``(rows,)``: the most likely class, or the value of a regression.
@@ -152,7 +204,20 @@ class TorchEstimator:
             raise InputError(f"this {type(self).__name__} predicts before it was fitted: call fit(..., y=labels) first")
         with torch.no_grad():
             inputs = self._inputs(tuple(_tensor(x, "an input") for x in Xs), self._fitted)
-            return self._with_bias({name: value.to(inputs[0]) for name, value in self.weights.items()}, inputs)
+            dtype = inputs[0].dtype
+            # Apple's devices have no float64; elsewhere a sum of features far from zero keeps its digits.
+            wide = dtype if inputs[0].device.type == "mps" else torch.float64
+            weights = {name: value.to(inputs[0].device, wide) for name, value in self.weights.items()}
+            scores = self._with_bias(weights, [x.to(wide) for x in self._scaled(inputs)])
+            return (scores if self.num_classes is not None else self._unit.back(scores)).to(dtype)
+
+    def _scale(self, values: Tensor) -> _Scale:
+        return _Scale.by(values, centred=self.bias)
+
+    def _scaled(self, inputs: list[Tensor]) -> list[Tensor]:
+        if not self._scales:
+            return inputs
+        return [scale.of(x.to(scale.mean)).to(x.dtype) for x, scale in zip(inputs, self._scales, strict=True)]
 
     def _inputs(self, Xs: tuple[Tensor, ...], widths: tuple[int | None, ...]) -> list[Tensor]:
         fits = len(Xs) == len(widths) and all(
@@ -196,6 +261,8 @@ class LinearEstimator(TorchEstimator):
         bias: whether there is an intercept.
         options: ``num_classes``, ``epochs``, ``lr``... of :class:`TorchEstimator`.
 
+    Its ``weights`` are those of inputs as they are: ``weight[k]`` is the direction that raises the score of class k.
+
     Reference: Alain & Bengio 2017, "Understanding intermediate layers using linear classifier probes".
 
     Example:
@@ -211,9 +278,19 @@ class LinearEstimator(TorchEstimator):
     def scores(self, weights: dict[str, Tensor], *Xs: Tensor) -> Tensor:
         return Xs[0] @ weights["weight"].T
 
+    def raw(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        scale, unit = self._scales[0], self._unit
+        self._scales, self._unit = [], _Scale.none(scale.mean)
+        weight = unit.grown(weights["weight"].to(scale.mean) / scale.spread)
+        kept = {"weight": weight.to(weights["weight"].dtype)}
+        if "bias" in weights:
+            # float64: of features far from zero, rounding it would shift every score
+            kept["bias"] = unit.back(weights["bias"].to(scale.mean)) - kept["weight"].to(scale.mean) @ scale.mean
+        return kept
+
 
 class BilinearEstimator(TorchEstimator):
-    """Scores ``x1 @ weight[k] @ x2 + bias[k]`` of two activations.
+    """Scores ``x1 @ weight[k] @ x2 + bias[k]`` of two activations, standardised.
 
     Args:
         d_latent1, d_latent2: the widths of the inputs; taken from the data unless given.
@@ -285,6 +362,8 @@ class MeanDifferenceClassifier(LinearEstimator):
         ([1.0, 0.0], -1.0, [0, 0, 1, 1])
     """
 
+    standardised = False  # the direction is that of the means as they are
+
     def __init__(self, normalize: bool = True) -> None:
         super().__init__(num_classes=2)
         self.normalize = normalize
@@ -297,15 +376,19 @@ class MeanDifferenceClassifier(LinearEstimator):
     @property
     def intercept_(self) -> Tensor:
         """Minus the score of the point halfway between the means."""
-        return self.weights["bias"][1]
+        return self.weights["bias"][1].to(self.coef_.dtype)
+
+    def raw(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return weights
 
     def _train(self, inputs: list[Tensor], target: Tensor) -> dict[str, Tensor]:
         counts = target.bincount(minlength=2).tolist()
         if not all(counts):
             raise InputError(f"a difference of means needs both classes, got {counts} rows of classes 0 and 1")
-        negative, positive = (inputs[0][target == label].mean(0) for label in (0, 1))
+        wide = inputs[0].dtype if inputs[0].device.type == "mps" else torch.float64
+        negative, positive = (inputs[0][target == label].to(wide).mean(0) for label in (0, 1))
         direction = positive - negative
         if self.normalize:
             direction = direction / direction.norm().clamp_min(torch.finfo(direction.dtype).tiny)
-        weight = torch.stack([torch.zeros_like(direction), direction])
-        return {"weight": weight, "bias": -weight @ (positive + negative) / 2}
+        weight = torch.stack([torch.zeros_like(direction), direction]).to(inputs[0].dtype)
+        return {"weight": weight, "bias": -weight.to(wide) @ (positive + negative) / 2}

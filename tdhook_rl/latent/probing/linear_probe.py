@@ -11,24 +11,37 @@ import torch
 from torch import Tensor
 
 from tdhook_rl.artifacts import load_artifact, save_artifact
-from tdhook_rl.errors import ArtifactError, InputError
+from tdhook_rl.errors import ArtifactError, InputError, nearest
 from tdhook_rl.hooks import Runtime
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.passes import Call
 
-__all__ = ["LinearProbe", "ProbeReadout"]
+__all__ = ["LinearProbe", "ProbeReadout", "check_kind"]
+
+Kind = Literal["lda", "ridge"]
+Concept = Literal["classes", "labels", "values"]
+
+_KINDS: tuple[Kind, ...] = ("lda", "ridge")
+_CONCEPTS: tuple[Concept, ...] = ("classes", "labels", "values")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LinearProbe:
     """Scores ``weight @ features + bias``; classes by softmax (lda), or least-squares scores (ridge).
 
+    Scores are computed in float64, where the device has it: features far from zero cost a float32 sum its last digits.
+
     Args:
-        weight: ``(classes, features)``.
+        weight: ``(classes, features)``; a row for each label or number where the concept is not one class of several.
         bias: ``(classes,)``.
-        kind: how it was fitted.
+        kind: how it was fitted: ``"lda"`` or ``"ridge"``.
         path: the module whose output it reads.
         facts: what is known of it (rows, accuracy, frames), saved with it.
+        concept: ``"classes"``: one of several; ``"labels"``: yes or no for each row of the weight; ``"values"``:
+            numbers (ridge).
+
+    Raises:
+        InputError: for another kind or concept, or shapes that do not fit.
 
     Reference: Alain & Bengio 2017.
 
@@ -40,24 +53,71 @@ class LinearProbe:
 
     weight: Tensor
     bias: Tensor
-    kind: Literal["lda", "ridge"] = "lda"
+    kind: Kind = "lda"
     path: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
+    concept: Concept = "classes"
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
+        if self.concept not in _CONCEPTS:
+            raise InputError(f"a probe is of 'classes', 'labels' or 'values', got {self.concept!r}")
+        if self.concept == "values" and self.kind != "ridge":
+            raise InputError(f"a probe of numbers is of the kind 'ridge', got {self.kind!r}")
+        if self.weight.ndim != 2 or self.bias.shape != self.weight.shape[:1]:
+            raise InputError(
+                f"a probe has a weight (classes, features) and a bias (classes,), got {tuple(self.weight.shape)} and "
+                f"{tuple(self.bias.shape)}"
+            )
 
     def scores(self, features: Tensor) -> Tensor:
         """``(..., classes)`` from ``(..., features)``."""
-        return _scores(features, self.weight, self.bias, self.path)
+        return _cast(_scores(features, self.weight, self.bias, self.path), features)
 
     def probabilities(self, features: Tensor) -> Tensor:
-        """``(..., classes)``: softmax for lda; scores clipped to [0, 1] and normalised for ridge."""
-        return _probabilities(self.scores(features), self.kind)
+        """``(..., classes)``: softmax for lda; scores clipped to [0, 1] and normalised for ridge. Of labels: the
+        logistic function for lda, scores clipped to [0, 1] for ridge.
+
+        Raises:
+            InputError: for a probe of numbers, which have none.
+        """
+        if self.concept == "values":
+            raise InputError("a probe of numbers has no probabilities: ask for predict(features)")
+        return _cast(_read(_scores(features, self.weight, self.bias, self.path), self.kind, self.concept), features)
 
     def predict(self, features: Tensor) -> Tensor:
-        """The class of each row, ``(...)``."""
-        return self.scores(features).argmax(-1)
+        """The class of each row, ``(...)``; of labels 0 or 1, of numbers their values, ``(..., targets)``."""
+        scores = _scores(features, self.weight, self.bias, self.path)
+        if self.concept == "values":
+            return _cast(scores, features)
+        if self.concept == "labels":
+            return (scores > (0.0 if self.kind == "lda" else 0.5)).long()
+        return scores.argmax(-1)
+
+    def controls(self, name: str) -> dict[str, Tensor]:
+        """What makes a :class:`ProbeReadout` read this probe, kind included, by the names of its controls.
+
+        Args:
+            name: their prefix, ``"probe.<name of the probe>"``.
+
+        Example:
+            >>> probe = LinearProbe(weight=torch.eye(2), bias=torch.zeros(2), path="1")
+            >>> sorted(probe.controls("probe.door"))
+            ['probe.door.bias', 'probe.door.kind', 'probe.door.weight']
+        """
+        code = torch.tensor(_CONCEPTS.index(self.concept) * len(_KINDS) + _KINDS.index(self.kind))
+        return {f"{name}.weight": self.weight, f"{name}.bias": self.bias, f"{name}.kind": code}
 
     def accuracy(self, features: Tensor, labels: Tensor) -> float:
-        """Balanced accuracy: the mean over classes of the share of their rows that are right."""
+        """Balanced accuracy: the mean over classes of the share of their rows that are right.
+
+        Raises:
+            InputError: without rows, or for a probe that does not choose among classes.
+        """
+        if self.concept != "classes":
+            raise InputError(
+                f"accuracy is of classes, and this is a probe of {self.concept}: compare predict(features)"
+            )
         right = (self.predict(features).reshape(-1) == labels.reshape(-1)).double()
         labels = labels.reshape(-1).long()
         shares = [right[labels == label].mean() for label in labels.unique()]
@@ -72,7 +132,7 @@ class LinearProbe:
 
     def save(self, path: str | Path) -> Path:
         """Write safetensors and JSON (see :func:`tdhook_rl.artifacts.save_artifact`)."""
-        facts = {**self.facts, "probe_kind": self.kind, "module_path": self.path}
+        facts = {**self.facts, "probe_kind": self.kind, "module_path": self.path, "probe_concept": self.concept}
         return save_artifact(path, "linear_probe", {"weight": self.weight, "bias": self.bias}, facts)
 
     @classmethod
@@ -86,11 +146,13 @@ class LinearProbe:
         try:
             weight, bias = tensors["weight"], tensors["bias"]
             kind, module = facts.pop("probe_kind"), facts.pop("module_path")
+            concept = facts.pop("probe_concept", "classes")
         except KeyError as error:
             raise ArtifactError(f"{path} lacks {error}, which a probe has") from None
-        if weight.ndim != 2 or bias.shape != weight.shape[:1]:
-            raise ArtifactError(f"{path}: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} are no probe")
-        return cls(weight=weight, bias=bias, kind=kind, path=module, facts=facts)
+        try:
+            return cls(weight=weight, bias=bias, kind=kind, path=module, facts=facts, concept=concept)
+        except InputError as error:
+            raise ArtifactError(f"{path} is no probe: {error}") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,10 +162,10 @@ class ProbeReadout(Method):
     Args:
         probes: for each name a fitted probe, whose ``path`` says which module it reads.
         probe_key: the root of the result keys.
-        name: the prefix of the controls ``"<name>.<probe>.weight"`` and ``".bias"``: write them to replace a
-            probe in running workers.
+        name: the prefix of the controls ``"<name>.<probe>.weight"``, ``".bias"`` and ``".kind"``: write
+            :meth:`LinearProbe.controls` of another probe to replace one in running workers.
 
-    Writes ``(probe_key, name)``: batch + classes, probabilities.
+    Writes ``(probe_key, name)``: batch + classes, probabilities; batch + targets for a probe of numbers.
 
     Example:
         >>> from tensordict import TensorDict
@@ -132,10 +194,23 @@ class ProbeReadout(Method):
         readings = {}
         for name, probe in self.probes.items():
             site = binder.site(probe.path, runs=True)
-            weight = binder.control(f"{self.name}.{name}.weight", probe.weight)
-            bias = binder.control(f"{self.name}.{name}.bias", probe.bias)
-            readings[self.probe_key, name] = (binder.capture(site), site.name, weight, bias, probe.kind)
+            names = {part: f"{self.name}.{name}.{part}" for part in ("weight", "bias", "kind")}
+            values = probe.controls(f"{self.name}.{name}")
+            for part, control in names.items():
+                value = values[control]
+                # float64, so that what is pushed later keeps its digits
+                binder.control(control, value if part == "kind" else value.double())
+            readings[self.probe_key, name] = _Reading(binder.capture(site), site.name, **names)
         return _BoundReadout(binder.runtime, readings)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    slot: str
+    site: str
+    weight: str
+    bias: str
+    kind: str
 
 
 class _BoundReadout:
@@ -143,7 +218,7 @@ class _BoundReadout:
     reads_forward = True
     replays = False
 
-    def __init__(self, runtime: Runtime, readings: dict[tuple[str, str], tuple[str, str, str, str, str]]) -> None:
+    def __init__(self, runtime: Runtime, readings: dict[tuple[str, str], _Reading]) -> None:
         self._runtime = runtime
         self._readings = readings
         self.result_keys = tuple(readings)
@@ -151,12 +226,18 @@ class _BoundReadout:
     def compute(self, call: Call) -> dict[tuple[str, ...], Tensor]:
         controls = self._runtime.controls
         results: dict[tuple[str, ...], Tensor] = {}
-        for key, (slot, site, weight, bias, kind) in self._readings.items():
-            value = call.captured(slot, site)
+        for key, one in self._readings.items():
+            value = call.captured(one.slot, one.site)
             features = value.reshape(*call.batch_size, -1)
-            scores = _scores(features, controls[weight].to(value.device), controls[bias].to(value.device), site)
-            results[key] = _probabilities(scores, kind)
+            scores = _scores(features, controls[one.weight], controls[one.bias], one.site)
+            results[key] = _cast(_by_code(scores, controls[one.kind]), features)
         return results
+
+
+def check_kind(kind: str) -> None:
+    """Raise an ``InputError`` unless it is ``"lda"`` or ``"ridge"``."""
+    if kind not in _KINDS:
+        raise InputError(f"a probe is 'lda' or 'ridge', got {kind!r}; {nearest(str(kind).lower(), _KINDS, count=1)}")
 
 
 def _scores(features: Tensor, weight: Tensor, bias: Tensor, path: str) -> Tensor:
@@ -165,11 +246,36 @@ def _scores(features: Tensor, weight: Tensor, bias: Tensor, path: str) -> Tensor
             f"the probe of {path!r} reads {weight.shape[1]} features, but got {features.shape[-1]}: "
             "it was fitted on another module or network"
         )
-    return torch.nn.functional.linear(features, weight.to(features.dtype), bias.to(features.dtype))
+    # Apple's devices have no float64.
+    dtype = torch.float32 if features.device.type == "mps" else torch.float64
+    return torch.nn.functional.linear(
+        features.to(dtype), weight.to(features.device, dtype), bias.to(features.device, dtype)
+    )
 
 
-def _probabilities(scores: Tensor, kind: str) -> Tensor:
+def _cast(scores: Tensor, features: Tensor) -> Tensor:
+    return scores.to(features.dtype if features.is_floating_point() else torch.float32)
+
+
+def _read(scores: Tensor, kind: str, concept: str) -> Tensor:
+    """What a probe says: probabilities, or values."""
+    if concept == "values":
+        return scores
+    if concept == "labels":
+        return scores.sigmoid() if kind == "lda" else scores.clamp(0, 1)
     if kind == "lda":
         return scores.softmax(-1)
     clipped = scores.clamp(0, 1)
     return clipped / clipped.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+
+
+def _by_code(scores: Tensor, code: Tensor) -> Tensor:
+    """:func:`_read` by the number of concept and kind, which another process may change at any time."""
+    if not torch.compiler.is_compiling():
+        concept, kind = divmod(int(code), len(_KINDS))
+        return _read(scores, _KINDS[kind], _CONCEPTS[concept])
+    found = scores  # a branch on a tensor's value would break the graph
+    for number in range(len(_CONCEPTS) * len(_KINDS)):
+        concept, kind = divmod(number, len(_KINDS))
+        found = torch.where(code.to(scores.device) == number, _read(scores, _KINDS[kind], _CONCEPTS[concept]), found)
+    return found

@@ -1,4 +1,4 @@
-"""Sufficient statistics of a linear probe: sums that stream, decay and merge by addition.
+"""Sufficient statistics of a classifying probe: sums that stream, decay and merge by addition.
 
 Ridge regression and linear discriminant analysis are exact functions of them, so a probe can be solved at
 any time, for any penalty, without a stored activation; workers' statistics add up to the statistics of all.
@@ -12,17 +12,27 @@ import torch
 from torch import Tensor
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.latent.probing.linear_probe import LinearProbe
+from tdhook_rl.latent.probing.linear_probe import LinearProbe, check_kind
+from tdhook_rl.latent.probing.moments import Moments, raw_bias, solve_symmetric
 
-__all__ = ["ClassStatistics"]
+__all__ = ["NEVER", "ClassStatistics", "check_solve"]
+
+#: The score of a class without rows: it is never chosen, and its probability is zero in every float format.
+NEVER = -1e4
+#: Below this share of all rows, a class that decays is forgotten.
+_FORGOTTEN = 1e-9
 
 
-class ClassStatistics:
-    """Per-class counts and sums, and the second moments of all rows, in float64.
+class ClassStatistics(Moments):
+    """Per-class counts and sums, and the second moments of all rows, in float64 about the mean of the first rows.
 
     Args:
         features: the length of a feature vector.
         classes: how many classes the labels have (0 to ``classes`` - 1).
+
+    Attributes:
+        count: ``(classes,)``, rows.
+        total: ``(classes, features)``, the sums of ``x - shift``.
 
     Example:
         >>> stats = ClassStatistics(features=2, classes=2)
@@ -31,12 +41,19 @@ class ClassStatistics:
         [2.0, 1.0]
     """
 
+    _sums = ("count", "total", "moment")
+
     def __init__(self, *, features: int, classes: int) -> None:
         if features < 1 or classes < 2:
             raise InputError(f"a probe needs at least 1 feature and 2 classes, got {features} and {classes}")
+        super().__init__(features=features)
         self.count = torch.zeros(classes, dtype=torch.float64)
         self.total = torch.zeros(classes, features, dtype=torch.float64)
-        self.moment = torch.zeros(features, features, dtype=torch.float64)
+
+    @property
+    def there(self) -> Tensor:
+        """Which classes have rows, ``(classes,)``, bool."""
+        return self.count > _FORGOTTEN * self.count.sum()
 
     def add(self, features: Tensor, labels: Tensor) -> None:
         """Add rows.
@@ -48,76 +65,131 @@ class ClassStatistics:
         Raises:
             InputError: for shapes that do not fit, labels out of range, NaN.
         """
-        labels = labels.reshape(-1)
-        classes, width = self.total.shape
-        if features.numel() != labels.numel() * width:
-            raise InputError(
-                f"features of shape {tuple(features.shape)} are not {labels.numel()} rows of {width}: "
-                "labels have the batch shape of the features"
-            )
-        if labels.is_floating_point():
-            raise InputError(f"labels are class numbers, got {labels.dtype}")
-        rows = features.detach().reshape(-1, width).to("cpu", torch.float64)
-        labels = labels.to("cpu", torch.long)
-        if not bool(torch.isfinite(rows).all()):
-            raise InputError("features hold NaN or infinite values; drop those rows first")
-        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-            raise InputError(f"labels go from {int(labels.min())} to {int(labels.max())}, expected 0 to {classes - 1}")
-        one_hot = torch.nn.functional.one_hot(labels, classes).to(torch.float64)
+        rows = self._checked(features, labels.numel())
+        numbers = self.checked_labels(labels)
+        one_hot = torch.nn.functional.one_hot(numbers, len(self.count)).to(torch.float64)
+        for part, block in self._blocks(rows):
+            self.total += one_hot[part].T @ block
         self.count += one_hot.sum(0)
-        self.total += one_hot.T @ rows
-        self.moment += rows.T @ rows
 
-    def decay(self, factor: float) -> None:
-        """Forget: multiply every sum by a factor between 0 and 1, for features that drift in training."""
-        if not 0 <= factor <= 1:
-            raise InputError(f"a decay factor lies between 0 and 1, got {factor}")
-        for tensor in (self.count, self.total, self.moment):
-            tensor.mul_(factor)
+    def checked_labels(self, labels: Tensor) -> Tensor:
+        """The class numbers, ``(rows,)``, on the CPU.
+
+        Raises:
+            InputError: for labels that are no class numbers of these classes.
+        """
+        if labels.is_floating_point() or labels.is_complex():
+            raise InputError(f"labels are class numbers, got {labels.dtype}")
+        numbers = labels.detach().reshape(-1).to("cpu", torch.long)
+        if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < len(self.count):
+            raise InputError(
+                f"labels go from {int(numbers.min())} to {int(numbers.max())}, expected 0 to {len(self.count) - 1}"
+            )
+        return numbers
 
     def __add__(self, other: ClassStatistics) -> ClassStatistics:
         if self.total.shape != other.total.shape:
             raise InputError(
                 f"statistics of {tuple(self.total.shape)} and {tuple(other.total.shape)} (classes, features) do not add"
             )
+        first, second = (self, other) if self._begun else (other, self)
         classes, features = self.total.shape
         merged = ClassStatistics(features=features, classes=classes)
-        for name in ("count", "total", "moment"):
-            getattr(merged, name).copy_(getattr(self, name) + getattr(other, name))
+        merged.shift, merged._begun = first.shift.clone(), first._begun
+        merged.resolution = max(first.resolution, second.resolution)
+        moment, away = first._merged_moment(second, second.total.sum(0), second.count.sum())
+        if not second._begun:
+            moment, away = second.moment, torch.zeros_like(away)
+        merged.count = first.count + second.count
+        merged.total = first.total + second.total + second.count[:, None] * away
+        merged.moment = first.moment + moment
         return merged
 
-    def solve(self, *, kind: Literal["lda", "ridge"] = "lda", penalty: float = 1e-3, path: str = "") -> LinearProbe:
+    def solve(
+        self,
+        *,
+        kind: Literal["lda", "ridge"] = "lda",
+        penalty: float = 1e-3,
+        path: str = "",
+        priors: Literal["rows", "equal"] = "rows",
+        absent: Literal["raise", "never"] = "raise",
+    ) -> LinearProbe:
         """The probe that these rows determine.
 
         Args:
             kind: ``"lda"``: Gaussian classes with one covariance (Fisher 1936); ``"ridge"``: least squares on
                 one-hot labels (Hoerl & Kennard 1970), intercept unpenalised.
-            penalty: for ``"lda"`` the share of the mean variance added to the diagonal of the covariance; for
-                ``"ridge"`` the penalty on the weights, as scikit-learn's ``alpha``.
+            penalty: for ``"lda"`` what is added to the diagonal of the within-class covariance of features that are
+                scaled to variance 1, so that it means the same at every scale; for ``"ridge"`` the penalty on the
+                weights of the features as they are, as scikit-learn's ``alpha``.
             path: the module path that the features come from.
+            priors: of the classes of a discriminant: ``"rows"``: the share of their rows; ``"equal"``: all alike, which
+                is what balanced accuracy asks of a rare class.
+            absent: what to do about a class without a row: ``"raise"``, or ``"never"``: the probe never chooses it.
 
         Raises:
-            InputError: if a class has no row yet.
+            InputError: if fewer than two classes have rows, or, with ``absent="raise"``, any has none.
         """
-        if bool((self.count <= 0).any()):
-            empty = [index for index, count in enumerate(self.count.tolist()) if count <= 0]
-            raise InputError(f"cannot fit a probe: class {empty[0]} has no row (rows per class: {self.count.tolist()})")
+        check_solve(kind, penalty, priors)
+        there = self.there
+        if (absent == "raise" and not bool(there.all())) or int(there.sum()) < 2:
+            empty = int((~there).nonzero()[0])
+            raise InputError(f"cannot fit a probe: class {empty} has no row (rows per class: {self.count.tolist()})")
+        if kind == "ridge":
+            stored, bias = self._ridge(penalty)
+        else:
+            stored, bias = self._discriminant(penalty, priors, there)
+        return LinearProbe(weight=stored, bias=bias, kind=kind, path=path, facts={"rows": float(self.count.sum())})
+
+    def margin(self, probe: LinearProbe) -> tuple[float, float]:
+        """Of two classes, the difference of scores halfway between their means, and its spread within classes."""
+        centres, within = self._within()
+        weight = (probe.weight[1] - probe.weight[0]).double()
+        bias = probe.bias[1].double() - probe.bias[0].double()
+        middle = float(weight @ (centres.mean(0) + self.shift) + bias)
+        return middle, float((weight @ within @ weight).clamp_min(0).sqrt())
+
+    def _within(self) -> tuple[Tensor, Tensor]:
+        """The centres of the classes about the shift (zero for absent ones), and the covariance within classes."""
+        centres = self.total / self.count.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+        return centres, (self.moment - centres.T @ (self.count[:, None] * centres)) / self.count.sum()
+
+    def _ridge(self, penalty: float) -> tuple[Tensor, Tensor]:
         rows = self.count.sum()
         mean = self.total.sum(0) / rows
-        features = self.moment.shape[0]
-        identity = torch.eye(features, dtype=torch.float64)
-        if kind == "ridge":
-            centred = self.moment - rows * torch.outer(mean, mean)
-            # one-hot labels, centred: sum over rows of (x - mean) (y - share)^T
-            cross = (self.total - self.count[:, None] * mean).T
-            weight = torch.linalg.solve(centred + penalty * identity, cross).T
-            bias = self.count / rows - weight @ mean
-        elif kind == "lda":
-            centres = self.total / self.count[:, None]
-            within = (self.moment - centres.T @ (self.count[:, None] * centres)) / rows
-            scale = within.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-            weight = torch.linalg.solve(within + penalty * scale * identity, centres.T).T
-            bias = (self.count / rows).log() - 0.5 * (weight * centres).sum(1)
-        else:
-            raise InputError(f"a probe is 'lda' or 'ridge', got {kind!r}")
-        return LinearProbe(weight=weight.float(), bias=bias.float(), kind=kind, path=path, facts={"rows": float(rows)})
+        centred = self.moment - rows * torch.outer(mean, mean)
+        # one-hot labels, centred: sum over rows of (x - mean) (y - share)^T
+        cross = (self.total - self.count[:, None] * mean).T
+        centred.diagonal().add_(penalty)
+        weight = solve_symmetric(centred, cross).T
+        return raw_bias(weight, mean + self.shift, self.count / rows)
+
+    def _discriminant(self, penalty: float, priors: str, there: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self.count.sum()
+        mean = self.total.sum(0) / rows
+        centres, within = self._within()
+        scale = self._scale(mean, self.moment.diagonal() / rows - mean.square())
+        live = torch.isfinite(scale)
+        spread = scale[live]
+        offsets = (centres - mean)[there][:, live] / spread
+        inner = within[live][:, live] / torch.outer(spread, spread)
+        inner.diagonal().add_(penalty)
+        found = solve_symmetric(inner, offsets.T, floor=1e-9).T
+        share = torch.full_like(self.count[there], 1.0) if priors == "equal" else self.count[there] / rows
+        at_mean = share.log() - 0.5 * (found * offsets).sum(1)
+        # What all classes have in common decides nothing; without it, scores stay small far from the mean.
+        weight = torch.zeros_like(self.total)
+        weight[there.nonzero(), live.nonzero().T] = (found - found.mean(0)) / spread
+        stored, bias = raw_bias(weight, mean + self.shift, torch.zeros_like(self.count))
+        bias[there] += at_mean - at_mean.mean()
+        bias[~there] = NEVER
+        return stored, bias
+
+
+def check_solve(kind: str, penalty: float, priors: str) -> None:
+    """Raise an ``InputError`` for an unknown kind or prior, or a penalty that is none."""
+    check_kind(kind)
+    if not 0 <= penalty < float("inf"):
+        raise InputError(f"a penalty is a number that is not negative, got {penalty}")
+    if priors not in ("rows", "equal"):
+        raise InputError(f"priors are 'rows' (the share of their rows) or 'equal', got {priors!r}")

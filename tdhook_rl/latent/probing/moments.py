@@ -1,0 +1,150 @@
+"""Sums of feature vectors in float64, about a number near their mean, and the linear systems they pose."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from tdhook_rl.errors import InputError
+
+__all__ = ["Moments", "raw_bias", "solve_symmetric"]
+
+M = TypeVar("M", bound="Moments")
+
+#: Rows that are held in float64 at once.
+_BLOCK = 16_384
+
+
+class Moments:
+    """The base of the statistics of probes: the second moments of feature vectors.
+
+    Everything is kept about ``shift``, the mean of the first rows, and in float64: features far from zero (an offset
+    of 10,000 and a spread of 1) lose nothing to cancellation.
+
+    Args:
+        features: the length of a feature vector.
+
+    Attributes:
+        shift: ``(features,)``; zeros before the first rows.
+        moment: ``(features, features)``, the sum of ``(x - shift) (x - shift)^T``.
+        resolution: the relative spacing of the coarsest numbers that were added: spread below it is rounding.
+    """
+
+    _sums: tuple[str, ...] = ("moment",)
+
+    def __init__(self, *, features: int) -> None:
+        if features < 1:
+            raise InputError(f"a probe needs at least 1 feature, got {features}")
+        self.shift = torch.zeros(features, dtype=torch.float64)
+        self.moment = torch.zeros(features, features, dtype=torch.float64)
+        self.resolution = torch.finfo(torch.float64).eps
+        self._begun = False
+
+    @property
+    def width(self) -> int:
+        """The length of a feature vector."""
+        return len(self.shift)
+
+    def decay(self, factor: float) -> None:
+        """Forget: multiply every sum by a factor between 0 and 1, for features that drift in training."""
+        if not 0 <= factor <= 1:
+            raise InputError(f"a decay factor lies between 0 and 1, got {factor}")
+        for name in self._sums:
+            getattr(self, name).mul_(factor)
+
+    def _checked(self, features: Tensor, rows: int) -> Tensor:
+        """``(rows, features)`` on the CPU.
+
+        Raises:
+            InputError: for another shape, or NaN.
+        """
+        if features.numel() != rows * self.width:
+            raise InputError(
+                f"features of shape {tuple(features.shape)} are not {rows} rows of {self.width}: "
+                "labels have the batch shape of the features"
+            )
+        found = features.detach().reshape(rows, self.width).cpu()
+        if not bool(torch.isfinite(found).all()):
+            raise InputError("features hold NaN or infinite values; drop those rows first")
+        return found
+
+    def _blocks(self, rows: Tensor) -> list[tuple[slice, Tensor]]:
+        """The rows about the shift in float64, a block at a time; the second moments are added up here."""
+        if not len(rows):
+            return []
+        if not self._begun:
+            self._begun = True
+            self.shift = rows.double().mean(0)
+        if rows.is_floating_point():
+            self.resolution = max(self.resolution, torch.finfo(rows.dtype).eps)
+        blocks = []
+        for start in range(0, len(rows), _BLOCK):
+            block = rows[start : start + _BLOCK].double() - self.shift
+            self.moment += block.T @ block
+            blocks.append((slice(start, start + len(block)), block))
+        return blocks
+
+    def _merged_moment(self: M, other: M, total: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The moment of another about this one's shift, and how far the other's shift is away.
+
+        Args:
+            other: the other.
+            total: the sum of its rows about its own shift.
+            rows: how many it has.
+        """
+        away = other.shift - self.shift
+        crossed = torch.outer(total, away)
+        return other.moment + crossed + crossed.T + rows * torch.outer(away, away), away
+
+    def _scale(self, mean: Tensor, variance: Tensor) -> Tensor:
+        """The spread of each feature, infinite where it is constant up to rounding.
+
+        Args:
+            mean: of the features about the shift.
+            variance: of the features.
+        """
+        spread = variance.clamp_min(0).sqrt()
+        rounding = 0.5 * self.resolution * (mean + self.shift).abs()
+        live = spread > rounding.clamp_min(torch.finfo(torch.float64).tiny)
+        return torch.where(live, spread, torch.inf)
+
+
+def solve_symmetric(matrix: Tensor, right: Tensor, floor: float = 0.0) -> Tensor:
+    """``matrix^-1 right`` for a matrix that is positive, or nearly.
+
+    Args:
+        matrix: ``(n, n)``, symmetric.
+        right: ``(n, k)``.
+        floor: what eigenvalues count at least, if the matrix is singular; 0: directions without any are left out, as in
+            a least-squares solution of least norm.
+    """
+    if not len(matrix):
+        return right
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    diagonal = factor.diagonal()
+    if not bool(failed) and bool(diagonal.min() > 1e-7 * diagonal.max()):
+        return torch.cholesky_solve(right, factor)
+    values, vectors = torch.linalg.eigh(matrix)
+    if floor:
+        inverse = 1 / values.clamp_min(floor)
+    else:
+        smallest = 1e-12 * values.abs().max()
+        inverse = torch.where(values > smallest, 1 / values, 0.0)
+    return vectors @ (inverse[:, None] * (vectors.T @ right))
+
+
+def raw_bias(weight: Tensor, centre: Tensor, at_centre: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight as it is stored, in float32, and the bias that gives exactly ``at_centre`` there.
+
+    The bias belongs to the rounded weight and stays float64: with features far from zero, rounding either would shift
+    every score.
+
+    Args:
+        weight: ``(outputs, features)``.
+        centre: ``(features,)``.
+        at_centre: ``(outputs,)``, the scores there.
+    """
+    stored = weight.float()
+    return stored, at_centre - stored.double() @ centre

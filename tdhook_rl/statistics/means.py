@@ -1,0 +1,160 @@
+"""Means and paired differences by group."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import numpy as np
+
+from tdhook_rl.errors import InputError
+from tdhook_rl.statistics.interval import FEW_GROUPS, Interval, array, check_confidence, limits, none, pair_up
+
+__all__ = ["grouped_mean", "p_value", "paired_difference"]
+
+Method = Literal["auto", "t", "bootstrap"]
+
+#: Numbers held at once while groups are drawn anew.
+_BLOCK = 4_000_000
+
+
+def grouped_mean(
+    values: Any,
+    groups: Any = None,
+    *,
+    confidence: float = 0.95,
+    method: Method = "auto",
+    bounds: tuple[float, float] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """The mean over rows, with an interval by group.
+
+    Args:
+        values: ``(rows,)`` numbers.
+        groups: the group of each row (episode, seed); each row its own unless given.
+        confidence: of the interval.
+        method: ``"t"``: the variance between groups, with one degree of freedom less than there are groups, fewer for
+            groups of very unequal size; ``"bootstrap"``: groups are drawn anew and the mean is studentised (Efron
+            1982), which follows skewed values; ``"auto"``: the bootstrap from ten groups on, t below, and t where
+            ``bounds`` are given.
+        bounds: the least and largest value there can be, ``(0, 1)`` for shares; the interval stays inside and does not
+            collapse where all values are at a bound.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Returns:
+        the interval; none, and why in words, for a single group.
+
+    Raises:
+        InputError: for no rows, NaN, values outside of the bounds, or a bootstrap below ten groups.
+
+    Example:
+        >>> found = grouped_mean([1.0, 2.0, 3.0, 4.0], groups=[0, 0, 1, 1])
+        >>> found.estimate, found.groups, found.method, found.words
+        (2.5, 2, 't by group', 'only 2 groups: a t interval by group')
+    """
+    check_confidence(confidence)
+    rows = array(values, "values")
+    if not len(rows):
+        raise InputError("there are no rows to take a mean of")
+    if bounds is not None and (rows.min() < bounds[0] or rows.max() > bounds[1]):
+        raise InputError(f"values go from {rows.min():g} to {rows.max():g}, outside of bounds={bounds}")
+    numbers = pair_up(len(rows), groups)
+    counts = np.bincount(numbers).astype(np.float64)
+    sums = np.bincount(numbers, rows)
+    found, shape = len(counts), {"confidence": confidence, "groups": len(counts), "rows": len(rows)}
+    estimate = float(rows.mean())
+    if found < 2:
+        return none(estimate, "one group only: nothing says how much groups differ", **shape)
+    if method == "bootstrap" and found < FEW_GROUPS:
+        raise InputError(f"a bootstrap of {found} groups covers too little: from {FEW_GROUPS} groups on, or method='t'")
+    variance, freedom = _variance(sums, counts, estimate)
+    words = f"only {found} groups: a t interval by group" if found < FEW_GROUPS else ""
+    if math.sqrt(variance) <= 1e-12 * abs(estimate) and bounds is None:
+        return limits(estimate, 0.0, freedom=freedom, words=f"all {found} groups are alike", **shape)
+    if method == "t" or (method == "auto" and (found < FEW_GROUPS or bounds is not None)):
+        return limits(estimate, variance, freedom=freedom, bounds=bounds, words=words, **shape)
+    if method not in ("auto", "bootstrap"):
+        raise InputError(f"method= is 'auto', 't' or 'bootstrap', got {method!r}")
+    pulls = _pulls(sums, counts, estimate, resamples, seed)
+    lower, upper = np.quantile(pulls, [0.5 + confidence / 2, 0.5 - confidence / 2])
+    error = math.sqrt(variance)
+    low, high = estimate - lower * error, estimate - upper * error
+    if bounds is not None:
+        low, high = max(low, bounds[0]), min(high, bounds[1])
+    return Interval(estimate=estimate, low=float(low), high=float(high), method="studentised bootstrap", **shape)
+
+
+def paired_difference(first: Any, second: Any, groups: Any = None, **options: Any) -> Interval:
+    """The mean of ``second - first`` over pairs (one state, seed or noise under two conditions), by group.
+
+    Args:
+        first, second: ``(rows,)``, a pair in each row.
+        groups: the group of each pair.
+        options: as of :func:`grouped_mean`.
+
+    Raises:
+        InputError: if the two do not pair up; as of :func:`grouped_mean`.
+
+    Example:
+        >>> paired_difference([1.0, 2.0, 4.0], [1.5, 2.5, 4.5]).estimate
+        0.5
+    """
+    before, after = array(first, "values"), array(second, "values")
+    if len(before) != len(after):
+        raise InputError(f"pairs have one value on each side, got {len(before)} and {len(after)}")
+    return grouped_mean(after - before, groups, **options)
+
+
+def p_value(values: Any, groups: Any = None, *, null: float = 0.0) -> float:
+    """Of a two-sided t test by group that the mean is ``null``; NaN for a single group.
+
+    Args:
+        values: ``(rows,)``; differences of pairs, for a paired test.
+        groups: the group of each row.
+        null: the mean under test.
+
+    Example:
+        >>> round(p_value([0.1, 0.3, 0.2, 0.25]), 3)
+        0.016
+    """
+    from scipy import stats
+
+    rows = array(values, "values")
+    if not len(rows):
+        raise InputError("there are no rows to test the mean of")
+    numbers = pair_up(len(rows), groups)
+    counts = np.bincount(numbers).astype(np.float64)
+    if len(counts) < 2:
+        return math.nan
+    estimate = float(rows.mean())
+    variance, freedom = _variance(np.bincount(numbers, rows), counts, estimate)
+    if variance <= 0:
+        return 1.0 if estimate == null else 0.0
+    return float(2 * stats.t.sf(abs(estimate - null) / math.sqrt(variance), freedom))
+
+
+def _variance(sums: np.ndarray, counts: np.ndarray, mean: float) -> tuple[float, float]:
+    """Of the mean over all rows, from the residuals of the groups' sums; and its degrees of freedom."""
+    groups = len(counts)
+    residuals = (sums - mean * counts) / counts.sum()
+    effective = counts.sum() ** 2 / np.square(counts).sum()
+    return float(np.square(residuals).sum() * groups / (groups - 1)), max(min(groups, effective) - 1, 1.0)
+
+
+def _pulls(sums: np.ndarray, counts: np.ndarray, mean: float, resamples: int, seed: int) -> np.ndarray:
+    """``(mean of a resample - mean) / its standard error`` for each resample of the groups."""
+    draws = np.random.default_rng(seed)
+    groups, found = len(counts), []
+    for start in range(0, resamples, block := max(_BLOCK // groups, 1)):
+        picked = draws.integers(groups, size=(min(block, resamples - start), groups))
+        of_sums, of_counts = sums[picked], counts[picked]
+        total = of_counts.sum(1)
+        means = of_sums.sum(1) / total
+        squares = np.square(of_sums - means[:, None] * of_counts).sum(1)
+        errors = np.sqrt(squares * groups / (groups - 1)) / total
+        # A resample of one group over and over has no spread: it stands for any.
+        pulls = np.divide(means - mean, errors, out=np.zeros_like(means), where=errors > 1e-9 * abs(mean))
+        found.append(pulls)
+    return np.concatenate(found)

@@ -1,0 +1,150 @@
+"""The interquartile mean, and the bootstrap of any other statistic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tdhook_rl.errors import InputError
+from tdhook_rl.statistics.interval import FEW_GROUPS, Interval, array, check_confidence, limits, none, pair_up
+
+__all__ = ["bootstrap", "iqm"]
+
+
+def iqm(
+    values: Any,
+    groups: Any = None,
+    *,
+    strata: Any = None,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """The interquartile mean of the groups' means: of their middle half.
+
+    Groups are drawn anew within their stratum, and the mean is studentised by its winsorised variance (Tukey &
+    McLaughlin 1963); below ten groups that variance gives a t interval.
+
+    Args:
+        values: ``(rows,)``, such as a return for each episode.
+        groups: the group of each row, such as the seed of the training run; each row its own unless given.
+        strata: the stratum of each row, such as the task; a group belongs to one stratum, groups of the same number in
+            two strata are two.
+        confidence: of the interval.
+        resamples, seed: of the bootstrap.
+
+    Raises:
+        InputError: for no rows or NaN.
+
+    Reference: Agarwal, Schwarzer, Castro, Courville & Bellemare 2021, NeurIPS.
+
+    Example:
+        >>> iqm([0.0, 1.0, 2.0, 100.0]).estimate
+        1.5
+    """
+    check_confidence(confidence)
+    rows = array(values, "values")
+    if not len(rows):
+        raise InputError("there are no rows to take a mean of")
+    layers = np.zeros(len(rows), dtype=np.int64) if strata is None else pair_up(len(rows), strata)
+    numbers = np.unique(np.stack([layers, pair_up(len(rows), groups)]), axis=1, return_inverse=True)[1].reshape(-1)
+    means = np.bincount(numbers, rows) / np.bincount(numbers)
+    layer = np.zeros(len(means), dtype=np.int64)
+    layer[numbers] = layers
+    of_layers = [np.flatnonzero(layer == one) for one in range(layers.max() + 1)]
+    middle, variance = _middle(means[None], layer)
+    estimate, count = float(middle[0]), len(means)
+    shape = {"confidence": confidence, "groups": count, "rows": len(rows)}
+    if min(map(len, of_layers)) < 2:
+        return none(estimate, "one group only (in a stratum): nothing says how much groups differ", **shape)
+    if variance[0] <= (1e-12 * estimate) ** 2:
+        words = "the middle half of the groups is alike, which says little about their spread"
+        return none(estimate, words, **shape) if count < FEW_GROUPS else limits(
+            estimate, 0.0, freedom=1, words=words, **shape
+        )  # fmt: skip
+    if count < FEW_GROUPS:
+        freedom = max(count - 2 * (count // 4) - len(of_layers), 1)
+        words = f"only {count} groups: a t interval by group"
+        return limits(estimate, float(variance[0]), freedom=freedom, words=words, **shape)
+    draws = np.random.default_rng(seed)
+    picked = np.empty((resamples, count), dtype=np.int64)
+    for members in of_layers:
+        picked[:, members] = members[draws.integers(len(members), size=(resamples, len(members)))]
+    again, spread = _middle(means[picked], layer)
+    errors = np.sqrt(spread)
+    pulls = np.divide(again - estimate, errors, out=np.zeros_like(again), where=errors > 1e-9 * abs(estimate))
+    upper, lower = np.quantile(pulls, [0.5 + confidence / 2, 0.5 - confidence / 2])
+    error = math.sqrt(variance[0])
+    return Interval(
+        estimate=estimate, low=float(estimate - upper * error), high=float(estimate - lower * error),
+        method="studentised bootstrap", **shape,
+    )  # fmt: skip
+
+
+def bootstrap(
+    statistic: Callable[..., Any],
+    values: Any,
+    groups: Any = None,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Any statistic of the groups' means, with a bias-corrected and accelerated interval (Efron 1987), by scipy.
+
+    Args:
+        statistic: ``statistic(values, axis=-1)``, such as ``numpy.median``.
+        values: ``(rows,)``.
+        groups: the group of each row; each row its own unless given.
+        confidence: of the interval.
+        resamples, seed: of the bootstrap.
+
+    Returns:
+        the interval; none, and why in words, below ten groups or where all are alike.
+
+    Example:
+        >>> import numpy as np
+        >>> found = bootstrap(np.median, np.arange(25.0))
+        >>> found.estimate, found.low < 12 < found.high
+        (12.0, True)
+    """
+    from scipy import stats
+
+    check_confidence(confidence)
+    rows = array(values, "values")
+    if not len(rows):
+        raise InputError("there are no rows to bootstrap")
+    numbers = pair_up(len(rows), groups)
+    means = np.bincount(numbers, rows) / np.bincount(numbers)
+    estimate = float(statistic(means, axis=-1))
+    shape = {"confidence": confidence, "groups": len(means), "rows": len(rows)}
+    if len(means) < FEW_GROUPS:
+        return none(estimate, f"only {len(means)} groups: a bootstrap covers too little below {FEW_GROUPS}", **shape)
+    if np.ptp(means) == 0:
+        return none(estimate, f"all {len(means)} groups are alike", **shape)
+    with np.errstate(all="ignore"):
+        found = stats.bootstrap(
+            (means,), statistic, confidence_level=confidence, n_resamples=resamples, method="BCa",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval  # fmt: skip
+    if not np.isfinite([found.low, found.high]).all():
+        return none(estimate, "the statistic does not move when groups are left out", **shape)
+    return Interval(estimate=estimate, low=float(found.low), high=float(found.high), method="BCa bootstrap", **shape)
+
+
+def _middle(samples: np.ndarray, layer: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of the middle half of each row of samples, and its winsorised variance within strata."""
+    count = samples.shape[1]
+    cut = count // 4
+    ordered = np.sort(samples, axis=1)
+    middle = ordered[:, cut : count - cut].mean(1)
+    drawn_in = np.clip(samples, ordered[:, cut, None], ordered[:, count - cut - 1, None])
+    squares = np.zeros(len(samples))
+    for one in range(layer.max() + 1):
+        part = drawn_in[:, layer == one]
+        size = part.shape[1]
+        squares += np.square(part - part.mean(1, keepdims=True)).sum(1) * size / max(size - 1, 1)
+    return middle, squares / (count - 2 * cut) ** 2

@@ -1,0 +1,162 @@
+"""What a classifier or regression scores, from sums by group, with intervals by group.
+
+Sums by group are all that is kept of the rows: they stream, decay and add up.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from tdhook_rl.errors import InputError
+from tdhook_rl.statistics.interval import FEW_GROUPS, Interval, check_confidence, limits, none
+
+__all__ = ["area_under_curve", "balanced_accuracy", "r_squared"]
+
+
+def balanced_accuracy(right: Any, rows: Any, *, confidence: float = 0.95) -> Interval:
+    """The mean over classes of the share of their rows that are right.
+
+    Args:
+        right: ``(groups, classes)``: how many rows of each class were classified rightly in each group.
+        rows: ``(groups, classes)``: of how many.
+        confidence: of the interval.
+
+    Returns:
+        the interval; a class without a row is left out, and the estimate is NaN, and why in words, for fewer than two.
+
+    Example:
+        >>> found = balanced_accuracy([[9, 1], [8, 0], [10, 2]], [[10, 2], [10, 1], [10, 2]])
+        >>> round(found.estimate, 2), found.groups
+        (0.75, 3)
+    """
+    check_confidence(confidence)
+    right, rows = np.asarray(right, dtype=np.float64), np.asarray(rows, dtype=np.float64)
+    if right.shape != rows.shape or right.ndim != 2:
+        raise InputError(f"counts are (groups, classes) both, got {right.shape} and {rows.shape}")
+    there = rows.sum(0) > 0
+    right, rows = right[:, there], rows[:, there]
+    held = rows.sum(1) > 0
+    shape = {"confidence": confidence, "groups": int(held.sum()), "rows": float(rows.sum())}
+    classes = rows.shape[1]
+    if classes < 2:
+        return none(math.nan, f"rows of {classes or 'no'} class only: there is nothing to tell apart", **shape)
+    total = rows.sum(0)
+    shares = right.sum(0) / total
+    estimate = float(shares.mean())
+    effective = total**2 / np.square(rows).sum(0)
+    counts = (rows > 0).sum(0)
+    if counts.min() < 2:
+        index = int(np.flatnonzero(there)[counts.argmin()])
+        return none(estimate, f"class {index} is in one group only: nothing says how much groups differ", **shape)
+    residuals = (right - shares * rows) / total * np.sqrt(counts / (counts - 1))
+    own = np.square(residuals).sum(0)
+    # A class without an error is not one that cannot err: each group counts as one row, one right and one wrong more.
+    faultless = (shares <= 0) | (shares >= 1)
+    smooth = (effective * shares + 1) / (effective + 2)
+    floor = np.where(faultless, smooth * (1 - smooth) / (effective + 2), shares * (1 - shares) / total)
+    own_floored = np.maximum(own, floor)
+    joint = np.square(residuals.sum(1)).sum() + (own_floored - own).sum()
+    freedom = own_floored.sum() ** 2 / (np.square(own_floored) / np.maximum(effective - 1, 1)).sum()
+    freedom = float(max(min(freedom, shape["groups"] - 1), 1.0))
+    few = int(counts.min())
+    words = f"a class is in {few} groups only: a t interval by group" if few < FEW_GROUPS else ""
+    return limits(
+        estimate, float(joint) / classes**2, freedom=freedom, bounds=(0.0, 1.0), alike=few, words=words, **shape
+    )  # fmt: skip
+
+
+def area_under_curve(positive: Any, negative: Any, *, confidence: float = 0.95) -> Interval:
+    """The chance that a positive row scores above a negative one, ties by half, from histograms of scores by group.
+
+    Args:
+        positive: ``(groups, bins)``: of the scores of the rows with the concept.
+        negative: ``(groups, bins)``: of the others.
+        confidence: of the interval, by the variance of DeLong, DeLong & Clarke-Pearson 1988 by group.
+
+    Returns:
+        the interval; the estimate is NaN, and why in words, without positive or negative rows.
+
+    Example:
+        >>> area_under_curve([[0, 1, 2], [1, 1, 1]], [[2, 1, 0], [2, 0, 1]]).estimate.__round__(3)
+        0.764
+    """
+    check_confidence(confidence)
+    positive, negative = np.asarray(positive, dtype=np.float64), np.asarray(negative, dtype=np.float64)
+    if positive.shape != negative.shape or positive.ndim != 2:
+        raise InputError(f"histograms are (groups, bins) both, got {positive.shape} and {negative.shape}")
+    sizes = [side.sum(1) for side in (positive, negative)]
+    rows = float(sum(size.sum() for size in sizes))
+    shape = {"confidence": confidence, "groups": int(((sizes[0] + sizes[1]) > 0).sum()), "rows": rows}
+    if min(size.sum() for size in sizes) <= 0:
+        absent = "positive" if sizes[0].sum() <= 0 else "negative"
+        return none(math.nan, f"no {absent} row: there is nothing to tell apart", **shape)
+    below, above = negative.sum(0) / sizes[1].sum(), positive.sum(0) / sizes[0].sum()
+    over = np.cumsum(below) - below / 2  # of negatives under a score of this bin
+    under = 1 - (np.cumsum(above) - above / 2)  # of positives over it
+    estimate = float(above @ over)
+    counts = [int((size > 0).sum()) for size in sizes]
+    few = min(counts)
+    if few < 2:
+        absent = "positive" if counts[0] < 2 else "negative"
+        return none(estimate, f"{absent} rows are in one group only: nothing says how much groups differ", **shape)
+    parts = []
+    for side, size, share, count in zip((positive, negative), sizes, (over, under), counts, strict=True):
+        parts.append((side @ share - estimate * size) / size.sum() * math.sqrt(count / (count - 1)))
+    own = np.array([float(np.square(part).sum()) for part in parts])
+    effective = np.array([size.sum() ** 2 / np.square(size).sum() for size in sizes])
+    variance = float(np.square(parts[0] + parts[1]).sum())
+    freedom = shape["groups"] - 1.0
+    if own.sum() > 0:
+        freedom = min(freedom, own.sum() ** 2 / (np.square(own) / np.maximum(effective - 1, 1)).sum())
+    words = f"a side is in {few} groups only: a t interval by group" if few < FEW_GROUPS else ""
+    return limits(estimate, variance, freedom=max(freedom, 1.0), bounds=(0.0, 1.0), alike=few, words=words, **shape)
+
+
+def r_squared(sums: Any, *, confidence: float = 0.95) -> Interval:
+    """The share of the variance that a prediction explains: 1 minus its squared error over that of the mean.
+
+    Args:
+        sums: ``(groups, 4)``: rows, the sum of the values, of their squares, and of the squared errors, by group. Take
+            the values about some number near their mean: the squares cancel otherwise.
+        confidence: of the interval.
+
+    Returns:
+        the interval; below 0 where the mean of the held-out values would have been closer.
+
+    Example:
+        >>> r_squared([[2, 0.0, 4.0, 1.0], [2, 0.0, 4.0, 1.0], [2, 0.0, 6.0, 1.0]]).estimate.__round__(3)
+        0.786
+    """
+    check_confidence(confidence)
+    sums = np.asarray(sums, dtype=np.float64)
+    if sums.ndim != 2 or sums.shape[1] != 4:
+        raise InputError(f"sums are (groups, 4), got {sums.shape}")
+    sums = sums[sums[:, 0] > 0]
+    rows, values, squares, errors = sums.T
+    shape = {"confidence": confidence, "groups": len(sums), "rows": float(rows.sum())}
+    if not len(sums):
+        return none(math.nan, "no row", **shape)
+    mean = values.sum() / rows.sum()
+    about = squares - 2 * mean * values + mean**2 * rows
+    total = about.sum()
+    if total <= 1e-12 * max(squares.sum(), 1e-300):
+        return none(math.nan, "the values are all the same: there is nothing to explain", **shape)
+    share = float(errors.sum() / total)
+    if len(sums) < 2:
+        return none(1 - share, "one group only: nothing says how much groups differ", **shape)
+    residuals = (errors - share * about) / total
+    variance = float(np.square(residuals).sum() * len(sums) / (len(sums) - 1))
+    effective = rows.sum() ** 2 / np.square(rows).sum()
+    words = f"only {len(sums)} groups: a t interval by group" if len(sums) < FEW_GROUPS else ""
+    # The share that is not explained is positive and skewed: its logarithm is nearer to normal.
+    known = max(share, 1e-12)
+    found = limits(
+        math.log(known), variance / known**2, freedom=max(min(effective, len(sums)) - 1, 1.0), words=words, **shape
+    )  # fmt: skip
+    with np.errstate(over="ignore"):
+        low, high = (float(1 - np.exp(bound)) for bound in (found.high, found.low))
+    return replace(found, estimate=1 - share, low=low, high=high, method="t by group, of the logarithm")
