@@ -121,7 +121,15 @@ def probe(case: Case) -> LinearProbe:
 
 def no_share_out(name: str, module: nn.Module) -> bool:
     """Modules of the tests' policies that no LRP rule is meant for, among them one that only raises."""
-    return type(module).__name__ in ("NormalParamExtractor", "biased_softplus", "Broken", "Bytes", "GRU", "Pair")
+    return type(module).__name__ in (
+        "NormalParamExtractor",
+        "biased_softplus",
+        "Broken",
+        "Bytes",
+        "GRU",
+        "Pair",
+        "Tuples",
+    )
 
 
 class Reader:

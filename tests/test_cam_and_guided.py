@@ -117,5 +117,5 @@ def test_it_is_the_gradient_where_everything_is_positive_and_differs_elsewhere()
 
 
 def test_a_net_without_relu_modules_is_refused() -> None:
-    with pytest.raises(SiteError, match=r"no nn\.ReLU module in Sequential"):
+    with pytest.raises(SiteError, match=r"no ReLU in Sequential"):
         GuidedBackpropagation().prepare(nn.Sequential(nn.Linear(2, 2), nn.Tanh())).__enter__()

@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from tensordict import NestedKey
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from tdhook_rl.attribution.base import BoundAttribution, Explained
+from tdhook_rl.attribution.functions import Operation, is_of_torch, operation, running_module
 from tdhook_rl.attribution.saliency import Saliency, _BoundSaliency
-from tdhook_rl.errors import SiteError
-from tdhook_rl.hooks import Runtime, first_tensor
+from tdhook_rl.attribution.watching import WatchedCall, reached
+from tdhook_rl.batching import GeneratorState
+from tdhook_rl.errors import SiteError, TdhookError
+from tdhook_rl.hooks import Runtime, first_tensor, vmap_level
 from tdhook_rl.passes import Call, Pass
 from tdhook_rl.paths import Site
 
@@ -30,7 +35,7 @@ class _ClampGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(value: Tensor) -> Tensor:
-        return value.view_as(value)
+        return value.clone()  # a view could not be written into by a statement in place that follows
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -54,20 +59,122 @@ class _GuideHook:
         return _ClampGradient.apply(first_tensor(output, module, "ReLU"))
 
 
+class _GuidedFunctions(TorchFunctionMode):
+    """Guides every ReLU that runs in it, whether it is a module, a function or a statement in place."""
+
+    def __init__(self, skipped: tuple[type[nn.Module], ...]) -> None:
+        super().__init__()
+        self.skipped = skipped
+        self.found = False
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        called = operation(function, args, kwargs)
+        if not _is_relu(called, args, kwargs) or (self.skipped and isinstance(running_module(), self.skipped)):
+            return function(*args, **kwargs)
+        self.found = True
+        if not called.in_place:
+            return _ClampGradient.apply(function(*args, **kwargs))
+        target, args, kwargs = called.out_of_place(args, kwargs)
+        # On a copy: what a function keeps for its gradient would be written over.
+        guided = _ClampGradient.apply(called.base(target.clone(), *args[1:], **kwargs))
+        return target.copy_(guided)
+
+
+#: What a compiler can tell a ReLU by.
+_OUT_OF_PLACE = (F.relu, torch.relu, torch.Tensor.relu)
+_IN_PLACE = (F.relu_, torch.relu_, torch.Tensor.relu_)
+_CLAMPS = (torch.clamp, torch.Tensor.clamp, torch.clip, torch.Tensor.clip, torch.clamp_min, torch.Tensor.clamp_min)
+
+
+class _TracedFunctions(TorchFunctionMode):
+    """The same while the policy is compiled."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in _IN_PLACE or (function is F.relu and kwargs.get("inplace")):
+            return args[0].copy_(_ClampGradient.apply(torch.relu(args[0].clone())))
+        found = function(*args, **kwargs)
+        if function in _OUT_OF_PLACE:
+            return _ClampGradient.apply(found)
+        if function in _CLAMPS and kwargs.get("max") is None and len(args) < 3:
+            low = args[1] if len(args) > 1 else kwargs.get("min")
+            if isinstance(low, (int, float)) and low == 0:
+                return _ClampGradient.apply(found)
+        return found
+
+
+def _is_relu(called: Operation, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a call computes ``max(x, 0)`` of floats."""
+    name, rest = called.name, args[1:]
+    if name == "relu":
+        return True
+    if name in ("clamp", "clip", "clamp_min"):
+        low = rest[0] if rest else kwargs.get("min")
+        high = rest[1] if len(rest) > 1 else kwargs.get("max")
+        return high is None and _is_zero(low)
+    if name == "threshold":
+        limits = (*rest, *(kwargs[key] for key in ("threshold", "value") if key in kwargs))
+        return len(limits) >= 2 and _is_zero(limits[0]) and _is_zero(limits[1])
+    if name in ("maximum", "fmax", "max"):
+        pair = (*args, *(kwargs[key] for key in ("other",) if key in kwargs))
+        return len(pair) == 2 and all(isinstance(one, Tensor) for one in pair) and any(map(_is_zero, pair))
+    return False
+
+
+def _is_zero(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not value.requires_grad and vmap_level() < 0 and not bool(value.any())
+    return isinstance(value, (int, float)) and value == 0
+
+
+#: Nodes of functions that may be a ReLU.
+_CANDIDATES = ("Relu", "ClampMin", "Clamp", "Threshold", "Maximum", "Fmax")
+
+
+class _Look:
+    """A target that looks through the graph of its pass first: is there a ReLU, and is each of them guided?"""
+
+    def __init__(self, target: Callable[[Pass], Tensor]) -> None:
+        self.target = target
+        self.name = getattr(target, "name", "target")
+        self.guided, self.unguided = False, frozenset[str]()
+
+    def __call__(self, run: Pass) -> Tensor:
+        value = self.target(run)
+        outputs = [one for one in run.outputs.values(True, True) if isinstance(one, Tensor)]
+        guided, unguided = False, set()
+        stack = [(one.grad_fn, False) for one in reached(value, [*outputs, *run.watched.values()]) or [value]]
+        seen = set()
+        while stack:
+            node, under_guide = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            guides = getattr(type(node), "_forward_cls", None) is _ClampGradient
+            guided |= guides
+            name = type(node).__name__.rstrip("0123456789").removesuffix("Backward")
+            if name in _CANDIDATES and not under_guide:
+                unguided.add(name)
+            stack.extend((child, guides) for child, _ in node.next_functions)
+        self.guided, self.unguided = guided, frozenset(unguided)
+        return value
+
+
 class _BoundGuidedBackpropagation(_BoundSaliency):
     def __init__(self, config: GuidedBackpropagation, binder: Binder) -> None:
         super().__init__(config, binder)
         self._owner = binder.owner()
+        self._root = binder.root
+        self._skipped = tuple(config.classes_to_skip)
+        self._by_function = False  # ReLUs have been met that are no module's output
         relus = [
             (name, child)
             for name, child in binder.root.named_modules()
-            if isinstance(child, nn.ReLU) and not isinstance(child, tuple(config.classes_to_skip))
+            if isinstance(child, nn.ReLU) and not isinstance(child, self._skipped)
         ]
-        if not relus:
-            raise SiteError(
-                f"GuidedBackpropagation found no nn.ReLU module in {type(binder.root).__name__}: it changes the "
-                "gradient of ReLU modules, and functional ReLUs or other activations cannot be seen; use Saliency"
-            )
+        if not relus and all(map(is_of_torch, binder.root.modules())):
+            raise self._none()
         for name, child in relus:
             binder.on_output(Site(name, name, child, True), _GuideHook(binder.runtime, self._owner))
         self.shares_forward = False  # the hooks change gradients that the caller's own backward must not see
@@ -75,25 +182,76 @@ class _BoundGuidedBackpropagation(_BoundSaliency):
     def attribute(
         self, call: Call, explained: Explained, targets: Sequence[Callable[[Pass], Tensor]]
     ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
-        with call.policy._hooked_runtime.explained_by(self._owner):
-            return super().attribute(call, explained, targets)
+        runtime = call.policy._hooked_runtime
+        if torch.compiler.is_compiling():
+            previous, runtime.explaining = runtime.explaining, self._owner
+            with _TracedFunctions():
+                found = super().attribute(call, explained, targets)
+            runtime.explaining = previous
+            return found
+        with runtime.explained_by(self._owner):
+            # Where no graph can be looked at, all functions are.
+            if torch.is_inference_mode_enabled() or vmap_level() >= 0:
+                return self._by_functions(call, explained, targets)
+            looks = [_Look(target) for target in targets]
+            if not self._by_function:
+                before = GeneratorState(call.data.device)
+                try:
+                    found = super().attribute(call, explained, looks)
+                    if not any(look.unguided for look in looks):
+                        if not any(look.guided for look in looks):
+                            raise self._none()
+                        return found
+                except TdhookError:
+                    raise
+                except RuntimeError:  # such as a statement in place, whose gradient by modules alone is not to be had
+                    pass
+                before.restore()
+            found = self._by_functions(call, explained, looks)
+            self._by_function = True
+            if not self._skipped and any("Relu" in look.unguided for look in looks):
+                raise SiteError(
+                    "GuidedBackpropagation met a ReLU that it cannot guide, in compiled code or an autograd function "
+                    f"of {type(self._root).__name__}: write it as nn.ReLU or torch.relu, or use Saliency"
+                )
+            return found
+
+    def _by_functions(
+        self, call: Call, explained: Explained, targets: Sequence[Callable[[Pass], Tensor]]
+    ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
+        functions = _GuidedFunctions(self._skipped)
+        watched = WatchedCall.of(call, functions, [])
+        try:
+            found = super().attribute(watched, explained, targets)
+        finally:
+            call.replayed = watched.replayed
+        if not functions.found:
+            raise self._none()
+        return found
+
+    def _none(self) -> SiteError:
+        return SiteError(
+            f"GuidedBackpropagation found no ReLU in {type(self._root).__name__}: it changes the gradient of ReLUs, "
+            "of which other activations have none; use Saliency"
+        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class GuidedBackpropagation(Saliency):
     """Guided backpropagation (Springenberg et al. 2015).
 
-    The gradient is clamped to its positive part at every ``nn.ReLU``, and nowhere else. It passes the sanity check
+    The gradient is clamped to its positive part at every ReLU, and nowhere else: at ``nn.ReLU`` modules, and at
+    ``torch.relu``, ``F.relu``, ``clamp(min=0)`` and their like in a forward, in place too. It passes the sanity check
     of weight randomisation badly (Adebayo et al. 2018): read it as what the features look like, not as evidence of
     what the decision rests on.
 
     Args:
-        classes_to_skip: subclasses of ``nn.ReLU`` that are left as they are.
+        classes_to_skip: modules whose ReLUs are left as they are, such as a subclass of ``nn.ReLU``.
 
     The other arguments are those of :class:`tdhook_rl.attribution.Saliency`.
 
     Raises:
-        SiteError: if the net has no ``nn.ReLU`` module.
+        SiteError: if the net has no ReLU, or one in compiled code or an autograd function.
 
     Example:
         >>> from tensordict import TensorDict

@@ -12,13 +12,26 @@ from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import Tensor, nn
 
 from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttribution
+from tdhook_rl.attribution.functions import is_of_torch
 from tdhook_rl.attribution.gradients import gradients
-from tdhook_rl.attribution.lrp_rules import ROUTING, Rule, RuleMapper, Uniform
+from tdhook_rl.attribution.lrp_functions import FunctionRules
+from tdhook_rl.attribution.lrp_hooks import (
+    ComputedHook,
+    GradientHook,
+    LrpState,
+    RuleHook,
+    ShareByFunction,
+    ShareOut,
+    Unknown,
+)
+from tdhook_rl.attribution.lrp_rules import BY_WEIGHT, CONTAINERS, ROUTING, Rule, RuleMapper, Uniform, is_plain
+from tdhook_rl.attribution.relevance_graph import Graph
+from tdhook_rl.attribution.watching import Watch, WatchedCall, reached
+from tdhook_rl.batching import GeneratorState
 from tdhook_rl.decisions import action_of, drawn_decisions, every
-from tdhook_rl.errors import InputError, SiteError
-from tdhook_rl.hooks import Runtime
+from tdhook_rl.errors import InputError, SiteError, TdhookError
+from tdhook_rl.hooks import vmap_level
 from tdhook_rl.passes import Call, Pass
-from tdhook_rl.paths import Site
 from tdhook_rl.targets import Target, chosen_logit, default_target
 
 if TYPE_CHECKING:
@@ -27,60 +40,19 @@ if TYPE_CHECKING:
 __all__ = ["LRP"]
 
 
-class _ShareOut(torch.autograd.Function):
-    """The output of a module, whose gradient is relevance shared out by a rule."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, rule: Rule, module: nn.Module, *inputs: Tensor) -> Tensor:
-        ctx.rule, ctx.module = rule, module
-        ctx.save_for_backward(*inputs)
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:
-        shared = ctx.rule.share(ctx.module, ctx.saved_tensors, relevance)
-        return (None, None, None, *shared)
-
-
-class _RuleHook:
-    """Forward hook of a module with a rule; acts while its own method explains."""
-
-    def __init__(self, runtime: Runtime, owner: str, name: str, rule: Rule) -> None:
-        self.runtime = runtime
-        self.owner = owner
-        self.name = name
-        self.rule = rule
-
-    def before(self, module: nn.Module, args: tuple) -> tuple | None:
-        # An in-place activation would overwrite the input that the rule needs.
-        if self.runtime.explaining == self.owner and getattr(module, "inplace", False):
-            return tuple(value.clone() if isinstance(value, Tensor) else value for value in args)
-        return None
-
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        if self.runtime.explaining != self.owner:
-            return None
-        if not isinstance(output, Tensor) or not all(isinstance(value, Tensor) for value in args):
-            raise InputError(
-                f"LRP has a rule for {self.name!r} ({type(module).__name__}), but the module takes or returns "
-                "something else than tensors"
-            )
-        return _ShareOut.apply(output.detach(), self.rule, module, *args)
-
-
 class _BoundLRP(BoundAttribution):
     def __init__(self, config: LRP, binder: Binder) -> None:
         self._owner = binder.owner()
         self._starts_at_output = config.init_attr_grads is None
         self._gap_key = config.gap_key if config.compute_relevance_gap else None
         self._gaps: dict[tuple[str, ...], Tensor] = {}
-        mapper = config.rule_mapper or Uniform()
+        self._mapper = config.rule_mapper or Uniform()
+        self._state = LrpState(binder.runtime, self._owner)
+        self._root = binder.root
+        self._layers: list[tuple[str, nn.Module, Rule]] = []
+        self._by_function = False  # functions that need a rule have been met
         for name, module in binder.root.named_modules():
-            rule = self._rule_of(name, module, mapper, config)
-            if rule is not None:
-                hook = _RuleHook(binder.runtime, self._owner, name, rule)
-                module.register_forward_pre_hook(hook.before)
-                binder.on_output(Site(name, name, module, True), hook)
+            self._place(name, module, config)
         # After the rules: an explained activation is what a rule has put out.
         super().__init__(config, binder)
 
@@ -91,25 +63,29 @@ class _BoundLRP(BoundAttribution):
             return keys
         return (*keys, *((self._gap_key, *([name] if name else [])) for name in self.names))
 
-    @staticmethod
-    def _rule_of(name: str, module: nn.Module, mapper: RuleMapper, config: LRP) -> Rule | None:
-        if isinstance(module, (TensorDictModuleBase, TensorDictParams)):
-            return None
+    def _place(self, name: str, module: nn.Module, config: LRP) -> None:
+        # Within computed weights there is nothing that is called on activations.
+        if isinstance(module, (TensorDictModuleBase, TensorDictParams)) or "parametrizations" in name.split("."):
+            return
         if config.skip_modules and config.skip_modules(name, module):
-            return None
+            if not isinstance(module, CONTAINERS):
+                GradientHook(self._state, name).place(module)
+            return
         if "_empty_net" in name.split("."):
             raise SiteError(
                 f"the weights of {name!r} are lent to it during the call of a multi-agent net, and LRP reads weights "
                 "afterwards: use Saliency or IntegratedGradients"
             )
-        rule = mapper(name, module)
-        works = bool(next(module.parameters(recurse=False), None) is not None) or not list(module.children())
-        if rule is None and works and not isinstance(module, (*ROUTING, nn.Sequential, nn.ModuleList)):
+        rule = self._mapper(name, module)
+        if rule is not None:
+            self._layers.append((name, module, rule))
+            computed = type(rule) in BY_WEIGHT and not is_plain(module)
+            (ComputedHook if computed else RuleHook)(self._state, name, rule).place(module)
+        elif is_of_torch(module) and not isinstance(module, (*ROUTING, *CONTAINERS)):
             raise SiteError(
                 f"LRP has no rule for the module {name!r} ({type(module).__name__}), so its gradient would be taken "
                 "for relevance: give it one with rule_mapper=, or let it pass with skip_modules="
             )
-        return rule
 
     def compute(self, call: Call) -> dict[tuple[str, ...], Tensor]:
         results = super().compute(call)
@@ -124,10 +100,11 @@ class _BoundLRP(BoundAttribution):
     ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
         if torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
             raise InputError("LRP cannot run under inference_mode or compile: annotate the collected batch")
-        inputs, sites = explained.inputs, explained.leaves
-        starts = [_Start(target, self._starts_at_output) for target in targets]
-        with call.policy._hooked_runtime.explained_by(self._owner):
-            found, _ = gradients(call, inputs, dict.fromkeys(sites), sites, starts)
+        if vmap_level() >= 0:
+            raise InputError("LRP cannot run under vmap: call the hooked policy on the whole batch, or annotate it")
+        watch = Watch()
+        starts = [_Start(target, self._starts_at_output, watch) for target in targets]
+        found = self._in_the_way_it_needs(call, explained, starts, watch)
         if self._gap_key is not None:
             for name, start, (of_inputs, _) in zip(self.names, starts, found, strict=True):
                 total = torch.stack([value.reshape(*call.batch_size, -1).sum(-1) for value in of_inputs.values()]).sum(
@@ -135,6 +112,62 @@ class _BoundLRP(BoundAttribution):
                 )
                 self._gaps[self._gap_key, *([name] if name else [])] = total - start.value
         return found
+
+    def _in_the_way_it_needs(
+        self, call: Call, explained: Explained, starts: list[_Start], watch: Watch
+    ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
+        """By the rules of modules alone, which costs least, where the graph shows that nothing else has computed."""
+        if not self._by_function:
+            before = GeneratorState(call.data.device)
+            try:
+                return self._passed(call, explained, starts, watch, by_function=False)
+            except Unknown:
+                pass
+            except TdhookError:
+                raise
+            except RuntimeError:  # such as a statement in place: the pass with rules for functions says what it is
+                pass
+            before.restore()
+        found = self._passed(call, explained, starts, watch, by_function=True)
+        self._by_function = True
+        return found
+
+    def _passed(
+        self, call: Call, explained: Explained, starts: list[_Start], watch: Watch, by_function: bool
+    ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
+        runtime, inputs, sites = self._state.runtime, explained.inputs, explained.leaves
+        points: list[Tensor] = []  # of the pass: the replayed inputs
+        own = lambda: [*points, *(runtime.slots[slot] for slot in runtime.leaves if slot in runtime.slots)]  # noqa: E731
+        graph = Graph(own, (ShareOut, ShareByFunction))
+        functions = self._functions(graph) if by_function else None
+        watch.begin(graph, None if functions is None else functions.names)
+        self._state.begin(functions)
+        seen = WatchedCall.of(call, functions, points)
+        try:
+            with runtime.explained_by(self._owner):
+                return gradients(seen, inputs, dict.fromkeys(sites), sites, starts)[0]
+        finally:
+            call.replayed = seen.replayed
+            watch.graph = None
+            self._state.begin(None)
+
+    def _functions(self, graph: Graph) -> FunctionRules:
+        mapper = self._mapper
+        plain = mapper if isinstance(mapper, Uniform) else Uniform()
+        weights = {
+            id(module._parameters["weight"]): (name, module, rule)
+            for name, module, rule in reversed(self._layers)
+            if module._parameters.get("weight") is not None
+        }
+        names = {id(module): name for name, module in self._root.named_modules()}
+        return FunctionRules(
+            self._state,
+            graph,
+            names,
+            weights,
+            lambda convolves: plain.convolution or plain.rule if convolves else plain.rule,
+            getattr(mapper, "epsilon", 1e-6),
+        )
 
 
 class _Default:
@@ -158,8 +191,9 @@ class _Start:
     that the relevance of the outputs adds up to the target wherever this is linear in them.
     """
 
-    def __init__(self, target: Callable[[Pass], Tensor], at_output: bool) -> None:
+    def __init__(self, target: Callable[[Pass], Tensor], at_output: bool, watch: Watch) -> None:
         self.target = target
+        self.watch = watch
         self.name = getattr(target, "name", "target")
         self.at_output = at_output
         self.value: Tensor = torch.empty(0)
@@ -168,6 +202,8 @@ class _Start:
         if not self.at_output:
             value = self.target(run)
             self.value = value.detach()
+            outputs = [one for one in run.outputs.values(True, True) if _has_gradient(one)]
+            self.watch.require_known(reached(value, [*outputs, *run.watched.values()]))
             return value
         nodes = {key: value for key, value in run.outputs.items(True, True) if _has_gradient(value)}
         outputs = run.outputs.clone(recurse=False)
@@ -181,6 +217,11 @@ class _Start:
         if not value.requires_grad:
             return value
         counts = torch.autograd.grad(value.sum(), points, allow_unused=True)
+        self.watch.require_known(
+            node
+            for node, count in zip((*nodes.values(), *run.watched.values()), counts, strict=True)
+            if count is not None
+        )
         terms = [
             (node * (point.detach() * count)).reshape(*run.outputs.batch_size, -1).sum(-1)
             for node, point, count in zip((*nodes.values(), *run.watched.values()), points, counts, strict=True)
@@ -202,8 +243,7 @@ class LRP(GradientAttribution):
             everywhere.
         skip_modules: ``(name, module) -> bool``: modules whose gradient is taken for relevance.
         compute_relevance_gap: also write the relevance of the inputs minus the explained output: 0 where relevance
-            is conserved. Biases and epsilon absorb some; a residual sum that is not a
-            :class:`~tdhook_rl.attribution.lrp_rules.Sum` module doubles it.
+            is conserved. Biases, constants that are added, and epsilon absorb some.
         gap_key: where that is written, batch-shaped.
 
     Relevance starts at the outputs that the target reads, each times its slope (by default at the logit of the taken
@@ -212,10 +252,19 @@ class LRP(GradientAttribution):
     The other arguments are those of
     :class:`tdhook_rl.attribution.base.GradientAttribution`.
 
+    What a forward computes without modules has rules too. Sums (``x + block(x)``, ``out += x``, means, matrix products
+    with a weight) are shared in proportion to their terms, where an added constant is a bias; functions of single
+    entries (``F.relu``, ``tanh``, ``x / 255``, dropout) hand relevance on; slices and maxima that of the entry that
+    they take. ``F.linear`` with the weight of a layer has the layer's rule. Layers with computed weights (adapters,
+    norms of weights, masks) are explained by their linear map in this very call. What relevance cannot flow through,
+    such as a product of two tensors that both depend on the inputs, softmax or code that is compiled, is an error
+    there; where it does not decide the target it is no matter.
+
     Writes ``(attribution_key, in_key)`` and ``(attribution_key, path)``: batch + the shape of what is explained.
 
     Raises:
-        SiteError: if a module that computes has no rule.
+        SiteError: if a layer of torch's own that computes has no rule.
+        InputError: if relevance meets a function without a rule; under ``inference_mode``, ``vmap`` or compile.
 
     Example:
         >>> from tensordict import TensorDict

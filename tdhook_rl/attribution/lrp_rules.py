@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,7 @@ __all__ = [
 
 
 class Sum(nn.Module):
-    """A sum as a module, so that a rule can share relevance between its terms.
-
-    ``x + f(x)`` written with an operator hands the whole relevance to both terms and doubles the total;
-    ``Sum()(x, f(x))`` shares it in proportion to the terms.
-    """
+    """A sum as a module, so that it can have a rule of its own; ``x + f(x)`` is shared by the epsilon rule."""
 
     def forward(self, *terms: Tensor) -> Tensor:
         return torch.stack(terms).sum(0)
@@ -47,7 +43,7 @@ class Sum(nn.Module):
 class Rule(Protocol):
     """Shares the relevance of a module's output among its inputs."""
 
-    def share(self, module: nn.Module, inputs: tuple[Tensor, ...], relevance: Tensor) -> tuple[Tensor, ...]:
+    def share(self, module: Any, inputs: tuple[Tensor, ...], relevance: Tensor) -> tuple[Tensor, ...]:
         """The relevance of each input, of its shape."""
 
 
@@ -55,7 +51,7 @@ class Rule(Protocol):
 class Pass:
     """Hand relevance on unchanged; for activation functions, whose input and output have one shape."""
 
-    def share(self, module: nn.Module, inputs: tuple[Tensor, ...], relevance: Tensor) -> tuple[Tensor, ...]:
+    def share(self, module: Any, inputs: tuple[Tensor, ...], relevance: Tensor) -> tuple[Tensor, ...]:
         if inputs[0].shape != relevance.shape:
             raise InputError(
                 f"the Pass rule needs inputs and outputs of one shape; {type(module).__name__} maps "
@@ -74,10 +70,10 @@ class Epsilon:
 
     epsilon: float = 1e-6
 
-    def share(self, module: nn.Module, inputs: tuple[Tensor, ...], relevance: Tensor) -> tuple[Tensor, ...]:
+    def share(self, module: Any, inputs: tuple[Tensor, ...], relevance: Tensor) -> tuple[Tensor, ...]:
         function, weight, bias = affine(module, inputs)
         output, back = torch.func.vjp(lambda *x: function(x, weight, bias), *inputs)
-        shares = back(_ratio(relevance, output, self.epsilon))
+        shares = back(ratio(relevance, output, self.epsilon))
         return tuple(x * share for x, share in zip(inputs, shares, strict=True))
 
 
@@ -88,14 +84,14 @@ class Gamma:
     gamma: float = 0.25
     epsilon: float = 1e-6
 
-    def share(self, module: nn.Module, inputs: tuple[Tensor, ...], relevance: Tensor) -> tuple[Tensor, ...]:
+    def share(self, module: Any, inputs: tuple[Tensor, ...], relevance: Tensor) -> tuple[Tensor, ...]:
         (x,) = inputs
         function, weight, bias = affine(module, inputs)
         all_of_it = function((x,), weight, bias)
         positive, back_positive = _signed(function, x, weight, bias, 1)
-        ratio = _ratio(relevance, all_of_it + self.gamma * positive, self.epsilon)
+        weights = ratio(relevance, all_of_it + self.gamma * positive, self.epsilon)
         _, back = torch.func.vjp(lambda x: function((x,), weight, bias), x)
-        return (x * back(ratio)[0] + self.gamma * back_positive(ratio),)
+        return (x * back(weights)[0] + self.gamma * back_positive(weights),)
 
 
 @dataclass(frozen=True)
@@ -113,14 +109,14 @@ class AlphaBeta:
         if self.alpha < 0 or self.beta < 0 or abs(self.alpha - self.beta - 1) > 1e-9:
             raise InputError(f"alpha - beta must be 1 and neither negative, got {self.alpha} and {self.beta}")
 
-    def share(self, module: nn.Module, inputs: tuple[Tensor, ...], relevance: Tensor) -> tuple[Tensor, ...]:
+    def share(self, module: Any, inputs: tuple[Tensor, ...], relevance: Tensor) -> tuple[Tensor, ...]:
         (x,) = inputs
         function, weight, bias = affine(module, inputs)
         positive, back_positive = _signed(function, x, weight, bias, 1)
-        shared = self.alpha * back_positive(_ratio(relevance, positive, self.epsilon))
+        shared = self.alpha * back_positive(ratio(relevance, positive, self.epsilon))
         if self.beta:
             negative, back_negative = _signed(function, x, weight, bias, -1)
-            shared = shared - self.beta * back_negative(_ratio(relevance, negative, self.epsilon))
+            shared = shared - self.beta * back_negative(ratio(relevance, negative, self.epsilon))
         return (shared,)
 
 
@@ -136,7 +132,7 @@ class ZPlus(AlphaBeta):
 class WSquare:
     """In proportion to ``w_ij ** 2``, whatever the input; for the first layer."""
 
-    def share(self, module: nn.Module, inputs: tuple[Tensor, ...], relevance: Tensor) -> tuple[Tensor, ...]:
+    def share(self, module: Any, inputs: tuple[Tensor, ...], relevance: Tensor) -> tuple[Tensor, ...]:
         return _by_weight(module, inputs, relevance, torch.square)
 
 
@@ -144,35 +140,64 @@ class WSquare:
 class Flat:
     """In equal parts among the inputs that an output is connected to; for the first layer."""
 
-    def share(self, module: nn.Module, inputs: tuple[Tensor, ...], relevance: Tensor) -> tuple[Tensor, ...]:
+    def share(self, module: Any, inputs: tuple[Tensor, ...], relevance: Tensor) -> tuple[Tensor, ...]:
         return _by_weight(module, inputs, relevance, torch.ones_like)
 
 
 Affine = Callable[[tuple[Tensor, ...], Tensor | None, Tensor | None], Tensor]
 
+
+class AffineMap(NamedTuple):
+    """A function of inputs, weight and bias that is linear in the inputs, where no module is at hand that is one."""
+
+    function: Affine
+    weight: Tensor | None
+    bias: Tensor | None
+
+
 ACTIVATIONS: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Softplus, nn.Hardtanh, nn.ReLU6, nn.Mish,
-    nn.CELU, nn.SELU, nn.Hardswish,
+    nn.CELU, nn.SELU, nn.Hardswish, nn.Hardsigmoid, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Softsign,
+    nn.LogSigmoid, nn.PReLU, nn.RReLU, nn.Threshold,
 )  # fmt: skip
 CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 AVERAGES = (
     nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, Sum,
 )  # fmt: skip
-#: Modules whose gradient is a way to hand relevance on: they select or move entries.
+#: Modules without a rule of their own: they move or choose entries, or what they call has one.
 ROUTING = (
     SquashDims, SqueezeLayer,
-    nn.Identity, nn.Dropout, nn.Flatten, nn.Unflatten, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d,
-    nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
+    nn.Identity, nn.Flatten, nn.Unflatten, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d,
+    nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.Embedding, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle,
+    nn.Unfold, nn.Fold, nn.Upsample,
+    nn.modules.dropout._DropoutNd, nn.modules.padding._ConstantPadNd, nn.modules.padding._ReflectionPadNd,
+    nn.modules.padding._ReplicationPadNd, nn.modules.padding._CircularPadNd,
 )  # fmt: skip
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+#: Classes that compute what :func:`affine` says; of a subclass that is not known.
+PLAIN = frozenset({
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    *BATCH_NORMS, *AVERAGES,
+})  # fmt: skip
 
 
-def affine(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Affine, Tensor | None, Tensor | None]:
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module computes with its own weights as its class says, and nothing else."""
+    if type(module) not in PLAIN or "forward" in vars(module):
+        return False
+    # Norms of weights and masks of old put a tensor of their own in the place of the parameter.
+    return all(name in module._parameters for name in ("weight", "bias") if hasattr(module, name))
+
+
+def affine(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Affine, Tensor | None, Tensor | None]:
     """A module as a function of inputs, weight and bias, linear in the inputs; and its weight and bias.
 
     Raises:
         InputError: for a module that is not linear in its input.
     """
+    if isinstance(module, AffineMap):
+        return module
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if isinstance(module, nn.Linear):
         return lambda x, w, b: F.linear(x[0], w, b), weight, bias
@@ -220,13 +245,17 @@ def _by_weight(
     if weight is None or isinstance(module, BATCH_NORMS):
         raise InputError(f"{type(module).__name__} has no weights between inputs and outputs to share by")
     total, back = torch.func.vjp(lambda v: function((v,), change(weight), None), torch.ones_like(x))
-    return (back(_ratio(relevance, total, 0.0))[0],)
+    return (back(ratio(relevance, total, 0.0))[0],)
 
 
-def _ratio(relevance: Tensor, total: Tensor, epsilon: float) -> Tensor:
+def ratio(relevance: Tensor, total: Tensor, epsilon: float) -> Tensor:
     """Relevance over total; the total is moved away from zero by epsilon, and zero over zero is zero."""
     moved = total + epsilon * torch.where(total >= 0, 1.0, -1.0).to(total.dtype)
     return torch.where(moved == 0, 0.0, relevance / torch.where(moved == 0, 1.0, moved))
+
+
+#: The rules here that share by what a layer computes, of which :func:`affine` must know all.
+BY_WEIGHT = (Epsilon, Gamma, AlphaBeta, ZPlus, WSquare, Flat)
 
 
 class RuleMapper(Protocol):
