@@ -15,10 +15,10 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 
 from tdhook_rl.batching import PassNoise, conv_chunk, in_recurrent_mode, map_chunks, shallow
 from tdhook_rl.draws import masks_needed
-from tdhook_rl.errors import InputError, MissingKeyError, nearest
+from tdhook_rl.errors import InputError, MissingKeyError, TdhookError, nearest
 from tdhook_rl.hooks import vmap_level
 from tdhook_rl.mismatch import Mismatch
-from tdhook_rl.passes import Bound, Call, action_keys, observers, publish, stored_inputs
+from tdhook_rl.passes import Bound, Call, action_keys, conduct_of, observers, publish, stored_inputs
 from tdhook_rl.writing import require_room
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ def annotate(
     mismatch = Mismatch(policy, on_mismatch)
     selected = _select(policy, data, missing)
     computed: list[TensorDictBase] = []
-    noise = PassNoise(data.device)
+    conduct = conduct_of(policy)
+    noise = PassNoise(data.device or conduct.device, others=not conduct.watch.idle)
     for horizon in ("step", "trajectory"):
         group = [one for one in missing if getattr(one, "horizon", "step") == horizon]
         run = _rows if horizon == "step" else _trajectories
@@ -131,6 +132,16 @@ class _Analysis:
                     call.replay(as_it_was=True)
             self.mismatch.compare(call)
             return computed
+        except RuntimeError as error:
+            # What is kept from the last call may have its number of rows.
+            kept = None if isinstance(error, TdhookError) else conduct_of(policy).kept_tensors()
+            if kept is None:
+                raise
+            raise InputError(
+                f"{type(policy)._base.__name__} fails on {chunk.batch_size.numel()} rows of a batch ({error}). "
+                f"It keeps {kept} from its last call, which may be state of other rows: explain it while it acts, with "
+                "when='step', or let its state be read from the data"
+            ) from error
         finally:
             runtime.slots.clear()
             policy._close_routes()

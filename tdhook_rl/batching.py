@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import random
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
+
+from tdhook_rl.known import may_meet
 
 __all__ = [
     "GeneratorState",
@@ -19,6 +23,8 @@ __all__ = [
     "frozen_statistics",
     "in_recurrent_mode",
     "map_chunks",
+    "repeat_rows",
+    "shallow",
 ]
 
 #: Input elements of one chunk for convolutional nets, where batches that leave the cache are slower on CPU: 64 frames
@@ -27,7 +33,6 @@ CONV_ELEMENTS = 64 * 3 * 64 * 64
 #: Below so many rows a pass of a convolutional net is mostly overhead.
 CONV_ROWS = 32
 
-_BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 
 
@@ -54,6 +59,23 @@ def map_chunks(
     else:
         result = torch.cat([function(flat[start : start + chunk_size]) for start in range(0, rows, chunk_size)])
     return result.reshape(data.batch_size) if data.ndim > 1 else result
+
+
+def repeat_rows(data: TensorDictBase, copies: int, without: Collection[str] = ()) -> TensorDictBase:
+    """The rows of the data several times over, as one batch dimension: all rows, then all rows again.
+
+    Args:
+        data: a TensorDict of any batch shape.
+        copies: how many times.
+        without: entries that are left out.
+    """
+    repeated = TensorDict({}, batch_size=[copies * data.batch_size.numel()], device=data.device)
+    # Entry by entry: expand and reshape of a whole TensorDict cost ten times as much.
+    for name, value in data.items():
+        if name not in without:
+            shape = value.shape if isinstance(value, Tensor) else value.batch_size
+            repeated.set(name, value.expand(copies, *shape).flatten(0, data.ndim))
+    return repeated
 
 
 def conv_chunk(inputs: Iterable[Any], batch: torch.Size) -> int:
@@ -91,14 +113,17 @@ class Traits:
         return cls(
             convolutional=any(isinstance(child, _CONVOLUTIONS) for child in children),
             recurrent=any(hasattr(child, "recurrent_mode") for child in children),
-            batch_statistics=any(isinstance(child, _BATCH_STATISTICS) for child in children),
+            batch_statistics=any(may_meet(child) for child in children),
         )
 
 
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Run batch-statistics layers in eval mode, so that an extra pass does not move their buffers."""
-    changed = [child for child in module.modules() if isinstance(child, _BATCH_STATISTICS) and child.training]
+    """Run batch-statistics layers in eval mode: in a batch that was put together later, the statistics that a row met
+    with are not to be had."""
+    changed = [
+        child for child in module.modules() if child.training and may_meet(child) and child.running_mean is not None
+    ]
     for child in changed:
         child.training = False
     try:
@@ -109,17 +134,41 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
 
 
 class GeneratorState:
-    """The state of torch's global generators, to be put back after an extra pass."""
+    """The state of the global generators, to be put back after an extra pass.
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    Args:
+        device: where the policy runs; the generator of a CUDA device is kept beside that of the CPU.
+        others: also those of Python and NumPy.
+    """
+
+    def __init__(self, device: torch.device | None = None, others: bool = False) -> None:
         self._cuda = device if device is not None and device.type == "cuda" else None
         self._states = self._read()
+        self._others = (random.getstate(), np.random.get_state()) if others else None
 
     def _read(self) -> list[Tensor]:
         states = [torch.get_rng_state()]
         if self._cuda is not None:
             states.append(torch.cuda.get_rng_state(self._cuda))
         return states
+
+    def moved(self) -> bool:
+        """Whether anything was drawn since."""
+        return (
+            any(not torch.equal(now, then) for now, then in zip(self._read(), self._states, strict=True))
+            or self.others_moved()
+        )
+
+    def others_moved(self) -> bool:
+        """Whether anything was drawn since from the generators of Python or NumPy, if they are kept."""
+        if self._others is None:
+            return False
+        python: Any
+        numpy: Any
+        now: Any
+        python, numpy = self._others
+        now = np.random.get_state()
+        return random.getstate() != python or now[2:] != numpy[2:] or not bool((now[1] == numpy[1]).all())
 
     def restore(self) -> None:
         """Put the state back; nothing is written where nothing was drawn."""
@@ -129,6 +178,9 @@ class GeneratorState:
                     torch.set_rng_state(then)
                 else:
                     torch.cuda.set_rng_state(then, self._cuda)
+        if self._others is not None and self.others_moved():
+            random.setstate(self._others[0])
+            np.random.set_state(self._others[1])
 
 
 class PassNoise:
@@ -138,20 +190,20 @@ class PassNoise:
     state from before the first pass would repeat their noise.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
-        self._device = device
+    def __init__(self, device: torch.device | None = None, others: bool = False) -> None:
+        self._device, self._others = device, others
         self._own: GeneratorState | None = None
 
     @contextmanager
     def under_way(self) -> Iterator[None]:
         """The duration of one pass."""
-        before = GeneratorState(self._device)
+        before = GeneratorState(self._device, self._others)
         if self._own is not None:
             self._own.restore()
         try:
             yield
         finally:
-            self._own = GeneratorState(self._device)
+            self._own = GeneratorState(self._device, self._others)
             before.restore()
 
 

@@ -16,7 +16,7 @@ from tensordict.utils import unravel_key_list
 
 from tdhook_rl.batching import GeneratorState
 from tdhook_rl.errors import KeyCollisionError
-from tdhook_rl.passes import publish
+from tdhook_rl.passes import conduct_of, publish
 
 if TYPE_CHECKING:
     from tdhook_rl.module import HookedMixin
@@ -68,10 +68,11 @@ class RandomFrames:
 
 def _blank(policy: HookedMixin, data: TensorDict) -> TensorDict:
     """Results in the form in which the policy writes them, all zero, and masks that say so."""
-    before = GeneratorState(data.device)
+    conduct = conduct_of(policy)
+    before = GeneratorState(data.device or conduct.device, others=not conduct.watch.idle)
     try:
-        with policy._hooked_runtime.lock, torch.no_grad(), policy._frozen_statistics():
-            written = policy(data.copy())
+        with policy._hooked_runtime.lock, torch.no_grad(), conduct.watch.scratch():
+            written = policy(data.clone())
     finally:
         before.restore()
     blank = TensorDict({}, batch_size=data.batch_size)

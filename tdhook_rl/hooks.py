@@ -26,6 +26,7 @@ from tdhook_rl.rows import as_leaf, lent_rows, rows_of, unbatched, vmap_level, w
 if TYPE_CHECKING:
     from tdhook_rl.passes import Replay
     from tdhook_rl.paths import Run
+    from tdhook_rl.start import Conduct, Start
     from tdhook_rl.tying import Tie
 
 __all__ = [
@@ -69,6 +70,9 @@ class Runtime:
         self.batch: torch.Size | None = None
         self.time: tuple[torch.Size, Tensor | None] | None = None
         self.replay: Replay | None = None
+        # What is known of how the policy runs, and where the call under way started.
+        self.conduct: Conduct | None = None
+        self.start: Start | None = None
         self.tie: Tie | None = None
         self.row_hook: RowHook | None = None
         self.runs: dict[str, int] | None = None  # of the call under way: how often each hook that counts has run
@@ -83,6 +87,7 @@ class Runtime:
         self.expected: list[frozenset[str]] = []
         self.checked = False
         self.mismatch_warned = False
+        self.said: set[str] = set()  # what is said once
         self.fired: set[str] = set()
         self.rows: dict[NestedKey, Tensor] = {}
         self.lock = Turns()
@@ -191,6 +196,8 @@ class Runtime:
             "leaves": {},
             "rows": {},
             "replay": None,
+            "conduct": None,
+            "start": None,
             "tie": None,
             "recording": False,
             "depth": 0,

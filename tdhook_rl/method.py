@@ -176,7 +176,7 @@ class HookingContext:
                 f"{type(clone).__name__} has its own attribute {taken[0]!r}, which a hooked policy needs: rename it"
             )
         runtime = Runtime()
-        runtime.tie = Tie(self._module)
+        runtime.tie = Tie(self._module, root)
         survey(clone, runtime)
         binder = Binder(clone, root, runtime)
         drawn = survey_draws(clone)

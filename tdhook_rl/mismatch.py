@@ -15,7 +15,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.errors import MismatchError
-from tdhook_rl.passes import Call
+from tdhook_rl.passes import Call, conduct_of
 
 if TYPE_CHECKING:
     from tdhook_rl.module import HookedMixin
@@ -38,6 +38,7 @@ class Mismatch:
         self._different = 0
         self._largest = 0.0
         self._key: NestedKey | None = None
+        self._compared = False
 
     def can_compare(self, data: TensorDictBase) -> bool:
         """Whether anybody would be told, and the data holds outputs to compare with."""
@@ -70,6 +71,7 @@ class Mismatch:
                 if float(gap.max()) > self._largest:
                     self._largest, self._key = float(gap.max()), key
                 different |= rows
+        self._compared = True
         self._rows += batch.numel()
         self._different += int((different & written).sum())
 
@@ -89,6 +91,7 @@ class Mismatch:
     def report(self, data: TensorDictBase) -> None:
         """Say so, if rows differ: an error, or a warning once for each hooked policy."""
         if not self._different:
+            self._report_state()
             return
         message = (
             f"the stored {self._key!r} of {self._different} of {self._rows} rows is not what the policy computes now "
@@ -101,8 +104,24 @@ class Mismatch:
         self._policy._hooked_runtime.mismatch_warned = True
         warnings.warn(message, stacklevel=5)
 
+    def _report_state(self) -> None:
+        """Say so, if rows may differ because the policy's state has moved on, and there was nothing to compare."""
+        state = None if self._compared or not self.wanted else conduct_of(self._policy).state()
+        if state is None:
+            return
+        message = (
+            f"{state}; the data has no outputs of the policy to compare with, so whether its rows are explained by "
+            "what the policy computed for them is not known. Explain it while it acts with when='step', store its "
+            "outputs with the rows, or accept it with on_mismatch='ignore'"
+        )
+        if self._how == "raise":
+            raise MismatchError(message)
+        self._policy._hooked_runtime.mismatch_warned = True
+        warnings.warn(message, stacklevel=6)
+
     def _causes(self, data: TensorDictBase) -> str:
-        causes = []
+        state = conduct_of(self._policy).state()
+        causes = [] if state is None else [state]
         for key in (("next", "policy_version"), "policy_version"):
             version = data.get(key, None)
             if isinstance(version, Tensor) and version.numel():

@@ -27,9 +27,10 @@ from tdhook_rl.direct import direct_methods, disabled_hooks
 from tdhook_rl.draws import Draw
 from tdhook_rl.errors import InactiveError, MissingKeyError, TdhookError, TieError
 from tdhook_rl.hooks import Runtime, vmap_level
-from tdhook_rl.passes import Bound, Call, drawn_noise, observers, publish, run_root, stored_inputs
+from tdhook_rl.passes import Bound, Call, conduct_of, drawn_noise, observers, publish, run_root, stored_inputs
 from tdhook_rl.runs import HookedModuleRun
 from tdhook_rl.shared_pass import chain_pass, graph_pass, sharing
+from tdhook_rl.start import Start
 from tdhook_rl.writing import write_tensors, writes_by_default
 
 if TYPE_CHECKING:
@@ -152,9 +153,12 @@ class HookedMixin(_Policy):
         # A collector's thread and a postproc in the main thread may use one hooked policy at once.
         with runtime.lock:
             complete = False
+            tie = None if runtime.tie is None or not runtime.tie.holds_buffers() else runtime.tie
             try:
                 output = self._hooked_call(forward, args, kwargs)
                 complete = True
+                if tie is not None:
+                    tie.hand_on_buffers()
             except Exception as error:
                 self._require_own_inputs(args, kwargs, error)
                 raise
@@ -193,11 +197,16 @@ class HookedMixin(_Policy):
             return data
         runtime.level = vmap_level()
         shares = self._hooked_shares and len(args) == 1 and not kwargs
+        conduct = None if torch.compiler.is_compiling() else conduct_of(self)
         shared, layers = sharing(self, steps, data) if shares else ([], None)
         rest = [one for one in steps if one not in shared] if shared else steps
         replays = any(one.replays for one in rest)
         inputs = stored_inputs(self, data) if replays else {}
-        before = GeneratorState(data.device) if replays and not torch.compiler.is_compiling() else None
+        start, given = None, inputs
+        if replays and conduct is not None:
+            start = runtime.start = Start(conduct, data.device)
+            if conduct.watch.may_write_input:  # what it was given, also if it works on that in place
+                inputs = {key: value.clone() for key, value in inputs.items()}
         results: dict[tuple[str, ...], torch.Tensor] = {}
         runtime.recording = True
         try:
@@ -212,20 +221,19 @@ class HookedMixin(_Policy):
                 else:
                     output = run_root(self, forward, args, kwargs)
             finally:
-                runtime.recording = False
+                runtime.recording, runtime.start = False, None
+            if start is not None:
+                start.forward_over(given, inputs)
             if replays and self._hooked_noise:
                 inputs |= drawn_noise(self, output)
-            call = Call(self, forward, output, inputs, data).of_step(runtime.drawn if replays else {})
-            if before is None:
+            call = Call(self, forward, output, inputs, data, start).of_step(runtime.drawn if replays else {})
+            if start is None:
                 results |= self._compute(rest, call)
             else:
-                # Noise inside the policy repeats in the second pass; afterwards the stream goes on as if
-                # there had been none.
-                after = GeneratorState(data.device)
-                before.restore()
+                # After the passes the stream of noise goes on as if there had been none.
+                after = GeneratorState(start.device, start.others)
                 try:
-                    with self._frozen_statistics():
-                        results |= self._compute(rest, call)
+                    results |= self._compute(rest, call)
                 finally:
                     after.restore()
             publish(output, results)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -31,13 +32,14 @@ from tdhook_rl.hooks import Runtime
 from tdhook_rl.repeats import Several
 from tdhook_rl.rows import with_batch
 from tdhook_rl.samples import components, decided_action, is_point, latent_samples, require_unchanged, samples
+from tdhook_rl.start import Conduct, Start
 from tdhook_rl.writing import get_entry, set_entries, set_tensor
 
 if TYPE_CHECKING:
     from tdhook_rl.chains import Record
     from tdhook_rl.module import HookedMixin
 
-__all__ = ["Bound", "Call", "Pass", "Replay", "ReplayMixin", "publish"]
+__all__ = ["Bound", "Call", "Pass", "Replay", "ReplayMixin", "conduct_of", "publish"]
 
 
 # Given a TensorDict, and unless existing entries are skipped, the decorators of this forward only take time.
@@ -95,11 +97,21 @@ class ReplayMixin(Swapped):
         runtime, draw = self._hooked_runtime, self._hooked_draw
         replay = runtime.replay
         data = args[0] if args else kwargs.get("tensordict")
+        start = runtime.start
         if replay is None or not isinstance(data, TensorDictBase):
             output = super().forward(*args, **kwargs)
+            if start is not None:
+                start.note_draw(self)
             if draw.slots and runtime.recording:
                 note_samples(runtime, draw, output)
             return output
+        output = self._hand_on(replay, data, args, kwargs)
+        if start is not None:
+            start.skip_draw(self)
+        return output
+
+    def _hand_on(self, replay: Replay, data: TensorDictBase, args: tuple, kwargs: dict[str, Any]) -> Any:
+        draw = self._hooked_draw
         if isinstance(self, ProbabilisticTensorDictModule):
             distribution = self.get_dist(data)
             stored = samples(self, draw, distribution, data, replay)
@@ -115,9 +127,10 @@ class ReplayMixin(Swapped):
             replay.decided.update({key: data.get(key) for key in stored if data.get(key).is_floating_point()})
         if any(value is None for value in stored.values()):
             with set_interaction_type(InteractionType.DETERMINISTIC):
-                return super().forward(*args, **kwargs)
-        for key, value in stored.items():
-            data.set(key, value)
+                data = super().forward(*args, **kwargs)
+        else:
+            for key, value in stored.items():
+                data.set(key, value)
         return data
 
 
@@ -213,8 +226,10 @@ class Call:
         data: TensorDictBase,
         inputs: dict[NestedKey, Tensor],
         source: TensorDictBase | None = None,
+        start: Start | None = None,
     ) -> None:
         self.policy = policy
+        self._start = start
         self.data = data
         if policy._hooked_overwrites and inputs:
             # Passes over more rows than the call's read the inputs from here.
@@ -282,13 +297,23 @@ class Call:
     def part(self, rows: Tensor) -> Call:
         """The same call with the rows of a boolean mask only, as one batch dimension; captures stay behind."""
         inputs = {key: value[rows] for key, value in self.inputs.items()}
-        part = Call(self.policy, self._forward, self.data[rows], inputs)
+        part = Call(self.policy, self._forward, self.data[rows], inputs, start=self._start)
         part.in_step = self.in_step
         return part
 
     @property
+    def start(self) -> Start | None:
+        """Where every pass over this call starts; none where a call is traced, which cannot look."""
+        if self._start is None and not torch.compiler.is_compiling():
+            self._start = Start(conduct_of(self.policy), self.data.device)
+        return self._start
+
+    @property
     def slots(self) -> dict[str, Tensor | Several]:
         return self.policy._hooked_runtime.slots
+
+    def _writes_input(self) -> bool:
+        return not torch.compiler.is_compiling() and conduct_of(self.policy).watch.may_write_input
 
     def as_it_was(self, inputs: Mapping[NestedKey, Tensor], stored: TensorDictBase | None) -> bool:
         """Whether a replay on these inputs computes what the call did."""
@@ -337,15 +362,19 @@ class Call:
         own = stored is None
         stored = self.data if stored is None else stored
         data = TensorDict._new_unsafe({}, batch_size=stored.batch_size)
+        copies = self._writes_input()
         for key, value in ({**self.inputs, **inputs} if own else stored_inputs(self.policy, stored, inputs)).items():
-            set_tensor(data, key, value)
+            # A forward may work in place on what it is given: it is the caller's, and what is explained may be a leaf.
+            set_tensor(data, key, value.clone() if copies else value)
         replay = Replay(stored, self.in_step, learning)
-        previous = runtime.replay, runtime.recording
-        runtime.replay, runtime.recording = replay, record
+        start = self.start
+        previous = runtime.replay, runtime.recording, runtime.start
+        runtime.replay, runtime.recording, runtime.start = replay, record, start
         try:
-            outputs = run_root(self.policy, self._forward, (data,), {})
+            with nullcontext() if start is None else start.passing():
+                outputs = run_root(self.policy, self._forward, (data,), {})
         finally:
-            runtime.replay, runtime.recording = previous
+            runtime.replay, runtime.recording, runtime.start = previous
         if learning:
             self._keep(replay.learned)
         if as_it_was:
@@ -360,6 +389,14 @@ class Call:
             outputs, stored, replay.distributions, keys, replay.watched, policy._hooked_supports,
             policy._hooked_slots, policy._hooked_actions, runtime.told, replay.runs,
         )  # fmt: skip
+
+
+def conduct_of(policy: HookedMixin) -> Conduct:
+    """What is known of how a policy runs; a process, or a copy, learns it for itself."""
+    runtime = policy._hooked_runtime
+    if runtime.conduct is None:
+        runtime.conduct = Conduct(policy.hooked_root)
+    return runtime.conduct
 
 
 def run_root(policy: HookedMixin, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -17,6 +17,7 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 
+from tdhook_rl.coupling import coupled
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.passes import Bound, Call
@@ -127,8 +128,9 @@ class _BoundScheduled:
             found = dict(self.bound.compute(call))
             self._learn(found, len(batch))
             return found
-        if self.reads_forward or self.horizon == "trajectory" or not batch:
-            # What the forward has captured is there anyway; a trajectory cannot be explained in part.
+        if self.reads_forward or self.horizon == "trajectory" or not batch or coupled(call):
+            # What the forward has captured is there anyway; a trajectory cannot be explained in part, and neither can
+            # rows that meet, or the noise that was drawn for all of them.
             if not bool(rows.any()) and self._forms:
                 return self._blank(batch, call.data.device)
             found = dict(self.bound.compute(call))

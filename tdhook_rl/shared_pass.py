@@ -7,7 +7,7 @@ gradients on and every parameter asks for one: there is a graph anyway, with or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from tdhook_rl.batching import Traits
 from tdhook_rl.chains import Record, Steps, chain_layers
 from tdhook_rl.draws import draws
-from tdhook_rl.passes import Bound, Call, Pass, Replay, run_root, stored_inputs
+from tdhook_rl.passes import Bound, Call, Pass, Replay, conduct_of, run_root, stored_inputs
+from tdhook_rl.scratch import same_values
 from tdhook_rl.writing import get_entry, set_tensor
 
 if TYPE_CHECKING:
@@ -90,21 +91,27 @@ def graph_pass(
         key: inputs[key].detach().requires_grad_() for one in shared for key in one.declared
     }
     brought = dict(data.items(True, True))
+    # A leaf cannot be worked on in place: until a forward was seen to leave its inputs alone, it is given copies.
+    conduct = conduct_of(policy)
+    given = points if conduct.keeps_input else {key: point.clone() for key, point in points.items()}
     replay = Replay(data)
     slots = [slot for one in shared for slot in one.leaves]
     previous, output = runtime.replay, data
     runtime.replay, runtime.leaves = replay, dict.fromkeys(slots)
     try:
         try:
-            for key, point in points.items():
-                set_tensor(data, key, point)
+            for key, tensor in given.items():
+                set_tensor(data, key, tensor)
             output = run_root(policy, forward, (data,), {})
         finally:
             runtime.replay, runtime.leaves = previous, {}
-            for key, point in points.items():
+            for key, tensor in given.items():
                 for holder in (data,) if output is data else (data, output):
-                    if holder.get(key, None) is point:
+                    if holder.get(key, None) is tensor:
                         set_tensor(holder, key, inputs[key])
+        if given is not points:
+            before, inputs = inputs, inputs | {key: point.detach().clone() for key, point in points.items()}
+            conduct.keeps_input = _hand_on(given, points, before)
         call = Call(policy, forward, output, inputs, data)
         # A target must not find entries of the caller's that the policy neither reads nor writes.
         own = (*inputs, *policy.policy_out_keys)
@@ -121,6 +128,15 @@ def graph_pass(
     finally:
         for slot in slots:
             runtime.slots.pop(slot, None)
+
+
+def _hand_on(given: Mapping[NestedKey, Tensor], points: Mapping[NestedKey, Tensor], brought: Any) -> bool:
+    """Do to the caller's tensors what a forward has done in place to the copies; whether that was nothing."""
+    changed = [key for key, point in points.items() if not same_values(given[key].detach(), point.detach())]
+    with torch.no_grad():
+        for key in changed:
+            brought[key].copy_(given[key])
+    return not changed
 
 
 def _is_plain_float(value: Any) -> bool:

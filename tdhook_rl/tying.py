@@ -66,8 +66,15 @@ class Tie:
     clone would go on with the old ones in silence.
     """
 
-    def __init__(self, original: nn.Module) -> None:
+    def __init__(self, original: nn.Module, clone: nn.Module) -> None:
         self._original = weakref.ref(original)
+        # A forward may replace a buffer: where the clone's does, the user's policy goes on with the new one as well.
+        self._buffers = [
+            (own._buffers, child._buffers, f"{path}." if path else "")
+            for (path, child), own in zip(original.named_modules(), clone.modules(), strict=True)
+            if child._buffers and child._buffers is not own._buffers
+        ]
+        self._renewed: set[str] = set()
         self._entries = [
             (store, name, tensor, f"{prefix}.{name}" if prefix else name)
             for prefix, child in original.named_modules()
@@ -90,11 +97,42 @@ class Tie:
             if given.get(id(tensor), True) is False  # an inference tensor has no version
         ]
 
+    def holds_buffers(self) -> bool:
+        """Whether the clone holds the buffers of the original; it does not while a loss lends it others."""
+        return all(mapping_is(own, theirs) for own, theirs, _ in self._buffers)
+
+    def hand_on_buffers(self) -> None:
+        """After a forward of the clone that started with the original's buffers: give the original the new ones."""
+        for own, theirs, dot in self._buffers:
+            if mapping_is(own, theirs):
+                continue
+            for name, tensor in own.items():
+                if theirs.get(name) is not tensor:
+                    self._renewed.add(f"{dot}{name}")
+                    theirs[name] = tensor
+                    self._entries = [
+                        (store, key, tensor if store is theirs and key == name else held, path)
+                        for store, key, held, path in self._entries
+                    ]
+
+    def _take_buffers(self) -> None:
+        """Give the clone what a forward of the original has put in the place of buffers that forwards replace."""
+        for own, theirs, dot in self._buffers:
+            for name, tensor in theirs.items():
+                if f"{dot}{name}" in self._renewed and own.get(name) is not tensor and tensor is not None:
+                    own[name] = tensor
+        self._entries = [
+            (store, name, store.get(name) if path in self._renewed else held, path)
+            for store, name, held, path in self._entries
+        ]
+
     def check(self, clone: nn.Module) -> None:
         """Raise :class:`TieError` if the original was given other tensors; warn if train/eval differ."""
         # While a loss runs, another thread may see the original with target weights swapped in.
         if threading.current_thread() is not threading.main_thread():
             return
+        if self._renewed:
+            self._take_buffers()
         self.require_held()
         self._warn(clone)
 
@@ -155,6 +193,11 @@ class Tie:
     def asks_for_gradients(self) -> bool:
         """Whether every parameter requires a gradient, and there is one."""
         return bool(self._parameters) and all(parameter.requires_grad for parameter in self._parameters)
+
+
+def mapping_is(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two mappings hold the same objects."""
+    return all(value is other.get(key) for key, value in one.items())
 
 
 def replace_tensors(clone: nn.Module, new: Mapping[int, Tensor]) -> list[tuple[Any, Any, Any]]:

@@ -30,6 +30,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         assert torch.equal(found[name], value), name
 
 
+@pytest.mark.filterwarnings("ignore:.*moved together")
 @pytest.mark.parametrize(("method", "policy"), pairs(ODD, observes=True))
 def test_observing_changes_nothing(method: str, policy: str) -> None:
     case, row = ODD[policy], METHODS[method]

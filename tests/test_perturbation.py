@@ -140,8 +140,9 @@ def test_chunks_change_nothing_and_bound_the_rows(method) -> None:
     data = TensorDict({"input": torch.randn(5, FEATURES, dtype=F64), "action": torch.tensor([0, 1, 2, 0, 1])}, [5])
     results = []
     for chunk_size in (None, 11, 1):
-        seen.clear()
         with method(chunk_size=chunk_size).prepare(Watching(), out_keys=["logits"]) as hooked:
+            hooked(data.clone())  # in which it is found out that rows do not meet
+            seen.clear()
             results.append(hooked(data.clone())["attr", "input"])
         assert seen[:2] == [5, 5]  # the call itself, and the replay that others are compared with
         assert max(seen[2:]) <= (chunk_size or 30) or set(seen[2:]) == {5}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey
 from torch import Tensor
 
 from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttribution
 from tdhook_rl.attribution.baselines import Baseline, check_baseline, filled
 from tdhook_rl.attribution.gradients import activations, gradients
-from tdhook_rl.batching import conv_chunk
+from tdhook_rl.batching import conv_chunk, repeat_rows
+from tdhook_rl.coupling import coupled
 from tdhook_rl.draws import draws, sample_keys
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.passes import Call, Pass, with_batch
@@ -355,29 +356,17 @@ class IntegratedGradients(GradientAttribution):
 
 
 def rows_at_once(call: Call, chunk_size: int | None) -> int:
-    """Rows of one pass over copies of the data: what the user asked for, else what is fast on CPU."""
+    """Rows of one pass over copies of the data: what the user asked for, else what is fast on CPU.
+
+    Where copies in one pass would change what it computes, each copy is a pass of its own.
+    """
+    if coupled(call):
+        return max(1, call.batch_size.numel())
     if chunk_size is not None:
         return chunk_size
     if call.policy._hooked_traits.convolutional:
         return conv_chunk(call.inputs.values(), call.batch_size)
     return PATH_ROWS
-
-
-def repeat_rows(data: TensorDictBase, copies: int, without: Collection[str] = ()) -> TensorDictBase:
-    """The rows of the data several times over, as one batch dimension: all rows, then all rows again.
-
-    Args:
-        data: a TensorDict of any batch shape.
-        copies: how many times.
-        without: entries that are left out.
-    """
-    repeated = TensorDict({}, batch_size=[copies * data.batch_size.numel()], device=data.device)
-    # Entry by entry: expand and reshape of a whole TensorDict cost ten times as much.
-    for name, value in data.items():
-        if name not in without:
-            shape = value.shape if isinstance(value, Tensor) else value.batch_size
-            repeated.set(name, value.expand(copies, *shape).flatten(0, data.ndim))
-    return repeated
 
 
 def _blocks(call: Call, size: int) -> Iterator[Call]:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttribution
 from tdhook_rl.attribution.groups import Groups
-from tdhook_rl.attribution.integrated_gradients import repeat_rows, rows_at_once
-from tdhook_rl.batching import shallow
+from tdhook_rl.attribution.integrated_gradients import rows_at_once
+from tdhook_rl.batching import repeat_rows, shallow
 from tdhook_rl.errors import InputError, TargetError, TdhookError, nearest
 from tdhook_rl.passes import Call, Pass
 from tdhook_rl.targets import Target, default_target, one_hot_action

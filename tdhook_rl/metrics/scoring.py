@@ -28,7 +28,7 @@ from tdhook_rl.batching import (
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.hooks import vmap_level
 from tdhook_rl.metrics.selection import find_attribution, target_name
-from tdhook_rl.passes import Call, action_keys, stored_inputs
+from tdhook_rl.passes import Call, action_keys, conduct_of, stored_inputs
 
 __all__ = ["ScoreDirection", "Scorer", "flat", "require_count", "require_floats", "score"]
 
@@ -53,7 +53,7 @@ class Scorer:
         self._bound = bound
         self._name = name
         self._data = data
-        self._call = self._call_on(data)
+        self._call = Call(hooked, type(hooked)._base.forward, data, stored_inputs(hooked, data))
         self.inputs: dict[NestedKey, Tensor] = bound._explained_inputs(self._call)
         self._target = bound._function(bound._chosen[bound.names.index(name)], self._call)
 
@@ -128,7 +128,9 @@ class Scorer:
         return found.to(value.dtype)
 
     def _call_on(self, data: TensorDictBase) -> Call:
-        return Call(self._hooked, type(self._hooked)._base.forward, data, stored_inputs(self._hooked, data))
+        # From the same start: both sides of a difference see the same noise.
+        inputs = stored_inputs(self._hooked, data)
+        return Call(self._hooked, self._call._forward, data, inputs, start=self._call.start)
 
     def _read(self, data: TensorDictBase) -> dict[NestedKey, Tensor]:
         found = {}
@@ -182,7 +184,8 @@ def score(
     if runtime.tie is not None:
         runtime.tie.check(hooked)
 
-    noise = PassNoise(data.device)
+    conduct = conduct_of(hooked)
+    noise = PassNoise(data.device or conduct.device, others=not conduct.watch.idle)
 
     def analyse(chunk: TensorDictBase) -> TensorDict:
         with runtime.lock, frozen_statistics(hooked), noise.under_way():

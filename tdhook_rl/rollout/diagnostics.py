@@ -16,6 +16,7 @@ from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.latent.activation_caching import ActivationCaching
 from tdhook_rl.latent.representation_similarity import CkaEstimator
 from tdhook_rl.metrics.plasticity import action_churn, dormant_units, effective_rank, entropy_rank
+from tdhook_rl.passes import conduct_of
 
 __all__ = ["NetworkDiagnostics"]
 
@@ -150,10 +151,15 @@ class NetworkDiagnostics:
         assert self.states is not None
         with self._hooked.disable_context() as original:
             self._hooked.training = original.training  # or it would warn that the two differ
-        before = GeneratorState(self.states.device)
+        conduct = conduct_of(self._hooked)
+        before = GeneratorState(self.states.device, others=not conduct.watch.idle)
         try:
-            with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
-                return self._hooked(self.states.copy())
+            with (
+                torch.no_grad(),
+                set_exploration_type(ExplorationType.DETERMINISTIC),
+                conduct.watch.scratch(),
+            ):
+                return self._hooked(self.states.clone() if conduct.watch.may_write_input else self.states.copy())
         finally:
             before.restore()
 
