@@ -10,21 +10,23 @@ from tdhook_rl.errors import InputError
 __all__ = ["action_churn", "dormant_units", "effective_rank", "entropy_rank"]
 
 
-def dormant_units(activations: Tensor, tau: float = 0.025) -> Tensor:
+def dormant_units(activations: Tensor, tau: float = 0.025, *, axis: int | None = None) -> Tensor:
     """Which units of a layer are dormant (Sokar, Agarwal, Castro & Evci 2023, ICML).
 
     The score of a unit is its mean absolute activation over that of the average unit of its layer; at most ``tau``
     makes it dormant. A layer that is silent throughout is dormant as a whole. The units of feature maps are channels.
 
     Args:
-        activations: ``(rows, ..., units)``, such as ``(rows, agents, units)``, or ``(rows, channels, height, width)``.
+        activations: ``(rows, ..., units)``, such as ``(rows, agents, units)``; four axes without ``axis`` are
+            ``(rows, channels, height, width)``.
         tau: the threshold: 0.025, or 0 for units that never act at all.
+        axis: the one of the units, where it is another: 1 for sequences ``(rows, channels, length)``.
 
     Returns:
         ``(units,)``, bool.
 
     Raises:
-        InputError: for another shape, no rows, NaN, or a negative ``tau``.
+        InputError: for another shape or axis, no rows, NaN, or a negative ``tau``.
 
     Example:
         >>> dormant_units(torch.tensor([[1.0, 0.0, 2.0], [-1.0, 0.0, 0.0]]))
@@ -33,7 +35,11 @@ def dormant_units(activations: Tensor, tau: float = 0.025) -> Tensor:
     if tau < 0:
         raise InputError(f"tau= is a share of the average activation, at least 0; got {tau}")
     sizes = _checked(activations).abs()
-    means = sizes.mean((0, 2, 3)) if sizes.ndim == 4 else sizes.flatten(0, -2).mean(0)
+    if axis is None:
+        axis = 1 if sizes.ndim == 4 else -1
+    if not -sizes.ndim < axis < sizes.ndim or axis == 0:
+        raise InputError(f"axis={axis} of {tuple(sizes.shape)} does not hold units: axis 0 are the rows")
+    means = sizes.movedim(axis, -1).flatten(0, -2).mean(0)
     return means <= tau * means.mean()
 
 

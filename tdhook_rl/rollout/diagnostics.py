@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from tdhook_rl.batching import GeneratorState
-from tdhook_rl.errors import InputError, MissingKeyError, nearest
+from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.latent.activation_caching import ActivationCaching
 from tdhook_rl.latent.representation_similarity import CkaEstimator
 from tdhook_rl.metrics.plasticity import action_churn, dormant_units, effective_rank, entropy_rank
 from tdhook_rl.passes import conduct_of
+from tdhook_rl.rollout.unit_axes import UnitAxes, given_axis
 
 __all__ = ["NetworkDiagnostics"]
 
@@ -29,7 +31,7 @@ class NetworkDiagnostics:
     itself is not touched: a hooked copy over the same weights is run.
 
     Args:
-        policy: the network, a TensorDict module; not a hooked one.
+        policy: the network, a TensorDict module; not a hooked one. It is kept.
         sites: the layers to look at: paths or patterns, as of :class:`ActivationCaching`. Layers after their activation
             are meant (a unit before its ReLU is seldom dormant).
         states: the states to look at, of any batch shape; by default those of the first batch that :meth:`update` is
@@ -38,6 +40,8 @@ class NetworkDiagnostics:
         tau: see :func:`tdhook_rl.metrics.dormant_units`.
         delta: see :func:`tdhook_rl.metrics.effective_rank`.
         action_key: the key of the action, for churn; by default ``"action"``, where the network has it.
+        units: which axis of an activation holds its units, by site or one for all; unless given, the modules tell
+            (channels of ``Conv1d`` to ``Conv3d``, also where agents or time come first; the last axis of ``Linear``).
 
     Attributes:
         states: the states that are looked at, one batch dimension; ``None`` before the first update.
@@ -46,7 +50,7 @@ class NetworkDiagnostics:
     Raises:
         SiteError: if a path names no module.
         MissingKeyError: if the network has no such action, or the states lack an input.
-        InputError: for ``rows`` below 1, or no states.
+        InputError: for ``rows`` below 1, or no states; at an update, if nothing tells where the units of a site are.
 
     Example:
         >>> from tdhook_rl.envs import CueCorners
@@ -68,10 +72,12 @@ class NetworkDiagnostics:
         tau: float = 0.025,
         delta: float = 0.01,
         action_key: NestedKey | None = None,
+        units: int | Mapping[str, int] | None = None,
     ) -> None:
         if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
             raise InputError(f"rows= is a positive integer, got {rows!r}")
         pattern = [sites] if isinstance(sites, str) else list(sites)
+        self._policy = policy  # the hooked copy knows the original by a weak reference only
         self._hooked = ActivationCaching(pattern).prepare(policy, return_context=False)
         for child in self._hooked.modules():
             child.training = False  # dropout would count as churn
@@ -84,6 +90,11 @@ class NetworkDiagnostics:
                 f"{nearest(str(action_key), map(str, known))}"
             )
         self._action_key = "action" if action_key is None else unravel_key(action_key)
+        self._units = dict(units) if isinstance(units, Mapping) else units
+        if isinstance(self._units, dict) and not set(self._units) <= set(self._sites):
+            unknown = sorted(set(self._units) - set(self._sites))[0]
+            raise SiteError(f"units= names {unknown!r}, which is not looked at; {nearest(unknown, self._sites)}")
+        self._axes: dict[str, int] = {}
         self._first: dict[str, Tensor] = {}
         self._actions: Tensor | None = None
         self.states: TensorDict | None = None
@@ -100,24 +111,29 @@ class NetworkDiagnostics:
         Returns:
             for each site ``dormant/`` and ``dead/`` (the shares of its units that hardly or never act),
             ``effective_rank/``, ``entropy_rank/``, ``norm/`` (mean Euclidean norm of the features) and ``cka_first/``
-            (linear CKA with the first update in which the site was finite: 1 where nothing has moved); ``churn`` (the
+            (linear CKA, debiased, with the first update in which the site was finite: 1 where nothing has moved, about
+            0 where nothing is in common; NaN for fewer than 4 states); ``churn`` (the
             share of states whose greedy action has changed since the last update; NaN at the first) and ``states``,
             how many were looked at.
             Where an activation is NaN or infinite, its site has NaN, and ``nonfinite/`` is the share of such rows.
 
         Raises:
             InputError: at a first update without states, or for an empty batch.
-            InactiveError: if the network is gone.
             MissingKeyError: if the states lack an input of the network.
         """
         if self.states is None:
             if data is None:
                 raise InputError("the first update needs a batch to take states from, or give states= beforehand")
             self._keep(data)
-        outputs = self._run()
+        follower = None if self._axes else UnitAxes(self._hooked)
+        with nullcontext() if follower is None else follower.following():
+            outputs = self._run()
+        activations = {site: outputs.get(("cache", site)) for site in self._sites}
+        if follower is not None:
+            self._axes = {site: self._axis(follower, site, value) for site, value in activations.items()}
         found: dict[str, float] = {}
-        for site in self._sites:
-            found |= self._look(site, outputs.get(("cache", site)))
+        for site, value in activations.items():
+            found |= self._look(site, value)
         actions = outputs.get(self._action_key, None)
         if isinstance(actions, Tensor):
             found["churn"] = float("nan") if self._actions is None else action_churn(self._actions, actions)
@@ -163,6 +179,10 @@ class NetworkDiagnostics:
         finally:
             before.restore()
 
+    def _axis(self, follower: UnitAxes, site: str, value: Tensor) -> int:
+        given = given_axis(self._units, site, value)
+        return follower.of(site, value, rows=1) if given is None else given
+
     def _look(self, site: str, activations: Tensor) -> dict[str, float]:
         usable = torch.isfinite(activations.flatten(1)).all(-1)
         if not bool(usable.all()):
@@ -171,8 +191,8 @@ class NetworkDiagnostics:
             return {f"{name}/{site}": float("nan") for name in names} | {f"nonfinite/{site}": share}
         first = self._first.setdefault(site, activations.clone())
         measured: dict[str, Any] = {
-            "dormant": dormant_units(activations, self.tau).double().mean(),
-            "dead": dormant_units(activations, 0.0).double().mean(),
+            "dormant": dormant_units(activations, self.tau, axis=self._axes[site]).double().mean(),
+            "dead": dormant_units(activations, 0.0, axis=self._axes[site]).double().mean(),
             "effective_rank": effective_rank(activations, self.delta),
             "entropy_rank": entropy_rank(activations),
             "norm": activations.flatten(1).norm(dim=-1).mean(),
@@ -182,8 +202,8 @@ class NetworkDiagnostics:
 
 
 def _similarity(first: Tensor, now: Tensor) -> float:
-    """Linear CKA; NaN where it is not defined: too few states, or features that are the same in all."""
-    if len(now) < 2:
+    """Debiased linear CKA; NaN where it is not defined: too few states, or features that are the same in all."""
+    if len(now) < 4:
         return float("nan")
     pair = TensorDict({"data_a": first.flatten(1).double(), "data_b": now.flatten(1).double()})
-    return float(CkaEstimator()(pair)["cka"])
+    return float(CkaEstimator(debiased=True)(pair)["cka"])

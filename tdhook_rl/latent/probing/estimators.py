@@ -279,6 +279,8 @@ class LinearEstimator(TorchEstimator):
         return Xs[0] @ weights["weight"].T
 
     def raw(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not self._scales:
+            return weights
         scale, unit = self._scales[0], self._unit
         self._scales, self._unit = [], _Scale.none(scale.mean)
         weight = unit.grown(weights["weight"].to(scale.mean) / scale.spread)
@@ -377,9 +379,6 @@ class MeanDifferenceClassifier(LinearEstimator):
     def intercept_(self) -> Tensor:
         """Minus the score of the point halfway between the means."""
         return self.weights["bias"][1].to(self.coef_.dtype)
-
-    def raw(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        return weights
 
     def _train(self, inputs: list[Tensor], target: Tensor) -> dict[str, Tensor]:
         counts = target.bincount(minlength=2).tolist()
