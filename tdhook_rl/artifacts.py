@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdhook_rl.durable import sync, write_text
 from tdhook_rl.errors import ArtifactError
 
 __all__ = ["load_artifact", "save_artifact"]
@@ -44,12 +45,16 @@ def save_artifact(
         raise ArtifactError(f"the facts of {path.name!r} are not JSON: {error}") from None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Whoever loses power meanwhile has the old file or the new one, whole.
+        new = path.with_name(f"{path.name}.new")
         save_file(
             {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
-            path,
+            new,
             metadata={"tdhook_rl": json.dumps(document)},
         )
-        path.with_suffix(".json").write_text(text + "\n")
+        sync([new])
+        new.replace(path)
+        write_text(path.with_suffix(".json"), text + "\n")
     except OSError as error:
         raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
     return path
@@ -68,22 +73,34 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[
 
     path = _with_ending(path)
     if not path.is_file():
+        if path.exists():
+            raise ArtifactError(f"{path} is no regular file, so it is no artifact")
         near = sorted(found.name for found in path.parent.glob("*.safetensors")) if path.parent.is_dir() else []
         raise ArtifactError(f"there is no artifact {path}; in that folder: {', '.join(near) or 'none'}")
     try:
         with safe_open(path, framework="pt") as file:
-            document = json.loads((file.metadata() or {}).get("tdhook_rl", "null"))
+            text = (file.metadata() or {}).get("tdhook_rl", "null")
+            document = json.loads(text)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except RecursionError:
+        raise ArtifactError(f"{path} has a header that is nested too deeply") from None
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError, MemoryError) as error:
         raise ArtifactError(f"{path} is not a readable safetensors file: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ArtifactError(f"{path} was not written by this library (its header lacks format {FORMAT!r})")
+        found = document.get("format") if isinstance(document, dict) else None
+        raise ArtifactError(
+            f"{path} was not written by this version of the library (the format in its header is {str(found)[:80]!r}, "
+            f"not {FORMAT!r})"
+        )
+    facts = document.get("facts")
+    if not isinstance(document.get("kind"), str) or not isinstance(facts, dict):
+        raise ArtifactError(f"{path} lacks its kind or its facts, which every artifact has")
     if document["kind"] != kind:
-        raise ArtifactError(f"{path} holds a {document['kind']!r}, not a {kind!r}")
+        raise ArtifactError(f"{path} holds a {document['kind'][:80]!r}, not a {kind!r}")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ArtifactError(f"{path}: the tensor {name!r} has NaN or infinite entries")
-    return tensors, document["facts"]
+    return tensors, facts
 
 
 def _with_ending(path: str | Path) -> Path:

@@ -61,6 +61,7 @@ class Runtime:
         self.switch = Switch()
         self.home = os.getpid()
         self.away = False
+        self.methods: tuple[Any, ...] | None = None  # what it was prepared with; copies cannot tell
         self.recording = False
         self.depth = 0
         self.caller = 0  # the thread whose call is under way
@@ -202,6 +203,7 @@ class Runtime:
             "recording": False,
             "depth": 0,
             "caller": 0,
+            "methods": None,
             "time": None,
             "runs": None,
         }

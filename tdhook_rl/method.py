@@ -177,6 +177,7 @@ class HookingContext:
             )
         runtime = Runtime()
         runtime.tie = Tie(self._module, root)
+        runtime.methods = tuple(self._methods)
         survey(clone, runtime)
         binder = Binder(clone, root, runtime)
         drawn = survey_draws(clone)

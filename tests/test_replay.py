@@ -165,7 +165,7 @@ def test_a_process_that_is_killed(actor: ProbabilisticActor, data: TensorDict, t
     worker.join(60)
     assert worker.exitcode == -signal.SIGKILL
     page = json.loads((tmp_path / "parts" / "analysis.json").read_text())
-    assert page["done"] == 128
+    assert page["done"] <= 128  # what was on the disk
     buffer = filled(LazyTensorStorage(ROWS * STEPS), data.reshape(-1))
     found = run(actor, buffer, tmp_path / "parts")
     whole = run(actor, buffer, tmp_path / "whole")
@@ -266,9 +266,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no JSON": (lambda folder: (folder / "analysis.json").write_text("{"), "is not the page of an analysis"),
     "a page of something else": (lambda folder: (folder / "analysis.json").write_text("{}"), "is not the page"),
     "another format": (_rewrite(format="x"), "its format is 'x'"),
-    "another page": (_rewrite(keys=3), "does not describe"),
+    "another page": (_rewrite(keys=3), "keys is '3'"),
     "a path outside": (
-        _rewrite(keys=[{"key": ["..", "..", "x"], "shape": [200], "dtype": "float32"}]),
+        _rewrite(keys=[{"key": ["..", "..", "x"], "shape": [200], "dtype": "float32"}], checksums=[[0]]),
         "is outside",
     ),
 }

@@ -36,8 +36,11 @@ def load(name: str, seed: int, folder: Path = FOLDER) -> Trained:
     """
     how = recipe(name)
     tensors, facts = load_artifact(folder / f"{name}_{seed}", KIND)
+    known = facts.get("snapshots")
+    if not isinstance(known, list) or not all(type(frames) is int and frames >= 0 for frames in known):
+        raise ArtifactError(f"the checkpoint of {name} with seed {seed} names its snapshots {str(known)[:80]!r}")
     agent = untrained(how, seed)
-    snapshots = {frames: untrained(how, seed) for frames in facts["snapshots"]}
+    snapshots = {frames: untrained(how, seed) for frames in known}
     holders = {f"{part}.": getattr(agent, part) for part in how.saved}
     holders |= {f"{frames}.": one.actor for frames, one in snapshots.items()}
     for prefix, module in holders.items():

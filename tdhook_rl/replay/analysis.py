@@ -13,9 +13,11 @@ from torch import Tensor
 from torchrl.data import ReplayBuffer
 
 from tdhook_rl.annotation import OnMismatch
+from tdhook_rl.durable import FolderLock
 from tdhook_rl.errors import ArtifactError, InputError
+from tdhook_rl.replay.facts import facts_of
 from tdhook_rl.replay.reading import Reader
-from tdhook_rl.replay.results import Results
+from tdhook_rl.replay.results import Results, ranges
 
 __all__ = ["analyze"]
 
@@ -38,14 +40,19 @@ def analyze(
     """Annotate every row of a buffer and keep the results in memory-mapped files beside it.
 
     Called again with the folder of an analysis that was interrupted, by Ctrl-C or by a machine, it goes on from the
-    entry after the last that was written; of one that is finished, it returns the results. In both cases some of the
+    entry after the last that is on the disk; of one that is finished, it returns the results. In both cases everything
+    that is there is held against its checksums, and what never reached the disk is computed again; and some of the
     stored entries are computed again first, so that results of other weights, methods or data are never mixed.
+
+    The files take all their room before work begins. What a kill or a loss of power can take is what was computed in
+    the last ten seconds; Ctrl-C and errors take nothing. One analysis at a time works in a folder.
 
     Args:
         hooked: a hooked policy; its configured methods are computed.
         buffer: any TorchRL buffer of TensorDicts; it is only read, in storage order, as its ``sample`` gives rows.
         folder: where the results go: a new or empty folder, or that of an analysis to go on with.
-        batch_size: rows read at once.
+        batch_size: rows read at once, which changes nothing in the results (see :func:`in_order`); with
+            ``horizon="trajectory"``, as many whole trajectories as have so many rows, and at least one.
         on_mismatch: as of ``annotate``: what to do where the stored outputs are not what the policy computes now.
         progress: called with the entries that are done, and all, before the first batch and after each.
 
@@ -54,8 +61,10 @@ def analyze(
         :func:`load_results`.
 
     Raises:
-        ArtifactError: if the folder holds something else, cannot be written, or was written by another analysis.
-        InputError: if the buffer is empty, an ensemble, does not hold TensorDicts, or is written to meanwhile.
+        ArtifactError: if the folder holds something else, cannot be written, has no room, was written by another
+            analysis, or another is under way in it.
+        InputError: if the buffer is empty, an ensemble, does not hold TensorDicts, or is written to meanwhile; if a
+            transform of it, or a method, gives a row other values when other rows are read with it.
 
     Example:
         >>> import tempfile
@@ -72,39 +81,145 @@ def analyze(
     """
     folder = Path(folder)
     reader = Reader(buffer, whole=_explains_trajectories(hooked))
-    size = reader.size
-    written = _writes(buffer)
-    results = Results.find(folder)
-    if results is not None:
-        _require_same(results, hooked, reader)
-    done = 0 if results is None else results.page.done
-    if progress is not None:
-        progress(done, size)
-    lacking = 0
-    for first, last in reader.chunks(batch_size, start=done):
-        index = torch.arange(first, last)
-        found = _results_of(hooked, reader.read(index), on_mismatch)
-        if bool((incomplete := reader.incomplete(index)).any()):
-            found = without(found, incomplete)
-            lacking += int(incomplete.sum())
-        if _writes(buffer) != written:
-            raise InputError(
-                f"the buffer was written to while it was analysed (at entry {first} of {size}), so results would not "
-                "belong to its rows: analyse a buffer that rests, or a copy of it"
-            )
-        if results is None:
-            results = Results.create(folder, found, size, _facts(hooked))
-        results.write(first, found)
+    with FolderLock(folder, "analysis"):
+        results = Results.find(folder)
+        work = _Work(hooked, buffer, reader, on_mismatch)
+        if results is not None:
+            work.go_on(results)
+        done = 0 if results is None else results.done
         if progress is not None:
-            progress(first + len(found), size)
-    if lacking:
-        warnings.warn(
-            f"{lacking} of {size} rows have no results (NaN, and a false mask): {reader.looking} reads rows before "
-            "them that were written over, so what the policy saw there is no longer known",
-            stacklevel=2,
-        )
+            progress(done, reader.size)
+        try:
+            for first, last in reader.chunks(batch_size, start=done):
+                found = work.compute(first, last)
+                if results is None:
+                    results = Results.create(folder, found, reader.size, facts_of(hooked))
+                results.write(first, found)
+                results.sync_now_and_then()
+                if progress is not None:
+                    progress(last, reader.size)
+        finally:  # also of an analysis that is interrupted
+            if results is not None:
+                results.sync()
+        work.report()
     assert results is not None  # there is at least one entry
     return results.data
+
+
+class _Work:
+    """Computes the results of entries, and goes on with what is there."""
+
+    def __init__(self, hooked: Any, buffer: ReplayBuffer, reader: Reader, on_mismatch: OnMismatch) -> None:
+        self.hooked = hooked
+        self.buffer = buffer
+        self.reader = reader
+        self.on_mismatch = on_mismatch
+        self.written = _writes(buffer)
+        self.lacking = 0
+
+    def compute(self, first: int, last: int) -> TensorDictBase:
+        """The results of consecutive entries.
+
+        Raises:
+            InputError: if the buffer has been written to since the analysis began.
+        """
+        index = torch.arange(first, last)
+        found, incomplete = self._computed(index, self.on_mismatch)
+        self.lacking += int(incomplete.sum())
+        if _writes(self.buffer) != self.written:
+            raise InputError(
+                f"the buffer was written to while it was analysed (at entry {first} of {self.reader.size}), so results "
+                "would not belong to its rows: analyse a buffer that rests, or a copy of it"
+            )
+        return found
+
+    def go_on(self, results: Results) -> None:
+        """Make sure that what is there is this analysis and whole; what has not arrived is computed again.
+
+        Raises:
+            ArtifactError: if another policy, other methods or another buffer gave what is stored.
+        """
+        page = results.page
+        if not page.has_checksums and page.done < page.entries:
+            raise ArtifactError(
+                f"the analysis in {results.folder} was begun by an earlier version ({page.format}), without the "
+                "checksums by which rows are found that never reached the disk: name a new folder"
+            )
+        lost = results.damaged() if page.has_checksums else []
+        self._require_same(results, lost)
+        if not lost:
+            return
+        warnings.warn(
+            f"{ranges(lost)} of {page.done} that were done in {results.folder} are not what was written (they never "
+            "reached the disk, or were changed): they are computed again",
+            stacklevel=3,
+        )
+        for start, stop in lost:
+            for first, last in self.reader.covering(start, stop):
+                kept = slice(max(start, first) - first, min(stop, last) - first)
+                results.write(max(start, first), self.compute(first, last)[kept])
+        results.sync()
+
+    def report(self) -> None:
+        """Say which rows could not be computed."""
+        if self.lacking:
+            warnings.warn(
+                f"{self.lacking} of {self.reader.size} rows have no results (NaN, and a false mask): "
+                f"{self.reader.looking} reads rows before them that were written over, so what the policy saw there is "
+                "no longer known",
+                stacklevel=3,
+            )
+
+    def _computed(self, index: Tensor, on_mismatch: OnMismatch) -> tuple[TensorDictBase, Tensor]:
+        found = _results_of(self.hooked, self.reader.read(index), on_mismatch)
+        incomplete = self.reader.incomplete(index)
+        return (_without(found, incomplete) if bool(incomplete.any()) else found), incomplete
+
+    def _require_same(self, results: Results, lost: list[tuple[int, int]]) -> None:
+        """Raise :class:`ArtifactError` if this policy, these methods and this buffer did not give what is stored."""
+        folder, page, size = results.folder, results.page, self.reader.size
+        if page.entries != size:
+            raise ArtifactError(
+                f"the analysis in {folder} is of a buffer of {page.entries} entries, and this one has {size}: name a "
+                "new folder"
+            )
+        index = self._checked_rows(page.done)
+        found = self._computed(index, "ignore")[0]
+        known = {tuple(entry["key"]) for entry in page.keys}
+        asked = {key if isinstance(key, tuple) else (key,) for key in found.keys(True, True)}
+        if known != asked:
+            raise ArtifactError(
+                f"the analysis in {folder} holds {_listed(known - asked)}, and this one computes "
+                f"{_listed(asked - known)}: name a new folder"
+            )
+        arrived = index < page.done
+        for start, stop in lost:
+            arrived &= (index < start) | (index >= stop)
+        for key in sorted(known):
+            if key[0] == "computed":
+                continue
+            stored = results.data[index[arrived]]
+            rows = _both(found[arrived], stored, key)
+            if not _near(found.get(key)[arrived][rows], stored.get(key)[rows]):
+                raise ArtifactError(
+                    f"{key!r} in {folder} is not what this policy computes now: its weights, its methods or the "
+                    "buffer have changed since; name a new folder"
+                )
+        now = facts_of(self.hooked)
+        for name, what in (("methods", "methods or options"), ("weights", "weights, buffers or controls")):
+            before = page.facts.get(name)
+            if page.has_checksums and None not in (before, now[name]) and before != now[name]:
+                raise ArtifactError(
+                    f"the analysis in {folder} was computed with other {what} than this policy has now, though its "
+                    "results are near: name a new folder"
+                )
+
+    def _checked_rows(self, done: int) -> Tensor:
+        """Some entries that are computed again to be compared: whole trajectories where these are explained."""
+        if self.reader.whole:
+            first, last = next(self.reader.chunks(1))
+            return torch.arange(first, last)
+        return torch.linspace(0, done - 1, min(CHECKED, done)).round().long().unique()
 
 
 def _explains_trajectories(hooked: Any) -> bool:
@@ -143,48 +258,12 @@ def _results_of(hooked: Any, batch: TensorDictBase, on_mismatch: OnMismatch) -> 
     return found
 
 
-def _facts(hooked: Any) -> dict[str, Any]:
-    return {
-        "policy": type(hooked)._base.__name__,
-        "parameters": sum(parameter.numel() for parameter in hooked.parameters()),
-    }
-
-
-def without(found: TensorDictBase, rows: Tensor) -> TensorDictBase:
+def _without(found: TensorDictBase, rows: Tensor) -> TensorDictBase:
     """Results of which some rows are not known: NaN where that can be written, and false masks."""
     found = found.clone()
-    for key, value in found.items(True, True):
-        masked = isinstance(key, tuple) and key[0] == "computed"
-        value[rows] = float("nan") if value.is_floating_point() else False if masked else 0
+    for value in found.values(True, True):
+        value[rows] = float("nan") if value.is_floating_point() else 0
     return found
-
-
-def _require_same(results: Results, hooked: Any, reader: Reader) -> None:
-    """Raise :class:`ArtifactError` if this policy, these methods and this buffer did not give what is stored."""
-    folder, page, size = results.folder, results.page, reader.size
-    if page.entries != size:
-        raise ArtifactError(
-            f"the analysis in {folder} is of a buffer of {page.entries} entries, and this one has {size}: name a new "
-            "folder"
-        )
-    index = torch.linspace(0, page.done - 1, min(CHECKED, page.done)).round().long().unique()
-    found = _results_of(hooked, reader.read(index), "ignore")
-    known = {tuple(entry["key"]) for entry in page.keys}
-    asked = {key if isinstance(key, tuple) else (key,) for key in found.keys(True, True)}
-    if known != asked:
-        raise ArtifactError(
-            f"the analysis in {folder} holds {_listed(known - asked)}, and this one computes {_listed(asked - known)}: "
-            "name a new folder"
-        )
-    for key in sorted(known):
-        if key[0] == "computed":
-            continue
-        rows = _both(found, results.data[index], key)
-        if not _near(found.get(key)[rows], results.data.get(key)[index][rows]):
-            raise ArtifactError(
-                f"{key!r} in {folder} is not what this policy computes now: its weights, its methods or the buffer "
-                "have changed since; name a new folder"
-            )
 
 
 def _both(found: TensorDictBase, stored: TensorDictBase, key: tuple[str, ...]) -> Tensor:

@@ -116,11 +116,18 @@ class Trajectories:
             yield places.indices[low:high], self._entries[start:stop], inside
 
     def end(self, entry: int) -> int:
-        """The entry after the last of the trajectory of this one.
+        """The entry after the last of the trajectory of this one; as of :meth:`begin`."""
+        return self._span(entry)[1]
+
+    def begin(self, entry: int) -> int:
+        """The first entry of the trajectory of this one.
 
         Raises:
             InputError: if its rows are not one after the other.
         """
+        return self._span(entry)[0]
+
+    def _span(self, entry: int) -> tuple[int, int]:
         place = int(self._place[entry])
         low, high = int(self._first[place]), int(self._end[place]) + 1
         if not bool((self._entries[low:high].diff() == 1).all()):
@@ -128,7 +135,7 @@ class Trajectories:
                 f"{self._looking} reads whole trajectories, and the rows of that of entry {entry} are not one "
                 "after the other in the buffer: store trajectories, one an entry"
             )
-        return int(self._entries[high - 1]) + 1
+        return int(self._entries[low]), int(self._entries[high - 1]) + 1
 
     def incomplete(self, index: Tensor, window: Window) -> Tensor:
         """Which of these entries read rows of their trajectory that are no longer there."""

@@ -31,6 +31,8 @@ __all__ = ["Reader", "in_order"]
 COMPANY = 4
 #: Rows of which the trajectory is looked up at once.
 LOOKED_UP = 1 << 14
+#: Rows that are computed again at once.
+COVERED = 256
 
 
 def in_order(buffer: ReplayBuffer, batch_size: int = 1024, start: int = 0) -> Iterator[tuple[int, TensorDictBase]]:
@@ -77,6 +79,7 @@ class Reader:
     Attributes:
         size: entries along the first dimension of the storage.
         rows: rows in each entry.
+        whole: whether chunks end where trajectories do.
 
     Raises:
         InputError: as of :func:`in_order`.
@@ -105,11 +108,11 @@ class Reader:
         # A storage of several dimensions counts all its elements, one of trajectories counts these.
         self.size = length // self.rows if self.rows > 1 and buffer.storage.ndim > 1 else length
         self._window: Window | None = None
-        self._whole = whole and first.ndim == 1
+        self.whole = whole and first.ndim == 1
         if any(windows) and first.ndim == 1:
             self._window = Window.sum([one for one in windows if one is not None])
-        if self._whole or self._window is not None:
-            self._trajectories = self._look_up("horizon='trajectory'" if self._whole else self.looking)
+        if self.whole or self._window is not None:
+            self._trajectories = self._look_up("horizon='trajectory'" if self.whole else self.looking)
 
     def chunks(self, batch_size: int, start: int = 0) -> Iterator[tuple[int, int]]:
         """The entries of each chunk of about so many rows: its first, and that after its last."""
@@ -119,9 +122,19 @@ class Reader:
         first = start
         while first < self.size:
             last = min(first + step, self.size)
-            last = self._trajectories.end(last - 1) if self._whole else last
+            last = self._trajectories.end(last - 1) if self.whole else last
             yield first, last
             first = last
+
+    def covering(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Chunks that have these entries; where chunks are whole trajectories, their first may begin before."""
+        first = self._trajectories.begin(start) if self.whole else start
+        last = self._trajectories.end(stop - 1) if self.whole else stop
+        while first < last:
+            until = min(first + max(1, COVERED // self.rows), last)
+            until = self._trajectories.end(until - 1) if self.whole else until
+            yield first, until
+            first = until
 
     def read(self, index: Tensor) -> TensorDictBase:
         """These entries, collated and transformed.

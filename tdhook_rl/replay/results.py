@@ -1,52 +1,59 @@
 """Results beside a buffer: memory-mapped tensors, and a page in JSON that says what they are and how far they go.
 
-Nothing here is unpickled: the page names each tensor's shape and type, and a file of another size is refused.
+Nothing here is unpickled: the page names each tensor's shape and type, and a file of another size is refused. What the
+page says is done is on the disk before it says so, with a checksum for each block of entries.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+import contextlib
+import os
+import stat
+import time
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict import MemoryMappedTensor, TensorDict, TensorDictBase
 
+from tdhook_rl.durable import require_space, reserve, sync
 from tdhook_rl.errors import ArtifactError
+from tdhook_rl.replay.page import PAGE, Page, block_of, read_page, write_page
 
 __all__ = ["Results", "load_results"]
 
-PAGE = "analysis.json"
-FORMAT = "tdhook_rl.analysis/1"
-
-
-@dataclass
-class Page:
-    """What ``analysis.json`` says."""
-
-    entries: int  # along the first dimension
-    done: int  # entries whose results are written
-    batch_size: list[int]  # of the results
-    keys: list[dict[str, Any]]  # of each tensor its key, its shape and its dtype
-    facts: dict[str, Any]  # what computed them, for people
-    format: str = FORMAT
+#: Results are brought to the disk when that has taken no more than this share of the time, and after so many seconds
+#: at the latest: the most that a loss of power, or a kill, can take.
+SHARE, LATEST = 0.02, 10.0
+#: Bytes that are read at once for a checksum.
+PIECE = 8 << 20
 
 
 class Results:
-    """The results in a folder, and how far they go."""
+    """The results in a folder, and how far they go.
+
+    Attributes:
+        done: entries that are written; ``page.done`` of them are on the disk.
+        data: the results, memory-mapped.
+    """
 
     def __init__(self, folder: Path, page: Page, data: TensorDict) -> None:
         self.folder = folder
         self.page = page
         self.data = data
+        self.done = page.done
+        self._sums = [list(one) for one in page.checksums]
+        self._paths = [_path(folder, entry) for entry in page.keys]
+        self._synced, self._cost, self._dirty = time.monotonic(), 0.0, False
 
     @classmethod
     def create(cls, folder: Path, like: TensorDictBase, entries: int, facts: dict[str, Any]) -> Results:
-        """New files for ``entries`` times what the first entry of ``like`` has.
+        """New files for ``entries`` times what the first entry of ``like`` has, with all the room that they need.
 
         Raises:
-            ArtifactError: if the folder cannot be written.
+            ArtifactError: if the folder cannot be written, or the disk has no room.
         """
         keys = [
             {
@@ -56,14 +63,20 @@ class Results:
             }
             for key, value in like.items(True, True)
         ]
-        page = Page(entries, 0, [entries, *like.batch_size[1:]], keys, facts)
+        block = block_of(entries)
+        page = Page(entries, 0, [entries, *like.batch_size[1:]], keys, facts, block, [[] for _ in keys])
+        require_space(folder, sum(_size(entry) for entry in keys))
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             # Before the files: whoever is killed between leaves a folder that is known for an analysis.
-            _write_page(folder, page)
+            write_page(folder, page)
             data = like[0].expand(*page.batch_size).memmap_like(folder)
-        except OSError as error:
-            raise ArtifactError(f"cannot write {folder}: {error.strerror or error}") from error
+            for entry in keys:
+                reserve(_path(folder, entry), _size(entry))
+            sync(dict.fromkeys([*(_path(folder, entry).parent for entry in keys), folder, folder.parent]))
+        except (OSError, RuntimeError) as error:
+            _remove(folder, page)
+            reason = getattr(error, "strerror", None) or error
+            raise ArtifactError(f"cannot write {folder}: {reason}") from error
         return cls(folder, page, data)
 
     @classmethod
@@ -73,20 +86,24 @@ class Results:
         Raises:
             ArtifactError: if it holds something else, or a file is missing, of another size or not readable.
         """
-        if (folder / PAGE).exists():
-            page = _read_page(folder)
+        if os.path.lexists(folder / PAGE):
+            page = read_page(folder)
             return cls(folder, page, _map(folder, page)) if page.done else None
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(one.name != f"{PAGE}.new" for one in folder.iterdir()):
             raise ArtifactError(f"{folder} is not empty and holds no {PAGE}: name a new folder, or that of an analysis")
         return None
 
+    # ------------------------------------------------------------------ writing
+
     def write(self, first: int, found: TensorDictBase) -> None:
-        """Write the results of some entries, and then that they are there.
+        """Write the results of the entries from ``first`` on; :meth:`sync` says that they are there.
+
+        Entries are written in order, or anew from the beginning of a block.
 
         Raises:
-            ArtifactError: if their keys, shapes or types are not those of the first ones.
+            ArtifactError: if their keys, shapes or types are not those of the first ones, or they cannot be written.
         """
-        for entry in self.page.keys:
+        for number, entry in enumerate(self.page.keys):
             key = tuple(entry["key"])
             value = found.get(key, None)
             shape = [len(found), *entry["shape"][1:]]
@@ -96,44 +113,137 @@ class Results:
                     f"{key!r} of the entries from {first} on is {seen}, where {tuple(shape)} torch.{entry['dtype']} is "
                     f"kept in {self.folder}: results have one shape for a whole buffer"
                 )
-            self.data.get(key)[first : first + len(found)] = value
-        self.page.done = first + len(found)
-        _write_page(self.folder, self.page)
+            content = _bytes(value)
+            # Not through the mapping: an error of the disk's would end the process there.
+            self._put(self._paths[number], content, first * _size(entry) // self.page.entries)
+            self._count(number, first, len(found), content)
+        self.done = max(self.done, first + len(found))
+        self._dirty = True
+
+    def sync_now_and_then(self) -> None:
+        """Bring what was written to the disk if it is time."""
+        since = time.monotonic() - self._synced
+        if since >= min(LATEST, self._cost / SHARE):
+            self.sync()
+
+    def sync(self) -> None:
+        """Bring what was written to the disk, and then say so on the page.
+
+        Raises:
+            ArtifactError: if it does not get there.
+        """
+        if not self._dirty:
+            return
+        start = time.monotonic()
+        try:
+            sync(self._paths)
+            self.page.done = self.done
+            self.page.checksums = [list(one) for one in self._sums]
+            write_page(self.folder, self.page)
+        except OSError as error:
+            raise ArtifactError(f"cannot write {self.folder}: {error.strerror or error}") from error
+        self._synced, self._dirty = time.monotonic(), False
+        self._cost = self._synced - start
+
+    def _put(self, path: Path, content: memoryview, where: int) -> None:
+        try:
+            descriptor = os.open(path, os.O_WRONLY)
+            try:
+                while len(content):
+                    written = os.pwrite(descriptor, content, where)
+                    content, where = content[written:], where + written
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
+
+    def _count(self, number: int, first: int, rows: int, content: memoryview) -> None:
+        """Carry the checksums of one tensor on over some entries."""
+        sums, block, size = self._sums[number], self.page.block, len(content) // rows
+        start = first
+        while start < first + rows:
+            stop = min(first + rows, (start // block + 1) * block)
+            piece = content[(start - first) * size : (stop - first) * size]
+            at = start // block
+            if at == len(sums):
+                sums.append(0)
+            sums[at] = zlib.crc32(piece, 0 if start % block == 0 else sums[at])
+            start = stop
+
+    # ------------------------------------------------------------------ looking
+
+    def damaged(self) -> list[tuple[int, int]]:
+        """The ranges of entries that are not what was written, though the page says that they are done.
+
+        Raises:
+            ArtifactError: if a file cannot be read.
+        """
+        found = sorted({block for number in range(len(self._paths)) for block in self._wrong_blocks(number)})
+        block = self.page.block
+        return [(at * block, min((at + 1) * block, self.page.done)) for at in found]
+
+    def _wrong_blocks(self, number: int) -> Iterator[int]:
+        entry, block = self.page.keys[number], self.page.block
+        size = _size(entry) // self.page.entries
+        try:
+            with self._paths[number].open("rb") as file:
+                for at, expected in enumerate(self.page.checksums[number]):
+                    left = (min((at + 1) * block, self.page.done) - at * block) * size
+                    found = 0
+                    while left:
+                        piece = file.read(min(left, PIECE))
+                        if not piece:
+                            raise OSError("it is cut")
+                        found, left = zlib.crc32(piece, found), left - len(piece)
+                    if found != expected:
+                        yield at
+        except OSError as error:
+            raise ArtifactError(f"cannot read {self._paths[number]}: {error.strerror or error}") from error
 
 
-def load_results(folder: str | Path) -> TensorDict:
+def load_results(folder: str | Path, *, verify: bool = False) -> TensorDict:
     """The finished results that :func:`tdhook_rl.replay.analyze` has written, memory-mapped; nothing is unpickled.
+
+    Args:
+        folder: the folder of the analysis.
+        verify: read everything and compare the checksums; without it, only the page and the sizes are looked at.
 
     Raises:
         ArtifactError: if there are none, they are not finished, or a file was damaged.
     """
     folder = Path(folder)
-    if not (folder / PAGE).is_file():
+    if not os.path.lexists(folder / PAGE):
         raise ArtifactError(f"{folder} holds no analysis: there is no {PAGE} in it")
-    page = _read_page(folder)
+    page = read_page(folder)
     if page.done < page.entries:
         raise ArtifactError(
             f"the analysis in {folder} has reached {page.done} of {page.entries} entries: call analyze() with the "
             "same policy, buffer and folder, which goes on from there"
         )
-    return _map(folder, page)
+    data = _map(folder, page)
+    if verify:
+        if not page.has_checksums:
+            raise ArtifactError(
+                f"the analysis in {folder} has no checksums: an earlier version ({page.format}) wrote it"
+            )
+        wrong = Results(folder, page, data).damaged()
+        if wrong:
+            raise ArtifactError(
+                f"{ranges(wrong)} of the results in {folder} are not what was written: call analyze() with the same "
+                "policy, buffer and folder, which computes them again"
+            )
+    return data
 
 
-def _write_page(folder: Path, page: Page) -> None:
-    """Replace the page at once, so that whoever is killed meanwhile leaves the old one or the new one."""
-    path = folder / f"{PAGE}.new"
-    path.write_text(json.dumps(asdict(page), indent=2) + "\n")
-    path.replace(folder / PAGE)
+def ranges(found: list[tuple[int, int]]) -> str:
+    """Ranges of entries in words.
 
-
-def _read_page(folder: Path) -> Page:
-    try:
-        page = Page(**json.loads((folder / PAGE).read_text()))
-        if page.format != FORMAT:
-            raise ValueError(f"its format is {page.format!r}, not {FORMAT!r}")
-    except (ValueError, TypeError, OSError) as error:
-        raise ArtifactError(f"{folder / PAGE} is not the page of an analysis: {error}") from error
-    return page
+    Example:
+        >>> ranges([(0, 4), (8, 12)])
+        'the entries 0 to 3, 8 to 11'
+    """
+    shown = ", ".join(f"{start} to {stop - 1}" for start, stop in found[:8])
+    return f"the entries {shown}" + (f" and {len(found) - 8} more ranges" if len(found) > 8 else "")
 
 
 def _map(folder: Path, page: Page) -> TensorDict:
@@ -147,16 +257,44 @@ def _map(folder: Path, page: Page) -> TensorDict:
 
 
 def _mapped(folder: Path, entry: dict[str, Any]) -> MemoryMappedTensor:
-    *roots, name = entry["key"]
-    path = folder.joinpath(*roots, f"{name}.memmap")
+    path = _path(folder, entry)
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{path} is outside {folder}")
-    dtype, shape = getattr(torch, entry["dtype"]), torch.Size(entry["shape"])
-    size, expected = path.stat().st_size, shape.numel() * dtype.itemsize
-    if size != expected:
-        raise ValueError(f"{path} has {size} bytes, expected {expected}")
-    return MemoryMappedTensor.from_filename(path, dtype=dtype, shape=shape)
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is no regular file")
+    if status.st_size != _size(entry):
+        raise ValueError(f"{path} has {status.st_size} bytes, expected {_size(entry)}")
+    return MemoryMappedTensor.from_filename(
+        path, dtype=getattr(torch, entry["dtype"]), shape=torch.Size(entry["shape"])
+    )
+
+
+def _path(folder: Path, entry: dict[str, Any]) -> Path:
+    *roots, name = entry["key"]
+    return folder.joinpath(*roots, f"{name}.memmap")
+
+
+def _size(entry: dict[str, Any]) -> int:
+    return torch.Size(entry["shape"]).numel() * getattr(torch, entry["dtype"]).itemsize
+
+
+def _bytes(value: torch.Tensor) -> memoryview:
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    return memoryview((flat if flat.dtype == torch.uint8 else flat.view(torch.uint8)).numpy())
 
 
 def _name(value: torch.Tensor) -> str:
     return str(value.dtype).removeprefix("torch.")
+
+
+def _remove(folder: Path, page: Page) -> None:
+    """Take away what was begun, so that the room is free again and the folder can be used."""
+    paths = [_path(folder, entry) for entry in page.keys]
+    parents = {parent for path in paths for parent in path.parents if folder in parent.parents}
+    for path in (*paths, *(one / "meta.json" for one in (*parents, folder)), folder / PAGE, folder / f"{PAGE}.new"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+    for parent in sorted(parents, key=lambda one: -len(one.parts)):
+        with contextlib.suppress(OSError):
+            parent.rmdir()

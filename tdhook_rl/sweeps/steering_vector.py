@@ -12,8 +12,9 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdhook_rl.artifacts import load_artifact, save_artifact
-from tdhook_rl.errors import InputError
+from tdhook_rl.errors import ArtifactError, InputError
 from tdhook_rl.latent import ActivationCaching
+from tdhook_rl.stored import module_path, tensors_named
 
 __all__ = ["SteeringVector"]
 
@@ -86,5 +87,8 @@ class SteeringVector:
             ArtifactError: if the file is absent, corrupt or not a steering vector.
         """
         tensors, facts = load_artifact(path, "steering_vector")
-        module = facts.pop("module_path")
-        return cls(vector=tensors["vector"], path=module, facts=facts)
+        (vector,) = tensors_named(path, tensors, vector=0)
+        module = module_path(path, facts)
+        if not module:
+            raise ArtifactError(f"{path} does not say at which module its vector acts")
+        return cls(vector=vector, path=module, facts={name: facts[name] for name in facts if name != "module_path"})

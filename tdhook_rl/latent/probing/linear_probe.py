@@ -15,6 +15,7 @@ from tdhook_rl.errors import ArtifactError, InputError, nearest
 from tdhook_rl.hooks import Runtime
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.passes import Call
+from tdhook_rl.stored import module_path, tensors_named, text
 
 __all__ = ["LinearProbe", "ProbeReadout", "check_kind"]
 
@@ -143,14 +144,12 @@ class LinearProbe:
             ArtifactError: if the file is absent, corrupt or not a probe.
         """
         tensors, facts = load_artifact(path, "linear_probe")
+        weight, bias = tensors_named(path, tensors, weight=2, bias=1)
+        kind, module = text(path, facts, "probe_kind"), module_path(path, facts)
+        concept = facts.get("probe_concept", "classes")
+        facts = {name: facts[name] for name in facts if name not in ("probe_kind", "module_path", "probe_concept")}
         try:
-            weight, bias = tensors["weight"], tensors["bias"]
-            kind, module = facts.pop("probe_kind"), facts.pop("module_path")
-            concept = facts.pop("probe_concept", "classes")
-        except KeyError as error:
-            raise ArtifactError(f"{path} lacks {error}, which a probe has") from None
-        try:
-            return cls(weight=weight, bias=bias, kind=kind, path=module, facts=facts, concept=concept)
+            return cls(weight=weight, bias=bias.to(weight.dtype), kind=kind, path=module, facts=facts, concept=concept)
         except InputError as error:
             raise ArtifactError(f"{path} is no probe: {error}") from None
 

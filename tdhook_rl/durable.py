@@ -1,0 +1,213 @@
+"""Files that survive a loss of power, folders for one at a time, and reading what anybody may have put there.
+
+What a reader of files meets here is a regular file of a sensible size or an :class:`~tdhook_rl.errors.ArtifactError`:
+no named pipe that is waited at, no nesting that ends the interpreter, no number that is none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import stat
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tdhook_rl.errors import ArtifactError
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover  (not on Windows, which has no locks of this kind)
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["FolderLock", "read_json", "require_space", "reserve", "sync", "write_text"]
+
+#: Documents of this library are far smaller.
+LARGEST = 64 << 20
+
+
+def read_json(path: Path, what: str) -> Any:
+    """The document in a file.
+
+    Args:
+        path: the file.
+        what: what it is expected to be, for messages (``"the page of an analysis"``).
+
+    Raises:
+        ArtifactError: if it is no regular file, larger than any such document, or not JSON with finite numbers.
+    """
+    try:
+        # A named pipe would be waited at, and a device read for ever.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("it is no regular file")
+            if status.st_size > LARGEST:
+                raise ValueError(f"it has {status.st_size} bytes")
+            text = file.read(LARGEST).decode()
+        return json.loads(text, parse_constant=_refuse)
+    except (ValueError, OSError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ArtifactError(f"{path} is not {what}: {reason}") from error
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file at once: whoever loses power meanwhile has the old one or the new one, whole.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    new = path.with_name(f"{path.name}.new")
+    with new.open("w") as file:
+        file.write(text)
+        file.flush()
+        _sync(file.fileno())
+    new.replace(path)
+    sync([path.parent])
+
+
+def sync(paths: Iterable[Path]) -> None:
+    """Wait until what was written to files, or which files a folder holds, is on the disk.
+
+    Raises:
+        OSError: if it does not get there.
+    """
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            _sync(descriptor)
+        except OSError as error:
+            if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EBADF):  # some file systems have no such
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def _sync(descriptor: int) -> None:
+    if fcntl is not None and hasattr(fcntl, "F_FULLFSYNC"):  # where fsync leaves it to the disk's own memory
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(descriptor)
+
+
+def require_space(folder: Path, size: int) -> None:
+    """Raise :class:`ArtifactError` if the disk of a folder has less room than that."""
+    try:
+        status = os.statvfs(folder)
+    except (OSError, AttributeError):  # not known everywhere; reserving will tell
+        return
+    free = status.f_bavail * status.f_frsize
+    if size > free:
+        raise ArtifactError(
+            f"the results take {_amount(size)}, and there is room for {_amount(free)} in {folder}: name a folder on "
+            "another disk, compute less (inputs=, fewer modules), or make room"
+        )
+
+
+def _amount(size: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def reserve(path: Path, size: int) -> None:
+    """Give a file its blocks, so that no later write can find the disk full.
+
+    Raises:
+        OSError: if there is no room.
+    """
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        if size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+        elif size:  # pragma: no cover  (macOS)
+            block = bytes(1 << 20)
+            for start in range(0, size, len(block)):
+                os.pwrite(descriptor, block[: size - start], start)
+    finally:
+        os.close(descriptor)
+
+
+_locks: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+
+
+class FolderLock:
+    """A folder for one at a time, across threads and processes; it is free again when its holder dies.
+
+    The folder is made if it is not there, and removed again if nothing was put into it.
+
+    Args:
+        folder: the folder.
+        what: what is done in it, for messages (``"analysis"``).
+
+    Raises:
+        ArtifactError: if another is under way in it, or it cannot be made.
+    """
+
+    def __init__(self, folder: Path, what: str) -> None:
+        self._folder = folder
+        self._what = what
+        self._descriptor: int | None = None
+        self._made: list[Path] = []
+
+    def __enter__(self) -> FolderLock:
+        missing = [one for one in (self._folder, *self._folder.parents) if not one.exists()]
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._made = missing
+            self._descriptor = os.open(self._folder, os.O_RDONLY)
+        except OSError as error:
+            raise ArtifactError(f"cannot write {self._folder}: {error.strerror or error}") from error
+        _locks.add(self)
+        try:
+            if fcntl is not None:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                self._made = []
+                self._close()
+                raise ArtifactError(
+                    f"another {self._what} is under way in {self._folder}, in this process or another: wait for its "
+                    "end, or name another folder"
+                ) from None
+            # Some network file systems know no such lock: there, nothing tells two apart.
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for folder in self._made:
+            with contextlib.suppress(OSError):  # something was put into it
+                folder.rmdir()
+        if fcntl is not None and self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        self._close()
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        self._descriptor = None
+
+
+def _in_child() -> None:
+    # A child that lives longer than this process would go on holding the lock.
+    for lock in list(_locks):
+        with contextlib.suppress(OSError):
+            lock._close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
