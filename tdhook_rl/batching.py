@@ -24,6 +24,7 @@ __all__ = [
     "in_recurrent_mode",
     "map_chunks",
     "repeat_rows",
+    "row_vectors",
     "shallow",
 ]
 
@@ -131,6 +132,18 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for child in changed:
             child.training = True
+
+
+def row_vectors(value: Tensor, batch: torch.Size) -> Tensor:
+    """The same with one dimension of features after those of the batch; there may be no rows.
+
+    Example:
+        >>> row_vectors(torch.zeros(3, 2, 4), torch.Size([3])).shape
+        torch.Size([3, 8])
+    """
+    if value.numel():
+        return value.reshape(*batch, -1)
+    return value.flatten(len(batch)) if value.ndim > len(batch) else value.unsqueeze(-1)
 
 
 class GeneratorState:

@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import nn
+
 from tdhook_rl.errors import InputError
 
 __all__ = ["takes_keywords"]
@@ -28,10 +30,11 @@ def takes_keywords(function: Callable[..., Any], names: Sequence[str], what: str
         >>> takes_keywords(lambda k, o: o, ["module_key", "output"], "steer_fn")
         False
     """
-    if not callable(function):
+    if not callable(function) or isinstance(function, type):
         raise InputError(f"{what}= is a function of ({', '.join(names)}), got {function!r}")
     try:
-        signature = inspect.signature(function)
+        # What is called is a module's forward; the signature of the module itself would be anything.
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
     except (TypeError, ValueError):
         return False
     for keywords in (True, False):

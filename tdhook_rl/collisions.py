@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key_list
+from torch import Tensor, nn
 
 from tdhook_rl.collection import collides
-from tdhook_rl.errors import KeyCollisionError, nearest
+from tdhook_rl.errors import InputError, KeyCollisionError, nearest
 from tdhook_rl.passes import Bound
 
-__all__ = ["check_collisions", "check_known"]
+__all__ = ["check_collisions", "check_known", "listed_keys"]
 
 #: Roots that are not the methods': ``step_mdp`` reads "next", collectors write "collector", masks are "computed".
 RESERVED = ("next", "collector", "computed")
+
+
+def listed_keys(what: str, given: Any) -> Any:
+    """Keys of ``prepare`` as a list; one string is one key, and a mapping stays one.
+
+    Raises:
+        InputError: for what is no list of TensorDict keys, or an empty one.
+    """
+    if given is None:
+        return None
+    given = [given] if isinstance(given, str) else given
+    keys = given.values() if isinstance(given, Mapping) and what == "in_keys" else given
+    if isinstance(keys, (Tensor, nn.Module, type, bytes, Mapping)) or not isinstance(keys, Iterable):
+        keys = []
+    keys = list(keys)
+    if not keys or not all(isinstance(key, NestedKey) and len(key) for key in keys):
+        raise InputError(
+            f"prepare({what}=...) takes a list of TensorDict keys, strings or tuples of them, got {given!r:.80}"
+        )
+    return dict(given) if isinstance(given, Mapping) else keys
 
 
 def check_known(what: str, asked: Sequence[NestedKey] | None, known: Sequence[NestedKey]) -> None:

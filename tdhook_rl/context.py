@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING, Any
 from tensordict import TensorDictBase
 from torch import nn
 
-from tdhook_rl.errors import PreparationError
+from tdhook_rl.errors import ContextError, PreparationError
 
 if TYPE_CHECKING:
     from tdhook_rl.module import HookedMixin
 
-__all__ = ["ContextView"]
+__all__ = ["ContextView", "NotEntered"]
+
+#: What a context answers where the hooked policy was meant.
+_ENTER = (
+    "this is a context, not the hooked policy, and it was {}: enter it, with method.prepare(policy) as hooked: ..., or "
+    "prepare the policy with return_context=False, which gives the hooked policy itself"
+)
 
 
 class ContextView:
@@ -61,3 +67,41 @@ class ContextView:
     def disable(self) -> AbstractContextManager[nn.Module]:
         """As ``hooked.disable_context()``."""
         return self._hooked.disable_context()
+
+
+class NotEntered:
+    """What a hooking context can be asked for by itself; for the rest it says that it must be entered."""
+
+    _hooked: Any
+    _view: ContextView | None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise ContextError(_ENTER.format("called"))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise ContextError(_ENTER.format(f"asked for {name!r}"))
+
+    @property
+    def cache(self) -> TensorDictBase:
+        """The cache that the methods fill, while the policy is hooked and after it."""
+        return self._seen().cache
+
+    def disable_hooks(self) -> AbstractContextManager[Any]:
+        """As ``hooked.disable_context_hooks()``."""
+        return self._entered().disable_context_hooks()
+
+    def disable(self) -> AbstractContextManager[nn.Module]:
+        """As ``hooked.disable_context()``."""
+        return self._entered().disable_context()
+
+    def _entered(self) -> Any:
+        if self._hooked is None:
+            raise PreparationError("the policy is not hooked now: enter the context first, with ... as hooked:")
+        return self._hooked
+
+    def _seen(self) -> ContextView:
+        if self._view is None:
+            raise PreparationError("the policy was not hooked yet: enter the context first, with ... as hooked:")
+        return self._view

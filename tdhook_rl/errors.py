@@ -11,9 +11,11 @@ import re
 from collections.abc import Iterable
 
 __all__ = [
+    "ArgumentError",
     "ArtifactError",
     "CheckError",
     "ConceptError",
+    "ContextError",
     "EnvCheckError",
     "InactiveError",
     "InputError",
@@ -46,6 +48,10 @@ class InputError(TdhookError, ValueError):
     """A tensor has a shape, dtype or value that the method cannot use."""
 
 
+class ArgumentError(InputError, TypeError):
+    """An argument has a name or a type that the function does not take."""
+
+
 class KeyCollisionError(TdhookError, ValueError):
     """A result key is already a key of the policy or of another method."""
 
@@ -59,6 +65,10 @@ class MissingKeyError(TdhookError, KeyError):
 
 class PreparationError(TdhookError, RuntimeError):
     """The module cannot be hooked as it is (compiled, lazy, scripted, not copyable)."""
+
+
+class ContextError(PreparationError, AttributeError):
+    """A context was used as the hooked policy that it gives when it is entered."""
 
 
 class TieError(TdhookError, RuntimeError):

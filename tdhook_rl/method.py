@@ -16,10 +16,12 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
+from tdhook_rl.arguments import Checked
 from tdhook_rl.batching import Traits
 from tdhook_rl.chains import is_chain
 from tdhook_rl.classes import swap_class
-from tdhook_rl.collisions import check_collisions, check_known
+from tdhook_rl.collisions import check_collisions, check_known, listed_keys
+from tdhook_rl.context import ContextView, NotEntered
 from tdhook_rl.draws import Draw, draws, made_inside, noise_keys, survey_draws
 from tdhook_rl.errors import InputError, PreparationError, SiteError
 from tdhook_rl.hooks import CaptureHook, InputCaptureHook, LeafHook, RowHook, Runtime, WatchHook
@@ -44,8 +46,11 @@ _ADDED_NAMES = (
 Keys = Sequence[NestedKey] | Mapping[str, NestedKey]
 
 
-class Method:
-    """Base of every method: configuration only; it holds no model and no results."""
+class Method(metaclass=Checked):
+    """Base of every method: configuration only; it holds no model and no results.
+
+    Arguments of a constructor are checked against its annotations, in subclasses as well.
+    """
 
     @overload
     def prepare(
@@ -123,7 +128,7 @@ class Compose(Method):
         return f"Compose({', '.join(map(repr, self.methods))})"
 
 
-class HookingContext:
+class HookingContext(NotEntered):
     """The time during which a policy is hooked. It can be entered again after it was left."""
 
     def __init__(
@@ -139,6 +144,7 @@ class HookingContext:
             )
         if not isinstance(module, nn.Module):
             raise PreparationError(f"a policy is an nn.Module, got a {type(module).__name__}")
+        in_keys, out_keys = listed_keys("in_keys", in_keys), listed_keys("out_keys", out_keys)
         self._methods = methods
         self._module = module
         self._wrapped = isinstance(module, TensorDictModuleBase)
@@ -148,14 +154,16 @@ class HookingContext:
             check_known("out_keys", out_keys, module.out_keys)
         self._in_keys: Any = ["input"]
         if in_keys is not None:
-            self._in_keys = dict(in_keys) if isinstance(in_keys, Mapping) else list(in_keys)
-        self._out_keys = list(out_keys) if out_keys is not None else ["output"]
-        self._hooked: Any = None
+            self._in_keys = in_keys
+        self._out_keys = out_keys or ["output"]
+        self._hooked = None
+        self._view = None
 
     def __enter__(self) -> Any:
         if self._hooked is not None:
             raise PreparationError("this context is entered already: a second prepare() gives another one")
         self._hooked = self._build()
+        self._view = ContextView(self._hooked)
         return self._hooked
 
     def __exit__(

@@ -25,9 +25,10 @@ from tdhook_rl.context import ContextView
 from tdhook_rl.controls import Controls
 from tdhook_rl.direct import direct_methods, disabled_hooks
 from tdhook_rl.draws import Draw
-from tdhook_rl.errors import InactiveError, MissingKeyError, TdhookError, TieError
+from tdhook_rl.errors import InactiveError, InputError, MissingKeyError, TdhookError, TieError
 from tdhook_rl.hooks import Runtime, vmap_level
 from tdhook_rl.passes import Bound, Call, conduct_of, drawn_noise, observers, publish, run_root, stored_inputs
+from tdhook_rl.preconditions import another_dtype_or_device, require_data
 from tdhook_rl.runs import HookedModuleRun
 from tdhook_rl.shared_pass import chain_pass, graph_pass, sharing
 from tdhook_rl.start import Start
@@ -160,20 +161,32 @@ class HookedMixin(_Policy):
                 if tie is not None:
                     tie.hand_on_buffers()
             except Exception as error:
-                self._require_own_inputs(args, kwargs, error)
+                self._explain(args, kwargs, error)
                 raise
             finally:
                 self._close_routes(complete)
             return output
 
-    def _require_own_inputs(self, args: tuple, kwargs: dict[str, Any], error: Exception) -> None:
-        """A wrapped module is given None for an absent key: where it fails, say so rather than what it says."""
+    def _explain(self, args: tuple, kwargs: dict[str, Any], error: Exception) -> None:
+        """Where the policy's own forward fails on what it was given, say so rather than what it says."""
         data = args[0] if args else kwargs.get("tensordict")
-        if self._hooked_wraps and isinstance(data, TensorDictBase) and not isinstance(error, TdhookError):
+        if isinstance(error, TdhookError):
+            return
+        found: Exception | None = None
+        if isinstance(data, TensorDictBase):
             try:
-                stored_inputs(self, data)
+                if self._hooked_wraps:  # a wrapped module is given None for an absent key
+                    stored_inputs(self, data)
+                found = another_dtype_or_device(self, data, error)
             except MissingKeyError as missing:
-                raise missing from error
+                found = missing
+        elif args and not isinstance(data, torch.Tensor):
+            try:
+                require_data(data, f"a call of {type(self)._base.__name__}")
+            except InputError as wrong:
+                found = wrong
+        if found is not None:
+            raise found from error
 
     def _close_routes(self, complete: bool = False) -> None:
         if not self._hooked_runtime.depth:
@@ -280,7 +293,12 @@ class HookedMixin(_Policy):
             MismatchError: with ``on_mismatch="raise"``.
         """
         self._hooked_runtime.require_active()
-        return annotate(self, data, chunk_size, on_mismatch)
+        require_data(data, "annotate")
+        try:
+            return annotate(self, data, chunk_size, on_mismatch)
+        except Exception as error:
+            self._explain((data,), {}, error)
+            raise
 
     def register_collector(self, collector: Any) -> None:
         """Called by TorchRL's collectors when they take the policy in, in the process in which it will run.
@@ -402,6 +420,9 @@ def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
             if checks_sites and runtime.checks_sites():  # log_prob has looked in get_dist already
                 runtime.require_fired()
             return found
+        except Exception as error:
+            self._explain(args, kwargs, error)
+            raise
         finally:
             runtime.end(previous)
             self._close_routes()

@@ -301,6 +301,11 @@ class Call:
         part.in_step = self.in_step
         return part
 
+    def copied(self) -> Call:
+        """The same call on copies of its data; captures stay behind."""
+        inputs = {key: value.clone() for key, value in self.inputs.items()}
+        return Call(self.policy, self._forward, self.data.clone(), inputs)
+
     @property
     def start(self) -> Start | None:
         """Where every pass over this call starts; none where a call is traced, which cannot look."""

@@ -18,6 +18,7 @@ from tensordict import NestedKey
 from tensordict.utils import unravel_key
 from torch import Tensor
 
+from tdhook_rl.batching import row_vectors
 from tdhook_rl.decisions import Keys, action_of, choose, drawn_decisions, every, outputs_named, tell_left_out
 from tdhook_rl.errors import TargetError
 from tdhook_rl.hooks import Portable, vmap_level
@@ -305,7 +306,7 @@ class _Margin:
 class _OutputSum:
     def __call__(self, run: Pass) -> Tensor:
         batch = run.outputs.batch_size
-        return torch.stack([value.reshape(*batch, -1).sum(-1) for value in self._terms(run)]).sum(0)
+        return torch.stack([row_vectors(value, batch).sum(-1) for value in self._terms(run)]).sum(0)
 
     def slope(self, run: Pass) -> Tensor | None:
         terms = self._terms(run)
@@ -376,4 +377,4 @@ def per_row(value: Tensor, batch: torch.Size, name: str) -> Tensor:
         raise TargetError(
             f"target {name} has shape {tuple(value.shape)}; it must start with the batch shape {tuple(batch)}"
         )
-    return value.reshape(*batch, -1).sum(-1) if value.ndim > len(batch) else value
+    return row_vectors(value, batch).sum(-1) if value.ndim > len(batch) else value

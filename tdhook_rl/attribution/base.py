@@ -12,6 +12,7 @@ from tensordict.nn import ProbabilisticTensorDictModule
 from tensordict.utils import unravel_key
 from torch import Tensor
 
+from tdhook_rl.arguments import require_target
 from tdhook_rl.attribution.chain_gradients import is_linear
 from tdhook_rl.attribution.gradients import explainable_inputs
 from tdhook_rl.batching import in_recurrent_mode
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["BoundAttribution", "Explained", "GradientAttribution"]
 
 Init = Callable[[TensorDictBase, TensorDictBase], TensorDictBase]
+Explains = Callable[[Pass], Tensor]  # a Target, or a function of the user's
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -60,14 +62,14 @@ class GradientAttribution(Method):
         attribution_key: the root of the result keys.
     """
 
-    target: Target | Mapping[str, Target] | None = None
+    target: Explains | Mapping[str, Explains] | None = None
     init_attr_targets: Init | None = None
     init_attr_inputs: Init | None = None
     init_attr_grads: Init | None = None
-    additional_init_keys: Sequence[NestedKey] = ()
-    inputs: Sequence[NestedKey] | None = None
-    input_modules: Sequence[str] = ()
-    target_modules: Sequence[str] = ()
+    additional_init_keys: str | Sequence[NestedKey] = ()
+    inputs: str | Sequence[NestedKey] | None = None
+    input_modules: str | Sequence[str] = ()
+    target_modules: str | Sequence[str] = ()
     when: Literal["step", "batch"] | None = None
     horizon: Literal["step", "trajectory"] = "step"
     attribution_key: str = "attr"
@@ -76,6 +78,10 @@ class GradientAttribution(Method):
     horizons: ClassVar[tuple[str, ...]] = ("step",)
 
     def __post_init__(self) -> None:
+        for name in ("additional_init_keys", "inputs", "input_modules", "target_modules"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         if self.target is not None and self.init_attr_targets is not None:
             raise TargetError("target= and init_attr_targets= both say what to explain: give one of them")
         if self.when not in (None, "step", "batch"):
@@ -91,10 +97,11 @@ class GradientAttribution(Method):
             )
         if self.init_attr_targets is None and (self.init_attr_grads is not None or self.target_modules):
             raise TargetError("init_attr_grads= and target_modules= belong to init_attr_targets=, which is not given")
-        targets = self.target.values() if isinstance(self.target, Mapping) else [self.target]
-        for one in targets:
-            if one is not None and not callable(one):
-                raise TargetError(f"target= is a target such as targets.entropy(), got {one!r}")
+        for one in self.target.values() if isinstance(self.target, Mapping) else [self.target]:
+            if one is not None:
+                require_target(one)
+        if self.target == {}:
+            raise TargetError("target={} names nothing to explain: leave it out for the default")
 
     def bind(self, binder: Binder) -> BoundAttribution:
         return self.bound_class(self, binder)
@@ -150,9 +157,10 @@ class BoundAttribution:
                 ("grads", config.init_attr_grads),
             )
         }
-        self._chosen: list[Target | None] = (
-            list(config.target.values()) if isinstance(config.target, Mapping) else [config.target]
-        )
+        self._chosen: list[Explains | None] = [
+            one if one is None or hasattr(one, "name") else Target(getattr(one, "__name__", "(a function)"), one)
+            for one in (config.target.values() if isinstance(config.target, Mapping) else [config.target])
+        ]
         # The callbacks are given outputs; a target of the user's may look at the stored inputs.
         self.reads_inputs = config.init_attr_targets is None and any(
             one is not None and getattr(one, "reads_inputs", True) for one in self._chosen
@@ -222,7 +230,7 @@ class BoundAttribution:
             )
         return {key: chosen.get(key) for key in keys}
 
-    def _function(self, target: Target | None, call: Call) -> Callable[[Pass], Tensor]:
+    def _function(self, target: Explains | None, call: Call) -> Callable[[Pass], Tensor]:
         init = self._init["targets"]
         if init is None:
             return target or DefaultTarget()

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -25,6 +26,8 @@ from tdhook_rl.targets import no_path
 
 __all__ = ["activations", "explainable_inputs", "gradients"]
 
+#: How torch says that a function without ``setup_context`` was met in a functorch transform.
+_OLD_FUNCTION = "setup_context"
 Scalar = Callable[[Pass], Tensor]
 
 #: How often a pass is made where a learner in another thread changes the weights between its forward and its backward.
@@ -91,7 +94,17 @@ def gradients(
         run, points = call.shared
         return _backward(call, run, {key: points[key] for key in inputs}, leaves, sites, targets, weights, keep=True)
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or vmap_level() >= 0:
-        return _functional(call, inputs, leaves, sites, targets, stored, weights)
+        try:
+            return _functional(call, inputs, leaves, sites, targets, stored, weights)
+        except RuntimeError as error:
+            if _OLD_FUNCTION not in str(error):
+                raise
+            if torch.compiler.is_compiling() or vmap_level() >= 0:
+                raise InputError(
+                    "the policy runs a torch.autograd.Function without setup_context, which cannot be differentiated "
+                    "inside vmap or compile: explain it outside, or give the function a setup_context"
+                ) from error
+        return _outside_inference_mode(call, inputs, leaves, sites, targets, stored, weights)
     for _ in range(ATTEMPTS - 1):
         try:
             return _replayed(call, inputs, leaves, sites, targets, stored, weights)
@@ -100,6 +113,34 @@ def gradients(
                 raise
             call.chain = None  # it was another policy's: a pass of its own explains this one
     return _replayed(call, inputs, leaves, sites, targets, stored, weights)
+
+
+def _outside_inference_mode(
+    call: Call,
+    inputs: Mapping[NestedKey, Tensor],
+    leaves: Mapping[str, Tensor | None],
+    sites: Mapping[str, str],
+    targets: Sequence[Scalar],
+    stored: TensorDictBase | None,
+    weights: Tensor | None,
+) -> tuple[list[Gradients], dict[str, Tensor]]:
+    """By autograd, on copies: tensors of inference mode cannot be saved for a backward pass."""
+    with torch.inference_mode(False):
+        own = []
+        for target in targets:
+            if hasattr(target, "additional"):  # what a callback reads beside the outputs
+                target = copy.copy(target)
+                target.additional = target.additional.clone()
+            own.append(target)
+        return _recorded(
+            call.copied(),
+            {key: value.clone() for key, value in inputs.items()},
+            {slot: None if value is None else value.clone() for slot, value in leaves.items()},
+            sites,
+            own,
+            None if stored is None else stored.clone(),
+            None if weights is None else weights.clone(),
+        )
 
 
 def _replayed(

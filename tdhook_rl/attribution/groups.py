@@ -10,6 +10,7 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor
 
+from tdhook_rl.batching import row_vectors
 from tdhook_rl.errors import InputError
 
 __all__ = ["Disjoint", "Groups", "Overlapping", "each_feature", "group_features", "groups_of_rows", "windows"]
@@ -39,7 +40,7 @@ class _ByRow(Disjoint):
     def spread(self, scores: Tensor) -> Tensor:
         by_group = torch.cat([scores, torch.zeros(1, *scores.shape[1:], dtype=scores.dtype, device=scores.device)])
         owner = self.owner.to(scores.device)
-        index = torch.where(owner < 0, self.count, owner).reshape(*scores.shape[1:], -1)
+        index = row_vectors(torch.where(owner < 0, self.count, owner), scores.shape[1:])
         return by_group.movedim(0, -1).gather(-1, index).reshape(owner.shape)
 
 

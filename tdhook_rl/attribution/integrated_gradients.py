@@ -17,7 +17,7 @@ from torch import Tensor
 from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttribution
 from tdhook_rl.attribution.baselines import Baseline, check_baseline, filled
 from tdhook_rl.attribution.gradients import activations, gradients
-from tdhook_rl.batching import conv_chunk, repeat_rows
+from tdhook_rl.batching import conv_chunk, repeat_rows, row_vectors
 from tdhook_rl.coupling import coupled
 from tdhook_rl.draws import draws, sample_keys
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
@@ -175,7 +175,7 @@ class _BoundIntegratedGradients(BoundAttribution):
         targets: Sequence[Callable[[Pass], Tensor]],
     ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
         batch = call.batch_size
-        rows = max(batch.numel(), 1)
+        rows = batch.numel()
         shapes = {key: value.shape for key, value in inputs.items()}, {s: low.shape for s, (low, _) in inner.items()}
         totals: list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]] = [({}, {}) for _ in targets]
         stored = None
@@ -213,8 +213,8 @@ class _BoundIntegratedGradients(BoundAttribution):
 
     def _passes(self, call: Call, like: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The points of each pass, and a weight for each of its rows: as many as fit, in passes of equal size."""
-        steps, rows = len(self._points), max(call.batch_size.numel(), 1)
-        number = math.ceil(steps / max(1, rows_at_once(call, self._chunk_size) // rows))
+        steps, rows = len(self._points), call.batch_size.numel()
+        number = math.ceil(steps / max(1, rows_at_once(call, self._chunk_size) // max(rows, 1)))
         known, passes = self._one_pass
         keep = number == 1 and type(like) is Tensor and not torch.compiler.is_compiling()
         key = (rows, like.dtype, like.device)
@@ -265,7 +265,7 @@ class _BoundIntegratedGradients(BoundAttribution):
         for name, change, (of_inputs, of_leaves) in zip(self.names, changes, averages, strict=True):
             terms = [value * (ends[key] - baselines[key]) for key, value in of_inputs.items()]
             terms += [value * (inner[slot][1] - inner[slot][0]) for slot, value in of_leaves.items()]
-            total = torch.stack([term.reshape(*batch, -1).sum(-1) for term in terms]).sum(0)
+            total = torch.stack([row_vectors(term, batch).sum(-1) for term in terms]).sum(0)
             key = (self._delta_key or "", *([name] if name else []))
             self._deltas[key] = total - change
 

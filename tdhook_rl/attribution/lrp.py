@@ -27,7 +27,7 @@ from tdhook_rl.attribution.lrp_hooks import (
 from tdhook_rl.attribution.lrp_rules import BY_WEIGHT, CONTAINERS, ROUTING, Rule, RuleMapper, Uniform, is_plain
 from tdhook_rl.attribution.relevance_graph import Graph
 from tdhook_rl.attribution.watching import Watch, WatchedCall, reached
-from tdhook_rl.batching import GeneratorState
+from tdhook_rl.batching import GeneratorState, row_vectors
 from tdhook_rl.decisions import action_of, drawn_decisions, every
 from tdhook_rl.errors import InputError, SiteError, TdhookError
 from tdhook_rl.hooks import vmap_level
@@ -107,7 +107,7 @@ class _BoundLRP(BoundAttribution):
         found = self._in_the_way_it_needs(call, explained, starts, watch)
         if self._gap_key is not None:
             for name, start, (of_inputs, _) in zip(self.names, starts, found, strict=True):
-                total = torch.stack([value.reshape(*call.batch_size, -1).sum(-1) for value in of_inputs.values()]).sum(
+                total = torch.stack([row_vectors(value, call.batch_size).sum(-1) for value in of_inputs.values()]).sum(
                     0
                 )
                 self._gaps[self._gap_key, *([name] if name else [])] = total - start.value
@@ -223,7 +223,7 @@ class _Start:
             if count is not None
         )
         terms = [
-            (node * (point.detach() * count)).reshape(*run.outputs.batch_size, -1).sum(-1)
+            row_vectors(node * (point.detach() * count), run.outputs.batch_size).sum(-1)
             for node, point, count in zip((*nodes.values(), *run.watched.values()), points, counts, strict=True)
             if count is not None
         ]

@@ -13,7 +13,7 @@ from torch import Tensor
 from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttribution
 from tdhook_rl.attribution.groups import Groups
 from tdhook_rl.attribution.integrated_gradients import rows_at_once
-from tdhook_rl.batching import repeat_rows, shallow
+from tdhook_rl.batching import repeat_rows, row_vectors, shallow
 from tdhook_rl.errors import InputError, TargetError, TdhookError, nearest
 from tdhook_rl.passes import Call, Pass
 from tdhook_rl.targets import Target, default_target, one_hot_action
@@ -71,7 +71,7 @@ class BoundPerturbation(BoundAttribution):
                         after = measure(run)
                         after = after.reshape(copies, *call.batch_size, *after.shape[1:])
                         scored = self._compare(reference.expand_as(after), after)
-                        kept.append(scored.reshape(copies, *call.batch_size, -1).sum(-1))
+                        kept.append(row_vectors(scored, torch.Size([copies, *call.batch_size])).sum(-1))
                 for (of_inputs, _), kept in zip(found, scores, strict=True):
                     of_inputs[key] = changes.spread(torch.cat(kept))
         return found
@@ -141,7 +141,7 @@ class _WithoutGradient:
             return target(run)
         batch = run.outputs.batch_size
         values = [run.outputs.get(key, None) for key in run.out_keys]
-        terms = [v.reshape(*batch, -1).sum(-1) for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+        terms = [row_vectors(v, batch).sum(-1) for v in values if isinstance(v, Tensor) and v.is_floating_point()]
         if not terms:
             raise TargetError(f"none of the outputs {run.out_keys} is a floating-point tensor: give a target=")
         return torch.stack(terms).sum(0)

@@ -18,7 +18,7 @@ from torchrl.modules import ProbabilisticActor
 from tdhook_rl import SteeringVectors
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.examples.agent import FC2, make_trained_actor
-from tdhook_rl.sweeps import SteeringVector
+from tdhook_rl.latent import SteeringVector
 
 
 def contrast(actor: ProbabilisticActor) -> SteeringVector:

@@ -5,6 +5,7 @@ from tdhook_rl.latent.activation_caching import ActivationCaching
 from tdhook_rl.latent.activation_patching import ActivationPatching
 from tdhook_rl.latent.control_record import ControlRecord
 from tdhook_rl.latent.directions import DirectionalAblation, DirectionClamping
+from tdhook_rl.latent.steering_vector import SteeringVector
 from tdhook_rl.latent.steering_vectors import SteeringVectors
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "ControlRecord",
     "DirectionClamping",
     "DirectionalAblation",
+    "SteeringVector",
     "SteeringVectors",
 ]

@@ -50,7 +50,7 @@ class Callback:
         offered = FORWARD | GRADIENT
         known = list(dict.fromkeys(name for direction in directions for name in offered[direction]))
         try:
-            parameters = inspect.signature(function).parameters.values()
+            parameters = inspect.signature(getattr(function, "forward", function)).parameters.values()
         except (TypeError, ValueError):
             raise InputError(
                 f"callback={function!r} has no signature to read: write it as a function of some of {', '.join(known)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError
 from tdhook_rl.hooks import Runtime
+from tdhook_rl.latent.steering_vector import SteeringVector, as_vectors
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.rows import feature_dims, rows_of, with_rows
 
@@ -22,7 +23,8 @@ class DirectionalAblation(Method):
     """Take the component along a direction out of the output of modules (Arditi et al. 2024).
 
     Args:
-        directions: for each module path a vector of the shape of the module's features; its length does not matter.
+        directions: for each module path a vector of the shape of the module's features, whose length does not
+            matter; or one :class:`SteeringVector` or more, which know their paths.
         name: the prefix of the controls ``"<name>.<path>"`` (the unit vectors).
 
     Raises:
@@ -37,8 +39,11 @@ class DirectionalAblation(Method):
         tensor(True)
     """
 
-    directions: Mapping[str, Tensor]
+    directions: Mapping[str, Tensor | SteeringVector] | SteeringVector | Sequence[SteeringVector]
     name: str = "ablation"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "directions", as_vectors(self.directions, "directions"))
 
     def bind(self, binder: Binder) -> None:
         _place(binder, self.directions, self.name, binder.control(f"{self.name}.value", 0.0))
@@ -49,7 +54,7 @@ class DirectionClamping(Method):
     """Hold the component along a direction at a value, whatever the input.
 
     Args:
-        directions: for each module path a vector of the shape of the module's features; its length does not matter.
+        directions: as of :class:`DirectionalAblation`.
         value: the component, in units of the unit vector; the control ``"<name>.value"`` changes it while running.
         name: the prefix of the controls.
 
@@ -65,17 +70,22 @@ class DirectionClamping(Method):
         True
     """
 
-    directions: Mapping[str, Tensor]
+    directions: Mapping[str, Tensor | SteeringVector] | SteeringVector | Sequence[SteeringVector]
     value: float
     name: str = "clamping"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "directions", as_vectors(self.directions, "directions"))
 
     def bind(self, binder: Binder) -> None:
         _place(binder, self.directions, self.name, binder.control(f"{self.name}.value", float(self.value)))
 
 
-def _place(binder: Binder, directions: Mapping[str, Tensor], name: str, value: str) -> None:
+def _place(binder: Binder, directions: Any, name: str, value: str) -> None:
     for path, direction in directions.items():
         direction = torch.as_tensor(direction)
+        if not direction.is_floating_point():
+            direction = direction.to(torch.get_default_dtype())  # the unit vector has fractions
         norm = direction.double().norm()
         if not bool(torch.isfinite(norm)) or float(norm) == 0:
             raise InputError(f"the direction for {path!r} must be finite and not zero; its norm is {float(norm)}")

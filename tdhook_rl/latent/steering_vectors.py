@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,14 @@ from tdhook_rl.batching import in_recurrent_mode
 from tdhook_rl.callbacks import takes_keywords
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.hooks import Portable, Runtime
+from tdhook_rl.latent.steering_vector import as_vectors
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.paths import Site
 from tdhook_rl.rows import feature_dims, rows_of, with_rows
 
 __all__ = ["SteeringVectors"]
+
+_ARGUMENTS = ("module_key", "output")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +33,11 @@ class SteeringVectors(Method):
         vectors: for each module path, the vector to add, of the shape of the module's features; or the
             TensorDict key of a vector for each row (batch + features). In a multi-agent net the vector is for all
             agents (features) or one for each (agents + features), with shared parameters and with separate ones.
+            A :class:`SteeringVector` alone, or a list of them, knows its path, and may be a value of the mapping.
             A pair of a path and a key, such as ``("0", ("next", "recurrent_state"))``, steers that entry of what a
             ``TensorDictModule`` writes: the state that a recurrent policy carries to its next step.
-        alpha: the strength. A number becomes the control ``"<name>.alpha"``, which may be changed while the
-            policy runs; a TensorDict key gives each row of a batched environment its own (batch-shaped).
+        alpha: the strength, one for all rows. A number becomes the control ``"<name>.alpha"``, which may be changed
+            while the policy runs; a TensorDict key gives each row of a batched environment its own (batch-shaped).
         modules_to_steer: for the function form, the module paths.
         steer_fn: ``steer_fn(module_key, output)``, called with keywords where it has those parameters; it
             returns a tensor of the same shape as ``output``, which is the first tensor of a module that returns a
@@ -59,26 +63,37 @@ class SteeringVectors(Method):
         (True, False)
     """
 
-    vectors: Mapping[Any, Tensor | NestedKey] | None = None
-    alpha: float | NestedKey = 1.0
-    modules_to_steer: Sequence[str] | None = None
+    vectors: Any = None
+    alpha: Any = 1.0
+    modules_to_steer: str | Sequence[str] | None = None
     steer_fn: Callable[..., Tensor] | None = None
     name: str = "steering"
 
     def __post_init__(self) -> None:
+        if self.modules_to_steer is None and _are_paths(self.vectors):  # by position, as in tdhook
+            object.__setattr__(self, "modules_to_steer", self.vectors)
+            object.__setattr__(self, "vectors", None)
+            if self.steer_fn is None and callable(self.alpha):
+                object.__setattr__(self, "steer_fn", self.alpha)
+                object.__setattr__(self, "alpha", 1.0)
         if (self.vectors is None) == (self.steer_fn is None):
             raise InputError(
                 "SteeringVectors takes either vectors={path: vector} or modules_to_steer=[...] with steer_fn="
             )
         if (self.steer_fn is None) != (self.modules_to_steer is None):
             raise InputError("modules_to_steer= and steer_fn= go together")
+        if self.steer_fn is None:
+            object.__setattr__(self, "vectors", as_vectors(self.vectors, "vectors"))
+            object.__setattr__(self, "alpha", _strength(self.alpha))
+            return
+        takes_keywords(self.steer_fn, _ARGUMENTS, "steer_fn")  # raises
+        if not isinstance(self.alpha, float) or self.alpha != 1.0:
+            raise InputError(f"alpha= is the strength of vectors=; steer_fn= does as it likes, but got {self.alpha!r}")
 
     def bind(self, binder: Binder) -> None:
         if self.steer_fn is not None:
-            function, keywords = (
-                Portable(self.steer_fn),
-                takes_keywords(self.steer_fn, ("module_key", "output"), "steer_fn"),
-            )
+            keywords = takes_keywords(self.steer_fn, _ARGUMENTS, "steer_fn")
+            function = Portable(self.steer_fn)
             for site in binder.intervention_sites(self.modules_to_steer):
                 binder.on_output(site, FunctionHook(binder.runtime, site.name, function, keywords))
             return
@@ -101,10 +116,40 @@ class SteeringVectors(Method):
                     binder.on_output(site, EntryAdditionHook(binder.runtime, site.name, source, alpha, key))
 
     def _vector_control(self, binder: Binder, path: str, vector: Any) -> str:
-        vector = torch.as_tensor(vector)
+        try:
+            vector = torch.as_tensor(vector)
+        except (TypeError, ValueError, RuntimeError):
+            raise InputError(
+                f"the steering vector for {path!r} is a tensor, or the TensorDict key of one for each row, got "
+                f"{vector!r:.80}"
+            ) from None
         if not bool(torch.isfinite(vector).all()):
             raise InputError(f"the steering vector for {path!r} has NaN or infinite entries")
         return binder.control(f"{self.name}.{path}", vector)
+
+
+def _are_paths(given: Any) -> bool:
+    return isinstance(given, str) or (
+        isinstance(given, (list, tuple)) and bool(given) and all(isinstance(one, str) for one in given)
+    )
+
+
+def _strength(alpha: Any) -> Any:
+    """One finite number as a float, or a TensorDict key."""
+    if isinstance(alpha, str) or (isinstance(alpha, tuple) and isinstance(alpha, NestedKey)):
+        return alpha
+    try:
+        number = torch.as_tensor(alpha, dtype=torch.float64).detach()
+    except (TypeError, ValueError, RuntimeError):
+        number = torch.full((), torch.nan)
+    if number.numel() > 1:
+        raise InputError(
+            f"alpha= holds {number.numel()} numbers, but it is one strength for every row of every batch: put a "
+            'strength for each row into the data, data["alpha"] = ..., and give its key, alpha="alpha"'
+        )
+    if number.numel() != 1 or not bool(torch.isfinite(number)):
+        raise InputError(f"alpha= is a finite number, or the TensorDict key of one for each row, got {alpha!r:.80}")
+    return float(number)
 
 
 def _path_and_entry(steered: Any) -> tuple[str, NestedKey | None]:

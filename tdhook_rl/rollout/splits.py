@@ -14,6 +14,7 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 
+from tdhook_rl.batching import row_vectors
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 
 __all__ = ["EPISODE", "GroupSplit"]
@@ -80,7 +81,7 @@ class GroupSplit:
             if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
                 found = value.dtype if isinstance(value, Tensor) else type(value).__name__
                 raise InputError(f"the split groups rows by {key!r}, which is {found}: groups are integers")
-            for column in value.reshape(*data.batch_size, -1).long().unbind(-1):
+            for column in row_vectors(value, data.batch_size).long().unbind(-1):
                 code = _mix(code ^ _mix(column.to(code.device) + 1))
         return code
 

@@ -10,6 +10,7 @@ from torchrl.trainers import TrainerHookBase
 
 from tdhook_rl.annotation import OnMismatch
 from tdhook_rl.errors import InputError
+from tdhook_rl.preconditions import require_hooked
 from tdhook_rl.rollout.summary import summarise
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class AnnotateHook(TrainerHookBase):
         for name, value in (("every", every), ("rows", rows)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name}= is a positive integer, got {value!r}")
+        require_hooked(policy, "AnnotateHook")
         self.policy = policy
         self.every = every
         self.rows = rows

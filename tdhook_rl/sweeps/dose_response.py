@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torchrl.envs import EnvBase
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.latent import SteeringVectors
-from tdhook_rl.sweeps.steering_vector import SteeringVector
+from tdhook_rl.latent import SteeringVector, SteeringVectors
 
 __all__ = ["DoseResponse", "dose_response", "first_episode"]
 

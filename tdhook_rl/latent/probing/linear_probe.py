@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tdhook_rl.artifacts import load_artifact, save_artifact
+from tdhook_rl.batching import row_vectors
 from tdhook_rl.errors import ArtifactError, InputError, nearest
 from tdhook_rl.hooks import Runtime
 from tdhook_rl.method import Binder, Method
@@ -227,7 +228,7 @@ class _BoundReadout:
         results: dict[tuple[str, ...], Tensor] = {}
         for key, one in self._readings.items():
             value = call.captured(one.slot, one.site)
-            features = value.reshape(*call.batch_size, -1)
+            features = row_vectors(value, call.batch_size)
             scores = _scores(features, controls[one.weight], controls[one.bias], one.site)
             results[key] = _cast(_by_code(scores, controls[one.kind]), features)
         return results

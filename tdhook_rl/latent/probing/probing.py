@@ -88,6 +88,8 @@ class Probing(Method):
             )
         if isinstance(self.additional_keys, str):
             raise InputError(f"additional_keys is a list of keys: write additional_keys=[{self.additional_keys!r}]")
+        if isinstance(self.probe_factory, type) and not hasattr(self.probe_factory, "step"):
+            raise InputError(f"probe_factory= makes probes, which have step(); {self.probe_factory.__name__} has none")
 
     def bind(self, binder: Binder) -> _BoundProbing:
         readings = []

@@ -1,0 +1,237 @@
+"""Every argument of every method, given something else than it takes: it works, or the error is tdhook_rl's."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+
+from tdhook_rl import Compose, LinearProbe, ProbeReadout, Saliency, targets
+from tdhook_rl.arguments import checked
+from tdhook_rl.attribution import (
+    LRP,
+    SARFA,
+    ActivationMaximisation,
+    DimsConfig,
+    GradCAM,
+    GuidedBackpropagation,
+    IntegratedGradients,
+    Occlusion,
+    PerturbationSaliency,
+)
+from tdhook_rl.errors import ArgumentError, ContextError, InputError, PreparationError, TargetError, TdhookError
+from tdhook_rl.latent import (
+    ActivationAddition,
+    ActivationCaching,
+    ActivationPatching,
+    DirectionalAblation,
+    DirectionClamping,
+    SteeringVectors,
+)
+from tdhook_rl.latent.probing import Probing
+from tdhook_rl.scheduled import Scheduled
+from tdhook_rl.weights import Adapters, Pruning, TaskVectors
+
+X = torch.randn(3, 4)
+PROBE = LinearProbe(weight=torch.randn(2, 8), bias=torch.zeros(2), path="1")
+
+
+class Reader:
+    def __init__(self, key: str, direction: str) -> None:
+        self.key = key
+
+    def step(self, activation: torch.Tensor) -> None:
+        pass
+
+
+METHODS: dict[type, dict[str, Any]] = {
+    Saliency: {},
+    IntegratedGradients: {"baseline": 0.0, "n_steps": 2},
+    GradCAM: {"modules_to_attribute": {"1": DimsConfig((), (-1,))}},
+    GuidedBackpropagation: {},
+    LRP: {},
+    ActivationMaximisation: {"modules_to_maximise": "1", "n_steps": 1},
+    Occlusion: {},
+    SARFA: {},
+    PerturbationSaliency: {},
+    ActivationCaching: {"key_pattern": "1"},
+    ActivationPatching: {"modules_to_patch": "1"},
+    ActivationAddition: {"modules_to_steer": ["1"]},
+    SteeringVectors: {"vectors": {"1": torch.ones(8)}},
+    DirectionalAblation: {"directions": {"1": torch.ones(8)}},
+    DirectionClamping: {"directions": {"1": torch.ones(8)}, "value": 0.0},
+    Probing: {"key_pattern": "1", "probe_factory": Reader},
+    ProbeReadout: {"probes": {"y": PROBE}},
+    Pruning: {"amount_to_prune": 0.5},
+    Adapters: {"adapters": {"1": (nn.Tanh(), "1", "1")}},
+    TaskVectors: {},
+    Scheduled: {"method": Saliency(when="step"), "every": 2},
+}
+WRONG = {
+    "str": "nothing", "empty str": "", "int": 3, "negative": -1, "huge": 10**30, "NaN": float("nan"), "bytes": b"x",
+    "None": None, "empty list": [], "list": [1, None], "nested list": [[1], ["a"]], "empty dict": {},
+    "dict": {"1": None},    "tensor": torch.randn(2, 3), "scalar": torch.tensor(2.0), "empty tensor": torch.zeros(0),
+    "module": nn.Linear(4, 4),
+    "class": nn.Linear, "function": lambda: None, "object": object(), "set": {1}, "tuple": ("a", 3), "bool": True,
+    "tensordict": TensorDict({"a": X}, [3]), "modules": [nn.Tanh()],
+}  # fmt: skip
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def data() -> TensorDict:
+    roots = {(root, "input"): X for root in ("patched", "positive", "negative", "baseline")}
+    return TensorDict({"input": X, "action": torch.tensor([0, 1, 0]), **roots}, [3])
+
+
+def works_or_is_told(run: Callable[[], Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with suppress(TdhookError):
+            run()
+
+
+def cases() -> list[Any]:
+    return [
+        pytest.param(method, name, id=f"{method.__name__}-{name}")
+        for method in METHODS
+        for name in inspect.signature(method).parameters
+    ]
+
+
+@pytest.mark.parametrize(("method", "name"), cases())
+def test_every_argument_of_every_method(method: type, name: str) -> None:
+    for wrong in WRONG.values():
+
+        def run(wrong: Any = wrong) -> None:
+            with method(**{**METHODS[method], name: wrong}).prepare(net()) as hooked:
+                hooked(data())
+                hooked.annotate(data(), on_mismatch="ignore")
+
+        works_or_is_told(run)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_call_with_what_is_no_tensordict(method: type) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        context = method(**METHODS[method]).prepare(net())
+        with context as hooked:
+            for name, wrong in WRONG.items():
+                if name not in ("tensordict", "tensor", "scalar", "empty tensor"):  # a policy is called with tensors
+                    with pytest.raises(InputError, match="takes a TensorDict"):
+                        hooked(wrong)
+                if name != "tensordict":
+                    with pytest.raises(InputError, match="annotate takes a TensorDict"):
+                        hooked.annotate(wrong)
+
+
+@pytest.mark.parametrize("method", [Saliency, ActivationCaching, SteeringVectors])
+@pytest.mark.parametrize("name", ["module", "in_keys", "out_keys"])
+def test_every_argument_of_prepare(method: type, name: str) -> None:
+    for wrong in WRONG.values():
+
+        def run(wrong: Any = wrong) -> None:
+            with method(**METHODS[method]).prepare(**{"module": net(), name: wrong}):
+                pass
+
+        works_or_is_told(run)
+
+
+def test_iterators_are_read_once_and_kept() -> None:
+    method = Saliency(input_modules=(path for path in ["0", "1"]))
+    for _ in range(2):
+        with method.prepare(net()) as hooked:
+            assert set(hooked(data())["attr"].keys()) == {"0", "1"}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (lambda: Saliency(absolut=True), "has no argument 'absolut'; nearest: 'absolute'"),
+        (lambda: Saliency(clean_intermediate_keys=False), "nothing intermediate is written"),
+        (lambda: ActivationPatching(), "missing a required argument: 'modules_to_patch'"),
+        (lambda: Saliency(absolute="yes"), r"Saliency\(absolute=\.\.\.\) takes bool, got 'yes' \(str\)"),
+        (lambda: Saliency(init_attr_targets=lambda x: x), r"takes a function of \(TensorDictBase, TensorDictBase\)"),
+        (lambda: ActivationCaching(nn.Tanh()), "name a module by its path"),
+        (lambda: ActivationCaching([nn.Linear]), "a class names no module"),
+    ],
+)
+def test_what_is_said(given: Callable[[], Any], words: str) -> None:
+    with pytest.raises(ArgumentError, match=words):
+        given()
+    with pytest.raises(TypeError):
+        given()
+
+
+@pytest.mark.parametrize("function", [getattr(targets, name) for name in targets.__all__ if name != "Target"])
+@pytest.mark.parametrize("method", [Saliency, IntegratedGradients, GradCAM, LRP, Occlusion, ActivationMaximisation])
+def test_a_target_without_its_parentheses(function: Callable[..., Any], method: type) -> None:
+    given = {key: value for key, value in METHODS[method].items() if key != "modules_to_maximise"}
+    for target in (function, {"a": function}):
+        with pytest.raises(TargetError, match=f"targets.{function.__name__} makes a target when it is called"):
+            method(**given, target=target)
+
+
+@pytest.mark.parametrize("target", [targets.Target, nn.Linear(4, 1), 3, "entropy", lambda: targets.entropy(), {}])
+def test_what_is_no_target(target: Any) -> None:
+    with pytest.raises(TargetError):
+        Saliency(target=target)
+
+
+def test_a_function_of_the_users_is_a_target() -> None:
+    def first(run: Any) -> torch.Tensor:
+        return run.outputs["output"][:, 0]
+
+    model = net()
+    with Saliency(target=first).prepare(model) as hooked:
+        x = X.clone().requires_grad_()
+        expected = torch.autograd.grad(model(x)[:, 0].sum(), x)[0]
+        torch.testing.assert_close(hooked(data())["attr", "input"], expected)
+    with Saliency(target=lambda run: targets.output_sum()).prepare(net()) as hooked:
+        with pytest.raises(TargetError, match="is a LinearTarget, not a tensor"):
+            hooked(data())
+
+
+def test_a_context_is_not_the_hooked_policy() -> None:
+    context = Compose(Saliency(), ActivationCaching("1")).prepare(net())
+    with pytest.raises(ContextError, match="it was called: enter it"):
+        context(data())
+    for name in ("annotate", "run", "in_keys", "get_dist", "parameters", "controls"):
+        assert not hasattr(context, name)
+        with pytest.raises(ContextError, match=f"asked for '{name}': enter it"):
+            getattr(context, name)
+    with pytest.raises(PreparationError, match="not hooked"):
+        context.disable_hooks()
+    with context as hooked:
+        hooked(data())
+        with context.disable_hooks():
+            assert "attr" not in hooked(data()).keys()
+
+
+@pytest.mark.parametrize("annotate", [False, True])
+def test_another_dtype_is_said(annotate: bool) -> None:
+    with Saliency().prepare(net()) as hooked:
+        with pytest.raises(InputError, match=r"weights of torch\.float32, but 'input' is torch\.float64"):
+            (hooked.annotate if annotate else hooked)(data().double())
+
+
+def test_functions_are_checked_where_they_are_given() -> None:
+    @checked
+    def double(x: int, *, of: str = "a") -> str:
+        return of * x
+
+    assert double(2) == "aa"
+    with pytest.raises(ArgumentError, match=r"double\(of=\.\.\.\) takes str, got 3"):
+        double(2, of=3)
+    with pytest.raises(ArgumentError, match="nearest: 'of'"):
+        double(2, off="b")
