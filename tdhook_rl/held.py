@@ -85,7 +85,7 @@ def holdings(modules: list[tuple[str, nn.Module]]) -> Holdings:
     def visit(value: Any, path: str, owner: str) -> None:
         if isinstance(value, _ATOMS) or id(value) in seen:
             return
-        if not isinstance(value, nn.Module) and type(value).__module__.partition(".")[0] in _FOREIGN:
+        if not isinstance(value, nn.Module) and _is_foreign(type(value).__module__):
             return
         seen.add(id(value))
         waiting.append((value, path, owner))
@@ -103,6 +103,10 @@ def holdings(modules: list[tuple[str, nn.Module]]) -> Holdings:
             for inner_path, inner_value in _of_object(value, path, owner, add):
                 visit(inner_value, inner_path, owner)
     return found
+
+
+def _is_foreign(home: str) -> bool:
+    return home.partition(".")[0] in _FOREIGN and not home.startswith("torchrl.modules.distributions")
 
 
 def _class_name(module: nn.Module) -> str:
@@ -144,7 +148,7 @@ def _of_object(value: Any, path: str, owner: str, add: Add) -> Iterator[tuple[st
     elif isinstance(value, TensorDictBase):
         if type(value) is TensorDict and not value.is_locked:
             add(_MAPPING, value._tensordict, path, owner)
-            yield from ((f"{path}[{key!r}]", item) for key, item in value._tensordict.items())
+        yield from ((f"{path}[{key!r}]", item) for key, item in value.items())
         return
     elif isinstance(value, types.MethodType):
         yield path, value.__self__

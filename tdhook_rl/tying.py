@@ -6,6 +6,7 @@ policy is seen by the clone at once and weight sync finds the structure it knows
 
 from __future__ import annotations
 
+import collections
 import copy
 import threading
 import warnings
@@ -18,10 +19,15 @@ from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
 
 from tdhook_rl.errors import PreparationError, TieError
+from tdhook_rl.following import Follower
+from tdhook_rl.held import INTERNAL, holdings
 
-__all__ = ["Tie", "put_back", "replace_tensors", "tied_clone"]
+__all__ = ["Tie", "named_tensors", "put_back", "replace_tensors", "tied_clone"]
 
 M = TypeVar("M", bound=nn.Module)
+
+#: How deep the attribute that does not copy is looked for.
+DEEP = 6
 
 
 def tied_clone(module: M) -> M:
@@ -42,15 +48,23 @@ def tied_clone(module: M) -> M:
         # Plain tensor attributes and generators are state of the policy as well.
         kept.extend(value for value in vars(child).values() if isinstance(value, (Tensor, torch.Generator)))
     memo.update((id(item), item) for item in kept)
+    # What is kept of a forward with gradients, in whatever container, has a graph, and no tensor with one is copied.
+    for tensor, _, _ in holdings(list(module.named_modules())).tensors:
+        if tensor.grad_fn is not None and id(tensor) not in memo:
+            memo[id(tensor)] = tensor.detach().clone()
+    seeds = dict(memo)
     try:
         clone = copy.deepcopy(module, memo)
     except Exception as error:
+        path = _uncopyable(module, seeds)
+        where = f" at {path!r}" if path else ""
         raise PreparationError(
-            f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error}). A hooked policy is a copy "
-            "of the modules over the same tensors; remove what does not deep-copy (locks, open files, "
+            f"{type(module).__name__} cannot be copied{where} ({type(error).__name__}: {error}). A hooked policy is a "
+            "copy of the modules over the same tensors; remove what does not deep-copy (locks, open files, "
             "non-leaf tensors), or build and prepare the policy inside `policy_factory`"
         ) from error
-    untied = [name for name, tensor in _tensors(module).items() if _tensors(clone).get(name) is not tensor]
+    tensors, own = named_tensors(module), named_tensors(clone)
+    untied = [name for name, tensor in tensors.items() if own.get(name) is not tensor]
     if untied:
         raise TieError(
             f"the copy of {type(module).__name__} does not share {untied[0]!r} (and {len(untied) - 1} more) with the "
@@ -75,6 +89,7 @@ class Tie:
             if child._buffers and child._buffers is not own._buffers
         ]
         self._renewed: set[str] = set()
+        self._follower = Follower(original, clone)
         self._entries = [
             (store, name, tensor, f"{prefix}.{name}" if prefix else name)
             for prefix, child in original.named_modules()
@@ -103,6 +118,7 @@ class Tie:
 
     def hand_on_buffers(self) -> None:
         """After a forward of the clone that started with the original's buffers: give the original the new ones."""
+        self._follower.ran = True
         for own, theirs, dot in self._buffers:
             if mapping_is(own, theirs):
                 continue
@@ -134,6 +150,7 @@ class Tie:
         if self._renewed:
             self._take_buffers()
         self.require_held()
+        self._follower.follow()
         self._warn(clone)
 
     def require_held(self) -> None:
@@ -177,7 +194,7 @@ class Tie:
 
     def stray(self, root: nn.Module) -> str | None:
         """Where the clone, from the module that paths start at, holds a tensor that is not the original's."""
-        found = _tensors(root)
+        found = named_tensors(root)
         return next(
             (
                 path
@@ -281,9 +298,46 @@ def _refuse_uncopyable(module: nn.Module) -> None:
             )
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: tensor
-        for named in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
-        for name, tensor in named
+def named_tensors(module: nn.Module, path: str = "") -> dict[str, Tensor]:
+    """The parameters and buffers of a module under every name that they have.
+
+    Not by ``named_parameters``, which some modules override with fewer arguments or for a part of their parameters.
+    """
+    dot = f"{path}." if path else ""
+    found = {
+        f"{dot}{name}": tensor
+        for store in (module._parameters, module._buffers)
+        for name, tensor in store.items()
+        if tensor is not None
     }
+    for name, child in module._modules.items():
+        if child is not None:
+            found |= named_tensors(child, f"{dot}{name}")
+    return found
+
+
+def _uncopyable(module: nn.Module, seeds: Mapping[int, Any]) -> str | None:
+    """The attribute of a module, or of what it holds, that does not deep-copy."""
+    for path, child in module.named_modules():
+        for name, value in vars(child).items():
+            if name not in INTERNAL and not isinstance(value, nn.Module):
+                found = _uncopyable_in(value, f"{path}.{name}" if path else name, seeds, 0)
+                if found is not None:
+                    return found
+    return None
+
+
+def _uncopyable_in(value: Any, path: str, seeds: Mapping[int, Any], depth: int) -> str | None:
+    try:
+        copy.deepcopy(value, dict(seeds))
+        return None
+    except Exception:
+        if depth > DEEP:
+            return path
+    if isinstance(value, Mapping):
+        parts = [(f"{path}[{key!r}]", item) for key, item in value.items()]
+    elif isinstance(value, (list, tuple, set, collections.deque)):
+        parts = [(f"{path}[{index}]", item) for index, item in enumerate(value)]
+    else:
+        parts = [(f"{path}.{name}", item) for name, item in getattr(value, "__dict__", {}).items()]
+    return next((found for where, item in parts if (found := _uncopyable_in(item, where, seeds, depth + 1))), path)

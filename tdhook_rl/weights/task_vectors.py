@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.hooks import Portable, Runtime
 from tdhook_rl.method import Binder, Method
-from tdhook_rl.tying import put_back, replace_tensors
+from tdhook_rl.tying import named_tensors, put_back, replace_tensors
 
 __all__ = ["TaskVectors"]
 
@@ -173,8 +173,7 @@ class _Arithmetic:
 def _weights_of(module: nn.Module) -> dict[str, Tensor]:
     """The floating-point parameters and persistent buffers, under every name that they have."""
     kept = module.state_dict().keys()
-    named = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
-    return {name: tensor for part in named for name, tensor in part if name in kept and _is_weight(tensor)}
+    return {name: tensor for name, tensor in named_tensors(module).items() if name in kept and _is_weight(tensor)}
 
 
 def _is_weight(value: Any) -> bool:
