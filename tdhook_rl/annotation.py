@@ -6,7 +6,7 @@ policy. Only methods with ``horizon="trajectory"`` see time: they are given whol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,10 +16,12 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tdhook_rl.batching import PassNoise, conv_chunk, in_recurrent_mode, map_chunks, shallow
 from tdhook_rl.draws import masks_needed
 from tdhook_rl.errors import InputError, MissingKeyError, TdhookError, nearest
+from tdhook_rl.found import Found
 from tdhook_rl.hooks import vmap_level
 from tdhook_rl.mismatch import Mismatch
-from tdhook_rl.passes import Bound, Call, action_keys, conduct_of, observers, publish, stored_inputs
-from tdhook_rl.writing import require_room
+from tdhook_rl.passes import Bound, Call, action_keys, conduct_of, observers, stored_inputs
+from tdhook_rl.real_rows import PADDING
+from tdhook_rl.writing import set_entries
 
 if TYPE_CHECKING:
     from tdhook_rl.module import HookedMixin
@@ -38,15 +40,25 @@ def annotate(
             f"on_mismatch is 'warn', 'raise' or 'ignore', got {on_mismatch!r}; "
             f"{nearest(str(on_mismatch), ('warn', 'raise', 'ignore'))}"
         )
-    runtime = policy._hooked_runtime
-    result = shallow(data)
-    missing = [
-        one
-        for one in observers(policy._hooked_bound)
-        if not getattr(one, "only_in_forward", False) and not _holds(data, one)
-    ]
-    if not missing:
-        return result
+    policy._hooked_runtime.require_active()
+    wanted = [one for one in observers(policy._hooked_bound) if not getattr(one, "only_in_forward", False)]
+    if not wanted:
+        return shallow(data)
+    found = Found(policy, data, wanted)
+    if found.missing:
+        _require_computable(policy, data)
+        mismatch = Mismatch(policy, on_mismatch)
+        selected = _select(policy, data, found.missing)
+        conduct = conduct_of(policy)
+        noise = PassNoise(data.device or conduct.device, others=not conduct.watch.idle)
+        for part, run, size in _parts(found.missing, data, chunk_size):
+            found.add(run(policy, selected, _Analysis(policy, part, mismatch, noise), size))
+        mismatch.report(data)
+    return found.together(shallow(data))
+
+
+def _require_computable(policy: HookedMixin, data: TensorDictBase) -> None:
+    """Raise if there are no rows, or they do not hold what the policy saw."""
     if data.batch_size.numel() == 0:
         raise InputError(f"there is nothing to annotate: the batch has shape {tuple(data.batch_size)}")
     if policy._hooked_noise:
@@ -63,33 +75,22 @@ def annotate(
             f"{type(policy)._base.__name__} writes over its own inputs {names}, so a batch no longer holds "
             "what the policy saw: explain it while it acts, with when='step'"
         )
-    if runtime.tie is not None:
-        runtime.tie.check(policy)
-    mismatch = Mismatch(policy, on_mismatch)
-    selected = _select(policy, data, missing)
-    computed: list[TensorDictBase] = []
-    conduct = conduct_of(policy)
-    noise = PassNoise(data.device or conduct.device, others=not conduct.watch.idle)
-    for horizon in ("step", "trajectory"):
+    if policy._hooked_runtime.tie is not None:
+        policy._hooked_runtime.tie.check(policy)
+
+
+def _parts(
+    missing: Sequence[Bound], data: TensorDictBase, chunk_size: int | None
+) -> Iterator[tuple[list[Bound], Callable[..., TensorDictBase], int | None]]:
+    """Methods that are computed together, how, and with how many rows at once."""
+    for horizon, run in (("step", _rows), ("trajectory", _trajectories)):
         group = [one for one in missing if getattr(one, "horizon", "step") == horizon]
-        run = _rows if horizon == "step" else _trajectories
         # A mean over the batch cannot be taken chunk by chunk.
         whole = [one for one in group if getattr(one, "whole_batch", False)]
         by_row = [one for one in group if one not in whole]
         for part, size in ((whole, data.batch_size.numel()), (by_row, chunk_size)):
             if part:
-                computed.append(run(policy, selected, _Analysis(policy, part, mismatch, noise), size))
-    mismatch.report(data)
-    for results in computed:
-        for root, group in results.items():
-            # A node of the caller's is copied before results join it.
-            node = result.get(root, None)
-            plain = type(result) is TensorDict and result.device is None and not result._has_names()
-            if node is None and plain and isinstance(group, TensorDictBase):
-                result._set_str(root, group, inplace=False, validated=True)
-            else:
-                result.set(root, group if node is None else node.copy().update(group))
-    return result
+                yield part, run, size
 
 
 class _Analysis:
@@ -125,7 +126,7 @@ class _Analysis:
                 with torch.no_grad():
                     call.replay(record=True, as_it_was=True)
             computed = TensorDict._new_unsafe({}, batch_size=chunk.batch_size)
-            publish(computed, policy._compute(self.bound, call))
+            set_entries(computed, policy._compute(self.bound, call))
             # Paths and perturbations never run the policy on the data as it was.
             if call.replayed is None and runtime.level < 0 and self.mismatch.can_compare(chunk):
                 with torch.no_grad():
@@ -149,7 +150,7 @@ class _Analysis:
 
 def _select(policy: HookedMixin, data: TensorDictBase, missing: Sequence[Bound]) -> TensorDictBase:
     """What the passes read, and what schedules decide once for the whole batch."""
-    keys: list[NestedKey] = [*policy.in_keys, *policy.policy_out_keys, *action_keys(policy)]
+    keys: list[NestedKey] = [*policy.in_keys, *policy.policy_out_keys, *action_keys(policy), *PADDING]
     for one in missing:
         keys += getattr(one, "reads", ())
     selected = data.select(*keys, strict=False)
@@ -189,17 +190,3 @@ def _recurrent_mode(policy: HookedMixin, mode: bool) -> AbstractContextManager[A
     from torchrl.modules import set_recurrent_mode
 
     return set_recurrent_mode(mode)
-
-
-def _holds(data: TensorDictBase, bound: Bound) -> bool:
-    # A schedule leaves rows out on purpose; data without any row of it was collected before it could act.
-    enough = torch.any if hasattr(bound, "plan") else torch.all
-    for key in bound.result_keys:
-        if len(key) > 1:
-            require_room(data.get(key[0], None), key[0])
-        if not isinstance(data.get(key, None), torch.Tensor):
-            return False
-        mask = data.get(("computed", key[0]), None)
-        if mask is not None and not bool(enough(mask)):
-            return False
-    return True

@@ -16,7 +16,8 @@ from tensordict.utils import unravel_key_list
 
 from tdhook_rl.batching import GeneratorState
 from tdhook_rl.errors import KeyCollisionError
-from tdhook_rl.passes import conduct_of, publish
+from tdhook_rl.passes import conduct_of
+from tdhook_rl.writing import set_entries
 
 if TYPE_CHECKING:
     from tdhook_rl.module import HookedMixin
@@ -58,6 +59,8 @@ class RandomFrames:
         if self._previous is not None:
             self._previous()
         collector = self._collector()
+        if collector is not None:  # its weights may be shared with a process that has changed them
+            collector.policy._hooked_provenance.forget()
         if collector is None or collector._use_buffers or not collector._should_use_random_frames():
             return
         carrier = collector._carrier
@@ -76,7 +79,7 @@ def _blank(policy: HookedMixin, data: TensorDict) -> TensorDict:
     finally:
         before.restore()
     blank = TensorDict({}, batch_size=data.batch_size)
-    publish(blank, {_as_tuple(key): torch.zeros_like(written.get(key)) for key in policy._step_keys()})
+    set_entries(blank, {_as_tuple(key): torch.zeros_like(written.get(key)) for key in policy._step_keys()})
     return blank
 
 

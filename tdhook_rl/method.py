@@ -29,6 +29,7 @@ from tdhook_rl.module import HookedMixin
 from tdhook_rl.passes import Bound, DecidedHook, ReplayMixin, supports, value_actions
 from tdhook_rl.paths import Run, Site, find_sites, require_apart, require_counted
 from tdhook_rl.pooling import quicken_pooling
+from tdhook_rl.provenance import Provenance
 from tdhook_rl.repeats import RunHook
 from tdhook_rl.rows import note_intervention, survey
 from tdhook_rl.shared_pass import can_share
@@ -226,6 +227,7 @@ class HookingContext(NotEntered):
             _hooked_wraps=not self._wrapped,
         )
         swap_class(clone, HookedMixin)
+        clone.__dict__["_hooked_provenance"] = Provenance(clone, bound)
         return clone
 
 

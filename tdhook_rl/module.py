@@ -27,8 +27,9 @@ from tdhook_rl.direct import direct_methods, disabled_hooks
 from tdhook_rl.draws import Draw
 from tdhook_rl.errors import InactiveError, InputError, MissingKeyError, TdhookError, TieError
 from tdhook_rl.hooks import Runtime, vmap_level
-from tdhook_rl.passes import Bound, Call, conduct_of, drawn_noise, observers, publish, run_root, stored_inputs
+from tdhook_rl.passes import Bound, Call, conduct_of, drawn_noise, observers, run_root, stored_inputs
 from tdhook_rl.preconditions import another_dtype_or_device, require_data
+from tdhook_rl.provenance import Provenance, publish_step
 from tdhook_rl.runs import HookedModuleRun
 from tdhook_rl.shared_pass import chain_pass, graph_pass, sharing
 from tdhook_rl.start import Start
@@ -69,6 +70,7 @@ class HookedMixin(_Policy):
     _hooked_draws: list[Draw]  # of samples that are no plain decisions
     _hooked_slots: dict[NestedKey, str]  # where a call keeps actions that are written over later
     _hooked_actions: dict[NestedKey, tuple[NestedKey, list[int] | None]]
+    _hooked_provenance: Provenance  # whose results are whose
     _hooked_wraps: bool  # the policy is a wrapper of ours around the user's plain module
     _hooked_routes: list[Any]  # what sites hand to each other during a call
 
@@ -125,16 +127,15 @@ class HookedMixin(_Policy):
 
     @property
     def result_keys(self) -> list[NestedKey]:
-        """Every key that a configured method writes, the ``("computed", root)`` masks included."""
+        """Every key that a configured method writes; ``("computed", root)`` masks and ``root.stamp`` included."""
         return self._with_masks(observers(self._hooked_bound))
 
     def _step_keys(self) -> list[NestedKey]:
         return self._with_masks(self._hooked_steps)
 
-    @staticmethod
-    def _with_masks(bound: list[Bound]) -> list[NestedKey]:
+    def _with_masks(self, bound: list[Bound]) -> list[NestedKey]:
         keys = [key for one in bound for key in one.result_keys]
-        return [*keys, *dict.fromkeys(("computed", key[0]) for key in keys)]
+        return [*keys, *self._hooked_provenance.mark_keys(keys)]
 
     # ------------------------------------------------------------------ running
 
@@ -204,7 +205,7 @@ class HookedMixin(_Policy):
         if lacking and len(self._hooked_alone) == len(steps):
             try:
                 with self._frozen_statistics():
-                    publish(data, self._compute(steps, Call(self, forward, data, {}, data)))
+                    publish_step(self, data, data, self._compute(steps, Call(self, forward, data, {}, data)))
             finally:
                 runtime.slots.clear()
             return data
@@ -249,7 +250,7 @@ class HookedMixin(_Policy):
                     results |= self._compute(rest, call)
                 finally:
                     after.restore()
-            publish(output, results)
+            publish_step(self, data, output, results)
             return output
         finally:
             runtime.slots.clear()
@@ -269,6 +270,13 @@ class HookedMixin(_Policy):
         self, data: TensorDictBase, *, chunk_size: int | None = None, on_mismatch: OnMismatch = "warn"
     ) -> TensorDict:
         """Compute what the data does not hold yet: every configured method, over a whole batch.
+
+        An entry is kept where it is this policy's own, and that is known by the stamp beside its mask,
+        ``("computed", "<root>.stamp")``: this policy (or a copy of it, in whatever process) has written it, with these
+        methods, with the weights that it has now, for the observation and the action that the row holds now. What
+        anything else has written under the roots of the methods is computed again, and does not stay beside the new
+        results. Values are NaN (0 for integers) and ``("computed", root)`` is false in padding, and it is false in
+        rows that have no result: where the observation, or the result itself, is NaN or infinite.
 
         The stored actions are the targets; nothing is sampled, and the generators stay as they are. A recurrent
         policy is run at the hidden state that is stored with each row; only methods with

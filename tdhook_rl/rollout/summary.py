@@ -11,6 +11,8 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.annotation import OnMismatch
+from tdhook_rl.provenance import is_stamp, stamp_key
+from tdhook_rl.real_rows import real_rows, row_mask
 
 __all__ = ["AnnotatedMetrics", "summarise"]
 
@@ -36,27 +38,28 @@ def summarise(data: TensorDictBase, result_keys: Sequence[NestedKey]) -> dict[st
         >>> summarise(data, [("attr", "observation")])
         {'attr.observation': 2.0}
     """
-    batch = data.batch_size
-    real = data.get(("collector", "mask"), None)
-    real = torch.ones(batch, dtype=torch.bool) if real is None else real.reshape(batch).cpu()
+    padding = real_rows(data)
+    real = torch.ones(data.batch_size, dtype=torch.bool) if padding is None else padding.cpu()
     found: dict[str, float] = {}
     for key in result_keys:
         parts = (key,) if isinstance(key, str) else tuple(key)
         value = data.get(parts, None)
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or is_stamp(parts):
             continue
-        value = value.detach().cpu()
+        value, name = value.detach().cpu(), ".".join(parts)
         if parts[0] == "computed":
-            found[".".join(parts)] = _mean(value[real])
+            found[name] = _mean(value[real])
             continue
-        mask = data.get(("computed", parts[0]), None)
-        rows = value[real if mask is None else real & mask.reshape(batch).cpu()]
-        name = ".".join(parts)
-        finite = torch.isfinite(rows)
-        finite = finite.flatten(1).all(-1) if rows.ndim > 1 else finite
-        if not bool(finite.all()):
-            found[f"nonfinite.{name}"] = _mean(~finite)
-            rows = rows[finite]
+        mask = row_mask(data, ("computed", parts[0]))
+        computed = real if mask is None else real & mask.cpu()
+        # Rows that a schedule has left out are NaN as well, but what the policy saw in them was not.
+        stamp = data.get(stamp_key(parts[0]), None)
+        seen = computed if stamp is None else computed | (real & ~torch.isfinite(stamp.cpu()))
+        finite = torch.isfinite(value)
+        finite = finite.flatten(real.ndim).all(-1) if value.ndim > real.ndim else finite
+        if not bool(finite[seen].all()):
+            found[f"nonfinite.{name}"] = _mean(~finite[seen])
+        rows = value[computed & finite]
         found[name] = _mean(rows.abs() if parts[0] not in ("probe", "steered", "control") else rows)
     return found
 

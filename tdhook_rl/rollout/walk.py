@@ -13,6 +13,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
 from tdhook_rl.hooks import RowHook, vmap_level
+from tdhook_rl.provenance import is_stamp
 from tdhook_rl.rollout.dry_run import Watch, device_of
 
 __all__ = ["Sites", "Walk", "hooks_of"]
@@ -96,14 +97,14 @@ class Walk:
                 self.in_place.setdefault(key, step)
         self.written.append(written)
         for key in written:
-            if key[0] == "computed" and len(key) == 2:
+            if key[0] == "computed" and len(key) == 2 and not is_stamp(key):
                 self.selected[key[1]] = self.selected.get(key[1], 0) + int(output.get(key).sum())
 
     @property
     def results(self) -> list[Key]:
-        """The result keys that are declared for every step, the masks included."""
+        """The result keys that are declared for every step, masks included and stamps left out."""
         own = {as_tuple(key) for key in self.policy.policy_out_keys}
-        return [key for key in map(as_tuple, self.policy.out_keys) if key not in own]
+        return [key for key in map(as_tuple, self.policy.out_keys) if key not in own and not is_stamp(key)]
 
     def values(self, key: Key) -> list[Tensor | None]:
         """An entry of the stored steps, ``None`` where it is absent."""

@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdhook_rl.provenance import is_stamp
 from tdhook_rl.rollout.findings import Finding
 from tdhook_rl.rollout.walk import Key, Walk, as_tuple, leaves
 
@@ -118,7 +119,7 @@ def _sites(walk: Walk) -> Iterator[Finding]:
 
 def _keys(walk: Walk) -> Iterator[Finding]:
     results, ok = walk.results, True
-    declared = {as_tuple(key) for key in walk.policy.out_keys}
+    declared = {key for key in map(as_tuple, walk.policy.out_keys) if not is_stamp(key)}
     for key in sorted(declared):
         absent = [step for step, written in enumerate(walk.written) if key not in written]
         if absent:
@@ -212,8 +213,10 @@ def _finite(walk: Walk) -> Iterator[Finding]:
                     f"{what} gives NaN in {key} at step {step} ({rows} entries)",
                     "what is computed from such rows means nothing: correct the source, or leave the rows out",
                 )
+    scheduled = {key[0] for one in walk.policy._hooked_bound if hasattr(one, "plan") for key in one.result_keys}
     for key in (key for key in walk.results if key[0] != "computed"):
-        computed = walk.values(("computed", key[0]))
+        # Rows that a schedule leaves out are NaN on purpose; no other row is.
+        computed = walk.values(("computed", key[0])) if key[0] in scheduled else None
         found = _first(walk.values(key), lambda value: ~torch.isfinite(value), computed)
         if found is not None and ok:
             ok = False
@@ -281,7 +284,7 @@ def batch_findings(walk: Walk, batch: TensorDictBase, annotated: TensorDictBase)
     """Findings on what ``annotate`` adds to a batch, and whether it repeats what was written at each step."""
     inline = [key for key in walk.results if key[0] != "computed"]
     added = [key for key in map(as_tuple, walk.policy.result_keys) if key not in walk.results]
-    absent = [key for key in added if annotated.get(key, None) is None]
+    absent = [key for key in added if annotated.get(key, None) is None and not is_stamp(key)]
     if absent:
         yield Finding("annotate", "error", f"annotate() did not write {_list(absent)}, which is declared")
         return

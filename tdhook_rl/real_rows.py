@@ -1,0 +1,91 @@
+"""Which rows of a batch are real: no padding, and where results are read, rows for which there are some."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+
+__all__ = ["PADDING", "defined_values", "emptied", "nothing", "real_rows", "row_mask", "surely_finite"]
+
+#: Where ``split_trajectories`` and collectors mark the steps that are not padding.
+PADDING = (("collector", "mask"), "mask")
+
+
+def real_rows(data: TensorDictBase, *keys: NestedKey) -> Tensor | None:
+    """The rows of a batch that hold something, ``None`` if that is all of them.
+
+    Padding (``("collector", "mask")``, or the ``"mask"`` of ``split_trajectories``) does not, and neither do rows for
+    which the mask of a result, ``("computed", root)``, is false.
+
+    Args:
+        data: a batch.
+        *keys: entries that are going to be read.
+
+    Returns:
+        a boolean tensor of the batch shape.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> data = TensorDict({"cache": {"0": torch.zeros(2)}, "computed": {"cache": torch.tensor([True, False])}}, 2)
+        >>> real_rows(data, ("cache", "0")), real_rows(data, "observation")
+        (tensor([ True, False]), None)
+    """
+    masks = [row_mask(data, key) for key in PADDING]
+    roots = dict.fromkeys(key[0] for key in keys if isinstance(key, tuple) and len(key) > 1)
+    masks += [row_mask(data, ("computed", root)) for root in roots]
+    found: Tensor | None = None
+    for mask in masks:
+        if mask is not None:
+            found = mask if found is None else found & mask.to(found.device)
+    return found
+
+
+def row_mask(data: TensorDictBase, key: NestedKey) -> Tensor | None:
+    """A boolean entry with one value for each row; ``None`` where there is no such entry."""
+    value = data.get(key, None)
+    batch = data.batch_size
+    if not isinstance(value, Tensor) or value.dtype != torch.bool or value.shape not in (batch, (*batch, 1)):
+        return None
+    return value.reshape(batch)
+
+
+def surely_finite(value: Tensor) -> bool:
+    """Whether the sum says so, which costs a tenth of looking at each entry; other devices would be waited for."""
+    return value.is_cpu and math.isfinite((value.sum() if value.ndim else value).item())
+
+
+def defined_values(values: Iterable[Tensor], batch: torch.Size, infinite: bool = False) -> Tensor | None:
+    """The rows in which every value is a number, ``None`` if that is surely all; integers always are.
+
+    Args:
+        values: tensors with the batch shape first.
+        infinite: whether infinite values count as numbers (the logits of masked actions are infinite).
+    """
+    rows: Tensor | None = None
+    for value in values:
+        if not (value.is_floating_point() or value.is_complex()):
+            continue
+        value = value.detach()
+        odd = value != value if infinite else value * 0 != 0
+        odd = odd.flatten(len(batch)).any(-1) if value.ndim > len(batch) else odd
+        rows = ~odd if rows is None else rows & ~odd
+    return rows
+
+
+def nothing(dtype: torch.dtype) -> Any:
+    """What stands where nothing was computed: NaN, and 0 for integers."""
+    return math.nan if dtype.is_floating_point or dtype.is_complex else 0
+
+
+def emptied(values: Mapping[tuple[str, ...], Tensor], rows: Tensor) -> dict[tuple[str, ...], Tensor]:
+    """The values of the given rows, and :func:`nothing` in the others."""
+    filled = {}
+    for key, value in values.items():
+        mask = rows.reshape(*rows.shape, *(1,) * (value.ndim - rows.ndim))
+        filled[key] = torch.where(mask, value, torch.full_like(value, nothing(value.dtype)))
+    return filled

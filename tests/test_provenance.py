@@ -1,0 +1,262 @@
+"""Results are kept where they are the policy's own, and computed again where anything else has written them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.envs.utils import step_mdp
+
+from tdhook_rl import ActivationCaching, Compose, IntegratedGradients, Saliency, SteeringVectors, targets
+from tdhook_rl.attribution import Occlusion
+from tdhook_rl.envs import CueCorners
+from tdhook_rl.examples.agent import FC2, make_actor
+from tdhook_rl.method import Method
+from tdhook_rl.replay import analyze
+
+KEYS = {"in_keys": ["observation"], "out_keys": ["logits"]}
+KEY = ("attr", "observation")
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def batch(*shape: int) -> TensorDict:
+    return TensorDict({"observation": torch.randn(*shape, 4)}, batch_size=shape)
+
+
+def gradient(net: nn.Module, x: Tensor, index: int = 0) -> Tensor:
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(net(x)[..., index].sum(), x)[0]
+
+
+def saliency(index: int = 0, **options: Any) -> Saliency:
+    return Saliency(target=targets.logit(index), **options)
+
+
+def marked(data: TensorDict) -> TensorDict:
+    """The same rows with other numbers under the key: what is kept shows."""
+    return data.clone().set(KEY, torch.full_like(data[KEY], 7.0))
+
+
+# ------------------------------------------------------------------ kept
+
+
+@pytest.mark.parametrize("when", ["step", "batch"])
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3)])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_own_results_are_kept(when: str, shape: tuple[int, ...], mode: Callable[[], Any]) -> None:
+    with saliency(when=when).prepare(network(), **KEYS) as hooked:
+        with mode():
+            data = hooked(batch(*shape)) if when == "step" else hooked.annotate(batch(*shape))
+        again = hooked.annotate(marked(data))
+    assert bool((again[KEY] == 7).all())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda policy: pickle.loads(pickle.dumps(policy))])
+def test_copies_are_the_same_policy(copied: Callable[[Any], Any]) -> None:
+    with saliency(when="step").prepare(network(), **KEYS) as hooked:
+        data = copied(hooked)(batch(5))
+        assert bool((hooked.annotate(marked(data))[KEY] == 7).all())
+
+
+def test_rows_may_be_cut_shuffled_and_cast() -> None:
+    with saliency(when="step").prepare(network(), **KEYS) as hooked:
+        data = marked(hooked(batch(4, 6)))
+        data["observation"] = data["observation"].double()
+        for rows in (data.reshape(-1)[torch.randperm(24)], data[1], data[:, 2:4], data.unsqueeze(0), data[0, 0]):
+            assert bool((hooked.annotate(rows)[KEY] == 7).all())
+
+
+def test_a_rollout_keeps_what_each_step_wrote_and_only_lacks_the_rest() -> None:
+    with Compose(ActivationCaching(FC2), Saliency()).prepare(make_actor()) as hooked:
+        data = CueCorners(batch_size=[4], seed=0).rollout(6, hooked, break_when_any_done=False)
+        data["cache", FC2].fill_(7.0)
+        found = hooked.annotate(data)
+    assert bool((found["cache", FC2] == 7).all())
+    assert bool(found["computed", "attr"].all())
+    assert bool(found["attr", "observation"].any())
+
+
+def test_a_control_that_was_set_since_leaves_what_was_written() -> None:
+    method = Compose(SteeringVectors({"1": torch.ones(8)}, alpha=1.0), ActivationCaching("1"))
+    with method.prepare(network(), **KEYS) as hooked:
+        data = hooked(batch(3))
+        hooked.controls["steering.alpha"] = 0.0
+        assert torch.equal(hooked.annotate(data)["cache", "1"], data["cache", "1"])
+
+
+# ------------------------------------------------------------------ computed again
+
+OTHERS: dict[str, Method] = {
+    "target": saliency(1, when="step"),
+    "absolute": saliency(absolute=True, when="step"),
+    "product": saliency(multiply_by_inputs=True, when="step"),
+    "integrated": IntegratedGradients(target=targets.logit(0), baseline=0.0, when="step"),
+    "occlusion": Occlusion(target=targets.logit(0), baseline=0.0, when="step"),
+    "the same again": saliency(when="step"),
+}
+
+
+@pytest.mark.parametrize("first", OTHERS)
+@pytest.mark.parametrize("way", ["step", "batch"])
+def test_results_of_another_method_are_not_handed_on(first: str, way: str) -> None:
+    net = network()
+    with OTHERS[first].prepare(net, **KEYS) as other:
+        stored = other(batch(5)) if way == "step" else other.annotate(batch(5))
+    for method in (saliency(when="step"), saliency(when="batch")):
+        with method.prepare(net, **KEYS) as hooked:
+            found = hooked.annotate(marked(stored), on_mismatch="ignore")
+        torch.testing.assert_close(found[KEY], gradient(net, stored["observation"]))
+
+
+def change_in_place(net: nn.Module) -> None:
+    with torch.no_grad():
+        net[2].weight.mul_(1.5)
+
+
+def change_data(net: nn.Module) -> None:
+    net[2].weight.data.mul_(1.5)  # no version says so
+
+
+def negate(net: nn.Module) -> None:
+    with torch.no_grad():
+        net[2].weight.neg_()
+
+
+def load(net: nn.Module) -> None:
+    net.load_state_dict(network().state_dict())
+
+
+@pytest.mark.parametrize("when", ["step", "batch"])
+@pytest.mark.parametrize("change", [change_in_place, change_data, negate, load])
+def test_results_of_other_weights_are_computed_again(when: str, change: Callable[[nn.Module], None]) -> None:
+    net = network()
+    with saliency(when=when).prepare(net, **KEYS) as hooked:
+        data = hooked(batch(5)) if when == "step" else hooked.annotate(batch(5))
+        change(net)
+        found = hooked.annotate(marked(data), on_mismatch="ignore")
+        torch.testing.assert_close(found[KEY], gradient(net, data["observation"]))
+        again = hooked(batch(5))
+        assert torch.equal(hooked.annotate(again)[KEY], again[KEY]) if when == "step" else True
+
+
+def test_weights_that_are_buffers() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("matrix", torch.randn(3, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ self.matrix.T).tanh()
+
+    net = Fixed()
+    with saliency(when="step").prepare(net, **KEYS) as hooked:
+        for _ in range(6):
+            data = hooked(batch(5))
+            net.matrix.mul_(1.5)
+        found = hooked.annotate(data, on_mismatch="ignore")
+    torch.testing.assert_close(found[KEY], gradient(net, data["observation"]))
+
+
+@pytest.mark.parametrize("when", ["step", "batch"])
+def test_rows_that_were_written_over_are_computed_again(when: str) -> None:
+    """Plain rows in a ring leave the results and stamps of the rows that lay there."""
+    net = network()
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(8), batch_size=4)
+    with saliency(when=when).prepare(net, **KEYS) as hooked:
+        data = batch(8)
+        buffer.extend(marked(hooked(data) if when == "step" else hooked.annotate(data)))
+        buffer.extend(batch(4))
+        rows = buffer[:]
+        found = hooked.annotate(rows, on_mismatch="ignore")
+    right = gradient(net, rows["observation"])
+    torch.testing.assert_close(found[KEY][:4], right[:4])
+    assert bool((found[KEY][4:] == 7).all())  # of rows that are its own the results stay
+
+
+def test_one_hot_rows_and_zeros_are_told_apart() -> None:
+    net = network()
+    with saliency(when="step").prepare(net, **KEYS) as hooked:
+        data = hooked(TensorDict({"observation": torch.cat([torch.eye(4), torch.zeros(1, 4)])}, [5]))
+        moved = marked(data).set("observation", data["observation"].roll(1, 0))
+        torch.testing.assert_close(
+            hooked.annotate(moved, on_mismatch="ignore")[KEY], gradient(net, moved["observation"])
+        )
+        assert bool((hooked.annotate(marked(data))[KEY] == 7).all())
+
+
+def test_another_action_is_explained_again() -> None:
+    with Saliency(when="step").prepare(make_actor()) as hooked, torch.no_grad():
+        data = hooked(CueCorners(batch_size=[6], seed=0).reset())
+        other = marked(data).set("action", (data["action"] + 1) % 4)
+        found = hooked.annotate(other, on_mismatch="ignore")
+        expected = hooked.annotate(other.exclude("attr", "computed"), on_mismatch="ignore")
+    torch.testing.assert_close(found[KEY], expected[KEY])
+
+
+def test_a_baseline_that_the_data_brings_is_part_of_the_row() -> None:
+    with IntegratedGradients(target=targets.logit(0), when="step").prepare(network(), **KEYS) as hooked:
+        data = hooked(batch(5).set(("baseline", "observation"), torch.zeros(5, 4)))
+        other = data.clone().set(("baseline", "observation"), torch.ones(5, 4))
+        expected = hooked.annotate(other.exclude("attr", "computed"))
+        torch.testing.assert_close(hooked.annotate(other)[KEY], expected[KEY])
+
+
+def test_entries_of_others_do_not_stay_under_the_mask() -> None:
+    net = network()
+    both = {"first": targets.logit(0), "second": targets.logit(1)}
+    with Saliency(target=both, when="batch").prepare(net, **KEYS) as other:
+        stored = other.annotate(batch(5))
+    with saliency(when="batch").prepare(net, **KEYS) as hooked:
+        found = hooked.annotate(stored)
+        assert set(found["attr"].keys()) == {"observation"}
+        assert set(stored["attr"].keys()) == {"first", "second"}
+        mine = batch(5).set(("attr", "note"), torch.ones(5))  # no result: there is no mask of it
+        assert set(hooked.annotate(mine)["attr"].keys()) == {"note", "observation"}
+
+
+@pytest.mark.parametrize("when", ["step", "batch"])
+def test_analyze_reads_no_results(when: str, tmp_path: Any) -> None:
+    net = network()
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(8), batch_size=4)
+    with saliency(when=when).prepare(net, **KEYS) as hooked:
+        buffer.extend(marked(hooked.annotate(batch(8))))
+        found = analyze(hooked, buffer, tmp_path, on_mismatch="ignore")
+    torch.testing.assert_close(found[KEY], gradient(net, buffer[:]["observation"]))
+    assert set(found["computed"].keys()) == {"attr"}
+
+
+# ------------------------------------------------------------------ what it costs nobody
+
+
+def test_the_generators_stay_and_results_carry_no_graph() -> None:
+    net = network()
+    before = torch.get_rng_state()
+    with Compose(ActivationCaching("1"), saliency(when="step")).prepare(net, **KEYS) as hooked:
+        x = torch.randn(5, 4, requires_grad=True)
+        torch.set_rng_state(before)
+        data = hooked(TensorDict({"observation": x}, [5]))
+        assert torch.equal(torch.get_rng_state(), before)
+        assert not data["computed", "attr.stamp"].requires_grad
+        assert data["computed", "attr.stamp"].dtype == torch.float32
+
+
+def test_a_recurrent_carrier_does_not_pass_for_the_next_step() -> None:
+    """`step_mdp` carries the results of a step on to the next."""
+    policy = TensorDictModule(network(), ["observation"], ["logits"])
+    with saliency(when="step").prepare(policy) as hooked:
+        data = hooked(batch(3))
+        data["next", "observation"] = torch.randn(3, 4)
+        later = step_mdp(data, keep_other=True, exclude_action=False)
+        found = hooked.annotate(later, on_mismatch="ignore")
+    torch.testing.assert_close(found[KEY], gradient(policy.module, later["observation"]))
