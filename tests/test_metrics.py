@@ -248,7 +248,7 @@ def test_masks_by_hand() -> None:
     torch.testing.assert_close(relevance_mass(attribution, each, feature_dims=2)[1], torch.tensor(0.8))
     assert relevance_mass(attribution[0], mask).shape == ()
     assert relevance_mass(attribution.expand(4, 3, 2, 2), mask).shape == (4, 3)
-    assert not pointing_game(torch.full((2, 2), torch.nan), mask)
+    assert pointing_game(torch.full((2, 2), torch.nan), mask).isnan()
     for bad, message in (
         (mask.float(), "boolean"),
         (mask[:1], r"shape \(1, 2\).*\(2, 2\)"),

@@ -40,7 +40,7 @@ def explainable_inputs(call: Call, keys: Sequence[NestedKey] | None) -> dict[Nes
     """The inputs to explain, as floats: those asked for, else every input that is not boolean.
 
     Raises:
-        InputError: if a key is not an input, or an integer input cannot be explained as floats.
+        InputError: if a key is not an input, an integer input cannot be explained as floats, or one is complex.
     """
     own = call.policy.policy_in_keys
     if keys is None:
@@ -54,6 +54,11 @@ def explainable_inputs(call: Call, keys: Sequence[NestedKey] | None) -> dict[Nes
         value = call.inputs.get(key)
         if value is None:
             raise MissingKeyError(f"{key!r} is to be explained, and the data does not hold it: the policy does without")
+        if value.is_complex():
+            raise InputError(
+                f"the complex input {key!r} ({value.dtype}) has no gradient as one number: let the policy read real "
+                "and imaginary parts (torch.view_as_real), or leave it out with inputs=[...]"
+            )
         if not value.is_floating_point():
             value = value.to(torch.get_default_dtype())
             _require_same_outputs(call, key, value)

@@ -18,6 +18,8 @@ __all__ = ["DeletionInsertion", "deletion_insertion"]
 class DeletionInsertion:
     """Curves of the target and the areas under them; a faithful ranking has low deletion and high insertion.
 
+    All are NaN in rows that have no attribution: those whose ``("computed", root)`` is false, or with a NaN.
+
     Attributes:
         deletion: area under the deletion curve, the batch shape. Lower is better.
         insertion: area under the insertion curve, the batch shape. Higher is better.

@@ -57,21 +57,23 @@ def pointing_game(
         feature_dims: how many trailing dimensions are features; by default those of the mask.
 
     Returns:
-        a boolean for each row, the batch shape; its mean is the accuracy (higher is better). Where several
-        features share the maximum all must be relevant, so an attribution that is constant misses.
+        1 for a hit and 0 for a miss, the batch shape; its mean is the accuracy (higher is better). Where several
+        features share the maximum all must be relevant, so an attribution that is constant misses. NaN for rows
+        whose attribution has a NaN, as those that were not explained have: ``nanmean()`` leaves them out.
 
     Raises:
         InputError: for a mask that is not boolean, of another shape, or without a relevant feature.
 
     Example:
         >>> pointing_game(torch.tensor([[3.0, -1.0, 0.0], [0.0, 1.0, 1.0]]), torch.tensor([True, False, False]))
-        tensor([ True, False])
+        tensor([1., 0.])
     """
     if sign not in ("absolute", "positive"):
         raise InputError(f"sign= is 'absolute' or 'positive', got {sign!r}")
     values, relevant = _rows(attribution, mask, feature_dims, sign)
     top = values == values.amax(-1, keepdim=True)
-    return top.any(-1) & ~(top & ~relevant).any(-1)
+    hit = (top.any(-1) & ~(top & ~relevant).any(-1)).to(values.dtype)
+    return hit.masked_fill(values.isnan().any(-1), torch.nan)
 
 
 def _rows(attribution: Tensor, mask: Tensor, feature_dims: int | None, sign: Sign) -> tuple[Tensor, Tensor]:

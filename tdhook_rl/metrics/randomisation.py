@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from tdhook_rl.errors import InputError
 from tdhook_rl.method import Method
 from tdhook_rl.metrics.scoring import flat
 from tdhook_rl.metrics.selection import find_attribution, target_name
 from tdhook_rl.paths import find_sites
+from tdhook_rl.weights.computed import ComputedWeight, computed_weights, draw_anew
 
 __all__ = ["cascading_randomisation", "spearman"]
 
@@ -36,9 +38,10 @@ def cascading_randomisation(
 ) -> dict[str, Tensor]:
     """Correlate attributions with themselves as layers lose what they learnt, one more each step (Adebayo et al. 2018).
 
-    A copy of the module is randomised from the output downwards; the module is not touched. The stored actions
-    stay the explained ones. An attribution that depends on the weights falls from 1 towards 0; one that stays
-    near 1 shows the input, not the policy. Lower is better.
+    A copy of the module is randomised from the output downwards; the module is not touched. Weights that are computed
+    when they are used (norms of weights, ``prune`` masks, parametrisations) are drawn anew with what they are computed
+    from, and masks are lifted. The stored actions stay the explained ones. An attribution that depends on the weights
+    falls from 1 towards 0; one that stays near 1 shows the input, not the policy. Lower is better.
 
     Args:
         method: an attribution method, or a ``Compose`` that has one.
@@ -52,14 +55,16 @@ def cascading_randomisation(
         out_keys: likewise.
         attribution_key: which attribution is compared, by its root; not needed where there is one.
         target: which target is compared, where the method explains several.
-        seed: of the new weights; the global generators are as before afterwards.
+        seed: of the new weights, which are not those of ``torch.manual_seed(seed)``, by which the module itself may
+            have been made; the global generators are as before afterwards.
 
     Returns:
         by step, ``"original"`` and then the path of the layer randomised last, Spearman's rank correlation with
         the original for each row, the batch shape, over all that is explained; NaN where an attribution is constant.
 
     Raises:
-        InputError: for a batch that is empty, a method without attribution, or a layer that cannot be initialised.
+        InputError: for a batch that is empty, a method without attribution, or a layer that cannot be initialised or
+            has the same weights afterwards.
         SiteError: if a pattern matches no layer.
 
     Example:
@@ -126,7 +131,9 @@ def _running_layers(own: nn.Module, method: Method, data: TensorDictBase, keys: 
     ran: list[str] = []
     handles = []
     for path, child in own.named_modules():
-        if next(child.parameters(recurse=False), None) is not None:
+        if "parametrizations" in path.split("."):
+            continue  # what a layer's weight is computed by is no layer
+        if next(child.parameters(recurse=False), None) is not None or is_parametrized(child):
             handles.append(child.register_forward_hook(lambda *_, path=path: ran.append(path)))
     try:
         # The hooked clone of a module has copies of the module's hooks: these call the same list.
@@ -144,21 +151,45 @@ def _running_layers(own: nn.Module, method: Method, data: TensorDictBase, keys: 
 
 
 def _initialise(path: str, layer: nn.Module, initialise: Callable[[nn.Module], Any] | None) -> None:
+    computed = computed_weights(layer)
+    before = _weights(layer, computed)
     if initialise is not None:
         initialise(layer)
-        return
-    reset = getattr(layer, "reset_parameters", None)
-    if not callable(reset):
+    else:
+        if not callable(getattr(layer, "reset_parameters", None)):
+            raise InputError(
+                f"the layer {path!r} ({type(layer).__name__}) has no reset_parameters(): say how to randomise it with "
+                "initialise=, or leave it out with layers=[...]"
+            )
+        if computed:
+            draw_anew(path, layer, computed)
+        else:
+            layer.reset_parameters()  # type: ignore[operator]
+    after = _weights(layer, computed)
+    if before and all(torch.equal(before[name], value) for name, value in after.items()):
+        how = ", ".join(f"{name!r} is computed by {one.kind}" for name, one in computed.items())
         raise InputError(
-            f"the layer {path!r} ({type(layer).__name__}) has no reset_parameters(): say how to randomise it with "
-            "initialise=, or leave it out with layers=[...]"
+            f"the layer {path!r} ({type(layer).__name__}) has the same weights after it was initialised"
+            f"{f': its {how}' if how else ''}; say how to randomise it with initialise=, or leave it out with "
+            "layers=[...]"
         )
-    reset()
+
+
+def _weights(layer: nn.Module, computed: Mapping[str, ComputedWeight]) -> dict[str, Tensor]:
+    """What a layer computes with, without what starts at a constant as biases and scales may."""
+    found = {name: value for name, value in layer._parameters.items() if value is not None}
+    found = {
+        name: value for name, value in found.items() if not any(name in one.originals for one in computed.values())
+    }
+    found |= {name: one.effective() for name, one in computed.items()}
+    return {name: value.detach().clone() for name, value in found.items() if value.ndim > 1}
 
 
 @contextmanager
 def _own_generators(seed: int) -> Iterator[None]:
     """A block whose draws are seeded and leave the global generators as they were."""
+    # A network that was built after torch.manual_seed(seed) must not be given its own initial weights.
+    seed = (seed * 6364136223846793005 + 1442695040888963407) % 2**63
     cuda = torch.cuda.is_initialized()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if cuda else []):
         torch.default_generator.manual_seed(seed)

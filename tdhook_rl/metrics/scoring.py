@@ -87,6 +87,14 @@ class Scorer:
         """
         return self._read(self._data)
 
+    def unexplained(self) -> Tensor:
+        """The rows that have no attribution, by its mask or by a NaN in it, the batch shape."""
+        computed = self._data.get(("computed", self._bound.root), None)
+        unknown = torch.zeros(self.batch_size, dtype=torch.bool, device=next(iter(self.inputs.values())).device)
+        if computed is not None and computed.shape == unknown.shape:
+            unknown = ~computed.to(unknown.device)
+        return unknown | flat(self.stored(), self.batch_size).isnan().any(-1)
+
     def attribute(self, inputs: Mapping[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
         """The attributions that the method computes at other inputs."""
         data = shallow(self._data)
@@ -162,6 +170,8 @@ def score(
 ) -> dict[str, Tensor]:
     """Score rows chunk by chunk; each score gets the batch shape of the data before its own dimensions.
 
+    Rows that have no attribution have NaN for a score.
+
     Raises:
         InputError: for something that is not a hooked policy with an attribution of inputs, or an empty batch.
         TargetError: if the method explains several targets and none is named.
@@ -191,7 +201,12 @@ def score(
         with runtime.lock, frozen_statistics(hooked), noise.under_way():
             runtime.level = vmap_level()
             try:
-                return TensorDict(function(Scorer(hooked, bound, name, chunk)), batch_size=chunk.batch_size)
+                scorer = Scorer(hooked, bound, name, chunk)
+                found = function(scorer)
+                unknown = scorer.unexplained()
+                return TensorDict(
+                    {key: _blank(value, unknown) for key, value in found.items()}, batch_size=chunk.batch_size
+                )
             finally:
                 runtime.slots.clear()
                 hooked._close_routes()
@@ -199,7 +214,7 @@ def score(
     if chunk_size is None and hooked._hooked_traits.convolutional:
         chunk_size = conv_chunk((data.get(key, None) for key in hooked.policy_in_keys), data.batch_size)
     keys = [*hooked.in_keys, *hooked.policy_out_keys, *bound.reads, *(key[:1] for key in bound.result_keys)]
-    keys += ["baseline", *action_keys(hooked)]
+    keys += ["baseline", ("computed", bound.root), *action_keys(hooked)]
     # Out of inference mode, whose tensors have no gradients: those that come from it are copied.
     with torch.inference_mode(False), torch.no_grad():
         chosen = data.select(*dict.fromkeys(keys), strict=False)
@@ -207,6 +222,11 @@ def score(
             chosen = chosen.clone()
         results = map_chunks(chosen, analyse, chunk_size)
     return {str(key): value for key, value in results.items()}
+
+
+def _blank(score: Tensor, rows: Tensor) -> Tensor:
+    """NaN in the rows that have no attribution."""
+    return score.masked_fill(rows.reshape((*rows.shape, *(1,) * (score.ndim - rows.ndim))), torch.nan)
 
 
 def require_floats(scorer: Scorer, metric: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tdhook_rl.callbacks import takes_keywords
 from tdhook_rl.errors import InputError, SiteError, nearest
 from tdhook_rl.method import Binder, Method
+from tdhook_rl.weights.computed import ComputedWeight, computed_weights
 
 __all__ = ["Pruning", "magnitude"]
 
@@ -56,9 +57,12 @@ class Pruning(Method):
     into the hooked policy replace the pruned ones, zeros included; a collector that synchronises from the hooked
     policy (``update_policy_weights_()`` without arguments) sends the pruned weights.
 
+    Weights under a mask of ``torch.nn.utils.prune`` are scored as the layer uses them.
+
     Raises:
         SiteError: if a path matches nothing, or names a module without a weight.
-        InputError: if the amount is absent or out of range, or scores are not finite or of another shape.
+        InputError: if a weight that is to be pruned is computed by a norm or a parametrisation, if the amount
+            is absent or out of range, or scores are not finite or of another shape.
 
     Example:
         >>> from tensordict import TensorDict
@@ -167,10 +171,19 @@ class Pruning(Method):
         for place in places:
             if id(place.parameter) in scored or skip(place.module_key, place.module):
                 continue
-            arguments = (place.module_key, place.parameter_name, place.parameter)
+            seen = place.parameter if place.computed is None else nn.Parameter(place.computed.effective(), False)
+            arguments = (place.module_key, place.parameter_name, seen)
             scores = importance(**dict(zip(_ARGUMENTS, arguments, strict=True))) if keywords else importance(*arguments)
-            if scores is not None:
-                scored[id(place.parameter)] = place, _checked(scores, place)
+            if scores is None:
+                continue
+            if place.computed is not None and not place.computed.is_mask:
+                raise InputError(
+                    f"{place.name!r} is computed by {place.computed.kind} when {type(place.module).__name__} runs, so "
+                    "that zeros in what it is computed from are none in the weight: make it a plain weight first "
+                    "(torch.nn.utils.parametrize.remove_parametrizations, remove_spectral_norm, remove_weight_norm), "
+                    "or leave the layer alone with skip_modules="
+                )
+            scored[id(place.parameter)] = place, _checked(scores, place)
         return list(scored.values())
 
     def _skips(self, binder: Binder) -> Callable[[str, nn.Module], bool]:
@@ -189,6 +202,7 @@ class _Place(NamedTuple):
     module: nn.Module
     parameter_name: str
     parameter: nn.Parameter
+    computed: ComputedWeight | None = None  # the weight that a mask or norm makes of the parameter
 
     @property
     def name(self) -> str:
@@ -196,12 +210,21 @@ class _Place(NamedTuple):
 
 
 def _places(root: nn.Module) -> list[_Place]:
-    return [
-        _Place(path, module, name, parameter)
-        for path, module in root.named_modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    ]
+    """The weights that layers compute with, in the place of what these are computed from."""
+    places = []
+    for path, module in root.named_modules():
+        if "parametrizations" in path.split("."):
+            continue
+        computed = computed_weights(module)
+        originals = {name: one for one in computed.values() for name in one.originals}
+        for name, parameter in module._parameters.items():
+            if parameter is not None and name not in originals:
+                places.append(_Place(path, module, name, parameter))
+        for name, one in computed.items():
+            own = one.originals[0] if one.originals else None
+            parameter = nn.Parameter(one.effective(), False) if own is None else module._parameters[own]
+            places.append(_Place(path, module, name, parameter, one))
+    return places
 
 
 def _inside(path: str, holders: list[str]) -> bool:

@@ -16,6 +16,7 @@ from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.hooks import Portable, Runtime
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.tying import named_tensors, put_back, replace_tensors
+from tdhook_rl.weights.computed import computed_weights
 
 __all__ = ["TaskVectors"]
 
@@ -51,8 +52,9 @@ class TaskVectors(Method):
     their own copy: send them the weights with ``collector.update_policy_weights_()``.
 
     Raises:
-        InputError: if weights differ in names or shapes from the policy's or are not finite, if an alpha is
-            needed and none can be computed, or if no alpha is adequate.
+        InputError: if a weight that changes is computed by a norm, a mask or a parametrisation, if weights differ in
+            names or shapes from the policy's or are not finite, if an alpha is needed and none can be computed, or if
+            no alpha is adequate.
 
     Example:
         >>> net, finetuned = nn.Linear(2, 1), nn.Linear(2, 1)
@@ -167,7 +169,35 @@ class _Arithmetic:
         base = self._weights()
         checked = [_matched(vector, base, "the vector") for vector in vectors]
         alpha = self.compute_alpha(*vectors) if alpha is None else _check_alpha(alpha)
-        return {name: alpha * sum((one[name] for one in checked[1:]), checked[0][name]) for name in base}
+        found = {name: alpha * sum((one[name] for one in checked[1:]), checked[0][name]) for name in base}
+        _require_linear(self._root, found)
+        return found
+
+
+def _require_linear(root: nn.Module, change: Weights) -> None:
+    """Sums of what a weight is computed from are no sums of weights.
+
+    Raises:
+        InputError: if a change reaches a norm, a mask or a parametrisation.
+    """
+    for path, module in root.named_modules():
+        for name, computed in computed_weights(module).items():
+            prefix = f"{path}." if path else ""
+            within = [f"{prefix}{one}" for one in (*computed.originals, f"{name}_mask") if not computed.is_mask]
+            within = within or [f"{prefix}{name}_mask"]  # under one mask, weights change as they should
+            chain = f"{prefix}parametrizations.{name}."
+            changed = [
+                key
+                for key, value in change.items()
+                if (key in within or key.startswith(chain)) and bool((value != 0).any())
+            ]
+            if changed:
+                raise InputError(
+                    f"the {name!r} of the layer {path!r} ({type(module).__name__}) is computed by {computed.kind}, and "
+                    f"the vectors change {changed[0]!r}, so that it would not change in proportion to them: make it a "
+                    "plain weight before fine-tuning (torch.nn.utils.parametrize.remove_parametrizations, "
+                    "remove_spectral_norm, remove_weight_norm, prune.remove)"
+                )
 
 
 def _weights_of(module: nn.Module) -> dict[str, Tensor]:

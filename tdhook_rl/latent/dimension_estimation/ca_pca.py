@@ -24,6 +24,11 @@ from tdhook_rl.latent.dimension_estimation.neighbours import (
 __all__ = ["CaPcaDimensionEstimator"]
 
 
+#: Of eigenvalues over the largest: the least of a direction that counts. The sampling of a ball leaves its smallest
+#: above that as long as there are twice as many neighbours as dimensions.
+THIN = 0.01
+
+
 class CaPcaDimensionEstimator(TensorDictModuleBase):
     """The dimension whose quadratically curved ball explains the eigenvalues of a neighbourhood best.
 
@@ -33,6 +38,9 @@ class CaPcaDimensionEstimator(TensorDictModuleBase):
     the others. For each d the deficit is given back, and the d is chosen that minimises
 
         || (lambda_i + c_d tail_d - 1 / (d + 2))_{i <= d} || + 2 tail_d,   tail_d = sum_{i > d} lambda_i.
+
+    Directions in which a neighbourhood hardly extends (less than a hundredth of the variance of its widest one) are no
+    candidates: at the end of a line, where the ball is half empty, many small numbers would fit as well as one.
 
     The idea, calibrating local PCA on a quadratic embedding, is that of Gilbert & O'Neill 2023 (arXiv:2309.13478).
     The constant c_d was derived for this module, and may differ from theirs: it assumes points uniform in volume
@@ -81,7 +89,9 @@ class CaPcaDimensionEstimator(TensorDictModuleBase):
         refuse_duplicates(found[..., -2], self.in_key, what=f"their {k} nearest neighbours")
         # The point itself is left out: it is the centre by construction, not a draw from the ball.
         spectrum = local_spectrum(points, index[..., :-1], with_itself=False) / found[..., -1:].square()
-        return write_results(tensordict, {self.out_key: _misfit(spectrum).argmin(-1).add(1).to(points.dtype)})
+        thin = spectrum < THIN * spectrum[..., :1]
+        misfit = _misfit(spectrum).masked_fill(thin, torch.inf)
+        return write_results(tensordict, {self.out_key: misfit.argmin(-1).add(1).to(points.dtype)})
 
 
 def _misfit(spectrum: Tensor) -> Tensor:

@@ -57,6 +57,11 @@ def read_points(data: TensorDictBase, key: NestedKey, *, rows: int) -> Tensor:
         )
     if not isinstance(points, Tensor) or not points.is_floating_point():
         found = points.dtype if isinstance(points, Tensor) else type(points).__name__
+        if isinstance(points, Tensor) and points.is_complex():
+            raise InputError(
+                f"{key!r} holds complex numbers ({found}), expected floating-point points (..., N, D): take real and "
+                "imaginary parts as features with torch.view_as_real(points).flatten(-2)"
+            )
         raise InputError(f"{key!r} holds {found}, expected floating-point points (..., N, D): convert with .float()")
     if points.ndim < 2 or points.shape[-1] < 1 or points.shape[:-2].numel() < 1:
         raise InputError(

@@ -1,0 +1,105 @@
+"""Metrics of rows that were not explained, dimensions of degenerate clouds, complex inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from tdhook_rl import IntegratedGradients, Saliency
+from tdhook_rl.errors import InputError
+from tdhook_rl.latent.dimension_estimation import CaPcaDimensionEstimator, TwoNnDimensionEstimator
+from tdhook_rl.metrics import completeness_gap, deletion_insertion, pointing_game, relevance_mass
+
+F64 = torch.float64
+generator = torch.Generator().manual_seed(0)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=F64, generator=generator)
+
+
+def uniform(*shape: int) -> Tensor:
+    return torch.rand(*shape, dtype=F64, generator=generator)
+
+
+@pytest.mark.parametrize("how", ["nan", "one nan", "mask"])
+@pytest.mark.parametrize("batch", [(8,), (2, 4)])
+def test_rows_without_an_attribution_have_no_score(how: str, batch: tuple[int, ...]) -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+    with IntegratedGradients(baseline=0.0).prepare(net) as hooked:
+        data = hooked(TensorDict({"input": torch.randn(*batch, 6)}, batch_size=batch))
+        whole = deletion_insertion(hooked, data), completeness_gap(hooked, data)
+        rows = torch.arange(8).reshape(batch) % 2 == 0
+        if how == "mask":
+            data["computed", "attr"][rows] = False
+        else:
+            attribution = data["attr", "input"].clone()
+            attribution[rows, 0 if how == "one nan" else slice(None)] = torch.nan
+            data["attr", "input"] = attribution
+        part = deletion_insertion(hooked, data), completeness_gap(hooked, data)
+    pairs = [(getattr(whole[0], name), getattr(part[0], name)) for name in ("deletion", "insertion", "deletion_curve")]
+    for before, after in (*pairs, (whole[1], part[1])):
+        assert bool(after[rows].isnan().all())
+        torch.testing.assert_close(before[~rows], after[~rows])
+
+
+def test_localisation_of_rows_without_an_attribution() -> None:
+    attribution = torch.tensor([[2.0, 1.0], [torch.nan, 1.0], [1.0, 2.0]])
+    mask = torch.tensor([True, False])
+    for sign in ("absolute", "positive"):
+        found = pointing_game(attribution, mask, sign=sign)
+        torch.testing.assert_close(found, torch.tensor([1.0, torch.nan, 0.0]), equal_nan=True)
+        assert relevance_mass(attribution, mask, sign=sign).isnan().tolist() == [False, True, False]
+
+
+def ca_pca(points: Tensor, **settings: int) -> Tensor:
+    return CaPcaDimensionEstimator(**settings)(TensorDict({"data": points}))["dimension"]
+
+
+@pytest.mark.parametrize("k", [8, 15, 30])
+@pytest.mark.parametrize("noise", [0.0, 1e-6])
+def test_ca_pca_at_the_ends_of_flat_things(k: int, noise: float) -> None:
+    for dimension in (1, 2):
+        flat = uniform(600, dimension) @ normal(dimension, 50)
+        found = ca_pca(flat + noise * normal(600, 50), k=k)
+        assert float(found.max()) <= dimension
+        assert float(found.mean()) > dimension - 0.3
+    lines = normal(12, 50).repeat_interleave(50, 0) + 0.01 * normal(600, 1) @ normal(1, 50)
+    assert ca_pca(lines + 1e-3 * noise * normal(600, 50), k=k).unique().tolist() == [1.0]
+
+
+def two_nn(points: Tensor) -> float:
+    return float(TwoNnDimensionEstimator()(TensorDict({"data": points}))["dimension"])
+
+
+@pytest.mark.parametrize("gap", [1e-9, 1e-6, 1e-3])
+@pytest.mark.parametrize("share", [0.2, 0.5, 1.0])
+def test_two_nn_names_near_duplicates(gap: float, share: float) -> None:
+    plane = uniform(1000, 2) @ normal(2, 10)
+    copies = plane[: int(share * 1000)]
+    with pytest.raises(InputError, match="near-duplicates"):
+        two_nn(torch.cat([plane, copies + gap * normal(*copies.shape)]))
+
+
+def test_two_nn_of_what_has_a_dimension() -> None:
+    for dimension in (1, 2, 5):
+        for points in (uniform(1000, dimension), normal(1000, dimension), normal(300, dimension).exp()):
+            assert abs(two_nn(points @ normal(dimension, 20)) - dimension) < 0.2 * dimension + 0.1
+    few = uniform(1000, 2)
+    assert abs(two_nn(torch.cat([few, few[:10] + 1e-9 * normal(10, 2)])) - 2) < 0.3  # those the fit leaves out
+    for rows in (3, 5, 10, 20):
+        two_nn(uniform(rows, 2))
+
+
+def test_complex_numbers_are_called_so() -> None:
+    class Reads(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.view_as_real(x).flatten(-2).sum(-1, keepdim=True)
+
+    data = TensorDict({"input": torch.randn(3, 4, dtype=torch.complex64)}, batch_size=3)
+    with Saliency().prepare(Reads()) as hooked, pytest.raises(InputError, match=r"complex input 'input'"):
+        hooked(data)
+    with pytest.raises(InputError, match="complex numbers"):
+        TwoNnDimensionEstimator()(TensorDict({"data": torch.randn(9, 4, dtype=torch.complex64)}))
