@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdhook_rl.errors import InputError
 
-__all__ = ["first_input", "first_tensor", "other_tensors", "with_first_tensor", "with_other_tensors"]
+__all__ = ["first_input", "first_tensor", "other_tensors", "tensors_of", "with_first_tensor", "with_other_tensors"]
 
 
 def first_input(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], site: str) -> Tensor:
@@ -56,6 +56,14 @@ def with_first_tensor(value: Any, new: Tensor, module: torch.nn.Module, side: Si
         return changed
     items = [*value[:key], item, *value[key + 1 :]]
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors in tuples, lists and mappings, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    return [tensor for item in items for tensor in tensors_of(item)]
 
 
 def other_tensors(value: Any, module: torch.nn.Module) -> list[Tensor]:

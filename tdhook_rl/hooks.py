@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tdhook_rl.passes import Replay
     from tdhook_rl.paths import Run
     from tdhook_rl.start import Conduct, Start
+    from tdhook_rl.states import _Reads
     from tdhook_rl.tying import Tie
 
 __all__ = [
@@ -76,6 +77,11 @@ class Runtime:
         self.start: Start | None = None
         self.tie: Tie | None = None
         self.row_hook: RowHook | None = None
+        # Sites on recurrent modules of which only the sequence is changed, until a forward has shown that this is read;
+        # and what watches the forward under way.
+        self.cores: list[str] = []
+        self.reads: _Reads | None = None
+        self.maps: frozenset[int] = frozenset()  # how many dimensions the maps of the policy's convolutions have
         self.runs: dict[str, int] | None = None  # of the call under way: how often each hook that counts has run
         self.slots: dict[str, Tensor | Several] = {}
         self.drawn: dict[str, Tensor] = {}  # samples of the call under way that its data may not hold in the end
@@ -116,7 +122,7 @@ class Runtime:
         self.recording, self.depth, self.caller = False, 0, 0
         self.level, self.batch, self.time, self.replay, self.explaining = -1, None, None, None, None
         self.slots, self.drawn, self.leaves, self.rows, self.added = {}, {}, {}, {}, frozenset()
-        self.runs, self.totals = None, {}
+        self.runs, self.totals, self.reads = None, {}, None
 
     def begin(self, args: tuple, kwargs: dict[str, Any], root: bool = False) -> tuple[Any, ...]:
         """Note what the policy is about to run on; returns what :meth:`end` puts back.
@@ -206,6 +212,7 @@ class Runtime:
             "methods": None,
             "time": None,
             "runs": None,
+            "reads": None,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -232,13 +239,16 @@ class CaptureHook:
         if not runtime.active:
             runtime.refuse()
         if runtime.recording:
-            value, _ = rows_of(output, module, self.slot, runtime)
-            value = (value.detach() if value.requires_grad else value).clone()
-            if self.run is not None:
-                before = runtime.slots.get(self.slot) if runtime.run_of(self.slot) else None
-                runtime.slots[self.slot] = added(before, value, self.run)  # type: ignore[arg-type]
-            else:
-                runtime.slots[self.slot] = value
+            self._store(rows_of(output, module, self.slot, runtime)[0])
+
+    def _store(self, value: Tensor) -> None:
+        runtime = self.runtime
+        value = (value.detach() if value.requires_grad else value).clone()
+        if self.run is not None:
+            before = runtime.slots.get(self.slot) if runtime.run_of(self.slot) else None
+            runtime.slots[self.slot] = added(before, value, self.run)  # type: ignore[arg-type]
+        else:
+            runtime.slots[self.slot] = value
 
 
 class InputCaptureHook(CaptureHook):

@@ -33,6 +33,7 @@ from tdhook_rl.provenance import Provenance
 from tdhook_rl.repeats import RunHook
 from tdhook_rl.rows import note_intervention, survey
 from tdhook_rl.shared_pass import can_share
+from tdhook_rl.states import StateHook
 from tdhook_rl.tying import Tie, replace_tensors, tied_clone
 from tdhook_rl.writing import WritingMixin, writes_by_default
 
@@ -203,6 +204,7 @@ class HookingContext(NotEntered):
                 swap_class(child, WritingMixin)
         bound = [one for one in (method.bind(binder) for method in self._methods) if one is not None]
         binder.place_row_hooks()
+        binder.place_state_hooks()
         quicken_pooling(clone)
         check_collisions(clone, bound, binder.reads)
         steps = [one for one in bound if (one.result_keys or getattr(one, "consumes", False)) and one.when == "step"]
@@ -271,6 +273,7 @@ class Binder:
         self.noise = noise_keys(policy)
         self.routes: list[Any] = []
         self._slots = 0
+        self._cores: dict[str, nn.Module] = {}
 
     @property
     def observed(self) -> list[NestedKey]:
@@ -361,6 +364,8 @@ class Binder:
         observes = observes or isinstance(hook, (CaptureHook, WatchHook, LeafHook))
         if not observes:
             note_intervention(self.root, site.path, site.name)
+            if isinstance(site.module, nn.RNNBase) and not getattr(hook, "acts_on_states", False):
+                self._cores[site.name] = site.module
         site.module.register_forward_hook(self._in_its_run(site, hook, observes), **options)
 
     def on_input(self, site: Site, hook: Callable[..., Any]) -> None:
@@ -378,6 +383,13 @@ class Binder:
         if key not in self.reads and key not in self.policy.in_keys:
             self.reads.append(key)
         return key
+
+    def place_state_hooks(self) -> None:
+        """Behind all other hooks of recurrent modules, so that a first forward shows whether these act."""
+        for name, module in self._cores.items():
+            if not module._hooked_layout.recurrent:  # type: ignore[union-attr]
+                self.runtime.cores.append(name)
+                module.register_forward_hook(StateHook(self.runtime, name))
 
     def place_row_hooks(self) -> None:
         """Lend the declared keys to the hooks, at the root and at every TensorDict-level module below it."""

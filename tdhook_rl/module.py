@@ -33,6 +33,7 @@ from tdhook_rl.provenance import Provenance, publish_step
 from tdhook_rl.runs import HookedModuleRun
 from tdhook_rl.shared_pass import chain_pass, graph_pass, sharing
 from tdhook_rl.start import Start
+from tdhook_rl.states import watching
 from tdhook_rl.writing import write_tensors, writes_by_default
 
 if TYPE_CHECKING:
@@ -424,7 +425,11 @@ def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
         if checks_sites:
             runtime.fired = set()
         try:
-            found = method(self, *args, **kwargs)
+            if runtime.cores and not torch.compiler.is_compiling():
+                with watching(runtime):
+                    found = method(self, *args, **kwargs)
+            else:
+                found = method(self, *args, **kwargs)
             if checks_sites and runtime.checks_sites():  # log_prob has looked in get_dist already
                 runtime.require_fired()
             return found

@@ -33,6 +33,7 @@ from tdhook_rl.repeats import Several
 from tdhook_rl.rows import with_batch
 from tdhook_rl.samples import components, decided_action, is_point, latent_samples, require_unchanged, samples
 from tdhook_rl.start import Conduct, Start
+from tdhook_rl.states import watching
 from tdhook_rl.writing import get_entry, set_tensor
 
 if TYPE_CHECKING:
@@ -421,7 +422,11 @@ def run_root(policy: HookedMixin, forward: Callable[..., Any], args: tuple, kwar
         forward = _BARE if not torch.compiler.is_compiling() and not skip_existing() else forward
     previous = runtime.begin(args, kwargs, root=True)
     try:
-        output = forward(policy, *args, **kwargs)
+        if runtime.cores and not torch.compiler.is_compiling():
+            with watching(runtime):
+                output = forward(policy, *args, **kwargs)
+        else:
+            output = forward(policy, *args, **kwargs)
         if checks_sites:
             runtime.require_fired()
         return output

@@ -18,14 +18,16 @@ from torch import Tensor, nn
 from torch._functorch import vmap as functorch_vmap
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from tdhook_rl.containers import first_tensor, with_first_tensor
+from tdhook_rl.containers import first_tensor, tensors_of, with_first_tensor
 from tdhook_rl.errors import InputError, SiteError
+from tdhook_rl.layouts import is_transformer, survey_features, takes_time_first, time_comes_first
 
 if TYPE_CHECKING:
     from tdhook_rl.hooks import Runtime
 
 __all__ = [
     "Layout", "RecurrentHook", "as_leaf", "explicit", "feature_dims", "lent_rows", "note_intervention", "rows_of",
+    "rows_of_part",
     "survey", "unbatched", "vmap_level", "with_batch", "with_rows",
 ]  # fmt: skip
 
@@ -43,12 +45,16 @@ class Layout:
         flat: the rows have exactly one dimension, also where the batch has none.
         mapped: the dimension of the batch that a ``VmapModule`` around the site hides; negative ones count from the
             last.
+        time_first: the site has time in its first dimension and the batch in its second.
+        states: the site returns its last states, layers first, and what may be a packed sequence.
     """
 
     agents: int = 0
     recurrent: bool = False
     flat: bool = False
     mapped: int | None = None
+    time_first: bool = False
+    states: bool = False
 
     def hides(self, batch: torch.Size | None) -> int:
         """Where the hidden dimension of the batch belongs."""
@@ -59,19 +65,22 @@ def survey(policy: nn.Module, runtime: Runtime) -> None:
     """Tell each module of a clone the layout of its rows, ``None`` where they are the rows of the batch."""
     from torchrl.modules import DecisionTransformer, VmapModule
 
+    runtime.maps = survey_features(policy)
     for path, module in policy.named_modules():
         if isinstance(module, TensorDictParams):  # the original holds the same object, and it never runs
             continue
-        agents, flat, mapped = 0, False, None
+        agents, flat, mapped, time_first = 0, False, None, False
         parent, above = policy, policy
         for name in path.split(".") if path else ():
             agents = getattr(above, "n_agents", 0) if hasattr(above, "_empty_net") else agents
             flat = flat or isinstance(above, DecisionTransformer)
             if isinstance(above, VmapModule):
                 mapped = -1 if above.vmap_dim is None else above.vmap_dim
+            time_first = takes_time_first(above, time_first) and is_transformer(above)
             parent, above = above, above._modules[name]  # type: ignore[assignment]
         recurrent = above is not parent and _reads_time(parent)
-        layout = Layout(agents, recurrent, flat, mapped)
+        time_first, states = takes_time_first(module, time_first), isinstance(module, nn.RNNBase)
+        layout = Layout(agents, recurrent, flat, mapped, time_first, states)
         module.__dict__["_hooked_layout"] = None if layout == Layout() else layout
         if _reads_time(module):
             hook = RecurrentHook(runtime)
@@ -104,11 +113,21 @@ def vmap_level() -> int:
     return level
 
 
-def rows_of(output: Any, module: nn.Module, site: str, runtime: Runtime) -> tuple[Tensor, Disguise | None]:
+def rows_of(
+    output: Any, module: nn.Module, site: str, runtime: Runtime, exact: bool = True
+) -> tuple[Tensor, Disguise | None]:
     """The first tensor of an output (or input) of a site: batch, agents, features; and the way back.
 
+    Args:
+        output: what the module gave.
+        module: the module.
+        site: what messages call it.
+        runtime: what the hooks share.
+        exact: whether it matters which row is which; not for what treats all alike.
+
     Raises:
-        InputError: if the output holds no tensor, or is padded in an unknown way.
+        InputError: if the output holds no tensor, is padded in an unknown way, or has its rows in one of two
+            dimensions and nothing says in which.
     """
     value = first_tensor(output, module, site)
     layout: Layout | None = module._hooked_layout  # type: ignore[assignment]
@@ -120,6 +139,10 @@ def rows_of(output: Any, module: nn.Module, site: str, runtime: Runtime) -> tupl
             return value.reshape(folded), lambda rows: rows.reshape(shape)
         if layout.flat and not runtime.batch and runtime.batch is not None:
             return value.squeeze(0), lambda rows: rows.unsqueeze(0)
+        if layout.states and (sequence := _packed(output)) is not None:
+            return _unpacked(value, sequence)
+        if layout.time_first and time_comes_first(value, runtime.batch, site, exact):
+            return _batch_first(value, module, runtime)
     if torch._C._functorch.is_batchedtensor(value):
         return _out_of_vmap(value, runtime, layout)
     return value, None
@@ -138,6 +161,26 @@ def explicit(value: Tensor, module: nn.Module, runtime: Runtime) -> tuple[Tensor
     if torch._C._functorch.is_batchedtensor(value):
         return _out_of_vmap(value, runtime, module._hooked_layout)  # type: ignore[arg-type]
     return value, None
+
+
+def rows_of_part(
+    part: Tensor, whole: Any, module: nn.Module, site: str, runtime: Runtime
+) -> tuple[Tensor, Disguise | None]:
+    """As :func:`rows_of`, for a tensor that the user took out of what a module gave or received.
+
+    What is a tensor of the module's own has the layout that the module says; what was computed from it is as the user
+    left it.
+    """
+    layout: Layout | None = module._hooked_layout  # type: ignore[assignment]
+    if layout is None or layout.recurrent or not (layout.states or layout.time_first):
+        return rows_of(part, module, site, runtime)
+    own = tensors_of(whole)
+    if own and part is own[0]:
+        return rows_of(whole, module, site, runtime)
+    if layout.states and part.ndim == 3 and any(part is one for one in own[1:]):
+        rows, back = explicit(part.movedim(0, 1), module, runtime)
+        return rows, lambda rows: (rows if back is None else back(rows)).movedim(1, 0)
+    return explicit(part, module, runtime)
 
 
 def with_rows(output: Any, rows: Tensor, module: nn.Module, disguise: Disguise | None) -> Any:
@@ -240,6 +283,19 @@ def unbatched(value: Tensor, level: int) -> Tensor:
 # ---------------------------------------------------------------------- time
 
 
+def _batch_first(value: Tensor, module: nn.Module, runtime: Runtime) -> tuple[Tensor, Disguise]:
+    rows, back = explicit(value.transpose(0, 1), module, runtime)
+    return rows, lambda rows: (rows if back is None else back(rows)).transpose(0, 1)
+
+
+def _unpacked(value: Tensor, packed: PackedSequence) -> tuple[Tensor, Disguise]:
+    """The rows of a packed sequence, padded with zeros; what is put into the padding is lost."""
+    order, lengths = (one.to(value.device) for one in _order(packed))
+    filled = torch.arange(int(lengths.max()), device=value.device) < lengths[:, None]
+    blank = value.new_zeros(*filled.shape, *value.shape[1:])
+    return blank.index_put((filled,), value[order]), lambda rows: rows[filled][order.argsort()]
+
+
 class RecurrentHook:
     """Pre-hook and hook of a TorchRL recurrent module: tells the hooks on its core which rows it reads.
 
@@ -278,7 +334,7 @@ def _out_of_time(output: Any, value: Tensor, site: str, runtime: Runtime) -> tup
     shape = value.shape
     packed = _packed(output)
     if packed is not None:
-        order = _order(packed).to(value.device)
+        order = _order(packed)[0].to(value.device)
         rows = value[order].reshape(*batch, *shape[1:])
         inverse = order.argsort()
         return rows, lambda rows: rows.reshape(shape)[inverse]
@@ -304,12 +360,12 @@ def _packed(output: Any) -> PackedSequence | None:
     return output if isinstance(output, PackedSequence) else None
 
 
-def _order(packed: PackedSequence) -> Tensor:
-    """For each row, trajectory by trajectory, where it is in the packed data."""
+def _order(packed: PackedSequence) -> tuple[Tensor, Tensor]:
+    """For each row, trajectory by trajectory, where it is in the packed data; and the trajectories' lengths."""
     places = torch.arange(len(packed.data))
     sorting = (None if one is None else one.cpu() for one in (packed.sorted_indices, packed.unsorted_indices))
     padded, lengths = pad_packed_sequence(PackedSequence(places, packed.batch_sizes, *sorting), batch_first=True)
-    return padded[torch.arange(padded.shape[1]) < lengths[:, None]]
+    return padded[torch.arange(padded.shape[1]) < lengths[:, None]], lengths
 
 
 def _lengths(is_init: Tensor | None, batch: torch.Size) -> Tensor | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +36,7 @@ from tdhook_rl.requests import (
 )
 from tdhook_rl.rows import as_leaf, rows_of, with_rows
 from tdhook_rl.samples import samples
+from tdhook_rl.states import StateHook, watching
 from tdhook_rl.targets import Target
 
 if TYPE_CHECKING:
@@ -116,6 +118,7 @@ class HookedModuleRun(Captures):
         self._idle: dict[object, str] = {}  # overrides and stops that have not acted yet
         self._given: list[tuple[str, int, dict[str, int]]] = []  # overrides of all runs: site, how many, how many were
         self._running = self._busy = False  # in the run's own forward; in a callback of the run's
+        self._cores: list[str] = []  # overridden sites on recurrent modules
         self._acts_always = False  # a request outside a run
         self._state: Literal["new", "open", "ended"] = "new"
         self.stopped_at: str | None = None
@@ -170,6 +173,10 @@ class HookedModuleRun(Captures):
             return new.to(original.device, original.dtype)
 
         self._place(key, kind, replace, prepend, relative)
+        for site in request_sites(self.hooked, key, relative) if kind == "output" else ():
+            if isinstance(site.module, nn.RNNBase) and not site.module._hooked_layout.recurrent:  # type: ignore[union-attr]
+                self._cores.append(key)
+                self._handles.append(site.module.register_forward_hook(StateHook(runtime, key)))
         if kind in ("output", "input"):  # a gradient may be overridden in a backward after the run
             self._idle[token] = f"run.set named {key!r}, which did not run, so nothing was overridden"
 
@@ -226,10 +233,8 @@ class HookedModuleRun(Captures):
         with runtime.lock, torch.set_grad_enabled(self._grad_enabled), without_methods(self.hooked):
             self._running = True
             try:
-                if self._callback is not None:
-                    self._callback(self.hooked, self.data)
-                else:
-                    self.hooked(self.data)
+                with watching(runtime) if self._cores else nullcontext():
+                    self._call()
             except EarlyStop as stop:
                 self.stopped_at = str(stop)
                 if self._target is not None:
@@ -244,6 +249,12 @@ class HookedModuleRun(Captures):
                 raise SiteError(f"{next(iter(self._idle.values()))}: name a module that the forward executes")
             if self._target is not None:
                 self._differentiate()
+
+    def _call(self) -> None:
+        if self._callback is not None:
+            self._callback(self.hooked, self.data)
+        else:
+            self.hooked(self.data)
 
     def _differentiate(self) -> None:
         if not self._points:

@@ -88,8 +88,7 @@ NETS: dict[str, tuple[type[nn.Module], str]] = {
     "recurrent cell": (Looped, "cell"),
     "two paths": (TwoPaths, "second.act"),
 }
-MODES = ("eager", "no_grad", "inference_mode", "vmap", "compiled", "annotate")
-COMPILED = [("shared activation", "@0"), ("shared activation", "@all"), ("recurrent cell", "@-1")]  # it takes seconds
+MODES = ("eager", "no_grad", "inference_mode", "vmap", "annotate")
 
 
 @pytest.fixture(autouse=True)
@@ -146,13 +145,7 @@ def pick(values: list[Tensor], run: str, dim: int = 1) -> Tensor:
 
 @pytest.mark.parametrize(
     ("name", "mode", "run"),
-    [
-        (name, mode, run)
-        for name in NETS
-        for mode in MODES
-        for run in [*RUNS, "@all"]
-        if mode != "compiled" or (name, run) in COMPILED
-    ],
+    [(name, mode, run) for name in NETS for mode in MODES for run in [*RUNS, "@all"]],
 )
 def test_caching_and_gradients_of_the_run_that_is_named(name: str, mode: str, run: str) -> None:
     net, site = build(name)
@@ -165,13 +158,24 @@ def test_caching_and_gradients_of_the_run_that_is_named(name: str, mode: str, ru
     torch.testing.assert_close(found["attr", site + run], pick(slopes, run))
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "compiled"])
+@pytest.mark.parametrize("mode", MODES)
 def test_caching_shows_the_last_run_where_none_is_named(mode: str) -> None:
     net, site = build("shared activation")
     data = batch()
     with ActivationCaching(site).prepare(net) as hooked:
         found = called(hooked, data, mode)
     torch.testing.assert_close(found["cache", site], truth(net, site, data["input"])[0][-1])
+
+
+def test_every_choice_in_one_graph_without_recompiling() -> None:
+    net, site = build("recurrent cell")
+    data, sites = batch(), [f"{site}{run}" for run in ("@0", "@-1", "@all")]
+    values, slopes = truth(net, site, data["input"])
+    with Compose(ActivationCaching(sites), Saliency(input_modules=sites, when="step")).prepare(net) as hooked:
+        found = called(hooked, data, "compiled")
+    for run in ("@0", "@-1", "@all"):
+        torch.testing.assert_close(found["cache", site + run], pick(values, run))
+        torch.testing.assert_close(found["attr", site + run], pick(slopes, run))
 
 
 @pytest.mark.parametrize("rows", [(), (3,), (2, 3)])
@@ -245,7 +249,7 @@ def test_integrated_gradients_of_a_run_are_complete_along_it(run: str, mode: str
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [(name, mode) for name in NETS for mode in MODES if mode != "compiled" or name == "two paths"]
+    ("name", "mode"), [*((name, mode) for name in NETS for mode in MODES), ("two paths", "compiled")]
 )
 def test_patching_every_run_restores_the_clean_output_bit_for_bit(name: str, mode: str) -> None:
     net, site = build(name)

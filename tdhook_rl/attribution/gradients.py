@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -207,7 +207,8 @@ def _backward(
         finite = surely_finite(total)
         explained, outer = (total, None) if weights is None else (value, weights.to(value.dtype))
         more = keep or index + 1 < len(values)
-        one = torch.autograd.grad(explained, points, outer, allow_unused=True, retain_graph=more)
+        slopes = torch.autograd.grad(explained, points, outer, allow_unused=True, retain_graph=more)
+        one = _beside_others(slopes, points, len(primals), inner.values())
         tell_unreached(runtime, target, one, primals, [sites[slot] for slot, runs in inner.items() for _ in runs])
         defined = None if finite else defined_rows(call, value.detach())
         gradients = _filled(one, points, defined)
@@ -220,6 +221,22 @@ def _backward(
             )
         )
     return found, {slot: _joined(runtime.slots[slot], runs, run, sites[slot]).detach() for slot, runs in inner.items()}
+
+
+def _beside_others(
+    one: Sequence[Tensor | None], points: Sequence[Tensor], start: int, groups: Iterable[Sequence[Tensor]]
+) -> list[Tensor | None]:
+    """A run that no gradient reaches, where one reaches others of its module, has no effect: its slope is zero."""
+    found = list(one)
+    for runs in groups:
+        end = start + len(runs)
+        if len(runs) > 1 and any(gradient is not None for gradient in found[start:end]):
+            found[start:end] = [
+                torch.zeros_like(point) if gradient is None else gradient
+                for gradient, point in zip(found[start:end], points[start:end], strict=True)
+            ]
+        start = end
+    return found
 
 
 def _in_runs(value: Tensor | Several, site: str) -> tuple[Tensor, ...]:

@@ -22,8 +22,10 @@ from tdhook_rl.hooks import (
     with_first_tensor,
 )
 from tdhook_rl.latent.caches import CallRecord, Key, Staging
+from tdhook_rl.layouts import time_comes_first
 from tdhook_rl.paths import Site
 from tdhook_rl.repeats import added, stacked
+from tdhook_rl.rows import rows_of, rows_of_part
 
 __all__ = ["FORWARD", "GRADIENT", "CachingHook", "Callback", "GradientHook", "escaped"]
 
@@ -108,20 +110,19 @@ class CachingHook(CaptureHook):
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._captures():
             if self.callback is None:
-                value = first_input(module, args, kwargs, self.path)
+                self._keep(module, None, first_input(module, args, kwargs, self.path))
             else:
                 value = self.callback(module=module, args=args, kwargs=kwargs, key=self.path, direction="fwd_pre")
-            self._keep(module, args, value)
+                self._keep(module, value, args if args else kwargs)
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if self._captures():
-            if self.callback is None:
-                value = first_tensor(output, module, self.path)
-            else:
+            value = None
+            if self.callback is not None:
                 value = self.callback(
                     module=module, args=args, kwargs=kwargs, output=output, key=self.path, direction="fwd"
                 )
-            self._keep(module, args, value)
+            self._keep(module, value, output)
 
     def _captures(self) -> bool:
         runtime = self.runtime
@@ -129,10 +130,16 @@ class CachingHook(CaptureHook):
             runtime.refuse()
         return runtime.recording or (self.staging is not None and runtime.depth > 0 and runtime.replay is None)
 
-    def _keep(self, module: nn.Module, args: tuple, value: Tensor) -> None:
+    def _keep(self, module: nn.Module, value: Tensor | None, whole: Any) -> None:
+        """Keep what a callback chose of the whole input or output, or what is first in it."""
         if self.runtime.recording:
-            super().__call__(module, args, value)
+            if value is None:
+                rows, _ = rows_of(whole, module, self.path, self.runtime)
+            else:
+                rows, _ = rows_of_part(value, whole, module, self.path, self.runtime)
+            self._store(rows)
         elif self.staging is not None:
+            value = first_tensor(whole, module, self.path) if value is None else value
             value = escaped(value.detach().clone())
             if self.run is not None:
                 before = self.staging.several.get(self.key) if self.runtime.run_of(self.slot) else None
@@ -223,8 +230,11 @@ class GradientHook:
         if self.callback is not None:
             name = "grad_input" if self.direction == "bwd" else "grad_output"
             value = self.callback(module=module, key=self.path, direction=self.direction, **{name: (gradient,)})
-        value = escaped(value.detach().clone())
         batch = record.batch
+        layout = module._hooked_layout
+        if value is gradient and layout is not None and layout.time_first:  # type: ignore[union-attr]
+            value = value.transpose(0, 1) if time_comes_first(value, batch, self.path, exact=True) else value
+        value = escaped(value.detach().clone())
         if batch is not None and value.shape[: len(batch)] != batch and value.shape[:1] == (batch.numel(),):
             # Convolutional nets flatten the leading dimensions before their layers.
             value = value.reshape(*batch, *value.shape[1:])

@@ -13,7 +13,8 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.hooks import Runtime
 from tdhook_rl.latent.steering_vector import SteeringVector, as_vectors
 from tdhook_rl.method import Binder, Method
-from tdhook_rl.rows import feature_dims, rows_of, with_rows
+from tdhook_rl.rows import rows_of, with_rows
+from tdhook_rl.vectors import placed_shape
 
 __all__ = ["DirectionClamping", "DirectionalAblation"]
 
@@ -23,8 +24,9 @@ class DirectionalAblation(Method):
     """Take the component along a direction out of the output of modules (Arditi et al. 2024).
 
     Args:
-        directions: for each module path a vector of the shape of the module's features, whose length does not
-            matter; or one :class:`SteeringVector` or more, which know their paths.
+        directions: for each module path a vector of the shape of the module's features, or of the channels of maps,
+        which have a component in each place; its length does not matter. Or one :class:`SteeringVector` or more,
+        which know their paths.
         name: the prefix of the controls ``"<name>.<path>"`` (the unit vectors).
 
     Raises:
@@ -54,8 +56,8 @@ class DirectionClamping(Method):
     """Hold the component along a direction at a value, whatever the input.
 
     Args:
-        directions: as of :class:`DirectionalAblation`.
-        value: the component, in units of the unit vector; the control ``"<name>.value"`` changes it while running.
+            directions: as of :class:`DirectionalAblation`.
+            value: the component, in units of the unit vector; the control ``"<name>.value"`` changes it while running.
         name: the prefix of the controls.
 
     Raises:
@@ -107,15 +109,12 @@ class _ComponentHook:
         if not self.runtime.active:
             self.runtime.refuse()
         self.runtime.note_fired(self.site)
-        tensor, disguise = rows_of(output, module, self.site, self.runtime)
+        tensor, disguise = rows_of(output, module, self.site, self.runtime, exact=False)
         unit = self.runtime.controls[self.direction].to(tensor.device, tensor.dtype)
         wanted = self.runtime.controls[self.value].to(tensor.device, tensor.dtype)
-        features = tensor.shape[tensor.ndim - unit.ndim :]
-        if features != unit.shape or feature_dims(tensor, self.runtime.batch) < unit.ndim:
-            raise InputError(
-                f"the direction for {self.site!r} has shape {tuple(unit.shape)}, but the module's output has shape "
-                f"{tuple(tensor.shape)}: a direction has the shape of the features, without the batch"
-            )
-        dims = list(range(-unit.ndim, 0))
+        features: int | None = module._hooked_features  # type: ignore[assignment]
+        unit = unit.reshape(placed_shape(unit.shape, tensor, features, self.runtime, self.site, "direction"))
+        # What it does not tell apart, such as the places of a map, has a component each.
+        dims = [dim for dim in range(-unit.ndim, 0) if unit.shape[dim] == tensor.shape[dim]]
         component = (tensor * unit).sum(dims, keepdim=True)
         return with_rows(output, tensor + (wanted - component) * unit, module, disguise)

@@ -52,6 +52,7 @@ class PatchHook:
         self.site = site.name
         self.run = site.run
         self.function = function
+        self.acts_on_states = function is None
         self.keywords = keywords
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:

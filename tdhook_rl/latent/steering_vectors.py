@@ -18,7 +18,9 @@ from tdhook_rl.hooks import Portable, Runtime
 from tdhook_rl.latent.steering_vector import as_vectors
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.paths import Site
-from tdhook_rl.rows import feature_dims, rows_of, with_rows
+from tdhook_rl.rows import explicit, feature_dims, rows_of, with_rows
+from tdhook_rl.states import state_names, state_of, with_state
+from tdhook_rl.vectors import placed_shape
 
 __all__ = ["SteeringVectors"]
 
@@ -31,11 +33,14 @@ class SteeringVectors(Method):
 
     Args:
         vectors: for each module path, the vector to add, of the shape of the module's features; or the
-            TensorDict key of a vector for each row (batch + features). In a multi-agent net the vector is for all
-            agents (features) or one for each (agents + features), with shared parameters and with separate ones.
+            TensorDict key of a vector for each row (batch + features). One number for each channel is added all over
+            the channel's map, for each feature to all tokens. In a multi-agent net the vector is for all agents
+            (features) or one for each (agents + features), with shared parameters and with separate ones.
             A :class:`SteeringVector` alone, or a list of them, knows its path, and may be a value of the mapping.
             A pair of a path and a key, such as ``("0", ("next", "recurrent_state"))``, steers that entry of what a
             ``TensorDictModule`` writes: the state that a recurrent policy carries to its next step.
+            ``("lstm", "h_n")`` steers the last state that an ``nn.LSTM`` (or ``GRU``, ``RNN``) returns, of shape
+            layers + features.
         alpha: the strength, one for all rows. A number becomes the control ``"<name>.alpha"``, which may be changed
             while the policy runs; a TensorDict key gives each row of a batched environment its own (batch-shaped).
         modules_to_steer: for the function form, the module paths.
@@ -49,7 +54,8 @@ class SteeringVectors(Method):
     ``forward``, ``get_dist``, ``log_prob``.
 
     Raises:
-        SiteError: if a path matches nothing, or an entry is not one that the module writes.
+        SiteError: if a path matches nothing, an entry is not one that the module writes, or the network reads only
+            the last state of a recurrent module whose sequence is steered.
         InputError: if a vector does not fit the module's features.
         MissingKeyError: if a per-row key is absent.
 
@@ -105,6 +111,7 @@ class SteeringVectors(Method):
             path, entry = _path_and_entry(steered)
             for site in binder.intervention_sites(path):
                 key = None if entry is None else written_entry(site, entry)
+                state = key in state_names(site.module)
                 name = site.name if key is None else f"{site.name}:{key if isinstance(key, str) else '.'.join(key)}"
                 if isinstance(vector, (str, tuple)):
                     source = _Source(binder.runtime, row=binder.read_row(vector))
@@ -113,7 +120,8 @@ class SteeringVectors(Method):
                 if key is None:
                     binder.on_output(site, AdditionHook(binder.runtime, site.name, source, alpha))
                 else:
-                    binder.on_output(site, EntryAdditionHook(binder.runtime, site.name, source, alpha, key))
+                    kind = StateAdditionHook if state else EntryAdditionHook
+                    binder.on_output(site, kind(binder.runtime, site.name, source, alpha, key))
 
     def _vector_control(self, binder: Binder, path: str, vector: Any) -> str:
         try:
@@ -197,24 +205,22 @@ class AdditionHook:
         if not self.runtime.active:
             self.runtime.refuse()
         self.runtime.note_fired(self.site)
-        value, disguise = rows_of(output, module, self.site, self.runtime)
-        return with_rows(output, self.steered(value), module, disguise)
+        exact = self.alpha.row is not None or self.vector.row is not None
+        value, disguise = rows_of(output, module, self.site, self.runtime, exact)
+        steered = self.steered(value, module._hooked_features)  # type: ignore[arg-type]
+        return with_rows(output, steered, module, disguise)
 
-    def steered(self, value: Tensor) -> Tensor:
-        """The rows after the addition."""
+    def steered(self, value: Tensor, features: int | None) -> Tensor:
+        """The rows after the addition; ``features`` says where the vector belongs (see ``layouts.survey_features``)."""
         vector = self.vector.read(self.site).to(value.device, value.dtype)
         alpha = self.alpha.read(self.site).to(value.device, value.dtype)
         if self.alpha.row is not None:
             alpha = self._per_row(alpha, value)
         if self.vector.row is not None:
-            vector = self._vectors_per_row(vector, value)
-        elif (
-            value.shape[value.ndim - vector.ndim :] != vector.shape
-            or feature_dims(value, self.runtime.batch) < vector.ndim
-        ):
-            raise InputError(
-                f"the steering vector for {self.site!r} has shape {tuple(vector.shape)}, but the module's output has "
-                f"shape {tuple(value.shape)}: a vector has the shape of the features, without the batch"
+            vector = self._vectors_per_row(vector, value, features)
+        else:
+            vector = vector.reshape(
+                placed_shape(vector.shape, value, features, self.runtime, self.site, "steering vector")
             )
         # where, not a product: 0 * inf is NaN, and x + 0 turns -0.0 into 0.0.
         return torch.where(alpha != 0, value + alpha * vector, value)
@@ -231,19 +237,20 @@ class AdditionHook:
             )
         return alpha.reshape(*alpha.shape, *(1,) * (value.ndim - alpha.ndim))
 
-    def _vectors_per_row(self, vectors: Tensor, value: Tensor) -> Tensor:
+    def _vectors_per_row(self, vectors: Tensor, value: Tensor, features: int | None) -> Tensor:
         batch = self.runtime.batch
         if vectors.shape == value.shape or batch is None:
             return vectors
-        features = vectors.shape[len(batch) :]
-        rows = value.shape[: value.ndim - feature_dims(value, batch)]
-        between = value.ndim - len(rows) - len(features)  # agents that share the vector of their row
-        if vectors.shape[: len(batch)] != batch or between < 0 or value.shape[value.ndim - len(features) :] != features:
+        if vectors.shape[: len(batch)] != batch:
             raise InputError(
                 f"the steering vectors {self.vector.row!r} have shape {tuple(vectors.shape)}, but the output of "
                 f"{self.site!r} has shape {tuple(value.shape)}: give each row one vector of the shape of the features"
             )
-        return vectors.reshape(*rows, *(1,) * between, *features)
+        what = f"steering vector {self.vector.row!r} of a row"
+        shape = placed_shape(vectors.shape[len(batch) :], value, features, self.runtime, self.site, what)
+        rows = value.shape[: value.ndim - feature_dims(value, batch)]
+        between = value.ndim - len(rows) - len(shape)  # agents that share the vector of their row
+        return vectors.reshape(*rows, *(1,) * between, *shape)
 
 
 class EntryAdditionHook(AdditionHook):
@@ -268,7 +275,29 @@ class EntryAdditionHook(AdditionHook):
             raise SiteError(
                 f"{self.site!r} did not write {self.key!r}; {nearest(str(self.key), map(str, output.keys(True, True)))}"
             )
-        return output.set(self.key, self.steered(value))
+        # A state, such as (layers, features), has its features last.
+        return output.set(self.key, self.steered(value, module._hooked_features or 0))  # type: ignore[arg-type]
+
+
+class StateAdditionHook(AdditionHook):
+    """The same for the last state that a recurrent module returns beside its sequence."""
+
+    acts_on_states = True
+
+    def __init__(self, runtime: Runtime, site: str, vector: _Source, alpha: _Source, key: str) -> None:
+        super().__init__(runtime, site, vector, alpha)
+        self.key = key
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if not self.runtime.active:
+            self.runtime.refuse()
+        self.runtime.note_fired(self.site)
+        state = state_of(output, self.key)
+        layered = state.ndim == 3  # else the module was given one sequence without a batch
+        rows, back = explicit(state.movedim(0, 1) if layered else state, module, self.runtime)
+        rows = self.steered(rows, 0)
+        rows = rows if back is None else back(rows)
+        return with_state(output, self.key, rows.movedim(1, 0) if layered else rows)
 
 
 def written_entry(site: Site, key: NestedKey) -> NestedKey:
@@ -277,6 +306,13 @@ def written_entry(site: Site, key: NestedKey) -> NestedKey:
     Raises:
         SiteError: if the module is not TensorDict-level, or writes no such entry.
     """
+    if key in state_names(site.module):
+        if site.module._hooked_layout.recurrent:  # type: ignore[union-attr]
+            raise SiteError(
+                f"{site.name!r} is the core of a recurrent module, whose state is an entry of the TensorDict: give the "
+                "path of that module and the key of the state"
+            )
+        return key
     written = getattr(site.module, "out_keys", None)
     if written is None:
         raise SiteError(
