@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import math
+import os
+import re
 import warnings
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +20,9 @@ __all__ = ["FileSink", "LoggerSink", "Sink", "Sinks", "new_folder", "open_wandb"
 
 #: The axis of every curve; on W&B each name prefix gets a step axis of its own, so one prefix is used for all.
 PREFIX = "interp"
+COLUMNS = ("step", "name", "value")
+_STEP = re.compile(r"-?[0-9]{1,30}")
+_VALUE = re.compile(r"-?(?:[0-9]+(?:\.[0-9]*)?(?:e[-+]?[0-9]+)?|inf|nan)")
 
 
 class Sink(Protocol):
@@ -28,34 +36,99 @@ class Sink(Protocol):
 
 
 class FileSink:
-    """Scalars as ``step,name,value`` lines; each call is flushed, so that a stopped run leaves all it measured."""
+    """Scalars as ``step,name,value`` lines; each call is written at once, so that a stopped run leaves all it measured.
+
+    Where the disk is full, what cannot be written is left out, whole; a warning says so once, and the log goes on as
+    soon as there is room.
+
+    Args:
+        path: a new file.
+
+    Raises:
+        ArtifactError: if it exists already, or cannot be written.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._told = False
         try:
-            self._file = self.path.open("x", newline="")
+            self._file = self.path.open("xb", buffering=0)
         except FileExistsError:
             raise ArtifactError(f"{self.path} exists already: another run is not overwritten") from None
         except OSError as error:
             raise ArtifactError(f"cannot write {self.path}: {error.strerror}") from error
-        self._writer = csv.writer(self._file)
-        self._writer.writerow(["step", "name", "value"])
-        self._file.flush()
+        try:
+            self._write(f"{','.join(COLUMNS)}\n")
+        except OSError as error:
+            self._file.close()
+            self.path.unlink(missing_ok=True)
+            raise ArtifactError(f"cannot write {self.path}: {error.strerror}") from error
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self._writer.writerows([step, name, value] for name, value in metrics.items())
-        self._file.flush()
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Write scalars; as of :func:`scalars`."""
+        text = io.StringIO()
+        number, values = scalars(metrics, step)
+        csv.writer(text, lineterminator="\n").writerows([number, name, repr(value)] for name, value in values.items())
+        try:
+            self._write(text.getvalue())
+        except OSError as error:
+            if not self._told:
+                self._told = True
+                warnings.warn(
+                    f"{self.path} cannot be written ({error.strerror}): what is measured from step {number} on is not "
+                    "in it, until there is room",
+                    stacklevel=2,
+                )
+
+    def _write(self, text: str) -> None:
+        """Write all of a text or, as far as that is possible, nothing of it."""
+        start = os.fstat(self._file.fileno()).st_size
+        content = memoryview(text.encode())
+        try:
+            while len(content):
+                content = content[self._file.write(content) or 0 :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(start)
+                self._file.seek(start)
+            raise
 
     def close(self) -> None:
+        """Finish; what was logged stays readable."""
         self._file.close()
 
     @staticmethod
     def read(path: str | Path) -> dict[str, list[tuple[int, float]]]:
-        """The curves of a log file: ``(step, value)`` pairs by name."""
+        """The curves of a log file: ``(step, value)`` pairs by name.
+
+        Lines that were cut (a full disk, a run that was killed while it wrote) are left out with one warning: a number
+        that was cut is another number.
+
+        Raises:
+            ArtifactError: if there is no such file, or it is no log.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ArtifactError(f"there is no log {path}")
         curves: dict[str, list[tuple[int, float]]] = {}
-        with Path(path).open(newline="") as file:
-            for row in csv.DictReader(file):
-                curves.setdefault(row["name"], []).append((int(row["step"]), float(row["value"])))
+        odd: list[int] = []
+        try:
+            with path.open("rb") as file:
+                for number, line in enumerate(file, start=1):
+                    row = _fields(line)
+                    if number == 1:
+                        _require_log(path, line, row)
+                        odd += [] if row is not None else [number]
+                    elif row is None or (entry := _entry(row)) is None:
+                        odd.append(number)
+                    else:
+                        curves.setdefault(row[1], []).append(entry)
+        except OSError as error:
+            raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
+        if odd:
+            shown = ", ".join(map(str, odd[:5])) + (", ..." if len(odd) > 5 else "")
+            lines = f"line {shown} was" if len(odd) == 1 else f"{len(odd)} lines ({shown}) were"
+            warnings.warn(f"of {path} {lines} cut and left out; the rest is read", stacklevel=2)
         return curves
 
 
@@ -65,9 +138,11 @@ class LoggerSink:
     def __init__(self, logger: Any) -> None:
         self.logger = logger
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        finite = {f"{PREFIX}/{name}": value for name, value in metrics.items() if math.isfinite(value)}
-        self.logger.log_metrics(finite, step=step)
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Log what is finite; as of :func:`scalars`."""
+        number, values = scalars(metrics, step)
+        finite = {f"{PREFIX}/{name}": value for name, value in values.items() if math.isfinite(value)}
+        self.logger.log_metrics(finite, step=number)
 
     def close(self) -> None:
         finish = getattr(getattr(self.logger, "experiment", None), "finish", None)
@@ -81,10 +156,12 @@ class Sinks:
     def __init__(self, *sinks: Sink | None) -> None:
         self._sinks = [sink for sink in sinks if sink is not None]
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Log with each sink; as of :func:`scalars`, whose errors are the caller's."""
+        number, values = scalars(metrics, step)
         for sink in list(self._sinks):
             try:
-                sink.log(metrics, step)
+                sink.log(values, number)
             except Exception as error:
                 if isinstance(sink, FileSink):
                     raise
@@ -97,6 +174,67 @@ class Sinks:
                 sink.close()
             except Exception as error:
                 warnings.warn(f"{type(sink).__name__} did not close cleanly ({error})")
+
+
+def scalars(metrics: Mapping[str, Any], step: Any) -> tuple[int, dict[str, float]]:
+    """The step, and the metrics as numbers: numbers, and tensors and arrays of one element.
+
+    Raises:
+        InputError: that names what is no number, or no name.
+
+    Example:
+        >>> import torch
+        >>> scalars({"loss": torch.tensor([0.25])}, 3)
+        (3, {'loss': 0.25})
+    """
+    found = {}
+    for name, value in metrics.items():
+        if not isinstance(name, str) or not name or set(name) & set("\n\r\0"):
+            raise InputError(f"a metric is named by a text of one line, not by {name!r}")
+        found[name] = _number(value, f"the metric {name!r}")
+    number = _number(step, "the step")
+    if not number.is_integer():
+        raise InputError(f"the step is a whole number, got {step!r}")
+    return int(step), found
+
+
+def _number(value: Any, what: str) -> float:
+    original = value
+    if hasattr(value, "numel") or hasattr(value, "size"):  # tensors and arrays
+        count = value.numel() if callable(getattr(value, "numel", None)) else value.size
+        if count != 1:
+            raise InputError(
+                f"{what} is a {type(value).__name__} of shape {tuple(value.shape)}: log a number, such as its mean"
+            )
+        value = value.item()
+    try:
+        if isinstance(value, Real):
+            return float(value)
+    except OverflowError:
+        pass
+    raise InputError(f"{what} is {str(original)[:80]!r} ({type(original).__name__}), which is no number")
+
+
+def _fields(line: bytes) -> list[str] | None:
+    """The fields of a line; ``None`` for one without an end, or that is no text."""
+    try:
+        if not line.endswith((b"\n", b"\r")) or b"\0" in line:
+            return None
+        return next(csv.reader([line.decode()]), None)
+    except (UnicodeDecodeError, csv.Error):
+        return None
+
+
+def _entry(row: list[str]) -> tuple[int, float] | None:
+    if len(row) != 3 or not _STEP.fullmatch(row[0]) or not row[1] or not _VALUE.fullmatch(row[2]):
+        return None
+    return int(row[0]), float(row[2])
+
+
+def _require_log(path: Path, line: bytes, row: list[str] | None) -> None:
+    header = ",".join(COLUMNS).encode()
+    if row != list(COLUMNS) and not (row is None and header.startswith(line)):
+        raise ArtifactError(f"{path} is no log: it does not begin with {header.decode()!r}")
 
 
 def open_wandb(folder: str | Path, name: str, config: Mapping[str, Any], mode: str = "offline") -> LoggerSink | None:
