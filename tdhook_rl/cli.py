@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +18,57 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status (1 for an error that has a message, 130 for Ctrl-C)."""
+    """Run a command; returns the exit status (1 for an error that has a message, 130 for Ctrl-C).
+
+    As a program, Ctrl-C ends it in one line wherever it is: while packages are imported, workers start, or at its end.
+    """
+    stop = _Stop()
+    try:
+        with stop:
+            return _run(arguments)
+    except BaseException as error:
+        # What is interrupted may end in an error of its own: an import, a library's loop.
+        if not (stop.requested or isinstance(error, KeyboardInterrupt)) or isinstance(error, SystemExit):
+            raise
+        print("tdhook-rl: stopped", file=sys.stderr)
+        if arguments is None:
+            _leave()
+        return 130
+
+
+class _Stop:
+    """Notes whether Ctrl-C was pressed, and otherwise leaves it as it is."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: Any = None
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._note)
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.requested = True
+        raise KeyboardInterrupt
+
+
+def _leave() -> None:
+    """End the program here: what was half imported and half started would complain on the way out."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    children = sys.modules.get("multiprocessing")
+    for child in children.active_children() if children is not None else ():
+        child.kill()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(130)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     from tdhook_rl.errors import TdhookError
 

@@ -28,7 +28,7 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.examples.agent import FC2, PPO, make_actor, make_critic
 from tdhook_rl.examples.steer_at_eval import contrast
 from tdhook_rl.report import Sinks
-from tdhook_rl.rollout import EPISODE, GroupSplit, OnlineProbe, ignore_interrupts
+from tdhook_rl.rollout import EPISODE, GroupSplit, OnlineProbe, ignore_interrupts, starting_workers
 from tdhook_rl.sweeps import DoseResponse, SteeringVector, dose_response, first_episode
 
 __all__ = ["Findings", "Settings", "outcomes", "run"]
@@ -169,7 +169,8 @@ def _collector(settings: Settings, policy: ProbabilisticActor) -> Any:
         partial(_worker_env, batch_size=[share], seed=settings.seed * 1000 + worker)
         for worker in range(settings.workers)
     ]
-    return MultiSyncCollector(makers, policy, cat_results=0, **common)
+    with starting_workers():
+        return MultiSyncCollector(makers, policy, cat_results=0, **common)
 
 
 def _worker_env(**options: Any) -> CueCorners:

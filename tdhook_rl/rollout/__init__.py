@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tdhook_rl.rollout.diagnostics import NetworkDiagnostics
 from tdhook_rl.rollout.guarded import Guarded
-from tdhook_rl.rollout.interrupts import Interruptible, ignore_interrupts
+from tdhook_rl.rollout.interrupts import Interruptible, ignore_interrupts, starting_workers
 from tdhook_rl.rollout.live_controls import set_controls
 from tdhook_rl.rollout.online_probe import OnlineProbe
 from tdhook_rl.rollout.splits import EPISODE, GroupSplit
@@ -40,6 +40,7 @@ __all__ = [
     "check",
     "ignore_interrupts",
     "set_controls",
+    "starting_workers",
     "summarise",
 ]
 

@@ -12,6 +12,7 @@ from typing import Any
 from tensordict import TensorDict, TensorDictBase
 
 from tdhook_rl.rollout.dry_run import Watch, env_options, first_line, fresh_env
+from tdhook_rl.rollout.interrupts import starting_workers
 
 __all__ = ["Collecting", "replica"]
 
@@ -62,7 +63,8 @@ class Collecting:
         what = f"{self.workers} worker{'s' * (self.workers > 1)} of {name}" if self.workers else name
         watch.waiting_for = f"the start of {what}"
         given = {"policy": trial} if factory is None else {"policy_factory": factory}
-        collector = self.kind(made, **given, **arguments)
+        with starting_workers():
+            collector = self.kind(made, **given, **arguments)
         try:
             frames = iter(collector)
             for index in range(2 + self.random):

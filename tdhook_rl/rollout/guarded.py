@@ -16,7 +16,7 @@ from torch import nn
 
 from tdhook_rl.errors import InputError, WorkerError, nearest
 from tdhook_rl.module import HookedMixin
-from tdhook_rl.rollout.workers import Caller, Worker, descendants, end, inner_collector, workers_of
+from tdhook_rl.rollout.workers import Caller, Worker, descendants, end, inner_collector, is_ending, workers_of
 
 __all__ = ["Guarded"]
 
@@ -60,7 +60,9 @@ class Guarded:
         self._actors = list(getattr(collector, "remote_collectors", ()))
         self._known: dict[int, Worker] = {}
         self._children: set[tuple[int, str]] = set()
-        self._caller = Caller(self._name, lambda: workers_of(self.collector))
+        self._caller = Caller(
+            self._name, lambda: workers_of(self.collector), lambda: self._closed or is_ending(self.collector)
+        )
         self._closed = False
         self._left_at: list[InteractionType | None] = []  # the exploration type when a call was left waiting
         self._note_workers()

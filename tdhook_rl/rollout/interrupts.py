@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-__all__ = ["Interruptible", "ignore_interrupts"]
+__all__ = ["Interruptible", "ignore_interrupts", "starting_workers"]
 
 
 class Interruptible:
@@ -45,6 +47,23 @@ class Interruptible:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+
+
+@contextmanager
+def starting_workers() -> Iterator[None]:
+    """Processes that are started in the block never see Ctrl-C, from their first moment on.
+
+    A terminal sends it to every process of a program, and one that is still importing its packages answers with a
+    traceback. Here it is noted, and acts when the block ends.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # pragma: no cover  (not on Windows)
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def ignore_interrupts() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tdhook_rl.errors import InputError, WorkerError
 from tdhook_rl.module import HookedMixin
 from tdhook_rl.rollout.guarded import Guarded
-from tdhook_rl.rollout.workers import Caller, inner_collector, workers_of
+from tdhook_rl.rollout.workers import Caller, inner_collector, is_ending, workers_of
 
 __all__ = ["set_controls"]
 
@@ -52,7 +52,7 @@ def set_controls(collector: Any, values: Mapping[str, Any], *, timeout: float = 
         >>> policy.controls["steering.alpha"]
         tensor(0.5000)
     """
-    caller = Caller(type(collector).__name__, lambda: workers_of(collector))
+    caller = Caller(type(collector).__name__, lambda: workers_of(collector), lambda: is_ending(collector))
     if isinstance(collector, Guarded):
         caller, collector = collector._caller, collector.collector
     told = {name: torch.as_tensor(value).detach().cpu() for name, value in values.items()}

@@ -15,7 +15,7 @@ from typing import Any
 
 from tdhook_rl.errors import WorkerError
 
-__all__ = ["Caller", "Worker", "descendants", "end", "inner_collector", "workers_of"]
+__all__ = ["Caller", "Worker", "descendants", "end", "inner_collector", "is_ending", "workers_of"]
 
 #: Seconds between two looks at the workers while a call is under way.
 POLL = 0.05
@@ -36,12 +36,21 @@ class Worker:
         except ValueError:  # TorchRL closes the process objects of workers that it has ended
             return "was ended"
 
-    def failed(self) -> bool:
-        """Whether it ended by itself: not by returning, and not because its collector ended it."""
+    def failed(self, ending: bool) -> bool:
+        """Whether it ended by itself: not by returning, and not because its collector ended it.
+
+        Args:
+            ending: whether its collector ends its workers now, which it does by SIGTERM.
+        """
         try:
-            return self.process.exitcode not in (None, 0, -signal.SIGTERM)
+            code = self.process.exitcode
         except ValueError:
             return False
+        return code not in (None, 0) and not (ending and code in (-signal.SIGTERM, -signal.SIGKILL))
+
+    def stopped(self) -> bool:
+        """Whether it was stopped (SIGSTOP, Ctrl-Z) and waits to be continued; where there is no ``/proc``, no."""
+        return _stat(self.pid)[:1] in (["T"], ["t"])
 
     def __str__(self) -> str:
         return f"{self.name} (process {self.pid})"
@@ -79,6 +88,13 @@ def workers_of(collector: Any) -> list[Worker]:
     return workers
 
 
+def is_ending(collector: Any) -> bool:
+    """Whether a collector has begun to shut down, so that it ends its workers itself."""
+    collector = inner_collector(collector)
+    env = collector.__dict__.get("env")
+    return any(getattr(one, name, False) is True for one in (collector, env) for name in ("closed", "is_closed"))
+
+
 def inner_collector(collector: Any) -> Any:
     """The collector inside an ``Evaluator``, where it has been made already; any other collector itself."""
     backend = getattr(collector, "_backend", None)
@@ -94,14 +110,19 @@ class Caller:
     Args:
         name: what is called, for messages.
         workers: lists the workers at the time of asking.
+        ending: says whether the collector ends them itself.
     """
 
     #: Seconds in which a collector may notice by itself that a worker has returned.
     GRACE = 3.0
 
-    def __init__(self, name: str, workers: Callable[[], Sequence[Worker]]) -> None:
+    def __init__(
+        self, name: str, workers: Callable[[], Sequence[Worker]], ending: Callable[[], bool] = lambda: False
+    ) -> None:
         self._name = name
         self._workers = workers
+        self._ending = ending
+        self._known: dict[int, Worker] = {}  # TorchRL forgets workers that it has ended
         self._calls: SimpleQueue[tuple[Callable[[], Any], list[Any], threading.Event]] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -130,7 +151,14 @@ class Caller:
             self.check(failed_only=gone < self.GRACE)
             gone = gone + POLL if any(worker.ended() for worker in self._workers()) else 0.0
             if time.monotonic() - start > timeout:
-                alive = [str(worker) for worker in self._workers() if worker.ended() is None]
+                living = [worker for worker in self._workers() if worker.ended() is None]
+                stopped = [str(worker) for worker in living if worker.stopped()]
+                if stopped:
+                    raise WorkerError(
+                        f"{self._name} did not bring {what} within {timeout:g} s: {', '.join(stopped)} was stopped "
+                        "(SIGSTOP) and not continued"
+                    )
+                alive = [str(worker) for worker in living]
                 raise WorkerError(
                     f"{self._name} did not bring {what} within {timeout:g} s"
                     f"{' although ' + ', '.join(alive) + ' live' if alive else ''}: a worker waits for something, or "
@@ -139,17 +167,27 @@ class Caller:
         result, error = outcome
         if error is None:
             return result
-        failed = next((worker for worker in self._workers() if worker.failed()), None)
-        if failed is not None:
-            raise self._death(failed) from error
+        if isinstance(error, Exception):
+            # An error of another kind may have made the collector end its workers.
+            failed = self._failed(self._ending() and not _is_of_a_death(error))
+            if failed is not None:
+                raise self._death(failed) from error
         raise error
 
     def check(self, failed_only: bool = False) -> None:
         """Raise :class:`WorkerError` if a worker has ended; the one that failed by itself is named first."""
+        # The exit codes before the question: whoever begins to end its workers says so before it does.
         ended = [worker for worker in self._workers() if worker.ended() is not None]
-        failed = next((worker for worker in ended if worker.failed()), None)
+        failed = self._failed(self._ending()) if ended else None
         if failed is not None or (ended and not failed_only):
             raise self._death(failed or ended[0])
+
+    def _failed(self, ending: bool) -> Worker | None:
+        """A worker that ended by itself: rather one that TorchRL has not closed afterwards."""
+        self._known |= {worker.pid: worker for worker in self._workers()}
+        failed = [worker for worker in self._known.values() if worker.failed(ending)]
+        # One that was killed by another signal, or ended with an error, was not ended by the collector.
+        return next((one for one in failed if one.failed(ending=True)), failed[0] if failed else None)
 
     def _death(self, worker: Worker) -> WorkerError:
         return WorkerError(f"{worker} of {self._name} {worker.ended()}; the collector cannot go on without it")
@@ -162,6 +200,12 @@ class Caller:
             except BaseException as error:
                 outcome.extend((None, error))
             done.set()
+
+
+def _is_of_a_death(error: Exception) -> bool:
+    """Whether an error is what TorchRL meets when a worker is gone."""
+    words = ("process failed", "process object is closed")
+    return isinstance(error, (EOFError, ConnectionError)) or any(one in str(error) for one in words)
 
 
 def end(workers: Iterable[Worker], children: Iterable[tuple[int, str]] = (), patience: float = 2.0) -> None:
