@@ -129,11 +129,11 @@ class OnlineProbe:
                 groupings=len(self.split.groupings),
             )  # fmt: skip
         concept = self._concept
-        labels = labels.reshape(batch.numel(), -1)
+        labels = labels.reshape(batch.numel(), math.prod(labels.shape[len(batch) :]))
         labels = labels if concept.main == "r2" or labels.shape[1] > 1 else labels[:, 0]
         codes = [code.reshape(-1).cpu() for code in self.split.groups(data)]
         train, held = ((mask.cpu() & usable).reshape(-1) for mask in self.split(data))
-        features = features.reshape(-1, features.shape[-1])
+        features = features.reshape(batch.numel(), features.shape[-1])
         # Both are looked at before anything is learnt, so that an error leaves the sums as they were.
         of_train, of_held = concept.checked(labels[train]), concept.checked(labels[held])
         concept.decay(self.decay)
@@ -214,7 +214,8 @@ class OnlineProbe:
         labels = labels.detach()
         usable = torch.isfinite(features).all(-1).cpu()
         if labels.is_floating_point():
-            usable &= torch.isfinite(labels.reshape(*batch, -1) if labels.numel() else labels).all(-1).cpu()
+            known = torch.isfinite(labels)
+            usable &= (known.flatten(len(batch)).all(-1) if labels.ndim > len(batch) else known).cpu()
         masks = [("collector", "mask")]
         masks += [("computed", key[0]) for key in (self.features, self.label) if isinstance(key, tuple)]
         for key in masks:

@@ -81,6 +81,8 @@ class GroupSplit:
             if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
                 found = value.dtype if isinstance(value, Tensor) else type(value).__name__
                 raise InputError(f"the split groups rows by {key!r}, which is {found}: groups are integers")
+            if value.shape[: len(data.batch_size)] != data.batch_size:
+                raise InputError(f"the split groups rows by {key!r}, {tuple(value.shape)}: give each row its group")
             for column in row_vectors(value, data.batch_size).long().unbind(-1):
                 code = _mix(code ^ _mix(column.to(code.device) + 1))
         return code

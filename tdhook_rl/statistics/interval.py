@@ -101,11 +101,11 @@ def limits(
             given.
         words: as of :class:`Interval`.
     """
-    from scipy import stats
+    from scipy import special
 
     known = {"confidence": confidence, "groups": int(groups), "rows": float(rows), "words": words}
     if bounds is None:
-        reach = stats.t.ppf(0.5 + confidence / 2, freedom) * math.sqrt(variance)
+        reach = _t(confidence, freedom) * math.sqrt(variance)
         return Interval(estimate=estimate, low=estimate - reach, high=estimate + reach, method="t by group", **known)
     lowest, highest = bounds
     share = min(max((estimate - lowest) / (highest - lowest), 0.0), 1.0)
@@ -115,14 +115,21 @@ def limits(
         effective = float(groups if alike is None else alike)  # each group says the same: as if it were one row
     else:
         effective = spread / scaled if scaled > spread / rows else float(rows)
-        effective *= (stats.norm.ppf(0.5 + confidence / 2) / stats.t.ppf(0.5 + confidence / 2, freedom)) ** 2
+        effective *= (special.ndtri(0.5 + confidence / 2) / _t(confidence, freedom)) ** 2
     hits, tail = share * effective, (1 - confidence) / 2
-    low = 0.0 if share <= 0 else float(stats.beta.ppf(tail, hits, effective - hits + 1))
-    high = 1.0 if share >= 1 else float(stats.beta.ppf(1 - tail, hits + 1, effective - hits))
+    low = 0.0 if share <= 0 else float(special.betaincinv(hits, effective - hits + 1, tail))
+    high = 1.0 if share >= 1 else float(special.betaincinv(hits + 1, effective - hits, 1 - tail))
     return Interval(
         estimate=estimate, low=lowest + low * (highest - lowest), high=lowest + high * (highest - lowest),
         method="t by group, within bounds", **known,
     )  # fmt: skip
+
+
+def _t(confidence: float, freedom: float) -> float:
+    """The quantile of Student's distribution that a two-sided interval reaches to."""
+    from scipy import special
+
+    return float(special.stdtrit(freedom, 0.5 + confidence / 2))
 
 
 def array(values: Any, name: str) -> np.ndarray:
