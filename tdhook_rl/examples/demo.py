@@ -219,7 +219,7 @@ def _examine(
             scores = probe.update(seen)
             found.probes.setdefault(name, {})[network] = scores["accuracy"]
             if network == "trained":
-                probe.probe.facts.update(scores)
+                probe.probe.facts.update({key: value for key, value in scores.items() if value == value})
                 probe.probe.save(folder / f"probe_{name}")
 
 

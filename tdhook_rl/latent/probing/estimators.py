@@ -35,9 +35,11 @@ class _Scale:
         spread = (wide - mean).square().mean(0).sqrt()
         eps = torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
         constant = spread <= (0.5 * eps * mean.abs()).clamp_min(torch.finfo(wide.dtype).tiny)
-        # Without an intercept a constant feature is one: it stays.
-        spread = torch.where(constant, torch.inf if centred else mean.abs().clamp_min(1e-12), spread)
-        return cls(mean if centred else torch.zeros_like(mean), spread)
+        if centred:
+            return cls(mean, torch.where(constant, torch.inf, spread))
+        # Without an intercept it is the size that counts, and a constant feature may serve as one.
+        size = wide.square().mean(0).sqrt()
+        return cls(torch.zeros_like(mean), torch.where(size > 0, size, torch.inf))
 
     @classmethod
     def none(cls, like: Tensor) -> _Scale:
@@ -57,9 +59,10 @@ class _Scale:
 class TorchEstimator:
     """Base of the estimators; a subclass defines :meth:`scores`, and :meth:`initial` for other weights.
 
-    Inputs (and the values of a regression) are standardised inside, by the rows of ``fit``: each feature is divided by
-    its standard deviation and, with an intercept, taken about its mean. Steps of one size then suit features of every
-    offset and scale. A feature that is constant in ``fit`` counts for nothing.
+    Inputs (and the values of a regression) are standardised inside, by the rows of ``fit``: each feature is taken about
+    its mean and divided by its standard deviation. Steps of one size then suit features of every offset and scale. A
+    feature that is constant in ``fit`` counts for nothing. Without an intercept, features are divided by their root
+    mean square instead.
 
     Args:
         widths: of each input; ``None`` for any.
