@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import warnings
 
 import numpy as np
@@ -117,7 +119,7 @@ def test_a_score_that_cannot_be_had_says_why_once() -> None:
         assert math.isnan(found["auc"])
         assert one.probe is not None
     everything = probe(split=GroupSplit("episode", held_out=0.999999))
-    with pytest.warns(UserWarning, match="training rows hold no row of class 0, 1"):
+    with pytest.warns(UserWarning, match="there was no training row"):
         everything.update(batch(x, labels))
 
 
@@ -256,6 +258,16 @@ def test_rows_that_are_padding_or_not_computed_count_for_nothing() -> None:
     assert found == pytest.approx(expected, nan_ok=True)
 
 
+def test_modes_may_change_and_probes_travel() -> None:
+    one = probe(decay=0.5)
+    data = batch(torch.randn(200, 3), torch.randint(2, (200,)))
+    with torch.inference_mode():
+        one.update(batch(torch.randn(200, 3), torch.randint(2, (200,)), first=500))
+    copies = [copy.deepcopy(one), pickle.loads(pickle.dumps(one))]
+    found = one.update(data)
+    assert all(other.update(data) == pytest.approx(found, nan_ok=True) for other in copies)
+
+
 def test_an_error_leaves_the_sums_as_they_were() -> None:
     one = probe()
     data = batch(torch.randn(200, 3), torch.randint(2, (200,)))
@@ -264,6 +276,9 @@ def test_an_error_leaves_the_sums_as_they_were() -> None:
     for wrong in (data.clone().set("y", data["y"] + 1), data.exclude("episode"), data.exclude("f")):
         with pytest.raises((InputError, MissingKeyError)):
             one.update(wrong)
+    for other in (batch(torch.randn(200, 4), data["y"]), batch(data["f"], torch.stack([data["y"]] * 2, 1))):
+        with pytest.raises(InputError, match="before, and has"):
+            one.update(other)
     assert torch.equal(one.statistics.count, count)
     assert one.scores["accuracy"].estimate == found["accuracy"]
     nothing = quietly(one, data[:0])

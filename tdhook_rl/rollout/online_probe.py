@@ -101,6 +101,7 @@ class OnlineProbe:
         self.scores: dict[str, Interval] = {}
         self.words = ""
         self._concept: Concept | None = None
+        self._widths: tuple[int, int] | None = None
         self._said: set[str] = set()
 
     @property
@@ -121,6 +122,11 @@ class OnlineProbe:
             MissingKeyError: if the activation, the label or a group is absent.
             InputError: for labels or activations of another shape or type than before, or classes out of range.
         """
+        # Sums that were made in inference mode could not be added to outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._update(data)
+
+    def _update(self, data: TensorDictBase) -> dict[str, float]:
         batch = data.batch_size
         features, labels, usable = self._entries(data)
         if self._concept is None:
@@ -130,6 +136,13 @@ class OnlineProbe:
             )  # fmt: skip
         concept = self._concept
         labels = labels.reshape(batch.numel(), math.prod(labels.shape[len(batch) :]))
+        widths = features.shape[-1], labels.shape[1]
+        self._widths = self._widths or widths
+        if widths != self._widths:
+            raise InputError(
+                f"a row had {self._widths[0]} features and {self._widths[1]} labels before, and has {widths[0]} and "
+                f"{widths[1]} in this batch: another module or concept takes a probe of its own"
+            )
         labels = labels if concept.main == "r2" or labels.shape[1] > 1 else labels[:, 0]
         codes = [code.reshape(-1).cpu() for code in self.split.groups(data)]
         train, held = ((mask.cpu() & usable).reshape(-1) for mask in self.split(data))
@@ -145,7 +158,7 @@ class OnlineProbe:
                 concept.judge(self.probe, features[held], of_held, [code[held] for code in codes])
             if bool(train.any()):
                 trained = concept.train_score(self.probe, features[train], of_train)
-        self._find(concept)
+        self._find(concept, any_training=bool(train.any()))
         main = self.scores[concept.main]
         counts = {"train_rows": train, "held_out_rows": held, "dropped_rows": ~usable}
         found = {
@@ -177,11 +190,15 @@ class OnlineProbe:
         controls.update_(self.probe.controls(name))
         return True
 
-    def _find(self, concept: Concept) -> None:
+    def _find(self, concept: Concept, any_training: bool) -> None:
         """The scores as they are now, and words about them; a score that cannot be had is told once."""
         self.scores = concept.found()
         main = self.scores[concept.main]
         words = list(concept.words)
+        if self.probe is None and not any_training:
+            words = [
+                "there is no probe yet, as there was no training row: every group of them was held out or left out"
+            ]
         if main.words and not math.isnan(main.estimate):
             words.append(main.words)
         self.words = "; ".join(words)
