@@ -12,6 +12,7 @@ from tdhook_rl.cli import main
 from tdhook_rl.errors import ArtifactError, InputError
 from tdhook_rl.experiments import COLUMNS, EXPERIMENTS, RECIPES, SEEDS, Check, Findings, experiment, load, make
 from tdhook_rl.experiments import checkpoints as shipped
+from tdhook_rl.experiments.findings import share
 from tdhook_rl.experiments.training import train, untrained
 
 
@@ -49,6 +50,10 @@ def test_a_check_reads_its_limits() -> None:
     row = Check("x", 1.23456e-5, high=1.0, beside="y").row
     assert row == ("x", "1.2e-05", "at most 1", "y", "yes")
     assert len(row) == len(COLUMNS)
+    estimated = Check("x", share(0.9, 50), low=0.95)
+    assert estimated.figure == 0.9
+    assert not estimated.met  # an interval that reaches the limit is no excuse, but it is shown
+    assert estimated.row[1].startswith("0.900 (0.78")
 
 
 # ---------------------------------------------------------------------- agents
