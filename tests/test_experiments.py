@@ -53,7 +53,7 @@ def test_a_check_reads_its_limits() -> None:
     estimated = Check("x", share(0.9, 50), low=0.95)
     assert estimated.figure == 0.9
     assert not estimated.met  # an interval that reaches the limit is no excuse, but it is shown
-    assert estimated.row[1].startswith("0.900 (0.78")
+    assert estimated.row[1].startswith("0.900 (0.776 to 0.968)")
 
 
 # ---------------------------------------------------------------------- agents

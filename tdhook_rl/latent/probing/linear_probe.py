@@ -150,7 +150,7 @@ class LinearProbe:
         concept = facts.get("probe_concept", "classes")
         facts = {name: facts[name] for name in facts if name not in ("probe_kind", "module_path", "probe_concept")}
         try:
-            return cls(weight=weight, bias=bias.to(weight.dtype), kind=kind, path=module, facts=facts, concept=concept)
+            return cls(weight=weight, bias=bias, kind=kind, path=module, facts=facts, concept=concept)
         except InputError as error:
             raise ArtifactError(f"{path} is no probe: {error}") from None
 
