@@ -16,7 +16,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchrl.modules import ConvNet, NormalParamExtractor
+from torchrl.modules import ConvNet, NormalParamExtractor, ProbabilisticActor, TanhDelta
 from torchrl.modules.models.models import DuelingMlpDQNet
 
 from tdhook_rl import LRP, Compose, SteeringVectors
@@ -337,6 +337,30 @@ def test_own_rules_and_layers_of_torch_without_one() -> None:
     for layer in (nn.GRU(W, W), nn.MultiheadAttention(W, 2), nn.LayerNorm(W), nn.TransformerEncoderLayer(W, 2)):
         with pytest.raises(SiteError, match="no rule for the module"):
             LRP().prepare(nn.Sequential(layer)).__enter__()
+
+
+CUT: dict[str, Callable[[Block, Tensor], Tensor]] = {
+    "detach": lambda net, x: net.lin(x) + (2 * x).detach()[:, :],
+    "no_grad": lambda net, x: net.lin(x) - torch.no_grad()(lambda: net.other(x) * 2)(),
+    "straight through": lambda net, x: x + (x.round() - x).detach(),
+    "sign": lambda net, x: net.lin(x).add_(torch.sign(x)),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_a_share_that_is_cut_off_from_the_inputs_is_said(name: str) -> None:
+    net = nn.Sequential(Block(CUT[name]), nn.Linear(W, 1)).double()
+    with LRP().prepare(net) as hooked, pytest.warns(UserWarning, match=r"'0' \(Block\) adds a value .* cut off"):
+        hooked(TensorDict({"input": torch.randn(3, W, dtype=F64)}, batch_size=3))
+
+
+def test_a_squashed_deterministic_action() -> None:
+    net = nn.Sequential(nn.Linear(W, 8, bias=False), nn.ReLU(), nn.Linear(8, 2, bias=False)).double()
+    module = TensorDictModule(net, in_keys=["observation"], out_keys=["param"])
+    actor = ProbabilisticActor(module, in_keys=["param"], distribution_class=TanhDelta)
+    with LRP(rule_mapper=exact()).prepare(actor) as hooked:
+        data = hooked.annotate(actor(TensorDict({"observation": torch.randn(5, W, dtype=F64)}, batch_size=5)))
+    torch.testing.assert_close(data["attr", "observation"].sum(-1), data["action"].sum(-1))
 
 
 def test_under_vmap_it_is_refused() -> None:

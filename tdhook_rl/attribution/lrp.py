@@ -137,8 +137,7 @@ class _BoundLRP(BoundAttribution):
     ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
         runtime, inputs, sites = self._state.runtime, explained.inputs, explained.leaves
         points: list[Tensor] = []  # of the pass: the replayed inputs
-        own = lambda: [*points, *(runtime.slots[slot] for slot in runtime.leaves if slot in runtime.slots)]  # noqa: E731
-        graph = Graph(own, (ShareOut, ShareByFunction))
+        graph = Graph(points, runtime, (ShareOut, ShareByFunction))
         functions = self._functions(graph) if by_function else None
         watch.begin(graph, None if functions is None else functions.names)
         self._state.begin(functions)

@@ -7,6 +7,7 @@ product of two tensors that depend on the inputs, is refused where relevance wou
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -67,22 +68,33 @@ class FunctionRules(TorchFunctionMode):
         self.weights = weights
         self.weight_rule = weight_rule
         self.epsilon = epsilon
+        # What depends on the inputs by a path that no gradient takes, by identity.
+        self._cut: dict[int, Tensor] = {}
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.state.ruled or self.state.inside or not torch.is_grad_enabled() or vmap_level() >= 0:
+        if self.state.ruled or self.state.inside or vmap_level() >= 0:
             return function(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return self.note_cut(function(*args, **kwargs), args, kwargs)
         called = operation(function, args, kwargs)
         if called.kind is Kind.MOVES:
             found = function(*args, **kwargs)
             if called.in_place and isinstance(args[0], Tensor):
                 self.graph.approve(args[0])
+            elif called.name == "index_put":
+                self.graph.approve(found)
+            if self._cut or called.name in ("detach", "data"):
+                self.note_cut(found, args, kwargs)
             return found
         carriers = [value for value in _tensors(args, kwargs) if self.graph.carries(value)]
         if not carriers:
-            return function(*args, **kwargs)
+            found = function(*args, **kwargs)
+            return self.note_cut(found, args, kwargs) if self._cut else found
         if called.kind is Kind.STEPS and not called.in_place:
-            return function(*args, **kwargs).detach()
+            return self.note_cut(function(*args, **kwargs).detach(), args, kwargs)
+        if called.kind is Kind.LINEAR and self._cut:
+            self._warn_of_cut(args, kwargs)
         share = self._rule(called, args, kwargs, carriers)
         if share is None:
             return self._refused(function, called, args, kwargs)
@@ -113,6 +125,28 @@ class FunctionRules(TorchFunctionMode):
         if kind is Kind.WEIGHTED and one and carriers[0] is (args[0] if args else kwargs.get("input")):
             return self._weighted
         return self._linear if kind in (Kind.WEIGHTED, Kind.MULTILINEAR) and one else None
+
+    # ------------------------------------------------------------------ what no gradient reaches
+
+    def note_cut(self, found: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Note a result that has no gradient though it was computed from what is explained."""
+        if isinstance(found, Tensor) and found.is_floating_point() and not found.requires_grad:
+            values = list(_tensors(args, kwargs))
+            # What is written into a buffer, such as a running mean, is the buffer's.
+            if not any(value is found for value in values) and any(
+                id(value) in self._cut or self.graph.carries(value) for value in values
+            ):
+                self._cut[id(found)] = found
+        return found
+
+    def _warn_of_cut(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        if any(id(value) in self._cut for value in _tensors(args, kwargs)):
+            warnings.warn(
+                f"LRP: {_owner(self.names)} adds a value that was computed from the inputs and cut off from them (by "
+                "detach or no_grad); it keeps its share of the relevance as a bias does, so that the relevance of the "
+                "inputs does not add up to the output",
+                stacklevel=2,
+            )
 
     # ------------------------------------------------------------------ kinds
 

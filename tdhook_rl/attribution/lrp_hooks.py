@@ -154,7 +154,9 @@ class RuleHook(_Hook):
             raise Unknown
         value = output.detach().clone() if written else output.detach()
         shared = ShareOut.apply([value], self.rule, module, *inputs)
-        return _written(values[written[0]], shared, state) if written else shared
+        if written:
+            return _written(values[written[0]], shared, state)
+        return shared if state.functions is None else state.functions.note_cut(shared, values, {})
 
 
 class _Region(_Hook):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tdhook_rl.hooks import Runtime
 from tdhook_rl.pooling import _MaxPool
 
 __all__ = ["Graph"]
@@ -31,16 +32,30 @@ MOVES = frozenset(
 ) | {"CopyBackwards"}
 
 
+#: Autograd functions of TorchRL's distributions, of single entries: a squashed action is decided by one.
+ENTRYWISE = (
+    "torchrl.modules.distributions.utils",
+    ("_SafeTanh", "_SafeTanhNoEps", "_SafeaTanh", "_SafeaTanhNoEps"),
+)
+
+
+def _hand_on(gradients: tuple[Tensor | None, ...], relevance: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The relevance of a function of single entries is that of its input."""
+    return (relevance[0], *gradients[1:])
+
+
 class Graph:
     """The graph below tensors, seen from the tensors that are explained.
 
     Args:
-        points: gives the explained tensors; inner ones are added as the pass goes.
+        points: the explained inputs.
+        runtime: whose slots hold the explained inner activations, as the pass comes to them.
         known: the autograd functions that share relevance out.
     """
 
-    def __init__(self, points: Callable[[], Iterable[Tensor]], known: tuple[type, ...]) -> None:
+    def __init__(self, points: list[Tensor], runtime: Runtime, known: tuple[type, ...]) -> None:
         self._points = points
+        self._runtime = runtime
         self._known = (*known, _MaxPool)
         self._edges: set[tuple[Node, int]] = set()
         self._count = -1
@@ -52,8 +67,8 @@ class Graph:
         """Whether a tensor depends on what is explained, by a path that gradients take."""
         if not value.requires_grad:
             return False
-        edge = torch.autograd.graph.get_gradient_edge(value)
-        return self._leads_to_points(edge.node, edge.output_nr)
+        self._refresh()
+        return self._leads_to_points(*_edge(value))
 
     def approve(self, value: Tensor) -> None:
         """What was written into a tensor in place hands relevance on, whatever the node is called."""
@@ -63,8 +78,8 @@ class Graph:
 
     def unknown(self, starts: Iterable[Tensor]) -> Node | None:
         """A node between the explained tensors and these whose gradient is not known to be relevance."""
-        edges = [torch.autograd.graph.get_gradient_edge(value) for value in starts if value.requires_grad]
-        stack = [(edge.node, edge.output_nr) for edge in edges]
+        self._refresh()
+        stack = [_edge(value) for value in starts if value.requires_grad]
         seen: set[Node] = set()
         while stack:
             node, number = stack.pop()
@@ -81,14 +96,20 @@ class Graph:
     def _is_known(self, node: Node) -> bool:
         function = getattr(type(node), "_forward_cls", None)
         if function is not None:
+            if function.__module__ == ENTRYWISE[0] and function.__name__ in ENTRYWISE[1]:
+                node.register_hook(_hand_on)
+                return True
             return function in self._known
         return type(node).__name__.rstrip("0123456789") in MOVES or node in self._approved
 
+    def _refresh(self) -> None:
+        slots, leaves = self._runtime.slots, self._runtime.leaves
+        inner = [slots[slot] for slot in leaves if slot in slots] if leaves else []
+        if len(self._points) + len(inner) != self._count:
+            self._count = len(self._points) + len(inner)
+            self._edges = {_edge(value) for value in (*self._points, *inner) if value.requires_grad}
+
     def _leads_to_points(self, node: Node, number: int) -> bool:
-        points = list(self._points())
-        if len(points) != self._count:
-            edges = [torch.autograd.graph.get_gradient_edge(value) for value in points if value.requires_grad]
-            self._edges, self._count = {(edge.node, edge.output_nr) for edge in edges}, len(points)
         leads, edges_of_points = self._leads, self._edges
         stack = [node]
         while stack:
@@ -103,3 +124,10 @@ class Graph:
                 continue
             leads[one] = any((child, at) in edges_of_points or leads[child] for child, at in children)
         return (node, number) in edges_of_points or leads[node]
+
+
+def _edge(value: Tensor) -> tuple[Node, int]:
+    """Where the gradient of a tensor enters the graph."""
+    if value.grad_fn is not None:
+        return value.grad_fn, value.output_nr
+    return torch.autograd.graph.get_gradient_edge(value).node, 0
