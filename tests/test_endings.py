@@ -247,7 +247,7 @@ def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         program.communicate()
 
 
-@pytest.mark.parametrize("after", [0.3, pytest.param(1.5, marks=pytest.mark.slow), 4.0])
+@pytest.mark.parametrize("after", [1.0, pytest.param(2.5, marks=pytest.mark.slow), 5.0])
 @pytest.mark.parametrize("command", ["demo", "experiment", "check"])
 def test_ctrl_c_ends_in_one_line(command: str, after: float, started: Any, tmp_path: Any) -> None:
     arguments = {

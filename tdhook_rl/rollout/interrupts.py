@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -59,6 +60,7 @@ def starting_workers() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # pragma: no cover  (not on Windows)
         yield
         return
+    resource_tracker.ensure_running()  # else it starts with the first process, and unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
