@@ -25,6 +25,7 @@ from tdhook_rl.context import ContextView, NotEntered
 from tdhook_rl.draws import Draw, draws, made_inside, noise_keys, survey_draws
 from tdhook_rl.errors import InputError, PreparationError, SiteError
 from tdhook_rl.hooks import CaptureHook, InputCaptureHook, LeafHook, RowHook, Runtime, WatchHook
+from tdhook_rl.inplace import hand_on_in_place
 from tdhook_rl.module import HookedMixin
 from tdhook_rl.passes import Bound, DecidedHook, ReplayMixin, supports, value_actions
 from tdhook_rl.paths import Run, Site, find_sites, require_apart, require_counted
@@ -367,6 +368,8 @@ class Binder:
             if isinstance(site.module, nn.RNNBase) and not getattr(hook, "acts_on_states", False):
                 self._cores[site.name] = site.module
         site.module.register_forward_hook(self._in_its_run(site, hook, observes), **options)
+        if not isinstance(hook, CaptureHook):
+            hand_on_in_place(site.module)
 
     def on_input(self, site: Site, hook: Callable[..., Any]) -> None:
         """Register a forward pre-hook, with keywords, that only looks or watches (see :meth:`on_output`)."""

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from tdhook_rl.captures import Captures
 from tdhook_rl.containers import first_tensor, with_first_tensor
 from tdhook_rl.errors import InputError, SiteError, TargetError, nearest
+from tdhook_rl.inplace import hand_on_in_place
 from tdhook_rl.passes import Drawn, Pass, Replay
 from tdhook_rl.repeats import part_of, several_runs
 from tdhook_rl.requests import (
@@ -358,7 +359,7 @@ class HookedModuleRun(Captures):
             point = value.view_as(value)  # a node of its own: it sees the gradient through this module only
             point.register_hook(lambda gradient: called(module, gradient, {kind: (gradient,)}, index))
             self._points.append(point)
-            return point
+            return point.clone()  # what follows may work on it in place
 
         def which(site: Site, name: str) -> int | None:
             """Which run of the site is under way; None where nothing is to be done in it."""
@@ -410,6 +411,7 @@ class HookedModuleRun(Captures):
             else:
                 hook = functools.partial(after, site, name)
                 handle = site.module.register_forward_hook(hook, prepend=prepend, with_kwargs=True)
+                self._handles += hand_on_in_place(site.module)
             self._handles.append(handle)
 
     def _acts(self) -> bool:

@@ -1,0 +1,219 @@
+"""Policies that work in place: on what they are given, on what a module put out, and by statements."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from torch import Tensor, nn
+
+from tdhook_rl import (
+    ActivationCaching,
+    ActivationPatching,
+    Compose,
+    DirectionalAblation,
+    HookedModule,
+    IntegratedGradients,
+    Saliency,
+    SteeringVectors,
+    targets,
+)
+from tdhook_rl.attribution import Occlusion
+
+ONE, ROWS = targets.logit(0), 5
+
+
+class Sums(nn.Module):
+    """A block that adds in place to what a module put out."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.inplace, self.first, self.last = inplace, nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        if self.inplace:
+            y += x
+            y *= 2
+        else:
+            y = 2 * (y + x)
+        return self.last(y.sin())
+
+
+class Net(nn.Module):
+    """The same function, written out of place, as statements in place, and in place."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        inplace = how != "usual"
+        self.first, self.act, self.last = nn.Linear(4, 8), nn.ReLU(inplace=inplace), nn.Linear(8, 3)
+        self.block = nn.Sequential(nn.ELU(inplace=inplace))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if self.how == "usual":
+            skip = h + 1
+            y = self.block(self.act(h) + skip)
+        elif self.how == "statements":
+            skip = h + 1
+            self.act(h)
+            y = h + skip
+            self.block(y)
+        else:  # the same object by its new name
+            skip = h + 1
+            y = self.act(input=h)
+            y = self.block(y + skip)
+        return self.last(y)
+
+
+def nets() -> list[Net]:
+    made = [Net(how) for how in ("usual", "statements", "returned")]
+    for one in made[1:]:
+        one.load_state_dict(made[0].state_dict())
+    return made
+
+
+SITES = ("first", "act", "block", "block.0", "last")
+GUARDS = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
+
+
+def methods(site: str) -> dict[str, Any]:
+    vector = torch.linspace(-1, 1, 3 if site == "last" else 8)
+    return {
+        "steering": SteeringVectors({site: vector}),
+        "ablation": DirectionalAblation({site: vector}),
+        "steered and explained": Compose(
+            SteeringVectors({site: vector}), ActivationCaching(site), Saliency(target=ONE, when="step")
+        ),
+        "cached and steered": Compose(ActivationCaching(site), SteeringVectors({site: vector})),
+        "leaf": Saliency(target=ONE, when="step", input_modules=[site], inputs=["observation"]),
+        "path": IntegratedGradients(target=ONE, when="step", baseline=0.0, n_steps=4, input_modules=[site]),
+    }
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("method", methods("act"))
+def test_what_acts_on_a_module_acts_on_what_flows_on(method: str, site: str, guard: str) -> None:
+    x, found = torch.randn(ROWS, 4), []
+    for net in nets():
+        with methods(site)[method].prepare(net, in_keys=["observation"], out_keys=["logits"]) as hooked:
+            for _ in range(2):
+                with GUARDS[guard]():
+                    one = hooked(TensorDict({"observation": x.clone()}, [ROWS]))
+            found.append(one)
+    for other in found[1:]:
+        for key, value in found[0].exclude("computed").items(True, True):
+            torch.testing.assert_close(other[key], value)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_runs_override_and_differentiate_what_flows_on(site: str) -> None:
+    x, found = torch.randn(ROWS, 4), []
+    for net in nets():
+        hooked = HookedModule.from_module(net, in_keys=["observation"], out_keys=["logits"])
+        data = TensorDict({"observation": x.clone()}, [ROWS])
+        with hooked.run(data) as run:
+            run.set(site, torch.full((ROWS, 3 if site == "last" else 8), 0.5))
+        again = TensorDict({"observation": x.clone()}, [ROWS])
+        with hooked.run(again, target=lambda d: d["logits"][:, 0]) as run:
+            value, gradient = run.get(site), run.get_grad_output(site)
+        found.append((data["logits"], value.resolve(), gradient.resolve()))
+        hooked.restore()
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            torch.testing.assert_close(two, one)
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_sums_in_place_behind_a_module(guard: str) -> None:
+    x, found = torch.randn(ROWS, 4), []
+    nets = [Sums(inplace) for inplace in (False, True)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    method = Compose(
+        ActivationCaching("first"),
+        SteeringVectors({"first": torch.ones(4)}),
+        Saliency(target=ONE, when="step", input_modules=["first"], inputs=["observation"]),
+    )
+    for net in nets:
+        with method.prepare(net, in_keys=["observation"], out_keys=["logits"]) as hooked, GUARDS[guard]():
+            found.append(hooked(TensorDict({"observation": x.clone()}, [ROWS])))
+    for key, value in found[0].exclude("computed").items(True, True):
+        torch.testing.assert_close(found[1][key], value)
+    torch.testing.assert_close(found[1]["cache", "first"], nets[0].first(x).detach())
+
+
+def test_patching_with_the_clean_activation_restores_the_output() -> None:
+    x = torch.randn(ROWS, 4)
+    for net in nets():
+        clean = TensorDict({"observation": x, ("patched", "observation"): torch.randn(ROWS, 4)}, [ROWS])
+        with ActivationPatching(["act"]).prepare(net, in_keys=["observation"], out_keys=["logits"]) as hooked:
+            found = hooked(clean)
+        assert found["logits"].isfinite().all()
+
+
+class Scales(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x /= 255.0
+        x.sub_(x.mean(-1, keepdim=True))
+        return self.net(x)
+
+
+class ScalesNested(TensorDictModuleBase):
+    in_keys = [("agents", "observation")]  # noqa: RUF012
+    out_keys = ["logits"]  # noqa: RUF012
+
+    def __init__(self, inner: Scales) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, data: TensorDict) -> TensorDict:
+        data["agents", "observation"].div_(255.0)
+        x = data["agents", "observation"]
+        x -= x.mean(-1, keepdim=True)
+        return data.set("logits", self.inner.net(x))
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("when", ["step", "batch"])
+def test_observations_scaled_in_place(when: str, nested: bool, guard: str) -> None:
+    inner = Scales()
+    key: Any = ("agents", "observation") if nested else "observation"
+    policy = ScalesNested(inner) if nested else TensorDictModule(inner, ["observation"], ["logits"])
+    x = torch.rand(ROWS, 4) * 255
+
+    def right(x: Tensor) -> Tensor:
+        x = x / 255.0
+        return inner.net(x - x.mean(-1, keepdim=True))[:, 0]
+
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(right(leaf).sum(), leaf)
+    removed = [right(x) - right(x.clone().index_fill_(1, torch.tensor([i]), 0.0)) for i in range(4)]
+    method = Compose(
+        Saliency(target=ONE, when=when),
+        Saliency(target=ONE, when=when, multiply_by_inputs=True, attribution_key="product"),
+        IntegratedGradients(target=ONE, baseline=0.0, n_steps=40, when=when, attribution_key="path"),
+        Occlusion(target=ONE, when=when, attribution_key="occluded"),
+        ActivationCaching("inner.net.1" if nested else "module.net.1"),
+    )
+    with method.prepare(policy) as hooked:
+        for _ in range(2):
+            data = TensorDict({key: x.clone()}, [ROWS])
+            with GUARDS[guard]():
+                found = hooked(data) if when == "step" else hooked.annotate(data, on_mismatch="ignore")
+            torch.testing.assert_close(found["attr"][key], gradient)
+            torch.testing.assert_close(found["product"][key], gradient * x)
+            torch.testing.assert_close(found["occluded"][key], torch.stack(removed, -1).detach())
+            plain = TensorDict({key: x.clone()}, [ROWS])
+            policy(plain)
+            expected = plain if when == "step" else TensorDict({key: x}, [ROWS])
+            torch.testing.assert_close(data[key], expected[key])
