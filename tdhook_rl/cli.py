@@ -133,6 +133,19 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--steps", type=int, default=16, help="steps of the environment that are looked at one by one")
     check.add_argument("--time-limit", type=float, default=120.0, help="seconds, whatever it waits for")
     check.set_defaults(command=_check)
+    sites = commands.add_parser(
+        "sites",
+        help="list the modules of a policy: paths, shapes, and how often each runs",
+        description="Call a copy of the policy once and list what methods can name.",
+    )
+    sites.add_argument(
+        "target",
+        nargs="?",
+        default="tdhook_rl.examples.check:setup",
+        metavar="MODULE:FUNCTION",
+        help="returns a policy, or (policy, environment or TensorDict), and takes no argument",
+    )
+    sites.set_defaults(command=_sites)
     return parser
 
 
@@ -260,6 +273,27 @@ def _check(options: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def _sites(options: argparse.Namespace) -> int:
+    import torchrl
+    from tensordict import TensorDictBase
+
+    from tdhook_rl import HookedModule
+    from tdhook_rl.method import HookingContext
+    from tdhook_rl.module import HookedMixin
+
+    torchrl.logger.setLevel("ERROR")
+    made = _returned(options.target)
+    policy, given = (*made, None)[:2] if isinstance(made, tuple) else (made, None)
+    if isinstance(policy, HookingContext):
+        policy = policy.__enter__()
+    elif not isinstance(policy, HookedMixin):
+        policy = HookedModule.from_module(policy)
+    if given is not None and not isinstance(given, TensorDictBase):
+        given = (given() if not hasattr(given, "reset") else given).reset()
+    print(policy.sites(given))
+    return 0
+
+
 def _show(report: Any) -> None:
     if sys.stdout.isatty():
         try:
@@ -272,8 +306,8 @@ def _show(report: Any) -> None:
     print(report)
 
 
-def _called(target: str) -> tuple[Any, ...]:
-    """What the function that ``MODULE:FUNCTION`` names returns: a policy, an environment, perhaps arguments."""
+def _returned(target: str) -> Any:
+    """What the function that ``MODULE:FUNCTION`` names returns."""
     from tdhook_rl.errors import InputError, nearest
 
     module_name, _, name = target.partition(":")
@@ -292,7 +326,14 @@ def _called(target: str) -> tuple[Any, ...]:
     if not callable(function):
         names = [other for other, value in vars(module).items() if callable(value)]
         raise InputError(f"{module_name!r} has no function {name!r}; {nearest(name, names)}")
-    made = function()
+    return function()
+
+
+def _called(target: str) -> tuple[Any, ...]:
+    """The same, checked to be a policy, an environment, perhaps arguments."""
+    from tdhook_rl.errors import InputError
+
+    made = _returned(target)
     if not isinstance(made, tuple) or len(made) not in (2, 3):
         got = f"a tuple of {len(made)}" if isinstance(made, tuple) else type(made).__name__
         raise InputError(

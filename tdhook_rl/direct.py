@@ -13,6 +13,7 @@ from tdhook_rl.errors import InputError, SiteError, nearest
 from tdhook_rl.requests import request_sites, without_methods
 from tdhook_rl.rows import RecurrentHook
 from tdhook_rl.runs import HookedModuleRun
+from tdhook_rl.site_table import site_table
 
 if TYPE_CHECKING:
     from tdhook_rl.module import HookedMixin
@@ -47,6 +48,7 @@ def direct_methods() -> dict[str, Callable[..., Any]]:
     ``set*(key, value)`` and ``stop(key)`` return a handle; ``get*(cache, key)`` and ``save*(cache, key)``, which are
     one without the name of a run, a handle and a proxy. ``stop`` raises :class:`tdhook_rl.requests.EarlyStop` out of
     the call. ``register_submodule_hook(key, hook)`` registers a hook of the user's, called as torch calls it.
+    ``sites(data)`` lists the modules that can be named (:func:`tdhook_rl.site_table.site_table`).
     """
 
     def request(name: str) -> Callable[..., Any]:
@@ -62,7 +64,10 @@ def direct_methods() -> dict[str, Callable[..., Any]]:
         return method
 
     names = [f"{verb}{kind}" for verb in ("get", "save", "set") for kind in ("", "_input", "_grad", "_grad_output")]
-    return {name: request(name) for name in (*names, "stop")} | {"register_submodule_hook": register_submodule_hook}
+    return {name: request(name) for name in (*names, "stop")} | {
+        "register_submodule_hook": register_submodule_hook,
+        "sites": site_table,
+    }
 
 
 def register_submodule_hook(

@@ -82,6 +82,7 @@ class Runtime:
         self.cores: list[str] = []
         self.reads: _Reads | None = None
         self.maps: frozenset[int] = frozenset()  # how many dimensions the maps of the policy's convolutions have
+        self.time_first = False  # whether a module of the policy takes time first
         self.runs: dict[str, int] | None = None  # of the call under way: how often each hook that counts has run
         self.slots: dict[str, Tensor | Several] = {}
         self.drawn: dict[str, Tensor] = {}  # samples of the call under way that its data may not hold in the end

@@ -36,7 +36,7 @@ from torch import nn
 
 from tdhook_rl.errors import SiteError, nearest
 
-__all__ = ["Run", "Site", "find_sites", "require_apart", "require_counted", "resolve"]
+__all__ = ["Run", "Site", "find_sites", "require_apart", "require_counted", "resolve", "runs_by_itself"]
 
 #: Which run of a module in one call: its number (negative ones count from the last), all, or not said.
 Run = int | Literal["all"] | None
@@ -196,7 +196,7 @@ def _find(root: nn.Module, pattern: str, owner: str) -> list[Site]:
     suffix = "" if run is None else f"@{run}"
     if literal:
         for path, module in literal:
-            if not _runs(module):
+            if not runs_by_itself(module):
                 inner = [name for name, _ in _named_modules(root) if name.startswith(f"{path}.")]
                 raise SiteError(
                     f"{pattern!r} names a {type(module).__name__} of {owner}, a container that never runs; "
@@ -215,10 +215,11 @@ def _find(root: nn.Module, pattern: str, owner: str) -> list[Site]:
     matches = [
         Site(f"{path}{suffix}", path, module, False, run)
         for path, module in _named_modules(root)
-        if path and expression.match(path) and _runs(module)
+        if path and expression.match(path) and runs_by_itself(module)
     ]
     if not matches:
-        raise SiteError(f"no submodule of {owner} matches {pattern!r}; {nearest(pattern, _names(root))}")
+        runs = " (a run is written '@' and a number, or '@all')" if "@" in pattern else ""
+        raise SiteError(f"no submodule of {owner} matches {pattern!r}{runs}; {nearest(pattern, _names(root))}")
     return matches
 
 
@@ -281,5 +282,6 @@ def _names(root: nn.Module) -> list[str]:
     return [name for name, _ in _named_modules(root) if name]
 
 
-def _runs(module: nn.Module) -> bool:
+def runs_by_itself(module: nn.Module) -> bool:
+    """Whether a module has a forward; a list or dictionary of modules has none."""
     return type(module).forward is not nn.Module.forward and not isinstance(module, (nn.ModuleList, nn.ModuleDict))

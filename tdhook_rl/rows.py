@@ -81,6 +81,7 @@ def survey(policy: nn.Module, runtime: Runtime) -> None:
         recurrent = above is not parent and _reads_time(parent)
         time_first, states = takes_time_first(module, time_first), isinstance(module, nn.RNNBase)
         layout = Layout(agents, recurrent, flat, mapped, time_first, states)
+        runtime.time_first = runtime.time_first or time_first
         module.__dict__["_hooked_layout"] = None if layout == Layout() else layout
         if _reads_time(module):
             hook = RecurrentHook(runtime)
@@ -143,6 +144,8 @@ def rows_of(
             return _unpacked(value, sequence)
         if layout.time_first and time_comes_first(value, runtime.batch, site, exact):
             return _batch_first(value, module, runtime)
+    elif runtime.time_first and exact:
+        _require_one_order(value, module, site, runtime.batch)
     if torch._C._functorch.is_batchedtensor(value):
         return _out_of_vmap(value, runtime, layout)
     return value, None
@@ -218,6 +221,22 @@ def as_leaf(rows: Tensor) -> Tensor:
         return rows.detach().requires_grad_()
     # Inside a transform no tensor can be told to require a gradient; a product with one that does can.
     return rows.detach() * torch.ones((), dtype=rows.dtype, device=rows.device, requires_grad=True)
+
+
+def _require_one_order(value: Tensor, module: nn.Module, site: str, batch: torch.Size | None) -> None:
+    """In a policy with modules that take time first, a module that says nothing may stand behind them or before."""
+    if batch is None or len(batch) != 1 or value.ndim < 3 or value.shape[0] != batch[0] or batch[0] == 1:
+        return
+    if value.shape[1] != batch[0]:
+        if not torch.compiler.is_compiling():
+            module.__dict__["_hooked_rows_first"] = True  # as it will be where both are equal
+    elif not module.__dict__.get("_hooked_rows_first"):
+        raise InputError(
+            f"{site!r} gives {tuple(value.shape)} for a batch of {batch[0]} rows, in a policy that has modules which "
+            "take time first (batch_first=False): either dimension may be the batch, and nothing says which. Call it "
+            "with another number of rows once (an odd chunk_size of annotate, say), or name the module with "
+            "batch_first"
+        )
 
 
 # ---------------------------------------------------------------------- agents

@@ -47,7 +47,7 @@ def test_a_healthy_set_up_is_all_ok_and_left_as_it_was() -> None:
     assert {one.level for one in report.findings} == {"ok"}, str(report)
     assert [one.check for one in report.findings] == [
         "tie", "original", "weights", "deepcopy", "pickle", "names", "inputs", "sites", "keys", "environment keys",
-        "shapes", "finite", "values", "schedules", "annotate", "devices", "collector", "kept",
+        "shapes", "finite", "values", "schedules", "annotate", "modules", "devices", "collector", "kept",
     ]  # fmt: skip
     assert "('cache', 'module.0.module.3') (64,) float32" in found(report, "keys", "ok").seen
     assert "('attr', 'observation')" in found(report, "annotate", "ok").seen

@@ -481,3 +481,21 @@ def test_names_that_end_like_a_run_are_escaped() -> None:
         found = hooked(data)["cache"]
     torch.testing.assert_close(found["<act@0>"], net[0](data["input"]))
     torch.testing.assert_close(found["act@0"], net(data["input"]))
+
+
+@pytest.mark.parametrize("dims", [DimsConfig((2, 3), (1,)), DimsConfig((-2, -1), (-3,))])
+def test_grad_cam_of_runs(dims: DimsConfig) -> None:
+    act = nn.ReLU()
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), act, nn.Conv2d(4, 4, 3, padding=1), act, nn.Flatten(), nn.Linear(144, 2)
+    ).double()
+    x = torch.randn(3, 1, 8, 8, dtype=torch.float64)
+    maps = []
+    for value, slope in zip(*truth(net, "1", x), strict=True):
+        maps.append((slope.mean((-2, -1), keepdim=True) * value).sum(1))
+    method = GradCAM(modules_to_attribute={"1@0": dims, "1@all": dims, "(2)$": dims})
+    with method.prepare(net) as hooked:
+        found = hooked(TensorDict({"input": x}, [3]))["attr"]
+    torch.testing.assert_close(found["1@0"], maps[0])
+    torch.testing.assert_close(found["1@all"], torch.stack(maps, 1))
+    assert found["2"].shape == (3, 6, 6)

@@ -55,7 +55,11 @@ def _dims(dims: object, name: str) -> tuple[int, ...]:
 class _BoundGradCAM(BoundAttribution):
     def __init__(self, config: GradCAM, binder: Binder) -> None:
         super().__init__(config, binder)
-        self._dims = dict(config.modules_to_attribute)
+        self._dims = {
+            site.name: dims
+            for pattern, dims in config.modules_to_attribute.items()
+            for site in binder.sites(pattern, runs=True)
+        }
         self._relu = config.relu
         self._absolute = config.absolute
         self._upsample = config.upsample_to
@@ -74,14 +78,15 @@ class _BoundGradCAM(BoundAttribution):
         batch = call.batch_size
         gradient, value = (with_batch(tensor, batch, site) for tensor in (gradient, value))
         dims = self._dims[site]
-        pooled = _from_the_end(dims.weight_pooling_dims, value, len(batch), site)
-        summed = _from_the_end(dims.feature_sum_dims, value, len(batch), site)
+        leading = len(batch) + site.endswith("@all")  # the runs of a module stand behind the batch
+        pooled = _from_the_end(dims.weight_pooling_dims, value, leading, site)
+        summed = _from_the_end(dims.feature_sum_dims, value, leading, site)
         weights = gradient.mean(pooled, keepdim=True) if pooled else gradient
         weighted = weights * value
         found = weighted.sum(summed) if summed else weighted
         found = found.relu() if self._relu else found
         found = found.abs() if self._absolute else found
-        return found if self._upsample is None else _upsample(found, self._upsample, len(batch), site)
+        return found if self._upsample is None else _upsample(found, self._upsample, leading, site)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -22,6 +22,7 @@ from tdhook_rl.rollout.findings import Finding, Report
 from tdhook_rl.rollout.policy_checks import policy_findings
 from tdhook_rl.rollout.walk import Walk
 from tdhook_rl.rollout.walk_checks import batch_findings, collision_findings, input_findings, walk_findings
+from tdhook_rl.site_table import site_table
 
 __all__ = ["check"]
 
@@ -156,6 +157,8 @@ class _Examination:
         walked = yield from self._walk(walk)
         self.watch.waiting_for = "the environment to close"
         self._attempt(lambda: walk.env.close(raise_if_closed=False))
+        if walk.data:
+            yield from self._modules(walk)
         devices = list(device_findings(self.policy, self.options))
         yield from devices
         if not walked:
@@ -212,6 +215,22 @@ class _Examination:
         else:
             yield failed
         return True
+
+    def _modules(self, walk: Walk) -> Iterator[Finding]:
+        """The head of the table of modules."""
+        self.watch.waiting_for = "a call that lists the modules"
+        data = walk.data[0].select(*walk.policy.in_keys, strict=False)
+        table, failed = self._attempt(lambda: site_table(walk.policy, walk.moved(data)))
+        if failed is not None:
+            yield failed
+            return
+        ran = [row for row in table if row.runs]
+        repeated = [f"{row.path!r} {row.runs} times" for row in ran if row.runs > 1 and row.same_as is None]
+        first = ", ".join(
+            f"{row.path!r} {row.kind} {'x'.join(map(str, row.features or ()))}".rstrip() for row in ran[:5]
+        )
+        often = f"; more than once: {', '.join(repeated[:5])}" if repeated else ""
+        yield Finding("modules", "ok", f"{len(ran)} of {len(table)} run, the first {first}{often}; all: sites(data)")
 
     def _collect(self, kind: type, workers: int, walk: Walk) -> Iterator[Finding]:
         if kind.__module__.startswith("torchrl.collectors.distributed"):
