@@ -17,6 +17,17 @@ from typing import Any
 __all__ = ["main"]
 
 
+def _seed(text: str) -> int:
+    """A seed that torch, NumPy and environments take."""
+    try:
+        seed = int(text)
+    except ValueError:
+        seed = -1
+    if not 0 <= seed < 2**32:
+        raise argparse.ArgumentTypeError(f"a seed is an integer from 0 to {2**32 - 1}, got {text!r}")
+    return seed
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status (1 for an error that has a message, 130 for Ctrl-C).
 
@@ -69,6 +80,9 @@ def _leave() -> None:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    for stream in (sys.stdout, sys.stderr):  # a terminal that has no such letter shows a question mark
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     options = _parser().parse_args(arguments)
     from tdhook_rl.errors import TdhookError
 
@@ -94,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--frames", type=int, default=81_920, help="environment frames to train on")
-    demo.add_argument("--seed", type=int, default=0, help="of the network, the environment and the evaluation")
+    demo.add_argument("--seed", type=_seed, default=0, help="of the network, the environment and the evaluation")
     demo.add_argument("--workers", type=int, default=0, help="collector processes; 0 collects in this one")
     demo.add_argument("--out", type=Path, default=None, help="a new folder for the output (runs/demo-TIME)")
     demo.add_argument("--logger", choices=("wandb", "csv"), default="wandb", help="wandb runs offline, beside the CSV")
@@ -111,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="known_value, steering, probing, memory, patching, misgeneralisation, or all of them",
     )
-    experiment.add_argument("--seed", type=int, default=0, help="of the agent; 0 to 2 come trained")
+    experiment.add_argument("--seed", type=_seed, default=0, help="of the agent; 0 to 2 come trained")
     experiment.add_argument("--train", action="store_true", help="train the agent first, which takes up to two minutes")
     experiment.add_argument("--out", type=Path, default=None, help="a new folder for the output (runs/NAME-TIME)")
     experiment.set_defaults(command=_experiment)
@@ -311,8 +325,11 @@ def _returned(target: str) -> Any:
     from tdhook_rl.errors import InputError, nearest
 
     module_name, _, name = target.partition(":")
-    if not name:
-        raise InputError(f"{target!r} names no function: write MODULE:FUNCTION, such as 'my_agent:setup'")
+    if not name or not all(part.isidentifier() for part in module_name.split(".")):
+        raise InputError(
+            f"{target!r} names no function: write MODULE:FUNCTION, such as 'my_agent:setup', with the module as "
+            "`import` names it, not as a file"
+        )
     folder = str(Path.cwd())
     if folder not in sys.path:  # as for `python -m`; an installed command does not look there
         sys.path.insert(0, folder)

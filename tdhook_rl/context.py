@@ -43,15 +43,20 @@ class ContextView:
     def cache(self) -> TensorDictBase:
         """The cache that the methods fill: the caller's object, or a process's own in a worker or an unpickled copy.
 
+        Without one, what :class:`~tdhook_rl.latent.ActivationCaching` captured in the last call that was complete (not
+        in a compiled policy).
+
         Raises:
-            PreparationError: if no method was given a cache, or two methods were given different ones.
+            PreparationError: if no method captures activations, or two methods fill different caches.
         """
         stores = [one.store for one in self._hooked._hooked_bound if hasattr(one, "store")]
+        if not stores:  # no caller's: what the last call captured
+            lasts = (getattr(one, "last", None) for one in self._hooked._hooked_bound)
+            stores = [last.store() for last in lasts if last is not None]
         caches = {id(store.data): store.data for store in stores}
         if not caches:
             raise PreparationError(
-                "this policy was prepared without a cache. Activations are in the TensorDict of each call, under "
-                '("cache", path); to keep those of the last call here, use ActivationCaching(..., cache=TensorDict())'
+                "no method of this policy captures activations: prepare it with ActivationCaching(path) among others"
             )
         if len(caches) > 1:
             raise PreparationError(

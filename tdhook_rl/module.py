@@ -172,16 +172,17 @@ class HookedMixin(_Policy):
     def _explain(self, args: tuple, kwargs: dict[str, Any], error: Exception) -> None:
         """Where the policy's own forward fails on what it was given, say so rather than what it says."""
         data = args[0] if args else kwargs.get("tensordict")
-        if isinstance(error, TdhookError):
-            return
         found: Exception | None = None
         if isinstance(data, TensorDictBase):
             try:
                 if self._hooked_wraps:  # a wrapped module is given None for an absent key
                     stored_inputs(self, data)
-                found = another_dtype_or_device(self, data, error)
+                if not isinstance(error, TdhookError):
+                    found = another_dtype_or_device(self, data, error)
             except MissingKeyError as missing:
-                found = missing
+                found = None if isinstance(error, MissingKeyError) else missing
+        elif isinstance(error, TdhookError):
+            return
         elif args and not isinstance(data, torch.Tensor):
             try:
                 require_data(data, f"a call of {type(self)._base.__name__}")

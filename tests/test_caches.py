@@ -201,12 +201,36 @@ def test_the_cache_is_found_at_the_hooked_policy() -> None:
         with hooked.hooking_context.disable_hooks() as bare:
             assert "cache" not in bare(rows(3)).keys()
     assert hooked.hooking_context.cache["1"].shape == (3, HIDDEN)
-    for without in (HookedModule.from_module(mlp()), ActivationCaching("1").prepare(mlp(), return_context=False)):
-        with pytest.raises(PreparationError, match=r"prepared without a cache.*cache=TensorDict\(\)"):
-            _ = without.hooking_context.cache
+    with pytest.raises(PreparationError, match="no method of this policy captures activations"):
+        _ = HookedModule.from_module(mlp()).hooking_context.cache
     two = Compose(*(ActivationCaching(path, cache=TensorDict()) for path in ("0", "1")))
     with two.prepare(mlp()) as hooked, pytest.raises(PreparationError, match="fill 2 caches"):
         _ = hooked.hooking_context.cache
+
+
+@pytest.mark.parametrize("options", [{}, {"callback": lambda output: output * 1}, {"directions": ["fwd", "fwd_pre"]}])
+@pytest.mark.parametrize("look_first", [False, True])
+def test_without_a_cache_the_last_call_is_at_the_hooked_policy(options: dict, look_first: bool) -> None:
+    net = mlp()
+    key = ("fwd", "1") if "directions" in options else "1"
+    context = ActivationCaching("(0|1)$", **options).prepare(net)
+    with context as hooked:
+        if look_first:
+            cache = hooked.hooking_context.cache
+        first, second = rows(3), rows(5)
+        hooked(first.clone())
+        hooked(second.clone())
+        copied = copy.deepcopy(hooked)
+        cache = cache if look_first else hooked.hooking_context.cache
+        assert torch.equal(cache[key], net[:2](second["input"]))
+        hooked.annotate(first)  # does not fill it
+        with pytest.raises(MissingKeyError):
+            hooked(first.select())
+        assert torch.equal(cache[key], net[:2](second["input"]))
+        copied(first.clone())
+        assert torch.equal(cache[key], net[:2](first["input"]))
+        assert cache.batch_size == (3,)
+    assert context.cache is cache
 
 
 def test_copies_share_the_cache_and_pickled_ones_have_their_own() -> None:

@@ -235,3 +235,47 @@ def test_functions_are_checked_where_they_are_given() -> None:
         double(2, of=3)
     with pytest.raises(ArgumentError, match="nearest: 'of'"):
         double(2, off="b")
+
+
+class Old(torch.autograd.Function):
+    """A function of the old style, which functorch cannot differentiate."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 2 * grad * (x > 0)
+
+
+class OldNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Old.apply(self.layer(x))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Saliency(),
+        Saliency(input_modules=["layer"]),
+        IntegratedGradients(baseline=0.0, n_steps=3),
+        Saliency(
+            init_attr_targets=lambda out, more: TensorDict(t=out["output"] * more["w"], batch_size=out.batch_size),
+            additional_init_keys=["w"],
+        ),
+    ],
+)
+def test_old_functions_are_explained_in_inference_mode(method: Any) -> None:
+    given = TensorDict({"input": X, "w": torch.rand(3, 3)}, [3])
+    with method.prepare(OldNet()) as hooked:
+        expected = hooked(given.clone())["attr"]
+        with torch.inference_mode():
+            for call in (hooked, hooked.annotate):
+                torch.testing.assert_close(call(given.clone())["attr"], expected)

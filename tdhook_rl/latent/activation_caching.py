@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from itertools import pairwise
 
+import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.errors import InputError, KeyCollisionError, SiteError, nearest
-from tdhook_rl.latent.caches import CacheStore, Key, Staging, holds_still
+from tdhook_rl.latent.caches import CacheStore, Key, LastCall, Staging, holds_still
 from tdhook_rl.latent.caching_hooks import FORWARD, GRADIENT, CachingHook, Callback, GradientHook, escaped
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.passes import Call
@@ -130,10 +131,15 @@ class ActivationCaching(Method):
         _require_leaves([self._key("fwd", site) for site in sites])
         if tuple(self.directions) == ("fwd",) and self.cache is None and self.callback is None:
             # What most collectors run at every step: plain capture hooks, results written as they are.
-            return _BoundCaching(
+            bound = _BoundCaching(
                 {self._key("fwd", site): (binder.capture(site), site.name, site.explicit) for site in sites}
             )
-        return self._bind_all(binder, sites)
+        else:
+            bound = self._bind_all(binder, sites)
+        if self.cache is None:
+            bound.last = LastCall([key[1:] for key in bound.result_keys])
+            binder.routes.append(bound.last)
+        return bound
 
     def _bind_all(self, binder: Binder, sites: list[Site]) -> _BoundCaptures:
         directions = list(dict.fromkeys(self.directions))
@@ -190,6 +196,7 @@ class _BoundCaching:
     when = "step"
     reads_forward = True
     replays = False
+    last: LastCall | None = None  # without a cache of the caller's
 
     def __init__(self, slots: dict[Key, tuple[str, str, bool]]) -> None:
         # The sites' modules stay out of here: the clone owns them.
@@ -203,7 +210,14 @@ class _BoundCaching:
     def compute(self, call: Call) -> dict[tuple[str, ...], Tensor]:
         if not self._settled:
             self._settle(call)
-        return {key: call.captured(slot, name) for key, (slot, name, _) in self._slots.items()}
+        found = {key: call.captured(slot, name) for key, (slot, name, _) in self._slots.items()}
+        self._keep(found, call)
+        return found
+
+    def _keep(self, found: dict[Key, Tensor], call: Call) -> None:
+        # Neither a compiled call nor a tensor of the caller's vmap can be kept.
+        if self.last is not None and not torch.compiler.is_compiling() and call.policy._hooked_runtime.level < 0:
+            self.last.stage(found, call.batch_size)
 
     def _settle(self, call: Call) -> None:
         """After the first forward, stop declaring the matches of a pattern that never run."""
@@ -240,6 +254,7 @@ class _BoundCaptures(_BoundCaching):
         if self._staging is not None:
             self._require_gradient_sites(self._staging)
             self._staging.stage({key[1:]: escaped(value) for key, value in found.items()}, call.batch_size)
+        self._keep(found, call)
         return found
 
     def _captured(self, call: Call, key: Key, slot: str, name: str) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.repeats import Several
 
-__all__ = ["CacheStore", "CallRecord", "Staging", "holds_still"]
+__all__ = ["CacheStore", "CallRecord", "LastCall", "Staging", "holds_still"]
 
 Key = tuple[str, ...]
 
@@ -96,6 +96,50 @@ class CacheStore:
 
     def __reduce__(self) -> tuple:
         return CacheStore, ()
+
+
+class LastCall:
+    """What a method without a cache captured in the last call, for ``hooked.hooking_context.cache``.
+
+    Only references are kept until somebody looks; from then on a TensorDict is filled at each call.
+    """
+
+    def __init__(self, keys: Collection[Key]) -> None:
+        self._seen: dict[str, Any] = {"store": None, "last": None}  # shared by deep copies of the policy
+        self._keys = keys
+        self._staged: tuple[Mapping[Key, Tensor], torch.Size] | None = None
+
+    def stage(self, values: Mapping[Key, Tensor], batch: torch.Size) -> None:
+        self._staged = values, batch
+
+    def close(self, complete: bool) -> None:
+        staged, self._staged = self._staged, None
+        if not complete or staged is None:
+            return
+        if self._seen["store"] is None:
+            self._seen["last"] = staged
+        else:
+            values, batch = staged
+            self._seen["store"].fill(self._keys, {key[1:]: value for key, value in values.items()}, batch)
+
+    def store(self) -> CacheStore:
+        """The cache, with the captures of the last call; filled from now on."""
+        store = self._seen["store"]
+        if store is None:
+            store = self._seen["store"] = CacheStore()
+            if self._seen["last"] is not None:
+                values, batch = self._seen["last"]
+                store.fill(self._keys, {key[1:]: value for key, value in values.items()}, batch)
+                self._seen["last"] = None
+        return store
+
+    def __deepcopy__(self, memo: dict) -> LastCall:
+        copy = LastCall(self._keys)
+        copy._seen = self._seen
+        return copy
+
+    def __reduce__(self) -> tuple:
+        return LastCall, (tuple(self._keys),)
 
 
 class CallRecord:
