@@ -116,7 +116,7 @@ class OnlineProbe:
             each of :attr:`scores` with its limits (``"accuracy"``, ``"accuracy_low"``, ``"accuracy_high"``; NaN where
             they cannot be had), and ``groups``, ``rows`` and ``classes``, what the first of them rests on, pooled over
             batches; ``train_accuracy`` (or ``train_r2``), of this batch's training rows, and of this batch
-            ``train_rows``, ``held_out_rows`` and ``dropped_rows`` (padding, not computed, or not finite).
+            ``train_rows``, ``held_out_rows`` and ``dropped_rows`` (not computed, or not finite; padding is no row).
 
         Raises:
             MissingKeyError: if the activation, the label or a group is absent.
@@ -160,7 +160,8 @@ class OnlineProbe:
                 trained = concept.train_score(self.probe, features[train], of_train)
         self._find(concept, any_training=bool(train.any()))
         main = self.scores[concept.main]
-        counts = {"train_rows": train, "held_out_rows": held, "dropped_rows": ~usable}
+        real = _mask(data, ("collector", "mask"))
+        counts = {"train_rows": train, "held_out_rows": held, "dropped_rows": ~usable & real}
         found = {
             key: value
             for name, one in self.scores.items()
@@ -236,9 +237,7 @@ class OnlineProbe:
         masks = [("collector", "mask")]
         masks += [("computed", key[0]) for key in (self.features, self.label) if isinstance(key, tuple)]
         for key in masks:
-            mask = data.get(key, None)
-            if mask is not None:
-                usable &= mask.reshape(batch).bool().cpu()
+            usable &= _mask(data, key)
         return features, labels, usable
 
     def _entry(self, data: TensorDictBase, key: NestedKey) -> Tensor:
@@ -251,3 +250,11 @@ class OnlineProbe:
         if not isinstance(value, Tensor):
             raise InputError(f"the online probe reads {key!r}, which is a {type(value).__name__}, not a tensor")
         return value
+
+
+def _mask(data: TensorDictBase, key: NestedKey) -> Tensor:
+    """A mask of rows on the CPU, true throughout where there is none."""
+    mask = data.get(key, None)
+    if mask is None:
+        return torch.ones(data.batch_size, dtype=torch.bool)
+    return mask.reshape(data.batch_size).bool().cpu()
