@@ -130,3 +130,22 @@ def test_a_subclass_that_is_not_linear_is_refused_by_name() -> None:
     net = nn.Sequential(Curved(W, W), nn.ReLU(), nn.Linear(W, 1)).double()
     with LRP().prepare(net) as hooked, pytest.raises(InputError, match=r"'0' \(Curved\).*not linear"):
         hooked(TensorDict({"input": torch.randn(4, W, dtype=F64)}, batch_size=4))
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.BatchNorm2d])
+def test_a_batch_norm_in_training_mode_is_the_map_by_the_statistics_of_the_batch(norm: type, affine: bool) -> None:
+    maps = norm is nn.BatchNorm2d
+    first = nn.Conv2d(2, 3, 1) if maps else nn.Linear(W, 3)
+    net = nn.Sequential(first, norm(3, affine=affine), nn.ReLU(), nn.Flatten(), nn.LazyLinear(1)).double().train()
+    x = torch.randn(5, *((2, 3, 3) if maps else (W,)), dtype=F64)
+    net(x)
+    with LRP(rule_mapper=exact()).prepare(net) as hooked:
+        found = hooked(TensorDict({"input": x}, batch_size=5))
+    plain = copy.deepcopy(net).eval()
+    before = net[0](x).transpose(0, 1).flatten(1).detach()
+    plain[1].running_mean, plain[1].running_var = before.mean(1), before.var(1, correction=0)
+    with LRP(rule_mapper=exact()).prepare(plain) as hooked:
+        expected = hooked(TensorDict({"input": x}, batch_size=5))
+    torch.testing.assert_close(found["output"], expected["output"])
+    torch.testing.assert_close(found["attr", "input"], expected["attr", "input"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tdhook_rl.attribution.lrp_rules import AffineMap, Epsilon, Rule, affine, ratio
+from tdhook_rl.attribution.lrp_rules import AffineMap, Epsilon, Rule, affine, as_it_ran, ratio
 from tdhook_rl.errors import InputError
 from tdhook_rl.hooks import Runtime
 from tdhook_rl.rows import vmap_level
@@ -141,11 +141,6 @@ class RuleHook(_Hook):
             )
         if vmap_level() >= 0:
             raise InputError(f"LRP cannot see into vmap, in which {self.called(module)} runs: use IntegratedGradients")
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            raise InputError(
-                f"{self.called(module)} normalises by the statistics of the batch, so relevance is not defined row by "
-                "row: put it in eval mode"
-            )
         given = (*args, *kwargs.values())
         written = [at for at, version in enumerate(versions) if values[at]._version != version]
         if any(given[at] is not output for at in written):
@@ -153,7 +148,7 @@ class RuleHook(_Hook):
         if written and not kept:
             raise Unknown
         value = output.detach().clone() if written else output.detach()
-        shared = ShareOut.apply([value], self.rule, module, *inputs)
+        shared = ShareOut.apply([value], self.rule, as_it_ran(module, inputs), *inputs)
         if written:
             return _written(values[written[0]], shared, state)
         return shared if state.functions is None else state.functions.note_cut(shared, values, {})

@@ -6,7 +6,7 @@ goes to its inputs in proportion to some function of the contributions (Bach et 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -219,6 +219,20 @@ def affine(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Affine, Tensor | No
     raise InputError(f"{type(module).__name__} is not linear in its input: this rule does not apply to it")
 
 
+def as_it_ran(module: nn.Module, inputs: Sequence[Tensor]) -> Any:
+    """What a rule is given for a module: of a batch norm in training mode the map by the statistics of this batch."""
+    if type(module) not in BATCH_NORMS or not module.training:
+        return module
+    x, weight, bias = inputs[0].detach(), module._parameters["weight"], module._parameters["bias"]
+    dims = [dim for dim in range(x.ndim) if dim != 1]
+    variance, mean = torch.var_mean(x, dims, correction=0)
+    scale = (variance + module.eps).rsqrt()  # type: ignore[operator]
+    scale = scale if weight is None else scale * weight.detach()
+    shift = -mean * scale if bias is None else bias.detach() - mean * scale
+    shape = (-1, *(1,) * (x.ndim - 2))
+    return AffineMap(lambda x, w, b: x[0] * w.reshape(shape) + (0 if b is None else b.reshape(shape)), scale, shift)
+
+
 def _signed(
     function: Affine, x: Tensor, weight: Tensor | None, bias: Tensor | None, sign: int
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -242,7 +256,7 @@ def _by_weight(
 ) -> tuple[Tensor, ...]:
     (x,) = inputs
     function, weight, _ = affine(module, inputs)
-    if weight is None or isinstance(module, BATCH_NORMS):
+    if weight is None or isinstance(module, BATCH_NORMS) or weight.ndim < 2:
         raise InputError(f"{type(module).__name__} has no weights between inputs and outputs to share by")
     total, back = torch.func.vjp(lambda v: function((v,), change(weight), None), torch.ones_like(x))
     return (back(ratio(relevance, total, 0.0))[0],)
