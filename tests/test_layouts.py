@@ -113,7 +113,7 @@ def test_time_first_and_batch_first_give_the_same(core: str, method: str, sizes:
             torch.testing.assert_close(turned[key], plain[key], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("core", ["attention", "layer"])
+@pytest.mark.parametrize("core", ["attention"])
 def test_time_first_and_batch_first_give_the_same_compiled(core: str) -> None:
     data = TensorDict({"input": torch.randn(6, 6, 8), "alpha": torch.arange(6.0)}, [6])
     found = []
