@@ -97,7 +97,7 @@ def holdings(modules: list[tuple[str, nn.Module]]) -> Holdings:
         if isinstance(value, Tensor):
             found.tensors.append((value, path, owner))
         elif isinstance(value, nn.Module):
-            for inner in _of_module(value, path, _class_name(value), add):
+            for inner in _of_module(value, path, _class_name(value), add, found):
                 visit(*inner)
         else:
             for inner_path, inner_value in _of_object(value, path, owner, add):
@@ -117,10 +117,16 @@ def _class_name(module: nn.Module) -> str:
 Add = Callable[[Kind, Any, str, str], None]
 
 
-def _of_module(module: nn.Module, path: str, owner: str, add: Add) -> Iterator[tuple[Any, str, str]]:
+def _of_module(module: nn.Module, path: str, owner: str, add: Add, found: Holdings) -> Iterator[tuple[Any, str, str]]:
     dot = f"{path}." if path else ""
     attributes = vars(module)
     add(_MODULE, attributes, path, owner)
+    # What no optimiser changes, a forward may: a running mean that is kept as a parameter.
+    if any(value is not None and not value.requires_grad for value in module._parameters.values()):
+        add(_MAPPING, module._parameters, path, owner)
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.requires_grad:
+                found.tensors.append((parameter, f"{dot}{name}", owner))
     add(_MAPPING, module._buffers, path, owner)
     for name, value in module._buffers.items():
         yield value, f"{dot}{name}", owner

@@ -18,7 +18,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
 from tdhook_rl.annotation import OnMismatch, annotate
-from tdhook_rl.batching import GeneratorState, Traits, frozen_statistics
+from tdhook_rl.batching import GeneratorState, Traits, frozen_statistics, require_no_batch_statistics
 from tdhook_rl.classes import Swapped
 from tdhook_rl.collection import take_in
 from tdhook_rl.context import ContextView
@@ -219,6 +219,8 @@ class HookedMixin(_Policy):
         replays = any(one.replays for one in rest)
         inputs = stored_inputs(self, data) if replays else {}
         start, given = None, inputs
+        if replays and conduct is None:
+            require_no_batch_statistics(self)
         if replays and conduct is not None:
             start = runtime.start = Start(conduct, data.device)
             if conduct.watch.may_write_input:  # what it was given, also if it works on that in place

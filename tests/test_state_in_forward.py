@@ -46,6 +46,18 @@ class Buffer(nn.Module):
         return self.linear((x - self.mean).tanh())
 
 
+class Parameter(nn.Module):
+    """A running mean that is kept as a parameter without a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.mean = nn.Linear(4, 3), nn.Parameter(torch.zeros(4), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.data.mul_(0.5).add_(x.detach().mean(0))
+        return self.linear((x - self.mean).tanh())
+
+
 class Attribute(nn.Module):
     """State of some kind in attributes."""
 
@@ -125,6 +137,7 @@ def layered(layer: nn.Module) -> nn.Module:
 POLICIES: dict[str, Callable[[], nn.Module]] = {
     **{f"buffer {how}": lambda how=how: Buffer(how) for how in ("in place", "data", "view", "replaced")},
     **{kind: lambda kind=kind: Attribute(kind) for kind in KINDS},
+    "parameter": Parameter,
     "batch norm": lambda: nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)),
     "no running statistics": lambda: nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)),
     "batch renorm": lambda: nn.Sequential(nn.Linear(4, 8), BatchRenorm1d(8, warmup_steps=2), nn.Linear(8, 3)),
