@@ -105,7 +105,7 @@ def test_the_results_are_those_of_a_plain_twin(method: str, policy: str) -> None
             if policy != "batch_norm":
                 results.append(hooked(given.clone())[case.logits])
             annotated = hooked.annotate(stored)
-            results += [annotated[key] for key in hooked.result_keys]
+            results += [annotated[key] for key in hooked.result_keys if not str(key[-1]).endswith(".stamp")]
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
