@@ -14,7 +14,8 @@ from torch import distributions as D
 
 from tdhook_rl.draws import meets, sample_keys
 from tdhook_rl.errors import TargetError, nearest
-from tdhook_rl.passes import Drawn, Pass
+from tdhook_rl.passes import Pass
+from tdhook_rl.replays import Drawn
 from tdhook_rl.samples import components, is_point
 from tdhook_rl.writing import get_entry
 

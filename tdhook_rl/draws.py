@@ -6,17 +6,20 @@ writes over it. Both are read off the policy once, from what its modules read an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tensordict import NestedKey
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModuleBase, TensorDictParams, TensorDictSequential
 from tensordict.utils import unravel_key
-from torch import nn
+from torch import Tensor, nn
+
+from tdhook_rl.chunks import cached_samples
 
 __all__ = [
-    "Draw", "draws", "is_action", "made_inside", "masks_needed", "meets", "noise_keys", "sample_keys", "survey_draws",
+    "Draw", "draws", "given_beside", "is_action", "made_inside", "masks_needed", "meets", "noise_keys", "sample_keys",
+    "survey_draws",
 ]  # fmt: skip
 
 #: What names with "action" in them stand for otherwise.
@@ -31,6 +34,7 @@ class Draw:
         latent: whether they are latents on the way to a decision.
         slots: by key, where a call keeps samples that its data may not hold as they were drawn.
         rewriters: by key, the later modules that write over a sample, in order.
+        kept_under: by key, where the policy itself keeps samples as they were drawn.
         opaque: the module runs inside one whose forward is its own, which may change samples unseen.
     """
 
@@ -38,6 +42,7 @@ class Draw:
     slots: Mapping[NestedKey, str] = field(default_factory=dict)
     rewriters: Mapping[NestedKey, tuple[nn.Module, ...]] = field(default_factory=dict)
     opaque: bool = False
+    kept_under: Mapping[NestedKey, NestedKey] = field(default_factory=dict)
 
     @property
     def wanted(self) -> set[str]:
@@ -78,6 +83,7 @@ def survey_draws(policy: nn.Module) -> dict[nn.Module, Draw]:
     if not isinstance(policy, TensorDictModuleBase):
         return {}
     steps = list(_steps(policy))
+    kept = cached_samples(policy)
     actors = _last_draws_of_actors(policy)
     found = {}
     for place, step in enumerate(steps):
@@ -89,6 +95,9 @@ def survey_draws(policy: nn.Module) -> dict[nn.Module, Draw]:
             continue
         latent = isinstance(step.module, ProbabilisticTensorDictModule) and _is_latent(step, later, actors)
         rewriters = {key: over for key in keys if (over := _rewriters(key, later))}
+        if kept.keys() & set(keys) and draws(step.module):
+            found[step.module] = Draw(kept_under={key: kept[key] for key in keys if key in kept})
+            continue
         opaque = step.opaque and draws(step.module)
         if not latent and not rewriters and not opaque:
             continue
@@ -115,6 +124,14 @@ def made_inside(policy: nn.Module) -> list[NestedKey]:
             read.add(key)
         written += step.writes
     return found
+
+
+def given_beside(own: Sequence[NestedKey], key: NestedKey, node: Any) -> dict[NestedKey, Tensor]:
+    """The entries of a node that are not the policy's own outputs."""
+    if not isinstance(node, TensorDictBase):
+        return {}
+    entries = {(*_parts(key), *_parts(name)): value for name, value in node.items(True, True)}
+    return {name: value for name, value in entries.items() if name not in own}
 
 
 def noise_keys(policy: nn.Module) -> list[NestedKey]:

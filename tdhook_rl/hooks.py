@@ -20,12 +20,13 @@ from tdhook_rl.containers import first_input, first_tensor, with_first_tensor
 from tdhook_rl.controls import Controls
 from tdhook_rl.errors import InactiveError, MissingKeyError, SiteError, nearest
 from tdhook_rl.forking import Switch, Turns, survive_forks
+from tdhook_rl.inner_calls import require_whole_batch, step_of_batch
 from tdhook_rl.repeats import Several, added, part_of, several_runs
 from tdhook_rl.rows import as_leaf, lent_rows, rows_of, unbatched, vmap_level, with_rows
 
 if TYPE_CHECKING:
-    from tdhook_rl.passes import Replay
     from tdhook_rl.paths import Run
+    from tdhook_rl.replays import Replay
     from tdhook_rl.start import Conduct, Start
     from tdhook_rl.states import _Reads
     from tdhook_rl.tying import Tie
@@ -71,6 +72,11 @@ class Runtime:
         self.level = -1
         self.batch: torch.Size | None = None
         self.time: tuple[torch.Size, Tensor | None] | None = None
+        # The batch sizes that modules called by others in a forward of their own were called with.
+        self.inner: tuple[torch.Size | None, ...] = ()
+        # What the policy, and, by slot, the modules around a site that may miss rows, are called with.
+        self.source: Any = None
+        self.around: dict[str, list[list[Tensor]]] = {}
         self.replay: Replay | None = None
         # What is known of how the policy runs, and where the call under way started.
         self.conduct: Conduct | None = None
@@ -124,6 +130,7 @@ class Runtime:
         self.level, self.batch, self.time, self.replay, self.explaining = -1, None, None, None, None
         self.slots, self.drawn, self.leaves, self.rows, self.added = {}, {}, {}, {}, frozenset()
         self.runs, self.totals, self.reads = None, {}, None
+        self.inner, self.source, self.around = (), None, {}
 
     def begin(self, args: tuple, kwargs: dict[str, Any], root: bool = False) -> tuple[Any, ...]:
         """Note what the policy is about to run on; returns what :meth:`end` puts back.
@@ -133,7 +140,8 @@ class Runtime:
             root: it is called as a whole, and not by a method of its own such as ``get_dist``.
         """
         data = args[0] if args else kwargs.get("tensordict")
-        previous = self.level, self.batch, self.runs, self.time
+        previous = self.level, self.batch, self.runs, self.time, self.source
+        self.source = data
         self.level, self.batch = vmap_level(), data.batch_size if isinstance(data, TensorDictBase) else None
         if root and self.replay is not None and self.depth == 1:
             self.runs = self.replay.runs
@@ -142,7 +150,7 @@ class Runtime:
         return previous
 
     def end(self, previous: tuple[Any, ...]) -> None:
-        self.level, self.batch, self.runs, self.time = previous
+        self.level, self.batch, self.runs, self.time, self.source = previous
 
     def run_of(self, key: str) -> int:
         """Count one more run of the hook of this name in the call under way; which run it is, from 0."""
@@ -212,6 +220,9 @@ class Runtime:
             "caller": 0,
             "methods": None,
             "time": None,
+            "inner": (),
+            "source": None,
+            "around": {},
             "runs": None,
             "reads": None,
         }
@@ -245,7 +256,10 @@ class CaptureHook:
     def _store(self, value: Tensor) -> None:
         runtime = self.runtime
         value = (value.detach() if value.requires_grad else value).clone()
-        if self.run is not None:
+        if runtime.inner and step_of_batch(runtime, self.slot.partition(":")[2]):
+            before = runtime.slots.get(self.slot) if runtime.run_of(self.slot) else None
+            runtime.slots[self.slot] = added(before, value, "steps")  # type: ignore[arg-type]
+        elif self.run is not None:
             before = runtime.slots.get(self.slot) if runtime.run_of(self.slot) else None
             runtime.slots[self.slot] = added(before, value, self.run)  # type: ignore[arg-type]
         else:
@@ -276,6 +290,7 @@ class WatchHook:
         runtime = self.runtime
         if runtime.replay is None:
             return None
+        require_whole_batch(runtime, self.site)
         if self.run is None and runtime.run_of(self.slot):
             raise several_runs(self.site)
         value, disguise = rows_of(output, module, self.slot, runtime)
@@ -293,16 +308,18 @@ class LeafHook:
     A site of all runs has a leaf in each of them; a value that is given for it has a dimension for the runs.
     """
 
-    def __init__(self, runtime: Runtime, slot: str, site: str, run: Run = None) -> None:
+    def __init__(self, runtime: Runtime, slot: str, site: str, run: Run = None, partial: bool = False) -> None:
         self.runtime = runtime
         self.slot = slot
         self.site = site
         self.run = None if isinstance(run, int) and run >= 0 else run
+        self.partial = partial  # the rows of the site are found out
 
     def __call__(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
         runtime = self.runtime
         if self.slot not in runtime.leaves:
             return None
+        require_whole_batch(runtime, self.site, self.partial)
         index = runtime.run_of(self.slot)
         if index and self.run is None:
             raise several_runs(self.site)

@@ -19,19 +19,24 @@ from torch import Tensor, nn
 from tdhook_rl.arguments import Checked
 from tdhook_rl.batching import Traits
 from tdhook_rl.chains import is_chain
+from tdhook_rl.chunks import chunked_by
 from tdhook_rl.classes import swap_class
 from tdhook_rl.collisions import check_collisions, check_known, listed_keys
 from tdhook_rl.context import ContextView, NotEntered
 from tdhook_rl.draws import Draw, draws, made_inside, noise_keys, survey_draws
 from tdhook_rl.errors import InputError, PreparationError, SiteError
 from tdhook_rl.hooks import CaptureHook, InputCaptureHook, LeafHook, RowHook, Runtime, WatchHook
+from tdhook_rl.inner_calls import place_inner_hooks
 from tdhook_rl.inplace import hand_on_in_place
+from tdhook_rl.missing import RowsHook, place_rows_hook
 from tdhook_rl.module import HookedMixin
-from tdhook_rl.passes import Bound, DecidedHook, ReplayMixin, supports, value_actions
+from tdhook_rl.passes import Bound
 from tdhook_rl.paths import Run, Site, find_sites, require_apart, require_counted
 from tdhook_rl.pooling import quicken_pooling
 from tdhook_rl.provenance import Provenance
+from tdhook_rl.q_networks import supports, value_actions
 from tdhook_rl.repeats import RunHook
+from tdhook_rl.replays import DecidedHook, ReplayMixin
 from tdhook_rl.rows import note_intervention, survey
 from tdhook_rl.shared_pass import can_share
 from tdhook_rl.states import StateHook
@@ -192,6 +197,7 @@ class HookingContext(NotEntered):
         survey(clone, runtime)
         binder = Binder(clone, root, runtime)
         drawn = survey_draws(clone)
+        place_inner_hooks(clone, runtime)
         for child in list(clone.modules()):
             if child is clone:
                 continue
@@ -215,7 +221,7 @@ class HookingContext(NotEntered):
             _hooked_bound=bound,
             _hooked_steps=steps,
             _hooked_traits=traits,
-            _hooked_shares=can_share(clone, traits) and not drawn,
+            _hooked_shares=can_share(clone, traits) and not drawn and chunked_by(clone) is None,
             _hooked_draws=list(drawn.values()),
             _hooked_slots={key: one.slots[key] for one in drawn.values() for key in one.rewriters},
             _hooked_actions=value_actions(clone),
@@ -225,6 +231,7 @@ class HookingContext(NotEntered):
             _hooked_overwrites=[key for key in clone.in_keys if key in list(clone.out_keys)],
             _hooked_made=binder.made,
             _hooked_noise=binder.noise,
+            _hooked_chunks=chunked_by(clone),
             _hooked_routes=binder.routes,
             _hooked_supports=supports(clone),
             _hooked_wraps=not self._wrapped,
@@ -336,10 +343,22 @@ class Binder:
         self.on_input(site, InputCaptureHook(self.runtime, slot, site.run))
         return slot
 
-    def leaf(self, site: Site) -> str:
-        """Let explanation passes differentiate with respect to the output of a site."""
+    def leaf(self, site: Site, partial: bool = False) -> str:
+        """Let explanation passes differentiate with respect to the output of a site, which may be of some rows only."""
         slot = self.slot(site)
-        self.on_output(site, LeafHook(self.runtime, slot, site.name, site.run))
+        self.on_output(site, LeafHook(self.runtime, slot, site.name, site.run, partial))
+        return slot
+
+    def heard(self, root: nn.Module, site: Site) -> str:
+        """Keep the output of a site and which rows it is of; returns the slot.
+
+        Raises:
+            InputError: if the site names one of several runs.
+        """
+        if site.run is not None:
+            raise InputError(f"missing='nan' keeps the rows of all runs of a module: leave '@{site.run}' out")
+        slot = self.slot(site)
+        place_rows_hook(root, site.path, RowsHook(self.runtime, slot, site.name))
         return slot
 
     def watch(self, site: Site) -> str:

@@ -14,6 +14,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
+from tdhook_rl.chunks import deciding_rows
 from tdhook_rl.errors import MismatchError
 from tdhook_rl.passes import Call, conduct_of
 
@@ -72,6 +73,8 @@ class Mismatch:
                     self._largest, self._key = float(gap.max()), key
                 different |= rows
         self._compared = True
+        if self._policy._hooked_chunks is not None:
+            different &= deciding_rows(self._policy, call.data)
         self._rows += batch.numel()
         self._different += int((different & written).sum())
 

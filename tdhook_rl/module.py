@@ -19,6 +19,7 @@ from torch import nn
 
 from tdhook_rl.annotation import OnMismatch, annotate
 from tdhook_rl.batching import GeneratorState, Traits, frozen_statistics, require_no_batch_statistics
+from tdhook_rl.chunks import in_deciding_rows
 from tdhook_rl.classes import Swapped
 from tdhook_rl.collection import take_in
 from tdhook_rl.context import ContextView
@@ -66,6 +67,7 @@ class HookedMixin(_Policy):
     _hooked_reads: list[NestedKey]
     _hooked_overwrites: list[NestedKey]  # inputs that the policy writes over
     _hooked_made: list[NestedKey]  # input keys of which the policy writes the entries itself
+    _hooked_chunks: Any  # the wrapper that plays several actions one by one, if there is one
     _hooked_noise: list[NestedKey]  # inputs that hold noise, and are drawn where they are absent
     _hooked_supports: dict[NestedKey, torch.Tensor]
     _hooked_draws: list[Draw]  # of samples that are no plain decisions
@@ -268,7 +270,8 @@ class HookedMixin(_Policy):
         results: dict[tuple[str, ...], torch.Tensor] = {}
         for one in bound:
             results.update(one.compute(call))
-        return results
+        chunked = call.policy._hooked_chunks is not None
+        return in_deciding_rows(call.policy, call.data, results) if chunked else results
 
     def annotate(
         self, data: TensorDictBase, *, chunk_size: int | None = None, on_mismatch: OnMismatch = "warn"

@@ -11,27 +11,24 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import (
-    InteractionType,
-    ProbabilisticTensorDictModule,
     TensorDictModule,
-    set_interaction_type,
     skip_existing,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdhook_rl.batching import shallow
-from tdhook_rl.classes import Swapped
-from tdhook_rl.draws import Draw, sample_keys
+from tdhook_rl.chunks import all_decide
+from tdhook_rl.draws import given_beside
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
-from tdhook_rl.hooks import Runtime
 from tdhook_rl.repeats import Several
+from tdhook_rl.replays import Drawn, Replay
 from tdhook_rl.rows import with_batch
-from tdhook_rl.samples import components, decided_action, is_point, latent_samples, require_unchanged, samples
+from tdhook_rl.samples import require_unchanged
 from tdhook_rl.start import Conduct, Start
 from tdhook_rl.states import watching
 from tdhook_rl.writing import get_entry, set_tensor
@@ -40,7 +37,7 @@ if TYPE_CHECKING:
     from tdhook_rl.chains import Record
     from tdhook_rl.module import HookedMixin
 
-__all__ = ["Bound", "Call", "Pass", "Replay", "ReplayMixin", "conduct_of"]
+__all__ = ["Bound", "Call", "Pass", "conduct_of"]
 
 
 # Given a TensorDict, and unless existing entries are skipped, the decorators of this forward only take time.
@@ -58,141 +55,6 @@ class Bound(Protocol):
 
     def compute(self, call: Call) -> Mapping[tuple[str, ...], Tensor]:
         """The results of one call, each with the batch shape of the call first."""
-
-
-class Drawn(NamedTuple):
-    """A distribution that a replay met, and what was drawn from it in the call that is explained."""
-
-    module: nn.Module
-    distribution: torch.distributions.Distribution
-    samples: Mapping[NestedKey, Tensor | None]
-
-    def again(self, outputs: TensorDictBase) -> Drawn:
-        """The same of other outputs."""
-        return Drawn(self.module, self.module.get_dist(outputs), self.samples)  # type: ignore[operator]
-
-
-@dataclass
-class Replay:
-    """What a replay takes from the stored data, and the distributions that it met."""
-
-    stored: TensorDictBase
-    in_step: bool = False  # of the forward that has just run, in the mode in which it ran
-    learning: bool = False  # whether it is to find what the data does not hold as it was drawn
-    distributions: list[Drawn] = field(default_factory=list)
-    watched: dict[str, Tensor] = field(default_factory=dict)
-    runs: dict[str, int] = field(default_factory=dict)  # how often the hooks that count ran
-    # What a deterministic policy decided before exploration noise was added.
-    decided: dict[NestedKey, Tensor] = field(default_factory=dict)
-    # What was found, by slot.
-    learned: dict[str, Tensor] = field(default_factory=dict)
-
-
-class ReplayMixin(Swapped):
-    """A module that draws: in a replay it hands on the stored sample and draws nothing."""
-
-    _hooked_runtime: Runtime
-    _hooked_draw: Draw
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        runtime, draw = self._hooked_runtime, self._hooked_draw
-        replay = runtime.replay
-        data = args[0] if args else kwargs.get("tensordict")
-        start = runtime.start
-        if replay is None or not isinstance(data, TensorDictBase):
-            output = super().forward(*args, **kwargs)
-            if start is not None:
-                start.note_draw(self)
-            if draw.slots and runtime.recording:
-                note_samples(runtime, draw, output)
-            return output
-        output = self._hand_on(replay, data, args, kwargs)
-        if start is not None:
-            start.skip_draw(self)
-        return output
-
-    def _hand_on(self, replay: Replay, data: TensorDictBase, args: tuple, kwargs: dict[str, Any]) -> Any:
-        draw = self._hooked_draw
-        if isinstance(self, ProbabilisticTensorDictModule):
-            distribution = self.get_dist(data)
-            stored = samples(self, draw, distribution, data, replay)
-            _require_own_shape(stored, distribution)
-            replay.distributions.append(Drawn(self, distribution, stored))
-            if draw.latent:
-                again = latent_samples(self, draw, components(self, distribution), stored, replay)
-                if again is None:
-                    return super().forward(*args, **kwargs)
-                stored = again
-        else:
-            stored = {key: replay.stored.get(draw.slots.get(key, key), None) for key in sample_keys(self)}
-            replay.decided.update({key: data.get(key) for key in stored if data.get(key).is_floating_point()})
-        if any(value is None for value in stored.values()):
-            with set_interaction_type(InteractionType.DETERMINISTIC):
-                data = super().forward(*args, **kwargs)
-        else:
-            for key, value in stored.items():
-                data.set(key, value)
-        return data
-
-
-class DecidedHook:
-    """Forward hook of a module whose decision, which it does not draw, later modules write over."""
-
-    def __init__(self, runtime: Runtime, draw: Draw) -> None:
-        self.runtime = runtime
-        self.draw = draw
-
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        runtime = self.runtime
-        if not isinstance(output, TensorDictBase):
-            return
-        if runtime.replay is not None and runtime.replay.learning:
-            decided_action(module, self.draw, output, runtime.replay)
-        elif runtime.replay is None and runtime.recording:
-            note_samples(runtime, self.draw, output)
-
-
-def note_samples(runtime: Runtime, draw: Draw, output: TensorDictBase) -> None:
-    """Keep, for the call under way, samples that its data may not hold in the end as they were drawn."""
-    for key, slot in draw.slots.items():
-        runtime.drawn[slot] = output.get(key).detach().clone()
-
-
-def supports(policy: nn.Module) -> dict[NestedKey, Tensor]:
-    """The supports of the distributional Q-networks in a policy (``Pass.supports``)."""
-    from torchrl.modules import DistributionalQValueModule
-
-    found = [child for child in policy.modules() if isinstance(child, DistributionalQValueModule)]
-    return {child.action_value_key: child.support for child in found}
-
-
-def value_actions(policy: nn.Module) -> dict[NestedKey, tuple[NestedKey, list[int] | None]]:
-    """Of each Q-network in a policy, by the key of its values: the key of the action that it chooses, and the sizes of
-    the choices where it makes several at once."""
-    from torchrl.modules import QValueModule
-
-    found = [child for child in policy.modules() if isinstance(child, QValueModule)]
-    return {child.action_value_key: (child.out_keys[0], _sizes(child.var_nums)) for child in found}
-
-
-def _sizes(var_nums: Any) -> list[int] | None:
-    return None if var_nums is None else [int(size) for size in var_nums]
-
-
-def _require_own_shape(
-    stored: Mapping[NestedKey, Tensor | None], distribution: torch.distributions.Distribution
-) -> None:
-    """A stored sample of another shape would be broadcast against the distribution in silence."""
-    if len(stored) != 1 or is_point(distribution):
-        return
-    ((key, value),) = stored.items()
-    rows, events = distribution.batch_shape, distribution.event_shape
-    if value is not None and (value.shape[: len(rows)] != rows or value.ndim < len(rows) + len(events)):
-        raise InputError(
-            f"the stored {key!r} has shape {tuple(value.shape)}, but the policy draws it from a "
-            f"{type(distribution).__name__} over {tuple(rows + events)} and changes it afterwards, so what was drawn "
-            "is not known: explain a policy that stores its samples as they were drawn"
-        )
 
 
 @dataclass
@@ -454,7 +316,7 @@ def stored_inputs(
     for key in policy.in_keys:
         value = given[key] if given and key in given else get_entry(data, key)
         if key in made:
-            inputs.update(_given_beside(policy, key, value))
+            inputs.update(given_beside(policy.policy_out_keys, key, value))
             continue
         if isinstance(value, TensorDictBase):
             value = value.copy()  # the policy may write into it
@@ -466,7 +328,7 @@ def stored_inputs(
                 f"the policy reads {key!r}, which the TensorDict lacks; "
                 f"{nearest(str(key), map(str, data.keys(True, True)))}{hint if policy._hooked_wraps else ''}"
             )
-        inputs[key] = value
+        inputs[key] = value if policy._hooked_chunks is None else all_decide(policy, key, value)
     return inputs
 
 
@@ -474,16 +336,6 @@ def drawn_noise(policy: HookedMixin, output: TensorDictBase) -> dict[NestedKey, 
     """The noise that a forward has used, which is beside its action whether it was given or drawn."""
     found = {key: output.get(key, None) for key in policy._hooked_noise}
     return {key: value for key, value in found.items() if isinstance(value, Tensor)}
-
-
-def _given_beside(policy: HookedMixin, key: NestedKey, node: Any) -> dict[NestedKey, Tensor]:
-    """The entries of a node that are not the policy's own outputs."""
-    if not isinstance(node, TensorDictBase):
-        return {}
-    own = set(policy.policy_out_keys)
-    start = (key,) if isinstance(key, str) else key
-    entries = {(*start, *((k,) if isinstance(k, str) else k)): value for k, value in node.items(True, True)}
-    return {name: value for name, value in entries.items() if name not in own}
 
 
 def action_keys(policy: HookedMixin) -> list[NestedKey]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.draws import draws, sample_keys
 from tdhook_rl.passes import Bound, action_keys
-from tdhook_rl.real_rows import defined_values, row_mask, surely_finite
+from tdhook_rl.real_rows import defined_values, reached, row_mask, surely_finite
 from tdhook_rl.writing import get_entry, set_entries
 
 if TYPE_CHECKING:
@@ -239,6 +239,7 @@ class Provenance:
         if given is not None and not bool(given.any()):
             return given
         if explains:
+            values = values if traced else reached(values)
             inputs = [get_entry(source, key) for one in methods for key in getattr(one, "declared", ())]
             values = [*values, *(value for value in inputs if isinstance(value, Tensor))]
         rows = None

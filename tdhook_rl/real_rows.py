@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-__all__ = ["PADDING", "defined_values", "emptied", "nothing", "real_rows", "row_mask", "surely_finite"]
+__all__ = ["PADDING", "defined_values", "emptied", "nothing", "reached", "real_rows", "row_mask", "surely_finite"]
 
 #: Where ``split_trajectories`` and collectors mark the steps that are not padding.
 PADDING = (("collector", "mask"), "mask")
@@ -75,6 +75,15 @@ def defined_values(values: Iterable[Tensor], batch: torch.Size, infinite: bool =
         odd = odd.flatten(len(batch)).any(-1) if value.ndim > len(batch) else odd
         rows = ~odd if rows is None else rows & ~odd
     return rows
+
+
+def reached(values: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Attributions without those that are NaN in every row, which no gradient reaches: these do not judge the rows.
+
+    Where all of them are, no row has one.
+    """
+    found = [value for value in values if surely_finite(value) or not bool((value != value).all())]
+    return found or values
 
 
 def nothing(dtype: torch.dtype) -> Any:

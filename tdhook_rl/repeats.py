@@ -26,11 +26,11 @@ class Several(NamedTuple):
     """What each run of a module gave in one call, for a site of all runs or of one counted from the last.
 
     Args:
-        run: which is meant.
+        run: which is meant; ``"steps"`` where each is of one step of the batch, whose last dimension is time.
         values: of all runs so far.
     """
 
-    run: int | Literal["all"]
+    run: int | Literal["all", "steps"]
     values: tuple[Tensor, ...]
 
     def points(self, site: str) -> tuple[Tensor, ...]:
@@ -39,7 +39,7 @@ class Several(NamedTuple):
         Raises:
             SiteError: if the module did not run so often.
         """
-        if self.run == "all":
+        if isinstance(self.run, str):
             return self.values
         if not -len(self.values) <= self.run < len(self.values):
             raise SiteError(f"{site!r} names a run that did not take place: the module ran {_times(len(self.values))}")
@@ -48,10 +48,12 @@ class Several(NamedTuple):
     def chosen(self, batch: torch.Size, site: str) -> Tensor:
         """The value that is meant, batch first; those of all runs in a dimension after the batch."""
         points = self.points(site)
+        if self.run == "steps":
+            return _in_time(points, batch, site)
         return stacked(points, batch, site) if self.run == "all" else with_batch(points[0], batch, site)
 
 
-def added(several: Several | None, value: Tensor, run: int | Literal["all"]) -> Several:
+def added(several: Several | None, value: Tensor, run: int | Literal["all", "steps"]) -> Several:
     """The values so far, and one more."""
     return Several(run, (value,) if several is None else (*several.values, value))
 
@@ -70,6 +72,15 @@ def stacked(values: tuple[Tensor, ...], batch: torch.Size, site: str) -> Tensor:
             f"one, {_base(site)}@0' to {_base(site)}@{len(values) - 1}'"
         )
     return torch.stack(rows, len(batch))
+
+
+def _in_time(values: tuple[Tensor, ...], batch: torch.Size, site: str) -> Tensor:
+    if len(values) != batch[-1]:
+        raise SiteError(
+            f"the module {site!r} ran {_times(len(values))} in a batch of {batch[-1]} steps, which are handed to it "
+            "one at a time, so it is not known which step each run belongs to"
+        )
+    return torch.stack([with_batch(value, batch[:-1], site) for value in values], len(batch) - 1)
 
 
 def part_of(given: Tensor, index: int, run: Run, total: int | None, value: Tensor, batch: torch.Size | None) -> Any:

@@ -21,8 +21,9 @@ from tdhook_rl.captures import Captures
 from tdhook_rl.containers import first_tensor, with_first_tensor
 from tdhook_rl.errors import InputError, SiteError, TargetError, nearest
 from tdhook_rl.inplace import hand_on_in_place
-from tdhook_rl.passes import Drawn, Pass, Replay
+from tdhook_rl.passes import Pass
 from tdhook_rl.repeats import part_of, several_runs
+from tdhook_rl.replays import Drawn, Replay
 from tdhook_rl.requests import (
     OFFERED,
     Act,

@@ -19,7 +19,7 @@ from tdhook_rl.noise import noise_of, sample_with
 from tdhook_rl.undoing import choices, is_one_hot, one_hot_choices, undo
 
 if TYPE_CHECKING:
-    from tdhook_rl.passes import Replay
+    from tdhook_rl.replays import Replay
 
 __all__ = ["components", "decided_action", "is_point", "latent_samples", "require_unchanged", "samples"]
 
@@ -64,7 +64,7 @@ def samples(
         if is_point(part):  # it draws nothing, and gradients pass through what it decides
             value = part.mode if isinstance(distribution, CompositeDistribution) else None
         elif value is None:
-            value = replay.stored.get(key, None)
+            value = replay.stored.get(draw.kept_under.get(key, key), None)
             if value is not None and key in draw.rewriters:
                 value = _as_drawn(key, value, part, draw, data)
                 replay.learned[slot] = value  # type: ignore[index]

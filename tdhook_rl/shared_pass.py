@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from tdhook_rl.batching import Traits
 from tdhook_rl.chains import Record, Steps, chain_layers
 from tdhook_rl.draws import draws
-from tdhook_rl.passes import Bound, Call, Pass, Replay, conduct_of, run_root, stored_inputs
+from tdhook_rl.passes import Bound, Call, Pass, conduct_of, run_root, stored_inputs
+from tdhook_rl.replays import Replay
 from tdhook_rl.scratch import same_values
 from tdhook_rl.writing import get_entry, set_tensor
 

@@ -19,6 +19,7 @@ from tdhook_rl.batching import in_recurrent_mode
 from tdhook_rl.errors import InputError, MissingKeyError, TargetError, nearest
 from tdhook_rl.hooks import Portable
 from tdhook_rl.method import Binder, Method
+from tdhook_rl.missing import Absent, Heard, Missing, check_missing
 from tdhook_rl.passes import Call, Pass, with_batch
 from tdhook_rl.targets import DefaultTarget, Target, per_row
 
@@ -60,6 +61,8 @@ class GradientAttribution(Method):
             ``"trajectory"`` lets them run through time, so that an observation is explained by the sum of the
             targets from its step on (of one trajectory; ``annotate`` only, the last batch dimension is time).
         attribution_key: the root of the result keys.
+        missing: ``"raise"`` where one of ``input_modules`` did not run in a call, or ran on some of its rows only;
+            ``"nan"`` for NaN and a false mask in the rows without a value (experts, action chunks).
     """
 
     target: Explains | Mapping[str, Explains] | None = None
@@ -73,6 +76,7 @@ class GradientAttribution(Method):
     when: Literal["step", "batch"] | None = None
     horizon: Literal["step", "trajectory"] = "step"
     attribution_key: str = "attr"
+    missing: Missing = "raise"
 
     bound_class: ClassVar[type[BoundAttribution]]
     horizons: ClassVar[tuple[str, ...]] = ("step",)
@@ -95,6 +99,7 @@ class GradientAttribution(Method):
                 "horizon='trajectory' explains what is decided later as well, which no step knows: leave when= out, "
                 "and annotate whole trajectories"
             )
+        check_missing(self.missing)
         if self.init_attr_targets is None and (self.init_attr_grads is not None or self.target_modules):
             raise TargetError("init_attr_grads= and target_modules= belong to init_attr_targets=, which is not given")
         for one in self.target.values() if isinstance(self.target, Mapping) else [self.target]:
@@ -144,7 +149,14 @@ class BoundAttribution:
             self.inputs = [unravel_key(key) for key in config.inputs]
         elif sites and config.init_attr_inputs is None:
             self.inputs = []
-        self.leaves = {binder.leaf(site): site.name for site in sites}
+        self.leaves = {binder.leaf(site, config.missing == "nan"): site.name for site in sites}
+        # Of sites that may miss rows: the slot in which what they gave is kept, and their path, by that of the leaf.
+        self._heard: dict[str, tuple[str, str]] = {}
+        if config.missing == "nan":
+            kept = zip(self.leaves, sites, strict=True)
+            self._heard = {slot: (binder.heard(binder.root, site), site.path) for slot, site in kept}
+            self.exclusive = bool(self._heard)
+        self._absent = Absent()
         watched = [site for path in config.target_modules for site in binder.sites(path, runs=True)]
         self.watched = {binder.watch(site): site.name for site in watched}
         self.declared = binder.observed if self.inputs is None else self.inputs
@@ -182,19 +194,49 @@ class BoundAttribution:
                 "explains each row at its stored hidden state, or the whole trajectory with horizon='trajectory'"
             )
         call.learn()
-        explained = Explained(self._explained_inputs(call), self.leaves)
+        heard = self._sites_heard(call)
+        leaves = {slot: site for slot, site in self.leaves.items() if heard is None or slot in heard}
+        explained = Explained(self._explained_inputs(call), leaves)
         if any(key not in explained.inputs for key in self.declared):  # boolean inputs drop out
             self.declared = [key for key in self.declared if key in explained.inputs]
         targets = [self._function(one, call) for one in self._chosen]
         results: dict[tuple[str, ...], Tensor] = {}
-        for name, (of_inputs, of_leaves) in zip(self.names, self.attribute(call, explained, targets), strict=True):
+        nothing = not explained.inputs and not leaves and bool(self.leaves)
+        attributed: Any = [({}, {}) for _ in self.names] if nothing else self.attribute(call, explained, targets)
+        for name, (of_inputs, of_leaves) in zip(self.names, attributed, strict=True):
             prefix = (self.root, *([name] if name else []))
             for key, value in of_inputs.items():
                 results[*prefix, *_as_tuple(key)] = value
             for slot, value in of_leaves.items():
                 site = self.leaves[slot]
+                value = value if heard is None else heard[slot].spread(value, call.batch_size, site)
                 results[*prefix, site] = with_batch(value, call.batch_size, site)
+            for slot, site in self.leaves.items():
+                if slot not in leaves:
+                    module = call.policy.hooked_root.get_submodule(self._heard[slot][1])
+                    results[*prefix, site] = self._absent.value(site, module, call.batch_size, call.data.device)
+        if heard is not None:
+            results["computed", self.root] = self._rows_heard(call, heard)
         return results
+
+    def _sites_heard(self, call: Call) -> dict[str, Heard] | None:
+        """What the explained sites give in this call, by the slot of their leaf; ``None`` where all have to run."""
+        if not self._heard:
+            return None
+        with torch.no_grad():
+            call.replay(record=True)
+        found: dict[str, Any] = {slot: call.slots.get(kept) for slot, (kept, _) in self._heard.items()}
+        heard = {slot: one for slot, one in found.items() if one is not None}
+        for slot, one in heard.items():
+            self._absent.note(self.leaves[slot], one.together(call.batch_size, self.leaves[slot])[0], call.batch_size)
+        return heard
+
+    def _rows_heard(self, call: Call, heard: Mapping[str, Heard]) -> Tensor:
+        rows = torch.ones(call.batch_size, dtype=torch.bool, device=call.data.device)
+        for slot, site in self.leaves.items():
+            one = heard.get(slot)
+            rows = rows & one.together(call.batch_size, site)[1] if one is not None else torch.zeros_like(rows)
+        return rows
 
     def attribute(
         self, call: Call, explained: Explained, targets: Sequence[Callable[[Pass], Tensor]]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -14,6 +16,7 @@ from tdhook_rl.errors import InputError, KeyCollisionError, SiteError, nearest
 from tdhook_rl.latent.caches import CacheStore, Key, LastCall, Staging, holds_still
 from tdhook_rl.latent.caching_hooks import FORWARD, GRADIENT, CachingHook, Callback, GradientHook, escaped
 from tdhook_rl.method import Binder, Method
+from tdhook_rl.missing import Absent, Missing, check_missing
 from tdhook_rl.passes import Call
 from tdhook_rl.paths import Site, find_sites
 
@@ -40,6 +43,9 @@ class ActivationCaching(Method):
         use_nested_keys: split paths at their dots, so that the keys form the tree of the modules.
         clear_cache: empty the cache whenever the context is entered.
         cache_key: the root of the result keys.
+        missing: ``"raise"`` where a named module did not run in a call, or ran on some of its rows only; ``"nan"`` for
+            NaN and a false mask in the rows without a value (experts, action chunks). The mask is true where every
+            module of this method has one: give each expert a method with a ``cache_key`` of its own.
 
     **Keys.** One direction: ``(cache_key, path)``. Several: ``(cache_key, direction, path)``. With
     ``use_nested_keys``, ``(cache_key, direction, "layer", "5", "mlp")``, for one direction as well. In the cache
@@ -98,6 +104,7 @@ class ActivationCaching(Method):
     use_nested_keys: bool = False
     clear_cache: bool = True
     cache_key: str = "cache"
+    missing: Missing = "raise"
 
     def __post_init__(self) -> None:
         known = [*FORWARD, *GRADIENT]
@@ -112,6 +119,9 @@ class ActivationCaching(Method):
                 f"the direction {gradients[0]!r} is a gradient, which exists only after the forward and cannot be in "
                 "its TensorDict: pass cache=TensorDict(), which is written when a backward pass runs"
             )
+        check_missing(self.missing)
+        if self.missing == "nan" and (self.callback, self.cache, tuple(self.directions)) != (None, None, ("fwd",)):
+            raise InputError("missing='nan' writes what modules return: leave out cache=, callback= and directions=")
         if self.callback is not None:
             Callback(self.callback, self.directions)  # raises
         self._check_cache()
@@ -131,9 +141,11 @@ class ActivationCaching(Method):
         _require_leaves([self._key("fwd", site) for site in sites])
         if tuple(self.directions) == ("fwd",) and self.cache is None and self.callback is None:
             # What most collectors run at every step: plain capture hooks, results written as they are.
-            bound = _BoundCaching(
-                {self._key("fwd", site): (binder.capture(site), site.name, site.explicit) for site in sites}
-            )
+            root = binder.root if self.relative else binder.policy
+            keep = binder.capture if self.missing == "raise" else partial(binder.heard, root)
+            slots = {self._key("fwd", site): (keep(site), site.name, site.explicit) for site in sites}
+            paths = {site.name: (site.path, self.relative) for site in sites}
+            bound = _BoundCaching(slots) if self.missing == "raise" else _BoundMissing(slots, paths)
         else:
             bound = self._bind_all(binder, sites)
         if self.cache is None:
@@ -226,6 +238,37 @@ class _BoundCaching:
             raise _none_ran(name for _, name, _ in self._slots.values())
         self._slots = fired
         self._settled = True
+
+
+class _BoundMissing(_BoundCaching):
+    """Of modules that run in some calls, or on some rows, only."""
+
+    exclusive = True
+
+    def __init__(self, slots: dict[Key, tuple[str, str, bool]], paths: dict[str, tuple[str, bool]]) -> None:
+        super().__init__(slots)
+        self._settled = True
+        self._paths = paths
+        self._absent = Absent()
+
+    def compute(self, call: Call) -> dict[tuple[str, ...], Tensor]:
+        batch, found = call.batch_size, {}
+        masks = []
+        for key, (slot, name, _) in self._slots.items():
+            heard: Any = call.slots.get(slot)
+            if heard is None:
+                path, relative = self._paths[name]
+                module = (call.policy.hooked_root if relative else call.policy).get_submodule(path)
+                value = self._absent.value(name, module, batch, call.data.device)
+                mask = torch.zeros(batch, dtype=torch.bool, device=value.device)
+            else:
+                value, mask = heard.together(batch, name)
+                self._absent.note(name, value, batch)
+            found[key] = value
+            masks.append(mask)
+        self._keep(dict(found), call)
+        found["computed", next(iter(found))[0]] = torch.stack(masks).all(0)
+        return found
 
 
 class _BoundCaptures(_BoundCaching):

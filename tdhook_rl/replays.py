@@ -1,0 +1,134 @@
+"""Where a policy draws, a replay of a call hands on what was drawn in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, set_interaction_type
+from torch import Tensor, nn
+
+from tdhook_rl.classes import Swapped
+from tdhook_rl.draws import Draw, sample_keys
+from tdhook_rl.errors import InputError
+from tdhook_rl.hooks import Runtime
+from tdhook_rl.samples import components, decided_action, is_point, latent_samples, samples
+
+__all__ = ["DecidedHook", "Drawn", "Replay", "ReplayMixin"]
+
+
+class Drawn(NamedTuple):
+    """A distribution that a replay met, and what was drawn from it in the call that is explained."""
+
+    module: nn.Module
+    distribution: torch.distributions.Distribution
+    samples: Mapping[NestedKey, Tensor | None]
+
+    def again(self, outputs: TensorDictBase) -> Drawn:
+        """The same of other outputs."""
+        return Drawn(self.module, self.module.get_dist(outputs), self.samples)  # type: ignore[operator]
+
+
+@dataclass
+class Replay:
+    """What a replay takes from the stored data, and the distributions that it met."""
+
+    stored: TensorDictBase
+    in_step: bool = False  # of the forward that has just run, in the mode in which it ran
+    learning: bool = False  # whether it is to find what the data does not hold as it was drawn
+    distributions: list[Drawn] = field(default_factory=list)
+    watched: dict[str, Tensor] = field(default_factory=dict)
+    runs: dict[str, int] = field(default_factory=dict)  # how often the hooks that count ran
+    # What a deterministic policy decided before exploration noise was added.
+    decided: dict[NestedKey, Tensor] = field(default_factory=dict)
+    # What was found, by slot.
+    learned: dict[str, Tensor] = field(default_factory=dict)
+
+
+class ReplayMixin(Swapped):
+    """A module that draws: in a replay it hands on the stored sample and draws nothing."""
+
+    _hooked_runtime: Runtime
+    _hooked_draw: Draw
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        runtime, draw = self._hooked_runtime, self._hooked_draw
+        replay = runtime.replay
+        data = args[0] if args else kwargs.get("tensordict")
+        start = runtime.start
+        if replay is None or not isinstance(data, TensorDictBase):
+            output = super().forward(*args, **kwargs)
+            if start is not None:
+                start.note_draw(self)
+            if draw.slots and runtime.recording:
+                note_samples(runtime, draw, output)
+            return output
+        output = self._hand_on(replay, data, args, kwargs)
+        if start is not None:
+            start.skip_draw(self)
+        return output
+
+    def _hand_on(self, replay: Replay, data: TensorDictBase, args: tuple, kwargs: dict[str, Any]) -> Any:
+        draw = self._hooked_draw
+        if isinstance(self, ProbabilisticTensorDictModule):
+            distribution = self.get_dist(data)
+            stored = samples(self, draw, distribution, data, replay)
+            _require_own_shape(stored, distribution)
+            replay.distributions.append(Drawn(self, distribution, stored))
+            if draw.latent:
+                again = latent_samples(self, draw, components(self, distribution), stored, replay)
+                if again is None:
+                    return super().forward(*args, **kwargs)
+                stored = again
+        else:
+            stored = {key: replay.stored.get(draw.slots.get(key, key), None) for key in sample_keys(self)}
+            replay.decided.update({key: data.get(key) for key in stored if data.get(key).is_floating_point()})
+        if any(value is None for value in stored.values()):
+            with set_interaction_type(InteractionType.DETERMINISTIC):
+                data = super().forward(*args, **kwargs)
+        else:
+            for key, value in stored.items():
+                data.set(key, value)
+        return data
+
+
+class DecidedHook:
+    """Forward hook of a module whose decision, which it does not draw, later modules write over."""
+
+    def __init__(self, runtime: Runtime, draw: Draw) -> None:
+        self.runtime = runtime
+        self.draw = draw
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        runtime = self.runtime
+        if not isinstance(output, TensorDictBase):
+            return
+        if runtime.replay is not None and runtime.replay.learning:
+            decided_action(module, self.draw, output, runtime.replay)
+        elif runtime.replay is None and runtime.recording:
+            note_samples(runtime, self.draw, output)
+
+
+def note_samples(runtime: Runtime, draw: Draw, output: TensorDictBase) -> None:
+    """Keep, for the call under way, samples that its data may not hold in the end as they were drawn."""
+    for key, slot in draw.slots.items():
+        runtime.drawn[slot] = output.get(key).detach().clone()
+
+
+def _require_own_shape(
+    stored: Mapping[NestedKey, Tensor | None], distribution: torch.distributions.Distribution
+) -> None:
+    """A stored sample of another shape would be broadcast against the distribution in silence."""
+    if len(stored) != 1 or is_point(distribution):
+        return
+    ((key, value),) = stored.items()
+    rows, events = distribution.batch_shape, distribution.event_shape
+    if value is not None and (value.shape[: len(rows)] != rows or value.ndim < len(rows) + len(events)):
+        raise InputError(
+            f"the stored {key!r} has shape {tuple(value.shape)}, but the policy draws it from a "
+            f"{type(distribution).__name__} over {tuple(rows + events)} and changes it afterwards, so what was drawn "
+            "is not known: explain a policy that stores its samples as they were drawn"
+        )

@@ -1,0 +1,243 @@
+"""All decisions of a policy are explained together, and what was drawn, not what is stored in its place."""
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import NormalParamExtractor, ProbabilisticTensorDictModule, TensorDictModule, TensorDictSequential
+from torch import Tensor, nn
+from torch import distributions as D
+from torchrl.modules import IndependentNormal, ProbabilisticActor, QValueModule, TanhNormal
+
+from tdhook_rl import Saliency, targets
+from tdhook_rl.errors import InputError, TargetError
+from tdhook_rl.noise import noise_of, sample_with
+
+ROWS, GROUPS = 5, ("a", "b")
+
+
+def mlp(outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, outputs))
+
+
+def grouped(
+    target: object, when: str = "step", mode: Callable = torch.enable_grad
+) -> tuple[TensorDict, dict[str, nn.Module], TensorDict]:
+    nets = {name: mlp(3) for name in GROUPS}
+    policy = TensorDictSequential(
+        *(
+            ProbabilisticActor(
+                TensorDictModule(nets[name], [(name, "seen")], [(name, "logits")]),
+                in_keys={"logits": (name, "logits")},
+                out_keys=[(name, "action")],
+                distribution_class=D.Categorical,
+            )
+            for name in GROUPS
+        )
+    )
+    data = TensorDict({name: {"seen": torch.randn(ROWS, 2, 4)} for name in GROUPS}, [ROWS])
+    with Saliency(target=target, when=when).prepare(policy) as hooked, mode():  # type: ignore[arg-type]
+        return hooked.annotate(hooked(data.clone())), nets, data
+
+
+def gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    leaf = x.detach().clone().requires_grad_()
+    return torch.autograd.grad(function(leaf).sum(), leaf)[0]
+
+
+@pytest.mark.parametrize("when", ["step", "batch"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_the_joint_log_probability_is_the_default(when: str, mode: Callable) -> None:
+    found, nets, data = grouped(None, when, mode)
+    for name in GROUPS:
+        action = found[name, "action"].clone()  # of no inference mode
+        right = gradient(
+            lambda x, n=name, a=action: nets[n](x).log_softmax(-1).gather(-1, a[..., None]), data[name, "seen"]
+        )
+        torch.testing.assert_close(found["attr", name, "seen"], right)
+
+
+@pytest.mark.parametrize("key", ["b", ("b", "action"), [("b", "action")]])
+def test_one_group_is_chosen_by_key(key: object) -> None:
+    with pytest.warns(UserWarning, match=r"reaches \('a', 'seen'\)"):
+        found, nets, data = grouped(targets.taken_action_log_prob(key=key))  # type: ignore[arg-type]
+    assert found["attr", "a", "seen"].isnan().all()
+    assert found["computed", "attr"].all()
+    action = found["b", "action"]
+    right = gradient(lambda x: nets["b"](x).log_softmax(-1).gather(-1, action[..., None]), data["b", "seen"])
+    torch.testing.assert_close(found["attr", "b", "seen"], right)
+    with pytest.raises(TargetError, match="nearest"):
+        grouped(targets.entropy(key="c"))
+
+
+@pytest.mark.parametrize("target", [targets.chosen_logit(), targets.margin(), targets.entropy()])
+def test_other_targets_are_sums_too(target: targets.Target) -> None:
+    found, nets, data = grouped(target)
+    for name in GROUPS:
+        action = found[name, "action"]
+
+        def value(x: Tensor, net: nn.Module = nets[name], action: Tensor = action) -> Tensor:
+            logits = net(x)
+            if target.name == "entropy":
+                return D.Categorical(logits=logits).entropy()
+            chosen = logits.gather(-1, action[..., None]).squeeze(-1)
+            return chosen - (
+                logits.scatter(-1, action[..., None], -torch.inf).amax(-1) if target.name == "margin" else 0
+            )
+
+        torch.testing.assert_close(found["attr", name, "seen"], gradient(value, data[name, "seen"]))
+
+
+def test_a_decision_that_has_no_probability_is_named() -> None:
+    drawn = ProbabilisticActor(
+        TensorDictModule(mlp(3), ["x"], ["logits"]), in_keys=["logits"], out_keys=["turn_action"],
+        distribution_class=D.Categorical,
+    )  # fmt: skip
+    policy = TensorDictSequential(drawn, TensorDictModule(mlp(2), ["x"], ["action"]))
+    with Saliency(when="step").prepare(policy) as hooked, pytest.warns(UserWarning, match="leaves out 'action'"):
+        hooked(TensorDict({"x": torch.randn(ROWS, 4)}, [ROWS]))
+
+
+TABLE = torch.tensor([2, 0, 1])
+DISCRETE = {
+    "table": (lambda a: TABLE[a], lambda s: TABLE.argsort()[s]),
+    "one-hot": (lambda a: nn.functional.one_hot(a, 3), lambda s: s.argmax(-1)),
+    "float": (lambda a: a.float() / 2 - 1, lambda s: ((s + 1) * 2).long()),
+}
+NUMBERS = {
+    "scale": (lambda a: 3 * a - 1, lambda s: (s + 1) / 3),
+    "tanh": (lambda a: 2 * (a / 4).tanh(), lambda s: 4 * (s / 2).atanh()),
+    "reversed": (lambda a: -a, lambda s: -s),
+}
+
+
+@pytest.mark.parametrize("when", ["step", "batch"])
+@pytest.mark.parametrize("name", [*DISCRETE, *NUMBERS])
+def test_an_action_that_is_written_over_is_explained_as_it_was_drawn(name: str, when: str) -> None:
+    discrete = name in DISCRETE
+    change, back = (DISCRETE | NUMBERS)[name]
+    net = mlp(3) if discrete else nn.Sequential(mlp(4), NormalParamExtractor())
+    keys = ["logits"] if discrete else ["loc", "scale"]
+    family = D.Categorical if discrete else IndependentNormal
+    actor = ProbabilisticActor(TensorDictModule(net, ["x"], keys), in_keys=keys, distribution_class=family)
+    policy = TensorDictSequential(actor, TensorDictModule(change, ["action"], ["action"]))
+    x = torch.randn(ROWS, 4)
+    with Saliency(target=targets.taken_action_log_prob(), when=when).prepare(policy) as hooked:
+        found = hooked.annotate(hooked(TensorDict({"x": x}, [ROWS])))
+    drawn = back(found["action"])
+    right = gradient(lambda x: (D.Categorical(logits=net(x)) if discrete else D.Normal(*net(x))).log_prob(drawn), x)
+    torch.testing.assert_close(found["attr", "x"], right, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", [lambda a: a.clamp(-0.1, 0.1), lambda a: a * 0, lambda a: a.round()])
+def test_what_cannot_be_told_from_what_is_stored_is_refused_in_a_batch(change: Callable) -> None:
+    net = TensorDictModule(nn.Sequential(mlp(4), NormalParamExtractor()), ["x"], ["loc", "scale"])
+    actor = ProbabilisticActor(net, in_keys=["loc", "scale"], distribution_class=IndependentNormal)
+    policy = TensorDictSequential(actor, TensorDictModule(change, ["action"], ["action"]))
+    data = policy(TensorDict({"x": torch.randn(ROWS, 4)}, [ROWS])).detach()
+    with Saliency().prepare(policy) as hooked, pytest.raises(InputError, match="writes over it"):
+        hooked.annotate(data)
+    with Saliency(when="step").prepare(policy) as hooked:
+        assert hooked(data.select("x"))["attr", "x"].abs().max() > 0
+
+
+def test_a_choice_by_values_that_is_written_over() -> None:
+    net = mlp(3)
+    policy = TensorDictSequential(
+        TensorDictModule(net, ["x"], ["action_value"]),
+        QValueModule(action_space="categorical"),
+        TensorDictModule(lambda a: TABLE[a], ["action"], ["action"]),
+    )
+    x = torch.randn(ROWS, 4)
+    for when in ("step", "batch"):
+        with Saliency(when=when).prepare(policy) as hooked:
+            found = hooked.annotate(hooked(TensorDict({"x": x}, [ROWS])))
+        torch.testing.assert_close(found["attr", "x"], gradient(lambda x: net(x).amax(-1), x))
+
+
+FAMILIES = {
+    "normal": lambda p: D.Normal(p, 0.5 + p.square()),
+    "independent": lambda p: IndependentNormal(p, 0.5 + p.square()),
+    "tanh": lambda p: TanhNormal(p, 0.5 + 0.1 * p.square()),
+    "log": lambda p: D.LogNormal(p, 0.5 + p.square()),
+    "laplace": lambda p: D.Laplace(p, 0.5 + p.square()),
+    "gumbel": lambda p: D.Gumbel(p, 0.5 + p.square()),
+    "uniform": lambda p: D.Uniform(p, p + 1 + p.square()),
+    "exponential": lambda p: D.Exponential(0.5 + p.square()),
+    "multivariate": lambda p: D.MultivariateNormal(p, torch.diag_embed(0.5 + p.square())),
+    "relaxed": lambda p: D.RelaxedOneHotCategorical(torch.tensor(0.7), logits=p),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_noise_makes_its_sample_again_with_the_gradient_of_the_draw(name: str) -> None:
+    make, start = FAMILIES[name], torch.randn(6, 3, dtype=torch.float64)
+    torch.manual_seed(3)
+    leaf = start.clone().requires_grad_()
+    drawn = make(leaf).rsample()
+    weights = torch.randn_like(drawn)
+    right = torch.autograd.grad((drawn * weights).sum(), leaf)[0]
+    noise = noise_of(make(start), drawn.detach())
+    assert noise is not None
+    leaf = start.clone().requires_grad_()
+    again = sample_with(make(leaf), noise)
+    torch.testing.assert_close(again, drawn, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad((again * weights).sum(), leaf)[0], right, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("when", ["step", "batch"])
+def test_a_latent_follows_its_distribution(when: str) -> None:
+    encoder = nn.Sequential(mlp(8), NormalParamExtractor())
+    head = nn.Linear(4, 3)
+    policy = TensorDictSequential(
+        TensorDictModule(encoder, ["x"], ["loc", "scale"]),
+        ProbabilisticTensorDictModule(
+            ["loc", "scale"], ["latent"], distribution_class=IndependentNormal,
+            default_interaction_type="random",
+        ),
+        ProbabilisticActor(
+            TensorDictModule(head, ["latent"], ["logits"]), in_keys=["logits"], distribution_class=D.Categorical
+        ),
+    )  # fmt: skip
+    x = torch.randn(ROWS, 4)
+    with Saliency(when=when).prepare(policy) as hooked:
+        found = hooked.annotate(hooked(TensorDict({"x": x}, [ROWS])))
+    with torch.no_grad():
+        loc, scale = encoder(x)
+        noise = (found["latent"] - loc) / scale
+
+    def log_prob(x: Tensor) -> Tensor:
+        loc, scale = encoder(x)
+        return head(loc + noise * scale).log_softmax(-1).gather(-1, found["action"][:, None])
+
+    torch.testing.assert_close(found["attr", "x"], gradient(log_prob, x), rtol=1e-4, atol=1e-5)
+    if when == "batch":
+        with Saliency().prepare(policy) as hooked, pytest.raises(InputError, match="latent"):
+            hooked.annotate(found.select("x", "action"))
+
+
+class CutOff(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, seen: Tensor, cut: Tensor) -> Tensor:
+        return self.head(torch.cat([seen, cut.detach().relu()], -1))
+
+
+@pytest.mark.parametrize("mode", ["eager", "no_grad", "inference_mode", "vmap"])
+def test_an_input_that_no_gradient_reaches_is_named_in_every_mode(mode: str) -> None:
+    data = TensorDict({"seen": torch.randn(4, 2, 4), "cut": torch.randn(4, 2, 4)}, [4, 2])
+    method = Saliency(target=targets.logit(0), when="step")
+    with method.prepare(CutOff(), in_keys=["seen", "cut"], out_keys=["logits"]) as hooked:
+        call = torch.vmap(hooked) if mode == "vmap" else hooked
+        surrounding = getattr(torch, mode) if mode in ("no_grad", "inference_mode") else torch.enable_grad
+        with surrounding(), pytest.warns(UserWarning, match="reaches 'cut'"):
+            found = call(data)
+        assert found["attr", "cut"].isnan().all()
+        assert not found["attr", "seen"].isnan().any()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # it is said once
+            hooked(data.select("seen", "cut"))

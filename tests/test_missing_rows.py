@@ -1,0 +1,105 @@
+"""Modules that run in some calls, on some rows, or on one step at a time."""
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from torch import Tensor, nn
+from torchrl.modules import MultiStepActorWrapper
+
+from tdhook_rl import ActivationCaching, Compose, Saliency
+from tdhook_rl.errors import InputError, SiteError
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found, rows = torch.zeros(*x.shape[:-1], 3), x[..., 0] > 0
+        if rows.any():
+            found[rows] = self.left(x[rows])
+        if (~rows).any():
+            found[~rows] = self.right(x[~rows])
+        return found
+
+
+@pytest.mark.parametrize("batch", [(8,), (3, 4)])
+def test_rows_that_an_expert_has_not_seen_are_none(batch: tuple[int, ...]) -> None:
+    net, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), Experts()), torch.randn(*batch, 4)
+    path = "2.left"
+    method = Compose(ActivationCaching(path, missing="nan"), Saliency(input_modules=[path], missing="nan"))
+    with method.prepare(net) as hooked:
+        found = hooked(TensorDict({"input": x}, batch))
+        again = hooked.annotate(found.select("input", "output"))
+    hidden = net[:2](x)
+    rows = hidden[..., 0] > 0
+    for one in (found, again):
+        for root in ("cache", "attr"):
+            assert torch.equal(one["computed", root], rows)
+            assert torch.equal(one[root, path].isnan().any(-1), ~rows)
+        torch.testing.assert_close(one["cache", path][rows], net[2].left(hidden[rows]))
+        assert (one["attr", path][rows] == 1).all()
+
+
+class Either(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) if x.mean() > 0 else self.right(x)
+
+
+def test_calls_without_a_module() -> None:
+    method = Compose(ActivationCaching("left", missing="nan"), Saliency(input_modules=["left"], missing="nan"))
+    with method.prepare(Either()) as hooked:
+        for value in (-1.0, 1.0):
+            found = hooked(TensorDict({"input": torch.full((2, 4), value)}, [2]))
+            assert bool(found["computed", "cache"].all()) is (value > 0)
+            assert bool(found["computed", "attr"].all()) is (value > 0)
+            assert found["cache", "left"].shape == (2, 3)
+    with ActivationCaching("left").prepare(Either()) as hooked, pytest.raises(SiteError, match="did not run"):
+        hooked(TensorDict({"input": torch.full((2, 4), -1.0)}, [2]))
+    with pytest.raises(InputError, match="missing="):
+        ActivationCaching("left", missing="zero")  # type: ignore[arg-type]
+
+
+def test_chunks_of_actions_as_they_are_played() -> None:
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 6), nn.Unflatten(-1, (3, 2)))
+    policy = MultiStepActorWrapper(TensorDictModule(net, ["seen"], ["action"]), n_steps=3)
+    method = Compose(ActivationCaching("actor.module.1", missing="nan"), Saliency(when="step"))
+    kept = TensorDict({}, [3])
+    with method.prepare(policy) as hooked:
+        for step in range(5):
+            first = torch.tensor([[step == 0], [step == 0], [step in (0, 2)]])
+            data = hooked(kept.clone().update({"seen": torch.randn(3, 5), "is_init": first}))
+            rows = data["counter"].squeeze(-1) == 1
+            for root in ("cache", "attr"):
+                assert torch.equal(data["computed", root], rows)
+            assert torch.equal(data["attr", "seen"].isnan().any(-1), ~rows)
+            kept = data.select("counter", "action_orig")
+
+
+class Rollout(TensorDictModuleBase):
+    in_keys, out_keys = ["x"], ["y"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = TensorDictModule(nn.Sequential(nn.Linear(5, 5), nn.Tanh()), ["x"], ["y"])
+
+    def forward(self, tensordict: TensorDict) -> TensorDict:
+        steps = [self.cell(step) for step in tensordict.unbind(-1)]
+        return tensordict.update(torch.stack(steps, -1))
+
+
+@pytest.mark.parametrize("steps", [3, 5])  # as many as units
+def test_a_rollout_shows_its_steps(steps: int) -> None:
+    policy, path = Rollout(), "cell.module.0"
+    data = TensorDict({"x": torch.randn(4, steps, 5)}, [4, steps])
+    with ActivationCaching(path).prepare(policy) as hooked:
+        found = hooked(data.clone())["cache", path]
+    torch.testing.assert_close(found, policy.cell.module[0](data["x"]))
+    with Saliency(input_modules=[path]).prepare(policy) as hooked, pytest.raises(InputError, match="one step"):
+        hooked(data.clone())
