@@ -219,9 +219,8 @@ class AdditionHook:
         if self.vector.row is not None:
             vector = self._vectors_per_row(vector, value, features)
         else:
-            vector = vector.reshape(
-                placed_shape(vector.shape, value, features, self.runtime, self.site, "steering vector")
-            )
+            shape = placed_shape(vector.shape, value, features, self.runtime, self.site, "steering vector")
+            vector = vector if shape == vector.shape else vector.reshape(shape)
         # where, not a product: 0 * inf is NaN, and x + 0 turns -0.0 into 0.0.
         return torch.where(alpha != 0, value + alpha * vector, value)
 
