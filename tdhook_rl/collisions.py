@@ -53,6 +53,12 @@ def check_known(what: str, asked: Sequence[NestedKey] | None, known: Sequence[Ne
 def check_collisions(policy: TensorDictModuleBase, bound: list[Bound], reads: list[NestedKey]) -> None:
     """Refuse result keys that meet each other or the policy's own, and masks that would speak for two methods."""
     own = {_as_tuple(key) for key in (*policy.in_keys, *policy.out_keys, *reads)}
+    masks = {("computed", key[0]) for one in bound for key in one.result_keys}
+    if masks and (clash := next((key for key in own if key[0] == "computed"), None)) is not None:
+        raise KeyCollisionError(
+            f"the policy's key {clash!r} is under 'computed', which holds the masks of results ({min(masks)!r}): give "
+            "the policy's entry another name"
+        )
     seen: dict[tuple[str, ...], Bound] = {}
     nodes: set[tuple[str, ...]] = set()  # what lies above the keys seen: a tensor cannot be there
     for one in bound:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdhook_rl.errors import InputError, KeyCollisionError, MissingKeyError, nearest
+from tdhook_rl.errors import InactiveError, InputError, KeyCollisionError, MissingKeyError, nearest
 
 __all__ = ["Controls"]
 
@@ -32,6 +32,7 @@ class Controls(MutableMapping[str, Tensor]):
     def __init__(self) -> None:
         self._tensors: dict[str, Tensor] = {}
         self._versions: dict[str, Tensor] = {}
+        self.ended = False  # the policy that reads them is hooked no more
 
     def add(self, name: str, value: Any) -> Tensor:
         """Create a control; its shape and dtype stay what they are here."""
@@ -54,6 +55,11 @@ class Controls(MutableMapping[str, Tensor]):
 
     def _checked(self, name: str, value: Any) -> Tensor:
         tensor = self[name]
+        if self.ended:
+            raise InactiveError(
+                f"the control {name!r} was set after the context of its hooked policy had ended, so nothing reads it: "
+                "keep the `with` block open, or use prepare(..., return_context=False) and .restore() at the end"
+            )
         value = torch.as_tensor(value).detach()
         if value.shape != tensor.shape:
             raise InputError(

@@ -101,6 +101,9 @@ class Runtime:
         self.expected: list[frozenset[str]] = []
         self.checked = False
         self.mismatch_warned = False
+        # How often the policy was called, and whether somebody has used annotate, or has it.
+        self.calls = 0
+        self.taken = False
         self.said: set[str] = set()  # what is said once
         self.fired: set[str] = set()
         self.rows: dict[NestedKey, Tensor] = {}
@@ -115,6 +118,7 @@ class Runtime:
         """End the hooking, here and in the copies that workers run."""
         self.active = False
         self.switch.off()
+        self.controls.ended = True
 
     def require_active(self) -> None:
         """Raise :class:`InactiveError` if the hooking is over, also in a worker."""

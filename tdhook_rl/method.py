@@ -152,6 +152,11 @@ class HookingContext(NotEntered):
             )
         if not isinstance(module, nn.Module):
             raise PreparationError(f"a policy is an nn.Module, got a {type(module).__name__}")
+        if any(f"{base.__module__}.{base.__name__}" == "torchrl.envs.common.EnvBase" for base in type(module).__mro__):
+            raise PreparationError(
+                f"a {type(module).__name__} is an environment: prepare the policy that acts in it, and give the hooked "
+                "one to the collector or to env.rollout(steps, hooked)"
+            )
         in_keys, out_keys = listed_keys("in_keys", in_keys), listed_keys("out_keys", out_keys)
         self._methods = methods
         self._module = module

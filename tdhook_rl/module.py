@@ -13,11 +13,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDictBase, is_tensorclass
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
-from tdhook_rl.annotation import OnMismatch, annotate
+from tdhook_rl.annotating import Annotating
 from tdhook_rl.batching import GeneratorState, Traits, frozen_statistics, require_no_batch_statistics
 from tdhook_rl.chunks import in_deciding_rows
 from tdhook_rl.classes import Swapped
@@ -35,6 +35,7 @@ from tdhook_rl.runs import HookedModuleRun
 from tdhook_rl.shared_pass import chain_pass, graph_pass, sharing
 from tdhook_rl.start import Start
 from tdhook_rl.states import watching
+from tdhook_rl.tensorclasses import call_on_fields
 from tdhook_rl.writing import write_tensors, writes_by_default
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ else:
 __all__ = ["HookedMixin"]
 
 
-class HookedMixin(_Policy):
+class HookedMixin(Annotating, _Policy):
     """What a hooked policy can do beyond being the policy.
 
     Attributes:
@@ -153,6 +154,9 @@ class HookedMixin(_Policy):
             output = self._hooked_call(forward, args, kwargs)
             self._close_routes(complete=True)
             return output
+        runtime.calls += 1
+        if args and not isinstance(args[0], TensorDictBase) and is_tensorclass(args[0]):
+            return call_on_fields(self, args[0], args[1:], kwargs)
         if runtime.tie is not None:
             runtime.tie.check(self)
         # A collector's thread and a postproc in the main thread may use one hooked policy at once.
@@ -273,48 +277,6 @@ class HookedMixin(_Policy):
         chunked = call.policy._hooked_chunks is not None
         return in_deciding_rows(call.policy, call.data, results) if chunked else results
 
-    def annotate(
-        self, data: TensorDictBase, *, chunk_size: int | None = None, on_mismatch: OnMismatch = "warn"
-    ) -> TensorDict:
-        """Compute what the data does not hold yet: every configured method, over a whole batch.
-
-        An entry is kept where it is this policy's own, and that is known by the stamp beside its mask,
-        ``("computed", "<root>.stamp")``: this policy (or a copy of it, in whatever process) has written it, with these
-        methods, with the weights that it has now, for the observation and the action that the row holds now. What
-        anything else has written under the roots of the methods is computed again, and does not stay beside the new
-        results. Values are NaN (0 for integers) and ``("computed", root)`` is false in padding, and it is false in
-        rows that have no result: where the observation, or the result itself, is NaN or infinite.
-
-        The stored actions are the targets; nothing is sampled, and the generators stay as they are. A recurrent
-        policy is run at the hidden state that is stored with each row; only methods with
-        ``horizon="trajectory"`` are given whole trajectories, of which the last batch dimension is time. The
-        result can be a collector's ``postproc``.
-
-        Args:
-            data: a batch as collected or read from a buffer, of any batch shape; it is not modified and
-                may be locked or memory-mapped.
-            chunk_size: rows per pass; by default the whole batch, and for convolutional nets as many as stay fast
-                (64 for frames of 3 x 64 x 64).
-            on_mismatch: what to do where the stored outputs are not what the policy computes now, because the
-                weights have changed since, noise or interventions differ: ``"warn"`` once, ``"raise"``, or
-                ``"ignore"``.
-
-        Returns:
-            a new TensorDict with the entries of ``data`` (the same tensors) and the results.
-
-        Raises:
-            MissingKeyError: if an input of the policy is absent.
-            InputError: for an empty batch.
-            MismatchError: with ``on_mismatch="raise"``.
-        """
-        self._hooked_runtime.require_active()
-        require_data(data, "annotate")
-        try:
-            return annotate(self, data, chunk_size, on_mismatch)
-        except Exception as error:
-            self._explain((data,), {}, error)
-            raise
-
     def register_collector(self, collector: Any) -> None:
         """Called by TorchRL's collectors when they take the policy in, in the process in which it will run.
 
@@ -330,6 +292,7 @@ class HookedMixin(_Policy):
     def restore(self) -> None:
         """End the hooking; calling the policy afterwards raises. What leaving the ``with`` block does."""
         self._hooked_runtime.stop()
+        self._say_if_nothing_was_annotated()
 
     @property
     def hooking_context(self) -> ContextView:

@@ -168,7 +168,7 @@ def test_recurrent_policies_need_their_hidden_state() -> None:
         (TransformedEnv(env(), get_env_transforms_from_module(policy)), {}),
         (env(), {"auto_register_policy_transforms": True}),
     ):
-        report = check(policy, source, options)
+        report = check(policy, source, options | {"postproc": policy.annotate})
         assert report.ok, str(report)
         assert not report.of_level("warning"), str(report)
 

@@ -154,7 +154,8 @@ def test_schedules_with_long_periods_and_masks_of_their_own() -> None:
         Scheduled(Saliency(when="step"), fraction=0.5),
         Scheduled(Saliency(), every=2),
     ):
-        report = check(hooked(make_actor(), schedule), env(), {"frames_per_batch": 160})
+        policy = hooked(make_actor(), schedule)
+        report = check(policy, env(), {"frames_per_batch": 160, "postproc": policy.annotate})
         assert report.ok, str(report)
         assert not report.of_level("warning"), str(report)
     never = Scheduled(Saliency(when="step"), where="done")  # an episode that is done is never acted in

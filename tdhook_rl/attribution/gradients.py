@@ -37,7 +37,7 @@ Gradients = tuple[dict[NestedKey, Tensor], dict[str, Tensor]]
 
 
 def explainable_inputs(call: Call, keys: Sequence[NestedKey] | None) -> dict[NestedKey, Tensor]:
-    """The inputs to explain, as floats: those asked for, else every input that is not boolean.
+    """The inputs to explain, as floats: those asked for, else every input that is not boolean, if there is one.
 
     Raises:
         InputError: if a key is not an input, an integer input cannot be explained as floats, or one is complex.
@@ -46,7 +46,9 @@ def explainable_inputs(call: Call, keys: Sequence[NestedKey] | None) -> dict[Nes
     if keys is None:
         noise = call.policy._hooked_noise
         known = {key: call.inputs.get(key) for key in own if key not in noise}
-        keys = [key for key, value in known.items() if isinstance(value, Tensor) and value.dtype != torch.bool]
+        tensors = {key: value for key, value in known.items() if isinstance(value, Tensor)}
+        # Booleans beside other inputs are masks; a policy that sees nothing else decides by them.
+        keys = [key for key, value in tensors.items() if value.dtype != torch.bool] or list(tensors)
     elif unknown := [key for key in keys if key not in own]:
         raise InputError(f"{unknown[0]!r} is not an input of the policy; {nearest(str(unknown[0]), map(str, own))}")
     chosen = {}

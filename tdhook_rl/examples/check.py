@@ -24,7 +24,8 @@ def setup() -> tuple[Any, CueCorners, dict[str, Any]]:
         Saliency(target=targets.taken_action_log_prob()),
         SteeringVectors({FC2: torch.ones(64)}, alpha=0.0),
     )
-    return method.prepare(make_actor()), CueCorners(batch_size=[8]), {"frames_per_batch": 512}
+    policy = method.prepare(make_actor(), return_context=False)
+    return policy, CueCorners(batch_size=[8]), {"frames_per_batch": 512, "postproc": policy.annotate}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
+from tdhook_rl.annotating import only_by_annotate
 from tdhook_rl.errors import TdhookError
 from tdhook_rl.rollout.collecting import Collecting
 from tdhook_rl.rollout.dry_run import first_line
@@ -88,12 +89,26 @@ def collecting_findings(run: Collecting, policy: Any, walk: Walk) -> Iterator[Fi
         yield Finding("kept", "error", f"{where} lacks {names}", _why_lost(run, walk, lost))
     else:
         yield Finding("kept", "ok", f"{'the replay buffer' if buffered else 'the batch'} holds every result")
+    lacking = [key for key in map(as_tuple, only_by_annotate(policy)) if key not in {key for key, _ in leaves(last)}]
+    if lacking and not lost:
+        # Where nothing was said of the collector, it may be called in the loop as well.
+        yield Finding(
+            "annotate",
+            "warning" if run.options else "ok",
+            f"{_listed(lacking)} {'is' if len(lacking) == 1 else 'are'} written by annotate only, which the collector "
+            "does not call",
+            "pass postproc=policy.annotate, call policy.annotate(batch) in your loop, or prepare with when='step'",
+        )
     # A buffer counts elements, which may be trajectories: random frames can then outlast the dry run.
     if not (buffered and run.random):
         yield from _computed(run, walk, expected - set(lost))
     if not buffered:
         yield from _random(run, walk)
         yield from _frozen(run, walk)
+
+
+def _listed(keys: list[Key]) -> str:
+    return ", ".join(map(repr, keys[:4])) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
 
 def _why_lost(run: Collecting, walk: Walk, lost: list[Key]) -> str:

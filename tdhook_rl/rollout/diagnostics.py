@@ -18,6 +18,7 @@ from tdhook_rl.latent.activation_caching import ActivationCaching
 from tdhook_rl.latent.representation_similarity import CkaEstimator
 from tdhook_rl.metrics.plasticity import action_churn, dormant_units, effective_rank, entropy_rank
 from tdhook_rl.passes import conduct_of
+from tdhook_rl.real_rows import defined_values, real_rows
 from tdhook_rl.rollout.unit_axes import UnitAxes, given_axis
 
 __all__ = ["NetworkDiagnostics"]
@@ -152,10 +153,12 @@ class NetworkDiagnostics:
                 raise MissingKeyError(
                     f"the network reads {key!r}, which the states lack; {nearest(str(key), map(str, data.keys(True)))}"
                 )
-        real = data.get(("collector", "mask"), None)
+        # What is seen in padding, or was not seen (NaN), is no state.
+        real, seen = real_rows(data), defined_values((data.get(key) for key in keys), data.batch_size)
+        real = seen if real is None else real if seen is None else real & seen.to(real.device)
         count = data.batch_size.numel() if real is None else int(real.sum())
         if not count:
-            padding = ", all of it padding" if data.batch_size.numel() else ""
+            padding = ", all of it padding or NaN" if data.batch_size.numel() else ""
             raise InputError(f"there are no states to look at: the batch has shape {tuple(data.batch_size)}{padding}")
         chosen = data.select(*keys).reshape(-1)
         if real is not None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDictBase, is_tensor_collection
 from torchrl.trainers import TrainerHookBase
 
 from tdhook_rl.annotation import OnMismatch
+from tdhook_rl.blank import Forms, forms_of, known_forms, without_results
 from tdhook_rl.errors import InputError
 from tdhook_rl.preconditions import require_hooked
 from tdhook_rl.rollout.summary import summarise
@@ -66,8 +67,9 @@ class AnnotateHook(TrainerHookBase):
         self.on_mismatch: OnMismatch = on_mismatch
         self.last: TensorDictBase | None = None
         self._trainer: Trainer | None = None
-        self._batches = 0
+        self._batches = self._first = 0
         self._written = 0
+        self._forms: Forms | None = None
 
     def register(self, trainer: Trainer, name: str = "annotate") -> None:
         self._trainer = trainer
@@ -76,14 +78,54 @@ class AnnotateHook(TrainerHookBase):
         trainer.register_module(name, self)
 
     def annotate_batch(self, batch: TensorDictBase) -> TensorDictBase:
-        """The batch with results: in the schedule of ``every``, the others unchanged."""
+        """The batch with results; off the schedule of ``every`` with the same keys, NaN and false masks.
+
+        Raises:
+            InputError: if the trainer's replay buffer has rows without results, which would not take them.
+        """
         due = self._batches % self.every == 0
+        if self._batches == self._first:
+            self._require_room(batch)
         self._batches += 1
         if not due:
             self.last = None
-            return batch
+            return self.without_results(batch)
         self.last = self.policy.annotate(batch, on_mismatch=self.on_mismatch)
+        self._forms = known_forms(self.policy, self.last)
         return self.last
+
+    def without_results(self, batch: TensorDictBase) -> TensorDictBase:
+        """Rows with the keys of results, not computed: NaN (0 for integers), and false masks.
+
+        Rows that were collected before there was this hook go on in a new buffer as
+        ``new.extend(hook.without_results(old[:]))``.
+        """
+        if self._forms is None:
+            self._forms = forms_of(self.policy, batch)
+        return without_results(self.policy, batch, self._forms)
+
+    def _require_room(self, batch: TensorDictBase) -> None:
+        """Refuse a buffer whose rows fix keys that leave the results out; what would happen depends on the storage."""
+        trainer = self._trainer
+        if trainer is None:
+            return
+        operations = [getattr(one, "__wrapped__", one) for one, _ in getattr(trainer, "_batch_process_ops", ())]
+        hooks = [getattr(one, "__self__", None) for one in operations]
+        buffers = [
+            getattr(one, "replay_buffer", None) for one in (trainer, *hooks, *getattr(trainer, "_modules", {}).values())
+        ]
+        for buffer in {id(one): one for one in buffers if one is not None and len(one)}.values():
+            known = buffer.storage.get(0)
+            if not is_tensor_collection(known):
+                continue
+            lost = [key for key in self.policy.result_keys if known.get(key, None) is None]
+            if lost:
+                raise InputError(
+                    f"the replay buffer holds {len(buffer)} rows without {lost[0]!r}, and a storage keeps the keys of "
+                    "its first rows: new ones would be dropped, or old ones show what memory holds. Fill a new buffer, "
+                    "new.extend(hook.without_results(old[:])), or write results beside the buffer with "
+                    "tdhook_rl.replay.analyze"
+                )
 
     def log(self, batch: TensorDictBase | None) -> dict[str, float] | None:
         """The summary of what was annotated last; reads the buffer where no batch is handed over."""
@@ -120,5 +162,5 @@ class AnnotateHook(TrainerHookBase):
         return {"batches": self._batches, "written": self._written}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._batches = state_dict["batches"]
+        self._batches = self._first = state_dict["batches"]
         self._written = state_dict["written"]

@@ -119,8 +119,8 @@ def _sites(walk: Walk) -> Iterator[Finding]:
 
 def _keys(walk: Walk) -> Iterator[Finding]:
     results, ok = walk.results, True
-    declared = {key for key in map(as_tuple, walk.policy.out_keys) if not is_stamp(key)}
-    for key in sorted(declared):
+    declared = {as_tuple(key) for key in walk.policy.out_keys}
+    for key in sorted(key for key in declared if not is_stamp(key)):
         absent = [step for step, written in enumerate(walk.written) if key not in written]
         if absent:
             ok = False

@@ -1,0 +1,98 @@
+"""A buffer that is fed by turns with and without results: the same keys, and masks that say which rows are real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+from torchrl.data import (
+    LazyMemmapStorage,
+    LazyStackStorage,
+    LazyTensorStorage,
+    ListStorage,
+    TensorDictReplayBuffer,
+)
+
+from tdhook_rl import ActivationCaching, Compose, Saliency, Scheduled, targets
+from tdhook_rl.errors import InputError
+from tdhook_rl.rollout import AnnotateHook
+
+KEYS = {"in_keys": ["observation"], "out_keys": ["logits"]}
+STORAGES: dict[str, Callable[[int, Path], Any]] = {
+    "tensors": lambda size, folder: LazyTensorStorage(size),
+    "memmap": lambda size, folder: LazyMemmapStorage(size, scratch_dir=folder),
+    "list": lambda size, folder: ListStorage(size),
+    "stack": lambda size, folder: LazyStackStorage(size),
+}
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def plain(*shape: int) -> TensorDict:
+    return TensorDict({"observation": torch.randn(*shape, 2)}, batch_size=shape)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("start", [0, 1])
+def test_off_schedule(storage: str, start: int, tmp_path: Path) -> None:
+    """With the first batch on or off schedule; the fourth goes where the first was."""
+    net = network()
+    buffer = TensorDictReplayBuffer(storage=STORAGES[storage](12, tmp_path), batch_size=4)
+    method = Compose(Saliency(target=targets.logit(0), when="batch"), ActivationCaching("1", cache_key="seen"))
+    with method.prepare(net, **KEYS) as hooked:
+        hook = AnnotateHook(hooked, every=2)
+        hook.load_state_dict({"batches": start, "written": 0})
+        due = [(start + index) % 2 == 0 for index in range(4)]
+        for _ in range(4):
+            buffer.extend(hook.annotate_batch(plain(4)))
+    rows = buffer[:]
+    x = rows["observation"].clone().requires_grad_()
+    right = torch.autograd.grad(net(x)[:, 0].sum(), x)[0]
+    real = torch.tensor([due[3], due[1], due[2]]).repeat_interleave(4)
+    for root in ("attr", "seen"):
+        assert torch.equal(rows["computed", root], real)
+    torch.testing.assert_close(rows["attr", "observation"][real], right[real])
+    assert bool(rows["attr", "observation"][~real].isnan().all())
+    with method.prepare(net, **KEYS) as other:
+        torch.testing.assert_close(other.annotate(rows)["attr", "observation"], right)
+
+
+def test_integers_batches_of_two_dimensions_and_a_schedule_of_its_own() -> None:
+    schedule = Scheduled(Saliency(target=targets.logit(0), when="batch"), every=2)
+    with schedule.prepare(network(), **KEYS) as hooked:
+        hook = AnnotateHook(hooked, every=2)
+        hook.load_state_dict({"batches": 1, "written": 0})
+        found = [hook.annotate_batch(plain(2, 3)) for _ in range(4)]  # off, on, off, on
+    # The row that shows the shapes is none that the schedule counts.
+    assert [bool(one["computed", "attr"].all()) for one in found] == [False, True, False, False]
+    assert len({tuple(sorted(map(str, one.keys(True, True)))) for one in found}) == 1
+
+
+class Trains:
+    """What the hook reads of a trainer."""
+
+    def __init__(self, buffer: Any) -> None:
+        self.replay_buffer = buffer
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_buffer_of_plain_rows(storage: str, tmp_path: Path) -> None:
+    old = TensorDictReplayBuffer(storage=STORAGES[storage](20, tmp_path / "old"), batch_size=4)
+    old.extend(plain(8))
+    with Saliency(target=targets.logit(0), when="batch").prepare(network(), **KEYS) as hooked:
+        hook = AnnotateHook(hooked)
+        hook._trainer = Trains(old)
+        with pytest.raises(InputError, match=r"holds 8 rows without \('attr', 'observation'\)"):
+            hook.annotate_batch(plain(4))
+        new = TensorDictReplayBuffer(storage=STORAGES[storage](20, tmp_path / "new"), batch_size=4)
+        new.extend(hook.without_results(old[:]))
+        hook._trainer = Trains(new)
+        new.extend(hook.annotate_batch(plain(4)))
+    assert new[:]["computed", "attr"].tolist() == [False] * 8 + [True] * 4

@@ -1,0 +1,145 @@
+"""``computed`` is true where there is a result: not in padding, nor where NaN went in or came out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torchrl.collectors.utils import split_trajectories
+
+from tdhook_rl import ActivationCaching, IntegratedGradients, Saliency, targets
+from tdhook_rl.attribution import LRP, Occlusion
+from tdhook_rl.envs import CueCorners
+from tdhook_rl.examples.agent import FC2, make_actor
+from tdhook_rl.method import Method
+from tdhook_rl.real_rows import real_rows
+from tdhook_rl.rollout import NetworkDiagnostics, OnlineProbe, summarise
+
+KEYS = {"in_keys": ["observation"], "out_keys": ["logits"]}
+ONE = targets.logit(0)
+
+
+class Direction(nn.Module):
+    """Looks at the direction of a vector, which a vector of zeros has not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x / x.norm(dim=-1, keepdim=True))
+
+
+def chain() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+
+
+def holes(value: float) -> Callable[[], Tensor]:
+    def rows() -> Tensor:
+        found = torch.randn(4, 3)
+        found[2, 0] = value
+        return found
+
+    return rows
+
+
+def zeros() -> Tensor:
+    found = torch.randn(4, 3)
+    found[2] = 0.0
+    return found
+
+
+METHODS: dict[str, Callable[[Any], Method]] = {
+    "saliency": lambda when: Saliency(target=ONE, when=when),
+    "integrated": lambda when: IntegratedGradients(target=ONE, baseline=0.0, when=when),
+    "occlusion": lambda when: Occlusion(target=ONE, baseline=0.0, when=when),
+    "lrp": lambda when: LRP(target=ONE, when=when),
+}
+
+
+@pytest.mark.parametrize("when", ["step", "batch"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_observation_that_is_not_finite(when: str, method: str, value: float) -> None:
+    data = TensorDict({"observation": holes(value)()}, [4])
+    with METHODS[method](when).prepare(chain(), **KEYS) as hooked:
+        found = hooked(data) if when == "step" else hooked.annotate(data)
+        assert found["computed", "attr"].tolist() == [True, True, False, True]
+        again = hooked.annotate(found.clone().set(("attr", "observation"), found["attr", "observation"] * 0 + 7))
+    # What was looked at is not computed again, whether it has a value or not.
+    assert bool((again["attr", "observation"].nan_to_num(7.0) == 7).all())
+    assert again["computed", "attr"].tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize("when", ["step", "batch"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_zero_by_zero_inside(when: str, mode: Callable[[], Any]) -> None:
+    data = TensorDict({"observation": zeros()}, [4])
+    with Saliency(target=ONE, when=when).prepare(Direction(), **KEYS) as hooked, mode():
+        found = hooked(data) if when == "step" else hooked.annotate(data)
+    assert found["computed", "attr"].tolist() == [True, True, False, True]
+    assert torch.isfinite(torch.tensor(summarise(found, [("attr", "observation")])["attr.observation"]))
+
+
+def test_activations_that_are_nan_and_logits_that_are_infinite() -> None:
+    with ActivationCaching("0").prepare(chain(), **KEYS) as hooked:
+        found = hooked(TensorDict({"observation": holes(torch.nan)()}, [4]))
+        assert found["computed", "cache"].tolist() == [True, True, False, True]
+
+    class Masked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.masked_fill(x > 0, -torch.inf)
+
+    with ActivationCaching("1").prepare(nn.Sequential(nn.Linear(3, 4), Masked()), **KEYS) as hooked:
+        assert bool(hooked(TensorDict({"observation": torch.randn(4, 3)}, [4]))["computed", "cache"].all())
+
+
+def test_every_row_of_a_compiled_step() -> None:
+    with Saliency(target=ONE, when="step").prepare(chain(), **KEYS) as hooked, torch.no_grad():
+        compiled = torch.compile(hooked, fullgraph=True, backend="aot_eager")
+        found = compiled(TensorDict({"observation": holes(torch.nan)()}, [4]))
+    assert found["computed", "attr"].tolist() == [True, True, False, True]
+
+
+# ------------------------------------------------------------------ padding
+
+
+def padded(policy: Any, nested: bool) -> TensorDict:
+    data = CueCorners(batch_size=[6], max_steps=9, seed=0).rollout(24, policy, break_when_any_done=False).detach()
+    data = split_trajectories(data, prefix="collector" if nested else None)
+    assert not bool(data["collector", "mask"].all() if nested else data["mask"].all())
+    return data
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("when", ["step", "batch"])
+def test_padding_is_left_out(nested: bool, when: str) -> None:
+    with Saliency(when=when).prepare(make_actor()) as policy:
+        data = policy.annotate(padded(policy, nested))
+    real = data["collector", "mask"] if nested else data["mask"]
+    assert torch.equal(data["computed", "attr"], real)
+    assert torch.equal(real_rows(data, ("attr", "observation")), real)
+    assert bool(data["attr", "observation"][~real].isnan().all() if when == "batch" else True)
+    alone = OnlineProbe(features="observation", label=("concept", "xor")) if nested else None
+    if alone is not None:
+        whole = OnlineProbe(features="observation", label=("concept", "xor")).update(data)
+        expected = alone.update(data[real])
+        assert {key: value for key, value in whole.items() if value == value} == {
+            key: value for key, value in expected.items() if value == value
+        }
+
+
+def test_states_that_are_padding_or_nan_are_not_looked_at() -> None:
+    actor = make_actor()
+    data = padded(actor, True)
+    data["observation"][0, 0] = torch.nan
+    real = data["collector", "mask"].clone()
+    real[0, 0] = False
+    whole = NetworkDiagnostics(actor, sites=[FC2], rows=10_000).update(data)
+    expected = NetworkDiagnostics(actor, sites=[FC2], rows=10_000).update(data[real])
+    assert whole["states"] == expected["states"] == int(real.sum())
+    assert whole[f"norm/{FC2}"] == pytest.approx(expected[f"norm/{FC2}"])
