@@ -17,7 +17,6 @@ from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.latent.probing.concepts import Concept, ProbeOptions, concept_of
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
 from tdhook_rl.latent.probing.statistics import check_solve
-from tdhook_rl.real_rows import real_rows
 from tdhook_rl.rollout.splits import GroupSplit
 from tdhook_rl.statistics import Interval
 from tdhook_rl.statistics.interval import check_confidence
@@ -161,18 +160,8 @@ class OnlineProbe:
                 trained = concept.train_score(self.probe, features[train], of_train)
         self._find(concept, any_training=bool(train.any()))
         main = self.scores[concept.main]
-<<<<<<< HEAD
         real = _mask(data, ("collector", "mask"))
         counts = {"train_rows": train, "held_out_rows": held, "dropped_rows": ~usable & real}
-=======
-        padding = real_rows(data)
-        dropped = ~usable if padding is None else ~usable & padding.cpu()
-        counts = {
-            "train_rows": train,
-            "held_out_rows": held,
-            "dropped_rows": dropped,
-        }
->>>>>>> 123c904 (What a hook feeds to a buffer has the same keys each time, and what would do nothing says so)
         found = {
             key: value
             for name, one in self.scores.items()
@@ -243,18 +232,12 @@ class OnlineProbe:
         labels = labels.detach()
         usable = torch.isfinite(features).all(-1).cpu()
         if labels.is_floating_point():
-<<<<<<< HEAD
             known = torch.isfinite(labels)
             usable &= (known.flatten(len(batch)).all(-1) if labels.ndim > len(batch) else known).cpu()
         masks = [("collector", "mask")]
         masks += [("computed", key[0]) for key in (self.features, self.label) if isinstance(key, tuple)]
         for key in masks:
             usable &= _mask(data, key)
-=======
-            usable &= torch.isfinite(labels.reshape(*batch, -1) if labels.numel() else labels).all(-1).cpu()
-        real = real_rows(data, *(key for key in (self.features, self.label) if isinstance(key, tuple)))
-        usable = usable if real is None else usable & real.cpu()
->>>>>>> 123c904 (What a hook feeds to a buffer has the same keys each time, and what would do nothing says so)
         return features, labels, usable
 
     def _entry(self, data: TensorDictBase, key: NestedKey) -> Tensor:
