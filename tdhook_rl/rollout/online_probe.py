@@ -17,6 +17,7 @@ from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.latent.probing.concepts import Concept, ProbeOptions, concept_of
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
 from tdhook_rl.latent.probing.statistics import check_solve
+from tdhook_rl.real_rows import real_rows
 from tdhook_rl.rollout.splits import GroupSplit
 from tdhook_rl.statistics import Interval
 from tdhook_rl.statistics.interval import check_confidence
@@ -160,8 +161,9 @@ class OnlineProbe:
                 trained = concept.train_score(self.probe, features[train], of_train)
         self._find(concept, any_training=bool(train.any()))
         main = self.scores[concept.main]
-        real = _mask(data, ("collector", "mask"))
-        counts = {"train_rows": train, "held_out_rows": held, "dropped_rows": ~usable & real}
+        real = real_rows(data)
+        dropped = ~usable if real is None else ~usable & real.cpu()
+        counts = {"train_rows": train, "held_out_rows": held, "dropped_rows": dropped}
         found = {
             key: value
             for name, one in self.scores.items()
@@ -234,11 +236,8 @@ class OnlineProbe:
         if labels.is_floating_point():
             known = torch.isfinite(labels)
             usable &= (known.flatten(len(batch)).all(-1) if labels.ndim > len(batch) else known).cpu()
-        masks = [("collector", "mask")]
-        masks += [("computed", key[0]) for key in (self.features, self.label) if isinstance(key, tuple)]
-        for key in masks:
-            usable &= _mask(data, key)
-        return features, labels, usable
+        real = real_rows(data, *(key for key in (self.features, self.label) if isinstance(key, tuple)))
+        return features, labels, usable if real is None else usable & real.cpu()
 
     def _entry(self, data: TensorDictBase, key: NestedKey) -> Tensor:
         value = data.get(key, None)
@@ -250,11 +249,3 @@ class OnlineProbe:
         if not isinstance(value, Tensor):
             raise InputError(f"the online probe reads {key!r}, which is a {type(value).__name__}, not a tensor")
         return value
-
-
-def _mask(data: TensorDictBase, key: NestedKey) -> Tensor:
-    """A mask of rows on the CPU, true throughout where there is none."""
-    mask = data.get(key, None)
-    if mask is None:
-        return torch.ones(data.batch_size, dtype=torch.bool)
-    return mask.reshape(data.batch_size).bool().cpu()
