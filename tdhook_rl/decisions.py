@@ -19,7 +19,10 @@ from tdhook_rl.replays import Drawn
 from tdhook_rl.samples import components, is_point
 from tdhook_rl.writing import get_entry
 
-__all__ = ["Decision", "Keys", "action_of", "choose", "drawn_decisions", "every", "outputs_named", "tell_left_out"]
+__all__ = [
+    "Decision", "Keys", "action_of", "choose", "drawn_decisions", "every", "outputs_named", "require_own_parameters",
+    "tell_left_out",
+]  # fmt: skip
 
 Keys: TypeAlias = NestedKey | list[NestedKey] | None
 
@@ -98,6 +101,21 @@ def tell_left_out(run: Pass, chosen: Sequence[Decision], name: str) -> None:
             f"{name} is of {', '.join(map(repr, keys))}; it leaves out {', '.join(map(repr, left))}, which the policy "
             "decides as well. Name what is meant with key=, or explain several targets: target={name: target, ...}",
             stacklevel=2,
+        )
+
+
+def require_own_parameters(drawing: Sequence[Any], who: str) -> None:
+    """Refuse decisions that read their parameters under one key, where these are looked up once the policy has run.
+
+    Raises:
+        TargetError: if the parameters of one have been written over by those of another.
+    """
+    keys = [unravel_key(key) for module in drawing for key in module.in_keys]
+    shared = next((key for key in keys if keys.count(key) > 1), None)
+    if shared is not None:
+        raise TargetError(
+            f"several decisions read {shared!r}, one after the other, and {who} needs the parameters of each after the "
+            "policy has run: give each head a key of its own"
         )
 
 

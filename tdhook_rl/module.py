@@ -28,7 +28,7 @@ from tdhook_rl.direct import direct_methods, disabled_hooks
 from tdhook_rl.draws import Draw
 from tdhook_rl.errors import InactiveError, InputError, MissingKeyError, TdhookError, TieError
 from tdhook_rl.hooks import Runtime, vmap_level
-from tdhook_rl.passes import Bound, Call, conduct_of, drawn_noise, observers, run_root, stored_inputs
+from tdhook_rl.passes import Bound, Call, conduct_of, drawn_noise, for_samples, observers, run_root, stored_inputs
 from tdhook_rl.preconditions import another_dtype_or_device, require_data
 from tdhook_rl.provenance import Provenance, publish_step
 from tdhook_rl.runs import HookedModuleRun
@@ -73,7 +73,7 @@ class HookedMixin(Annotating, _Policy):
     _hooked_supports: dict[NestedKey, torch.Tensor]
     _hooked_draws: list[Draw]  # of samples that are no plain decisions
     _hooked_slots: dict[NestedKey, str]  # where a call keeps actions that are written over later
-    _hooked_actions: dict[NestedKey, tuple[NestedKey, list[int] | None]]
+    _hooked_actions: dict[NestedKey, Any]  # see tdhook_rl.q_networks
     _hooked_provenance: Provenance  # whose results are whose
     _hooked_wraps: bool  # the policy is a wrapper of ours around the user's plain module
     _hooked_routes: list[Any]  # what sites hand to each other during a call
@@ -248,8 +248,9 @@ class HookedMixin(Annotating, _Policy):
                 runtime.recording, runtime.start = False, None
             if start is not None:
                 start.forward_over(given, inputs)
-            if replays and self._hooked_noise:
-                inputs |= drawn_noise(self, output)
+            inputs |= drawn_noise(self, output) if replays and self._hooked_noise else {}
+            if output.batch_size != data.batch_size:  # several samples of each row
+                inputs, data = for_samples(inputs, data.batch_size, output), output
             call = Call(self, forward, output, inputs, data, start).of_step(runtime.drawn if replays else {})
             if start is None:
                 results |= self._compute(rest, call)

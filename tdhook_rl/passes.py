@@ -332,6 +332,14 @@ def stored_inputs(
     return inputs
 
 
+def for_samples(inputs: dict[NestedKey, Tensor], batch: torch.Size, output: TensorDictBase) -> dict[NestedKey, Tensor]:
+    """The inputs of a call whose output has several samples of each row, in dimensions before those of the batch."""
+    rows = output.batch_size
+    if rows[len(rows) - len(batch) :] != batch:
+        return inputs
+    return {key: value.expand(*rows, *value.shape[len(batch) :]) for key, value in inputs.items()}
+
+
 def drawn_noise(policy: HookedMixin, output: TensorDictBase) -> dict[NestedKey, Tensor]:
     """The noise that a forward has used, which is beside its action whether it was given or drawn."""
     found = {key: output.get(key, None) for key in policy._hooked_noise}

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tdhook_rl.captures import Captures
 from tdhook_rl.containers import first_tensor, with_first_tensor
+from tdhook_rl.decisions import require_own_parameters
 from tdhook_rl.errors import InputError, SiteError, TargetError, nearest
 from tdhook_rl.inplace import hand_on_in_place
 from tdhook_rl.passes import Pass
@@ -272,12 +273,13 @@ class HookedModuleRun(Captures):
             return self._target(self.data) if callable(self._target) else self._target
         # The distributions of this very forward: their parameters are among its outputs.
         hooked, stored = self.hooked, self.data.detach()
+        drawing = [child for child in hooked.modules() if isinstance(child, ProbabilisticTensorDictModule)]
+        require_own_parameters(drawing, "a target of a run")
         drawn = []
-        for child in hooked.modules():
-            if isinstance(child, ProbabilisticTensorDictModule):
-                distribution = child.get_dist(self.data)
-                found = samples(child, child._hooked_draw, distribution, self.data, Replay(stored))  # type: ignore[arg-type]
-                drawn.append(Drawn(child, distribution, found))
+        for child in drawing:
+            distribution = child.get_dist(self.data)
+            found = samples(child, child._hooked_draw, distribution, self.data, Replay(stored))  # type: ignore[arg-type]
+            drawn.append(Drawn(child, distribution, found))
         return self._target(
             Pass(
                 self.data, stored, drawn, hooked.policy_out_keys, {}, hooked._hooked_supports, hooked._hooked_slots,

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch import distributions as D
 from torchrl.modules import IndependentNormal, ProbabilisticActor, QValueModule, TanhNormal
 
-from tdhook_rl import Saliency, targets
+from tdhook_rl import LRP, Saliency, targets
 from tdhook_rl.errors import InputError, TargetError
 from tdhook_rl.noise import noise_of, sample_with
 
 ROWS, GROUPS = 5, ("a", "b")
 
 
-def mlp(outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, outputs))
+def mlp(outputs: int, inputs: int = 4) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, 8), nn.Tanh(), nn.Linear(8, outputs))
 
 
 def grouped(
@@ -241,3 +241,52 @@ def test_an_input_that_no_gradient_reaches_is_named_in_every_mode(mode: str) -> 
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # it is said once
             hooked(data.select("seen", "cut"))
+
+
+class Then(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp(3, 5)
+
+    def forward(self, turn: Tensor, x: Tensor) -> Tensor:
+        return self.net(torch.cat([turn[..., None].to(x.dtype), x], -1))
+
+
+@pytest.mark.parametrize("when", ["step", "batch"])
+def test_heads_that_decide_one_after_the_other(when: str) -> None:
+    first, then = mlp(3), Then()
+    draw = {"distribution_class": D.Categorical, "default_interaction_type": "random"}
+    policy = TensorDictSequential(
+        TensorDictModule(first, ["x"], ["logits"]),
+        ProbabilisticTensorDictModule(["logits"], ["turn"], **draw),
+        TensorDictModule(then, ["turn", "x"], ["logits"]),
+        ProbabilisticTensorDictModule(["logits"], ["gear"], **draw),
+    )
+    x = torch.randn(ROWS, 4)
+    with Saliency(when=when).prepare(policy) as hooked:
+        found = hooked.annotate(hooked(TensorDict({"x": x}, [ROWS])))
+
+    def joint(x: Tensor) -> Tensor:
+        turn, gear = found["turn"], found["gear"]
+        logits = first(x), then(turn, x)
+        return sum(D.Categorical(logits=one).log_prob(a) for one, a in zip(logits, (turn, gear), strict=True))
+
+    torch.testing.assert_close(found["attr", "x"], gradient(joint, x))
+    with LRP().prepare(policy) as hooked, pytest.raises(TargetError, match="a key of its own"):
+        hooked.annotate(found.select("x", "turn", "gear"))
+
+
+def test_several_samples_of_each_row() -> None:
+    net, x = mlp(3), torch.randn(ROWS, 4)
+    policy = TensorDictSequential(
+        TensorDictModule(net, ["x"], ["logits"]),
+        ProbabilisticTensorDictModule(
+            ["logits"], ["action"], distribution_class=D.Categorical, default_interaction_type="random", num_samples=6
+        ),
+    )
+    with Saliency(when="step").prepare(policy) as hooked:
+        found = hooked(TensorDict({"x": x}, [ROWS]))
+    many, action = x.expand(6, ROWS, 4), found["action"]
+    right = gradient(lambda x: net(x).log_softmax(-1).gather(-1, action[..., None]), many)
+    torch.testing.assert_close(found["attr", "x"], right)
+    assert found["computed", "attr"].shape == (6, ROWS)

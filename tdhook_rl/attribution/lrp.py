@@ -28,7 +28,7 @@ from tdhook_rl.attribution.lrp_rules import BY_WEIGHT, CONTAINERS, ROUTING, Rule
 from tdhook_rl.attribution.relevance_graph import Graph
 from tdhook_rl.attribution.watching import Watch, WatchedCall, reached
 from tdhook_rl.batching import GeneratorState, row_vectors
-from tdhook_rl.decisions import action_of, drawn_decisions, every
+from tdhook_rl.decisions import action_of, drawn_decisions, every, require_own_parameters
 from tdhook_rl.errors import InputError, SiteError, TdhookError
 from tdhook_rl.hooks import vmap_level
 from tdhook_rl.passes import Call, Pass
@@ -209,6 +209,7 @@ class _Start:
         points = [value.detach().requires_grad_() for value in (*nodes.values(), *run.watched.values())]
         for key, point in zip(nodes, points, strict=False):
             outputs.set(key, point)
+        require_own_parameters([one.module for one in run.distributions], "LRP")
         distributions = [one.again(outputs) for one in run.distributions]
         watched = dict(zip(run.watched, points[len(nodes) :], strict=True))
         value = self.target(replace(run, outputs=outputs, distributions=distributions, watched=watched))
