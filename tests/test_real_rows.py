@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
 from torchrl.collectors.utils import split_trajectories
+from torchrl.modules import GRUModule
 
 from tdhook_rl import ActivationCaching, IntegratedGradients, Saliency, targets
 from tdhook_rl.attribution import LRP, Occlusion
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.examples.agent import FC2, make_actor
+from tdhook_rl.latent.probing import LinearEstimator, ProbeManager, Probing
 from tdhook_rl.method import Method
 from tdhook_rl.real_rows import real_rows
 from tdhook_rl.rollout import NetworkDiagnostics, OnlineProbe, summarise
@@ -143,3 +146,40 @@ def test_states_that_are_padding_or_nan_are_not_looked_at() -> None:
     expected = NetworkDiagnostics(actor, sites=[FC2], rows=10_000).update(data[real])
     assert whole["states"] == expected["states"] == int(real.sum())
     assert whole[f"norm/{FC2}"] == pytest.approx(expected[f"norm/{FC2}"])
+
+
+def test_what_would_be_decided_in_padding_is_no_part_of_a_trajectory() -> None:
+    core = GRUModule(
+        input_size=4, hidden_size=5, in_keys=["observation", "hidden", "is_init"], out_keys=["f", ("next", "hidden")]
+    )
+    policy = TensorDictSequential(core, TensorDictModule(nn.Linear(5, 2), ["f"], ["logits"]))
+    start = torch.zeros(2, 6, 1, dtype=torch.bool)
+    start[:, 0] = True
+    data = TensorDict(
+        {"observation": torch.randn(2, 6, 4), "hidden": torch.zeros(2, 6, 1, 5), "is_init": start}, batch_size=[2, 6]
+    )
+    real = torch.ones(2, 6, dtype=torch.bool)
+    real[1, 4:] = False
+    with Saliency(target=ONE, horizon="trajectory", inputs=["observation"]).prepare(policy) as hooked:
+        found = hooked.annotate(data.clone().set(("collector", "mask"), real))
+        whole, short = hooked.annotate(data[:1]), hooked.annotate(data[1:, :4])
+    torch.testing.assert_close(found["attr", "observation"][:1], whole["attr", "observation"])
+    torch.testing.assert_close(found["attr", "observation"][1:, :4], short["attr", "observation"])
+    assert torch.equal(found["computed", "attr"], real)
+
+
+def test_a_probe_manager_learns_from_real_rows() -> None:
+    def fitted(data: TensorDict) -> Any:
+        manager = ProbeManager(LinearEstimator, {}, lambda predictions, labels: {"rows": len(labels)})
+        method = Probing("0", manager.probe_factory, additional_keys=["labels", "step_type"])
+        with method.prepare(net, **KEYS) as hooked:
+            hooked(data.clone().set_non_tensor("step_type", "fit"))
+        return manager.fit_metrics["0_fwd"]["rows"]
+
+    net, x = chain(), torch.randn(4, 5, 3)
+    x[0, 0] = torch.nan
+    data = TensorDict({"observation": x, "labels": torch.arange(20).reshape(4, 5) % 2}, [4, 5])
+    assert fitted(data) == 19
+    real = torch.ones(4, 5, dtype=torch.bool)
+    real[2, 3:] = False
+    assert fitted(data.set(("collector", "mask"), real)) == 17

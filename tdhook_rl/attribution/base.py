@@ -21,6 +21,7 @@ from tdhook_rl.hooks import Portable
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.missing import Absent, Heard, Missing, check_missing
 from tdhook_rl.passes import Call, Pass, with_batch
+from tdhook_rl.real_rows import real_rows
 from tdhook_rl.targets import DefaultTarget, Target, per_row
 
 if TYPE_CHECKING:
@@ -200,6 +201,8 @@ class BoundAttribution:
         if any(key not in explained.inputs for key in self.declared):  # boolean inputs drop out
             self.declared = [key for key in self.declared if key in explained.inputs]
         targets = [self._function(one, call) for one in self._chosen]
+        if self.horizon == "trajectory" and (real := real_rows(call.data)) is not None:
+            targets = [_OfRealSteps(target, real) for target in targets]
         results: dict[tuple[str, ...], Tensor] = {}
         nothing = not explained.inputs and not leaves and bool(self.leaves)
         attributed: Any = [({}, {}) for _ in self.names] if nothing else self.attribute(call, explained, targets)
@@ -277,6 +280,19 @@ class BoundAttribution:
         if init is None:
             return target or DefaultTarget()
         return _InitTargets(init, self._init["grads"], self.additional(call), self.watched, self.shows_outputs)
+
+
+class _OfRealSteps:
+    """A target that is zero in padding: what a network would decide there is no part of a trajectory."""
+
+    def __init__(self, target: Callable[[Pass], Tensor], real: Tensor) -> None:
+        self.target = target
+        self.real = real
+        self.name = getattr(target, "name", "target")
+
+    def __call__(self, run: Pass) -> Tensor:
+        value = self.target(run)
+        return torch.where(self.real.reshape(value.shape), value, torch.zeros_like(value))
 
 
 class _InitTargets:

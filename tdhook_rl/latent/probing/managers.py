@@ -68,6 +68,7 @@ class ProbeManager:
         self._estimator_class = estimator_class
         self._estimator_kwargs = dict(estimator_kwargs)
         self._compute_metrics = compute_metrics
+        self._real: Tensor | None = None  # of the call under way: the rows that are no padding
         self._allow_overwrite = allow_overwrite
         self._preprocess = data_preprocess_callback
 
@@ -106,6 +107,7 @@ class ProbeManager:
             estimator = self._new() if step_type == "fit" else self.estimators[name]
             in_torch = isinstance(estimator, TorchEstimator)
             pairs = [_rows(self._prepared(one), labels, name) for one in activations]
+            pairs = self._usable(pairs, name)
             inputs, y = [x if in_torch else _numpy(x) for x, _ in pairs], pairs[0][1]
             target = y if in_torch else _numpy(y)
             if step_type == "fit":
@@ -115,6 +117,17 @@ class ProbeManager:
             if in_torch:
                 predictions, target = predictions.cpu(), target.cpu()
             metrics[name] = self._compute_metrics(predictions, target)
+
+    def _usable(self, pairs: list[tuple[Tensor, Tensor]], name: str) -> list[tuple[Tensor, Tensor]]:
+        """Activations and labels without padding and without rows that are NaN or infinite."""
+        kept = torch.stack([torch.isfinite(x).all(-1) for x, _ in pairs]).all(0)
+        if self._real is not None and self._real.numel() == kept.numel():
+            kept &= self._real.reshape(-1).to(kept.device)
+        if bool(kept.all()):
+            return pairs
+        if not bool(kept.any()):
+            raise InputError(f"the probe {name!r} has no rows to learn from: all are padding, or not finite")
+        return [(x[kept.to(x.device)], y[kept.to(y.device)]) for x, y in pairs]
 
     def _new(self) -> Any:
         return self._estimator_class(**self._estimator_kwargs)
@@ -238,8 +251,17 @@ class ManagedProbe:
         self.key = key
         self.direction = direction
 
-    def step(self, activation: Tensor, labels: Any = None, step_type: Any = None, **additional: Any) -> None:
-        """Fit or predict.
+    takes_rows = True
+
+    def step(
+        self,
+        activation: Tensor,
+        labels: Any = None,
+        step_type: Any = None,
+        rows: Tensor | None = None,
+        **additional: Any,
+    ) -> None:
+        """Fit or predict, on the rows that are real (``rows``; all by default) and whose activations are finite.
 
         Raises:
             MissingKeyError: without ``labels`` or ``step_type``.
@@ -251,6 +273,7 @@ class ManagedProbe:
                     f"the probe of {self.key!r} needs {name!r}: put it in the TensorDict and list it, "
                     'Probing(..., additional_keys=["labels", "step_type"])'
                 )
+        self.manager._real = rows
         self.manager._receive(self.key, self.direction, activation, labels, step_type)
 
     def __reduce__(self) -> Any:

@@ -15,6 +15,7 @@ from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.passes import Call
 from tdhook_rl.paths import Site, find_sites
+from tdhook_rl.real_rows import real_rows
 
 __all__ = ["Probe", "Probing"]
 
@@ -154,10 +155,14 @@ class _BoundProbing:
             names = ", ".join(repr(one.name) for one in self._readings)
             raise SiteError(f"none of the modules that the pattern matched ran in this call: {names}")
         additional = {name: _entry(call.source, key) for name, key in self._keys.items()}
+        real = real_rows(call.source)
         # All are read before the first probe learns, so that an error leaves no probe ahead of the others.
         activations = [call.captured(one.slot, one.name) for one in ran]
         for one, activation in zip(ran, activations, strict=True):
-            one.probe.step(activation, **additional)
+            if real is not None and getattr(one.probe, "takes_rows", False):
+                one.probe.step(activation, **additional, rows=real)
+            else:
+                one.probe.step(activation, **additional)
         return {}
 
 
