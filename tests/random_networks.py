@@ -123,6 +123,8 @@ class Functional(Node):
 
     def value(self, x: Tensor, at: At) -> Tensor:
         h = compute(self.block, x, at)
+        if self.name == "clamp":  # at 0 its slope is 1, that of a ReLU 0
+            return h.clamp_min(0)
         return torch.tanh(h) if self.name == "tanh" else torch.relu(h)
 
 
