@@ -96,7 +96,29 @@ def gradients(
     Raises:
         TargetError: if no gradient reaches a target.
         SiteError: if an explained module does not run.
+        InputError: if the policy changes in place what its derivatives need.
     """
+    try:
+        return _gradients(call, inputs, leaves, sites, targets, stored, weights)
+    except RuntimeError as error:
+        if MODIFIED not in str(error):
+            raise
+        raise InputError(
+            "what a derivative of the policy needs is changed in place: by its own forward, such as an in-place ReLU "
+            "over the output of a Tanh, which no gradient can be taken of (write the layer with inplace=False), or by "
+            f"a learner that changes the weights all the time. torch says: {str(error).partition('. Hint')[0]}"
+        ) from error
+
+
+def _gradients(
+    call: Call,
+    inputs: Mapping[NestedKey, Tensor],
+    leaves: Mapping[str, Tensor | None],
+    sites: Mapping[str, str],
+    targets: Sequence[Scalar],
+    stored: TensorDictBase | None,
+    weights: Tensor | None,
+) -> tuple[list[Gradients], dict[str, Tensor]]:
     if call.shared is not None:
         run, points = call.shared
         return _backward(call, run, {key: points[key] for key in inputs}, leaves, sites, targets, weights, keep=True)
@@ -209,7 +231,7 @@ def _backward(
         finite = surely_finite(total)
         explained, outer = (total, None) if weights is None else (value, weights.to(value.dtype))
         more = keep or index + 1 < len(values)
-        slopes = torch.autograd.grad(explained, points, outer, allow_unused=True, retain_graph=more)
+        slopes = _slopes(explained, points, outer, more)
         one = _beside_others(slopes, points, len(primals), inner.values())
         tell_unreached(runtime, target, one, primals, [sites[slot] for slot, runs in inner.items() for _ in runs])
         defined = None if finite else defined_rows(call, value.detach())
@@ -223,6 +245,15 @@ def _backward(
             )
         )
     return found, {slot: _joined(runtime.slots[slot], runs, run, sites[slot]).detach() for slot, runs in inner.items()}
+
+
+def _slopes(explained: Tensor, points: Sequence[Tensor], outer: Tensor | None, more: bool) -> tuple[Tensor | None, ...]:
+    """The derivative at each point; ``None`` where there is no path, as at what the policy computes under no_grad."""
+    on_graph = [point for point in points if point.requires_grad]
+    found = iter(
+        torch.autograd.grad(explained, on_graph, outer, allow_unused=True, retain_graph=more) if on_graph else ()
+    )
+    return tuple(next(found) if point.requires_grad else None for point in points)
 
 
 def _beside_others(
