@@ -39,6 +39,7 @@ class Block(nn.Module):
         self.middle = middle
         self.lin, self.other = nn.Linear(W, W, bias=False), nn.Linear(W, W, bias=False)
         self.relu, self.in_place, self.drop = nn.ReLU(), nn.ReLU(inplace=True), nn.Dropout(0.3)
+        self.sum, self.normed = Sum(), nn.utils.parametrizations.weight_norm(nn.Linear(W, W, bias=False))
         self.raw = nn.Parameter(torch.randn(W, W))
         self.register_buffer("scale", torch.randn(W))
 
@@ -344,14 +345,60 @@ CUT: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "no_grad": lambda net, x: net.lin(x) - torch.no_grad()(lambda: net.other(x) * 2)(),
     "straight through": lambda net, x: x + (x.round() - x).detach(),
     "sign": lambda net, x: net.lin(x).add_(torch.sign(x)),
+    "cut bias": lambda net, x: F.linear(x, net.raw, net.other(x).detach().mean(0)),
+    "addmm": lambda net, x: torch.addmm(net.other(x.detach()), x, net.raw),
+    "chosen weights": lambda net, x: net.lin(x) + F.embedding(x.argmax(-1), net.raw),
+    "module": lambda net, x: net.sum(net.lin(x), net.other(x.detach())),
+}
+JOINED: dict[str, Callable[[Block, Tensor], Tensor]] = {
+    "cat": lambda net, x: torch.cat([net.lin(x)[:, :2], net.other(x).detach()[:, 2:]], -1),
+    "cat of a layer": lambda net, x: torch.cat([net.lin(x)[:, :2], net.other(x.detach())[:, 2:]], -1),
+    "cat of computed weights": lambda net, x: torch.cat([x[:, :2], net.normed(x.detach())[:, 2:]], -1),
+    "cat under no_grad": lambda net, x: torch.cat([x[:, :2], torch.no_grad()(lambda: net.other(x))()[:, 2:]], -1),
+    "comparison": lambda net, x: torch.cat([net.lin(x)[:, :2], (x > 0).to(x)[:, 2:]], -1),
+    "one hot": lambda net, x: torch.cat([net.lin(x)[:, :3], F.one_hot(x.argmax(-1) % 3, 3).to(x)], -1),
+    "stack": lambda net, x: torch.stack([net.lin(x), x.data], 1).sum(1),
+    "where": lambda net, x: torch.where(x > 0, net.lin(x), x.detach()),
+    "written": in_place(lambda h, x: h[:, 2:].copy_(x.detach()[:, 2:])),
+    "written before": lambda net, x: written_before(net, x),
+    "numpy": lambda net, x: net.lin(x) + torch.from_numpy(x.detach().numpy() + 1),
+    "tolist": lambda net, x: net.lin(x) + torch.tensor(x.tolist(), dtype=x.dtype),
+}
+NOT_CUT: dict[str, Callable[[Block, Tensor], Tensor]] = {
+    "zeros of its shape": lambda net, x: torch.cat([net.lin(x)[:, :2], torch.zeros_like(x)[:, 2:]], -1),
+    "a constant": lambda net, x: torch.cat([net.lin(x)[:, :2], x.new_zeros(len(x), W - 2)], -1),
+    "chosen entries": lambda net, x: net.lin(x).gather(-1, x.argsort(-1)),
+    "a mask": lambda net, x: net.lin(x) * (x > 0),
+    "a gate": lambda net, x: net.lin(x) * net.other(x).detach().sigmoid(),
+    "larger": lambda net, x: torch.maximum(net.lin(x), x.detach()),
+    "looked at": lambda net, x: net.lin(x) if float(x.detach().norm()) > 0 else x,
+    "counted": lambda net, x: net.lin(x) + 0 * net.scale.add_(x.detach().mean(0)),
 }
 
 
-@pytest.mark.parametrize("name", CUT)
+def written_before(net: Block, x: Tensor) -> Tensor:
+    found = torch.zeros_like(x)
+    found[:, :2] = net.other(x).detach()[:, :2]
+    found[:, 2:] = net.lin(x)[:, 2:]
+    return found
+
+
+@pytest.mark.parametrize("name", [*CUT, *JOINED])
 def test_a_share_that_is_cut_off_from_the_inputs_is_said(name: str) -> None:
-    net = nn.Sequential(Block(CUT[name]), nn.Linear(W, 1)).double()
-    with LRP().prepare(net) as hooked, pytest.warns(UserWarning, match=r"'0' \(Block\) adds a value .* cut off"):
-        hooked(TensorDict({"input": torch.randn(3, W, dtype=F64)}, batch_size=3))
+    net = nn.Sequential(Block((CUT | JOINED)[name]), nn.Linear(W, 1)).double()
+    words = "adds a value" if name in CUT else "joins what it computes|hands a value to numpy"
+    with LRP().prepare(net) as hooked:
+        for _ in range(2):  # not only the first time
+            with pytest.warns(UserWarning, match=rf"'0.*' \(.*\) ({words}) .* cut off"):
+                hooked(TensorDict({"input": torch.randn(3, W, dtype=F64)}, batch_size=3))
+
+
+@pytest.mark.parametrize("name", NOT_CUT)
+def test_what_keeps_no_share_is_not_said_to(name: str) -> None:
+    net = nn.Sequential(Block(NOT_CUT[name]), nn.Linear(W, 1, bias=False)).double()
+    with LRP(rule_mapper=exact()).prepare(net) as hooked:
+        data = hooked(TensorDict({"input": torch.randn(3, W, dtype=F64)}, batch_size=3))
+    torch.testing.assert_close(data["attr", "input"].sum(-1), data["output"].sum(-1))
 
 
 def test_a_squashed_deterministic_action() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttribution
 from tdhook_rl.attribution.functions import is_of_torch
 from tdhook_rl.attribution.gradients import gradients
+from tdhook_rl.attribution.lrp_cuts import CutOff, LookForCuts
 from tdhook_rl.attribution.lrp_functions import FunctionRules
 from tdhook_rl.attribution.lrp_hooks import (
     ComputedHook,
@@ -51,6 +52,7 @@ class _BoundLRP(BoundAttribution):
         self._root = binder.root
         self._layers: list[tuple[str, nn.Module, Rule]] = []
         self._by_function = False  # functions that need a rule have been met
+        self._looked = False  # for what is cut off from the inputs
         for name, module in binder.root.named_modules():
             self._place(name, module, config)
         # After the rules: an explained activation is what a rule has put out.
@@ -138,19 +140,26 @@ class _BoundLRP(BoundAttribution):
         runtime, inputs, sites = self._state.runtime, explained.inputs, explained.leaves
         points: list[Tensor] = []  # of the pass: the replayed inputs
         graph = Graph(points, runtime, (ShareOut, ShareByFunction))
-        functions = self._functions(graph) if by_function else None
+        cuts = functions = look = None
+        if by_function or not self._looked:
+            names = {id(module): name for name, module in self._root.named_modules()}
+            cuts = CutOff(graph, self._root, names, by_function)
+            functions = self._functions(graph, cuts, names) if by_function else None
+            look = functions or LookForCuts(self._state, graph, cuts)
         watch.begin(graph, None if functions is None else functions.names)
-        self._state.begin(functions)
-        seen = WatchedCall.of(call, functions, points)
+        self._state.begin(functions, cuts)
+        seen = WatchedCall.of(call, look, points)
         try:
             with runtime.explained_by(self._owner):
-                return gradients(seen, inputs, dict.fromkeys(sites), sites, starts)[0]
+                found = gradients(seen, inputs, dict.fromkeys(sites), sites, starts)[0]
+            self._looked = True
+            return found
         finally:
             call.replayed = seen.replayed
             watch.graph = None
-            self._state.begin(None)
+            self._state.begin(None, None)
 
-    def _functions(self, graph: Graph) -> FunctionRules:
+    def _functions(self, graph: Graph, cuts: CutOff, names: dict[int, str]) -> FunctionRules:
         mapper = self._mapper
         plain = mapper if isinstance(mapper, Uniform) else Uniform()
         weights = {
@@ -158,10 +167,10 @@ class _BoundLRP(BoundAttribution):
             for name, module, rule in reversed(self._layers)
             if module._parameters.get("weight") is not None
         }
-        names = {id(module): name for name, module in self._root.named_modules()}
         return FunctionRules(
             self._state,
             graph,
+            cuts,
             names,
             weights,
             lambda convolves: plain.convolution or plain.rule if convolves else plain.rule,

@@ -7,8 +7,7 @@ product of two tensors that depend on the inputs, is refused where relevance wou
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from tdhook_rl.attribution.functions import DESCRIBED, Kind, Operation, operation, running_module
+from tdhook_rl.attribution.functions import DESCRIBED, Kind, Operation, operation
+from tdhook_rl.attribution.lrp_cuts import CutOff, owner, tensors
 from tdhook_rl.attribution.lrp_hooks import LrpState, ShareByFunction, ShareOut
 from tdhook_rl.attribution.lrp_rules import AffineMap, Rule, ratio
 from tdhook_rl.attribution.relevance_graph import Graph
@@ -46,6 +46,7 @@ class FunctionRules(TorchFunctionMode):
     Args:
         state: of the pass; functions within modules that have a rule are their own.
         graph: which tensors depend on what is explained.
+        cuts: what is cut off from the inputs.
         names: of the modules, by identity.
         weights: the name, module and rule of the layer that a parameter is the weight of, by its identity.
         weight_rule: the rule of a function such as ``F.linear`` whose weight is no layer's.
@@ -56,6 +57,7 @@ class FunctionRules(TorchFunctionMode):
         self,
         state: LrpState,
         graph: Graph,
+        cuts: CutOff,
         names: Mapping[int, str],
         weights: Mapping[int, tuple[str, nn.Module, Rule]],
         weight_rule: Callable[[bool], Rule],
@@ -64,37 +66,32 @@ class FunctionRules(TorchFunctionMode):
         super().__init__()
         self.state = state
         self.graph = graph
+        self.cuts = cuts
         self.names = names
         self.weights = weights
         self.weight_rule = weight_rule
         self.epsilon = epsilon
-        # What depends on the inputs by a path that no gradient takes, by identity.
-        self._cut: dict[int, Tensor] = {}
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.state.ruled or self.state.inside or vmap_level() >= 0:
             return function(*args, **kwargs)
-        if not torch.is_grad_enabled():
-            return self.note_cut(function(*args, **kwargs), args, kwargs)
         called = operation(function, args, kwargs)
+        if not torch.is_grad_enabled():
+            return self.cuts.note(function(*args, **kwargs), args, kwargs, called.name)
+        carriers = [value for value in tensors(args, kwargs) if self.graph.carries(value)]
+        self.cuts.look_at(called, args, kwargs, bool(carriers))
         if called.kind is Kind.MOVES:
             found = function(*args, **kwargs)
             if called.in_place and isinstance(args[0], Tensor):
                 self.graph.approve(args[0])
             elif called.name == "index_put":
                 self.graph.approve(found)
-            if self._cut or called.name in ("detach", "data"):
-                self.note_cut(found, args, kwargs)
-            return found
-        carriers = [value for value in _tensors(args, kwargs) if self.graph.carries(value)]
+            return self.cuts.note(found, args, kwargs, called.name)
         if not carriers:
-            found = function(*args, **kwargs)
-            return self.note_cut(found, args, kwargs) if self._cut else found
+            return self.cuts.note(function(*args, **kwargs), args, kwargs, called.name)
         if called.kind is Kind.STEPS and not called.in_place:
-            return self.note_cut(function(*args, **kwargs).detach(), args, kwargs)
-        if called.kind is Kind.LINEAR and self._cut:
-            self._warn_of_cut(args, kwargs)
+            return self.cuts.note(function(*args, **kwargs).detach(), args, kwargs, called.name)
         share = self._rule(called, args, kwargs, carriers)
         if share is None:
             return self._refused(function, called, args, kwargs)
@@ -125,28 +122,6 @@ class FunctionRules(TorchFunctionMode):
         if kind is Kind.WEIGHTED and one and carriers[0] is (args[0] if args else kwargs.get("input")):
             return self._weighted
         return self._linear if kind in (Kind.WEIGHTED, Kind.MULTILINEAR) and one else None
-
-    # ------------------------------------------------------------------ what no gradient reaches
-
-    def note_cut(self, found: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Note a result that has no gradient though it was computed from what is explained."""
-        if isinstance(found, Tensor) and found.is_floating_point() and not found.requires_grad:
-            values = list(_tensors(args, kwargs))
-            # What is written into a buffer, such as a running mean, is the buffer's.
-            if not any(value is found for value in values) and any(
-                id(value) in self._cut or self.graph.carries(value) for value in values
-            ):
-                self._cut[id(found)] = found
-        return found
-
-    def _warn_of_cut(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        if any(id(value) in self._cut for value in _tensors(args, kwargs)):
-            warnings.warn(
-                f"LRP: {_owner(self.names)} adds a value that was computed from the inputs and cut off from them (by "
-                "detach or no_grad); it keeps its share of the relevance as a bias does, so that the relevance of the "
-                "inputs does not add up to the output",
-                stacklevel=2,
-            )
 
     # ------------------------------------------------------------------ kinds
 
@@ -191,7 +166,7 @@ class FunctionRules(TorchFunctionMode):
 
     def _refused(self, function: Any, called: Operation, args: tuple, kwargs: dict[str, Any]) -> Any:
         found = function(*args, **kwargs)
-        message = no_rule(called.name, _owner(self.names))
+        message = no_rule(called.name, owner(self.names))
 
         def marked(value: Any) -> Any:
             return Refusal.apply(message, value) if isinstance(value, Tensor) and value.requires_grad else value
@@ -210,19 +185,3 @@ def no_rule(name: str, owner: str) -> str:
         "relevance: give that module a rule with rule_mapper=, let its gradient pass with skip_modules=, or use "
         "IntegratedGradients"
     )
-
-
-def _owner(names: Mapping[int, str]) -> str:
-    module = running_module()
-    if module is None:
-        return "the policy"
-    name = names.get(id(module))
-    return type(module).__name__ if not name else f"{name!r} ({type(module).__name__})"
-
-
-def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value, {})

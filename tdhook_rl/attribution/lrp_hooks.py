@@ -15,6 +15,7 @@ from tdhook_rl.hooks import Runtime
 from tdhook_rl.rows import vmap_level
 
 if TYPE_CHECKING:
+    from tdhook_rl.attribution.lrp_cuts import CutOff
     from tdhook_rl.attribution.lrp_functions import FunctionRules
 
 __all__ = ["ComputedHook", "GradientHook", "LrpState", "RuleHook", "ShareByFunction", "ShareOut", "Unknown"]
@@ -58,11 +59,12 @@ class LrpState:
     def __init__(self, runtime: Runtime, owner: str) -> None:
         self.runtime = runtime
         self.owner = owner
-        self.begin(None)
+        self.begin(None, None)
 
-    def begin(self, functions: FunctionRules | None) -> None:
-        """Start a pass, in which functions have rules too or not."""
+    def begin(self, functions: FunctionRules | None, cuts: CutOff | None) -> None:
+        """Start a pass, in which functions have rules too or not, and what is cut off is looked for or not."""
         self.functions = functions
+        self.cuts = cuts
         self.stack: list[Any] = []
         self.inside = 0  # modules that are explained by themselves as a whole
         self.ruled = 0  # modules with a rule
@@ -133,7 +135,13 @@ class RuleHook(_Hook):
         begun = state.stack.pop() if state.explains else None
         if begun is None:
             return None
-        state.ruled -= 1
+        try:  # what is done here is no function of the policy's
+            return self._shared(module, args, kwargs, output, begun)
+        finally:
+            state.ruled -= 1
+
+    def _shared(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any, begun: tuple) -> Tensor:
+        state = self.state
         values, inputs, versions, kept = begun
         if not isinstance(output, Tensor) or not all(isinstance(value, Tensor) for value in inputs):
             raise InputError(
@@ -141,6 +149,8 @@ class RuleHook(_Hook):
             )
         if vmap_level() >= 0:
             raise InputError(f"LRP cannot see into vmap, in which {self.called(module)} runs: use IntegratedGradients")
+        if state.cuts is not None:
+            state.cuts.look_at_inputs(values)
         given = (*args, *kwargs.values())
         written = [at for at, version in enumerate(versions) if values[at]._version != version]
         if any(given[at] is not output for at in written):
@@ -151,7 +161,7 @@ class RuleHook(_Hook):
         shared = ShareOut.apply([value], self.rule, as_it_ran(module, inputs), *inputs)
         if written:
             return _written(values[written[0]], shared, state)
-        return shared if state.functions is None else state.functions.note_cut(shared, values, {})
+        return shared if state.cuts is None else state.cuts.note(shared, values, {})
 
 
 class _Region(_Hook):
@@ -168,9 +178,10 @@ class _Region(_Hook):
             return None
         values, layout = pytree.tree_flatten((args, kwargs))
         own = [value if isinstance(value, Tensor) and value.requires_grad else None for value in values]
-        leaves = [None if value is None else value.detach().clone().requires_grad_() for value in own]
-        # Copies of the leaves: a leaf cannot be written into.
-        lent = [None if leaf is None else leaf.clone() for leaf in leaves]
+        with torch._C.DisableTorchFunction():  # what is done here is no function of the policy's
+            leaves = [None if value is None else value.detach().clone().requires_grad_() for value in own]
+            # Copies of the leaves: a leaf cannot be written into.
+            lent = [None if leaf is None else leaf.clone() for leaf in leaves]
         state.stack.append((own, leaves, lent))
         state.inside += not self.inner_rules
         given = [value if copy is None else copy for value, copy in zip(values, lent, strict=True)]
@@ -188,7 +199,7 @@ class _Region(_Hook):
         inputs = [value for value in own if value is not None]
         points = [leaf for leaf in leaves if leaf is not None]
         if not explained or not inputs:
-            return None
+            return output if state.cuts is None else state.cuts.note(output, args, kwargs)
         found = [values[i] for i in explained]
         share = self.share(module, found, points)
         shared = ShareByFunction.apply([value.detach().clone() for value in found], share, *inputs)

@@ -38,7 +38,7 @@ class Watch:
             raise Unknown
         message = getattr(node, "message", None)  # of a function that was seen and has no rule
         name = type(node).__name__.rstrip("0123456789").removesuffix("Backward")
-        raise InputError(message or no_rule(name, "compiled code or an autograd function of its own"))
+        raise InputError(message or no_rule(name, "compiled code, vmap or an autograd function of its own"))
 
 
 class WatchedCall(Call):
