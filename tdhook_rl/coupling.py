@@ -66,11 +66,11 @@ def _rows_meet(call: Call) -> bool:
             alone = call.replay(inputs, few).outputs
             if start is None or start.noisy or start.conduct.watch.writes:
                 return False
-            for key in call.policy.policy_in_keys:
-                value = inputs[key]
-                if isinstance(value, Tensor):
-                    other = 0.5 * value + 0.25 if value.is_floating_point() else value
-                    inputs[key] = torch.cat([value, other])
+            own = call.policy.policy_in_keys
+            for key, value in inputs.items():  # also those that interventions read, such as a strength of each row
+                moves = key in own and isinstance(value, Tensor) and value.is_floating_point()
+                other = 0.5 * value + 0.25 if moves else value
+                inputs[key] = torch.cat([value, other])
             joined = call.replay(inputs, torch.cat([few, few])).outputs
         except Exception:  # the policy knows how many rows it takes
             return True

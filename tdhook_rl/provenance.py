@@ -239,7 +239,7 @@ class Provenance:
         if given is not None and not bool(given.any()):
             return given
         if explains:
-            values = values if traced else reached(values)
+            values = reached(values, traced)
             inputs = [get_entry(source, key) for one in methods for key in getattr(one, "declared", ())]
             values = [*values, *(value for value in inputs if isinstance(value, Tensor))]
         rows = None

@@ -71,17 +71,24 @@ def defined_values(values: Iterable[Tensor], batch: torch.Size, infinite: bool =
         if not (value.is_floating_point() or value.is_complex()):
             continue
         value = value.detach()
-        odd = value != value if infinite else value * 0 != 0
+        odd = value != value if infinite else value - value != 0  # times 0 is 0 to a compiler, whatever the value
         odd = odd.flatten(len(batch)).any(-1) if value.ndim > len(batch) else odd
         rows = ~odd if rows is None else rows & ~odd
     return rows
 
 
-def reached(values: Sequence[Tensor]) -> Sequence[Tensor]:
+def reached(values: Sequence[Tensor], traced: bool = False) -> Sequence[Tensor]:
     """Attributions without those that are NaN in every row, which no gradient reaches: these do not judge the rows.
 
     Where all of them are, no row has one.
+
+    Args:
+        values: of one root.
+        traced: whether numbers cannot be looked at now; zeros then stand for what is left out.
     """
+    if traced:
+        empty = torch.stack([(value != value).all() for value in values])
+        return [torch.where(one & ~empty.all(), 0, value) for one, value in zip(empty, values, strict=True)]
     found = [value for value in values if surely_finite(value) or not bool((value != value).all())]
     return found or values
 

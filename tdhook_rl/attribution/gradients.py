@@ -327,12 +327,16 @@ def _functional(
     # to it, which is zero, is added.
     added = frozenset(slot for slot, value in leaves.items() if value is None)
     points = [value.detach() for value in (*inputs.values(), *inner.values())]
+    # A trace cannot ask which points a gradient reaches, and its transform writes zero for the others. So each point
+    # has a mark, a zero of infinite slope, added to it: whatever comes back to it, a zero too, is no number but 0.
+    marks = [value.new_zeros(()) for value in points] if torch.compiler.is_compiling() else []
     found = []
     for target in targets:
 
         def total(*values: Tensor, target: Scalar = target) -> tuple[Tensor, tuple[Tensor, dict[int, Tensor]]]:
-            chosen = dict(zip(inputs, values, strict=False))
-            placed = dict(zip(inner, values[len(inputs) :], strict=True))
+            seen = [value + mark.sqrt() for value, mark in zip(values, values[len(points) :], strict=False)] or values
+            chosen = dict(zip(inputs, seen, strict=False))
+            placed = dict(zip(inner, seen[len(inputs) :], strict=True))
             with _leaves(runtime, placed, added, call.totals):
                 value = target(call.replay(chosen, stored))
             scalar = (value if weights is None else value * weights.to(value.dtype)).sum()
@@ -344,8 +348,13 @@ def _functional(
             own = torch.autograd.grad(scalar, values, allow_unused=True, create_graph=torch.is_grad_enabled())
             return scalar.detach(), (value, {i: one for i, one in enumerate(own) if one is not None})
 
-        one, (value, own) = torch.func.grad(total, argnums=tuple(range(len(points))), has_aux=True)(*points)
-        if not torch.compiler.is_compiling():
+        argnums = tuple(range(len(points) + len(marks)))
+        one, (value, own) = torch.func.grad(total, argnums=argnums, has_aux=True)(*points, *marks)
+        if torch.compiler.is_compiling():
+            one = tuple(
+                torch.where(mark == 0, torch.nan, slope) for slope, mark in zip(one, one[len(points) :], strict=False)
+            )
+        else:
             one = tuple(own.get(i) for i in range(len(points)))
             tell_unreached(runtime, target, one, inputs, [sites[slot] for slot in inner])
         filled = _filled(one, points, defined_rows(call, value))
