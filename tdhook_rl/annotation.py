@@ -21,6 +21,7 @@ from tdhook_rl.hooks import vmap_level
 from tdhook_rl.mismatch import Mismatch
 from tdhook_rl.passes import Bound, Call, action_keys, conduct_of, observers, stored_inputs
 from tdhook_rl.real_rows import PADDING
+from tdhook_rl.repeatable import require_repeatable
 from tdhook_rl.writing import set_entries
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ class _Analysis:
         call = Call(policy, self.forward, chunk, stored_inputs(policy, chunk))
         runtime.level = vmap_level()
         try:
+            require_repeatable(call)
             if any(one.reads_forward for one in self.bound):
                 with torch.no_grad():
                     call.replay(record=True, as_it_was=True)

@@ -6,13 +6,14 @@ and written by the way of its kind; :func:`holdings` finds them.
 
 from __future__ import annotations
 
+import array
 import collections
 import copy
 import enum
 import functools
 import random
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,13 +70,17 @@ class Holdings(NamedTuple):
     tensors: list[tuple[Tensor, str, str]]
 
 
-def holdings(modules: list[tuple[str, nn.Module]]) -> Holdings:
+def holdings(
+    modules: list[tuple[str, nn.Module]], things: Sequence[Held] = (), values: Sequence[tuple[Any, str, str]] = ()
+) -> Holdings:
     """Everything mutable that these modules hold, each thing once.
 
     Args:
         modules: with their paths; what they hold besides registered submodules is found from there.
+        things: others.
+        values: in which there may be others, with their paths and the class that they belong to.
     """
-    found = Holdings([], [])
+    found = Holdings([*things], [])
     seen: set[int] = set()
     waiting: collections.deque[tuple[Any, str, str]] = collections.deque()
 
@@ -92,6 +97,8 @@ def holdings(modules: list[tuple[str, nn.Module]]) -> Holdings:
 
     for path, module in modules:
         visit(module, path, _class_name(module))
+    for value, path, owner in values:
+        visit(value, path, owner)
     while waiting and len(seen) < AT_MOST:
         value, path, owner = waiting.popleft()
         if isinstance(value, Tensor):
@@ -222,7 +229,7 @@ def _write_module(thing: dict[str, Any], content: dict[str, Any]) -> None:
             thing[key] = value
 
 
-def _write_list(thing: list[Any], content: list[Any]) -> None:
+def _write_list(thing: Any, content: Any) -> None:
     thing[:] = content
 
 
@@ -254,7 +261,8 @@ _KINDS: list[tuple[Any, Kind]] = [
     (collections.deque, Kind(copy.copy, _equal, _write_others)),
     (set, Kind(set, _equal, _write_others)),
     (np.ndarray, Kind(np.copy, lambda a, b: a.shape == b.shape and a.tobytes() == b.tobytes(), _write_array)),
-    (bytearray, Kind(bytes, _equal, _write_list)),  # type: ignore[arg-type]
+    (array.array, Kind(copy.copy, _equal, _write_list)),
+    (bytearray, Kind(bytes, _equal, _write_list)),
     (
         torch.Generator,
         Kind(lambda g: g.get_state(), lambda g, s: torch.equal(g.get_state(), s), lambda g, s: g.set_state(s)),

@@ -31,6 +31,7 @@ from tdhook_rl.hooks import Runtime, vmap_level
 from tdhook_rl.passes import Bound, Call, conduct_of, drawn_noise, for_samples, observers, run_root, stored_inputs
 from tdhook_rl.preconditions import another_dtype_or_device, require_data
 from tdhook_rl.provenance import Provenance, publish_step
+from tdhook_rl.repeatable import require_repeatable
 from tdhook_rl.runs import HookedModuleRun
 from tdhook_rl.shared_pass import chain_pass, graph_pass, sharing
 from tdhook_rl.start import Start
@@ -258,6 +259,7 @@ class HookedMixin(Annotating, _Policy):
                 # After the passes the stream of noise goes on as if there had been none.
                 after = GeneratorState(start.device, start.others)
                 try:
+                    require_repeatable(call)
                     results |= self._compute(rest, call)
                 finally:
                     after.restore()

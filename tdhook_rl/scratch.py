@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.held import INTERNAL, Holdings, holdings, with_tensors
 from tdhook_rl.known import unknown_modules, writes_input
+from tdhook_rl.outside import holdings_and_outside
 from tdhook_rl.rows import vmap_level
 
 __all__ = ["Moment", "Watch", "same_values"]
@@ -67,6 +68,10 @@ class Moment:
 class Watch:
     """Looks at one policy while it runs.
 
+    Args:
+        policy: it.
+        outside: look also at what its forwards may write beside what it holds.
+
     Attributes:
         modules: those that are looked at, with their paths.
         idle: the policy is made of modules that are known to write nothing.
@@ -74,8 +79,9 @@ class Watch:
         may_write_input: the forward may change what it is given.
     """
 
-    def __init__(self, policy: nn.Module) -> None:
+    def __init__(self, policy: nn.Module, outside: bool = False) -> None:
         self.modules = unknown_modules(policy)
+        self._find = holdings_and_outside if outside else holdings
         self.idle = not self.modules
         self.may_write_input = not self.idle or any(writes_input(child) for child in policy.modules())
         self.writes: dict[str, str] = {}
@@ -94,7 +100,7 @@ class Watch:
         if last is not None and last.unchanged():
             _refresh(last)
             return last
-        held = holdings(self.modules)
+        held = self._find(self.modules)
         self._last = Moment(held, *_copies(held.tensors, last))
         return self._last
 
@@ -141,7 +147,7 @@ class Watch:
         elif start.unchanged():
             now = start
         else:
-            now = Moment(holdings(self.modules), {}, {})
+            now = Moment(self._find(self.modules), {}, {})
         own = self._own(start)
         start.put(own)
         try:

@@ -8,7 +8,7 @@ are put to where the draw had left them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Conduct", "Start"]
 
-#: In how many passes the generators of Python and NumPy are looked at; reading them costs more than torch's.
+#: In how many passes the generators of Python and NumPy are looked at, reading which costs more than torch's; and in
+#: how many calls passes are repeated.
 LOOKS = 3
 
 
@@ -40,6 +41,8 @@ class Conduct:
 
     def __init__(self, policy: nn.Module) -> None:
         self.watch = Watch(policy)
+        #: While it is being found out whether passes can be repeated: looks also beside what the policy holds.
+        self.wide: Watch | None = None if self.watch.idle else Watch(policy, outside=True)
         children = list(policy.named_modules())
         self._modules = [child for _, child in children]
         self._drawing = [child for _, child in children if may_draw(child)]
@@ -50,6 +53,7 @@ class Conduct:
         self.keeps_input = not self.watch.may_write_input
         self.meets: dict[tuple[bool, ...], bool] = {}
         self.looks = 0
+        self.repeats = 0
 
     def quiet(self) -> bool:
         """Whether its modules are known to draw nothing but actions."""
@@ -86,6 +90,13 @@ class Conduct:
     def mode(self) -> tuple[bool, ...]:
         return tuple(child.training for child in self._modules)
 
+    def look_at_repeats(self) -> bool:
+        """Whether it is still to be seen that two passes over one call compute the same."""
+        self.repeats += 1
+        if self.repeats > LOOKS:
+            self.wide = None
+        return not self.watch.idle and self.repeats <= LOOKS
+
     def look_at_others(self) -> bool:
         """Whether the generators of Python and NumPy are kept in the pass that comes."""
         if self.watch.idle:
@@ -105,6 +116,7 @@ class Start:
     def __init__(self, conduct: Conduct, device: torch.device | None) -> None:
         self.conduct = conduct
         self.moment: Moment | None = None if conduct.watch.idle else conduct.watch.begin()
+        self._wide = None if conduct.wide is None else conduct.wide.begin()
         self.device = device if device is not None and device.type == "cuda" else conduct.device
         self.others = conduct.look_at_others()
         self._generators = None if conduct.quiet() else GeneratorState(self.device, self.others)
@@ -112,6 +124,20 @@ class Start:
         self.noisy: bool | None = False if self._generators is None else None
         self._skipped: dict[int, int] = {}  # in the pass under way: how many draws of a module were skipped
         self._since: GeneratorState | None = None  # where noise went on last
+
+    def wide(self) -> AbstractContextManager[None]:
+        """A block after which what is beside what the policy holds, too, is as it is now."""
+        wide = self.conduct.wide
+        return nullcontext() if wide is None or self._wide is None else wide.scratch(self._wide)
+
+    def look_wide(self) -> bool:
+        """Let passes start, from now on, also from what was beside what the policy holds; whether that is new."""
+        if self.conduct.wide is None or self._wide is None:
+            return False
+        self.conduct.watch, self.conduct.wide = self.conduct.wide, None
+        self.moment, self._wide = self._wide, None
+        self.conduct.watch.end(self.moment)
+        return True
 
     def note_draw(self, module: nn.Module) -> None:
         """In the forward: a module has drawn an action."""
