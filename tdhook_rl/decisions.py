@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -20,11 +21,16 @@ from tdhook_rl.samples import components, is_point
 from tdhook_rl.writing import get_entry
 
 __all__ = [
-    "Decision", "Keys", "action_of", "choose", "drawn_decisions", "every", "outputs_named", "require_own_parameters",
-    "tell_left_out",
+    "Decision", "Keys", "action_of", "choose", "critic_keys", "drawn_decisions", "every", "outputs_named",
+    "require_own_parameters", "tell_beside_values", "tell_left_out",
 ]  # fmt: skip
 
 Keys: TypeAlias = NestedKey | list[NestedKey] | None
+
+#: What an output is called from which something is decided, though this policy does not draw it.
+_DECIDING = ("logits", "probs", "loc", "action_value")
+#: What values are called: "cost_value", "state_action_value_2", "value".
+_VALUE = re.compile(r"(^|_)values?(_|\d|$)")
 
 
 class Decision(NamedTuple):
@@ -102,6 +108,27 @@ def tell_left_out(run: Pass, chosen: Sequence[Decision], name: str) -> None:
             "decides as well. Name what is meant with key=, or explain several targets: target={name: target, ...}",
             stacklevel=2,
         )
+
+
+def critic_keys(run: Pass) -> list[NestedKey]:
+    """The values that a critic gives: where one is TorchRL's by its name, all outputs that are called values."""
+    found = [*every(run.outputs, "state_value"), *every(run.outputs, "state_action_value")]
+    if not any(key in run.out_keys for key in found):
+        return []
+    return [*found, *(key for key in run.out_keys if _VALUE.search(_as_tuple(key)[-1]))]
+
+
+def tell_beside_values(run: Pass, values: Sequence[NestedKey]) -> None:
+    """Warn, once, of outputs to decide by that are left out where values are explained unless told otherwise."""
+    left = [key for key in run.out_keys if key not in values and _as_tuple(key)[-1] in _DECIDING]
+    if torch.compiler.is_compiling() or not left or (message := f"beside values:{left}") in run.told:
+        return
+    run.told.add(message)
+    warnings.warn(
+        f"the default target is of {', '.join(map(repr, values))}; it leaves out {', '.join(map(repr, left))}, which "
+        "the module puts out as well, but draws no action from: choose target=, such as targets.chosen_logit()",
+        stacklevel=2,
+    )
 
 
 def require_own_parameters(drawing: Sequence[Any], who: str) -> None:

@@ -75,6 +75,8 @@ class ReplayMixin(Swapped):
         draw = self._hooked_draw
         if isinstance(self, ProbabilisticTensorDictModule):
             distribution = self.get_dist(data)
+            if any(one.module is self for one in replay.distributions) and not is_point(distribution):
+                raise InputError(_several_draws(self, distribution))
             stored = samples(self, draw, distribution, data, replay)
             _require_own_shape(stored, distribution)
             replay.distributions.append(Drawn(self, distribution, stored))
@@ -116,6 +118,15 @@ def note_samples(runtime: Runtime, draw: Draw, output: TensorDictBase) -> None:
     """Keep, for the call under way, samples that its data may not hold in the end as they were drawn."""
     for key, slot in draw.slots.items():
         runtime.drawn[slot] = output.get(key).detach().clone()
+
+
+def _several_draws(module: nn.Module, distribution: torch.distributions.Distribution) -> str:
+    keys = ", ".join(repr(key) for key in sample_keys(module))
+    return (
+        f"one module draws {keys} (from a {type(distribution).__name__}) several times in one call of the policy, so "
+        "it is not known which draw is stored, and what the others were: give each draw a module and a key of its "
+        "own (the networks may be shared), or explain the module that draws by itself"
+    )
 
 
 def _require_own_shape(

@@ -179,7 +179,7 @@ def _in_own_form(key: NestedKey, value: Tensor, part: D.Distribution) -> Tensor:
     if is_one_hot(part):
         if value.shape == rows and not value.is_floating_point():
             return torch.nn.functional.one_hot(value.long(), number)
-        return value
+        return value.long() if value.dtype == torch.bool else value
     if value.shape == (*rows, number) and value.shape != rows:
         if bool(((value != 0).sum(-1) == 1).all()):
             return value.to(torch.float32).argmax(-1)

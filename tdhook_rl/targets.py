@@ -19,7 +19,17 @@ from tensordict.utils import unravel_key
 from torch import Tensor
 
 from tdhook_rl.batching import row_vectors
-from tdhook_rl.decisions import Keys, action_of, choose, drawn_decisions, every, outputs_named, tell_left_out
+from tdhook_rl.decisions import (
+    Keys,
+    action_of,
+    choose,
+    critic_keys,
+    drawn_decisions,
+    every,
+    outputs_named,
+    tell_beside_values,
+    tell_left_out,
+)
 from tdhook_rl.errors import TargetError
 from tdhook_rl.hooks import Portable, vmap_level
 from tdhook_rl.passes import Pass
@@ -137,9 +147,10 @@ def default_target(run: Pass) -> Target:
     if values:
         return chosen_q()
     points = [key for drawn in run.distributions for key in drawn.samples]
-    critics = [*every(run.outputs, "state_value"), *every(run.outputs, "state_action_value")]
-    for keys in ([*points, *every(run.outputs, "action")], critics):
+    for critic, keys in ((False, [*points, *every(run.outputs, "action")]), (True, critic_keys(run))):
         found = [key for key in dict.fromkeys(keys) if key in run.out_keys and _explains(run.outputs.get(key))]
+        if found and critic:
+            tell_beside_values(run, found)
         if len(found) == 1:
             return _linear(str(found[0]), _Entry(found[0]))
         if found:

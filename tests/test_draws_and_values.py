@@ -1,0 +1,130 @@
+"""A module that draws several times in one call, stored choices in other dtypes, and critics with values of other
+names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from torch import Tensor, nn
+from torch.distributions import Categorical, OneHotCategorical
+from torchrl.modules import IndependentNormal, ProbabilisticActor, TanhDelta
+
+from tdhook_rl import Saliency, targets
+from tdhook_rl.errors import InputError
+
+DRAWN = {"categorical": (Categorical, ["logits"]), "normal": (IndependentNormal, ["loc", "scale"])}
+
+
+def actor(kind: str) -> ProbabilisticActor:
+    distribution, keys = DRAWN[kind]
+    net = nn.Linear(4, 4) if kind == "categorical" else nn.Sequential(nn.Linear(4, 8), NormalParamExtractor())
+    head = TensorDictModule(net, ["observation"], keys)
+    return ProbabilisticActor(head, in_keys=keys, distribution_class=distribution)
+
+
+class Loop(TensorDictModuleBase):
+    """A container whose own forward calls its actor twice."""
+
+    def __init__(self, actor: nn.Module, choose: Callable[[list[Tensor]], Tensor]) -> None:
+        super().__init__()
+        self.in_keys, self.out_keys = ["observation"], ["action"]
+        self.actor, self.choose = actor, choose
+
+    def forward(self, data: TensorDictBase) -> TensorDictBase:
+        seen, actions = data.select("observation"), []
+        for _ in range(2):
+            seen = self.actor(seen)
+            actions.append(seen["action"])
+            seen["observation"] = seen["observation"] / 2
+        return data.set("action", self.choose(actions))
+
+
+CONTAINERS: dict[str, Callable[[Any], nn.Module]] = {
+    "last": lambda one: Loop(one, lambda actions: actions[-1]),
+    "chunk": lambda one: Loop(one, lambda actions: torch.stack(actions, -1)),
+    "best": lambda one: Loop(one, lambda actions: torch.stack(actions).amax(0)),
+    "sequence": lambda one: TensorDictSequential(one, one),
+}
+
+
+@pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
+@pytest.mark.parametrize("when", ["step", "batch"])
+@pytest.mark.parametrize("kind", DRAWN)
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_what_one_module_draws_several_times_is_not_taken_for_one_draw(
+    container: str, kind: str, when: str, batch: tuple[int, ...]
+) -> None:
+    policy = CONTAINERS[container](actor(kind))
+    data = TensorDict({"observation": torch.randn(*batch, 4)}, batch)
+    with Saliency(when=when).prepare(policy) as hooked:
+        with pytest.raises(InputError, match=r"one module draws 'action' .* several times in one call"):
+            hooked.annotate(hooked(data))
+
+
+def test_what_is_decided_several_times_without_drawing_is_explained() -> None:
+    net = nn.Linear(4, 4)
+    head = TensorDictModule(net, ["observation"], ["param"])
+    one = ProbabilisticActor(head, in_keys=["param"], distribution_class=TanhDelta)
+    data = TensorDict({"observation": torch.randn(4, 4)}, [4])
+    with Saliency(when="step").prepare(CONTAINERS["last"](one)) as hooked:
+        found = hooked(data)
+    leaf = data["observation"].clone().requires_grad_()
+    (right,) = torch.autograd.grad(net(leaf / 2).tanh().sum(), leaf)
+    torch.testing.assert_close(found["attr", "observation"], right)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32])
+def test_a_one_hot_action_is_stored_in_any_dtype(dtype: torch.dtype) -> None:
+    net = nn.Linear(4, 3)
+    head = TensorDictModule(net, ["observation"], ["logits"])
+    policy = ProbabilisticActor(head, in_keys=["logits"], distribution_class=OneHotCategorical)
+    acted = policy(TensorDict({"observation": torch.randn(6, 4)}, [6]))
+    acted["action"] = acted["action"].to(dtype)
+    with Saliency().prepare(policy) as hooked:
+        found = hooked.annotate(acted.detach())
+    leaf = acted["observation"].clone().requires_grad_()
+    log_prob = (net(leaf).log_softmax(-1) * acted["action"].float()).sum()
+    torch.testing.assert_close(found["attr", "observation"], torch.autograd.grad(log_prob, leaf)[0])
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 1), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.one(x), self.two(x)
+
+
+@pytest.mark.parametrize(
+    ("key", "counts"),
+    [
+        ("cost_value", True),
+        ("state_value_2", True),
+        (("cost", "value"), True),
+        ("state_action_value_2", True),
+        ("hidden", False),
+        ("evaluation", False),
+    ],
+)
+def test_all_values_of_a_critic_are_explained_whatever_they_are_called(key: Any, counts: bool) -> None:
+    heads, x = Heads(), torch.randn(5, 4)
+    with Saliency(when="step").prepare(TensorDictModule(heads, ["observation"], ["state_value", key])) as hooked:
+        found = hooked(TensorDict({"observation": x}, [5]))["attr", "observation"]
+    right = heads.one.weight + (heads.two.weight if counts else 0)
+    torch.testing.assert_close(found, right.detach().expand(5, 4))
+
+
+@pytest.mark.parametrize("key", ["logits", "loc", ("agents", "logits")])
+def test_what_is_decided_by_is_named_where_only_the_value_is_explained(key: Any) -> None:
+    critic = TensorDictModule(Heads(), ["observation"], ["state_value", key])
+    data = TensorDict({"observation": torch.randn(5, 4)}, [5])
+    with Saliency(when="step").prepare(critic) as hooked, pytest.warns(UserWarning, match="leaves out .*lo[cg]"):
+        hooked(data)
+    with Saliency(when="step", target=targets.state_value()).prepare(critic) as hooked:
+        hooked(data)
