@@ -7,7 +7,7 @@ policy goes on sharing them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Controls(MutableMapping[str, Tensor]):
     def __init__(self) -> None:
         self._tensors: dict[str, Tensor] = {}
         self._versions: dict[str, Tensor] = {}
+        self._places: dict[str, tuple[str, frozenset[str], frozenset[str]]] = {}
         self.ended = False  # the policy that reads them is hooked no more
 
     def add(self, name: str, value: Any) -> Tensor:
@@ -69,6 +70,37 @@ class Controls(MutableMapping[str, Tensor]):
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise InputError(f"control {name!r} was given NaN or infinite values")
         return value
+
+    def place(self, prefix: str, site: str, same: Collection[str], modules: Collection[str]) -> None:
+        """Note of which site a group of controls is.
+
+        Args:
+            prefix: what the names of these controls begin with.
+            site: its name.
+            same: all paths of its module.
+            modules: the paths of all modules of the policy.
+        """
+        self._places[prefix] = site, frozenset(same), frozenset(modules)
+
+    def require_place(self, prefix: str, path: str) -> None:
+        """Raise if what is about to be written belongs to another module, or another run of it.
+
+        Args:
+            prefix: what the names of the controls begin with.
+            path: the site that it belongs to; names of no module of the policy are not known to be another's.
+
+        Raises:
+            InputError: that names both.
+        """
+        site, same, modules = self._places.get(prefix, (path, frozenset(), frozenset()))
+        base, _, run = path.partition("@")
+        other_module = base in modules and base not in same
+        other_run = base in same and "" not in (run, site.partition("@")[2]) and run != site.partition("@")[2]
+        if path != site and (other_module or other_run):
+            raise InputError(
+                f"{prefix!r} reads {site!r}, and this is of {path!r}: equal widths do not make it fit. Prepare a "
+                "readout of that site, or fit what is pushed on the site that is read"
+            )
 
     def version(self, name: str) -> Tensor:
         """How often a control was set since it was made, ``()``, int64; shared like the control itself."""

@@ -37,7 +37,8 @@ class OnlineProbe:
         label: the key of the concept, or a function of the batch that returns it. Batch-shaped integers from 0: one
             class of several. Integers 0 and 1 (or booleans) with one dimension more: several labels, each a concept of
             its own. Floats, with ``kind="ridge"``: numbers.
-        classes: how many values a class may take; those that do not occur are left out.
+        classes: how many values a class may take; those that do not occur are left out. Areas under the curve are of
+            two classes; for that of each of several, give the label one-hot, as several labels.
         split: which rows train and which are held out; by episode unless told otherwise.
         kind: ``"lda"`` or ``"ridge"``.
         penalty: see :meth:`tdhook_rl.latent.probing.ClassStatistics.solve`.
@@ -76,7 +77,7 @@ class OnlineProbe:
         classes: int = 2,
         split: GroupSplit | None = None,
         kind: Literal["lda", "ridge"] = "lda",
-        penalty: float = 1e-2,
+        penalty: float | None = None,
         decay: float = 1.0,
         priors: Literal["rows", "equal"] = "equal",
         min_rows: float = 10,
@@ -186,10 +187,11 @@ class OnlineProbe:
 
         Raises:
             MissingKeyError: if no readout of that name was prepared.
-            InputError: if it reads another number of features or classes.
+            InputError: if it reads another module, or another number of features or classes.
         """
         if self.probe is None:
             return False
+        controls.require_place(name, self.probe.path)
         controls.update_(self.probe.controls(name))
         return True
 

@@ -33,6 +33,9 @@ class Interval:
     Example:
         >>> print(Interval(estimate=0.84, low=0.8, high=0.88, confidence=0.95, method="t", groups=32, rows=320))
         0.840 (95%: 0.800 to 0.880; t, 32 groups)
+        >>> found = Interval(estimate=0.84, low=0.8, high=0.88, confidence=0.95, method="t", groups=32, rows=320)
+        >>> float(found), round(found, 1), f"{found:.2f}"
+        (0.84, 0.8, '0.84')
     """
 
     estimate: float
@@ -53,6 +56,16 @@ class Interval:
     def half_width(self) -> float:
         """Half of the distance of the limits."""
         return (self.high - self.low) / 2
+
+    def __float__(self) -> float:
+        return self.estimate
+
+    def __round__(self, digits: int | None = None) -> float:
+        return round(self.estimate, digits)
+
+    def __format__(self, spec: str) -> str:
+        """The estimate by a format of numbers; without one, the whole as :func:`str` has it."""
+        return format(self.estimate, spec) if spec else str(self)
 
     def __contains__(self, value: float) -> bool:
         return self.low <= value <= self.high

@@ -27,7 +27,7 @@ class ProbeOptions:
     """How probes are fitted and scored; see :class:`tdhook_rl.rollout.OnlineProbe`."""
 
     kind: Literal["lda", "ridge"]
-    penalty: float
+    penalty: float | None
     priors: Literal["rows", "equal"]
     min_rows: float
     confidence: float

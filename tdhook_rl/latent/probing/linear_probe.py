@@ -192,9 +192,12 @@ class ProbeReadout(Method):
 
     def bind(self, binder: Binder) -> _BoundReadout:
         readings = {}
+        modules = dict(binder.root.named_modules(remove_duplicate=False))
         for name, probe in self.probes.items():
             site = binder.site(probe.path, runs=True)
             names = {part: f"{self.name}.{name}.{part}" for part in ("weight", "bias", "kind")}
+            same = [path for path, module in modules.items() if module is site.module]
+            binder.runtime.controls.place(f"{self.name}.{name}", site.name, same, modules)
             values = probe.controls(f"{self.name}.{name}")
             for part, control in names.items():
                 value = values[control]

@@ -34,6 +34,8 @@ class Moments:
 
     _sums: tuple[str, ...] = ("moment",)
 
+    # Sums that were made in inference mode could not be added to outside it.
+    @torch.inference_mode(False)
     def __init__(self, *, features: int) -> None:
         if features < 1:
             raise InputError(f"a probe needs at least 1 feature, got {features}")
@@ -47,6 +49,11 @@ class Moments:
         """The length of a feature vector."""
         return len(self.shift)
 
+    # So that sum() of the statistics of workers works, which begins with 0.
+    def __radd__(self: M, other: object) -> M:
+        return self if other == 0 else NotImplemented
+
+    @torch.inference_mode(False)
     def decay(self, factor: float) -> None:
         """Forget: multiply every sum by a factor between 0 and 1, for features that drift in training."""
         if not 0 <= factor <= 1:

@@ -15,10 +15,12 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.latent.probing.linear_probe import LinearProbe, check_kind
 from tdhook_rl.latent.probing.moments import Moments, raw_bias, solve_symmetric
 
-__all__ = ["NEVER", "ClassStatistics", "check_solve"]
+__all__ = ["NEVER", "RIDGE", "ClassStatistics", "check_solve", "usual_penalty"]
 
 #: The score of a class without rows: it is never chosen, and its probability is zero in every float format.
 NEVER = -1e4
+#: The penalty of ridge, where none is named.
+RIDGE = 1e-3
 #: Below this share of all rows, a class that decays is forgotten.
 _FORGOTTEN = 1e-9
 
@@ -43,6 +45,7 @@ class ClassStatistics(Moments):
 
     _sums = ("count", "total", "moment")
 
+    @torch.inference_mode(False)
     def __init__(self, *, features: int, classes: int) -> None:
         if features < 1 or classes < 2:
             raise InputError(f"a probe needs at least 1 feature and 2 classes, got {features} and {classes}")
@@ -55,6 +58,7 @@ class ClassStatistics(Moments):
         """Which classes have rows, ``(classes,)``, bool."""
         return self.count > _FORGOTTEN * self.count.sum()
 
+    @torch.inference_mode(False)
     def add(self, features: Tensor, labels: Tensor) -> None:
         """Add rows.
 
@@ -87,6 +91,7 @@ class ClassStatistics(Moments):
             )
         return numbers
 
+    @torch.inference_mode(False)
     def __add__(self, other: ClassStatistics) -> ClassStatistics:
         if self.total.shape != other.total.shape:
             raise InputError(
@@ -109,7 +114,7 @@ class ClassStatistics(Moments):
         self,
         *,
         kind: Literal["lda", "ridge"] = "lda",
-        penalty: float = 1e-3,
+        penalty: float | None = None,
         path: str = "",
         priors: Literal["rows", "equal"] = "rows",
         absent: Literal["raise", "never"] = "raise",
@@ -121,7 +126,9 @@ class ClassStatistics(Moments):
                 one-hot labels (Hoerl & Kennard 1970), intercept unpenalised.
             penalty: for ``"lda"`` what is added to the diagonal of the within-class covariance of features that are
                 scaled to variance 1, so that it means the same at every scale; for ``"ridge"`` the penalty on the
-                weights of the features as they are, as scikit-learn's ``alpha``.
+                weights of the features as they are, as scikit-learn's ``alpha``. Unless given, it is 1e-3 for ridge;
+                for a discriminant 1e-2 times the cube of features per row, at most 1e-2: with few rows it keeps the
+                covariance in check, with many it leaves a concept that lies in a small difference of features as it is.
             path: the module path that the features come from.
             priors: of the classes of a discriminant: ``"rows"``: the share of their rows; ``"equal"``: all alike, which
                 is what balanced accuracy asks of a rare class.
@@ -136,7 +143,7 @@ class ClassStatistics(Moments):
             empty = int((~there).nonzero()[0])
             raise InputError(f"cannot fit a probe: class {empty} has no row (rows per class: {self.count.tolist()})")
         if kind == "ridge":
-            stored, bias = self._ridge(penalty)
+            stored, bias = self._ridge(RIDGE if penalty is None else penalty)
         else:
             stored, bias = self._discriminant(penalty, priors, there)
         return LinearProbe(weight=stored, bias=bias, kind=kind, path=path, facts={"rows": float(self.count.sum())})
@@ -164,7 +171,7 @@ class ClassStatistics(Moments):
         weight = solve_symmetric(centred, cross).T
         return raw_bias(weight, mean + self.shift, self.count / rows)
 
-    def _discriminant(self, penalty: float, priors: str, there: Tensor) -> tuple[Tensor, Tensor]:
+    def _discriminant(self, penalty: float | None, priors: str, there: Tensor) -> tuple[Tensor, Tensor]:
         rows = self.count.sum()
         mean = self.total.sum(0) / rows
         centres, within = self._within()
@@ -173,7 +180,7 @@ class ClassStatistics(Moments):
         spread = scale[live]
         offsets = (centres - mean)[there][:, live] / spread
         inner = within[live][:, live] / torch.outer(spread, spread)
-        inner.diagonal().add_(penalty)
+        inner.diagonal().add_(usual_penalty(len(spread), float(rows)) if penalty is None else penalty)
         found = solve_symmetric(inner, offsets.T, floor=1e-9).T
         share = torch.full_like(self.count[there], 1.0) if priors == "equal" else self.count[there] / rows
         at_mean = share.log() - 0.5 * (found * offsets).sum(1)
@@ -186,10 +193,20 @@ class ClassStatistics(Moments):
         return stored, bias
 
 
-def check_solve(kind: str, penalty: float, priors: str) -> None:
+def usual_penalty(features: int, rows: float) -> float:
+    """What a discriminant's covariance of scaled features is given, where no penalty was named.
+
+    Features that nearly agree (a common mode, a spectrum that falls) tell classes apart by small differences. A fixed
+    penalty drowns these however many rows there are; without any, a covariance of hardly more rows than features is
+    inverted in directions that it does not know.
+    """
+    return 1e-2 * min(1.0, features / rows) ** 3
+
+
+def check_solve(kind: str, penalty: float | None, priors: str) -> None:
     """Raise an ``InputError`` for an unknown kind or prior, or a penalty that is none."""
     check_kind(kind)
-    if not 0 <= penalty < float("inf"):
+    if penalty is not None and not 0 <= penalty < float("inf"):
         raise InputError(f"a penalty is a number that is not negative, got {penalty}")
     if priors not in ("rows", "equal"):
         raise InputError(f"priors are 'rows' (the share of their rows) or 'equal', got {priors!r}")

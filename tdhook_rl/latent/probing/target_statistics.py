@@ -10,7 +10,7 @@ from torch import Tensor
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
 from tdhook_rl.latent.probing.moments import Moments, raw_bias, solve_symmetric
-from tdhook_rl.latent.probing.statistics import NEVER, check_solve
+from tdhook_rl.latent.probing.statistics import NEVER, RIDGE, check_solve, usual_penalty
 
 __all__ = ["TargetStatistics"]
 
@@ -40,6 +40,7 @@ class TargetStatistics(Moments):
 
     _sums = ("rows", "total", "of_targets", "cross", "moment")
 
+    @torch.inference_mode(False)
     def __init__(self, *, features: int, targets: int, labels: bool = False) -> None:
         super().__init__(features=features)
         if targets < 1:
@@ -51,6 +52,7 @@ class TargetStatistics(Moments):
         self.cross = torch.zeros(targets, features, dtype=torch.float64)
         self.target_shift = torch.zeros(targets, dtype=torch.float64)
 
+    @torch.inference_mode(False)
     def add(self, features: Tensor, targets: Tensor) -> None:
         """Add rows.
 
@@ -92,6 +94,7 @@ class TargetStatistics(Moments):
         """``(targets,)``: how many rows have each label."""
         return self.of_targets
 
+    @torch.inference_mode(False)
     def __add__(self, other: TargetStatistics) -> TargetStatistics:
         if self.cross.shape != other.cross.shape or self.labels != other.labels:
             raise InputError(
@@ -119,7 +122,7 @@ class TargetStatistics(Moments):
         self,
         *,
         kind: Literal["lda", "ridge"] = "ridge",
-        penalty: float = 1e-3,
+        penalty: float | None = None,
         path: str = "",
         priors: Literal["rows", "equal"] = "rows",
     ) -> LinearProbe:
@@ -140,7 +143,7 @@ class TargetStatistics(Moments):
         covariance = self.moment / self.rows - torch.outer(mean, mean)
         cross = self.cross / self.rows - torch.outer(self.of_targets / self.rows, mean)
         if kind == "ridge":
-            covariance.diagonal().add_(penalty / self.rows)
+            covariance.diagonal().add_((RIDGE if penalty is None else penalty) / self.rows)
             weight = solve_symmetric(covariance, cross.T).T
             at_mean = self.of_targets / self.rows + self.target_shift
             stored, bias = raw_bias(weight, mean + self.shift, at_mean)
@@ -164,7 +167,7 @@ class TargetStatistics(Moments):
         return middle, ((weight @ covariance * weight).sum(1) - between).clamp_min(0).sqrt()
 
     def _discriminants(
-        self, mean: Tensor, covariance: Tensor, cross: Tensor, penalty: float, priors: str
+        self, mean: Tensor, covariance: Tensor, cross: Tensor, penalty: float | None, priors: str
     ) -> tuple[Tensor, Tensor]:
         share = self.of_targets / self.rows
         both = (share > 1e-9) & (share < 1 - 1e-9)
@@ -174,7 +177,7 @@ class TargetStatistics(Moments):
         between = (share * (1 - share)).clamp_min(1e-300)
         apart = cross[:, live] / between[:, None] / spread  # of the means of the two classes, scaled
         inner = covariance[live][:, live] / torch.outer(spread, spread)
-        inner.diagonal().add_(penalty)
+        inner.diagonal().add_(usual_penalty(len(spread), float(self.rows)) if penalty is None else penalty)
         found = solve_symmetric(inner, apart.T, floor=1e-9).T
         # The covariance within classes is that of all less one product, so one factorisation serves all labels
         # (Sherman & Morrison 1950); what is left of it is the penalty at least.
