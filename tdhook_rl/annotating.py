@@ -11,7 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 
 from tdhook_rl.annotation import OnMismatch
 from tdhook_rl.passes import observers
-from tdhook_rl.preconditions import require_data
+from tdhook_rl.preconditions import require_data, require_rows
 from tdhook_rl.tensorclasses import annotate_fields
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def annotate(
     """
     self._hooked_runtime.require_active()
     require_data(data, "annotate")
+    require_rows(chunk_size, "chunk_size")
     try:
         return annotate_fields(self, data, chunk_size, on_mismatch)
     except Exception as error:

@@ -31,6 +31,7 @@ __all__ = ["Checked", "checked", "require_target"]
 _RESULTS = (Tensor, TensorDictBase, TensorDict, bool, float, Tensor | None)
 #: A signature, and for each annotated argument its type and how that is said.
 _Declared = tuple[inspect.Signature, dict[str, tuple[Any, str]]]
+_NO_HINT = (Any, "")
 F = TypeVar("F", bound=Callable[..., Any])
 #: Arguments of tdhook 0.1 that there are none of here, and why.
 _OF_TDHOOK = {
@@ -43,6 +44,7 @@ _OF_TDHOOK = {
     "classes_to_skip": "it acts on ReLUs only",
     "warn_on_missing_rule": "a module without a rule is an error; skip_modules names those to leave alone",
     "relative_path": "paths start at the module that is prepared",
+    "output_key": "the change is that of the target which is explained",
 }
 
 
@@ -63,15 +65,20 @@ class Checked(ABCMeta):
         if any(isinstance(one, Iterator) for one in (*args, *kwargs.values())):
             args = tuple(map(_listed, args))
             kwargs = {name: _listed(one) for name, one in kwargs.items()}
-        try:
-            made = super().__call__(*args, **kwargs)
-        except TdhookError:  # the constructor's own words are better
-            raise
-        except Exception:
-            _check(declared, cls.__name__, args, kwargs)
-            raise
-        _check(declared, cls.__name__, args, kwargs)
-        return made
+        return _made(super().__call__, declared, cls.__name__, args, kwargs)
+
+
+def _made(make: Callable[..., Any], declared: _Declared, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What a constructor makes; arguments are checked afterwards, because its own words are better."""
+    try:
+        made = make(*args, **kwargs)
+    except TdhookError:
+        raise
+    except Exception:
+        _check(declared, name, args, kwargs)
+        raise
+    _check(declared, name, args, kwargs)
+    return made
 
 
 def _listed(value: Any) -> Any:
@@ -80,6 +87,8 @@ def _listed(value: Any) -> Any:
 
 def checked(function: F) -> F:
     """The same function (or ``__init__``), its arguments checked against its annotations.
+
+    Arrays, and numbers in lists, become tensors where a tensor is taken.
 
     Example:
         >>> @checked
@@ -97,22 +106,41 @@ def checked(function: F) -> F:
     def call(*args: Any, **kwargs: Any) -> Any:
         if not declared:
             declared.append(_declared(function))
-        _check(declared[0], name, args, kwargs)
-        return function(*args, **kwargs)
+        if function.__name__ == "__init__":
+            return _made(function, declared[0], name, args, kwargs)
+        given = _check(declared[0], name, args, kwargs)
+        hints = declared[0][1]
+        arrays = {
+            one: _as_tensor(value, f"{name}({one}=...)")
+            for one, value in given.arguments.items()
+            if hints.get(one, _NO_HINT)[0] is Tensor and not isinstance(value, Tensor)
+        }
+        if not arrays:
+            return function(*args, **kwargs)
+        given.arguments.update(arrays)
+        return function(*given.args, **given.kwargs)
 
     return typing.cast(F, call)
 
 
-def _check(declared: _Declared, name: str, args: tuple, kwargs: dict[str, Any]) -> None:
+def _check(declared: _Declared, name: str, args: tuple, kwargs: dict[str, Any]) -> inspect.BoundArguments:
     signature, hints = declared
     try:
-        given = signature.bind(*args, **kwargs).arguments
+        given = signature.bind(*args, **kwargs)
     except TypeError as error:
         raise _misnamed(name, signature, kwargs, error) from None
-    for argument, value in given.items():
-        hint, text = hints.get(argument, (Any, ""))
+    for argument, value in given.arguments.items():
+        hint, text = hints.get(argument, _NO_HINT)
         if hint is not Any and not fits(value, hint):
             raise ArgumentError(f"{name}({argument}=...) takes {text}, got {_short(value)}{_advice(value, text)}")
+    return given
+
+
+def _as_tensor(value: Any, argument: str) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"{argument} takes a tensor, and makes none of {_short(value)}: {error}") from error
 
 
 def _declared(called: Any) -> _Declared:
@@ -239,6 +267,8 @@ def _words(hint: Any) -> str:
         taken = "..." if not inner or inner[0] is Ellipsis else ", ".join(map(_words, inner[0]))
         return f"a function of ({taken})"
     name = getattr(origin or hint, "__name__", str(hint))
+    if name == "NestedKey":
+        return "a key (str, or a tuple of str)"
     parts = ["..." if one is Ellipsis else _words(one) for one in inner]
     return f"{name}[{', '.join(parts)}]" if parts else name
 
@@ -277,14 +307,15 @@ def require_target(given: Any) -> None:
 
 
 def _misnamed(name: str, signature: inspect.Signature, kwargs: dict[str, Any], error: TypeError) -> ArgumentError:
-    unknown = [key for key in kwargs if key not in signature.parameters]
+    known = [key for key in signature.parameters if key != "self"]
+    unknown = [key for key in kwargs if key not in known]
     if not unknown:
-        names = ", ".join(signature.parameters)
+        names = ", ".join(known)
         return ArgumentError(f"{name}() takes the arguments {names}: {error}")
     if unknown[0] in _OF_TDHOOK:
         why = _OF_TDHOOK[unknown[0]]
         return ArgumentError(f"{name}() has no argument {unknown[0]!r}, which it has in tdhook: {why}")
-    return ArgumentError(f"{name}() has no argument {unknown[0]!r}; {nearest(unknown[0], signature.parameters)}")
+    return ArgumentError(f"{name}() has no argument {unknown[0]!r}; {nearest(unknown[0], known)}")
 
 
 def _short(value: Any) -> str:

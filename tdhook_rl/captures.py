@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tensordict import TensorDictBase
 
+from tdhook_rl.arguments import checked
 from tdhook_rl.requests import CacheProxy
 
 __all__ = ["Captures"]
@@ -14,8 +16,8 @@ __all__ = ["Captures"]
 class Captures:
     """What a run can be asked to capture; the run says how."""
 
-    cache: TensorDictBase
-    _save_cache: TensorDictBase | None
+    cache: Any  # a TensorDict, or a dict of the caller's
+    _save_cache: Any
     _prefix: str
 
     def _capture(
@@ -23,7 +25,17 @@ class Captures:
     ) -> CacheProxy:
         raise NotImplementedError
 
-    def get(self, key: str, *, cache_key: str | None = None, **options: Any) -> CacheProxy:
+    @checked
+    def get(
+        self,
+        key: str,
+        *,
+        cache_key: str | None = None,
+        callback: Callable[..., Any] | None = None,
+        direction: str = "fwd",
+        prepend: bool = False,
+        relative: bool = True,
+    ) -> CacheProxy:
         """Capture a module's output; after the block, find what was captured.
 
         Args:
@@ -35,12 +47,32 @@ class Captures:
             prepend: act before the hooks that are there.
             relative: start the path at the user's module (``True``) or at the wrapping TensorDictModule.
         """
+        options = {"callback": callback, "direction": direction, "prepend": prepend, "relative": relative}
         return self._capture(key, self.cache, cache_key, "", **options)
 
-    def save(self, key: str, *, cache_key: str | None = None, **options: Any) -> CacheProxy:
+    @checked
+    def save(
+        self,
+        key: str,
+        *,
+        cache_key: str | None = None,
+        callback: Callable[..., Any] | None = None,
+        direction: str = "fwd",
+        prepend: bool = False,
+        relative: bool = True,
+    ) -> CacheProxy:
         """As :meth:`get`, into ``cache=`` and under ``f"{run_name}{run_sep}{key}_{kind}"``."""
         cache = self.cache if self._save_cache is None else self._save_cache
-        return self._capture(key, cache, cache_key, self._prefix, **options)
+        return self._capture(
+            key,
+            cache,
+            cache_key,
+            self._prefix,
+            callback=callback,
+            direction=direction,
+            prepend=prepend,
+            relative=relative,
+        )
 
     def get_input(self, key: str, **options: Any) -> CacheProxy:
         """Capture a module's (first) input."""

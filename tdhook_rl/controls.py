@@ -15,7 +15,19 @@ from torch import Tensor
 
 from tdhook_rl.errors import InactiveError, InputError, KeyCollisionError, MissingKeyError, nearest
 
-__all__ = ["Controls"]
+__all__ = ["Controls", "as_value"]
+
+
+def as_value(name: str, value: Any) -> Tensor:
+    """What a control is set to, as a tensor.
+
+    Raises:
+        InputError: for what is no tensor and no numbers.
+    """
+    try:
+        return torch.as_tensor(value).detach()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"control {name!r} is set to numbers or a tensor, got {value!r}: {error}") from error
 
 
 class Controls(MutableMapping[str, Tensor]):
@@ -61,7 +73,7 @@ class Controls(MutableMapping[str, Tensor]):
                 f"the control {name!r} was set after the context of its hooked policy had ended, so nothing reads it: "
                 "keep the `with` block open, or use prepare(..., return_context=False) and .restore() at the end"
             )
-        value = torch.as_tensor(value).detach()
+        value = as_value(name, value)
         if value.shape != tensor.shape:
             raise InputError(
                 f"control {name!r} has shape {tuple(tensor.shape)}, got {tuple(value.shape)}: "

@@ -29,7 +29,7 @@ from tdhook_rl.draws import Draw
 from tdhook_rl.errors import InactiveError, InputError, MissingKeyError, TdhookError, TieError
 from tdhook_rl.hooks import Runtime, vmap_level
 from tdhook_rl.passes import Bound, Call, conduct_of, drawn_noise, for_samples, observers, run_root, stored_inputs
-from tdhook_rl.preconditions import another_dtype_or_device, require_data
+from tdhook_rl.preconditions import another_dtype_or_device, other_keys, require_data
 from tdhook_rl.provenance import Provenance, publish_step
 from tdhook_rl.repeatable import require_repeatable
 from tdhook_rl.runs import HookedModuleRun
@@ -185,7 +185,7 @@ class HookedMixin(Annotating, _Policy):
                 if self._hooked_wraps:  # a wrapped module is given None for an absent key
                     stored_inputs(self, data)
                 if not isinstance(error, TdhookError):
-                    found = another_dtype_or_device(self, data, error)
+                    found = another_dtype_or_device(self, data, error) or other_keys(self, error)
             except MissingKeyError as missing:
                 found = None if isinstance(error, MissingKeyError) else missing
         elif isinstance(error, TdhookError):
@@ -250,7 +250,7 @@ class HookedMixin(Annotating, _Policy):
             if start is not None:
                 start.forward_over(given, inputs)
             inputs |= drawn_noise(self, output) if replays and self._hooked_noise else {}
-            if output.batch_size != data.batch_size:  # several samples of each row
+            if output.ndim > data.ndim:  # several samples of each row
                 inputs, data = for_samples(inputs, data.batch_size, output), output
             call = Call(self, forward, output, inputs, data, start).of_step(runtime.drawn if replays else {})
             if start is None:

@@ -112,7 +112,9 @@ def caller(callback: Callable[..., Any], offered: tuple[str, ...], key: str) -> 
         InputError: if it requires another one.
     """
     try:
-        parameters = inspect.signature(callback).parameters.values()
+        # What is called is a module's forward; the signature of the module itself would be anything.
+        taking = callback.forward if isinstance(callback, nn.Module) else callback
+        parameters = inspect.signature(taking).parameters.values()
     except (TypeError, ValueError):
         return callback
     names = ("module", "key", "direction", *offered)

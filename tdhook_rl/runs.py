@@ -17,6 +17,7 @@ from tensordict.nn import ProbabilisticTensorDictModule
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tdhook_rl.arguments import checked
 from tdhook_rl.captures import Captures
 from tdhook_rl.containers import first_tensor, with_first_tensor
 from tdhook_rl.decisions import require_own_parameters
@@ -95,22 +96,23 @@ class HookedModuleRun(Captures):
         tensor(0.)
     """
 
+    @checked
     def __init__(
         self,
         hooked: HookedMixin,
         data: TensorDictBase,
-        cache: TensorDictBase | None = None,
+        cache: TensorDictBase | dict[str, Any] | None = None,
         run_name: str | None = None,
         run_sep: str | None = None,
-        run_cache: TensorDictBase | None = None,
+        run_cache: TensorDictBase | dict[str, Any] | None = None,
         grad_enabled: bool = False,
         run_callback: Callable[[Any, TensorDictBase], Any] | None = None,
         target: Target | Callable[[TensorDictBase], Tensor] | None = None,
     ) -> None:
         self.hooked = hooked
         self.data = data
-        self.cache = TensorDict() if run_cache is None else run_cache
-        self._save_cache = cache
+        self.cache: Any = TensorDict() if run_cache is None else run_cache
+        self._save_cache: Any = cache
         self._prefix = f"{'run' if run_name is None else run_name}{'.' if run_sep is None else run_sep}"
         self._grad_enabled = grad_enabled or target is not None
         self._callback = run_callback
@@ -128,6 +130,7 @@ class HookedModuleRun(Captures):
 
     # ------------------------------------------------------------------ overriding
 
+    @checked
     def set(
         self,
         key: str,
@@ -195,6 +198,7 @@ class HookedModuleRun(Captures):
         """Override the gradient with respect to a module's output."""
         self.set(key, value, direction="bwd_pre", **options)
 
+    @checked
     def stop(self, key: str, *, relative: bool = True) -> None:
         """End the forward after a module; what comes later does not run and is not written."""
         self._require("open", "stop")

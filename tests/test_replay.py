@@ -189,9 +189,9 @@ def test_what_is_finished_is_not_computed_again(
     found = run(actor, buffer, tmp_path)
     with METHOD.prepare(actor) as policy:
         rows: list[int] = []
-        annotate = type(policy).annotate
+        annotate = policy.annotate
         monkeypatch.setattr(
-            type(policy), "annotate", lambda self, batch, **options: rows.append(len(batch)) or annotate(self, batch)
+            type(policy), "annotate", lambda self, batch, **options: rows.append(len(batch)) or annotate(batch)
         )
         again = analyze(policy, buffer, tmp_path)
     assert rows == [32]  # those that are checked

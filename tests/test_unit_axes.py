@@ -147,9 +147,11 @@ def test_where_nothing_tells_it_asks_and_is_told() -> None:
     assert share(net, "module.0", channels, units={"module.0": 1}) == 0.5
     assert share(net, "module.0", channels, units=-2) == 0.5
     assert share(net, "module.0", channels, units=-1) == 0
-    for axis in (0, 3, -3, True):
+    for axis in (0, 3, -3):
         with pytest.raises(InputError, match="axis 0 are the rows"):
             share(net, "module.0", channels, units=axis)
+    with pytest.raises(InputError, match=r"takes int \| .* got True"):
+        share(net, "module.0", channels, units=True)
     with pytest.raises(SiteError, match=r"not looked at; nearest: 'module\.0'"):
         share(net, "module.0", channels, units={"module.9": 1})
     assert dormant_units(channels, axis=1).tolist() == [True] * 4 + [False] * 4

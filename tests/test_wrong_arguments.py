@@ -225,6 +225,36 @@ def test_another_dtype_is_said(annotate: bool) -> None:
             (hooked.annotate if annotate else hooked)(data().double())
 
 
+class Two(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x, 2 * x
+
+
+@pytest.mark.parametrize("annotate", [False, True])
+@pytest.mark.parametrize("method", [Saliency, ActivationCaching, SteeringVectors])
+@pytest.mark.parametrize(
+    ("module", "keys", "words"),
+    [
+        (
+            nn.Sequential(nn.Linear(4, 8), nn.ReLU()),
+            {"out_keys": ["a", "b"]},
+            r"fewer tensors than out_keys=\['a', 'b'\]",
+        ),
+        (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Two()), {"out_keys": ["a", "b", "c"]}, "Sequential returns fewer"),
+        (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Two()), {"out_keys": ["a"]}, r"more tensors than out_keys=\['a'\]"),
+        (nn.Sequential(nn.Linear(4, 8), nn.ReLU()), {"in_keys": ["input", "action"]}, r"in_keys=\['input', 'action'\]"),
+    ],
+)
+def test_another_number_of_keys_is_said(
+    module: nn.Module, keys: dict[str, list[str]], words: str, method: type, annotate: bool
+) -> None:
+    with method(**METHODS[method]).prepare(module, **keys) as hooked:
+        if annotate and method is SteeringVectors:
+            return  # nothing is computed
+        with pytest.raises(InputError, match=words):
+            (hooked.annotate if annotate else hooked)(data())
+
+
 def test_functions_are_checked_where_they_are_given() -> None:
     @checked
     def double(x: int, *, of: str = "a") -> str:

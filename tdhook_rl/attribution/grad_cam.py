@@ -10,6 +10,7 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor
 
+from tdhook_rl.arguments import Checked
 from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttribution
 from tdhook_rl.attribution.gradients import gradients
 from tdhook_rl.errors import InputError
@@ -22,7 +23,7 @@ __all__ = ["DimsConfig", "GradCAM"]
 
 
 @dataclass(frozen=True)
-class DimsConfig:
+class DimsConfig(metaclass=Checked):
     """Dimensions of an activation: over which gradients are averaged, and over which weighted channels are summed.
 
     Args:

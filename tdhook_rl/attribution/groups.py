@@ -10,6 +10,7 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor
 
+from tdhook_rl.arguments import checked
 from tdhook_rl.batching import row_vectors
 from tdhook_rl.errors import InputError
 
@@ -158,6 +159,7 @@ def groups_of_rows(found: Tensor, value: Tensor, key: NestedKey, name: NestedKey
     return _ByRow(owner, int(owner.max()) + 1 if owner.numel() else 0)
 
 
+@checked
 def windows(shape: Sequence[int], size: Sequence[int], stride: Sequence[int] | None = None) -> list[list[int]]:
     """Groups of the features in a window that slides over them; they overlap where the stride is below the size.
 

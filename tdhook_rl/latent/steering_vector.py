@@ -11,6 +11,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from tdhook_rl.arguments import Checked
 from tdhook_rl.artifacts import load_artifact, save_artifact
 from tdhook_rl.errors import ArtifactError, InputError
 from tdhook_rl.latent.activation_caching import ActivationCaching
@@ -20,7 +21,7 @@ __all__ = ["SteeringVector", "as_vectors"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class SteeringVector:
+class SteeringVector(metaclass=Checked):
     """A direction to add to the output of a module.
 
     Args:

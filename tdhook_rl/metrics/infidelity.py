@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdhook_rl.arguments import Checked, checked
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.metrics.scoring import ScoreDirection, Scorer, flat, require_count, require_floats, score
 
@@ -18,7 +19,7 @@ Form = Literal["auto", "gradient", "product"]
 
 
 @dataclass(frozen=True)
-class InfidelityMetric:
+class InfidelityMetric(metaclass=Checked):
     """Infidelity (Yeh, Hsieh, Suggala, Inouye & Ravikumar 2019, NeurIPS), the mean of a squared error.
 
     With Gaussian perturbations ``I`` of the explained inputs ``x``, an attribution and the target ``f`` that it
@@ -81,6 +82,7 @@ class InfidelityMetric:
         if self.form not in get_args(Form):
             raise InputError(f"no form is named {self.form!r}; {nearest(str(self.form), get_args(Form))}")
 
+    @checked
     def __call__(self, hooked: Any, data: TensorDictBase) -> Tensor:
         generators: dict[torch.device, torch.Generator] = {}
 

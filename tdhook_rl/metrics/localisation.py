@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tdhook_rl.arguments import checked
 from tdhook_rl.errors import InputError
 
 __all__ = ["pointing_game", "relevance_mass"]
@@ -17,6 +18,7 @@ __all__ = ["pointing_game", "relevance_mass"]
 Sign = Literal["absolute", "positive"]
 
 
+@checked
 def relevance_mass(
     attribution: Tensor, mask: Tensor, *, sign: Sign = "absolute", feature_dims: int | None = None
 ) -> Tensor:
@@ -45,6 +47,7 @@ def relevance_mass(
     return values.where(relevant, 0).sum(-1) / values.sum(-1)
 
 
+@checked
 def pointing_game(
     attribution: Tensor, mask: Tensor, *, sign: Sign = "absolute", feature_dims: int | None = None
 ) -> Tensor:

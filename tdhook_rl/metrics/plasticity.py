@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tdhook_rl.arguments import checked
 from tdhook_rl.errors import InputError
 
 __all__ = ["action_churn", "dormant_units", "effective_rank", "entropy_rank"]
 
 
+@checked
 def dormant_units(activations: Tensor, tau: float = 0.025, *, axis: int | None = None) -> Tensor:
     """Which units of a layer are dormant (Sokar, Agarwal, Castro & Evci 2023, ICML).
 
@@ -43,6 +45,7 @@ def dormant_units(activations: Tensor, tau: float = 0.025, *, axis: int | None =
     return means <= tau * means.mean()
 
 
+@checked
 def effective_rank(activations: Tensor, delta: float = 0.01) -> int:
     """How many singular values of the features hold all but ``delta`` of their sum (Kumar, Agarwal, Ghosh & Levine
     2021, ICLR: srank).
@@ -71,6 +74,7 @@ def effective_rank(activations: Tensor, delta: float = 0.01) -> int:
     return min(int((values.cumsum(0) < (1 - delta) * total).sum()) + 1, len(values))
 
 
+@checked
 def entropy_rank(activations: Tensor) -> float:
     """The exponential of the entropy of the features' singular values, as shares (Roy & Vetterli 2007, EUSIPCO).
 
@@ -95,6 +99,7 @@ def entropy_rank(activations: Tensor) -> float:
     return float(torch.special.entr(values / values.sum()).sum().exp())
 
 
+@checked
 def action_churn(before: Tensor, after: Tensor) -> float:
     """In what share of states the greedy action has changed (Schaul, Barreto, Quan & Ostrovski 2022, NeurIPS).
 

@@ -12,6 +12,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from tdhook_rl.arguments import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.method import Method
 from tdhook_rl.metrics.scoring import flat
@@ -22,6 +23,7 @@ from tdhook_rl.weights.computed import ComputedWeight, computed_weights, draw_an
 __all__ = ["cascading_randomisation", "spearman"]
 
 
+@checked
 def cascading_randomisation(
     method: Method,
     module: nn.Module,

@@ -29,6 +29,7 @@ from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.hooks import vmap_level
 from tdhook_rl.metrics.selection import find_attribution, target_name
 from tdhook_rl.passes import Call, action_keys, conduct_of, stored_inputs
+from tdhook_rl.preconditions import require_rows
 
 __all__ = ["ScoreDirection", "Scorer", "flat", "require_count", "require_floats", "score"]
 
@@ -196,6 +197,8 @@ def score(
 
     conduct = conduct_of(hooked)
     noise = PassNoise(data.device or conduct.device, others=not conduct.watch.idle)
+
+    require_rows(chunk_size, "chunk_size")
 
     def analyse(chunk: TensorDictBase) -> TensorDict:
         with runtime.lock, frozen_statistics(hooked), noise.under_way():

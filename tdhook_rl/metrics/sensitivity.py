@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdhook_rl.arguments import Checked, checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.metrics.scoring import ScoreDirection, Scorer, flat, require_count, require_floats, score
 
@@ -16,7 +17,7 @@ __all__ = ["SensitivityMetric"]
 
 
 @dataclass(frozen=True)
-class SensitivityMetric:
+class SensitivityMetric(metaclass=Checked):
     """Max-sensitivity (Yeh et al. 2019, NeurIPS), relative: max over d of ||attr(x + d) - attr(x)|| / ||attr(x)||.
 
     The d are uniform in [-``perturb_radius``, ``perturb_radius``] in every explained input; the norm is Euclidean
@@ -64,6 +65,7 @@ class SensitivityMetric:
         if not self.perturb_radius > 0:
             raise InputError(f"perturb_radius is a positive number, got {self.perturb_radius!r}")
 
+    @checked
     def __call__(self, hooked: Any, data: TensorDictBase) -> Tensor:
         generators: dict[torch.device, torch.Generator] = {}
 

@@ -13,8 +13,10 @@ from torch import Tensor
 from torchrl.data import ReplayBuffer
 
 from tdhook_rl.annotation import OnMismatch
+from tdhook_rl.arguments import checked
 from tdhook_rl.durable import FolderLock
 from tdhook_rl.errors import ArtifactError, InputError
+from tdhook_rl.preconditions import require_hooked
 from tdhook_rl.provenance import is_stamp
 from tdhook_rl.replay.facts import facts_of
 from tdhook_rl.replay.reading import Reader
@@ -29,6 +31,7 @@ RELATIVE, OF_LARGEST = 1e-3, 1e-4
 Progress = Callable[[int, int], None]
 
 
+@checked
 def analyze(
     hooked: Any,
     buffer: ReplayBuffer,
@@ -80,6 +83,7 @@ def analyze(
         ...     analyze(policy, buffer, folder)["attr", "observation"].shape
         torch.Size([100, 90])
     """
+    require_hooked(hooked, "analyze")
     folder = Path(folder)
     reader = Reader(buffer, whole=_explains_trajectories(hooked))
     with FolderLock(folder, "analysis"):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchrl.data import ReplayBuffer
 from torchrl.data.replay_buffers import ReplayBufferEnsemble
 
+from tdhook_rl.arguments import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.replay.order import Trajectories
 from tdhook_rl.replay.transforms import (
@@ -35,6 +36,7 @@ LOOKED_UP = 1 << 14
 COVERED = 256
 
 
+@checked
 def in_order(buffer: ReplayBuffer, batch_size: int = 1024, start: int = 0) -> Iterator[tuple[int, TensorDictBase]]:
     """Batches of a buffer in storage order, as ``buffer.sample`` would give these rows (collated and transformed).
 

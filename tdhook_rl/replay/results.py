@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tensordict import MemoryMappedTensor, TensorDict, TensorDictBase
 
+from tdhook_rl.arguments import checked
 from tdhook_rl.durable import require_space, reserve, sync
 from tdhook_rl.errors import ArtifactError
 from tdhook_rl.replay.page import PAGE, Page, block_of, read_page, write_page
@@ -201,6 +202,7 @@ class Results:
             raise ArtifactError(f"cannot read {self._paths[number]}: {error.strerror or error}") from error
 
 
+@checked
 def load_results(folder: str | Path, *, verify: bool = False) -> TensorDict:
     """The finished results that :func:`tdhook_rl.replay.analyze` has written, memory-mapped; nothing is unpickled.
 

@@ -12,6 +12,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from tdhook_rl.arguments import checked
 from tdhook_rl.batching import GeneratorState
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.latent.activation_caching import ActivationCaching
@@ -63,6 +64,7 @@ class NetworkDiagnostics:
         ['churn', 'cka_first/module.0.module.3']
     """
 
+    @checked
     def __init__(
         self,
         policy: nn.Module,
@@ -103,6 +105,7 @@ class NetworkDiagnostics:
         if states is not None:
             self._keep(states)
 
+    @checked
     def update(self, data: TensorDictBase | None = None) -> dict[str, float]:
         """Look at the network as it is now.
 

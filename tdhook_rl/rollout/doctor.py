@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from tdhook_rl.arguments import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.method import HookingContext
 from tdhook_rl.module import HookedMixin
+from tdhook_rl.preconditions import require_hooked
 from tdhook_rl.rollout.collecting import Collecting
 from tdhook_rl.rollout.collecting_checks import collecting_findings, device_findings, failure
 from tdhook_rl.rollout.compile_checks import compile_findings
@@ -27,6 +29,7 @@ from tdhook_rl.site_table import site_table
 __all__ = ["check"]
 
 
+@checked
 def check(
     policy: Any,
     env: Any,
@@ -93,7 +96,14 @@ def check(
         raise InputError(f"steps={steps}: at least two are needed, to see what changes between them")
     with untouched(), _entered(policy) as (hooked, factory):
         examination = _Examination(
-            hooked, factory, env, dict(collector_kwargs or {}), collector, steps, compile, Watch(time_limit)
+            hooked,
+            factory,
+            env,
+            dict({} if collector_kwargs is None else collector_kwargs),
+            collector,
+            steps,
+            compile,
+            Watch(time_limit),
         )
         return Report(tuple(examination.findings()))
 
@@ -281,6 +291,8 @@ def _entered(policy: Any) -> Iterator[tuple[Any, Callable[[], Any] | None]]:
         with policy as hooked:
             yield hooked, None
         return
+    if isinstance(policy, type):
+        require_hooked(policy, "check()")
     factory = policy if callable(policy) and not isinstance(policy, nn.Module) else None
     made = policy if factory is None else factory()
     if not isinstance(made, HookedMixin):

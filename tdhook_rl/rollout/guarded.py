@@ -14,6 +14,7 @@ from tensordict.nn import InteractionType, set_interaction_type
 from tensordict.nn.probabilistic import interaction_type
 from torch import nn
 
+from tdhook_rl.arguments import checked
 from tdhook_rl.errors import InputError, WorkerError, nearest
 from tdhook_rl.module import HookedMixin
 from tdhook_rl.rollout.workers import Caller, Worker, descendants, end, inner_collector, is_ending, workers_of
@@ -51,7 +52,11 @@ class Guarded:
         [torch.Size([8]), torch.Size([8])]
     """
 
+    @checked
     def __init__(self, collector: Any, *, timeout: float = 300.0) -> None:
+        if isinstance(collector, type) or not hasattr(collector, "shutdown"):
+            got = collector.__name__ if isinstance(collector, type) else type(collector).__name__
+            raise InputError(f"Guarded takes a collector of TorchRL that has been made, got {got}")
         if not timeout > 0:
             raise InputError(f"timeout= is a number of seconds above 0, got {timeout!r}")
         self.collector = collector

@@ -6,9 +6,10 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from tdhook_rl.arguments import checked
+from tdhook_rl.controls import as_value
 from tdhook_rl.errors import InputError, WorkerError
 from tdhook_rl.module import HookedMixin
 from tdhook_rl.rollout.guarded import Guarded
@@ -20,6 +21,7 @@ __all__ = ["set_controls"]
 _UPDATE = "policy.controls.update_"
 
 
+@checked
 def set_controls(collector: Any, values: Mapping[str, Any], *, timeout: float = 60.0) -> None:
     """Set controls (``"steering.alpha"``, vectors, probe weights) in every copy of the policy that a collector runs.
 
@@ -41,6 +43,7 @@ def set_controls(collector: Any, values: Mapping[str, Any], *, timeout: float = 
         WorkerError: if the workers cannot be told by this collector, or do not answer.
 
     Example:
+        >>> import torch
         >>> from torchrl.collectors import Collector
         >>> from tdhook_rl import SteeringVectors
         >>> from tdhook_rl.envs import CueCorners
@@ -55,7 +58,7 @@ def set_controls(collector: Any, values: Mapping[str, Any], *, timeout: float = 
     caller = Caller(type(collector).__name__, lambda: workers_of(collector), lambda: is_ending(collector))
     if isinstance(collector, Guarded):
         caller, collector = collector._caller, collector.collector
-    told = {name: torch.as_tensor(value).detach().cpu() for name, value in values.items()}
+    told = {name: as_value(name, value).cpu() for name, value in values.items()}
     outer = type(collector).__name__
     collector = inner_collector(collector)
     here = _policy_here(collector)

@@ -12,6 +12,7 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 
+from tdhook_rl.arguments import checked
 from tdhook_rl.controls import Controls
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.latent.probing.concepts import Concept, ProbeOptions, concept_of
@@ -69,6 +70,7 @@ class OnlineProbe:
         True
     """
 
+    @checked
     def __init__(
         self,
         *,
@@ -111,6 +113,7 @@ class OnlineProbe:
         """The sums of the training rows (:class:`ClassStatistics`, say); ``None`` before the first batch."""
         return None if self._concept is None else self._concept.statistics
 
+    @checked
     def update(self, data: TensorDictBase) -> dict[str, float]:
         """Learn from the training rows of a batch, and score its held-out rows with the probe that results.
 

@@ -14,6 +14,7 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 
+from tdhook_rl.arguments import checked
 from tdhook_rl.batching import row_vectors
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 
@@ -42,6 +43,7 @@ class GroupSplit:
         (True, True)
     """
 
+    @checked
     def __init__(self, *groupings: NestedKey | Sequence[NestedKey], held_out: float = 0.25, seed: int = 0) -> None:
         if not 0 < held_out < 1:
             raise InputError(f"held_out is a share between 0 and 1, got {held_out}")
@@ -50,6 +52,7 @@ class GroupSplit:
         self.held_out = held_out
         self.seed = seed
 
+    @checked
     def __call__(self, data: TensorDictBase) -> tuple[Tensor, Tensor]:
         """The training mask and the held-out mask, each of the batch shape."""
         # 31 bits are exact in float64 and plenty for a share.

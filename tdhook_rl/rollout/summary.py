@@ -11,12 +11,15 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.annotation import OnMismatch
+from tdhook_rl.arguments import Checked, checked
+from tdhook_rl.preconditions import require_hooked
 from tdhook_rl.provenance import is_stamp, stamp_key
 from tdhook_rl.real_rows import real_rows, row_mask
 
 __all__ = ["AnnotatedMetrics", "summarise"]
 
 
+@checked
 def summarise(data: TensorDictBase, result_keys: Sequence[NestedKey]) -> dict[str, float]:
     """One number for each result: over the rows that were computed, padding left out.
 
@@ -69,7 +72,7 @@ def _mean(rows: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class AnnotatedMetrics:
+class AnnotatedMetrics(metaclass=Checked):
     """What an ``Evaluator`` or a loop logs: annotates a batch of trajectories and summarises the results.
 
     Args:
@@ -90,5 +93,9 @@ class AnnotatedMetrics:
     policy: Any
     on_mismatch: OnMismatch = "warn"
 
+    def __post_init__(self) -> None:
+        require_hooked(self.policy, "AnnotatedMetrics")
+
+    @checked
     def __call__(self, data: TensorDictBase) -> dict[str, float]:
         return summarise(self.policy.annotate(data, on_mismatch=self.on_mismatch), self.policy.result_keys)

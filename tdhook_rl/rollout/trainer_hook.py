@@ -9,6 +9,7 @@ from tensordict import TensorDictBase, is_tensor_collection
 from torchrl.trainers import TrainerHookBase
 
 from tdhook_rl.annotation import OnMismatch
+from tdhook_rl.arguments import checked
 from tdhook_rl.blank import Forms, forms_of, known_forms, without_results
 from tdhook_rl.errors import InputError
 from tdhook_rl.preconditions import require_hooked
@@ -47,6 +48,7 @@ class AnnotateHook(TrainerHookBase):
         {'batches': 0, 'written': 0}
     """
 
+    @checked
     def __init__(
         self,
         policy: Any,
@@ -77,6 +79,7 @@ class AnnotateHook(TrainerHookBase):
         trainer.register_op("pre_steps_log", self.log)
         trainer.register_module(name, self)
 
+    @checked
     def annotate_batch(self, batch: TensorDictBase) -> TensorDictBase:
         """The batch with results; off the schedule of ``every`` with the same keys, NaN and false masks.
 
@@ -94,6 +97,7 @@ class AnnotateHook(TrainerHookBase):
         self._forms = known_forms(self.policy, self.last)
         return self.last
 
+    @checked
     def without_results(self, batch: TensorDictBase) -> TensorDictBase:
         """Rows with the keys of results, not computed: NaN (0 for integers), and false masks.
 

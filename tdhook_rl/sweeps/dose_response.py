@@ -15,6 +15,7 @@ from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
 from torchrl.envs import EnvBase
 
+from tdhook_rl.arguments import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent import SteeringVector, SteeringVectors
 
@@ -46,6 +47,7 @@ class DoseResponse:
         return self.rates[outcome][1:].amax(0)
 
 
+@checked
 def dose_response(
     policy: nn.Module,
     env: EnvBase,
@@ -104,6 +106,7 @@ def dose_response(
     return DoseResponse(tuple(alphas), rates, episodes)
 
 
+@checked
 def first_episode(rollout: TensorDictBase, done_key: NestedKey = ("next", "done")) -> Tensor:
     """Which steps belong to the first episode of each row: ``batch``, time last."""
     done = rollout[done_key].squeeze(-1).long()

@@ -10,6 +10,7 @@ from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from tdhook_rl.arguments import checked
 from tdhook_rl.latent.dimension_estimation.neighbours import (
     check_k,
     check_keys,
@@ -71,6 +72,7 @@ class CaPcaDimensionEstimator(TensorDictModuleBase):
         2.0
     """
 
+    @checked
     def __init__(
         self, *, in_key: NestedKey = "data", out_key: NestedKey = "dimension", k: int | Literal["auto"] = "auto"
     ) -> None:

@@ -8,6 +8,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey
 
+from tdhook_rl.arguments import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.dimension_estimation.neighbours import (
     check_k,
@@ -53,6 +54,7 @@ class LocalKnnDimensionEstimator(TensorDictModuleBase):
         (torch.Size([500]), 2.0)
     """
 
+    @checked
     def __init__(
         self, *, in_key: NestedKey = "data", out_key: NestedKey = "dimension", k: int | Literal["auto"] = "auto"
     ) -> None:

@@ -10,6 +10,7 @@ from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from tdhook_rl.arguments import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.dimension_estimation.neighbours import (
     check_k,
@@ -60,6 +61,7 @@ class LocalPcaDimensionEstimator(TensorDictModuleBase):
         tensor([2.])
     """
 
+    @checked
     def __init__(
         self,
         *,

@@ -8,6 +8,7 @@ from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from tdhook_rl.arguments import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.dimension_estimation.neighbours import (
     check_keys,
@@ -65,6 +66,7 @@ class TwoNnDimensionEstimator(TensorDictModuleBase):
         2.0
     """
 
+    @checked
     def __init__(
         self,
         *,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdhook_rl.arguments import checked
 from tdhook_rl.errors import InputError
 
 __all__ = [
@@ -84,6 +85,7 @@ class TorchEstimator:
     #: Whether inputs are standardised.
     standardised = True
 
+    @checked
     def __init__(
         self,
         *,
@@ -275,6 +277,7 @@ class LinearEstimator(TorchEstimator):
         True
     """
 
+    @checked
     def __init__(self, d_latent: int | None = None, bias: bool = True, **options: Any) -> None:
         super().__init__(widths=(d_latent,), bias=bias, **options)
 
@@ -312,6 +315,7 @@ class BilinearEstimator(TorchEstimator):
         True
     """
 
+    @checked
     def __init__(
         self, d_latent1: int | None = None, d_latent2: int | None = None, bias: bool = True, **options: Any
     ) -> None:
@@ -336,6 +340,7 @@ class LowRankBilinearEstimator(BilinearEstimator):
         True
     """
 
+    @checked
     def __init__(self, *d_latents: int | None, rank: int = 8, **options: Any) -> None:
         super().__init__(*d_latents, **options)
         if rank < 1:
@@ -369,6 +374,7 @@ class MeanDifferenceClassifier(LinearEstimator):
 
     standardised = False  # the direction is that of the means as they are
 
+    @checked
     def __init__(self, normalize: bool = True) -> None:
         super().__init__(num_classes=2)
         self.normalize = normalize

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tdhook_rl.arguments import Checked
 from tdhook_rl.artifacts import load_artifact, save_artifact
 from tdhook_rl.batching import row_vectors
 from tdhook_rl.errors import ArtifactError, InputError, nearest
@@ -28,7 +29,7 @@ _CONCEPTS: tuple[Concept, ...] = ("classes", "labels", "values")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class LinearProbe:
+class LinearProbe(metaclass=Checked):
     """Scores ``weight @ features + bias``; classes by softmax (lda), or least-squares scores (ridge).
 
     Scores are computed in float64, where the device has it: features far from zero cost a float32 sum its last digits.
@@ -66,6 +67,9 @@ class LinearProbe:
             raise InputError(f"a probe is of 'classes', 'labels' or 'values', got {self.concept!r}")
         if self.concept == "values" and self.kind != "ridge":
             raise InputError(f"a probe of numbers is of the kind 'ridge', got {self.kind!r}")
+        for name in ("weight", "bias"):
+            if not isinstance(getattr(self, name), Tensor):
+                raise InputError(f"the {name} of a probe is a tensor, got {getattr(self, name)!r}")
         if self.weight.ndim != 2 or self.bias.shape != self.weight.shape[:1]:
             raise InputError(
                 f"a probe has a weight (classes, features) and a bias (classes,), got {tuple(self.weight.shape)} and "

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdhook_rl.arguments import checked
 from tdhook_rl.errors import InputError, MissingKeyError, PreparationError, nearest
 from tdhook_rl.latent.probing.estimators import TorchEstimator
 
@@ -54,6 +55,7 @@ class ProbeManager:
         True
     """
 
+    @checked
     def __init__(
         self,
         estimator_class: Callable[..., Any],
@@ -168,6 +170,7 @@ class BilinearProbeManager(ProbeManager):
         ['0_1_fwd']
     """
 
+    @checked
     def __init__(
         self,
         pairs: Sequence[tuple[str, str]],

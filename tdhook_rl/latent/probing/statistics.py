@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tdhook_rl.arguments import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.probing.linear_probe import LinearProbe, check_kind
 from tdhook_rl.latent.probing.moments import Moments, raw_bias, solve_symmetric
@@ -45,6 +46,7 @@ class ClassStatistics(Moments):
 
     _sums = ("count", "total", "moment")
 
+    @checked
     @torch.inference_mode(False)
     def __init__(self, *, features: int, classes: int) -> None:
         if features < 1 or classes < 2:

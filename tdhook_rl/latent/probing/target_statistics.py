@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tdhook_rl.arguments import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
 from tdhook_rl.latent.probing.moments import Moments, raw_bias, solve_symmetric
@@ -40,6 +41,7 @@ class TargetStatistics(Moments):
 
     _sums = ("rows", "total", "of_targets", "cross", "moment")
 
+    @checked
     @torch.inference_mode(False)
     def __init__(self, *, features: int, targets: int, labels: bool = False) -> None:
         super().__init__(features=features)

@@ -11,6 +11,7 @@ from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from tdhook_rl.arguments import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.dimension_estimation.neighbours import check_keys, distances, read_points, write_results
 
@@ -59,6 +60,7 @@ class CkaEstimator(TensorDictModuleBase):
         1.0
     """
 
+    @checked
     def __init__(
         self,
         *,
