@@ -9,7 +9,7 @@ finds the nested outputs that are called so, as those of agents are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,11 +158,19 @@ def default_target(run: Pass) -> Target:
     return output_sum()
 
 
-def no_path(target: Callable[[Pass], Tensor]) -> str:
-    """What is said where no gradient reaches a target."""
+def no_path(target: Callable[[Pass], Tensor], inputs: Iterable[NestedKey] = (), sites: Iterable[str] = ()) -> str:
+    """What is said where no gradient reaches a target from inputs and from the outputs of modules."""
+    inputs, sites = list(inputs), list(dict.fromkeys(sites))
+    found = [f"the explained inputs {', '.join(map(repr, inputs))}"] if inputs else []
+    found += [f"the output of {', '.join(map(repr, sites))}"] if sites else []
+    several = (
+        "; of a module that gives several tensors the first is explained (of an nn.LSTM the sequence of outputs): "
+        "where the network reads another one, such as h_n, explain the module that reads it"
+    )
     return (
-        f"no gradient reaches the target {getattr(target, 'name', target)!s} from the explained inputs: the policy "
-        "detaches, rounds or samples on the way (an action has no gradient; its log-probability has)"
+        f"no gradient reaches the target {getattr(target, 'name', target)!s} from "
+        f"{' or '.join(found) or 'the explained inputs'}: the policy detaches, rounds or samples on the way (an action "
+        f"has no gradient; its log-probability has){several if sites else ''}"
     )
 
 

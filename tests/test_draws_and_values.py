@@ -12,7 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
 from torch.distributions import Categorical, OneHotCategorical
-from torchrl.modules import IndependentNormal, ProbabilisticActor, TanhDelta
+from torchrl.modules import IndependentNormal, ProbabilisticActor, QValueModule, TanhDelta
 
 from tdhook_rl import Saliency, targets
 from tdhook_rl.errors import InputError
@@ -128,3 +128,21 @@ def test_what_is_decided_by_is_named_where_only_the_value_is_explained(key: Any)
         hooked(data)
     with Saliency(when="step", target=targets.state_value()).prepare(critic) as hooked:
         hooked(data)
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3)])
+@pytest.mark.parametrize("target", [targets.margin(key="action_value"), targets.chosen_q(), None])
+def test_each_choice_of_a_multi_one_hot_q_network_has_its_margin(batch: tuple[int, ...], target: Any) -> None:
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 5)), torch.randn(*batch, 4)
+    choose = QValueModule(action_space="mult_one_hot", var_nums=[2, 3])
+    policy = TensorDictSequential(TensorDictModule(net, ["observation"], ["action_value"]), choose)
+    chosen = [nn.functional.one_hot(torch.randint(size, batch), size) for size in (2, 3)]  # explored, not the best
+    data = TensorDict({"observation": x, "action": torch.cat(chosen, -1)}, batch)
+    with Saliency(target=target).prepare(policy) as hooked:
+        found = hooked.annotate(data, on_mismatch="ignore")["attr", "observation"]
+    leaf, total = x.clone().requires_grad_(), torch.zeros(())
+    for values, one in zip(net(leaf).split([2, 3], -1), chosen, strict=True):
+        total = total + (values * one).sum()
+        if target is not None and target.name == "margin":
+            total = total - values.masked_fill(one.bool(), -torch.inf).amax(-1).sum()
+    torch.testing.assert_close(found, torch.autograd.grad(total, leaf)[0])

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.distributions import Categorical
 from torchrl.modules import ProbabilisticActor
 
-from tdhook_rl import ActivationPatching, DirectionalAblation, HookedModule, SteeringVectors
-from tdhook_rl.errors import SiteError
+from tdhook_rl import ActivationPatching, DirectionalAblation, HookedModule, Saliency, SteeringVectors
+from tdhook_rl.attribution import IntegratedGradients
+from tdhook_rl.errors import SiteError, TargetError
 from tdhook_rl.latent import DirectionClamping
 from tdhook_rl.weights import Adapters
 
@@ -181,3 +182,14 @@ def test_names_of_states_that_there_are_not() -> None:
     for kind, name in (("gru", "c_n"), ("lstm", "hidden")):
         with pytest.raises(SiteError, match="core"):
             SteeringVectors({("core", name): VECTOR}).prepare(Net(kind, "h_n"), return_context=False)
+
+
+@pytest.mark.parametrize("method", [Saliency, IntegratedGradients])
+@pytest.mark.parametrize(("kind", "reads"), READS)
+def test_an_explanation_at_a_module_of_which_only_the_last_state_is_read_names_it(
+    kind: str, reads: str, method: Any
+) -> None:
+    options = {"baseline": 0.0} if method is IntegratedGradients else {}
+    with method(input_modules=["core"], **options).prepare(Net(kind, reads)) as hooked:
+        with pytest.raises(TargetError, match=r"from the output of 'core'.* such as h_n"):
+            hooked.annotate(TensorDict({"input": torch.randn(5, 4)}, [5]))

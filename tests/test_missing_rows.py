@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchrl.modules import MultiStepActorWrapper
 
 from tdhook_rl import ActivationCaching, Compose, Saliency
+from tdhook_rl.attribution import IntegratedGradients
 from tdhook_rl.errors import InputError, SiteError
 
 
@@ -41,6 +42,18 @@ def test_rows_that_an_expert_has_not_seen_are_none(batch: tuple[int, ...]) -> No
             assert torch.equal(one[root, path].isnan().any(-1), ~rows)
         torch.testing.assert_close(one["cache", path][rows], net[2].left(hidden[rows]))
         assert (one["attr", path][rows] == 1).all()
+
+
+@pytest.mark.parametrize("baseline", [0.0, 1.0])
+def test_a_path_between_rows_of_an_expert_is_refused_in_words(baseline: float) -> None:
+    net, x = Experts(), torch.randn(8, 6)
+    x[:, 0] = torch.tensor([-1.0, 1.0]).repeat(4)
+    method = IntegratedGradients(input_modules=["left"], missing="nan", baseline=baseline)
+    with (
+        method.prepare(net) as hooked,
+        pytest.raises((SiteError, InputError), match=r"'left'.*missing='nan'.*Saliency"),
+    ):
+        hooked.annotate(TensorDict({"input": x}, [8]))
 
 
 class Either(nn.Module):

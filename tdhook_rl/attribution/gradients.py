@@ -226,7 +226,7 @@ def _backward(
     found = []
     for index, (target, value) in enumerate(zip(targets, values, strict=True)):
         if not value.requires_grad:
-            raise TargetError(no_path(target))
+            raise TargetError(no_path(target, primals, sites.values()))
         total = value.sum()
         finite = surely_finite(total)
         explained, outer = (total, None) if weights is None else (value, weights.to(value.dtype))
@@ -343,7 +343,7 @@ def _functional(
             if torch.compiler.is_compiling():
                 return scalar, (value, {})
             if not value.requires_grad:
-                raise TargetError(no_path(target))
+                raise TargetError(no_path(target, inputs, sites.values()))
             # Zeros from the transform would not tell a slope of zero from an input that no gradient reaches.
             own = torch.autograd.grad(scalar, values, allow_unused=True, create_graph=torch.is_grad_enabled())
             return scalar.detach(), (value, {i: one for i, one in enumerate(own) if one is not None})

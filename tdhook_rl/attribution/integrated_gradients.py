@@ -20,7 +20,7 @@ from tdhook_rl.attribution.gradients import activations, gradients
 from tdhook_rl.batching import conv_chunk, repeat_rows, row_vectors
 from tdhook_rl.coupling import coupled
 from tdhook_rl.draws import draws, sample_keys
-from tdhook_rl.errors import InputError, MissingKeyError, nearest
+from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.passes import Call, Pass, with_batch
 
 if TYPE_CHECKING:
@@ -243,11 +243,20 @@ class _BoundIntegratedGradients(BoundAttribution):
         if not sites:
             return {}
         batch = call.batch_size
-        low, high = activations(call, sites, baselines), activations(call, sites, ends)
-        return {
-            slot: (with_batch(low[slot], batch, site), with_batch(high[slot], batch, site))
-            for slot, site in sites.items()
-        }
+        try:
+            low, high = activations(call, sites, baselines), activations(call, sites, ends)
+            return {
+                slot: (with_batch(low[slot], batch, site), with_batch(high[slot], batch, site))
+                for slot, site in sites.items()
+            }
+        except (SiteError, InputError) as error:
+            if not self._heard:
+                raise
+            raise type(error)(
+                f"integrated gradients of {', '.join(map(repr, sites.values()))} go from what a module gives at the "
+                "baseline to what it gives on the data, so missing='nan' cannot be had where it runs on part of the "
+                f"rows, or on others at the baseline: use Saliency(missing='nan'), or explain the inputs ({error})"
+            ) from error
 
     def _measure_deltas(
         self,

@@ -38,7 +38,7 @@ def tell_unreached(
     if all(gradient is not None for gradient in gradients):
         return
     if all(gradient is None for gradient in gradients):
-        raise TargetError(no_path(target))
+        raise TargetError(no_path(target, inputs, sites))
     unreached = [name for name, one in zip((*inputs, *sites), gradients, strict=True) if one is None]
     names = dict.fromkeys(map(repr, unreached))
     of = getattr(target, "name", "the target")
