@@ -15,6 +15,7 @@ __all__ = [
     "ArtifactError",
     "CheckError",
     "ConceptError",
+    "ConformanceError",
     "ContextError",
     "EnvCheckError",
     "InactiveError",
@@ -97,6 +98,14 @@ class ArtifactError(TdhookError, ValueError):
 
 class ConceptError(TdhookError, LookupError):
     """An environment has no concept of this name, or the concept cannot be changed alone."""
+
+
+class ConformanceError(TdhookError, AssertionError):
+    """A method or a hooked policy does not keep what the library promises; ``check`` names what failed."""
+
+    def __init__(self, message: str, check: str = "") -> None:
+        super().__init__(message)
+        self.check = check
 
 
 class EnvCheckError(TdhookError, AssertionError):

@@ -58,7 +58,14 @@ class Method(metaclass=Checked):
     """Base of every method: configuration only; it holds no model and no results.
 
     Arguments of a constructor are checked against its annotations, in subclasses as well.
+
+    Attributes:
+        observes: whether it leaves the policy's outputs as they are, bit for bit.
+        by_row: whether what it writes for a row comes from this row alone.
     """
+
+    observes: bool = True
+    by_row: bool = True
 
     @overload
     def prepare(
@@ -128,6 +135,14 @@ class Compose(Method):
             if not isinstance(method, Method):
                 raise InputError(f"Compose() takes methods such as Saliency(), got {method!r}")
         self.methods = methods
+
+    @property
+    def observes(self) -> bool:  # type: ignore[override]
+        return all(method.observes for method in self.methods)
+
+    @property
+    def by_row(self) -> bool:  # type: ignore[override]
+        return all(method.by_row for method in self.methods)
 
     def _methods(self) -> Sequence[Method]:
         return [inner for method in self.methods for inner in method._methods()]

@@ -64,6 +64,8 @@ class Scheduled(Method):
     where: NestedKey | None = None
     seed: int = 0
 
+    by_row = False
+
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method) or len(self.method._methods()) != 1:
             raise InputError(f"Scheduled takes one method, such as Saliency(); got {self.method!r}")

@@ -45,6 +45,8 @@ class ActivationAddition(Method):
         torch.Size([8])
     """
 
+    by_row = False
+
     modules_to_steer: str | Sequence[str]
     positive_key: str = "positive"
     negative_key: str = "negative"

@@ -41,6 +41,8 @@ class DirectionalAblation(Method):
         tensor(True)
     """
 
+    observes = False
+
     directions: Mapping[str, Tensor | SteeringVector] | SteeringVector | Sequence[SteeringVector]
     name: str = "ablation"
 
@@ -71,6 +73,8 @@ class DirectionClamping(Method):
         >>> torch.allclose(data["output"][:, 1], torch.tensor(1.5))
         True
     """
+
+    observes = False
 
     directions: Mapping[str, Tensor | SteeringVector] | SteeringVector | Sequence[SteeringVector]
     value: float

@@ -69,6 +69,8 @@ class SteeringVectors(Method):
         (True, False)
     """
 
+    observes = False
+
     vectors: Any = None
     alpha: Any = 1.0
     modules_to_steer: str | Sequence[str] | None = None

@@ -48,6 +48,8 @@ class Adapters(Method):
         (torch.Size([8]), 4)
     """
 
+    observes = False
+
     adapters: Mapping[str, tuple[Callable[[Tensor], Tensor], str, str]]
 
     def __post_init__(self) -> None:

@@ -77,6 +77,8 @@ class Pruning(Method):
         3
     """
 
+    observes = False
+
     importance_callback: Callable[..., Tensor | None] | None = None
     amount_to_prune: float | int | None = None
     modules_to_prune: str | Sequence[str] | Mapping[str, tuple[int, float | int | None]] | None = None

@@ -1,0 +1,54 @@
+"""What a method bound to one policy declares; a bound method says only where it differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from tensordict import NestedKey
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from tdhook_rl.passes import Call
+
+__all__ = ["BoundMethod"]
+
+
+class BoundMethod:
+    """Base of bound methods: what ``Method.bind`` returns if the method computes results.
+
+    Attributes:
+        result_keys: what it writes; empty for interventions and for methods that only consume.
+        when: ``"step"``: in every forward; ``"batch"``: in ``annotate`` only.
+        horizon: ``"step"``: a row is explained by itself; ``"trajectory"``: it is given whole trajectories.
+        reads: entries of the data that it needs beside the policy's inputs and outputs.
+        reads_forward: uses what its hooks captured in the forward pass.
+        replays: runs the policy again.
+        shares_forward: may explain the policy's own forward, without a second pass.
+        linear: explains only targets that are linear in one output.
+        plan: ``plan(data)`` decides, once for a whole batch, which rows are computed.
+        whole_batch: cannot be computed chunk by chunk.
+        only_in_forward: shows what happens while the policy acts; ``annotate`` cannot compute it.
+        without_forward: can do without the policy's own inputs, and then the policy is not run.
+        consumes: does something at each call although it writes nothing.
+        exclusive: its mask speaks for its root alone.
+        store: the cache that it fills.
+    """
+
+    result_keys: tuple[tuple[str, ...], ...] = ()
+    when: Literal["step", "batch"] = "step"
+    horizon: Literal["step", "trajectory"] = "step"
+    reads: Sequence[NestedKey] = ()
+    reads_forward: bool = False
+    replays: bool = False
+    shares_forward: bool = False
+    linear: bool = False
+    whole_batch: bool = False
+    only_in_forward: bool = False
+    without_forward: bool = False
+    consumes: bool = False
+    exclusive: bool = False
+
+    def compute(self, call: Call) -> Mapping[tuple[str, ...], Tensor]:
+        """The results of one call by key, each with the batch shape of the call first."""
+        raise NotImplementedError
