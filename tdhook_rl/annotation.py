@@ -19,9 +19,10 @@ from tdhook_rl.errors import InputError, MissingKeyError, TdhookError, nearest
 from tdhook_rl.found import Found
 from tdhook_rl.hooks import vmap_level
 from tdhook_rl.mismatch import Mismatch
-from tdhook_rl.passes import Bound, Call, action_keys, conduct_of, observers, stored_inputs
+from tdhook_rl.passes import Call, action_keys, conduct_of, observers, stored_inputs
 from tdhook_rl.real_rows import PADDING
 from tdhook_rl.repeatable import require_repeatable
+from tdhook_rl.traits import BoundMethod
 from tdhook_rl.writing import set_entries
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def annotate(
             f"{nearest(str(on_mismatch), ('warn', 'raise', 'ignore'))}"
         )
     policy._hooked_runtime.require_active()
-    wanted = [one for one in observers(policy._hooked_bound) if not getattr(one, "only_in_forward", False)]
+    wanted = [one for one in observers(policy._hooked_bound) if not one.only_in_forward]
     if not wanted:
         return shallow(data)
     found = Found(policy, data, wanted)
@@ -81,13 +82,13 @@ def _require_computable(policy: HookedMixin, data: TensorDictBase) -> None:
 
 
 def _parts(
-    missing: Sequence[Bound], data: TensorDictBase, chunk_size: int | None
-) -> Iterator[tuple[list[Bound], Callable[..., TensorDictBase], int | None]]:
+    missing: Sequence[BoundMethod], data: TensorDictBase, chunk_size: int | None
+) -> Iterator[tuple[list[BoundMethod], Callable[..., TensorDictBase], int | None]]:
     """Methods that are computed together, how, and with how many rows at once."""
     for horizon, run in (("step", _rows), ("trajectory", _trajectories)):
-        group = [one for one in missing if getattr(one, "horizon", "step") == horizon]
+        group = [one for one in missing if one.horizon == horizon]
         # A mean over the batch cannot be taken chunk by chunk.
-        whole = [one for one in group if getattr(one, "whole_batch", False)]
+        whole = [one for one in group if one.whole_batch]
         by_row = [one for one in group if one not in whole]
         for part, size in ((whole, data.batch_size.numel()), (by_row, chunk_size)):
             if part:
@@ -100,7 +101,7 @@ class _Analysis:
     Between two chunks other threads have their turn: what is changed for a pass is changed for one chunk.
     """
 
-    def __init__(self, policy: HookedMixin, bound: Sequence[Bound], mismatch: Mismatch, noise: PassNoise) -> None:
+    def __init__(self, policy: HookedMixin, bound: Sequence[BoundMethod], mismatch: Mismatch, noise: PassNoise) -> None:
         self.policy = policy
         self.bound = list(bound)
         self.mismatch = mismatch
@@ -150,13 +151,13 @@ class _Analysis:
             policy._close_routes()
 
 
-def _select(policy: HookedMixin, data: TensorDictBase, missing: Sequence[Bound]) -> TensorDictBase:
+def _select(policy: HookedMixin, data: TensorDictBase, missing: Sequence[BoundMethod]) -> TensorDictBase:
     """What the passes read, and what schedules decide once for the whole batch."""
     keys: list[NestedKey] = [*policy.in_keys, *policy.policy_out_keys, *action_keys(policy), *PADDING]
     for one in missing:
-        keys += getattr(one, "reads", ())
+        keys += one.reads
     selected = data.select(*keys, strict=False)
-    plans = [one.plan for one in missing if hasattr(one, "plan")]
+    plans = [one.plan for one in missing if one.plan is not None]
     if plans:
         selected = shallow(selected)
         for plan in plans:

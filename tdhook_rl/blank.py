@@ -38,7 +38,7 @@ def forms_of(policy: Any, data: TensorDictBase) -> Forms:
     real = real_rows(rows)
     first = 0 if real is None or not bool(real.any()) else int(real.nonzero()[0])
     # The row is not one of those that a schedule counts.
-    counted = [one for one in policy._hooked_bound if hasattr(one, "plan")]
+    counted = [one for one in policy._hooked_bound if one.plan is not None]
     before = [(dict(one._counts), one._silent) for one in counted]
     try:
         return known_forms(policy, annotate(policy, rows[first : first + 1], None, "ignore"))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.collection import collides
 from tdhook_rl.errors import InputError, KeyCollisionError, nearest
-from tdhook_rl.passes import Bound
+from tdhook_rl.traits import BoundMethod
 
 __all__ = ["check_collisions", "check_known", "listed_keys"]
 
@@ -50,7 +50,7 @@ def check_known(what: str, asked: Sequence[NestedKey] | None, known: Sequence[Ne
             )
 
 
-def check_collisions(policy: TensorDictModuleBase, bound: list[Bound], reads: list[NestedKey]) -> None:
+def check_collisions(policy: TensorDictModuleBase, bound: list[BoundMethod], reads: list[NestedKey]) -> None:
     """Refuse result keys that meet each other or the policy's own, and masks that would speak for two methods."""
     own = {_as_tuple(key) for key in (*policy.in_keys, *policy.out_keys, *reads)}
     masks = {("computed", key[0]) for one in bound for key in one.result_keys}
@@ -59,7 +59,7 @@ def check_collisions(policy: TensorDictModuleBase, bound: list[Bound], reads: li
             f"the policy's key {clash!r} is under 'computed', which holds the masks of results ({min(masks)!r}): give "
             "the policy's entry another name"
         )
-    seen: dict[tuple[str, ...], Bound] = {}
+    seen: dict[tuple[str, ...], BoundMethod] = {}
     nodes: set[tuple[str, ...]] = set()  # what lies above the keys seen: a tensor cannot be there
     for one in bound:
         for key in one.result_keys:
@@ -85,7 +85,7 @@ def check_collisions(policy: TensorDictModuleBase, bound: list[Bound], reads: li
             seen[key] = one
             nodes |= above
     for one in bound:
-        if getattr(one, "exclusive", False):
+        if one.exclusive:
             roots = {key[0] for key in one.result_keys}
             shared = next((key for key, other in seen.items() if other is not one and key[0] in roots), None)
             if shared is not None:

@@ -49,9 +49,9 @@ class ContextView:
         Raises:
             PreparationError: if no method captures activations, or two methods fill different caches.
         """
-        stores = [one.store for one in self._hooked._hooked_bound if hasattr(one, "store")]
+        stores = [one.store for one in self._hooked._hooked_bound if one.store is not None]
         if not stores:  # no caller's: what the last call captured
-            lasts = (getattr(one, "last", None) for one in self._hooked._hooked_bound)
+            lasts = (one.last for one in self._hooked._hooked_bound)
             stores = [last.store() for last in lasts if last is not None]
         caches = {id(store.data): store.data for store in stores}
         if not caches:

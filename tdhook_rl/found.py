@@ -9,9 +9,9 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.passes import Bound
 from tdhook_rl.provenance import is_stamped, stamp_key
 from tdhook_rl.real_rows import emptied, real_rows
+from tdhook_rl.traits import BoundMethod
 from tdhook_rl.writing import require_room
 
 if TYPE_CHECKING:
@@ -37,14 +37,14 @@ class Found:
         missing: the methods that are to be computed, because some row lacks their results.
     """
 
-    def __init__(self, policy: HookedMixin, data: TensorDictBase, wanted: Sequence[Bound]) -> None:
+    def __init__(self, policy: HookedMixin, data: TensorDictBase, wanted: Sequence[BoundMethod]) -> None:
         self._policy = policy
         self._data = data
         self._wanted = wanted
         self._real = real_rows(data)
         self._computed: dict[Key, Tensor] = {}
         self._own: dict[int, Tensor] = {}  # by method: the rows whose results are its own
-        self.missing: list[Bound] = []
+        self.missing: list[BoundMethod] = []
         own = policy._hooked_provenance
         with policy._hooked_runtime.lock:
             own.forget()
@@ -66,7 +66,7 @@ class Found:
         require_room(self._data.get("computed", None), "computed")
         return roots
 
-    def _rows(self, one: Bound, by_root: dict[str, Tensor | None], stepping: set[str]) -> Tensor | None:
+    def _rows(self, one: BoundMethod, by_root: dict[str, Tensor | None], stepping: set[str]) -> Tensor | None:
         batch = self._data.batch_size
         rows: Tensor | None = None
         for key in one.result_keys:
@@ -107,7 +107,7 @@ class Found:
         self._set(result, values | marks)
         return result
 
-    def _value(self, one: Bound, key: Key) -> Tensor | None:
+    def _value(self, one: BoundMethod, key: Key) -> Tensor | None:
         computed, own = self._computed.get(key), self._own.get(id(one))
         if one not in self.missing:
             return self._data.get(key)
@@ -138,9 +138,14 @@ class Found:
         if root not in provenance.stamped:
             return None
         for one in self.missing:
-            if getattr(one, "whole_batch", False) and one.result_keys[0][0] == root:
+            if one.whole_batch and one.result_keys[0][0] == root:
                 return torch.zeros_like(mask, dtype=torch.float32)  # rows of another batch would have other results
         return provenance.stamp(root, provenance.trace(data), data)
+
+    def _read_under(self, root: str) -> TensorDict:
+        """What methods read under a root: entries of the user's, as the second inputs of patching are."""
+        read = {key for one in self._wanted for key in one.reads if isinstance(key, tuple) and key[0] == root}
+        return self._data.select(*read, strict=False).get(root, TensorDict({}, batch_size=self._data.batch_size))
 
     def _set(self, result: TensorDict, entries: dict[Key, Tensor]) -> None:
         """Write entries in nodes of their own; of what the batch had there, results of others do not stay."""
@@ -154,7 +159,7 @@ class Found:
                 theirs = old is None or (
                     key[0] != "computed" and self._data.get(("computed", key[0]), None) is not None
                 )
-                nodes[key[0]] = TensorDict({}, batch_size=result.batch_size) if theirs else old.copy()
+                nodes[key[0]] = self._read_under(key[0]) if theirs else old.copy()
             nodes[key[0]].set(key[1:], value)
         plain = type(result) is TensorDict and result.device is None and not result._has_names()
         for root, node in nodes.items():

@@ -23,14 +23,15 @@ from tdhook_rl.chunks import chunked_by
 from tdhook_rl.classes import swap_class
 from tdhook_rl.collisions import check_collisions, check_known, listed_keys
 from tdhook_rl.context import ContextView, NotEntered
+from tdhook_rl.controls import Controls
 from tdhook_rl.draws import Draw, draws, made_inside, noise_keys, survey_draws
 from tdhook_rl.errors import InputError, PreparationError, SiteError
+from tdhook_rl.function_hooks import ChangeHook, ReadHook
 from tdhook_rl.hooks import CaptureHook, InputCaptureHook, LeafHook, RowHook, Runtime, WatchHook
 from tdhook_rl.inner_calls import place_inner_hooks
 from tdhook_rl.inplace import hand_on_in_place
 from tdhook_rl.missing import RowsHook, place_rows_hook
 from tdhook_rl.module import HookedMixin
-from tdhook_rl.passes import Bound
 from tdhook_rl.paths import Run, Site, find_sites, require_apart, require_counted
 from tdhook_rl.pooling import quicken_pooling
 from tdhook_rl.provenance import Provenance
@@ -40,10 +41,11 @@ from tdhook_rl.replays import DecidedHook, ReplayMixin
 from tdhook_rl.rows import note_intervention, survey
 from tdhook_rl.shared_pass import can_share
 from tdhook_rl.states import StateHook
+from tdhook_rl.traits import BoundMethod
 from tdhook_rl.tying import Tie, replace_tensors, tied_clone
 from tdhook_rl.writing import WritingMixin, writes_by_default
 
-__all__ = ["Binder", "Compose", "HookedModule", "HookingContext", "Method"]
+__all__ = ["Binder", "BoundMethod", "Compose", "HookedModule", "HookingContext", "Method"]
 
 #: Names that a hooked policy adds to its class; a policy that has one of its own is refused.
 _ADDED_NAMES = (
@@ -102,7 +104,7 @@ class Method(metaclass=Checked):
         context = HookingContext([*self._methods()], module, in_keys, out_keys)
         return context if return_context else context.__enter__()
 
-    def bind(self, binder: Binder) -> Bound | None:
+    def bind(self, binder: Binder) -> BoundMethod | None:
         """Place this method's hooks on a clone; the object that computes its results, if it has any."""
         raise NotImplementedError
 
@@ -234,7 +236,7 @@ class HookingContext(NotEntered):
         binder.place_state_hooks()
         quicken_pooling(clone)
         check_collisions(clone, bound, binder.reads)
-        steps = [one for one in bound if (one.result_keys or getattr(one, "consumes", False)) and one.when == "step"]
+        steps = [one for one in bound if (one.result_keys or one.consumes) and one.when == "step"]
         traits = Traits.of(clone)
         clone.__dict__.update(
             _hooked_runtime=runtime,
@@ -246,7 +248,7 @@ class HookingContext(NotEntered):
             _hooked_slots={key: one.slots[key] for one in drawn.values() for key in one.rewriters},
             _hooked_actions=value_actions(clone),
             _hooked_is_chain=is_chain(clone),
-            _hooked_alone=[one for one in steps if getattr(one, "without_forward", False)],
+            _hooked_alone=[one for one in steps if one.without_forward],
             _hooked_reads=binder.reads,
             _hooked_overwrites=[key for key in clone.in_keys if key in list(clone.out_keys)],
             _hooked_made=binder.made,
@@ -346,16 +348,34 @@ class Binder:
             require_apart(self.root, one, self.sites(one, runs=runs), nested=nested)
         return sites
 
-    def capture(self, site: Site, run: Run = None) -> str:
+    @property
+    def controls(self) -> Controls:
+        """The tensors that may be changed while the policy runs, by name."""
+        return self.runtime.controls
+
+    def capture(self, site: Site, run: Run = None, read: Callable[[Any], Tensor] | None = None) -> str:
         """Keep the output of a site in every recorded forward; returns the slot it is kept in.
 
         Args:
             site: where; of several runs the last is kept, or those that the site says.
             run: which runs are kept in place of what the site says.
+            read: ``read(output)`` gives the tensor to keep, batch first; by default the first tensor of the output.
         """
-        slot = self.slot(site)
-        self.on_output(site, CaptureHook(self.runtime, slot, run or site.run))
+        slot, run = self.slot(site), run or site.run
+        hook = CaptureHook(self.runtime, slot, run) if read is None else ReadHook(self.runtime, slot, read, run)
+        self.on_output(site, hook)
         return slot
+
+    def intervene(self, pattern: str | Sequence[str], change: Callable[[Tensor], Tensor]) -> None:
+        """Replace what sites put out, in every forward.
+
+        Args:
+            pattern: the sites; the first forward raises if a named one, or all of a pattern, did not run.
+            change: ``change(rows)`` returns rows of the same shape (batch, agents, features), and leaves those that
+                it is given as they are.
+        """
+        for site in self.intervention_sites(pattern):
+            self.on_output(site, ChangeHook(self.runtime, site.name, change))
 
     def capture_input(self, site: Site) -> str:
         """Keep the first input of a site in every recorded forward; returns the slot it is kept in."""

@@ -28,7 +28,7 @@ from tdhook_rl.direct import direct_methods, disabled_hooks
 from tdhook_rl.draws import Draw
 from tdhook_rl.errors import InactiveError, InputError, MissingKeyError, TdhookError, TieError
 from tdhook_rl.hooks import Runtime, vmap_level
-from tdhook_rl.passes import Bound, Call, conduct_of, drawn_noise, for_samples, observers, run_root, stored_inputs
+from tdhook_rl.passes import Call, conduct_of, drawn_noise, for_samples, observers, run_root, stored_inputs
 from tdhook_rl.preconditions import another_dtype_or_device, other_keys, require_data
 from tdhook_rl.provenance import Provenance, publish_step
 from tdhook_rl.repeatable import require_repeatable
@@ -37,6 +37,7 @@ from tdhook_rl.shared_pass import chain_pass, graph_pass, sharing
 from tdhook_rl.start import Start
 from tdhook_rl.states import watching
 from tdhook_rl.tensorclasses import call_on_fields
+from tdhook_rl.traits import BoundMethod
 from tdhook_rl.writing import write_tensors, writes_by_default
 
 if TYPE_CHECKING:
@@ -60,12 +61,12 @@ class HookedMixin(Annotating, _Policy):
     _hooked_own_in_keys: Callable[[], list[NestedKey]]  # what the policy's class answers
     _hooked_own_out_keys: Callable[[], list[NestedKey]]
     _hooked_runtime: Runtime
-    _hooked_bound: list[Bound]
-    _hooked_steps: list[Bound]  # those that write at every forward
+    _hooked_bound: list[BoundMethod]
+    _hooked_steps: list[BoundMethod]  # those that write at every forward
     _hooked_traits: Traits
     _hooked_shares: bool  # the forward itself may be explained, without a second pass
     _hooked_is_chain: bool  # the policy may be a chain of known layers
-    _hooked_alone: list[Bound]  # those that can do without the policy's own inputs
+    _hooked_alone: list[BoundMethod]  # those that can do without the policy's own inputs
     _hooked_reads: list[NestedKey]
     _hooked_overwrites: list[NestedKey]  # inputs that the policy writes over
     _hooked_made: list[NestedKey]  # input keys of which the policy writes the entries itself
@@ -138,7 +139,7 @@ class HookedMixin(Annotating, _Policy):
     def _step_keys(self) -> list[NestedKey]:
         return self._with_masks(self._hooked_steps)
 
-    def _with_masks(self, bound: list[Bound]) -> list[NestedKey]:
+    def _with_masks(self, bound: list[BoundMethod]) -> list[NestedKey]:
         keys = [key for one in bound for key in one.result_keys]
         return [*keys, *self._hooked_provenance.mark_keys(keys)]
 
@@ -273,7 +274,7 @@ class HookedMixin(Annotating, _Policy):
         return frozen_statistics(self) if self._hooked_traits.batch_statistics else nullcontext()
 
     @staticmethod
-    def _compute(bound: list[Bound], call: Call) -> dict[tuple[str, ...], torch.Tensor]:
+    def _compute(bound: list[BoundMethod], call: Call) -> dict[tuple[str, ...], torch.Tensor]:
         results: dict[tuple[str, ...], torch.Tensor] = {}
         for one in bound:
             results.update(one.compute(call))

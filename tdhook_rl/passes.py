@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -31,30 +31,19 @@ from tdhook_rl.rows import with_batch
 from tdhook_rl.samples import require_unchanged
 from tdhook_rl.start import Conduct, Start
 from tdhook_rl.states import watching
+from tdhook_rl.traits import BoundMethod
 from tdhook_rl.writing import get_entry, set_tensor
 
 if TYPE_CHECKING:
     from tdhook_rl.chains import Record
     from tdhook_rl.module import HookedMixin
 
-__all__ = ["Bound", "Call", "Pass", "conduct_of"]
+__all__ = ["Call", "Pass", "conduct_of"]
 
 
 # Given a TensorDict, and unless existing entries are skipped, the decorators of this forward only take time.
 _DECORATED = TensorDictModule.forward
 _BARE = inspect.unwrap(_DECORATED)
-
-
-class Bound(Protocol):
-    """A method bound to one hooked policy: what it declares, and how it computes results of a call."""
-
-    result_keys: tuple[tuple[str, ...], ...]  # empty for interventions and for methods that consume
-    when: str  # "step": in every forward; "batch": in annotate only
-    reads_forward: bool  # uses what its hooks captured in the forward pass
-    replays: bool  # runs the policy again
-
-    def compute(self, call: Call) -> Mapping[tuple[str, ...], Tensor]:
-        """The results of one call, each with the batch shape of the call first."""
 
 
 @dataclass
@@ -163,6 +152,15 @@ class Call:
         part = Call(self.policy, self._forward, self.data[rows], inputs, start=self._start)
         part.in_step = self.in_step
         return part
+
+    def given(self, inputs: Mapping[NestedKey, Tensor]) -> Call:
+        """The same call with other values of some inputs; captures stay behind."""
+        data = shallow(self.data)
+        for key, value in inputs.items():
+            data.set(key, value)
+        other = Call(self.policy, self._forward, data, {**self.inputs, **inputs}, start=self._start)
+        other.in_step = self.in_step
+        return other
 
     def copied(self) -> Call:
         """The same call on copies of its data; captures stay behind."""
@@ -353,6 +351,6 @@ def action_keys(policy: HookedMixin) -> list[NestedKey]:
     )
 
 
-def observers(bound: Sequence[Bound]) -> list[Bound]:
+def observers(bound: Sequence[BoundMethod]) -> list[BoundMethod]:
     """The bound methods that write results."""
     return [one for one in bound if one.result_keys]

@@ -21,8 +21,9 @@ from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
 
 from tdhook_rl.draws import draws, sample_keys
-from tdhook_rl.passes import Bound, action_keys
+from tdhook_rl.passes import action_keys
 from tdhook_rl.real_rows import defined_values, reached, row_mask, surely_finite
+from tdhook_rl.traits import BoundMethod
 from tdhook_rl.writing import get_entry, set_entries
 
 if TYPE_CHECKING:
@@ -54,10 +55,10 @@ def is_stamp(key: NestedKey) -> bool:
     return isinstance(key, tuple) and key[0] == "computed" and key[-1].endswith(STAMP)
 
 
-def is_stamped(one: Bound) -> bool:
+def is_stamped(one: BoundMethod) -> bool:
     """Whether what a method wrote for a row depends on that row alone, and can be computed again."""
-    apart = getattr(one, "whole_batch", False) and one.when != "step"
-    return not apart and getattr(one, "horizon", "step") == "step" and not getattr(one, "only_in_forward", False)
+    apart = one.whole_batch and one.when != "step"
+    return not apart and one.horizon == "step" and not one.only_in_forward
 
 
 class Provenance:
@@ -68,7 +69,7 @@ class Provenance:
         bound: its methods.
     """
 
-    def __init__(self, policy: HookedMixin, bound: Sequence[Bound]) -> None:
+    def __init__(self, policy: HookedMixin, bound: Sequence[BoundMethod]) -> None:
         self._token = secrets.randbits(62)  # torch's generators stay as they are
         self._inputs: list[NestedKey] = [key for key in policy.in_keys if key not in policy._hooked_overwrites]
         drawn = [key for child in policy.modules() if draws(child) for key in sample_keys(child)]
@@ -80,11 +81,11 @@ class Provenance:
         for one in bound:
             for root in dict.fromkeys(key[0] for key in one.result_keys):
                 known = self._judged.get(root, (False, []))
-                inner = getattr(one, "bound", one)  # of a schedule
-                self._judged[root] = (known[0] or hasattr(inner, "declared"), [*known[1], inner])
+                inner = one.bound or one
+                self._judged[root] = (known[0] or inner.declared is not None, [*known[1], inner])
                 if not is_stamped(one):
                     continue
-                more = [*getattr(one, "reads", ()), *(actions if one.replays else ())]
+                more = [*one.reads, *(actions if one.replays else ())]
                 read = self._more.setdefault(root, [])
                 read += [key for key in dict.fromkeys(more) if key not in self._inputs and key not in read]
         self.marks = {
@@ -240,7 +241,7 @@ class Provenance:
             return given
         if explains:
             values = reached(values, traced)
-            inputs = [get_entry(source, key) for one in methods for key in getattr(one, "declared", ())]
+            inputs = [get_entry(source, key) for one in methods for key in one.declared or ()]
             values = [*values, *(value for value in inputs if isinstance(value, Tensor))]
         rows = None
         for value in values:

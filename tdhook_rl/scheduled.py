@@ -19,8 +19,9 @@ from torch import Tensor
 from tdhook_rl.coupling import coupled
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.method import Binder, Method
-from tdhook_rl.passes import Bound, Call
+from tdhook_rl.passes import Call
 from tdhook_rl.real_rows import emptied, nothing
+from tdhook_rl.traits import BoundMethod
 
 __all__ = ["Scheduled"]
 
@@ -86,15 +87,15 @@ class Scheduled(Method):
         return _BoundScheduled(self, bound, binder.owner())
 
 
-class _BoundScheduled:
+class _BoundScheduled(BoundMethod):
     exclusive = True  # its mask speaks for a root of its own
 
-    def __init__(self, config: Scheduled, bound: Bound, owner: str) -> None:
+    def __init__(self, config: Scheduled, bound: BoundMethod, owner: str) -> None:
         self.bound = bound
         self.when = bound.when
         self.reads_forward = bound.reads_forward
         self.replays = bound.replays
-        self.horizon = getattr(bound, "horizon", "step")
+        self.horizon = bound.horizon
         self._name = type(config.method).__name__
         self._every, self._fraction, self._seed = config.every, config.fraction, config.seed
         self._where = None if config.where is None else unravel_key(config.where)
@@ -102,7 +103,7 @@ class _BoundScheduled:
         self._counts = {"step": 0, "batch": 0}
         self._silent = 0  # calls in a row without a selected row
         self._forms: dict[tuple[str, ...], tuple[torch.Size, torch.dtype]] = {}
-        self.reads = [*getattr(bound, "reads", ()), *([] if self._where is None else [self._where])]
+        self.reads = [*bound.reads, *([] if self._where is None else [self._where])]
 
     @property
     def result_keys(self) -> tuple[tuple[str, ...], ...]:

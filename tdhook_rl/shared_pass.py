@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from tdhook_rl.batching import Traits
 from tdhook_rl.chains import Record, Steps, chain_layers
 from tdhook_rl.draws import draws
-from tdhook_rl.passes import Bound, Call, Pass, conduct_of, run_root, stored_inputs
+from tdhook_rl.passes import Call, Pass, conduct_of, run_root, stored_inputs
 from tdhook_rl.replays import Replay
 from tdhook_rl.scratch import same_values
+from tdhook_rl.traits import BoundMethod
 from tdhook_rl.writing import get_entry, set_tensor
 
 if TYPE_CHECKING:
@@ -34,7 +35,9 @@ def can_share(policy: nn.Module, traits: Traits) -> bool:
     return not traits.batch_statistics and not any(draws(child) for child in policy.modules())
 
 
-def sharing(policy: HookedMixin, steps: Sequence[Bound], data: TensorDictBase) -> tuple[list[Bound], Steps | None]:
+def sharing(
+    policy: HookedMixin, steps: Sequence[BoundMethod], data: TensorDictBase
+) -> tuple[list[BoundMethod], Steps | None]:
     """The methods that can explain the forward about to run on ``data``; and the layers, where it runs as a chain."""
     if (
         torch.compiler.is_compiling()
@@ -47,8 +50,7 @@ def sharing(policy: HookedMixin, steps: Sequence[Bound], data: TensorDictBase) -
     able: list[Any] = [
         one
         for one in steps
-        if getattr(one, "shares_forward", False)
-        and all(key not in own and _is_plain_float(get_entry(data, key)) for key in one.declared)  # type: ignore[attr-defined]
+        if one.shares_forward and all(key not in own and _is_plain_float(get_entry(data, key)) for key in one.declared)  # type: ignore[attr-defined]
     ]
     layers = None
     if able and policy._hooked_is_chain and all(one.linear for one in able):

@@ -19,6 +19,7 @@ from tdhook_rl import ActivationCaching, Compose, IntegratedGradients, Saliency,
 from tdhook_rl.attribution import Occlusion
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.examples.agent import FC2, make_actor
+from tdhook_rl.latent import ActivationPatching
 from tdhook_rl.method import Method
 from tdhook_rl.replay import analyze
 
@@ -260,3 +261,14 @@ def test_a_recurrent_carrier_does_not_pass_for_the_next_step() -> None:
         later = step_mdp(data, keep_other=True, exclude_action=False)
         found = hooked.annotate(later, on_mismatch="ignore")
     torch.testing.assert_close(found[KEY], gradient(policy.module, later["observation"]))
+
+
+def test_what_a_method_reads_under_its_root_stays() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    data = TensorDict({"input": torch.randn(3, 4), ("patched", "input"): torch.randn(3, 4)}, batch_size=3)
+    with ActivationPatching(["1"]).prepare(net) as hooked:
+        first = hooked.annotate(data)
+        again = hooked.annotate(first)
+    for found in (first, again):
+        assert torch.equal(found["patched", "input"], data["patched", "input"])
+        assert torch.equal(found["patched", "output"], net(data["input"]))

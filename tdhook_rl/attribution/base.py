@@ -23,6 +23,7 @@ from tdhook_rl.missing import Absent, Heard, Missing, check_missing
 from tdhook_rl.passes import Call, Pass, with_batch
 from tdhook_rl.real_rows import real_rows
 from tdhook_rl.targets import DefaultTarget, Target, per_row
+from tdhook_rl.traits import BoundMethod
 
 if TYPE_CHECKING:
     from tensordict.nn import TensorDictModuleBase
@@ -130,15 +131,12 @@ class Explained:
     leaves: dict[str, str]
 
 
-class BoundAttribution:
+class BoundAttribution(BoundMethod):
     """A gradient attribution bound to a policy. Subclasses say how one target is attributed."""
 
-    reads_forward = False
     replays = True
-    shares_forward = False  # may explain the policy's own forward, see tdhook_rl.shared_pass
-    linear = False  # explains targets only that are linear in an output
     shows_outputs = True  # init_attr_targets is given the policy's outputs, beside those of target_modules
-    horizon: str = "step"  # a row is explained by itself
+    declared: list[NestedKey]
 
     def __init__(self, config: GradientAttribution, binder: Binder) -> None:
         sites = [site for path in config.input_modules for site in binder.sites(path, runs=True)]

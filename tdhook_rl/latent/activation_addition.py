@@ -12,6 +12,7 @@ from torch import Tensor
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.passes import Call
+from tdhook_rl.traits import BoundMethod
 
 __all__ = ["ActivationAddition"]
 
@@ -57,9 +58,7 @@ class ActivationAddition(Method):
         return _BoundAddition(self, slots, list(binder.policy.in_keys))
 
 
-class _BoundAddition:
-    when = "step"
-    reads_forward = False
+class _BoundAddition(BoundMethod):
     replays = True
     without_forward = True  # runs where the policy's own inputs are absent
     whole_batch = True  # its mean is over all rows

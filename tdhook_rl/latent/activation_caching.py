@@ -19,6 +19,7 @@ from tdhook_rl.method import Binder, Method
 from tdhook_rl.missing import Absent, Missing, check_missing
 from tdhook_rl.passes import Call
 from tdhook_rl.paths import Site, find_sites
+from tdhook_rl.traits import BoundMethod
 
 __all__ = ["ActivationCaching"]
 
@@ -204,10 +205,8 @@ class ActivationCaching(Method):
         return staging
 
 
-class _BoundCaching:
-    when = "step"
+class _BoundCaching(BoundMethod):
     reads_forward = True
-    replays = False
     last: LastCall | None = None  # without a cache of the caller's
 
     def __init__(self, slots: dict[Key, tuple[str, str, bool]]) -> None:

@@ -19,6 +19,7 @@ from tdhook_rl.latent.patch_hooks import KeepHook, PatchHook, other_count, runs_
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.passes import Call
 from tdhook_rl.paths import Site
+from tdhook_rl.traits import BoundMethod
 
 __all__ = ["ActivationPatching"]
 
@@ -103,8 +104,7 @@ class ActivationPatching(Method):
         return _BoundPatching(self.patch_key, owner, slots, kept, list(binder.policy.in_keys))
 
 
-class _BoundPatching:
-    when = "step"
+class _BoundPatching(BoundMethod):
     reads_forward = True
     replays = True
 

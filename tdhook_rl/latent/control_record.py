@@ -11,6 +11,7 @@ from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.hooks import Runtime
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.passes import Call
+from tdhook_rl.traits import BoundMethod
 
 __all__ = ["ControlRecord"]
 
@@ -62,10 +63,7 @@ class ControlRecord(Method):
         return _BoundRecord(binder.runtime, self.control_key, names)
 
 
-class _BoundRecord:
-    when = "step"
-    reads_forward = False
-    replays = False
+class _BoundRecord(BoundMethod):
     # What was in force when a batch was collected cannot be found out afterwards.
     only_in_forward = True
 

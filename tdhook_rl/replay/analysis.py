@@ -234,13 +234,13 @@ def _explains_trajectories(hooked: Any) -> bool:
         InputError: if a method needs all rows at once.
     """
     for one in hooked._hooked_bound:
-        if getattr(one, "whole_batch", False):
+        if one.whole_batch:
             name = type(one).__name__.removeprefix("_Bound")
             raise InputError(
                 f"the results of {name} ({', '.join(map(repr, one.result_keys))}) are of all rows of a batch together, "
                 "and a buffer is read in chunks: call annotate with the rows that are meant"
             )
-    return any(getattr(one, "horizon", "step") == "trajectory" for one in hooked._hooked_bound)
+    return any(one.horizon == "trajectory" for one in hooked._hooked_bound)
 
 
 def _writes(buffer: ReplayBuffer) -> int | None:

@@ -116,11 +116,7 @@ def trial_of(policy: Any) -> Any:
     trial._hooked_runtime.checked = False  # look again for interventions that do not act
     # Methods that feed the user's probes share them with copies of the policy, on purpose; a dry run must not.
     # So it is with a cache of the caller's, which the hooks reach through a route.
-    shadows = {
-        id(one): _shadow(one)
-        for one in trial._hooked_bound
-        if getattr(one, "consumes", False) and not hasattr(one, "_staging")
-    }
+    shadows = {id(one): _shadow(one) for one in trial._hooked_bound if one.consumes and not hasattr(one, "_staging")}
     stores: dict[int, CacheStore] = {}
     for route in trial._hooked_routes:
         if isinstance(route, Staging):

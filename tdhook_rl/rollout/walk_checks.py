@@ -213,7 +213,7 @@ def _finite(walk: Walk) -> Iterator[Finding]:
                     f"{what} gives NaN in {key} at step {step} ({rows} entries)",
                     "what is computed from such rows means nothing: correct the source, or leave the rows out",
                 )
-    scheduled = {key[0] for one in walk.policy._hooked_bound if hasattr(one, "plan") for key in one.result_keys}
+    scheduled = {key[0] for one in walk.policy._hooked_bound if one.plan is not None for key in one.result_keys}
     for key in (key for key in walk.results if key[0] != "computed"):
         # Rows that a schedule leaves out are NaN on purpose; no other row is.
         computed = walk.values(("computed", key[0])) if key[0] in scheduled else None

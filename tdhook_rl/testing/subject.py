@@ -16,6 +16,7 @@ from torchrl.modules import ProbabilisticActor
 
 from tdhook_rl.errors import ConformanceError
 from tdhook_rl.method import Method
+from tdhook_rl.provenance import is_stamp
 
 __all__ = ["SITES", "Subject", "Switch", "entries", "require", "same_bits", "sample_data", "sample_policy", "snapshot"]
 
@@ -99,8 +100,13 @@ def as_tuples(keys: Any) -> set[tuple[str, ...]]:
 
 
 def same_bits(found: TensorDictBase, expected: TensorDictBase, what: str, keys: list[NestedKey] | None = None) -> None:
-    """Raise unless two TensorDicts have the same bits under these keys (all by default)."""
+    """Raise unless two TensorDicts have the same bits under these keys (all by default).
+
+    Stamps are left out: they tell one prepared policy from another.
+    """
     for key in list(expected.keys(True, True)) if keys is None else keys:
+        if is_stamp(key):
+            continue
         value = found.get(key, None)
         require(value is not None, f"{what}: the entry {key!r} is gone")
         other = expected.get(key)

@@ -18,6 +18,7 @@ from tdhook_rl.hooks import Runtime
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.passes import Call
 from tdhook_rl.stored import module_path, tensors_named, text
+from tdhook_rl.traits import BoundMethod
 
 __all__ = ["LinearProbe", "ProbeReadout", "check_kind"]
 
@@ -220,10 +221,8 @@ class _Reading:
     kind: str
 
 
-class _BoundReadout:
-    when = "step"
+class _BoundReadout(BoundMethod):
     reads_forward = True
-    replays = False
 
     def __init__(self, runtime: Runtime, readings: dict[tuple[str, str], _Reading]) -> None:
         self._runtime = runtime

@@ -16,6 +16,7 @@ from tdhook_rl.method import Binder, Method
 from tdhook_rl.passes import Call
 from tdhook_rl.paths import Site, find_sites
 from tdhook_rl.real_rows import real_rows
+from tdhook_rl.traits import BoundMethod
 
 __all__ = ["Probe", "Probing"]
 
@@ -132,11 +133,9 @@ class _Reading:
     probe: Probe
 
 
-class _BoundProbing:
+class _BoundProbing(BoundMethod):
     result_keys = ()
-    when = "step"
     reads_forward = True
-    replays = False
     consumes = True
 
     def __init__(self, readings: list[_Reading], keys: dict[str, NestedKey]) -> None:
