@@ -87,7 +87,11 @@ def plainly(data: TensorDict) -> TensorDict:
 
 @pytest.mark.parametrize(
     ("method", "policy"),
-    pairs({name: ODD[name] for name in ("inplace_relu", "batch_norm", "bytes", "tuples")}, by_row=True),
+    [
+        pair
+        for pair in pairs({name: ODD[name] for name in ("inplace_relu", "batch_norm", "bytes", "tuples")}, by_row=True)
+        if pair != ("activation_patching", "tuples")  # all of a tuple is patched, of which the twin returns a part
+    ],
 )
 def test_the_results_are_those_of_a_plain_twin(method: str, policy: str) -> None:
     case, row = ODD[policy], METHODS[method]
