@@ -47,6 +47,7 @@ def save_artifact(
         path.parent.mkdir(parents=True, exist_ok=True)
         # Whoever loses power meanwhile has the old file or the new one, whole.
         new = path.with_name(f"{path.name}.new")
+        new.unlink(missing_ok=True)  # a pipe would be waited at, and a link written through
         save_file(
             {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
             new,

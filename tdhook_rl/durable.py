@@ -67,7 +67,9 @@ def write_text(path: Path, text: str) -> None:
         OSError: if it cannot be written.
     """
     new = path.with_name(f"{path.name}.new")
-    with new.open("w") as file:
+    # What a kill has left; or a pipe, which would be waited at, or a link to another file, which would be written over.
+    new.unlink(missing_ok=True)
+    with new.open("x") as file:
         file.write(text)
         file.flush()
         _sync(file.fileno())
