@@ -53,6 +53,10 @@ __all__ = ["HookedMixin"]
 class HookedMixin(Annotating, _Policy):
     """What a hooked policy can do beyond being the policy.
 
+    Threads may call and annotate one hooked policy at once: they take turns. A single submodule of it is called without
+    a turn, so that a thread which does so while another calls the policy puts its own activations into that call: call
+    the submodules of the original there.
+
     Attributes:
         controls: the tensors that may be changed while the policy runs, also in workers.
         result_keys: the keys that the configured methods write, per step or by :meth:`annotate`.
@@ -294,7 +298,12 @@ class HookedMixin(Annotating, _Policy):
         take_in(self, collector)
 
     def restore(self) -> None:
-        """End the hooking; calling the policy afterwards raises. What leaving the ``with`` block does."""
+        """End the hooking; calling the policy afterwards raises. What leaving the ``with`` block does.
+
+        Copies in the processes of this machine that were given the hooked policy raise from then on as well. Two kinds
+        of copies do not see the end, and stay hooked until their collector is shut down: those on other machines or in
+        Ray's actors, and those that a worker has compiled.
+        """
         self._hooked_runtime.stop()
         self._say_if_nothing_was_annotated()
 

@@ -88,6 +88,7 @@ def test_a_worker_is_named_whatever_way_it_ended(how: str) -> None:
     assert all(map(gone, pids))
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_stopped_is_an_error_after_the_time_limit() -> None:
     policy = ActivationCaching(FC2).prepare(make_actor(), return_context=False)
     inner = collector_of(policy)
@@ -100,6 +101,7 @@ def test_a_worker_that_is_stopped_is_an_error_after_the_time_limit() -> None:
     assert all(map(gone, pids))
 
 
+@pytest.mark.slow
 def test_workers_do_not_go_on_hooked_after_the_block(capfd: pytest.CaptureFixture[str]) -> None:
     with ActivationCaching(FC2).prepare(make_actor()) as policy:
         inner = collector_of(policy)
@@ -247,7 +249,7 @@ def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         program.communicate()
 
 
-@pytest.mark.parametrize("after", [1.0, pytest.param(2.5, marks=pytest.mark.slow), 5.0])
+@pytest.mark.parametrize("after", [1.0, *(pytest.param(one, marks=pytest.mark.slow) for one in (2.5, 5.0))])
 @pytest.mark.parametrize("command", ["demo", "experiment", "check"])
 def test_ctrl_c_ends_in_one_line(command: str, after: float, started: Any, tmp_path: Any) -> None:
     arguments = {

@@ -236,6 +236,7 @@ def test_what_a_kill_takes_is_bounded(tmp_path: Path, monkeypatch: pytest.Monkey
     assert load_results(tmp_path / "results", verify=True) is not None
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_loses_little(tmp_path: Path, right: TensorDict) -> None:
     worker = multiprocessing.get_context("spawn").Process(target=_killed, args=(tmp_path / "results",))
     worker.start()

@@ -21,6 +21,9 @@ from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal
 
 from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors, forking, targets
 
+#: Most of these never annotate.
+pytestmark = pytest.mark.filterwarnings("ignore:the policy was called:UserWarning")
+
 METHOD = Compose(
     ActivationCaching(r"module\.0\.module\.1"),
     SteeringVectors({"module.0.module.0": torch.ones(16)}, alpha="strength"),
@@ -99,7 +102,7 @@ def test_two_threads(one: str, other: str) -> None:
         threads = [threading.Thread(target=loop, args=(name,)) for name in (one, other)]
         for thread in threads:
             thread.start()
-        stop.wait(0.6)
+        stop.wait(0.3)
         stop.set()
         for thread in threads:
             thread.join(20)
