@@ -13,7 +13,6 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
-from tdhook_rl.errors import InputError
 from tdhook_rl.known import may_meet
 
 __all__ = [
@@ -25,7 +24,6 @@ __all__ = [
     "in_recurrent_mode",
     "map_chunks",
     "repeat_rows",
-    "require_no_batch_statistics",
     "row_vectors",
     "shallow",
 ]
@@ -146,16 +144,6 @@ def row_vectors(value: Tensor, batch: torch.Size) -> Tensor:
     if value.numel():
         return value.reshape(*batch, -1)
     return value.flatten(len(batch)) if value.ndim > len(batch) else value.unsqueeze(-1)
-
-
-def require_no_batch_statistics(module: nn.Module) -> None:
-    """Raise :class:`InputError` in a traced call, which cannot put back what a second pass writes."""
-    if any(may_meet(child) and child.training for child in module.modules()):
-        raise InputError(
-            "a compiled call cannot be explained in the step while a batch normalisation of the policy is in training "
-            "mode, because its second pass would move the running statistics: call eval() on it, explain with "
-            "when='batch', or leave the policy uncompiled"
-        )
 
 
 class GeneratorState:

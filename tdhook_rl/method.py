@@ -41,6 +41,7 @@ from tdhook_rl.replays import DecidedHook, ReplayMixin
 from tdhook_rl.rows import note_intervention, survey
 from tdhook_rl.shared_pass import can_share
 from tdhook_rl.states import StateHook
+from tdhook_rl.traceable import signs
 from tdhook_rl.traits import BoundMethod
 from tdhook_rl.tying import Tie, replace_tensors, tied_clone
 from tdhook_rl.writing import WritingMixin, writes_by_default
@@ -243,6 +244,7 @@ class HookingContext(NotEntered):
             _hooked_bound=bound,
             _hooked_steps=steps,
             _hooked_traits=traits,
+            _hooked_signs=signs(clone) if any(one.replays and one.when == "step" for one in bound) else [],
             _hooked_shares=can_share(clone, traits) and not drawn and chunked_by(clone) is None,
             _hooked_draws=list(drawn.values()),
             _hooked_slots={key: one.slots[key] for one in drawn.values() for key in one.rewriters},

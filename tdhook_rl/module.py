@@ -18,7 +18,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
 from tdhook_rl.annotating import Annotating
-from tdhook_rl.batching import GeneratorState, Traits, frozen_statistics, require_no_batch_statistics
+from tdhook_rl.batching import GeneratorState, Traits, frozen_statistics
 from tdhook_rl.chunks import in_deciding_rows
 from tdhook_rl.classes import Swapped
 from tdhook_rl.collection import take_in
@@ -37,6 +37,7 @@ from tdhook_rl.shared_pass import chain_pass, graph_pass, sharing
 from tdhook_rl.start import Start
 from tdhook_rl.states import watching
 from tdhook_rl.tensorclasses import call_on_fields
+from tdhook_rl.traceable import Sign, require_traceable
 from tdhook_rl.traits import BoundMethod
 from tdhook_rl.writing import write_tensors, writes_by_default
 
@@ -68,6 +69,7 @@ class HookedMixin(Annotating, _Policy):
     _hooked_bound: list[BoundMethod]
     _hooked_steps: list[BoundMethod]  # those that write at every forward
     _hooked_traits: Traits
+    _hooked_signs: list[Sign]  # of writing and drawing, in the code of its modules
     _hooked_shares: bool  # the forward itself may be explained, without a second pass
     _hooked_is_chain: bool  # the policy may be a chain of known layers
     _hooked_alone: list[BoundMethod]  # those that can do without the policy's own inputs
@@ -232,7 +234,7 @@ class HookedMixin(Annotating, _Policy):
         inputs = stored_inputs(self, data) if replays else {}
         start, given = None, inputs
         if replays and conduct is None:
-            require_no_batch_statistics(self)
+            require_traceable(self, self._hooked_signs)
         if replays and conduct is not None:
             start = runtime.start = Start(conduct, data.device)
             if conduct.watch.may_write_input:  # what it was given, also if it works on that in place

@@ -20,7 +20,7 @@ from tdhook_rl.classes import Swapped
 from tdhook_rl.held import Held, Holdings, Kind, holdings
 from tdhook_rl.known import own_class
 
-__all__ = ["holdings_and_outside"]
+__all__ = ["functions_of", "holdings_and_outside"]
 
 #: Whose code is not followed.
 _LIBRARIES = frozenset({"tdhook_rl", "torch", "tensordict", "torchrl", "numpy", "gymnasium", *sys.stdlib_module_names})
@@ -40,6 +40,11 @@ def holdings_and_outside(modules: list[tuple[str, nn.Module]]) -> Holdings:
                 things.append(Held(path, owner, kind, thing))
             values += [(value, inner_path, owner) for inner_path, value in inner]
     return holdings(modules, things, values)
+
+
+def functions_of(module: nn.Module) -> list[types.FunctionType]:
+    """The functions of the user's that the forward of a module may reach."""
+    return [thing for _, thing, *_ in _reached(module, set()) if isinstance(thing, types.FunctionType)]
 
 
 Found = tuple[Kind | None, Any, str, list[tuple[str, Any]]]
@@ -64,6 +69,7 @@ def _reached(module: nn.Module, seen: set[int]) -> Iterator[Found]:
                 yield _CLASS, one, one.__name__, [(f"{one.__name__}.{name}", value) for name, value in _data(one)]
         elif isinstance(one, types.FunctionType) and _is_followed(one):
             variables, reached = _variables(one, type(module))
+            yield None, one, one.__qualname__, []
             yield from variables
             waiting += [value for value in reached if isinstance(value, (type, types.FunctionType, types.MethodType))]
 
