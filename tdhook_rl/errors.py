@@ -30,6 +30,7 @@ __all__ = [
     "TieError",
     "WorkerError",
     "nearest",
+    "own_cause",
 ]
 
 
@@ -143,3 +144,15 @@ def _common_ending(asked: str, name: str) -> int:
     while count < min(len(ours), len(theirs)) and ours[-1 - count] == theirs[-1 - count]:
         count += 1
     return 0 if count == 1 and ours[-1].isdigit() and len(ours) > 1 else count
+
+
+def own_cause(error: BaseException) -> TdhookError | None:
+    """The error of this library that another one only passes on.
+
+    Sequences of tensordict that draw in several places put a ``RuntimeError`` around whatever is raised in them, which
+    says no more than the number of a module.
+    """
+    cause = None if isinstance(error, TdhookError) else error.__cause__
+    while isinstance(cause, RuntimeError) and not isinstance(cause, TdhookError):
+        cause = cause.__cause__
+    return cause if isinstance(cause, TdhookError) else None

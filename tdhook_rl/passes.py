@@ -24,7 +24,7 @@ from torch import Tensor
 from tdhook_rl.batching import shallow
 from tdhook_rl.chunks import all_decide
 from tdhook_rl.draws import given_beside
-from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
+from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest, own_cause
 from tdhook_rl.repeats import Several
 from tdhook_rl.replays import Drawn, Replay
 from tdhook_rl.rows import with_batch
@@ -290,6 +290,11 @@ def run_root(policy: HookedMixin, forward: Callable[..., Any], args: tuple, kwar
         if checks_sites:
             runtime.require_fired()
         return output
+    except RuntimeError as error:
+        own = own_cause(error)
+        if own is None:
+            raise
+        raise own from own.__cause__
     finally:
         runtime.end(previous)
         runtime.depth -= 1
