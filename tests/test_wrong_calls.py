@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -186,7 +187,10 @@ def parameters(called: Any) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "argument"), cases())
-def test_every_argument_of_every_call(name: str, argument: str) -> None:
+def test_every_argument_of_every_call(
+    name: str, argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # what is written under a wrong name goes there
     called, others, after = CALLS[name]
     for kind, wrong in WRONG.items():
         if (name, argument, kind) in OWN:
