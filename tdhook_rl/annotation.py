@@ -62,7 +62,7 @@ def annotate(
 def _require_computable(policy: HookedMixin, data: TensorDictBase) -> None:
     """Raise if there are no rows, or they do not hold what the policy saw."""
     if data.batch_size.numel() == 0:
-        raise InputError(f"there is nothing to annotate: the batch has shape {tuple(data.batch_size)}")
+        raise InputError(f"there is nothing to annotate: the batch has no rows, its shape is {tuple(data.batch_size)}")
     if policy._hooked_noise:
         for key in masks_needed(policy):
             if data.get(key, None) is None:

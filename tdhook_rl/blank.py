@@ -33,7 +33,7 @@ def forms_of(policy: Any, data: TensorDictBase) -> Forms:
         InputError: if the batch has no rows.
     """
     if not data.batch_size.numel():
-        raise InputError(f"there is nothing to annotate: the batch has shape {tuple(data.batch_size)}")
+        raise InputError(f"there is nothing to annotate: the batch has no rows, its shape is {tuple(data.batch_size)}")
     rows = data.reshape(-1) if data.ndim != 1 else data
     real = real_rows(rows)
     first = 0 if real is None or not bool(real.any()) else int(real.nonzero()[0])

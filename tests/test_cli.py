@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,8 +57,33 @@ def test_a_broken_set_up_fails_with_the_remedy(capsys) -> None:
         ("users_own_setup:godo", "nearest: 'good'"),
         ("no_such_module:make", "no module is named 'no_such_module'"),
         ("users_own_setup:nothing", "must return"),
+        (":good", "':good' names no function"),
+        ("../users_own_setup:good", "names no function: write MODULE:FUNCTION"),
+        ("users_own_setup:", "names no function"),
+        ("users_own_setup.py:good", ""),
     ],
 )
 def test_bad_sources_say_so(source: str, message: str, capsys) -> None:
     assert main(["check", source]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["demo"], ["experiment", "probing"]])
+@pytest.mark.parametrize("seed", ["-1", str(2**32), "9" * 30, "a", "1.5", ""])
+def test_what_is_no_seed(command: list[str], seed: str, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command, f"--seed={seed}"])
+    assert ended.value.code == 2
+    assert f"a seed is an integer from 0 to {2**32 - 1}, got {seed!r}" in capsys.readouterr().err
+
+
+def test_a_terminal_that_knows_ascii_only(tmp_path: Path) -> None:
+    plain = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    for command in (["sites", "users_own_setup:good"], ["check", "users_own_setup:gd\u00f6"]):
+        done = subprocess.run(
+            [sys.executable, "-c", "import sys; from tdhook_rl.cli import main; sys.exit(main())", *command],
+            capture_output=True, cwd=tmp_path, env={**os.environ, **plain}, timeout=120,
+        )  # fmt: skip
+        assert b"Traceback" not in done.stderr
+        assert (done.stdout if command[0] == "sites" else done.stderr).isascii()
+        assert done.returncode == (command[0] == "check")

@@ -98,7 +98,7 @@ class _BoundAddition(BoundMethod):
             samples = max(len(call.batch_size), 1)
             if value.ndim < samples or value.shape[:samples].numel() == 0:
                 raise InputError(
-                    f"the {root} inputs give {site!r} the shape {tuple(value.shape)}: no sample to average over"
+                    f"the {root} inputs give {site!r} the shape {tuple(value.shape)}: no row to average over"
                 )
             # Without a batch size a flat activation is one sample.
             one = not call.batch_size and value.ndim == 1
