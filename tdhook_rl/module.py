@@ -6,6 +6,7 @@ runs the policy's own forward and then publishes results beside the policy's out
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ from tdhook_rl.states import watching
 from tdhook_rl.tensorclasses import call_on_fields
 from tdhook_rl.traceable import Sign, require_traceable
 from tdhook_rl.traits import BoundMethod
+from tdhook_rl.tying import detach_graphs
 from tdhook_rl.writing import write_tensors, writes_by_default
 
 if TYPE_CHECKING:
@@ -346,6 +348,12 @@ class HookedMixin(Annotating, _Policy):
         if original is None:
             raise InactiveError("the user's module is not at hand here: this is a copy, or the module was deleted")
         yield original
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HookedMixin:
+        """A copy also where the policy keeps what its last forward has computed, with the graph."""
+        detach_graphs(self, memo)
+        own = getattr(super(), "__deepcopy__", None)
+        return copy._reconstruct(self, memo, *self.__reduce_ex__(4)) if own is None else own(memo)  # type: ignore
 
     # ------------------------------------------------------------------ what would untie the copy
 

@@ -22,7 +22,7 @@ from tdhook_rl.errors import PreparationError, TieError
 from tdhook_rl.following import Follower
 from tdhook_rl.held import INTERNAL, holdings
 
-__all__ = ["Tie", "named_tensors", "put_back", "replace_tensors", "tied_clone"]
+__all__ = ["Tie", "detach_graphs", "named_tensors", "put_back", "replace_tensors", "tied_clone"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -48,10 +48,7 @@ def tied_clone(module: M) -> M:
         # Plain tensor attributes and generators are state of the policy as well.
         kept.extend(value for value in vars(child).values() if isinstance(value, (Tensor, torch.Generator)))
     memo.update((id(item), item) for item in kept)
-    # What is kept of a forward with gradients, in whatever container, has a graph, and no tensor with one is copied.
-    for tensor, _, _ in holdings(list(module.named_modules())).tensors:
-        if tensor.grad_fn is not None and id(tensor) not in memo:
-            memo[id(tensor)] = tensor.detach().clone()
+    detach_graphs(module, memo)
     seeds = dict(memo)
     try:
         clone = copy.deepcopy(module, memo)
@@ -71,6 +68,16 @@ def tied_clone(module: M) -> M:
             "original: a module with its own __deepcopy__ duplicates its tensors"
         )
     return clone
+
+
+def detach_graphs(module: nn.Module, memo: dict[int, Any]) -> None:
+    """Let a deep copy with this memo hold, of tensors that a forward with gradients has left, copies without a graph.
+
+    No tensor with a graph can be deep-copied, in whatever container it is kept.
+    """
+    for tensor, _, _ in holdings(list(module.named_modules())).tensors:
+        if tensor.grad_fn is not None and id(tensor) not in memo:
+            memo[id(tensor)] = tensor.detach().clone()
 
 
 class Tie:

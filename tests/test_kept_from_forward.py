@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import copy
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -112,3 +114,23 @@ def test_old_signatures(inside: bool) -> None:
     with Saliency(target=targets.logit(1)).prepare(net, in_keys=["observation"], out_keys=["logits"]) as hooked:
         found = hooked(TensorDict({"observation": torch.randn(4, 3)}, [4]))["attr", "observation"]
     torch.testing.assert_close(found, weight[1].expand(4, 3))
+
+
+@pytest.mark.parametrize("kept", [lambda y: y, lambda y: [(y, {"y": y})], lambda y: Categorical(logits=y)])
+def test_a_hooked_policy_that_keeps_a_graph_is_copied(kept: Callable) -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.last = nn.Linear(4, 3), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.net(x)
+            self.last = kept(y)
+            return y * 1.0
+
+    method = Saliency(target=targets.logit(0), when="step")
+    with method.prepare(Keeps(), in_keys=["x"], out_keys=["logits"]) as hooked:
+        data = TensorDict({"x": torch.randn(5, 4)}, [5])
+        expected = hooked(data.clone())
+        found = copy.deepcopy(hooked)(data.clone())
+        torch.testing.assert_close(found["attr", "x"], expected["attr", "x"])
