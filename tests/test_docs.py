@@ -60,3 +60,15 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="Salienci"):
         tdhook_rl.Salienci  # noqa: B018
     assert "Saliency" in dir(tdhook_rl)
+
+
+def test_the_page_on_methods_of_ones_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks are one module, as a reader would write it: workers import the classes in it."""
+    page = (ROOT / "docs" / "write_your_own_method.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "own_methods.py").write_text("\n\n".join(blocks))
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("own_methods")
+    mark = module.test_conformance.pytestmark[0]
+    for one in mark.args[1]:
+        module.test_conformance(*one.values)
