@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/tdhook-rl demo $(DEMO)
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not gpu and not matrix" $(TEST)
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not matrix" $(TEST)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest $(TEST)
