@@ -18,6 +18,7 @@ __all__ = [
     "ConformanceError",
     "ContextError",
     "EnvCheckError",
+    "InPlaceError",
     "InactiveError",
     "InputError",
     "KeyCollisionError",
@@ -52,6 +53,10 @@ class InputError(TdhookError, ValueError):
 
 class ArgumentError(InputError, TypeError):
     """An argument has a name or a type that the function does not take."""
+
+
+class InPlaceError(InputError, RuntimeError):
+    """A forward changes in place what its derivatives need, so that no gradient can be taken."""
 
 
 class KeyCollisionError(TdhookError, ValueError):

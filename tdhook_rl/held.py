@@ -213,7 +213,7 @@ def _write_mapping(thing: dict[Any, Any], content: dict[Any, Any]) -> None:
     for key in [key for key in thing if key not in content]:
         del thing[key]
     for key, value in content.items():
-        if thing.get(key, thing) is not value:
+        if key not in thing or thing[key] is not value:
             thing[key] = value
     if list(thing) != list(content):
         for key, value in content.items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 import torch
-from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictParams
 from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError
@@ -106,7 +106,8 @@ def survey_features(policy: nn.Module) -> frozenset[int]:
         if isinstance(module, nn.modules.conv._ConvNd) and said:
             kinds.add(said)
     for module in policy.modules():
-        module.__dict__["_hooked_features"] = _stated(module, found)
+        if not isinstance(module, TensorDictParams):  # the original holds the same object, and it never runs
+            module.__dict__["_hooked_features"] = _stated(module, found)
     return frozenset(kinds)
 
 

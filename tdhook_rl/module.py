@@ -191,7 +191,8 @@ class HookedMixin(Annotating, _Policy):
         found: Exception | None = None
         if isinstance(data, TensorDictBase):
             try:
-                if self._hooked_wraps:  # a wrapped module is given None for an absent key
+                # A wrapped module is given None for an absent key, which is an error unless a method can do without.
+                if self._hooked_wraps and not self._hooked_alone:
                     stored_inputs(self, data)
                 if not isinstance(error, TdhookError):
                     found = another_dtype_or_device(self, data, error) or other_keys(self, error)

@@ -324,6 +324,8 @@ def _fingerprint(tensors: Sequence[Tensor]) -> int:
     """A number that follows from the content of tensors, the same in every process and on every device."""
     found = 0
     for tensor in tensors:
+        if tensor.is_meta:  # which has no content
+            continue
         flat = tensor.detach().reshape(-1)
         if flat.numel() > LARGEST:
             found = zlib.crc32(np.float64(flat.sum(dtype=torch.float64).item()).tobytes(), found)

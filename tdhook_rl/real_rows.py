@@ -89,7 +89,7 @@ def reached(values: Sequence[Tensor], traced: bool = False) -> Sequence[Tensor]:
     if traced:
         empty = torch.stack([(value != value).all() for value in values])
         return [torch.where(one & ~empty.all(), 0, value) for one, value in zip(empty, values, strict=True)]
-    found = [value for value in values if surely_finite(value) or not bool((value != value).all())]
+    found = [value for value in values if value.is_meta or surely_finite(value) or not bool((value != value).all())]
     return found or values
 
 

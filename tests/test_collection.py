@@ -22,7 +22,7 @@ from torchrl.envs.utils import exploration_type
 
 from tdhook_rl import ActivationCaching, Saliency
 from tdhook_rl.envs import CueCorners
-from tdhook_rl.errors import InputError, TieError, WorkerError
+from tdhook_rl.errors import InPlaceError, InputError, TieError, WorkerError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.rollout import Guarded, set_controls
 from tests.collecting import (
@@ -366,6 +366,6 @@ def test_weights_that_are_stepped_during_an_explanation() -> None:
     with (
         Saliency(target=Stepped(actor, 1000), when="step").prepare(actor) as policy,
         torch.no_grad(),
-        pytest.raises(RuntimeError, match="modified by an inplace operation"),
+        pytest.raises(InPlaceError, match=r"changed in place.*modified by an inplace operation"),
     ):
         policy(data.clone())

@@ -15,7 +15,7 @@ from torchrl.modules import ProbabilisticActor
 from tdhook_rl import ActivationCaching, Saliency, SteeringVectors
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.examples.agent import FC2, make_actor
-from tdhook_rl.method import Binder, Method
+from tdhook_rl.method import Binder, BoundMethod, Method
 from tdhook_rl.passes import Call
 from tdhook_rl.rollout import check
 from tdhook_rl.scheduled import Scheduled
@@ -174,7 +174,7 @@ def test_annotate_that_does_not_repeat_the_steps() -> None:
     assert "('cache', 'module.0.module.1') by up to" in one.seen
 
 
-class Silent(Method):
+class Silent(BoundMethod, Method):
     """A method that declares a result and writes none."""
 
     def __init__(self, when: str) -> None:

@@ -126,7 +126,7 @@ def test_one_sample_without_batch_size_and_bad_contrasts() -> None:
         torch.testing.assert_close(steer, net[:2](pos) - net[:2](neg))
         with pytest.raises(MissingKeyError, match=r"\('negative', 'input'\)"):
             hooked(TensorDict({("positive", "input"): pos}))
-        with pytest.raises(InputError, match="no sample"):
+        with pytest.raises(InputError, match="no row to average over"):
             hooked(TensorDict({("positive", "input"): torch.zeros(0, FEATURES), ("negative", "input"): neg}))
         assert not hooked._hooked_runtime.slots
     with Compose(ActivationAddition("1"), ActivationCaching("3")).prepare(net) as hooked:

@@ -29,6 +29,8 @@ METHOD = Compose(
     SteeringVectors({"module.0.module.0": torch.ones(16)}, alpha="strength"),
     Saliency(target=targets.taken_action_log_prob()),
 )
+#: Of a process in which other tests have started threads, a child may hang in torch itself: these run alone.
+FORKS = pytest.mark.slow
 
 
 def actor() -> ProbabilisticActor:
@@ -185,6 +187,7 @@ def answers(function: Callable[[], object]) -> bool:
     return answered
 
 
+@FORKS
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 @pytest.mark.parametrize("name", ["call", "annotate in chunks", "get_dist", "run"])
 def test_a_child_that_was_forked_meanwhile(name: str) -> None:
@@ -213,6 +216,7 @@ def test_a_child_that_was_forked_meanwhile(name: str) -> None:
     assert found == [True] * 12
 
 
+@FORKS
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_fork_does_not_wait_for_a_call_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forking, "PATIENCE", 0.05)
@@ -241,6 +245,7 @@ def test_a_fork_does_not_wait_for_a_call_that_does_not_end(monkeypatch: pytest.M
         check()
 
 
+@FORKS
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_fork_in_the_middle_of_a_call() -> None:
     """The child goes on with the call, as the parent does."""

@@ -18,7 +18,7 @@ from tdhook_rl.attribution.chain_gradients import chain_gradient, is_linear, rep
 from tdhook_rl.attribution.undefined import blank, defined_rows, surely_finite
 from tdhook_rl.attribution.unreached import tell_unreached
 from tdhook_rl.chains import MODIFIED
-from tdhook_rl.errors import InputError, MissingKeyError, SiteError, TargetError, nearest
+from tdhook_rl.errors import InPlaceError, InputError, MissingKeyError, SiteError, TargetError, nearest
 from tdhook_rl.hooks import Runtime, vmap_level
 from tdhook_rl.passes import Call, Pass
 from tdhook_rl.repeats import Several, stacked
@@ -96,14 +96,14 @@ def gradients(
     Raises:
         TargetError: if no gradient reaches a target.
         SiteError: if an explained module does not run.
-        InputError: if the policy changes in place what its derivatives need.
+        InPlaceError: if the policy changes in place what its derivatives need.
     """
     try:
         return _gradients(call, inputs, leaves, sites, targets, stored, weights)
     except RuntimeError as error:
         if MODIFIED not in str(error):
             raise
-        raise InputError(
+        raise InPlaceError(
             "what a derivative of the policy needs is changed in place: by its own forward, such as an in-place ReLU "
             "over the output of a Tanh, which no gradient can be taken of (write the layer with inplace=False), or by "
             f"a learner that changes the weights all the time. torch says: {str(error).partition('. Hint')[0]}"

@@ -17,7 +17,7 @@ from tdhook_rl.attribution.functions import Operation, is_of_torch, operation, r
 from tdhook_rl.attribution.saliency import Saliency, _BoundSaliency
 from tdhook_rl.attribution.watching import WatchedCall, reached
 from tdhook_rl.batching import GeneratorState
-from tdhook_rl.errors import SiteError, TdhookError
+from tdhook_rl.errors import InPlaceError, SiteError, TdhookError
 from tdhook_rl.hooks import Runtime, first_tensor, vmap_level
 from tdhook_rl.passes import Call, Pass
 from tdhook_rl.paths import Site
@@ -202,8 +202,9 @@ class _BoundGuidedBackpropagation(_BoundSaliency):
                         if not any(look.guided for look in looks):
                             raise self._none()
                         return found
-                except TdhookError:
-                    raise
+                except TdhookError as error:
+                    if not isinstance(error, InPlaceError):
+                        raise
                 except RuntimeError:  # such as a statement in place, whose gradient by modules alone is not to be had
                     pass
                 before.restore()

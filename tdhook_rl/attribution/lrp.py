@@ -30,7 +30,7 @@ from tdhook_rl.attribution.relevance_graph import Graph
 from tdhook_rl.attribution.watching import Watch, WatchedCall, reached
 from tdhook_rl.batching import GeneratorState, row_vectors
 from tdhook_rl.decisions import action_of, drawn_decisions, every, require_own_parameters
-from tdhook_rl.errors import InputError, SiteError, TdhookError
+from tdhook_rl.errors import InPlaceError, InputError, SiteError, TdhookError
 from tdhook_rl.hooks import vmap_level
 from tdhook_rl.passes import Call, Pass
 from tdhook_rl.targets import Target, chosen_logit, default_target
@@ -125,8 +125,9 @@ class _BoundLRP(BoundAttribution):
                 return self._passed(call, explained, starts, watch, by_function=False)
             except Unknown:
                 pass
-            except TdhookError:
-                raise
+            except TdhookError as error:
+                if not isinstance(error, InPlaceError):
+                    raise
             except RuntimeError:  # such as a statement in place: the pass with rules for functions says what it is
                 pass
             before.restore()

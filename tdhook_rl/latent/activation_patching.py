@@ -82,7 +82,7 @@ class ActivationPatching(Method):
                 "tdhook_rl 0.1.0 the two were the other way round, and None left the run as it was. With other names "
                 "the parameters are filled in this order, and this warning is not given",
                 FutureWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def bind(self, binder: Binder) -> _BoundPatching:
