@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from tdhook_rl import ActivationCaching, ActivationPatching, Compose, IntegratedGradients, Saliency, SteeringVectors
 from tdhook_rl.attribution import LRP, Occlusion
+from tdhook_rl.attribution.lrp_rules import Epsilon, Uniform
 from tdhook_rl.errors import TdhookError
 from tdhook_rl.targets import logit
 from tests.random_networks import WIDTH, Policy, Stateful, random_network
@@ -329,7 +330,9 @@ def relevance(trial: Trial) -> None:
     """Relevance adds up to the output, where nothing absorbs it; else it is refused, marked or said."""
     if trial.net.first.bias is not None:
         return
-    with LRP(target=logit(trial.index), when="step").prepare(trial.policy()) as hooked:
+    # The default epsilon absorbs a share where a sum is as small as it.
+    rules = Uniform(Epsilon(1e-12), epsilon=1e-12)
+    with LRP(target=logit(trial.index), when="step", rule_mapper=rules).prepare(trial.policy()) as hooked:
         torch.manual_seed(8)
         found = hooked(trial.data())
     if trial.stateful or not bool(found["computed", "attr"].all()):
