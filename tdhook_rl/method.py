@@ -114,6 +114,7 @@ class Compose(Method):
     Example:
         >>> import torch
         >>> from tensordict import TensorDict
+        >>> from torch import nn
         >>> from tdhook_rl.attribution import Saliency
         >>> from tdhook_rl.latent import ActivationCaching
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
@@ -262,6 +263,7 @@ class HookedModule:
 
     Example:
         >>> from tensordict import TensorDict
+        >>> from torch import nn
         >>> hooked = HookedModule.from_module(nn.Sequential(nn.Linear(4, 2)))
         >>> with hooked.run(TensorDict({"input": torch.ones(1, 4)}, batch_size=1)) as run:
         ...     proxy = run.save("0")
