@@ -262,6 +262,7 @@ class HookedModule:
     """A hooked module without any method: for runs over a plain module.
 
     Example:
+        >>> import torch
         >>> from tensordict import TensorDict
         >>> from torch import nn
         >>> hooked = HookedModule.from_module(nn.Sequential(nn.Linear(4, 2)))
