@@ -1,17 +1,18 @@
 """Changing the class of a clone without changing what it is an instance of.
 
-``swap_class(module, mixin)`` makes the module an instance of a cached subclass ``(mixin, type(module))``,
-which pickles and deep-copies although no import path leads to it.
+``swap_class(module, mixin)`` makes the module an instance of a subclass ``(mixin, type(module))``, which
+pickles and deep-copies although no import path leads to it.
 """
 
 from __future__ import annotations
 
+import types
 import weakref
 from typing import Any
 
 from torch import nn
 
-__all__ = ["Swapped", "mixed_class", "swap_class"]
+__all__ = ["Swapped", "mixed_class", "own_code", "swap_class"]
 
 
 class Swapped:
@@ -19,6 +20,9 @@ class Swapped:
 
     _mixin: type
     _base: type[nn.Module]
+    #: Whether each module has a class, and so code objects, of its own. The compiler keeps with a code object that it
+    #: could not be traced, and how often it was compiled; of one policy, that should not be held against the next.
+    _own_class = False
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _rebuild, (self._mixin, self._base), self.__getstate__()
@@ -30,15 +34,21 @@ _mixed: weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[type, type]]
 
 
 def mixed_class(mixin: type[Swapped], base: type[nn.Module]) -> type:
-    """The subclass of ``base`` with the behaviour of ``mixin``; the same object at every call, while it is in use."""
+    """A subclass of ``base`` with the behaviour of ``mixin``: while it is in use the same, but where it says otherwise."""
     known = _mixed.setdefault(base, weakref.WeakValueDictionary())
     found = known.get(mixin)
-    if found is not None:
+    if found is not None and not mixin._own_class:
         return found
     namespace = {"_mixin": mixin, "_base": base, "__module__": base.__module__, "__doc__": base.__doc__}
     namespace |= mixin._namespace(base) if hasattr(mixin, "_namespace") else {}
     made = type(f"{mixin.__name__.removesuffix('Mixin')}{base.__name__}", (mixin, base), namespace)
-    return known.setdefault(mixin, made)
+    return made if mixin._own_class else known.setdefault(mixin, made)
+
+
+def own_code(function: types.FunctionType) -> types.FunctionType:
+    """The function with a code object that no other function shares."""
+    function.__code__ = function.__code__.replace()
+    return function
 
 
 def swap_class(module: nn.Module, mixin: type[Swapped]) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 from tdhook_rl.annotating import Annotating
 from tdhook_rl.batching import GeneratorState, Traits, frozen_statistics
 from tdhook_rl.chunks import in_deciding_rows
-from tdhook_rl.classes import Swapped
+from tdhook_rl.classes import Swapped, own_code
 from tdhook_rl.collection import take_in
 from tdhook_rl.context import ContextView
 from tdhook_rl.controls import Controls
@@ -41,6 +41,7 @@ from tdhook_rl.tensorclasses import call_on_fields
 from tdhook_rl.traceable import Sign, require_traceable
 from tdhook_rl.traits import BoundMethod
 from tdhook_rl.tying import detach_graphs
+from tdhook_rl.untraced import traced_whole, uncompiled
 from tdhook_rl.writing import write_tensors, writes_by_default
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class HookedMixin(Annotating, _Policy):
         result_keys: the keys that the configured methods write, per step or by :meth:`annotate`.
     """
 
+    _own_class = True
     _hooked_own_in_keys: Callable[[], list[NestedKey]]  # what the policy's class answers
     _hooked_own_out_keys: Callable[[], list[NestedKey]]
     _hooked_runtime: Runtime
@@ -92,6 +94,7 @@ class HookedMixin(Annotating, _Policy):
     def _namespace(cls, base: type[nn.Module]) -> dict[str, Any]:
         """Forward with the policy's signature, and the dist methods that must refuse after the context."""
 
+        @own_code
         @functools.wraps(base.forward)
         def forward(self: HookedMixin, *args: Any, **kwargs: Any) -> Any:
             return self._hooked_forward(base.forward, args, kwargs)
@@ -121,12 +124,15 @@ class HookedMixin(Annotating, _Policy):
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        own = self._hooked_own_in_keys()
-        return own if self._hooked_runtime.inside() else [*own, *self._hooked_reads]
+        return self._hooked_own_in_keys() if self._hooked_runtime.inside() else self._hooked_read_keys()
 
     @in_keys.setter
     def in_keys(self, value: list[NestedKey]) -> None:
         super(HookedMixin, type(self)).in_keys.fset(self, value)
+
+    def _hooked_read_keys(self) -> list[NestedKey]:
+        """What ``in_keys`` says outside of a call; a method, since ``torch.compile`` does not trace the property."""
+        return [*self._hooked_own_in_keys(), *self._hooked_reads]
 
     @property
     def policy_in_keys(self) -> list[NestedKey]:
@@ -157,13 +163,18 @@ class HookedMixin(Annotating, _Policy):
     def controls(self) -> Controls:
         return self._hooked_runtime.controls
 
+    @traced_whole
     def _hooked_forward(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not torch.compiler.is_compiling():
+            return uncompiled(self._hooked_untraced, forward, args, kwargs)
+        self._hooked_runtime.require_active()
+        output = self._hooked_call(forward, args, kwargs)
+        self._close_routes(complete=True)
+        return output
+
+    def _hooked_untraced(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         runtime = self._hooked_runtime
         runtime.require_active()
-        if torch.compiler.is_compiling():
-            output = self._hooked_call(forward, args, kwargs)
-            self._close_routes(complete=True)
-            return output
         runtime.calls += 1
         if args and not isinstance(args[0], TensorDictBase) and is_tensorclass(args[0]):
             return call_on_fields(self, args[0], args[1:], kwargs)
@@ -401,13 +412,21 @@ def _reader(base: type[nn.Module], name: str) -> Callable[[Any], list[NestedKey]
 
 
 def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+    @own_code
     @functools.wraps(method)
     def guarded(self: HookedMixin, *args: Any, **kwargs: Any) -> Any:
-        runtime = self._hooked_runtime
-        runtime.require_active()
-        if torch.compiler.is_compiling():
-            return alone(self, args, kwargs)
-        with runtime.lock:
+        return whole(self, args, kwargs)
+
+    @traced_whole
+    def whole(self: HookedMixin, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not torch.compiler.is_compiling():
+            return uncompiled(untraced, self, args, kwargs)
+        self._hooked_runtime.require_active()
+        return alone(self, args, kwargs)
+
+    def untraced(self: HookedMixin, args: tuple, kwargs: dict[str, Any]) -> Any:
+        self._hooked_runtime.require_active()
+        with self._hooked_runtime.lock:
             return alone(self, args, kwargs)
 
     def alone(self: HookedMixin, args: tuple, kwargs: dict[str, Any]) -> Any:

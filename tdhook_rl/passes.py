@@ -316,7 +316,7 @@ def stored_inputs(
     """
     inputs = {}
     made = policy._hooked_made
-    for key in policy.in_keys:
+    for key in policy._hooked_read_keys():
         value = given[key] if given and key in given else get_entry(data, key)
         if key in made:
             inputs.update(given_beside(policy.policy_out_keys, key, value))

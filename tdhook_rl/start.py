@@ -18,7 +18,6 @@ from tdhook_rl.batching import GeneratorState
 from tdhook_rl.known import batch_statistics, draws_noise, may_draw, may_meet, own_class
 from tdhook_rl.rows import vmap_level
 from tdhook_rl.scratch import Watch, same_values
-from tdhook_rl.untraced import keep_untraced
 
 if TYPE_CHECKING:
     from tdhook_rl.scratch import Moment
@@ -115,7 +114,6 @@ class Start:
     """
 
     def __init__(self, conduct: Conduct, device: torch.device | None) -> None:
-        keep_untraced()
         self.conduct = conduct
         self.moment: Moment | None = None if conduct.watch.idle else conduct.watch.begin()
         self._wide = None if conduct.wide is None else conduct.wide.begin()

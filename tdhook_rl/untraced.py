@@ -1,36 +1,38 @@
-"""Code that ``torch.compile`` leaves alone where a call falls back to running uncompiled: it reads Python's objects."""
+"""A call that ``torch.compile`` cannot trace as one graph runs uncompiled, with all that it calls.
+
+Where a graph breaks, the compiler runs the frame it broke in as Python, and compiles the functions that this calls one
+by one. The parts of a hooked call would then disagree on whether they are traced: one has kept the state that a pass
+starts from, another takes it that there is none.
+"""
 
 from __future__ import annotations
 
-import sys
-import types
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-__all__ = ["keep_untraced"]
+import torch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._dynamo.eval_frame import skip_code
 
-#: The modules whose functions look at what a policy holds.
-_LOOKING = ("held", "outside", "repeatable", "scratch", "start")
-_done = False
+__all__ = ["traced_whole", "uncompiled"]
 
-
-def keep_untraced() -> None:
-    """Let the functions that look at policies never be compiled, once there is a compiler in this process."""
-    global _done
-    if _done or "torch._dynamo" not in sys.modules:
-        return
-    _done = True
-    from torch._dynamo.decorators import skip
-
-    for function in _functions():
-        skip(function)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _functions() -> Iterator[types.FunctionType]:
-    for name in _LOOKING:
-        module = sys.modules.get(f"{__package__}.{name}")
-        for value in [] if module is None else list(vars(module).values()):
-            if getattr(value, "__module__", None) == f"{__package__}.{name}":
-                for one in vars(value).values() if isinstance(value, type) else [value]:
-                    one = getattr(one, "__wrapped__", one)
-                    if isinstance(one, types.FunctionType):
-                        yield one
+def traced_whole(function: Function) -> Function:
+    """A decorator: the function is traced as a part of its caller's graph, but no graph begins in it.
+
+    So ``torch.compiler.is_compiling()`` says, inside, whether the whole of its call is in a graph.
+    """
+    skip_code(function.__code__)
+    return function
+
+
+def uncompiled(function: Callable[..., Any], *args: Any) -> Any:
+    """What the function returns, where neither it nor anything that it calls is compiled on the way.
+
+    What was compiled before, by itself, and is called in it runs compiled.
+    """
+    if get_eval_frame_callback() is None:
+        return function(*args)
+    return torch.compiler.disable(function)(*args)

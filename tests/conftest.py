@@ -30,6 +30,18 @@ def _seed() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _interrupts() -> Iterator[None]:
+    """A test that leaves Ctrl-C ignored or blocked would let a later one wait for it."""
+    yield
+    handler = signal.getsignal(signal.SIGINT)
+    blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    assert handler is signal.default_int_handler, f"the test left {handler} as the handler of SIGINT"
+    assert not blocked, "the test left SIGINT blocked"
+
+
+@pytest.fixture(autouse=True)
 def _time_limit(request: pytest.FixtureRequest) -> Iterator[None]:
     """With ``@pytest.mark.limit(seconds)``: a test that waits too long fails, and leaves no process behind."""
     marker = request.node.get_closest_marker("limit")

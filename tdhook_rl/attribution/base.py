@@ -137,6 +137,7 @@ class BoundAttribution(BoundMethod):
     replays = True
     shows_outputs = True  # init_attr_targets is given the policy's outputs, beside those of target_modules
     declared: list[NestedKey]
+    beside: str | None = None  # the root of what is written beside: one number for each row and target
 
     def __init__(self, config: GradientAttribution, binder: Binder) -> None:
         sites = [site for path in config.input_modules for site in binder.sites(path, runs=True)]
@@ -183,7 +184,9 @@ class BoundAttribution(BoundMethod):
     @property
     def result_keys(self) -> tuple[tuple[str, ...], ...]:
         explained = [*map(_as_tuple, self.declared), *((site,) for site in self.leaves.values())]
-        return tuple((self.root, *([name] if name else []), *key) for name in self.names for key in explained)
+        names = [(name,) if name else () for name in self.names]
+        keys = tuple((self.root, *name, *key) for name in names for key in explained)
+        return keys if self.beside is None else (*keys, *((self.beside, *name) for name in names))
 
     def compute(self, call: Call) -> dict[tuple[str, ...], Tensor]:
         if self.horizon == "step" and call.policy._hooked_traits.recurrent and in_recurrent_mode(call.policy):

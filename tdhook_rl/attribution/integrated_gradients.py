@@ -72,7 +72,7 @@ class _BoundIntegratedGradients(BoundAttribution):
         self._baseline = config.baseline
         self._baseline_key = config.baseline_key
         self._chunk_size = config.chunk_size
-        self._delta_key = config.delta_key if config.compute_convergence_delta else None
+        self.beside = config.delta_key if config.compute_convergence_delta else None
         self._deltas: dict[tuple[str, ...], Tensor] = {}
         # The baselines of the inputs are read from the data, also by annotate. Replays need them only where a
         # callback or the policy reads them as well.
@@ -83,13 +83,6 @@ class _BoundIntegratedGradients(BoundAttribution):
         drawn = [key for child in binder.policy.modules() if draws(child) for key in sample_keys(child)]
         self._results: frozenset[str] | None = None  # known once every method is bound
         self._read_by_targets: frozenset[NestedKey] = frozenset(["action", *binder.policy.out_keys, *drawn])
-
-    @property
-    def result_keys(self) -> tuple[tuple[str, ...], ...]:
-        keys = super().result_keys
-        if self._delta_key is None:
-            return keys
-        return (*keys, *((self._delta_key, *([name] if name else [])) for name in self.names))
 
     def compute(self, call: Call) -> dict[tuple[str, ...], Tensor]:
         size = rows_at_once(call, self._chunk_size)
@@ -130,7 +123,7 @@ class _BoundIntegratedGradients(BoundAttribution):
         ends = {key: inputs.get(key, call.inputs[key]) for key in baselines}
         inner = self._inner_path(call, sites, ends, baselines)
         averages = self._integrate(call, inputs, sites, baselines, inner, targets)
-        if self._delta_key is not None and not self._deltas:
+        if self.beside is not None and not self._deltas:
             self._measure_deltas(call, ends, baselines, inner, targets, averages)
         if not self._multiply:
             return averages
@@ -205,7 +198,7 @@ class _BoundIntegratedGradients(BoundAttribution):
         if self.reads_inputs:  # a target of the user's may read anything
             return self._unread
         if self._results is None:
-            read = [*call.policy.in_keys, *self._read_by_targets]
+            read = [*call.policy._hooked_read_keys(), *self._read_by_targets]
             roots = {key if isinstance(key, str) else key[0] for key in read}
             self._results = frozenset(key[0] for key in call.policy.result_keys) - roots
         replaced = {key for key in inputs if isinstance(key, str)} - self._read_by_targets
@@ -275,7 +268,7 @@ class _BoundIntegratedGradients(BoundAttribution):
             terms = [value * (ends[key] - baselines[key]) for key, value in of_inputs.items()]
             terms += [value * (inner[slot][1] - inner[slot][0]) for slot, value in of_leaves.items()]
             total = torch.stack([row_vectors(term, batch).sum(-1) for term in terms]).sum(0)
-            key = (self._delta_key or "", *([name] if name else []))
+            key = (self.beside or "", *([name] if name else []))
             self._deltas[key] = total - change
 
     def _baseline_of(self, key: NestedKey) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ class _BoundLRP(BoundAttribution):
     def __init__(self, config: LRP, binder: Binder) -> None:
         self._owner = binder.owner()
         self._starts_at_output = config.init_attr_grads is None
-        self._gap_key = config.gap_key if config.compute_relevance_gap else None
+        self.beside = config.gap_key if config.compute_relevance_gap else None
         self._gaps: dict[tuple[str, ...], Tensor] = {}
         self._mapper = config.rule_mapper or Uniform()
         self._state = LrpState(binder.runtime, self._owner)
@@ -57,13 +57,6 @@ class _BoundLRP(BoundAttribution):
             self._place(name, module, config)
         # After the rules: an explained activation is what a rule has put out.
         super().__init__(config, binder)
-
-    @property
-    def result_keys(self) -> tuple[tuple[str, ...], ...]:
-        keys = super().result_keys
-        if self._gap_key is None:
-            return keys
-        return (*keys, *((self._gap_key, *([name] if name else [])) for name in self.names))
 
     def _place(self, name: str, module: nn.Module, config: LRP) -> None:
         # Within computed weights there is nothing that is called on activations.
@@ -107,12 +100,12 @@ class _BoundLRP(BoundAttribution):
         watch = Watch()
         starts = [_Start(target, self._starts_at_output, watch) for target in targets]
         found = self._in_the_way_it_needs(call, explained, starts, watch)
-        if self._gap_key is not None:
+        if self.beside is not None:
             for name, start, (of_inputs, _) in zip(self.names, starts, found, strict=True):
                 total = torch.stack([row_vectors(value, call.batch_size).sum(-1) for value in of_inputs.values()]).sum(
                     0
                 )
-                self._gaps[self._gap_key, *([name] if name else [])] = total - start.value
+                self._gaps[self.beside, *([name] if name else [])] = total - start.value
         return found
 
     def _in_the_way_it_needs(
