@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdhook_rl.durable import sync, write_text
 from tdhook_rl.errors import ArtifactError
+from tdhook_rl.files.durable import sync, write_text
 
 __all__ = ["load_artifact", "save_artifact"]
 

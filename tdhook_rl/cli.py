@@ -292,8 +292,8 @@ def _sites(options: argparse.Namespace) -> int:
     from tensordict import TensorDictBase
 
     from tdhook_rl import HookedModule
+    from tdhook_rl.hooking.hooked import HookedMixin
     from tdhook_rl.method import HookingContext
-    from tdhook_rl.module import HookedMixin
 
     torchrl.logger.setLevel("ERROR")
     made = _returned(options.target)

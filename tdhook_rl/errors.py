@@ -1,4 +1,4 @@
-"""The errors of tdhook_rl: each says what was asked, what was found and what to do.
+"""The errors and warnings of tdhook_rl: each says what was asked, what was found and what to do.
 
 All derive from :class:`TdhookError` and from the built-in error that a caller would expect, so that
 ``except KeyError`` around a missing key goes on working.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
+import warnings
 from collections.abc import Iterable
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "WorkerError",
     "nearest",
     "own_cause",
+    "warn",
 ]
 
 
@@ -161,3 +164,15 @@ def own_cause(error: BaseException) -> TdhookError | None:
     while isinstance(cause, RuntimeError) and not isinstance(cause, TdhookError):
         cause = cause.__cause__
     return cause if isinstance(cause, TdhookError) else None
+
+
+#: Modules that stand between a warning of ours and the line that it is about.
+_BETWEEN = ("tdhook_rl", "torch.nn.modules.module", "tensordict.nn", "contextlib", "functools")
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the caller's line: the first outside of this package and of what calls modules."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_BETWEEN):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

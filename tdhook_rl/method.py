@@ -11,40 +11,19 @@ from types import TracebackType
 from typing import Any, Literal, overload
 
 from tensordict import NestedKey
-from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
-from tdhook_rl.arguments import Checked
-from tdhook_rl.batching import Traits
-from tdhook_rl.binder import Binder
-from tdhook_rl.chains import is_chain
-from tdhook_rl.chunks import chunked_by
-from tdhook_rl.classes import swap_class
-from tdhook_rl.collisions import check_collisions, check_known, listed_keys
-from tdhook_rl.context import ContextView, NotEntered
-from tdhook_rl.draws import Draw, draws, survey_draws
+from tdhook_rl.arguments.checked import Checked
+from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.errors import InputError, PreparationError
-from tdhook_rl.hooks import Runtime
-from tdhook_rl.inner_calls import place_inner_hooks
-from tdhook_rl.module import HookedMixin
-from tdhook_rl.pooling import quicken_pooling
-from tdhook_rl.provenance import Provenance
-from tdhook_rl.q_networks import supports, value_actions
-from tdhook_rl.replays import DecidedHook, ReplayMixin
-from tdhook_rl.rows import survey
-from tdhook_rl.shared_pass import can_share
-from tdhook_rl.traceable import signs
-from tdhook_rl.traits import BoundMethod
-from tdhook_rl.tying import Tie, tied_clone
-from tdhook_rl.writing import WritingMixin, writes_by_default
+from tdhook_rl.hooking.binder import Binder
+from tdhook_rl.hooking.collisions import check_known, listed_keys
+from tdhook_rl.hooking.context import ContextView, NotEntered
+from tdhook_rl.hooking.hooked import HookedMixin
+from tdhook_rl.hooking.preparing import hooked_clone
 
 __all__ = ["Binder", "BoundMethod", "Compose", "HookedModule", "HookingContext", "Method"]
-
-#: Names that a hooked policy adds to its class; a policy that has one of its own is refused.
-_ADDED_NAMES = (
-    "annotate", "controls", "disable_context", "disable_context_hooks", "hooked_root", "hooking_context",
-    "policy_in_keys", "policy_out_keys", "restore", "result_keys", "run",
-)  # fmt: skip
 
 Keys = Sequence[NestedKey] | Mapping[str, NestedKey]
 
@@ -186,7 +165,7 @@ class HookingContext(NotEntered):
     def __enter__(self) -> Any:
         if self._hooked is not None:
             raise PreparationError("this context is entered already: a second prepare() gives another one")
-        self._hooked = self._build()
+        self._hooked = hooked_clone(self._module, self._methods, self._in_keys, self._out_keys)
         self._view = ContextView(self._hooked)
         return self._hooked
 
@@ -195,67 +174,6 @@ class HookingContext(NotEntered):
     ) -> None:
         self._hooked.restore()
         self._hooked = None
-
-    def _build(self) -> Any:
-        clone = tied_clone(self._module)
-        root = clone
-        if not self._wrapped:
-            clone = TensorDictModule(clone, in_keys=self._in_keys, out_keys=self._out_keys)
-            clone.training = root.training
-        taken = [name for name in _ADDED_NAMES if hasattr(clone, name)]
-        if taken:
-            raise PreparationError(
-                f"{type(clone).__name__} has its own attribute {taken[0]!r}, which a hooked policy needs: rename it"
-            )
-        runtime = Runtime()
-        runtime.tie = Tie(self._module, root)
-        runtime.methods = tuple(self._methods)
-        survey(clone, runtime)
-        binder = Binder(clone, root, runtime)
-        drawn = survey_draws(clone)
-        place_inner_hooks(clone, runtime)
-        for child in list(clone.modules()):
-            if child is clone:
-                continue
-            if draws(child):
-                swap_class(child, ReplayMixin)
-                child.__dict__.update(_hooked_runtime=runtime, _hooked_draw=drawn.get(child, Draw()))
-                continue
-            if child in drawn:
-                child.register_forward_hook(DecidedHook(runtime, drawn[child]))
-            if writes_by_default(type(child)):
-                swap_class(child, WritingMixin)
-        bound = [one for one in (method.bind(binder) for method in self._methods) if one is not None]
-        binder.place_row_hooks()
-        binder.place_state_hooks()
-        quicken_pooling(clone)
-        check_collisions(clone, bound, binder.reads)
-        steps = [one for one in bound if (one.result_keys or one.consumes) and one.when == "step"]
-        traits = Traits.of(clone)
-        clone.__dict__.update(
-            _hooked_runtime=runtime,
-            _hooked_bound=bound,
-            _hooked_steps=steps,
-            _hooked_traits=traits,
-            _hooked_signs=signs(clone) if any(one.replays and one.when == "step" for one in bound) else [],
-            _hooked_shares=can_share(clone, traits) and not drawn and chunked_by(clone) is None,
-            _hooked_draws=list(drawn.values()),
-            _hooked_slots={key: one.slots[key] for one in drawn.values() for key in one.rewriters},
-            _hooked_actions=value_actions(clone),
-            _hooked_is_chain=is_chain(clone),
-            _hooked_alone=[one for one in steps if one.without_forward],
-            _hooked_reads=binder.reads,
-            _hooked_overwrites=[key for key in clone.in_keys if key in list(clone.out_keys)],
-            _hooked_made=binder.made,
-            _hooked_noise=binder.noise,
-            _hooked_chunks=chunked_by(clone),
-            _hooked_routes=binder.routes,
-            _hooked_supports=supports(clone),
-            _hooked_wraps=not self._wrapped,
-        )
-        swap_class(clone, HookedMixin)
-        clone.__dict__["_hooked_provenance"] = Provenance(clone, bound)
-        return clone
 
 
 class HookedModule:

@@ -7,7 +7,6 @@ The keys stay what they are at every step; where a row was left out its values a
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,12 +15,12 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 
-from tdhook_rl.coupling import coupled
-from tdhook_rl.errors import InputError, MissingKeyError, nearest
+from tdhook_rl.calls.bound import BoundMethod
+from tdhook_rl.calls.coupling import coupled
+from tdhook_rl.calls.passes import Call
+from tdhook_rl.calls.real_rows import emptied, nothing
+from tdhook_rl.errors import InputError, MissingKeyError, nearest, warn
 from tdhook_rl.method import Binder, Method
-from tdhook_rl.passes import Call
-from tdhook_rl.real_rows import emptied, nothing
-from tdhook_rl.traits import BoundMethod
 
 __all__ = ["Scheduled"]
 
@@ -199,8 +198,7 @@ class _BoundScheduled(BoundMethod):
     def _notice(self, fired: bool) -> None:
         self._silent = 0 if fired else self._silent + 1
         if self._silent == max(PATIENCE, 2 * self._every):
-            warnings.warn(
+            warn(
                 f"the schedule of {self._name} (every={self._every}, where={self._where!r}) has selected no row in "
-                f"{self._silent} calls: nothing of it is computed",
-                stacklevel=2,
+                f"{self._silent} calls: nothing of it is computed"
             )

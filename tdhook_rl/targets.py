@@ -18,8 +18,7 @@ from tensordict import NestedKey
 from tensordict.utils import unravel_key
 from torch import Tensor
 
-from tdhook_rl.batching import row_vectors
-from tdhook_rl.decisions import (
+from tdhook_rl.calls.decisions import (
     Keys,
     action_of,
     choose,
@@ -30,9 +29,11 @@ from tdhook_rl.decisions import (
     tell_beside_values,
     tell_left_out,
 )
+from tdhook_rl.calls.passes import Pass
 from tdhook_rl.errors import TargetError
-from tdhook_rl.hooks import Portable, vmap_level
-from tdhook_rl.passes import Pass
+from tdhook_rl.replaying.batching import row_vectors
+from tdhook_rl.sites.hooks import Portable
+from tdhook_rl.sites.runtime import vmap_level
 
 __all__ = [
     "Target",
@@ -54,7 +55,7 @@ class Target:
 
     Args:
         name: how messages and reports call it.
-        function: maps a :class:`tdhook_rl.passes.Pass` to a tensor of the batch shape.
+        function: maps a :class:`tdhook_rl.calls.passes.Pass` to a tensor of the batch shape.
         reads_inputs: whether it may look at inputs in ``Pass.stored``; the targets of this module look at actions.
     """
 

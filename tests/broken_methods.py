@@ -15,10 +15,10 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from tdhook_rl.calls.bound import BoundMethod
+from tdhook_rl.calls.passes import Call
 from tdhook_rl.method import Binder, Method
-from tdhook_rl.passes import Call
 from tdhook_rl.testing import SITES
-from tdhook_rl.traits import BoundMethod
 
 __all__ = ["BROKEN", "Norm"]
 
@@ -198,7 +198,7 @@ class _Nothing:
 @broken("original_is_untouched")
 class HooksTheOriginal(Norm):
     def bind(self, binder: Binder) -> BoundMethod:
-        original = binder.runtime.tie.original()  # type: ignore[union-attr]
+        original = binder.tie.original()  # type: ignore[union-attr]
         original.module[0].register_forward_hook(_Nothing())
         return super().bind(binder)
 
@@ -206,7 +206,7 @@ class HooksTheOriginal(Norm):
 @broken("original_is_untouched")
 class SetsEvalMode(Norm):
     def bind(self, binder: Binder) -> BoundMethod:
-        binder.runtime.tie.original().eval()  # type: ignore[union-attr]
+        binder.tie.original().eval()  # type: ignore[union-attr]
         return super().bind(binder)
 
 
@@ -243,7 +243,7 @@ class EditsAndPutsBack(_BoundNorm):
 @broken("original_is_untouched")
 class AddsAnAttribute(Norm):
     def bind(self, binder: Binder) -> BoundMethod:
-        binder.runtime.tie.original().module[0].seen = True  # type: ignore[union-attr]
+        binder.tie.original().module[0].seen = True  # type: ignore[union-attr]
         return super().bind(binder)
 
 

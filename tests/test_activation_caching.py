@@ -145,7 +145,7 @@ def test_a_callback_that_cannot_be_used_says_why() -> None:
         with ActivationCaching("1", callback=callback).prepare(CASES["value"].build()) as hooked:
             with pytest.raises(InputError, match=message):
                 hooked(data.clone())
-            assert not hooked._hooked_runtime.slots
+            assert not hooked._hooked.runtime.slots
 
 
 def test_a_callback_runs_only_where_something_is_captured() -> None:

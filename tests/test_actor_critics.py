@@ -55,7 +55,7 @@ def test_operators_of_a_hooked_one_are_steered_and_record_nothing(build, alpha) 
             torch.testing.assert_close(value, plain.module[2].module(hidden))
         else:
             assert hooked.get_critic_operator() is hooked
-        runtime = hooked._hooked_runtime
+        runtime = hooked._hooked.runtime
         assert not runtime.slots
         assert not runtime.rows
     with pytest.raises(InactiveError):

@@ -52,7 +52,7 @@ def test_adapters_train_through_get_dist_and_log_prob() -> None:
                 optimizer.step()
                 losses.append(float(loss.detach()))
             assert losses[-1] < losses[0]
-            assert all(route.value is None for route in hooked._hooked_routes)
+            assert all(route.value is None for route in hooked._hooked.routes)
 
 
 def test_copies_go_on_with_the_same_adapter() -> None:
@@ -84,7 +84,7 @@ def test_the_source_is_kept_from_in_place_changes_and_is_dropped_on_errors() -> 
         for call in (hooked, hooked.get_dist):
             with pytest.raises(ZeroDivisionError):
                 call(CASE.data(3))
-            assert [route.value for route in hooked._hooked_routes] == [None]
+            assert [route.value for route in hooked._hooked.routes] == [None]
 
 
 def test_bad_adapters_are_refused() -> None:

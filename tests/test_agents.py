@@ -14,9 +14,9 @@ from torchrl.modules import VmapModule
 
 from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors, targets
 from tdhook_rl.attribution import LRP, DimsConfig, GradCAM, IntegratedGradients
+from tdhook_rl.calls.provenance import is_stamp
 from tdhook_rl.errors import InputError, SiteError
 from tdhook_rl.latent import ActivationPatching, DirectionalAblation
-from tdhook_rl.provenance import is_stamp
 from tdhook_rl.weights import Adapters
 from tests.policies import FEATURES, HIDDEN
 from tests.zoo import ZOO, Entry
@@ -183,7 +183,7 @@ def test_nothing_escapes_from_a_vmap_around_the_policy(net: str) -> None:
                 return hooked(data.clone()).select("cache", "attr", *hooked.policy_out_keys)
 
         found = torch.vmap(call, randomness="different")(weights)
-        assert not hooked._hooked_runtime.slots
+        assert not hooked._hooked.runtime.slots
         pickle.dumps(hooked)
         copy.deepcopy(hooked)
     for member, policy in zip(found, policies, strict=True):

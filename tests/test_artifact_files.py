@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tdhook_rl import LinearProbe, ProbeReadout, durable
+from tdhook_rl import LinearProbe, ProbeReadout
 from tdhook_rl.artifacts import load_artifact, save_artifact
 from tdhook_rl.errors import ArtifactError
 from tdhook_rl.experiments import checkpoints
-from tdhook_rl.stored import module_path
+from tdhook_rl.files import durable
+from tdhook_rl.files.stored import module_path
 from tdhook_rl.sweeps import SteeringVector
 
 VECTOR = {"vector": torch.ones(3)}

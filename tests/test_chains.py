@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tdhook_rl import Saliency, targets
 from tdhook_rl.attribution import IntegratedGradients
-from tdhook_rl.chains import LAYERS, Record
+from tdhook_rl.calls.chains import LAYERS, Record
 from tdhook_rl.errors import TargetError
 from tdhook_rl.targets import LinearTarget, Target
 from tests.chains import SQUARES, by_autograd, chain, data, logit

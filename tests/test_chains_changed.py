@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from tdhook_rl import Saliency, targets
-from tdhook_rl.chains import Record
+from tdhook_rl.calls.chains import Record
 from tdhook_rl.targets import LinearTarget, Target
 from tests.chains import MODES, SQUARES, by_autograd, chain, data, logit
 

@@ -13,7 +13,7 @@ from torchrl.modules import MLP, ProbabilisticActor, ValueOperator
 
 from tdhook_rl import ActivationCaching, Compose, Saliency, targets
 from tdhook_rl.attribution import IntegratedGradients
-from tdhook_rl.chains import Record
+from tdhook_rl.calls.chains import Record
 from tdhook_rl.errors import MismatchError
 from tests.chains import MODES, by_autograd, chain, data, logit
 

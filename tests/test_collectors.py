@@ -173,7 +173,7 @@ def test_losses_on_the_plain_actor_see_no_hook() -> None:
         policy(data.select("observation"))
         found = losses(data)
         copy.deepcopy(ClipPPOLoss(actor, critic))
-        assert not policy._hooked_runtime.slots
+        assert not policy._hooked.runtime.slots
     for key in expected.keys():
         assert torch.equal(expected[key], found[key]), key
 
@@ -190,7 +190,7 @@ def test_a_loss_on_the_hooked_policy_is_steered_and_records_nothing() -> None:
         ]
         found = loss(data.reshape(-1).clone())
         assert abs(float(found["kl_approx"])) > 1e-3  # the data came from the unsteered policy
-        assert not policy._hooked_runtime.slots
+        assert not policy._hooked.runtime.slots
         copy.deepcopy(loss)
 
 

@@ -10,11 +10,11 @@ import torch
 from torchrl.collectors import Collector
 
 from tdhook_rl import ActivationCaching, Compose, ProbeReadout, Saliency, SteeringVectors
+from tdhook_rl.calls.provenance import is_stamp
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import PreparationError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.method import Method
-from tdhook_rl.provenance import is_stamp
 from tests.method_table import probe
 from tests.policies import CASES, Case, categorical
 

@@ -40,7 +40,7 @@ def test_a_healthy_set_up_is_all_ok_and_left_as_it_was() -> None:
         assert (np.random.get_state()[1] == states[1]).all()
         assert random.getstate() == states[2]
         assert all(tensor._version == version and torch.equal(tensor, value) for tensor, value, version in before)
-        assert not policy._hooked_runtime.slots
+        assert not policy._hooked.runtime.slots
         assert source.reset()["observation"].equal(twin.reset()["observation"])  # and so is its generator
     assert report.ok
     report.raise_if_failed()

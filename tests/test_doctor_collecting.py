@@ -25,12 +25,12 @@ from torchrl.envs.utils import exploration_type
 from torchrl.modules import ProbabilisticActor
 
 from tdhook_rl import ActivationCaching, SteeringVectors
+from tdhook_rl.doctor.collecting_checks import failure
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.latent.probing import Probing
 from tdhook_rl.rollout import check
-from tdhook_rl.rollout.collecting_checks import failure
 from tests.doctor_set_ups import FEATURES, Acting, Changed, env, found, hooked
 
 

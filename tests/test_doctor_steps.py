@@ -13,10 +13,10 @@ from torchrl.envs import ParallelEnv
 from torchrl.modules import ProbabilisticActor
 
 from tdhook_rl import ActivationCaching, Saliency, SteeringVectors
+from tdhook_rl.calls.passes import Call
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.method import Binder, BoundMethod, Method
-from tdhook_rl.passes import Call
 from tdhook_rl.rollout import check
 from tdhook_rl.scheduled import Scheduled
 from tests.doctor_set_ups import FEATURES, Acting, Changed, Overflow, env, found, hooked

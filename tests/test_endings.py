@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import pickle
@@ -219,11 +220,12 @@ def test_what_policies_hold_is_freed(make: Callable[[torch.Tensor], nn.Module], 
     assert sum(reference() is not None for reference in references) == 0
 
 
-def test_classes_in_use_are_one(tmp_path: Any) -> None:
+def test_copies_pickle_and_no_policy_shares_its_compiled_code_with_another() -> None:
     policies = [Named(nn.Linear(4, 2), ["x"], ["y"]) for _ in range(2)]
     hooked = [ActivationCaching("module").prepare(one, return_context=False) for one in policies]
-    assert type(hooked[0]) is type(hooked[1])
-    assert type(pickle.loads(pickle.dumps(hooked[0]))) is type(hooked[0])
+    hooked += [pickle.loads(pickle.dumps(hooked[0])), copy.deepcopy(hooked[0])]
+    assert len({id(type(one).forward.__code__) for one in hooked}) == 4
+    assert all(isinstance(one, Named) and type(one).__name__ == "HookedNamed" for one in hooked)
 
 
 # ------------------------------------------------------------------ stopped at any moment

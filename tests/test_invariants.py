@@ -13,7 +13,7 @@ from torch import nn
 
 from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors
 from tdhook_rl.errors import InactiveError, PreparationError, TdhookError, TieError
-from tdhook_rl.module import HookedMixin
+from tdhook_rl.hooking.hooked import HookedMixin
 from tests.method_table import METHODS, pairs
 from tests.policies import CASES, Case, categorical, mlp, value
 
@@ -48,7 +48,7 @@ def snapshot(module: nn.Module) -> tuple:
 
 def assert_at_rest(hooked: HookedMixin) -> None:
     """Nothing of a call is left."""
-    runtime = hooked._hooked_runtime
+    runtime = hooked._hooked.runtime
     for name in ("slots", "leaves", "rows", "depth", "recording", "replay", "explaining"):
         assert not getattr(runtime, name), name
 
@@ -182,10 +182,10 @@ def test_a_raising_hook_leaves_nothing_behind() -> None:
     with method.prepare(plain) as hooked:
         with pytest.raises(ZeroDivisionError, match=r"module\.0\.module\.3"):
             hooked(case.data(3))
-        assert not hooked._hooked_runtime.slots
+        assert not hooked._hooked.runtime.slots
         with pytest.raises(ZeroDivisionError):
             hooked.get_dist(case.data(3))
-        assert not hooked._hooked_runtime.slots
+        assert not hooked._hooked.runtime.slots
     assert snapshot(plain) == before
     plain(case.data(3))
 

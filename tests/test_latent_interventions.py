@@ -78,7 +78,7 @@ def test_bad_patches_are_refused() -> None:
     with ActivationPatching(["1"], patch_fn=lambda *_: torch.zeros(1)).prepare(net) as hooked:
         with pytest.raises(InputError, match=r"must have shape \(3, 16\), got \(1,\)"):
             hooked(pair(3))
-        assert hooked._hooked_runtime.explaining is None
+        assert hooked._hooked.runtime.explaining is None
     with pytest.raises(SiteError, match="nearest"):
         ActivationPatching(["9"]).prepare(net).__enter__()
 
@@ -128,7 +128,7 @@ def test_one_sample_without_batch_size_and_bad_contrasts() -> None:
             hooked(TensorDict({("positive", "input"): pos}))
         with pytest.raises(InputError, match="no row to average over"):
             hooked(TensorDict({("positive", "input"): torch.zeros(0, FEATURES), ("negative", "input"): neg}))
-        assert not hooked._hooked_runtime.slots
+        assert not hooked._hooked.runtime.slots
     with Compose(ActivationAddition("1"), ActivationCaching("3")).prepare(net) as hooked:
         with pytest.raises((MissingKeyError, KeyError), match="input"):
             hooked(TensorDict({("positive", "input"): pos, ("negative", "input"): neg}))

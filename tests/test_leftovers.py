@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tdhook_rl import LinearProbe
-from tdhook_rl.durable import write_text
+from tdhook_rl.files.durable import write_text
 
 
 @pytest.fixture(autouse=True)

@@ -155,7 +155,7 @@ def train(case: LossCase, hook: bool) -> list[Any]:
                 updater.step()
             record += [data.clone(), found.detach().clone(), gradients]
             assert not hooks_of_ours(loss)
-            assert not hook or not acting._hooked_runtime.slots
+            assert not hook or not acting._hooked.runtime.slots
         collector.shutdown()
         copy.deepcopy(loss)
     record.append({key: value.clone() for key, value in loss.state_dict().items() if isinstance(value, Tensor)})
@@ -211,7 +211,7 @@ def test_the_loss_of_a_hooked_module_is_that_of_the_net_steered_by_hand(name: st
 
 
 def assert_nothing_kept(hooked: Any) -> None:
-    runtime = hooked._hooked_runtime
+    runtime = hooked._hooked.runtime
     assert not runtime.slots
     assert not runtime.leaves
     assert not runtime.rows
@@ -340,7 +340,7 @@ def test_strength_of_each_row_in_a_loss() -> None:
     site = case.sites["actor"]
     with SteeringVectors({site: vector(5)}, alpha="strength").prepare(modules["actor"]) as hooked:
         found = ClipPPOLoss(hooked, modules["critic"])(data.clone())
-        runtime = hooked._hooked_runtime
+        runtime = hooked._hooked.runtime
         assert not runtime.rows
     net = nets["actor"]
     logits = net[2:](net[:2](data["observation"]) + data["strength"].unsqueeze(-1) * vector(5))

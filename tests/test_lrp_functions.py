@@ -258,7 +258,7 @@ def test_plain_networks_are_not_run_function_by_function() -> None:
     net = nn.Sequential(nn.Linear(W, W), nn.ReLU(inplace=True), nn.Flatten(), nn.Dropout(0.1), nn.Linear(W, 1)).eval()
     with LRP().prepare(net) as hooked:
         hooked(TensorDict({"input": torch.randn(3, W)}, batch_size=3))
-        assert not hooked._hooked_bound[0]._by_function
+        assert not hooked._hooked.bound[0]._by_function
 
 
 def test_networks_of_torchrl() -> None:

@@ -10,7 +10,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from tdhook_rl.errors import SiteError
-from tdhook_rl.paths import find_sites, resolve
+from tdhook_rl.sites.paths import find_sites, resolve
 from tests.policies import categorical
 from tests.seed_page import Model
 

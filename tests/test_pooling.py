@@ -8,7 +8,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from tdhook_rl import ActivationCaching, Saliency, targets
-from tdhook_rl.pooling import ENTRIES, quicken_pooling
+from tdhook_rl.hooking.pooling import ENTRIES, quicken_pooling
 
 WINDOWS = [
     {"kernel_size": 3, "stride": 2, "padding": 1},

@@ -15,11 +15,11 @@ from torchrl.modules import GRUModule
 
 from tdhook_rl import ActivationCaching, IntegratedGradients, Saliency, targets
 from tdhook_rl.attribution import LRP, Occlusion
+from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.latent.probing import LinearEstimator, ProbeManager, Probing
 from tdhook_rl.method import Method
-from tdhook_rl.real_rows import real_rows
 from tdhook_rl.rollout import NetworkDiagnostics, OnlineProbe, summarise
 
 KEYS = {"in_keys": ["observation"], "out_keys": ["logits"]}

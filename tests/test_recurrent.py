@@ -247,7 +247,7 @@ def test_attribution_per_step_is_refused_in_recurrent_mode(attribution, batch: t
     with attribution(when="step", inputs=["observation"]).prepare(case.actor) as hooked:
         with set_recurrent_mode(True), pytest.raises(InputError, match=r"annotate .*horizon='trajectory'"):
             hooked(case.data.clone())
-        assert not hooked._hooked_runtime.slots
+        assert not hooked._hooked.runtime.slots
 
 
 @pytest.mark.parametrize("core", ["lstm", "gru"])

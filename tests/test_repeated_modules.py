@@ -216,8 +216,8 @@ def test_what_needs_one_run_asks_which(name: str, method: str, mode: str) -> Non
     with METHODS[method](site).prepare(net) as hooked:
         with pytest.raises(SiteError, match=f"'{site}@0'.*'{site}@-1'.*'{site}@all'"):
             called(hooked, data, mode)
-        assert not hooked._hooked_runtime.slots
-        assert hooked._hooked_runtime.runs is None
+        assert not hooked._hooked.runtime.slots
+        assert hooked._hooked.runtime.runs is None
 
 
 @pytest.mark.parametrize("name", NETS)

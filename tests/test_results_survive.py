@@ -19,8 +19,9 @@ from tensordict import TensorDict
 from torch import nn
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 
-from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors, durable, targets
+from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors, targets
 from tdhook_rl.errors import ArtifactError, TdhookError
+from tdhook_rl.files import durable
 from tdhook_rl.replay import analyze, load_results, results
 from tdhook_rl.replay.page import Page, block_of
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from tdhook_rl import ActivationCaching, Compose, HookedModule, Saliency, SteeringVectors
 from tdhook_rl.errors import InactiveError, InputError, SiteError, TargetError
-from tdhook_rl.runs import EarlyStop
+from tdhook_rl.runs.run import EarlyStop
 from tests.policies import CASES, FEATURES, HIDDEN, categorical, mlp
 
 F64 = torch.float64

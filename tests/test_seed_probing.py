@@ -244,7 +244,7 @@ def test_only_root_forwards_feed_probes() -> None:
                 return hooked.get_dist(data).logits
 
         torch.vmap(functional, (0, None))(weights, rows(3))
-        assert not hooked._hooked_runtime.slots
+        assert not hooked._hooked.runtime.slots
     assert len(recorder.seen) == 1
 
 
@@ -483,7 +483,7 @@ def test_an_absent_key_is_named(key: str, listed: bool) -> None:
         data = rows(20).exclude(key) if listed else rows(20)
         with pytest.raises(MissingKeyError, match=rf"{key}.*put it in the TensorDict.*list it"):
             hooked(data)
-        assert not hooked._hooked_runtime.slots
+        assert not hooked._hooked.runtime.slots
 
 
 def test_a_manager_says_what_does_not_fit() -> None:

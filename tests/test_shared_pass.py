@@ -128,8 +128,8 @@ def test_an_error_of_the_target_gives_the_caller_its_input_back(net: nn.Sequenti
         with pytest.raises(TargetError, match="3 entries"):
             hooked(one)
         assert one["input"] is x
-        assert not hooked._hooked_runtime.slots
-        assert not hooked._hooked_runtime.leaves
+        assert not hooked._hooked.runtime.slots
+        assert not hooked._hooked.runtime.leaves
 
 
 def test_an_error_of_the_model_gives_the_caller_its_input_back(net: nn.Sequential) -> None:

@@ -49,7 +49,7 @@ def test_every_row_has_its_own_alpha(batch: tuple[int, ...]) -> None:
         assert hooked.in_keys == ["observation", "alpha"]
         found = hooked(data.clone())["logits"]
         through_dist = hooked.get_dist(data.clone())
-        assert not hooked._hooked_runtime.rows
+        assert not hooked._hooked.runtime.rows
     net = actor.module[0].module
     hidden = net[1](net[0](data["observation"])) + data["alpha"][..., None] * vector
     torch.testing.assert_close(found, net[4](net[3](net[2](hidden))))

@@ -19,7 +19,8 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal
 
-from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors, forking, targets
+from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors, targets
+from tdhook_rl.sites import forking
 
 #: Most of these never annotate.
 pytestmark = pytest.mark.filterwarnings("ignore:the policy was called:UserWarning")
@@ -143,7 +144,7 @@ def test_noise_of_another_thread_is_not_repeated() -> None:
     net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 2))
     drawn: list[torch.Tensor] = []
     with ActivationCaching("1").prepare(net, in_keys=["observation"], out_keys=["logits"]) as policy:
-        runtime = policy._hooked_runtime
+        runtime = policy._hooked.runtime
 
         class Turn:
             """A lock of which each release is a moment for another thread."""
@@ -269,7 +270,7 @@ def test_nothing_is_kept_for_forks() -> None:
     before = len(forking._living)
     with METHOD.prepare(actor()) as policy:
         policy(batch())
-        runtime = weakref.ref(policy._hooked_runtime)
+        runtime = weakref.ref(policy._hooked.runtime)
     del policy
     gc.collect()
     assert runtime() is None

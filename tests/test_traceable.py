@@ -12,9 +12,9 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from tdhook_rl import ActivationCaching, IntegratedGradients, Saliency, targets
+from tdhook_rl.calls.provenance import is_stamp
 from tdhook_rl.errors import InputError
-from tdhook_rl.provenance import is_stamp
-from tdhook_rl.traceable import require_traceable, signs
+from tdhook_rl.replaying.traceable import require_traceable, signs
 
 
 class Base(nn.Module):
@@ -130,7 +130,9 @@ def _require_same(found: list[TensorDict], expected: list[TensorDict]) -> None:
 
 METHODS = {
     "saliency": lambda: Saliency(target=targets.logit(0), when="step"),
-    "integrated gradients": lambda: IntegratedGradients(target=targets.logit(0), when="step", n_steps=4, baseline=0.0, compute_convergence_delta=True),
+    "integrated gradients": lambda: IntegratedGradients(
+        target=targets.logit(0), when="step", n_steps=4, baseline=0.0, compute_convergence_delta=True
+    ),
     "caching": lambda: ActivationCaching(".*"),
 }
 

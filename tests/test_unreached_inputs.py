@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from tdhook_rl import Saliency, targets
-from tdhook_rl.real_rows import defined_values
+from tdhook_rl.calls.real_rows import defined_values
 
 KEYS = ("pixels", "vector", "idle")
 

@@ -14,7 +14,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from tdhook_rl import Compose, LinearProbe, ProbeReadout, Saliency, targets
-from tdhook_rl.arguments import checked
+from tdhook_rl.arguments.checked import checked
 from tdhook_rl.attribution import (
     LRP,
     SARFA,

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttribution
 from tdhook_rl.attribution.gradients import gradients
+from tdhook_rl.calls.passes import Call, Pass, with_batch
 from tdhook_rl.errors import InputError, SiteError, TargetError
-from tdhook_rl.passes import Call, Pass, with_batch
 from tdhook_rl.targets import Target, per_row
 
 if TYPE_CHECKING:

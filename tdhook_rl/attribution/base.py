@@ -12,18 +12,18 @@ from tensordict.nn import ProbabilisticTensorDictModule
 from tensordict.utils import unravel_key
 from torch import Tensor
 
-from tdhook_rl.arguments import require_target
+from tdhook_rl.arguments.checked import require_target
 from tdhook_rl.attribution.chain_gradients import is_linear
 from tdhook_rl.attribution.gradients import explainable_inputs
-from tdhook_rl.batching import in_recurrent_mode
+from tdhook_rl.calls.bound import BoundMethod
+from tdhook_rl.calls.passes import Call, Pass, with_batch
+from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.errors import InputError, MissingKeyError, TargetError, nearest
-from tdhook_rl.hooks import Portable
 from tdhook_rl.method import Binder, Method
-from tdhook_rl.missing import Absent, Heard, Missing, check_missing
-from tdhook_rl.passes import Call, Pass, with_batch
-from tdhook_rl.real_rows import real_rows
+from tdhook_rl.replaying.batching import in_recurrent_mode
+from tdhook_rl.sites.hooks import Portable
+from tdhook_rl.sites.missing import Absent, Heard, Missing, check_missing
 from tdhook_rl.targets import DefaultTarget, Target, per_row
-from tdhook_rl.traits import BoundMethod
 
 if TYPE_CHECKING:
     from tensordict.nn import TensorDictModuleBase
@@ -54,8 +54,8 @@ class GradientAttribution(Method):
             ``input_modules`` are given.
         input_modules: modules whose output is explained, under ``(attribution_key, path)``. Of a module that runs
             several times in a call say which run: ``"act@0"``, ``"act@-1"``, or ``"act@all"`` for the gradient with
-            respect to each run, in a dimension for the runs after the batch (see :mod:`tdhook_rl.paths`); their sum
-            is the gradient for a change of all of them.
+            respect to each run, in a dimension for the runs after the batch (see :mod:`tdhook_rl.sites.paths`);
+            their sum is the gradient for a change of all of them.
         target_modules: modules whose output ``init_attr_targets`` is given beside the policy's outputs.
         when: ``"step"`` in every forward, as a second pass; ``"batch"`` in ``annotate`` only. By default
             ``"batch"`` on policies explained through ``target`` and ``"step"`` elsewhere.
@@ -189,7 +189,7 @@ class BoundAttribution(BoundMethod):
         return keys if self.beside is None else (*keys, *((self.beside, *name) for name in names))
 
     def compute(self, call: Call) -> dict[tuple[str, ...], Tensor]:
-        if self.horizon == "step" and call.policy._hooked_traits.recurrent and in_recurrent_mode(call.policy):
+        if self.horizon == "step" and call.policy._hooked.traits.recurrent and in_recurrent_mode(call.policy):
             raise InputError(
                 f"{type(self).__name__.removeprefix('_Bound')} explains rows, but a policy in recurrent mode reads "
                 "trajectories, whose steps would be mixed: collect without it and call annotate on the batch, which "

@@ -9,8 +9,8 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.attribution.undefined import blank, defined_rows, surely_finite
-from tdhook_rl.chains import Record, chain_layers
-from tdhook_rl.passes import Call, Pass
+from tdhook_rl.calls.chains import Record, chain_layers
+from tdhook_rl.calls.passes import Call, Pass
 from tdhook_rl.targets import DefaultTarget, LinearTarget
 
 __all__ = ["chain_gradient", "is_linear", "replayed_chain"]
@@ -28,7 +28,7 @@ def replayed_chain(
 ) -> tuple[Pass, Record] | None:
     """Run the policy on inputs, one of which it has; ``None`` if it is no chain just now."""
     policy = call.policy
-    if not policy._hooked_is_chain:
+    if not policy._hooked.is_chain:
         return None
     ((key, value),) = inputs.items()
     value = value.detach()

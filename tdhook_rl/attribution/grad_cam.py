@@ -10,11 +10,11 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor
 
-from tdhook_rl.arguments import Checked
+from tdhook_rl.arguments.checked import Checked
 from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttribution
 from tdhook_rl.attribution.gradients import gradients
+from tdhook_rl.calls.passes import Call, Pass, with_batch
 from tdhook_rl.errors import InputError
-from tdhook_rl.passes import Call, Pass, with_batch
 
 if TYPE_CHECKING:
     from tdhook_rl.method import Binder

@@ -17,11 +17,11 @@ from torch import Tensor
 from tdhook_rl.attribution.chain_gradients import chain_gradient, is_linear, replayed_chain
 from tdhook_rl.attribution.undefined import blank, defined_rows, surely_finite
 from tdhook_rl.attribution.unreached import tell_unreached
-from tdhook_rl.chains import MODIFIED
+from tdhook_rl.calls.chains import MODIFIED
+from tdhook_rl.calls.passes import Call, Pass
 from tdhook_rl.errors import InPlaceError, InputError, MissingKeyError, SiteError, TargetError, nearest
-from tdhook_rl.hooks import Runtime, vmap_level
-from tdhook_rl.passes import Call, Pass
-from tdhook_rl.repeats import Several, stacked
+from tdhook_rl.sites.repeats import Several, stacked
+from tdhook_rl.sites.runtime import Runtime, vmap_level
 from tdhook_rl.targets import no_path
 
 __all__ = ["activations", "explainable_inputs", "gradients"]
@@ -44,7 +44,7 @@ def explainable_inputs(call: Call, keys: Sequence[NestedKey] | None) -> dict[Nes
     """
     own = call.policy.policy_in_keys
     if keys is None:
-        noise = call.policy._hooked_noise
+        noise = call.policy._hooked.noise
         known = {key: call.inputs.get(key) for key in own if key not in noise}
         tensors = {key: value for key, value in known.items() if isinstance(value, Tensor)}
         # Booleans beside other inputs are masks; a policy that sees nothing else decides by them.
@@ -198,7 +198,7 @@ def _recorded(
     stored: TensorDictBase | None,
     weights: Tensor | None,
 ) -> tuple[list[Gradients], dict[str, Tensor]]:
-    runtime = call.policy._hooked_runtime
+    runtime = call.policy._hooked.runtime
     given = {slot: None if value is None else value.detach().requires_grad_() for slot, value in leaves.items()}
     with torch.enable_grad(), _leaves(runtime, given, totals=call.totals):
         primals = {key: value.detach().requires_grad_() for key, value in inputs.items()}
@@ -218,7 +218,7 @@ def _backward(
     keep: bool,
 ) -> tuple[list[Gradients], dict[str, Tensor]]:
     """Differentiate the targets of a pass; ``keep`` its graph for the caller."""
-    runtime = call.policy._hooked_runtime
+    runtime = call.policy._hooked.runtime
     values = [target(run) for target in targets]
     _require_fired(runtime, leaves, sites)
     inner = {slot: _in_runs(runtime.slots[slot], sites[slot]) for slot in leaves}
@@ -292,7 +292,7 @@ def activations(
     Raises:
         SiteError: if a module does not run, or if the runs of a site are counted and are not as many as before.
     """
-    runtime = call.policy._hooked_runtime
+    runtime = call.policy._hooked.runtime
     with torch.no_grad(), _leaves(runtime, dict.fromkeys(sites)):
         run = call.replay(inputs, stored)
         _require_fired(runtime, dict.fromkeys(sites), sites)
@@ -320,7 +320,7 @@ def _functional(
     stored: TensorDictBase | None,
     weights: Tensor | None,
 ) -> tuple[list[Gradients], dict[str, Tensor]]:
-    runtime = call.policy._hooked_runtime
+    runtime = call.policy._hooked.runtime
     computed = activations(call, sites, inputs, stored) if leaves else {}
     inner = {slot: computed[slot] if value is None else value for slot, value in leaves.items()}
     # To put what is computed in its own place would cut the inputs off from what follows: there the difference

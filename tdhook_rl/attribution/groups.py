@@ -10,9 +10,9 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor
 
-from tdhook_rl.arguments import checked
-from tdhook_rl.batching import row_vectors
+from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
+from tdhook_rl.replaying.batching import row_vectors
 
 __all__ = ["Disjoint", "Groups", "Overlapping", "each_feature", "group_features", "groups_of_rows", "windows"]
 

@@ -16,11 +16,12 @@ from tdhook_rl.attribution.base import BoundAttribution, Explained
 from tdhook_rl.attribution.functions import Operation, is_of_torch, operation, running_module
 from tdhook_rl.attribution.saliency import Saliency, _BoundSaliency
 from tdhook_rl.attribution.watching import WatchedCall, reached
-from tdhook_rl.batching import GeneratorState
+from tdhook_rl.calls.passes import Call, Pass
 from tdhook_rl.errors import InPlaceError, SiteError, TdhookError
-from tdhook_rl.hooks import Runtime, first_tensor, vmap_level
-from tdhook_rl.passes import Call, Pass
-from tdhook_rl.paths import Site
+from tdhook_rl.replaying.batching import GeneratorState
+from tdhook_rl.sites.containers import first_tensor
+from tdhook_rl.sites.paths import Site
+from tdhook_rl.sites.runtime import Runtime, vmap_level
 
 if TYPE_CHECKING:
     from tdhook_rl.method import Binder
@@ -182,7 +183,7 @@ class _BoundGuidedBackpropagation(_BoundSaliency):
     def attribute(
         self, call: Call, explained: Explained, targets: Sequence[Callable[[Pass], Tensor]]
     ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
-        runtime = call.policy._hooked_runtime
+        runtime = call.policy._hooked.runtime
         if torch.compiler.is_compiling():
             previous, runtime.explaining = runtime.explaining, self._owner
             with _TracedFunctions():

@@ -17,11 +17,11 @@ from torch import Tensor
 from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttribution
 from tdhook_rl.attribution.baselines import Baseline, check_baseline, filled
 from tdhook_rl.attribution.gradients import activations, gradients
-from tdhook_rl.batching import conv_chunk, repeat_rows, row_vectors
-from tdhook_rl.coupling import coupled
-from tdhook_rl.draws import draws, sample_keys
+from tdhook_rl.calls.coupling import coupled
+from tdhook_rl.calls.passes import Call, Pass, with_batch
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
-from tdhook_rl.passes import Call, Pass, with_batch
+from tdhook_rl.policies.draws import draws, sample_keys
+from tdhook_rl.replaying.batching import conv_chunk, repeat_rows, row_vectors
 
 if TYPE_CHECKING:
     from tdhook_rl.method import Binder
@@ -366,7 +366,7 @@ def rows_at_once(call: Call, chunk_size: int | None) -> int:
         return max(1, call.batch_size.numel())
     if chunk_size is not None:
         return chunk_size
-    if call.policy._hooked_traits.convolutional:
+    if call.policy._hooked.traits.convolutional:
         return conv_chunk(call.inputs.values(), call.batch_size)
     return PATH_ROWS
 

@@ -28,11 +28,11 @@ from tdhook_rl.attribution.lrp_hooks import (
 from tdhook_rl.attribution.lrp_rules import BY_WEIGHT, CONTAINERS, ROUTING, Rule, RuleMapper, Uniform, is_plain
 from tdhook_rl.attribution.relevance_graph import Graph
 from tdhook_rl.attribution.watching import Watch, WatchedCall, reached
-from tdhook_rl.batching import GeneratorState, row_vectors
-from tdhook_rl.decisions import action_of, drawn_decisions, every, require_own_parameters
+from tdhook_rl.calls.decisions import action_of, drawn_decisions, every, require_own_parameters
+from tdhook_rl.calls.passes import Call, Pass
 from tdhook_rl.errors import InPlaceError, InputError, SiteError, TdhookError
-from tdhook_rl.hooks import vmap_level
-from tdhook_rl.passes import Call, Pass
+from tdhook_rl.replaying.batching import GeneratorState, row_vectors
+from tdhook_rl.sites.runtime import vmap_level
 from tdhook_rl.targets import Target, chosen_logit, default_target
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 from tdhook_rl.attribution.functions import Kind, Operation, operation, running_module
 from tdhook_rl.attribution.lrp_hooks import LrpState, Unknown
 from tdhook_rl.attribution.relevance_graph import Graph
-from tdhook_rl.rows import vmap_level
+from tdhook_rl.errors import warn
+from tdhook_rl.sites.runtime import vmap_level
 
 __all__ = ["CutOff", "LookForCuts", "owner", "tensors"]
 
@@ -99,10 +99,9 @@ class CutOff:
     def _say(self, what: str) -> None:
         if not self._warns:
             raise Unknown
-        warnings.warn(
+        warn(
             f"LRP: {owner(self._names)} {what} cut off from them (by detach, no_grad or a comparison); it keeps its "
-            "share of the relevance as a bias does, so that the relevance of the inputs does not add up to the output",
-            stacklevel=2,
+            "share of the relevance as a bias does, so that the relevance of the inputs does not add up to the output"
         )
 
 

@@ -22,7 +22,7 @@ from tdhook_rl.attribution.lrp_hooks import LrpState, ShareByFunction, ShareOut
 from tdhook_rl.attribution.lrp_rules import AffineMap, Rule, ratio
 from tdhook_rl.attribution.relevance_graph import Graph
 from tdhook_rl.errors import InputError
-from tdhook_rl.rows import vmap_level
+from tdhook_rl.sites.runtime import vmap_level
 
 __all__ = ["FunctionRules", "Refusal", "no_rule"]
 

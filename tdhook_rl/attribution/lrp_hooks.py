@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,7 @@ from torch.utils import _pytree as pytree
 
 from tdhook_rl.attribution.lrp_rules import AffineMap, Epsilon, Rule, affine, as_it_ran, ratio
 from tdhook_rl.errors import InputError
-from tdhook_rl.hooks import Runtime
-from tdhook_rl.rows import vmap_level
-
-if TYPE_CHECKING:
-    from tdhook_rl.attribution.lrp_cuts import CutOff
-    from tdhook_rl.attribution.lrp_functions import FunctionRules
+from tdhook_rl.sites.runtime import Runtime, vmap_level
 
 __all__ = ["ComputedHook", "GradientHook", "LrpState", "RuleHook", "ShareByFunction", "ShareOut", "Unknown"]
 
@@ -61,7 +56,7 @@ class LrpState:
         self.owner = owner
         self.begin(None, None)
 
-    def begin(self, functions: FunctionRules | None, cuts: CutOff | None) -> None:
+    def begin(self, functions: Any, cuts: Any) -> None:
         """Start a pass, in which functions have rules too or not, and what is cut off is looked for or not."""
         self.functions = functions
         self.cuts = cuts

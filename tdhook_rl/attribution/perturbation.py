@@ -27,8 +27,8 @@ from tdhook_rl.attribution.perturbation_base import (
     Output,
     Perturbation,
 )
+from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
-from tdhook_rl.passes import Call
 
 if TYPE_CHECKING:
     from tdhook_rl.method import Binder

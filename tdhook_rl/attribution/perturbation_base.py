@@ -13,9 +13,9 @@ from torch import Tensor
 from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttribution
 from tdhook_rl.attribution.groups import Groups
 from tdhook_rl.attribution.integrated_gradients import rows_at_once
-from tdhook_rl.batching import repeat_rows, row_vectors, shallow
+from tdhook_rl.calls.passes import Call, Pass
 from tdhook_rl.errors import InputError, TargetError, TdhookError, nearest
-from tdhook_rl.passes import Call, Pass
+from tdhook_rl.replaying.batching import repeat_rows, row_vectors, shallow
 from tdhook_rl.targets import Target, default_target, one_hot_action
 
 if TYPE_CHECKING:

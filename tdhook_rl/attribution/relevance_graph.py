@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdhook_rl.hooks import Runtime
-from tdhook_rl.pooling import _MaxPool
+from tdhook_rl.hooking.pooling import _MaxPool
+from tdhook_rl.sites.runtime import Runtime
 
 __all__ = ["Graph"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttribution
 from tdhook_rl.attribution.gradients import gradients
-from tdhook_rl.passes import Call, Pass
+from tdhook_rl.calls.passes import Call, Pass
 
 if TYPE_CHECKING:
     from tdhook_rl.method import Binder

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tdhook_rl.batching import in_recurrent_mode
-from tdhook_rl.passes import Call
-from tdhook_rl.real_rows import surely_finite
+from tdhook_rl.calls.passes import Call
+from tdhook_rl.calls.real_rows import surely_finite
+from tdhook_rl.replaying.batching import in_recurrent_mode
 
 __all__ = ["blank", "defined_rows", "surely_finite"]
 
@@ -16,7 +16,7 @@ def defined_rows(call: Call, reached: Tensor) -> Tensor:
     """The rows whose target is finite; in recurrent mode those from whose step on it is, up to the trajectory's end."""
     defined = torch.isfinite(reached)
     policy = call.policy
-    if not policy._hooked_traits.recurrent or not in_recurrent_mode(policy) or defined.shape != call.batch_size:
+    if not policy._hooked.traits.recurrent or not in_recurrent_mode(policy) or defined.shape != call.batch_size:
         return defined
     starts = call.data.get("is_init", torch.zeros_like(defined)).reshape(defined.shape)
     steps = list(defined.unbind(-1))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tensordict import NestedKey
 from torch import Tensor
 
-from tdhook_rl.errors import TargetError
-from tdhook_rl.hooks import Runtime
+from tdhook_rl.errors import TargetError, warn
+from tdhook_rl.sites.runtime import Runtime
 from tdhook_rl.targets import no_path
 
 __all__ = ["tell_unreached"]
@@ -49,4 +48,4 @@ def tell_unreached(
     )
     if message not in runtime.told:
         runtime.told.add(message)
-        warnings.warn(message, stacklevel=2)
+        warn(message)

@@ -13,8 +13,8 @@ from torch import Tensor
 from tdhook_rl.attribution.lrp_functions import no_rule
 from tdhook_rl.attribution.lrp_hooks import Unknown
 from tdhook_rl.attribution.relevance_graph import Graph
+from tdhook_rl.calls.passes import Call, Pass
 from tdhook_rl.errors import InputError
-from tdhook_rl.passes import Call, Pass
 
 __all__ = ["Watch", "WatchedCall", "reached"]
 

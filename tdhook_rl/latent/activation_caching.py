@@ -12,14 +12,14 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdhook_rl.calls.bound import BoundMethod
+from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import InputError, KeyCollisionError, SiteError, nearest
 from tdhook_rl.latent.caches import CacheStore, Key, LastCall, Staging, holds_still
 from tdhook_rl.latent.caching_hooks import FORWARD, GRADIENT, CachingHook, Callback, GradientHook, escaped
 from tdhook_rl.method import Binder, Method
-from tdhook_rl.missing import Absent, Missing, check_missing
-from tdhook_rl.passes import Call
-from tdhook_rl.paths import Site, find_sites
-from tdhook_rl.traits import BoundMethod
+from tdhook_rl.sites.missing import Absent, Missing, check_missing
+from tdhook_rl.sites.paths import Site, find_sites
 
 __all__ = ["ActivationCaching"]
 
@@ -29,7 +29,7 @@ class ActivationCaching(Method):
     """Write what modules compute under ``("cache", path)``; their gradients, and the last call, into a cache.
 
     Args:
-        key_pattern: a module path or pattern (see :mod:`tdhook_rl.paths`), or several of them.
+        key_pattern: a module path or pattern (see :mod:`tdhook_rl.sites.paths`), or several of them.
         relative: ``True``: paths start at the module that is prepared; ``False``: at the TensorDict module around
             it, which differs for a plain ``nn.Module`` only (``"module.0"`` in place of ``"0"``).
         cache: a TensorDict of the caller's (see below).
@@ -227,7 +227,7 @@ class _BoundCaching(BoundMethod):
 
     def _keep(self, found: dict[Key, Tensor], call: Call) -> None:
         # Neither a compiled call nor a tensor of the caller's vmap can be kept.
-        if self.last is not None and not torch.compiler.is_compiling() and call.policy._hooked_runtime.level < 0:
+        if self.last is not None and not torch.compiler.is_compiling() and call.policy._hooked.runtime.level < 0:
             self.last.stage(found, call.batch_size)
 
     def _settle(self, call: Call) -> None:

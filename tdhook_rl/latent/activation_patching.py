@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,15 +10,15 @@ from tensordict import NestedKey
 from tensordict.nn import ProbabilisticTensorDictModule
 from torch import Tensor
 
-from tdhook_rl.callbacks import takes_keywords
-from tdhook_rl.draws import sample_keys
-from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
-from tdhook_rl.hooks import Portable
+from tdhook_rl.arguments.callbacks import takes_keywords
+from tdhook_rl.calls.bound import BoundMethod
+from tdhook_rl.calls.passes import Call
+from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest, warn
 from tdhook_rl.latent.patch_hooks import KeepHook, PatchHook, other_count, runs_kept
 from tdhook_rl.method import Binder, Method
-from tdhook_rl.passes import Call
-from tdhook_rl.paths import Site
-from tdhook_rl.traits import BoundMethod
+from tdhook_rl.policies.draws import sample_keys
+from tdhook_rl.sites.hooks import Portable
+from tdhook_rl.sites.paths import Site
 
 __all__ = ["ActivationPatching"]
 
@@ -76,13 +75,12 @@ class ActivationPatching(Method):
 
     def __post_init__(self) -> None:
         if self.patch_fn is not None and takes_keywords(self.patch_fn, _ARGUMENTS, "patch_fn"):
-            warnings.warn(
+            warn(
                 "patch_fn(module_key, output, output_to_patch): as in tdhook, `output` is of the run that is patched, "
                 "`output_to_patch` is of the first run (the data's own inputs), and None puts the latter in. In "
                 "tdhook_rl 0.1.0 the two were the other way round, and None left the run as it was. With other names "
                 "the parameters are filled in this order, and this warning is not given",
                 FutureWarning,
-                stacklevel=5,
             )
 
     def bind(self, binder: Binder) -> _BoundPatching:
@@ -135,7 +133,7 @@ class _BoundPatching(BoundMethod):
                     f"{tuple(call.inputs[key].shape)}"
                 )
             others[key] = value
-        with torch.no_grad(), call.policy._hooked_runtime.explained_by(self._owner):
+        with torch.no_grad(), call.policy._hooked.runtime.explained_by(self._owner):
             run = call.replay(others)
         for slot, site in self._slots.items():
             patched = run.runs.get(slot, 0)

@@ -12,7 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
-from tdhook_rl.repeats import Several
+from tdhook_rl.sites.repeats import Several
 
 __all__ = ["CacheStore", "CallRecord", "LastCall", "Staging", "holds_still"]
 

@@ -12,20 +12,14 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.hooks import (
-    CaptureHook,
-    Portable,
-    Runtime,
-    first_input,
-    first_tensor,
-    unbatched,
-    with_first_tensor,
-)
 from tdhook_rl.latent.caches import CallRecord, Key, Staging
-from tdhook_rl.layouts import time_comes_first
-from tdhook_rl.paths import Site
-from tdhook_rl.repeats import added, stacked
-from tdhook_rl.rows import rows_of, rows_of_part
+from tdhook_rl.sites.containers import first_input, first_tensor, with_first_tensor
+from tdhook_rl.sites.hooks import CaptureHook, Portable
+from tdhook_rl.sites.layouts import time_comes_first
+from tdhook_rl.sites.paths import Site
+from tdhook_rl.sites.repeats import added, stacked
+from tdhook_rl.sites.rows import rows_of, rows_of_part, unbatched
+from tdhook_rl.sites.runtime import Runtime
 
 __all__ = ["FORWARD", "GRADIENT", "CachingHook", "Callback", "GradientHook", "escaped"]
 

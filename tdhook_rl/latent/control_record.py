@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tdhook_rl.calls.bound import BoundMethod
+from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
-from tdhook_rl.hooks import Runtime
 from tdhook_rl.method import Binder, Method
-from tdhook_rl.passes import Call
-from tdhook_rl.traits import BoundMethod
+from tdhook_rl.sites.runtime import Runtime
 
 __all__ = ["ControlRecord"]
 

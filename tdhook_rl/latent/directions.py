@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.hooks import Runtime
 from tdhook_rl.latent.steering_vector import SteeringVector, as_vectors
 from tdhook_rl.method import Binder, Method
-from tdhook_rl.rows import rows_of, with_rows
-from tdhook_rl.vectors import placed_shape
+from tdhook_rl.sites.rows import rows_of, with_rows
+from tdhook_rl.sites.runtime import Runtime
+from tdhook_rl.sites.vectors import placed_shape
 
 __all__ = ["DirectionClamping", "DirectionalAblation"]
 

@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tdhook_rl.containers import other_tensors, with_other_tensors
+from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import InputError, SiteError
-from tdhook_rl.hooks import CaptureHook, Portable, Runtime
-from tdhook_rl.passes import Call
-from tdhook_rl.paths import Site
-from tdhook_rl.repeats import Several, added, several_runs
-from tdhook_rl.rows import explicit, rows_of, with_rows
+from tdhook_rl.sites.containers import other_tensors, with_other_tensors
+from tdhook_rl.sites.hooks import CaptureHook, Portable
+from tdhook_rl.sites.paths import Site
+from tdhook_rl.sites.repeats import Several, added, several_runs
+from tdhook_rl.sites.rows import explicit, rows_of, with_rows
+from tdhook_rl.sites.runtime import Runtime
 
 __all__ = ["KeepHook", "PatchHook", "runs_kept"]
 

@@ -11,11 +11,11 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from tdhook_rl.arguments import Checked
+from tdhook_rl.arguments.checked import Checked
 from tdhook_rl.artifacts import load_artifact, save_artifact
 from tdhook_rl.errors import ArtifactError, InputError
+from tdhook_rl.files.stored import module_path, tensors_named
 from tdhook_rl.latent.activation_caching import ActivationCaching
-from tdhook_rl.stored import module_path, tensors_named
 
 __all__ = ["SteeringVector", "as_vectors"]
 

@@ -11,16 +11,17 @@ from tensordict import NestedKey
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
-from tdhook_rl.batching import in_recurrent_mode
-from tdhook_rl.callbacks import takes_keywords
+from tdhook_rl.arguments.callbacks import takes_keywords
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
-from tdhook_rl.hooks import Portable, Runtime
 from tdhook_rl.latent.steering_vector import as_vectors
 from tdhook_rl.method import Binder, Method
-from tdhook_rl.paths import Site
-from tdhook_rl.rows import explicit, feature_dims, rows_of, with_rows
-from tdhook_rl.states import state_names, state_of, with_state
-from tdhook_rl.vectors import placed_shape
+from tdhook_rl.replaying.batching import in_recurrent_mode
+from tdhook_rl.sites.hooks import Portable
+from tdhook_rl.sites.paths import Site
+from tdhook_rl.sites.rows import explicit, feature_dims, rows_of, with_rows
+from tdhook_rl.sites.runtime import Runtime
+from tdhook_rl.sites.states import state_names, state_of, with_state
+from tdhook_rl.sites.vectors import placed_shape
 
 __all__ = ["SteeringVectors"]
 

@@ -7,7 +7,7 @@ from typing import Any
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.arguments import checked
+from tdhook_rl.arguments.checked import checked
 from tdhook_rl.metrics.scoring import Scorer, flat, score
 
 __all__ = ["completeness_gap"]

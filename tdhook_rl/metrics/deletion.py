@@ -9,7 +9,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.arguments import checked
+from tdhook_rl.arguments.checked import checked
 from tdhook_rl.metrics.scoring import ScoreDirection, Scorer, flat, require_count, score
 
 __all__ = ["DeletionInsertion", "deletion_insertion"]

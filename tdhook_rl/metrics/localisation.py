@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tdhook_rl.arguments import checked
+from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 
 __all__ = ["pointing_game", "relevance_mass"]

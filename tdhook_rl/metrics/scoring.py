@@ -17,7 +17,12 @@ from torch import Tensor
 from tdhook_rl.attribution import LRP
 from tdhook_rl.attribution.base import BoundAttribution
 from tdhook_rl.attribution.baselines import filled
-from tdhook_rl.batching import (
+from tdhook_rl.calls.passes import Call, conduct_of, stored_inputs
+from tdhook_rl.calls.preconditions import require_rows
+from tdhook_rl.errors import InputError, MissingKeyError, nearest
+from tdhook_rl.metrics.selection import find_attribution, target_name
+from tdhook_rl.policies.draws import action_keys
+from tdhook_rl.replaying.batching import (
     PassNoise,
     conv_chunk,
     frozen_statistics,
@@ -25,11 +30,7 @@ from tdhook_rl.batching import (
     map_chunks,
     shallow,
 )
-from tdhook_rl.errors import InputError, MissingKeyError, nearest
-from tdhook_rl.hooks import vmap_level
-from tdhook_rl.metrics.selection import find_attribution, target_name
-from tdhook_rl.passes import Call, action_keys, conduct_of, stored_inputs
-from tdhook_rl.preconditions import require_rows
+from tdhook_rl.sites.runtime import vmap_level
 
 __all__ = ["ScoreDirection", "Scorer", "flat", "require_count", "require_floats", "score"]
 
@@ -191,9 +192,9 @@ def score(
             "metrics merge rows into chunks, which would mix trajectories in recurrent mode: leave "
             "set_recurrent_mode off, so that each row is scored at its stored hidden state"
         )
-    runtime = hooked._hooked_runtime
-    if runtime.tie is not None:
-        runtime.tie.check(hooked)
+    runtime, tie = hooked._hooked.runtime, hooked._hooked.tie
+    if tie is not None:
+        tie.check(hooked)
 
     conduct = conduct_of(hooked)
     noise = PassNoise(data.device or conduct.device, others=not conduct.watch.idle)
@@ -214,10 +215,10 @@ def score(
                 runtime.slots.clear()
                 hooked._close_routes()
 
-    if chunk_size is None and hooked._hooked_traits.convolutional:
+    if chunk_size is None and hooked._hooked.traits.convolutional:
         chunk_size = conv_chunk((data.get(key, None) for key in hooked.policy_in_keys), data.batch_size)
     keys = [*hooked.in_keys, *hooked.policy_out_keys, *bound.reads, *(key[:1] for key in bound.result_keys)]
-    keys += ["baseline", ("computed", bound.root), *action_keys(hooked)]
+    keys += ["baseline", ("computed", bound.root), *action_keys(hooked.policy_out_keys)]
     # Out of inference mode, whose tensors have no gradients: those that come from it are copied.
     with torch.inference_mode(False), torch.no_grad():
         chosen = data.select(*dict.fromkeys(keys), strict=False)

@@ -6,7 +6,7 @@ from typing import Any
 
 from tdhook_rl.attribution.base import BoundAttribution
 from tdhook_rl.errors import InputError, TargetError, nearest
-from tdhook_rl.module import HookedMixin
+from tdhook_rl.hooking.hooked import HookedMixin
 
 __all__ = ["find_attribution", "target_name"]
 
@@ -22,9 +22,9 @@ def find_attribution(hooked: Any, attribution_key: str | None) -> BoundAttributi
             f"a metric takes a hooked policy, got a {type(hooked).__name__}: "
             "`with Saliency().prepare(policy) as hooked:`"
         )
-    if not hooked._hooked_runtime.active:
-        hooked._hooked_runtime.refuse()
-    found: list[Any] = [one for one in hooked._hooked_bound if isinstance(one, BoundAttribution)]
+    if not hooked._hooked.runtime.active:
+        hooked._hooked.runtime.refuse()
+    found: list[Any] = [one for one in hooked._hooked.bound if isinstance(one, BoundAttribution)]
     if not found:
         raise InputError(
             "a metric scores an attribution, and this policy is hooked without one: prepare it with "

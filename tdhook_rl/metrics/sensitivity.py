@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.arguments import Checked, checked
+from tdhook_rl.arguments.checked import Checked, checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.metrics.scoring import ScoreDirection, Scorer, flat, require_count, require_floats, score
 

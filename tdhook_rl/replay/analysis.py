@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer
 
-from tdhook_rl.annotation import OnMismatch
-from tdhook_rl.arguments import checked
-from tdhook_rl.durable import FolderLock
-from tdhook_rl.errors import ArtifactError, InputError
-from tdhook_rl.preconditions import require_hooked
-from tdhook_rl.provenance import is_stamp
+from tdhook_rl.arguments.checked import checked
+from tdhook_rl.batches.annotation import OnMismatch
+from tdhook_rl.calls.preconditions import require_hooked
+from tdhook_rl.calls.provenance import is_stamp
+from tdhook_rl.errors import ArtifactError, InputError, warn
+from tdhook_rl.files.durable import FolderLock
 from tdhook_rl.replay.facts import facts_of
 from tdhook_rl.replay.reading import Reader
 from tdhook_rl.replay.results import Results, ranges
@@ -154,10 +153,9 @@ class _Work:
         self._require_same(results, lost)
         if not lost:
             return
-        warnings.warn(
+        warn(
             f"{ranges(lost)} of {page.done} that were done in {results.folder} are not what was written (they never "
-            "reached the disk, or were changed): they are computed again",
-            stacklevel=3,
+            "reached the disk, or were changed): they are computed again"
         )
         for start, stop in lost:
             for first, last in self.reader.covering(start, stop):
@@ -168,11 +166,10 @@ class _Work:
     def report(self) -> None:
         """Say which rows could not be computed."""
         if self.lacking:
-            warnings.warn(
+            warn(
                 f"{self.lacking} of {self.reader.size} rows have no results (NaN, and a false mask): "
                 f"{self.reader.looking} reads rows before them that were written over, so what the policy saw there is "
-                "no longer known",
-                stacklevel=3,
+                "no longer known"
             )
 
     def _computed(self, index: Tensor, on_mismatch: OnMismatch) -> tuple[TensorDictBase, Tensor]:
@@ -233,14 +230,14 @@ def _explains_trajectories(hooked: Any) -> bool:
     Raises:
         InputError: if a method needs all rows at once.
     """
-    for one in hooked._hooked_bound:
+    for one in hooked._hooked.bound:
         if one.whole_batch:
             name = type(one).__name__.removeprefix("_Bound")
             raise InputError(
                 f"the results of {name} ({', '.join(map(repr, one.result_keys))}) are of all rows of a batch together, "
                 "and a buffer is read in chunks: call annotate with the rows that are meant"
             )
-    return any(one.horizon == "trajectory" for one in hooked._hooked_bound)
+    return any(one.horizon == "trajectory" for one in hooked._hooked.bound)
 
 
 def _writes(buffer: ReplayBuffer) -> int | None:

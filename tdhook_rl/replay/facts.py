@@ -20,7 +20,7 @@ LONGEST = 200
 
 def facts_of(hooked: Any) -> dict[str, Any]:
     """The methods and their options, the policy and a fingerprint of its tensors, versions, and the time."""
-    methods = hooked._hooked_runtime.methods
+    methods = hooked._hooked.runtime.methods
     return {
         "policy": type(hooked)._base.__name__,
         "parameters": sum(parameter.numel() for parameter in hooked.parameters()),

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from tdhook_rl.durable import read_json, write_text
 from tdhook_rl.errors import ArtifactError
+from tdhook_rl.files.durable import read_json, write_text
 
 __all__ = ["PAGE", "Page", "read_page", "write_page"]
 

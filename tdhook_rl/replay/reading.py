@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrl.data import ReplayBuffer
 from torchrl.data.replay_buffers import ReplayBufferEnsemble
 
-from tdhook_rl.arguments import checked
+from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.replay.order import Trajectories
 from tdhook_rl.replay.transforms import (

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from tensordict import MemoryMappedTensor, TensorDict, TensorDictBase
 
-from tdhook_rl.arguments import checked
-from tdhook_rl.durable import require_space, reserve, sync
+from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import ArtifactError
+from tdhook_rl.files.durable import require_space, reserve, sync
 from tdhook_rl.replay.page import PAGE, Page, block_of, read_page, write_page
 
 __all__ = ["Results", "load_results"]

@@ -14,7 +14,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
-from tdhook_rl.errors import ArtifactError, InputError
+from tdhook_rl.errors import ArtifactError, InputError, warn
 
 __all__ = ["FileSink", "LoggerSink", "Sink", "Sinks", "new_folder", "open_wandb"]
 
@@ -74,10 +74,9 @@ class FileSink:
         except OSError as error:
             if not self._told:
                 self._told = True
-                warnings.warn(
+                warn(
                     f"{self.path} cannot be written ({error.strerror}): what is measured from step {number} on is not "
-                    "in it, until there is room",
-                    stacklevel=2,
+                    "in it, until there is room"
                 )
 
     def _write(self, text: str) -> None:
@@ -128,7 +127,7 @@ class FileSink:
         if odd:
             shown = ", ".join(map(str, odd[:5])) + (", ..." if len(odd) > 5 else "")
             lines = f"line {shown} was" if len(odd) == 1 else f"{len(odd)} lines ({shown}) were"
-            warnings.warn(f"of {path} {lines} cut and left out; the rest is read", stacklevel=2)
+            warn(f"of {path} {lines} cut and left out; the rest is read")
         return curves
 
 

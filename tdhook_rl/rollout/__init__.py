@@ -14,16 +14,16 @@ from tdhook_rl.rollout.splits import EPISODE, GroupSplit
 from tdhook_rl.rollout.summary import AnnotatedMetrics, summarise
 
 if TYPE_CHECKING:
-    from tdhook_rl.rollout.doctor import check
-    from tdhook_rl.rollout.findings import Finding, Report
+    from tdhook_rl.doctor.check import check
+    from tdhook_rl.doctor.findings import Finding, Report
     from tdhook_rl.rollout.trainer_hook import AnnotateHook
 
 # The trainers of TorchRL are imported with the hook that joins them.
 _HOME = {
     "AnnotateHook": "tdhook_rl.rollout.trainer_hook",
-    "Finding": "tdhook_rl.rollout.findings",
-    "Report": "tdhook_rl.rollout.findings",
-    "check": "tdhook_rl.rollout.doctor",
+    "Finding": "tdhook_rl.doctor.findings",
+    "Report": "tdhook_rl.doctor.findings",
+    "check": "tdhook_rl.doctor.check",
 }
 
 __all__ = [

@@ -12,14 +12,14 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from tdhook_rl.arguments import checked
-from tdhook_rl.batching import GeneratorState
+from tdhook_rl.arguments.checked import checked
+from tdhook_rl.calls.passes import conduct_of
+from tdhook_rl.calls.real_rows import defined_values, real_rows
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.latent.activation_caching import ActivationCaching
 from tdhook_rl.latent.representation_similarity import CkaEstimator
 from tdhook_rl.metrics.plasticity import action_churn, dormant_units, effective_rank, entropy_rank
-from tdhook_rl.passes import conduct_of
-from tdhook_rl.real_rows import defined_values, real_rows
+from tdhook_rl.replaying.batching import GeneratorState
 from tdhook_rl.rollout.unit_axes import UnitAxes, given_axis
 
 __all__ = ["NetworkDiagnostics"]

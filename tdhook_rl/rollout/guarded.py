@@ -14,9 +14,9 @@ from tensordict.nn import InteractionType, set_interaction_type
 from tensordict.nn.probabilistic import interaction_type
 from torch import nn
 
-from tdhook_rl.arguments import checked
+from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError, WorkerError, nearest
-from tdhook_rl.module import HookedMixin
+from tdhook_rl.hooking.hooked import HookedMixin
 from tdhook_rl.rollout.workers import Caller, Worker, descendants, end, inner_collector, is_ending, workers_of
 
 __all__ = ["Guarded"]
@@ -193,8 +193,8 @@ class Guarded:
 
     def _check_tie(self) -> None:
         policy = _policy(self.collector)
-        if isinstance(policy, HookedMixin) and policy._hooked_runtime.tie is not None:
-            policy._hooked_runtime.tie.check(policy)
+        if isinstance(policy, HookedMixin) and policy._hooked.tie is not None:
+            policy._hooked.tie.check(policy)
 
     def _check_background(self) -> None:
         collector = self.collector

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from tdhook_rl.arguments import checked
-from tdhook_rl.controls import as_value
+from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError, WorkerError
-from tdhook_rl.module import HookedMixin
+from tdhook_rl.hooking.hooked import HookedMixin
 from tdhook_rl.rollout.guarded import Guarded
 from tdhook_rl.rollout.workers import Caller, inner_collector, is_ending, workers_of
+from tdhook_rl.sites.controls import as_value
 
 __all__ = ["set_controls"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,14 +11,14 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 
-from tdhook_rl.arguments import checked
-from tdhook_rl.controls import Controls
-from tdhook_rl.errors import InputError, MissingKeyError, nearest
+from tdhook_rl.arguments.checked import checked
+from tdhook_rl.calls.real_rows import real_rows
+from tdhook_rl.errors import InputError, MissingKeyError, nearest, warn
 from tdhook_rl.latent.probing.concepts import Concept, ProbeOptions, concept_of
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
 from tdhook_rl.latent.probing.statistics import check_solve
-from tdhook_rl.real_rows import real_rows
 from tdhook_rl.rollout.splits import GroupSplit
+from tdhook_rl.sites.controls import Controls
 from tdhook_rl.statistics import Interval
 from tdhook_rl.statistics.interval import check_confidence
 
@@ -214,7 +213,7 @@ class OnlineProbe:
         for reason, text in (("nan", self.words if math.isnan(main.estimate) else None), ("unseen", unseen)):
             if text and reason not in self._said:
                 self._said.add(reason)
-                warnings.warn(f"the held-out {concept.main} of a probe of {self._name()}: {text}", stacklevel=3)
+                warn(f"the held-out {concept.main} of a probe of {self._name()}: {text}")
 
     def _name(self) -> str:
         if callable(self.label):

@@ -14,9 +14,9 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 
-from tdhook_rl.arguments import checked
-from tdhook_rl.batching import row_vectors
+from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
+from tdhook_rl.replaying.batching import row_vectors
 
 __all__ = ["EPISODE", "GroupSplit"]
 

@@ -10,11 +10,11 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.annotation import OnMismatch
-from tdhook_rl.arguments import Checked, checked
-from tdhook_rl.preconditions import require_hooked
-from tdhook_rl.provenance import is_stamp, stamp_key
-from tdhook_rl.real_rows import real_rows, row_mask
+from tdhook_rl.arguments.checked import Checked, checked
+from tdhook_rl.batches.annotation import OnMismatch
+from tdhook_rl.calls.preconditions import require_hooked
+from tdhook_rl.calls.provenance import is_stamp, stamp_key
+from tdhook_rl.calls.real_rows import real_rows, row_mask
 
 __all__ = ["AnnotatedMetrics", "summarise"]
 

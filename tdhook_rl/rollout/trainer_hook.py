@@ -8,11 +8,11 @@ import torch
 from tensordict import TensorDictBase, is_tensor_collection
 from torchrl.trainers import TrainerHookBase
 
-from tdhook_rl.annotation import OnMismatch
-from tdhook_rl.arguments import checked
-from tdhook_rl.blank import Forms, forms_of, known_forms, without_results
+from tdhook_rl.arguments.checked import checked
+from tdhook_rl.batches.annotation import OnMismatch
+from tdhook_rl.batches.blank import Forms, forms_of, known_forms, without_results
+from tdhook_rl.calls.preconditions import require_hooked
 from tdhook_rl.errors import InputError
-from tdhook_rl.preconditions import require_hooked
 from tdhook_rl.rollout.summary import summarise
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.paths import find_sites
+from tdhook_rl.sites.paths import find_sites
 
 __all__ = ["UnitAxes", "given_axis"]
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from tensordict import TensorDictBase
 
+from tdhook_rl.calls.provenance import is_stamp
 from tdhook_rl.errors import TdhookError
-from tdhook_rl.provenance import is_stamp
 from tdhook_rl.testing.subject import Subject, as_tuples, entries, require, same_bits
 
 __all__ = ["CALLING"]
@@ -173,7 +173,7 @@ def nothing_is_kept(subject: Subject) -> None:
             alive = {key: weakref.ref(value) for key, value in entries(found).items()}
             alive |= {key: weakref.ref(value) for key, value in entries(data).items()}
             del data, found
-            if any(one.last is not None for one in hooked._hooked_bound):
+            if any(one.last is not None for one in hooked._hooked.bound):
                 call(subject.rows(4))  # what it declares to show of the last call is of this one now
             gc.collect()
             kept = [key for key, reference in alive.items() if reference() is not None]

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.distributions import Categorical
 from torchrl.modules import ProbabilisticActor
 
+from tdhook_rl.calls.provenance import is_stamp
 from tdhook_rl.errors import ConformanceError
 from tdhook_rl.method import Method
-from tdhook_rl.provenance import is_stamp
 
 __all__ = ["SITES", "Subject", "Switch", "entries", "require", "same_bits", "sample_data", "sample_policy", "snapshot"]
 

@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError, SiteError
-from tdhook_rl.hooks import Portable, Runtime
 from tdhook_rl.method import Binder, Method
-from tdhook_rl.rows import rows_of, with_rows
+from tdhook_rl.sites.hooks import Portable
+from tdhook_rl.sites.rows import rows_of, with_rows
+from tdhook_rl.sites.runtime import Runtime
 
 __all__ = ["Adapters"]
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tdhook_rl.callbacks import takes_keywords
+from tdhook_rl.arguments.callbacks import takes_keywords
 from tdhook_rl.errors import InputError, SiteError, nearest
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.weights.computed import ComputedWeight, computed_weights

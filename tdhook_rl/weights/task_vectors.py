@@ -13,9 +13,10 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError, nearest
-from tdhook_rl.hooks import Portable, Runtime
 from tdhook_rl.method import Binder, Method
-from tdhook_rl.tying import named_tensors, put_back, replace_tensors
+from tdhook_rl.policies.tying import named_tensors, put_back, replace_tensors
+from tdhook_rl.sites.hooks import Portable
+from tdhook_rl.sites.runtime import Runtime
 from tdhook_rl.weights.computed import computed_weights
 
 __all__ = ["TaskVectors"]

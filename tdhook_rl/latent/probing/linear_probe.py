@@ -10,15 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tdhook_rl.arguments import Checked
+from tdhook_rl.arguments.checked import Checked
 from tdhook_rl.artifacts import load_artifact, save_artifact
-from tdhook_rl.batching import row_vectors
+from tdhook_rl.calls.bound import BoundMethod
+from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import ArtifactError, InputError, nearest
-from tdhook_rl.hooks import Runtime
+from tdhook_rl.files.stored import module_path, tensors_named, text
 from tdhook_rl.method import Binder, Method
-from tdhook_rl.passes import Call
-from tdhook_rl.stored import module_path, tensors_named, text
-from tdhook_rl.traits import BoundMethod
+from tdhook_rl.replaying.batching import row_vectors
+from tdhook_rl.sites.runtime import Runtime
 
 __all__ = ["LinearProbe", "ProbeReadout", "check_kind"]
 

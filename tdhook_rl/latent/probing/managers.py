@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdhook_rl.arguments import checked
+from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError, MissingKeyError, PreparationError, nearest
 from tdhook_rl.latent.probing.estimators import TorchEstimator
 

@@ -11,12 +11,12 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
+from tdhook_rl.calls.bound import BoundMethod
+from tdhook_rl.calls.passes import Call
+from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.method import Binder, Method
-from tdhook_rl.passes import Call
-from tdhook_rl.paths import Site, find_sites
-from tdhook_rl.real_rows import real_rows
-from tdhook_rl.traits import BoundMethod
+from tdhook_rl.sites.paths import Site, find_sites
 
 __all__ = ["Probe", "Probing"]
 
@@ -40,7 +40,7 @@ class Probing(Method):
     The outputs of the policy are unchanged and no result key is written: the probes keep what they find.
 
     Args:
-        key_pattern: a module path or pattern (see :mod:`tdhook_rl.paths`), or several of them.
+        key_pattern: a module path or pattern (see :mod:`tdhook_rl.sites.paths`), or several of them.
         probe_factory: ``probe_factory(key, direction)`` returns the probe of one site, an object with
             ``step(activation, **additional)``; called once for each site when the policy is prepared. ``key`` is
             the module path. :meth:`ProbeManager.probe_factory` is one.
@@ -147,7 +147,7 @@ class _BoundProbing(BoundMethod):
         return self
 
     def compute(self, call: Call) -> dict[tuple[str, ...], Tensor]:
-        if call.policy._hooked_runtime.level >= 0:
+        if call.policy._hooked.runtime.level >= 0:
             return {}
         ran = [one for one in self._readings if one.explicit or one.slot in call.slots]
         if not ran:

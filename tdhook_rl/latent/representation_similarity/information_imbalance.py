@@ -8,7 +8,7 @@ from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook_rl.arguments import checked
+from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.dimension_estimation.neighbours import check_keys, distances, write_results
 from tdhook_rl.latent.representation_similarity.cka import read_pair

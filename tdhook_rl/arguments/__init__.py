@@ -1,0 +1,4 @@
+"""Arguments are checked where they are given.
+
+Knows signatures and annotations only; what an argument is for belongs to the class that takes it.
+"""

@@ -1,0 +1,104 @@
+"""``annotate`` of a hooked policy, and a word where it is needed and nobody takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+from tensordict import TensorDict, TensorDictBase
+
+from tdhook_rl.batches.annotation import OnMismatch
+from tdhook_rl.batches.tensorclasses import annotate_fields
+from tdhook_rl.calls.bound import observers
+from tdhook_rl.calls.policy import HookedPolicy
+from tdhook_rl.calls.preconditions import require_data, require_rows
+from tdhook_rl.errors import warn
+
+__all__ = ["Annotating", "annotate", "only_by_annotate"]
+
+#: Calls after which a policy has acted, and was not only tried.
+ACTED = 2
+
+
+def annotate(
+    self: HookedPolicy, data: TensorDictBase, *, chunk_size: int | None = None, on_mismatch: OnMismatch = "warn"
+) -> TensorDict:
+    """Compute what the data does not hold yet: every configured method, over a whole batch.
+
+    An entry is kept where it is this policy's own, and that is known by the stamp beside its mask,
+    ``("computed", "<root>.stamp")``: this policy (or a copy of it, in whatever process) has written it, with these
+    methods, with the weights that it has now, for the observation and the action that the row holds now. What
+    anything else has written under the roots of the methods is computed again, and does not stay beside the new
+    results. Values are NaN (0 for integers) and ``("computed", root)`` is false in padding, and it is false in
+    rows that have no result: where the observation, or the result itself, is NaN or infinite.
+
+    The stored actions are the targets; nothing is sampled, and the generators stay as they are. A recurrent
+    policy is run at the hidden state that is stored with each row; only methods with
+    ``horizon="trajectory"`` are given whole trajectories, of which the last batch dimension is time. The
+    result can be a collector's ``postproc``.
+
+    Args:
+        data: a batch as collected or read from a buffer, of any batch shape; it is not modified and
+            may be locked or memory-mapped.
+        chunk_size: rows per pass; by default the whole batch, and for convolutional nets as many as stay fast
+            (64 for frames of 3 x 64 x 64).
+        on_mismatch: what to do where the stored outputs are not what the policy computes now, because the
+            weights have changed since, noise or interventions differ: ``"warn"`` once, ``"raise"``, or
+            ``"ignore"``.
+
+    Returns:
+        a new TensorDict with the entries of ``data`` (the same tensors) and the results.
+
+    Raises:
+        MissingKeyError: if an input of the policy is absent.
+        InputError: for an empty batch.
+        MismatchError: with ``on_mismatch="raise"``.
+    """
+    self._hooked.runtime.require_active()
+    require_data(data, "annotate")
+    require_rows(chunk_size, "chunk_size")
+    try:
+        return annotate_fields(self, data, chunk_size, on_mismatch)
+    except Exception as error:
+        self._explain((data,), {}, error)
+        raise
+
+
+def only_by_annotate(policy: Any) -> list[Any]:
+    """The results that no step writes, but only ``annotate``."""
+    steps = {key for one in policy._hooked.steps for key in one.result_keys}
+    return [key for one in observers(policy._hooked.bound) for key in one.result_keys if key not in steps]
+
+
+class Annotating(HookedPolicy):
+    """The part of a hooked policy that has :func:`annotate`."""
+
+    @property
+    def annotate(self) -> Callable[..., TensorDict]:
+        self._hooked.runtime.taken = True  # as a collector's postproc, say
+        return MethodType(annotate, self)
+
+    def _say_if_nothing_was_annotated(self) -> None:
+        """Warn, once, if the policy has acted and results are missing that only ``annotate`` would have written."""
+        runtime = self._hooked.runtime
+        lacking = only_by_annotate(self)
+        if runtime.taken or runtime.calls < ACTED or not lacking:
+            return
+        runtime.taken = True
+        warn(
+            f"the policy was called {runtime.calls} times, but {', '.join(map(repr, lacking))} "
+            f"{'is' if len(lacking) == 1 else 'are'} written by annotate only, which was never used: give it to the "
+            "collector as postproc=hooked.annotate, call hooked.annotate(batch), or compute at every step with "
+            "when='step'"
+        )
+
+    def __repr__(self) -> str:
+        lacking = only_by_annotate(self)
+        steps = [key for one in self._hooked.steps for key in one.result_keys]  # type: ignore[attr-defined]
+        parts = [f"each step writes {', '.join(map(repr, steps))}"] if steps else []
+        parts += [f"annotate(batch) writes {', '.join(map(repr, lacking))}"] if lacking else []
+        return f"{super().__repr__()}\n(hooked: {'; '.join(parts) or 'no results'})"
+
+
+Annotating.annotate.__doc__ = annotate.__doc__

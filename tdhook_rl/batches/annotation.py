@@ -1,0 +1,195 @@
+"""Results of a whole batch, computed after it was collected.
+
+Rows are explained in chunks, each at what is stored with it: its action, and the hidden state of a recurrent
+policy. Only methods with ``horizon="trajectory"`` see time: they are given whole trajectories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+
+from tdhook_rl.batches.found import Found
+from tdhook_rl.batches.mismatch import Mismatch
+from tdhook_rl.calls.bound import BoundMethod, observers
+from tdhook_rl.calls.passes import Call, conduct_of, stored_inputs
+from tdhook_rl.calls.policy import HookedPolicy
+from tdhook_rl.calls.real_rows import PADDING
+from tdhook_rl.calls.repeatable import require_repeatable
+from tdhook_rl.calls.writing import set_entries
+from tdhook_rl.errors import InputError, MissingKeyError, TdhookError, nearest
+from tdhook_rl.policies.draws import action_keys, masks_needed
+from tdhook_rl.replaying.batching import PassNoise, conv_chunk, in_recurrent_mode, map_chunks, shallow
+from tdhook_rl.sites.runtime import vmap_level
+
+__all__ = ["OnMismatch", "annotate"]
+
+OnMismatch = Literal["warn", "raise", "ignore"]
+
+
+def annotate(
+    policy: HookedPolicy, data: TensorDictBase, chunk_size: int | None = None, on_mismatch: OnMismatch = "warn"
+) -> TensorDict:
+    """What :meth:`tdhook_rl.hooking.hooked.HookedMixin.annotate` does."""
+    if on_mismatch not in ("warn", "raise", "ignore"):
+        raise InputError(
+            f"on_mismatch is 'warn', 'raise' or 'ignore', got {on_mismatch!r}; "
+            f"{nearest(str(on_mismatch), ('warn', 'raise', 'ignore'))}"
+        )
+    policy._hooked.runtime.require_active()
+    wanted = [one for one in observers(policy._hooked.bound) if not one.only_in_forward]
+    if not wanted:
+        return shallow(data)
+    found = Found(policy, data, wanted)
+    if found.missing:
+        _require_computable(policy, data)
+        mismatch = Mismatch(policy, on_mismatch)
+        selected = _select(policy, data, found.missing)
+        conduct = conduct_of(policy)
+        noise = PassNoise(data.device or conduct.device, others=not conduct.watch.idle)
+        for part, run, size in _parts(found.missing, data, chunk_size):
+            found.add(run(policy, selected, _Analysis(policy, part, mismatch, noise), size))
+        mismatch.report(data)
+    return found.together(shallow(data))
+
+
+def _require_computable(policy: HookedPolicy, data: TensorDictBase) -> None:
+    """Raise if there are no rows, or they do not hold what the policy saw."""
+    if data.batch_size.numel() == 0:
+        raise InputError(f"there is nothing to annotate: the batch has no rows, its shape is {tuple(data.batch_size)}")
+    if policy._hooked.noise:
+        for key in masks_needed(policy):
+            if data.get(key, None) is None:
+                raise MissingKeyError(
+                    f"the rows were decided under a dropout mask that the data does not hold ({key!r}), so they cannot "
+                    "be explained by it: keep it with the data, or explain while the policy acts, with when='step'"
+                )
+    lost = [key for key in policy._hooked.overwrites if key not in policy._hooked.noise]
+    if lost:
+        names = ", ".join(map(repr, lost))
+        raise InputError(
+            f"{type(policy)._base.__name__} writes over its own inputs {names}, so a batch no longer holds "
+            "what the policy saw: explain it while it acts, with when='step'"
+        )
+    if policy._hooked.tie is not None:
+        policy._hooked.tie.check(policy)
+
+
+def _parts(
+    missing: Sequence[BoundMethod], data: TensorDictBase, chunk_size: int | None
+) -> Iterator[tuple[list[BoundMethod], Callable[..., TensorDictBase], int | None]]:
+    """Methods that are computed together, how, and with how many rows at once."""
+    for horizon, run in (("step", _rows), ("trajectory", _trajectories)):
+        group = [one for one in missing if one.horizon == horizon]
+        # A mean over the batch cannot be taken chunk by chunk.
+        whole = [one for one in group if one.whole_batch]
+        by_row = [one for one in group if one not in whole]
+        for part, size in ((whole, data.batch_size.numel()), (by_row, chunk_size)):
+            if part:
+                yield part, run, size
+
+
+class _Analysis:
+    """Computes the results of one chunk.
+
+    Between two chunks other threads have their turn: what is changed for a pass is changed for one chunk.
+    """
+
+    def __init__(
+        self, policy: HookedPolicy, bound: Sequence[BoundMethod], mismatch: Mismatch, noise: PassNoise
+    ) -> None:
+        self.policy = policy
+        self.bound = list(bound)
+        self.mismatch = mismatch
+        self.noise = noise
+        self.through_time = False  # whole trajectories, in the recurrent mode
+        self.forward: Callable[..., Any] = type(policy)._base.forward
+
+    def __call__(self, chunk: TensorDictBase) -> TensorDict:
+        policy = self.policy
+        with (
+            policy._hooked.runtime.lock,
+            _recurrent_mode(policy, self.through_time),
+            policy._frozen_statistics(),
+            self.noise.under_way(),
+        ):
+            return self._compute(chunk)
+
+    def _compute(self, chunk: TensorDictBase) -> TensorDict:
+        policy, runtime = self.policy, self.policy._hooked.runtime
+        call = Call(policy, self.forward, chunk, stored_inputs(policy, chunk))
+        runtime.level = vmap_level()
+        try:
+            require_repeatable(call)
+            if any(one.reads_forward for one in self.bound):
+                with torch.no_grad():
+                    call.replay(record=True, as_it_was=True)
+            computed = TensorDict._new_unsafe({}, batch_size=chunk.batch_size)
+            set_entries(computed, policy._compute(self.bound, call))
+            # Paths and perturbations never run the policy on the data as it was.
+            if call.replayed is None and runtime.level < 0 and self.mismatch.can_compare(chunk):
+                with torch.no_grad():
+                    call.replay(as_it_was=True)
+            self.mismatch.compare(call)
+            return computed
+        except RuntimeError as error:
+            # What is kept from the last call may have its number of rows.
+            kept = None if isinstance(error, TdhookError) else conduct_of(policy).kept_tensors()
+            if kept is None:
+                raise
+            raise InputError(
+                f"{type(policy)._base.__name__} fails on {chunk.batch_size.numel()} rows of a batch ({error}). "
+                f"It keeps {kept} from its last call, which may be state of other rows: explain it while it acts, with "
+                "when='step', or let its state be read from the data"
+            ) from error
+        finally:
+            runtime.slots.clear()
+            policy._close_routes()
+
+
+def _select(policy: HookedPolicy, data: TensorDictBase, missing: Sequence[BoundMethod]) -> TensorDictBase:
+    """What the passes read, and what schedules decide once for the whole batch."""
+    keys: list[NestedKey] = [*policy.in_keys, *policy.policy_out_keys, *action_keys(policy.policy_out_keys), *PADDING]
+    for one in missing:
+        keys += one.reads
+    selected = data.select(*keys, strict=False)
+    plans = [one.plan for one in missing if one.plan is not None]
+    if plans:
+        selected = shallow(selected)
+        for plan in plans:
+            selected.set(*plan(selected))
+    return selected
+
+
+def _rows(policy: HookedPolicy, data: TensorDictBase, analysis: _Analysis, chunk_size: int | None) -> TensorDictBase:
+    if chunk_size is None and policy._hooked.traits.convolutional:
+        chunk_size = conv_chunk((data.get(key, None) for key in policy.policy_in_keys), data.batch_size)
+    return map_chunks(data, analysis, chunk_size)
+
+
+def _trajectories(
+    policy: HookedPolicy, data: TensorDictBase, analysis: _Analysis, chunk_size: int | None
+) -> TensorDictBase:
+    if data.ndim == 0:
+        raise InputError(
+            "horizon='trajectory' explains whole trajectories, but the data has no batch dimension: its last batch "
+            "dimension is time"
+        )
+    steps = data.batch_size[-1]
+    flat = data.reshape(-1, steps)
+    at_once = len(flat) if chunk_size is None else max(1, chunk_size // steps)
+    analysis.through_time = True
+    parts = [analysis(flat[start : start + at_once]) for start in range(0, len(flat), at_once)]
+    return torch.cat(parts).reshape(data.batch_size)
+
+
+def _recurrent_mode(policy: HookedPolicy, mode: bool) -> AbstractContextManager[Any]:
+    if not policy._hooked.traits.recurrent or in_recurrent_mode(policy) is mode:
+        return nullcontext()
+    from torchrl.modules import set_recurrent_mode
+
+    return set_recurrent_mode(mode)

@@ -1,0 +1,166 @@
+"""What ``annotate`` finds in a batch, what it lacks, and both together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from tdhook_rl.calls.bound import BoundMethod
+from tdhook_rl.calls.policy import HookedPolicy
+from tdhook_rl.calls.provenance import is_stamped, stamp_key
+from tdhook_rl.calls.real_rows import emptied, real_rows
+from tdhook_rl.calls.writing import require_room
+
+__all__ = ["Found"]
+
+Key = tuple[str, ...]
+
+
+class Found:
+    """The results of a batch: those that are the policy's own already, and those that are computed.
+
+    A result that the batch brings is kept in the rows whose stamp says that this policy wrote it, with the weights that
+    it has now and for what the row holds now (see :mod:`tdhook_rl.calls.provenance`).
+
+    Args:
+        policy: the hooked policy.
+        data: the batch.
+        wanted: the methods whose results are asked for.
+
+    Attributes:
+        missing: the methods that are to be computed, because some row lacks their results.
+    """
+
+    def __init__(self, policy: HookedPolicy, data: TensorDictBase, wanted: Sequence[BoundMethod]) -> None:
+        self._policy = policy
+        self._data = data
+        self._wanted = wanted
+        self._real = real_rows(data)
+        self._computed: dict[Key, Tensor] = {}
+        self._own: dict[int, Tensor] = {}  # by method: the rows whose results are its own
+        self.missing: list[BoundMethod] = []
+        own = policy._hooked.provenance
+        with policy._hooked.runtime.lock:
+            own.forget()
+            own.note_weights(policy)
+            by_root = {root: own.own_rows(root, data) for root in self._roots()}
+        # Beside methods that write per step, the stamp of a root is theirs.
+        stepping = {key[0] for one in wanted if one.when == "step" for key in one.result_keys}
+        for one in wanted:
+            rows = self._rows(one, by_root, stepping)
+            if rows is not None and bool(rows.any()):
+                self._own[id(one)] = rows
+            if rows is None or not bool((rows if self._real is None else rows | ~self._real).all()):
+                self.missing.append(one)
+
+    def _roots(self) -> list[str]:
+        roots = list(dict.fromkeys(key[0] for one in self._wanted for key in one.result_keys))
+        for root in roots:
+            require_room(self._data.get(root, None), root)
+        require_room(self._data.get("computed", None), "computed")
+        return roots
+
+    def _rows(self, one: BoundMethod, by_root: dict[str, Tensor | None], stepping: set[str]) -> Tensor | None:
+        batch = self._data.batch_size
+        rows: Tensor | None = None
+        for key in one.result_keys:
+            stored, own = self._data.get(key, None), by_root[key[0]]
+            mask = self._data.get(("computed", key[0]), None)
+            if own is None or not isinstance(stored, Tensor) or not isinstance(mask, Tensor):
+                return None
+            if (
+                not is_stamped(one)
+                or (one.when != "step" and key[0] in stepping)
+                or stored.shape[: len(batch)] != batch
+            ):
+                return None
+            rows = own if rows is None else rows & own
+        return rows
+
+    def add(self, results: TensorDictBase) -> None:
+        """Take what was computed, of the batch shape."""
+        for key, value in results.items(True, True):
+            self._computed[key if isinstance(key, tuple) else (key,)] = value
+
+    def together(self, result: TensorDict) -> TensorDict:
+        """The batch with its results."""
+        values = {key: self._value(one, key) for one in self._wanted for key in one.result_keys}
+        values = {key: value for key, value in values.items() if value is not None}  # boolean inputs drop out
+        marks: dict[Key, Tensor] = {}
+        for root in self._roots():
+            of_root = {key: value for key, value in values.items() if key[0] == root}
+            if not of_root:
+                continue
+            mask = self._mask(root, list(of_root.values()))
+            marks["computed", root] = mask
+            if self._real is not None:
+                values |= emptied(of_root, self._real.to(mask.device))
+            stamp = self._stamp(root, mask)
+            if stamp is not None:
+                marks[stamp_key(root)] = stamp
+        self._set(result, values | marks)
+        return result
+
+    def _value(self, one: BoundMethod, key: Key) -> Tensor | None:
+        computed, own = self._computed.get(key), self._own.get(id(one))
+        if one not in self.missing:
+            return self._data.get(key)
+        if computed is None or own is None:
+            return computed
+        stored = self._data.get(key)
+        if stored.shape != computed.shape or stored.dtype != computed.dtype:
+            return computed
+        return torch.where(own.reshape(*own.shape, *(1,) * (stored.ndim - own.ndim)), stored, computed)
+
+    def _mask(self, root: str, values: list[Tensor]) -> Tensor:
+        provenance = self._policy._hooked.provenance
+        chosen = self._computed.get(("computed", root))
+        methods = [one for one in self._wanted if any(key[0] == root for key in one.result_keys)]
+        stored = self._data.get(("computed", root), None)
+        if all(one not in self.missing for one in methods):
+            mask = stored
+        else:
+            mask = provenance.mask(root, values, self._data, chosen)
+            own = [self._own.get(id(one)) for one in methods]
+            if all(rows is not None for rows in own):  # of kept rows the mask is kept
+                kept = torch.stack([rows for rows in own if rows is not None]).all(0)
+                mask = torch.where(kept, stored, mask)
+        return mask if self._real is None else mask & self._real.to(mask.device)
+
+    def _stamp(self, root: str, mask: Tensor) -> Tensor | None:
+        provenance, data = self._policy._hooked.provenance, self._data
+        if root not in provenance.stamped:
+            return None
+        for one in self.missing:
+            if one.whole_batch and one.result_keys[0][0] == root:
+                return torch.zeros_like(mask, dtype=torch.float32)  # rows of another batch would have other results
+        return provenance.stamp(root, provenance.trace(data), data)
+
+    def _read_under(self, root: str) -> TensorDict:
+        """What methods read under a root: entries of the user's, as the second inputs of patching are."""
+        read = {key for one in self._wanted for key in one.reads if isinstance(key, tuple) and key[0] == root}
+        return self._data.select(*read, strict=False).get(root, TensorDict({}, batch_size=self._data.batch_size))
+
+    def _set(self, result: TensorDict, entries: dict[Key, Tensor]) -> None:
+        """Write entries in nodes of their own; of what the batch had there, results of others do not stay."""
+        nodes: dict[str, TensorDictBase] = {}
+        for key, value in entries.items():
+            if len(key) == 1:
+                result.set(key[0], value)
+                continue
+            if key[0] not in nodes:
+                old = self._data.get(key[0], None)
+                theirs = old is None or (
+                    key[0] != "computed" and self._data.get(("computed", key[0]), None) is not None
+                )
+                nodes[key[0]] = self._read_under(key[0]) if theirs else old.copy()
+            nodes[key[0]].set(key[1:], value)
+        plain = type(result) is TensorDict and result.device is None and not result._has_names()
+        for root, node in nodes.items():
+            if plain and type(node) is TensorDict and self._data.get(root, None) is None:
+                result._set_str(root, node, inplace=False, validated=True)
+            else:
+                result.set(root, node)

@@ -1,0 +1,176 @@
+"""Policies that are a chain of known layers, whose derivatives need no graph.
+
+The value and Q-networks of RL are mostly small multilayer perceptrons, in which module calls and autograd's bookkeeping
+take longer than the arithmetic. Where a whole policy is an ``nn.Sequential`` of the layers of :data:`LAYERS`, it may be
+run by their functions, and a :class:`Record` of the run applies the operations that autograd would. Where anybody
+listens to a layer, has replaced or changed one, or computes its weights, there is no chain, and all goes its usual way.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from tensordict.nn import TensorDictModule, skip_existing
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
+
+from tdhook_rl.calls.policy import HookedPolicy
+
+__all__ = ["LAYERS", "MODIFIED", "Layer", "Record", "Steps", "chain_layers", "is_chain"]
+
+_aten = torch.ops.aten
+
+#: What torch says where a tensor that a derivative needs was changed meanwhile.
+MODIFIED = "modified by an inplace operation"
+
+#: Where autocast can be asked for; other devices (meta) know none.
+_DEVICES = ("cpu", "cuda", "mps")
+
+
+class Layer(NamedTuple):
+    """What a layer computes, and how it hands a gradient on.
+
+    Attributes:
+        forward: ``(module, x) -> y``.
+        backward: ``(module, gradient, kept) -> gradient``, with autograd's own operations.
+        keeps: what ``backward`` is given: the layer's ``"input"``, ``"output"``, or ``"weight"``.
+    """
+
+    forward: Callable[[Any, Tensor], Tensor]
+    backward: Callable[[Any, Tensor, Tensor], Tensor]
+    keeps: str
+
+
+def _linear(module: nn.Linear, x: Tensor) -> Tensor:
+    own = module._parameters  # a look at the dictionary is cheaper than module.weight
+    return F.linear(x, own["weight"], own["bias"])
+
+
+#: The layers by their exact class: a subclass may compute something else.
+LAYERS: dict[type[nn.Module], Layer] = {
+    nn.Linear: Layer(_linear, lambda m, g, w: g.matmul(w), "weight"),
+    nn.ReLU: Layer(lambda m, x: torch.relu(x), lambda m, g, y: _aten.threshold_backward.default(g, y, 0), "output"),
+    nn.Tanh: Layer(lambda m, x: torch.tanh(x), lambda m, g, y: _aten.tanh_backward.default(g, y), "output"),
+    nn.Sigmoid: Layer(lambda m, x: torch.sigmoid(x), lambda m, g, y: _aten.sigmoid_backward.default(g, y), "output"),
+    nn.ELU: Layer(
+        lambda m, x: F.elu(x, m.alpha), lambda m, g, x: _aten.elu_backward.default(g, m.alpha, 1, 1, False, x), "input"
+    ),
+    nn.LeakyReLU: Layer(
+        lambda m, x: F.leaky_relu(x, m.negative_slope),
+        lambda m, g, x: _aten.leaky_relu_backward.default(g, x, m.negative_slope, False),
+        "input",
+    ),
+    nn.SiLU: Layer(lambda m, x: F.silu(x), lambda m, g, x: _aten.silu_backward.default(g, x), "input"),
+    nn.GELU: Layer(
+        lambda m, x: F.gelu(x, approximate=m.approximate),
+        lambda m, g, x: _aten.gelu_backward.default(g, x, approximate=m.approximate),
+        "input",
+    ),
+}
+#: What these classes do by themselves; somebody may replace it for a whole class.
+_FORWARDS = {kind: kind.forward for kind in LAYERS}
+_CALLS = nn.Module.__call__, nn.Module._call_impl
+_METHODS = ("forward", "_call_module", "_write_to_tensordict", "__call__")
+
+Steps = list[tuple[Layer, nn.Module]]
+
+
+class Record:
+    """One run of a chain: its input and output, and what the derivatives of its layers need."""
+
+    def __init__(self, steps: Steps, x: Tensor) -> None:
+        self.input = x
+        self._steps = steps
+        self._kept: list[Tensor] = []
+        self._versions: list[int] = []
+        for (forward, _, keeps), module in steps:
+            if keeps == "input":
+                self._kept.append(x)
+            elif keeps == "weight":
+                weight: Any = module._parameters["weight"]
+                self._kept.append(weight)
+                # Before it is used: a learner may change it meanwhile. Those of inference mode do not count.
+                self._versions.append(-1 if weight.is_inference() else weight._version)
+            x = forward(module, x)
+            if keeps == "output":
+                self._kept.append(x)
+        self.output = x
+
+    def pull(self, gradient: Tensor) -> Tensor:
+        """The gradient with respect to the input, from that with respect to the output; with gradients off.
+
+        Raises:
+            RuntimeError: as autograd does, if a weight was changed since (by a learner in another thread).
+        """
+        versions = reversed(self._versions)
+        for ((_, backward, keeps), module), kept in zip(reversed(self._steps), reversed(self._kept), strict=True):
+            if keeps == "weight" and (version := next(versions)) >= 0 and kept._version != version:
+                raise RuntimeError(f"a weight was {MODIFIED} while its policy was explained")
+            gradient = backward(module, gradient, kept)
+        return gradient
+
+
+def is_chain(policy: Any) -> bool:
+    """Whether a policy may be a chain: a TensorDictModule that only calls an ``nn.Sequential`` on one input."""
+    if not isinstance(policy, TensorDictModule) or not isinstance(policy.module, nn.Sequential):
+        return False
+    kind, own = type(policy), policy.__dict__
+    usual = all(getattr(kind, name) is getattr(TensorDictModule, name) and name not in own for name in _METHODS)
+    plain = policy.method is None and policy.inplace is True and policy._kwargs is None and not policy._get_kwargs
+    return usual and plain and len(policy.in_keys) == len(policy.out_keys) == 1 and policy.out_keys != ["_"]
+
+
+def chain_layers(policy: HookedPolicy, x: Any) -> Steps | None:
+    """The layers of a hooked policy for which :func:`is_chain` holds, if it is one for this input and just now."""
+    module, runtime = policy.module, policy._hooked.runtime
+    if type(x) is not Tensor or x.device.type not in _DEVICES or torch.is_autocast_enabled(x.device.type):
+        return None
+    if runtime.row_hook is not None or runtime.expected or skip_existing():
+        return None
+    kind, own = type(module), module.__dict__
+    if kind.forward not in _sequences() or kind.__iter__ is not nn.Sequential.__iter__ or "forward" in own:
+        return None
+    if (kind.__call__, kind._call_impl) != _CALLS:
+        return None
+    if own.get("out_features", 0).__class__ is not int or _has_any_global_hook() or _is_heard(own):
+        return None  # torchrl's MLP gives its output a shape where it is asked for several dimensions
+    steps: Steps = []
+    for child in module._modules.values():
+        layer = LAYERS.get(child.__class__)
+        if layer is None or child.__class__.forward is not _FORWARDS[child.__class__] or _is_heard(child.__dict__):
+            return None
+        own = child.__dict__
+        if "forward" in own or own.get("inplace", False):
+            return None
+        if layer.keeps == "weight" and not _is_plain(own["_parameters"]):
+            return None
+        steps.append((layer, child))
+    return steps or None
+
+
+@functools.cache
+def _sequences() -> tuple[Any, ...]:
+    from torchrl.modules import MLP
+
+    return nn.Sequential.forward, MLP.forward
+
+
+def _is_heard(own: dict[str, Any]) -> bool:
+    """Whether a module, by its attributes, has a hook."""
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
+
+
+def _is_plain(parameters: dict[str, Any]) -> bool:
+    """Whether weight and bias are tensors that are computed from nothing; others have gradients of their own."""
+    if "bias" not in parameters:
+        return False
+    for value in (parameters.get("weight"), parameters["bias"]):
+        if value is not None and not (value.__class__ in (nn.Parameter, Tensor) and value.is_leaf):
+            return False
+    return parameters.get("weight") is not None

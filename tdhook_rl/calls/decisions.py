@@ -1,0 +1,233 @@
+"""The decisions of a policy in one pass: which there are, which a key means, and the action that was taken in each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.utils import unravel_key
+from torch import Tensor
+from torch import distributions as D
+
+from tdhook_rl.calls.passes import Pass
+from tdhook_rl.calls.writing import get_entry
+from tdhook_rl.errors import TargetError, nearest, warn
+from tdhook_rl.policies.draws import meets, sample_keys
+from tdhook_rl.replaying.replay import Drawn
+from tdhook_rl.replaying.samples import components, is_point
+
+__all__ = [
+    "Decision", "Keys", "action_of", "choose", "critic_keys", "drawn_decisions", "every", "outputs_named",
+    "require_own_parameters", "tell_beside_values", "tell_left_out",
+]  # fmt: skip
+
+Keys: TypeAlias = NestedKey | list[NestedKey] | None
+
+#: What an output is called from which something is decided, though this policy does not draw it.
+_DECIDING = ("logits", "probs", "loc", "action_value")
+#: What values are called: "cost_value", "state_action_value_2", "value".
+_VALUE = re.compile(r"(^|_)values?(_|\d|$)")
+
+
+class Decision(NamedTuple):
+    """One decision: where its action is stored, what it is drawn from, and what was drawn."""
+
+    key: NestedKey
+    distribution: D.Distribution
+    action: Tensor | None
+
+
+def drawn_decisions(run: Pass) -> list[Decision]:
+    """What the policy draws to decide: no latents on the way, and nothing that it decides without drawing."""
+    return [one for drawn in run.distributions if not _is_latent(drawn) for one in _parts(drawn) if not _is_point(one)]
+
+
+def choose(run: Pass, key: Keys, name: str) -> list[Decision]:
+    """The decisions that a target is of: all, or those that a key, a group or a list of them names.
+
+    Raises:
+        TargetError: if the policy draws nothing, or nothing of that name.
+    """
+    if not run.distributions:
+        raise TargetError(
+            f"{name} needs a policy with a distribution (ProbabilisticActor); this one has none: "
+            "use chosen_q(), state_value() or logit(i)"
+        )
+    if key is None:
+        found = drawn_decisions(run)
+        if not found:
+            kinds = ", ".join(f"{k!r} ({type(d).__name__})" for drawn in run.distributions for k, d, _ in _parts(drawn))
+            raise TargetError(
+                f"{name} explains what a policy draws to decide, and this one draws no decision: {kinds}. A "
+                "deterministic action is explained by the default target, a latent by key="
+            )
+        return found
+    known = [one for drawn in run.distributions for one in _parts(drawn)]
+    chosen: list[Decision] = []
+    for asked in _as_list(key):
+        found = [one for one in known if meets(asked, one.key) and len(_as_tuple(asked)) <= len(_as_tuple(one.key))]
+        if not found:
+            raise TargetError(
+                f"{name}(key={asked!r}): the policy draws nothing of that name; "
+                f"{nearest(str(asked), [str(one.key) for one in known])}"
+            )
+        if points := [one for one in found if _is_point(one)]:
+            raise TargetError(
+                f"{name}(key={asked!r}): {points[0].key!r} is decided without drawing "
+                f"({type(points[0].distribution).__name__}), so it has none: choose another target, such as "
+                f"state_value({points[0].key!r}), which reads any entry"
+            )
+        chosen += [one for one in found if not any(one is other for other in chosen)]
+    return chosen
+
+
+def tell_left_out(run: Pass, chosen: Sequence[Decision], name: str) -> None:
+    """Warn, once, of decisions that a target of all decisions does not contain because it cannot."""
+    if torch.compiler.is_compiling():
+        return
+    keys = {one.key for one in chosen}
+    left = [one.key for drawn in run.distributions if not _is_latent(drawn) for one in _parts(drawn) if _is_point(one)]
+    left += [key for key in every(run.outputs, "action") if key in run.out_keys]
+    # No gradient passes the draw of a choice, so as a latent it would not be explained at all.
+    left += [
+        one.key
+        for drawn in run.distributions
+        if _is_latent(drawn)
+        for one in _parts(drawn)
+        if not _is_point(one) and not one.distribution.has_rsample
+    ]
+    left = [key for key in dict.fromkeys(left) if key not in keys]
+    if left and (message := f"{name}:{left}") not in run.told:
+        run.told.add(message)
+        warn(
+            f"{name} is of {', '.join(map(repr, keys))}; it leaves out {', '.join(map(repr, left))}, which the policy "
+            "decides as well. Name what is meant with key=, or explain several targets: target={name: target, ...}"
+        )
+
+
+def critic_keys(run: Pass) -> list[NestedKey]:
+    """The values that a critic gives: where one is TorchRL's by its name, all outputs that are called values."""
+    found = [*every(run.outputs, "state_value"), *every(run.outputs, "state_action_value")]
+    if not any(key in run.out_keys for key in found):
+        return []
+    return [*found, *(key for key in run.out_keys if _VALUE.search(_as_tuple(key)[-1]))]
+
+
+def tell_beside_values(run: Pass, values: Sequence[NestedKey]) -> None:
+    """Warn, once, of outputs to decide by that are left out where values are explained unless told otherwise."""
+    left = [key for key in run.out_keys if key not in values and _as_tuple(key)[-1] in _DECIDING]
+    if torch.compiler.is_compiling() or not left or (message := f"beside values:{left}") in run.told:
+        return
+    run.told.add(message)
+    warn(
+        f"the default target is of {', '.join(map(repr, values))}; it leaves out {', '.join(map(repr, left))}, which "
+        "the module puts out as well, but draws no action from: choose target=, such as targets.chosen_logit()"
+    )
+
+
+def require_own_parameters(drawing: Sequence[Any], who: str) -> None:
+    """Refuse decisions that read their parameters under one key, where these are looked up once the policy has run.
+
+    Raises:
+        TargetError: if the parameters of one have been written over by those of another.
+    """
+    keys = [unravel_key(key) for module in drawing for key in module.in_keys]
+    shared = next((key for key in keys if keys.count(key) > 1), None)
+    if shared is not None:
+        raise TargetError(
+            f"several decisions read {shared!r}, one after the other, and {who} needs the parameters of each after the "
+            "policy has run: give each head a key of its own"
+        )
+
+
+def every(data: TensorDictBase, name: str) -> list[NestedKey]:
+    """The keys of all entries with this name, at the top and nested (those of agents)."""
+    return [key for key in data.keys(True, True) if _as_tuple(key)[-1] == name]
+
+
+def outputs_named(run: Pass, key: NestedKey, name: str = "") -> list[tuple[NestedKey, Tensor]]:
+    """The outputs that a key means: itself, the nested ones of this name, or those called ``name`` of a group.
+
+    Raises:
+        TargetError: if there is none.
+    """
+    value = get_entry(run.outputs, key)
+    if isinstance(value, Tensor):
+        return [(key, value)]
+    if isinstance(value, TensorDictBase):
+        found = [one for one in every(run.outputs, name) if meets(key, one)]
+    else:
+        found = [one for one in run.out_keys if isinstance(key, str) and isinstance(one, tuple) and one[-1] == key]
+    entries = [(one, value) for one in found if isinstance(value := run.outputs.get(one, None), Tensor)]
+    if not entries:
+        known = [str(k) for k in run.outputs.keys(True, True)]
+        raise TargetError(f"the target reads {key!r}, which the policy does not output; {nearest(str(key), known)}")
+    return entries
+
+
+def action_of(run: Pass, values: NestedKey) -> Tensor | None:
+    """The action that was taken by logits or values: of the module that reads them, or stored beside or above them.
+
+    Raises:
+        TargetError: if later modules have written over it, and what it was cannot be told from what is stored.
+    """
+    for drawn in reversed(run.distributions):
+        if any(meets(unravel_key(key), values) for key in drawn.module.in_keys):  # type: ignore[union-attr]
+            parts = _parts(drawn)
+            if len(parts) > 1:
+                parts = [one for one in parts if _contains(_as_tuple(values)[:-1], _as_tuple(one.key))]
+            if len(parts) == 1:
+                return parts[0].action
+    keys: list[NestedKey] = [run.actions[values][0]] if values in run.actions else []
+    keys += [] if isinstance(values, str) else [(*values[:-1], "action")]
+    keys.append("action")
+    decided = [key for drawn in run.distributions for key in map(unravel_key, sample_keys(drawn.module))]
+    keys += decided if len(decided) == 1 else []
+    return next((action for action in (_taken(run, key) for key in dict.fromkeys(keys)) if action is not None), None)
+
+
+def _taken(run: Pass, key: NestedKey) -> Tensor | None:
+    for drawn in reversed(run.distributions):
+        if drawn.samples.get(key) is not None:
+            return drawn.samples[key]
+    stored, slot = run.stored.get(key, None), run.slots.get(key)
+    if slot is None or stored is None:
+        return stored
+    action = run.stored.get(slot, None)
+    if action is None:
+        raise TargetError(
+            f"the stored {key!r} is not what the policy chose: a later module writes over it, and the choice cannot be "
+            "told from what is stored. Explain it while the policy acts, with when='step', or write the changed action "
+            "under a key of its own"
+        )
+    return action
+
+
+def _parts(drawn: Drawn) -> list[Decision]:
+    parts = components(drawn.module, drawn.distribution)
+    return [Decision(key, part, drawn.samples.get(key)) for key, part in parts.items()]
+
+
+def _is_latent(drawn: Drawn) -> bool:
+    draw: Any = getattr(drawn.module, "_hooked_draw", None)
+    return draw is not None and draw.latent
+
+
+def _is_point(one: Decision) -> bool:
+    return is_point(one.distribution)
+
+
+def _contains(parts: tuple[str, ...], name: tuple[str, ...]) -> bool:
+    return any(parts[start : start + len(name)] == name for start in range(len(parts)))
+
+
+def _as_list(key: Keys) -> list[NestedKey]:
+    """A string or tuple of strings is a key; a list is several."""
+    return [unravel_key(one) for one in key] if isinstance(key, list) else [unravel_key(key)]  # type: ignore[arg-type]
+
+
+def _as_tuple(key: NestedKey) -> tuple[str, ...]:
+    return (key,) if isinstance(key, str) else key

@@ -1,0 +1,348 @@
+"""One call of a hooked policy, seen by a method, and the replays of it that gradients need.
+
+A replay runs the policy again on given inputs with interventions on and observers off. It never samples:
+where the policy would draw an action, the stored one is used and the distribution is kept.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import (
+    TensorDictModule,
+    skip_existing,
+)
+from torch import Tensor
+
+from tdhook_rl.calls.chunks import all_decide
+from tdhook_rl.calls.policy import HookedPolicy
+from tdhook_rl.calls.writing import get_entry, set_tensor
+from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest, own_cause
+from tdhook_rl.policies.draws import given_beside
+from tdhook_rl.replaying.batching import shallow
+from tdhook_rl.replaying.replay import Drawn, Replay
+from tdhook_rl.replaying.samples import require_unchanged
+from tdhook_rl.replaying.start import Conduct, Start
+from tdhook_rl.sites.repeats import Several
+from tdhook_rl.sites.rows import with_batch
+from tdhook_rl.sites.states import watching
+
+if TYPE_CHECKING:
+    from tdhook_rl.calls.chains import Record
+
+__all__ = ["Call", "Pass", "conduct_of"]
+
+
+# Given a TensorDict, and unless existing entries are skipped, the decorators of this forward only take time.
+_DECORATED = TensorDictModule.forward
+_BARE = inspect.unwrap(_DECORATED)
+
+
+@dataclass
+class Pass:
+    """The outcome of a replay: the policy's outputs with their graph, and the distributions on the way.
+
+    ``outputs`` has what the policy reads and writes, and no other entries of the data.
+    """
+
+    outputs: TensorDictBase
+    stored: TensorDictBase
+    distributions: list[Drawn]
+    out_keys: list[NestedKey]
+    watched: dict[str, Tensor]  # outputs of target modules, by slot
+    # Of distributional Q-networks: the returns that the atoms stand for, by the key of their log-probabilities.
+    supports: Mapping[NestedKey, Tensor] = field(default_factory=dict)
+    # Where an action is kept as it was decided, if later modules write over it.
+    slots: Mapping[NestedKey, str] = field(default_factory=dict)
+    # Of Q-networks, see value_actions.
+    actions: Mapping[NestedKey, tuple[NestedKey, list[int] | None]] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)  # what the caller was told already
+    runs: Mapping[str, int] = field(default_factory=dict)  # how often sites ran, by slot
+
+
+class Call:
+    """One call of a hooked policy: the data it saw, what its hooks captured, and replays of it."""
+
+    def __init__(
+        self,
+        policy: HookedPolicy,
+        forward: Callable[..., Any],
+        data: TensorDictBase,
+        inputs: dict[NestedKey, Tensor],
+        source: TensorDictBase | None = None,
+        start: Start | None = None,
+    ) -> None:
+        self.policy = policy
+        self._start = start
+        self.data = data
+        if policy._hooked.overwrites and inputs:
+            # Passes over more rows than the call's read the inputs from here.
+            self.data = shallow(data)
+            for key in policy._hooked.overwrites:
+                if key in inputs:
+                    self.data.set(key, inputs[key])
+                elif self.data.get(key, None) is not None:
+                    self.data = self.data.exclude(key)  # the policy was called without it
+        self.source = data if source is None else source  # what the policy was called with
+        self.inputs = inputs
+        # The forward itself, where it can be explained without a second pass: with the leaves of its graph, or with
+        # what the policy's one chain recorded.
+        self.shared: tuple[Pass, Mapping[NestedKey, Tensor]] | None = None
+        self.chain: tuple[Pass, Record] | None = None
+        # The outputs of a replay of the call as it is, kept for a comparison with the stored ones.
+        self.replayed: TensorDictBase | None = None
+        self.in_step = False  # of a forward that has just run
+        # How often the sites of all runs, or of one counted from the last, ran in a pass before; by slot.
+        self.totals: dict[str, int] = {}
+        self._forward = forward
+        self._learned = not policy._hooked.draws
+
+    @property
+    def batch_size(self) -> torch.Size:
+        return self.data.batch_size
+
+    def of_step(self, drawn: Mapping[str, Tensor]) -> Call:
+        """The same call, of the forward that has just run, with what was drawn in it."""
+        self.in_step = True
+        if drawn:
+            self._keep(drawn)
+        return self
+
+    def learn(self) -> None:
+        """Find, once, what the data does not hold: samples that were written over later, the noise behind latents.
+
+        Raises:
+            InputError: if one cannot be told from what is stored.
+        """
+        if self._learned:
+            return
+        self._learned = True
+        known = set(self.data.keys())
+        wanted = {slot for draw in self.policy._hooked.draws for slot in draw.wanted}
+        if wanted <= known:
+            return
+        with torch.no_grad():
+            run = self.replay(learning=True)
+        for draw in self.policy._hooked.draws:
+            if draw.opaque:
+                require_unchanged(draw, self.data, run.outputs)
+
+    def _keep(self, entries: Mapping[str, Tensor]) -> None:
+        self.data = shallow(self.data)
+        for slot, value in entries.items():
+            if value.shape[: self.data.ndim] != self.data.batch_size:
+                raise InputError(
+                    f"a module draws {slot.split(':')[1]!r} for other rows ({tuple(value.shape)}) than those of the "
+                    f"batch {tuple(self.data.batch_size)}, so it is not known what was drawn for each row: explain the "
+                    "module that draws by itself"
+                )
+            self.data.set(slot, value)
+
+    def part(self, rows: Tensor) -> Call:
+        """The same call with the rows of a boolean mask only, as one batch dimension; captures stay behind."""
+        inputs = {key: value[rows] for key, value in self.inputs.items()}
+        part = Call(self.policy, self._forward, self.data[rows], inputs, start=self._start)
+        part.in_step = self.in_step
+        return part
+
+    def given(self, inputs: Mapping[NestedKey, Tensor]) -> Call:
+        """The same call with other values of some inputs; captures stay behind."""
+        data = shallow(self.data)
+        for key, value in inputs.items():
+            data.set(key, value)
+        other = Call(self.policy, self._forward, data, {**self.inputs, **inputs}, start=self._start)
+        other.in_step = self.in_step
+        return other
+
+    def copied(self) -> Call:
+        """The same call on copies of its data; captures stay behind."""
+        inputs = {key: value.clone() for key, value in self.inputs.items()}
+        return Call(self.policy, self._forward, self.data.clone(), inputs)
+
+    @property
+    def start(self) -> Start | None:
+        """Where every pass over this call starts; none where a call is traced, which cannot look."""
+        if self._start is None and not torch.compiler.is_compiling():
+            self._start = Start(conduct_of(self.policy), self.data.device)
+        return self._start
+
+    @property
+    def slots(self) -> dict[str, Tensor | Several]:
+        return self.policy._hooked.runtime.slots
+
+    def _writes_input(self) -> bool:
+        return not torch.compiler.is_compiling() and conduct_of(self.policy).watch.may_write_input
+
+    def as_it_was(self, inputs: Mapping[NestedKey, Tensor], stored: TensorDictBase | None) -> bool:
+        """Whether a replay on these inputs computes what the call did."""
+        return stored is None and all(value.data_ptr() == self.inputs[key].data_ptr() for key, value in inputs.items())
+
+    def captured(self, slot: str, site: str) -> Tensor:
+        """The output captured at a site, with the batch shape of the call first.
+
+        Raises:
+            SiteError: if the module, or the run of it that is meant, did not run in this call.
+        """
+        value = self.slots.get(slot)
+        if value is None:
+            hint = ""
+            if self.policy._hooked.traits.recurrent:
+                hint = " (in recurrent mode the backend 'scan' reads trajectories without calling the recurrent core)"
+            raise SiteError(
+                f"the module {site!r} did not run in this call, so there is no activation to show; "
+                f"name a module that the policy's forward executes{hint}"
+            )
+        if isinstance(value, Several):
+            return value.chosen(self.batch_size, site)
+        return with_batch(value, self.batch_size, site)
+
+    def replay(
+        self,
+        inputs: Mapping[NestedKey, Tensor] | None = None,
+        stored: TensorDictBase | None = None,
+        record: bool = False,
+        as_it_was: bool = False,
+        learning: bool = False,
+    ) -> Pass:
+        """Run the policy again, with its interventions and the stored samples.
+
+        Args:
+            inputs: replacements of some of the policy's inputs, of the batch shape of ``stored``.
+            stored: where the other inputs and the samples come from; the data of this call by default.
+            record: let the capture hooks fill the slots of this call.
+            as_it_was: nothing is replaced by other values, so the outputs may be compared with the stored ones.
+            learning: keep what is found of what the data does not hold, see :meth:`learn`.
+        """
+        if not self._learned:
+            self.learn()
+        runtime = self.policy._hooked.runtime
+        inputs = inputs or {}
+        own = stored is None
+        stored = self.data if stored is None else stored
+        data = TensorDict._new_unsafe({}, batch_size=stored.batch_size)
+        copies = self._writes_input()
+        for key, value in ({**self.inputs, **inputs} if own else stored_inputs(self.policy, stored, inputs)).items():
+            # A forward may work in place on what it is given: it is the caller's, and what is explained may be a leaf.
+            set_tensor(data, key, value.clone() if copies else value)
+        replay = Replay(stored, self.in_step, learning)
+        start = self.start
+        previous = runtime.replay, runtime.recording, runtime.start
+        runtime.replay, runtime.recording, runtime.start = replay, record, start
+        try:
+            with nullcontext() if start is None else start.passing():
+                outputs = run_root(self.policy, self._forward, (data,), {})
+        finally:
+            runtime.replay, runtime.recording, runtime.start = previous
+        if learning:
+            self._keep(replay.learned)
+        if as_it_was:
+            self.replayed = outputs
+        if replay.decided:
+            outputs = outputs.copy()
+            for key, value in replay.decided.items():
+                outputs.set(key, value)
+        policy = self.policy
+        keys = policy.policy_out_keys
+        return Pass(
+            outputs, stored, replay.distributions, keys, replay.watched, policy._hooked.supports,
+            policy._hooked.slots, policy._hooked.actions, runtime.told, replay.runs,
+        )  # fmt: skip
+
+
+def conduct_of(policy: HookedPolicy) -> Conduct:
+    """What is known of how a policy runs; a process, or a copy, learns it for itself."""
+    runtime = policy._hooked.runtime
+    if runtime.conduct is None:
+        runtime.conduct = Conduct(policy.hooked_root)
+    return runtime.conduct
+
+
+def run_root(policy: HookedPolicy, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The policy's own forward, with its own keys and with the per-row keys lent to the hooks inside."""
+    runtime = policy._hooked.runtime
+    rows = None
+    if runtime.row_hook is not None:
+        rows = dict(runtime.rows) if runtime.depth else None  # a callback of the user's calls the policy on other data
+        runtime.row_hook.before(policy, args, kwargs)
+    checks_sites = runtime.checks_sites()
+    if checks_sites:
+        runtime.fired = set()
+    if not torch.compiler.is_compiling():
+        runtime.caller = threading.get_ident()  # before the depth: other threads read both
+    runtime.depth += 1
+    if forward is _DECORATED and len(args) == 1 and not kwargs and isinstance(args[0], TensorDictBase):
+        forward = _BARE if not torch.compiler.is_compiling() and not skip_existing() else forward
+    previous = runtime.begin(args, kwargs, root=True)
+    try:
+        if runtime.cores and not torch.compiler.is_compiling():
+            with watching(runtime):
+                output = forward(policy, *args, **kwargs)
+        else:
+            output = forward(policy, *args, **kwargs)
+        if checks_sites:
+            runtime.require_fired()
+        return output
+    except RuntimeError as error:
+        own = own_cause(error)
+        if own is None:
+            raise
+        raise own from own.__cause__
+    finally:
+        runtime.end(previous)
+        runtime.depth -= 1
+        if not runtime.depth:
+            runtime.rows.clear()
+        elif rows is not None:
+            runtime.rows.update(rows)
+
+
+def stored_inputs(
+    policy: HookedPolicy, data: TensorDictBase, given: Mapping[NestedKey, Tensor] | None = None
+) -> dict[NestedKey, Tensor]:
+    """The entries that the policy reads, of which some may be given.
+
+    What the policy writes over, such as a hidden state or a mask that it draws, it may do without.
+
+    Raises:
+        MissingKeyError: if the data lacks another one.
+    """
+    inputs = {}
+    made = policy._hooked.made
+    for key in policy._hooked_read_keys():
+        value = given[key] if given and key in given else get_entry(data, key)
+        if key in made:
+            inputs.update(given_beside(policy.policy_out_keys, key, value))
+            continue
+        if isinstance(value, TensorDictBase):
+            value = value.copy()  # the policy may write into it
+        if value is None and key in policy._hooked.overwrites:
+            continue
+        if value is None:
+            hint = ". Name the module's inputs with prepare(module, in_keys=[...], out_keys=[...])"
+            raise MissingKeyError(
+                f"the policy reads {key!r}, which the TensorDict lacks; "
+                f"{nearest(str(key), map(str, data.keys(True, True)))}{hint if policy._hooked.wraps else ''}"
+            )
+        inputs[key] = value if policy._hooked.chunks is None else all_decide(policy, key, value)
+    return inputs
+
+
+def for_samples(inputs: dict[NestedKey, Tensor], batch: torch.Size, output: TensorDictBase) -> dict[NestedKey, Tensor]:
+    """The inputs of a call whose output has several samples of each row, in dimensions before those of the batch."""
+    rows = output.batch_size
+    if rows[len(rows) - len(batch) :] != batch:
+        return inputs
+    return {key: value.expand(*rows, *value.shape[len(batch) :]) for key, value in inputs.items()}
+
+
+def drawn_noise(policy: HookedPolicy, output: TensorDictBase) -> dict[NestedKey, Tensor]:
+    """The noise that a forward has used, which is beside its action whether it was given or drawn."""
+    found = {key: output.get(key, None) for key in policy._hooked.noise}
+    return {key: value for key, value in found.items() if isinstance(value, Tensor)}

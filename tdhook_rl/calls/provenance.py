@@ -1,0 +1,324 @@
+"""Whose results these are: beside each mask a stamp, one number for each row.
+
+A key does not say who wrote what is under it, and a row of a buffer may be written over around the results that it
+held. A stamp is a projection of what a row's results depend on (what the policy saw; the action, where that is
+explained), by numbers that follow from a number drawn when the policy was prepared, which copies and pickles of it
+share, and from its weights. Whoever reads the row projects it again: the stamp differs where another policy, method or
+option wrote the results, and where the weights or the row itself have changed since. 0 is nobody's stamp.
+"""
+
+from __future__ import annotations
+
+import secrets
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModuleBase, TensorDictParams
+from torch import Tensor, nn
+
+from tdhook_rl.calls.bound import BoundMethod
+from tdhook_rl.calls.real_rows import defined_values, reached, row_mask, surely_finite
+from tdhook_rl.calls.writing import get_entry
+from tdhook_rl.policies.draws import action_keys, draws, sample_keys
+
+__all__ = ["Provenance", "is_stamp", "is_stamped", "stamp_key"]
+
+Key = tuple[str, ...]
+Held = tuple[Mapping[str, Any], str, Tensor]
+
+#: What a root's stamp is called beside its mask: ``("computed", "attr.stamp")``.
+STAMP = ".stamp"
+#: How far the stamp of one row may differ between batches, relative to the terms that it adds up.
+RELATIVE = 1e-5
+#: A longer row is projected by numbers that repeat.
+LONGEST = 1 << 16
+#: Of a larger tensor of weights the sum is taken, and every so many entries that as many are left.
+LARGEST = 1 << 20
+#: Calls in a row in which buffers move and weights do not, after which they are taken for a state.
+MOVES = 3
+
+
+def stamp_key(root: str) -> Key:
+    return "computed", f"{root}{STAMP}"
+
+
+def is_stamp(key: NestedKey) -> bool:
+    """Whether a key is that of a stamp."""
+    return isinstance(key, tuple) and key[0] == "computed" and key[-1].endswith(STAMP)
+
+
+def is_stamped(one: BoundMethod) -> bool:
+    """Whether what a method wrote for a row depends on that row alone, and can be computed again."""
+    apart = one.whole_batch and one.when != "step"
+    return not apart and one.horizon == "step" and not one.only_in_forward
+
+
+class Provenance:
+    """The stamps of one prepared policy.
+
+    Args:
+        policy: the policy that is prepared.
+        inputs: what it and its interventions read.
+        bound: its methods.
+    """
+
+    def __init__(self, policy: TensorDictModuleBase, inputs: list[NestedKey], bound: Sequence[BoundMethod]) -> None:
+        self._token = secrets.randbits(62)  # torch's generators stay as they are
+        self._inputs = inputs
+        drawn = [key for child in policy.modules() if draws(child) for key in sample_keys(child)]
+        actions = [*drawn, *action_keys(policy.out_keys)]
+        # Of each root what its methods read beside the policy's inputs; captured activations follow from these.
+        self._more: dict[str, list[NestedKey]] = {}
+        # Whether inputs or activations are explained there, and by what; and the keys of its mask and its stamp.
+        self._judged: dict[str, tuple[bool, list[Any]]] = {}
+        for one in bound:
+            for root in dict.fromkeys(key[0] for key in one.result_keys):
+                known = self._judged.get(root, (False, []))
+                inner = one.bound or one
+                self._judged[root] = (known[0] or inner.declared is not None, [*known[1], inner])
+                if not is_stamped(one):
+                    continue
+                more = [*one.reads, *(actions if one.replays else ())]
+                read = self._more.setdefault(root, [])
+                read += [key for key in dict.fromkeys(more) if key not in self._inputs and key not in read]
+        self.marks = {
+            root: (("computed", root), stamp_key(root) if root in self._more else None) for root in self._judged
+        }
+        self._forget_all()
+
+    def _forget_all(self) -> None:
+        self._held: list[Held] | None = None  # the weights, and where they are held
+        self._states: list[Held] = []  # buffers, which are weights unless they drift
+        self._seen: tuple[int, int] | None = None  # the versions that the fingerprint is of
+        self._moves, self._drifts = 0, False
+        self._weights = 0
+        self._full: Tensor | None = None  # the mask of a batch of which every row is real
+        self._vectors: dict[tuple[NestedKey, int, torch.device], Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in ("_token", "_inputs", "_more", "_judged", "marks")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget_all()
+
+    def mark_keys(self, keys: Sequence[NestedKey]) -> list[NestedKey]:
+        """The masks and then the stamps that stand beside results."""
+        marks = [self.marks[root] for root in dict.fromkeys(key[0] for key in keys)]
+        return [*(mask for mask, _ in marks), *(stamp for _, stamp in marks if stamp is not None)]
+
+    @property
+    def stamped(self) -> Mapping[str, Sequence[NestedKey]]:
+        """The roots that have stamps, and what is read for each beside the policy's inputs."""
+        return self._more
+
+    # ------------------------------------------------------------------ weights
+
+    def forget(self) -> None:
+        """Look at the weights again before the next call: another process may have changed them in place."""
+        self._held = None
+
+    def note_weights(self, policy: nn.Module) -> bool:
+        """Follow the weights, where their versions say that they have changed.
+
+        Returns:
+            whether the policy runs with weights of its own, not with others that are lent to it for a functional call.
+        """
+        if self._held is None:
+            self._held, self._states = _tensors(policy)
+            self._seen = None
+        weights, states = _versions(self._held), _versions(self._states)
+        if weights is None or states is None:
+            return False
+        if (weights, states) == self._seen and weights >= 0:
+            self._moves = 0
+            return True
+        # Buffers that move from call to call without the weights are the policy's state, and no weights of it.
+        self._moves = self._moves + 1 if self._seen is not None and weights == self._seen[0] >= 0 else 0
+        if self._moves == MOVES and self._held:
+            self._drifts, self._states, states = True, [], 0
+        found = _fingerprint([tensor for *_, tensor in (*self._held, *([] if self._drifts else self._states))])
+        if found != self._weights:
+            self._weights = found
+            self._vectors.clear()
+        self._seen = weights, states
+        return True
+
+    # ------------------------------------------------------------------ stamps
+
+    def trace(self, source: TensorDictBase) -> Tensor:
+        """What the stamps of all roots share: of what the policy saw, a number for each row, or one for all."""
+        return self._add(None, self._inputs, source)
+
+    def stamp(self, root: str, trace: Tensor, data: TensorDictBase) -> Tensor:
+        """The stamps of one root, the batch shape."""
+        found = self._add(trace, self._more[root], data) if self._more[root] else trace
+        return found if found.shape == data.batch_size else _as_batch(found, data.batch_size)
+
+    def own_rows(self, root: str, data: TensorDictBase) -> Tensor | None:
+        """The rows of a batch that hold results of this policy, as it is now, under a root; ``None`` if none can.
+
+        A row that holds NaN or infinite values has such a stamp, which is anybody's; where it is masked as not
+        computed, it says of any policy what is so.
+        """
+        stored = data.get(stamp_key(root), None)
+        mask = row_mask(data, ("computed", root))
+        batch = data.batch_size
+        if root not in self._more or mask is None or not isinstance(stored, Tensor) or stored.shape != batch:
+            return None
+        expected = self.stamp(root, self.trace(data), data)
+        keys = [*self._inputs, *self._more[root]]
+        terms = _as_batch(self._add(None, keys, data, size=True), batch)
+        stored, mask = stored.to(expected), mask.to(expected.device)
+        near = (stored - expected).abs() <= RELATIVE * terms
+        undefined = ~(torch.isfinite(stored) | torch.isfinite(expected) | mask)
+        return (near & (stored != 0) & torch.isfinite(terms)) | undefined
+
+    def _add(self, total: Tensor | None, keys: Sequence[NestedKey], data: TensorDictBase, size: bool = False) -> Tensor:
+        """Add the projections of entries; with ``size`` the sizes of the terms."""
+        batch = data.batch_size
+        for key in keys:
+            value = get_entry(data, key)
+            if not isinstance(value, Tensor):
+                continue
+            rows = _flat(value, batch)
+            vector = self._vector(key, rows.shape[1], rows.device)
+            if total is None:
+                total = self._vector("", 1, rows.device)
+                total = total.abs() if size else total
+            elif total.device != rows.device:
+                total = total.to(rows.device)
+            if size:
+                rows, vector = rows.abs(), vector.abs()
+            if torch._C._is_any_autocast_enabled():  # which would run the product in half precision
+                total = total + (rows * vector).sum(-1)
+            else:
+                total = torch.addmv(total.reshape(-1) if total.ndim != 1 else total, rows, vector)
+        if total is None:
+            total = self._vector("", 1, data.device or torch.device("cpu"))
+        return total
+
+    def _vector(self, key: NestedKey, length: int, device: torch.device) -> Tensor:
+        known = self._vectors.get((key, length, device))
+        if known is None:
+            seed = [self._token, self._weights, zlib.crc32(repr(key).encode())]
+            drawn = np.random.Generator(np.random.PCG64(seed)).standard_normal(min(length, LONGEST), np.float32)
+            with torch.inference_mode(False):
+                known = torch.from_numpy(np.resize(drawn, length)).to(device)
+            self._vectors[key, length, device] = known
+        return known
+
+    # ------------------------------------------------------------------ masks
+
+    def mask(
+        self,
+        root: str,
+        values: Sequence[Tensor],
+        source: TensorDictBase,
+        given: Tensor | None = None,
+        traced: bool = False,
+    ) -> Tensor:
+        """Which rows of a root's values are real.
+
+        An attribution is where it and what it explains are finite; an activation may be infinite. Where a schedule has
+        left rows out, they are none.
+
+        Args:
+            root: of the results.
+            values: what was computed, each with the batch shape first.
+            source: what the policy was called with.
+            given: the rows that a schedule has chosen.
+            traced: whether numbers cannot be looked at now.
+        """
+        explains, methods = self._judged[root]
+        if given is not None and not bool(given.any()):
+            return given
+        if explains:
+            values = reached(values, traced)
+            inputs = [get_entry(source, key) for one in methods for key in one.declared or ()]
+            values = [*values, *(value for value in inputs if isinstance(value, Tensor))]
+        rows = None
+        for value in values:
+            if traced or not surely_finite(value):
+                rows = defined_values(values, source.batch_size, infinite=not explains)
+                break
+        if rows is None:
+            return self._all_rows(source.batch_size, values[0].device) if given is None else given
+        return rows if given is None else rows & given
+
+    def _all_rows(self, batch: torch.Size, device: torch.device) -> Tensor:
+        if torch.compiler.is_compiling():
+            return torch.ones(batch, dtype=torch.bool, device=device)
+        if self._full is None or self._full.shape != batch or self._full.device != device:
+            with torch.inference_mode(False):
+                self._full = torch.ones(batch, dtype=torch.bool, device=device)
+        return self._full.clone()  # a third of the time that making one takes
+
+
+def _tensors(policy: nn.Module) -> tuple[list[Held], list[Held]]:
+    """The parameters of a policy, and its buffers; those of what draws do not say what the policy computes."""
+    parameters: dict[int, Held] = {}
+    buffers: dict[int, Held] = {}
+    for child in policy.modules():
+        stores = [(child._parameters, parameters)] + ([] if draws(child) else [(child._buffers, buffers)])
+        if isinstance(child, TensorDictParams):
+            stores = [({str(key): value for key, value in enumerate(child.parameters())}, parameters)]
+        for store, found in stores:
+            found |= {id(value): (store, name, value) for name, value in store.items() if value is not None}
+    return list(parameters.values()), list(buffers.values())
+
+
+def _versions(held: Sequence[Held]) -> int | None:
+    """How often tensors were written to; -1 where inference mode does not count it, ``None`` if others are in place."""
+    found = 0
+    try:
+        for store, name, tensor in held:
+            if store.get(name) is not tensor:
+                return None
+            found += tensor._version
+    except RuntimeError:
+        return -1
+    return found
+
+
+def _fingerprint(tensors: Sequence[Tensor]) -> int:
+    """A number that follows from the content of tensors, the same in every process and on every device."""
+    found = 0
+    for tensor in tensors:
+        if tensor.is_meta:  # which has no content
+            continue
+        flat = tensor.detach().reshape(-1)
+        if flat.numel() > LARGEST:
+            found = zlib.crc32(np.float64(flat.sum(dtype=torch.float64).item()).tobytes(), found)
+            flat = flat[:: flat.numel() // LARGEST + 1]
+        content = flat.contiguous().cpu().view(torch.uint8).numpy()
+        found = zlib.crc32(content.tobytes(), found)
+    return found
+
+
+def _flat(value: Tensor, batch: torch.Size) -> Tensor:
+    """An entry as float32, ``(rows, features)``."""
+    if type(value) is not Tensor:
+        value = value.as_subclass(Tensor)
+    if value.requires_grad:
+        value = value.detach()
+    if value.is_complex():
+        value = torch.view_as_real(value)
+    if value.dtype is not torch.float32:
+        value = value.float()
+    if value.ndim == 2 and len(batch) == 1:
+        return value
+    return value.reshape(batch.numel(), value.shape[len(batch) :].numel())
+
+
+def _as_batch(value: Tensor, batch: torch.Size) -> Tensor:
+    return (value.expand(batch.numel()) if len(value) == 1 else value).reshape(batch)
+
+
+def _device(data: TensorDictBase, keys: Sequence[NestedKey]) -> torch.device:
+    found = (get_entry(data, key) for key in keys)
+    return next((value.device for value in found if isinstance(value, Tensor)), torch.device("cpu"))

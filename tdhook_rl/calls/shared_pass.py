@@ -1,0 +1,144 @@
+"""The policy's own forward as the pass that is explained.
+
+A gradient is otherwise a second pass. Two kinds of forward compute the same numbers whether or not they are explained:
+that of a chain of known layers, which is recorded in any grad mode; and that of other policies where the caller has
+gradients on and every parameter asks for one: there is a graph anyway, with or without the inputs as its leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+from tdhook_rl.calls.bound import BoundMethod
+from tdhook_rl.calls.chains import Record, Steps, chain_layers
+from tdhook_rl.calls.passes import Call, Pass, conduct_of, run_root, stored_inputs
+from tdhook_rl.calls.policy import HookedPolicy
+from tdhook_rl.calls.writing import get_entry, set_tensor
+from tdhook_rl.policies.draws import draws
+from tdhook_rl.replaying.batching import Traits
+from tdhook_rl.replaying.replay import Replay
+from tdhook_rl.replaying.scratch import same_values
+
+__all__ = ["can_share", "chain_pass", "graph_pass", "sharing"]
+
+
+def can_share(policy: nn.Module, traits: Traits) -> bool:
+    """Whether the forward of a policy may be explained itself: it draws nothing, and rows do not meet in it."""
+    return not traits.batch_statistics and not any(draws(child) for child in policy.modules())
+
+
+def sharing(
+    policy: HookedPolicy, steps: Sequence[BoundMethod], data: TensorDictBase
+) -> tuple[list[BoundMethod], Steps | None]:
+    """The methods that can explain the forward about to run on ``data``; and the layers, where it runs as a chain."""
+    if (
+        torch.compiler.is_compiling()
+        or type(data) is not TensorDict
+        or torch.is_inference_mode_enabled()
+        or policy._hooked.runtime.level >= 0
+    ):
+        return [], None
+    own = policy.policy_out_keys
+    able: list[Any] = [
+        one
+        for one in steps
+        if one.shares_forward and all(key not in own and _is_plain_float(get_entry(data, key)) for key in one.declared)  # type: ignore[attr-defined]
+    ]
+    layers = None
+    if able and policy._hooked.is_chain and all(one.linear for one in able):
+        layers = chain_layers(policy, get_entry(data, policy.policy_in_keys[0]))
+    return able if able and (layers is not None or _records_a_graph(policy)) else [], layers
+
+
+def _records_a_graph(policy: HookedPolicy) -> bool:
+    tie = policy._hooked.tie
+    return torch.is_grad_enabled() and tie is not None and tie.asks_for_gradients()
+
+
+def chain_pass(policy: HookedPolicy, forward: Callable[..., Any], data: TensorDict, layers: Steps) -> Call:
+    """Run a policy that is a chain of these layers, and record it; the call to explain."""
+    key, out_key = policy.policy_in_keys[0], policy.policy_out_keys[0]
+    try:
+        record = Record(layers, get_entry(data, key))
+        set_tensor(data, out_key, record.output)
+    except RuntimeError:
+        run_root(policy, forward, (data,), {})  # says it in its own words
+        raise
+    outputs = TensorDict._new_unsafe({}, batch_size=data.batch_size)
+    set_tensor(outputs, key, record.input)
+    set_tensor(outputs, out_key, record.output)
+    call = Call(policy, forward, data, {key: record.input}, data)
+    call.chain = Pass(outputs, data, distributions=[], out_keys=[out_key], watched={}), record
+    return call
+
+
+@contextmanager
+def graph_pass(
+    policy: HookedPolicy, forward: Callable[..., Any], data: TensorDict, shared: Sequence[Any]
+) -> Iterator[tuple[Any, Call]]:
+    """Run the policy on ``data`` with its explained inputs as leaves; yields the output and the call to explain.
+
+    Afterwards, and for the caller throughout, the inputs are the caller's own tensors.
+    """
+    runtime = policy._hooked.runtime
+    inputs = stored_inputs(policy, data)
+    points: dict[NestedKey, Tensor] = {
+        key: inputs[key].detach().requires_grad_() for one in shared for key in one.declared
+    }
+    brought = dict(data.items(True, True))
+    # A leaf cannot be worked on in place: until a forward was seen to leave its inputs alone, it is given copies.
+    conduct = conduct_of(policy)
+    given = points if conduct.keeps_input else {key: point.clone() for key, point in points.items()}
+    replay = Replay(data)
+    slots = [slot for one in shared for slot in one.leaves]
+    previous, output = runtime.replay, data
+    runtime.replay, runtime.leaves = replay, dict.fromkeys(slots)
+    try:
+        try:
+            for key, tensor in given.items():
+                set_tensor(data, key, tensor)
+            output = run_root(policy, forward, (data,), {})
+        finally:
+            runtime.replay, runtime.leaves = previous, {}
+            for key, tensor in given.items():
+                for holder in (data,) if output is data else (data, output):
+                    if holder.get(key, None) is tensor:
+                        set_tensor(holder, key, inputs[key])
+        if given is not points:
+            before, inputs = inputs, inputs | {key: point.detach().clone() for key, point in points.items()}
+            conduct.keeps_input = _hand_on(given, points, before)
+        call = Call(policy, forward, output, inputs, data)
+        # A target must not find entries of the caller's that the policy neither reads nor writes.
+        own = (*inputs, *policy.policy_out_keys)
+        foreign = [key for key, value in brought.items() if key not in own and output.get(key, None) is value]
+        outputs = output.exclude(*foreign)
+        for key, point in points.items():
+            set_tensor(outputs, key, point)
+        run = Pass(
+            outputs, output, replay.distributions, policy.policy_out_keys, replay.watched, policy._hooked.supports,
+            actions=policy._hooked.actions, told=runtime.told,
+        )  # fmt: skip
+        call.shared = run, points
+        yield output, call
+    finally:
+        for slot in slots:
+            runtime.slots.pop(slot, None)
+
+
+def _hand_on(given: Mapping[NestedKey, Tensor], points: Mapping[NestedKey, Tensor], brought: Any) -> bool:
+    """Do to the caller's tensors what a forward has done in place to the copies; whether that was nothing."""
+    changed = [key for key, point in points.items() if not same_values(given[key].detach(), point.detach())]
+    with torch.no_grad():
+        for key in changed:
+            brought[key].copy_(given[key])
+    return not changed
+
+
+def _is_plain_float(value: Any) -> bool:
+    return type(value) is Tensor and value.is_floating_point() and not value.requires_grad

@@ -1,0 +1,149 @@
+"""Tensors written into TensorDicts without the detour through conversions.
+
+``TensorDictModule`` passes each output through ``TensorDict.from_any``, which looks for optional packages at
+every call: about 30 us, more than everything else that a hooked policy adds. A tensor needs no conversion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tensordict import NestedKey, TensorDict, TensorDictBase, is_non_tensor
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+
+from tdhook_rl.errors import KeyCollisionError
+from tdhook_rl.sites.classes import Swapped
+
+__all__ = [
+    "WritingMixin",
+    "get_entry",
+    "require_room",
+    "set_entries",
+    "set_tensor",
+    "write_tensors",
+    "writes_by_default",
+]
+
+
+def write_tensors(
+    self: TensorDictModule,
+    tensordict: TensorDictBase,
+    tensors: Sequence[Tensor],
+    tensordict_out: TensorDictBase | None = None,
+    out_keys: Sequence[NestedKey] | None = None,
+) -> TensorDictBase:
+    """In the place of ``TensorDictModule._write_to_tensordict``; what is no plain tensor goes the usual way."""
+    keys = self.out_keys_source if out_keys is None else out_keys
+    target = tensordict if tensordict_out is None and self.inplace is True else tensordict_out
+    if target is None or len(keys) != len(tensors) or any(type(tensor) is not Tensor for tensor in tensors):
+        return TensorDictModule._write_to_tensordict(self, tensordict, tensors, tensordict_out, out_keys)
+    for key, tensor in zip(keys, tensors, strict=True):
+        if key != "_":
+            set_tensor(target, key, tensor)
+    return target
+
+
+class WritingMixin(Swapped):
+    """A module below the root of a hooked policy, with :func:`write_tensors`."""
+
+    _write_to_tensordict = write_tensors
+
+
+def writes_by_default(cls: type[nn.Module]) -> bool:
+    """Whether modules of a class write the way ``TensorDictModule`` does, with no way of their own."""
+    return getattr(cls, "_write_to_tensordict", None) is TensorDictModule._write_to_tensordict
+
+
+def set_tensor(data: TensorDictBase, key: NestedKey, value: Tensor) -> None:
+    """Set an entry; one at the top whose shape and device are right without TensorDict's conversions and checks."""
+    if (
+        type(key) is str
+        and type(data) is TensorDict
+        and type(value) is Tensor
+        and value.shape[: data.ndim] == data.batch_size
+        and (data.device is None or data.device == value.device)
+    ):
+        data._set_str(key, value, inplace=False, validated=True)
+    else:
+        data.set(key, value)
+
+
+def get_entry(data: TensorDictBase, key: NestedKey) -> Any:
+    """``data.get(key, None)``; a tensor at the top without the detour through nested keys."""
+    if type(key) is str and type(data) is TensorDict:
+        value = data._get_str(key, None)
+        if type(value) is Tensor:
+            return value
+    return data.get(key, None)
+
+
+def set_entries(data: TensorDictBase, entries: Mapping[tuple[str, ...], Tensor]) -> None:
+    """Set entries; where their shape and device are right, without TensorDict's conversions and checks.
+
+    Entry by entry: setting a nested TensorDict at once costs several times as much.
+    """
+    if type(data) is not TensorDict:
+        for key, value in entries.items():
+            data.set(key, value)
+        return
+    batch, device = data.batch_size, data.device
+    dims = len(batch)
+    nodes: dict[str, TensorDictBase] = {}
+    for key, value in entries.items():
+        node = None
+        if len(key) > 1:
+            node = nodes.get(key[0])
+            if node is None and _may_hold(data, key[0]):
+                node = nodes[key[0]] = _node(data, key[0])
+        fits = type(value) is Tensor and value.shape[:dims] == batch and (device is None or device == value.device)
+        if not fits or (len(key) > 1 and node is None):
+            data.set(key, value)
+        elif node is None:
+            data._set_str(key[0], value, inplace=False, validated=True)
+        elif len(key) == 2 and type(node) is TensorDict:
+            node._set_str(key[1], value, inplace=False, validated=True)
+        else:
+            node.set(key[1:], value)
+
+
+def _may_hold(data: TensorDict, root: str) -> bool:
+    """Whether a root is free or a TensorDict's; what else the user has there is not written over.
+
+    Raises:
+        KeyCollisionError: if it holds no entries at all.
+    """
+    found = data._get_str(root, None)
+    if found is None or type(found) is TensorDict:
+        return True
+    require_room(found, root)
+    return isinstance(found, TensorDictBase)
+
+
+def require_room(found: Any, root: str) -> None:
+    """Raise :class:`KeyCollisionError` if what the data has under a root holds no entries."""
+    if isinstance(found, Tensor) or is_non_tensor(found):
+        raise KeyCollisionError(
+            f"results are written under {root!r}, where the data has a {type(found).__name__} of its own: give the "
+            "method another root (attribution_key=, cache_key=, probe_key=)"
+        )
+
+
+def _node(data: TensorDict, root: str) -> TensorDictBase:
+    """The node of a root, one without a device.
+
+    A collector with ``device=`` looks for the policy's outputs by comparing, among others, the mask
+    ``("computed", "cache")`` with the node ``"cache"``, and raises where both have the same device; one that casts
+    and writes to a buffer cannot stack nodes of which only some have a device.
+    """
+    node = data._get_str(root, None)
+    if isinstance(node, TensorDictBase):
+        if node.device is None and not node.is_locked:
+            return node
+        node = node.copy().clear_device_()
+    else:
+        names = data.names if data._has_names() else None
+        node = TensorDict._new_unsafe({}, batch_size=data.batch_size, names=names)
+    data._set_str(root, node, inplace=False, validated=True)
+    return node

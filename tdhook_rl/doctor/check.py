@@ -1,0 +1,310 @@
+"""The doctor: one call that says whether a hooked policy will do in a collector what it was configured to do."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tdhook_rl.arguments.checked import checked
+from tdhook_rl.calls.preconditions import require_hooked
+from tdhook_rl.doctor.collecting import Collecting
+from tdhook_rl.doctor.collecting_checks import collecting_findings, device_findings, failure
+from tdhook_rl.doctor.compile_checks import compile_findings
+from tdhook_rl.doctor.dry_run import TimeUp, Watch, env_options, fresh_env, trial_of, untouched
+from tdhook_rl.doctor.findings import Finding, Report
+from tdhook_rl.doctor.policy_checks import policy_findings
+from tdhook_rl.doctor.walk import Walk
+from tdhook_rl.doctor.walk_checks import batch_findings, collision_findings, input_findings, walk_findings
+from tdhook_rl.errors import InputError
+from tdhook_rl.hooking.hooked import HookedMixin
+from tdhook_rl.method import HookingContext
+from tdhook_rl.runs.site_table import site_table
+
+__all__ = ["check"]
+
+
+@checked
+def check(
+    policy: Any,
+    env: Any,
+    collector_kwargs: Mapping[str, Any] | None = None,
+    *,
+    collector: type | None = None,
+    steps: int = 16,
+    compile: bool = False,
+    time_limit: float = 120.0,
+) -> Report:
+    """Try a hooked policy in an environment and a collector, and say what would fail or go wrong in silence.
+
+    Everything runs on copies: of the policy (with weights of its own), of the environment, of the replay buffer's
+    first row, and of the other arguments. Parameters, generators and the state of the environment are afterwards what
+    they were. Functions among the arguments, and steering functions, are called.
+
+    Args:
+        policy: the hooked policy; or the context that ``prepare`` returned; or a function without arguments that
+            returns a hooked policy, as for ``policy_factory``.
+        env: a TorchRL environment, which must deep-copy, or a function that makes one.
+        collector_kwargs: the arguments for the collector, without the policy and the environment; ``num_workers`` of
+            them makes the dry run start so many processes. Frames and the size of the buffer are cut down.
+        collector: the collector's class; by default ``Collector``, or ``MultiSyncCollector`` if there are workers.
+        steps: how many steps are made by hand; more, up to one batch of the collector, if a schedule has not selected
+            a row by then.
+        compile: compile as well, with a backend that only traces; implied by ``compile_policy``.
+        time_limit: seconds after which the check ends, whatever it waits for. Workers are stopped; what hangs in this
+            process cannot be, and is left in a thread of its own.
+
+    Returns:
+        a :class:`Report`: ``str(report)`` is a table, ``report.ok`` says that there is no error, and
+        ``report.raise_if_failed()`` raises if there is one.
+
+    Raises:
+        InputError: if the policy is not hooked.
+
+    What collectors do to keys, and where it is seen here:
+
+    - undeclared keys are dropped with buffers, other devices and workers: ``keys``. Results are declared by
+      construction;
+    - a key that is not written at every step is repeated or stops the collector: ``keys`` and
+      ``environment keys``. Results are written at every step by construction, masked where not computed:
+      ``schedules``;
+    - a key that appears later is dropped: ``environment keys``, and for buffers with rows ``kept``;
+    - rows of ``init_random_frames`` hold zeros, or no results: ``random frames``, ``kept``;
+    - shapes that vary do not stack: ``shapes``;
+    - names with an underscore are stripped: ``names``; refused by ``prepare`` for results;
+    - nested outputs, cast between devices, do not go to a buffer without ``storing_device``: ``devices``; results
+      carry no device, by construction;
+    - what a hook or ``postproc`` adds in a worker is read once, or dropped: ``frozen``, ``kept``;
+    - steering that changes within a batch cannot be seen beforehand.
+
+    Example:
+        >>> from tdhook_rl import ActivationCaching
+        >>> from tdhook_rl.envs import CueCorners
+        >>> from tdhook_rl.examples.agent import FC2, make_actor
+        >>> actor = make_actor()
+        >>> with ActivationCaching(FC2).prepare(actor) as policy:
+        ...     report = check(policy, CueCorners(batch_size=[2]), {"frames_per_batch": 64})
+        >>> report.ok, len(report.of_level("warning"))
+        (True, 0)
+    """
+    if steps < 2:
+        raise InputError(f"steps={steps}: at least two are needed, to see what changes between them")
+    with untouched(), _entered(policy) as (hooked, factory):
+        examination = _Examination(
+            hooked,
+            factory,
+            env,
+            dict({} if collector_kwargs is None else collector_kwargs),
+            collector,
+            steps,
+            compile,
+            Watch(time_limit),
+        )
+        return Report(tuple(examination.findings()))
+
+
+@dataclass
+class _Examination:
+    policy: Any
+    factory: Callable[[], Any] | None
+    env: Any
+    options: dict[str, Any]
+    collector: type | None
+    steps: int
+    compile: bool
+    watch: Watch
+
+    def findings(self) -> Iterator[Finding]:
+        if not self.policy._hooked.runtime.active:
+            yield Finding(
+                "active",
+                "error",
+                "the policy is no longer hooked: its context has ended",
+                "check inside the `with` block, or prepare with return_context=False",
+            )
+            return
+        kind, workers = self._collector()
+        static = list(
+            policy_findings(self.policy, in_processes="num_workers" in _parameters(kind), factory=self.factory)
+        )
+        yield from static
+        if any(one.level == "error" and one.check in ("deepcopy", "recurrent") for one in static):
+            yield Finding("dry run", "warning", "nothing was run, because of the above")
+            return
+        try:
+            yield from self._run(kind, workers)
+        except TimeUp as error:
+            yield Finding(
+                "time limit",
+                "error",
+                f"after {self.watch.seconds:g} s the check still waited for {error}",
+                "look at what it waited for; if it is only slow, pass a longer time_limit=",
+            )
+
+    def _collector(self) -> tuple[type, int]:
+        """The collector's class, and how many environments it is given in a list; 0 for one environment."""
+        from torchrl.collectors import AsyncBatchedCollector, Collector, MultiCollector, MultiSyncCollector
+
+        asked = self.options.pop("num_workers", None)
+        kind = self.collector or (MultiSyncCollector if asked else Collector)
+        takes_a_list = issubclass(kind, (MultiCollector, AsyncBatchedCollector))
+        if asked and not takes_a_list:
+            raise InputError(f"{kind.__name__} has no workers: leave out num_workers, or give a MultiSyncCollector")
+        return kind, (asked or 1) if takes_a_list else 0
+
+    def _run(self, kind: type, workers: int) -> Iterator[Finding]:
+        self.watch.waiting_for = "the constructor of the environment"
+        env, failed = self._attempt(lambda: fresh_env(self.env, env_options(self.options.get("create_env_kwargs"))))
+        if failed is not None:
+            yield failed
+            return
+        walk = Walk(trial_of(self.policy), env)
+        walked = yield from self._walk(walk)
+        self.watch.waiting_for = "the environment to close"
+        self._attempt(lambda: walk.env.close(raise_if_closed=False))
+        if walk.data:
+            yield from self._modules(walk)
+        devices = list(device_findings(self.policy, self.options))
+        yield from devices
+        if not walked:
+            yield Finding("collector", "warning", "not tried, because of the above")
+            return
+        if any(one.level == "error" for one in devices):
+            yield Finding("collector", "warning", "not tried, because of the devices")
+        else:
+            yield from self._collect(kind, workers, walk)
+        compile_policy = self.options.get("compile_policy")
+        if self.compile or compile_policy:
+            fullgraph = isinstance(compile_policy, dict) and bool(compile_policy.get("fullgraph"))
+            yield from self._compile(walk, fullgraph)
+
+    def _walk(self, walk: Walk) -> Generator[Finding, None, bool]:
+        """Findings of a rollout by hand; returns whether it went to its end."""
+        from torchrl.envs.utils import ExplorationType, set_exploration_type
+        from torchrl.modules.utils import get_env_transforms_from_module
+
+        data, failed = self._attempt(lambda: walk.reset(self.watch))
+        if failed is None and walk.missing and self.options.get("auto_register_policy_transforms"):
+            walk.env = walk.env.append_transform(get_env_transforms_from_module(walk.policy))
+            data, failed = self._attempt(lambda: walk.reset(self.watch))
+        if failed is not None:
+            yield failed
+            return False
+        first = [*input_findings(walk), *collision_findings(walk, data)]
+        yield from first
+        if any(one.level == "error" for one in first):
+            return False
+        batch = self.options.get("frames_per_batch", 0)
+        frames = sum(batch) if isinstance(batch, (list, tuple)) else batch
+        kind = self.options.get("exploration_type") or ExplorationType.RANDOM
+
+        def steps() -> None:
+            with torch.no_grad(), set_exploration_type(kind):
+                walk.run(data, self.watch, self.steps, longer=-(-frames // walk.env.batch_size.numel()))
+
+        _, failed = self._attempt(steps)
+        found = list(walk_findings(walk))
+        yield from found
+        if failed is not None:
+            yield failed
+            return False
+        if any(one.level == "error" and one.check in ("keys", "shapes") for one in found):
+            return True
+        self.watch.waiting_for = "annotate() of what was collected"
+        stored = walk.batch()
+        annotated, failed = self._attempt(
+            lambda: walk.policy.annotate(stored.exclude(*walk.results), on_mismatch="ignore")
+        )
+        if failed is None:
+            yield from batch_findings(walk, stored, annotated)
+        else:
+            yield failed
+        return True
+
+    def _modules(self, walk: Walk) -> Iterator[Finding]:
+        """The head of the table of modules."""
+        self.watch.waiting_for = "a call that lists the modules"
+        data = walk.data[0].select(*walk.policy.in_keys, strict=False)
+        table, failed = self._attempt(lambda: site_table(walk.policy, walk.moved(data)))
+        if failed is not None:
+            yield failed
+            return
+        ran = [row for row in table if row.runs]
+        repeated = [f"{row.path!r} {row.runs} times" for row in ran if row.runs > 1 and row.same_as is None]
+        first = ", ".join(
+            f"{row.path!r} {row.kind} {'x'.join(map(str, row.features or ()))}".rstrip() for row in ran[:5]
+        )
+        often = f"; more than once: {', '.join(repeated[:5])}" if repeated else ""
+        yield Finding("modules", "ok", f"{len(ran)} of {len(table)} run, the first {first}{often}; all: sites(data)")
+
+    def _collect(self, kind: type, workers: int, walk: Walk) -> Iterator[Finding]:
+        if kind.__module__.startswith("torchrl.collectors.distributed"):
+            yield Finding(
+                "collector",
+                "warning",
+                f"{kind.__name__} is not tried: it needs machines of its own",
+                "what is said here of keys, shapes and pickling holds for it",
+            )
+            return
+        run = Collecting(kind, self.options, workers)
+        copies = walk.env.batch_size.numel()
+        _, failed = self._attempt(
+            lambda: run.run(self.policy, trial_of(self.policy), self.env, copies, self.factory, self.watch)
+        )
+        if failed is None:
+            yield from collecting_findings(run, self.policy, walk)
+        else:
+            yield failed
+
+    def _compile(self, walk: Walk, fullgraph: bool) -> Iterator[Finding]:
+        def compiled() -> list[Finding]:
+            with torch.no_grad():
+                data = walk.moved(walk.data[0].select(*walk.policy.in_keys))
+                return list(compile_findings(self.policy, data, self.watch, fullgraph=fullgraph))
+
+        found, failed = self._attempt(compiled)
+        yield from [failed] if failed is not None else found
+
+    def _attempt(self, function: Callable[[], Any]) -> tuple[Any, Finding | None]:
+        """What a function returns, or the finding for its error."""
+        try:
+            return self.watch.run(function), None
+        except TimeUp:
+            raise
+        except Exception as error:
+            return None, failure(error, self.watch.waiting_for, self.options)
+
+
+def _parameters(kind: type) -> Mapping[str, Any]:
+    return inspect.signature(kind.__init__).parameters
+
+
+@contextmanager
+def _entered(policy: Any) -> Iterator[tuple[Any, Callable[[], Any] | None]]:
+    """The hooked policy, and the function that makes it if there is one."""
+    if isinstance(policy, HookingContext):
+        with policy as hooked:
+            yield hooked, None
+        return
+    if isinstance(policy, type):
+        require_hooked(policy, "check()")
+    factory = policy if callable(policy) and not isinstance(policy, nn.Module) else None
+    made = policy if factory is None else factory()
+    if not isinstance(made, HookedMixin):
+        inner = (
+            [path for path, child in made.named_modules() if isinstance(child, HookedMixin)]
+            if isinstance(made, nn.Module)
+            else []
+        )
+        hint = (
+            f"its module {inner[0]!r} is: prepare the outermost module, exploration included"
+            if inner
+            else "give what `with method.prepare(policy) as hooked` gives"
+        )
+        raise InputError(f"check() takes a hooked policy, and this {type(made).__name__} is not one; {hint}")
+    yield made, factory

@@ -1,0 +1,332 @@
+"""What a check finds in a rollout that was made step by step, and in its batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from tdhook_rl.calls.provenance import is_stamp
+from tdhook_rl.doctor.findings import Finding
+from tdhook_rl.doctor.walk import Key, Walk, as_tuple, leaves
+
+__all__ = ["batch_findings", "collision_findings", "input_findings", "walk_findings"]
+
+
+def input_findings(walk: Walk) -> Iterator[Finding]:
+    """Whether the environment gives what the policy reads."""
+    from torchrl.modules.utils import get_primers_from_module
+
+    if not walk.missing:
+        yield Finding("inputs", "ok", f"the environment gives {_list(walk.policy.in_keys)}")
+        return
+    missing = set(walk.missing)
+    primer = get_primers_from_module(walk.policy, warn=False, strict=False)
+    hidden = {key for key in missing if primer is not None and key in _primed(primer)}
+    starts = {key for key in missing - hidden if key[-1] == "is_init"}
+    reads = {as_tuple(key) for key in walk.policy.in_keys} - {as_tuple(key) for key in walk.policy.policy_in_keys}
+    for keys, remedy in (
+        (
+            hidden,
+            "append a TensorDictPrimer: env.append_transform(get_primers_from_module(policy)), or pass "
+            "auto_register_policy_transforms=True to the collector",
+        ),
+        (starts, "append InitTracker() to the environment, or pass auto_register_policy_transforms=True"),
+        (
+            missing & reads,
+            "an intervention reads it at every step: append a TensorDictPrimer with a spec for it, or give "
+            "a number in place of the key",
+        ),
+    ):
+        if keys:
+            yield Finding(
+                "inputs", "error", f"the policy reads {_list(keys)}, which the environment does not give", remedy
+            )
+    if rest := missing - hidden - starts - reads:
+        given = sorted(str(key) for key in walk.env.full_observation_spec.keys(True, True))
+        yield Finding(
+            "inputs",
+            "error",
+            f"the policy reads {_list(rest)}, which the environment does not give",
+            f"rename the policy's in_keys or add a transform; the environment gives {', '.join(given)}",
+        )
+
+
+def collision_findings(walk: Walk, data: TensorDictBase) -> Iterator[Finding]:
+    """Whether results would be written over what the environment writes."""
+    env = walk.env
+    specs = (
+        env.full_observation_spec,
+        env.full_state_spec,
+        env.full_action_spec,
+        env.full_reward_spec,
+        env.full_done_spec,
+    )
+    taken = {key for key, _ in leaves(data)} | {as_tuple(key) for spec in specs for key in spec.keys(True, True)}
+    for key in map(as_tuple, walk.policy.result_keys):
+        clash = next((other for other in sorted(taken) if other == key[: len(other)] or key == other[: len(key)]), None)
+        if clash is not None:
+            yield Finding(
+                "names",
+                "error",
+                f"the result {key} collides with {clash}, which the environment writes",
+                "give the method another root (attribution_key=, cache_key=, probe_key=)",
+            )
+            return
+
+
+def walk_findings(walk: Walk) -> Iterator[Finding]:
+    """Findings on what was written when, in what shape, and with which values."""
+    if walk.sites is not None:
+        yield from _sites(walk)
+    if not walk.steps:
+        return
+    yield from _keys(walk)
+    yield from _env_keys(walk)
+    yield from _shapes(walk)
+    yield from _finite(walk)
+    yield from _values(walk)
+    yield from _schedules(walk)
+
+
+def _sites(walk: Walk) -> Iterator[Finding]:
+    runs, under_vmap = walk.sites.runs, walk.sites.under_vmap
+    never = [path for path, count in runs.items() if not count]
+    if never and walk.written:
+        yield Finding(
+            "sites",
+            "warning",
+            f"hooked, but not run by this forward: {_list(never)}",
+            "nothing is written or changed there: name modules that the policy executes when it collects",
+        )
+    often = {path: count for path, count in runs.items() if count > 1}
+    if often:
+        shown = ", ".join(f"{path!r} {count} times" for path, count in sorted(often.items())[:4])
+        yield Finding(
+            "sites",
+            "warning",
+            f"run several times in one forward: {shown}",
+            "a cached activation is that of the last run: name a module that is run once, if another is meant",
+        )
+    once = [path for path, count in runs.items() if count == 1]
+    if once:
+        vmapped = f"; under vmap, with its dimension before the features: {_list(under_vmap)}" if under_vmap else ""
+        yield Finding("sites", "ok", f"run once in one forward: {_list(once)}{vmapped}")
+
+
+def _keys(walk: Walk) -> Iterator[Finding]:
+    results, ok = walk.results, True
+    declared = {as_tuple(key) for key in walk.policy.out_keys}
+    for key in sorted(key for key in declared if not is_stamp(key)):
+        absent = [step for step, written in enumerate(walk.written) if key not in written]
+        if absent:
+            ok = False
+            yield Finding(
+                "keys",
+                "error",
+                f"{key} is declared, and was not written at step {absent[0]} ({len(absent)} of {walk.steps})",
+                "collectors repeat the last value in silence: write every out_key at every step",
+            )
+    undeclared: dict[Key, int] = {}
+    for step, written in enumerate(walk.written):
+        for key in written - declared:
+            if not any(part.startswith("_") for part in key):
+                undeclared.setdefault(key, step)
+    for key, step in undeclared.items():
+        ok = False
+        yield Finding(
+            "keys",
+            "error",
+            f"the policy writes {key} (first at step {step}), which is not in its out_keys",
+            "add it to out_keys: collectors with a buffer, other devices or workers drop it in silence",
+        )
+    for key, step in walk.in_place.items():
+        yield Finding(
+            "keys",
+            "warning",
+            f"the policy changes its input {key} in place (first at step {step})",
+            "what is stored is not what the environment gave: let the policy compute on a copy",
+        )
+    if ok:
+        shown = ", ".join(f"{key} {_kind(walk.data[0].get(key), walk)}" for key in results if key[0] != "computed")
+        yield Finding("keys", "ok", f"written at each of {walk.steps} steps: {shown or 'no results, only outputs'}")
+
+
+def _env_keys(walk: Walk) -> Iterator[Finding]:
+    everywhere = set.intersection(*walk.env_keys)
+    odd: dict[Key, int] = {}
+    for step, keys in enumerate(walk.env_keys):
+        for key in keys - everywhere:
+            odd.setdefault(key, step)
+    for key, step in sorted(odd.items()):
+        if ("next", *key) in odd:
+            continue
+        gone = next((later for later, keys in enumerate(walk.env_keys) if later > step and key not in keys), None)
+        until = "" if gone is None else f" and is absent at step {gone}"
+        yield Finding(
+            "environment keys",
+            "error",
+            f"{key} appears at step {step}{until}",
+            "collectors drop what is not there from the reset on, or stop: write it at every step, with a placeholder",
+        )
+    if not odd:
+        yield Finding("environment keys", "ok", f"the same {len(everywhere)} keys at every step")
+
+
+def _shapes(walk: Walk) -> Iterator[Finding]:
+    ok, batch = True, walk.data[0].batch_size
+    for key in sorted({key for data in walk.data for key, _ in leaves(data)}):
+        kinds: dict[str, int] = {}
+        for step, value in enumerate(walk.values(key)):
+            if value is not None:
+                kinds.setdefault(_kind(value, walk), step)
+        if len(kinds) > 1:
+            ok = False
+            (first, _), (second, step), *_rest = kinds.items()
+            yield Finding(
+                "shapes",
+                "error",
+                f"{key} is {first} first and {second} at step {step}",
+                "collectors stack steps: pad to one shape, and keep one dtype",
+            )
+    if ok:
+        yield Finding("shapes", "ok", f"every entry has one shape and dtype; the batch shape is {tuple(batch)}")
+
+
+def _finite(walk: Walk) -> Iterator[Finding]:
+    ok = True
+    for what, keys, bad in (
+        ("the environment", set.union(*walk.env_keys), torch.isnan),
+        ("the policy", {as_tuple(key) for key in walk.policy.policy_out_keys}, torch.isnan),
+    ):
+        for key in sorted(keys):
+            found = _first(walk.values(key), bad)
+            if found is not None:
+                ok = False
+                step, rows = found
+                yield Finding(
+                    "finite",
+                    "error",
+                    f"{what} gives NaN in {key} at step {step} ({rows} entries)",
+                    "what is computed from such rows means nothing: correct the source, or leave the rows out",
+                )
+    scheduled = {key[0] for one in walk.policy._hooked.bound if one.plan is not None for key in one.result_keys}
+    for key in (key for key in walk.results if key[0] != "computed"):
+        # Rows that a schedule leaves out are NaN on purpose; no other row is.
+        computed = walk.values(("computed", key[0])) if key[0] in scheduled else None
+        found = _first(walk.values(key), lambda value: ~torch.isfinite(value), computed)
+        if found is not None and ok:
+            ok = False
+            step, rows = found
+            yield Finding(
+                "finite",
+                "error",
+                f"the result {key} is not finite at step {step} ({rows} entries), where it is computed",
+                "look at the weights and the inputs of that step: an overflow, a division by zero, a logarithm of zero",
+            )
+    if ok:
+        yield Finding("finite", "ok", "no NaN in observations, outputs and results")
+
+
+def _first(values: list[Any], bad: Any, computed: list[Any] | None = None) -> tuple[int, int] | None:
+    for step, value in enumerate(values):
+        if value is None or not value.is_floating_point():
+            continue
+        wrong = bad(value)
+        mask = None if computed is None else computed[step]
+        if mask is not None:
+            wrong = wrong & mask.reshape(*mask.shape, *[1] * (wrong.ndim - mask.ndim))
+        if bool(wrong.any()):
+            return step, int(wrong.sum())
+    return None
+
+
+def _values(walk: Walk) -> Iterator[Finding]:
+    if len(walk.data) < 2 or not any(_varies(walk.values(as_tuple(key))) for key in walk.policy.policy_in_keys):
+        return
+    keys = [key for key in walk.results if key[0] != "computed" and walk.selected.get(key[0])]
+    same = [key for key in keys if not _varies(walk.values(key))]
+    if same:
+        yield Finding(
+            "values",
+            "warning",
+            f"{_list(same)} has the same value at each of {len(walk.data)} steps, while the inputs change",
+            "a dead unit, an input that the target does not depend on, or something that was computed once",
+        )
+    elif keys:
+        yield Finding("values", "ok", "every result changes with the inputs")
+
+
+def _varies(values: Iterable[Tensor | None]) -> bool:
+    there = [value for value in values if value is not None]
+    return any(value.shape != there[0].shape or not torch.equal(value, there[0]) for value in there[1:])
+
+
+def _schedules(walk: Walk) -> Iterator[Finding]:
+    never = [root for root, rows in walk.selected.items() if not rows]
+    for root in never:
+        yield Finding(
+            "schedules",
+            "error",
+            f"no row of {root!r} was computed in {walk.steps} steps: its mask is false throughout",
+            "choose a shorter period or another mask; for a period longer than this, pass steps= to the check",
+        )
+    if walk.selected and not never:
+        rows = walk.steps * walk.data[0].batch_size.numel()
+        shown = ", ".join(f"{root} {count / rows:.0%}" for root, count in walk.selected.items())
+        yield Finding("schedules", "ok", f"rows computed: {shown}")
+
+
+def batch_findings(walk: Walk, batch: TensorDictBase, annotated: TensorDictBase) -> Iterator[Finding]:
+    """Findings on what ``annotate`` adds to a batch, and whether it repeats what was written at each step."""
+    inline = [key for key in walk.results if key[0] != "computed"]
+    added = [key for key in map(as_tuple, walk.policy.result_keys) if key not in walk.results]
+    absent = [key for key in added if annotated.get(key, None) is None and not is_stamp(key)]
+    if absent:
+        yield Finding("annotate", "error", f"annotate() did not write {_list(absent)}, which is declared")
+        return
+    ok, differs = True, []
+    for key in inline:
+        # A schedule may draw other rows for a batch than it drew step by step.
+        mask = batch.get(("computed", key[0])) & annotated.get(("computed", key[0]))
+        ours, again = batch.get(key)[mask], annotated.get(key)[mask]
+        if ours.shape != again.shape:
+            ok = False
+            yield Finding(
+                "annotate",
+                "warning",
+                f"annotate() gives {key} the shape {tuple(again.shape[1:])}, each step gave {tuple(ours.shape[1:])}",
+                "the module adds a batch dimension where the environment has none: name the TensorDictModule around it",
+            )
+        elif not torch.allclose(ours, again, rtol=1e-3, atol=1e-5, equal_nan=True):
+            differs.append(f"{key} by up to {float((ours - again).abs().max()):.2g}")
+    if differs:
+        yield Finding(
+            "annotate",
+            "warning",
+            f"annotate() gives other values than each step did: {', '.join(differs)}",
+            "the policy draws noise or depends on other rows (dropout, batch norm): what was stored cannot be repeated",
+        )
+    elif ok:
+        names = [key for key in added if key[0] != "computed"]
+        yield Finding(
+            "annotate", "ok", f"it repeats what was written step by step, and adds {_list(names) or 'nothing'}"
+        )
+
+
+def _kind(value: Tensor, walk: Walk) -> str:
+    shape = tuple(value.shape[len(walk.env.batch_size) :])
+    return f"{shape} {str(value.dtype).removeprefix('torch.')}"
+
+
+def _list(keys: Iterable[Any]) -> str:
+    names = sorted(repr(key[0] if isinstance(key, tuple) and len(key) == 1 else key) for key in keys)
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _primed(primer: Any) -> set[Key]:
+    transforms = primer if isinstance(primer, Iterable) else [primer]
+    return {as_tuple(key) for one in transforms for key in one.primers.keys(True, True)}

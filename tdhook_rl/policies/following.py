@@ -1,0 +1,195 @@
+"""What the user sets on his policy while it is hooked, and the hooked policy follows.
+
+Attributes such as a temperature, an epsilon or the flag of a merged adapter are handed on to the clone. What a forward
+writes (counters, hidden states) belongs to the side on which it ran, and so does ``training``. A module that was
+replaced, added or removed cannot be followed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dis
+import types
+from functools import cache
+from typing import Any
+
+from tensordict.nn import TensorDictParams
+from torch import Tensor, nn
+
+from tdhook_rl.errors import TieError
+from tdhook_rl.policies.held import INTERNAL, Held, holdings
+from tdhook_rl.sites.known import own_class
+
+__all__ = ["Follower"]
+
+_ABSENT = object()
+
+#: Methods that change what they belong to.
+_CHANGING = frozenset(
+    ("append", "appendleft", "extend", "insert", "pop", "popleft", "remove", "clear", "update", "setdefault", "add")
+)
+
+
+class Follower:
+    """Compares what the modules of the user's policy hold with what they held, and hands changes on to the clone.
+
+    Args:
+        original: the user's policy.
+        clone: its copy, with the same modules.
+    """
+
+    def __init__(self, original: nn.Module, clone: nn.Module) -> None:
+        pairs = [
+            (path, child, own)
+            for (path, child), own in zip(original.named_modules(), clone.modules(), strict=True)
+            if child is not own and not isinstance(child, TensorDictParams)
+        ]
+        self._paths = [path for path, _, _ in pairs]
+        self._classes = [own_class(child) for _, child, _ in pairs]
+        self._theirs = [vars(child) for _, child, _ in pairs]
+        self._own = [vars(own) for _, _, own in pairs]
+        self._then = [dict(theirs) for theirs in self._theirs]
+        self._given = [dict(own) for own in self._own]  # what the clone has without a forward of its own
+        self._children = [child._modules for _, child, _ in pairs]
+        self._children_then = [dict(children) for children in self._children]
+        self._inside = {
+            (index, name): _Inside(theirs[name], own.get(name))
+            for index, (theirs, own) in enumerate(zip(self._theirs, self._own, strict=True))
+            if self._classes[index].__module__.partition(".")[0] not in ("torch", "tensordict", "torchrl")
+            for name in theirs
+            if _can_change(name, theirs[name])
+        }
+        #: Whether a forward of the clone has shown what it writes.
+        self.ran = False
+
+    def follow(self) -> None:
+        """Hand on what has changed.
+
+        Raises:
+            TieError: if a module was replaced, added or removed.
+        """
+        try:
+            same = self._theirs == self._then and self._children == self._children_then
+        except Exception:  # two different tensors have no one answer
+            same = False
+        if not same:
+            self._follow_attributes()
+        for (index, name), inside in list(self._inside.items()):
+            if inside.changed():
+                self._hand_on(index, name)
+
+    def _follow_attributes(self) -> None:
+        for path, children, then in zip(self._paths, self._children, self._children_then, strict=True):
+            for name in {**children, **then}:
+                if children.get(name) is not then.get(name):
+                    raise TieError(_replaced(f"{path}.{name}" if path else name, then.get(name), children.get(name)))
+        for index, (theirs, then) in enumerate(zip(self._theirs, self._then, strict=True)):
+            for name in {**theirs, **then}:
+                if name not in INTERNAL and not _equal(theirs.get(name, _ABSENT), then.get(name, _ABSENT)):
+                    self._hand_on(index, name)
+            self._then[index] = dict(theirs)
+
+    def _hand_on(self, index: int, name: str) -> None:
+        theirs, own, given = self._theirs[index], self._own[index], self._given[index]
+        value = theirs.get(name, _ABSENT)
+        if isinstance(value, nn.Module) or isinstance(given.get(name), nn.Module):
+            path = f"{self._paths[index]}.{name}" if self._paths[index] else name
+            raise TieError(_replaced(path, given.get(name), None if value is _ABSENT else value))
+        inside = self._inside.pop((index, name), None)
+        if not self._written_by_forward(index, name, inside):
+            if value is _ABSENT:
+                own.pop(name, None)
+            else:
+                own[name] = _copy(value)
+            given[name] = own.get(name, _ABSENT)
+        if _can_change(name, value):
+            self._inside[index, name] = _Inside(value, own.get(name))
+
+    def _written_by_forward(self, index: int, name: str, inside: _Inside | None) -> bool:
+        """Whether a forward has changed an attribute, and not its owner: the clone's forward does so too."""
+        own, given = self._own[index], self._given[index]
+        if not _equal(own.get(name, _ABSENT), given.get(name, _ABSENT)):
+            return True
+        if inside is not None and inside.own_changed():
+            return True
+        return not self.ran and any(name in stored_names(kind) for kind in set(self._classes))
+
+
+class _Inside:
+    """The contents of an attribute that can change without being set, in the user's policy and in the clone."""
+
+    def __init__(self, theirs: Any, own: Any) -> None:
+        self._theirs, self._own = _things(theirs), _things(own)
+
+    def changed(self) -> bool:
+        return any(not one.kind.same(one.thing, then) for one, then in self._theirs)
+
+    def own_changed(self) -> bool:
+        return any(not one.kind.same(one.thing, then) for one, then in self._own)
+
+
+def _things(value: Any) -> list[tuple[Held, Any]]:
+    return [(one, one.kind.read(one.thing)) for one in holdings([("", value)]).things]
+
+
+def _can_change(name: str, value: Any) -> bool:
+    if name in INTERNAL or name.endswith("_keys") or isinstance(value, (Tensor, nn.Module)):
+        return False
+    return isinstance(value, (list, dict, set, tuple)) or hasattr(value, "__dict__")
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if isinstance(one, Tensor) or isinstance(other, Tensor) or type(one) is not type(other):
+        return False
+    try:
+        return bool(one == other)
+    except Exception:
+        return False
+
+
+def _copy(value: Any) -> Any:
+    """A copy for the clone, over the same tensors."""
+    memo = {id(tensor): tensor for tensor, _, _ in holdings([("", value)]).tensors}
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # what does not copy is shared
+        return value
+
+
+def _replaced(path: str, then: Any, now: Any) -> str:
+    what = "removed" if now is None else "added" if then is None else "replaced"
+    return (
+        f"the module {path!r} of the user's policy was {what} since it was prepared "
+        f"({type(then).__name__} then, {type(now).__name__} now), and the hooked policy still has the layers from "
+        "then: leave the context and enter it again"
+    )
+
+
+@cache
+def stored_names(kind: type) -> frozenset[str]:
+    """The attributes that the forward of a class sets or changes, itself or in methods that it calls, as it reads."""
+    found: set[str] = set()
+    seen: set[str] = set()
+    waiting = ["forward"]
+    while waiting:
+        name = waiting.pop()
+        function = getattr(kind, name, None)
+        function = getattr(function, "__wrapped__", function)
+        if name in seen or not isinstance(function, (types.FunctionType, types.MethodType)):
+            continue
+        seen.add(name)
+        if name != "forward" and hasattr(nn.Module, name):
+            continue
+        steps = list(dis.get_instructions(function))
+        for place, step in enumerate(steps):
+            before = [one.argval for one in steps[max(0, place - 6) : place] if one.opname == "LOAD_ATTR"]
+            if step.opname == "STORE_ATTR":
+                found.add(step.argval)
+            elif step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
+                found.update(before)
+            elif step.opname in ("LOAD_METHOD", "LOAD_ATTR") and step.argval in _CHANGING:
+                found.update(before[-1:])
+        waiting += function.__code__.co_names
+    return frozenset(found)

@@ -1,0 +1,226 @@
+"""Any batch shape to chunks and back; what an extra pass must leave as it found it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+from tdhook_rl.sites.known import may_meet
+
+__all__ = [
+    "GeneratorState",
+    "PassNoise",
+    "Traits",
+    "conv_chunk",
+    "frozen_statistics",
+    "in_recurrent_mode",
+    "map_chunks",
+    "repeat_rows",
+    "row_vectors",
+    "shallow",
+]
+
+#: Input elements of one chunk for convolutional nets, where batches that leave the cache are slower on CPU: 64 frames
+#: of 3 x 64 x 64, measured best from 32 to 128 for the net of IMPALA. Other nets take the whole batch.
+CONV_ELEMENTS = 64 * 3 * 64 * 64
+#: Below so many rows a pass of a convolutional net is mostly overhead.
+CONV_ROWS = 32
+
+_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+
+
+def map_chunks(
+    data: TensorDictBase, function: Callable[[TensorDictBase], TensorDictBase], chunk_size: int | None
+) -> TensorDictBase:
+    """Apply a row-wise function over flat chunks and give the result the batch shape of the data.
+
+    Args:
+        data: a TensorDict of any batch shape, ``()`` included.
+        function: maps a TensorDict with one batch dimension (none if the data has none) to another
+            with the same batch size.
+        chunk_size: rows per call; ``None`` for all at once.
+
+    Returns:
+        a TensorDict with the batch size of ``data``.
+    """
+    if data.ndim == 0:
+        return function(data)
+    flat = data.reshape(-1) if data.ndim > 1 else data
+    rows = flat.batch_size[0]
+    if chunk_size is None or rows <= chunk_size:
+        result = function(flat)
+    else:
+        result = torch.cat([function(flat[start : start + chunk_size]) for start in range(0, rows, chunk_size)])
+    return result.reshape(data.batch_size) if data.ndim > 1 else result
+
+
+def repeat_rows(data: TensorDictBase, copies: int, without: Collection[str] = ()) -> TensorDictBase:
+    """The rows of the data several times over, as one batch dimension: all rows, then all rows again.
+
+    Args:
+        data: a TensorDict of any batch shape.
+        copies: how many times.
+        without: entries that are left out.
+    """
+    repeated = TensorDict({}, batch_size=[copies * data.batch_size.numel()], device=data.device)
+    # Entry by entry: expand and reshape of a whole TensorDict cost ten times as much.
+    for name, value in data.items():
+        if name not in without:
+            shape = value.shape if isinstance(value, Tensor) else value.batch_size
+            repeated.set(name, value.expand(copies, *shape).flatten(0, data.ndim))
+    return repeated
+
+
+def conv_chunk(inputs: Iterable[Any], batch: torch.Size) -> int:
+    """Rows of one chunk for a convolutional net that reads these inputs.
+
+    Args:
+        inputs: what the net reads, tensors with the batch shape first.
+        batch: the batch shape.
+
+    Example:
+        >>> conv_chunk([torch.zeros(2, 3, 64, 64)], torch.Size([2]))
+        64
+    """
+    rows = max(batch.numel(), 1)
+    elements = max((value.numel() // rows for value in inputs if isinstance(value, Tensor)), default=1)
+    return max(CONV_ROWS, CONV_ELEMENTS // max(elements, 1))
+
+
+def in_recurrent_mode(module: nn.Module) -> bool:
+    """Whether a TorchRL recurrent module of the policy reads whole trajectories (``set_recurrent_mode``)."""
+    return any(getattr(child, "recurrent_mode", False) is True for child in module.modules())
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a policy is made of; its modules are looked through once, not at every call."""
+
+    convolutional: bool
+    recurrent: bool  # has a TorchRL recurrent module, which may be told to read whole trajectories
+    batch_statistics: bool  # normalises by statistics of its batch when it trains
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Traits:
+        children = list(module.modules())
+        return cls(
+            convolutional=any(isinstance(child, _CONVOLUTIONS) for child in children),
+            recurrent=any(hasattr(child, "recurrent_mode") for child in children),
+            batch_statistics=any(may_meet(child) for child in children),
+        )
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Run batch-statistics layers in eval mode: in a batch that was put together later, the statistics that a row met
+    with are not to be had."""
+    changed = [
+        child for child in module.modules() if child.training and may_meet(child) and child.running_mean is not None
+    ]
+    for child in changed:
+        child.training = False
+    try:
+        yield
+    finally:
+        for child in changed:
+            child.training = True
+
+
+def row_vectors(value: Tensor, batch: torch.Size) -> Tensor:
+    """The same with one dimension of features after those of the batch; there may be no rows.
+
+    Example:
+        >>> row_vectors(torch.zeros(3, 2, 4), torch.Size([3])).shape
+        torch.Size([3, 8])
+    """
+    if value.numel():
+        return value.reshape(*batch, -1)
+    return value.flatten(len(batch)) if value.ndim > len(batch) else value.unsqueeze(-1)
+
+
+class GeneratorState:
+    """The state of the global generators, to be put back after an extra pass.
+
+    Args:
+        device: where the policy runs; the generator of a CUDA device is kept beside that of the CPU.
+        others: also those of Python and NumPy.
+    """
+
+    def __init__(self, device: torch.device | None = None, others: bool = False) -> None:
+        self._cuda = device if device is not None and device.type == "cuda" else None
+        self._states = self._read()
+        self._others = (random.getstate(), np.random.get_state()) if others else None
+
+    def _read(self) -> list[Tensor]:
+        states = [torch.get_rng_state()]
+        if self._cuda is not None:
+            states.append(torch.cuda.get_rng_state(self._cuda))
+        return states
+
+    def moved(self) -> bool:
+        """Whether anything was drawn since."""
+        return (
+            any(not torch.equal(now, then) for now, then in zip(self._read(), self._states, strict=True))
+            or self.others_moved()
+        )
+
+    def others_moved(self) -> bool:
+        """Whether anything was drawn since from the generators of Python or NumPy, if they are kept."""
+        if self._others is None:
+            return False
+        python: Any
+        numpy: Any
+        now: Any
+        python, numpy = self._others
+        now = np.random.get_state()
+        return random.getstate() != python or now[2:] != numpy[2:] or not bool((now[1] == numpy[1]).all())
+
+    def restore(self) -> None:
+        """Put the state back; nothing is written where nothing was drawn."""
+        for index, (now, then) in enumerate(zip(self._read(), self._states, strict=True)):
+            if not torch.equal(now, then):
+                if index == 0:
+                    torch.set_rng_state(then)
+                else:
+                    torch.cuda.set_rng_state(then, self._cuda)
+        if self._others is not None and self.others_moved():
+            random.setstate(self._others[0])
+            np.random.set_state(self._others[1])
+
+
+class PassNoise:
+    """The noise of several passes in a row, each of which leaves torch's generators as it found them.
+
+    The passes draw from one stream. Between two of them other threads may draw from the generators; putting back a
+    state from before the first pass would repeat their noise.
+    """
+
+    def __init__(self, device: torch.device | None = None, others: bool = False) -> None:
+        self._device, self._others = device, others
+        self._own: GeneratorState | None = None
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """The duration of one pass."""
+        before = GeneratorState(self._device, self._others)
+        if self._own is not None:
+            self._own.restore()
+        try:
+            yield
+        finally:
+            self._own = GeneratorState(self._device, self._others)
+            before.restore()
+
+
+def shallow(data: TensorDictBase) -> TensorDict:
+    """An unlocked TensorDict over the same tensors; results can be added to it without touching the data."""
+    copy = data.copy() if not data.is_locked else data.clone(recurse=False)
+    return copy.unlock_() if copy.is_locked else copy

@@ -1,0 +1,247 @@
+"""Passes of ours on scratch state, so that what the user's forward writes is written as often as the user runs it.
+
+Some policies write in their forward: running statistics, power iteration, counters, hidden states, caches. A replay
+must compute on what was there before the forward that it explains, and leave what is there now. For its duration the
+clone holds copies; tensors, which the clone shares with the user's policy and with other processes, are never written
+to. Which policies write is declared nowhere: it is found by looking, at forwards that a replay follows and at replays,
+at all that :mod:`tdhook_rl.policies.held` finds. Policies made of known layers are not looked at.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdhook_rl.policies.held import INTERNAL, Holdings, holdings, with_tensors
+from tdhook_rl.policies.outside import holdings_and_outside
+from tdhook_rl.sites.known import unknown_modules, writes_input
+from tdhook_rl.sites.runtime import vmap_level
+
+__all__ = ["Moment", "Watch", "same_values"]
+
+#: In how many forwards and passes, in one training mode, contents of tensors are compared before only versions are.
+LOOKS = 3
+#: Elements up to which a tensor is copied before every forward; a larger one where its version has changed.
+SMALL = 65_536
+
+#: Contents in which tensors may be.
+_CONTAINERS = (dict, list, collections.deque)
+
+
+class Moment:
+    """What a policy held at one time.
+
+    Attributes:
+        held: the mutable things and the tensors.
+        contents: of each thing.
+        copies: of the tensors that a forward may write in place, by the ``id`` of the tensor.
+    """
+
+    def __init__(self, held: Holdings, copies: dict[int, Tensor], versions: dict[int, int]) -> None:
+        self.held = held
+        self.contents = [one.kind.read(one.thing) for one in held.things]
+        self.copies = copies
+        self.versions = versions
+
+    def unchanged(self) -> bool:
+        """Whether every thing holds what it held then; tensors are taken by their identity."""
+        for one, then in zip(self.held.things, self.contents, strict=True):
+            if not one.kind.same(one.thing, then):
+                return False
+        return True
+
+    def put(self, new: Mapping[int, Tensor] | None = None) -> None:
+        """Put all contents back, with other tensors in the place of some."""
+        for one, content in zip(self.held.things, self.contents, strict=True):
+            if isinstance(content, _CONTAINERS):
+                one.kind.write(one.thing, _swapped(content, new) if new else content)
+            elif not one.kind.same(one.thing, content):
+                one.kind.write(one.thing, content)
+
+
+class Watch:
+    """Looks at one policy while it runs.
+
+    Args:
+        policy: it.
+        outside: look also at what its forwards may write beside what it holds.
+
+    Attributes:
+        modules: those that are looked at, with their paths.
+        idle: the policy is made of modules that are known to write nothing.
+        writes: where the forward was seen to write, with the class of the module; empty for most policies.
+        may_write_input: the forward may change what it is given.
+    """
+
+    def __init__(self, policy: nn.Module, outside: bool = False) -> None:
+        self.modules = unknown_modules(policy)
+        self._find = holdings_and_outside if outside else holdings
+        self.idle = not self.modules
+        self.may_write_input = not self.idle or any(writes_input(child) for child in policy.modules())
+        self.writes: dict[str, str] = {}
+        self._last: Moment | None = None
+        self._looks = 0
+        self._mode: list[bool] = []
+
+    # ------------------------------------------------------------------ the forward that is explained
+
+    def begin(self) -> Moment:
+        """What the policy holds before a forward or a pass."""
+        mode = [module.training for _, module in self.modules]
+        if mode != self._mode:
+            self._mode, self._looks = mode, 0
+        last = self._last
+        if last is not None and last.unchanged():
+            _refresh(last)
+            return last
+        held = self._find(self.modules)
+        self._last = Moment(held, *_copies(held.tensors, last))
+        return self._last
+
+    def end(self, start: Moment) -> None:
+        """After a forward: note what it has written since ``start``."""
+        look = self._look()
+        for tensor, path, owner in start.held.tensors:
+            then = start.copies.get(id(tensor))
+            if then is None or path in self.writes:
+                continue
+            if _version(tensor) != start.versions[id(tensor)] or (look and not same_values(tensor, then)):
+                self.writes[path] = owner
+        self._note_things(start, {})
+
+    def _look(self) -> bool:
+        look = self._looks < LOOKS and vmap_level() < 0
+        self._looks += look
+        return look
+
+    def _note_things(self, start: Moment, new: Mapping[int, Tensor]) -> None:
+        for one, content in zip(start.held.things, start.contents, strict=True):
+            content = _swapped(content, new) if new and isinstance(content, _CONTAINERS) else content
+            if one.kind.same(one.thing, content):
+                continue
+            now = one.kind.read(one.thing)
+            if not isinstance(content, dict):
+                self.writes.setdefault(one.path, one.owner)
+                continue
+            dot = f"{one.path}." if one.path else ""
+            for key in {**content, **now}:
+                if key not in INTERNAL and content.get(key, one) is not now.get(key, one):
+                    self.writes.setdefault(f"{dot}{key}", one.owner)
+
+    # ------------------------------------------------------------------ a pass of ours
+
+    @contextmanager
+    def scratch(self, start: Moment | None = None) -> Iterator[None]:
+        """A pass on copies of what was held at ``start`` (now, if not given), after which all is as it is now."""
+        if self.idle:
+            yield
+            return
+        if start is None:
+            now = start = self.begin()
+        elif start.unchanged():
+            now = start
+        else:
+            now = Moment(self._find(self.modules), {}, {})
+        own = self._own(start)
+        start.put(own)
+        try:
+            yield
+        finally:
+            if self._look():
+                for tensor, path, owner in start.held.tensors:
+                    used = own.get(id(tensor))
+                    if used is not None and path not in self.writes and not same_values(used, start.copies[id(tensor)]):
+                        self.writes[path] = owner
+                self._note_things(start, own)
+            now.put()
+
+    def _own(self, start: Moment) -> dict[int, Tensor]:
+        """The tensors of one pass. One that is never written needs no copy of its own."""
+        if self._looks >= LOOKS and not self.writes:
+            return start.copies
+        kept = {
+            id(tensor): start.copies[id(tensor)]
+            for tensor, path, _ in start.held.tensors
+            if tensor.numel() > SMALL and id(tensor) in start.copies and path not in self.writes
+        }
+        with torch.inference_mode(False), torch.no_grad():
+            return kept | _cloned({key: tensor for key, tensor in start.copies.items() if key not in kept})
+
+
+def _swapped(content: Any, new: Mapping[int, Tensor]) -> Any:
+    """A content with other tensors in the place of some."""
+    if isinstance(content, dict):
+        return {key: with_tensors(value, new) for key, value in content.items()}
+    items = [with_tensors(value, new) for value in content]
+    return items if isinstance(content, list) else collections.deque(items, content.maxlen)
+
+
+def _copies(
+    tensors: Sequence[tuple[Tensor, str, str]], last: Moment | None
+) -> tuple[dict[int, Tensor], dict[int, int]]:
+    """Copies of the tensors that a forward may write in place, and their versions.
+
+    What has a graph is left out: it cannot be written to without one, and a copy would have none.
+    """
+    able = {id(tensor): tensor for tensor, _, _ in tensors if not tensor.requires_grad}
+    versions = {key: _version(tensor) for key, tensor in able.items()}
+    kept: dict[int, Tensor] = {}
+    if last is not None:
+        for key, tensor in able.items():
+            if tensor.numel() > SMALL and key in last.copies and versions[key] == last.versions.get(key, -1) != -1:
+                kept[key] = last.copies[key]
+    with torch.inference_mode(False), torch.no_grad():
+        return kept | _cloned({key: tensor for key, tensor in able.items() if key not in kept}), versions
+
+
+def _cloned(tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """A copy of each tensor; those that are views of one memory stay so."""
+    places = {key: _place(tensor) for key, tensor in tensors.items()}
+    counts = collections.Counter(place for place in places.values() if place)
+    memo: dict[int, Any] = {}
+    return {
+        key: copy.deepcopy(tensor.detach(), memo) if counts[places[key]] > 1 else tensor.detach().clone()
+        for key, tensor in tensors.items()
+    }
+
+
+def _place(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # inside a transform, or in a layout without a storage
+        return 0
+
+
+def _refresh(last: Moment) -> None:
+    """Bring the copies up to date: another process, or a write past autograd, leaves the version as it was."""
+    old, new = [], []
+    for tensor, _, _ in last.held.tensors:
+        found = last.copies.get(id(tensor))
+        if found is not None:
+            version = _version(tensor)
+            if tensor.numel() <= SMALL or version != last.versions[id(tensor)] or version < 0:
+                old.append(tensor)
+                new.append(found)
+                last.versions[id(tensor)] = version
+    if old:
+        with torch.inference_mode(False), torch.no_grad():
+            torch._foreach_copy_(new, old)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def same_values(now: Any, then: Any) -> bool:
+    """Whether two tensors, or TensorDicts, hold the same numbers; NaN is the same as NaN."""
+    if not isinstance(now, Tensor):
+        return all(same_values(value, then.get(key)) for key, value in now.items(True, True))
+    if now.shape != then.shape:
+        return False
+    return torch.equal(now, then) or bool(((now == then) | ((now != now) & (then != then))).all())

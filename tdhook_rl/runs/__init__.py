@@ -1,0 +1,1 @@
+"""Single modules of one forward pass: captured, overridden or left early, without a method."""

@@ -1,0 +1,186 @@
+"""Picklable hook objects that live on the clone.
+
+Hooks are small importable objects: no closures (workers unpickle them), no counters and no growing lists
+(each would make ``torch.compile`` recompile in silence).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+
+from tdhook_rl.errors import MissingKeyError, nearest
+from tdhook_rl.sites.containers import first_input
+from tdhook_rl.sites.inner_calls import require_whole_batch, step_of_batch
+from tdhook_rl.sites.repeats import added, part_of, several_runs
+from tdhook_rl.sites.rows import as_leaf, lent_rows, rows_of, with_rows
+from tdhook_rl.sites.runtime import Runtime
+
+if TYPE_CHECKING:
+    from tdhook_rl.sites.paths import Run
+
+__all__ = ["CaptureHook", "InputCaptureHook", "LeafHook", "Portable", "RowHook", "WatchHook"]
+
+
+class CaptureHook:
+    """Forward hook that keeps the output of its module while the root call records.
+
+    The output is detached and copied: an in-place activation after the module, or an environment that
+    reuses its observation buffer, would otherwise overwrite what was captured.
+    """
+
+    def __init__(self, runtime: Runtime, slot: str, run: Run = None) -> None:
+        self.runtime = runtime
+        self.slot = slot
+        self.run = None if run == -1 or (isinstance(run, int) and run >= 0) else run  # the last is what remains
+
+    def __call__(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
+        runtime = self.runtime
+        if not runtime.active:
+            runtime.refuse()
+        if runtime.recording:
+            self._store(rows_of(output, module, self.slot, runtime)[0])
+
+    def _store(self, value: Tensor) -> None:
+        runtime = self.runtime
+        value = (value.detach() if value.requires_grad else value).clone()
+        if runtime.inner and step_of_batch(runtime, self.slot.partition(":")[2]):
+            before = runtime.slots.get(self.slot) if runtime.run_of(self.slot) else None
+            runtime.slots[self.slot] = added(before, value, "steps")  # type: ignore[arg-type]
+        elif self.run is not None:
+            before = runtime.slots.get(self.slot) if runtime.run_of(self.slot) else None
+            runtime.slots[self.slot] = added(before, value, self.run)  # type: ignore[arg-type]
+        else:
+            runtime.slots[self.slot] = value
+
+
+class InputCaptureHook(CaptureHook):
+    """Forward pre-hook (with keywords) that keeps the first input of its module while the root call records."""
+
+    def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.runtime.recording or not self.runtime.active:
+            super().__call__(module, args, first_input(module, args, kwargs, self.slot))
+
+
+class WatchHook:
+    """Forward hook that keeps the output of its module, with its graph, for the targets of a replay.
+
+    What follows is given a copy, which an in-place activation may overwrite.
+    """
+
+    def __init__(self, runtime: Runtime, slot: str, site: str, run: Run = None) -> None:
+        self.runtime = runtime
+        self.slot = slot
+        self.site = site
+        self.run = run
+
+    def __call__(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
+        runtime = self.runtime
+        if runtime.replay is None:
+            return None
+        require_whole_batch(runtime, self.site)
+        if self.run is None and runtime.run_of(self.slot):
+            raise several_runs(self.site)
+        value, disguise = rows_of(output, module, self.slot, runtime)
+        runtime.replay.watched[self.slot] = value
+        return with_rows(output, value.clone(), module, disguise)
+
+
+class LeafHook:
+    """Forward hook that makes the output of its module a leaf of the explanation pass.
+
+    A leaf is the output itself where a gradient already reaches it, otherwise a detached copy that requires a
+    gradient; or a given value in its place (or, in a functional pass, added to it as a difference of zero). What
+    follows is given a copy: an in-place activation would overwrite the leaf, and be explained in its place.
+
+    A site of all runs has a leaf in each of them; a value that is given for it has a dimension for the runs.
+    """
+
+    def __init__(self, runtime: Runtime, slot: str, site: str, run: Run = None, partial: bool = False) -> None:
+        self.runtime = runtime
+        self.slot = slot
+        self.site = site
+        self.run = None if isinstance(run, int) and run >= 0 else run
+        self.partial = partial  # the rows of the site are found out
+
+    def __call__(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
+        runtime = self.runtime
+        if self.slot not in runtime.leaves:
+            return None
+        require_whole_batch(runtime, self.site, self.partial)
+        index = runtime.run_of(self.slot)
+        if index and self.run is None:
+            raise several_runs(self.site)
+        value, disguise = rows_of(output, module, self.slot, runtime)
+        given = runtime.leaves[self.slot]
+        if given is None:
+            if not value.requires_grad and torch.is_grad_enabled():
+                value = as_leaf(value)
+            before = runtime.slots.get(self.slot) if index else None
+            kept = value if self.run is None else added(before, value, self.run)  # type: ignore[arg-type]
+        else:
+            part = part_of(given, index, self.run, runtime.totals.get(self.slot), value, runtime.batch)
+            if part is None:
+                return None
+            value = value + (part - part.detach()) if self.slot in runtime.added else part
+            kept = given
+        runtime.slots[self.slot] = kept
+        return with_rows(output, value.clone(), module, disguise)
+
+
+class RowHook:
+    """Pre-hook and hook of a TensorDict-level module: lends per-row keys to the hooks inside it.
+
+    It sits on the modules below the root because ``get_dist`` skips the root's hooks.
+    """
+
+    def __init__(self, runtime: Runtime, keys: tuple[NestedKey, ...]) -> None:
+        self.runtime = runtime
+        self.keys = keys
+
+    def before(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        data = args[0] if args else kwargs.get("tensordict")
+        if not isinstance(data, TensorDictBase):
+            return
+        for key in self.keys:
+            value = data.get(key, None)
+            if value is None:
+                raise MissingKeyError(
+                    f"a steered policy reads the per-row key {key!r}, which the TensorDict lacks; "
+                    f"{nearest(str(key), map(str, data.keys(True, True)))}. Set it on every step "
+                    "(a TensorDictPrimer adds a key to an environment) or give a number instead of a key"
+                )
+            self.runtime.rows[key] = lent_rows(value, module, self.runtime)
+
+    def after(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
+        # Inside a root call the root takes the rows back; after get_dist nobody else would.
+        if not self.runtime.depth:
+            self.runtime.rows.clear()
+
+
+class Portable:
+    """A user's callable that travels to spawned workers by cloudpickle, lambdas included."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> Portable:
+        return self
+
+    def __reduce__(self) -> tuple:
+        import cloudpickle
+
+        return _load_portable, (cloudpickle.dumps(self.function),)
+
+
+def _load_portable(data: bytes) -> Portable:
+    import cloudpickle
+
+    return Portable(cloudpickle.loads(data))

@@ -1,0 +1,69 @@
+"""Modules that work in place: what hooks put in the place of their output must be what flows on.
+
+``self.relu(h)`` with ``inplace=True``, as a statement, hands nothing on but the tensor that it was given. Where a hook
+of ours acts on a module that changes its input and returns it, what comes out of all hooks is written into the tensor
+that the caller holds. A layer that is told to work in place is given a copy, so that the values that its own gradient
+needs are kept as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tdhook_rl.sites.known import own_class, writes_input
+
+__all__ = ["hand_on_in_place"]
+
+
+class _InPlaceHook:
+    """Pre-hook, first hook and last hook of a module that may work in place."""
+
+    def __init__(self, copies: bool) -> None:
+        self.copies = copies
+        # During a call: the tensor that the caller holds, the one that the module is given, and its version.
+        self.held: Tensor | None = None
+        self.given: Tensor | None = None
+        self.version = 0
+        self.returned = False  # the module has changed what it was given, and returned it
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        value = args[0] if args else kwargs.get("input")
+        if not isinstance(value, Tensor) or (value.is_inference() and not self.copies):
+            return None
+        self.held = value
+        self.given = value.clone() if self.copies else value
+        self.version = -1 if self.given.is_inference() else self.given._version
+        if not self.copies:
+            return None
+        return ((self.given, *args[1:]), kwargs) if args else (args, kwargs | {"input": self.given})
+
+    def first(self, module: nn.Module, args: tuple, output: Any) -> None:
+        given = self.given
+        self.returned = given is not None and output is given and (self.version < 0 or given._version != self.version)
+
+    def last(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        held, returned = self.held, self.returned
+        self.held, self.given, self.returned = None, None, False
+        if held is None or not returned or not isinstance(output, Tensor) or output is held:
+            return None
+        return held.copy_(output)
+
+
+def hand_on_in_place(module: nn.Module) -> list[RemovableHandle]:
+    """After a hook that may replace the output of a module was registered: let what comes out be what flows on."""
+    for number, hook in module._forward_hooks.items():
+        if isinstance(getattr(hook, "__self__", None), _InPlaceHook) and hook.__name__ == "last":
+            module._forward_hooks[number] = module._forward_hooks.pop(number)  # after all others
+            return []
+    copies = any(writes_input(child) for child in module.modules())
+    if not copies and own_class(module).__module__.partition(".")[0] in ("torch", "tensordict", "torchrl"):
+        return []
+    both = _InPlaceHook(copies)
+    return [
+        module.register_forward_pre_hook(both.before, with_kwargs=True),
+        module.register_forward_hook(both.first, prepend=True),
+        module.register_forward_hook(both.last, always_call=True),
+    ]

@@ -1,0 +1,106 @@
+"""What is known of a policy by the classes of its modules: which ones write nothing, draw nothing, keep rows apart.
+
+The forward of torch's own layers without buffers writes nothing, and that of TensorDict's and TorchRL's common wrappers
+neither; a policy made of them needs no watching. Everything else is looked at while it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule, TensorDictParams
+from torch import nn
+
+from tdhook_rl.sites.classes import Swapped
+
+__all__ = [
+    "batch_statistics", "draws_noise", "may_draw", "may_meet", "own_class", "unknown_modules", "writes_input",
+]  # fmt: skip
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class that the user gave a module, where the clone's is one of ours."""
+    kind = type(module)
+    while issubclass(kind, Swapped) and hasattr(kind, "_base"):
+        kind = kind._base
+    return kind
+
+
+@cache
+def _wrappers() -> frozenset[type]:
+    import tensordict.nn as td
+    import torchrl.modules as rl
+
+    names = (
+        (td, ("TensorDictModule", "TensorDictSequential", "ProbabilisticTensorDictSequential", "NormalParamExtractor",
+              "ProbabilisticTensorDictModule", "AddStateIndependentNormalScale")),
+        (rl, ("ProbabilisticActor", "Actor", "ValueOperator", "QValueActor", "QValueModule", "MLP", "ConvNet",
+              "SafeModule", "SafeSequential", "SafeProbabilisticModule", "SafeProbabilisticTensorDictSequential",
+              "ActorCriticWrapper", "ActorValueOperator", "NormalParamExtractor", "DistributionalQValueModule",
+              "DistributionalQValueActor", "MultiAgentMLP", "MultiAgentConvNet", "LSTMModule", "GRUModule",
+              "DuelingCnnDQNet", "DdpgMlpActor", "DdpgMlpQNet", "DdpgCnnActor", "DdpgCnnQNet", "Squeeze2dLayer")),
+    )  # fmt: skip
+    return frozenset(getattr(home, name) for home, listed in names for name in listed if hasattr(home, name))
+
+
+def _writes_nothing(module: nn.Module) -> bool:
+    kind, own = own_class(module), module.__dict__
+    if "forward" in own or any(not _is_ours(hook) for hook in _hooks(module)):
+        return False
+    if kind in _wrappers():
+        if isinstance(module, ProbabilisticTensorDictModule):
+            return not getattr(module, "cache_dist", False)
+        return not isinstance(module, TensorDictModule) or "module" not in own  # it calls no function of the user's
+    return kind.__module__.startswith("torch.nn.modules.") and not module._buffers
+
+
+def _hooks(module: nn.Module) -> Iterator[object]:
+    yield from module._forward_hooks.values()
+    yield from module._forward_pre_hooks.values()
+
+
+def _is_ours(hook: object) -> bool:
+    return type(getattr(hook, "__self__", hook)).__module__.startswith("tdhook_rl.")
+
+
+def unknown_modules(policy: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules of a policy, with their paths, whose forward may write something that the policy holds."""
+    return [
+        (path, module)
+        for path, module in policy.named_modules()
+        if not isinstance(module, TensorDictParams) and not _writes_nothing(module)
+    ]
+
+
+def writes_input(module: nn.Module) -> bool:
+    """Whether a known layer was told to work in place."""
+    return getattr(module, "inplace", False) is True
+
+
+def may_draw(module: nn.Module) -> bool:
+    """Whether :func:`draws_noise` may be true of a module in some mode."""
+    return isinstance(module, (nn.modules.dropout._DropoutNd, nn.RNNBase, nn.MultiheadAttention, nn.RReLU))
+
+
+def draws_noise(module: nn.Module) -> bool:
+    """Whether a layer of torch draws in its forward, in the mode that it is in."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.training and module.p > 0
+    if isinstance(module, nn.RNNBase):
+        return module.training and module.dropout > 0
+    if isinstance(module, (nn.MultiheadAttention, nn.RReLU)):
+        return module.training and getattr(module, "dropout", 1.0) > 0
+    return False
+
+
+def may_meet(module: nn.Module) -> bool:
+    """Whether :func:`batch_statistics` may be true of a module in some mode."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or own_class(module).__name__ == "BatchRenorm1d"
+
+
+def batch_statistics(module: nn.Module) -> bool:
+    """Whether rows meet in a layer, in the mode that it is in: it normalises by the statistics of its batch."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return module.training or module.running_mean is None
+    return module.training and own_class(module).__name__ == "BatchRenorm1d"
