@@ -1,4 +1,4 @@
-"""The layout shows the architecture: rooms import from those below them, and no modules import each other in circles."""
+"""The layout shows the architecture: rooms import from those below them, and no modules import in circles."""
 
 from __future__ import annotations
 
