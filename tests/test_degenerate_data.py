@@ -83,6 +83,16 @@ def test_two_nn_names_near_duplicates(gap: float, share: float) -> None:
         two_nn(torch.cat([plane, copies + gap * normal(*copies.shape)]))
 
 
+@pytest.mark.parametrize("rows", [200, 1000])
+@pytest.mark.parametrize("share", [0.03, 0.05, 0.08])
+def test_two_nn_names_a_few_near_duplicates(share: float, rows: int) -> None:
+    for dimension in (2, 3, 5):
+        cloud = uniform(rows, dimension) @ normal(dimension, 10)
+        copies = cloud[: int(share * rows)]
+        with pytest.raises(InputError, match="near-duplicates"):
+            two_nn(torch.cat([cloud, copies + 1e-8 * normal(*copies.shape)]))
+
+
 def test_two_nn_of_what_has_a_dimension() -> None:
     for dimension in (1, 2, 5):
         for points in (uniform(1000, dimension), normal(1000, dimension), normal(300, dimension).exp()):

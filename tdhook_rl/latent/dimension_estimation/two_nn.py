@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, dispatch
@@ -24,6 +26,9 @@ __all__ = ["TwoNnDimensionEstimator"]
 #: How far the distribution of the ratios may be from that of the dimension that is fitted. Curvature, borders, noise
 #: and uneven densities make .06 of it, parts of several dimensions .12, near-duplicates of a tenth of the points .14.
 MISFIT = 0.13
+#: The share of points whose second neighbour may be further away, relative to the first, than any of as many points of
+#: one dimension. A mixture of dimensions makes .02 of it, copies of a fiftieth of the points .04.
+FAR = 0.03
 
 
 def _suffixed(key: NestedKey, suffix: str) -> NestedKey:
@@ -118,8 +123,11 @@ class TwoNnDimensionEstimator(TensorDictModuleBase):
         law = -torch.expm1(-dimension[..., None] * ratios)
         seen = torch.arange(1, rows + 1, dtype=ratios.dtype, device=ratios.device) / rows
         gap = (law - seen).abs().amax(-1)
+        # By the law of the median's dimension e^-4 points are out there; few copies bend the law less than that.
+        central = math.log(2) / ratios.median(-1, keepdim=True).values
+        far = (central * ratios > math.log(rows) + 4).double().mean(-1)
         # By chance the gap (that of Kolmogorov and Smirnov) is hardly ever above 2 / sqrt(N).
-        if bool((gap > max(MISFIT, 2 / rows**0.5)).any()):
+        if bool(((gap > max(MISFIT, 2 / rows**0.5)) | (far > max(FAR, 4 / rows))).any()):
             raise InputError(
                 f"the distances to the two nearest neighbours in {self.in_key!r} do not follow the law of any "
                 f"dimension (their distributions differ by up to {float(gap.max()):.2f}), as where points are "
