@@ -8,7 +8,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from tdhook_rl import ActivationCaching, Saliency, targets
-from tdhook_rl.hooking.pooling import ENTRIES, quicken_pooling
+from tdhook_rl.hooking.pooling import ENTRIES, speed_up_pooling
 
 WINDOWS = [
     {"kernel_size": 3, "stride": 2, "padding": 1},
@@ -20,7 +20,7 @@ WINDOWS = [
 
 def both(**window: object) -> tuple[nn.Module, nn.Module]:
     plain, quick = nn.Sequential(nn.MaxPool2d(**window)), nn.Sequential(nn.MaxPool2d(**window))
-    quicken_pooling(quick)
+    speed_up_pooling(quick)
     return plain[0], quick[0]
 
 
@@ -96,7 +96,7 @@ def test_transforms_and_formats_of_the_caller() -> None:
 def _indices(x: Tensor, quicken: bool = False) -> tuple[Tensor, Tensor]:
     net = nn.Sequential(nn.MaxPool2d(2, return_indices=True))
     if quicken:
-        quicken_pooling(net)
+        speed_up_pooling(net)
     return net[0](x)
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from tdhook_rl.sites.runtime import vmap_level
 
-__all__ = ["quicken_pooling"]
+__all__ = ["speed_up_pooling"]
 
 #: Below so many entries the change of format costs more than it gains: measured on CPU for 3 x 3 windows.
 ENTRIES = 8192
@@ -44,7 +44,7 @@ class _MaxPool(torch.autograd.Function):
         ), None
 
 
-def quicken_pooling(policy: nn.Module) -> None:
+def speed_up_pooling(policy: nn.Module) -> None:
     """Let the max pooling of a hooked copy take the faster way."""
     for child in policy.modules():
         if type(child) is nn.MaxPool2d and "forward" not in child.__dict__:

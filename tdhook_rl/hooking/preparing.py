@@ -19,7 +19,7 @@ from tdhook_rl.errors import PreparationError
 from tdhook_rl.hooking.binder import Binder
 from tdhook_rl.hooking.collisions import check_collisions
 from tdhook_rl.hooking.hooked import HookedMixin
-from tdhook_rl.hooking.pooling import quicken_pooling
+from tdhook_rl.hooking.pooling import speed_up_pooling
 from tdhook_rl.policies.chunks import chunked_by
 from tdhook_rl.policies.draws import Draw, draws, survey_draws
 from tdhook_rl.policies.q_networks import supports, value_actions
@@ -91,7 +91,7 @@ def hooked_clone(
     bound = [one for one in (method.bind(binder) for method in methods) if one is not None]
     binder.place_row_hooks()
     binder.place_state_hooks()
-    quicken_pooling(clone)
+    speed_up_pooling(clone)
     check_collisions(clone, bound, binder.reads)
     steps = [one for one in bound if (one.result_keys or one.consumes) and one.when == "step"]
     traits = Traits.of(clone)
