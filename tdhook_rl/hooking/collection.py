@@ -19,10 +19,10 @@ from tdhook_rl.calls.writing import set_entries
 from tdhook_rl.errors import KeyCollisionError
 from tdhook_rl.replaying.batching import GeneratorState
 
-__all__ = ["RandomFrames", "collides", "take_in"]
+__all__ = ["RandomFrames", "adapt_to_collector", "collides"]
 
 
-def take_in(policy: Any, collector: Any) -> None:
+def adapt_to_collector(policy: Any, collector: Any) -> None:
     """What :meth:`tdhook_rl.hooking.hooked.HookedMixin.register_collector` does."""
     env = getattr(collector, "env", None)
     if env is not None:

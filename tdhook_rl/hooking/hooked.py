@@ -29,7 +29,7 @@ from tdhook_rl.calls.shared_pass import chain_pass, graph_pass, sharing
 from tdhook_rl.calls.untraced import traced_whole, uncompiled
 from tdhook_rl.calls.writing import write_tensors, writes_by_default
 from tdhook_rl.errors import InactiveError, InputError, MissingKeyError, TdhookError, TieError
-from tdhook_rl.hooking.collection import take_in
+from tdhook_rl.hooking.collection import adapt_to_collector
 from tdhook_rl.hooking.context import ContextView
 from tdhook_rl.policies.tying import detach_graphs
 from tdhook_rl.replaying.batching import GeneratorState, frozen_statistics
@@ -281,7 +281,7 @@ class HookedMixin(Annotating, Swapped):
         own = getattr(super(), "register_collector", None)
         if own is not None:
             own(collector)
-        take_in(self, collector)
+        adapt_to_collector(self, collector)
 
     def restore(self) -> None:
         """End the hooking; calling the policy afterwards raises. What leaving the ``with`` block does.
