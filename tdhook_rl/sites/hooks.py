@@ -17,7 +17,7 @@ from tdhook_rl.errors import MissingKeyError, nearest
 from tdhook_rl.sites.containers import first_input
 from tdhook_rl.sites.inner_calls import require_whole_batch, step_of_batch
 from tdhook_rl.sites.repeats import added, part_of, several_runs
-from tdhook_rl.sites.rows import as_leaf, lent_rows, rows_of, with_rows
+from tdhook_rl.sites.rows import as_leaf, entry_rows, rows_of, with_rows
 from tdhook_rl.sites.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class RowHook:
                     f"{nearest(str(key), map(str, data.keys(True, True)))}. Set it on every step "
                     "(a TensorDictPrimer adds a key to an environment) or give a number instead of a key"
                 )
-            self.runtime.rows[key] = lent_rows(value, module, self.runtime)
+            self.runtime.rows[key] = entry_rows(value, module, self.runtime)
 
     def after(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         # Inside a root call the root takes the rows back; after get_dist nobody else would.

@@ -27,9 +27,19 @@ if TYPE_CHECKING:
     from tdhook_rl.sites.runtime import Runtime
 
 __all__ = [
-    "Layout", "RecurrentHook", "as_leaf", "explicit", "feature_dims", "lent_rows", "note_intervention", "rows_of",
+    "Layout",
+    "RecurrentHook",
+    "as_leaf",
+    "entry_rows",
+    "explicit",
+    "feature_dims",
+    "note_intervention",
+    "rows_of",
     "rows_of_part",
-    "survey", "unbatched", "with_batch", "with_rows",
+    "survey",
+    "unbatched",
+    "with_batch",
+    "with_rows",
 ]  # fmt: skip
 
 #: Puts rows into the form that the module gave them.
@@ -139,7 +149,7 @@ def rows_of(
     return value, None
 
 
-def lent_rows(value: Tensor, module: nn.Module, runtime: Runtime) -> Tensor:
+def entry_rows(value: Tensor, module: nn.Module, runtime: Runtime) -> Tensor:
     """An entry of the data that a module reads, with a row for each row of the batch."""
     layout: Layout | None = module._hooked_layout  # type: ignore[assignment]
     if layout is None or layout.mapped is None or not torch._C._functorch.is_batchedtensor(value):
