@@ -29,7 +29,7 @@ from tdhook_rl.replaying.replays import DecidedHook, ReplayMixin
 from tdhook_rl.replaying.traceable import signs
 from tdhook_rl.sites.classes import swap_class
 from tdhook_rl.sites.inner_calls import place_inner_hooks
-from tdhook_rl.sites.rows import survey
+from tdhook_rl.sites.rows import attach_layouts
 from tdhook_rl.sites.runtime import Runtime
 
 __all__ = ["hooked_clone"]
@@ -73,7 +73,7 @@ def hooked_clone(
         )
     runtime = Runtime()
     runtime.methods = tuple(methods)
-    survey(clone, runtime)
+    attach_layouts(clone, runtime)
     binder = Binder(clone, root, runtime, Tie(module, root))
     drawn = survey_draws(clone)
     place_inner_hooks(clone, runtime)

@@ -12,7 +12,7 @@ from tdhook_rl.sites.containers import other_tensors, with_other_tensors
 from tdhook_rl.sites.hooks import CaptureHook, Portable
 from tdhook_rl.sites.paths import Site
 from tdhook_rl.sites.repeats import Several, added, several_runs
-from tdhook_rl.sites.rows import explicit, rows_of, with_rows
+from tdhook_rl.sites.rows import rows_of, with_rows, without_vmap
 from tdhook_rl.sites.runtime import Runtime
 
 __all__ = ["KeepHook", "PatchHook", "runs_kept"]
@@ -33,7 +33,7 @@ class KeepHook(CaptureHook):
         first = isinstance(kept, Several) and len(kept.values) == 1
         for number, tensor in enumerate(_others(output, module)):
             slot = f"{self.slot}+{number}"
-            value = explicit(tensor, module, self.runtime)[0].detach().clone()
+            value = without_vmap(tensor, module, self.runtime)[0].detach().clone()
             slots[slot] = added(None if first else slots.get(slot), value, "all")  # type: ignore[arg-type]
 
 
@@ -101,7 +101,7 @@ class PatchHook:
             return output
         values = []
         for place, tensor in enumerate(_others(output, module)):
-            value, back = explicit(tensor, module, self.runtime)
+            value, back = without_vmap(tensor, module, self.runtime)
             patch = self._kept(f"{self.slot}+{place}", number)
             self._require_shape(patch, value)
             values.append(patch if back is None else back(patch))  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from tdhook_rl.method import Binder, Method
 from tdhook_rl.replaying.batching import in_recurrent_mode
 from tdhook_rl.sites.hooks import Portable
 from tdhook_rl.sites.paths import Site
-from tdhook_rl.sites.rows import explicit, feature_dims, rows_of, with_rows
+from tdhook_rl.sites.rows import feature_dims, rows_of, with_rows, without_vmap
 from tdhook_rl.sites.runtime import Runtime
 from tdhook_rl.sites.states import state_names, state_of, with_state
 from tdhook_rl.sites.vectors import placed_shape
@@ -296,7 +296,7 @@ class StateAdditionHook(AdditionHook):
         self.runtime.note_fired(self.site)
         state = state_of(output, self.key)
         layered = state.ndim == 3  # else the module was given one sequence without a batch
-        rows, back = explicit(state.movedim(0, 1) if layered else state, module, self.runtime)
+        rows, back = without_vmap(state.movedim(0, 1) if layered else state, module, self.runtime)
         rows = self.steered(rows, 0)
         rows = rows if back is None else back(rows)
         return with_state(output, self.key, rows.movedim(1, 0) if layered else rows)

@@ -27,19 +27,8 @@ if TYPE_CHECKING:
     from tdhook_rl.sites.runtime import Runtime
 
 __all__ = [
-    "Layout",
-    "RecurrentHook",
-    "as_leaf",
-    "entry_rows",
-    "explicit",
-    "feature_dims",
-    "note_intervention",
-    "rows_of",
-    "rows_of_part",
-    "survey",
-    "unbatched",
-    "with_batch",
-    "with_rows",
+    "Layout", "RecurrentHook", "as_leaf", "attach_layouts", "entry_rows", "feature_dims", "note_intervention",
+    "rows_of", "rows_of_part", "unbatched", "with_batch", "with_rows", "without_vmap",
 ]  # fmt: skip
 
 #: Puts rows into the form that the module gave them.
@@ -72,7 +61,7 @@ class Layout:
         return self.mapped if batch is None or self.mapped >= 0 else len(batch) + self.mapped  # type: ignore[operator, return-value]
 
 
-def survey(policy: nn.Module, runtime: Runtime) -> None:
+def attach_layouts(policy: nn.Module, runtime: Runtime) -> None:
     """Tell each module of a clone the layout of its rows, ``None`` where they are the rows of the batch."""
     from torchrl.modules import DecisionTransformer, VmapModule
 
@@ -157,7 +146,7 @@ def entry_rows(value: Tensor, module: nn.Module, runtime: Runtime) -> Tensor:
     return _out_of_vmap(value, runtime, layout)[0]
 
 
-def explicit(value: Tensor, module: nn.Module, runtime: Runtime) -> tuple[Tensor, Disguise | None]:
+def without_vmap(value: Tensor, module: nn.Module, runtime: Runtime) -> tuple[Tensor, Disguise | None]:
     """A tensor with the dimensions that ``vmap`` hides from a module, as it is otherwise; and the way back."""
     if torch._C._functorch.is_batchedtensor(value):
         return _out_of_vmap(value, runtime, module._hooked_layout)  # type: ignore[arg-type]
@@ -179,9 +168,9 @@ def rows_of_part(
     if own and part is own[0]:
         return rows_of(whole, module, site, runtime)
     if layout.states and part.ndim == 3 and any(part is one for one in own[1:]):
-        rows, back = explicit(part.movedim(0, 1), module, runtime)
+        rows, back = without_vmap(part.movedim(0, 1), module, runtime)
         return rows, lambda rows: (rows if back is None else back(rows)).movedim(1, 0)
-    return explicit(part, module, runtime)
+    return without_vmap(part, module, runtime)
 
 
 def with_rows(output: Any, rows: Tensor, module: nn.Module, disguise: Disguise | None) -> Any:
@@ -301,7 +290,7 @@ def unbatched(value: Tensor, level: int) -> Tensor:
 
 
 def _batch_first(value: Tensor, module: nn.Module, runtime: Runtime) -> tuple[Tensor, Disguise]:
-    rows, back = explicit(value.transpose(0, 1), module, runtime)
+    rows, back = without_vmap(value.transpose(0, 1), module, runtime)
     return rows, lambda rows: (rows if back is None else back(rows)).transpose(0, 1)
 
 
