@@ -16,11 +16,11 @@ from tdhook_rl.calls.preconditions import require_hooked
 from tdhook_rl.doctor.collecting import Collecting
 from tdhook_rl.doctor.collecting_checks import collecting_findings, device_findings, failure
 from tdhook_rl.doctor.compile_checks import compile_findings
-from tdhook_rl.doctor.dry_run import TimeUp, Watch, env_options, fresh_env, trial_of, untouched
+from tdhook_rl.doctor.dry_run import Deadline, TimeUp, env_options, fresh_env, trial_of, untouched
 from tdhook_rl.doctor.findings import Finding, Report
 from tdhook_rl.doctor.policy_checks import policy_findings
-from tdhook_rl.doctor.walk import Walk
-from tdhook_rl.doctor.walk_checks import batch_findings, collision_findings, input_findings, walk_findings
+from tdhook_rl.doctor.recorded_rollout import RecordedRollout
+from tdhook_rl.doctor.rollout_checks import batch_findings, collision_findings, input_findings, rollout_findings
 from tdhook_rl.errors import InputError
 from tdhook_rl.hooking.hooked import HookedMixin
 from tdhook_rl.method import HookingContext
@@ -103,7 +103,7 @@ def check(
             collector,
             steps,
             compile,
-            Watch(time_limit),
+            Deadline(time_limit),
         )
         return Report(tuple(examination.findings()))
 
@@ -117,7 +117,7 @@ class _Examination:
     collector: type | None
     steps: int
     compile: bool
-    watch: Watch
+    deadline: Deadline
 
     def findings(self) -> Iterator[Finding]:
         if not self.policy._hooked.runtime.active:
@@ -142,7 +142,7 @@ class _Examination:
             yield Finding(
                 "time limit",
                 "error",
-                f"after {self.watch.seconds:g} s the check still waited for {error}",
+                f"after {self.deadline.seconds:g} s the check still waited for {error}",
                 "look at what it waited for; if it is only slow, pass a longer time_limit=",
             )
 
@@ -158,44 +158,44 @@ class _Examination:
         return kind, (asked or 1) if takes_a_list else 0
 
     def _run(self, kind: type, workers: int) -> Iterator[Finding]:
-        self.watch.waiting_for = "the constructor of the environment"
+        self.deadline.waiting_for = "the constructor of the environment"
         env, failed = self._attempt(lambda: fresh_env(self.env, env_options(self.options.get("create_env_kwargs"))))
         if failed is not None:
             yield failed
             return
-        walk = Walk(trial_of(self.policy), env)
-        walked = yield from self._walk(walk)
-        self.watch.waiting_for = "the environment to close"
-        self._attempt(lambda: walk.env.close(raise_if_closed=False))
-        if walk.data:
-            yield from self._modules(walk)
+        rollout = RecordedRollout(trial_of(self.policy), env)
+        complete = yield from self._roll_out(rollout)
+        self.deadline.waiting_for = "the environment to close"
+        self._attempt(lambda: rollout.env.close(raise_if_closed=False))
+        if rollout.data:
+            yield from self._modules(rollout)
         devices = list(device_findings(self.policy, self.options))
         yield from devices
-        if not walked:
+        if not complete:
             yield Finding("collector", "warning", "not tried, because of the above")
             return
         if any(one.level == "error" for one in devices):
             yield Finding("collector", "warning", "not tried, because of the devices")
         else:
-            yield from self._collect(kind, workers, walk)
+            yield from self._collect(kind, workers, rollout)
         compile_policy = self.options.get("compile_policy")
         if self.compile or compile_policy:
             fullgraph = isinstance(compile_policy, dict) and bool(compile_policy.get("fullgraph"))
-            yield from self._compile(walk, fullgraph)
+            yield from self._compile(rollout, fullgraph)
 
-    def _walk(self, walk: Walk) -> Generator[Finding, None, bool]:
+    def _roll_out(self, rollout: RecordedRollout) -> Generator[Finding, None, bool]:
         """Findings of a rollout by hand; returns whether it went to its end."""
         from torchrl.envs.utils import ExplorationType, set_exploration_type
         from torchrl.modules.utils import get_env_transforms_from_module
 
-        data, failed = self._attempt(lambda: walk.reset(self.watch))
-        if failed is None and walk.missing and self.options.get("auto_register_policy_transforms"):
-            walk.env = walk.env.append_transform(get_env_transforms_from_module(walk.policy))
-            data, failed = self._attempt(lambda: walk.reset(self.watch))
+        data, failed = self._attempt(lambda: rollout.reset(self.deadline))
+        if failed is None and rollout.missing and self.options.get("auto_register_policy_transforms"):
+            rollout.env = rollout.env.append_transform(get_env_transforms_from_module(rollout.policy))
+            data, failed = self._attempt(lambda: rollout.reset(self.deadline))
         if failed is not None:
             yield failed
             return False
-        first = [*input_findings(walk), *collision_findings(walk, data)]
+        first = [*input_findings(rollout), *collision_findings(rollout, data)]
         yield from first
         if any(one.level == "error" for one in first):
             return False
@@ -205,32 +205,32 @@ class _Examination:
 
         def steps() -> None:
             with torch.no_grad(), set_exploration_type(kind):
-                walk.run(data, self.watch, self.steps, longer=-(-frames // walk.env.batch_size.numel()))
+                rollout.run(data, self.deadline, self.steps, longer=-(-frames // rollout.env.batch_size.numel()))
 
         _, failed = self._attempt(steps)
-        found = list(walk_findings(walk))
+        found = list(rollout_findings(rollout))
         yield from found
         if failed is not None:
             yield failed
             return False
         if any(one.level == "error" and one.check in ("keys", "shapes") for one in found):
             return True
-        self.watch.waiting_for = "annotate() of what was collected"
-        stored = walk.batch()
+        self.deadline.waiting_for = "annotate() of what was collected"
+        stored = rollout.batch()
         annotated, failed = self._attempt(
-            lambda: walk.policy.annotate(stored.exclude(*walk.results), on_mismatch="ignore")
+            lambda: rollout.policy.annotate(stored.exclude(*rollout.results), on_mismatch="ignore")
         )
         if failed is None:
-            yield from batch_findings(walk, stored, annotated)
+            yield from batch_findings(rollout, stored, annotated)
         else:
             yield failed
         return True
 
-    def _modules(self, walk: Walk) -> Iterator[Finding]:
+    def _modules(self, rollout: RecordedRollout) -> Iterator[Finding]:
         """The head of the table of modules."""
-        self.watch.waiting_for = "a call that lists the modules"
-        data = walk.data[0].select(*walk.policy.in_keys, strict=False)
-        table, failed = self._attempt(lambda: site_table(walk.policy, walk.moved(data)))
+        self.deadline.waiting_for = "a call that lists the modules"
+        data = rollout.data[0].select(*rollout.policy.in_keys, strict=False)
+        table, failed = self._attempt(lambda: site_table(rollout.policy, rollout.moved(data)))
         if failed is not None:
             yield failed
             return
@@ -242,7 +242,7 @@ class _Examination:
         often = f"; more than once: {', '.join(repeated[:5])}" if repeated else ""
         yield Finding("modules", "ok", f"{len(ran)} of {len(table)} run, the first {first}{often}; all: sites(data)")
 
-    def _collect(self, kind: type, workers: int, walk: Walk) -> Iterator[Finding]:
+    def _collect(self, kind: type, workers: int, rollout: RecordedRollout) -> Iterator[Finding]:
         if kind.__module__.startswith("torchrl.collectors.distributed"):
             yield Finding(
                 "collector",
@@ -252,20 +252,20 @@ class _Examination:
             )
             return
         run = Collecting(kind, self.options, workers)
-        copies = walk.env.batch_size.numel()
+        copies = rollout.env.batch_size.numel()
         _, failed = self._attempt(
-            lambda: run.run(self.policy, trial_of(self.policy), self.env, copies, self.factory, self.watch)
+            lambda: run.run(self.policy, trial_of(self.policy), self.env, copies, self.factory, self.deadline)
         )
         if failed is None:
-            yield from collecting_findings(run, self.policy, walk)
+            yield from collecting_findings(run, self.policy, rollout)
         else:
             yield failed
 
-    def _compile(self, walk: Walk, fullgraph: bool) -> Iterator[Finding]:
+    def _compile(self, rollout: RecordedRollout, fullgraph: bool) -> Iterator[Finding]:
         def compiled() -> list[Finding]:
             with torch.no_grad():
-                data = walk.moved(walk.data[0].select(*walk.policy.in_keys))
-                return list(compile_findings(self.policy, data, self.watch, fullgraph=fullgraph))
+                data = rollout.moved(rollout.data[0].select(*rollout.policy.in_keys))
+                return list(compile_findings(self.policy, data, self.deadline, fullgraph=fullgraph))
 
         found, failed = self._attempt(compiled)
         yield from [failed] if failed is not None else found
@@ -273,11 +273,11 @@ class _Examination:
     def _attempt(self, function: Callable[[], Any]) -> tuple[Any, Finding | None]:
         """What a function returns, or the finding for its error."""
         try:
-            return self.watch.run(function), None
+            return self.deadline.run(function), None
         except TimeUp:
             raise
         except Exception as error:
-            return None, failure(error, self.watch.waiting_for, self.options)
+            return None, failure(error, self.deadline.waiting_for, self.options)
 
 
 def _parameters(kind: type) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
 
-from tdhook_rl.doctor.dry_run import Watch, env_options, first_line, fresh_env
+from tdhook_rl.doctor.dry_run import Deadline, env_options, first_line, fresh_env
 from tdhook_rl.rollout.interrupts import starting_workers
 
 __all__ = ["Collecting", "replica"]
@@ -41,7 +41,7 @@ class Collecting:
     skipped: list[str] = field(default_factory=list)
     synced: bool = False
 
-    def run(self, policy: Any, trial: Any, env: Any, copies: int, factory: Any, watch: Watch) -> None:
+    def run(self, policy: Any, trial: Any, env: Any, copies: int, factory: Any, deadline: Deadline) -> None:
         """Collect a few batches.
 
         Args:
@@ -50,9 +50,9 @@ class Collecting:
             env: the user's environment or its constructor.
             copies: how many environments it steps at once.
             factory: the ``policy_factory``; ``None`` where the policy itself is given.
-            watch: says what is waited for.
+            deadline: says what is waited for.
         """
-        watch.waiting_for = "a fresh environment for the collector"
+        deadline.waiting_for = "a fresh environment for the collector"
         arguments = self._arguments(policy, trial, copies * max(self.workers, 1))
         options = env_options(arguments.pop("create_env_kwargs", None))
         if self.workers:
@@ -61,20 +61,20 @@ class Collecting:
             made = fresh_env(env, options)
         name = self.kind.__name__
         what = f"{self.workers} worker{'s' * (self.workers > 1)} of {name}" if self.workers else name
-        watch.waiting_for = f"the start of {what}"
+        deadline.waiting_for = f"the start of {what}"
         given = {"policy": trial} if factory is None else {"policy_factory": factory}
         with starting_workers():
             collector = self.kind(made, **given, **arguments)
         try:
             frames = iter(collector)
             for index in range(2 + self.random):
-                watch.waiting_for = f"batch {index} from {what}"
+                deadline.waiting_for = f"batch {index} from {what}"
                 batch = next(frames, None)  # None as well if it goes to a buffer
                 if batch is not None:
                     # Collectors write into the same memory again.
                     self.batches.append(batch.detach().clone())
                 if index == 0 and (factory is None or arguments.get("weight_sync_schemes")):
-                    watch.waiting_for = f"{what} to take weights"
+                    deadline.waiting_for = f"{what} to take weights"
                     collector.update_policy_weights_(TensorDict.from_module(trial).data.clone())
                     self.synced = True
             if (buffer := arguments.get("replay_buffer")) is not None:
@@ -83,7 +83,7 @@ class Collecting:
             with contextlib.suppress(Exception):
                 collector.shutdown()
             raise
-        watch.waiting_for = f"the end of {what}"
+        deadline.waiting_for = f"the end of {what}"
         collector.shutdown()
 
     def _arguments(self, policy: Any, trial: Any, copies: int) -> dict[str, Any]:

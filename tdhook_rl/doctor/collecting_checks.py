@@ -12,7 +12,7 @@ from tdhook_rl.batches.annotating import only_by_annotate
 from tdhook_rl.doctor.collecting import Collecting
 from tdhook_rl.doctor.dry_run import first_line
 from tdhook_rl.doctor.findings import Finding
-from tdhook_rl.doctor.walk import Key, Walk, as_tuple, leaves
+from tdhook_rl.doctor.recorded_rollout import Key, RecordedRollout, as_tuple, leaves
 from tdhook_rl.errors import TdhookError
 
 __all__ = ["collecting_findings", "device_findings", "failure"]
@@ -58,7 +58,7 @@ def _available(device: torch.device) -> bool:
     return True
 
 
-def collecting_findings(run: Collecting, policy: Any, walk: Walk) -> Iterator[Finding]:
+def collecting_findings(run: Collecting, policy: Any, rollout: RecordedRollout) -> Iterator[Finding]:
     """Which results the collector kept, and whether they were computed and changed."""
     if not run.batches:
         yield Finding("collector", "error", f"{run.kind.__name__} gave nothing", "a batch must come within a few steps")
@@ -78,7 +78,7 @@ def collecting_findings(run: Collecting, policy: Any, walk: Walk) -> Iterator[Fi
         + (", and took weights" if run.synced else ""),
     )
     buffered = run.options.get("replay_buffer") is not None
-    expected = set(walk.results)
+    expected = set(rollout.results)
     if getattr(run.options.get("postproc"), "__self__", None) is policy:
         expected |= {as_tuple(key) for key in policy.result_keys}
     last = run.batches[-1]
@@ -86,7 +86,7 @@ def collecting_findings(run: Collecting, policy: Any, walk: Walk) -> Iterator[Fi
     if lost:
         names = ", ".join(map(repr, lost))
         where = "the replay buffer" if buffered else "the batch"
-        yield Finding("kept", "error", f"{where} lacks {names}", _why_lost(run, walk, lost))
+        yield Finding("kept", "error", f"{where} lacks {names}", _why_lost(run, rollout, lost))
     else:
         yield Finding("kept", "ok", f"{'the replay buffer' if buffered else 'the batch'} holds every result")
     lacking = [key for key in map(as_tuple, only_by_annotate(policy)) if key not in {key for key, _ in leaves(last)}]
@@ -101,17 +101,17 @@ def collecting_findings(run: Collecting, policy: Any, walk: Walk) -> Iterator[Fi
         )
     # A buffer counts elements, which may be trajectories: random frames can then outlast the dry run.
     if not (buffered and run.random):
-        yield from _computed(run, walk, expected - set(lost))
+        yield from _computed(run, rollout, expected - set(lost))
     if not buffered:
-        yield from _random(run, walk)
-        yield from _frozen(run, walk)
+        yield from _random(run, rollout)
+        yield from _frozen(run, rollout)
 
 
 def _listed(keys: list[Key]) -> str:
     return ", ".join(map(repr, keys[:4])) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
 
-def _why_lost(run: Collecting, walk: Walk, lost: list[Key]) -> str:
+def _why_lost(run: Collecting, rollout: RecordedRollout, lost: list[Key]) -> str:
     buffer = run.options.get("replay_buffer")
     if buffer is None:
         return "look for what selects keys: a postproc, or a policy wrapped around the hooked one"
@@ -122,7 +122,7 @@ def _why_lost(run: Collecting, walk: Walk, lost: list[Key]) -> str:
         )
     if len(buffer.transform):
         return "a transform of the buffer drops them, such as SelectKeys: add them to it"
-    if run.workers and not set(lost) & set(walk.results):
+    if run.workers and not set(lost) & set(rollout.results):
         return (
             "workers add them after the storage has fixed its keys: use LazyTensorStorage(..., shared_init=True), or "
             "when='step'"
@@ -130,10 +130,10 @@ def _why_lost(run: Collecting, walk: Walk, lost: list[Key]) -> str:
     return "write the results beside the buffer with tdhook_rl.replay.analyze"
 
 
-def _computed(run: Collecting, walk: Walk, kept: set[Key]) -> Iterator[Finding]:
-    rows = walk.steps * walk.env.batch_size.numel()
+def _computed(run: Collecting, rollout: RecordedRollout, kept: set[Key]) -> Iterator[Finding]:
+    rows = rollout.steps * rollout.env.batch_size.numel()
     for key in sorted(kept):
-        if key[0] != "computed" or walk.selected.get(key[1], rows) < rows:
+        if key[0] != "computed" or rollout.selected.get(key[1], rows) < rows:
             continue  # a schedule may well leave out the few steps of a dry run
         masks = [batch.get(key, None) for batch in run.batches[run.random :] or run.batches]
         if not any(mask is not None and bool(mask.any()) for mask in masks):
@@ -145,11 +145,11 @@ def _computed(run: Collecting, walk: Walk, kept: set[Key]) -> Iterator[Finding]:
             )
 
 
-def _random(run: Collecting, walk: Walk) -> Iterator[Finding]:
+def _random(run: Collecting, rollout: RecordedRollout) -> Iterator[Finding]:
     if not run.random:
         return
     first = {key for key, _ in leaves(run.batches[0])}
-    absent = [key for key in walk.results if key not in first]
+    absent = [key for key in rollout.results if key not in first]
     if absent:
         yield Finding(
             "random frames",
@@ -161,16 +161,16 @@ def _random(run: Collecting, walk: Walk) -> Iterator[Finding]:
         yield Finding("random frames", "ok", "their rows are zero, and masked as not computed")
 
 
-def _frozen(run: Collecting, walk: Walk) -> Iterator[Finding]:
+def _frozen(run: Collecting, rollout: RecordedRollout) -> Iterator[Finding]:
     if len(run.batches) < 2:
         return
     first, second = run.batches[-2:]
-    inputs = [key for key in map(as_tuple, walk.policy.policy_in_keys) if first.get(key, None) is not None]
+    inputs = [key for key in map(as_tuple, rollout.policy.policy_in_keys) if first.get(key, None) is not None]
     if all(torch.equal(first.get(key), second.get(key)) for key in inputs):
         return
-    own = {as_tuple(key) for key in walk.policy.policy_out_keys}.union(*walk.env_keys)
-    # Results that do not change from step to step either are a finding of the walk.
-    same = {key for key in walk.results if key[0] == "computed"} | own
+    own = {as_tuple(key) for key in rollout.policy.policy_out_keys}.union(*rollout.env_keys)
+    # Results that do not change from step to step either are a finding of the rollout.
+    same = {key for key in rollout.results if key[0] == "computed"} | own
     for key, value in sorted(leaves(first), key=lambda item: item[0]):
         if key in same or key[0] in ("collector", "computed") or not value.is_floating_point():
             continue

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
-from tdhook_rl.doctor.dry_run import Watch, first_line, trial_of
+from tdhook_rl.doctor.dry_run import Deadline, first_line, trial_of
 from tdhook_rl.doctor.findings import Finding
 
 __all__ = ["compile_findings"]
@@ -18,22 +18,22 @@ __all__ = ["compile_findings"]
 CALLS = 4
 
 
-def compile_findings(policy: Any, data: TensorDictBase, watch: Watch, *, fullgraph: bool) -> Iterator[Finding]:
+def compile_findings(policy: Any, data: TensorDictBase, deadline: Deadline, *, fullgraph: bool) -> Iterator[Finding]:
     """Compile copies of the hooked policy and of the user's with a backend that only counts graphs.
 
     Args:
         policy: the hooked policy.
         data: what it is called on.
-        watch: says what is waited for.
+        deadline: says what is waited for.
         fullgraph: whether the collector would compile with ``fullgraph=True``, where a break is an error.
     """
-    watch.waiting_for = "torch.compile of the hooked policy"
+    deadline.waiting_for = "torch.compile of the hooked policy"
     graphs, reason = _compiled(trial_of(policy), data)
     tie = policy._hooked.tie
     original = None if tie is None else tie.original()
     plain_reason = None
     if original is not None and policy.hooked_root is policy and reason is not None:
-        watch.waiting_for = "torch.compile of the user's policy"
+        deadline.waiting_for = "torch.compile of the user's policy"
         _, plain_reason = _compiled(copy.deepcopy(original), data)
     if reason is not None:
         yield Finding(

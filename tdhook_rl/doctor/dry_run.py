@@ -20,7 +20,7 @@ from torch import nn
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.caches import CacheStore, Staging
 
-__all__ = ["TimeUp", "Watch", "fresh_env", "trial_of", "untouched"]
+__all__ = ["Deadline", "TimeUp", "fresh_env", "trial_of", "untouched"]
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ class TimeUp(Exception):
     """The time of a check ended while it waited for something."""
 
 
-class Watch:
+class Deadline:
     """Runs what may hang in a thread of its own, within a time that all of it shares.
 
     Attributes:

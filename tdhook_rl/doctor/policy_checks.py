@@ -12,7 +12,7 @@ from torch import nn
 
 from tdhook_rl.doctor.dry_run import first_line
 from tdhook_rl.doctor.findings import Finding
-from tdhook_rl.doctor.walk import as_tuple, hooks_of, is_ours
+from tdhook_rl.doctor.recorded_rollout import as_tuple, hooks_of, is_ours
 from tdhook_rl.errors import TieError
 from tdhook_rl.policies.draws import draws
 from tdhook_rl.replaying.batching import in_recurrent_mode

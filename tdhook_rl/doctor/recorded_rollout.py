@@ -13,11 +13,11 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
 from tdhook_rl.calls.provenance import is_stamp
-from tdhook_rl.doctor.dry_run import Watch, device_of
+from tdhook_rl.doctor.dry_run import Deadline, device_of
 from tdhook_rl.sites.hooks import RowHook
 from tdhook_rl.sites.runtime import vmap_level
 
-__all__ = ["Sites", "Walk", "hooks_of"]
+__all__ = ["RecordedRollout", "SiteRuns", "hooks_of"]
 
 #: Steps that are made at most to see a schedule select a row.
 MOST_STEPS = 512
@@ -26,7 +26,7 @@ Key = tuple[str, ...]
 
 
 @dataclass
-class Walk:
+class RecordedRollout:
     """What was seen in a rollout by hand; it is filled while :meth:`run` goes on, so that an error leaves a part.
 
     Attributes:
@@ -48,24 +48,24 @@ class Walk:
     in_place: dict[Key, int] = field(default_factory=dict)
     selected: dict[str, int] = field(default_factory=dict)
     steps: int = 0
-    sites: Sites | None = None
+    sites: SiteRuns | None = None
 
-    def reset(self, watch: Watch) -> TensorDictBase:
+    def reset(self, deadline: Deadline) -> TensorDictBase:
         """The first TensorDict; notes what the policy reads and the environment does not give."""
-        watch.waiting_for = "the reset of the environment"
+        deadline.waiting_for = "the reset of the environment"
         # Primers get the shape of a batched environment when its specs are first read, as collectors do.
         _ = self.env.full_observation_spec
         data = self.env.reset()
         self.missing = [as_tuple(key) for key in self.policy.in_keys if data.get(key, None) is None]
         return data
 
-    def run(self, data: TensorDictBase, watch: Watch, steps: int, longer: int) -> None:
+    def run(self, data: TensorDictBase, deadline: Deadline, steps: int, longer: int) -> None:
         """Make ``steps`` steps, or up to ``longer`` until every schedule has selected a row."""
-        self.sites = Sites(self.policy)
+        self.sites = SiteRuns(self.policy)
         for step in range(max(steps, min(longer, MOST_STEPS))):
-            if step >= steps and (all(self.selected.values()) or watch.left < watch.seconds / 2):
+            if step >= steps and (all(self.selected.values()) or deadline.left < deadline.seconds / 2):
                 break
-            watch.waiting_for = f"the policy at step {step}"
+            deadline.waiting_for = f"the policy at step {step}"
             reads = {as_tuple(key) for key in self.policy.in_keys}
             # Without what the policy wrote at the step before: what is there afterwards was written now.
             given = data.exclude(*(key for written in self.written for key in written - reads))
@@ -77,7 +77,7 @@ class Walk:
             self.sites.counting = False
             self._note_written(step, output, before)
             output = output if output is given else given.update(output)
-            watch.waiting_for = f"the environment at step {step}"
+            deadline.waiting_for = f"the environment at step {step}"
             stepped, data = self.env.step_and_maybe_reset(
                 output if env_device in (None, device_of(self.policy)) else output.to(env_device)
             )
@@ -123,7 +123,7 @@ class Walk:
         return self.moved(torch.stack([data.select(*(wanted & everywhere)) for data in self.data], -1))
 
 
-class Sites:
+class SiteRuns:
     """Counts how often each hooked module runs, while ``counting``.
 
     Attributes:

@@ -11,23 +11,23 @@ from torch import Tensor
 
 from tdhook_rl.calls.provenance import is_stamp
 from tdhook_rl.doctor.findings import Finding
-from tdhook_rl.doctor.walk import Key, Walk, as_tuple, leaves
+from tdhook_rl.doctor.recorded_rollout import Key, RecordedRollout, as_tuple, leaves
 
-__all__ = ["batch_findings", "collision_findings", "input_findings", "walk_findings"]
+__all__ = ["batch_findings", "collision_findings", "input_findings", "rollout_findings"]
 
 
-def input_findings(walk: Walk) -> Iterator[Finding]:
+def input_findings(rollout: RecordedRollout) -> Iterator[Finding]:
     """Whether the environment gives what the policy reads."""
     from torchrl.modules.utils import get_primers_from_module
 
-    if not walk.missing:
-        yield Finding("inputs", "ok", f"the environment gives {_list(walk.policy.in_keys)}")
+    if not rollout.missing:
+        yield Finding("inputs", "ok", f"the environment gives {_list(rollout.policy.in_keys)}")
         return
-    missing = set(walk.missing)
-    primer = get_primers_from_module(walk.policy, warn=False, strict=False)
+    missing = set(rollout.missing)
+    primer = get_primers_from_module(rollout.policy, warn=False, strict=False)
     hidden = {key for key in missing if primer is not None and key in _primed(primer)}
     starts = {key for key in missing - hidden if key[-1] == "is_init"}
-    reads = {as_tuple(key) for key in walk.policy.in_keys} - {as_tuple(key) for key in walk.policy.policy_in_keys}
+    reads = {as_tuple(key) for key in rollout.policy.in_keys} - {as_tuple(key) for key in rollout.policy.policy_in_keys}
     for keys, remedy in (
         (
             hidden,
@@ -46,7 +46,7 @@ def input_findings(walk: Walk) -> Iterator[Finding]:
                 "inputs", "error", f"the policy reads {_list(keys)}, which the environment does not give", remedy
             )
     if rest := missing - hidden - starts - reads:
-        given = sorted(str(key) for key in walk.env.full_observation_spec.keys(True, True))
+        given = sorted(str(key) for key in rollout.env.full_observation_spec.keys(True, True))
         yield Finding(
             "inputs",
             "error",
@@ -55,9 +55,9 @@ def input_findings(walk: Walk) -> Iterator[Finding]:
         )
 
 
-def collision_findings(walk: Walk, data: TensorDictBase) -> Iterator[Finding]:
+def collision_findings(rollout: RecordedRollout, data: TensorDictBase) -> Iterator[Finding]:
     """Whether results would be written over what the environment writes."""
-    env = walk.env
+    env = rollout.env
     specs = (
         env.full_observation_spec,
         env.full_state_spec,
@@ -66,7 +66,7 @@ def collision_findings(walk: Walk, data: TensorDictBase) -> Iterator[Finding]:
         env.full_done_spec,
     )
     taken = {key for key, _ in leaves(data)} | {as_tuple(key) for spec in specs for key in spec.keys(True, True)}
-    for key in map(as_tuple, walk.policy.result_keys):
+    for key in map(as_tuple, rollout.policy.result_keys):
         clash = next((other for other in sorted(taken) if other == key[: len(other)] or key == other[: len(key)]), None)
         if clash is not None:
             yield Finding(
@@ -78,24 +78,24 @@ def collision_findings(walk: Walk, data: TensorDictBase) -> Iterator[Finding]:
             return
 
 
-def walk_findings(walk: Walk) -> Iterator[Finding]:
+def rollout_findings(rollout: RecordedRollout) -> Iterator[Finding]:
     """Findings on what was written when, in what shape, and with which values."""
-    if walk.sites is not None:
-        yield from _sites(walk)
-    if not walk.steps:
+    if rollout.sites is not None:
+        yield from _sites(rollout)
+    if not rollout.steps:
         return
-    yield from _keys(walk)
-    yield from _env_keys(walk)
-    yield from _shapes(walk)
-    yield from _finite(walk)
-    yield from _values(walk)
-    yield from _schedules(walk)
+    yield from _keys(rollout)
+    yield from _env_keys(rollout)
+    yield from _shapes(rollout)
+    yield from _finite(rollout)
+    yield from _values(rollout)
+    yield from _schedules(rollout)
 
 
-def _sites(walk: Walk) -> Iterator[Finding]:
-    runs, under_vmap = walk.sites.runs, walk.sites.under_vmap
+def _sites(rollout: RecordedRollout) -> Iterator[Finding]:
+    runs, under_vmap = rollout.sites.runs, rollout.sites.under_vmap
     never = [path for path, count in runs.items() if not count]
-    if never and walk.written:
+    if never and rollout.written:
         yield Finding(
             "sites",
             "warning",
@@ -117,21 +117,21 @@ def _sites(walk: Walk) -> Iterator[Finding]:
         yield Finding("sites", "ok", f"run once in one forward: {_list(once)}{vmapped}")
 
 
-def _keys(walk: Walk) -> Iterator[Finding]:
-    results, ok = walk.results, True
-    declared = {as_tuple(key) for key in walk.policy.out_keys}
+def _keys(rollout: RecordedRollout) -> Iterator[Finding]:
+    results, ok = rollout.results, True
+    declared = {as_tuple(key) for key in rollout.policy.out_keys}
     for key in sorted(key for key in declared if not is_stamp(key)):
-        absent = [step for step, written in enumerate(walk.written) if key not in written]
+        absent = [step for step, written in enumerate(rollout.written) if key not in written]
         if absent:
             ok = False
             yield Finding(
                 "keys",
                 "error",
-                f"{key} is declared, and was not written at step {absent[0]} ({len(absent)} of {walk.steps})",
+                f"{key} is declared, and was not written at step {absent[0]} ({len(absent)} of {rollout.steps})",
                 "collectors repeat the last value in silence: write every out_key at every step",
             )
     undeclared: dict[Key, int] = {}
-    for step, written in enumerate(walk.written):
+    for step, written in enumerate(rollout.written):
         for key in written - declared:
             if not any(part.startswith("_") for part in key):
                 undeclared.setdefault(key, step)
@@ -143,7 +143,7 @@ def _keys(walk: Walk) -> Iterator[Finding]:
             f"the policy writes {key} (first at step {step}), which is not in its out_keys",
             "add it to out_keys: collectors with a buffer, other devices or workers drop it in silence",
         )
-    for key, step in walk.in_place.items():
+    for key, step in rollout.in_place.items():
         yield Finding(
             "keys",
             "warning",
@@ -151,20 +151,22 @@ def _keys(walk: Walk) -> Iterator[Finding]:
             "what is stored is not what the environment gave: let the policy compute on a copy",
         )
     if ok:
-        shown = ", ".join(f"{key} {_kind(walk.data[0].get(key), walk)}" for key in results if key[0] != "computed")
-        yield Finding("keys", "ok", f"written at each of {walk.steps} steps: {shown or 'no results, only outputs'}")
+        shown = ", ".join(
+            f"{key} {_kind(rollout.data[0].get(key), rollout)}" for key in results if key[0] != "computed"
+        )
+        yield Finding("keys", "ok", f"written at each of {rollout.steps} steps: {shown or 'no results, only outputs'}")
 
 
-def _env_keys(walk: Walk) -> Iterator[Finding]:
-    everywhere = set.intersection(*walk.env_keys)
+def _env_keys(rollout: RecordedRollout) -> Iterator[Finding]:
+    everywhere = set.intersection(*rollout.env_keys)
     odd: dict[Key, int] = {}
-    for step, keys in enumerate(walk.env_keys):
+    for step, keys in enumerate(rollout.env_keys):
         for key in keys - everywhere:
             odd.setdefault(key, step)
     for key, step in sorted(odd.items()):
         if ("next", *key) in odd:
             continue
-        gone = next((later for later, keys in enumerate(walk.env_keys) if later > step and key not in keys), None)
+        gone = next((later for later, keys in enumerate(rollout.env_keys) if later > step and key not in keys), None)
         until = "" if gone is None else f" and is absent at step {gone}"
         yield Finding(
             "environment keys",
@@ -176,13 +178,13 @@ def _env_keys(walk: Walk) -> Iterator[Finding]:
         yield Finding("environment keys", "ok", f"the same {len(everywhere)} keys at every step")
 
 
-def _shapes(walk: Walk) -> Iterator[Finding]:
-    ok, batch = True, walk.data[0].batch_size
-    for key in sorted({key for data in walk.data for key, _ in leaves(data)}):
+def _shapes(rollout: RecordedRollout) -> Iterator[Finding]:
+    ok, batch = True, rollout.data[0].batch_size
+    for key in sorted({key for data in rollout.data for key, _ in leaves(data)}):
         kinds: dict[str, int] = {}
-        for step, value in enumerate(walk.values(key)):
+        for step, value in enumerate(rollout.values(key)):
             if value is not None:
-                kinds.setdefault(_kind(value, walk), step)
+                kinds.setdefault(_kind(value, rollout), step)
         if len(kinds) > 1:
             ok = False
             (first, _), (second, step), *_rest = kinds.items()
@@ -196,14 +198,14 @@ def _shapes(walk: Walk) -> Iterator[Finding]:
         yield Finding("shapes", "ok", f"every entry has one shape and dtype; the batch shape is {tuple(batch)}")
 
 
-def _finite(walk: Walk) -> Iterator[Finding]:
+def _finite(rollout: RecordedRollout) -> Iterator[Finding]:
     ok = True
     for what, keys, bad in (
-        ("the environment", set.union(*walk.env_keys), torch.isnan),
-        ("the policy", {as_tuple(key) for key in walk.policy.policy_out_keys}, torch.isnan),
+        ("the environment", set.union(*rollout.env_keys), torch.isnan),
+        ("the policy", {as_tuple(key) for key in rollout.policy.policy_out_keys}, torch.isnan),
     ):
         for key in sorted(keys):
-            found = _first(walk.values(key), bad)
+            found = _first(rollout.values(key), bad)
             if found is not None:
                 ok = False
                 step, rows = found
@@ -213,11 +215,11 @@ def _finite(walk: Walk) -> Iterator[Finding]:
                     f"{what} gives NaN in {key} at step {step} ({rows} entries)",
                     "what is computed from such rows means nothing: correct the source, or leave the rows out",
                 )
-    scheduled = {key[0] for one in walk.policy._hooked.bound if one.plan is not None for key in one.result_keys}
-    for key in (key for key in walk.results if key[0] != "computed"):
+    scheduled = {key[0] for one in rollout.policy._hooked.bound if one.plan is not None for key in one.result_keys}
+    for key in (key for key in rollout.results if key[0] != "computed"):
         # Rows that a schedule leaves out are NaN on purpose; no other row is.
-        computed = walk.values(("computed", key[0])) if key[0] in scheduled else None
-        found = _first(walk.values(key), lambda value: ~torch.isfinite(value), computed)
+        computed = rollout.values(("computed", key[0])) if key[0] in scheduled else None
+        found = _first(rollout.values(key), lambda value: ~torch.isfinite(value), computed)
         if found is not None and ok:
             ok = False
             step, rows = found
@@ -244,16 +246,18 @@ def _first(values: list[Any], bad: Any, computed: list[Any] | None = None) -> tu
     return None
 
 
-def _values(walk: Walk) -> Iterator[Finding]:
-    if len(walk.data) < 2 or not any(_varies(walk.values(as_tuple(key))) for key in walk.policy.policy_in_keys):
+def _values(rollout: RecordedRollout) -> Iterator[Finding]:
+    if len(rollout.data) < 2 or not any(
+        _varies(rollout.values(as_tuple(key))) for key in rollout.policy.policy_in_keys
+    ):
         return
-    keys = [key for key in walk.results if key[0] != "computed" and walk.selected.get(key[0])]
-    same = [key for key in keys if not _varies(walk.values(key))]
+    keys = [key for key in rollout.results if key[0] != "computed" and rollout.selected.get(key[0])]
+    same = [key for key in keys if not _varies(rollout.values(key))]
     if same:
         yield Finding(
             "values",
             "warning",
-            f"{_list(same)} has the same value at each of {len(walk.data)} steps, while the inputs change",
+            f"{_list(same)} has the same value at each of {len(rollout.data)} steps, while the inputs change",
             "a dead unit, an input that the target does not depend on, or something that was computed once",
         )
     elif keys:
@@ -265,25 +269,25 @@ def _varies(values: Iterable[Tensor | None]) -> bool:
     return any(value.shape != there[0].shape or not torch.equal(value, there[0]) for value in there[1:])
 
 
-def _schedules(walk: Walk) -> Iterator[Finding]:
-    never = [root for root, rows in walk.selected.items() if not rows]
+def _schedules(rollout: RecordedRollout) -> Iterator[Finding]:
+    never = [root for root, rows in rollout.selected.items() if not rows]
     for root in never:
         yield Finding(
             "schedules",
             "error",
-            f"no row of {root!r} was computed in {walk.steps} steps: its mask is false throughout",
+            f"no row of {root!r} was computed in {rollout.steps} steps: its mask is false throughout",
             "choose a shorter period or another mask; for a period longer than this, pass steps= to the check",
         )
-    if walk.selected and not never:
-        rows = walk.steps * walk.data[0].batch_size.numel()
-        shown = ", ".join(f"{root} {count / rows:.0%}" for root, count in walk.selected.items())
+    if rollout.selected and not never:
+        rows = rollout.steps * rollout.data[0].batch_size.numel()
+        shown = ", ".join(f"{root} {count / rows:.0%}" for root, count in rollout.selected.items())
         yield Finding("schedules", "ok", f"rows computed: {shown}")
 
 
-def batch_findings(walk: Walk, batch: TensorDictBase, annotated: TensorDictBase) -> Iterator[Finding]:
+def batch_findings(rollout: RecordedRollout, batch: TensorDictBase, annotated: TensorDictBase) -> Iterator[Finding]:
     """Findings on what ``annotate`` adds to a batch, and whether it repeats what was written at each step."""
-    inline = [key for key in walk.results if key[0] != "computed"]
-    added = [key for key in map(as_tuple, walk.policy.result_keys) if key not in walk.results]
+    inline = [key for key in rollout.results if key[0] != "computed"]
+    added = [key for key in map(as_tuple, rollout.policy.result_keys) if key not in rollout.results]
     absent = [key for key in added if annotated.get(key, None) is None and not is_stamp(key)]
     if absent:
         yield Finding("annotate", "error", f"annotate() did not write {_list(absent)}, which is declared")
@@ -317,8 +321,8 @@ def batch_findings(walk: Walk, batch: TensorDictBase, annotated: TensorDictBase)
         )
 
 
-def _kind(value: Tensor, walk: Walk) -> str:
-    shape = tuple(value.shape[len(walk.env.batch_size) :])
+def _kind(value: Tensor, rollout: RecordedRollout) -> str:
+    shape = tuple(value.shape[len(rollout.env.batch_size) :])
     return f"{shape} {str(value.dtype).removeprefix('torch.')}"
 
 
