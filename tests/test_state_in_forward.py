@@ -233,6 +233,65 @@ def test_what_a_forward_writes_is_named_where_rows_differ() -> None:
             hooked.annotate(rows)
 
 
+class OverArray(nn.Module):
+    """A running sum of which an array and a tensor, or two arrays, are views; one is written, the other is read."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.linear = how, nn.Linear(4, 3)
+        self.array = np.zeros(4, dtype=np.float32)
+        if how.startswith("buffer"):
+            self.register_buffer("total", torch.zeros(4))
+            self.array = self.total.numpy()
+        else:
+            self.total = torch.from_numpy(self.array)
+        self.half, self.kept = self.array[:2], {"total": [self.total]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        moved = x.detach().mean(0)
+        if "half" in self.how:
+            self.half += moved[:2].numpy()
+        elif "array" in self.how:
+            self.array += moved.numpy()
+        else:
+            self.total += moved
+        read = {"tensor": self.total, "list": self.kept["total"][0]}.get(self.how.rpartition(" ")[2])
+        return self.linear((x * (torch.from_numpy(self.array) if read is None else read)).tanh())
+
+
+VIEWS = (
+    "array, then tensor", "tensor, then array", "half, then tensor", "half, then array", "array, then list",
+    "tensor, then list", "buffer: array, then tensor", "buffer: tensor, then array",
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*forward writes")
+@pytest.mark.parametrize("when", ["step", "batch"])
+@pytest.mark.parametrize("how", VIEWS)
+def test_arrays_and_tensors_over_one_memory_stay_so(how: str, when: str) -> None:
+    torch.manual_seed(0)
+    policy, twin = OverArray(how), OverArray(how)
+    twin.load_state_dict(policy.state_dict())
+    method = Compose(
+        Saliency(target=ONE, when=when),
+        IntegratedGradients(target=ONE, baseline=0.0, n_steps=4, when=when, attribution_key="path"),
+    )
+    with method.prepare(policy, in_keys=["observation"], out_keys=["logits"]) as hooked:
+        for _ in range(5):
+            leaf = torch.randn(5, 4).requires_grad_()
+            output = twin(leaf)
+            (right,) = torch.autograd.grad(output[:, 0].sum(), leaf)
+            with torch.no_grad():
+                found = hooked(TensorDict({"observation": leaf.detach().clone()}, [5]))
+            torch.testing.assert_close(found["logits"], output.detach())
+            if when == "step":
+                torch.testing.assert_close(found["attr", "observation"], right)
+            else:
+                hooked.annotate(found, on_mismatch="ignore")
+            assert np.array_equal(policy.array, twin.array)
+            assert np.shares_memory(hooked.hooked_root.array, hooked.hooked_root.total.numpy())
+
+
 class Late(nn.Module):
     """Writes from some call on."""
 

@@ -21,9 +21,9 @@ from tdhook_rl.calls.passes import Call, Pass, conduct_of, run_root, stored_inpu
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.writing import get_entry, set_tensor
 from tdhook_rl.policies.draws import draws
+from tdhook_rl.policies.memory import same_values
 from tdhook_rl.replaying.batching import Traits
 from tdhook_rl.replaying.replay import Replay
-from tdhook_rl.replaying.scratch import same_values
 
 __all__ = ["can_share", "chain_pass", "graph_pass", "sharing"]
 

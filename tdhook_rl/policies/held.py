@@ -22,6 +22,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
 
+from tdhook_rl.policies.memory import read_tensor, same_values, share_memory, write_tensor
 from tdhook_rl.sites.classes import Swapped
 
 __all__ = ["Held", "Holdings", "holdings", "with_tensors"]
@@ -68,6 +69,7 @@ class Holdings(NamedTuple):
 
     things: list[Held]
     tensors: list[tuple[Tensor, str, str]]
+    shared: list[Any]  # arrays, and tensors among the things, that are views of one memory
 
 
 def holdings(
@@ -80,7 +82,7 @@ def holdings(
         things: others.
         values: in which there may be others, with their paths and the class that they belong to.
     """
-    found = Holdings([*things], [])
+    found = Holdings([*things], [], [])
     seen: set[int] = set()
     waiting: collections.deque[tuple[Any, str, str]] = collections.deque()
 
@@ -109,7 +111,21 @@ def holdings(
         else:
             for inner_path, inner_value in _of_object(value, path, owner, add):
                 visit(inner_value, inner_path, owner)
+    _tell_shared(found)
     return found
+
+
+def _tell_shared(found: Holdings) -> None:
+    """Tensors over the memory of an array are written in place as it is: a copy in their place would not see it."""
+    arrays = [one.thing for one in found.things if isinstance(one.thing, np.ndarray)]
+    if not arrays:
+        return
+    found.shared.extend(share_memory(arrays, [tensor for tensor, _, _ in found.tensors]))
+    shared = {id(one) for one in found.shared}
+    for tensor, path, owner in found.tensors:
+        if id(tensor) in shared:
+            found.things.append(Held(path, owner, _OVER_ARRAY, tensor))
+    found.tensors[:] = [one for one in found.tensors if id(one[0]) not in shared]
 
 
 def _is_foreign(home: str) -> bool:
@@ -252,6 +268,7 @@ def _write_array(thing: Any, content: Any) -> None:
     thing[...] = content
 
 
+_OVER_ARRAY = Kind(read_tensor, same_values, write_tensor)
 _MAPPING = Kind(dict, _equal, _write_mapping)
 _MODULE = Kind(dict, _equal, _write_module)
 _SLOTS = Kind(_read_slots, lambda thing, content: _equal(_read_slots(thing), content), _write_slots)

@@ -46,6 +46,7 @@ def tied_clone(module: M) -> M:
         kept.extend(child.buffers(recurse=False))
         # Plain tensor attributes and generators are state of the policy as well.
         kept.extend(value for value in vars(child).values() if isinstance(value, (Tensor, torch.Generator)))
+    kept += holdings(list(module.named_modules())).shared
     memo.update((id(item), item) for item in kept)
     detach_graphs(module, memo)
     seeds = dict(memo)

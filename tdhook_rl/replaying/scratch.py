@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from tdhook_rl.policies.held import INTERNAL, Holdings, holdings, with_tensors
+from tdhook_rl.policies.memory import same_values
 from tdhook_rl.policies.outside import holdings_and_outside
 from tdhook_rl.sites.known import unknown_modules, writes_input
 from tdhook_rl.sites.runtime import vmap_level
 
-__all__ = ["Moment", "Watch", "same_values"]
+__all__ = ["Moment", "Watch"]
 
 #: In how many forwards and passes, in one training mode, contents of tensors are compared before only versions are.
 LOOKS = 3
@@ -236,12 +237,3 @@ def _refresh(last: Moment) -> None:
 
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
-
-
-def same_values(now: Any, then: Any) -> bool:
-    """Whether two tensors, or TensorDicts, hold the same numbers; NaN is the same as NaN."""
-    if not isinstance(now, Tensor):
-        return all(same_values(value, then.get(key)) for key, value in now.items(True, True))
-    if now.shape != then.shape:
-        return False
-    return torch.equal(now, then) or bool(((now == then) | ((now != now) & (then != then))).all())

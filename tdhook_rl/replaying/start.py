@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from tdhook_rl.policies.memory import same_values
 from tdhook_rl.replaying.batching import GeneratorState
-from tdhook_rl.replaying.scratch import Watch, same_values
+from tdhook_rl.replaying.scratch import Watch
 from tdhook_rl.sites.known import batch_statistics, draws_noise, may_draw, may_meet, own_class
 from tdhook_rl.sites.runtime import vmap_level
 
