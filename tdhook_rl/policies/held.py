@@ -69,7 +69,7 @@ class Holdings(NamedTuple):
 
     things: list[Held]
     tensors: list[tuple[Tensor, str, str]]
-    shared: list[Any]  # arrays, and tensors among the things, that are views of one memory
+    shared: list[Any]  # arrays, and tensors among the things, that are views of one memory, or of a parameter's
 
 
 def holdings(
@@ -111,16 +111,16 @@ def holdings(
         else:
             for inner_path, inner_value in _of_object(value, path, owner, add):
                 visit(inner_value, inner_path, owner)
-    _tell_shared(found)
+    _tell_shared(found, [module for _, module in modules if isinstance(module, nn.Module)])
     return found
 
 
-def _tell_shared(found: Holdings) -> None:
-    """Tensors over the memory of an array are written in place as it is: a copy in their place would not see it."""
+def _tell_shared(found: Holdings, modules: list[nn.Module]) -> None:
+    """Views of what is written in place, an array or a trained parameter, are so too: a copy would not see it."""
     arrays = [one.thing for one in found.things if isinstance(one.thing, np.ndarray)]
-    if not arrays:
-        return
-    found.shared.extend(share_memory(arrays, [tensor for tensor, _, _ in found.tensors]))
+    tensors = [tensor for tensor, _, _ in found.tensors if tensor.grad_fn is None]
+    trained = [one for module in modules for one in module.parameters(recurse=False) if one.requires_grad]
+    found.shared.extend(share_memory(arrays, tensors, trained))
     shared = {id(one) for one in found.shared}
     for tensor, path, owner in found.tensors:
         if id(tensor) in shared:

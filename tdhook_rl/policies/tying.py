@@ -14,12 +14,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
 
 from tdhook_rl.errors import PreparationError, TieError, warn
 from tdhook_rl.policies.following import Follower
 from tdhook_rl.policies.held import INTERNAL, holdings
+from tdhook_rl.policies.memory import memory_of
 
 __all__ = ["Tie", "detach_graphs", "named_tensors", "put_back", "replace_tensors", "tied_clone"]
 
@@ -46,8 +48,16 @@ def tied_clone(module: M) -> M:
         kept.extend(child.buffers(recurse=False))
         # Plain tensor attributes and generators are state of the policy as well.
         kept.extend(value for value in vars(child).values() if isinstance(value, (Tensor, torch.Generator)))
-    kept += holdings(list(module.named_modules())).shared
+    held = holdings(list(module.named_modules()))
+    places = {memory_of(item) for item in kept if isinstance(item, Tensor)} - {0}
+    kept += held.shared  # and views of what is shared, in whatever container
+    kept += [tensor for tensor, _, _ in held.tensors if tensor.grad_fn is None and memory_of(tensor) in places]
     memo.update((id(item), item) for item in kept)
+    for value in (value for child in module.modules() for value in vars(child).values()):
+        if not isinstance(value, TensorDictBase) or id(value) in memo:
+            continue
+        if any(memory_of(one) in places for one in value.values(True, True)):
+            memo[id(value)] = value.clone(recurse=False)  # a TensorDict copies its tensors past the memo
     detach_graphs(module, memo)
     seeds = dict(memo)
     try:

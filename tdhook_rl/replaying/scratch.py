@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tdhook_rl.policies.held import INTERNAL, Holdings, holdings, with_tensors
-from tdhook_rl.policies.memory import same_values
+from tdhook_rl.policies.memory import memory_of, same_values
 from tdhook_rl.policies.outside import holdings_and_outside
 from tdhook_rl.sites.known import unknown_modules, writes_input
 from tdhook_rl.sites.runtime import vmap_level
@@ -203,20 +203,13 @@ def _copies(
 
 def _cloned(tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """A copy of each tensor; those that are views of one memory stay so."""
-    places = {key: _place(tensor) for key, tensor in tensors.items()}
+    places = {key: memory_of(tensor) for key, tensor in tensors.items()}
     counts = collections.Counter(place for place in places.values() if place)
     memo: dict[int, Any] = {}
     return {
         key: copy.deepcopy(tensor.detach(), memo) if counts[places[key]] > 1 else tensor.detach().clone()
         for key, tensor in tensors.items()
     }
-
-
-def _place(tensor: Tensor) -> int:
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # inside a transform, or in a layout without a storage
-        return 0
 
 
 def _refresh(last: Moment) -> None:
