@@ -164,8 +164,8 @@ def test_a_process_that_is_killed(actor: ProbabilisticActor, data: TensorDict, t
     worker.start()
     worker.join(60)
     assert worker.exitcode == -signal.SIGKILL
-    page = json.loads((tmp_path / "parts" / "analysis.json").read_text())
-    assert page["done"] <= 128  # what was on the disk
+    manifest = json.loads((tmp_path / "parts" / "analysis.json").read_text())
+    assert manifest["done"] <= 128  # what was on the disk
     buffer = filled(LazyTensorStorage(ROWS * STEPS), data.reshape(-1))
     found = run(actor, buffer, tmp_path / "parts")
     whole = run(actor, buffer, tmp_path / "whole")
@@ -254,8 +254,8 @@ def _truncate(folder: Path) -> None:
 
 def _rewrite(**changes: object) -> Callable[[Path], None]:
     def rewrite(folder: Path) -> None:
-        page = json.loads((folder / "analysis.json").read_text())
-        (folder / "analysis.json").write_text(json.dumps(page | changes))
+        manifest = json.loads((folder / "analysis.json").read_text())
+        (folder / "analysis.json").write_text(json.dumps(manifest | changes))
 
     return rewrite
 
@@ -263,10 +263,10 @@ def _rewrite(**changes: object) -> Callable[[Path], None]:
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (_truncate, "has 71996 bytes, expected 72000"),
     "missing": (lambda folder: (folder / "attr" / "observation.memmap").unlink(), "No such file"),
-    "no JSON": (lambda folder: (folder / "analysis.json").write_text("{"), "is not the page of an analysis"),
-    "a page of something else": (lambda folder: (folder / "analysis.json").write_text("{}"), "is not the page"),
+    "no JSON": (lambda folder: (folder / "analysis.json").write_text("{"), "is not the manifest of an analysis"),
+    "a manifest of something else": (lambda folder: (folder / "analysis.json").write_text("{}"), "is not the manifest"),
     "another format": (_rewrite(format="x"), "its format is 'x'"),
-    "another page": (_rewrite(keys=3), "keys is '3'"),
+    "another manifest": (_rewrite(keys=3), "keys is '3'"),
     "a path outside": (
         _rewrite(keys=[{"key": ["..", "..", "x"], "shape": [200], "dtype": "float32"}], checksums=[[0]]),
         "is outside",

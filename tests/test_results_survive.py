@@ -23,7 +23,7 @@ from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors, tar
 from tdhook_rl.errors import ArtifactError, TdhookError
 from tdhook_rl.files import durable
 from tdhook_rl.replay import analyze, load_results, results
-from tdhook_rl.replay.page import Page, block_of
+from tdhook_rl.replay.manifest import Manifest, block_of
 
 ROWS = 3000
 METHOD = Compose(ActivationCaching("1"), Saliency(target=targets.logit(0)))
@@ -186,11 +186,11 @@ def test_facts_say_what_computed_them(half: Path) -> None:
     assert len(facts["weights"]) == 32
 
 
-# ------------------------------------------------------------------ on the disk before the page says so
+# ------------------------------------------------------------------ on the disk before the manifest says so
 
 
 def test_the_page_follows_what_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At each page that is put in place, everything that it says is done was brought to the disk before."""
+    """At each manifest that is put in place, everything that it says is done was brought to the disk before."""
     monkeypatch.setattr(results, "SHARE", 1e9)  # after each chunk
     synced: dict[str, bytes] = {}
     at_disk: list[tuple[int, bool]] = []
@@ -203,9 +203,9 @@ def test_the_page_follows_what_is_on_the_disk(tmp_path: Path, monkeypatch: pytes
         fsync(descriptor)
 
     def put(self: Path, target: Path) -> Path:
-        page = json.loads(self.read_text())
-        done = page["done"]
-        for entry in page["keys"] if done else ():
+        manifest = json.loads(self.read_text())
+        done = manifest["done"]
+        for entry in manifest["keys"] if done else ():
             path = target.parent.joinpath(*entry["key"][:-1], f"{entry['key'][-1]}.memmap")
             upto = path.stat().st_size // ROWS * done
             at_disk.append((done, synced.get(str(path), b"")[:upto] == path.read_bytes()[:upto]))
@@ -229,7 +229,7 @@ def test_what_a_kill_takes_is_bounded(tmp_path: Path, monkeypatch: pytest.Monkey
         write(self, first, found)
         clock[0] += 3.0
         self._cost = 1000.0
-        seen.append(self.done - self.page.done)
+        seen.append(self.done - self.manifest.done)
 
     monkeypatch.setattr(results.Results, "write", slow)
     run(tmp_path / "results")
@@ -375,15 +375,15 @@ def test_an_error_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, r
 
 
 def changed(**fields: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda page: page | fields
+    return lambda manifest: manifest | fields
 
 
 def entry(**fields: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda page: page | {"keys": [page["keys"][0] | fields, *page["keys"][1:]]}
+    return lambda manifest: manifest | {"keys": [manifest["keys"][0] | fields, *manifest["keys"][1:]]}
 
 
 def without(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda page: {key: value for key, value in page.items() if key != name}
+    return lambda manifest: {key: value for key, value in manifest.items() if key != name}
 
 
 ODD = {"true": True, "null": None, "a word": "x", "NaN": float("nan"), "infinite": float("inf"), "half": 0.5,
@@ -400,7 +400,7 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "more entries": changed(entries=6000, batch_size=[6000]),
     "fewer entries": changed(entries=300, done=300, batch_size=[300]),
     "another batch": changed(batch_size=[ROWS, 2]),
-    "a key twice": lambda page: page | {"keys": [page["keys"][0]] * len(page["keys"])},
+    "a key twice": lambda manifest: manifest | {"keys": [manifest["keys"][0]] * len(manifest["keys"])},
     "a key outside": entry(key=["..", "..", "x"]),
     "a key of the root": entry(key=["/etc/passwd"]),
     "a key with an end of text": entry(key=["a\0b"]),
@@ -410,7 +410,7 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a dtype that is a function": entry(dtype="load"),
     "a dtype of another size": entry(dtype="float64"),
     "smaller blocks": changed(block=10),
-    "a checksum that is none": lambda page: page | {"checksums": [[1 << 40] * len(one) for one in page["checksums"]]},
+    "a checksum that is none": lambda old: old | {"checksums": [[1 << 40] * len(one) for one in old["checksums"]]},
     "an older format": changed(format="tdhook_rl.analysis/0"),
 }  # fmt: skip
 
@@ -444,14 +444,14 @@ def refused(folder: Path, go_on: bool = True) -> None:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_fields_of_the_page(damage: str, finished: Path, in_time: None) -> None:
-    page = finished / "analysis.json"
-    before = page.read_text()
-    page.write_text(json.dumps(DAMAGES[damage](json.loads(before))))
+    manifest = finished / "analysis.json"
+    before = manifest.read_text()
+    manifest.write_text(json.dumps(DAMAGES[damage](json.loads(before))))
     try:
         # One of which nothing is done is begun again.
         refused(finished, go_on=damage != "done is zero")
     finally:
-        page.write_text(before)
+        manifest.write_text(before)
 
 
 TEXTS = {"deep": "[" * 100_000, "deep and closed": "[" * 100_000 + "]" * 100_000, "empty": "", "a list": "[]",
@@ -461,13 +461,13 @@ TEXTS = {"deep": "[" * 100_000, "deep and closed": "[" * 100_000 + "]" * 100_000
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_texts_of_the_page(name: str, finished: Path, in_time: None) -> None:
-    page = finished / "analysis.json"
-    before = page.read_text()
-    page.write_bytes(TEXTS[name].encode(errors="surrogateescape"))
+    manifest = finished / "analysis.json"
+    before = manifest.read_text()
+    manifest.write_bytes(TEXTS[name].encode(errors="surrogateescape"))
     try:
         refused(finished)
     finally:
-        page.write_text(before)
+        manifest.write_text(before)
 
 
 @pytest.mark.parametrize("target", ["analysis.json", "cache/1.memmap"])
@@ -494,8 +494,8 @@ def test_files_that_are_none(what: str, target: str, finished: Path, in_time: No
 def test_results_of_the_version_before(finished: Path, tmp_path: Path, right: TensorDict) -> None:
     """Finished ones are read; those that are not have no checksums, and are refused by name."""
     run(tmp_path)
-    page = json.loads((tmp_path / "analysis.json").read_text())
-    old = {key: page[key] for key in ("entries", "done", "batch_size", "keys", "facts")}
+    manifest = json.loads((tmp_path / "analysis.json").read_text())
+    old = {key: manifest[key] for key in ("entries", "done", "batch_size", "keys", "facts")}
     old["format"] = "tdhook_rl.analysis/1"
     (tmp_path / "analysis.json").write_text(json.dumps(old))
     assert is_right(load_results(tmp_path), right)
@@ -509,5 +509,5 @@ def test_results_of_the_version_before(finished: Path, tmp_path: Path, right: Te
 
 def test_large_buffers_have_small_pages() -> None:
     for entries in (1, 256, 10_000, 1_000_000, 10**9):
-        page = Page(entries, entries, [entries], [], {}, block_of(entries))
-        assert page.blocks() <= 1024
+        manifest = Manifest(entries, entries, [entries], [], {}, block_of(entries))
+        assert manifest.blocks() <= 1024

@@ -35,7 +35,7 @@ def read_json(path: Path, what: str) -> Any:
 
     Args:
         path: the file.
-        what: what it is expected to be, for messages (``"the page of an analysis"``).
+        what: what it is expected to be, for messages (``"the manifest of an analysis"``).
 
     Raises:
         ArtifactError: if it is no regular file, larger than any such document, or not JSON with finite numbers.

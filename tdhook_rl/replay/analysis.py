@@ -143,19 +143,19 @@ class _Work:
         Raises:
             ArtifactError: if another policy, other methods or another buffer gave what is stored.
         """
-        page = results.page
-        if not page.has_checksums and page.done < page.entries:
+        manifest = results.manifest
+        if not manifest.has_checksums and manifest.done < manifest.entries:
             raise ArtifactError(
-                f"the analysis in {results.folder} was begun by an earlier version ({page.format}), without the "
+                f"the analysis in {results.folder} was begun by an earlier version ({manifest.format}), without the "
                 "checksums by which rows are found that never reached the disk: name a new folder"
             )
-        lost = results.damaged() if page.has_checksums else []
+        lost = results.damaged() if manifest.has_checksums else []
         self._require_same(results, lost)
         if not lost:
             return
         warn(
-            f"{ranges(lost)} of {page.done} that were done in {results.folder} are not what was written (they never "
-            "reached the disk, or were changed): they are computed again"
+            f"{ranges(lost)} of {manifest.done} that were done in {results.folder} are not what was written (they "
+            "never reached the disk, or were changed): they are computed again"
         )
         for start, stop in lost:
             for first, last in self.reader.covering(start, stop):
@@ -179,22 +179,22 @@ class _Work:
 
     def _require_same(self, results: Results, lost: list[tuple[int, int]]) -> None:
         """Raise :class:`ArtifactError` if this policy, these methods and this buffer did not give what is stored."""
-        folder, page, size = results.folder, results.page, self.reader.size
-        if page.entries != size:
+        folder, manifest, size = results.folder, results.manifest, self.reader.size
+        if manifest.entries != size:
             raise ArtifactError(
-                f"the analysis in {folder} is of a buffer of {page.entries} entries, and this one has {size}: name a "
-                "new folder"
+                f"the analysis in {folder} is of a buffer of {manifest.entries} entries, and this one has {size}: name "
+                "a new folder"
             )
-        index = self._checked_rows(page.done)
+        index = self._checked_rows(manifest.done)
         found = self._computed(index, "ignore")[0]
-        known = {tuple(entry["key"]) for entry in page.keys}
+        known = {tuple(entry["key"]) for entry in manifest.keys}
         asked = {key if isinstance(key, tuple) else (key,) for key in found.keys(True, True)}
         if known != asked:
             raise ArtifactError(
                 f"the analysis in {folder} holds {_listed(known - asked)}, and this one computes "
                 f"{_listed(asked - known)}: name a new folder"
             )
-        arrived = index < page.done
+        arrived = index < manifest.done
         for start, stop in lost:
             arrived &= (index < start) | (index >= stop)
         for key in sorted(known):
@@ -209,8 +209,8 @@ class _Work:
                 )
         now = facts_of(self.hooked)
         for name, what in (("methods", "methods or options"), ("weights", "weights, buffers or controls")):
-            before = page.facts.get(name)
-            if page.has_checksums and None not in (before, now[name]) and before != now[name]:
+            before = manifest.facts.get(name)
+            if manifest.has_checksums and None not in (before, now[name]) and before != now[name]:
                 raise ArtifactError(
                     f"the analysis in {folder} was computed with other {what} than this policy has now, though its "
                     "results are near: name a new folder"

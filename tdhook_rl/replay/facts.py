@@ -1,4 +1,4 @@
-"""What computed results, in words and numbers that a page can hold and that another process finds again."""
+"""What computed results, in words and numbers that a manifest can hold and that another process finds again."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Results beside a buffer: memory-mapped tensors, and a page in JSON that says what they are and how far they go.
+"""Results beside a buffer: memory-mapped tensors, and a manifest in JSON that says what they are and how far they go.
 
-Nothing here is unpickled: the page names each tensor's shape and type, and a file of another size is refused. What the
-page says is done is on the disk before it says so, with a checksum for each block of entries.
+Nothing here is unpickled: the manifest names each tensor's shape and type, and a file of another size is refused. What
+it says is done is on the disk before it says so, with a checksum for each block of entries.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tensordict import MemoryMappedTensor, TensorDict, TensorDictBase
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import ArtifactError
 from tdhook_rl.files.durable import require_space, reserve, sync
-from tdhook_rl.replay.page import PAGE, Page, block_of, read_page, write_page
+from tdhook_rl.replay.manifest import MANIFEST, Manifest, block_of, read_manifest, write_manifest
 
 __all__ = ["Results", "load_results"]
 
@@ -36,17 +36,17 @@ class Results:
     """The results in a folder, and how far they go.
 
     Attributes:
-        done: entries that are written; ``page.done`` of them are on the disk.
+        done: entries that are written; ``manifest.done`` of them are on the disk.
         data: the results, memory-mapped.
     """
 
-    def __init__(self, folder: Path, page: Page, data: TensorDict) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, data: TensorDict) -> None:
         self.folder = folder
-        self.page = page
+        self.manifest = manifest
         self.data = data
-        self.done = page.done
-        self._sums = [list(one) for one in page.checksums]
-        self._paths = [_path(folder, entry) for entry in page.keys]
+        self.done = manifest.done
+        self._sums = [list(one) for one in manifest.checksums]
+        self._paths = [_path(folder, entry) for entry in manifest.keys]
         self._synced, self._cost, self._dirty = time.monotonic(), 0.0, False
 
     @classmethod
@@ -65,20 +65,20 @@ class Results:
             for key, value in like.items(True, True)
         ]
         block = block_of(entries)
-        page = Page(entries, 0, [entries, *like.batch_size[1:]], keys, facts, block, [[] for _ in keys])
+        manifest = Manifest(entries, 0, [entries, *like.batch_size[1:]], keys, facts, block, [[] for _ in keys])
         require_space(folder, sum(_size(entry) for entry in keys))
         try:
             # Before the files: whoever is killed between leaves a folder that is known for an analysis.
-            write_page(folder, page)
-            data = like[0].expand(*page.batch_size).memmap_like(folder)
+            write_manifest(folder, manifest)
+            data = like[0].expand(*manifest.batch_size).memmap_like(folder)
             for entry in keys:
                 reserve(_path(folder, entry), _size(entry))
             sync(dict.fromkeys([*(_path(folder, entry).parent for entry in keys), folder, folder.parent]))
         except (OSError, RuntimeError) as error:
-            _remove(folder, page)
+            _remove(folder, manifest)
             reason = getattr(error, "strerror", None) or error
             raise ArtifactError(f"cannot write {folder}: {reason}") from error
-        return cls(folder, page, data)
+        return cls(folder, manifest, data)
 
     @classmethod
     def find(cls, folder: Path) -> Results | None:
@@ -87,11 +87,13 @@ class Results:
         Raises:
             ArtifactError: if it holds something else, or a file is missing, of another size or not readable.
         """
-        if os.path.lexists(folder / PAGE):
-            page = read_page(folder)
-            return cls(folder, page, _map(folder, page)) if page.done else None
-        if folder.is_dir() and any(one.name != f"{PAGE}.new" for one in folder.iterdir()):
-            raise ArtifactError(f"{folder} is not empty and holds no {PAGE}: name a new folder, or that of an analysis")
+        if os.path.lexists(folder / MANIFEST):
+            manifest = read_manifest(folder)
+            return cls(folder, manifest, _map(folder, manifest)) if manifest.done else None
+        if folder.is_dir() and any(one.name != f"{MANIFEST}.new" for one in folder.iterdir()):
+            raise ArtifactError(
+                f"{folder} is not empty and holds no {MANIFEST}: name a new folder, or that of an analysis"
+            )
         return None
 
     # ------------------------------------------------------------------ writing
@@ -104,7 +106,7 @@ class Results:
         Raises:
             ArtifactError: if their keys, shapes or types are not those of the first ones, or they cannot be written.
         """
-        for number, entry in enumerate(self.page.keys):
+        for number, entry in enumerate(self.manifest.keys):
             key = tuple(entry["key"])
             value = found.get(key, None)
             shape = [len(found), *entry["shape"][1:]]
@@ -116,7 +118,7 @@ class Results:
                 )
             content = _bytes(value)
             # Not through the mapping: an error of the disk's would end the process there.
-            self._put(self._paths[number], content, first * _size(entry) // self.page.entries)
+            self._put(self._paths[number], content, first * _size(entry) // self.manifest.entries)
             self._count(number, first, len(found), content)
         self.done = max(self.done, first + len(found))
         self._dirty = True
@@ -128,7 +130,7 @@ class Results:
             self.sync()
 
     def sync(self) -> None:
-        """Bring what was written to the disk, and then say so on the page.
+        """Bring what was written to the disk, and then say so on the manifest.
 
         Raises:
             ArtifactError: if it does not get there.
@@ -138,9 +140,9 @@ class Results:
         start = time.monotonic()
         try:
             sync(self._paths)
-            self.page.done = self.done
-            self.page.checksums = [list(one) for one in self._sums]
-            write_page(self.folder, self.page)
+            self.manifest.done = self.done
+            self.manifest.checksums = [list(one) for one in self._sums]
+            write_manifest(self.folder, self.manifest)
         except OSError as error:
             raise ArtifactError(f"cannot write {self.folder}: {error.strerror or error}") from error
         self._synced, self._dirty = time.monotonic(), False
@@ -160,7 +162,7 @@ class Results:
 
     def _count(self, number: int, first: int, rows: int, content: memoryview) -> None:
         """Carry the checksums of one tensor on over some entries."""
-        sums, block, size = self._sums[number], self.page.block, len(content) // rows
+        sums, block, size = self._sums[number], self.manifest.block, len(content) // rows
         start = first
         while start < first + rows:
             stop = min(first + rows, (start // block + 1) * block)
@@ -174,22 +176,22 @@ class Results:
     # ------------------------------------------------------------------ looking
 
     def damaged(self) -> list[tuple[int, int]]:
-        """The ranges of entries that are not what was written, though the page says that they are done.
+        """The ranges of entries that are not what was written, though the manifest says that they are done.
 
         Raises:
             ArtifactError: if a file cannot be read.
         """
         found = sorted({block for number in range(len(self._paths)) for block in self._wrong_blocks(number)})
-        block = self.page.block
-        return [(at * block, min((at + 1) * block, self.page.done)) for at in found]
+        block = self.manifest.block
+        return [(at * block, min((at + 1) * block, self.manifest.done)) for at in found]
 
     def _wrong_blocks(self, number: int) -> Iterator[int]:
-        entry, block = self.page.keys[number], self.page.block
-        size = _size(entry) // self.page.entries
+        entry, block = self.manifest.keys[number], self.manifest.block
+        size = _size(entry) // self.manifest.entries
         try:
             with self._paths[number].open("rb") as file:
-                for at, expected in enumerate(self.page.checksums[number]):
-                    left = (min((at + 1) * block, self.page.done) - at * block) * size
+                for at, expected in enumerate(self.manifest.checksums[number]):
+                    left = (min((at + 1) * block, self.manifest.done) - at * block) * size
                     found = 0
                     while left:
                         piece = file.read(min(left, PIECE))
@@ -208,27 +210,27 @@ def load_results(folder: str | Path, *, verify: bool = False) -> TensorDict:
 
     Args:
         folder: the folder of the analysis.
-        verify: read everything and compare the checksums; without it, only the page and the sizes are looked at.
+        verify: read everything and compare the checksums; without it, only the manifest and the sizes are looked at.
 
     Raises:
         ArtifactError: if there are none, they are not finished, or a file was damaged.
     """
     folder = Path(folder)
-    if not os.path.lexists(folder / PAGE):
-        raise ArtifactError(f"{folder} holds no analysis: there is no {PAGE} in it")
-    page = read_page(folder)
-    if page.done < page.entries:
+    if not os.path.lexists(folder / MANIFEST):
+        raise ArtifactError(f"{folder} holds no analysis: there is no {MANIFEST} in it")
+    manifest = read_manifest(folder)
+    if manifest.done < manifest.entries:
         raise ArtifactError(
-            f"the analysis in {folder} has reached {page.done} of {page.entries} entries: call analyze() with the "
-            "same policy, buffer and folder, which goes on from there"
+            f"the analysis in {folder} has reached {manifest.done} of {manifest.entries} entries: call analyze() with "
+            "the same policy, buffer and folder, which goes on from there"
         )
-    data = _map(folder, page)
+    data = _map(folder, manifest)
     if verify:
-        if not page.has_checksums:
+        if not manifest.has_checksums:
             raise ArtifactError(
-                f"the analysis in {folder} has no checksums: an earlier version ({page.format}) wrote it"
+                f"the analysis in {folder} has no checksums: an earlier version ({manifest.format}) wrote it"
             )
-        wrong = Results(folder, page, data).damaged()
+        wrong = Results(folder, manifest, data).damaged()
         if wrong:
             raise ArtifactError(
                 f"{ranges(wrong)} of the results in {folder} are not what was written: call analyze() with the same "
@@ -248,13 +250,13 @@ def ranges(found: list[tuple[int, int]]) -> str:
     return f"the entries {shown}" + (f" and {len(found) - 8} more ranges" if len(found) > 8 else "")
 
 
-def _map(folder: Path, page: Page) -> TensorDict:
+def _map(folder: Path, manifest: Manifest) -> TensorDict:
     try:
-        data = TensorDict({}, batch_size=page.batch_size)
-        for entry in page.keys:
+        data = TensorDict({}, batch_size=manifest.batch_size)
+        for entry in manifest.keys:
             data.set(tuple(entry["key"]), _mapped(folder, entry))
     except (ValueError, TypeError, KeyError, AttributeError, OSError, RuntimeError) as error:
-        raise ArtifactError(f"{folder / PAGE} does not describe the files beside it: {error}") from error
+        raise ArtifactError(f"{folder / MANIFEST} does not describe the files beside it: {error}") from error
     return data
 
 
@@ -290,11 +292,16 @@ def _name(value: torch.Tensor) -> str:
     return str(value.dtype).removeprefix("torch.")
 
 
-def _remove(folder: Path, page: Page) -> None:
+def _remove(folder: Path, manifest: Manifest) -> None:
     """Take away what was begun, so that the room is free again and the folder can be used."""
-    paths = [_path(folder, entry) for entry in page.keys]
+    paths = [_path(folder, entry) for entry in manifest.keys]
     parents = {parent for path in paths for parent in path.parents if folder in parent.parents}
-    for path in (*paths, *(one / "meta.json" for one in (*parents, folder)), folder / PAGE, folder / f"{PAGE}.new"):
+    for path in (
+        *paths,
+        *(one / "meta.json" for one in (*parents, folder)),
+        folder / MANIFEST,
+        folder / f"{MANIFEST}.new",
+    ):
         with contextlib.suppress(OSError):
             path.unlink()
     for parent in sorted(parents, key=lambda one: -len(one.parts)):

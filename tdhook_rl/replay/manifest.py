@@ -1,4 +1,4 @@
-"""The page of an analysis, ``analysis.json``: what the files beside it are, and how far they can be relied on."""
+"""The manifest of an analysis, ``analysis.json``: what the files beside it are, and how far they can be relied on."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 from tdhook_rl.errors import ArtifactError
 from tdhook_rl.files.durable import read_json, write_text
 
-__all__ = ["PAGE", "Page", "read_page", "write_page"]
+__all__ = ["MANIFEST", "Manifest", "read_manifest", "write_manifest"]
 
-PAGE = "analysis.json"
+MANIFEST = "analysis.json"
 FORMAT = "tdhook_rl.analysis/2"
 #: Formats of earlier versions: finished analyses in them are read.
 WITHOUT_CHECKSUMS = "tdhook_rl.analysis/1"
@@ -31,7 +31,7 @@ DTYPES = (
 
 
 @dataclass
-class Page:
+class Manifest:
     """What ``analysis.json`` says."""
 
     entries: int  # along the first dimension
@@ -62,39 +62,39 @@ def block_of(entries: int) -> int:
     return max(SMALLEST, -(-entries // BLOCKS))
 
 
-def write_page(folder: Path, page: Page) -> None:
-    """Replace the page at once; when this returns it is on the disk.
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Replace the manifest at once; when this returns it is on the disk.
 
     Raises:
         OSError: if it cannot be written.
     """
-    document = asdict(page)
-    if not page.has_checksums:
+    document = asdict(manifest)
+    if not manifest.has_checksums:
         del document["block"], document["checksums"]
-    write_text(folder / PAGE, json.dumps(document, indent=1) + "\n")
+    write_text(folder / MANIFEST, json.dumps(document, indent=1) + "\n")
 
 
-def read_page(folder: Path) -> Page:
-    """The page of a folder, every field of it as it must be.
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder, every field of it as it must be.
 
     Raises:
         ArtifactError: if it is not.
     """
-    path = folder / PAGE
-    document = read_json(path, "the page of an analysis")
+    path = folder / MANIFEST
+    document = read_json(path, "the manifest of an analysis")
     try:
         if not isinstance(document, dict):
             raise ValueError("it is no mapping")
         known = document.get("format")
         if known not in (FORMAT, WITHOUT_CHECKSUMS):
             raise ValueError(f"its format is {known!r}, not {FORMAT!r}")
-        page = _checked(document)
+        manifest = _checked(document)
     except ValueError as error:
-        raise ArtifactError(f"{path} is not the page of an analysis: {error}") from error
-    return page
+        raise ArtifactError(f"{path} is not the manifest of an analysis: {error}") from error
+    return manifest
 
 
-def _checked(document: dict[str, Any]) -> Page:
+def _checked(document: dict[str, Any]) -> Manifest:
     old = document["format"] == WITHOUT_CHECKSUMS
     names = {"entries", "done", "batch_size", "keys", "facts", "format"} | (set() if old else {"block", "checksums"})
     if document.keys() != names:
@@ -114,13 +114,13 @@ def _checked(document: dict[str, Any]) -> Page:
         _check_key(entry, size)
     if len({tuple(entry["key"]) for entry in keys}) != len(keys):
         raise ValueError("two of its keys are the same")
-    page = Page(entries, done, size, keys, document["facts"], format=document["format"])
+    manifest = Manifest(entries, done, size, keys, document["facts"], format=document["format"])
     if not old:
-        page.block = _count(document, "block", at_least=1)
-        page.checksums = _list(document, "checksums", lambda one: isinstance(one, list) and all(map(_is_crc, one)))
-        if [len(one) for one in page.checksums] != [page.blocks()] * len(keys):
+        manifest.block = _count(document, "block", at_least=1)
+        manifest.checksums = _list(document, "checksums", lambda one: isinstance(one, list) and all(map(_is_crc, one)))
+        if [len(one) for one in manifest.checksums] != [manifest.blocks()] * len(keys):
             raise ValueError("checksums is not one number for each block of each key")
-    return page
+    return manifest
 
 
 def _check_key(entry: dict[str, Any], size: list[int]) -> None:
