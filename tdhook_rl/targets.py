@@ -26,8 +26,8 @@ from tdhook_rl.calls.decisions import (
     drawn_decisions,
     every,
     outputs_named,
-    tell_beside_values,
-    tell_left_out,
+    warn_beside_values,
+    warn_left_out,
 )
 from tdhook_rl.calls.passes import Pass
 from tdhook_rl.errors import TargetError
@@ -36,17 +36,9 @@ from tdhook_rl.sites.hooks import Portable
 from tdhook_rl.sites.runtime import vmap_level
 
 __all__ = [
-    "Target",
-    "chosen_logit",
-    "chosen_q",
-    "default_target",
-    "entropy",
-    "logit",
-    "margin",
-    "output_sum",
-    "state_value",
-    "taken_action_log_prob",
-]
+    "Target", "chosen_logit", "chosen_q", "default_target", "entropy", "logit", "margin", "output_sum",
+    "state_value", "taken_action_log_prob",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -151,7 +143,7 @@ def default_target(run: Pass) -> Target:
     for critic, keys in ((False, [*points, *every(run.outputs, "action")]), (True, critic_keys(run))):
         found = [key for key in dict.fromkeys(keys) if key in run.out_keys and _explains(run.outputs.get(key))]
         if found and critic:
-            tell_beside_values(run, found)
+            warn_beside_values(run, found)
         if len(found) == 1:
             return _linear(str(found[0]), _Entry(found[0]))
         if found:
@@ -206,7 +198,7 @@ class _LogProb:
                 )
             terms.append(per_row(found, run.outputs.batch_size, name))
         if self.key is None:
-            tell_left_out(run, chosen, name)
+            warn_left_out(run, chosen, name)
         return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
 
 
@@ -225,7 +217,7 @@ class _Entropy:
                     f"{type(distribution).__name__} has no closed-form entropy: choose another target"
                 ) from None
         if self.key is None:
-            tell_left_out(run, chosen, "entropy")
+            warn_left_out(run, chosen, "entropy")
         return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tdhook_rl.attribution.chain_gradients import chain_gradient, is_linear, replayed_chain
 from tdhook_rl.attribution.undefined import blank, defined_rows, surely_finite
-from tdhook_rl.attribution.unreached import tell_unreached
+from tdhook_rl.attribution.unreached import warn_unreached
 from tdhook_rl.calls.chains import MODIFIED
 from tdhook_rl.calls.passes import Call, Pass
 from tdhook_rl.errors import InPlaceError, InputError, MissingKeyError, SiteError, TargetError, nearest
@@ -233,7 +233,7 @@ def _backward(
         more = keep or index + 1 < len(values)
         slopes = _slopes(explained, points, outer, more)
         one = _beside_others(slopes, points, len(primals), inner.values())
-        tell_unreached(runtime, target, one, primals, [sites[slot] for slot, runs in inner.items() for _ in runs])
+        warn_unreached(runtime, target, one, primals, [sites[slot] for slot, runs in inner.items() for _ in runs])
         defined = None if finite else defined_rows(call, value.detach())
         gradients = _filled(one, points, defined)
         of_inner = iter(gradients[len(primals) :])
@@ -356,7 +356,7 @@ def _functional(
             )
         else:
             one = tuple(own.get(i) for i in range(len(points)))
-            tell_unreached(runtime, target, one, inputs, [sites[slot] for slot in inner])
+            warn_unreached(runtime, target, one, inputs, [sites[slot] for slot in inner])
         filled = _filled(one, points, defined_rows(call, value))
         found.append((dict(zip(inputs, filled, strict=False)), dict(zip(inner, filled[len(inputs) :], strict=True))))
     return found, {slot: value.detach() for slot, value in inner.items()}

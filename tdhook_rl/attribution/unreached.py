@@ -12,10 +12,10 @@ from tdhook_rl.errors import TargetError, warn
 from tdhook_rl.sites.runtime import Runtime
 from tdhook_rl.targets import no_path
 
-__all__ = ["tell_unreached"]
+__all__ = ["warn_unreached"]
 
 
-def tell_unreached(
+def warn_unreached(
     runtime: Runtime,
     target: Callable[..., Any],
     gradients: Sequence[Tensor | None],

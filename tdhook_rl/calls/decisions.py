@@ -21,7 +21,7 @@ from tdhook_rl.replaying.samples import components, is_point
 
 __all__ = [
     "Decision", "Keys", "action_of", "choose", "critic_keys", "drawn_decisions", "every", "outputs_named",
-    "require_own_parameters", "tell_beside_values", "tell_left_out",
+    "require_own_parameters", "warn_beside_values", "warn_left_out",
 ]  # fmt: skip
 
 Keys: TypeAlias = NestedKey | list[NestedKey] | None
@@ -84,7 +84,7 @@ def choose(run: Pass, key: Keys, name: str) -> list[Decision]:
     return chosen
 
 
-def tell_left_out(run: Pass, chosen: Sequence[Decision], name: str) -> None:
+def warn_left_out(run: Pass, chosen: Sequence[Decision], name: str) -> None:
     """Warn, once, of decisions that a target of all decisions does not contain because it cannot."""
     if torch.compiler.is_compiling():
         return
@@ -116,7 +116,7 @@ def critic_keys(run: Pass) -> list[NestedKey]:
     return [*found, *(key for key in run.out_keys if _VALUE.search(_as_tuple(key)[-1]))]
 
 
-def tell_beside_values(run: Pass, values: Sequence[NestedKey]) -> None:
+def warn_beside_values(run: Pass, values: Sequence[NestedKey]) -> None:
     """Warn, once, of outputs to decide by that are left out where values are explained unless told otherwise."""
     left = [key for key in run.out_keys if key not in values and _as_tuple(key)[-1] in _DECIDING]
     if torch.compiler.is_compiling() or not left or (message := f"beside values:{left}") in run.told:
