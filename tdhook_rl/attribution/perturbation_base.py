@@ -15,7 +15,7 @@ from tdhook_rl.attribution.groups import Groups
 from tdhook_rl.attribution.integrated_gradients import rows_at_once
 from tdhook_rl.calls.passes import Call, Pass
 from tdhook_rl.errors import InputError, TargetError, TdhookError, nearest
-from tdhook_rl.replaying.batching import repeat_rows, row_vectors, shallow
+from tdhook_rl.replaying.batching import repeat_rows, row_vectors, shallow_copy
 from tdhook_rl.targets import Target, default_target, one_hot_action
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class BoundPerturbation(BoundAttribution):
         found: list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]] = [({}, {}) for _ in measures]
         inputs = explained.inputs
         # What the policy was given, also where it has overwritten an input since.
-        whole = shallow(call.data)
+        whole = shallow_copy(call.data)
         for key, value in (call.inputs | inputs).items():
             whole.set(key, value)
         with torch.no_grad():

@@ -23,7 +23,7 @@ from tdhook_rl.calls.repeatable import require_repeatable
 from tdhook_rl.calls.writing import set_entries
 from tdhook_rl.errors import InputError, MissingKeyError, TdhookError, nearest
 from tdhook_rl.policies.draws import action_keys, masks_needed
-from tdhook_rl.replaying.batching import PassNoise, conv_chunk, in_recurrent_mode, map_chunks, shallow
+from tdhook_rl.replaying.batching import PassNoise, conv_chunk, in_recurrent_mode, map_chunks, shallow_copy
 from tdhook_rl.sites.runtime import vmap_level
 
 __all__ = ["OnMismatch", "annotate"]
@@ -43,7 +43,7 @@ def annotate(
     policy._hooked.runtime.require_active()
     wanted = [one for one in observers(policy._hooked.bound) if not one.only_in_forward]
     if not wanted:
-        return shallow(data)
+        return shallow_copy(data)
     found = Found(policy, data, wanted)
     if found.missing:
         _require_computable(policy, data)
@@ -54,7 +54,7 @@ def annotate(
         for part, run, size in _parts(found.missing, data, chunk_size):
             found.add(run(policy, selected, _Analysis(policy, part, mismatch, noise), size))
         mismatch.report(data)
-    return found.together(shallow(data))
+    return found.together(shallow_copy(data))
 
 
 def _require_computable(policy: HookedPolicy, data: TensorDictBase) -> None:
@@ -159,7 +159,7 @@ def _select(policy: HookedPolicy, data: TensorDictBase, missing: Sequence[BoundM
     selected = data.select(*keys, strict=False)
     plans = [one.plan for one in missing if one.plan is not None]
     if plans:
-        selected = shallow(selected)
+        selected = shallow_copy(selected)
         for plan in plans:
             selected.set(*plan(selected))
     return selected

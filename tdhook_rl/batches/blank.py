@@ -17,7 +17,7 @@ from tdhook_rl.batches.annotation import annotate
 from tdhook_rl.calls.provenance import is_stamp
 from tdhook_rl.calls.real_rows import nothing, real_rows
 from tdhook_rl.errors import InputError
-from tdhook_rl.replaying.batching import shallow
+from tdhook_rl.replaying.batching import shallow_copy
 
 __all__ = ["Forms", "forms_of", "without_results"]
 
@@ -62,7 +62,7 @@ def without_results(policy: Any, data: TensorDictBase, forms: Forms) -> TensorDi
         data: a batch; it is not modified.
         forms: as of :func:`forms_of`.
     """
-    result = shallow(data)
+    result = shallow_copy(data)
     lacking = {key: form for key, form in forms.items() if data.get(key, None) is None}
     roots = {key[0] for key in lacking if key[0] != "computed"}
     device = next((value.device for value in data.values(True, True) if isinstance(value, Tensor)), None)
@@ -76,7 +76,7 @@ def without_results(policy: Any, data: TensorDictBase, forms: Forms) -> TensorDi
     for key, value in filled.items():
         if key[0] not in nodes:
             node = data.get(key[0], None)
-            nodes[key[0]] = TensorDict({}, batch_size=data.batch_size) if node is None else shallow(node)
+            nodes[key[0]] = TensorDict({}, batch_size=data.batch_size) if node is None else shallow_copy(node)
         nodes[key[0]].set(key[1:], value)
     for root, node in nodes.items():
         result.set(root, node)

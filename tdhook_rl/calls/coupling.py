@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tdhook_rl.errors import warn
-from tdhook_rl.replaying.batching import repeat_rows, shallow
+from tdhook_rl.replaying.batching import repeat_rows, shallow_copy
 from tdhook_rl.sites.runtime import vmap_level
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def coupled(call: Call) -> bool:
 def _rows_meet(call: Call) -> bool:
     """Whether rows change when others join them; this also shows what the policy draws and writes."""
     start = call.start
-    data = shallow(call.data)
+    data = shallow_copy(call.data)
     for key, value in call.inputs.items():
         data.set(key, value)
     few = repeat_rows(data, 1)[:FEW]

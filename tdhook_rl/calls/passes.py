@@ -26,7 +26,7 @@ from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.writing import get_entry, set_tensor
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest, own_cause
 from tdhook_rl.policies.draws import given_beside
-from tdhook_rl.replaying.batching import shallow
+from tdhook_rl.replaying.batching import shallow_copy
 from tdhook_rl.replaying.replay import Drawn, Replay
 from tdhook_rl.replaying.samples import require_unchanged
 from tdhook_rl.replaying.start import Conduct, Start
@@ -84,7 +84,7 @@ class Call:
         self.data = data
         if policy._hooked.overwrites and inputs:
             # Passes over more rows than the call's read the inputs from here.
-            self.data = shallow(data)
+            self.data = shallow_copy(data)
             for key in policy._hooked.overwrites:
                 if key in inputs:
                     self.data.set(key, inputs[key])
@@ -135,7 +135,7 @@ class Call:
                 require_unchanged(draw, self.data, run.outputs)
 
     def _keep(self, entries: Mapping[str, Tensor]) -> None:
-        self.data = shallow(self.data)
+        self.data = shallow_copy(self.data)
         for slot, value in entries.items():
             if value.shape[: self.data.ndim] != self.data.batch_size:
                 raise InputError(
@@ -154,7 +154,7 @@ class Call:
 
     def given(self, inputs: Mapping[NestedKey, Tensor]) -> Call:
         """The same call with other values of some inputs; captures stay behind."""
-        data = shallow(self.data)
+        data = shallow_copy(self.data)
         for key, value in inputs.items():
             data.set(key, value)
         other = Call(self.policy, self._forward, data, {**self.inputs, **inputs}, start=self._start)

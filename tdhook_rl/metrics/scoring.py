@@ -28,7 +28,7 @@ from tdhook_rl.replaying.batching import (
     frozen_statistics,
     in_recurrent_mode,
     map_chunks,
-    shallow,
+    shallow_copy,
 )
 from tdhook_rl.sites.runtime import vmap_level
 
@@ -99,7 +99,7 @@ class Scorer:
 
     def attribute(self, inputs: Mapping[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
         """The attributions that the method computes at other inputs."""
-        data = shallow(self._data)
+        data = shallow_copy(self._data)
         for key, value in inputs.items():
             baseline = getattr(self._bound, "_baseline_of", lambda key: None)(key)
             if baseline is not None and data.get(baseline, None) is not None:

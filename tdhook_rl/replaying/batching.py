@@ -16,17 +16,9 @@ from torch import Tensor, nn
 from tdhook_rl.sites.known import may_meet
 
 __all__ = [
-    "GeneratorState",
-    "PassNoise",
-    "Traits",
-    "conv_chunk",
-    "frozen_statistics",
-    "in_recurrent_mode",
-    "map_chunks",
-    "repeat_rows",
-    "row_vectors",
-    "shallow",
-]
+    "GeneratorState", "PassNoise", "Traits", "conv_chunk", "frozen_statistics", "in_recurrent_mode", "map_chunks",
+    "repeat_rows", "row_vectors", "shallow_copy",
+]  # fmt: skip
 
 #: Input elements of one chunk for convolutional nets, where batches that leave the cache are slower on CPU: 64 frames
 #: of 3 x 64 x 64, measured best from 32 to 128 for the net of IMPALA. Other nets take the whole batch.
@@ -220,7 +212,7 @@ class PassNoise:
             before.restore()
 
 
-def shallow(data: TensorDictBase) -> TensorDict:
+def shallow_copy(data: TensorDictBase) -> TensorDict:
     """An unlocked TensorDict over the same tensors; results can be added to it without touching the data."""
     copy = data.copy() if not data.is_locked else data.clone(recurse=False)
     return copy.unlock_() if copy.is_locked else copy
