@@ -46,6 +46,6 @@ def warn_unreached(
         "nothing reads it of what is explained. NaN is written for it. Leave it out with inputs=[...], choose another "
         "target, or measure its effect with Occlusion, which needs no gradient"
     )
-    if message not in runtime.told:
-        runtime.told.add(message)
+    if message not in runtime.warned:
+        runtime.warned.add(message)
         warn(message)

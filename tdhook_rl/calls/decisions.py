@@ -100,8 +100,8 @@ def warn_left_out(run: Pass, chosen: Sequence[Decision], name: str) -> None:
         if not _is_point(one) and not one.distribution.has_rsample
     ]
     left = [key for key in dict.fromkeys(left) if key not in keys]
-    if left and (message := f"{name}:{left}") not in run.told:
-        run.told.add(message)
+    if left and (message := f"{name}:{left}") not in run.warned:
+        run.warned.add(message)
         warn(
             f"{name} is of {', '.join(map(repr, keys))}; it leaves out {', '.join(map(repr, left))}, which the policy "
             "decides as well. Name what is meant with key=, or explain several targets: target={name: target, ...}"
@@ -119,9 +119,9 @@ def critic_keys(run: Pass) -> list[NestedKey]:
 def warn_beside_values(run: Pass, values: Sequence[NestedKey]) -> None:
     """Warn, once, of outputs to decide by that are left out where values are explained unless told otherwise."""
     left = [key for key in run.out_keys if key not in values and _as_tuple(key)[-1] in _DECIDING]
-    if torch.compiler.is_compiling() or not left or (message := f"beside values:{left}") in run.told:
+    if torch.compiler.is_compiling() or not left or (message := f"beside values:{left}") in run.warned:
         return
-    run.told.add(message)
+    run.warned.add(message)
     warn(
         f"the default target is of {', '.join(map(repr, values))}; it leaves out {', '.join(map(repr, left))}, which "
         "the module puts out as well, but draws no action from: choose target=, such as targets.chosen_logit()"

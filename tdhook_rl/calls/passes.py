@@ -63,7 +63,7 @@ class Pass:
     slots: Mapping[NestedKey, str] = field(default_factory=dict)
     # Of Q-networks, see value_actions.
     actions: Mapping[NestedKey, tuple[NestedKey, list[int] | None]] = field(default_factory=dict)
-    told: set[str] = field(default_factory=set)  # what the caller was told already
+    warned: set[str] = field(default_factory=set)  # what the caller was told already
     runs: Mapping[str, int] = field(default_factory=dict)  # how often sites ran, by slot
 
 
@@ -252,7 +252,7 @@ class Call:
         keys = policy.policy_out_keys
         return Pass(
             outputs, stored, replay.distributions, keys, replay.watched, policy._hooked.supports,
-            policy._hooked.slots, policy._hooked.actions, runtime.told, replay.runs,
+            policy._hooked.slots, policy._hooked.actions, runtime.warned, replay.runs,
         )  # fmt: skip
 
 

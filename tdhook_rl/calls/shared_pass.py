@@ -122,7 +122,7 @@ def graph_pass(
             set_tensor(outputs, key, point)
         run = Pass(
             outputs, output, replay.distributions, policy.policy_out_keys, replay.watched, policy._hooked.supports,
-            actions=policy._hooked.actions, told=runtime.told,
+            actions=policy._hooked.actions, warned=runtime.warned,
         )  # fmt: skip
         call.shared = run, points
         yield output, call

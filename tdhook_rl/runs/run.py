@@ -287,7 +287,7 @@ class HookedModuleRun(Captures):
         return self._target(
             Pass(
                 self.data, stored, drawn, hooked.policy_out_keys, {}, hooked._hooked.supports, hooked._hooked.slots,
-                hooked._hooked.actions, hooked._hooked.runtime.told,
+                hooked._hooked.actions, hooked._hooked.runtime.warned,
             )
         )  # fmt: skip
 
