@@ -15,8 +15,8 @@ from torch import distributions as D
 
 from tdhook_rl.errors import InputError
 from tdhook_rl.policies.draws import Draw, sample_keys
+from tdhook_rl.policies.inversion import choices, invert, is_one_hot, one_hot_choices
 from tdhook_rl.policies.noise import noise_of, sample_with
-from tdhook_rl.policies.undoing import choices, is_one_hot, one_hot_choices, undo
 
 if TYPE_CHECKING:
     from tdhook_rl.replaying.replay import Replay
@@ -135,7 +135,7 @@ def decided_action(module: Any, draw: Draw, data: TensorDictBase, replay: Replay
             choose = one_hot_choices(own), own.ndim - 1
         else:
             choose = [torch.full_like(own, index) for index in range(values.shape[-1])], own.ndim
-        found = undo(data, key, stored, rewriters, own, choose)
+        found = invert(data, key, stored, rewriters, own, choose)
         if found is not None:
             replay.learned[slot] = found
 
@@ -160,7 +160,7 @@ def require_unchanged(draw: Draw, stored: TensorDictBase, outputs: TensorDictBas
 
 def _as_drawn(key: NestedKey, stored: Tensor, part: D.Distribution, draw: Draw, data: TensorDictBase) -> Tensor:
     like = torch.empty(part.batch_shape + part.event_shape, dtype=_dtype(stored), device=stored.device)
-    found = undo(data, key, stored, draw.rewriters[key], like, choices(part))
+    found = invert(data, key, stored, draw.rewriters[key], like, choices(part))
     if found is None:
         names = ", ".join(_name(module) for module in draw.rewriters[key])
         raise InputError(

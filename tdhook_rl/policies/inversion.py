@@ -15,7 +15,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 from torch import distributions as D
 
-__all__ = ["choices", "is_one_hot", "one_hot_choices", "undo"]
+__all__ = ["choices", "invert", "is_one_hot", "one_hot_choices"]
 
 #: How far around a number a mapping is looked at, how steep it has to be there, and where the number is looked for.
 STEP, SLOPE, REACH = 1e-2, 1e-3, 1e3
@@ -24,7 +24,7 @@ _HALVINGS = 60
 Candidates = tuple[Sequence[Tensor], int]
 
 
-def undo(
+def invert(
     data: TensorDictBase,
     key: NestedKey,
     stored: Tensor,
