@@ -63,7 +63,7 @@ class Pass:
     slots: Mapping[NestedKey, str] = field(default_factory=dict)
     # Of Q-networks, see value_actions.
     actions: Mapping[NestedKey, tuple[NestedKey, list[int] | None]] = field(default_factory=dict)
-    warned: set[str] = field(default_factory=set)  # what the caller was told already
+    warned: set[str] = field(default_factory=set)  # of what the caller was warned already
     runs: Mapping[str, int] = field(default_factory=dict)  # how often sites ran, by slot
 
 

@@ -1,6 +1,6 @@
 """What was drawn, from what a later module made of it: a table, a scale, a one-hot, a squashing function.
 
-The stored action of such a policy is the mapped one, and a log-probability is of the drawn one. A mapping is undone
+The stored action of such a policy is the mapped one, and a log-probability is of the drawn one. A mapping is inverted
 where that can be checked: a choice by trying every one, a number elementwise, where the mapping is strictly monotone
 around it. Elsewhere there is no answer.
 """

@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tdhook_rl.policies.held import Held, Holdings, Kind, holdings
+from tdhook_rl.policies.mutable_state import Kind, MutableState, StatePart, find_state
 from tdhook_rl.sites.classes import Swapped
 from tdhook_rl.sites.known import own_class
 
-__all__ = ["functions_of", "holdings_and_outside"]
+__all__ = ["find_state_inside_and_outside", "functions_of"]
 
 #: Whose code is not followed.
 _LIBRARIES = frozenset({"tdhook_rl", "torch", "tensordict", "torchrl", "numpy", "gymnasium", *sys.stdlib_module_names})
@@ -27,18 +27,18 @@ _LIBRARIES = frozenset({"tdhook_rl", "torch", "tensordict", "torchrl", "numpy", 
 AT_MOST = 1_000
 
 
-def holdings_and_outside(modules: list[tuple[str, nn.Module]]) -> Holdings:
-    """What :func:`~tdhook_rl.policies.held.holdings` finds, and what the modules' forwards write elsewhere."""
-    things: list[Held] = []
+def find_state_inside_and_outside(modules: list[tuple[str, nn.Module]]) -> MutableState:
+    """What :func:`.mutable_state.find_state` finds, and what the forwards of the modules write elsewhere."""
+    things: list[StatePart] = []
     values: list[tuple[Any, str, str]] = []
     seen: set[int] = set()
     for _, module in modules:
         owner = own_class(module).__name__
         for kind, thing, path, inner in _reached(module, seen):
             if kind is not None:
-                things.append(Held(path, owner, kind, thing))
+                things.append(StatePart(path, owner, kind, thing))
             values += [(value, inner_path, owner) for inner_path, value in inner]
-    return holdings(modules, things, values)
+    return find_state(modules, things, values)
 
 
 def functions_of(module: nn.Module) -> list[types.FunctionType]:

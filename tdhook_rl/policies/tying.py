@@ -19,9 +19,9 @@ from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
 
 from tdhook_rl.errors import PreparationError, TieError, warn
-from tdhook_rl.policies.following import Follower
-from tdhook_rl.policies.held import INTERNAL, holdings
+from tdhook_rl.policies.attribute_sync import AttributeSync
 from tdhook_rl.policies.memory import memory_of
+from tdhook_rl.policies.mutable_state import INTERNAL, find_state
 
 __all__ = ["Tie", "detach_graphs", "named_tensors", "put_back", "replace_tensors", "tied_clone"]
 
@@ -48,7 +48,7 @@ def tied_clone(module: M) -> M:
         kept.extend(child.buffers(recurse=False))
         # Plain tensor attributes and generators are state of the policy as well.
         kept.extend(value for value in vars(child).values() if isinstance(value, (Tensor, torch.Generator)))
-    held = holdings(list(module.named_modules()))
+    held = find_state(list(module.named_modules()))
     places = {memory_of(item) for item in kept if isinstance(item, Tensor)} - {0}
     kept += held.shared  # and views of what is shared, in whatever container
     kept += [tensor for tensor, _, _ in held.tensors if tensor.grad_fn is None and memory_of(tensor) in places]
@@ -85,7 +85,7 @@ def detach_graphs(module: nn.Module, memo: dict[int, Any]) -> None:
 
     No tensor with a graph can be deep-copied, in whatever container it is kept.
     """
-    for tensor, _, _ in holdings(list(module.named_modules())).tensors:
+    for tensor, _, _ in find_state(list(module.named_modules())).tensors:
         if tensor.grad_fn is not None and id(tensor) not in memo:
             memo[id(tensor)] = tensor.detach().clone()
 
@@ -106,7 +106,7 @@ class Tie:
             if child._buffers and child._buffers is not own._buffers
         ]
         self._renewed: set[str] = set()
-        self._follower = Follower(original, clone)
+        self._attribute_sync = AttributeSync(original, clone)
         self._entries = [
             (store, name, tensor, f"{prefix}.{name}" if prefix else name)
             for prefix, child in original.named_modules()
@@ -135,7 +135,7 @@ class Tie:
 
     def hand_on_buffers(self) -> None:
         """After a forward of the clone that started with the original's buffers: give the original the new ones."""
-        self._follower.ran = True
+        self._attribute_sync.ran = True
         for own, theirs, dot in self._buffers:
             if mapping_is(own, theirs):
                 continue
@@ -167,7 +167,7 @@ class Tie:
         if self._renewed:
             self._take_buffers()
         self.require_held()
-        self._follower.follow()
+        self._attribute_sync.run()
         self._warn(clone)
 
     def require_held(self) -> None:

@@ -4,7 +4,7 @@ Some policies write in their forward: running statistics, power iteration, count
 must compute on what was there before the forward that it explains, and leave what is there now. For its duration the
 clone holds copies; tensors, which the clone shares with the user's policy and with other processes, are never written
 to. Which policies write is declared nowhere: it is found by looking, at forwards that a replay follows and at replays,
-at all that :mod:`tdhook_rl.policies.held` finds. Policies made of known layers are not looked at.
+at all that :mod:`tdhook_rl.policies.mutable_state` finds. Policies made of known layers are not looked at.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdhook_rl.policies.held import INTERNAL, Holdings, holdings, with_tensors
 from tdhook_rl.policies.memory import memory_of, same_values
-from tdhook_rl.policies.outside import holdings_and_outside
+from tdhook_rl.policies.mutable_state import INTERNAL, MutableState, find_state, with_tensors
+from tdhook_rl.policies.outside import find_state_inside_and_outside
 from tdhook_rl.sites.known import unknown_modules, writes_input
 from tdhook_rl.sites.runtime import vmap_level
 
@@ -44,7 +44,7 @@ class Moment:
         copies: of the tensors that a forward may write in place, by the ``id`` of the tensor.
     """
 
-    def __init__(self, held: Holdings, copies: dict[int, Tensor], versions: dict[int, int]) -> None:
+    def __init__(self, held: MutableState, copies: dict[int, Tensor], versions: dict[int, int]) -> None:
         self.held = held
         self.contents = [one.kind.read(one.thing) for one in held.things]
         self.copies = copies
@@ -82,7 +82,7 @@ class Watch:
 
     def __init__(self, policy: nn.Module, outside: bool = False) -> None:
         self.modules = unknown_modules(policy)
-        self._find = holdings_and_outside if outside else holdings
+        self._find = find_state_inside_and_outside if outside else find_state
         self.idle = not self.modules
         self.may_write_input = not self.idle or any(writes_input(child) for child in policy.modules())
         self.writes: dict[str, str] = {}

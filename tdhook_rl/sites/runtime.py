@@ -62,7 +62,7 @@ class Runtime:
         self.runs: dict[str, int] | None = None  # of the call under way: how often each hook that counts has run
         self.slots: dict[str, Any] = {}
         self.drawn: dict[str, Tensor] = {}  # samples of the call under way that its data may not hold in the end
-        self.warned: set[str] = set()  # what the user was told once
+        self.warned: set[str] = set()  # of what: once is enough
         self.leaves: dict[str, Tensor | None] = {}
         self.added: frozenset[str] = frozenset()
         self.totals: Mapping[str, int] = {}  # of the values that are given: how often their modules ran

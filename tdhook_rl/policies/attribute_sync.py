@@ -17,10 +17,10 @@ from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
 
 from tdhook_rl.errors import TieError
-from tdhook_rl.policies.held import INTERNAL, Held, holdings
+from tdhook_rl.policies.mutable_state import INTERNAL, StatePart, find_state
 from tdhook_rl.sites.known import own_class
 
-__all__ = ["Follower"]
+__all__ = ["AttributeSync"]
 
 _ABSENT = object()
 
@@ -30,7 +30,7 @@ _CHANGING = frozenset(
 )
 
 
-class Follower:
+class AttributeSync:
     """Compares what the modules of the user's policy hold with what they held, and hands changes on to the clone.
 
     Args:
@@ -62,7 +62,7 @@ class Follower:
         #: Whether a forward of the clone has shown what it writes.
         self.ran = False
 
-    def follow(self) -> None:
+    def run(self) -> None:
         """Hand on what has changed.
 
         Raises:
@@ -128,8 +128,8 @@ class _Inside:
         return any(not one.kind.same(one.thing, then) for one, then in self._own)
 
 
-def _things(value: Any) -> list[tuple[Held, Any]]:
-    return [(one, one.kind.read(one.thing)) for one in holdings([("", value)]).things]
+def _things(value: Any) -> list[tuple[StatePart, Any]]:
+    return [(one, one.kind.read(one.thing)) for one in find_state([("", value)]).things]
 
 
 def _can_change(name: str, value: Any) -> bool:
@@ -151,7 +151,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 def _copy(value: Any) -> Any:
     """A copy for the clone, over the same tensors."""
-    memo = {id(tensor): tensor for tensor, _, _ in holdings([("", value)]).tensors}
+    memo = {id(tensor): tensor for tensor, _, _ in find_state([("", value)]).tensors}
     try:
         return copy.deepcopy(value, memo)
     except Exception:  # what does not copy is shared

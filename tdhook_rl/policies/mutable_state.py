@@ -1,7 +1,7 @@
 """The mutable things that a policy holds, besides its parameters: what a forward can write.
 
 Buffers, tensors in plain attributes, counters, lists, dictionaries, helper objects, generators. Each is read, compared
-and written by the way of its kind; :func:`holdings` finds them.
+and written by the way of its kind; :func:`find_state` finds them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tdhook_rl.policies.memory import read_tensor, same_values, share_memory, write_tensor
 from tdhook_rl.sites.classes import Swapped
 
-__all__ = ["Held", "Holdings", "holdings", "with_tensors"]
+__all__ = ["MutableState", "StatePart", "find_state", "with_tensors"]
 
 #: Attributes of a module that are torch's own business.
 INTERNAL = frozenset(vars(nn.Module()))
@@ -55,7 +55,7 @@ class Kind(NamedTuple):
     write: Callable[[Any, Any], None]
 
 
-class Held(NamedTuple):
+class StatePart(NamedTuple):
     """One mutable thing: where it is, and how it is handled."""
 
     path: str
@@ -64,17 +64,17 @@ class Held(NamedTuple):
     thing: Any
 
 
-class Holdings(NamedTuple):
+class MutableState(NamedTuple):
     """What a policy holds: the mutable things, and the tensors in them with their paths and their owners' classes."""
 
-    things: list[Held]
+    things: list[StatePart]
     tensors: list[tuple[Tensor, str, str]]
     shared: list[Any]  # arrays, and tensors among the things, that are views of one memory, or of a parameter's
 
 
-def holdings(
-    modules: list[tuple[str, nn.Module]], things: Sequence[Held] = (), values: Sequence[tuple[Any, str, str]] = ()
-) -> Holdings:
+def find_state(
+    modules: list[tuple[str, nn.Module]], things: Sequence[StatePart] = (), values: Sequence[tuple[Any, str, str]] = ()
+) -> MutableState:
     """Everything mutable that these modules hold, each thing once.
 
     Args:
@@ -82,12 +82,12 @@ def holdings(
         things: others.
         values: in which there may be others, with their paths and the class that they belong to.
     """
-    found = Holdings([*things], [], [])
+    found = MutableState([*things], [], [])
     seen: set[int] = set()
     waiting: collections.deque[tuple[Any, str, str]] = collections.deque()
 
     def add(kind: Kind, thing: Any, path: str, owner: str) -> None:
-        found.things.append(Held(path, owner, kind, thing))
+        found.things.append(StatePart(path, owner, kind, thing))
 
     def visit(value: Any, path: str, owner: str) -> None:
         if isinstance(value, _ATOMS) or id(value) in seen:
@@ -115,7 +115,7 @@ def holdings(
     return found
 
 
-def _tell_shared(found: Holdings, modules: list[nn.Module]) -> None:
+def _tell_shared(found: MutableState, modules: list[nn.Module]) -> None:
     """Views of what is written in place, an array or a trained parameter, are so too: a copy would not see it."""
     arrays = [one.thing for one in found.things if isinstance(one.thing, np.ndarray)]
     tensors = [tensor for tensor, _, _ in found.tensors if tensor.grad_fn is None]
@@ -124,7 +124,7 @@ def _tell_shared(found: Holdings, modules: list[nn.Module]) -> None:
     shared = {id(one) for one in found.shared}
     for tensor, path, owner in found.tensors:
         if id(tensor) in shared:
-            found.things.append(Held(path, owner, _OVER_ARRAY, tensor))
+            found.things.append(StatePart(path, owner, _OVER_ARRAY, tensor))
     found.tensors[:] = [one for one in found.tensors if id(one[0]) not in shared]
 
 
@@ -140,7 +140,9 @@ def _class_name(module: nn.Module) -> str:
 Add = Callable[[Kind, Any, str, str], None]
 
 
-def _of_module(module: nn.Module, path: str, owner: str, add: Add, found: Holdings) -> Iterator[tuple[Any, str, str]]:
+def _of_module(
+    module: nn.Module, path: str, owner: str, add: Add, found: MutableState
+) -> Iterator[tuple[Any, str, str]]:
     dot = f"{path}." if path else ""
     attributes = vars(module)
     add(_MODULE, attributes, path, owner)
