@@ -24,7 +24,7 @@ from tdhook_rl.policies.outside import find_state_inside_and_outside
 from tdhook_rl.sites.known import unknown_modules, writes_input
 from tdhook_rl.sites.runtime import vmap_level
 
-__all__ = ["Moment", "Watch"]
+__all__ = ["Snapshot", "WriteWatch"]
 
 #: In how many forwards and passes, in one training mode, contents of tensors are compared before only versions are.
 LOOKS = 3
@@ -35,7 +35,7 @@ SMALL = 65_536
 _CONTAINERS = (dict, list, collections.deque)
 
 
-class Moment:
+class Snapshot:
     """What a policy held at one time.
 
     Attributes:
@@ -66,7 +66,7 @@ class Moment:
                 one.kind.write(one.thing, content)
 
 
-class Watch:
+class WriteWatch:
     """Looks at one policy while it runs.
 
     Args:
@@ -86,13 +86,13 @@ class Watch:
         self.idle = not self.modules
         self.may_write_input = not self.idle or any(writes_input(child) for child in policy.modules())
         self.writes: dict[str, str] = {}
-        self._last: Moment | None = None
+        self._last: Snapshot | None = None
         self._looks = 0
         self._mode: list[bool] = []
 
     # ------------------------------------------------------------------ the forward that is explained
 
-    def begin(self) -> Moment:
+    def begin(self) -> Snapshot:
         """What the policy holds before a forward or a pass."""
         mode = [module.training for _, module in self.modules]
         if mode != self._mode:
@@ -102,10 +102,10 @@ class Watch:
             _refresh(last)
             return last
         held = self._find(self.modules)
-        self._last = Moment(held, *_copies(held.tensors, last))
+        self._last = Snapshot(held, *_copies(held.tensors, last))
         return self._last
 
-    def end(self, start: Moment) -> None:
+    def end(self, start: Snapshot) -> None:
         """After a forward: note what it has written since ``start``."""
         look = self._look()
         for tensor, path, owner in start.held.tensors:
@@ -121,7 +121,7 @@ class Watch:
         self._looks += look
         return look
 
-    def _note_things(self, start: Moment, new: Mapping[int, Tensor]) -> None:
+    def _note_things(self, start: Snapshot, new: Mapping[int, Tensor]) -> None:
         for one, content in zip(start.held.things, start.contents, strict=True):
             content = _swapped(content, new) if new and isinstance(content, _CONTAINERS) else content
             if one.kind.same(one.thing, content):
@@ -138,7 +138,7 @@ class Watch:
     # ------------------------------------------------------------------ a pass of ours
 
     @contextmanager
-    def scratch(self, start: Moment | None = None) -> Iterator[None]:
+    def scratch(self, start: Snapshot | None = None) -> Iterator[None]:
         """A pass on copies of what was held at ``start`` (now, if not given), after which all is as it is now."""
         if self.idle:
             yield
@@ -148,7 +148,7 @@ class Watch:
         elif start.unchanged():
             now = start
         else:
-            now = Moment(self._find(self.modules), {}, {})
+            now = Snapshot(self._find(self.modules), {}, {})
         own = self._own(start)
         start.put(own)
         try:
@@ -162,7 +162,7 @@ class Watch:
                 self._note_things(start, own)
             now.put()
 
-    def _own(self, start: Moment) -> dict[int, Tensor]:
+    def _own(self, start: Snapshot) -> dict[int, Tensor]:
         """The tensors of one pass. One that is never written needs no copy of its own."""
         if self._looks >= LOOKS and not self.writes:
             return start.copies
@@ -184,7 +184,7 @@ def _swapped(content: Any, new: Mapping[int, Tensor]) -> Any:
 
 
 def _copies(
-    tensors: Sequence[tuple[Tensor, str, str]], last: Moment | None
+    tensors: Sequence[tuple[Tensor, str, str]], last: Snapshot | None
 ) -> tuple[dict[int, Tensor], dict[int, int]]:
     """Copies of the tensors that a forward may write in place, and their versions.
 
@@ -212,7 +212,7 @@ def _cloned(tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
     }
 
 
-def _refresh(last: Moment) -> None:
+def _refresh(last: Snapshot) -> None:
     """Bring the copies up to date: another process, or a write past autograd, leaves the version as it was."""
     old, new = [], []
     for tensor, _, _ in last.held.tensors:

@@ -16,12 +16,12 @@ from torch import nn
 
 from tdhook_rl.policies.memory import same_values
 from tdhook_rl.replaying.batching import GeneratorState
-from tdhook_rl.replaying.scratch import Watch
+from tdhook_rl.replaying.scratch import WriteWatch
 from tdhook_rl.sites.known import batch_statistics, draws_noise, may_draw, may_meet, own_class
 from tdhook_rl.sites.runtime import vmap_level
 
 if TYPE_CHECKING:
-    from tdhook_rl.replaying.scratch import Moment
+    from tdhook_rl.replaying.scratch import Snapshot
 
 __all__ = ["Conduct", "Start"]
 
@@ -41,9 +41,9 @@ class Conduct:
     """
 
     def __init__(self, policy: nn.Module) -> None:
-        self.watch = Watch(policy)
+        self.watch = WriteWatch(policy)
         #: While it is being found out whether passes can be repeated: looks also beside what the policy holds.
-        self.wide: Watch | None = None if self.watch.idle else Watch(policy, outside=True)
+        self.wide: WriteWatch | None = None if self.watch.idle else WriteWatch(policy, outside=True)
         children = list(policy.named_modules())
         self._modules = [child for _, child in children]
         self._drawing = [child for _, child in children if may_draw(child)]
@@ -116,7 +116,7 @@ class Start:
 
     def __init__(self, conduct: Conduct, device: torch.device | None) -> None:
         self.conduct = conduct
-        self.moment: Moment | None = None if conduct.watch.idle else conduct.watch.begin()
+        self.snapshot: Snapshot | None = None if conduct.watch.idle else conduct.watch.begin()
         self._wide = None if conduct.wide is None else conduct.wide.begin()
         self.device = device if device is not None and device.type == "cuda" else conduct.device
         self.others = conduct.look_at_others()
@@ -136,8 +136,8 @@ class Start:
         if self.conduct.wide is None or self._wide is None:
             return False
         self.conduct.watch, self.conduct.wide = self.conduct.wide, None
-        self.moment, self._wide = self._wide, None
-        self.conduct.watch.end(self.moment)
+        self.snapshot, self._wide = self._wide, None
+        self.conduct.watch.end(self.snapshot)
         return True
 
     def note_draw(self, module: nn.Module) -> None:
@@ -150,8 +150,8 @@ class Start:
         conduct = self.conduct
         if conduct.watch.may_write_input and not conduct.keeps_input and vmap_level() < 0:
             conduct.keeps_input = all(same_values(given[key], value) for key, value in before.items())
-        if self.moment is not None:
-            self.conduct.watch.end(self.moment)
+        if self.snapshot is not None:
+            self.conduct.watch.end(self.snapshot)
         if self._generators is not None and self._generators.others_moved():
             self.conduct.draws_others = True
 
@@ -177,7 +177,7 @@ class Start:
         self._skipped, self._since = {}, self._generators
         if self._generators is not None:
             self._generators.restore()
-        with nullcontext() if self.moment is None else self.conduct.watch.scratch(self.moment):
+        with nullcontext() if self.snapshot is None else self.conduct.watch.scratch(self.snapshot):
             yield
         self._look()
         self.noisy = bool(self.noisy)
