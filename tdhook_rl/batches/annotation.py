@@ -16,7 +16,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tdhook_rl.batches.found import Found
 from tdhook_rl.batches.mismatch import Mismatch
 from tdhook_rl.calls.bound import BoundMethod, observers
-from tdhook_rl.calls.passes import Call, conduct_of, stored_inputs
+from tdhook_rl.calls.passes import Call, effects_of, stored_inputs
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.real_rows import PADDING
 from tdhook_rl.calls.repeatable import require_repeatable
@@ -49,8 +49,8 @@ def annotate(
         _require_computable(policy, data)
         mismatch = Mismatch(policy, on_mismatch)
         selected = _select(policy, data, found.missing)
-        conduct = conduct_of(policy)
-        noise = PassNoise(data.device or conduct.device, others=not conduct.watch.idle)
+        effects = effects_of(policy)
+        noise = PassNoise(data.device or effects.device, others=not effects.watch.idle)
         for part, run, size in _parts(found.missing, data, chunk_size):
             found.add(run(policy, selected, _Analysis(policy, part, mismatch, noise), size))
         mismatch.report(data)
@@ -138,7 +138,7 @@ class _Analysis:
             return computed
         except RuntimeError as error:
             # What is kept from the last call may have its number of rows.
-            kept = None if isinstance(error, TdhookError) else conduct_of(policy).kept_tensors()
+            kept = None if isinstance(error, TdhookError) else effects_of(policy).kept_tensors()
             if kept is None:
                 raise
             raise InputError(

@@ -14,7 +14,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.calls.chunks import deciding_rows
-from tdhook_rl.calls.passes import Call, conduct_of
+from tdhook_rl.calls.passes import Call, effects_of
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.errors import MismatchError, warn
 
@@ -106,7 +106,7 @@ class Mismatch:
 
     def _report_state(self) -> None:
         """Say so, if rows may differ because the policy's state has moved on, and there was nothing to compare."""
-        state = None if self._compared or not self.wanted else conduct_of(self._policy).state()
+        state = None if self._compared or not self.wanted else effects_of(self._policy).state()
         if state is None:
             return
         message = (
@@ -120,7 +120,7 @@ class Mismatch:
         warn(message)
 
     def _causes(self, data: TensorDictBase) -> str:
-        state = conduct_of(self._policy).state()
+        state = effects_of(self._policy).state()
         causes = [] if state is None else [state]
         for key in (("next", "policy_version"), "policy_version"):
             version = data.get(key, None)

@@ -35,22 +35,22 @@ def coupled(call: Call) -> bool:
     start = call.start
     if start is None:
         return False
-    conduct = start.conduct
-    meeting = conduct.meeting()
+    effects = start.effects
+    meeting = effects.meeting()
     if meeting is not None:
         _say(call, f"rows of a batch share its statistics in {meeting}")
         return True
-    if conduct.quiet():
+    if effects.quiet():
         return False
-    if conduct.watch.idle or conduct.watch.writes or start.noisy:
+    if effects.watch.idle or effects.watch.writes or start.noisy:
         return True
-    mode = conduct.mode()
-    if mode not in conduct.meets and vmap_level() < 0:
-        conduct.meets[mode] = _rows_meet(call)
-    if conduct.meets.get(mode, False):
+    mode = effects.mode()
+    if mode not in effects.meets and vmap_level() < 0:
+        effects.meets[mode] = _rows_meet(call)
+    if effects.meets.get(mode, False):
         _say(call, "each row's output depends on the other rows")
         return True
-    return bool(start.noisy or conduct.watch.writes)
+    return bool(start.noisy or effects.watch.writes)
 
 
 def _rows_meet(call: Call) -> bool:
@@ -64,7 +64,7 @@ def _rows_meet(call: Call) -> bool:
     with torch.no_grad():
         try:
             alone = call.replay(inputs, few).outputs
-            if start is None or start.noisy or start.conduct.watch.writes:
+            if start is None or start.noisy or start.effects.watch.writes:
                 return False
             own = call.policy.policy_in_keys
             for key, value in inputs.items():  # also those that interventions read, such as a strength of each row

@@ -29,7 +29,7 @@ from tdhook_rl.policies.draws import given_beside
 from tdhook_rl.replaying.batching import shallow_copy
 from tdhook_rl.replaying.replay import Drawn, Replay
 from tdhook_rl.replaying.samples import require_unchanged
-from tdhook_rl.replaying.start import Conduct, Start
+from tdhook_rl.replaying.start import ForwardEffects, Start
 from tdhook_rl.sites.repeats import Several
 from tdhook_rl.sites.rows import with_batch
 from tdhook_rl.sites.states import watching
@@ -37,7 +37,7 @@ from tdhook_rl.sites.states import watching
 if TYPE_CHECKING:
     from tdhook_rl.calls.chains import Record
 
-__all__ = ["Call", "Pass", "conduct_of"]
+__all__ = ["Call", "Pass", "effects_of"]
 
 
 # Given a TensorDict, and unless existing entries are skipped, the decorators of this forward only take time.
@@ -170,7 +170,7 @@ class Call:
     def start(self) -> Start | None:
         """Where every pass over this call starts; none where a call is traced, which cannot look."""
         if self._start is None and not torch.compiler.is_compiling():
-            self._start = Start(conduct_of(self.policy), self.data.device)
+            self._start = Start(effects_of(self.policy), self.data.device)
         return self._start
 
     @property
@@ -178,7 +178,7 @@ class Call:
         return self.policy._hooked.runtime.slots
 
     def _writes_input(self) -> bool:
-        return not torch.compiler.is_compiling() and conduct_of(self.policy).watch.may_write_input
+        return not torch.compiler.is_compiling() and effects_of(self.policy).watch.may_write_input
 
     def as_it_was(self, inputs: Mapping[NestedKey, Tensor], stored: TensorDictBase | None) -> bool:
         """Whether a replay on these inputs computes what the call did."""
@@ -256,12 +256,12 @@ class Call:
         )  # fmt: skip
 
 
-def conduct_of(policy: HookedPolicy) -> Conduct:
+def effects_of(policy: HookedPolicy) -> ForwardEffects:
     """What is known of how a policy runs; a process, or a copy, learns it for itself."""
     runtime = policy._hooked.runtime
-    if runtime.conduct is None:
-        runtime.conduct = Conduct(policy.hooked_root)
-    return runtime.conduct
+    if runtime.effects is None:
+        runtime.effects = ForwardEffects(policy.hooked_root)
+    return runtime.effects
 
 
 def run_root(policy: HookedPolicy, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -12,7 +12,7 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor
 
-from tdhook_rl.calls.passes import conduct_of
+from tdhook_rl.calls.passes import effects_of
 from tdhook_rl.errors import InputError
 from tdhook_rl.sites.known import own_class
 
@@ -33,8 +33,8 @@ def require_repeatable(call: Call) -> None:
     Raises:
         InputError: if they differ nevertheless.
     """
-    conduct, start = conduct_of(call.policy), call.start
-    if start is None or call.policy._hooked.runtime.level >= 0 or not conduct.look_at_repeats():
+    effects, start = effects_of(call.policy), call.start
+    if start is None or call.policy._hooked.runtime.level >= 0 or not effects.look_at_repeats():
         return
     with start.wide():
         differs = _differing(call)
@@ -71,7 +71,7 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 def _suspects(call: Call) -> str:
     """The modules whose forward is the user's own, by path and class."""
-    modules = conduct_of(call.policy).watch.modules
+    modules = effects_of(call.policy).watch.modules
     own = [(path, module) for path, module in modules if not type(module).__module__.startswith("torch.")]
     named = ((path, own_class(module).__name__) for path, module in own or modules)
     names = [f"{path!r} ({name})" if path else name for path, name in named]

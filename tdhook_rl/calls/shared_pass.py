@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.chains import Record, Steps, chain_layers
-from tdhook_rl.calls.passes import Call, Pass, conduct_of, run_root, stored_inputs
+from tdhook_rl.calls.passes import Call, Pass, effects_of, run_root, stored_inputs
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.writing import get_entry, set_tensor
 from tdhook_rl.policies.draws import draws
@@ -93,8 +93,8 @@ def graph_pass(
     }
     brought = dict(data.items(True, True))
     # A leaf cannot be worked on in place: until a forward was seen to leave its inputs alone, it is given copies.
-    conduct = conduct_of(policy)
-    given = points if conduct.keeps_input else {key: point.clone() for key, point in points.items()}
+    effects = effects_of(policy)
+    given = points if effects.keeps_input else {key: point.clone() for key, point in points.items()}
     replay = Replay(data)
     slots = [slot for one in shared for slot in one.leaves]
     previous, output = runtime.replay, data
@@ -112,7 +112,7 @@ def graph_pass(
                         set_tensor(holder, key, inputs[key])
         if given is not points:
             before, inputs = inputs, inputs | {key: point.detach().clone() for key, point in points.items()}
-            conduct.keeps_input = _hand_on(given, points, before)
+            effects.keeps_input = _hand_on(given, points, before)
         call = Call(policy, forward, output, inputs, data)
         # A target must not find entries of the caller's that the policy neither reads nor writes.
         own = (*inputs, *policy.policy_out_keys)

@@ -14,7 +14,7 @@ import torch
 from tensordict import NestedKey, TensorDict
 from tensordict.utils import unravel_key_list
 
-from tdhook_rl.calls.passes import conduct_of
+from tdhook_rl.calls.passes import effects_of
 from tdhook_rl.calls.writing import set_entries
 from tdhook_rl.errors import KeyCollisionError
 from tdhook_rl.replaying.batching import GeneratorState
@@ -68,10 +68,10 @@ class RandomFrames:
 
 def _blank(policy: Any, data: TensorDict) -> TensorDict:
     """Results in the form in which the policy writes them, all zero, and masks that say so."""
-    conduct = conduct_of(policy)
-    before = GeneratorState(data.device or conduct.device, others=not conduct.watch.idle)
+    effects = effects_of(policy)
+    before = GeneratorState(data.device or effects.device, others=not effects.watch.idle)
     try:
-        with policy._hooked.runtime.lock, torch.no_grad(), conduct.watch.scratch():
+        with policy._hooked.runtime.lock, torch.no_grad(), effects.watch.scratch():
             written = policy(data.clone())
     finally:
         before.restore()

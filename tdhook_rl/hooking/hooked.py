@@ -21,7 +21,7 @@ from tdhook_rl.batches.annotating import Annotating
 from tdhook_rl.batches.tensorclasses import call_on_fields
 from tdhook_rl.calls.bound import BoundMethod, observers
 from tdhook_rl.calls.chunks import in_deciding_rows
-from tdhook_rl.calls.passes import Call, conduct_of, drawn_noise, for_samples, run_root, stored_inputs
+from tdhook_rl.calls.passes import Call, drawn_noise, effects_of, for_samples, run_root, stored_inputs
 from tdhook_rl.calls.preconditions import another_dtype_or_device, other_keys, require_data
 from tdhook_rl.calls.publishing import publish_step
 from tdhook_rl.calls.repeatable import require_repeatable
@@ -211,17 +211,17 @@ class HookedMixin(Annotating, Swapped):
             return data
         runtime.level = vmap_level()
         shares = self._hooked.shares and len(args) == 1 and not kwargs
-        conduct = None if torch.compiler.is_compiling() else conduct_of(self)
+        effects = None if torch.compiler.is_compiling() else effects_of(self)
         shared, layers = sharing(self, steps, data) if shares else ([], None)
         rest = [one for one in steps if one not in shared] if shared else steps
         replays = any(one.replays for one in rest)
         inputs = stored_inputs(self, data) if replays else {}
         start, given = None, inputs
-        if replays and conduct is None:
+        if replays and effects is None:
             require_traceable(self, self._hooked.signs)
-        if replays and conduct is not None:
-            start = runtime.start = Start(conduct, data.device)
-            if conduct.watch.may_write_input:  # what it was given, also if it works on that in place
+        if replays and effects is not None:
+            start = runtime.start = Start(effects, data.device)
+            if effects.watch.may_write_input:  # what it was given, also if it works on that in place
                 inputs = {key: value.clone() for key, value in inputs.items()}
         results: dict[tuple[str, ...], torch.Tensor] = {}
         runtime.recording = True

@@ -17,7 +17,7 @@ from torch import Tensor
 from tdhook_rl.attribution import LRP
 from tdhook_rl.attribution.base import BoundAttribution
 from tdhook_rl.attribution.baselines import filled
-from tdhook_rl.calls.passes import Call, conduct_of, stored_inputs
+from tdhook_rl.calls.passes import Call, effects_of, stored_inputs
 from tdhook_rl.calls.preconditions import require_rows
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.metrics.selection import find_attribution, target_name
@@ -196,8 +196,8 @@ def score(
     if tie is not None:
         tie.check(hooked)
 
-    conduct = conduct_of(hooked)
-    noise = PassNoise(data.device or conduct.device, others=not conduct.watch.idle)
+    effects = effects_of(hooked)
+    noise = PassNoise(data.device or effects.device, others=not effects.watch.idle)
 
     require_rows(chunk_size, "chunk_size")
 

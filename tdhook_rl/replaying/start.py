@@ -23,14 +23,14 @@ from tdhook_rl.sites.runtime import vmap_level
 if TYPE_CHECKING:
     from tdhook_rl.replaying.scratch import Snapshot
 
-__all__ = ["Conduct", "Start"]
+__all__ = ["ForwardEffects", "Start"]
 
 #: In how many passes the generators of Python and NumPy are looked at, reading which costs more than torch's; and in
 #: how many calls passes are repeated.
 LOOKS = 3
 
 
-class Conduct:
+class ForwardEffects:
     """What is known, and learned, of how one policy runs: what it writes, what it draws, whether its rows meet.
 
     Attributes:
@@ -114,13 +114,13 @@ class Start:
         noisy: whether passes draw, once one has run.
     """
 
-    def __init__(self, conduct: Conduct, device: torch.device | None) -> None:
-        self.conduct = conduct
-        self.snapshot: Snapshot | None = None if conduct.watch.idle else conduct.watch.begin()
-        self._wide = None if conduct.wide is None else conduct.wide.begin()
-        self.device = device if device is not None and device.type == "cuda" else conduct.device
-        self.others = conduct.look_at_others()
-        self._generators = None if conduct.quiet() else GeneratorState(self.device, self.others)
+    def __init__(self, effects: ForwardEffects, device: torch.device | None) -> None:
+        self.effects = effects
+        self.snapshot: Snapshot | None = None if effects.watch.idle else effects.watch.begin()
+        self._wide = None if effects.wide is None else effects.wide.begin()
+        self.device = device if device is not None and device.type == "cuda" else effects.device
+        self.others = effects.look_at_others()
+        self._generators = None if effects.quiet() else GeneratorState(self.device, self.others)
         self.drawn: dict[int, list[GeneratorState]] = {}
         self.noisy: bool | None = False if self._generators is None else None
         self._skipped: dict[int, int] = {}  # in the pass under way: how many draws of a module were skipped
@@ -128,16 +128,16 @@ class Start:
 
     def wide(self) -> AbstractContextManager[None]:
         """A block after which what is beside what the policy holds, too, is as it is now."""
-        wide = self.conduct.wide
+        wide = self.effects.wide
         return nullcontext() if wide is None or self._wide is None else wide.scratch(self._wide)
 
     def look_wide(self) -> bool:
         """Let passes start, from now on, also from what was beside what the policy holds; whether that is new."""
-        if self.conduct.wide is None or self._wide is None:
+        if self.effects.wide is None or self._wide is None:
             return False
-        self.conduct.watch, self.conduct.wide = self.conduct.wide, None
+        self.effects.watch, self.effects.wide = self.effects.wide, None
         self.snapshot, self._wide = self._wide, None
-        self.conduct.watch.end(self.snapshot)
+        self.effects.watch.end(self.snapshot)
         return True
 
     def note_draw(self, module: nn.Module) -> None:
@@ -147,13 +147,13 @@ class Start:
 
     def forward_over(self, given: Mapping[Any, Any], before: Mapping[Any, Any]) -> None:
         """The forward that the passes explain has ended; ``before`` has copies of what it was ``given``."""
-        conduct = self.conduct
-        if conduct.watch.may_write_input and not conduct.keeps_input and vmap_level() < 0:
-            conduct.keeps_input = all(same_values(given[key], value) for key, value in before.items())
+        effects = self.effects
+        if effects.watch.may_write_input and not effects.keeps_input and vmap_level() < 0:
+            effects.keeps_input = all(same_values(given[key], value) for key, value in before.items())
         if self.snapshot is not None:
-            self.conduct.watch.end(self.snapshot)
+            self.effects.watch.end(self.snapshot)
         if self._generators is not None and self._generators.others_moved():
-            self.conduct.draws_others = True
+            self.effects.draws_others = True
 
     def skip_draw(self, module: nn.Module) -> None:
         """In a pass: a module has handed on a stored action, after which noise goes on as if it had drawn it."""
@@ -169,7 +169,7 @@ class Start:
         """Note whether the pass has drawn since it last started or skipped a draw."""
         if not self.noisy and self._since is not None and self._since.moved():
             self.noisy = True
-            self.conduct.draws_others |= self._since.others_moved()
+            self.effects.draws_others |= self._since.others_moved()
 
     @contextmanager
     def passing(self) -> Iterator[None]:
@@ -177,7 +177,7 @@ class Start:
         self._skipped, self._since = {}, self._generators
         if self._generators is not None:
             self._generators.restore()
-        with nullcontext() if self.snapshot is None else self.conduct.watch.scratch(self.snapshot):
+        with nullcontext() if self.snapshot is None else self.effects.watch.scratch(self.snapshot):
             yield
         self._look()
         self.noisy = bool(self.noisy)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from tdhook_rl.arguments.checked import checked
-from tdhook_rl.calls.passes import conduct_of
+from tdhook_rl.calls.passes import effects_of
 from tdhook_rl.calls.real_rows import defined_values, real_rows
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.latent.activation_caching import ActivationCaching
@@ -173,15 +173,15 @@ class NetworkDiagnostics:
         assert self.states is not None
         with self._hooked.disable_context() as original:
             self._hooked.training = original.training  # or it would warn that the two differ
-        conduct = conduct_of(self._hooked)
-        before = GeneratorState(self.states.device, others=not conduct.watch.idle)
+        effects = effects_of(self._hooked)
+        before = GeneratorState(self.states.device, others=not effects.watch.idle)
         try:
             with (
                 torch.no_grad(),
                 set_exploration_type(ExplorationType.DETERMINISTIC),
-                conduct.watch.scratch(),
+                effects.watch.scratch(),
             ):
-                return self._hooked(self.states.clone() if conduct.watch.may_write_input else self.states.copy())
+                return self._hooked(self.states.clone() if effects.watch.may_write_input else self.states.copy())
         finally:
             before.restore()
 

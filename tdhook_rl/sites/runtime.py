@@ -50,7 +50,7 @@ class Runtime:
         self.around: dict[str, list[list[Tensor]]] = {}
         # Of `replaying`: the replay under way, what is known of how the policy runs, where the call under way started.
         self.replay: Any = None
-        self.conduct: Any = None
+        self.effects: Any = None
         self.start: Any = None
         self.row_hook: Any = None
         # Sites on recurrent modules of which only the sequence is changed, until a forward has shown that this is read;
@@ -184,7 +184,7 @@ class Runtime:
             "leaves": {},
             "rows": {},
             "replay": None,
-            "conduct": None,
+            "effects": None,
             "start": None,
             "recording": False,
             "depth": 0,
