@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Switch", "Turns", "survive_forks"]
+__all__ = ["Switch", "TurnLock", "survive_forks"]
 
 #: Seconds that a fork waits for calls of other threads to end.
 PATIENCE = 2.0
@@ -20,7 +20,7 @@ _living: dict[int, weakref.ref[Any]] = {}  # by number, so that a list of it is 
 _held: dict[int, list[Any]] = {}  # by the thread that forks
 
 
-class Turns:
+class TurnLock:
     """A lock that a thread may hold several times, and that goes to whoever has waited for it.
 
     With a plain lock, a thread that takes it again at once (the next chunk, the next step) nearly always gets it.

@@ -15,7 +15,7 @@ from torch._functorch import vmap as functorch_vmap
 
 from tdhook_rl.errors import InactiveError, SiteError
 from tdhook_rl.sites.controls import Controls
-from tdhook_rl.sites.forking import Switch, Turns, survive_forks
+from tdhook_rl.sites.forking import Switch, TurnLock, survive_forks
 
 __all__ = ["Runtime", "vmap_level"]
 
@@ -77,7 +77,7 @@ class Runtime:
         self.said: set[str] = set()  # what is said once
         self.fired: set[str] = set()
         self.rows: dict[NestedKey, Tensor] = {}
-        self.lock = Turns()
+        self.lock = TurnLock()
         survive_forks(self)
 
     def inside(self) -> bool:
@@ -99,7 +99,7 @@ class Runtime:
 
     def forget_call(self) -> None:
         """Drop what a call has left that will never end, because its thread is not in this process."""
-        self.lock = Turns()
+        self.lock = TurnLock()
         self.recording, self.depth, self.caller = False, 0, 0
         self.level, self.batch, self.time, self.replay, self.explaining = -1, None, None, None, None
         self.slots, self.drawn, self.leaves, self.rows, self.added = {}, {}, {}, {}, frozenset()
@@ -201,7 +201,7 @@ class Runtime:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.away = self.home != os.getpid()
-        self.lock = Turns()
+        self.lock = TurnLock()
         survive_forks(self)
 
 
