@@ -17,12 +17,12 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.replay.order import Trajectories
 from tdhook_rl.replay.transforms import (
     Window,
+    applied_transforms,
     followed_by,
-    named,
-    pieces,
     require_alike,
     require_at_rest,
-    told,
+    rows_are_known,
+    transform_name,
     window_of,
 )
 
@@ -96,9 +96,9 @@ class Reader:
         length = len(buffer)
         if length == 0:
             raise InputError("the replay buffer is empty")
-        self._transforms = pieces(getattr(buffer, "_transform", None)) if self._near else []
+        self._transforms = applied_transforms(getattr(buffer, "_transform", None)) if self._near else []
         require_at_rest(self._transforms)
-        self._known = self._near and told(buffer, self._transforms)
+        self._known = self._near and rows_are_known(buffer, self._transforms)
         windows = [window_of(one) for one in self._transforms]
         first = self._raw(torch.arange(1))
         if not is_tensor_collection(first):
@@ -161,7 +161,7 @@ class Reader:
     @property
     def looking(self) -> str:
         """The transforms that look at other rows."""
-        return ", ".join(named(one) for one in self._transforms if window_of(one) is not None)
+        return ", ".join(transform_name(one) for one in self._transforms if window_of(one) is not None)
 
     # ------------------------------------------------------------------ reading
 
@@ -181,7 +181,7 @@ class Reader:
             data = followed_by(data, transform)
         if not is_tensor_collection(data) or data.ndim == 0 or len(data) != len(rows):
             shape = tuple(data.batch_size) if is_tensor_collection(data) else type(data).__name__
-            names = ", ".join(named(one) for one in self._transforms) or "the collate_fn"
+            names = ", ".join(transform_name(one) for one in self._transforms) or "the collate_fn"
             raise InputError(
                 f"the buffer gives a batch of shape {shape} for {len(rows)} entries ({names}), so its "
                 "rows are not those that are stored: analyse a buffer without that transform"

@@ -15,7 +15,16 @@ from torchrl.data import ReplayBuffer
 
 from tdhook_rl.errors import InputError, TdhookError
 
-__all__ = ["Window", "followed_by", "named", "pieces", "require_alike", "require_at_rest", "told", "window_of"]
+__all__ = [
+    "Window",
+    "applied_transforms",
+    "followed_by",
+    "require_alike",
+    "require_at_rest",
+    "rows_are_known",
+    "transform_name",
+    "window_of",
+]
 
 #: What a row is in other company may differ by, of its size: layers compute other last bits for other batches.
 RELATIVE, OF_LARGEST = 1e-3, 1e-5
@@ -58,14 +67,14 @@ def _row_by_row() -> frozenset[type]:
     return frozenset(getattr(transforms, name) for name in names if hasattr(transforms, name))
 
 
-def pieces(transform: Any) -> list[nn.Module]:
+def applied_transforms(transform: Any) -> list[nn.Module]:
     """The transforms that a buffer applies one after the other when it is read."""
     from torchrl.envs.transforms import Compose
 
     if transform is None:
         return []
     if type(transform) is Compose:
-        return [piece for one in transform.transforms for piece in pieces(one)]
+        return [piece for one in transform.transforms for piece in applied_transforms(one)]
     return [transform]
 
 
@@ -81,7 +90,7 @@ def window_of(transform: nn.Module) -> Window | None:
     return None
 
 
-def told(buffer: ReplayBuffer, transforms: Sequence[nn.Module]) -> bool:
+def rows_are_known(buffer: ReplayBuffer, transforms: Sequence[nn.Module]) -> bool:
     """Whether it is known of everything that the buffer applies which rows it reads."""
     collate = getattr(buffer, "_collate_fn", None)
     ours = (getattr(collate, "__module__", None) or "").split(".")[0] in ("torchrl", "tensordict")
@@ -96,7 +105,7 @@ def _trusted(transform: nn.Module) -> bool:
     return inverse or type(transform) in _row_by_row() or window_of(transform) is not None
 
 
-def named(transform: nn.Module) -> str:
+def transform_name(transform: nn.Module) -> str:
     """A transform in words: its class, or the function that it calls."""
     function = getattr(transform, "func", None)
     name = getattr(function, "__qualname__", None)
@@ -114,8 +123,8 @@ def require_at_rest(transforms: Sequence[nn.Module]) -> None:
     for one in transforms:
         if isinstance(one, (VecNorm, VecNormV2)) and not getattr(one, "frozen", False):
             raise InputError(
-                f"the transform {named(one)} of the buffer goes on counting when rows are read, so that they would "
-                "depend on what was read before: freeze it (freeze(), to_observation_norm()), or take it out"
+                f"the transform {transform_name(one)} of the buffer goes on counting when rows are read, so that they "
+                "would depend on what was read before: freeze it (freeze(), to_observation_norm()), or take it out"
             )
 
 
@@ -132,8 +141,8 @@ def followed_by(data: Any, transform: nn.Module) -> Any:
         raise
     except Exception as error:
         raise InputError(
-            f"the transform {named(transform)} of the buffer does not work on rows in storage order "
-            f"({type(error).__name__}: {error}): analyse a buffer without it"
+            f"the transform {transform_name(transform)} of the buffer does not work on rows in storage "
+            f"order ({type(error).__name__}: {error}): analyse a buffer without it"
         ) from error
 
 
@@ -177,7 +186,7 @@ def _culprit(raw: Callable[[Tensor], Any], transforms: Sequence[nn.Module], comp
         for start in () if _trusted(transform) else (0, 1):
             part = followed_by(whole[start::2].clone(), transform)
             if len(part) != len(company[start::2]) or _unlike(part, after[start::2]) is not None:
-                return f"the transform {named(transform)} of the buffer"
+                return f"the transform {transform_name(transform)} of the buffer"
         whole = after
     return "the collate_fn or a transform of the buffer"
 
