@@ -24,7 +24,7 @@ from tdhook_rl.calls.decisions import (
     choose,
     critic_keys,
     drawn_decisions,
-    every,
+    keys_named,
     outputs_named,
     warn_beside_values,
     warn_left_out,
@@ -134,13 +134,13 @@ def default_target(run: Pass) -> Target:
     """
     if drawn_decisions(run):
         return taken_action_log_prob()
-    values = [key for key in every(run.outputs, "action_value") if action_of(run, key) is not None]
+    values = [key for key in keys_named(run.outputs, "action_value") if action_of(run, key) is not None]
     if len(values) == 1:
         return chosen_q(values[0])
     if values:
         return chosen_q()
     points = [key for drawn in run.distributions for key in drawn.samples]
-    for critic, keys in ((False, [*points, *every(run.outputs, "action")]), (True, critic_keys(run))):
+    for critic, keys in ((False, [*points, *keys_named(run.outputs, "action")]), (True, critic_keys(run))):
         found = [key for key in dict.fromkeys(keys) if key in run.out_keys and _explains(run.outputs.get(key))]
         if found and critic:
             warn_beside_values(run, found)

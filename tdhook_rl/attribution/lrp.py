@@ -28,7 +28,7 @@ from tdhook_rl.attribution.lrp_hooks import (
 from tdhook_rl.attribution.lrp_rules import BY_WEIGHT, CONTAINERS, ROUTING, Rule, RuleMapper, Uniform, is_plain
 from tdhook_rl.attribution.relevance_graph import Graph
 from tdhook_rl.attribution.watching import Watch, WatchedCall, reached
-from tdhook_rl.calls.decisions import action_of, drawn_decisions, every, require_own_parameters
+from tdhook_rl.calls.decisions import action_of, drawn_decisions, keys_named, require_own_parameters
 from tdhook_rl.calls.passes import Call, Pass
 from tdhook_rl.errors import InPlaceError, InputError, SiteError, TdhookError
 from tdhook_rl.replaying.batching import GeneratorState, row_vectors
@@ -178,7 +178,7 @@ class _Default:
     name = "(default)"
 
     def __call__(self, run: Pass) -> Tensor:
-        logits = every(run.outputs, "logits")
+        logits = keys_named(run.outputs, "logits")
         decided = drawn_decisions(run)
         known = bool(logits) and all(action_of(run, key) is not None for key in logits)
         if not known or (decided and len(decided) != len(logits)):

@@ -20,7 +20,7 @@ from tdhook_rl.replaying.replay import Drawn
 from tdhook_rl.replaying.samples import components, is_point
 
 __all__ = [
-    "Decision", "Keys", "action_of", "choose", "critic_keys", "drawn_decisions", "every", "outputs_named",
+    "Decision", "Keys", "action_of", "choose", "critic_keys", "drawn_decisions", "keys_named", "outputs_named",
     "require_own_parameters", "warn_beside_values", "warn_left_out",
 ]  # fmt: skip
 
@@ -90,7 +90,7 @@ def warn_left_out(run: Pass, chosen: Sequence[Decision], name: str) -> None:
         return
     keys = {one.key for one in chosen}
     left = [one.key for drawn in run.distributions if not _is_latent(drawn) for one in _parts(drawn) if _is_point(one)]
-    left += [key for key in every(run.outputs, "action") if key in run.out_keys]
+    left += [key for key in keys_named(run.outputs, "action") if key in run.out_keys]
     # No gradient passes the draw of a choice, so as a latent it would not be explained at all.
     left += [
         one.key
@@ -110,7 +110,7 @@ def warn_left_out(run: Pass, chosen: Sequence[Decision], name: str) -> None:
 
 def critic_keys(run: Pass) -> list[NestedKey]:
     """The values that a critic gives: where one is TorchRL's by its name, all outputs that are called values."""
-    found = [*every(run.outputs, "state_value"), *every(run.outputs, "state_action_value")]
+    found = [*keys_named(run.outputs, "state_value"), *keys_named(run.outputs, "state_action_value")]
     if not any(key in run.out_keys for key in found):
         return []
     return [*found, *(key for key in run.out_keys if _VALUE.search(_as_tuple(key)[-1]))]
@@ -143,7 +143,7 @@ def require_own_parameters(drawing: Sequence[Any], who: str) -> None:
         )
 
 
-def every(data: TensorDictBase, name: str) -> list[NestedKey]:
+def keys_named(data: TensorDictBase, name: str) -> list[NestedKey]:
     """The keys of all entries with this name, at the top and nested (those of agents)."""
     return [key for key in data.keys(True, True) if _as_tuple(key)[-1] == name]
 
@@ -158,7 +158,7 @@ def outputs_named(run: Pass, key: NestedKey, name: str = "") -> list[tuple[Neste
     if isinstance(value, Tensor):
         return [(key, value)]
     if isinstance(value, TensorDictBase):
-        found = [one for one in every(run.outputs, name) if meets(key, one)]
+        found = [one for one in keys_named(run.outputs, name) if meets(key, one)]
     else:
         found = [one for one in run.out_keys if isinstance(key, str) and isinstance(one, tuple) and one[-1] == key]
     entries = [(one, value) for one in found if isinstance(value := run.outputs.get(one, None), Tensor)]
