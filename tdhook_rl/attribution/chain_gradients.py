@@ -8,7 +8,7 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.attribution.undefined import blank, defined_rows, surely_finite
+from tdhook_rl.attribution.undefined import defined_rows, nan_undefined_rows, surely_finite
 from tdhook_rl.calls.chains import Record, chain_layers
 from tdhook_rl.calls.passes import Call, Pass
 from tdhook_rl.targets import DefaultTarget, LinearTarget
@@ -60,5 +60,5 @@ def chain_gradient(call: Call, chain: tuple[Pass, Record], target: Scalar, weigh
         found = record.pull(outer)
         # Where every output is finite, so is what is linear in them; but a sum may overflow in half precision.
         if outer.dtype.itemsize < 4 or not surely_finite(record.output):
-            found = blank(defined_rows(call, target(run)), found)
+            found = nan_undefined_rows(defined_rows(call, target(run)), found)
     return found

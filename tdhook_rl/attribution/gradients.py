@@ -15,7 +15,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.attribution.chain_gradients import chain_gradient, is_linear, replayed_chain
-from tdhook_rl.attribution.undefined import blank, defined_rows, surely_finite
+from tdhook_rl.attribution.undefined import defined_rows, nan_undefined_rows, surely_finite
 from tdhook_rl.attribution.unreached import warn_unreached
 from tdhook_rl.calls.chains import MODIFIED
 from tdhook_rl.calls.passes import Call, Pass
@@ -373,7 +373,10 @@ def _filled(one: Sequence[Tensor | None], points: Sequence[Tensor], defined: Ten
     ]
     if defined is None:
         return filled
-    return [value if gradient is None else blank(defined, value) for value, gradient in zip(filled, one, strict=True)]
+    return [
+        value if gradient is None else nan_undefined_rows(defined, value)
+        for value, gradient in zip(filled, one, strict=True)
+    ]
 
 
 @contextmanager

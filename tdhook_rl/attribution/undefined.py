@@ -9,7 +9,7 @@ from tdhook_rl.calls.passes import Call
 from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.replaying.batching import in_recurrent_mode
 
-__all__ = ["blank", "defined_rows", "surely_finite"]
+__all__ = ["defined_rows", "nan_undefined_rows", "surely_finite"]
 
 
 def defined_rows(call: Call, reached: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def defined_rows(call: Call, reached: Tensor) -> Tensor:
     return torch.stack(steps, -1)
 
 
-def blank(defined: Tensor, gradient: Tensor) -> Tensor:
+def nan_undefined_rows(defined: Tensor, gradient: Tensor) -> Tensor:
     """NaN in the rows whose target is NaN or infinite: a number there would say something that is not so."""
     if gradient.shape[: defined.ndim] != defined.shape:
         if not gradient.ndim or gradient.shape[0] != defined.numel():
