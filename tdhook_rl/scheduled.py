@@ -18,7 +18,7 @@ from torch import Tensor
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.coupling import coupled
 from tdhook_rl.calls.passes import Call
-from tdhook_rl.calls.real_rows import emptied, nothing
+from tdhook_rl.calls.real_rows import missing_value, without_other_rows
 from tdhook_rl.errors import InputError, MissingKeyError, nearest, warn
 from tdhook_rl.method import Binder, Method
 
@@ -137,7 +137,7 @@ class _BoundScheduled(BoundMethod):
                 return self._blank(batch, call.data.device)
             found = dict(self.bound.compute(call))
             self._learn(found, len(batch))
-            return emptied(found, rows)
+            return without_other_rows(found, rows)
         if not bool(rows.any()) and self._forms:
             return self._blank(batch, call.data.device)
         chosen = rows
@@ -157,7 +157,7 @@ class _BoundScheduled(BoundMethod):
 
     def _blank(self, batch: torch.Size, device: torch.device | None) -> dict[tuple[str, ...], Tensor]:
         return {
-            key: torch.full((*batch, *shape), nothing(dtype), dtype=dtype, device=device)
+            key: torch.full((*batch, *shape), missing_value(dtype), dtype=dtype, device=device)
             for key, (shape, dtype) in self._forms.items()
         }
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tdhook_rl.batches.annotation import annotate
 from tdhook_rl.calls.provenance import is_stamp
-from tdhook_rl.calls.real_rows import nothing, real_rows
+from tdhook_rl.calls.real_rows import missing_value, real_rows
 from tdhook_rl.errors import InputError
 from tdhook_rl.replaying.batching import shallow_copy
 
@@ -70,7 +70,7 @@ def without_results(policy: Any, data: TensorDictBase, forms: Forms) -> TensorDi
     for key, (shape, dtype) in forms.items():
         of_root = key[0] == "computed" and key[1].removesuffix(".stamp") in roots
         if key in lacking or of_root:
-            value = 0 if is_stamp(key) else nothing(dtype)
+            value = 0 if is_stamp(key) else missing_value(dtype)
             filled[key] = torch.full((*data.batch_size, *shape), value, dtype=dtype, device=device)
     nodes: dict[str, TensorDictBase] = {}
     for key, value in filled.items():

@@ -11,7 +11,7 @@ from torch import Tensor
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.provenance import is_stamped, stamp_key
-from tdhook_rl.calls.real_rows import emptied, real_rows
+from tdhook_rl.calls.real_rows import real_rows, without_other_rows
 from tdhook_rl.calls.writing import require_room
 
 __all__ = ["Found"]
@@ -97,7 +97,7 @@ class Found:
             mask = self._mask(root, list(of_root.values()))
             marks["computed", root] = mask
             if self._real is not None:
-                values |= emptied(of_root, self._real.to(mask.device))
+                values |= without_other_rows(of_root, self._real.to(mask.device))
             stamp = self._stamp(root, mask)
             if stamp is not None:
                 marks[stamp_key(root)] = stamp

@@ -21,7 +21,7 @@ from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import Tensor, nn
 
 from tdhook_rl.calls.bound import BoundMethod
-from tdhook_rl.calls.real_rows import defined_values, reached, row_mask, surely_finite
+from tdhook_rl.calls.real_rows import defined_values, reached_values, row_mask, surely_finite
 from tdhook_rl.calls.writing import get_entry
 from tdhook_rl.policies.draws import action_keys, draws, sample_keys
 
@@ -238,7 +238,7 @@ class Provenance:
         if given is not None and not bool(given.any()):
             return given
         if explains:
-            values = reached(values, traced)
+            values = reached_values(values, traced)
             inputs = [get_entry(source, key) for one in methods for key in one.declared or ()]
             values = [*values, *(value for value in inputs if isinstance(value, Tensor))]
         rows = None

@@ -10,7 +10,16 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-__all__ = ["PADDING", "defined_values", "emptied", "nothing", "reached", "real_rows", "row_mask", "surely_finite"]
+__all__ = [
+    "PADDING",
+    "defined_values",
+    "missing_value",
+    "reached_values",
+    "real_rows",
+    "row_mask",
+    "surely_finite",
+    "without_other_rows",
+]
 
 #: Where ``split_trajectories`` and collectors mark the steps that are not padding.
 PADDING = (("collector", "mask"), "mask")
@@ -77,7 +86,7 @@ def defined_values(values: Iterable[Tensor], batch: torch.Size, infinite: bool =
     return rows
 
 
-def reached(values: Sequence[Tensor], traced: bool = False) -> Sequence[Tensor]:
+def reached_values(values: Sequence[Tensor], traced: bool = False) -> Sequence[Tensor]:
     """Attributions without those that are NaN in every row, which no gradient reaches: these do not judge the rows.
 
     Where all of them are, no row has one.
@@ -93,15 +102,15 @@ def reached(values: Sequence[Tensor], traced: bool = False) -> Sequence[Tensor]:
     return found or values
 
 
-def nothing(dtype: torch.dtype) -> Any:
+def missing_value(dtype: torch.dtype) -> Any:
     """What stands where nothing was computed: NaN, and 0 for integers."""
     return math.nan if dtype.is_floating_point or dtype.is_complex else 0
 
 
-def emptied(values: Mapping[tuple[str, ...], Tensor], rows: Tensor) -> dict[tuple[str, ...], Tensor]:
-    """The values of the given rows, and :func:`nothing` in the others."""
+def without_other_rows(values: Mapping[tuple[str, ...], Tensor], rows: Tensor) -> dict[tuple[str, ...], Tensor]:
+    """The values of the given rows, and :func:`missing_value` in the others."""
     filled = {}
     for key, value in values.items():
         mask = rows.reshape(*rows.shape, *(1,) * (value.ndim - rows.ndim))
-        filled[key] = torch.where(mask, value, torch.full_like(value, nothing(value.dtype)))
+        filled[key] = torch.where(mask, value, torch.full_like(value, missing_value(value.dtype)))
     return filled

@@ -55,7 +55,9 @@ class Heard:
         if rows is None:
             value = with_batch(value, batch, site)
             return value, torch.ones(batch, dtype=torch.bool, device=value.device)
-        total = torch.full((batch.numel(), *value.shape[1:]), _nothing(value.dtype), dtype=value.dtype).to(value.device)
+        total = torch.full((batch.numel(), *value.shape[1:]), missing_value(value.dtype), dtype=value.dtype).to(
+            value.device
+        )
         mask = torch.zeros(batch.numel(), dtype=torch.bool, device=value.device)
         for value, rows in self.runs:
             if rows is None:
@@ -142,7 +144,7 @@ class Absent:
                 f"the module {site!r} did not run in this call, and how its output looks is not known, since it has "
                 "not run in a call before: begin with data for which it runs"
             )
-        return torch.full((*batch, *features), _nothing(dtype), dtype=dtype, device=device)
+        return torch.full((*batch, *features), missing_value(dtype), dtype=dtype, device=device)
 
 
 def place_rows_hook(root: nn.Module, path: str, hook: RowsHook) -> None:
@@ -205,5 +207,5 @@ def _features(module: nn.Module) -> torch.Size | None:
     return None
 
 
-def _nothing(dtype: torch.dtype) -> Any:
+def missing_value(dtype: torch.dtype) -> Any:
     return torch.nan if dtype.is_floating_point or dtype.is_complex else 0
