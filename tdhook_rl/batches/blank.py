@@ -15,9 +15,10 @@ from torch import Tensor
 
 from tdhook_rl.batches.annotation import annotate
 from tdhook_rl.calls.provenance import is_stamp
-from tdhook_rl.calls.real_rows import missing_value, real_rows
+from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.errors import InputError
 from tdhook_rl.replaying.batching import shallow_copy
+from tdhook_rl.sites.missing import missing_value
 
 __all__ = ["Forms", "forms_of", "without_results"]
 

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
+from tdhook_rl.sites.missing import missing_value
+
 __all__ = [
-    "PADDING",
-    "defined_values",
-    "missing_value",
-    "reached_values",
-    "real_rows",
-    "row_mask",
-    "surely_finite",
-    "without_other_rows",
-]
+    "PADDING", "defined_values", "reached_values", "real_rows", "row_mask", "surely_finite", "without_other_rows",
+]  # fmt: skip
 
 #: Where ``split_trajectories`` and collectors mark the steps that are not padding.
 PADDING = (("collector", "mask"), "mask")
@@ -100,11 +94,6 @@ def reached_values(values: Sequence[Tensor], traced: bool = False) -> Sequence[T
         return [torch.where(one & ~empty.all(), 0, value) for one, value in zip(empty, values, strict=True)]
     found = [value for value in values if value.is_meta or surely_finite(value) or not bool((value != value).all())]
     return found or values
-
-
-def missing_value(dtype: torch.dtype) -> Any:
-    """What stands where nothing was computed: NaN, and 0 for integers."""
-    return math.nan if dtype.is_floating_point or dtype.is_complex else 0
 
 
 def without_other_rows(values: Mapping[tuple[str, ...], Tensor], rows: Tensor) -> dict[tuple[str, ...], Tensor]:

@@ -16,15 +16,9 @@ from torchrl.data import ReplayBuffer
 from tdhook_rl.errors import InputError, TdhookError
 
 __all__ = [
-    "Window",
-    "applied_transforms",
-    "followed_by",
-    "require_alike",
-    "require_at_rest",
-    "rows_are_known",
-    "transform_name",
-    "window_of",
-]
+    "Window", "applied_transforms", "followed_by", "require_alike", "require_at_rest", "rows_are_known",
+    "transform_name", "window_of",
+]  # fmt: skip
 
 #: What a row is in other company may differ by, of its size: layers compute other last bits for other batches.
 RELATIVE, OF_LARGEST = 1e-3, 1e-5

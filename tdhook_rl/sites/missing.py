@@ -19,7 +19,7 @@ from tdhook_rl.sites.rows import with_batch
 if TYPE_CHECKING:
     from tdhook_rl.sites.runtime import Runtime
 
-__all__ = ["Absent", "Heard", "Missing", "RowsHook", "check_missing", "place_rows_hook"]
+__all__ = ["Absent", "Heard", "Missing", "RowsHook", "check_missing", "missing_value", "place_rows_hook"]
 
 Missing = Literal["raise", "nan"]
 
@@ -55,9 +55,7 @@ class Heard:
         if rows is None:
             value = with_batch(value, batch, site)
             return value, torch.ones(batch, dtype=torch.bool, device=value.device)
-        total = torch.full((batch.numel(), *value.shape[1:]), missing_value(value.dtype), dtype=value.dtype).to(
-            value.device
-        )
+        total = value.new_full((batch.numel(), *value.shape[1:]), missing_value(value.dtype))
         mask = torch.zeros(batch.numel(), dtype=torch.bool, device=value.device)
         for value, rows in self.runs:
             if rows is None:
@@ -208,4 +206,5 @@ def _features(module: nn.Module) -> torch.Size | None:
 
 
 def missing_value(dtype: torch.dtype) -> Any:
+    """What stands where nothing was computed: NaN, and 0 for integers."""
     return torch.nan if dtype.is_floating_point or dtype.is_complex else 0
