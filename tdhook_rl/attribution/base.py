@@ -22,7 +22,7 @@ from tdhook_rl.errors import InputError, MissingKeyError, TargetError, nearest
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.replaying.batching import in_recurrent_mode
 from tdhook_rl.sites.hooks import Portable
-from tdhook_rl.sites.missing import Absent, Heard, Missing, check_missing
+from tdhook_rl.sites.missing import Absent, Missing, PartialCapture, check_missing
 from tdhook_rl.targets import DefaultTarget, Target, per_row
 
 if TYPE_CHECKING:
@@ -151,11 +151,11 @@ class BoundAttribution(BoundMethod):
             self.inputs = []
         self.leaves = {binder.leaf(site, config.missing == "nan"): site.name for site in sites}
         # Of sites that may miss rows: the slot in which what they gave is kept, and their path, by that of the leaf.
-        self._heard: dict[str, tuple[str, str]] = {}
+        self._partly: dict[str, tuple[str, str]] = {}
         if config.missing == "nan":
             kept = zip(self.leaves, sites, strict=True)
-            self._heard = {slot: (binder.heard(binder.root, site), site.path) for slot, site in kept}
-            self.exclusive = bool(self._heard)
+            self._partly = {slot: (binder.capture_partly(binder.root, site), site.path) for slot, site in kept}
+            self.exclusive = bool(self._partly)
         self._absent = Absent()
         watched = [site for path in config.target_modules for site in binder.sites(path, runs=True)]
         self.watched = {binder.watch(site): site.name for site in watched}
@@ -196,8 +196,8 @@ class BoundAttribution(BoundMethod):
                 "explains each row at its stored hidden state, or the whole trajectory with horizon='trajectory'"
             )
         call.learn()
-        heard = self._sites_heard(call)
-        leaves = {slot: site for slot, site in self.leaves.items() if heard is None or slot in heard}
+        captured = self._partial_captures(call)
+        leaves = {slot: site for slot, site in self.leaves.items() if captured is None or slot in captured}
         explained = Explained(self._explained_inputs(call), leaves)
         if any(key not in explained.inputs for key in self.declared):  # boolean inputs drop out
             self.declared = [key for key in self.declared if key in explained.inputs]
@@ -213,32 +213,32 @@ class BoundAttribution(BoundMethod):
                 results[*prefix, *_as_tuple(key)] = value
             for slot, value in of_leaves.items():
                 site = self.leaves[slot]
-                value = value if heard is None else heard[slot].spread(value, call.batch_size, site)
+                value = value if captured is None else captured[slot].spread(value, call.batch_size, site)
                 results[*prefix, site] = with_batch(value, call.batch_size, site)
             for slot, site in self.leaves.items():
                 if slot not in leaves:
-                    module = call.policy.hooked_root.get_submodule(self._heard[slot][1])
+                    module = call.policy.hooked_root.get_submodule(self._partly[slot][1])
                     results[*prefix, site] = self._absent.value(site, module, call.batch_size, call.data.device)
-        if heard is not None:
-            results["computed", self.root] = self._rows_heard(call, heard)
+        if captured is not None:
+            results["computed", self.root] = self._captured_rows(call, captured)
         return results
 
-    def _sites_heard(self, call: Call) -> dict[str, Heard] | None:
+    def _partial_captures(self, call: Call) -> dict[str, PartialCapture] | None:
         """What the explained sites give in this call, by the slot of their leaf; ``None`` where all have to run."""
-        if not self._heard:
+        if not self._partly:
             return None
         with torch.no_grad():
             call.replay(record=True)
-        found: dict[str, Any] = {slot: call.slots.get(kept) for slot, (kept, _) in self._heard.items()}
-        heard = {slot: one for slot, one in found.items() if one is not None}
-        for slot, one in heard.items():
+        found: dict[str, Any] = {slot: call.slots.get(kept) for slot, (kept, _) in self._partly.items()}
+        captured = {slot: one for slot, one in found.items() if one is not None}
+        for slot, one in captured.items():
             self._absent.note(self.leaves[slot], one.together(call.batch_size, self.leaves[slot])[0], call.batch_size)
-        return heard
+        return captured
 
-    def _rows_heard(self, call: Call, heard: Mapping[str, Heard]) -> Tensor:
+    def _captured_rows(self, call: Call, captured: Mapping[str, PartialCapture]) -> Tensor:
         rows = torch.ones(call.batch_size, dtype=torch.bool, device=call.data.device)
         for slot, site in self.leaves.items():
-            one = heard.get(slot)
+            one = captured.get(slot)
             rows = rows & one.together(call.batch_size, site)[1] if one is not None else torch.zeros_like(rows)
         return rows
 

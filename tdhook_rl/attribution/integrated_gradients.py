@@ -243,7 +243,7 @@ class _BoundIntegratedGradients(BoundAttribution):
                 for slot, site in sites.items()
             }
         except (SiteError, InputError) as error:
-            if not self._heard:
+            if not self._partly:
                 raise
             raise type(error)(
                 f"integrated gradients of {', '.join(map(repr, sites.values()))} go from what a module gives at the "

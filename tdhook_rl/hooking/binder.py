@@ -138,7 +138,7 @@ class Binder:
         self.on_output(site, LeafHook(self.runtime, slot, site.name, site.run, partial))
         return slot
 
-    def heard(self, root: nn.Module, site: Site) -> str:
+    def capture_partly(self, root: nn.Module, site: Site) -> str:
         """Keep the output of a site and which rows it is of; returns the slot.
 
         Raises:

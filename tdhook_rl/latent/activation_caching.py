@@ -143,7 +143,7 @@ class ActivationCaching(Method):
         if tuple(self.directions) == ("fwd",) and self.cache is None and self.callback is None:
             # What most collectors run at every step: plain capture hooks, results written as they are.
             root = binder.root if self.relative else binder.policy
-            keep = binder.capture if self.missing == "raise" else partial(binder.heard, root)
+            keep = binder.capture if self.missing == "raise" else partial(binder.capture_partly, root)
             slots = {self._key("fwd", site): (keep(site), site.name, site.explicit) for site in sites}
             paths = {site.name: (site.path, self.relative) for site in sites}
             bound = _BoundCaching(slots) if self.missing == "raise" else _BoundMissing(slots, paths)
@@ -254,14 +254,14 @@ class _BoundMissing(_BoundCaching):
         batch, found = call.batch_size, {}
         masks = []
         for key, (slot, name, _) in self._slots.items():
-            heard: Any = call.slots.get(slot)
-            if heard is None:
+            captured: Any = call.slots.get(slot)
+            if captured is None:
                 path, relative = self._paths[name]
                 module = (call.policy.hooked_root if relative else call.policy).get_submodule(path)
                 value = self._absent.value(name, module, batch, call.data.device)
                 mask = torch.zeros(batch, dtype=torch.bool, device=value.device)
             else:
-                value, mask = heard.together(batch, name)
+                value, mask = captured.together(batch, name)
                 self._absent.note(name, value, batch)
             found[key] = value
             masks.append(mask)

@@ -19,7 +19,7 @@ from tdhook_rl.sites.rows import with_batch
 if TYPE_CHECKING:
     from tdhook_rl.sites.runtime import Runtime
 
-__all__ = ["Absent", "Heard", "Missing", "RowsHook", "check_missing", "missing_value", "place_rows_hook"]
+__all__ = ["Absent", "Missing", "PartialCapture", "RowsHook", "check_missing", "missing_value", "place_rows_hook"]
 
 Missing = Literal["raise", "nan"]
 
@@ -33,7 +33,7 @@ def check_missing(missing: str) -> None:
 _ELEMENTWISE = (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Identity)
 
 
-class Heard:
+class PartialCapture:
     """What one site gave in one call: for each run its rows, and which rows of the batch they are."""
 
     def __init__(self) -> None:
@@ -41,13 +41,13 @@ class Heard:
 
     def spread(self, value: Tensor, batch: torch.Size, site: str) -> Tensor:
         """A value for the rows of the last run, in all rows, NaN where there is none."""
-        return Heard.of([(value, self.runs[-1][1])]).together(batch, site)[0]
+        return PartialCapture.of([(value, self.runs[-1][1])]).together(batch, site)[0]
 
     @classmethod
-    def of(cls, runs: list[tuple[Tensor, Tensor | None]]) -> Heard:
-        heard = cls()
-        heard.runs = runs
-        return heard
+    def of(cls, runs: list[tuple[Tensor, Tensor | None]]) -> PartialCapture:
+        captured = cls()
+        captured.runs = runs
+        return captured
 
     def together(self, batch: torch.Size, site: str) -> tuple[Tensor, Tensor]:
         """The values of all rows, NaN where there is none, and the mask of those that have one."""
@@ -93,10 +93,10 @@ class RowsHook:
             return
         value, _ = rows_of(output, module, self.site, runtime)
         value = (value.detach() if value.requires_grad else value).clone()
-        heard = runtime.slots.get(self.slot) if runtime.run_of(self.slot) else None
-        if heard is None:
-            heard = runtime.slots[self.slot] = Heard()  # type: ignore[assignment]
-        heard.runs.append((value, self._rows(value, _tensors(args, kwargs, module))))  # type: ignore[union-attr]
+        captured = runtime.slots.get(self.slot) if runtime.run_of(self.slot) else None
+        if captured is None:
+            captured = runtime.slots[self.slot] = PartialCapture()  # type: ignore[assignment]
+        captured.runs.append((value, self._rows(value, _tensors(args, kwargs, module))))  # type: ignore[union-attr]
 
     def _rows(self, value: Tensor, given: list[Tensor]) -> Tensor | None:
         """The rows of the batch, flattened, that these are; ``None`` for all, in their order."""
