@@ -13,7 +13,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["DESCRIBED", "Kind", "Operation", "is_of_torch", "operation", "running_module"]
+__all__ = ["DESCRIBED", "Kind", "Operation", "is_torch_module", "operation", "running_module"]
 
 
 class Kind(Enum):
@@ -156,7 +156,7 @@ def running_module() -> nn.Module | None:
     return None
 
 
-def is_of_torch(module: nn.Module) -> bool:
+def is_torch_module(module: nn.Module) -> bool:
     """Whether a module computes in a way of torch's own: what others write is seen function by function."""
     own = type(module).__module__.startswith("torch.nn.") or isinstance(module, torch.jit.ScriptModule)
     return own or type(module) is TensorDictModule

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from tdhook_rl.attribution.base import BoundAttribution, Explained
-from tdhook_rl.attribution.functions import Operation, is_of_torch, operation, running_module
+from tdhook_rl.attribution.functions import Operation, is_torch_module, operation, running_module
 from tdhook_rl.attribution.saliency import Saliency, _BoundSaliency
 from tdhook_rl.attribution.watching import WatchedCall, reached
 from tdhook_rl.calls.passes import Call, Pass
@@ -174,7 +174,7 @@ class _BoundGuidedBackpropagation(_BoundSaliency):
             for name, child in binder.root.named_modules()
             if isinstance(child, nn.ReLU) and not isinstance(child, self._skipped)
         ]
-        if not relus and all(map(is_of_torch, binder.root.modules())):
+        if not relus and all(map(is_torch_module, binder.root.modules())):
             raise self._none()
         for name, child in relus:
             binder.on_output(Site(name, name, child, True), _GuideHook(binder.runtime, self._owner))

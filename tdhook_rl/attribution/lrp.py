@@ -12,7 +12,7 @@ from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import Tensor, nn
 
 from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttribution
-from tdhook_rl.attribution.functions import is_of_torch
+from tdhook_rl.attribution.functions import is_torch_module
 from tdhook_rl.attribution.gradients import gradients
 from tdhook_rl.attribution.lrp_cuts import CutOff, LookForCuts
 from tdhook_rl.attribution.lrp_functions import FunctionRules
@@ -76,7 +76,7 @@ class _BoundLRP(BoundAttribution):
             self._layers.append((name, module, rule))
             computed = type(rule) in BY_WEIGHT and not is_plain(module)
             (ComputedHook if computed else RuleHook)(self._state, name, rule).place(module)
-        elif is_of_torch(module) and not isinstance(module, (*ROUTING, *CONTAINERS)):
+        elif is_torch_module(module) and not isinstance(module, (*ROUTING, *CONTAINERS)):
             raise SiteError(
                 f"LRP has no rule for the module {name!r} ({type(module).__name__}), so its gradient would be taken "
                 "for relevance: give it one with rule_mapper=, or let it pass with skip_modules="

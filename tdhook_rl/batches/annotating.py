@@ -15,7 +15,7 @@ from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.preconditions import require_data, require_rows
 from tdhook_rl.errors import warn
 
-__all__ = ["Annotating", "annotate", "only_by_annotate"]
+__all__ = ["AnnotatingMixin", "annotate", "only_by_annotate"]
 
 #: Calls after which a policy has acted, and was not only tried.
 ACTED = 2
@@ -71,7 +71,7 @@ def only_by_annotate(policy: Any) -> list[Any]:
     return [key for one in observers(policy._hooked.bound) for key in one.result_keys if key not in steps]
 
 
-class Annotating(HookedPolicy):
+class AnnotatingMixin(HookedPolicy):
     """The part of a hooked policy that has :func:`annotate`."""
 
     @property
@@ -101,4 +101,4 @@ class Annotating(HookedPolicy):
         return f"{super().__repr__()}\n(hooked: {'; '.join(parts) or 'no results'})"
 
 
-Annotating.annotate.__doc__ = annotate.__doc__
+AnnotatingMixin.annotate.__doc__ = annotate.__doc__

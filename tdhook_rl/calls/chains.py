@@ -136,12 +136,12 @@ def chain_layers(policy: HookedPolicy, x: Any) -> Steps | None:
         return None
     if (kind.__call__, kind._call_impl) != _CALLS:
         return None
-    if own.get("out_features", 0).__class__ is not int or _has_any_global_hook() or _is_heard(own):
+    if own.get("out_features", 0).__class__ is not int or _has_any_global_hook() or _has_hook(own):
         return None  # torchrl's MLP gives its output a shape where it is asked for several dimensions
     steps: Steps = []
     for child in module._modules.values():
         layer = LAYERS.get(child.__class__)
-        if layer is None or child.__class__.forward is not _FORWARDS[child.__class__] or _is_heard(child.__dict__):
+        if layer is None or child.__class__.forward is not _FORWARDS[child.__class__] or _has_hook(child.__dict__):
             return None
         own = child.__dict__
         if "forward" in own or own.get("inplace", False):
@@ -159,7 +159,7 @@ def _sequences() -> tuple[Any, ...]:
     return nn.Sequential.forward, MLP.forward
 
 
-def _is_heard(own: dict[str, Any]) -> bool:
+def _has_hook(own: dict[str, Any]) -> bool:
     """Whether a module, by its attributes, has a hook."""
     return bool(
         own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]

@@ -17,7 +17,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase, is_tensorclass
 from torch import nn
 
-from tdhook_rl.batches.annotating import Annotating
+from tdhook_rl.batches.annotating import AnnotatingMixin
 from tdhook_rl.batches.tensorclasses import call_on_fields
 from tdhook_rl.calls.bound import BoundMethod, observers
 from tdhook_rl.calls.chunks import in_deciding_rows
@@ -45,7 +45,7 @@ from tdhook_rl.sites.states import watching
 __all__ = ["HookedMixin"]
 
 
-class HookedMixin(Annotating, Swapped):
+class HookedMixin(AnnotatingMixin, Swapped):
     """What a hooked policy can do beyond being the policy.
 
     Threads may call and annotate one hooked policy at once: they take turns. A single submodule of it is called without
