@@ -26,7 +26,7 @@ def test_every_figure_is_as_expected(name: str, seed: int, tmp_path: Path) -> No
     chosen = experiment(name)
     findings = chosen.measure(load(chosen.agent, seed))
     assert findings.met, shown(findings)
-    for figure in chosen.draw(findings, tmp_path):
+    for figure in chosen.plot(findings, tmp_path):
         assert figure.path.stat().st_size > 5000
 
 

@@ -112,10 +112,10 @@ class Experiment:
         agent: the name of the recipe.
         title: the question.
         measure: from an agent the figures.
-        draw: from the figures the pictures, in a folder.
+        plot: from the figures the pictures, in a folder.
     """
 
     agent: str
     title: str
     measure: Callable[[Trained], Findings]
-    draw: Callable[[Findings, Path], list[Figure]]
+    plot: Callable[[Findings, Path], list[Figure]]

@@ -68,7 +68,7 @@ def measure(trained: Trained) -> Findings:
     return Findings(checks, {"truth": truth.abs().mean(0).tolist(), **means})
 
 
-def draw(findings: Findings, folder: Path) -> list[Figure]:
+def plot(findings: Findings, folder: Path) -> list[Figure]:
     """The mean attribution of every feature, beside the truth."""
     groups = {
         f"x{feature}": {name: findings.data[name][feature] for name in ("truth", "trained", "untrained")}
@@ -143,5 +143,5 @@ EXPERIMENT = Experiment(
     agent="known_value",
     title="Do attributions find what the value and the policy depend on?",
     measure=measure,
-    draw=draw,
+    plot=plot,
 )

@@ -76,7 +76,7 @@ def measure(trained: Trained) -> Findings:
     return Findings(checks, {"explained": explained})
 
 
-def draw(findings: Findings, folder: Path) -> list[Figure]:
+def plot(findings: Findings, folder: Path) -> list[Figure]:
     """The share of the state that is about each cue, by step."""
     explained = findings.data["explained"]
     shown = {
@@ -157,5 +157,5 @@ EXPERIMENT = Experiment(
     agent="t_maze",
     title="What does a recurrent agent remember, and can its memory be changed?",
     measure=measure,
-    draw=draw,
+    plot=plot,
 )

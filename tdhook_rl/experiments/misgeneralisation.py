@@ -46,7 +46,7 @@ def measure(trained: Trained) -> Findings:
     return Findings(checks, {"found": found})
 
 
-def draw(findings: Findings, folder: Path) -> list[Figure]:
+def plot(findings: Findings, folder: Path) -> list[Figure]:
     """Success by where the cheese is."""
     groups = {name: {"episodes that reach the cheese": value} for name, value in findings.data["found"].items()}
     path = grouped_bars(folder / "misgeneralisation.png", groups, "episodes that reach the cheese")
@@ -108,5 +108,5 @@ EXPERIMENT = Experiment(
     agent="cheese",
     title="Does the agent want the cheese, or the corner where it always was?",
     measure=measure,
-    draw=draw,
+    plot=plot,
 )

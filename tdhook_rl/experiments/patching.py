@@ -56,7 +56,7 @@ def measure(trained: Trained) -> Findings:
     return Findings(checks, {"the light": light, "the corner": corner, "random": mean_random})
 
 
-def draw(findings: Findings, folder: Path) -> list[Figure]:
+def plot(findings: Findings, folder: Path) -> list[Figure]:
     """What one direction recovers, by layer."""
     groups = {name: {of: values[name] for of, values in findings.data.items()} for name in findings.data["random"]}
     path = grouped_bars(folder / "patching.png", groups, "recovered logit difference (median)")
@@ -128,5 +128,5 @@ EXPERIMENT = Experiment(
     agent="cue_corners",
     title="Which activations carry the decision?",
     measure=measure,
-    draw=draw,
+    plot=plot,
 )

@@ -78,7 +78,7 @@ def measure(trained: Trained) -> Findings:
     return Findings(checks, {"curves": curves, "untrained": {k: v.estimate for k, v in at["untrained"].items()}})
 
 
-def draw(findings: Findings, folder: Path) -> list[Figure]:
+def plot(findings: Findings, folder: Path) -> list[Figure]:
     """Behaviour and probes over training."""
     curves, untrained = findings.data["curves"], findings.data["untrained"]
     flat = {
@@ -186,5 +186,5 @@ EXPERIMENT = Experiment(
     agent="cue_grid",
     title="What does the agent know, and when did it learn it?",
     measure=measure,
-    draw=draw,
+    plot=plot,
 )

@@ -47,7 +47,7 @@ def write(found: Mapping[str, Findings], seed: int, folder: Path) -> Path:
     for name, findings in found.items():
         experiment = EXPERIMENTS[name]
         parts.append(Table(experiment.title, COLUMNS, [check.row for check in findings.checks]))
-        parts += experiment.draw(findings, folder / "figures")
+        parts += experiment.plot(findings, folder / "figures")
     return write_report(
         folder / "report.html",
         "Experiments whose answers are known",

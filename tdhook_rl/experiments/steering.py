@@ -51,7 +51,7 @@ def measure(trained: Trained) -> Findings:
     return Findings(checks, {"response": response})
 
 
-def draw(findings: Findings, folder: Path) -> list[Figure]:
+def plot(findings: Findings, folder: Path) -> list[Figure]:
     """The dose-response curve."""
     response: DoseResponse = findings.data["response"]
     path = dose_curve(
@@ -83,5 +83,5 @@ EXPERIMENT = Experiment(
     agent="cue_corners",
     title="Does one direction change where the agent goes?",
     measure=measure,
-    draw=draw,
+    plot=plot,
 )
