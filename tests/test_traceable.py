@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tdhook_rl import ActivationCaching, IntegratedGradients, Saliency, targets
 from tdhook_rl.calls.provenance import is_stamp
 from tdhook_rl.errors import InputError
-from tdhook_rl.replaying.traceable import require_traceable, signs
+from tdhook_rl.replaying.traceable import require_traceable, trace_risks
 
 
 class Base(nn.Module):
@@ -89,7 +89,7 @@ def test_what_code_shows_is_named(name: str) -> None:
     build, word = STATEFUL[name]
     policy = nn.Sequential(nn.Linear(4, 4), build())
     with pytest.raises(InputError, match=word):
-        require_traceable(policy, signs(policy))
+        require_traceable(policy, trace_risks(policy))
 
 
 class Breaks(Base):

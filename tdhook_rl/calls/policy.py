@@ -17,7 +17,7 @@ from tdhook_rl.calls.provenance import Provenance
 from tdhook_rl.policies.draws import Draw
 from tdhook_rl.policies.tying import Tie
 from tdhook_rl.replaying.batching import Traits
-from tdhook_rl.replaying.traceable import Sign
+from tdhook_rl.replaying.traceable import TraceRisk
 from tdhook_rl.sites.runtime import Runtime
 
 __all__ = ["HookedPolicy", "HookedState"]
@@ -37,7 +37,7 @@ class HookedState:
         provenance: whose results are whose. Read by whatever writes or believes results.
         wraps: the policy is a wrapper of ours around the user's plain module. Read where paths start, and by messages.
         traits: whether it has memory, batch statistics, convolutions. Read by annotation and by attributions.
-        signs: what its code shows of writing and drawing. Read by compiled calls.
+        trace_risks: what its code shows of writing and drawing. Read by compiled calls.
         shares: its own forward may be explained, without a second pass. Read by calls.
         is_chain: it may be a chain of known layers. Read by the pass that needs no graph.
         reads: keys that methods read beside the policy's own. Read by ``in_keys``.
@@ -60,7 +60,7 @@ class HookedState:
     provenance: Provenance
     wraps: bool
     traits: Traits
-    signs: list[Sign]
+    trace_risks: list[TraceRisk]
     shares: bool
     is_chain: bool
     reads: list[NestedKey]

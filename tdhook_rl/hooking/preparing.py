@@ -26,7 +26,7 @@ from tdhook_rl.policies.q_networks import supports, value_actions
 from tdhook_rl.policies.tying import Tie, tied_clone
 from tdhook_rl.replaying.batching import Traits
 from tdhook_rl.replaying.replays import DecidedHook, ReplayMixin
-from tdhook_rl.replaying.traceable import signs
+from tdhook_rl.replaying.traceable import trace_risks
 from tdhook_rl.sites.classes import swap_class
 from tdhook_rl.sites.inner_calls import place_inner_hooks
 from tdhook_rl.sites.rows import attach_layouts
@@ -106,7 +106,7 @@ def hooked_clone(
         provenance=Provenance(clone, inputs, bound),
         wraps=wraps,
         traits=traits,
-        signs=signs(clone) if any(one.replays and one.when == "step" for one in bound) else [],
+        trace_risks=trace_risks(clone) if any(one.replays and one.when == "step" for one in bound) else [],
         shares=can_share(clone, traits) and not drawn and chunked_by(clone) is None,
         is_chain=is_chain(clone),
         reads=binder.reads,

@@ -17,7 +17,7 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.policies.outside import functions_of
 from tdhook_rl.sites.known import draws_noise, may_draw, may_meet, own_class, unknown_modules
 
-__all__ = ["Sign", "require_traceable", "signs"]
+__all__ = ["TraceRisk", "require_traceable", "trace_risks"]
 
 #: How functions that draw are called, in torch and elsewhere.
 _DRAWS = frozenset({
@@ -35,7 +35,7 @@ _LOADS = frozenset({"LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "LOAD_NAME"})
 _CHANGES = frozenset({"append", "appendleft", "extend", "update", "pop", "popleft", "insert", "setdefault", "clear"})
 
 
-class Sign(NamedTuple):
+class TraceRisk(NamedTuple):
     """What shows that the forward of a module may write or draw: in words, and whether only in training mode."""
 
     module: nn.Module
@@ -43,16 +43,16 @@ class Sign(NamedTuple):
     training_only: bool
 
 
-def signs(policy: nn.Module) -> list[Sign]:
+def trace_risks(policy: nn.Module) -> list[TraceRisk]:
     """What the code of a policy's modules shows. It is read once: a traced call cannot read code."""
     found = []
     for path, module in unknown_modules(policy):
         kind = own_class(module)
         where = f"{path!r} ({kind.__name__})" if path else kind.__name__
         if module._buffers and not may_meet(module) and kind.__module__.startswith("torch."):
-            found.append(Sign(module, f"{where} writes its buffers in training mode", True))
+            found.append(TraceRisk(module, f"{where} writes its buffers in training mode", True))
         for function in functions_of(module):
-            found += [Sign(module, f"{where} {words}", only) for words, only in _shown(function.__code__)]
+            found += [TraceRisk(module, f"{where} {words}", only) for words, only in _shown(function.__code__)]
     return found
 
 
@@ -82,7 +82,7 @@ def _shown(code: types.CodeType) -> tuple[tuple[str, bool], ...]:
     return tuple(found)
 
 
-def require_traceable(policy: nn.Module, found: list[Sign]) -> None:
+def require_traceable(policy: nn.Module, found: list[TraceRisk]) -> None:
     """Raise where a second pass in a traced graph would not be what ran, or would move what it should not.
 
     Outside of ``fullgraph=True``, ``torch.compile`` may take the error for a break of the graph, and run the call
@@ -90,7 +90,7 @@ def require_traceable(policy: nn.Module, found: list[Sign]) -> None:
 
     Args:
         policy: the hooked policy.
-        found: what :func:`signs` found in it.
+        found: what :func:`trace_risks` found in it.
 
     Raises:
         InputError: that names the module.
