@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all matrix lint format bench bench-peers clean
+.PHONY: demo test test-all matrix house lint format bench bench-peers clean
 
 demo: $(READY)
 	$(BIN)/tdhook-rl demo $(DEMO)
@@ -20,6 +20,10 @@ test-all: $(READY)
 matrix: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt ray
 	$(BIN)/python -m tests.matrix
+
+# Draws docs/house.svg: the rooms of the package and their arrows.
+house: $(READY)
+	$(BIN)/python -m tests.house
 
 lint: $(READY)
 	$(BIN)/ruff check .
