@@ -118,7 +118,15 @@ def _draw_rooms(axes: Any, house: list[list[str]], colours: dict[str, Any]) -> N
         for one in layer:
             colour, width = colours[one.name], 1.3 * one.lines / most
             axes.text(0.1, at, one.name, va="center", size=9.5, weight="bold", color=colour)
-            axes.text(PURPOSE, at, textwrap.fill(one.purpose, 66), va="center", size=7.6, color=TEXT, linespacing=1.15)
+            axes.text(
+                PURPOSE,
+                at,
+                textwrap.fill(one.purpose, 66, break_on_hyphens=False),
+                va="center",
+                size=7.6,
+                color=TEXT,
+                linespacing=1.15,
+            )
             axes.add_patch(Rectangle((BARS, at - 0.13), width, 0.26, fc=colour, alpha=0.75))
             axes.text(FILES, at, one.files, va="center", ha="right", size=7.2, color=PALE)
             axes.text(BARS + 0.07 + width, at, f"{one.lines:,}", va="center", size=7.2, color=TEXT)
