@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -10,8 +10,9 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor
 
-from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttribution
+from tdhook_rl.attribution.base import BoundAttribution, GradientAttribution
 from tdhook_rl.attribution.gradients import gradients
+from tdhook_rl.attribution.question import Attributed, Question, TargetFunction
 from tdhook_rl.calls.passes import Call, Pass, with_batch
 from tdhook_rl.errors import InputError, SiteError, TargetError
 from tdhook_rl.targets import Target, per_row
@@ -51,17 +52,13 @@ class _BoundActivationMaximisation(BoundAttribution):
         self._steps = config.n_steps
         self._bounds = (config.min_value, config.max_value)
 
-    def attribute(
-        self, call: Call, explained: Explained, targets: Sequence[Callable[[Pass], Tensor]]
-    ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
-        return [(self._ascend(call, explained.inputs, target), {}) for target in targets]
+    def attribute(self, question: Question) -> list[Attributed]:
+        return [(self._ascend(question._replace(targets=[target])), {}) for target in question.targets]
 
-    def _ascend(
-        self, call: Call, inputs: dict[NestedKey, Tensor], target: Callable[[Pass], Tensor]
-    ) -> dict[NestedKey, Tensor]:
-        points = {key: self._bounded(value.detach()) for key, value in inputs.items()}
+    def _ascend(self, question: Question) -> dict[NestedKey, Tensor]:
+        points = {key: self._bounded(value.detach()) for key, value in question.inputs.items()}
         for _ in range(self._steps):
-            [(slopes, _leaves)], _values = gradients(call, points, {}, {}, [target])
+            [(slopes, _leaves)], _values = gradients(question._replace(inputs=points))
             points = {
                 # An input that no gradient reaches stays where it is.
                 key: self._bounded(torch.where(slopes[key].isnan().all(), value, value + self._alpha * slopes[key]))
@@ -72,7 +69,7 @@ class _BoundActivationMaximisation(BoundAttribution):
     def _bounded(self, value: Tensor) -> Tensor:
         return value if self._bounds == (None, None) else value.clamp(*self._bounds)
 
-    def _function(self, target: Target | None, call: Call) -> Callable[[Pass], Tensor]:
+    def _function(self, target: Target | None, call: Call) -> TargetFunction:
         return _Activations(self.watched) if self._of_modules else super()._function(target, call)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tdhook_rl.arguments.checked import require_target
 from tdhook_rl.attribution.chain_gradients import is_linear
-from tdhook_rl.attribution.gradients import explainable_inputs
+from tdhook_rl.attribution.explainable import explainable_inputs
+from tdhook_rl.attribution.question import Attributed, Question, TargetFunction
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.passes import Call, Pass, with_batch
 from tdhook_rl.calls.real_rows import real_rows
@@ -28,10 +29,9 @@ from tdhook_rl.targets import DefaultTarget, Target, per_row
 if TYPE_CHECKING:
     from tensordict.nn import TensorDictModuleBase
 
-__all__ = ["BoundAttribution", "Explained", "GradientAttribution"]
+__all__ = ["BoundAttribution", "GradientAttribution"]
 
 Init = Callable[[TensorDictBase, TensorDictBase], TensorDictBase]
-Explains = Callable[[Pass], Tensor]  # a Target, or a function of the user's
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -67,7 +67,7 @@ class GradientAttribution(Method):
             ``"nan"`` for NaN and a false mask in the rows without a value (experts, action chunks).
     """
 
-    target: Explains | Mapping[str, Explains] | None = None
+    target: TargetFunction | Mapping[str, TargetFunction] | None = None
     init_attr_targets: Init | None = None
     init_attr_inputs: Init | None = None
     init_attr_grads: Init | None = None
@@ -123,14 +123,6 @@ class GradientAttribution(Method):
         return "batch" if acts and self.init_attr_targets is None else "step"
 
 
-@dataclass(frozen=True)
-class Explained:
-    """What is explained in one call: inputs by key, and inner activations by slot with the name of their site."""
-
-    inputs: dict[NestedKey, Tensor]
-    leaves: dict[str, str]
-
-
 class BoundAttribution(BoundMethod):
     """A gradient attribution bound to a policy. Subclasses say how one target is attributed."""
 
@@ -169,7 +161,7 @@ class BoundAttribution(BoundMethod):
                 ("grads", config.init_attr_grads),
             )
         }
-        self._chosen: list[Explains | None] = [
+        self._chosen: list[TargetFunction | None] = [
             one if one is None or hasattr(one, "name") else Target(getattr(one, "__name__", "(a function)"), one)
             for one in (config.target.values() if isinstance(config.target, Mapping) else [config.target])
         ]
@@ -198,15 +190,16 @@ class BoundAttribution(BoundMethod):
         call.learn()
         captured = self._partial_captures(call)
         leaves = {slot: site for slot, site in self.leaves.items() if captured is None or slot in captured}
-        explained = Explained(self._explained_inputs(call), leaves)
-        if any(key not in explained.inputs for key in self.declared):  # boolean inputs drop out
-            self.declared = [key for key in self.declared if key in explained.inputs]
+        inputs = self._explained_inputs(call)
+        if any(key not in inputs for key in self.declared):  # boolean inputs drop out
+            self.declared = [key for key in self.declared if key in inputs]
         targets = [self._function(one, call) for one in self._chosen]
         if self.horizon == "trajectory" and (real := real_rows(call.data)) is not None:
             targets = [_OfRealSteps(target, real) for target in targets]
         results: dict[tuple[str, ...], Tensor] = {}
-        nothing = not explained.inputs and not leaves and bool(self.leaves)
-        attributed: Any = [({}, {}) for _ in self.names] if nothing else self.attribute(call, explained, targets)
+        attributed: list[Attributed] = [({}, {}) for _ in self.names]
+        if inputs or leaves or not self.leaves:
+            attributed = self.attribute(Question(call, inputs, leaves, targets))
         for name, (of_inputs, of_leaves) in zip(self.names, attributed, strict=True):
             prefix = (self.root, *([name] if name else []))
             for key, value in of_inputs.items():
@@ -242,9 +235,7 @@ class BoundAttribution(BoundMethod):
             rows = rows & one.together(call.batch_size, site)[1] if one is not None else torch.zeros_like(rows)
         return rows
 
-    def attribute(
-        self, call: Call, explained: Explained, targets: Sequence[Callable[[Pass], Tensor]]
-    ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
+    def attribute(self, question: Question) -> list[Attributed]:
         """For each target the attribution of each input (by key) and of each inner activation (by slot)."""
         raise NotImplementedError
 
@@ -276,7 +267,7 @@ class BoundAttribution(BoundMethod):
             )
         return {key: chosen.get(key) for key in keys}
 
-    def _function(self, target: Explains | None, call: Call) -> Callable[[Pass], Tensor]:
+    def _function(self, target: TargetFunction | None, call: Call) -> TargetFunction:
         init = self._init["targets"]
         if init is None:
             return target or DefaultTarget()
@@ -286,7 +277,7 @@ class BoundAttribution(BoundMethod):
 class _OfRealSteps:
     """A target that is zero in padding: what a network would decide there is no part of a trajectory."""
 
-    def __init__(self, target: Callable[[Pass], Tensor], real: Tensor) -> None:
+    def __init__(self, target: TargetFunction, real: Tensor) -> None:
         self.target = target
         self.real = real
         self.name = getattr(target, "name", "target")

@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import TensorDict
 from torch import Tensor
 
+from tdhook_rl.attribution.question import Attributed, Question, TargetFunction
 from tdhook_rl.attribution.undefined import defined_rows, nan_undefined_rows, surely_finite
 from tdhook_rl.calls.chains import Record, chain_layers
 from tdhook_rl.calls.passes import Call, Pass
 from tdhook_rl.targets import DefaultTarget, LinearTarget
 
-__all__ = ["chain_gradient", "is_linear", "replayed_chain"]
-
-Scalar = Callable[[Pass], Tensor]
+__all__ = ["chain_gradients", "is_linear"]
 
 
-def is_linear(targets: Sequence[Scalar]) -> bool:
+def is_linear(targets: Sequence[TargetFunction]) -> bool:
     """Whether all targets are of the classes whose slope is known; a subclass may compute something else."""
     return all(type(target) in (LinearTarget, DefaultTarget) for target in targets)
 
 
-def replayed_chain(
-    call: Call, inputs: Mapping[NestedKey, Tensor], stored: TensorDictBase | None
-) -> tuple[Pass, Record] | None:
+def chain_gradients(question: Question) -> list[Attributed] | None:
+    """For each target its gradient with respect to the one input; ``None`` if there is another way only."""
+    call, inputs, sites, targets, _, _, weights = question
+    if len(inputs) != 1 or sites or not is_linear(targets):
+        return None
+    chain = call.chain or _replayed_chain(question)
+    if chain is None:
+        return None
+    found: list[Attributed] = []
+    for target in targets:
+        gradient = _chain_gradient(call, chain, target, weights)
+        if gradient is None:
+            return None
+        found.append((dict.fromkeys(inputs, gradient), {}))
+    return found
+
+
+def _replayed_chain(question: Question) -> tuple[Pass, Record] | None:
     """Run the policy on inputs, one of which it has; ``None`` if it is no chain just now."""
+    call, inputs, stored = question.call, question.inputs, question.stored
     policy = call.policy
     if not policy._hooked.is_chain:
         return None
@@ -48,7 +63,9 @@ def replayed_chain(
     return Pass(outputs, data, [], out_keys, {}), record
 
 
-def chain_gradient(call: Call, chain: tuple[Pass, Record], target: Scalar, weights: Tensor | None) -> Tensor | None:
+def _chain_gradient(
+    call: Call, chain: tuple[Pass, Record], target: TargetFunction, weights: Tensor | None
+) -> Tensor | None:
     """The gradient of a target with respect to the one input; ``None`` if the target is not linear in the output."""
     run, record = chain
     with torch.no_grad():

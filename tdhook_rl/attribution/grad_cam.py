@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from tensordict import NestedKey
 from torch import Tensor
 
 from tdhook_rl.arguments.checked import Checked
-from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttribution
+from tdhook_rl.attribution.base import BoundAttribution, GradientAttribution
 from tdhook_rl.attribution.gradients import gradients
-from tdhook_rl.calls.passes import Call, Pass, with_batch
+from tdhook_rl.attribution.question import Attributed, Question
+from tdhook_rl.calls.passes import Call, with_batch
 from tdhook_rl.errors import InputError
 
 if TYPE_CHECKING:
@@ -65,11 +65,9 @@ class _BoundGradCAM(BoundAttribution):
         self._absolute = config.absolute
         self._upsample = config.upsample_to
 
-    def attribute(
-        self, call: Call, explained: Explained, targets: Sequence[Callable[[Pass], Tensor]]
-    ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
-        sites = explained.leaves
-        found, inner = gradients(call, {}, dict.fromkeys(sites), sites, targets)
+    def attribute(self, question: Question) -> list[Attributed]:
+        found, inner = gradients(question._replace(inputs={}))
+        sites, call = question.sites, question.call
         return [
             ({}, {slot: self._map(gradient, inner[slot], sites[slot], call) for slot, gradient in of_leaves.items()})
             for _, of_leaves in found

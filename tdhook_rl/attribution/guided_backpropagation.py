@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from tensordict import NestedKey
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from tdhook_rl.attribution.base import BoundAttribution, Explained
+from tdhook_rl.attribution.base import BoundAttribution
 from tdhook_rl.attribution.functions import Operation, is_torch_module, operation, running_module
+from tdhook_rl.attribution.question import Attributed, Question, TargetFunction
 from tdhook_rl.attribution.saliency import Saliency, _BoundSaliency
 from tdhook_rl.attribution.watching import WatchedCall, reached
-from tdhook_rl.calls.passes import Call, Pass
+from tdhook_rl.calls.passes import Pass
 from tdhook_rl.errors import InPlaceError, SiteError, TdhookError
 from tdhook_rl.replaying.batching import GeneratorState
 from tdhook_rl.sites.containers import first_tensor
@@ -136,7 +136,7 @@ _CANDIDATES = ("Relu", "ClampMin", "Clamp", "Threshold", "Maximum", "Fmax")
 class _Look:
     """A target that looks through the graph of its pass first: is there a ReLU, and is each of them guided?"""
 
-    def __init__(self, target: Callable[[Pass], Tensor]) -> None:
+    def __init__(self, target: TargetFunction) -> None:
         self.target = target
         self.name = getattr(target, "name", "target")
         self.guided, self.unguided = False, frozenset[str]()
@@ -180,25 +180,25 @@ class _BoundGuidedBackpropagation(_BoundSaliency):
             binder.on_output(Site(name, name, child, True), _GuideHook(binder.runtime, self._owner))
         self.shares_forward = False  # the hooks change gradients that the caller's own backward must not see
 
-    def attribute(
-        self, call: Call, explained: Explained, targets: Sequence[Callable[[Pass], Tensor]]
-    ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
+    def attribute(self, question: Question) -> list[Attributed]:
+        call = question.call
         runtime = call.policy._hooked.runtime
         if torch.compiler.is_compiling():
             previous, runtime.explaining = runtime.explaining, self._owner
             with _TracedFunctions():
-                found = super().attribute(call, explained, targets)
+                found = super().attribute(question)
             runtime.explaining = previous
             return found
         with runtime.explained_by(self._owner):
             # Where no graph can be looked at, all functions are.
             if torch.is_inference_mode_enabled() or vmap_level() >= 0:
-                return self._by_functions(call, explained, targets)
-            looks = [_Look(target) for target in targets]
+                return self._by_functions(question)
+            looks = [_Look(target) for target in question.targets]
+            looking = question._replace(targets=looks)
             if not self._by_function:
                 before = GeneratorState(call.data.device)
                 try:
-                    found = super().attribute(call, explained, looks)
+                    found = super().attribute(looking)
                     if not any(look.unguided for look in looks):
                         if not any(look.guided for look in looks):
                             raise self._none()
@@ -209,7 +209,7 @@ class _BoundGuidedBackpropagation(_BoundSaliency):
                 except RuntimeError:  # such as a statement in place, whose gradient by modules alone is not to be had
                     pass
                 before.restore()
-            found = self._by_functions(call, explained, looks)
+            found = self._by_functions(looking)
             self._by_function = True
             if not self._skipped and any("Relu" in look.unguided for look in looks):
                 raise SiteError(
@@ -218,13 +218,12 @@ class _BoundGuidedBackpropagation(_BoundSaliency):
                 )
             return found
 
-    def _by_functions(
-        self, call: Call, explained: Explained, targets: Sequence[Callable[[Pass], Tensor]]
-    ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
+    def _by_functions(self, question: Question) -> list[Attributed]:
+        call = question.call
         functions = _GuidedFunctions(self._skipped)
         watched = WatchedCall.of(call, functions, [])
         try:
-            found = super().attribute(watched, explained, targets)
+            found = super().attribute(question._replace(call=watched))
         finally:
             call.replayed = watched.replayed
         if not functions.found:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -14,11 +14,13 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor
 
-from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttribution
+from tdhook_rl.attribution.base import BoundAttribution, GradientAttribution
 from tdhook_rl.attribution.baselines import Baseline, check_baseline, filled
-from tdhook_rl.attribution.gradients import activations, gradients
+from tdhook_rl.attribution.gradients import gradients
+from tdhook_rl.attribution.leaves import activations
+from tdhook_rl.attribution.question import Attributed, Question
 from tdhook_rl.calls.coupling import coupled
-from tdhook_rl.calls.passes import Call, Pass, with_batch
+from tdhook_rl.calls.passes import Call, with_batch
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.policies.draws import draws, sample_keys
 from tdhook_rl.replaying.batching import conv_chunk, repeat_rows, row_vectors
@@ -97,34 +99,30 @@ class _BoundIntegratedGradients(BoundAttribution):
         deltas, self._deltas = self._deltas, {}
         return results | deltas
 
-    def attribute(
-        self, call: Call, explained: Explained, targets: Sequence[Callable[[Pass], Tensor]]
-    ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
-        if len(explained.leaves) + bool(explained.inputs) == 1:
-            return self._attribute_group(call, explained, targets)
-        found: list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]] = [({}, {}) for _ in targets]
+    def attribute(self, question: Question) -> list[Attributed]:
+        if len(question.sites) + bool(question.inputs) == 1:
+            return self._attribute_group(question)
+        found: list[Attributed] = [({}, {}) for _ in question.targets]
         # A path for each activation: one in the place of what is computed cuts off the inputs and earlier ones.
-        groups = [Explained(explained.inputs, {})]
-        groups += [Explained({}, {slot: site}) for slot, site in explained.leaves.items()]
+        groups = [question._replace(sites={})] if question.inputs else []
+        groups += [question._replace(inputs={}, sites={slot: site}) for slot, site in question.sites.items()]
         for group in groups:
-            if group.inputs or group.leaves:
-                parts = self._attribute_group(call, group, targets)
-                for (all_inputs, all_leaves), (of_inputs, of_leaves) in zip(found, parts, strict=True):
-                    all_inputs.update(of_inputs)
-                    all_leaves.update(of_leaves)
+            for (all_inputs, all_leaves), (of_inputs, of_leaves) in zip(
+                found, self._attribute_group(group), strict=True
+            ):
+                all_inputs.update(of_inputs)
+                all_leaves.update(of_leaves)
         return found
 
-    def _attribute_group(
-        self, call: Call, explained: Explained, targets: Sequence[Callable[[Pass], Tensor]]
-    ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
-        inputs, sites = explained.inputs, explained.leaves
+    def _attribute_group(self, question: Question) -> list[Attributed]:
+        call, inputs = question.call, question.inputs
         path_inputs = self._path_inputs(call, inputs)
         baselines = {key: self._read_baseline(call, key, value) for key, value in path_inputs.items()}
         ends = {key: inputs.get(key, call.inputs[key]) for key in baselines}
-        inner = self._inner_path(call, sites, ends, baselines)
-        averages = self._integrate(call, inputs, sites, baselines, inner, targets)
+        inner = self._inner_path(call, question.sites, ends, baselines)
+        averages = self._integrate(question, baselines, inner)
         if self.beside is not None and not self._deltas:
-            self._measure_deltas(call, ends, baselines, inner, targets, averages)
+            self._measure_deltas(question, ends, baselines, inner, averages)
         if not self._multiply:
             return averages
         return [
@@ -160,32 +158,28 @@ class _BoundIntegratedGradients(BoundAttribution):
 
     def _integrate(
         self,
-        call: Call,
-        inputs: Mapping[NestedKey, Tensor],
-        sites: Mapping[str, str],
+        question: Question,
         baselines: Mapping[NestedKey, Tensor],
         inner: Mapping[str, tuple[Tensor, Tensor]],
-        targets: Sequence[Callable[[Pass], Tensor]],
-    ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
+    ) -> list[Attributed]:
+        call, inputs = question.call, question.inputs
         batch = call.batch_size
         rows = batch.numel()
         shapes = {key: value.shape for key, value in inputs.items()}, {s: low.shape for s, (low, _) in inner.items()}
-        totals: list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]] = [({}, {}) for _ in targets]
+        totals: list[Attributed] = [({}, {}) for _ in question.targets]
         stored = None
         left_out = self._not_repeated(call, inputs)
         for alphas, weights in self._passes(call, next(iter((*inputs.values(), *(low for low, _ in inner.values()))))):
             points = len(alphas)
             if stored is None or stored.batch_size[0] != points * rows:
                 stored = repeat_rows(call.data, points, left_out)
-            found, _ = gradients(
-                call,
-                {key: _between(baselines[key], end, alphas, batch) for key, end in inputs.items()},
-                {slot: _between(low, high, alphas, batch) for slot, (low, high) in inner.items()},
-                sites,
-                targets,
+            between = question._replace(
+                inputs={key: _between(baselines[key], end, alphas, batch) for key, end in inputs.items()},
+                placed={slot: _between(low, high, alphas, batch) for slot, (low, high) in inner.items()},
                 stored=stored,
                 weights=weights,
             )
+            found, _ = gradients(between)
             for one, total in zip(found, totals, strict=True):
                 for part, sums, shape in zip(one, total, shapes, strict=True):
                     for key, value in part.items():
@@ -253,21 +247,20 @@ class _BoundIntegratedGradients(BoundAttribution):
 
     def _measure_deltas(
         self,
-        call: Call,
+        question: Question,
         ends: Mapping[NestedKey, Tensor],
         baselines: Mapping[NestedKey, Tensor],
         inner: Mapping[str, tuple[Tensor, Tensor]],
-        targets: Sequence[Callable[[Pass], Tensor]],
-        averages: Sequence[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]],
+        averages: Sequence[Attributed],
     ) -> None:
-        batch = call.batch_size
+        call = question.call
         with torch.no_grad():
             high, low = call.replay(ends), call.replay(baselines)
-            changes = [target(high) - target(low) for target in targets]
+            changes = [target(high) - target(low) for target in question.targets]
         for name, change, (of_inputs, of_leaves) in zip(self.names, changes, averages, strict=True):
             terms = [value * (ends[key] - baselines[key]) for key, value in of_inputs.items()]
             terms += [value * (inner[slot][1] - inner[slot][0]) for slot, value in of_leaves.items()]
-            total = torch.stack([row_vectors(term, batch).sum(-1) for term in terms]).sum(0)
+            total = torch.stack([row_vectors(term, call.batch_size).sum(-1) for term in terms]).sum(0)
             key = (self.beside or "", *([name] if name else []))
             self._deltas[key] = total - change
 

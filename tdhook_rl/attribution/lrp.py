@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import Tensor, nn
 
-from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttribution
+from tdhook_rl.attribution.base import BoundAttribution, GradientAttribution
 from tdhook_rl.attribution.functions import is_torch_module
 from tdhook_rl.attribution.gradients import gradients
 from tdhook_rl.attribution.lrp_cuts import CutOff, LookForCuts
@@ -26,6 +25,7 @@ from tdhook_rl.attribution.lrp_hooks import (
     Unknown,
 )
 from tdhook_rl.attribution.lrp_rules import BY_WEIGHT, CONTAINERS, ROUTING, Rule, RuleMapper, Uniform, is_plain
+from tdhook_rl.attribution.question import Attributed, Question, TargetFunction
 from tdhook_rl.attribution.relevance_graph import Graph
 from tdhook_rl.attribution.watching import Watch, WatchedCall, reached
 from tdhook_rl.calls.decisions import action_of, drawn_decisions, keys_named, require_own_parameters
@@ -87,35 +87,30 @@ class _BoundLRP(BoundAttribution):
         gaps, self._gaps = self._gaps, {}
         return results | gaps
 
-    def _function(self, target: Target | None, call: Call) -> Callable[[Pass], Tensor]:
+    def _function(self, target: Target | None, call: Call) -> TargetFunction:
         return _Default() if target is None and self._init["targets"] is None else super()._function(target, call)
 
-    def attribute(
-        self, call: Call, explained: Explained, targets: Sequence[Callable[[Pass], Tensor]]
-    ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
+    def attribute(self, question: Question) -> list[Attributed]:
         if torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
             raise InputError("LRP cannot run under inference_mode or compile: annotate the collected batch")
         if vmap_level() >= 0:
             raise InputError("LRP cannot run under vmap: call the hooked policy on the whole batch, or annotate it")
         watch = Watch()
-        starts = [_Start(target, self._starts_at_output, watch) for target in targets]
-        found = self._in_the_way_it_needs(call, explained, starts, watch)
+        starts = [_Start(target, self._starts_at_output, watch) for target in question.targets]
+        found = self._in_the_way_it_needs(question._replace(targets=starts), watch)
         if self.beside is not None:
             for name, start, (of_inputs, _) in zip(self.names, starts, found, strict=True):
-                total = torch.stack([row_vectors(value, call.batch_size).sum(-1) for value in of_inputs.values()]).sum(
-                    0
-                )
+                rows = question.call.batch_size
+                total = torch.stack([row_vectors(value, rows).sum(-1) for value in of_inputs.values()]).sum(0)
                 self._gaps[self.beside, *([name] if name else [])] = total - start.value
         return found
 
-    def _in_the_way_it_needs(
-        self, call: Call, explained: Explained, starts: list[_Start], watch: Watch
-    ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
+    def _in_the_way_it_needs(self, question: Question, watch: Watch) -> list[Attributed]:
         """By the rules of modules alone, which costs least, where the graph shows that nothing else has computed."""
         if not self._by_function:
-            before = GeneratorState(call.data.device)
+            before = GeneratorState(question.call.data.device)
             try:
-                return self._passed(call, explained, starts, watch, by_function=False)
+                return self._passed(question, watch, by_function=False)
             except Unknown:
                 pass
             except TdhookError as error:
@@ -124,14 +119,12 @@ class _BoundLRP(BoundAttribution):
             except RuntimeError:  # such as a statement in place: the pass with rules for functions says what it is
                 pass
             before.restore()
-        found = self._passed(call, explained, starts, watch, by_function=True)
+        found = self._passed(question, watch, by_function=True)
         self._by_function = True
         return found
 
-    def _passed(
-        self, call: Call, explained: Explained, starts: list[_Start], watch: Watch, by_function: bool
-    ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
-        runtime, inputs, sites = self._state.runtime, explained.inputs, explained.leaves
+    def _passed(self, question: Question, watch: Watch, by_function: bool) -> list[Attributed]:
+        call, runtime = question.call, self._state.runtime
         points: list[Tensor] = []  # of the pass: the replayed inputs
         graph = Graph(points, runtime, (ShareOut, ShareByFunction))
         cuts = functions = look = None
@@ -145,7 +138,7 @@ class _BoundLRP(BoundAttribution):
         seen = WatchedCall.of(call, look, points)
         try:
             with runtime.explained_by(self._owner):
-                found = gradients(seen, inputs, dict.fromkeys(sites), sites, starts)[0]
+                found = gradients(question._replace(call=seen))[0]
             self._looked = True
             return found
         finally:
@@ -193,7 +186,7 @@ class _Start:
     that the relevance of the outputs adds up to the target wherever this is linear in them.
     """
 
-    def __init__(self, target: Callable[[Pass], Tensor], at_output: bool, watch: Watch) -> None:
+    def __init__(self, target: TargetFunction, at_output: bool, watch: Watch) -> None:
         self.target = target
         self.watch = watch
         self.name = getattr(target, "name", "target")

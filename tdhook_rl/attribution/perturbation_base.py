@@ -10,9 +10,10 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttribution
+from tdhook_rl.attribution.base import BoundAttribution, GradientAttribution
 from tdhook_rl.attribution.groups import Groups
 from tdhook_rl.attribution.integrated_gradients import rows_at_once
+from tdhook_rl.attribution.question import Attributed, Question
 from tdhook_rl.calls.passes import Call, Pass
 from tdhook_rl.errors import InputError, TargetError, TdhookError, nearest
 from tdhook_rl.replaying.batching import repeat_rows, row_vectors, shallow_copy
@@ -45,15 +46,13 @@ class BoundPerturbation(BoundAttribution):
         super().__init__(config, binder)
         self._chunk_size = config.chunk_size
 
-    def attribute(
-        self, call: Call, explained: Explained, targets: Sequence[Measure]
-    ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
-        measures = self._measures(targets)
-        found: list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]] = [({}, {}) for _ in measures]
-        inputs = explained.inputs
+    def attribute(self, question: Question) -> list[Attributed]:
+        call, inputs = question.call, question.inputs
+        measures = self._measures(question.targets)
+        found: list[Attributed] = [({}, {}) for _ in measures]
         # What the policy was given, also where it has overwritten an input since.
         whole = shallow_copy(call.data)
-        for key, value in (call.inputs | inputs).items():
+        for key, value in {**call.inputs, **inputs}.items():
             whole.set(key, value)
         with torch.no_grad():
             run = call.replay(inputs)

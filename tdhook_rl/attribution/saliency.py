@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from tensordict import NestedKey
 from torch import Tensor
 
-from tdhook_rl.attribution.base import BoundAttribution, Explained, GradientAttribution
+from tdhook_rl.attribution.base import BoundAttribution, GradientAttribution
 from tdhook_rl.attribution.gradients import gradients
-from tdhook_rl.calls.passes import Call, Pass
+from tdhook_rl.attribution.question import Attributed, Question
 
 if TYPE_CHECKING:
     from tdhook_rl.method import Binder
@@ -26,14 +24,11 @@ class _BoundSaliency(BoundAttribution):
         self._multiply = config.multiply_by_inputs
         self.shares_forward = config.init_attr_inputs is None
 
-    def attribute(
-        self, call: Call, explained: Explained, targets: Sequence[Callable[[Pass], Tensor]]
-    ) -> list[tuple[dict[NestedKey, Tensor], dict[str, Tensor]]]:
-        inputs, sites = explained.inputs, explained.leaves
-        found, inner = gradients(call, inputs, dict.fromkeys(sites), sites, targets)
+    def attribute(self, question: Question) -> list[Attributed]:
+        found, inner = gradients(question)
         return [
             (
-                {key: self._finish(value, inputs[key]) for key, value in of_inputs.items()},
+                {key: self._finish(value, question.inputs[key]) for key, value in of_inputs.items()},
                 {slot: self._finish(value, inner[slot]) for slot, value in of_leaves.items()},
             )
             for of_inputs, of_leaves in found

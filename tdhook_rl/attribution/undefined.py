@@ -1,6 +1,8 @@
-"""Rows that have no attribution: those whose target is NaN or infinite."""
+"""What has no attribution is NaN: rows whose target is NaN or infinite, and what no gradient reaches."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from tdhook_rl.calls.passes import Call
 from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.replaying.batching import in_recurrent_mode
 
-__all__ = ["defined_rows", "nan_undefined_rows", "surely_finite"]
+__all__ = ["defined_rows", "nan_undefined_rows", "surely_finite", "with_nan"]
 
 
 def defined_rows(call: Call, reached: Tensor) -> Tensor:
@@ -32,3 +34,14 @@ def nan_undefined_rows(defined: Tensor, gradient: Tensor) -> Tensor:
             return gradient
         defined = defined.reshape(-1)  # convolutional nets flatten the leading dimensions
     return torch.where(defined.reshape(*defined.shape, *(1,) * (gradient.ndim - defined.ndim)), gradient, torch.nan)
+
+
+def with_nan(gradients: Sequence[Tensor | None], points: Sequence[Tensor], defined: Tensor | None) -> list[Tensor]:
+    """The gradients, NaN where there is none; ``defined`` says for which rows there is one, if not for all.
+
+    What no gradient reaches is NaN: zero would say that it does not matter.
+    """
+    filled = [
+        torch.full_like(point, torch.nan) if one is None else one for one, point in zip(gradients, points, strict=True)
+    ]
+    return filled if defined is None else [nan_undefined_rows(defined, one) for one in filled]
