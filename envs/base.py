@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import Categorical, Composite, TensorSpec, Unbounded
+from torchrl.data import Bounded, Categorical, Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
 from tdhook_rl.envs.concepts import Concept
@@ -45,6 +45,8 @@ class ConceptEnv(EnvBase):
     #: The name under which ``gymnasium.make`` finds the environment.
     gymnasium_id: ClassVar[str]
     n_actions: ClassVar[int]
+    #: Of an observation that is a vector.
+    observation_features: ClassVar[int]
     #: What the labels are, by name; they lie under ``("concept", name)``.
     concepts: ClassVar[Mapping[str, Concept]]
     #: Where each state variable lies in the TensorDict; ``elapsed`` is one of them.
@@ -60,7 +62,7 @@ class ConceptEnv(EnvBase):
         self,
         *,
         batch_size: Sequence[int] = (),
-        max_steps: int,
+        max_steps: int = 30,
         seed: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -329,7 +331,8 @@ class ConceptEnv(EnvBase):
     # ------------------------------------------------------------------ an environment writes these
 
     def _observation_spec(self, shape: torch.Size) -> TensorSpec:
-        raise NotImplementedError
+        """By default a vector of numbers between 0 and 1."""
+        return Bounded(0.0, 1.0, shape=(*shape, self.observation_features))
 
     def _begin(self, shape: torch.Size) -> dict[str, Tensor]:
         """Draw the variables of start states from ``self._generator``; ``elapsed`` is 0 unless given."""
@@ -351,8 +354,8 @@ class ConceptEnv(EnvBase):
         raise NotImplementedError
 
     def _changed(self, at: Mapping[str, Tensor], concept: str, index: int | None) -> dict[str, Tensor]:
-        """The variables that an intervention on a concept sets."""
-        raise NotImplementedError
+        """The variables that an intervention on a concept sets; by default one of two classes is flipped."""
+        return {concept: 1 - at[concept]}
 
     def _value(self, at: Mapping[str, Tensor], gamma: float) -> Tensor:
         raise NotImplementedError

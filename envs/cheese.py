@@ -19,7 +19,7 @@ from torch import Tensor
 from torchrl.data import Bounded, TensorSpec, Unbounded
 
 from tdhook_rl.envs.base import ConceptEnv
-from tdhook_rl.envs.concepts import EPISODE_COIN, Concept
+from tdhook_rl.envs.concepts import EPISODE_COIN, Concept, state_variables
 from tdhook_rl.envs.grids import moved, one_hot, worth
 from tdhook_rl.envs.mazes import distances, random_mazes
 from tdhook_rl.envs.rendering import Canvas
@@ -74,12 +74,9 @@ class Cheese(ConceptEnv):
         "in_corner": Concept(role="unneeded", meaning="the agent is in the top right 3x3 cells", classes=2),
         "episode_coin": EPISODE_COIN,
     }
-    variables: ClassVar[Mapping[str, NestedKey]] = {
-        name: ("concept", name) for name in ("cell", "cheese_cell", "visible", "episode_coin")
-    } | {
-        "maze": "maze",
-        "elapsed": "elapsed",
-    }
+    variables: ClassVar[Mapping[str, NestedKey]] = state_variables(
+        "cell", "cheese_cell", "visible", "episode_coin", free=("maze",)
+    )
     defaults: ClassVar[Mapping[str, int]] = {"visible": 1, "episode_coin": 0, "maze": 0, "elapsed": 0}
 
     def __init__(
@@ -158,7 +155,7 @@ class Cheese(ConceptEnv):
 
     def _changed(self, at: Mapping[str, Tensor], concept: str, index: int | None) -> dict[str, Tensor]:
         if concept != "cheese_cell":
-            return {concept: 1 - at[concept]}
+            return super()._changed(at, concept, index)
         # The next free cell that is not the agent's, counted on from the cheese.
         order = (at["cheese_cell"].unsqueeze(-1) + torch.arange(1, CELLS, device=self.device)) % CELLS
         free = ~self._walls[at["maze"]].gather(-1, order) & (order != at["cell"].unsqueeze(-1))

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from tensordict import NestedKey
 from torch import Tensor
 from torchrl.data import Binary, Bounded, Categorical, TensorSpec, Unbounded
 
 from tdhook_rl.errors import InputError
 
-__all__ = ["EPISODE_COIN", "Concept", "Role"]
+__all__ = ["EPISODE_COIN", "Concept", "Role", "state_variables"]
 
 #: Needed by the task; present but not needed; not a property that a network has a reason to represent.
 Role = Literal["needed", "unneeded", "control"]
@@ -82,3 +83,13 @@ class Concept:
 EPISODE_COIN = Concept(
     role="control", meaning="a coin thrown at the start of the episode", classes=2, moves=("episode_coin",)
 )
+
+
+def state_variables(*concepts: str, free: Sequence[str] = ()) -> dict[str, NestedKey]:
+    """Where the variables of a state lie: those that are concepts, those that are not, and the steps so far.
+
+    Example:
+        >>> state_variables("cell", free=["maze"])
+        {'cell': ('concept', 'cell'), 'maze': 'maze', 'elapsed': 'elapsed'}
+    """
+    return {name: ("concept", name) for name in concepts} | {name: name for name in (*free, "elapsed")}

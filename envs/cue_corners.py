@@ -14,24 +14,21 @@ import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import Bounded, TensorSpec
 
-from tdhook_rl.envs.base import ConceptEnv
-from tdhook_rl.envs.concepts import Concept
+from tdhook_rl.envs.concepts import Concept, state_variables
 from tdhook_rl.envs.grids import manhattan, moved, worth
-from tdhook_rl.envs.rendering import Canvas
+from tdhook_rl.envs.lights import BITS, LitGrid, light_concepts
 from tdhook_rl.errors import InputError
 
 __all__ = ["CueCorners"]
 
 SIDE = 5
-BITS = 4
 CELLS = SIDE * SIDE
 CORNERS = (0, CELLS - 1)  # A, B
 STEP_COST = 0.02
 
 
-class CueCorners(ConceptEnv):
+class CueCorners(LitGrid):
     """The environment, batched in torch.
 
     The state travels in the TensorDict, so that a rollout can start from any state: reset with a TensorDict
@@ -58,31 +55,10 @@ class CueCorners(ConceptEnv):
     """
 
     gymnasium_id = "tdhook_rl/CueCorners-v0"
-    n_actions = 4
+    side = SIDE
     observation_features = 3 * (SIDE + 1) * SIDE
     concepts: ClassVar[Mapping[str, Concept]] = {
-        "bits": Concept(
-            role=("needed", "needed", "unneeded", "unneeded"),
-            meaning="the lights",
-            classes=2,
-            size=BITS,
-            moves=("bits",),
-            follows=("xor", "unneeded_xor", "paying_corner"),
-        ),
-        "xor": Concept(
-            role="needed",
-            meaning="exactly one of the first two lights is on",
-            classes=2,
-            moves=("bits",),
-            follows=("bits", "paying_corner"),
-        ),
-        "unneeded_xor": Concept(
-            role="unneeded",
-            meaning="exactly one of the last two lights is on",
-            classes=2,
-            moves=("bits",),
-            follows=("bits",),
-        ),
+        **light_concepts("paying_corner"),
         "paying_corner": Concept(
             role="needed",
             meaning="0 if corner A pays, 1 if B does",
@@ -92,21 +68,7 @@ class CueCorners(ConceptEnv):
         ),
         "cell": Concept(role="needed", meaning="where the agent is", classes=CELLS),
     }
-    variables: ClassVar[Mapping[str, NestedKey]] = {
-        "cell": ("concept", "cell"),
-        "bits": ("concept", "bits"),
-        "elapsed": "elapsed",
-    }
-
-    def __init__(
-        self,
-        *,
-        batch_size: Sequence[int] = (),
-        max_steps: int = 30,
-        seed: int | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(batch_size=batch_size, max_steps=max_steps, seed=seed, device=device)
+    variables: ClassVar[Mapping[str, NestedKey]] = state_variables("cell", "bits")
 
     # ------------------------------------------------------------------ states
 
@@ -128,15 +90,7 @@ class CueCorners(ConceptEnv):
         """The same states with one light flipped, labels included."""
         return self.change(states, "bits", bit)
 
-    @classmethod
-    def light_features(cls) -> Tensor:
-        """Where the four lights are in the observation, ``(4,)``."""
-        return 2 * (SIDE + 1) * SIDE + torch.arange(BITS)
-
     # ------------------------------------------------------------------ the hooks of ConceptEnv
-
-    def _observation_spec(self, shape: torch.Size) -> TensorSpec:
-        return Bounded(0.0, 1.0, shape=(*shape, self.observation_features))
 
     def _begin(self, shape: torch.Size) -> dict[str, Tensor]:
         cell = torch.randint(1, CELLS - 1, shape, generator=self._generator, device=self.device)
@@ -154,9 +108,8 @@ class CueCorners(ConceptEnv):
         return planes.flatten(-2)
 
     def _label(self, at: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        bits = at["bits"]
-        xor = bits[..., 0] ^ bits[..., 1]
-        return {"xor": xor, "unneeded_xor": bits[..., 2] ^ bits[..., 3], "paying_corner": 1 - xor}
+        xors = super()._label(at)
+        return xors | {"paying_corner": 1 - xors["xor"]}
 
     def _advance(self, at: Mapping[str, Tensor], action: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         cell = moved(at["cell"], action, SIDE)
@@ -170,12 +123,6 @@ class CueCorners(ConceptEnv):
         if bool(((at["cell"] == CORNERS[0]) | (at["cell"] == CORNERS[1])).any()):
             raise InputError(f"cells {CORNERS} are the goals, where an episode has ended")
 
-    def _changed(self, at: Mapping[str, Tensor], concept: str, index: int | None) -> dict[str, Tensor]:
-        light = index if index is not None else 2 if concept == "unneeded_xor" else 0
-        bits = at["bits"].clone()
-        bits[..., light] = 1 - bits[..., light]
-        return {"bits": bits}
-
     def _value(self, at: Mapping[str, Tensor], gamma: float) -> Tensor:
         corners = torch.tensor(CORNERS, device=self.device)
         return worth(manhattan(at["cell"], corners[self._label(at)["paying_corner"]], SIDE), gamma, STEP_COST)
@@ -188,20 +135,7 @@ class CueCorners(ConceptEnv):
         return planes.flatten()
 
     def _draw(self, at: Mapping[str, Any]) -> np.ndarray:
-        canvas = Canvas(SIDE + 1, SIDE)
-        for column in range(SIDE):
-            canvas.fill(0, column, "wall")
-        for light, on in enumerate(at["bits"]):
-            canvas.disc(0, light, "yellow" if on else "ink", radius=0.3)
-            canvas.ring(0, light, "white" if light < 2 else "grey", radius=0.38)
-        pays = at["bits"][0] != at["bits"][1], at["bits"][0] == at["bits"][1]
-        for cell in range(CELLS):
-            canvas.outline(cell // SIDE + 1, cell % SIDE)
-        for corner, letter, good in zip(CORNERS, "AB", pays, strict=True):
-            canvas.fill(corner // SIDE + 1, corner % SIDE, "green" if good else "red", inset=0.06)
-            canvas.text(corner // SIDE + 1, corner % SIDE, letter, "white")
-        canvas.disc(at["cell"] // SIDE + 1, at["cell"] % SIDE, "blue")
-        return canvas.pixels
+        return self._drawn(at, CORNERS)
 
     def describe_slowly(self, *, cell: int, bits: Sequence[int], elapsed: int = 0) -> dict[str, Any]:  # type: ignore[override]
         """The labels and the observation of one state, by counting."""

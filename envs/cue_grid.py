@@ -15,18 +15,15 @@ import numpy as np
 import torch
 from tensordict import NestedKey
 from torch import Tensor
-from torchrl.data import Bounded, TensorSpec
 
-from tdhook_rl.envs.base import ConceptEnv
-from tdhook_rl.envs.concepts import EPISODE_COIN, Concept
+from tdhook_rl.envs.concepts import EPISODE_COIN, Concept, state_variables
 from tdhook_rl.envs.grids import between, manhattan, moved, one_hot, worth
-from tdhook_rl.envs.rendering import Canvas
+from tdhook_rl.envs.lights import BITS, LitGrid, light_concepts
 from tdhook_rl.errors import InputError
 
 __all__ = ["CueGrid"]
 
 SIDE = 4
-BITS = 4
 CELLS = SIDE * SIDE
 PLANE = (SIDE + 1) * SIDE
 STEP_COST = 0.02
@@ -34,7 +31,7 @@ STEP_COST = 0.02
 CONTROL = torch.randint(0, 2, (CELLS, CELLS), generator=torch.Generator().manual_seed(2019))
 
 
-class CueGrid(ConceptEnv):
+class CueGrid(LitGrid):
     """The environment, batched in torch.
 
     Args:
@@ -57,31 +54,10 @@ class CueGrid(ConceptEnv):
     """
 
     gymnasium_id = "tdhook_rl/CueGrid-v0"
-    n_actions = 4
+    side = SIDE
     observation_features = 4 * PLANE
     concepts: ClassVar[Mapping[str, Concept]] = {
-        "bits": Concept(
-            role=("needed", "needed", "unneeded", "unneeded"),
-            meaning="the lights",
-            classes=2,
-            size=BITS,
-            moves=("bits",),
-            follows=("xor", "unneeded_xor", "paying_goal", "paying_cell"),
-        ),
-        "xor": Concept(
-            role="needed",
-            meaning="exactly one of the first two lights is on",
-            classes=2,
-            moves=("bits",),
-            follows=("bits", "paying_goal", "paying_cell"),
-        ),
-        "unneeded_xor": Concept(
-            role="unneeded",
-            meaning="exactly one of the last two lights is on",
-            classes=2,
-            moves=("bits",),
-            follows=("bits",),
-        ),
+        **light_concepts("paying_goal", "paying_cell"),
         "paying_goal": Concept(
             role="needed",
             meaning="0 if goal A pays, 1 if B does",
@@ -96,30 +72,10 @@ class CueGrid(ConceptEnv):
         "control_label": Concept(role="control", meaning="a fixed random label for each pair of cells", classes=2),
         "episode_coin": EPISODE_COIN,
     }
-    variables: ClassVar[Mapping[str, NestedKey]] = {
-        name: ("concept", name) for name in ("cell", "goal_a", "goal_b", "bits", "episode_coin")
-    } | {"elapsed": "elapsed"}
+    variables: ClassVar[Mapping[str, NestedKey]] = state_variables("cell", "goal_a", "goal_b", "bits", "episode_coin")
     defaults: ClassVar[Mapping[str, int]] = {"episode_coin": 0, "elapsed": 0}
 
-    def __init__(
-        self,
-        *,
-        batch_size: Sequence[int] = (),
-        max_steps: int = 30,
-        seed: int | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(batch_size=batch_size, max_steps=max_steps, seed=seed, device=device)
-
-    @classmethod
-    def light_features(cls) -> Tensor:
-        """Where the four lights are in the observation, ``(4,)``."""
-        return 3 * PLANE + torch.arange(BITS)
-
     # ------------------------------------------------------------------ the hooks of ConceptEnv
-
-    def _observation_spec(self, shape: torch.Size) -> TensorSpec:
-        return Bounded(0.0, 1.0, shape=(*shape, self.observation_features))
 
     def _begin(self, shape: torch.Size) -> dict[str, Tensor]:
         random = {"generator": self._generator, "device": self.device}
@@ -135,14 +91,12 @@ class CueGrid(ConceptEnv):
         return torch.cat([*planes, lights], -1)
 
     def _label(self, at: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        bits = at["bits"]
-        xor = bits[..., 0] ^ bits[..., 1]
-        return {
-            "xor": xor,
-            "unneeded_xor": bits[..., 2] ^ bits[..., 3],
+        xors = super()._label(at)
+        xor = xors["xor"]
+        return xors | {
             "paying_goal": 1 - xor,
             "paying_cell": torch.where(xor == 1, at["goal_a"], at["goal_b"]),
-            "control_label": CONTROL.to(bits.device)[at["cell"], at["goal_a"]],
+            "control_label": CONTROL.to(xor.device)[at["cell"], at["goal_a"]],
         }
 
     def _advance(self, at: Mapping[str, Tensor], action: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -156,14 +110,6 @@ class CueGrid(ConceptEnv):
             raise InputError("goal_a and goal_b are different cells")
         if bool(((at["cell"] == at["goal_a"]) | (at["cell"] == at["goal_b"])).any()):
             raise InputError("the agent is on a goal, where an episode has ended")
-
-    def _changed(self, at: Mapping[str, Tensor], concept: str, index: int | None) -> dict[str, Tensor]:
-        if concept == "episode_coin":
-            return {"episode_coin": 1 - at["episode_coin"]}
-        light = index if index is not None else 2 if concept == "unneeded_xor" else 0
-        bits = at["bits"].clone()
-        bits[..., light] = 1 - bits[..., light]
-        return {"bits": bits}
 
     def _value(self, at: Mapping[str, Tensor], gamma: float) -> Tensor:
         goal = self._label(at)["paying_cell"]
@@ -179,19 +125,7 @@ class CueGrid(ConceptEnv):
         return planes.flatten()
 
     def _draw(self, at: Mapping[str, Any]) -> np.ndarray:
-        canvas = Canvas(SIDE + 1, SIDE, tile=44)
-        for light, on in enumerate(at["bits"]):
-            canvas.fill(0, light, "wall")
-            canvas.disc(0, light, "yellow" if on else "ink", radius=0.3)
-            canvas.ring(0, light, "white" if light < 2 else "grey", radius=0.38)
-        for cell in range(CELLS):
-            canvas.outline(cell // SIDE + 1, cell % SIDE)
-        a_pays = at["bits"][0] != at["bits"][1]
-        for goal, letter, pays in ((at["goal_a"], "A", a_pays), (at["goal_b"], "B", not a_pays)):
-            canvas.fill(goal // SIDE + 1, goal % SIDE, "green" if pays else "red", inset=0.06)
-            canvas.text(goal // SIDE + 1, goal % SIDE, letter, "white")
-        canvas.disc(at["cell"] // SIDE + 1, at["cell"] % SIDE, "blue")
-        return canvas.pixels
+        return self._drawn(at, (at["goal_a"], at["goal_b"]), tile=44)
 
     def describe_slowly(  # type: ignore[override]
         self, *, cell: int, goal_a: int, goal_b: int, bits: Sequence[int], episode_coin: int = 0, elapsed: int = 0

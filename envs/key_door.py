@@ -17,7 +17,7 @@ from torch import Tensor
 from torchrl.data import Bounded, TensorSpec
 
 from tdhook_rl.envs.base import ConceptEnv
-from tdhook_rl.envs.concepts import EPISODE_COIN, Concept
+from tdhook_rl.envs.concepts import EPISODE_COIN, Concept, state_variables
 from tdhook_rl.envs.grids import manhattan, moved, worth
 from tdhook_rl.envs.rendering import COLOURS, Canvas
 from tdhook_rl.errors import InputError
@@ -74,10 +74,9 @@ class KeyDoor(ConceptEnv):
         "floor": Concept(role="unneeded", meaning="the colour of the floor", classes=2, moves=("floor",)),
         "episode_coin": EPISODE_COIN,
     }
-    variables: ClassVar[Mapping[str, NestedKey]] = {
-        name: ("concept", name)
-        for name in ("cell", "key_cell", "door_row", "goal_cell", "has_key", "door_open", "floor", "episode_coin")
-    } | {"elapsed": "elapsed"}
+    variables: ClassVar[Mapping[str, NestedKey]] = state_variables(
+        "cell", "key_cell", "door_row", "goal_cell", "has_key", "door_open", "floor", "episode_coin"
+    )
     defaults: ClassVar[Mapping[str, int]] = {"has_key": 0, "door_open": 0, "floor": 0, "episode_coin": 0, "elapsed": 0}
 
     def __init__(
@@ -184,9 +183,6 @@ class KeyDoor(ConceptEnv):
         if concept == "has_key":
             return left & (at["door_open"] == 0) & (at["cell"] != at["key_cell"])
         return left & holds if concept == "door_open" else super()._changeable(at, concept)
-
-    def _changed(self, at: Mapping[str, Tensor], concept: str, index: int | None) -> dict[str, Tensor]:
-        return {concept: 1 - at[concept]}
 
     def _value(self, at: Mapping[str, Tensor], gamma: float) -> Tensor:
         return worth(self._steps(at), gamma, STEP_COST)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torchrl.data import Bounded, TensorSpec
 
 from tdhook_rl.envs.base import ConceptEnv
-from tdhook_rl.envs.concepts import EPISODE_COIN, Concept
+from tdhook_rl.envs.concepts import EPISODE_COIN, Concept, state_variables
 from tdhook_rl.envs.rendering import Canvas
 from tdhook_rl.errors import InputError
 
@@ -76,11 +76,7 @@ class KnownValue(ConceptEnv):
         ),
         "episode_coin": EPISODE_COIN,
     }
-    variables: ClassVar[Mapping[str, NestedKey]] = {
-        "features": "features",
-        "episode_coin": ("concept", "episode_coin"),
-        "elapsed": "elapsed",
-    }
+    variables: ClassVar[Mapping[str, NestedKey]] = state_variables("episode_coin", free=("features",))
     defaults: ClassVar[Mapping[str, int]] = {"episode_coin": 0, "elapsed": 0}
 
     def __init__(
@@ -167,8 +163,8 @@ class KnownValue(ConceptEnv):
         return at["features"][..., SIGNS[concept]] != 0 if concept in SIGNS else super()._changeable(at, concept)
 
     def _changed(self, at: Mapping[str, Tensor], concept: str, index: int | None) -> dict[str, Tensor]:
-        if concept == "episode_coin":
-            return {"episode_coin": 1 - at["episode_coin"]}
+        if concept not in SIGNS:
+            return super()._changed(at, concept, index)
         features = at["features"].clone()
         features[..., SIGNS[concept]] *= -1
         return {"features": features}

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from tensordict import NestedKey
 from torch import Tensor
-from torchrl.data import Bounded, TensorSpec
 
 from tdhook_rl.envs.base import ConceptEnv
-from tdhook_rl.envs.concepts import EPISODE_COIN, Concept
+from tdhook_rl.envs.concepts import EPISODE_COIN, Concept, state_variables
 from tdhook_rl.envs.rendering import Canvas
 from tdhook_rl.errors import InputError
 
@@ -59,9 +58,7 @@ class TMaze(ConceptEnv):
         "junction": Concept(role="needed", meaning="this action chooses", classes=2),
         "episode_coin": EPISODE_COIN,
     }
-    variables: ClassVar[Mapping[str, NestedKey]] = {
-        name: ("concept", name) for name in ("cue", "unneeded_cue", "light", "episode_coin")
-    } | {"elapsed": "elapsed"}
+    variables: ClassVar[Mapping[str, NestedKey]] = state_variables("cue", "unneeded_cue", "light", "episode_coin")
     defaults: ClassVar[Mapping[str, int]] = {"unneeded_cue": 0, "light": 0, "episode_coin": 0, "elapsed": 0}
     relevance_of: ClassVar[tuple[str, ...]] = ("policy",)  # the optimal value depends on the time alone
 
@@ -79,9 +76,6 @@ class TMaze(ConceptEnv):
         super().__init__(batch_size=batch_size, max_steps=distractor_steps + 1, seed=seed, device=device)
 
     # ------------------------------------------------------------------ the hooks of ConceptEnv
-
-    def _observation_spec(self, shape: torch.Size) -> TensorSpec:
-        return Bounded(0.0, 1.0, shape=(*shape, self.observation_features))
 
     def _begin(self, shape: torch.Size) -> dict[str, Tensor]:
         drawn = torch.randint(0, 2, (*shape, 4), generator=self._generator, device=self.device)
@@ -111,9 +105,6 @@ class TMaze(ConceptEnv):
             raise InputError(
                 f"the agent chooses at step {self.distractor_steps}, got elapsed {int(at['elapsed'].max())}"
             )
-
-    def _changed(self, at: Mapping[str, Tensor], concept: str, index: int | None) -> dict[str, Tensor]:
-        return {concept: 1 - at[concept]}
 
     def _value(self, at: Mapping[str, Tensor], gamma: float) -> Tensor:
         return gamma ** (self.distractor_steps - at["elapsed"]).float()
