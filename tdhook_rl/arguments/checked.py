@@ -99,15 +99,16 @@ def checked(function: F) -> F:
             ...
         tdhook_rl.errors.ArgumentError: double(x=...) takes int, got 'a' (str)
     """
-    name = function.__qualname__.removesuffix(".__init__").rpartition("<locals>.")[2]
+    owner, _, own_name = function.__qualname__.rpartition("<locals>.")[2].rpartition(".")
     declared: list[_Declared] = []
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if not declared:
             declared.append(_declared(function))
-        if function.__name__ == "__init__":
-            return _made(function, declared[0], name, args, kwargs)
+        name = f"{type(args[0]).__name__}.{own_name}" if owner and args else own_name  # of a subclass too
+        if own_name == "__init__":
+            return _made(function, declared[0], type(args[0]).__name__, args, kwargs)
         given = _check(declared[0], name, args, kwargs)
         hints = declared[0][1]
         arrays = {

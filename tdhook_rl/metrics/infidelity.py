@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.arguments.checked import Checked, checked
 from tdhook_rl.errors import InputError, nearest
-from tdhook_rl.metrics.scoring import ScoreDirection, Scorer, flat, require_count, require_floats, score
+from tdhook_rl.metrics.perturbed import Draw, PerturbedMetric
+from tdhook_rl.metrics.scoring import Scorer, flat
 
 __all__ = ["InfidelityMetric"]
 
 Form = Literal["auto", "gradient", "product"]
 
 
-@dataclass(frozen=True)
-class InfidelityMetric(metaclass=Checked):
+@dataclass(frozen=True, kw_only=True)
+class InfidelityMetric(PerturbedMetric):
     """Infidelity (Yeh, Hsieh, Suggala, Inouye & Ravikumar 2019, NeurIPS), the mean of a squared error.
 
     With Gaussian perturbations ``I`` of the explained inputs ``x``, an attribution and the target ``f`` that it
@@ -63,51 +62,30 @@ class InfidelityMetric(metaclass=Checked):
         (torch.Size([3]), True)
     """
 
-    n_perturb_samples: int = 10
-    _: KW_ONLY
+    n_perturb_samples: int = field(default=10, kw_only=False)
     noise_scale: float = 0.01
     form: Form = "auto"
     baseline: float | None = None
-    attribution_key: str | None = None
-    target: str | None = None
-    seed: int = 0
-    chunk_size: int | None = None
-
-    score_direction: ClassVar[ScoreDirection] = ScoreDirection.LOWER
 
     def __post_init__(self) -> None:
-        require_count("n_perturb_samples", self.n_perturb_samples)
+        super().__post_init__()
         if not self.noise_scale > 0:
             raise InputError(f"noise_scale is a positive number, got {self.noise_scale!r}")
         if self.form not in get_args(Form):
             raise InputError(f"no form is named {self.form!r}; {nearest(str(self.form), get_args(Form))}")
 
-    @checked
-    def __call__(self, hooked: Any, data: TensorDictBase) -> Tensor:
-        generators: dict[torch.device, torch.Generator] = {}
-
-        def infidelity(scorer: Scorer) -> dict[str, Tensor]:
-            require_floats(scorer, "InfidelityMetric")
-            attributions = scorer.stored()
-            here = scorer.value(scorer.inputs)
-            product = scorer.is_product if self.form == "auto" else self.form == "product"
-            baseline = scorer.baseline(self.baseline) if product else {}
-            total = torch.zeros_like(here)
-            for _ in range(self.n_perturb_samples):
-                noise = {key: self.noise_scale * _normal(x, generators, self.seed) for key, x in scorer.inputs.items()}
-                foretold = (flat(noise, scorer.batch_size) * flat(attributions, scorer.batch_size)).sum(-1)
-                moved = {
-                    key: x - noise[key] * (x - baseline[key]) if product else x - noise[key]
-                    for key, x in scorer.inputs.items()
-                }
-                total += (foretold - (here - scorer.value(moved))) ** 2
-            return {"score": total / self.n_perturb_samples}
-
-        return score(hooked, data, infidelity, self.attribution_key, self.target, self.chunk_size)["score"]
-
-
-def _normal(like: Tensor, generators: dict[torch.device, torch.Generator], seed: int) -> Tensor:
-    """Normal noise from a generator of its own."""
-    if like.device not in generators:
-        generators[like.device] = torch.Generator(like.device).manual_seed(seed)
-    return torch.randn(like.shape, generator=generators[like.device], dtype=like.dtype, device=like.device)
+    def _score(self, scorer: Scorer, draw: Draw) -> Tensor:
+        attributions = flat(scorer.stored(), scorer.batch_size)
+        here = scorer.value(scorer.inputs)
+        product = scorer.is_product if self.form == "auto" else self.form == "product"
+        baseline = scorer.baseline(self.baseline) if product else {}
+        total = torch.zeros_like(here)
+        for _ in range(self.n_perturb_samples):
+            noise = {key: self.noise_scale * draw(torch.randn, x) for key, x in scorer.inputs.items()}
+            foretold = (flat(noise, scorer.batch_size) * attributions).sum(-1)
+            moved = {
+                key: x - noise[key] * (x - baseline[key]) if product else x - noise[key]
+                for key, x in scorer.inputs.items()
+            }
+            total += (foretold - (here - scorer.value(moved))) ** 2
+        return total / self.n_perturb_samples

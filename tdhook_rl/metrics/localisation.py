@@ -5,7 +5,7 @@ For policies whose truth is known, as in :mod:`tdhook_rl.envs`.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -41,8 +41,6 @@ def relevance_mass(
         >>> relevance_mass(torch.tensor([[3.0, -1.0, 0.0], [0.0, 1.0, 1.0]]), torch.tensor([True, False, False]))
         tensor([0.7500, 0.0000])
     """
-    if sign not in ("absolute", "positive"):
-        raise InputError(f"sign= is 'absolute' or 'positive', got {sign!r}")
     values, relevant = _rows(attribution, mask, feature_dims, sign)
     return values.where(relevant, 0).sum(-1) / values.sum(-1)
 
@@ -71,8 +69,6 @@ def pointing_game(
         >>> pointing_game(torch.tensor([[3.0, -1.0, 0.0], [0.0, 1.0, 1.0]]), torch.tensor([True, False, False]))
         tensor([1., 0.])
     """
-    if sign not in ("absolute", "positive"):
-        raise InputError(f"sign= is 'absolute' or 'positive', got {sign!r}")
     values, relevant = _rows(attribution, mask, feature_dims, sign)
     top = values == values.amax(-1, keepdim=True)
     hit = (top.any(-1) & ~(top & ~relevant).any(-1)).to(values.dtype)
@@ -81,6 +77,8 @@ def pointing_game(
 
 def _rows(attribution: Tensor, mask: Tensor, feature_dims: int | None, sign: Sign) -> tuple[Tensor, Tensor]:
     """Relevance and mask as ``(*batch, features)``."""
+    if sign not in get_args(Sign):
+        raise InputError(f"sign= is 'absolute' or 'positive', got {sign!r}")
     if mask.dtype != torch.bool:
         raise InputError(f"a mask is boolean, true where a feature is relevant; got {mask.dtype}: use mask.bool()")
     dims = mask.ndim if feature_dims is None else feature_dims

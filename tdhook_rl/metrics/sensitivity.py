@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.arguments.checked import Checked, checked
 from tdhook_rl.errors import InputError
-from tdhook_rl.metrics.scoring import ScoreDirection, Scorer, flat, require_count, require_floats, score
+from tdhook_rl.metrics.perturbed import Draw, PerturbedMetric
+from tdhook_rl.metrics.scoring import Scorer, flat
 
 __all__ = ["SensitivityMetric"]
 
 
-@dataclass(frozen=True)
-class SensitivityMetric(metaclass=Checked):
+@dataclass(frozen=True, kw_only=True)
+class SensitivityMetric(PerturbedMetric):
     """Max-sensitivity (Yeh et al. 2019, NeurIPS), relative: max over d of ||attr(x + d) - attr(x)|| / ||attr(x)||.
 
     The d are uniform in [-``perturb_radius``, ``perturb_radius``] in every explained input; the norm is Euclidean
@@ -50,40 +48,20 @@ class SensitivityMetric(metaclass=Checked):
         tensor([0., 0., 0.])
     """
 
-    perturb_radius: float = 0.02
-    _: KW_ONLY
-    n_perturb_samples: int = 10
-    attribution_key: str | None = None
-    target: str | None = None
-    seed: int = 0
-    chunk_size: int | None = None
-
-    score_direction: ClassVar[ScoreDirection] = ScoreDirection.LOWER
+    perturb_radius: float = field(default=0.02, kw_only=False)
 
     def __post_init__(self) -> None:
-        require_count("n_perturb_samples", self.n_perturb_samples)
+        super().__post_init__()
         if not self.perturb_radius > 0:
             raise InputError(f"perturb_radius is a positive number, got {self.perturb_radius!r}")
 
-    @checked
-    def __call__(self, hooked: Any, data: TensorDictBase) -> Tensor:
-        generators: dict[torch.device, torch.Generator] = {}
-
-        def draw(like: Tensor) -> Tensor:
-            if like.device not in generators:
-                generators[like.device] = torch.Generator(like.device).manual_seed(self.seed)
-            uniform = torch.rand(like.shape, generator=generators[like.device], dtype=like.dtype, device=like.device)
-            return (2 * uniform - 1) * self.perturb_radius
-
-        def sensitivity(scorer: Scorer) -> dict[str, Tensor]:
-            require_floats(scorer, "SensitivityMetric")
-            here = flat(scorer.stored(), scorer.batch_size)
-            largest = torch.zeros_like(here[..., 0])
-            for _ in range(self.n_perturb_samples):
-                moved = scorer.attribute({key: value + draw(value) for key, value in scorer.inputs.items()})
-                change = (flat(moved, scorer.batch_size) - here).norm(dim=-1)
-                largest = torch.maximum(largest, change)
-            ratio = largest / here.norm(dim=-1)
-            return {"score": torch.where(largest == 0, largest, ratio)}
-
-        return score(hooked, data, sensitivity, self.attribution_key, self.target, self.chunk_size)["score"]
+    def _score(self, scorer: Scorer, draw: Draw) -> Tensor:
+        here = flat(scorer.stored(), scorer.batch_size)
+        largest = torch.zeros_like(here[..., 0])
+        for _ in range(self.n_perturb_samples):
+            shift = {key: (2 * draw(torch.rand, x) - 1) * self.perturb_radius for key, x in scorer.inputs.items()}
+            moved = scorer.attribute({key: x + shift[key] for key, x in scorer.inputs.items()})
+            change = (flat(moved, scorer.batch_size) - here).norm(dim=-1)
+            largest = torch.maximum(largest, change)
+        ratio = largest / here.norm(dim=-1)
+        return torch.where(largest == 0, largest, ratio)

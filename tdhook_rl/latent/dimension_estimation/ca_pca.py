@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
-from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase, dispatch
-from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook_rl.arguments.checked import checked
-from tdhook_rl.latent.dimension_estimation.neighbours import (
-    check_k,
-    check_keys,
-    local_spectrum,
-    nearest_neighbours,
-    read_points,
-    refuse_duplicates,
-    resolve_k,
-    write_results,
-)
+from tdhook_rl.latent.dimension_estimation.local import LocalDimensionEstimator
+from tdhook_rl.latent.dimension_estimation.neighbours import local_spectrum, nearest_neighbours, refuse_duplicates
 
 __all__ = ["CaPcaDimensionEstimator"]
 
@@ -30,7 +16,7 @@ __all__ = ["CaPcaDimensionEstimator"]
 THIN = 0.01
 
 
-class CaPcaDimensionEstimator(TensorDictModuleBase):
+class CaPcaDimensionEstimator(LocalDimensionEstimator):
     """The dimension whose quadratically curved ball explains the eigenvalues of a neighbourhood best.
 
     The k nearest neighbours lie in a ball whose radius r is the distance to neighbour k + 1. In a flat space of
@@ -72,28 +58,17 @@ class CaPcaDimensionEstimator(TensorDictModuleBase):
         2.0
     """
 
-    @checked
-    def __init__(
-        self, *, in_key: NestedKey = "data", out_key: NestedKey = "dimension", k: int | Literal["auto"] = "auto"
-    ) -> None:
-        super().__init__()
-        check_k(k, least=3)
-        self.in_key, self.out_key, self.k = in_key, out_key, k
-        self.in_keys, self.out_keys = [in_key], [out_key]
-        check_keys(self.in_keys, self.out_keys)
+    least = 3
+    reserve = 2
 
-    @dispatch(auto_batch_size=False)
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the dimension around each point."""
-        points = read_points(tensordict, self.in_key, rows=5)
-        k = resolve_k(self.k, points, self.in_key, least=3, reserve=2)
+    def _dimensions(self, points: Tensor, k: int) -> Tensor:
         found, index = nearest_neighbours(points, k + 1)
         refuse_duplicates(found[..., -2], self.in_key, what=f"their {k} nearest neighbours")
         # The point itself is left out: it is the centre by construction, not a draw from the ball.
         spectrum = local_spectrum(points, index[..., :-1], with_itself=False) / found[..., -1:].square()
         thin = spectrum < THIN * spectrum[..., :1]
         misfit = _misfit(spectrum).masked_fill(thin, torch.inf)
-        return write_results(tensordict, {self.out_key: misfit.argmin(-1).add(1).to(points.dtype)})
+        return misfit.argmin(-1).add(1).to(points.dtype)
 
 
 def _misfit(spectrum: Tensor) -> Tensor:

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from torch import Tensor
 
-from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase, dispatch
-from tensordict.utils import NestedKey
-
-from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
-from tdhook_rl.latent.dimension_estimation.neighbours import (
-    check_k,
-    check_keys,
-    nearest_neighbours,
-    read_points,
-    refuse_duplicates,
-    resolve_k,
-    write_results,
-)
+from tdhook_rl.latent.dimension_estimation.local import LocalDimensionEstimator
+from tdhook_rl.latent.dimension_estimation.neighbours import nearest_neighbours, refuse_duplicates
 
 __all__ = ["LocalKnnDimensionEstimator"]
 
 
-class LocalKnnDimensionEstimator(TensorDictModuleBase):
+class LocalKnnDimensionEstimator(LocalDimensionEstimator):
     """Intrinsic dimension around each point, from the distances to its k nearest neighbours.
 
     If neighbours arrive as a Poisson process of locally constant rate, the logarithms log(T_k / T_j) of the
@@ -54,21 +42,9 @@ class LocalKnnDimensionEstimator(TensorDictModuleBase):
         (torch.Size([500]), 2.0)
     """
 
-    @checked
-    def __init__(
-        self, *, in_key: NestedKey = "data", out_key: NestedKey = "dimension", k: int | Literal["auto"] = "auto"
-    ) -> None:
-        super().__init__()
-        check_k(k, least=3)
-        self.in_key, self.out_key, self.k = in_key, out_key, k
-        self.in_keys, self.out_keys = [in_key], [out_key]
-        check_keys(self.in_keys, self.out_keys)
+    least = 3
 
-    @dispatch(auto_batch_size=False)
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the dimension around each point."""
-        points = read_points(tensordict, self.in_key, rows=4)
-        k = resolve_k(self.k, points, self.in_key, least=3, reserve=1)
+    def _dimensions(self, points: Tensor, k: int) -> Tensor:
         found, _ = nearest_neighbours(points, k)
         refuse_duplicates(found[..., 0], self.in_key, what="another point")
         logs = (found[..., -1:] / found[..., :-1]).log().sum(-1)
@@ -77,4 +53,4 @@ class LocalKnnDimensionEstimator(TensorDictModuleBase):
                 f"{int((logs == 0).sum())} points of {self.in_key!r} have {k} neighbours at one distance, as on a "
                 "grid: the ratios of distances say nothing about the dimension; take a larger k"
             )
-        return write_results(tensordict, {self.out_key: (k - 2) / logs})
+        return (k - 2) / logs

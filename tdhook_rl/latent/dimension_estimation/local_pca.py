@@ -5,28 +5,18 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
-from tdhook_rl.latent.dimension_estimation.neighbours import (
-    check_k,
-    check_keys,
-    local_spectrum,
-    nearest_neighbours,
-    read_points,
-    refuse_duplicates,
-    resolve_k,
-    write_results,
-)
+from tdhook_rl.latent.dimension_estimation.local import LocalDimensionEstimator
+from tdhook_rl.latent.dimension_estimation.neighbours import local_spectrum, nearest_neighbours, refuse_duplicates
 
 __all__ = ["LocalPcaDimensionEstimator"]
 
 
-class LocalPcaDimensionEstimator(TensorDictModuleBase):
+class LocalPcaDimensionEstimator(LocalDimensionEstimator):
     """How many eigenvalues of the covariance of a point and its k nearest neighbours are large.
 
     ``"ratio"`` counts those above ``alpha`` times the largest (Fukunaga & Olsen 1971, IEEE Transactions on
@@ -61,6 +51,8 @@ class LocalPcaDimensionEstimator(TensorDictModuleBase):
         tensor([2.])
     """
 
+    least = 2
+
     @checked
     def __init__(
         self,
@@ -71,26 +63,18 @@ class LocalPcaDimensionEstimator(TensorDictModuleBase):
         criterion: Literal["maxgap", "ratio"] = "maxgap",
         alpha: float = 0.05,
     ) -> None:
-        super().__init__()
-        check_k(k, least=2)
+        super().__init__(in_key=in_key, out_key=out_key, k=k)
         if criterion not in ("maxgap", "ratio"):
             raise InputError(f"a criterion is 'maxgap' or 'ratio', got {criterion!r}")
         if not 0 < alpha < 1:
             raise InputError(f"alpha is a share of the largest eigenvalue, between 0 and 1, got {alpha}")
-        self.in_key, self.out_key, self.k = in_key, out_key, k
         self.criterion, self.alpha = criterion, alpha
-        self.in_keys, self.out_keys = [in_key], [out_key]
-        check_keys(self.in_keys, self.out_keys)
 
-    @dispatch(auto_batch_size=False)
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the dimension around each point."""
-        points = read_points(tensordict, self.in_key, rows=3)
-        k = resolve_k(self.k, points, self.in_key, least=2, reserve=1)
+    def _dimensions(self, points: Tensor, k: int) -> Tensor:
         found, index = nearest_neighbours(points, k)
         refuse_duplicates(found[..., -1], self.in_key, what=f"their {k} nearest neighbours")
         spectrum = local_spectrum(points, index, with_itself=True)
-        return write_results(tensordict, {self.out_key: self._count(spectrum, max(k + 1, points.shape[-1]))})
+        return self._count(spectrum, max(k + 1, points.shape[-1]))
 
     def _count(self, spectrum: Tensor, size: int) -> Tensor:
         largest = spectrum[..., :1]
