@@ -41,10 +41,15 @@ def test_the_first_snippet_is_short() -> None:
     assert len(BLOCKS[0].strip().splitlines()) <= 15
 
 
-def test_readme_names_files_that_exist() -> None:
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_pages_name_files_that_exist(page: str) -> None:
+    text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / target).exists(), target
+
+
+def test_the_version_to_cite_is_the_one_that_is_installed() -> None:
+    assert f"\nversion: {tdhook_rl.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_importing_adds_next_to_nothing() -> None:
