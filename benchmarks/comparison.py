@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["ROWS", "Case", "Outcome", "compare", "row"]
+__all__ = ["ROWS", "Case", "Outcome", "Row", "compare", "row"]
 
 Run = Callable[[], Any]
 PEERS = ("captum", "tdhook")
@@ -35,16 +35,25 @@ class Case:
     tdhook: Run | str | None = None
 
 
-#: Method and oracle of each row, and what makes a case of it.
-ROWS: dict[tuple[str, str], Callable[[], Case]] = {}
+@dataclass(frozen=True)
+class Row:
+    """What is computed, what it is held against, and what makes a case of it."""
+
+    method: str
+    oracle: str
+    make: Callable[[], Case]
 
 
-def row(method: str, oracle: str) -> Callable[[Callable[[], Case]], Callable[[], Case]]:
-    """Enter a maker of cases into the table."""
+#: Every row, in the order of the files.
+ROWS: list[Row] = []
 
-    def enter(make: Callable[[], Case]) -> Callable[[], Case]:
-        ROWS[method, oracle] = make
-        return make
+
+def row(method: str, oracle: str) -> Callable[[Callable[[], Case]], Row]:
+    """Make a row of a maker of cases. A method's rows are named in :mod:`tests.method_table`."""
+
+    def enter(make: Callable[[], Case]) -> Row:
+        ROWS.append(Row(method, oracle, make))
+        return ROWS[-1]
 
     return enter
 

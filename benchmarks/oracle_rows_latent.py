@@ -11,17 +11,19 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from benchmarks.comparison import Case, row
-from benchmarks.oracle_rows_attribution import ROWS, inputs, result
-from tdhook_rl import HookedModule, Saliency, targets
+from benchmarks.oracle_rows_attribution import INDEX, ROWS, inputs, result, target
+from tdhook_rl import Compose, HookedModule, LinearProbe, ProbeReadout, Saliency, Scheduled, targets
 from tdhook_rl.latent import (
     ActivationAddition,
     ActivationCaching,
     ActivationPatching,
+    ControlRecord,
     DirectionalAblation,
     DirectionClamping,
     SteeringVectors,
 )
 from tdhook_rl.weights import Adapters, Pruning, TaskVectors
+from tests.oracles import row_gradients
 from tests.policies import FEATURES, HIDDEN, mlp
 from tests.test_recurrent import recurrent_actor, step_by_step
 
@@ -158,6 +160,42 @@ def clamping() -> Case:
         net[2:](net[:2](x) @ away + 2 * unit),
         lambda: result(DirectionClamping({"1": direction}, value=2.0), net, x, "output"),
     )
+
+
+@row("ProbeReadout", "softmax of the layers by hand")
+def readout() -> Case:
+    net, x = mlp().double(), inputs()
+    probe = LinearProbe(weight=torch.randn(3, HIDDEN).double(), bias=torch.randn(3).double(), path="1")
+    return Case(
+        (net[:2](x) @ probe.weight.mT + probe.bias).softmax(-1),
+        lambda: result(ProbeReadout({"concept": probe}), net, x, ("probe", "concept")),
+    )
+
+
+@row("ControlRecord, a number that was changed", "the number")
+def control() -> Case:
+    net, x = mlp().double(), inputs()
+
+    def ours() -> Tensor:
+        with Compose(SteeringVectors({"1": vector()}, alpha=1.0), ControlRecord()).prepare(net) as hooked:
+            hooked.controls["steering.alpha"] = 0.25
+            return hooked(TensorDict({"input": x}, batch_size=ROWS))["control", "steering.alpha"]
+
+    return Case(torch.full((ROWS,), 0.25), ours)
+
+
+@row("Scheduled, for rows that are named", "forward-mode Jacobians of these rows")
+def scheduled() -> Case:
+    net, x = mlp().double(), inputs()
+    where = torch.arange(ROWS) % 2 == 0
+
+    def ours() -> Tensor:
+        with Scheduled(Saliency(target=target()), where="where").prepare(net) as hooked:
+            found = hooked(TensorDict({"input": x, "where": where}, batch_size=ROWS))
+        assert torch.equal(found["computed", "attr"], where)
+        return found["attr", "input"][where]
+
+    return Case(row_gradients(lambda v: net(v)[INDEX], x[where]), ours)
 
 
 @row("Saliency of a recurrent policy over trajectories", "each step by itself, at its hidden state")

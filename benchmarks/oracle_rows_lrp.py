@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.comparison import Case, row
+from benchmarks.comparison import Case, Row, row
 from benchmarks.oracle_rows_attribution import INDEX, inputs, result, target, tdhook
 from tdhook_rl.attribution import LRP
 from tdhook_rl.attribution.lrp_rules import AlphaBeta, Epsilon, Flat, Gamma, Rule, Uniform, WSquare, ZPlus
@@ -31,7 +31,7 @@ def by_layers(net: nn.Sequential, rule: Rule, x: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-def lrp_row(name: str, rule: Rule, in_captum: str | None, in_tdhook: tuple[str, dict[str, float]] | None) -> None:
+def lrp_row(name: str, rule: Rule, in_captum: str | None, in_tdhook: tuple[str, dict[str, float]] | None) -> Row:
     @row(f"LRP, {name}", "matrix form, layer by layer")
     def case() -> Case:
         net, x = relu_net(), inputs()
@@ -63,12 +63,19 @@ def lrp_row(name: str, rule: Rule, in_captum: str | None, in_tdhook: tuple[str, 
         ours = LRP(target=target(), rule_mapper=Uniform(rule))
         return Case(by_layers(net, rule, x), lambda: result(ours, net, x), in_captum and theirs, in_tdhook and tdhooks)
 
+    return case
 
-lrp_row("epsilon", Epsilon(EPS), "EpsilonRule", ("EpsilonRule", {"epsilon": EPS}))
-lrp_row("gamma", Gamma(0.5, EPS), "GammaRule", None)
-lrp_row("alpha 2 beta 1", AlphaBeta(2.0, 1.0, EPS), None, ("AlphaBetaRule", {"stabilizer": EPS}))
-lrp_row(
-    "z-plus", ZPlus(epsilon=EPS), "Alpha1_Beta0_Rule", ("AlphaBetaRule", {"alpha": 1.0, "beta": 0.0, "stabilizer": EPS})
+
+RULES = (
+    lrp_row("epsilon", Epsilon(EPS), "EpsilonRule", ("EpsilonRule", {"epsilon": EPS})),
+    lrp_row("gamma", Gamma(0.5, EPS), "GammaRule", None),
+    lrp_row("alpha 2 beta 1", AlphaBeta(2.0, 1.0, EPS), None, ("AlphaBetaRule", {"stabilizer": EPS})),
+    lrp_row(
+        "z-plus",
+        ZPlus(epsilon=EPS),
+        "Alpha1_Beta0_Rule",
+        ("AlphaBetaRule", {"alpha": 1.0, "beta": 0.0, "stabilizer": EPS}),
+    ),
+    lrp_row("w-square, nothing to the bias", WSquare(), None, ("WSquareRule", {"stabilizer": 1e-12})),
+    lrp_row("flat", Flat(), None, ("FlatRule", {"stabilizer": 1e-12})),
 )
-lrp_row("w-square, nothing to the bias", WSquare(), None, ("WSquareRule", {"stabilizer": 1e-12}))
-lrp_row("flat", Flat(), None, ("FlatRule", {"stabilizer": 1e-12}))

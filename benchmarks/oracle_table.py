@@ -9,15 +9,18 @@ no such method; words say what came instead of an answer.
 from __future__ import annotations
 
 import argparse
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from benchmarks.comparison import PEERS, ROWS, compare
+from benchmarks.comparison import PEERS, ROWS, Row, compare
+from tests.method_table import METHODS
 
-for _name in ("attribution", "lrp", "latent", "estimates"):  # each enters its rows
-    import_module(f"benchmarks.oracle_rows_{_name}")
+
+def rows() -> list[Row]:
+    """The rows of each method as its table has them, then those of metrics, probes, runs and estimators."""
+    of_methods = [row for info in METHODS for row in info.oracles]
+    return of_methods + [row for row in ROWS if row not in of_methods]
 
 
 def heading(peer: str) -> str:
@@ -30,10 +33,10 @@ def heading(peer: str) -> str:
 def main(only: str, seeds: int) -> None:
     torch.set_num_threads(1)
     lines = [["method", "oracle", "largest error", *map(heading, PEERS)]]
-    for (method, oracle), make in ROWS.items():
-        if only.lower() in method.lower():
-            found = compare(make, seeds)
-            lines.append([method, oracle, *(str(found[name]) for name in ("ours", *PEERS))])
+    for row in rows():
+        if only.lower() in row.method.lower():
+            found = compare(row.make, seeds)
+            lines.append([row.method, row.oracle, *(str(found[name]) for name in ("ours", *PEERS))])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     for line in lines:

@@ -1,113 +1,75 @@
-"""One row for each method: from it the hygiene, batching and transport tests are generated."""
+"""The table of methods: a row for each, of which the hygiene tests, the README's table and the oracle table are made.
+
+python -m tests.method_table
+
+writes the README's table.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from tdhook_rl import ActivationCaching, LinearProbe, ProbeReadout, Saliency, SteeringVectors
+from benchmarks import oracle_rows_attribution as attribution
+from benchmarks import oracle_rows_estimates as estimates
+from benchmarks import oracle_rows_latent as latent
+from benchmarks import oracle_rows_lrp as lrp
+from tdhook_rl import ActivationCaching, Compose, LinearProbe, ProbeReadout, Saliency, Scheduled, SteeringVectors
 from tdhook_rl.attribution import (
     LRP,
     SARFA,
     ActivationMaximisation,
+    DimsConfig,
+    GradCAM,
     GuidedBackpropagation,
     IntegratedGradients,
     Occlusion,
     PerturbationSaliency,
 )
-from tdhook_rl.attribution.grad_cam import DimsConfig, GradCAM
-from tdhook_rl.latent import ActivationAddition, ActivationPatching, DirectionalAblation, DirectionClamping
+from tdhook_rl.latent import (
+    ActivationAddition,
+    ActivationPatching,
+    ControlRecord,
+    DirectionalAblation,
+    DirectionClamping,
+)
 from tdhook_rl.latent.probing import Probing
 from tdhook_rl.method import Method
 from tdhook_rl.targets import Target
 from tdhook_rl.weights import Adapters, Pruning, TaskVectors
-from tests.policies import CASES, ODD, Case
+from tests.method_info import README, MethodInfo, Sample, readme
+from tests.policies import POLICIES, Case
 
-__all__ = ["METHODS", "Row", "pairs"]
+__all__ = ["DIRECTIONS", "METHODS", "SAMPLES", "pairs", "probe"]
 
 RELU = ("relu", "inplace_relu", "batch_norm", "batch_norm_eval", "bytes")
-IMAGES = ("pixels", "bytes")
-TENSORS = tuple(name for name in (*CASES, *ODD) if name != "tuples")  # whose site returns a tensor
+TENSORS = [name for name in POLICIES if name != "tuples"]  # whose site returns a tensor
 DISCRETE = (
     "categorical relu one_hot actor_value q_value pixels inplace_relu batch_norm batch_norm_eval bytes tuples recurrent"
 ).split()
 INTEGER = Target("an integer", lambda run: run.outputs.get("action", run.outputs.get("state_value", None)).long())
 DIRECTIONS = ["fwd", "fwd_pre", "bwd", "bwd_pre"]
+GROUPS = [[0, 1], [2, 3, 4]]
+OF_INPUTS, OF_INPUTS_OR_SITES = (("attr", "in_key"),), (("attr", "in_key"), ("attr", "path"))
 
 
-@dataclass(frozen=True)
-class Row:
-    """How to configure a method for a policy, and what may be asked of it.
-
-    Attributes:
-        make: the method for a policy.
-        observes: whether it leaves the policy's outputs as they are.
-        bad: the method with something to explain, or a place, that there is not; ``None`` where it names neither.
-        cases: the policies that it is for; all by default.
-        second: roots under which it reads a second set of inputs.
-        at_site: whether it shows the output of a site, so that this must have a row for each row of the batch.
-        by_row: whether results of a row come from this row alone.
-        own_weights: whether the hooked policy has tensors of its own.
-    """
-
-    make: Callable[[Case], Method]
-    observes: bool
-    bad: Callable[[Case], Method] | None
-    cases: tuple[str, ...] | list[str] | None = None
-    second: tuple[str, ...] = ()
-    at_site: bool = False
-    by_row: bool = True
-    own_weights: bool = False
-
-    def data(self, case: Case, *batch: int) -> TensorDict:
-        """What the policy reads, and what the method reads beside it."""
-        data = case.data(*batch)
-        for root in self.second:
-            data[root] = case.data(*batch)
-        return data
-
-    def fits(self, policy: str, batch: tuple[int, ...]) -> bool:
-        """Whether the method can show anything for this policy in a forward of this batch shape."""
-        # TorchRL's ConvNet adds a batch dimension of its own to a single frame.
-        return not (self.at_site and policy == "pixels" and batch == ())
-
-
-def pairs(cases: Mapping[str, Case], **wanted: bool) -> list[tuple[str, str]]:
-    """The names of each method and each policy that it is for, of the rows with the wanted attributes."""
-    return [
-        (method, policy)
-        for method, row in METHODS.items()
-        for policy in cases
-        if all(getattr(row, name) == value for name, value in wanted.items())
-        if row.cases is None or policy in row.cases
-    ]
-
-
-def nowhere(make: Callable[[Case], Method]) -> Callable[[Case], Method]:
+def elsewhere(make: Callable[[Case], Method]) -> Callable[[Case], Method]:
     """The same method at a path that names nothing."""
     return lambda case: make(replace(case, site="module.nowhere"))
 
 
-def explains(cls: Callable[..., Method], at_site: bool = False, **options: Any) -> Row:
-    """A row of an attribution; a callable option is called with the case."""
-
-    def make(case: Case, **more: Any) -> Method:
-        return cls(**{key: value(case) if callable(value) else value for key, value in options.items()}, **more)
-
-    def bad(case: Case) -> Method:
-        return make(case, target=INTEGER)
-
-    return Row(make, True, bad, at_site=at_site)
+def pattern(case: Case) -> str:
+    return case.site.replace(".", r"\.") + "$"
 
 
-def at(make: Callable[[Case], Method], observes: bool, **options: Any) -> Row:
-    """A row of a method that is placed on a site."""
-    return Row(make, observes, nowhere(make), **options)
+def narrow(cls: Callable[..., Method], **options: Any) -> Callable[[Case], Method]:
+    """The method with a vector that is one longer than the site."""
+    return lambda case: cls({case.site: torch.ones(1 + case.features[0])}, **options)
 
 
 def vector(case: Case) -> dict[str, Tensor]:
@@ -120,16 +82,18 @@ def probe(case: Case) -> LinearProbe:
 
 
 def no_share_out(name: str, module: nn.Module) -> bool:
-    """Modules of the tests' policies that no LRP rule is meant for, among them one that only raises."""
+    """Modules of the tests' policies that no LRP rule is meant for, among them those that only raise."""
     return type(module).__name__ in (
-        "NormalParamExtractor",
-        "biased_softplus",
-        "Broken",
-        "Bytes",
-        "GRU",
-        "Pair",
-        "Tuples",
-    )
+        "NormalParamExtractor", "biased_softplus", "Broken", "Bytes", "GRU", "Pair", "Switch", "Tuples",
+    )  # fmt: skip
+
+
+def product_with_inputs(output: Tensor, args: tuple[Tensor, ...]) -> Tensor:
+    return output * args[0].sum(-1, keepdim=True)
+
+
+def one_more(key: str, output: Tensor) -> Tensor:
+    return output + 1.0
 
 
 class Reader:
@@ -142,83 +106,291 @@ class Reader:
         self.shapes.append(tuple(activation.shape))
 
 
-def only(case: Case) -> list[Any]:
-    return [case.key]
+class AtRest(SteeringVectors):
+    """Steering with alpha 0, which observes."""
+
+    observes = True
 
 
 def cam(case: Case) -> dict[str, DimsConfig]:
     return {case.site: DimsConfig() if len(case.features) == 3 else DimsConfig((), (-1,))}
 
 
-GROUPS = {"inputs": only, "groups": [[0, 1], [2, 3, 4]]}
-METHODS = {
-    "activation_caching": at(lambda case: ActivationCaching(case.site), True, at_site=True),
-    "activation_caching_pattern": at(
-        lambda case: ActivationCaching(case.site.replace(".", r"\.") + "$"), True, at_site=True
+def caching(case: Case) -> Method:
+    return ActivationCaching(case.site)
+
+
+def ablation(case: Case) -> Method:
+    return DirectionalAblation(vector(case))
+
+
+def clamping(case: Case) -> Method:
+    return DirectionClamping(vector(case), value=1.0)
+
+
+def steering(case: Case) -> Method:
+    return SteeringVectors(vector(case), alpha=1.0)
+
+
+def readout(case: Case) -> Method:
+    return ProbeReadout({"concept": probe(case)})
+
+
+NOWHERE, NO_GRADIENT = "'module.nowhere'", "which has no gradient"
+METHODS: Sequence[MethodInfo] = (
+    MethodInfo(
+        Saliency,
+        "gradient of a target, of inputs or activations; absolute, times input",
+        OF_INPUTS_OR_SITES,
+        [attribution.saliency, attribution.taken_action, attribution.of_bytes, latent.recurrent],
+        {
+            "step": Sample(lambda case: Saliency(when="step")),
+            "batch": Sample(lambda case: Saliency(when="batch")),
+            "latent": Sample(lambda case: Saliency(when="step", input_modules=[case.site])),
+        },
+        {
+            NO_GRADIENT: lambda case: Saliency(target=INTEGER),
+            NOWHERE: lambda case: Saliency(input_modules=["module.nowhere"]),
+        },
     ),
-    "activation_caching_directions": at(
-        lambda case: ActivationCaching(case.site, directions=DIRECTIONS, cache=TensorDict()), True, at_site=True
+    MethodInfo(
+        IntegratedGradients,
+        "gradients along a path from a baseline; complete, memory bounded by a chunk",
+        OF_INPUTS_OR_SITES,
+        [attribution.integrated_gradients, attribution.trapezoid, attribution.inner_activation],
+        {
+            "step": Sample(lambda case: IntegratedGradients(baseline=0.0, n_steps=4, when="step")),
+            "batch": Sample(lambda case: IntegratedGradients(baseline=0.0, n_steps=4, when="batch")),
+            "latent": Sample(
+                lambda case: IntegratedGradients(baseline=0.0, n_steps=4, when="step", input_modules=[case.site])
+            ),
+        },
+        {
+            NO_GRADIENT: lambda case: IntegratedGradients(target=INTEGER, baseline=0.0),
+            "n_steps is a positive integer": lambda case: IntegratedGradients(n_steps=0),
+        },
     ),
-    "activation_caching_callback": at(
-        lambda case: ActivationCaching(
-            case.site,
-            callback=lambda output, args: output * args[0].sum(-1, keepdim=True),
-            use_nested_keys=True,
-            cache_key="own",
-        ),
-        True,
-        at_site=True,
-        cases=TENSORS,
+    MethodInfo(
+        GradCAM,
+        "channels of an activation weighted by their gradient",
+        (("attr", "path"),),
+        [attribution.grad_cam, attribution.grad_cam_over_time],
+        {"": Sample(lambda case: GradCAM(modules_to_attribute=cam(case), when="step"))},
+        {
+            NO_GRADIENT: lambda case: GradCAM(target=INTEGER, modules_to_attribute=cam(case)),
+            NOWHERE: elsewhere(lambda case: GradCAM(modules_to_attribute=cam(case))),
+        },
     ),
-    "activation_caching_gradients": at(
-        lambda case: ActivationCaching(
-            case.site.replace(".", r"\.") + "$", directions=["bwd", "bwd_pre"], cache=TensorDict(), relative=False
-        ),
-        True,
-        at_site=True,
+    MethodInfo(
+        GuidedBackpropagation,
+        "gradients clamped at ReLUs, and only there",
+        OF_INPUTS,
+        [attribution.guided],
+        {"": Sample(lambda case: GuidedBackpropagation(when="step"), policies=RELU)},
+        {NO_GRADIENT: lambda case: GuidedBackpropagation(target=INTEGER)},
     ),
-    "saliency_step": explains(Saliency, when="step"),
-    "saliency_batch": explains(Saliency, when="batch"),
-    "saliency_latent": explains(Saliency, when="step", input_modules=lambda case: [case.site]),
-    "integrated_gradients_step": explains(IntegratedGradients, baseline=0.0, n_steps=4, when="step"),
-    "integrated_gradients_batch": explains(IntegratedGradients, baseline=0.0, n_steps=4, when="batch"),
-    "integrated_gradients_latent": explains(
-        IntegratedGradients, True, baseline=0.0, n_steps=4, when="step", input_modules=lambda case: [case.site]
+    MethodInfo(
+        LRP,
+        "relevance shared out by rules: epsilon, gamma, alpha-beta, z-plus, w-square, flat",
+        OF_INPUTS_OR_SITES,
+        lrp.RULES,
+        {
+            "": Sample(lambda case: LRP(when="step", skip_modules=no_share_out)),
+            "latent": Sample(
+                lambda case: LRP(when="step", skip_modules=no_share_out, input_modules=[case.site]),
+                policies=["categorical"],
+            ),
+        },
+        {NO_GRADIENT: lambda case: LRP(target=INTEGER, skip_modules=no_share_out)},
     ),
-    "grad_cam": explains(GradCAM, at_site=True, modules_to_attribute=cam, when="step"),
-    "guided_backpropagation": replace(explains(GuidedBackpropagation, when="step"), cases=RELU),
-    "lrp": explains(LRP, when="step", skip_modules=lambda case: no_share_out),
-    "occlusion": explains(Occlusion, when="step", **GROUPS),
-    "sarfa": Row(
-        lambda case: SARFA(when="step", inputs=[case.key], groups=GROUPS["groups"]),
-        True,
-        lambda case: SARFA(when="step", key="nothing"),
-        cases=DISCRETE,
+    MethodInfo(
+        Occlusion,
+        "change of the target when features are replaced",
+        OF_INPUTS,
+        [attribution.occlusion],
+        {"": Sample(lambda case: Occlusion(when="step", inputs=[case.key], groups=GROUPS))},
+        {"baseline= is a finite number": lambda case: Occlusion(baseline=float("nan"))},
     ),
-    "perturbation_saliency": replace(explains(PerturbationSaliency, when="step", stride=3), cases=IMAGES),
-    "activation_maximisation": at(
-        lambda case: ActivationMaximisation(case.site, n_steps=2, when="batch"), True, at_site=True
+    MethodInfo(
+        SARFA,
+        "the same, specific and relevant to the action",
+        OF_INPUTS,
+        [attribution.sarfa],
+        {"": Sample(lambda case: SARFA(when="step", inputs=[case.key], groups=GROUPS), policies=DISCRETE)},
+        {"SARFA reads 'nothing', which the policy does not output": lambda case: SARFA(when="step", key="nothing")},
     ),
-    "activation_patching": at(lambda case: ActivationPatching([case.site]), True, second=("patched",), at_site=True),
-    "activation_addition": at(
-        lambda case: ActivationAddition([case.site]),
-        True,
-        second=("positive", "negative"),
-        at_site=True,
-        by_row=False,
+    MethodInfo(
+        PerturbationSaliency,
+        "change under local blur, for images; rows and columns",
+        OF_INPUTS,
+        [attribution.perturbation_saliency],
+        {"": Sample(lambda case: PerturbationSaliency(when="step", stride=3), policies=["pixels", "bytes"])},
+        {"stride is a positive number": lambda case: PerturbationSaliency(stride=0)},
     ),
-    "task_vectors": Row(lambda case: TaskVectors(alphas=(0.5, 1.0)), True, None),
-    "probing": at(lambda case: Probing(case.site, Reader), True, at_site=True),
-    "probe_readout": at(lambda case: ProbeReadout({"concept": probe(case)}), True, at_site=True),
-    "steering_alpha_0": at(lambda case: SteeringVectors(vector(case), alpha=0.0), True),
-    "steering": at(lambda case: SteeringVectors(vector(case), alpha=1.0), False),
-    "steering_function": at(
-        lambda case: SteeringVectors(modules_to_steer=[case.site], steer_fn=lambda k, o: o + 1.0), False
+    MethodInfo(
+        ActivationMaximisation,
+        "inputs that maximise modules or a target",
+        OF_INPUTS,
+        [attribution.activation_maximisation],
+        {"": Sample(lambda case: ActivationMaximisation(case.site, n_steps=2, when="batch"))},
+        {NOWHERE: elsewhere(lambda case: ActivationMaximisation(case.site, n_steps=2))},
     ),
-    "ablation": at(lambda case: DirectionalAblation(vector(case)), False),
-    "clamping": at(lambda case: DirectionClamping(vector(case), value=1.0), False),
-    "adapters": at(lambda case: Adapters({case.site: (nn.Tanh(), case.site, case.site)}), False),
-    "pruning": Row(
-        lambda case: Pruning(amount_to_prune=0.5), False, lambda case: Pruning(amount_to_prune=10**9), own_weights=True
+    MethodInfo(
+        ActivationCaching,
+        "what named modules return or receive, or a function of it; gradients of both, of any loss",
+        (("cache", "path"),),
+        [latent.caching],
+        {
+            "": Sample(caching),
+            "pattern": Sample(lambda case: ActivationCaching(pattern(case))),
+            "directions": Sample(
+                lambda case: ActivationCaching(case.site, directions=DIRECTIONS, cache=TensorDict()),
+                waive={"nothing_is_kept": "the caller's cache keeps what the last call gave"},
+            ),
+            "callback": Sample(
+                lambda case: ActivationCaching(case.site, callback=product_with_inputs, use_nested_keys=True),
+                policies=TENSORS,
+            ),
+            "gradients": Sample(
+                lambda case: ActivationCaching(
+                    pattern(case), directions=["bwd", "bwd_pre"], cache=TensorDict(), relative=False
+                )
+            ),
+        },
+        {NOWHERE: elsewhere(caching)},
+        "gradients into `cache=`",
     ),
-}
+    MethodInfo(
+        ProbeReadout,
+        "a fitted linear probe, at every step",
+        (("probe", "name"),),
+        [latent.readout],
+        {"": Sample(readout)},
+        {NOWHERE: elsewhere(readout)},
+    ),
+    MethodInfo(
+        Probing,
+        "feeds activations to scikit-learn or torch estimators (`ProbeManager`, `BilinearProbeManager`)",
+        (),
+        [estimates.probing],
+        {"": Sample(lambda case: Probing(case.site, Reader))},
+        {NOWHERE: elsewhere(lambda case: Probing(case.site, Reader))},
+        "the manager's metrics",
+    ),
+    MethodInfo(
+        ActivationPatching,
+        "runs on other inputs with some activations as they were",
+        (("patched", "out_key"),),
+        [latent.patching],
+        {"": Sample(lambda case: ActivationPatching([case.site]), second=["patched"])},
+        {NOWHERE: elsewhere(lambda case: ActivationPatching([case.site]))},
+    ),
+    MethodInfo(
+        ActivationAddition,
+        "extracts a steering vector from positive and negative inputs",
+        (("steer", "path"),),
+        [latent.addition],
+        {"": Sample(lambda case: ActivationAddition([case.site]), second=["positive", "negative"])},
+        {NOWHERE: elsewhere(lambda case: ActivationAddition([case.site]))},
+    ),
+    MethodInfo(
+        SteeringVectors,
+        "adds `alpha * vector` to modules or to the state a policy carries, or applies a function",
+        (),
+        [latent.steering_function, latent.steering_rows],
+        {
+            "": Sample(steering),
+            "at rest": Sample(lambda case: AtRest(vector(case), alpha=0.0)),
+            "function": Sample(lambda case: SteeringVectors(modules_to_steer=[case.site], steer_fn=one_more)),
+        },
+        {NOWHERE: elsewhere(steering), "has the shape of the features": narrow(SteeringVectors)},
+        "changes the action",
+    ),
+    MethodInfo(
+        DirectionalAblation,
+        "takes a direction out",
+        (),
+        [latent.ablation],
+        {"": Sample(ablation)},
+        {NOWHERE: elsewhere(ablation), "has the shape of the features": narrow(DirectionalAblation)},
+        "changes the action",
+    ),
+    MethodInfo(
+        DirectionClamping,
+        "holds a direction at a value",
+        (),
+        [latent.clamping],
+        {"": Sample(clamping)},
+        {NOWHERE: elsewhere(clamping), "has the shape of the features": narrow(DirectionClamping, value=1.0)},
+        "changes the action",
+    ),
+    MethodInfo(
+        ControlRecord,
+        "what interventions and probes were set to when the row was computed",
+        (("control", "name"),),
+        [latent.control],
+        {"": Sample(lambda case: Compose(steering(case), ControlRecord()))},
+        {"found no control": lambda case: ControlRecord()},
+    ),
+    MethodInfo(
+        Scheduled,
+        "another method in every so many calls, or for some rows only",
+        (),
+        [latent.scheduled],
+        {
+            "": Sample(
+                lambda case: Scheduled(Saliency(when="step"), fraction=0.5),
+                waive=dict.fromkeys(
+                    ("a_raising_model_leaves_nothing_behind", "pickles", "deep_copies"),
+                    "it counts its calls, and draws other rows in each",
+                ),
+            )
+        },
+        {"leaves nothing out": lambda case: Scheduled(Saliency(when="step"))},
+        "that method's keys; NaN elsewhere",
+    ),
+    MethodInfo(
+        Pruning,
+        "takes the least important weights out, on the hooked policy only",
+        (),
+        [latent.pruning],
+        {"": Sample(lambda case: Pruning(amount_to_prune=0.5))},
+        {"but there are 416 weights": lambda case: Pruning(amount_to_prune=10**9)},
+        "changes the action",
+    ),
+    MethodInfo(
+        Adapters,
+        "inserts modules",
+        (),
+        [latent.adapters],
+        {"": Sample(lambda case: Adapters({case.site: (nn.Tanh(), case.site, case.site)}))},
+        {NOWHERE: elsewhere(lambda case: Adapters({case.site: (nn.Tanh(), case.site, case.site)}))},
+        "changes the action",
+    ),
+    MethodInfo(
+        TaskVectors,
+        "adds differences of weights, on the hooked policy only",
+        (),
+        [latent.task_vectors],
+        {"": Sample(lambda case: TaskVectors(alphas=(0.5, 1.0)))},
+        {"alpha must be a finite number": lambda case: TaskVectors(alphas=(float("nan"),))},
+        "changes the action, where they are applied",
+    ),
+)
+
+#: Every configuration by its name.
+SAMPLES = {name: sample for info in METHODS for name, sample in info.named_samples()}
+
+
+def pairs(policies: Mapping[str, Case], **wanted: bool) -> list[tuple[str, str]]:
+    """The names of each sample and each policy that it is for, of samples that are as wanted."""
+    return [
+        (name, policy)
+        for name, sample in SAMPLES.items()
+        for policy in policies
+        if policy in sample.policies and all(getattr(sample, key) == value for key, value in wanted.items())
+    ]
+
+
+if __name__ == "__main__":
+    README.write_text(readme(METHODS))

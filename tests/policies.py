@@ -198,3 +198,5 @@ ODD = {
     "tuples": Case(lambda: actor(Tuples()), "module.0.module.0.pair"),
     "recurrent": Case(recurrent, "module.0.module.1.module", features=(ACTIONS,), state=(1, HIDDEN)),
 }
+
+POLICIES = {**CASES, **ODD}

@@ -22,7 +22,7 @@ from tdhook_rl.errors import CheckError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.rollout import Finding, Report, check
 from tests.doctor_set_ups import env, found, hooked
-from tests.method_table import METHODS
+from tests.method_table import SAMPLES
 from tests.policies import Case
 
 CASE = Case(make_actor, FC2, features=(64,))
@@ -54,11 +54,11 @@ def test_a_healthy_set_up_is_all_ok_and_left_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, row in METHODS.items() if not row.second and (row.cases is None or "relu" in row.cases)]
+    "name", [name for name, sample in SAMPLES.items() if not sample.second and "relu" in sample.policies]
 )
 def test_no_method_alarms_it(name: str) -> None:
     actor = make_actor()
-    method = METHODS[name].make(CASE)
+    method = SAMPLES[name].make(CASE)
     if isinstance(method, SARFA):
         # The features of the row's groups are seldom set here: their relevance is 0 throughout, or a rounding error.
         method = replace(method, groups=None)

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from benchmarks import comparison
-from benchmarks.comparison import ROWS, Case, compare
-from benchmarks.oracle_table import main
+from benchmarks.comparison import Case, Row, compare
+from benchmarks.oracle_table import main, rows
+from tests.method_table import METHODS
 
 FLOAT32 = {"Saliency of bytes (uint8 pixels)", "OnlineProbe, ridge on streamed and merged statistics"}
 
 
-@pytest.mark.parametrize("method", [method for method, _ in ROWS])
-def test_every_row_is_right(method: str) -> None:
-    make = next(make for (name, _), make in ROWS.items() if name == method)
-    error = compare(make, seeds=1, names=["ours"])["ours"].error
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row.method)
+def test_every_row_is_right(row: Row) -> None:
+    error = compare(row.make, seeds=1, names=["ours"])["ours"].error
     assert error is not None
-    assert error < (1e-6 if method in FLOAT32 else 1e-12)
+    assert error < (1e-6 if row.method in FLOAT32 else 1e-12)
+
+
+def test_every_method_has_an_oracle_and_every_oracle_its_method() -> None:
+    for info in METHODS:
+        named = [row for row in rows() if re.match(rf"{info.cls.__name__}\b", row.method)]
+        assert named, f"{info.cls.__name__} is held against nothing"
+        assert list(info.oracles) == [row for row in rows() if row in named]
 
 
 def test_outcomes_are_numbers_or_words(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,12 +246,18 @@ def _first(values: list[Any], bad: Any, computed: list[Any] | None = None) -> tu
     return None
 
 
+def _computed_of_inputs(rollout: RecordedRollout) -> list[tuple[str, ...]]:
+    """The results but for what only a forward can show, such as the controls that were in force."""
+    shown = {key for one in rollout.policy._hooked.bound if one.only_in_forward for key in one.result_keys}
+    return [key for key in rollout.results if key[0] != "computed" and key not in shown]
+
+
 def _values(rollout: RecordedRollout) -> Iterator[Finding]:
     if len(rollout.data) < 2 or not any(
         _varies(rollout.values(as_tuple(key))) for key in rollout.policy.policy_in_keys
     ):
         return
-    keys = [key for key in rollout.results if key[0] != "computed" and rollout.selected.get(key[0])]
+    keys = [key for key in _computed_of_inputs(rollout) if rollout.selected.get(key[0])]
     same = [key for key in keys if not _varies(rollout.values(key))]
     if same:
         yield Finding(
@@ -286,7 +292,7 @@ def _schedules(rollout: RecordedRollout) -> Iterator[Finding]:
 
 def batch_findings(rollout: RecordedRollout, batch: TensorDictBase, annotated: TensorDictBase) -> Iterator[Finding]:
     """Findings on what ``annotate`` adds to a batch, and whether it repeats what was written at each step."""
-    inline = [key for key in rollout.results if key[0] != "computed"]
+    inline = _computed_of_inputs(rollout)
     added = [key for key in map(as_tuple, rollout.policy.result_keys) if key not in rollout.results]
     absent = [key for key in added if annotated.get(key, None) is None and not is_stamp(key)]
     if absent:

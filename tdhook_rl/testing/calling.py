@@ -14,7 +14,7 @@ from tensordict import TensorDictBase
 
 from tdhook_rl.calls.provenance import is_stamp
 from tdhook_rl.errors import TdhookError
-from tdhook_rl.testing.subject import Subject, as_tuples, entries, require, same_bits
+from tdhook_rl.testing.subject import Subject, annotated_keys, as_tuples, entries, require, same_bits
 
 __all__ = ["CALLING"]
 
@@ -27,17 +27,17 @@ def observing_is_bit_neutral(subject: Subject) -> None:
     """Outputs, and every generator afterwards, are those of the plain policy."""
     if not subject.observes:
         return
-    for mode, context in MODES.items():
-        plain = subject.new_policy()
-        with context(), subject.hooked() as hooked:
-            for step in range(6):
-                data = subject.rows(5, seed=step)
+    plain = subject.new_policy()
+    with subject.hooked() as hooked:
+        for step, (mode, context) in enumerate(3 * [*MODES.items()]):
+            data = subject.rows(5, seed=step)
+            with context():
                 expected, state = _seeded(plain, data, step)
                 found, after = _seeded(hooked, data, step)
-                same_bits(found, expected, f"with {mode}, in call {step + 1}")
-                for name, value in state.items():
-                    equal = torch.equal(value, after[name]) if isinstance(value, torch.Tensor) else value == after[name]
-                    require(equal, f"with {mode}, call {step + 1} leaves the generator of {name} elsewhere")
+            same_bits(found, expected, f"with {mode}, in call {step + 1}")
+            for name, value in state.items():
+                equal = torch.equal(value, after[name]) if isinstance(value, torch.Tensor) else value == after[name]
+                require(equal, f"with {mode}, call {step + 1} leaves the generator of {name} elsewhere")
 
 
 def gradients_are_the_policys(subject: Subject) -> None:
@@ -63,17 +63,18 @@ def gradients_are_the_policys(subject: Subject) -> None:
 
 def declared_keys_are_written(subject: Subject) -> None:
     """What is declared is written, and nothing else; with masks, batch-shaped, without a graph."""
+    batch = (3, 2) if subject.takes(3, 2) else (3,)
     with subject.hooked() as hooked:
         own = as_tuples([*hooked.policy_in_keys, *hooked.policy_out_keys])
         for _ in range(2):
-            data = subject.rows(3, 2)
+            data = subject.rows(*batch)
             given = as_tuples(data.keys(True, True))
             found = hooked(data)
             declared = as_tuples(hooked.out_keys) - own
             _require_entries(found, given | own, declared, "a forward")
-        rows = subject.rows(3, 2)
+        rows = subject.rows(*batch)
         annotated = hooked.annotate(_acted(hooked, rows))
-        _require_entries(annotated, given | own, as_tuples(hooked.result_keys), "annotate()")
+        _require_entries(annotated, given | own, annotated_keys(hooked), "annotate()")
         for key in as_tuples(hooked.result_keys):
             require(not any(part.startswith("_") for part in key), f"{key!r} has a part that collectors drop")
             mask = ("computed", key[0])
@@ -83,10 +84,11 @@ def declared_keys_are_written(subject: Subject) -> None:
 def every_batch_shape(subject: Subject) -> None:
     """Results have the batch shape first, and the same features and dtype at every batch shape."""
     forms: dict[tuple[str, ...], tuple[Any, ...]] = {}
+    batches = [batch for batch in BATCHES if subject.takes(*batch)]  # no more is asked than of the policy itself
     with subject.hooked() as hooked:
-        for batch in BATCHES:
+        for batch in batches:
             annotated = hooked.annotate(_acted(hooked, subject.rows(*batch)))
-            for key in as_tuples(hooked.result_keys):
+            for key in annotated_keys(hooked):
                 value = annotated[key]
                 require(value.shape[: len(batch)] == batch, f"{key!r} is {tuple(value.shape)} for the batch {batch}")
                 form = (tuple(value.shape[len(batch) :]), value.dtype)
@@ -100,12 +102,14 @@ def batch_equals_rows(subject: Subject) -> None:
     """A row of a batch is what it is alone, and in chunks."""
     if not subject.by_row:
         return
+    alone = subject.takes()  # a row without a batch dimension
     with subject.hooked() as hooked:
         rows = _acted(hooked, subject.rows(6))
         whole = hooked.annotate(rows)
-        singles: Any = torch.stack([hooked.annotate(rows[index]) for index in range(6)])
+        found = [hooked.annotate(rows[index] if alone else rows[index : index + 1]) for index in range(6)]
+        singles: Any = torch.stack(found) if alone else torch.cat(found)
         chunked = hooked.annotate(rows, chunk_size=4)
-        for key in as_tuples(hooked.result_keys):
+        for key in annotated_keys(hooked):
             _require_close(singles[key], whole[key], f"{key!r} of a row alone differs from that in its batch")
             _require_close(chunked[key], whole[key], f"{key!r} differs with chunk_size=4")
 
@@ -130,25 +134,43 @@ def annotate_equals_inline(subject: Subject) -> None:
 def dtypes_are_kept(subject: Subject) -> None:
     """A policy in float64 has results in float64."""
     policy = subject.new_policy().double()
+    data = subject.rows(4).apply(lambda value: value.double() if value.is_floating_point() else value)
+    try:
+        policy(data.clone())
+    except RuntimeError:
+        return  # it makes floats of its own
     with subject.method().prepare(policy) as hooked:
-        data = subject.rows(4).apply(lambda value: value.double() if value.is_floating_point() else value)
         found = hooked.annotate(_acted(hooked, data))
-        for key in as_tuples(hooked.result_keys):
+        for key in annotated_keys(hooked):
             value = found[key]
             if value.is_floating_point() and not is_stamp(key):
                 require(value.dtype == torch.float64, f"{key!r} of a float64 policy is {value.dtype}")
 
 
 def empty_batches(subject: Subject) -> None:
-    """A batch without rows has results without rows, or is refused in words."""
-    with subject.hooked() as hooked:
-        for call in (hooked, hooked.annotate):
-            try:
-                found = call(subject.rows(0))
-            except TdhookError:
-                continue
-            for key in as_tuples(hooked.out_keys if call is hooked else hooked.result_keys):
-                require(len(found[key]) == 0, f"{key!r} of a batch without rows has shape {tuple(found[key].shape)}")
+    """A batch without rows has results without rows, of the features and dtypes that rows have, or is refused in words.
+
+    A policy may refuse it, too.
+    """
+    for empty, full in (((0,), (3,)), ((2, 0), (2, 3))):
+        if not (subject.takes(*empty) and subject.takes(*full)):
+            continue
+        with subject.hooked() as hooked:
+            for call in (hooked, lambda data: hooked.annotate(_acted(hooked, data))):
+                some = call(subject.rows(*full))
+                try:
+                    found = call(subject.rows(*empty))
+                except TdhookError as error:
+                    require("row" in str(error), f"a batch without rows is refused by {str(error)!r}")
+                    continue
+                for key in as_tuples(hooked.out_keys) if call is hooked else annotated_keys(hooked):
+                    value, expected = found[key], some[key]
+                    same = (value.shape[len(full) :], value.dtype) == (expected.shape[len(full) :], expected.dtype)
+                    require(
+                        value.shape[: len(empty)] == empty and same,
+                        f"{key!r} of a batch without rows is {tuple(value.shape)} {value.dtype}, and "
+                        f"{tuple(expected.shape)} {expected.dtype} with rows",
+                    )
 
 
 def data_is_read_only(subject: Subject) -> None:
@@ -166,6 +188,14 @@ def data_is_read_only(subject: Subject) -> None:
 
 def nothing_is_kept(subject: Subject) -> None:
     """When data and results are gone, no tensor of a call is alive."""
+    gc.freeze()  # what is there already need not be looked through below
+    try:
+        _require_nothing_kept(subject)
+    finally:
+        gc.unfreeze()
+
+
+def _require_nothing_kept(subject: Subject) -> None:
     with subject.hooked() as hooked:
         for call in (hooked, lambda data: hooked.annotate(_acted(hooked, data))):
             data = subject.rows(4)

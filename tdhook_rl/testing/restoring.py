@@ -9,7 +9,16 @@ from tensordict import TensorDictBase
 from torch import nn
 
 from tdhook_rl.errors import InactiveError, TdhookError
-from tdhook_rl.testing.subject import Subject, Switch, as_tuples, require, require_untouched, same_bits, snapshot
+from tdhook_rl.testing.subject import (
+    Subject,
+    Switch,
+    annotated_keys,
+    as_tuples,
+    require,
+    require_untouched,
+    same_bits,
+    snapshot,
+)
 
 __all__ = ["RESTORING"]
 
@@ -84,7 +93,7 @@ def a_raising_model_leaves_nothing_behind(subject: Subject) -> None:
         keys = as_tuples(data.keys(True, True))
         Switch.broken = True
         try:
-            for call in (hooked, hooked.annotate) if hooked.result_keys else (hooked,):
+            for call in (hooked, hooked.annotate) if annotated_keys(hooked) else (hooked,):
                 try:
                     call(data)
                 except (ZeroDivisionError, TdhookError):

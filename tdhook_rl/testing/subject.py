@@ -76,6 +76,15 @@ class Subject:
         torch.manual_seed(seed)
         return self.data(*batch)
 
+    def takes(self, *batch: int) -> bool:
+        """Whether the policy itself, without hooks, can be called with such a batch."""
+        try:
+            with torch.no_grad():
+                self.new_policy()(self.rows(*batch))
+        except Exception:  # whatever a policy raises, it is no fault of the method's
+            return False
+        return True
+
     @contextmanager
     def hooked(self, seed: int = 0) -> Iterator[Any]:
         """The method on a fresh policy."""
@@ -97,6 +106,13 @@ def entries(data: TensorDictBase) -> dict[tuple[str, ...], Tensor]:
 
 def as_tuples(keys: Any) -> set[tuple[str, ...]]:
     return {(key,) if isinstance(key, str) else tuple(key) for key in keys}
+
+
+def annotated_keys(hooked: Any) -> set[tuple[str, ...]]:
+    """The results that annotate() writes: all but those that only a forward can show."""
+    shown = {key for one in hooked._hooked.bound if one.only_in_forward for key in one.result_keys}
+    masks = {("computed", key[0]) for key in shown}
+    return as_tuples(hooked.result_keys) - shown - masks
 
 
 def same_bits(found: TensorDictBase, expected: TensorDictBase, what: str, keys: list[NestedKey] | None = None) -> None:

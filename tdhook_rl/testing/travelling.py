@@ -19,7 +19,7 @@ from torchrl.envs import EnvBase
 from tdhook_rl.latent.activation_caching import ActivationCaching
 from tdhook_rl.method import Compose
 from tdhook_rl.testing.calling import _acted, _require_close
-from tdhook_rl.testing.subject import Subject, as_tuples, require, same_bits
+from tdhook_rl.testing.subject import Subject, annotated_keys, as_tuples, require, same_bits
 
 __all__ = ["TRAVELLING"]
 
@@ -71,6 +71,8 @@ def composes_in_either_order(subject: Subject) -> None:
 
 def collects(subject: Subject) -> None:
     """In a collector over several batches with weights that change, each batch has the results of its weights."""
+    if "action" not in subject.new_policy().out_keys or not subject.takes():
+        return  # it does not act in an environment by itself
     policy = subject.new_policy()
     env = _Rows(subject)
     with subject.method().prepare(policy) as hooked:
@@ -95,7 +97,7 @@ def collects(subject: Subject) -> None:
 
 def _require_fresh(hooked: Any, batch: TensorDictBase, seen: int) -> None:
     again = hooked.annotate(batch.exclude(*hooked.result_keys), on_mismatch="ignore")
-    for key in as_tuples(hooked.result_keys) & as_tuples(again.keys(True, True)):
+    for key in annotated_keys(hooked) & as_tuples(again.keys(True, True)):
         if "computed" not in key:
             _require_close(again[key], batch[key], f"in batch {seen + 1} of a collector {key!r} is not of its weights")
 
