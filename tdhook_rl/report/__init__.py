@@ -1,14 +1,33 @@
 """Logs, figures and the single-file report."""
 
 from tdhook_rl.report.html import Figure, Table, write_report
-from tdhook_rl.report.sinks import FileSink, LoggerSink, Sinks, new_folder, open_sinks, open_wandb
+from tdhook_rl.report.media import Animation, Artifact, DataTable, Histogram, Image
+from tdhook_rl.report.sinks import (
+    FileSink,
+    FolderSink,
+    LoggerSink,
+    Sinks,
+    TensorboardSink,
+    WandbSink,
+    new_folder,
+    open_sinks,
+    open_wandb,
+)
 
 __all__ = [
+    "Animation",
+    "Artifact",
+    "DataTable",
     "Figure",
     "FileSink",
+    "FolderSink",
+    "Histogram",
+    "Image",
     "LoggerSink",
     "Sinks",
     "Table",
+    "TensorboardSink",
+    "WandbSink",
     "new_folder",
     "open_sinks",
     "open_wandb",

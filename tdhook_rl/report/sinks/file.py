@@ -1,0 +1,162 @@
+"""The log of a run as lines of a file: readable whatever ends the run, also while it goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tdhook_rl.errors import ArtifactError, warn
+from tdhook_rl.report.sinks.values import scalars
+
+__all__ = ["FileSink"]
+
+COLUMNS = ("step", "name", "value")
+_STEP = re.compile(r"-?[0-9]{1,30}")
+_VALUE = re.compile(r"-?(?:[0-9]+(?:\.[0-9]*)?(?:e[-+]?[0-9]+)?|inf|nan)")
+
+
+class FileSink:
+    """Scalars as ``step,name,value`` lines; each call is written at once, so that a stopped run leaves all it measured.
+
+    Where the disk is full, what cannot be written is left out, whole; a warning says so once, and the log goes on as
+    soon as there is room.
+
+    Args:
+        path: a new file.
+        resume: go on in a file that exists, after its last whole line.
+
+    Raises:
+        ArtifactError: if it exists already, is no log, or cannot be written.
+    """
+
+    def __init__(self, path: str | Path, *, resume: bool = False) -> None:
+        self.path = Path(path)
+        self._told = False
+        going_on = resume and self.path.exists()
+        if going_on:
+            _end_at_a_line(self.path)
+        try:
+            self._file = self.path.open("ab" if going_on else "xb", buffering=0)
+        except FileExistsError:
+            raise ArtifactError(f"{self.path} exists already: another run is not overwritten") from None
+        except OSError as error:
+            raise ArtifactError(f"cannot write {self.path}: {error.strerror}") from error
+        if going_on and self.path.stat().st_size:
+            return
+        try:
+            self._write(f"{','.join(COLUMNS)}\n")
+        except OSError as error:
+            self._file.close()
+            self.path.unlink(missing_ok=True)
+            raise ArtifactError(f"cannot write {self.path}: {error.strerror}") from error
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Write scalars; as of :func:`scalars`."""
+        text = io.StringIO()
+        number, values = scalars(metrics, step)
+        csv.writer(text, lineterminator="\n").writerows([number, name, repr(value)] for name, value in values.items())
+        try:
+            self._write(text.getvalue())
+        except OSError as error:
+            if not self._told:
+                self._told = True
+                warn(
+                    f"{self.path} cannot be written ({error.strerror}): what is measured from step {number} on is not "
+                    "in it, until there is room"
+                )
+
+    def _write(self, text: str) -> None:
+        """Write all of a text or, as far as that is possible, nothing of it."""
+        start = os.fstat(self._file.fileno()).st_size
+        content = memoryview(text.encode())
+        try:
+            while len(content):
+                content = content[self._file.write(content) or 0 :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(start)
+                self._file.seek(start)
+            raise
+
+    def close(self) -> None:
+        """Finish; what was logged stays readable."""
+        self._file.close()
+
+    @staticmethod
+    def read(path: str | Path) -> dict[str, list[tuple[int, float]]]:
+        """The curves of a log file: ``(step, value)`` pairs by name.
+
+        Lines that were cut (a full disk, a run that was killed while it wrote) are left out with one warning: a number
+        that was cut is another number.
+
+        Raises:
+            ArtifactError: if there is no such file, or it is no log.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ArtifactError(f"there is no log {path}")
+        curves: dict[str, list[tuple[int, float]]] = {}
+        odd: list[int] = []
+        try:
+            with path.open("rb") as file:
+                for number, line in enumerate(file, start=1):
+                    row = _fields(line)
+                    if number == 1:
+                        _require_log(path, line, row)
+                        odd += [] if row is not None else [number]
+                    elif row is None or (entry := _entry(row)) is None:
+                        odd.append(number)
+                    else:
+                        curves.setdefault(row[1], []).append(entry)
+        except OSError as error:
+            raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
+        if odd:
+            shown = ", ".join(map(str, odd[:5])) + (", ..." if len(odd) > 5 else "")
+            lines = f"line {shown} was" if len(odd) == 1 else f"{len(odd)} lines ({shown}) were"
+            warn(f"of {path} {lines} cut and left out; the rest is read")
+        return curves
+
+
+def _end_at_a_line(path: Path) -> None:
+    """Cut off what a kill left half written, where a file is a log."""
+    try:
+        if not path.is_file():
+            raise ArtifactError(f"{path} is no file: it is not written to")
+        with path.open("r+b") as file:
+            first = file.readline()
+            _require_log(path, first, _fields(first))
+            end = size = file.seek(0, os.SEEK_END)
+            while end and file.seek(end - 1) >= 0 and file.read(1) != b"\n":
+                end -= 1
+            if end != size:
+                file.truncate(end)
+    except OSError as error:
+        raise ArtifactError(f"cannot go on in {path}: {error.strerror}") from error
+
+
+def _fields(line: bytes) -> list[str] | None:
+    """The fields of a line; ``None`` for one without an end, or that is no text."""
+    try:
+        if not line.endswith((b"\n", b"\r")) or b"\0" in line:
+            return None
+        return next(csv.reader([line.decode()]), None)
+    except (UnicodeDecodeError, csv.Error):
+        return None
+
+
+def _entry(row: list[str]) -> tuple[int, float] | None:
+    if len(row) != 3 or not _STEP.fullmatch(row[0]) or not row[1] or not _VALUE.fullmatch(row[2]):
+        return None
+    return int(row[0]), float(row[2])
+
+
+def _require_log(path: Path, line: bytes, row: list[str] | None) -> None:
+    header = ",".join(COLUMNS).encode()
+    if row != list(COLUMNS) and not (row is None and header.startswith(line)):
+        raise ArtifactError(f"{path} is no log: it does not begin with {header.decode()!r}")

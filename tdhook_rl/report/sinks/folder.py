@@ -1,0 +1,160 @@
+"""A run's own folder: every number and picture is written here first, whatever becomes of it elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tdhook_rl.errors import ArtifactError, warn
+from tdhook_rl.files.durable import write_text
+from tdhook_rl.report.media import Artifact, Histogram, Media
+from tdhook_rl.report.sinks.file import FileSink
+from tdhook_rl.report.sinks.names import Tags
+from tdhook_rl.report.sinks.values import sorted_values
+
+__all__ = ["FolderSink", "new_folder"]
+
+
+class FolderSink:
+    """Numbers as lines of ``log.csv``, histograms as lines of ``histograms.jsonl``, and a file for everything else.
+
+    Each file is whole whenever there is one, also after a kill. Where the disk is full, or the folder as large as
+    allowed, what has no room is left out with one warning.
+
+    Args:
+        path: a folder, which is made.
+        resume: go on where there is a log already.
+        most_bytes: of media and artifacts; numbers are always written.
+
+    Raises:
+        ArtifactError: if there is a log already, or the folder cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from tdhook_rl.report import Image
+        >>> folder = FolderSink(tempfile.mkdtemp())
+        >>> folder.log({"loss": 0.5, "map": Image([[0.0, 1.0]])}, 10)
+        >>> sorted(str(one.relative_to(folder.path)) for one in folder.path.rglob("*.*"))
+        ['log.csv', 'media/map/000000010.png']
+    """
+
+    def __init__(self, path: str | Path, *, resume: bool = False, most_bytes: float = float("inf")) -> None:
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArtifactError(f"cannot write into {self.path}: {error.strerror}") from error
+        self._file = FileSink(self.path / "log.csv", resume=resume)
+        self._tags = Tags("media", other=r'[<>:"|?*\x00-\x1f]')
+        self._most = most_bytes
+        self._told = False
+        self._written = 0
+        if resume:
+            found = [one for name in ("media", "artifacts") for one in (self.path / name).rglob("*")]
+            self._written = sum(one.stat().st_size for one in found if one.is_file())
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Write values; media have a ``path`` afterwards, unless there was no room."""
+        number, values, media = sorted_values(metrics, step)
+        if values:
+            self._file.log(values, number)
+        for name, one in media.items():
+            try:
+                one.path = self._histogram(name, one, number) if isinstance(one, Histogram) else None
+                if one.path is None:
+                    one.path = self._keep(name, one, number)
+            except OSError as error:
+                self._say(f"cannot be written ({error.strerror})", name)
+
+    def describe(self, config: Mapping[str, Any]) -> None:
+        """Write what the run is, ``config.json``."""
+        self._document("config.json", config)
+
+    def summarise(self, values: Mapping[str, Any]) -> None:
+        """Write the last values, ``summary.json``."""
+        self._document("summary.json", {name: value if value == value else None for name, value in values.items()})
+
+    def close(self) -> None:
+        """Finish; what was logged stays readable."""
+        self._file.close()
+
+    def _document(self, name: str, content: Mapping[str, Any]) -> None:
+        try:
+            write_text(self.path / name, json.dumps(content, indent=1, default=str) + "\n")
+        except OSError as error:
+            self._say(f"cannot be written ({error.strerror})", name)
+
+    def _histogram(self, name: str, value: Histogram, step: int) -> Path:
+        path = self.path / "histograms.jsonl"
+        line = {"step": step, "name": name, "counts": value.counts.tolist(), "edges": value.edges.tolist()}
+        content = (json.dumps(line) + "\n").encode()
+        with path.open("ab", buffering=0) as file:
+            start = file.tell()
+            if file.write(content) != len(content):
+                file.truncate(start)
+                raise OSError(28, "No space left on device")
+        return path
+
+    def _keep(self, name: str, value: Media, step: int) -> Path | None:
+        if isinstance(value, Artifact):
+            sources = [Path(file) for file in value.files]
+            folder = self.path / "artifacts" / self._tags[name].split("/", 1)[1] / f"{step:09d}"
+            if not self._room(sum(file.stat().st_size for file in sources), name):
+                return None
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in sources:
+                shutil.copyfile(file, folder / file.name)
+            facts = {"kind": value.kind, "aliases": list(value.aliases), "facts": dict(value.facts)}
+            write_text(folder / "artifact.json", json.dumps(facts, indent=1, default=str) + "\n")
+            return folder
+        content = value.content()
+        if not self._room(len(content), name):
+            return None
+        path = self.path / self._tags[name] / f"{step:09d}{value.ending}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f"{path.name}.new")
+        try:
+            new.write_bytes(content)
+            new.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                new.unlink(missing_ok=True)
+            raise
+        return path
+
+    def _room(self, size: int, name: str) -> bool:
+        if self._written + size > self._most:
+            self._say(f"holds the {self._most:.3g} bytes of media that are allowed (budget)", name)
+            return False
+        self._written += size
+        return True
+
+    def _say(self, why: str, name: str) -> None:
+        if not self._told:
+            self._told = True
+            warn(f"{self.path} {why}: {name!r}, and what follows without room, is left out; numbers go on")
+
+
+def new_folder(path: str | Path) -> Path:
+    """Create a folder for the output of one run.
+
+    Raises:
+        ArtifactError: if it holds something already, is a file, or cannot be written.
+    """
+    path = Path(path)
+    if path.is_file():
+        raise ArtifactError(f"{path} is a file: name a folder for the output")
+    if path.is_dir() and any(path.iterdir()):
+        raise ArtifactError(f"{path} holds the output of another run: name a new folder, or remove it")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ArtifactError(f"cannot write into {path}: {error.strerror}; name a folder you may write to") from error
+    return path

@@ -1,0 +1,203 @@
+"""Several sinks as one, and how they are opened."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from tdhook_rl.errors import InputError, warn
+from tdhook_rl.report.media import Media
+from tdhook_rl.report.sinks.file import FileSink
+from tdhook_rl.report.sinks.folder import FolderSink
+from tdhook_rl.report.sinks.loggers import WandbSink, sink_of
+from tdhook_rl.report.sinks.names import PREFIX
+from tdhook_rl.report.sinks.patient import Patient
+from tdhook_rl.report.sinks.values import sorted_values
+
+__all__ = ["Sink", "Sinks", "folder_beside", "open_sinks", "open_wandb", "sinks_of"]
+
+
+class Sink(Protocol):
+    """Takes values by name."""
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Write what was measured at a step (environment frames so far)."""
+
+    def close(self) -> None:
+        """Finish; what was logged stays readable."""
+
+
+class Sinks:
+    """Several sinks as one: local files first, then the others, whose failing or being slow stops nothing.
+
+    Args:
+        *sinks: ``None`` is left out.
+        most_keys: how many names the others are given; the local files take all.
+        patience: seconds that each of the others is waited for.
+    """
+
+    def __init__(self, *sinks: Sink | None, most_keys: float = float("inf"), patience: float = 1.0) -> None:
+        given = [sink for sink in sinks if sink is not None]
+        self.local: list[Any] = [sink for sink in given if isinstance(sink, FileSink | FolderSink)]
+        self.others = [Patient(sink, patience=patience) for sink in given if sink not in self.local]
+        self._most = most_keys
+        self._names: set[str] = set()
+        self._told = False
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Log with each sink: numbers, and the kinds of :mod:`tdhook_rl.report.media`.
+
+        Raises:
+            InputError: for what is neither, and names that are none.
+        """
+        number, values, media = sorted_values(metrics, step)
+        for sink in self.local:
+            sink.log(values if isinstance(sink, FileSink) else {**values, **media}, number)
+        chosen = {name: value for name, value in {**values, **media}.items() if self._within(name)}
+        for other in self.others if chosen else ():
+            other.log(chosen, number)
+        if len(chosen) < len(values) + len(media) and not self._told:
+            self._told = True
+            warn(
+                f"there are more than {self._most:g} names to log (budget): {_first_left(chosen, values, media)!r} and "
+                "others are in the local files only"
+            )
+
+    def describe(self, config: Mapping[str, Any]) -> None:
+        """Write what the run is where there is a place for it."""
+        self._all("describe", config)
+
+    def summarise(self, values: Mapping[str, Any]) -> None:
+        """Write the last values where there is a place for them."""
+        self._all("summarise", values)
+
+    def close(self) -> None:
+        """Finish all of them; what was logged stays readable."""
+        for other in self.others:
+            other.close()
+        for sink in self.local:
+            sink.close()
+
+    def _all(self, method: str, content: Mapping[str, Any]) -> None:
+        for sink in self.local:
+            if hasattr(sink, method):
+                getattr(sink, method)(content)
+        shown = {name: one for name, one in content.items() if method == "describe" or name in self._names}
+        for other in self.others:
+            job: Callable[[Any], None] | None = getattr(other.sink, method, None)
+            if job is not None:
+                other.call(lambda job=job: job(shown))
+
+    def _within(self, name: str) -> bool:
+        if name not in self._names and len(self._names) < self._most:
+            self._names.add(name)
+        return name in self._names
+
+
+def _first_left(chosen: Mapping[str, Any], values: Mapping[str, float], media: Mapping[str, Media]) -> str:
+    return next(name for name in (*values, *media) if name not in chosen)
+
+
+def sinks_of(
+    logger: Any,
+    folder: str | Path | None = None,
+    *,
+    prefix: str = PREFIX,
+    resume: bool = False,
+    most_keys: float = float("inf"),
+    most_bytes: float = float("inf"),
+) -> Sinks:
+    """A folder and whatever was given: a TorchRL ``Logger``, a W&B run, the path of a folder, or several of these.
+
+    Args:
+        logger: ``None`` for local files only.
+        folder: where local files go; beside what the first logger writes, unless given.
+        prefix: the first level of names.
+        resume: go on in a folder that was given, and has a log already.
+        most_keys: see :class:`Sinks`.
+        most_bytes: see :class:`FolderSink`.
+    """
+    given = list(logger) if isinstance(logger, list | tuple) else [logger]
+    given = [one for one in given if one is not None]
+    paths = [Path(one) for one in given if isinstance(one, str | Path)]
+    loggers = [sink_of(one, prefix) for one in given if not isinstance(one, str | Path)]
+    try:
+        if folder is not None:
+            paths.insert(0, Path(folder))
+        if paths:
+            local = [FolderSink(path, resume=resume, most_bytes=most_bytes) for path in dict.fromkeys(paths)]
+        else:
+            beside = folder_beside(given[0] if given else None, loggers[0].prefix if loggers else prefix)
+            local = [FolderSink(beside, resume=True, most_bytes=most_bytes)]
+    except Exception:
+        for sink in loggers:
+            sink.close()  # gives the prefix back
+        raise
+    return Sinks(*local, *loggers, most_keys=most_keys)
+
+
+def folder_beside(logger: Any, prefix: str = PREFIX) -> Path:
+    """Where the local files of a logger go: ``interp`` in the folder that it writes, else a new one in ``runs``."""
+    run = getattr(logger, "experiment", logger)
+    settings = getattr(run, "settings", None)
+    known: Iterable[Any] = (
+        getattr(settings, "sync_dir", None) if not getattr(run, "disabled", False) else None,
+        getattr(run, "log_dir", None),
+        getattr(logger, "log_dir", None),
+    )
+    for place in known:
+        if isinstance(place, str | Path) and str(place) and Path(place).is_dir():
+            return Path(place) / prefix
+    start = Path("runs") / time.strftime(f"{prefix}-%Y%m%d-%H%M%S")
+    number, path = 1, start
+    while path.exists():
+        number += 1
+        path = start.with_name(f"{start.name}-{number}")
+    return path
+
+
+def open_wandb(
+    folder: str | Path, name: str, config: Mapping[str, Any], mode: str = "offline", group: str | None = None
+) -> WandbSink | None:
+    """A W&B run in a folder, or ``None`` with one warning where W&B cannot start. Closing the sink ends the run.
+
+    Args:
+        folder: where the run's files go.
+        name: the name of the run.
+        config: the settings of the run.
+        mode: ``"offline"`` needs no account; upload it later with ``wandb sync``.
+        group: the experiment that it is one run of.
+    """
+    try:
+        import wandb
+        from torchrl.record.loggers.wandb import WandbLogger
+
+        # mode= rather than offline=True, which would leave WANDB_MODE set for the whole process.
+        logger = WandbLogger(
+            exp_name=name,
+            save_dir=str(folder),
+            project="tdhook_rl",
+            mode=mode,
+            group=group,
+            config=dict(config),
+            log_env_packages=False,
+            settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True),
+        )
+        return WandbSink(logger.experiment, owner=logger, finish=True)
+    except Exception as error:
+        warnings.warn(f"W&B could not start ({type(error).__name__}: {error}); logging to local files only")
+        return None
+
+
+def open_sinks(folder: Path, logger: str, name: str, config: Mapping[str, Any]) -> Sinks:
+    """The local files, and the logger asked for: ``"wandb"`` or ``"csv"``.
+
+    Raises:
+        InputError: for another logger.
+    """
+    if logger not in ("wandb", "csv"):
+        raise InputError(f"the logger is 'wandb' or 'csv', got {logger!r}")
+    return Sinks(FolderSink(folder), open_wandb(folder, name, config) if logger == "wandb" else None)
