@@ -13,6 +13,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor
 
 from tdhook_rl.arguments.checked import require_target
+from tdhook_rl.attribution.baselines import Baselines
 from tdhook_rl.attribution.chain_gradients import is_linear
 from tdhook_rl.attribution.explainable import explainable_inputs
 from tdhook_rl.attribution.question import Attributed, Question, TargetFunction
@@ -129,6 +130,8 @@ class BoundAttribution(BoundMethod):
     replays = True
     shows_outputs = True  # init_attr_targets is given the policy's outputs, beside those of target_modules
     declared: list[NestedKey]
+    is_product = False  # attributions are products with input minus baseline, not gradients
+    baselines: Baselines | None = None  # of the inputs, where the method compares them with any
     beside: str | None = None  # the root of what is written beside: one number for each row and target
 
     def __init__(self, config: GradientAttribution, binder: Binder) -> None:

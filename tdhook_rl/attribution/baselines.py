@@ -1,8 +1,9 @@
-"""Baselines that a method is given as an argument: a number, a tensor of features, or one of these by input."""
+"""Baselines of inputs: an argument (a number, a tensor of features, or one of these by input) or entries of the data."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -11,11 +12,62 @@ from tensordict import NestedKey
 from tensordict.utils import unravel_key
 from torch import Tensor
 
-from tdhook_rl.errors import InputError, nearest
+from tdhook_rl.calls.passes import Call
+from tdhook_rl.errors import InputError, MissingKeyError, nearest
 
-__all__ = ["Baseline", "check_baseline", "filled", "in_dtype"]
+__all__ = ["Baseline", "Baselines", "check_baseline", "filled", "in_dtype"]
 
 Baseline = float | Tensor | Mapping[NestedKey, float | Tensor]
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """The baselines of a method.
+
+    Args:
+        method: its name.
+        given: as :func:`check_baseline` returns it; ``None`` for baselines that are read from the data.
+        root: where they lie in the data: under ``(root, key)`` that of input ``key``.
+        as_input: whether one in the data has to be of the dtype of its input, or else of any that this can hold.
+    """
+
+    method: str
+    given: Any
+    root: str
+    as_input: bool
+
+    def key_of(self, key: NestedKey) -> tuple[str, ...]:
+        """Where the baseline of an input lies in the data."""
+        return (self.root, *((key,) if isinstance(key, str) else key))
+
+    def of(self, call: Call, key: NestedKey, value: Tensor) -> Tensor:
+        """The baseline of an input, of its shape, dtype and device.
+
+        Raises:
+            MissingKeyError: if the data lacks it.
+            InputError: if it does not fit the input.
+        """
+        if self.given is not None:
+            return filled(self.given, key, value, call.batch_size)
+        name = self.key_of(key)
+        found = call.data.get(name, None)
+        if found is None:
+            raise MissingKeyError(
+                f"{self.method} needs the baseline of {key!r} under {name!r}, which the data lacks; "
+                f"{nearest(str(name), map(str, call.data.keys(True, True)))}. Put a neutral input there (zeros, say), "
+                f"or give a number for all: {self.method}(baseline=0.0)"
+            )
+        if found.shape != value.shape or found.device != value.device:
+            raise InputError(
+                f"the baseline {name!r} has shape {tuple(found.shape)} on {found.device}; it must match {key!r}, "
+                f"which has shape {tuple(value.shape)} on {value.device}"
+            )
+        if not self.as_input:
+            return in_dtype(found, value, key)
+        original = call.inputs[key].dtype
+        if found.dtype not in (value.dtype, original):
+            raise InputError(f"the baseline {name!r} is {found.dtype}; it must match {key!r}, which is {original}")
+        return found.to(value.dtype)
 
 
 def check_baseline(baseline: Any) -> Any:

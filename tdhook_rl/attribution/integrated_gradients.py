@@ -15,7 +15,7 @@ from tensordict import NestedKey
 from torch import Tensor
 
 from tdhook_rl.attribution.base import BoundAttribution, GradientAttribution
-from tdhook_rl.attribution.baselines import Baseline, check_baseline, filled
+from tdhook_rl.attribution.baselines import Baseline, Baselines, check_baseline
 from tdhook_rl.attribution.gradients import gradients
 from tdhook_rl.attribution.leaves import activations
 from tdhook_rl.attribution.question import Attributed, Question
@@ -70,9 +70,8 @@ class _BoundIntegratedGradients(BoundAttribution):
         super().__init__(config, binder)
         self._points, self._weights = quadrature(config.method, config.n_steps)
         self._one_pass: tuple[tuple, list[tuple[Tensor, Tensor]]] = ((), [])  # the last schedule of a single pass
-        self._multiply = config.multiply_by_inputs
-        self._baseline = config.baseline
-        self._baseline_key = config.baseline_key
+        self.is_product = config.multiply_by_inputs
+        self.baselines = Baselines("IntegratedGradients", config.baseline, config.baseline_key, as_input=True)
         self._chunk_size = config.chunk_size
         self.beside = config.delta_key if config.compute_convergence_delta else None
         self._deltas: dict[tuple[str, ...], Tensor] = {}
@@ -80,7 +79,7 @@ class _BoundIntegratedGradients(BoundAttribution):
         # callback or the policy reads them as well.
         others = [*self.reads, *binder.policy.in_keys]
         self._unread = frozenset([config.baseline_key]) - {key if isinstance(key, str) else key[0] for key in others}
-        self.reads = [*self.reads, *(self._baseline_of(key) for key in binder.policy.in_keys)]
+        self.reads = [*self.reads, *(self.baselines.key_of(key) for key in binder.policy.in_keys)]
         # What targets may read of the stored data although the policy reads it as an input.
         drawn = [key for child in binder.policy.modules() if draws(child) for key in sample_keys(child)]
         self._results: frozenset[str] | None = None  # known once every method is bound
@@ -117,13 +116,13 @@ class _BoundIntegratedGradients(BoundAttribution):
     def _attribute_group(self, question: Question) -> list[Attributed]:
         call, inputs = question.call, question.inputs
         path_inputs = self._path_inputs(call, inputs)
-        baselines = {key: self._read_baseline(call, key, value) for key, value in path_inputs.items()}
+        baselines = {key: self.baselines.of(call, key, value) for key, value in path_inputs.items()}
         ends = {key: inputs.get(key, call.inputs[key]) for key in baselines}
         inner = self._inner_path(call, question.sites, ends, baselines)
         averages = self._integrate(question, baselines, inner)
         if self.beside is not None and not self._deltas:
             self._measure_deltas(question, ends, baselines, inner, averages)
-        if not self._multiply:
+        if not self.is_product:
             return averages
         return [
             (
@@ -146,13 +145,13 @@ class _BoundIntegratedGradients(BoundAttribution):
             for key in keys
             if (value := call.inputs[key]).is_floating_point()
             or value.dtype == torch.uint8
-            or call.data.get(self._baseline_of(key), None) is not None
+            or call.data.get(self.baselines.key_of(key), None) is not None
         }
         if not chosen:
             raise MissingKeyError(
                 f"IntegratedGradients of inner activations compares them with those at a baseline, and none of the "
                 f"inputs {keys} has one: put neutral indices (padding tokens, say) into the data under "
-                f"{self._baseline_of(keys[0])!r}"
+                f"{self.baselines.key_of(keys[0])!r}"
             )
         return chosen
 
@@ -263,30 +262,6 @@ class _BoundIntegratedGradients(BoundAttribution):
             total = torch.stack([row_vectors(term, call.batch_size).sum(-1) for term in terms]).sum(0)
             key = (self.beside or "", *([name] if name else []))
             self._deltas[key] = total - change
-
-    def _baseline_of(self, key: NestedKey) -> tuple[str, ...]:
-        return (self._baseline_key, *((key,) if isinstance(key, str) else key))
-
-    def _read_baseline(self, call: Call, key: NestedKey, value: Tensor) -> Tensor:
-        if self._baseline is not None:
-            return filled(self._baseline, key, value, call.batch_size)
-        name = self._baseline_of(key)
-        found = call.data.get(name, None)
-        if found is None:
-            raise MissingKeyError(
-                f"IntegratedGradients needs the baseline of {key!r} under {name!r}, which the data lacks; "
-                f"{nearest(str(name), map(str, call.data.keys(True, True)))}. Put a neutral input there (zeros, say), "
-                "or give a number for all: IntegratedGradients(baseline=0.0)"
-            )
-        if found.shape != value.shape or found.device != value.device:
-            raise InputError(
-                f"the baseline {name!r} has shape {tuple(found.shape)} on {found.device}; it must match {key!r}, "
-                f"which has shape {tuple(value.shape)} on {value.device}"
-            )
-        original = call.inputs[key].dtype
-        if found.dtype not in (value.dtype, original):
-            raise InputError(f"the baseline {name!r} is {found.dtype}; it must match {key!r}, which is {original}")
-        return found.to(value.dtype)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -42,6 +42,8 @@ __all__ = ["LRP"]
 
 
 class _BoundLRP(BoundAttribution):
+    is_product = True
+
     def __init__(self, config: LRP, binder: Binder) -> None:
         self._owner = binder.owner()
         self._starts_at_output = config.init_attr_grads is None

@@ -15,7 +15,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor
 
 from tdhook_rl.attribution.base import BoundAttribution
-from tdhook_rl.attribution.baselines import Baseline, check_baseline, filled, in_dtype
+from tdhook_rl.attribution.baselines import Baseline, Baselines, check_baseline
 from tdhook_rl.attribution.groups import Groups, each_feature, group_features, groups_of_rows, windows
 from tdhook_rl.attribution.perturbation_base import (
     Blurred,
@@ -39,11 +39,12 @@ FeatureGroups = Any  # a sequence of groups (indices or masks), or a TensorDict 
 
 
 class _BoundOcclusion(BoundPerturbation):
+    is_product = True  # a change from the baseline
+
     def __init__(self, config: Occlusion, binder: Binder) -> None:
         super().__init__(config, binder)
         self._name = type(config).__name__
-        self._baseline = config.baseline
-        self._baseline_key = config.baseline_key
+        self.baselines = Baselines(self._name, config.baseline, config.baseline_key, as_input=False)
         self._groups = config.groups
         if isinstance(self._groups, Mapping):
             self._groups = {unravel_key(key): groups for key, groups in self._groups.items()}
@@ -53,8 +54,8 @@ class _BoundOcclusion(BoundPerturbation):
                     f"groups= names {unknown[0]!r}, which is not an explained input of the policy; "
                     f"{nearest(str(unknown[0]), map(str, self.declared))}"
                 )
-        if self._baseline is None:
-            self.reads = [*self.reads, *(self._baseline_of(key) for key in binder.policy.in_keys)]
+        if config.baseline is None:
+            self.reads = [*self.reads, *(self.baselines.key_of(key) for key in binder.policy.in_keys)]
         listed = self._groups.values() if isinstance(self._groups, Mapping) else [self._groups]
         self.reads = [*self.reads, *(unravel_key(one) for one in listed if _is_key(one))]
 
@@ -73,7 +74,7 @@ class _BoundOcclusion(BoundPerturbation):
             found = groups_of_rows(self._read_groups(call, of_key), value, key, of_key)
         else:
             found = group_features(of_key, shape, key)
-        return Occluded(found, value, self._read_baseline(call, key, value))
+        return Occluded(found, value, self.baselines.of(call, key, value))
 
     def _read_groups(self, call: Call, name: NestedKey) -> Tensor:
         found = call.data.get(name, None)
@@ -83,26 +84,6 @@ class _BoundOcclusion(BoundPerturbation):
                 f"{nearest(str(name), map(str, call.data.keys(True, True)))}"
             )
         return found
-
-    def _baseline_of(self, key: NestedKey) -> tuple[str, ...]:
-        return (self._baseline_key, *((key,) if isinstance(key, str) else key))
-
-    def _read_baseline(self, call: Call, key: NestedKey, value: Tensor) -> Tensor:
-        if self._baseline is not None:
-            return filled(self._baseline, key, value, call.batch_size)
-        name = self._baseline_of(key)
-        found = call.data.get(name, None)
-        if found is None:
-            raise MissingKeyError(
-                f"{self._name}(baseline=None) reads what replaces {key!r} under {name!r}, which the data lacks; "
-                f"{nearest(str(name), map(str, call.data.keys(True, True)))}. Or give a number: baseline=0.0"
-            )
-        if found.shape != value.shape or found.device != value.device:
-            raise InputError(
-                f"the baseline {name!r} has shape {tuple(found.shape)} on {found.device}; it must match {key!r}, "
-                f"which has shape {tuple(value.shape)} on {value.device}"
-            )
-        return in_dtype(found, value, key)
 
 
 class _BoundSARFA(_BoundOcclusion):

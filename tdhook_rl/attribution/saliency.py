@@ -21,7 +21,7 @@ class _BoundSaliency(BoundAttribution):
     def __init__(self, config: Saliency, binder: Binder) -> None:
         super().__init__(config, binder)
         self._absolute = config.absolute
-        self._multiply = config.multiply_by_inputs
+        self.is_product = config.multiply_by_inputs
         self.shares_forward = config.init_attr_inputs is None
 
     def attribute(self, question: Question) -> list[Attributed]:
@@ -35,7 +35,7 @@ class _BoundSaliency(BoundAttribution):
         ]
 
     def _finish(self, gradient: Tensor, value: Tensor) -> Tensor:
-        gradient = gradient * value.detach() if self._multiply else gradient
+        gradient = gradient * value.detach() if self.is_product else gradient
         return gradient.abs() if self._absolute else gradient
 
 

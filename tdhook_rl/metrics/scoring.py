@@ -14,7 +14,6 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.attribution import LRP
 from tdhook_rl.attribution.base import BoundAttribution
 from tdhook_rl.attribution.baselines import filled
 from tdhook_rl.calls.passes import Call, effects_of, stored_inputs
@@ -66,10 +65,7 @@ class Scorer:
     @property
     def is_product(self) -> bool:
         """Whether the attributions are products with input minus baseline, not gradients."""
-        if isinstance(self._bound, LRP.bound_class):
-            return True
-        # What has a baseline without saying so (occlusion) measures changes from it.
-        return bool(getattr(self._bound, "_multiply", hasattr(self._bound, "_read_baseline")))
+        return self._bound.is_product
 
     def value(self, inputs: Mapping[NestedKey, Tensor]) -> Tensor:
         """The target at these inputs, the batch shape."""
@@ -101,7 +97,7 @@ class Scorer:
         """The attributions that the method computes at other inputs."""
         data = shallow_copy(self._data)
         for key, value in inputs.items():
-            baseline = getattr(self._bound, "_baseline_of", lambda key: None)(key)
+            baseline = self._bound.baselines and self._bound.baselines.key_of(key)
             if baseline is not None and data.get(baseline, None) is not None:
                 data.set(baseline, data.get(baseline).to(value.dtype))  # of integers that are explained as floats
             data.set(key, value)
@@ -122,9 +118,8 @@ class Scorer:
     def _baseline_of(self, key: NestedKey, value: Tensor, number: float | None) -> Tensor:
         if number is not None:
             return filled(number, key, value, self.batch_size)
-        read = getattr(self._bound, "_read_baseline", None)
-        if read is not None:
-            return read(self._call, key, value)
+        if self._bound.baselines is not None:
+            return self._bound.baselines.of(self._call, key, value)
         name = ("baseline", *_as_tuple(key))
         # Gradient times input and LRP share out what is above zero.
         found = None if self.is_product else self._data.get(name, None)
