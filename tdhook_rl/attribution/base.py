@@ -13,6 +13,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor
 
 from tdhook_rl.arguments.checked import require_target
+from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.attribution.baselines import Baselines
 from tdhook_rl.attribution.chain_gradients import is_linear
 from tdhook_rl.attribution.explainable import explainable_inputs
@@ -178,7 +179,7 @@ class BoundAttribution(BoundMethod):
 
     @property
     def result_keys(self) -> tuple[tuple[str, ...], ...]:
-        explained = [*map(_as_tuple, self.declared), *((site,) for site in self.leaves.values())]
+        explained = [*map(key_parts, self.declared), *((site,) for site in self.leaves.values())]
         names = [(name,) if name else () for name in self.names]
         keys = tuple((self.root, *name, *key) for name in names for key in explained)
         return keys if self.beside is None else (*keys, *((self.beside, *name) for name in names))
@@ -206,7 +207,7 @@ class BoundAttribution(BoundMethod):
         for name, (of_inputs, of_leaves) in zip(self.names, attributed, strict=True):
             prefix = (self.root, *([name] if name else []))
             for key, value in of_inputs.items():
-                results[*prefix, *_as_tuple(key)] = value
+                results[*prefix, *key_parts(key)] = value
             for slot, value in of_leaves.items():
                 site = self.leaves[slot]
                 value = value if captured is None else captured[slot].spread(value, call.batch_size, site)
@@ -261,7 +262,7 @@ class BoundAttribution(BoundMethod):
             return explainable_inputs(call, self.inputs)
         chosen = function(TensorDict(dict(call.inputs), batch_size=call.batch_size), self.additional(call))
         _require_tensordict(chosen, "init_attr_inputs")
-        keys = [key if len(_as_tuple(key)) > 1 else _as_tuple(key)[0] for key in chosen.keys(True, True)]
+        keys = [key if len(key_parts(key)) > 1 else key_parts(key)[0] for key in chosen.keys(True, True)]
         unknown = [key for key in keys if key not in call.policy.policy_in_keys]
         if unknown:
             raise InputError(
@@ -345,7 +346,3 @@ class _InitTargets:
 def _require_tensordict(value: Any, name: str) -> None:
     if not isinstance(value, TensorDictBase):
         raise TargetError(f"{name} must return a TensorDict, got a {type(value).__name__}")
-
-
-def _as_tuple(key: NestedKey) -> tuple[str, ...]:
-    return (key,) if isinstance(key, str) else key

@@ -1,4 +1,4 @@
-"""Baselines of inputs: an argument (a number, a tensor of features, or one of these by input) or entries of the data."""
+"""Baselines of inputs: an argument (a number, a tensor of features, one of these by input) or entries of the data."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tensordict import NestedKey
 from tensordict.utils import unravel_key
 from torch import Tensor
 
+from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 
@@ -38,7 +39,7 @@ class Baselines:
 
     def key_of(self, key: NestedKey) -> tuple[str, ...]:
         """Where the baseline of an input lies in the data."""
-        return (self.root, *((key,) if isinstance(key, str) else key))
+        return (self.root, *key_parts(key))
 
     def of(self, call: Call, key: NestedKey, value: Tensor) -> Tensor:
         """The baseline of an input, of its shape, dtype and device.

@@ -14,6 +14,7 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor
 
+from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.attribution.base import BoundAttribution, GradientAttribution
 from tdhook_rl.attribution.baselines import Baseline, Baselines, check_baseline
 from tdhook_rl.attribution.gradients import gradients
@@ -78,7 +79,7 @@ class _BoundIntegratedGradients(BoundAttribution):
         # The baselines of the inputs are read from the data, also by annotate. Replays need them only where a
         # callback or the policy reads them as well.
         others = [*self.reads, *binder.policy.in_keys]
-        self._unread = frozenset([config.baseline_key]) - {key if isinstance(key, str) else key[0] for key in others}
+        self._unread = frozenset([config.baseline_key]) - {key_parts(key)[0] for key in others}
         self.reads = [*self.reads, *(self.baselines.key_of(key) for key in binder.policy.in_keys)]
         # What targets may read of the stored data although the policy reads it as an input.
         drawn = [key for child in binder.policy.modules() if draws(child) for key in sample_keys(child)]
@@ -192,7 +193,7 @@ class _BoundIntegratedGradients(BoundAttribution):
             return self._unread
         if self._results is None:
             read = [*call.policy._hooked_read_keys(), *self._read_by_targets]
-            roots = {key if isinstance(key, str) else key[0] for key in read}
+            roots = {key_parts(key)[0] for key in read}
             self._results = frozenset(key[0] for key in call.policy.result_keys) - roots
         replaced = {key for key in inputs if isinstance(key, str)} - self._read_by_targets
         return self._unread | self._results | replaced

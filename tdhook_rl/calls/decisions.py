@@ -12,6 +12,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor
 from torch import distributions as D
 
+from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.calls.passes import Pass
 from tdhook_rl.calls.writing import get_entry
 from tdhook_rl.errors import TargetError, nearest, warn
@@ -68,7 +69,7 @@ def choose(run: Pass, key: Keys, name: str) -> list[Decision]:
     known = [one for drawn in run.distributions for one in _parts(drawn)]
     chosen: list[Decision] = []
     for asked in _as_list(key):
-        found = [one for one in known if meets(asked, one.key) and len(_as_tuple(asked)) <= len(_as_tuple(one.key))]
+        found = [one for one in known if meets(asked, one.key) and len(key_parts(asked)) <= len(key_parts(one.key))]
         if not found:
             raise TargetError(
                 f"{name}(key={asked!r}): the policy draws nothing of that name; "
@@ -113,12 +114,12 @@ def critic_keys(run: Pass) -> list[NestedKey]:
     found = [*keys_named(run.outputs, "state_value"), *keys_named(run.outputs, "state_action_value")]
     if not any(key in run.out_keys for key in found):
         return []
-    return [*found, *(key for key in run.out_keys if _VALUE.search(_as_tuple(key)[-1]))]
+    return [*found, *(key for key in run.out_keys if _VALUE.search(key_parts(key)[-1]))]
 
 
 def warn_beside_values(run: Pass, values: Sequence[NestedKey]) -> None:
     """Warn, once, of outputs to decide by that are left out where values are explained unless told otherwise."""
-    left = [key for key in run.out_keys if key not in values and _as_tuple(key)[-1] in _DECIDING]
+    left = [key for key in run.out_keys if key not in values and key_parts(key)[-1] in _DECIDING]
     if torch.compiler.is_compiling() or not left or (message := f"beside values:{left}") in run.warned:
         return
     run.warned.add(message)
@@ -145,7 +146,7 @@ def require_own_parameters(drawing: Sequence[Any], who: str) -> None:
 
 def keys_named(data: TensorDictBase, name: str) -> list[NestedKey]:
     """The keys of all entries with this name, at the top and nested (those of agents)."""
-    return [key for key in data.keys(True, True) if _as_tuple(key)[-1] == name]
+    return [key for key in data.keys(True, True) if key_parts(key)[-1] == name]
 
 
 def outputs_named(run: Pass, key: NestedKey, name: str = "") -> list[tuple[NestedKey, Tensor]]:
@@ -178,7 +179,7 @@ def action_of(run: Pass, values: NestedKey) -> Tensor | None:
         if any(meets(unravel_key(key), values) for key in drawn.module.in_keys):  # type: ignore[union-attr]
             parts = _parts(drawn)
             if len(parts) > 1:
-                parts = [one for one in parts if _contains(_as_tuple(values)[:-1], _as_tuple(one.key))]
+                parts = [one for one in parts if _contains(key_parts(values)[:-1], key_parts(one.key))]
             if len(parts) == 1:
                 return parts[0].action
     keys: list[NestedKey] = [run.actions[values][0]] if values in run.actions else []
@@ -227,7 +228,3 @@ def _contains(parts: tuple[str, ...], name: tuple[str, ...]) -> bool:
 def _as_list(key: Keys) -> list[NestedKey]:
     """A string or tuple of strings is a key; a list is several."""
     return [unravel_key(one) for one in key] if isinstance(key, list) else [unravel_key(key)]  # type: ignore[arg-type]
-
-
-def _as_tuple(key: NestedKey) -> tuple[str, ...]:
-    return (key,) if isinstance(key, str) else key

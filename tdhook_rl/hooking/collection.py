@@ -14,6 +14,7 @@ import torch
 from tensordict import NestedKey, TensorDict
 from tensordict.utils import unravel_key_list
 
+from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.calls.passes import effects_of
 from tdhook_rl.calls.writing import set_entries
 from tdhook_rl.errors import KeyCollisionError
@@ -76,7 +77,7 @@ def _blank(policy: Any, data: TensorDict) -> TensorDict:
     finally:
         before.restore()
     blank = TensorDict({}, batch_size=data.batch_size)
-    set_entries(blank, {_as_tuple(key): torch.zeros_like(written.get(key)) for key in policy._step_keys()})
+    set_entries(blank, {key_parts(key): torch.zeros_like(written.get(key)) for key in policy._step_keys()})
     return blank
 
 
@@ -84,7 +85,7 @@ def _refuse_environment_keys(policy: Any, env: Any) -> None:
     """Raise if a result would overwrite an entry of the environment at every step."""
     taken = _environment_keys(env)
     for key in policy.result_keys:
-        clash = next((other for other in taken if collides(_as_tuple(key), other)), None)
+        clash = next((other for other in taken if collides(key_parts(key), other)), None)
         if clash is not None:
             raise KeyCollisionError(
                 f"the result key {key!r} collides with the environment's key {clash!r}, which it would overwrite: give "
@@ -99,8 +100,4 @@ def _environment_keys(env: Any) -> set[tuple[str, ...]]:
         spec = getattr(env, name, None)
         if spec is not None:
             keys += spec.keys(True, True)
-    return {_as_tuple(key) for key in unravel_key_list(keys)}
-
-
-def _as_tuple(key: NestedKey) -> tuple[str, ...]:
-    return (key,) if isinstance(key, str) else tuple(key)
+    return {key_parts(key) for key in unravel_key_list(keys)}

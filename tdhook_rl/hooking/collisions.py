@@ -10,6 +10,7 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key_list
 from torch import Tensor, nn
 
+from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.errors import InputError, KeyCollisionError, nearest
 from tdhook_rl.hooking.collection import collides
@@ -52,7 +53,7 @@ def check_known(what: str, asked: Sequence[NestedKey] | None, known: Sequence[Ne
 
 def check_collisions(policy: TensorDictModuleBase, bound: list[BoundMethod], reads: list[NestedKey]) -> None:
     """Refuse result keys that meet each other or the policy's own, and masks that would speak for two methods."""
-    own = {_as_tuple(key) for key in (*policy.in_keys, *policy.out_keys, *reads)}
+    own = {key_parts(key) for key in (*policy.in_keys, *policy.out_keys, *reads)}
     masks = {("computed", key[0]) for one in bound for key in one.result_keys}
     if masks and (clash := next((key for key in own if key[0] == "computed"), None)) is not None:
         raise KeyCollisionError(
@@ -93,7 +94,3 @@ def check_collisions(policy: TensorDictModuleBase, bound: list[BoundMethod], rea
                     f"a scheduled method writes under {shared[0]!r} and so does another, but one mask "
                     f"('computed', {shared[0]!r}) cannot speak for both: give it another root (attribution_key=, ...)"
                 )
-
-
-def _as_tuple(key: NestedKey) -> tuple[str, ...]:
-    return (key,) if isinstance(key, str) else key

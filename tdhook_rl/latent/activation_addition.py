@@ -9,6 +9,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
+from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
@@ -67,7 +68,7 @@ class _BoundAddition(BoundMethod):
         self._roots = (config.positive_key, config.negative_key)
         self._slots = slots
         self._in_keys = in_keys
-        self.reads = [(root, *((key,) if isinstance(key, str) else key)) for root in self._roots for key in in_keys]
+        self.reads = [(root, *key_parts(key)) for root in self._roots for key in in_keys]
         self.result_keys = tuple((config.steer_key, site) for site in slots.values())
 
     def compute(self, call: Call) -> dict[tuple[str, ...], Tensor]:

@@ -11,6 +11,7 @@ from tensordict.nn import ProbabilisticTensorDictModule
 from torch import Tensor
 
 from tdhook_rl.arguments.callbacks import takes_keywords
+from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest, warn
@@ -114,8 +115,8 @@ class _BoundPatching(BoundMethod):
         self._slots = slots
         self._out_keys = out_keys
         self._in_keys = in_keys
-        self.reads = [(root, *_as_tuple(key)) for key in in_keys]
-        self.result_keys = tuple((root, *_as_tuple(key)) for key in out_keys)
+        self.reads = [(root, *key_parts(key)) for key in in_keys]
+        self.result_keys = tuple((root, *key_parts(key)) for key in out_keys)
 
     def compute(self, call: Call) -> dict[tuple[str, ...], Tensor]:
         times = {slot: runs_kept(call, slot, site) for slot, site in self._slots.items()}
@@ -145,9 +146,5 @@ class _BoundPatching(BoundMethod):
         for key in self._out_keys:
             value = outputs.get(key, None)
             if isinstance(value, Tensor):
-                found[self._root, *_as_tuple(key)] = value.detach()
+                found[self._root, *key_parts(key)] = value.detach()
         return found
-
-
-def _as_tuple(key: NestedKey) -> tuple[str, ...]:
-    return (key,) if isinstance(key, str) else key

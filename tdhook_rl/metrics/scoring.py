@@ -14,6 +14,7 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
+from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.attribution.base import BoundAttribution
 from tdhook_rl.attribution.baselines import filled
 from tdhook_rl.calls.passes import Call, effects_of, stored_inputs
@@ -120,7 +121,7 @@ class Scorer:
             return filled(number, key, value, self.batch_size)
         if self._bound.baselines is not None:
             return self._bound.baselines.of(self._call, key, value)
-        name = ("baseline", *_as_tuple(key))
+        name = ("baseline", *key_parts(key))
         # Gradient times input and LRP share out what is above zero.
         found = None if self.is_product else self._data.get(name, None)
         if found is None:
@@ -140,7 +141,7 @@ class Scorer:
     def _read(self, data: TensorDictBase) -> dict[NestedKey, Tensor]:
         found = {}
         for key, value in self.inputs.items():
-            name = (self._bound.root, *([self._name] if self._name else []), *_as_tuple(key))
+            name = (self._bound.root, *([self._name] if self._name else []), *key_parts(key))
             attribution = data.get(name, None)
             if attribution is None:
                 raise MissingKeyError(
@@ -247,7 +248,3 @@ def require_count(name: str, value: int) -> None:
     """Refuse what is not a positive integer."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InputError(f"{name} is a positive integer, got {value!r}")
-
-
-def _as_tuple(key: NestedKey) -> tuple[str, ...]:
-    return (key,) if isinstance(key, str) else key

@@ -15,6 +15,7 @@ from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModuleBase, T
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
+from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.policies.chunks import cached_samples
 
 __all__ = [
@@ -118,7 +119,7 @@ def made_inside(policy: nn.Module) -> list[NestedKey]:
     found = []
     for step in _steps(policy):
         for key in step.reads:
-            below = any(meets(key, one) and len(_parts(one)) > len(_parts(key)) for one in written)
+            below = any(meets(key, one) and len(key_parts(one)) > len(key_parts(key)) for one in written)
             if below and key not in read and key in policy.in_keys and key not in found:
                 found.append(key)
             read.add(key)
@@ -130,7 +131,7 @@ def given_beside(own: Sequence[NestedKey], key: NestedKey, node: Any) -> dict[Ne
     """The entries of a node that are not the policy's own outputs."""
     if not isinstance(node, TensorDictBase):
         return {}
-    entries = {(*_parts(key), *_parts(name)): value for name, value in node.items(True, True)}
+    entries = {(*key_parts(key), *key_parts(name)): value for name, value in node.items(True, True)}
     return {name: value for name, value in entries.items() if name not in own}
 
 
@@ -162,7 +163,7 @@ def masks_needed(policy: nn.Module) -> list[NestedKey]:
 
 def is_action(key: NestedKey) -> bool:
     """Whether a key is that of an action by its name."""
-    parts = _parts(key)
+    parts = key_parts(key)
     if "action" in parts[-1]:
         return not any(word in parts[-1] for word in _NOT_ACTIONS)
     return parts[-2:-1] in (("action",), ("actions",))
@@ -175,7 +176,7 @@ def action_keys(out_keys: Sequence[NestedKey]) -> list[NestedKey]:
 
 def meets(key: NestedKey, other: NestedKey) -> bool:
     """Whether two keys are the same, or one is inside the other."""
-    one, two = _parts(key), _parts(other)
+    one, two = key_parts(key), key_parts(other)
     return one == two[: len(one)] or two == one[: len(two)]
 
 
@@ -275,8 +276,4 @@ def _last_draws_of_actors(policy: nn.Module) -> set[int]:
 
 
 def _last(key: NestedKey) -> str:
-    return _parts(key)[-1]
-
-
-def _parts(key: NestedKey) -> tuple[str, ...]:
-    return (key,) if isinstance(key, str) else tuple(key)
+    return key_parts(key)[-1]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchrl.data import ReplayBuffer
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter, RoundRobinWriter
 
+from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.errors import InputError
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Trajectories:
         """What is read of every row."""
         own = {getattr(one, "done_key", None) for one in transforms if hasattr(one, "done_key")}
         done = [key for key in {"done", *own} if key is not None]
-        keys = [_traj_key(buffer), *NUMBERS, *COUNTS, *STARTS, *(("next", *_parts(key)) for key in done)]
+        keys = [_traj_key(buffer), *NUMBERS, *COUNTS, *STARTS, *(("next", *key_parts(key)) for key in done)]
         return [key for key in keys if key is not None]
 
     def stretches(self, index: Tensor, window: Window) -> Iterator[tuple[Tensor, Tensor, slice]]:
@@ -146,10 +147,6 @@ class Trajectories:
 
 def _traj_key(buffer: ReplayBuffer) -> NestedKey | None:
     return getattr(buffer._sampler, "traj_key", None)
-
-
-def _parts(key: NestedKey) -> tuple[str, ...]:
-    return (key,) if isinstance(key, str) else tuple(key)
 
 
 def _is_done(key: NestedKey) -> bool:

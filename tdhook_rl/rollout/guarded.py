@@ -15,6 +15,7 @@ from tensordict.nn.probabilistic import interaction_type
 from torch import nn
 
 from tdhook_rl.arguments.checked import checked
+from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.errors import InputError, WorkerError, nearest
 from tdhook_rl.hooking.hooked import HookedMixin
 from tdhook_rl.rollout.workers import Caller, Worker, descendants, end, inner_collector, is_ending, workers_of
@@ -282,7 +283,7 @@ def _policy(collector: Any) -> Any:
 
 def _compare(given: TensorDictBase, own: TensorDictBase, whole: bool) -> None:
     names, shapes = (
-        {".".join(_as_tuple(key)): value.shape for key, value in one.items(True, True)} for one in (given, own)
+        {".".join(key_parts(key)): value.shape for key, value in one.items(True, True)} for one in (given, own)
     )
     unknown = [name for name in names if name not in shapes and not name.startswith("__extra_state__")]
     if unknown:
@@ -305,7 +306,3 @@ def _queues(schemes: Iterable[Any]) -> Iterator[Any]:
     for scheme in schemes:
         for name in ("_weight_init_queues", "_instruction_queues", "_ack_queues"):
             yield from (getattr(scheme, name, None) or {}).values()
-
-
-def _as_tuple(key: Any) -> tuple[str, ...]:
-    return (key,) if isinstance(key, str) else key

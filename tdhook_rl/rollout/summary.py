@@ -11,6 +11,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.arguments.checked import Checked, checked
+from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.batches.annotation import OnMismatch
 from tdhook_rl.calls.preconditions import require_hooked
 from tdhook_rl.calls.provenance import is_stamp, stamp_key
@@ -45,7 +46,7 @@ def summarise(data: TensorDictBase, result_keys: Sequence[NestedKey]) -> dict[st
     real = torch.ones(data.batch_size, dtype=torch.bool) if padding is None else padding.cpu()
     found: dict[str, float] = {}
     for key in result_keys:
-        parts = (key,) if isinstance(key, str) else tuple(key)
+        parts = key_parts(key)
         value = data.get(parts, None)
         if not isinstance(value, Tensor) or is_stamp(parts):
             continue
