@@ -73,7 +73,7 @@ def _chain_gradient(
         if outer is None:
             return None
         if weights is not None:
-            outer = outer * weights.to(outer.dtype).reshape(*weights.shape, *(1,) * (outer.ndim - weights.ndim))
+            outer = outer * weights.to(outer.dtype).reshape((*weights.shape, *(1,) * (outer.ndim - weights.ndim)))
         found = record.pull(outer)
         # Where every output is finite, so is what is linear in them; but a sum may overflow in half precision.
         if outer.dtype.itemsize < 4 or not surely_finite(record.output):

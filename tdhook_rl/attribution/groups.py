@@ -62,7 +62,7 @@ class Overlapping:
         total = torch.zeros(*scores.shape[1:], *masks.shape[1:], dtype=scores.dtype, device=scores.device)
         for mask, score in zip(masks, scores, strict=True):
             # where, not a product: a group that is NaN says nothing of the features outside it.
-            total = torch.where(mask, total + score.reshape(*score.shape, *features), total)
+            total = torch.where(mask, total + score.reshape((*score.shape, *features)), total)
         return total / masks.sum(0).clamp_min(1)
 
 

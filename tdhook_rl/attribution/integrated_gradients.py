@@ -92,7 +92,7 @@ class _BoundIntegratedGradients(BoundAttribution):
             return self._compute_rows(call)
         parts = [self._compute_rows(block) for block in _blocks(call, size)]
         joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        return {key: value.reshape(*call.batch_size, *value.shape[1:]) for key, value in joined.items()}
+        return {key: value.reshape((*call.batch_size, *value.shape[1:])) for key, value in joined.items()}
 
     def _compute_rows(self, call: Call) -> dict[tuple[str, ...], Tensor]:
         results = super().compute(call)

@@ -240,7 +240,7 @@ class Blurred:
     def spread(self, scores: Tensor) -> Tensor:
         maps = scores.movedim(0, -1).reshape(-1, 1, *self.grid)
         maps = torch.nn.functional.interpolate(maps, size=self.size, mode="bilinear", align_corners=False)
-        return maps.reshape(*scores.shape[1:], *self.size)
+        return maps.reshape((*scores.shape[1:], *self.size))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

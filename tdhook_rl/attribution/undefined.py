@@ -33,7 +33,7 @@ def nan_undefined_rows(defined: Tensor, gradient: Tensor) -> Tensor:
         if not gradient.ndim or gradient.shape[0] != defined.numel():
             return gradient
         defined = defined.reshape(-1)  # convolutional nets flatten the leading dimensions
-    return torch.where(defined.reshape(*defined.shape, *(1,) * (gradient.ndim - defined.ndim)), gradient, torch.nan)
+    return torch.where(defined.reshape((*defined.shape, *(1,) * (gradient.ndim - defined.ndim))), gradient, torch.nan)
 
 
 def with_nan(gradients: Sequence[Tensor | None], points: Sequence[Tensor], defined: Tensor | None) -> list[Tensor]:

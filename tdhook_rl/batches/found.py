@@ -113,7 +113,7 @@ class Found:
         stored = self._data.get(key)
         if stored.shape != computed.shape or stored.dtype != computed.dtype:
             return computed
-        return torch.where(own.reshape(*own.shape, *(1,) * (stored.ndim - own.ndim)), stored, computed)
+        return torch.where(own.reshape((*own.shape, *(1,) * (stored.ndim - own.ndim))), stored, computed)
 
     def _mask(self, root: str, values: list[Tensor]) -> Tensor:
         provenance = self._policy._hooked.provenance

@@ -60,7 +60,7 @@ def in_deciding_rows(
         if key[0] == "computed":
             found[key] = value & rows
             continue
-        mask = rows.reshape(*rows.shape, *(1,) * (value.ndim - rows.ndim))
+        mask = rows.reshape((*rows.shape, *(1,) * (value.ndim - rows.ndim)))
         found[key] = torch.where(mask, value, torch.nan if value.is_floating_point() else 0)
         found["computed", key[0]] = results.get(("computed", key[0]), rows) & rows
     return found

@@ -339,7 +339,7 @@ def for_samples(inputs: dict[NestedKey, Tensor], batch: torch.Size, output: Tens
     rows = output.batch_size
     if rows[len(rows) - len(batch) :] != batch:
         return inputs
-    return {key: value.expand(*rows, *value.shape[len(batch) :]) for key, value in inputs.items()}
+    return {key: value.expand((*rows, *value.shape[len(batch) :])) for key, value in inputs.items()}
 
 
 def drawn_noise(policy: HookedPolicy, output: TensorDictBase) -> dict[NestedKey, Tensor]:

@@ -100,6 +100,6 @@ def without_other_rows(values: Mapping[tuple[str, ...], Tensor], rows: Tensor) -
     """The values of the given rows, and :func:`missing_value` in the others."""
     filled = {}
     for key, value in values.items():
-        mask = rows.reshape(*rows.shape, *(1,) * (value.ndim - rows.ndim))
+        mask = rows.reshape((*rows.shape, *(1,) * (value.ndim - rows.ndim)))
         filled[key] = torch.where(mask, value, torch.full_like(value, missing_value(value.dtype)))
     return filled

@@ -240,7 +240,7 @@ def _first(values: list[Any], bad: Any, computed: list[Any] | None = None) -> tu
         wrong = bad(value)
         mask = None if computed is None else computed[step]
         if mask is not None:
-            wrong = wrong & mask.reshape(*mask.shape, *[1] * (wrong.ndim - mask.ndim))
+            wrong = wrong & mask.reshape((*mask.shape, *[1] * (wrong.ndim - mask.ndim)))
         if bool(wrong.any()):
             return step, int(wrong.sum())
     return None

@@ -76,7 +76,7 @@ class _BoundAddition(BoundMethod):
         found: dict[tuple[str, ...], Tensor] = {}
         for key, slot in zip(self.result_keys, self._slots, strict=True):
             vector = positive[slot] - negative[slot]
-            found[key] = vector.expand(*call.batch_size, *vector.shape)
+            found[key] = vector.expand((*call.batch_size, *vector.shape))
         return found
 
     def _means(self, call: Call, root: str) -> dict[str, Tensor]:

@@ -231,7 +231,7 @@ class GradientHook:
         value = escaped(value.detach().clone())
         if batch is not None and value.shape[: len(batch)] != batch and value.shape[:1] == (batch.numel(),):
             # Convolutional nets flatten the leading dimensions before their layers.
-            value = value.reshape(*batch, *value.shape[1:])
+            value = value.reshape((*batch, *value.shape[1:]))
         if self.run == "all":
             arrived = record.arrived.setdefault(self.key, {})
             arrived[index] = value

@@ -237,7 +237,7 @@ class AdditionHook:
                 f"the per-row alpha {self.alpha.row!r} has shape {tuple(alpha.shape)}, which does not start the shape "
                 f"{tuple(value.shape)} of {self.site!r}: give one number for each row of the batch"
             )
-        return alpha.reshape(*alpha.shape, *(1,) * (value.ndim - alpha.ndim))
+        return alpha.reshape((*alpha.shape, *(1,) * (value.ndim - alpha.ndim)))
 
     def _vectors_per_row(self, vectors: Tensor, value: Tensor, features: int | None) -> Tensor:
         batch = self.runtime.batch
@@ -252,7 +252,7 @@ class AdditionHook:
         shape = placed_shape(vectors.shape[len(batch) :], value, features, self.runtime, self.site, what)
         rows = value.shape[: value.ndim - feature_dims(value, batch)]
         between = value.ndim - len(rows) - len(shape)  # agents that share the vector of their row
-        return vectors.reshape(*rows, *(1,) * between, *shape)
+        return vectors.reshape((*rows, *(1,) * between, *shape))
 
 
 class EntryAdditionHook(AdditionHook):

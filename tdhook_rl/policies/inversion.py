@@ -96,7 +96,7 @@ def _by_trying(mapped: Callable[[Tensor], Tensor], stored: Tensor, choose: Candi
             return None
         match = (value == stored).reshape(*count.shape, -1).all(-1)
         count += match
-        found = torch.where(match.reshape(*count.shape, *(1,) * (candidate.ndim - dims)), candidate, found)
+        found = torch.where(match.reshape((*count.shape, *(1,) * (candidate.ndim - dims))), candidate, found)
     return found if bool((count == 1).all()) else None
 
 

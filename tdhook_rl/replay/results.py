@@ -70,7 +70,7 @@ class Results:
         try:
             # Before the files: whoever is killed between leaves a folder that is known for an analysis.
             write_manifest(folder, manifest)
-            data = like[0].expand(*manifest.batch_size).memmap_like(folder)
+            data = like[0].expand(manifest.batch_size).memmap_like(folder)
             for entry in keys:
                 reserve(_path(folder, entry), _size(entry))
             sync(dict.fromkeys([*(_path(folder, entry).parent for entry in keys), folder, folder.parent]))

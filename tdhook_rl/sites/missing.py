@@ -61,7 +61,7 @@ class PartialCapture:
             if rows is None:
                 return with_batch(value, batch, site), torch.ones_like(mask).reshape(batch)
             total[rows], mask[rows] = value, True
-        return total.reshape(*batch, *value.shape[1:]), mask.reshape(batch)
+        return total.reshape((*batch, *value.shape[1:])), mask.reshape(batch)
 
 
 class RowsHook:

@@ -188,7 +188,7 @@ def with_batch(value: Tensor, batch: torch.Size, site: str) -> Tensor:
         return value
     # Convolutional nets flatten the leading dimensions before their layers.
     if len(batch) > 1 and value.ndim and value.shape[0] == batch.numel():
-        return value.reshape(*batch, *value.shape[1:])
+        return value.reshape((*batch, *value.shape[1:]))
     raise InputError(
         f"the output of {site!r} has shape {tuple(value.shape)}, which does not start with the batch shape "
         f"{tuple(batch)}: name a module whose output has a row for each row of the batch"
@@ -341,11 +341,11 @@ def _out_of_time(output: Any, value: Tensor, site: str, runtime: Runtime) -> tup
     packed = _packed(output)
     if packed is not None:
         order = _order(packed)[0].to(value.device)
-        rows = value[order].reshape(*batch, *shape[1:])
+        rows = value[order].reshape((*batch, *shape[1:]))
         inverse = order.argsort()
         return rows, lambda rows: rows.reshape(shape)[inverse]
     if shape[:2].numel() == batch.numel():
-        return value.reshape(*batch, *shape[2:]), lambda rows: rows.reshape(shape)
+        return value.reshape((*batch, *shape[2:])), lambda rows: rows.reshape(shape)
     lengths = _lengths(is_init, batch)
     if lengths is None or shape[:2] != (len(lengths), int(lengths.max())):
         raise InputError(
@@ -357,7 +357,7 @@ def _out_of_time(output: Any, value: Tensor, site: str, runtime: Runtime) -> tup
         blank = torch.zeros(shape, dtype=rows.dtype, device=rows.device)
         return blank.index_put((filled,), rows.reshape(-1, *shape[2:]))
 
-    return value[filled].reshape(*batch, *shape[2:]), pad
+    return value[filled].reshape((*batch, *shape[2:])), pad
 
 
 def _packed(output: Any) -> PackedSequence | None:
