@@ -1,5 +1,7 @@
 """Environments whose answers are known: what matters for value and policy, and what does not.
 
+Knows tensors, TorchRL and Gymnasium; nothing of policies or methods.
+
 Importing this package registers the environments with Gymnasium.
 """
 

@@ -346,7 +346,10 @@ class ConceptEnv(EnvBase):
         raise NotImplementedError
 
     def _advance(self, at: Mapping[str, Tensor], action: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """The variables that change, the reward and whether the episode terminates, each ``batch``."""
+        """The variables that change, the reward and whether the episode terminates, each ``batch``.
+
+        Rows that have ended may be among them: they are advanced to a state that can be observed, whatever it is.
+        """
         raise NotImplementedError
 
     def _check(self, at: Mapping[str, Tensor]) -> None:

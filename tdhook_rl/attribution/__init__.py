@@ -1,4 +1,8 @@
-"""What a policy looks at: attribution of decisions and values to inputs and activations."""
+"""What a policy looks at: attribution of decisions and values to inputs and activations.
+
+Knows calls and their replays, and asks them for gradients, relevance or perturbed passes; neither latent methods nor
+how an attribution is scored.
+"""
 
 from tdhook_rl.attribution.activation_maximisation import ActivationMaximisation
 from tdhook_rl.attribution.grad_cam import DimsConfig, GradCAM

@@ -1,4 +1,4 @@
-"""Inputs and activations that no gradient of a target reaches: they are named, and not told to have no effect."""
+"""A warning that names the inputs and activations that no gradient of a target reaches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``annotate`` of a hooked policy, and a word where it is needed and nobody takes it."""
+"""``annotate`` of a hooked policy, and the warning where results need it and nobody calls it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``annotate`` finds in a batch, what it lacks, and both together."""
+"""The results that a batch holds already and those that are computed now, put together."""
 
 from __future__ import annotations
 

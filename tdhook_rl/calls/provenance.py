@@ -1,4 +1,4 @@
-"""Whose results these are: beside each mask a stamp, one number for each row.
+"""Whose results these are: beside each mask a stamp, one number for each row, of the policy that computed it.
 
 A key does not say who wrote what is under it, and a row of a buffer may be written over around the results that it
 held. A stamp is a projection of what a row's results depend on (what the policy saw; the action, where that is

@@ -1,4 +1,4 @@
-"""The policy's own forward as the pass that is explained.
+"""The policy's own forward as the pass that is explained, so that no second one is needed.
 
 A gradient is otherwise a second pass. Two kinds of forward compute the same numbers whether or not they are explained:
 that of a chain of known layers, which is recorded in any grad mode; and that of other policies where the caller has

@@ -1,4 +1,7 @@
-"""Six experiments on agents whose environment says what is right (``tdhook-rl experiment NAME``)."""
+"""Six experiments on agents whose environment says what is right (``tdhook-rl experiment NAME``).
+
+Knows the environments, and the agents of the examples; uses the library as its users do.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that survive a loss of power, folders for one at a time, and reading what anybody may have put there.
+"""Files that survive a loss of power, folders that one process at a time writes, and reading files of unknown origin.
 
 What a reader of files meets here is a regular file of a sensible size or an :class:`~tdhook_rl.errors.ArtifactError`:
 no named pipe that is waited at, no nesting that ends the interpreter, no number that is none.

@@ -1,4 +1,4 @@
-"""What a hooked policy sees to where a TorchRL collector takes it in.
+"""A hooked policy in a TorchRL collector: keys of the environment are refused, random frames get the results' keys.
 
 Collectors tell a policy that they will run it (``register_collector``), in the process in which it will run. There the
 environment is known, and there results can be put where the policy is not called: in random frames.

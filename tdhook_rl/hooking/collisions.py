@@ -1,4 +1,4 @@
-"""Keys that would meet: of the policy, of the results, and those that a call of ``prepare`` names."""
+"""Key collisions: of the policy's outputs, the results, and the keys that a call of ``prepare`` names."""
 
 from __future__ import annotations
 

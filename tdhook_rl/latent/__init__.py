@@ -1,4 +1,7 @@
-"""What a policy represents: reading, patching and steering activations."""
+"""What a policy represents: reading, patching and steering activations.
+
+Knows sites, and places hooks that read or change what runs there; neither attributions nor collectors.
+"""
 
 from tdhook_rl.latent.activation_addition import ActivationAddition
 from tdhook_rl.latent.activation_caching import ActivationCaching

@@ -1,4 +1,4 @@
-"""A TensorDict of the caller's that holds what was captured last, and what waits to be put there."""
+"""The user's ``cache=``: a TensorDict that holds what was captured last, and what waits to be put there."""
 
 from __future__ import annotations
 

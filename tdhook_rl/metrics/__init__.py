@@ -1,4 +1,7 @@
-"""How far an attribution can be trusted (faithfulness, robustness, randomisation, localisation); a layer's health."""
+"""How far an attribution can be trusted (faithfulness, robustness, randomisation, localisation); a layer's health.
+
+Knows attributions, and asks the policies that they are of; not where the data comes from.
+"""
 
 from tdhook_rl.metrics.completeness import completeness_gap
 from tdhook_rl.metrics.deletion import DeletionInsertion, deletion_insertion

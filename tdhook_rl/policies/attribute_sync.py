@@ -1,8 +1,8 @@
-"""What the user sets on his policy while it is hooked, and the hooked policy follows.
+"""Attributes that the user sets on a policy while it is hooked are handed on to its clone.
 
-Attributes such as a temperature, an epsilon or the flag of a merged adapter are handed on to the clone. What a forward
-writes (counters, hidden states) belongs to the side on which it ran, and so does ``training``. A module that was
-replaced, added or removed cannot be followed.
+Such as a temperature, an epsilon or the flag of a merged adapter. What a forward writes (counters, hidden states)
+belongs to the side on which it ran, and so does ``training``. A module that was replaced, added or removed cannot be
+followed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What was drawn, from what a later module made of it: a table, a scale, a one-hot, a squashing function.
+"""The action that was drawn, from the stored one that later modules made of it: a table, a scale, a squashing.
 
 The stored action of such a policy is the mapped one, and a log-probability is of the drawn one. A mapping is inverted
 where that can be checked: a choice by trying every one, a number elementwise, where the mapping is strictly monotone

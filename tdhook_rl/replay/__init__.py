@@ -1,4 +1,7 @@
-"""Offline analysis of replay buffers."""
+"""Offline analysis of replay buffers.
+
+Knows buffers and hooked policies, and the files that results are kept in; no method by name.
+"""
 
 from tdhook_rl.replay.analysis import analyze
 from tdhook_rl.replay.reading import in_order

@@ -1,4 +1,4 @@
-"""What one replay is given, and what it meets."""
+"""The record of one replay: the stored data that it is given, and the distributions that it meets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Logs, figures and the single-file report."""
+"""Logs, figures and the single-file report.
+
+Knows results as numbers; no policy, and not where they come from. Nothing below draws or logs by itself.
+"""
 
 from tdhook_rl.report.html import Figure, Table, write_report
 from tdhook_rl.report.media import Animation, Artifact, DataTable, Histogram, Image

@@ -1,4 +1,7 @@
-"""Batches from a collector: a check beforehand, splits, online probes, results in trainers, live controls, a guard."""
+"""Batches from a collector: a check beforehand, splits, online probes, results in trainers, live controls, a guard.
+
+Knows collectors, trainers and processes, and hooked policies as what runs in them; no environment by name.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A vector for each row, or for all, in the place of a module's features."""
+"""A vector of features, one for each row or one for all, in the layout of a module's output."""
 
 from __future__ import annotations
 

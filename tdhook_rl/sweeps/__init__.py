@@ -1,4 +1,7 @@
-"""A direction and its effect: extraction, strengths, controls."""
+"""A direction and its effect: extraction, strengths, controls.
+
+Knows steering vectors, and any environment whose state is in the TensorDict; no collectors.
+"""
 
 from tdhook_rl.latent.steering_vector import SteeringVector
 from tdhook_rl.sweeps.dose_response import DoseResponse, dose_response, first_episode

@@ -1,5 +1,7 @@
 """The conformance kit: whether a method, or a policy, of anybody's keeps what the library promises.
 
+Knows methods by what they declare, as somebody else's are known; of the library's only what others are composed with.
+
 In the manner of scikit-learn's ``check_estimator``. The library's own methods are tested by it.
 """
 
