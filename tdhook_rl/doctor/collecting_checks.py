@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
-from tdhook_rl.batches.annotating import only_by_annotate
+from tdhook_rl.batches.annotating_mixin import only_by_annotate
 from tdhook_rl.doctor.collecting import Collecting
 from tdhook_rl.doctor.dry_run import first_line
 from tdhook_rl.doctor.findings import Finding

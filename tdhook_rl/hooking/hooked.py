@@ -17,7 +17,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase, is_tensorclass
 from torch import nn
 
-from tdhook_rl.batches.annotating import AnnotatingMixin
+from tdhook_rl.batches.annotating_mixin import AnnotatingMixin
 from tdhook_rl.batches.tensorclasses import call_on_fields
 from tdhook_rl.calls.bound import BoundMethod, observers
 from tdhook_rl.calls.chunks import in_deciding_rows

@@ -25,7 +25,7 @@ from tdhook_rl.policies.draws import Draw, draws, survey_draws
 from tdhook_rl.policies.q_networks import supports, value_actions
 from tdhook_rl.policies.tying import Tie, tied_clone
 from tdhook_rl.replaying.batching import Traits
-from tdhook_rl.replaying.replays import DecidedHook, ReplayMixin
+from tdhook_rl.replaying.replay_mixin import DecidedHook, ReplayMixin
 from tdhook_rl.replaying.traceable import trace_risks
 from tdhook_rl.sites.classes import swap_class
 from tdhook_rl.sites.inner_calls import place_inner_hooks

@@ -14,9 +14,9 @@ from torch import Tensor
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.errors import InputError, MissingKeyError, nearest, warn
+from tdhook_rl.latent.probing.class_statistics import check_solve
 from tdhook_rl.latent.probing.concepts import Concept, ProbeOptions, concept_of
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
-from tdhook_rl.latent.probing.statistics import check_solve
 from tdhook_rl.rollout.splits import GroupSplit
 from tdhook_rl.sites.controls import Controls
 from tdhook_rl.statistics import Interval

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
+from tdhook_rl.latent.probing.class_statistics import NEVER, RIDGE, check_solve, usual_penalty
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
 from tdhook_rl.latent.probing.moments import Moments, raw_bias, solve_symmetric
-from tdhook_rl.latent.probing.statistics import NEVER, RIDGE, check_solve, usual_penalty
 
 __all__ = ["TargetStatistics"]
 
