@@ -16,7 +16,7 @@ from tdhook_rl.calls.preconditions import require_hooked
 from tdhook_rl.doctor.collecting import Collecting
 from tdhook_rl.doctor.collecting_checks import collecting_findings, device_findings, failure
 from tdhook_rl.doctor.compile_checks import compile_findings
-from tdhook_rl.doctor.dry_run import Deadline, TimeUp, env_options, fresh_env, trial_of, untouched
+from tdhook_rl.doctor.dry_run import Deadline, TimeUp, env_options, fresh_env, generators_kept, trial_copy
 from tdhook_rl.doctor.findings import Finding, Report
 from tdhook_rl.doctor.policy_checks import policy_findings
 from tdhook_rl.doctor.recorded_rollout import RecordedRollout
@@ -94,7 +94,7 @@ def check(
     """
     if steps < 2:
         raise InputError(f"steps={steps}: at least two are needed, to see what changes between them")
-    with untouched(), _entered(policy) as (hooked, factory):
+    with generators_kept(), _entered(policy) as (hooked, factory):
         examination = _Examination(
             hooked,
             factory,
@@ -163,7 +163,7 @@ class _Examination:
         if failed is not None:
             yield failed
             return
-        rollout = RecordedRollout(trial_of(self.policy), env)
+        rollout = RecordedRollout(trial_copy(self.policy), env)
         complete = yield from self._roll_out(rollout)
         self.deadline.waiting_for = "the environment to close"
         self._attempt(lambda: rollout.env.close(raise_if_closed=False))
@@ -254,7 +254,7 @@ class _Examination:
         run = Collecting(kind, self.options, workers)
         copies = rollout.env.batch_size.numel()
         _, failed = self._attempt(
-            lambda: run.run(self.policy, trial_of(self.policy), self.env, copies, self.factory, self.deadline)
+            lambda: run.run(self.policy, trial_copy(self.policy), self.env, copies, self.factory, self.deadline)
         )
         if failed is None:
             yield from collecting_findings(run, self.policy, rollout)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
-from tdhook_rl.doctor.dry_run import Deadline, first_line, trial_of
+from tdhook_rl.doctor.dry_run import Deadline, first_line, trial_copy
 from tdhook_rl.doctor.findings import Finding
 
 __all__ = ["compile_findings"]
@@ -28,7 +28,7 @@ def compile_findings(policy: Any, data: TensorDictBase, deadline: Deadline, *, f
         fullgraph: whether the collector would compile with ``fullgraph=True``, where a break is an error.
     """
     deadline.waiting_for = "torch.compile of the hooked policy"
-    graphs, reason = _compiled(trial_of(policy), data)
+    graphs, reason = _compiled(trial_copy(policy), data)
     tie = policy._hooked.tie
     original = None if tie is None else tie.original()
     plain_reason = None

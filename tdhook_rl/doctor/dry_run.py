@@ -20,7 +20,7 @@ from torch import nn
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.caches import CacheStore, Staging
 
-__all__ = ["Deadline", "TimeUp", "fresh_env", "trial_of", "untouched"]
+__all__ = ["Deadline", "TimeUp", "fresh_env", "generators_kept", "trial_copy"]
 
 T = TypeVar("T")
 
@@ -93,7 +93,7 @@ class Deadline:
 
 
 @contextmanager
-def untouched() -> Iterator[None]:
+def generators_kept() -> Iterator[None]:
     """Give torch, NumPy and Python their generator states back, and torch its number of threads."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
@@ -110,7 +110,7 @@ def untouched() -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def trial_of(policy: Any) -> Any:
+def trial_copy(policy: Any) -> Any:
     """A copy of a hooked policy with weights of its own, which may be run: nothing reaches the user's objects."""
     trial = copy.deepcopy(policy)
     trial._hooked.runtime.checked = False  # look again for interventions that do not act
