@@ -31,6 +31,7 @@ from tdhook_rl.calls.writing import write_tensors, writes_by_default
 from tdhook_rl.errors import InactiveError, InputError, MissingKeyError, TdhookError, TieError
 from tdhook_rl.hooking.collection import adapt_to_collector
 from tdhook_rl.hooking.context import ContextView
+from tdhook_rl.hooking.dist_methods import dist_methods
 from tdhook_rl.policies.tying import detach_graphs
 from tdhook_rl.replaying.batching import GeneratorState, frozen_statistics
 from tdhook_rl.replaying.start import Start
@@ -40,7 +41,6 @@ from tdhook_rl.runs.run import HookedModuleRun
 from tdhook_rl.sites.classes import Swapped, own_code
 from tdhook_rl.sites.controls import Controls
 from tdhook_rl.sites.runtime import vmap_level
-from tdhook_rl.sites.states import watching
 
 __all__ = ["HookedMixin"]
 
@@ -61,23 +61,18 @@ class HookedMixin(AnnotatingMixin, Swapped):
 
     @classmethod
     def _namespace(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """Forward with the policy's signature, and the dist methods that must refuse after the context."""
+        """Forward with the policy's signature, and what else a hooked policy has of its class."""
 
         @own_code
         @functools.wraps(base.forward)
         def forward(self: HookedMixin, *args: Any, **kwargs: Any) -> Any:
             return self._hooked_forward(base.forward, args, kwargs)
 
-        guarded = {
-            name: _guarded(getattr(base, name))
-            for name in ("get_dist", "get_dist_params", "log_prob")
-            if callable(getattr(base, name, None))
-        }
         # A policy that has a `get` or `set` of its own keeps it.
         direct = {name: method for name, method in direct_methods().items() if not hasattr(base, name)}
         writing = {"_write_to_tensordict": write_tensors} if writes_by_default(base) else {}
         own = {"_hooked_own_in_keys": _reader(base, "in_keys"), "_hooked_own_out_keys": _reader(base, "out_keys")}
-        return {"forward": forward} | guarded | direct | writing | own
+        return {"forward": forward} | dist_methods(base) | direct | writing | own
 
     # ------------------------------------------------------------------ keys
 
@@ -379,47 +374,3 @@ def _reader(base: type[nn.Module], name: str) -> Callable[[Any], list[NestedKey]
         getter = found.fget
         return lambda self: getter(self)  # type: ignore[misc]
     return lambda self: found
-
-
-def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
-    @own_code
-    @functools.wraps(method)
-    def guarded(self: HookedMixin, *args: Any, **kwargs: Any) -> Any:
-        return whole(self, args, kwargs)
-
-    @traced_whole
-    def whole(self: HookedMixin, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if not torch.compiler.is_compiling():
-            return uncompiled(untraced, self, args, kwargs)
-        self._hooked.runtime.require_active()
-        return alone(self, args, kwargs)
-
-    def untraced(self: HookedMixin, args: tuple, kwargs: dict[str, Any]) -> Any:
-        self._hooked.runtime.require_active()
-        with self._hooked.runtime.lock:
-            return alone(self, args, kwargs)
-
-    def alone(self: HookedMixin, args: tuple, kwargs: dict[str, Any]) -> Any:
-        runtime = self._hooked.runtime
-        previous = runtime.begin(args, kwargs)
-        # A loss may enter here and nowhere else.
-        checks_sites = not runtime.depth and runtime.checks_sites()
-        if checks_sites:
-            runtime.fired = set()
-        try:
-            if runtime.cores and not torch.compiler.is_compiling():
-                with watching(runtime):
-                    found = method(self, *args, **kwargs)
-            else:
-                found = method(self, *args, **kwargs)
-            if checks_sites and runtime.checks_sites():  # log_prob has looked in get_dist already
-                runtime.require_fired()
-            return found
-        except Exception as error:
-            self._explain(args, kwargs, error)
-            raise
-        finally:
-            runtime.end(previous)
-            self._close_routes()
-
-    return guarded

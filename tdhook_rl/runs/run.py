@@ -5,11 +5,10 @@ The body of ``with hooked.run(data) as run:`` says what to do; the model runs on
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -24,10 +23,9 @@ from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.errors import InputError, SiteError, TargetError, nearest
 from tdhook_rl.replaying.replay import Drawn, Replay
 from tdhook_rl.replaying.samples import samples
-from tdhook_rl.runs.captures import Captures
+from tdhook_rl.runs.placing import Placing
 from tdhook_rl.runs.requests import (
     OFFERED,
-    Act,
     CacheProxy,
     EarlyStop,
     KeptRuns,
@@ -37,20 +35,14 @@ from tdhook_rl.runs.requests import (
     request_sites,
     without_methods,
 )
-from tdhook_rl.sites.containers import first_tensor, with_first_tensor
-from tdhook_rl.sites.inplace import hand_on_in_place
 from tdhook_rl.sites.repeats import part_of, several_runs
-from tdhook_rl.sites.rows import as_leaf, rows_of, with_rows
 from tdhook_rl.sites.states import StateHook, watching
 from tdhook_rl.targets import Target
-
-if TYPE_CHECKING:
-    from tdhook_rl.sites.paths import Site
 
 __all__ = ["CacheProxy", "EarlyStop", "HookedModuleRun", "without_methods"]
 
 
-class HookedModuleRun(Captures):
+class HookedModuleRun(Placing):
     """One forward pass of a hooked module, with what was asked for in the body of its ``with`` block.
 
     Args:
@@ -343,91 +335,6 @@ class HookedModuleRun(Captures):
                 f"the block; {nearest(f'{key} ({kind})', known)}"
             )
         return next((proxy for proxy in found if proxy.key == cache_key), found[-1])
-
-    def _place(
-        self, key: str, kind: Kind, act: Act, prepend: bool, relative: bool, kept: KeptRuns | None = None
-    ) -> None:
-        if kind in ("grad_input", "grad_output"):
-            self._grad_enabled = True
-
-        runtime = self.hooked._hooked.runtime
-
-        def called(module: nn.Module, value: Tensor, given: dict[str, Any], index: int) -> Tensor | None:
-            # The user's callback may call the hooked module: that call is not this run.
-            busy, self._busy = self._busy, True
-            try:
-                return act(module, value, given, index)
-            finally:
-                self._busy = busy
-
-        def on_gradient(module: nn.Module, value: Tensor, index: int) -> Tensor:
-            if not value.requires_grad:
-                value = as_leaf(value)
-            point = value.view_as(value)  # a node of its own: it sees the gradient through this module only
-            point.register_hook(lambda gradient: called(module, gradient, {kind: (gradient,)}, index))
-            self._points.append(point)
-            return point.clone()  # what follows may work on it in place
-
-        def which(site: Site, name: str) -> int | None:
-            """Which run of the site is under way; None where nothing is to be done in it."""
-            if not self._acts():
-                return None
-            index = runtime.run_of(name)
-            if kept is not None:
-                kept.note(index)
-            return None if isinstance(site.run, int) and 0 <= site.run != index else index
-
-        def before(site: Site, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            index = which(site, name)
-            if index is None:
-                return None
-            # Models of transformers pass some inputs by name only.
-            given = args if args else kwargs
-            packed = args and isinstance(args[0], tuple)
-            tensor = args[0] if packed else first_tensor(given, module, key, "in_keys")
-            value, disguise = rows_of(tensor, module, key, runtime)
-            if kind == "input":
-                new = called(module, value, {"args": args, "kwargs": kwargs}, index)
-            else:
-                new = on_gradient(module, value, index)
-            if new is None:
-                return None
-            if any(isinstance(one, TensorDictBase) for one in (*args, *kwargs.values())):
-                raise InputError(
-                    f"{key!r} ({type(module).__name__}) reads its input from the caller's TensorDict, which a run does "
-                    "not change: name the module inside it"
-                )
-            new = new if disguise is None else disguise(new)
-            given = with_first_tensor(given, new, module, "in_keys")
-            return (given, kwargs) if args else (args, given)
-
-        def after(site: Site, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-            index = which(site, name)
-            if index is None:
-                return None
-            value, disguise = rows_of(output, module, key, runtime)
-            raw = {"args": args, "kwargs": kwargs, "output": output}
-            new = called(module, value, raw, index) if kind == "output" else on_gradient(module, value, index)
-            return None if new is None else with_rows(output, new, module, disguise)
-
-        for site in request_sites(self.hooked, key, relative, acts=kept is None):
-            name = self._name()
-            if kind in ("input", "grad_input"):
-                hook = functools.partial(before, site, name)
-                handle = site.module.register_forward_pre_hook(hook, prepend=prepend, with_kwargs=True)
-            else:
-                hook = functools.partial(after, site, name)
-                handle = site.module.register_forward_hook(hook, prepend=prepend, with_kwargs=True)
-                self._handles += hand_on_in_place(site.module)
-            self._handles.append(handle)
-
-    def _acts(self) -> bool:
-        """Whether the forward under way is the one that was asked about."""
-        return self._acts_always or (self._running and not self._busy)
-
-    def _name(self) -> str:
-        """Under which the runs of a module are counted for one request."""
-        return f"run:{id(self)}:{len(self._handles)}"
 
     def _require(self, state: str, what: str) -> None:
         if self._state != state:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
+from tdhook_rl.latent.probing.scaling import Scale
 
 __all__ = [
     "BilinearEstimator",
@@ -20,41 +20,6 @@ __all__ = [
 ]
 
 _FACTORS = ("left", "right")
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """Mean and spread of each column, in float64 where the device has it."""
-
-    mean: Tensor
-    spread: Tensor
-
-    @classmethod
-    def by(cls, values: Tensor, centred: bool) -> _Scale:
-        wide = values if values.device.type == "mps" else values.double()
-        mean = wide.mean(0)
-        spread = (wide - mean).square().mean(0).sqrt()
-        eps = torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
-        constant = spread <= (0.5 * eps * mean.abs()).clamp_min(torch.finfo(wide.dtype).tiny)
-        if centred:
-            return cls(mean, torch.where(constant, torch.inf, spread))
-        # Without an intercept it is the size that counts, and a constant feature may serve as one.
-        size = wide.square().mean(0).sqrt()
-        return cls(torch.zeros_like(mean), torch.where(size > 0, size, torch.inf))
-
-    @classmethod
-    def none(cls, like: Tensor) -> _Scale:
-        return cls(torch.zeros((), device=like.device), torch.ones((), device=like.device))
-
-    def of(self, values: Tensor) -> Tensor:
-        return (values - self.mean) / self.spread
-
-    def grown(self, values: Tensor) -> Tensor:
-        # A constant value of a regression has an infinite spread, and nothing to scale.
-        return values * torch.where(self.spread.isinf(), 0.0, self.spread).to(values)
-
-    def back(self, values: Tensor) -> Tensor:
-        return self.grown(values) + self.mean.to(values)
 
 
 class TorchEstimator:
@@ -147,7 +112,7 @@ class TorchEstimator:
             inputs = self._inputs(Xs, self.widths)
             target = self._target(y, [len(x) for x in inputs]).to(inputs[0].device)
             self._scales = [self._scale(x) for x in inputs] if self.standardised else []
-            self._unit = _Scale.none(target)
+            self._unit = Scale.none(target)
             if self.standardised and self.num_classes is None:
                 self._unit = self._scale(target)
                 target = self._unit.of(target.double()).to(inputs[0].dtype)
@@ -216,8 +181,8 @@ class TorchEstimator:
             scores = self._with_bias(weights, [x.to(wide) for x in self._scaled(inputs)])
             return (scores if self.num_classes is not None else self._unit.back(scores)).to(dtype)
 
-    def _scale(self, values: Tensor) -> _Scale:
-        return _Scale.by(values, centred=self.bias)
+    def _scale(self, values: Tensor) -> Scale:
+        return Scale.by(values, centred=self.bias)
 
     def _scaled(self, inputs: list[Tensor]) -> list[Tensor]:
         if not self._scales:
@@ -288,7 +253,7 @@ class LinearEstimator(TorchEstimator):
         if not self._scales:
             return weights
         scale, unit = self._scales[0], self._unit
-        self._scales, self._unit = [], _Scale.none(scale.mean)
+        self._scales, self._unit = [], Scale.none(scale.mean)
         weight = unit.grown(weights["weight"].to(scale.mean) / scale.spread)
         kept = {"weight": weight.to(weights["weight"].dtype)}
         if "bias" in weights:
