@@ -116,7 +116,7 @@ def trial_copy(policy: Any) -> Any:
     trial._hooked.runtime.checked = False  # look again for interventions that do not act
     # Methods that feed the user's probes share them with copies of the policy, on purpose; a dry run must not.
     # So it is with a cache of the caller's, which the hooks reach through a route.
-    shadows = {id(one): _shadow(one) for one in trial._hooked.bound if one.consumes and not hasattr(one, "_staging")}
+    shadows = {id(one): _shadow(one) for one in trial._hooked.bound if one.consumes and one.store is None}
     stores: dict[int, CacheStore] = {}
     for route in trial._hooked.routes:
         if isinstance(route, Staging):

@@ -273,8 +273,6 @@ class _BoundMissing(_BoundCaching):
 class _BoundCaptures(_BoundCaching):
     """With a callback, other directions than ``"fwd"``, or a cache."""
 
-    consumes = True  # a cache is filled also where no result key is written
-
     def __init__(
         self,
         slots: dict[Key, tuple[str, str, bool]],
@@ -288,6 +286,7 @@ class _BoundCaptures(_BoundCaching):
         self._has_callback = has_callback
         if staging is not None:
             self.store = staging.store
+            self.consumes = True  # it is filled also where no result key is written
 
     def compute(self, call: Call) -> dict[tuple[str, ...], Tensor]:
         if not self._settled:
