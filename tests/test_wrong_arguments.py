@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,67 +14,30 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
-from tdhook_rl import Compose, LinearProbe, ProbeReadout, Saliency, targets
+from tdhook_rl import Compose, Saliency, targets
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.attribution import (
     LRP,
-    SARFA,
     ActivationMaximisation,
-    DimsConfig,
     GradCAM,
-    GuidedBackpropagation,
     IntegratedGradients,
     Occlusion,
-    PerturbationSaliency,
 )
 from tdhook_rl.errors import ArgumentError, ContextError, InputError, PreparationError, TargetError, TdhookError
 from tdhook_rl.latent import (
-    ActivationAddition,
     ActivationCaching,
     ActivationPatching,
-    DirectionalAblation,
-    DirectionClamping,
     SteeringVectors,
 )
-from tdhook_rl.latent.probing import Probing
-from tdhook_rl.scheduled import Scheduled
-from tdhook_rl.weights import Adapters, Pruning, TaskVectors
+from tdhook_rl.method import Method
+from tests.method_table import METHODS
+from tests.policies import Case
 
-X = torch.randn(3, 4)
-PROBE = LinearProbe(weight=torch.randn(2, 8), bias=torch.zeros(2), path="1")
-
-
-class Reader:
-    def __init__(self, key: str, direction: str) -> None:
-        self.key = key
-
-    def step(self, activation: torch.Tensor) -> None:
-        pass
+FEATURES = 6
+X = torch.randn(3, FEATURES)
+HIDDEN = nn.Linear(FEATURES, 8), nn.ReLU()
 
 
-METHODS: dict[type, dict[str, Any]] = {
-    Saliency: {},
-    IntegratedGradients: {"baseline": 0.0, "n_steps": 2},
-    GradCAM: {"modules_to_attribute": {"1": DimsConfig((), (-1,))}},
-    GuidedBackpropagation: {},
-    LRP: {},
-    ActivationMaximisation: {"modules_to_maximise": "1", "n_steps": 1},
-    Occlusion: {},
-    SARFA: {},
-    PerturbationSaliency: {},
-    ActivationCaching: {"key_pattern": "1"},
-    ActivationPatching: {"modules_to_patch": "1"},
-    ActivationAddition: {"modules_to_steer": ["1"]},
-    SteeringVectors: {"vectors": {"1": torch.ones(8)}},
-    DirectionalAblation: {"directions": {"1": torch.ones(8)}},
-    DirectionClamping: {"directions": {"1": torch.ones(8)}, "value": 0.0},
-    Probing: {"key_pattern": "1", "probe_factory": Reader},
-    ProbeReadout: {"probes": {"y": PROBE}},
-    Pruning: {"amount_to_prune": 0.5},
-    Adapters: {"adapters": {"1": (nn.Tanh(), "1", "1")}},
-    TaskVectors: {},
-    Scheduled: {"method": Saliency(when="step"), "every": 2},
-}
 WRONG = {
     "str": "nothing", "empty str": "", "int": 3, "negative": -1, "huge": 10**30, "NaN": float("nan"), "bytes": b"x",
     "None": None, "empty list": [], "list": [1, None], "nested list": [[1], ["a"]], "empty dict": {},
@@ -85,12 +49,22 @@ WRONG = {
 
 
 def net() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    return nn.Sequential(nn.Linear(FEATURES, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+NET = Case(net, "1", features=(8,), key="input", shape=(FEATURES,), logits="output")
+INFO = {info.cls: info for info in METHODS}
 
 
 def data() -> TensorDict:
     roots = {(root, "input"): X for root in ("patched", "positive", "negative", "baseline")}
     return TensorDict({"input": X, "action": torch.tensor([0, 1, 0]), **roots}, [3])
+
+
+def changed(method: type, /, **options: Any) -> Method:
+    """The table's configuration of a method, with other options."""
+    *before, last = INFO[method].sample.make(NET)._methods()
+    return Compose(*before, replace(last, **options))
 
 
 def works_or_is_told(run: Callable[[], Any]) -> None:
@@ -103,7 +77,7 @@ def works_or_is_told(run: Callable[[], Any]) -> None:
 def cases() -> list[Any]:
     return [
         pytest.param(method, name, id=f"{method.__name__}-{name}")
-        for method in METHODS
+        for method in INFO
         for name in inspect.signature(method).parameters
     ]
 
@@ -113,18 +87,18 @@ def test_every_argument_of_every_method(method: type, name: str) -> None:
     for wrong in WRONG.values():
 
         def run(wrong: Any = wrong) -> None:
-            with method(**{**METHODS[method], name: wrong}).prepare(net()) as hooked:
+            with changed(method, **{name: wrong}).prepare(net()) as hooked:
                 hooked(data())
                 hooked.annotate(data(), on_mismatch="ignore")
 
         works_or_is_told(run)
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", list(INFO))
 def test_every_call_with_what_is_no_tensordict(method: type) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        context = method(**METHODS[method]).prepare(net())
+        context = changed(method).prepare(net())
         with context as hooked:
             for name, wrong in WRONG.items():
                 if name not in ("tensordict", "tensor", "scalar", "empty tensor"):  # a policy is called with tensors
@@ -141,7 +115,7 @@ def test_every_argument_of_prepare(method: type, name: str) -> None:
     for wrong in WRONG.values():
 
         def run(wrong: Any = wrong) -> None:
-            with method(**METHODS[method]).prepare(**{"module": net(), name: wrong}):
+            with changed(method).prepare(**{"module": net(), name: wrong}):
                 pass
 
         works_or_is_told(run)
@@ -176,10 +150,10 @@ def test_what_is_said(given: Callable[[], Any], words: str) -> None:
 @pytest.mark.parametrize("function", [getattr(targets, name) for name in targets.__all__ if name != "Target"])
 @pytest.mark.parametrize("method", [Saliency, IntegratedGradients, GradCAM, LRP, Occlusion, ActivationMaximisation])
 def test_a_target_without_its_parentheses(function: Callable[..., Any], method: type) -> None:
-    given = {key: value for key, value in METHODS[method].items() if key != "modules_to_maximise"}
+    given = {"modules_to_maximise": ()} if method is ActivationMaximisation else {}
     for target in (function, {"a": function}):
         with pytest.raises(TargetError, match=f"targets.{function.__name__} makes a target when it is called"):
-            method(**given, target=target)
+            changed(method, **given, target=target)
 
 
 @pytest.mark.parametrize("target", [targets.Target, nn.Linear(4, 1), 3, "entropy", lambda: targets.entropy(), {}])
@@ -236,19 +210,31 @@ class Two(nn.Module):
     ("module", "keys", "words"),
     [
         (
-            nn.Sequential(nn.Linear(4, 8), nn.ReLU()),
+            nn.Sequential(*HIDDEN),
             {"out_keys": ["a", "b"]},
             r"fewer tensors than out_keys=\['a', 'b'\]",
         ),
-        (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Two()), {"out_keys": ["a", "b", "c"]}, "Sequential returns fewer"),
-        (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Two()), {"out_keys": ["a"]}, r"more tensors than out_keys=\['a'\]"),
-        (nn.Sequential(nn.Linear(4, 8), nn.ReLU()), {"in_keys": ["input", "action"]}, r"in_keys=\['input', 'action'\]"),
+        (
+            nn.Sequential(*HIDDEN, Two()),
+            {"out_keys": ["a", "b", "c"]},
+            "Sequential returns fewer",
+        ),
+        (
+            nn.Sequential(*HIDDEN, Two()),
+            {"out_keys": ["a"]},
+            r"more tensors than out_keys=\['a'\]",
+        ),
+        (
+            nn.Sequential(*HIDDEN),
+            {"in_keys": ["input", "action"]},
+            r"in_keys=\['input', 'action'\]",
+        ),
     ],
 )
 def test_another_number_of_keys_is_said(
     module: nn.Module, keys: dict[str, list[str]], words: str, method: type, annotate: bool
 ) -> None:
-    with method(**METHODS[method]).prepare(module, **keys) as hooked:
+    with changed(method).prepare(module, **keys) as hooked:
         if annotate and method is SteeringVectors:
             return  # nothing is computed
         with pytest.raises(InputError, match=words):
@@ -284,7 +270,7 @@ class Old(torch.autograd.Function):
 class OldNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.Linear(4, 3)
+        self.layer = nn.Linear(FEATURES, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return Old.apply(self.layer(x))

@@ -128,9 +128,10 @@ class GradCAM(GradientAttribution):
         for path, dims in modules.items():
             if not isinstance(dims, DimsConfig):
                 raise InputError(f"modules_to_attribute[{path!r}] is a DimsConfig(...), got {dims!r}")
-        if self.inputs is not None or self.input_modules or self.init_attr_inputs is not None:
+        own = tuple(modules)  # which dataclasses.replace hands on
+        if self.inputs is not None or self.input_modules not in ((), own) or self.init_attr_inputs is not None:
             raise InputError("GradCAM explains modules_to_attribute; inputs= and input_modules= belong to Saliency")
-        object.__setattr__(self, "input_modules", tuple(self.modules_to_attribute))
+        object.__setattr__(self, "input_modules", own)
 
 
 def _from_the_end(dims: Sequence[int], value: Tensor, batch_dims: int, site: str) -> list[int]:
