@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["MOVES", "MOVE_NAMES", "between", "manhattan", "moved", "one_hot", "worth"]
+__all__ = ["MOVES", "between", "manhattan", "moved", "one_hot", "worth"]
 
-MOVE_NAMES = ("up", "down", "left", "right")
 MOVES = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1]])
 
 

@@ -16,7 +16,7 @@ from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 
-__all__ = ["Baseline", "Baselines", "check_baseline", "filled", "in_dtype"]
+__all__ = ["Baseline", "Baselines", "check_baseline", "filled"]
 
 Baseline = float | Tensor | Mapping[NestedKey, float | Tensor]
 
@@ -64,7 +64,7 @@ class Baselines:
                 f"which has shape {tuple(value.shape)} on {value.device}"
             )
         if not self.as_input:
-            return in_dtype(found, value, key)
+            return _in_dtype(found, value, key)
         original = call.inputs[key].dtype
         if found.dtype not in (value.dtype, original):
             raise InputError(f"the baseline {name!r} is {found.dtype}; it must match {key!r}, which is {original}")
@@ -119,7 +119,7 @@ def filled(baseline: Any, key: NestedKey, value: Tensor, batch: torch.Size) -> T
     if not isinstance(baseline, Tensor):
         if value.is_floating_point():
             return torch.full_like(value, baseline)
-        return in_dtype(torch.as_tensor(baseline), value, key).expand_as(value)
+        return _in_dtype(torch.as_tensor(baseline), value, key).expand_as(value)
     features = value.shape[len(batch) :]
     try:
         fits = torch.broadcast_shapes(baseline.shape, features) == features
@@ -131,10 +131,10 @@ def filled(baseline: Any, key: NestedKey, value: Tensor, batch: torch.Size) -> T
             f"give a tensor for one row, or put one for each row into the data under ('baseline', {key!r}) and leave "
             "baseline= out (None)"
         )
-    return in_dtype(baseline, value, key).expand_as(value)
+    return _in_dtype(baseline, value, key).expand_as(value)
 
 
-def in_dtype(baseline: Tensor, value: Tensor, key: NestedKey) -> Tensor:
+def _in_dtype(baseline: Tensor, value: Tensor, key: NestedKey) -> Tensor:
     """A baseline in the dtype and on the device of its input.
 
     Raises:

@@ -24,10 +24,10 @@ from tdhook_rl.attribution.relevance_graph import Graph
 from tdhook_rl.errors import InputError
 from tdhook_rl.sites.runtime import vmap_level
 
-__all__ = ["FunctionRules", "Refusal", "no_rule"]
+__all__ = ["FunctionRules", "no_rule"]
 
 
-class Refusal(torch.autograd.Function):
+class _Refusal(torch.autograd.Function):
     """What a function without a rule has computed: an error if relevance flows through it."""
 
     @staticmethod
@@ -169,7 +169,7 @@ class FunctionRules(TorchFunctionMode):
         message = no_rule(called.name, owner(self.names))
 
         def marked(value: Any) -> Any:
-            return Refusal.apply(message, value) if isinstance(value, Tensor) and value.requires_grad else value
+            return _Refusal.apply(message, value) if isinstance(value, Tensor) and value.requires_grad else value
 
         return pytree.tree_map(marked, found)
 

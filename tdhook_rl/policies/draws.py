@@ -19,7 +19,7 @@ from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.policies.chunks import cached_samples
 
 __all__ = [
-    "Draw", "draws", "given_beside", "is_action", "made_inside", "masks_needed", "meets", "noise_keys", "sample_keys",
+    "Draw", "draws", "given_beside", "made_inside", "masks_needed", "meets", "noise_keys", "sample_keys",
     "survey_draws",
 ]  # fmt: skip
 
@@ -161,7 +161,7 @@ def masks_needed(policy: nn.Module) -> list[NestedKey]:
     return [unravel_key(child.in_keys[1]) for child in drawing if child.consistent_dropout.training]
 
 
-def is_action(key: NestedKey) -> bool:
+def _is_action(key: NestedKey) -> bool:
     """Whether a key is that of an action by its name."""
     parts = key_parts(key)
     if "action" in parts[-1]:
@@ -214,7 +214,7 @@ def _decided(step: _Step) -> list[NestedKey]:
     """The keys under which a module draws, or, without drawing, writes an action that it does not read."""
     if draws(step.module):
         return [key for key in map(unravel_key, sample_keys(step.module)) if key != "_"]
-    return [key for key in step.writes if is_action(key) and not any(meets(key, read) for read in step.reads)]
+    return [key for key in step.writes if _is_action(key) and not any(meets(key, read) for read in step.reads)]
 
 
 def _samples(key: NestedKey, step: _Step) -> bool:
@@ -254,14 +254,14 @@ def _is_latent(step: _Step, later: list[_Step], actors: set[int]) -> bool:
         if draws(one.module):
             drawn = True
             decided = decided or _is_decision(one, actors)
-        decided = decided or any(is_action(key) for key in one.writes)
+        decided = decided or any(_is_action(key) for key in one.writes)
         # The value of an action reads a decision; any other output reads a latent.
         others = others or any(_last(key) != "state_action_value" for key in one.writes)
     return decided or (others and not drawn)
 
 
 def _is_decision(step: _Step, actors: set[int]) -> bool:
-    return id(step.module) in actors or any(map(is_action, _decided(step)))
+    return id(step.module) in actors or any(map(_is_action, _decided(step)))
 
 
 def _last_draws_of_actors(policy: nn.Module) -> set[int]:

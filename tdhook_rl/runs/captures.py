@@ -63,16 +63,8 @@ class Captures:
     ) -> CacheProxy:
         """As :meth:`get`, into ``cache=`` and under ``f"{run_name}{run_sep}{key}_{kind}"``."""
         cache = self.cache if self._save_cache is None else self._save_cache
-        return self._capture(
-            key,
-            cache,
-            cache_key,
-            self._prefix,
-            callback=callback,
-            direction=direction,
-            prepend=prepend,
-            relative=relative,
-        )
+        options = {"callback": callback, "direction": direction, "prepend": prepend, "relative": relative}
+        return self._capture(key, cache, cache_key, self._prefix, **options)
 
     def get_input(self, key: str, **options: Any) -> CacheProxy:
         """Capture a module's (first) input."""

@@ -19,10 +19,10 @@ from tdhook_rl.sites.runtime import vmap_level
 if TYPE_CHECKING:
     from tdhook_rl.sites.runtime import Runtime
 
-__all__ = ["InnerHook", "place_inner_hooks", "require_whole_batch", "step_of_batch"]
+__all__ = ["place_inner_hooks", "require_whole_batch", "step_of_batch"]
 
 
-class InnerHook:
+class _InnerHook:
     """Pre-hook and hook of a TensorDict module that another one calls in a forward of its own."""
 
     def __init__(self, runtime: Runtime) -> None:
@@ -40,7 +40,7 @@ class InnerHook:
 def place_inner_hooks(policy: nn.Module, runtime: Runtime) -> None:
     """Watch what TensorDict modules are called with whose caller has a forward of its own."""
     for child in _called_by_others(policy, False):
-        hook = InnerHook(runtime)
+        hook = _InnerHook(runtime)
         child.register_forward_pre_hook(hook.before, with_kwargs=True)
         child.register_forward_hook(hook.after, always_call=True)
 
