@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import pkgutil
+import pydoc
 import re
 import subprocess
 import sys
@@ -28,6 +29,13 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), fl
 def test_docstring_examples(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_references_lead_somewhere(name: str) -> None:
+    text = Path(importlib.import_module(name).__file__ or "").read_text()
+    for target in re.findall(r":(?:mod|class|func|meth|attr):`~?(tdhook_rl[\w.]*)`", text):
+        assert pydoc.locate(target) is not None, target
 
 
 @pytest.mark.parametrize("index", range(len(BLOCKS)))

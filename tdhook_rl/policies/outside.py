@@ -28,7 +28,7 @@ AT_MOST = 1_000
 
 
 def find_state_inside_and_outside(modules: list[tuple[str, nn.Module]]) -> MutableState:
-    """What :func:`.mutable_state.find_state` finds, and what the forwards of the modules write elsewhere."""
+    """What :func:`~tdhook_rl.policies.mutable_state.find_state` finds, and what forwards write elsewhere."""
     things: list[StatePart] = []
     values: list[tuple[Any, str, str]] = []
     seen: set[int] = set()
