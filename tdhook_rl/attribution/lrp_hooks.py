@@ -93,6 +93,13 @@ class _Hook:
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         raise NotImplementedError
 
+    def begins(self) -> bool:
+        """Whether the call of the module that begins is explained here, and not within another one's as a whole."""
+        state = self.state
+        if state.explains and state.inside:
+            state.stack.append(None)
+        return state.explains and not state.inside
+
     def called(self, module: nn.Module) -> str:
         return f"{self.name!r} ({type(module).__name__})"
 
@@ -105,12 +112,9 @@ class RuleHook(_Hook):
         self.rule = rule
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not self.begins():
+            return None
         state = self.state
-        if not state.explains:
-            return None
-        if state.inside:
-            state.stack.append(None)
-            return None
         state.ruled += 1
         values = (*args, *kwargs.values()) if kwargs else args
         versions = [value._version if isinstance(value, Tensor) else 0 for value in values]
@@ -165,12 +169,9 @@ class _Region(_Hook):
     inner_rules = False
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not self.begins():
+            return None
         state = self.state
-        if not state.explains:
-            return None
-        if state.inside:
-            state.stack.append(None)
-            return None
         values, layout = pytree.tree_flatten((args, kwargs))
         own = [value if isinstance(value, Tensor) and value.requires_grad else None for value in values]
         with torch._C.DisableTorchFunction():  # what is done here is no function of the policy's

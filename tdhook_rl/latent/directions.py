@@ -110,9 +110,7 @@ class _ComponentHook:
         self.value = value
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        if not self.runtime.active:
-            self.runtime.refuse()
-        self.runtime.note_fired(self.site)
+        self.runtime.intervene_at(self.site)
         tensor, disguise = rows_of(output, module, self.site, self.runtime, exact=False)
         unit = self.runtime.controls[self.direction].to(tensor.device, tensor.dtype)
         wanted = self.runtime.controls[self.value].to(tensor.device, tensor.dtype)

@@ -205,9 +205,7 @@ class AdditionHook:
         self.alpha = alpha
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        if not self.runtime.active:
-            self.runtime.refuse()
-        self.runtime.note_fired(self.site)
+        self.runtime.intervene_at(self.site)
         exact = self.alpha.row is not None or self.vector.row is not None
         value, disguise = rows_of(output, module, self.site, self.runtime, exact)
         steered = self.steered(value, module._hooked_features)  # type: ignore[arg-type]
@@ -263,15 +261,13 @@ class EntryAdditionHook(AdditionHook):
         self.key = key
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        if not self.runtime.active:
-            self.runtime.refuse()
+        self.runtime.intervene_at(self.site)
         carried = isinstance(self.key, tuple) and self.key[0] == "next"
         if carried and in_recurrent_mode(module):
             raise SiteError(
                 f"steering {self.key!r} of {self.site!r} acts between the steps of a recurrent policy, which reads "
                 "whole trajectories in recurrent mode: call it step by step"
             )
-        self.runtime.note_fired(self.site)
         value = output.get(self.key, None)
         if value is None:
             raise SiteError(
@@ -291,9 +287,7 @@ class StateAdditionHook(AdditionHook):
         self.key = key
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        if not self.runtime.active:
-            self.runtime.refuse()
-        self.runtime.note_fired(self.site)
+        self.runtime.intervene_at(self.site)
         state = state_of(output, self.key)
         layered = state.ndim == 3  # else the module was given one sequence without a batch
         rows, back = without_vmap(state.movedim(0, 1) if layered else state, module, self.runtime)
@@ -337,9 +331,7 @@ class FunctionHook:
         self.keywords = keywords
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        if not self.runtime.active:
-            self.runtime.refuse()
-        self.runtime.note_fired(self.site)
+        self.runtime.intervene_at(self.site)
         value, disguise = rows_of(output, module, self.site, self.runtime)
         if self.keywords:
             steered = self.function(module_key=self.site, output=value)

@@ -44,9 +44,7 @@ class ChangeHook:
         self.change = portable(change)
 
     def __call__(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
-        if not self.runtime.active:
-            self.runtime.refuse()
-        self.runtime.note_fired(self.site)
+        self.runtime.intervene_at(self.site)
         rows, disguise = rows_of(output, module, self.site, self.runtime)
         changed = self.change(rows)
         if not isinstance(changed, Tensor) or changed.shape != rows.shape:

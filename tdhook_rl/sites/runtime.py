@@ -144,8 +144,10 @@ class Runtime:
         finally:
             self.explaining = previous
 
-    def note_fired(self, site: str) -> None:
-        """Called by the hooks of interventions, so that one that never acts is noticed."""
+    def intervene_at(self, site: str) -> None:
+        """Called by the hooks of interventions: not after the hooking is over; one that never acts is noticed."""
+        if not self.active:
+            self.refuse()
         if self.checks_sites():
             self.fired.add(site)
 
