@@ -236,6 +236,9 @@ def test_every_request_of_a_run(verb: str) -> None:
         (lambda: hooked().run(rows(), traget=None), "no argument 'traget'; nearest: 'target'"),
         (lambda: of_attributions.pointing_game("a", F > 0), r"pointing_game\(attribution=\.\.\.\) takes Tensor"),
         (lambda: of_attributions.effective_rank([[1.0], [1.0, 2.0]]), "makes none of"),
+        # What is inherited says which class it is of.
+        (lambda: dimensions.LocalKnnDimensionEstimator(in_key=7), r"LocalKnnDimensionEstimator\(in_key=\.\.\.\) takes"),
+        (lambda: of_attributions.SensitivityMetric()(hooked(), 7), r"SensitivityMetric\.__call__\(data=\.\.\.\) takes"),
     ],
 )
 def test_what_is_said(given: Callable[[], Any], words: str) -> None:
