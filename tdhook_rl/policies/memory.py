@@ -1,0 +1,75 @@
+"""Tensors and arrays that are views of one memory: what is written through one is read through the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["memory_of", "read_tensor", "same_values", "share_memory", "write_tensor"]
+
+
+def share_memory(
+    arrays: Sequence[np.ndarray], tensors: Sequence[Tensor], parameters: Sequence[Tensor] = ()
+) -> list[Any]:
+    """Those arrays whose memory another array or a tensor has a part of, and those tensors; and views of parameters.
+
+    Tensors that share memory among themselves only are left out: a copy by way of their storage keeps that.
+    """
+    spans = [(*np.lib.array_utils.byte_bounds(one), one) for one in arrays if one.size]
+    spans += [(*span, one) for one in (*tensors, *parameters) if (span := _span(one)) is not None]
+    found: list[Any] = []
+    group: list[Any] = []
+    end = -1
+    for low, high, one in sorted(spans, key=lambda span: span[0]):
+        if low >= end:
+            found += _anchored(group)
+            group = []
+        group.append(one)
+        end = max(end, high)
+    found += _anchored(group)
+    own = {id(one) for one in parameters}
+    return [one for one in found if id(one) not in own]
+
+
+def _anchored(group: list[Any]) -> list[Any]:
+    """A group in which something is written where it is, and never replaced by a copy."""
+    anchors = any(isinstance(one, np.ndarray) or one.requires_grad for one in group)
+    return group if len(group) > 1 and anchors else []
+
+
+def memory_of(tensor: Tensor) -> int:
+    """The address of a tensor's storage; 0 inside a transform, or in a layout without a storage."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0
+
+
+def _span(tensor: Tensor) -> tuple[int, int] | None:
+    try:
+        storage = tensor.untyped_storage()
+        return (storage.data_ptr(), storage.data_ptr() + storage.nbytes()) if storage.nbytes() else None
+    except (RuntimeError, NotImplementedError):  # inside a transform, or in a layout without a storage
+        return None
+
+
+def read_tensor(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def write_tensor(tensor: Tensor, content: Tensor) -> None:
+    """In place, as the array's side is written: past autograd's count of versions."""
+    tensor.data.copy_(content)
+
+
+def same_values(now: Any, then: Any) -> bool:
+    """Whether two tensors, or TensorDicts, hold the same numbers; NaN is the same as NaN."""
+    if not isinstance(now, Tensor):
+        return all(same_values(value, then.get(key)) for key, value in now.items(True, True))
+    if now.shape != then.shape:
+        return False
+    return torch.equal(now, then) or bool(((now == then) | ((now != now) & (then != then))).all())
