@@ -1,8 +1,6 @@
 """The table of methods: a row for each, of which the hygiene tests, the README's table and the oracle table are made.
 
-python -m tests.method_table
-
-writes the README's table.
+``python -m tests.method_table`` writes the README's.
 """
 
 from __future__ import annotations
@@ -49,10 +47,8 @@ __all__ = ["DIRECTIONS", "METHODS", "SAMPLES", "pairs", "probe"]
 
 RELU = ("relu", "inplace_relu", "batch_norm", "batch_norm_eval", "bytes")
 TENSORS = [name for name in POLICIES if name != "tuples"]  # whose site returns a tensor
-DISCRETE = (
-    "categorical relu one_hot actor_value q_value pixels inplace_relu batch_norm batch_norm_eval bytes tuples recurrent"
-).split()
-INTEGER = Target("an integer", lambda run: run.outputs.get("action", run.outputs.get("state_value", None)).long())
+DISCRETE = [name for name in POLICIES if name not in ("tanh_normal", "value", "multi_agent")]
+INTEGER = Target("an integer", lambda run: run.outputs["action"].long())
 DIRECTIONS = ["fwd", "fwd_pre", "bwd", "bwd_pre"]
 GROUPS = [[0, 1], [2, 3, 4]]
 OF_INPUTS, OF_INPUTS_OR_SITES = (("attr", "in_key"),), (("attr", "in_key"), ("attr", "path"))
@@ -290,7 +286,13 @@ METHODS: Sequence[MethodInfo] = (
         "extracts a steering vector from positive and negative inputs",
         (("steer", "path"),),
         [latent.addition],
-        {"": Sample(lambda case: ActivationAddition([case.site]), second=["positive", "negative"])},
+        {
+            "": Sample(
+                lambda case: ActivationAddition([case.site]),
+                second=["positive", "negative"],
+                waive={"every_batch_shape": "without a batch size the first dimension is that of the samples"},
+            )
+        },
         {NOWHERE: elsewhere(lambda case: ActivationAddition([case.site]))},
     ),
     MethodInfo(
