@@ -24,6 +24,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from tdhook_rl.errors import ArgumentError, TargetError, TdhookError, nearest
+from tdhook_rl.internals.python_names import is_protocol
 
 __all__ = ["Checked", "checked", "require_target"]
 
@@ -230,7 +231,7 @@ def _fits_container(value: Any, origin: type, inner: tuple) -> bool:
 
 
 def _fits_class(value: Any, hint: Any) -> bool:
-    if getattr(hint, "_is_protocol", False):
+    if is_protocol(hint):
         called = vars(hint).get("__call__")
         count = 0 if called is None else len(inspect.signature(called).parameters) - 1
         return called is None or _fits_function(value, ([Any] * count, bool))

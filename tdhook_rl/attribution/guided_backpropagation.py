@@ -18,6 +18,7 @@ from tdhook_rl.attribution.saliency import Saliency, _BoundSaliency
 from tdhook_rl.attribution.watching import WatchedCall, reached
 from tdhook_rl.calls.passes import Pass
 from tdhook_rl.errors import InPlaceError, SiteError, TdhookError
+from tdhook_rl.internals.torch_names import function_of
 from tdhook_rl.replaying.batching import GeneratorState
 from tdhook_rl.sites.containers import first_tensor
 from tdhook_rl.sites.paths import Site
@@ -152,7 +153,7 @@ class _Look:
             if node is None or node in seen:
                 continue
             seen.add(node)
-            guides = getattr(type(node), "_forward_cls", None) is _ClampGradient
+            guides = function_of(node) is _ClampGradient
             guided |= guides
             name = type(node).__name__.rstrip("0123456789").removesuffix("Backward")
             if name in _CANDIDATES and not under_guide:

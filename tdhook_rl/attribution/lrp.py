@@ -31,6 +31,7 @@ from tdhook_rl.attribution.watching import Watch, WatchedCall, reached
 from tdhook_rl.calls.decisions import action_of, drawn_decisions, keys_named, require_own_parameters
 from tdhook_rl.calls.passes import Call, Pass
 from tdhook_rl.errors import InPlaceError, InputError, SiteError, TdhookError
+from tdhook_rl.internals.torchrl_names import is_lent_weights
 from tdhook_rl.replaying.batching import GeneratorState, row_vectors
 from tdhook_rl.sites.runtime import vmap_level
 from tdhook_rl.targets import Target, chosen_logit, default_target
@@ -68,7 +69,7 @@ class _BoundLRP(BoundAttribution):
             if not isinstance(module, CONTAINERS):
                 GradientHook(self._state, name).place(module)
             return
-        if "_empty_net" in name.split("."):
+        if is_lent_weights(name):
             raise SiteError(
                 f"the weights of {name!r} are lent to it during the call of a multi-agent net, and LRP reads weights "
                 "afterwards: use Saliency or IntegratedGradients"

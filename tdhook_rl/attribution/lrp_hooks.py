@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from tdhook_rl.attribution.lrp_rules import AffineMap, Epsilon, Rule, affine, as_it_ran, ratio
 from tdhook_rl.errors import InputError
+from tdhook_rl.internals.torch_names import DisableTorchFunction, pytree
 from tdhook_rl.sites.runtime import Runtime, vmap_level
 
 __all__ = ["ComputedHook", "GradientHook", "LrpState", "RuleHook", "ShareByFunction", "ShareOut", "Unknown"]
@@ -174,7 +174,7 @@ class _Region(_Hook):
         state = self.state
         values, layout = pytree.tree_flatten((args, kwargs))
         own = [value if isinstance(value, Tensor) and value.requires_grad else None for value in values]
-        with torch._C.DisableTorchFunction():  # what is done here is no function of the policy's
+        with DisableTorchFunction():  # what is done here is no function of the policy's
             leaves = [None if value is None else value.detach().clone().requires_grad_() for value in own]
             # Copies of the leaves: a leaf cannot be written into.
             lent = [None if leaf is None else leaf.clone() for leaf in leaves]

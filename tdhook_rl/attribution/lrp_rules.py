@@ -16,6 +16,15 @@ from torch.nn import functional as F
 from torchrl.modules.models.utils import SquashDims, SqueezeLayer
 
 from tdhook_rl.errors import InputError
+from tdhook_rl.internals.torch_names import (
+    CircularPadNd,
+    ConstantPadNd,
+    ConvNd,
+    DropoutNd,
+    ReflectionPadNd,
+    ReplicationPadNd,
+    convolved,
+)
 
 __all__ = [
     "AlphaBeta",
@@ -160,7 +169,7 @@ ACTIVATIONS: tuple[type[nn.Module], ...] = (
     nn.CELU, nn.SELU, nn.Hardswish, nn.Hardsigmoid, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Softsign,
     nn.LogSigmoid, nn.PReLU, nn.RReLU, nn.Threshold,
 )  # fmt: skip
-CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+CONVOLUTIONS = (ConvNd,)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 AVERAGES = (
     nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, Sum,
@@ -171,8 +180,7 @@ ROUTING = (
     nn.Identity, nn.Flatten, nn.Unflatten, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d,
     nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.Embedding, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle,
     nn.Unfold, nn.Fold, nn.Upsample,
-    nn.modules.dropout._DropoutNd, nn.modules.padding._ConstantPadNd, nn.modules.padding._ReflectionPadNd,
-    nn.modules.padding._ReplicationPadNd, nn.modules.padding._CircularPadNd,
+    DropoutNd, ConstantPadNd, ReflectionPadNd, ReplicationPadNd, CircularPadNd,
 )  # fmt: skip
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 #: Classes that compute what :func:`affine` says; of a subclass that is not known.
@@ -206,7 +214,7 @@ def affine(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Affine, Tensor | No
         options = (module.stride, module.padding, module.output_padding, module.groups, module.dilation)
         return lambda x, w, b: function(x[0], w, b, *options), weight, bias
     if isinstance(module, CONVOLUTIONS):
-        return lambda x, w, b: module._conv_forward(x[0], w, b), weight, bias
+        return lambda x, w, b: convolved(module, x[0], w, b), weight, bias
     if isinstance(module, BATCH_NORMS):
         if module.running_mean is None or module.running_var is None:
             raise InputError("the relevance of a BatchNorm without running statistics is not defined row by row")

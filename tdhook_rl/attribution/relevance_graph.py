@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from tdhook_rl.hooking.pooling import _MaxPool
+from tdhook_rl.internals.torch_names import function_of
+from tdhook_rl.internals.torchrl_names import is_entrywise
 from tdhook_rl.sites.runtime import Runtime
 
 __all__ = ["Graph"]
@@ -30,13 +32,6 @@ MOVES = frozenset(
         "MaxPool2DWithIndices MaxPool3DWithIndices MaxPool2D MkldnnMaxPool2D"
     ).split()
 ) | {"CopyBackwards"}
-
-
-#: Autograd functions of TorchRL's distributions, of single entries: a squashed action is decided by one.
-ENTRYWISE = (
-    "torchrl.modules.distributions.utils",
-    ("_SafeTanh", "_SafeTanhNoEps", "_SafeaTanh", "_SafeaTanhNoEps"),
-)
 
 
 def _hand_on(gradients: tuple[Tensor | None, ...], relevance: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -94,9 +89,9 @@ class Graph:
         return None
 
     def _is_known(self, node: Node) -> bool:
-        function = getattr(type(node), "_forward_cls", None)
+        function = function_of(node)
         if function is not None:
-            if function.__module__ == ENTRYWISE[0] and function.__name__ in ENTRYWISE[1]:
+            if is_entrywise(function):  # a squashed action is decided by one
                 node.register_hook(_hand_on)
                 return True
             return function in self._known

@@ -22,6 +22,7 @@ from tdhook_rl.calls.real_rows import PADDING
 from tdhook_rl.calls.repeatable import require_repeatable
 from tdhook_rl.calls.writing import set_entries
 from tdhook_rl.errors import InputError, MissingKeyError, TdhookError, nearest
+from tdhook_rl.internals.tensordict_names import new_unsafe
 from tdhook_rl.policies.draws import action_keys, masks_needed
 from tdhook_rl.replaying.batching import PassNoise, conv_chunk, in_recurrent_mode, map_chunks, shallow_copy
 from tdhook_rl.sites.runtime import vmap_level
@@ -128,7 +129,7 @@ class _Analysis:
             if any(one.reads_forward for one in self.bound):
                 with torch.no_grad():
                     call.replay(record=True, as_it_was=True)
-            computed = TensorDict._new_unsafe({}, batch_size=chunk.batch_size)
+            computed = new_unsafe({}, batch_size=chunk.batch_size)
             set_entries(computed, policy._compute(self.bound, call))
             # Paths and perturbations never run the policy on the data as it was.
             if call.replayed is None and runtime.level < 0 and self.mismatch.can_compare(chunk):

@@ -13,6 +13,7 @@ from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.provenance import is_stamped, stamp_key
 from tdhook_rl.calls.real_rows import real_rows, without_other_rows
 from tdhook_rl.calls.writing import require_room
+from tdhook_rl.internals.tensordict_names import has_names, set_str
 
 __all__ = ["Found"]
 
@@ -158,9 +159,9 @@ class Found:
                 )
                 nodes[key[0]] = self._read_under(key[0]) if theirs else old.copy()
             nodes[key[0]].set(key[1:], value)
-        plain = type(result) is TensorDict and result.device is None and not result._has_names()
+        plain = type(result) is TensorDict and result.device is None and not has_names(result)
         for root, node in nodes.items():
             if plain and type(node) is TensorDict and self._data.get(root, None) is None:
-                result._set_str(root, node, inplace=False, validated=True)
+                set_str(result, root, node, inplace=False, validated=True)
             else:
                 result.set(root, node)

@@ -16,9 +16,10 @@ import torch
 from tensordict.nn import TensorDictModule, skip_existing
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
 
 from tdhook_rl.calls.policy import HookedPolicy
+from tdhook_rl.internals.tensordict_names import CALL_METHODS, has_options
+from tdhook_rl.internals.torch_names import call_methods, has_any_global_hook
 
 __all__ = ["LAYERS", "MODIFIED", "Layer", "Record", "Steps", "chain_layers", "is_chain"]
 
@@ -73,8 +74,7 @@ LAYERS: dict[type[nn.Module], Layer] = {
 }
 #: What these classes do by themselves; somebody may replace it for a whole class.
 _FORWARDS = {kind: kind.forward for kind in LAYERS}
-_CALLS = nn.Module.__call__, nn.Module._call_impl
-_METHODS = ("forward", "_call_module", "_write_to_tensordict", "__call__")
+_CALLS = call_methods(nn.Module)
 
 Steps = list[tuple[Layer, nn.Module]]
 
@@ -119,8 +119,8 @@ def is_chain(policy: Any) -> bool:
     if not isinstance(policy, TensorDictModule) or not isinstance(policy.module, nn.Sequential):
         return False
     kind, own = type(policy), policy.__dict__
-    usual = all(getattr(kind, name) is getattr(TensorDictModule, name) and name not in own for name in _METHODS)
-    plain = policy.method is None and policy.inplace is True and policy._kwargs is None and not policy._get_kwargs
+    usual = all(getattr(kind, name) is getattr(TensorDictModule, name) and name not in own for name in CALL_METHODS)
+    plain = policy.method is None and policy.inplace is True and not has_options(policy)
     return usual and plain and len(policy.in_keys) == len(policy.out_keys) == 1 and policy.out_keys != ["_"]
 
 
@@ -134,9 +134,9 @@ def chain_layers(policy: HookedPolicy, x: Any) -> Steps | None:
     kind, own = type(module), module.__dict__
     if kind.forward not in _sequences() or kind.__iter__ is not nn.Sequential.__iter__ or "forward" in own:
         return None
-    if (kind.__call__, kind._call_impl) != _CALLS:
+    if call_methods(kind) != _CALLS:
         return None
-    if own.get("out_features", 0).__class__ is not int or _has_any_global_hook() or _has_hook(own):
+    if own.get("out_features", 0).__class__ is not int or has_any_global_hook() or _has_hook(own):
         return None  # torchrl's MLP gives its output a shape where it is asked for several dimensions
     steps: Steps = []
     for child in module._modules.values():

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import (
     TensorDictModule,
     skip_existing,
@@ -25,6 +25,7 @@ from tdhook_rl.calls.chunks import all_decide
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.writing import get_entry, set_tensor
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest, own_cause
+from tdhook_rl.internals.tensordict_names import new_unsafe
 from tdhook_rl.policies.draws import given_beside
 from tdhook_rl.replaying.batching import shallow_copy
 from tdhook_rl.replaying.replay import Drawn, Replay
@@ -226,7 +227,7 @@ class Call:
         inputs = inputs or {}
         own = stored is None
         stored = self.data if stored is None else stored
-        data = TensorDict._new_unsafe({}, batch_size=stored.batch_size)
+        data = new_unsafe({}, batch_size=stored.batch_size)
         copies = self._writes_input()
         for key, value in ({**self.inputs, **inputs} if own else stored_inputs(self.policy, stored, inputs)).items():
             # A forward may work in place on what it is given: it is the caller's, and what is explained may be a leaf.

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.real_rows import defined_values, reached_values, row_mask, surely_finite
 from tdhook_rl.calls.writing import get_entry
+from tdhook_rl.internals.torch_names import is_any_autocast_enabled
 from tdhook_rl.policies.draws import action_keys, draws, sample_keys
 
 __all__ = ["Provenance", "is_stamp", "is_stamped", "stamp_key"]
@@ -194,7 +195,7 @@ class Provenance:
                 total = total.to(rows.device)
             if size:
                 rows, vector = rows.abs(), vector.abs()
-            if torch._C._is_any_autocast_enabled():  # which would run the product in half precision
+            if is_any_autocast_enabled():  # which would run the product in half precision
                 total = total + (rows * vector).sum(-1)
             else:
                 total = torch.addmv(total.reshape(-1) if total.ndim != 1 else total, rows, vector)

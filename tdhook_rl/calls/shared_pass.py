@@ -20,6 +20,7 @@ from tdhook_rl.calls.chains import Record, Steps, chain_layers
 from tdhook_rl.calls.passes import Call, Pass, effects_of, run_root, stored_inputs
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.writing import get_entry, set_tensor
+from tdhook_rl.internals.tensordict_names import new_unsafe
 from tdhook_rl.policies.draws import draws
 from tdhook_rl.policies.memory import same_values
 from tdhook_rl.replaying.batching import Traits
@@ -70,7 +71,7 @@ def chain_pass(policy: HookedPolicy, forward: Callable[..., Any], data: TensorDi
     except RuntimeError:
         run_root(policy, forward, (data,), {})  # says it in its own words
         raise
-    outputs = TensorDict._new_unsafe({}, batch_size=data.batch_size)
+    outputs = new_unsafe({}, batch_size=data.batch_size)
     set_tensor(outputs, key, record.input)
     set_tensor(outputs, out_key, record.output)
     call = Call(policy, forward, data, {key: record.input}, data)

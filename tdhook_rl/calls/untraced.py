@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
-from torch._dynamo.eval_frame import skip_code
+
+from tdhook_rl.internals.dynamo_names import get_eval_frame_callback, skip_code
 
 __all__ = ["traced_whole", "uncompiled"]
 

@@ -14,6 +14,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from tdhook_rl.errors import KeyCollisionError
+from tdhook_rl.internals.tensordict_names import get_str, has_names, new_unsafe, set_str, written_by
 from tdhook_rl.sites.classes import Swapped
 
 __all__ = [
@@ -53,7 +54,7 @@ class WritingMixin(Swapped):
 
 def writes_by_default(cls: type[nn.Module]) -> bool:
     """Whether modules of a class write the way ``TensorDictModule`` does, with no way of their own."""
-    return getattr(cls, "_write_to_tensordict", None) is TensorDictModule._write_to_tensordict
+    return written_by(cls) is written_by(TensorDictModule)
 
 
 def set_tensor(data: TensorDictBase, key: NestedKey, value: Tensor) -> None:
@@ -65,7 +66,7 @@ def set_tensor(data: TensorDictBase, key: NestedKey, value: Tensor) -> None:
         and value.shape[: data.ndim] == data.batch_size
         and (data.device is None or data.device == value.device)
     ):
-        data._set_str(key, value, inplace=False, validated=True)
+        set_str(data, key, value, inplace=False, validated=True)
     else:
         data.set(key, value)
 
@@ -73,7 +74,7 @@ def set_tensor(data: TensorDictBase, key: NestedKey, value: Tensor) -> None:
 def get_entry(data: TensorDictBase, key: NestedKey) -> Any:
     """``data.get(key, None)``; a tensor at the top without the detour through nested keys."""
     if type(key) is str and type(data) is TensorDict:
-        value = data._get_str(key, None)
+        value = get_str(data, key, None)
         if type(value) is Tensor:
             return value
     return data.get(key, None)
@@ -101,9 +102,9 @@ def set_entries(data: TensorDictBase, entries: Mapping[tuple[str, ...], Tensor])
         if not fits or (len(key) > 1 and node is None):
             data.set(key, value)
         elif node is None:
-            data._set_str(key[0], value, inplace=False, validated=True)
+            set_str(data, key[0], value, inplace=False, validated=True)
         elif len(key) == 2 and type(node) is TensorDict:
-            node._set_str(key[1], value, inplace=False, validated=True)
+            set_str(node, key[1], value, inplace=False, validated=True)
         else:
             node.set(key[1:], value)
 
@@ -114,7 +115,7 @@ def _may_hold(data: TensorDict, root: str) -> bool:
     Raises:
         KeyCollisionError: if it holds no entries at all.
     """
-    found = data._get_str(root, None)
+    found = get_str(data, root, None)
     if found is None or type(found) is TensorDict:
         return True
     require_room(found, root)
@@ -137,13 +138,13 @@ def _node(data: TensorDict, root: str) -> TensorDictBase:
     ``("computed", "cache")`` with the node ``"cache"``, and raises where both have the same device; one that casts
     and writes to a buffer cannot stack nodes of which only some have a device.
     """
-    node = data._get_str(root, None)
+    node = get_str(data, root, None)
     if isinstance(node, TensorDictBase):
         if node.device is None and not node.is_locked:
             return node
         node = node.copy().clear_device_()
     else:
-        names = data.names if data._has_names() else None
-        node = TensorDict._new_unsafe({}, batch_size=data.batch_size, names=names)
-    data._set_str(root, node, inplace=False, validated=True)
+        names = data.names if has_names(data) else None
+        node = new_unsafe({}, batch_size=data.batch_size, names=names)
+    set_str(data, root, node, inplace=False, validated=True)
     return node

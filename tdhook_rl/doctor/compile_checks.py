@@ -11,6 +11,7 @@ from tensordict import TensorDictBase
 
 from tdhook_rl.doctor.dry_run import Deadline, first_line, trial_copy
 from tdhook_rl.doctor.findings import Finding
+from tdhook_rl.internals.dynamo_names import TorchDynamoException
 
 __all__ = ["compile_findings"]
 
@@ -76,6 +77,6 @@ def _compiled(module: Any, data: TensorDictBase) -> tuple[list[int], str | None]
         for _ in range(CALLS):
             compiled(data.clone())
             counts.append(len(graphs))
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except TorchDynamoException as error:
         return counts, first_line(error)
     return counts, None

@@ -10,12 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from tdhook_rl.errors import ArtifactError
-
-try:
-    from re import _constants, _parser  # type: ignore[attr-defined]
-except ImportError:  # before Python 3.11
-    import sre_constants as _constants
-    import sre_parse as _parser
+from tdhook_rl.internals.python_names import codes, parser
 
 __all__ = ["module_path", "tensors_named", "text"]
 
@@ -51,7 +46,7 @@ def module_path(path: Path | str, facts: Mapping[str, Any], name: str = "module_
     if len(value) > LONGEST:
         raise ArtifactError(f"{path}: {name} has {len(value)} characters, more than the path of any module")
     try:
-        repeats = _repeats(_parser.parse(value), inside=False)
+        repeats = _repeats(parser.parse(value), inside=False)
     except re.error:
         return value  # a path then, or nothing: it is never matched
     except (RecursionError, OverflowError, MemoryError, _Nested) as error:
@@ -79,20 +74,20 @@ def _repeats(parsed: Any, inside: bool) -> int:
     """
     found = 0
     for operator, value in parsed:
-        if operator in (_constants.MAX_REPEAT, _constants.MIN_REPEAT, getattr(_constants, "POSSESSIVE_REPEAT", None)):
+        if operator in (codes.MAX_REPEAT, codes.MIN_REPEAT, codes.POSSESSIVE_REPEAT):
             low, high, body = value
             if inside or low > LONGEST:
                 raise _Nested
             found += int(high != low) + _repeats(body, inside=high > 1)
-        elif operator is _constants.BRANCH:
+        elif operator is codes.BRANCH:
             if inside:
                 raise _Nested
             found += sum(_repeats(one, inside) for one in value[1])
-        elif operator in (_constants.GROUPREF, _constants.GROUPREF_EXISTS):
+        elif operator in (codes.GROUPREF, codes.GROUPREF_EXISTS):
             raise _Nested
         else:
             for one in value if isinstance(value, tuple) else (value,):
-                if isinstance(one, _parser.SubPattern):
+                if isinstance(one, parser.SubPattern):
                     found += _repeats(one, inside)
     return found
 

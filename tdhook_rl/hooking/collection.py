@@ -18,6 +18,7 @@ from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.calls.passes import effects_of
 from tdhook_rl.calls.writing import set_entries
 from tdhook_rl.errors import KeyCollisionError
+from tdhook_rl.internals.torchrl_names import carrier_of, copies_into_buffers, draws_random_frames
 from tdhook_rl.replaying.batching import GeneratorState
 
 __all__ = ["RandomFrames", "adapt_to_collector", "collides"]
@@ -59,9 +60,9 @@ class RandomFrames:
         collector = self._collector()
         if collector is not None:  # its weights may be shared with a process that has changed them
             collector.policy._hooked.provenance.forget()
-        if collector is None or collector._use_buffers or not collector._should_use_random_frames():
+        if collector is None or copies_into_buffers(collector) or not draws_random_frames(collector):
             return
-        carrier = collector._carrier
+        carrier = carrier_of(collector)
         policy = collector.policy
         if any(carrier.get(key, None) is None for key in policy._step_keys()):
             carrier.update(_blank(policy, carrier.to(collector.policy_device or carrier.device)))

@@ -6,7 +6,6 @@ runs the policy's own forward and then publishes results beside the policy's out
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -32,6 +31,9 @@ from tdhook_rl.errors import InactiveError, InputError, MissingKeyError, TdhookE
 from tdhook_rl.hooking.collection import adapt_to_collector
 from tdhook_rl.hooking.context import ContextView
 from tdhook_rl.hooking.dist_methods import dist_methods
+from tdhook_rl.internals.python_names import copied_as_pickled
+from tdhook_rl.internals.tensordict_names import WRITE
+from tdhook_rl.internals.torch_names import parse_to
 from tdhook_rl.policies.tying import detach_graphs
 from tdhook_rl.replaying.batching import GeneratorState, frozen_statistics
 from tdhook_rl.replaying.start import Start
@@ -70,7 +72,7 @@ class HookedMixin(AnnotatingMixin, Swapped):
 
         # A policy that has a `get` or `set` of its own keeps it.
         direct = {name: method for name, method in direct_methods().items() if not hasattr(base, name)}
-        writing = {"_write_to_tensordict": write_tensors} if writes_by_default(base) else {}
+        writing = {WRITE: write_tensors} if writes_by_default(base) else {}
         own = {"_hooked_own_in_keys": _reader(base, "in_keys"), "_hooked_own_out_keys": _reader(base, "out_keys")}
         return {"forward": forward} | dist_methods(base) | direct | writing | own
 
@@ -330,7 +332,7 @@ class HookedMixin(AnnotatingMixin, Swapped):
         """A copy also where the policy keeps what its last forward has computed, with the graph."""
         detach_graphs(self, memo)
         own = getattr(super(), "__deepcopy__", None)
-        return copy._reconstruct(self, memo, *self.__reduce_ex__(4)) if own is None else own(memo)  # type: ignore
+        return copied_as_pickled(self, memo) if own is None else own(memo)
 
     # ------------------------------------------------------------------ what would untie the copy
 
@@ -342,7 +344,7 @@ class HookedMixin(AnnotatingMixin, Swapped):
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, _, _ = parse_to(*args, **kwargs)
         tensors = [*self.parameters(), *self.buffers()]
         if all(
             (device is None or tensor.device == device)

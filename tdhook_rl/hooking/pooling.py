@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from tdhook_rl.internals.torch_names import in_forward_ad
 from tdhook_rl.sites.runtime import vmap_level
 
 __all__ = ["speed_up_pooling"]
@@ -78,7 +78,7 @@ def _pool(module: nn.MaxPool2d, value: Tensor, return_indices: bool) -> Any:
 
 
 def _gains(module: nn.MaxPool2d, value: Tensor) -> bool:
-    if torch.jit.is_tracing() or forward_ad._current_level >= 0 or vmap_level() >= 0:
+    if torch.jit.is_tracing() or in_forward_ad() or vmap_level() >= 0:
         return False
     usual = nn.MaxPool2d.forward is _USUAL and not module.return_indices
     frames = value.ndim == 4 and value.device.type == "cpu" and value.is_floating_point() and value.is_contiguous()

@@ -12,6 +12,14 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError
+from tdhook_rl.internals.functorch_names import (
+    add_batch_dim,
+    get_unwrapped,
+    is_batchedtensor,
+    is_wrapped,
+    maybe_get_bdim,
+    maybe_get_level,
+)
 from tdhook_rl.latent.caches import CallRecord, Key, Staging
 from tdhook_rl.sites.containers import first_input, first_tensor, with_first_tensor
 from tdhook_rl.sites.hooks import CaptureHook, Portable
@@ -251,14 +259,13 @@ def watched(value: Tensor, arrive: Callable[[Tensor], None], own: bool) -> Tenso
         arrive: called by backward passes.
         own: nobody else holds the memory. Then the tensor is watched itself, and a change in place behind it is fine.
     """
-    functorch = torch._C._functorch
-    if functorch.is_batchedtensor(value):
+    if is_batchedtensor(value):
         # Gradients are of what a vmap batches; its dimension goes where captures of outputs have it.
-        level, dim = functorch.maybe_get_level(value), functorch.maybe_get_bdim(value)
-        inner = functorch.get_unwrapped(value)
+        level, dim = maybe_get_level(value), maybe_get_bdim(value)
+        inner = get_unwrapped(value)
         place = -2 if inner.ndim > 1 else 0
         point = watched(inner.movedim(dim, place), arrive, own=False).movedim(place, dim)
-        return functorch._add_batch_dim(point, dim, level)
+        return add_batch_dim(point, dim, level)
     if not value.requires_grad:
         value = (value.clone() if value.is_inference() else value).detach().requires_grad_()
         point = value.clone() if own else _piece(value)
@@ -294,10 +301,9 @@ def escaped(value: Tensor) -> Tensor:
     """A tensor that may outlive the functorch transforms that it was computed in, their dimensions explicit."""
     if torch.compiler.is_compiling():
         return value
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(value):
-        if functorch.is_batchedtensor(value):
-            value = unbatched(value, functorch.maybe_get_level(value) - 1)
+    while is_wrapped(value):
+        if is_batchedtensor(value):
+            value = unbatched(value, maybe_get_level(value) - 1)
         else:
-            value = functorch.get_unwrapped(value)
+            value = get_unwrapped(value)
     return value

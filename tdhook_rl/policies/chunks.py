@@ -8,6 +8,8 @@ from tensordict import NestedKey
 from tensordict.utils import unravel_key
 from torch import nn
 
+from tdhook_rl.internals.torchrl_names import actor_keys
+
 __all__ = ["cached_samples", "chunked_by"]
 
 
@@ -22,4 +24,4 @@ def chunked_by(policy: nn.Module) -> Any:
 def cached_samples(policy: nn.Module) -> dict[NestedKey, NestedKey]:
     """Where such a wrapper keeps what its network has put out, by key."""
     wrapper = chunked_by(policy)
-    return {} if wrapper is None else {unravel_key(k): unravel_key(v) for k, v in wrapper._actor_keys_map.items()}
+    return {} if wrapper is None else {unravel_key(k): unravel_key(v) for k, v in actor_keys(wrapper).items()}

@@ -66,7 +66,7 @@ def choices(distribution: D.Distribution) -> Candidates | None:
         return one_hot_choices(torch.zeros(*rows, number, dtype=torch.long, device=_device(distribution))), len(rows)
     if isinstance(distribution, D.Categorical):
         device = _device(distribution)
-        return [torch.full(rows, index, device=device) for index in range(distribution._num_events)], len(rows)
+        return [torch.full(rows, index, device=device) for index in range(distribution.param_shape[-1])], len(rows)
     base = distribution.base_dist if isinstance(distribution, D.Independent) else distribution
     if isinstance(base, D.Bernoulli):
         return [torch.full_like(base.probs, value) for value in (0.0, 1.0)], base.probs.ndim

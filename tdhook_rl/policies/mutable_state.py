@@ -22,6 +22,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
 
+from tdhook_rl.internals.tensordict_names import store_of
 from tdhook_rl.policies.memory import read_tensor, same_values, share_memory, write_tensor
 from tdhook_rl.sites.classes import Swapped
 
@@ -178,7 +179,7 @@ def _of_object(value: Any, path: str, owner: str, add: Add) -> Iterator[tuple[st
         yield from ((f"{path}[{index}]", item) for index, item in enumerate(value))
     elif isinstance(value, TensorDictBase):
         if type(value) is TensorDict and not value.is_locked:
-            add(_MAPPING, value._tensordict, path, owner)
+            add(_MAPPING, store_of(value), path, owner)
         yield from ((f"{path}[{key!r}]", item) for key, item in value.items())
         return
     elif isinstance(value, types.MethodType):

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch import distributions as D
 
+from tdhook_rl.internals.torch_names import cholesky_factor
+
 __all__ = ["noise_of", "sample_with"]
 
 _LOCATION_SCALE = (D.Normal, D.Laplace, D.Cauchy, D.StudentT)
@@ -36,7 +38,7 @@ def noise_of(distribution: D.Distribution, sample: Tensor) -> Tensor | None:
         return sample * distribution.rate
     if isinstance(distribution, D.MultivariateNormal):
         centred = (sample - distribution.loc).unsqueeze(-1)
-        return torch.linalg.solve_triangular(distribution._unbroadcasted_scale_tril, centred, upper=False).squeeze(-1)
+        return torch.linalg.solve_triangular(cholesky_factor(distribution), centred, upper=False).squeeze(-1)
     if isinstance(distribution, D.relaxed_categorical.ExpRelaxedCategorical):
         return sample * distribution.temperature - distribution.logits  # up to a constant, which has no effect
     if _is_truncated_normal(distribution):
@@ -64,7 +66,7 @@ def sample_with(distribution: D.Distribution, noise: Tensor) -> Tensor:
     if isinstance(distribution, D.Exponential):
         return noise / distribution.rate
     if isinstance(distribution, D.MultivariateNormal):
-        return distribution.loc + (distribution._unbroadcasted_scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
+        return distribution.loc + (cholesky_factor(distribution) @ noise.unsqueeze(-1)).squeeze(-1)
     if isinstance(distribution, D.relaxed_categorical.ExpRelaxedCategorical):
         scores = (distribution.logits + noise) / distribution.temperature
         return scores - scores.logsumexp(-1, keepdim=True)

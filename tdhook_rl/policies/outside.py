@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tdhook_rl.internals.python_names import ABC_STATE
 from tdhook_rl.policies.mutable_state import Kind, MutableState, StatePart, find_state
 from tdhook_rl.sites.classes import Swapped
 from tdhook_rl.sites.known import own_class
@@ -82,7 +83,7 @@ def _is_swapped(one: Any) -> bool:
 
 
 def _data(kind: type) -> list[tuple[str, Any]]:
-    return [(name, value) for name, value in vars(kind).items() if not name.startswith(("__", "_hooked", "_abc"))]
+    return [(name, value) for name, value in vars(kind).items() if not name.startswith(("__", "_hooked", ABC_STATE))]
 
 
 def _variables(function: types.FunctionType, kind: type) -> tuple[list[Found], list[Any]]:

@@ -19,6 +19,8 @@ from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
 
 from tdhook_rl.errors import PreparationError, TieError, warn
+from tdhook_rl.internals.dynamo_names import is_compiled
+from tdhook_rl.internals.tensordict_names import params_with
 from tdhook_rl.policies.attribute_sync import AttributeSync
 from tdhook_rl.policies.memory import memory_of
 from tdhook_rl.policies.mutable_state import INTERNAL, find_state
@@ -263,7 +265,7 @@ def replace_tensors(clone: nn.Module, new: Mapping[int, Tensor]) -> list[tuple[A
             if isinstance(child, TensorDictParams) and any(
                 id(tensor) in new for tensor in (*child.parameters(), *child.buffers())
             ):
-                put(module._modules, name, copies.setdefault(id(child), _with_tensors(child, new)))
+                put(module._modules, name, copies.setdefault(id(child), params_with(child, new)))
     return replaced
 
 
@@ -273,28 +275,10 @@ def put_back(replaced: list[tuple[Any, Any, Any]]) -> None:
         holder[key] = value
 
 
-def _with_tensors(params: TensorDictParams, new: Mapping[int, Tensor]) -> TensorDictParams:
-    copied = TensorDictParams(params)
-    copied.no_convert, copied._lock_content = params.no_convert, params._lock_content
-    copied.training = params.training
-    data = copied._param_td.unlock_()
-    for key, tensor in list(data.items(True, True)):
-        if id(tensor) in new:
-            data.set(key, new[id(tensor)])
-    if params._param_td.is_locked:
-        data.lock_()
-    copied._reset_params()
-    if params.is_locked:
-        copied.lock_()
-    return copied
-
-
 def _refuse_uncopyable(module: nn.Module) -> None:
-    from torch._dynamo import OptimizedModule
-
     for path, child in module.named_modules():
         where = f"submodule {path!r} of the policy" if path else "the policy"
-        if isinstance(child, OptimizedModule) or child._compiled_call_impl is not None:
+        if is_compiled(child):
             raise PreparationError(
                 f"{where} was compiled before it was prepared, so hooks would never fire: prepare the plain module "
                 "(`compiled._orig_mod`) and compile the hooked one, or pass `compile_policy` to the collector"

@@ -14,6 +14,7 @@ from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter, RoundRob
 
 from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.errors import InputError
+from tdhook_rl.internals.torchrl_names import cursor_of
 
 if TYPE_CHECKING:
     from tdhook_rl.replay.transforms import Window
@@ -40,12 +41,12 @@ class Trajectories:
 
     def __init__(self, buffer: ReplayBuffer, facts: TensorDictBase, looking: str) -> None:
         rows = len(facts)
-        if not isinstance(buffer._writer, (RoundRobinWriter, ImmutableDatasetWriter)):
+        if not isinstance(buffer.writer, (RoundRobinWriter, ImmutableDatasetWriter)):
             raise InputError(
-                f"{looking} reads rows of one trajectory, and the {type(buffer._writer).__name__} of the buffer does "
+                f"{looking} reads rows of one trajectory, and the {type(buffer.writer).__name__} of the buffer does "
                 "not keep them in the order in which they came"
             )
-        cursor = int(getattr(buffer._writer, "_cursor", 0) or 0) % rows
+        cursor = cursor_of(buffer.writer) % rows
         written = getattr(buffer, "write_count", None)
         full = rows == getattr(buffer.storage, "max_size", rows)
         self._over = full and (written is None or written > rows)  # older rows have been written over
@@ -146,7 +147,7 @@ class Trajectories:
 
 
 def _traj_key(buffer: ReplayBuffer) -> NestedKey | None:
-    return getattr(buffer._sampler, "traj_key", None)
+    return getattr(buffer.sampler, "traj_key", None)
 
 
 def _is_done(key: NestedKey) -> bool:

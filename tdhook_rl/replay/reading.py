@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from torchrl.data.replay_buffers import ReplayBufferEnsemble
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
+from tdhook_rl.internals.torchrl_names import collate_fn, read_lock, time_first
 from tdhook_rl.replay.order import Trajectories
 from tdhook_rl.replay.transforms import (
     Window,
@@ -96,7 +96,7 @@ class Reader:
         length = len(buffer)
         if length == 0:
             raise InputError("the replay buffer is empty")
-        self._transforms = applied_transforms(getattr(buffer, "_transform", None)) if self._near else []
+        self._transforms = applied_transforms(buffer.transform) if self._near else []
         require_at_rest(self._transforms)
         self._known = self._near and rows_are_known(buffer, self._transforms)
         windows = [window_of(one) for one in self._transforms]
@@ -194,13 +194,12 @@ class Reader:
         if not self._near:
             return buffer[index]
         where: Any = index.numpy()
-        lock = getattr(buffer, "_replay_lock", None) or contextlib.nullcontext()
-        with lock:
+        with read_lock(buffer):
             if buffer.dim_extend > 0:
-                found = buffer._transpose(buffer._storage[(slice(None),) * buffer.dim_extend + (where,)])
+                found = time_first(buffer, buffer.storage[(slice(None),) * buffer.dim_extend + (where,)])
             else:
-                found = buffer._storage[where]
-        found = buffer._collate_fn(found)
+                found = buffer.storage[where]
+        found = collate_fn(buffer)(found)
         # A stack of what is stored: a transform would write into it.
         return found.clone() if isinstance(found, LazyStackedTensorDict) and self._transforms else found
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchrl.data import ReplayBuffer
 
 from tdhook_rl.errors import InputError, TdhookError
+from tdhook_rl.internals.torchrl_names import collate_fn
 
 __all__ = [
     "Window", "applied_transforms", "followed_by", "require_alike", "require_at_rest", "rows_are_known",
@@ -86,7 +87,7 @@ def window_of(transform: nn.Module) -> Window | None:
 
 def rows_are_known(buffer: ReplayBuffer, transforms: Sequence[nn.Module]) -> bool:
     """Whether it is known of everything that the buffer applies which rows it reads."""
-    collate = getattr(buffer, "_collate_fn", None)
+    collate = collate_fn(buffer)
     ours = (getattr(collate, "__module__", None) or "").split(".")[0] in ("torchrl", "tensordict")
     return ours and all(map(_trusted, transforms))
 

@@ -13,6 +13,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
+from tdhook_rl.internals.torch_names import ConvNd
 from tdhook_rl.sites.known import may_meet
 
 __all__ = [
@@ -26,7 +27,7 @@ CONV_ELEMENTS = 64 * 3 * 64 * 64
 #: Below so many rows a pass of a convolutional net is mostly overhead.
 CONV_ROWS = 32
 
-_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+_CONVOLUTIONS = (ConvNd,)
 
 
 def map_chunks(

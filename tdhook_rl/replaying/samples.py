@@ -14,6 +14,8 @@ from torch import Tensor
 from torch import distributions as D
 
 from tdhook_rl.errors import InputError
+from tdhook_rl.internals.functorch_names import in_transform
+from tdhook_rl.internals.torchrl_names import is_sparse
 from tdhook_rl.policies.draws import Draw, sample_keys
 from tdhook_rl.policies.inversion import choices, invert, is_one_hot, one_hot_choices
 from tdhook_rl.policies.noise import noise_of, sample_with
@@ -173,7 +175,7 @@ def _as_drawn(key: NestedKey, stored: Tensor, part: D.Distribution, draw: Draw, 
 
 def _in_own_form(key: NestedKey, value: Tensor, part: D.Distribution) -> Tensor:
     """A stored choice, an index or one-hot, in the form in which the distribution draws it; of one shape both ways."""
-    if not isinstance(part, (D.Categorical, D.OneHotCategorical)) or getattr(part, "_sparse_mask", False):
+    if not isinstance(part, (D.Categorical, D.OneHotCategorical)) or is_sparse(part):
         return value
     rows, number = part.batch_shape, part.param_shape[-1]
     if is_one_hot(part):
@@ -191,7 +193,7 @@ def _in_own_form(key: NestedKey, value: Tensor, part: D.Distribution) -> Tensor:
 
 
 def _near(one: Tensor, two: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or in_transform() is not None:
         return True
     return torch.allclose(one.detach(), two.to(one.dtype), RELATIVE, ABSOLUTE, equal_nan=True)
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdhook_rl.internals.torch_names import copy_all_
 from tdhook_rl.policies.memory import memory_of, same_values
 from tdhook_rl.policies.mutable_state import INTERNAL, MutableState, find_state, with_tensors
 from tdhook_rl.policies.outside import find_state_inside_and_outside
@@ -225,7 +226,7 @@ def _refresh(last: Snapshot) -> None:
                 last.versions[id(tensor)] = version
     if old:
         with torch.inference_mode(False), torch.no_grad():
-            torch._foreach_copy_(new, old)
+            copy_all_(new, old)
 
 
 def _version(tensor: Tensor) -> int:

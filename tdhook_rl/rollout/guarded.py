@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +18,17 @@ from tdhook_rl.arguments.checked import checked
 from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.errors import InputError, WorkerError, nearest
 from tdhook_rl.hooking.hooked import HookedMixin
+from tdhook_rl.internals.torchrl_names import (
+    actor_id,
+    background_error,
+    background_thread,
+    env_backend,
+    evaluated_policy,
+    evaluates_by_workers,
+    frames_so_far,
+    weight_queues,
+    weight_schemes,
+)
 from tdhook_rl.rollout.workers import Caller, Worker, descendants, end, inner_collector, is_ending, workers_of
 
 __all__ = ["Guarded"]
@@ -172,15 +183,15 @@ class Guarded:
         return not (
             self._actors
             or hasattr(collector, "procs")
-            or getattr(collector, "_use_multi_collector", False)
-            or getattr(collector, "_env_backend", "threading") != "threading"
-            or getattr(collector, "_server_backend", "thread") != "thread"
+            or evaluates_by_workers(collector)
+            or env_backend(collector) != "threading"
+            or getattr(collector, "server_backend", "thread") != "thread"
             or workers_of(collector)
         )
 
     def _dead_actor(self, error: Exception) -> int | None:
         actor = getattr(error, "actor_id", None)
-        found = [one._actor_id.hex() == actor for one in self._actors]
+        found = [actor_id(one) == actor for one in self._actors]
         return found.index(True) if actor is not None and any(found) else None
 
     # ------------------------------------------------------------------ what is looked at
@@ -199,9 +210,9 @@ class Guarded:
 
     def _check_background(self) -> None:
         collector = self.collector
-        error = getattr(collector, "_replay_error", None)
-        thread = getattr(collector, "_thread", None) or getattr(collector, "_collection_thread", None)
-        frames = max(getattr(collector, "_frames", 0), getattr(collector, "collected_frames", 0))
+        error = background_error(collector)
+        thread = background_thread(collector)
+        frames = frames_so_far(collector)
         total = getattr(collector, "total_frames", None)
         complete = total is not None and 0 <= total <= frames
         ended = thread is not None and not thread.is_alive() and not self._closed and not complete
@@ -242,8 +253,8 @@ class Guarded:
 
     def _shut(self, timeout: float) -> BaseException | None:
         """Shut down in a bounded time; returns the collector's own error."""
-        schemes = list((getattr(inner_collector(self.collector), "_weight_sync_schemes", None) or {}).values())
-        for queue in _queues(schemes):
+        schemes = weight_schemes(inner_collector(self.collector))
+        for queue in weight_queues(schemes):
             queue.cancel_join_thread()  # what was put for a dead worker would be waited for at exit
         errors: list[BaseException] = []
 
@@ -278,7 +289,7 @@ class Guarded:
 def _policy(collector: Any) -> Any:
     collector = inner_collector(collector)
     policy = getattr(collector, "policy", None)
-    return getattr(collector, "_policy", None) if policy is None else policy
+    return evaluated_policy(collector) if policy is None else policy
 
 
 def _compare(given: TensorDictBase, own: TensorDictBase, whole: bool) -> None:
@@ -300,9 +311,3 @@ def _compare(given: TensorDictBase, own: TensorDictBase, whole: bool) -> None:
     absent = [name for name in shapes if name not in names]
     if whole and absent:
         raise InputError(f"remote workers read the whole of the weights, but {absent[0]!r} is absent")
-
-
-def _queues(schemes: Iterable[Any]) -> Iterator[Any]:
-    for scheme in schemes:
-        for name in ("_weight_init_queues", "_instruction_queues", "_ack_queues"):
-            yield from (getattr(scheme, name, None) or {}).values()

@@ -11,6 +11,13 @@ from torch import Tensor
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError, WorkerError
 from tdhook_rl.hooking.hooked import HookedMixin
+from tdhook_rl.internals.torchrl_names import (
+    collects_freely,
+    evaluated_policy,
+    has_async_pool,
+    sent_policy,
+    starts_processes,
+)
 from tdhook_rl.rollout.guarded import Guarded
 from tdhook_rl.rollout.workers import Caller, inner_collector, is_ending, workers_of
 from tdhook_rl.sites.controls import as_value
@@ -73,8 +80,7 @@ def set_controls(collector: Any, values: Mapping[str, Any], *, timeout: float = 
 
 def _policy_here(collector: Any) -> Any:
     """The hooked policy of this process, if there is one: that which is run, or that which was sent to the workers."""
-    for name in ("policy", "_policy", "_fallback_policy"):
-        policy = getattr(collector, name, None)
+    for policy in (getattr(collector, "policy", None), evaluated_policy(collector), sent_policy(collector)):
         if isinstance(policy, HookedMixin):
             return policy
     return None
@@ -90,7 +96,7 @@ def _way_to_workers(collector: Any, told: dict[str, Tensor], outer: str) -> Call
         raise WorkerError(f"{outer} has been shut down")
     if hasattr(collector, "remote_collectors"):
         inner = getattr(collector, "collector_class", None)
-        if collector.policy is None and hasattr(inner, "_run_processes"):
+        if collector.policy is None and starts_processes(inner):
             raise WorkerError(
                 f"the workers of {outer} have processes of their own whose policies come from policy_factory: give it "
                 "the hooked policy, which these then share on each machine, or collector_class='single'"
@@ -99,25 +105,25 @@ def _way_to_workers(collector: Any, told: dict[str, Tensor], outer: str) -> Call
     if hasattr(collector, "procs"):
         if not any(collector.policy_factory):
             return None
-        if getattr(collector, "running", False) and not collector._running_free:
+        if getattr(collector, "running", False) and not collects_freely(collector):
             raise WorkerError(
                 f"{outer} hands out batches while its workers collect the next, and a worker that is told something "
                 "then loses its batch and waits for ever: give the collector the hooked policy (policy=) instead of "
                 "policy_factory, so that the workers share its controls, or collect in the background with start()"
             )
         return functools.partial(collector.map_fn, _UPDATE, [(told,)] * collector.num_workers)
-    if getattr(collector, "_server_backend", "thread") != "thread":
+    if getattr(collector, "server_backend", "thread") != "thread":
         raise WorkerError(
             f"{outer} serves a policy of policy_factory from a process, which takes weights and nothing else: serve "
             "the hooked policy from a thread (policy=, transport='driver')"
         )
     if not hasattr(collector, "iterator"):  # the backend of an evaluator, before its collector is made
-        if getattr(collector, "_policy", None) is None:
+        if evaluated_policy(collector) is None:
             raise WorkerError(
                 f"{outer} has no policy yet, or has it in an actor of its own: it is made by policy_factory at the "
                 "first evaluation; set the controls after it (with backend='thread' or 'process')"
             )
     # (The attribute ``env`` of an AsyncBatchedCollector would start it.)
-    elif "env" not in vars(collector) and not hasattr(collector, "_env_pool"):
+    elif "env" not in vars(collector) and not has_async_pool(collector):
         raise WorkerError(f"{outer} offers no way to the policies of its workers")
     return None

@@ -13,6 +13,7 @@ from tdhook_rl.batches.annotation import OnMismatch
 from tdhook_rl.batches.blank import Forms, forms_of, known_forms, without_results
 from tdhook_rl.calls.preconditions import require_hooked
 from tdhook_rl.errors import InputError
+from tdhook_rl.internals.torchrl_names import batch_operations, length_in_time, modules_of
 from tdhook_rl.rollout.summary import summarise
 
 if TYPE_CHECKING:
@@ -113,11 +114,9 @@ class AnnotateHook(TrainerHookBase):
         trainer = self._trainer
         if trainer is None:
             return
-        operations = [getattr(one, "__wrapped__", one) for one, _ in getattr(trainer, "_batch_process_ops", ())]
+        operations = [getattr(one, "__wrapped__", one) for one in batch_operations(trainer)]
         hooks = [getattr(one, "__self__", None) for one in operations]
-        buffers = [
-            getattr(one, "replay_buffer", None) for one in (trainer, *hooks, *getattr(trainer, "_modules", {}).values())
-        ]
+        buffers = [getattr(one, "replay_buffer", None) for one in (trainer, *hooks, *modules_of(trainer).values())]
         for buffer in {id(one): one for one in buffers if one is not None and len(one)}.values():
             known = buffer.storage.get(0)
             if not is_tensor_collection(known):
@@ -151,7 +150,7 @@ class AnnotateHook(TrainerHookBase):
                 "read them from: give it one, Trainer(replay_buffer=...)"
             )
         # Storages of more dimensions count and are read along the first, which is time.
-        size = getattr(buffer.storage, "_len_along_dim0", len(buffer))
+        size = length_in_time(buffer.storage, otherwise=len(buffer))
         written = int(buffer.write_count)
         new = written - self._written
         self._written = written

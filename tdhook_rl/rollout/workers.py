@@ -14,6 +14,14 @@ from queue import SimpleQueue
 from typing import Any
 
 from tdhook_rl.errors import WorkerError
+from tdhook_rl.internals.torchrl_names import (
+    async_pool,
+    backend_of,
+    collector_of,
+    env_workers,
+    has_env_workers,
+    server_process,
+)
 
 __all__ = ["Caller", "Worker", "descendants", "end", "inner_collector", "is_ending", "workers_of"]
 
@@ -67,14 +75,14 @@ def workers_of(collector: Any) -> list[Worker]:
     """
     collector = inner_collector(collector)
     found = [("worker", process) for process in getattr(collector, "procs", ())]
-    found += [("environment worker", process) for process in getattr(collector, "_workers", ())]
-    pool = getattr(collector, "_env_pool", None)
+    found += [("environment worker", process) for process in env_workers(collector)]
+    pool = async_pool(collector)
     found += [("environment worker", process) for process in getattr(pool, "threads", ())]
     env = collector.__dict__.get("env")  # the attribute of an AsyncBatchedCollector would start it
-    while env is not None and not hasattr(env, "_workers"):
+    while env is not None and not has_env_workers(env):
         env = getattr(env, "base_env", None)
-    found += [("environment worker", process) for process in getattr(env, "_workers", ())]
-    server = getattr(getattr(collector, "_server", None), "_process", None)
+    found += [("environment worker", process) for process in env_workers(env)]
+    server = server_process(collector)
     found += [("inference server", server)] if server is not None else []
     counts: dict[str, int] = {}
     workers = []
@@ -97,10 +105,10 @@ def is_ending(collector: Any) -> bool:
 
 def inner_collector(collector: Any) -> Any:
     """The collector inside an ``Evaluator``, where it has been made already; any other collector itself."""
-    backend = getattr(collector, "_backend", None)
+    backend = backend_of(collector)
     if backend is None:
         return collector
-    made = getattr(backend, "_collector", None)
+    made = collector_of(backend)
     return backend if made is None else made
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdhook_rl.internals.python_names import is_owned
+
 __all__ = ["Switch", "TurnLock", "survive_forks"]
 
 #: Seconds that a fork waits for calls of other threads to end.
@@ -31,7 +33,7 @@ class TurnLock:
         self._next = threading.Lock()  # held by the one whose turn is next
 
     def acquire(self, timeout: float = -1.0) -> bool:
-        if self._lock._is_owned():
+        if is_owned(self._lock):
             return self._lock.acquire()
         if not self._next.acquire(timeout=timeout):
             return False
@@ -44,7 +46,7 @@ class TurnLock:
         self._lock.release()
 
     def __enter__(self) -> None:
-        if self._lock._is_owned():
+        if is_owned(self._lock):
             self._lock.acquire()
         else:
             with self._next:

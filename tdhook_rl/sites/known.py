@@ -12,6 +12,7 @@ from functools import cache
 from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule, TensorDictParams
 from torch import nn
 
+from tdhook_rl.internals.torch_names import BatchNorm, DropoutNd
 from tdhook_rl.sites.classes import Swapped
 
 __all__ = [
@@ -80,12 +81,12 @@ def writes_input(module: nn.Module) -> bool:
 
 def may_draw(module: nn.Module) -> bool:
     """Whether :func:`draws_noise` may be true of a module in some mode."""
-    return isinstance(module, (nn.modules.dropout._DropoutNd, nn.RNNBase, nn.MultiheadAttention, nn.RReLU))
+    return isinstance(module, (DropoutNd, nn.RNNBase, nn.MultiheadAttention, nn.RReLU))
 
 
 def draws_noise(module: nn.Module) -> bool:
     """Whether a layer of torch draws in its forward, in the mode that it is in."""
-    if isinstance(module, nn.modules.dropout._DropoutNd):
+    if isinstance(module, DropoutNd):
         return module.training and module.p > 0
     if isinstance(module, nn.RNNBase):
         return module.training and module.dropout > 0
@@ -96,11 +97,11 @@ def draws_noise(module: nn.Module) -> bool:
 
 def may_meet(module: nn.Module) -> bool:
     """Whether :func:`batch_statistics` may be true of a module in some mode."""
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) or own_class(module).__name__ == "BatchRenorm1d"
+    return isinstance(module, BatchNorm) or own_class(module).__name__ == "BatchRenorm1d"
 
 
 def batch_statistics(module: nn.Module) -> bool:
     """Whether rows meet in a layer, in the mode that it is in: it normalises by the statistics of its batch."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    if isinstance(module, BatchNorm):
         return module.training or module.running_mean is None
     return module.training and own_class(module).__name__ == "BatchRenorm1d"

@@ -14,6 +14,7 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictPara
 from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError
+from tdhook_rl.internals.torch_names import ConvNd
 
 __all__ = ["CHANNELS_FIRST", "is_transformer", "survey_features", "takes_time_first", "time_comes_first"]
 
@@ -103,7 +104,7 @@ def survey_features(policy: nn.Module) -> frozenset[int]:
         if isinstance(module, nn.Sequential):
             _follow(module, found)
         said = _says(module)
-        if isinstance(module, nn.modules.conv._ConvNd) and said:
+        if isinstance(module, ConvNd) and said:
             kinds.add(said)
     for module in policy.modules():
         if not isinstance(module, TensorDictParams):  # the original holds the same object, and it never runs

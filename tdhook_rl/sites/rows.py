@@ -15,10 +15,18 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
-from torch._functorch import vmap as functorch_vmap
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from tdhook_rl.errors import InputError, SiteError
+from tdhook_rl.internals.functorch_names import (
+    add_batch_dim,
+    get_unwrapped,
+    is_batchedtensor,
+    maybe_get_bdim,
+    maybe_get_level,
+    remove_batch_dim,
+)
+from tdhook_rl.internals.torchrl_names import lends_weights
 from tdhook_rl.sites.containers import first_tensor, tensors_of, with_first_tensor
 from tdhook_rl.sites.layouts import is_transformer, survey_features, takes_time_first, time_comes_first
 from tdhook_rl.sites.runtime import Runtime, vmap_level
@@ -72,7 +80,7 @@ def attach_layouts(policy: nn.Module, runtime: Runtime) -> None:
         agents, flat, mapped, time_first = 0, False, None, False
         parent, above = policy, policy
         for name in path.split(".") if path else ():
-            agents = getattr(above, "n_agents", 0) if hasattr(above, "_empty_net") else agents
+            agents = getattr(above, "n_agents", 0) if lends_weights(above) else agents
             flat = flat or isinstance(above, DecisionTransformer)
             if isinstance(above, VmapModule):
                 mapped = -1 if above.vmap_dim is None else above.vmap_dim
@@ -133,7 +141,7 @@ def rows_of(
             return _batch_first(value, module, runtime)
     elif runtime.time_first and exact:
         _require_one_order(value, module, site, runtime.batch)
-    if torch._C._functorch.is_batchedtensor(value):
+    if is_batchedtensor(value):
         return _out_of_vmap(value, runtime, layout)
     return value, None
 
@@ -141,14 +149,14 @@ def rows_of(
 def entry_rows(value: Tensor, module: nn.Module, runtime: Runtime) -> Tensor:
     """An entry of the data that a module reads, with a row for each row of the batch."""
     layout: Layout | None = module._hooked_layout  # type: ignore[assignment]
-    if layout is None or layout.mapped is None or not torch._C._functorch.is_batchedtensor(value):
+    if layout is None or layout.mapped is None or not is_batchedtensor(value):
         return value
     return _out_of_vmap(value, runtime, layout)[0]
 
 
 def without_vmap(value: Tensor, module: nn.Module, runtime: Runtime) -> tuple[Tensor, Disguise | None]:
     """A tensor with the dimensions that ``vmap`` hides from a module, as it is otherwise; and the way back."""
-    if torch._C._functorch.is_batchedtensor(value):
+    if is_batchedtensor(value):
         return _out_of_vmap(value, runtime, module._hooked_layout)  # type: ignore[arg-type]
     return value, None
 
@@ -239,21 +247,20 @@ def _folded(value: Tensor, agents: int, batch: torch.Size | None) -> tuple[int, 
 
 def _out_of_vmap(value: Tensor, runtime: Runtime, layout: Layout | None) -> tuple[Tensor, Disguise | None]:
     """Make the dimensions that ``vmap`` hides explicit, after the rows. A batched tensor must not outlive its vmap."""
-    functorch = torch._C._functorch
     levels: list[int] = []
     place = _place(value, runtime.batch, layout)
     if torch.compiler.is_compiling():  # sees no further than the innermost vmap
         if (level := vmap_level()) > runtime.level:
             levels.append(level)
-            value = functorch_vmap._remove_batch_dim(value, level, 1, place)
+            value = remove_batch_dim(value, level, 1, place)
     else:
-        while functorch.is_batchedtensor(value) and functorch.maybe_get_level(value) > runtime.level:
-            levels.append(functorch.maybe_get_level(value))
-            value = functorch.get_unwrapped(value).movedim(functorch.maybe_get_bdim(value), place)
+        while is_batchedtensor(value) and maybe_get_level(value) > runtime.level:
+            levels.append(maybe_get_level(value))
+            value = get_unwrapped(value).movedim(maybe_get_bdim(value), place)
 
     def back(rows: Tensor) -> Tensor:
         for level in reversed(levels):
-            rows = functorch_vmap._add_batch_dim(rows, place, level)
+            rows = add_batch_dim(rows, place, level)
         return rows
 
     return value, back if levels else None
@@ -278,10 +285,9 @@ def unbatched(value: Tensor, level: int) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return value
-    functorch = torch._C._functorch
-    while functorch.is_batchedtensor(value) and functorch.maybe_get_level(value) > level:
-        dim = functorch.maybe_get_bdim(value)
-        value = functorch.get_unwrapped(value)
+    while is_batchedtensor(value) and maybe_get_level(value) > level:
+        dim = maybe_get_bdim(value)
+        value = get_unwrapped(value)
         value = value.movedim(dim, -2 if value.ndim > 1 else 0)
     return value
 

@@ -11,9 +11,14 @@ from typing import Any
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
-from torch._functorch import vmap as functorch_vmap
 
 from tdhook_rl.errors import InactiveError, SiteError
+from tdhook_rl.internals.functorch_names import (
+    are_transforms_active,
+    decrement_nesting,
+    increment_nesting,
+    transform_stack,
+)
 from tdhook_rl.sites.controls import Controls
 from tdhook_rl.sites.forking import Switch, TurnLock, survive_forks
 
@@ -210,11 +215,11 @@ class Runtime:
 def vmap_level() -> int:
     """The nesting level of functorch transforms around the caller; -1 outside."""
     if not torch.compiler.is_compiling():
-        stack = torch._C._functorch.get_interpreter_stack()
+        stack = transform_stack()
         return -1 if not stack else stack[-1].level()
-    if not torch._C._are_functorch_transforms_active():
+    if not are_transforms_active():
         return -1
     # The compiler knows the level of a vmap that is entered, and no way to ask for the present one.
-    level = functorch_vmap._vmap_increment_nesting(1, "error") - 1
-    functorch_vmap._vmap_decrement_nesting()
+    level = increment_nesting(1, "error") - 1
+    decrement_nesting()
     return level

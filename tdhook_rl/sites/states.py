@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdhook_rl.errors import SiteError
+from tdhook_rl.internals.functorch_names import get_unwrapped, is_wrapped
+from tdhook_rl.internals.torch_names import TorchDispatchMode, memory_of
 from tdhook_rl.sites.containers import tensors_of
 
 if TYPE_CHECKING:
@@ -119,7 +119,6 @@ def state_names(module: nn.Module) -> list[str]:
 
 
 def _memory(tensor: Tensor) -> int:
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = functorch.get_unwrapped(tensor)
-    return tensor.untyped_storage()._cdata
+    while is_wrapped(tensor):
+        tensor = get_unwrapped(tensor)
+    return memory_of(tensor)

@@ -13,6 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from tdhook_rl.errors import InputError
+from tdhook_rl.internals.torch_names import pruned_name
 
 __all__ = ["ComputedWeight", "computed_weights", "draw_anew"]
 
@@ -86,7 +87,7 @@ def computed_weights(layer: nn.Module) -> dict[str, ComputedWeight]:
             originals = (f"{hook.name}_g", f"{hook.name}_v")
             found[hook.name] = ComputedWeight(layer, hook.name, "weight_norm", originals, hook)
         elif isinstance(hook, prune.BasePruningMethod):
-            name = hook._tensor_name
+            name = pruned_name(hook)
             found[name] = ComputedWeight(layer, name, "a pruning mask", (f"{name}_orig",), hook)
     if parametrize.is_parametrized(layer):
         for name in layer.parametrizations:  # type: ignore[union-attr]

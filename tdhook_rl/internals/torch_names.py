@@ -1,0 +1,100 @@
+"""What is used of the insides of torch, ``torch.func`` and ``torch.compile`` aside."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, distributions, nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import Node
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.conv import _ConvNd as ConvNd
+from torch.nn.modules.dropout import _DropoutNd as DropoutNd
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
+from torch.nn.modules.padding import _CircularPadNd as CircularPadNd
+from torch.nn.modules.padding import _ConstantPadNd as ConstantPadNd
+from torch.nn.modules.padding import _ReflectionPadNd as ReflectionPadNd
+from torch.nn.modules.padding import _ReplicationPadNd as ReplicationPadNd
+from torch.nn.utils.prune import BasePruningMethod
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = [
+    "BatchNorm",
+    "CircularPadNd",
+    "ConstantPadNd",
+    "ConvNd",
+    "DisableTorchFunction",
+    "DropoutNd",
+    "ReflectionPadNd",
+    "ReplicationPadNd",
+    "TorchDispatchMode",
+    "call_methods",
+    "cholesky_factor",
+    "convolved",
+    "copy_all_",
+    "function_of",
+    "has_any_global_hook",
+    "in_forward_ad",
+    "is_any_autocast_enabled",
+    "memory_of",
+    "parse_to",
+    "pruned_name",
+    "pytree",
+]
+
+# `BatchNorm`, `ConvNd`, `DropoutNd`, `...PadNd`: the classes that those of 1, 2 and 3 dimensions, and the lazy ones,
+# have in common; a list of the public ones would miss the next. `pytree`: how torch itself takes nested values apart
+# and puts them together, classes that were registered for it included. `TorchDispatchMode`: documented, under a private
+# path. `has_any_global_hook()`: whether a hook is on all modules, which torch has calls to add and none to ask for.
+
+#: Code in which torch functions are not seen by a ``TorchFunctionMode``; the public ``DisableTorchFunctionSubclass``
+#: leaves the modes on.
+DisableTorchFunction: Any = torch._C.DisableTorchFunction
+
+#: What the calls of a class of modules pass, ``(__call__, _call_impl)``: a tracer, or a tool, may have replaced either.
+call_methods = attrgetter("__call__", "_call_impl")
+
+#: What ``module.to(...)`` understands of its arguments, ``(device, dtype, non_blocking, format)``, in all its forms.
+parse_to: Any = torch._C._nn._parse_to
+
+#: Whether autocast is on for any device: the public question is about one.
+is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+
+#: ``(targets, sources)``: ``copy_`` of many tensors in one call, as torch's optimisers make it.
+copy_all_ = torch._foreach_copy_
+
+
+def in_forward_ad() -> bool:
+    """Whether the caller is within a ``torch.autograd.forward_ad.dual_level()``, which has no question."""
+    return forward_ad._current_level >= 0
+
+
+def memory_of(tensor: Tensor) -> int:
+    """What is the same number for tensors of one storage; unlike ``data_ptr``, also for empty and fake ones."""
+    return tensor.untyped_storage()._cdata
+
+
+def function_of(node: Node) -> type | None:
+    """The ``torch.autograd.Function`` that a node of the graph comes from; ``None`` for one of torch's own operations.
+
+    The name of the node, which is public, is also that of any other function of this name.
+    """
+    return getattr(type(node), "_forward_cls", None)
+
+
+def convolved(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What a convolution computes with another weight and bias, its padding modes included; ``forward`` takes none."""
+    return module._conv_forward(x, weight, bias)  # type: ignore[operator]
+
+
+def cholesky_factor(distribution: distributions.MultivariateNormal) -> Tensor:
+    """``scale_tril`` before it is expanded to the batch, as ``rsample`` multiplies it: the same bits of one sample."""
+    return distribution._unbroadcasted_scale_tril
+
+
+def pruned_name(hook: BasePruningMethod) -> str:
+    """The parameter that a pruning method of torch masks; the method is public, its parameter's name is not."""
+    return hook._tensor_name
