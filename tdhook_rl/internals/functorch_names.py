@@ -45,5 +45,5 @@ in_transform = torch._C._functorch.peek_interpreter_stack
 are_transforms_active = torch._C._are_functorch_transforms_active
 #: ``(size, randomness)``: enter a ``vmap`` and say its level; the way to ask for a level that ``torch.compile`` traces.
 increment_nesting = vmap._vmap_increment_nesting
-#: Leave that ``vmap``.
+#: Leave the ``vmap`` that :data:`increment_nesting` has entered.
 decrement_nesting = vmap._vmap_decrement_nesting

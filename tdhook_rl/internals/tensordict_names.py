@@ -49,7 +49,7 @@ def written_by(kind: type) -> Any:
 
 
 def has_options(module: TensorDictModule) -> bool:
-    """Whether a ``TensorDictModule`` calls its module with keywords, fixed ones or entries; nothing public says so."""
+    """Whether a ``TensorDictModule`` calls its module by keywords, or reads entries with options: both are private."""
     return module._kwargs is not None or bool(module._get_kwargs)
 
 

@@ -39,10 +39,10 @@ __all__ = [
     "has_any_global_hook",
     "in_forward_ad",
     "is_any_autocast_enabled",
-    "memory_of",
     "parse_to",
     "pruned_name",
     "pytree",
+    "storage_id",
 ]
 
 # `BatchNorm`, `ConvNd`, `DropoutNd`, `...PadNd`: the classes that those of 1, 2 and 3 dimensions, and the lazy ones,
@@ -72,7 +72,7 @@ def in_forward_ad() -> bool:
     return forward_ad._current_level >= 0
 
 
-def memory_of(tensor: Tensor) -> int:
+def storage_id(tensor: Tensor) -> int:
     """What is the same number for tensors of one storage; unlike ``data_ptr``, also for empty and fake ones."""
     return tensor.untyped_storage()._cdata
 

@@ -93,7 +93,7 @@ def collects_freely(collector: Any) -> bool:
 
 
 def sent_policy(collector: Any) -> Any:
-    """The policy that a ``MultiCollector`` keeps for its workers' weights, where ``policy`` is none."""
+    """The policy that a ``MultiCollector`` was given beside a ``policy_factory``, whose weights it sends."""
     return getattr(collector, "_fallback_policy", None)
 
 

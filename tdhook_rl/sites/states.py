@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.errors import SiteError
 from tdhook_rl.internals.functorch_names import get_unwrapped, is_wrapped
-from tdhook_rl.internals.torch_names import TorchDispatchMode, memory_of
+from tdhook_rl.internals.torch_names import TorchDispatchMode, storage_id
 from tdhook_rl.sites.containers import tensors_of
 
 if TYPE_CHECKING:
@@ -121,4 +121,4 @@ def state_names(module: nn.Module) -> list[str]:
 def _memory(tensor: Tensor) -> int:
     while is_wrapped(tensor):
         tensor = get_unwrapped(tensor)
-    return memory_of(tensor)
+    return storage_id(tensor)
