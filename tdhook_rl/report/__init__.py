@@ -5,6 +5,7 @@ Knows results as numbers; no policy, and not where they come from. Nothing below
 
 from tdhook_rl.report.html import Figure, Table, write_report
 from tdhook_rl.report.media import Animation, Artifact, DataTable, Histogram, Image
+from tdhook_rl.report.monitor import Budgets, Monitor
 from tdhook_rl.report.sinks import (
     FileSink,
     FolderSink,
@@ -20,6 +21,7 @@ from tdhook_rl.report.sinks import (
 __all__ = [
     "Animation",
     "Artifact",
+    "Budgets",
     "DataTable",
     "Figure",
     "FileSink",
@@ -27,6 +29,7 @@ __all__ = [
     "Histogram",
     "Image",
     "LoggerSink",
+    "Monitor",
     "Sinks",
     "Table",
     "TensorboardSink",

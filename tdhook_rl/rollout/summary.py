@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,9 @@ from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.batches.annotation import OnMismatch
 from tdhook_rl.calls.preconditions import require_hooked
 from tdhook_rl.calls.provenance import is_stamp, stamp_key
-from tdhook_rl.calls.real_rows import real_rows, row_mask
+from tdhook_rl.calls.real_rows import real_rows, row_mask, surely_finite
 
-__all__ = ["AnnotatedMetrics", "summarise"]
+__all__ = ["AnnotatedMetrics", "ResultRows", "result_rows", "summarise", "summary_of"]
 
 
 @checked
@@ -42,30 +42,79 @@ def summarise(data: TensorDictBase, result_keys: Sequence[NestedKey]) -> dict[st
         >>> summarise(data, [("attr", "observation")])
         {'attr.observation': 2.0}
     """
+    return summary_of(data, result_keys, lambda key: result_rows(data, key))
+
+
+def summary_of(
+    data: TensorDictBase, result_keys: Sequence[NestedKey], rows_of: Callable[[tuple[str, ...]], ResultRows]
+) -> dict[str, float]:
+    """The same, for whoever has the rows of a result already."""
+    found: dict[str, float] = {}
+    for parts in _tensor_keys(data, result_keys):
+        name = ".".join(parts)
+        if parts[0] == "computed":
+            real = real_rows(data)
+            value = data.get(parts)
+            found[name] = _mean((value if real is None else value[real.to(value.device)]).cpu())
+            continue
+        rows = rows_of(parts)
+        if rows.nonfinite:
+            found[f"nonfinite.{name}"] = rows.nonfinite
+        found[name] = _mean(rows.values.abs() if parts[0] not in ("probe", "steered", "control") else rows.values)
+    return found
+
+
+@dataclass(frozen=True)
+class ResultRows:
+    """The rows of a result that were computed, are no padding, and are finite.
+
+    Attributes:
+        values: ``(rows, *features)``, on the CPU.
+        places: which rows of the batch these are, counted through all its dimensions.
+        nonfinite: the share of rows that are not finite, of those that what the policy saw should have given.
+    """
+
+    values: Tensor
+    places: Tensor
+    nonfinite: float
+
+
+def result_rows(data: TensorDictBase, key: NestedKey) -> ResultRows:
+    """The usable rows of a result.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> data = TensorDict({"attr": {"observation": torch.tensor([[-1.0], [float("nan")]])}}, batch_size=2)
+        >>> found = result_rows(data, ("attr", "observation"))
+        >>> found.values, found.places, found.nonfinite
+        (tensor([[-1.]]), tensor([0]), 0.5)
+    """
+    parts = key_parts(key)
+    value = data.get(parts).detach().cpu()
     padding = real_rows(data)
     real = torch.ones(data.batch_size, dtype=torch.bool) if padding is None else padding.cpu()
-    found: dict[str, float] = {}
-    for key in result_keys:
-        parts = key_parts(key)
-        value = data.get(parts, None)
-        if not isinstance(value, Tensor) or is_stamp(parts):
-            continue
-        value, name = value.detach().cpu(), ".".join(parts)
-        if parts[0] == "computed":
-            found[name] = _mean(value[real])
-            continue
-        mask = row_mask(data, ("computed", parts[0]))
-        computed = real if mask is None else real & mask.cpu()
-        # Rows that a schedule has left out are NaN as well, but what the policy saw in them was not.
-        stamp = data.get(stamp_key(parts[0]), None)
-        seen = computed if stamp is None else computed | (real & ~torch.isfinite(stamp.cpu()))
+    mask = row_mask(data, ("computed", parts[0]))
+    computed = real if mask is None else real & mask.cpu()
+    # Rows that a schedule has left out are NaN as well, but what the policy saw in them was not.
+    stamp = data.get(stamp_key(parts[0]), None)
+    seen = computed if stamp is None else computed | (real & ~torch.isfinite(stamp.cpu()))
+    nonfinite = 0.0
+    if not surely_finite(value):
         finite = torch.isfinite(value)
         finite = finite.flatten(real.ndim).all(-1) if value.ndim > real.ndim else finite
         if not bool(finite[seen].all()):
-            found[f"nonfinite.{name}"] = _mean(~finite[seen])
-        rows = value[computed & finite]
-        found[name] = _mean(rows.abs() if parts[0] not in ("probe", "steered", "control") else rows)
-    return found
+            nonfinite = _mean(~finite[seen])
+        computed = computed & finite
+    rows = value.reshape(real.numel(), *value.shape[real.ndim :])
+    if bool(computed.all()):  # no copy
+        return ResultRows(rows, torch.arange(len(rows)), nonfinite)
+    places = computed.reshape(-1).nonzero().squeeze(-1)
+    return ResultRows(rows[places], places, nonfinite)
+
+
+def _tensor_keys(data: TensorDictBase, keys: Sequence[NestedKey]) -> list[tuple[str, ...]]:
+    listed = [key_parts(key) for key in keys]
+    return [parts for parts in listed if not is_stamp(parts) and isinstance(data.get(parts, None), Tensor)]
 
 
 def _mean(rows: Tensor) -> float:

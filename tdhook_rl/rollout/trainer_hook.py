@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from tensordict import TensorDictBase, is_tensor_collection
 from torchrl.trainers import TrainerHookBase
 
@@ -13,7 +12,8 @@ from tdhook_rl.batches.annotation import OnMismatch
 from tdhook_rl.batches.blank import Forms, forms_of, known_forms, without_results
 from tdhook_rl.calls.preconditions import require_hooked
 from tdhook_rl.errors import InputError
-from tdhook_rl.internals.torchrl_names import batch_operations, length_in_time, modules_of
+from tdhook_rl.internals.torchrl_names import batch_operations, modules_of
+from tdhook_rl.rollout.newest_rows import NewestRows
 from tdhook_rl.rollout.summary import summarise
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class AnnotateHook(TrainerHookBase):
         self.last: TensorDictBase | None = None
         self._trainer: Trainer | None = None
         self._batches = self._first = 0
-        self._written = 0
+        self._newest = NewestRows(rows)
         self._forms: Forms | None = None
 
     def register(self, trainer: Trainer, name: str = "annotate") -> None:
@@ -149,21 +149,11 @@ class AnnotateHook(TrainerHookBase):
                 "the trainer hands over no batches (they go straight to a replay buffer), and it knows no buffer to "
                 "read them from: give it one, Trainer(replay_buffer=...)"
             )
-        # Storages of more dimensions count and are read along the first, which is time.
-        size = length_in_time(buffer.storage, otherwise=len(buffer))
-        written = int(buffer.write_count)
-        new = written - self._written
-        self._written = written
-        if size == 0 or new <= 0:
-            return None
-        count = min(new, size, self.rows)
-        last = written % size if size else 0  # a full ring goes on at its start
-        places = torch.arange(last - count, last) % size
-        return buffer.storage.get(places)
+        return self._newest.take(buffer)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"batches": self._batches, "written": self._written}
+        return {"batches": self._batches, "written": self._newest.written}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._batches = self._first = state_dict["batches"]
-        self._written = state_dict["written"]
+        self._newest.written = state_dict["written"]

@@ -38,6 +38,7 @@ class FolderSink:
         >>> from tdhook_rl.report import Image
         >>> folder = FolderSink(tempfile.mkdtemp())
         >>> folder.log({"loss": 0.5, "map": Image([[0.0, 1.0]])}, 10)
+        >>> folder.close()
         >>> sorted(str(one.relative_to(folder.path)) for one in folder.path.rglob("*.*"))
         ['log.csv', 'media/map/000000010.png']
     """

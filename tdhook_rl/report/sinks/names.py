@@ -27,7 +27,7 @@ class Tags:
     Example:
         >>> tags = Tags("interp", other=r"[^-\\w.]")
         >>> tags["probe/the door"], tags["probe.the_door"], tags["probe/the door"]
-        ('interp/probe.the_door', 'interp/probe.the_door~9f2eb893', 'interp/probe.the_door')
+        ('interp/probe.the_door', 'interp/probe.the_door~176799e2', 'interp/probe.the_door')
     """
 
     def __init__(self, prefix: str = PREFIX, other: str = r"[\x00-\x1f]") -> None:

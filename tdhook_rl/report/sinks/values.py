@@ -39,7 +39,8 @@ def scalars(metrics: Mapping[str, Any], step: Any) -> tuple[int, dict[str, float
     found = {}
     for name, value in metrics.items():
         _require_name(name)
-        found[name] = _number(value, f"the metric {name!r}")
+        # What comes from another sink is a number already.
+        found[name] = value if type(value) is float else _number(value, f"the metric {name!r}")
     number = _number(step, "the step")
     if not number.is_integer():
         raise InputError(f"the step is a whole number, got {step!r}")
@@ -47,7 +48,7 @@ def scalars(metrics: Mapping[str, Any], step: Any) -> tuple[int, dict[str, float
 
 
 def _require_name(name: Any) -> None:
-    if not isinstance(name, str) or not name or set(name) & set("\n\r\0"):
+    if not isinstance(name, str) or not name or "\n" in name or "\r" in name or "\0" in name:
         raise InputError(f"a metric is named by a text of one line, not by {name!r}")
 
 

@@ -1,0 +1,114 @@
+"""The episodes in a batch, and a table of the worst and the best of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from tdhook_rl.calls.real_rows import real_rows
+from tdhook_rl.report.media import DataTable
+from tdhook_rl.rollout.splits import EPISODE
+
+__all__ = ["Episode", "episode_table", "episodes"]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """Rows of a batch that belong to one episode.
+
+    Attributes:
+        number: as the collector counts them, or in the order in which they are found.
+        places: its rows in order of time, counted through all dimensions of the batch.
+        ended: whether its end is in the batch.
+        total: its return: ``("next", "episode_reward")`` at its last row, or else the sum of the rewards in the batch.
+    """
+
+    number: int
+    places: np.ndarray
+    ended: bool
+    total: float
+
+
+def episodes(data: TensorDictBase) -> list[Episode]:
+    """The episodes of a batch whose last dimension is time; padding is left out.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> done = torch.tensor([[False, True, False]])[..., None]
+        >>> batch = TensorDict({"next": {"reward": torch.ones(1, 3, 1), "done": done}}, batch_size=[1, 3])
+        >>> [(one.places.tolist(), one.ended, one.total) for one in episodes(batch)]
+        [([0, 1], True, 2.0), ([2], False, 1.0)]
+    """
+    count = data.batch_size.numel()
+    if not count:
+        return []
+    done = _column(data, ("next", "done"), count)
+    ended = np.zeros(count, dtype=bool) if done is None else done.astype(bool)
+    reward, total = _column(data, ("next", "reward"), count), _column(data, ("next", "episode_reward"), count)
+    ids = data.get(EPISODE, None)
+    steps = data.batch_size[-1] if data.ndim else 1
+    if isinstance(ids, Tensor) and ids.numel() == count:
+        numbers = ids.reshape(-1).cpu().numpy()
+    else:  # where an episode ends, or a row of the batch does, another begins
+        begins = np.concatenate([[True], ended[:-1]])
+        begins[::steps] = True
+        numbers = begins.cumsum() - 1
+    real = real_rows(data)
+    usable = np.arange(count) if real is None else real.reshape(-1).cpu().numpy().nonzero()[0]
+    order = usable[numbers[usable].argsort(kind="stable")]
+    if not len(order):
+        return []
+    starts = np.concatenate([[0], np.diff(numbers[order]).nonzero()[0] + 1])
+    stops = np.append(starts[1:], len(order))
+    lasts = order[stops - 1]
+    whole = np.full(len(starts), np.nan)
+    if total is not None:
+        whole = total[lasts]
+    elif reward is not None:
+        whole = np.add.reduceat(reward[order], starts)
+    columns = (numbers[lasts].tolist(), starts.tolist(), stops.tolist(), ended[lasts].tolist(), whole.tolist())
+    return [Episode(one, order[i:j], end, value) for one, i, j, end, value in zip(*columns, strict=True)]
+
+
+def episode_table(found: list[Episode], readings: Mapping[str, Tensor], step: int, most: int = 5) -> DataTable | None:
+    """The episodes with the smallest and the largest returns, and what their steps showed on average.
+
+    Episodes whose end is in the batch come first; only where there are none, others are taken for what they are so far.
+
+    Args:
+        found: the episodes.
+        readings: one number for each row of the batch, NaN where there is none.
+        step: environment frames so far.
+        most: how many of each.
+
+    Returns:
+        ``None`` where no episode has a return.
+    """
+    known = [one for one in found if one.total == one.total]
+    known = [one for one in known if one.ended] or known
+    if not known:
+        return None
+    ranked = sorted(known, key=lambda one: one.total)
+    few = min(most, max(1, len(ranked) // 2))
+    chosen = [("worst", one) for one in ranked[:few]]
+    chosen += [("best", one) for one in ranked[::-1][:few] if len(ranked) > 1]
+    rows = [
+        [step, rank, one.number, one.total, len(one.places), "yes" if one.ended else "no"]
+        + [float(values[torch.from_numpy(one.places)].nanmean()) for values in readings.values()]
+        for rank, one in chosen
+    ]
+    return DataTable(["frames", "rank", "episode", "return", "steps", "ended", *readings], rows)
+
+
+def _column(data: TensorDictBase, key: tuple[str, ...], count: int) -> np.ndarray | None:
+    """One number for each row; of several agents the mean, and whether any is done."""
+    value = data.get(key, None)
+    if not isinstance(value, Tensor) or not value.numel() or value.numel() % count:
+        return None
+    rows = value.detach().cpu().reshape(count, -1)
+    return (rows.any(-1) if rows.dtype == torch.bool else rows.double().mean(-1)).numpy()

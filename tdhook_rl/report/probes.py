@@ -1,0 +1,98 @@
+"""Probes that learn while the agent does, each beside the controls without which its score means nothing."""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+
+from tdhook_rl.calls.real_rows import real_rows
+from tdhook_rl.rollout.online_probe import OnlineProbe
+
+__all__ = ["WatchedProbe"]
+
+
+class WatchedProbe:
+    """A probe, the same of the raw input, of shuffled labels, and of the untrained network.
+
+    What the input shows already was not computed by the network; what can be read of labels that were dealt out anew to
+    whole groups is how far groups leak; and untrained networks let much be read of them.
+
+    Args:
+        probe: fitted batch by batch.
+        input_key: of the policy, for the first control; ``None`` leaves it out.
+        untrained: a hooked policy of the network before training, which writes the same activation.
+    """
+
+    def __init__(self, probe: OnlineProbe, input_key: NestedKey | None, untrained: Any | None) -> None:
+        self.probe = probe
+        self._untrained = untrained
+        self._controls: dict[str, OnlineProbe] = {}
+        if input_key is not None and input_key != probe.features:
+            self._controls["input"] = _like(probe, features=input_key)
+        if probe.kind == "lda":
+            self._controls["shuffled"] = _like(probe, label=partial(_shuffled, probe))
+        if untrained is not None:
+            self._controls["untrained"] = _like(probe)
+
+    def update(self, data: TensorDictBase) -> dict[str, float]:
+        """Learn from a batch; the scores of the probe, with limits and counts, and those of each control."""
+        scores = self.probe.update(data)
+        main = next(iter(self.probe.scores), "accuracy")
+        kept = [name for name in scores if not name.startswith("train_") or name == f"train_{main}"]
+        found = {name: scores[name] for name in kept}
+        for name, control in self._controls.items():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the probe itself says what is to be said of these rows
+                seen = data if name != "untrained" else self._of_untrained(data)
+                scored = control.update(seen)
+            found[f"{main}.{name}"] = scored.get(main, float("nan"))
+        return found
+
+    def _of_untrained(self, data: TensorDictBase) -> TensorDictBase:
+        assert self._untrained is not None
+        results = {key[0] if isinstance(key, tuple) else key for key in self._untrained.result_keys}
+        return self._untrained.annotate(data.exclude(*results), on_mismatch="ignore")
+
+
+def _like(
+    probe: OnlineProbe,
+    features: NestedKey | None = None,
+    label: Callable[[TensorDictBase], Tensor] | None = None,
+) -> OnlineProbe:
+    """A probe with the same options."""
+    return OnlineProbe(
+        features=probe.features if features is None else features,
+        label=probe.label if label is None else label,
+        classes=probe.classes,
+        split=probe.split,
+        kind=probe.options.kind,
+        penalty=probe.penalty,
+        decay=probe.decay,
+        priors=probe.options.priors,
+        min_rows=probe.options.min_rows,
+        confidence=probe.options.confidence,
+    )
+
+
+def _shuffled(probe: OnlineProbe, data: TensorDictBase) -> Tensor:
+    """Labels dealt out anew to whole groups of the split, as often each as before; no generator is moved."""
+    label = probe.label(data) if callable(probe.label) else data.get(probe.label)
+    code = probe.split.groups(data)[-1].reshape(-1)
+    real = real_rows(data)
+    usable = torch.ones_like(code, dtype=torch.bool) if real is None else real.reshape(-1)
+    flat = label.reshape(code.numel(), -1)
+    groups, of_row = code[usable].unique(return_inverse=True)
+    drawn = torch.tensor([zlib.crc32(repr(one).encode()) for one in groups.tolist()], device=code.device)
+    # Rows sorted by a number that depends on their group alone take the labels in the order in which they stand.
+    order = drawn[of_row].argsort(stable=True)
+    dealt = flat.clone()
+    places = usable.nonzero().squeeze(-1)
+    dealt[places[order]] = flat[places]
+    return dealt.reshape(label.shape)

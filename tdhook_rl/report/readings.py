@@ -1,0 +1,310 @@
+"""What the results in a batch say, as numbers, histograms and pictures under names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.utils import unravel_key
+from torch import Tensor
+
+from tdhook_rl.arguments.keys import key_parts
+from tdhook_rl.attribution.base import BoundAttribution
+from tdhook_rl.calls.bound import observers
+from tdhook_rl.errors import InputError, MissingKeyError, nearest
+from tdhook_rl.report.episodes import Episode
+from tdhook_rl.report.media import Animation, Histogram, Image
+from tdhook_rl.report.pictures import bars, is_picture, overlays, robust_scale
+from tdhook_rl.rollout.summary import ResultRows, result_rows, summary_of
+
+__all__ = ["Features", "Readings", "input_of"]
+
+#: Of how many values a histogram is made.
+SAMPLE = 4096
+
+
+@dataclass
+class Features:
+    """What the entries of an input are called, and which belong together.
+
+    Args:
+        names: of one input, or of each by key.
+        groups: names of groups; each a list of indices into the flattened features, or a boolean mask. Of one input,
+            or of each by key.
+        most: inputs with more features than this, and without names, are not listed one by one.
+    """
+
+    names: Any = None
+    groups: Any = None
+    most: int = 64
+    _masks: dict[tuple[Any, torch.Size], dict[str, Tensor]] = field(default_factory=dict)
+
+    def of(self, key: NestedKey, shape: torch.Size) -> list[str] | None:
+        """The names of the features of an input; their numbers where there are few and none are given.
+
+        Raises:
+            InputError: for another number of names than features.
+        """
+        names = _for_key(self.names, key)
+        if names is None:
+            return [str(number) for number in range(shape.numel())] if 1 < shape.numel() <= self.most else None
+        names = [str(name) for name in names]
+        if len(names) != shape.numel() or len(set(names)) != len(names):
+            raise InputError(
+                f"feature_names= has {len(names)} names ({len(set(names))} different) for {key!r}, which has "
+                f"{shape.numel()} features ({tuple(shape)}): one for each, all different"
+            )
+        return names
+
+    def groups_of(self, key: NestedKey, shape: torch.Size) -> dict[str, Tensor]:
+        """The groups of an input, as masks of its shape.
+
+        Raises:
+            InputError: for a group that is neither a mask of the features nor indices of them.
+        """
+        if (key, shape) not in self._masks:
+            found = {}
+            for name, members in (_for_key(self.groups, key, deep=True) or {}).items():
+                one = torch.as_tensor(members)
+                if one.dtype == torch.bool and one.numel() == shape.numel():
+                    mask = one.reshape(-1)
+                elif one.numel() and not one.is_floating_point() and one.dtype != torch.bool:
+                    if not 0 <= int(one.min()) <= int(one.max()) < shape.numel():
+                        raise InputError(
+                            f"the group {name!r} names feature {int(one.max())} of {key!r}, which has {shape.numel()}: "
+                            f"0 to {shape.numel() - 1}, counted in the flattened input"
+                        )
+                    mask = torch.zeros(shape.numel(), dtype=torch.bool)
+                    mask[one.reshape(-1).long()] = True
+                else:
+                    raise InputError(
+                        f"the group {name!r} of {key!r} is a list of indices, or a mask of shape {tuple(shape)}; got "
+                        f"{members!r}"
+                    )
+                found[str(name)] = mask.reshape(shape)
+            self._masks[key, shape] = found
+        return self._masks[key, shape]
+
+
+def _for_key(given: Any, key: NestedKey, deep: bool = False) -> Any:
+    """What was given for one input: by its key, or for all of them."""
+    if not isinstance(given, Mapping):
+        return given
+    for name, one in given.items():
+        if isinstance(name, str | tuple) and unravel_key(name) == key and (not deep or isinstance(one, Mapping)):
+            return one
+    return given if deep and not any(isinstance(one, Mapping) for one in given.values()) else None
+
+
+def input_of(policy: Any, key: tuple[str, ...]) -> NestedKey | None:
+    """The input that an attribution is about: the end of its key is that input's."""
+    for one in policy.policy_in_keys:
+        parts = key_parts(one)
+        if len(key) > len(parts) and key[-len(parts) :] == parts:
+            return unravel_key(one)
+    return None
+
+
+class Readings:
+    """The results of one batch.
+
+    Args:
+        policy: the hooked policy.
+        data: a batch with results.
+        features: names and groups.
+    """
+
+    def __init__(self, policy: Any, data: TensorDictBase, features: Features) -> None:
+        self.policy, self.data, self.features = policy, data, features
+        attributions = {
+            key for one in observers(policy._hooked.bound) if isinstance(one.bound or one, BoundAttribution)
+            for key in one.result_keys
+        }  # fmt: skip
+        self._rows: dict[tuple[str, ...], ResultRows] = {}
+        self.attributions: list[tuple[str, ...]] = []
+        self.activations: list[tuple[str, ...]] = []
+        for key in policy.result_keys:
+            parts = key_parts(key)
+            if parts[0] == "computed" or not isinstance(data.get(parts, None), Tensor):
+                continue
+            if key in attributions:
+                self.attributions.append(parts)
+            elif parts[0] not in ("probe", "control", "steered"):
+                self.activations.append(parts)
+
+    def rows(self, key: tuple[str, ...]) -> ResultRows:
+        """The usable rows of a result."""
+        if key not in self._rows:
+            self._rows[key] = result_rows(self.data, key)
+        return self._rows[key]
+
+    def numbers(self) -> dict[str, float]:
+        """One for each result, feature, group and statistic."""
+        found = summary_of(self.data, self.policy.result_keys, self.rows)
+        for key in self.attributions:
+            values, name = self.rows(key).values, ".".join(key)
+            source = input_of(self.policy, key)
+            if source is None or not len(values) or values.ndim < 2:
+                continue
+            names = self.features.of(source, values.shape[1:])
+            if names is not None:
+                means = values.abs().flatten(1).mean(0).tolist()
+                found |= {f"{name}.{one}": mean for one, mean in zip(names, means, strict=True)}
+            shares = {one: float(share.nanmean()) for one, share in self._masses(source, values).items()}
+            found |= {f"mass.{'.'.join(key[1:])}.{group}": share for group, share in shares.items()}
+        for key in self.activations:
+            values, name = self.rows(key).values, ".".join(key)
+            if values.numel() and values.is_floating_point():
+                found |= {
+                    f"{name}.mean": float(values.mean()),
+                    f"{name}.std": float(values.std(correction=0)),
+                    f"{name}.zero": float((values == 0).float().mean()),
+                    f"{name}.max": float(values.max()),
+                }
+        for key in self._of("probe"):
+            values = self.rows(key).values
+            if values.ndim == 2 and 1 < values.shape[1] <= 10 and len(values):
+                found |= {f"{'.'.join(key)}.{number}": float(one) for number, one in enumerate(values.mean(0))}
+        return found | self._controls(found)
+
+    def histograms(self) -> dict[str, Histogram]:
+        """Of activations, and of attributions."""
+        found = {}
+        for key in (*self.activations, *self.attributions):
+            values = self.rows(key).values.reshape(-1)
+            if values.numel():
+                found[f"hist.{'.'.join(key)}"] = Histogram.of(values[:: math.ceil(values.numel() / SAMPLE)])
+        return found
+
+    def by_row(self) -> dict[str, Tensor]:
+        """One number for each row of the batch, NaN where there is none: for tables of episodes."""
+        found = {}
+        for key in (*self.attributions, *self._of("probe")):
+            rows = self.rows(key)
+            if not len(rows.values):
+                continue
+            flat = rows.values.flatten(1) if rows.values.ndim > 1 else rows.values[:, None]
+            explains = key in self.attributions
+            found[".".join(key)] = self._spread(flat.abs().mean(1) if explains else flat[:, -1], rows)
+            source = input_of(self.policy, key) if explains else None
+            if source is not None and rows.values.ndim > 1:
+                for group, mass in self._masses(source, rows.values).items():
+                    found[f"mass.{'.'.join(key[1:])}.{group}"] = self._spread(mass, rows)
+        return found
+
+    def images(self, count: int, step: int, frames_key: NestedKey | None = None) -> dict[str, Image]:
+        """For each attribution of an input the first rows of as many parts of the batch: over frames, or as bars.
+
+        Raises:
+            MissingKeyError: if the batch has no such frames.
+        """
+        found: dict[str, Image] = {}
+        for key in self.attributions:
+            rows, source = self.rows(key), input_of(self.policy, key)
+            if source is None or not len(rows.values) or rows.values.ndim < 2:
+                continue
+            chosen = torch.linspace(0, len(rows.values) - 1, min(count, len(rows.values))).round().long()
+            places, values = rows.places[chosen], rows.values[chosen]
+            captions = [self._caption(int(place), step) for place in places]
+            frames = self._frames(source, values.shape[1:], frames_key)
+            name = ".".join(key[1:])
+            scale = robust_scale(rows.values[:: math.ceil(len(rows.values) / 64)].float().numpy())
+            if frames is not None:
+                pictures = overlays(frames[places], values, captions, scale=scale)
+                found |= {
+                    f"overlay.{name}.{number}": Image(one, captions[number]) for number, one in enumerate(pictures)
+                }
+                continue
+            for number, (place, value) in enumerate(zip(places.tolist(), values, strict=True)):
+                picture = bars(value, self._labels(source, place, value.shape), captions[number], scale=scale)
+                found[f"bars.{name}.{number}"] = Image(picture, captions[number])
+        return found
+
+    def animation(
+        self, known: Sequence[Episode], step: int, frames_key: NestedKey | None = None, most: int = 64
+    ) -> dict[str, Animation]:
+        """The longest episode in the batch, with the attribution over its frames; none where there are no frames."""
+        found = {}
+        for key in self.attributions:
+            rows, source = self.rows(key), input_of(self.policy, key)
+            if source is None or rows.values.ndim < 2 or not len(rows.values):
+                continue
+            frames = self._frames(source, rows.values.shape[1:], frames_key)
+            if frames is None:
+                continue
+            at = torch.full((self.data.numel(),), -1)
+            at[rows.places] = torch.arange(len(rows.places))
+            explained = [places[at[places] >= 0] for places in (torch.from_numpy(one.places) for one in known)]
+            places = max(explained, key=len, default=torch.empty(0, dtype=torch.long))[:most]
+            if len(places) > 1:
+                captions = [self._caption(int(place), step, number) for number, place in enumerate(places)]
+                pictures = overlays(frames[places], rows.values[at[places]], captions)
+                found[f"episode.{'.'.join(key[1:])}"] = Animation(pictures, fps=6)
+        return found
+
+    # ------------------------------------------------------------------ inner
+
+    def _masses(self, source: NestedKey, values: Tensor) -> dict[str, Tensor]:
+        """As :func:`tdhook_rl.metrics.relevance_mass`, of all groups at once: it is asked for with every batch."""
+        groups = self.features.groups_of(source, values.shape[1:])
+        if not groups:
+            return {}
+        sizes = values.flatten(1).abs().float()
+        masks = torch.stack([mask.reshape(-1) for mask in groups.values()]).float()
+        return dict(zip(groups, (sizes @ masks.T / sizes.sum(-1, keepdim=True)).unbind(-1), strict=True))
+
+    def _spread(self, values: Tensor, rows: ResultRows) -> Tensor:
+        return torch.full((self.data.numel(),), math.nan).index_put((rows.places,), values.float())
+
+    def _of(self, root: str) -> list[tuple[str, ...]]:
+        keys = [key_parts(key) for key in self.policy.result_keys]
+        return [key for key in keys if key[0] == root and isinstance(self.data.get(key, None), Tensor)]
+
+    def _controls(self, known: Mapping[str, float]) -> dict[str, float]:
+        """What controls are set to now, where no record in the batch says what they were."""
+        found = {}
+        for name, value in self.policy.controls.items():
+            if value.numel() == 1 and not name.startswith("probe.") and f"control.{name}" not in known:
+                found[f"control.{name}"] = float(value)
+        return found
+
+    def _frames(self, source: NestedKey, shape: torch.Size, key: NestedKey | None) -> Tensor | None:
+        """The frames that an attribution is shown over, a row of the batch each."""
+        batch = self.data.ndim
+        if key is not None:
+            frames = self.data.get(key, None)
+            if frames is None:
+                raise MissingKeyError(
+                    f"frames_key= names {key!r}, which the batch lacks; "
+                    f"{nearest(str(key), map(str, self.data.keys(True, True)))}"
+                )
+            return frames.reshape(-1, *frames.shape[batch:]) if is_picture(shape) else None
+        observed = self.data.get(source)
+        if not is_picture(observed.shape[batch:]) or len(shape) not in (2, 3):
+            return None
+        return observed.reshape(-1, *observed.shape[batch:])
+
+    def _labels(self, source: NestedKey, place: int, shape: torch.Size) -> list[str]:
+        """Each feature with what it was in a row."""
+        names = self.features.of(source, shape) or [str(number) for number in range(shape.numel())]
+        observed = self.data.get(source)
+        seen = observed.reshape(-1, *observed.shape[self.data.ndim :])[place].reshape(-1)
+        if len(seen) != len(names):
+            return names
+        return [f"{name} = {value:.3g}" for name, value in zip(names, seen.tolist(), strict=True)]
+
+    def _caption(self, place: int, step: int, number: int | None = None) -> str:
+        words = [f"frame {step}" if number is None else f"step {number}"]
+        for key, word in (("action", "action"), ("state_value", "value"), (("next", "reward"), "reward")):
+            value = self.data.get(key, None)
+            if isinstance(value, Tensor) and value.numel() and value.numel() % self.data.numel() == 0:
+                row = value.reshape(self.data.numel(), -1)[place]
+                if len(row) == 1:
+                    words.append(f"{word} {float(row):.3g}")
+                elif key == "action" and not row.is_floating_point() and int(row.sum()) == 1:
+                    words.append(f"{word} {int(row.long().argmax())}")
+        return " · ".join(words)
