@@ -18,18 +18,21 @@ import torch
 import wandb
 from PIL import Image as Pillow
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule
+from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.data import LazyTensorStorage, ReplayBuffer
-from torchrl.modules import ProbabilisticActor
+from torchrl.envs import Compose as TransformSequence
+from torchrl.envs import GymEnv, InitTracker, TransformedEnv
+from torchrl.modules import GRUModule, ProbabilisticActor, QValueActor, TanhNormal
 from torchrl.record.loggers.csv import CSVLogger
 
 from tdhook_rl import ActivationCaching, Compose, ControlRecord, Saliency, SteeringVectors, targets
 from tdhook_rl.attribution import PerturbationSaliency
-from tdhook_rl.envs import CueCorners, KeyDoor
+from tdhook_rl.envs import CueCorners, KeyDoor, TMaze
 from tdhook_rl.errors import InputError, MissingKeyError, PreparationError
 from tdhook_rl.examples.agent import FC2, PPO, make_actor, make_critic
+from tdhook_rl.latent import SteeringVector
 from tdhook_rl.metrics import relevance_mass
 from tdhook_rl.report import Budgets, FileSink, Monitor
 from tdhook_rl.report.episodes import episodes
@@ -360,6 +363,77 @@ def test_several_agents_and_inputs_that_are_no_pictures(tmp_path: Path) -> None:
         float(net.module.weight.detach()[:, 2].sum().abs()), rel=1e-5
     )
     assert (tmp_path / "media" / "bars.agents.observation.0" / "000000006.png").is_file()
+
+
+def q_network() -> tuple[Any, Any]:
+    env = CueCorners(batch_size=[4])
+    net = QValueActor(nn.Linear(90, 4), in_keys=["observation"], spec=CueCorners().action_spec)
+    return env, net
+
+
+def continuous() -> tuple[Any, Any]:
+    env = GymEnv("Pendulum-v1")
+    net = TensorDictModule(
+        nn.Sequential(nn.Linear(3, 2), NormalParamExtractor()), in_keys=["observation"], out_keys=["loc", "scale"]
+    )
+    return env, ProbabilisticActor(net, in_keys=["loc", "scale"], spec=env.action_spec, distribution_class=TanhNormal)
+
+
+def recurrent() -> tuple[Any, Any]:
+    maze = TMaze(batch_size=[4])
+    core = GRUModule(
+        input_size=7, hidden_size=8, in_keys=["observation", "h", "is_init"], out_keys=["f", ("next", "h")]
+    )
+    head = TensorDictModule(nn.Linear(8, maze.n_actions), in_keys=["f"], out_keys=["logits"])
+    env = TransformedEnv(maze, TransformSequence(InitTracker(), core.make_tensordict_primer()))
+    categorical = torch.distributions.Categorical
+    return env, ProbabilisticActor(TensorDictSequential(core, head), in_keys=["logits"], distribution_class=categorical)
+
+
+@pytest.mark.parametrize("make", [q_network, continuous, recurrent])
+def test_policies_of_other_algorithms(make: Callable[[], tuple[Any, Any]], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    env, actor = make()
+    with Saliency().prepare(actor) as policy, Monitor(policy, tmp_path) as monitor:
+        collector = Collector(
+            env, policy, frames_per_batch=40, total_frames=80, auto_register_policy_transforms=False
+        )  # fmt: skip
+        for data in collector:
+            found = monitor.step(data)
+            assert found is not None
+            assert found["computed.attr"] == 1.0
+            inputs = [key for key in policy.policy_in_keys if key != "is_init"]
+            assert all(found[f"attr.{key}"] >= 0 for key in inputs)
+        collector.shutdown()
+    assert monitor.frames == 80
+    assert (tmp_path / "media" / "bars.observation.0" / "000000040.png").is_file()
+
+
+def test_what_a_logger_cannot_show_is_said_at_the_callers_line(tmp_path: Path) -> None:
+    logger = CSVLogger("run", log_dir=str(tmp_path))
+    with METHOD.prepare(make_actor()) as policy, Monitor(policy, logger) as monitor:
+        data = batch_of(policy)
+        with said() as told:
+            monitor.step(data)
+            monitor.step(data)
+    assert len(told) == 3
+    assert {one.filename for one in told} == {__file__}
+
+
+def test_a_vector_is_kept_as_an_artifact(tmp_path: Path) -> None:
+    run = wandb.init(mode="offline", dir=str(tmp_path), project="p", settings=QUIET)
+    vector = SteeringVector(vector=torch.ones(64), path=FC2)
+    with METHOD.prepare(make_actor()) as policy, Monitor(policy, run) as monitor:
+        monitor.step(batch_of(policy))
+        place = monitor.save("corner a", vector, {"effect": 0.9})
+    assert SteeringVector.load(place / "corner_a").path == FC2
+    run.finish()
+    (path,) = Path(run.settings.sync_dir).glob("*.wandb")
+    rows_of(run)
+    saved = [record.artifact for record in records(path) if record.WhichOneof("record_type") == "artifact"]
+    (kept,) = [one for one in saved if one.type == "SteeringVector"]
+    assert (kept.name, json.loads(kept.metadata)["effect"]) == ("interp-corner-a", 0.9)
+    assert set(kept.aliases) == {"latest", "f80"}
 
 
 @pytest.mark.slow

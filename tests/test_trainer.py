@@ -19,6 +19,7 @@ from tdhook_rl import ActivationCaching, Compose, Saliency, Scheduled, targets
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError
 from tdhook_rl.examples.agent import FC2, make_actor, make_critic
+from tdhook_rl.report import FileSink, Monitor
 from tdhook_rl.rollout import AnnotatedMetrics, AnnotateHook, summarise
 
 FRAMES = 128
@@ -187,3 +188,20 @@ def test_a_postproc_with_a_schedule(tmp_path: Path) -> None:
         shares = [summarise(data, policy.result_keys)["computed.attr"] for data in collector]
         collector.shutdown()
     assert shares == [1.0, 0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("ndim", [0, 1, 2], ids=["batches", "a buffer of trajectories", "a buffer by time"])
+def test_a_monitor_looks_at_what_a_trainer_collects(tmp_path: Path, ndim: int) -> None:
+    actor = make_actor()
+    storage = LazyTensorStorage(3 * 8 if ndim == 1 else 3 * FRAMES, ndim=max(ndim, 1))
+    buffer = TensorDictReplayBuffer(storage=storage, batch_size=32) if ndim else None
+    with make_method().prepare(actor) as policy, Monitor(policy, tmp_path / "local", rows=4) as monitor:
+        trainer = make_trainer(policy, actor, tmp_path, buffer, direct=bool(ndim))
+        monitor.register(trainer)
+        states: list[dict] = []
+        trainer.register_op("pre_steps_log", lambda batch: states.append(trainer.state_dict()["monitor"]))
+        trainer.train()
+    curve = FileSink.read(tmp_path / "local" / "log.csv")["attr.observation"]
+    assert [step for step, _ in curve] == [FRAMES, 2 * FRAMES, 3 * FRAMES, 4 * FRAMES]
+    assert [(state["frames"], state["steps"]) for state in states] == [(n * FRAMES, n) for n in (1, 2, 3, 4)]
+    assert not any("attr" in name for name in logged(tmp_path))  # the trainer's own log is left as it is

@@ -323,10 +323,11 @@ class Monitor:
             )
         if not due:
             return None
-        storage = self.buffer.storage
-        others = storage.shape[1:].numel() if getattr(storage, "ndim", 1) > 1 and len(storage) else 1
-        self.frames += self._newest.count(self.buffer) * others
-        return self._newest.take(self.buffer)
+        count = self._newest.count(self.buffer)
+        data = self._newest.take(self.buffer)
+        if data is not None:  # an element may be a trajectory, or a step of several environments
+            self.frames += count * data.batch_size[1:].numel()
+        return data
 
     def _save_probe(self, name: str, probe: OnlineProbe) -> None:
         facts = {score: value.estimate for score, value in probe.scores.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,9 @@ class LoggerSink:
         prefix: the first level of the names; another where something of ours uses it in this logger already.
         owner: what it was got from, for messages.
         finish: whether closing the sink ends the logger's experiment.
+
+    Attributes:
+        words: what is to be said by whoever runs the sink in a thread.
     """
 
     shows: tuple[type[Media], ...] = ()
@@ -59,6 +63,7 @@ class LoggerSink:
         self._finish = finish
         self._tags = Tags(self.prefix, self._other)
         self._said: set[type] = set()
+        self.words: list[str] = []
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Log what is finite and can be shown."""
@@ -87,8 +92,15 @@ class LoggerSink:
         if not isinstance(value, self.shows) and type(value) not in self._said:
             self._said.add(type(value))
             place = f"in {value.path.parent}" if value.path is not None else "left out"
-            warn(f"{self.name} shows no {type(value).__name__.lower()}: {name!r} and others like it are {place}")
+            self._say(f"{self.name} shows no {type(value).__name__.lower()}: {name!r} and others like it are {place}")
         return False
+
+    def _say(self, words: str) -> None:
+        """Warn; from a thread that works for another, that one does, at the line that is to be named."""
+        if threading.current_thread() is threading.main_thread():
+            warn(words)
+        else:
+            self.words.append(words)
 
     def _send(self, values: Mapping[str, float], media: Mapping[str, Any], step: int) -> None:
         if not values:

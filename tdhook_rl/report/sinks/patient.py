@@ -98,6 +98,10 @@ class Patient:
         """In the caller's thread, so that a warning is about the caller's line."""
         with self._changed:
             error, late = self._error if self._down else None, self._late and not self._down
+            words = getattr(self.sink, "words", [])
+            said, words[:] = list(words), []
+        for one in said:
+            warn(one)
         if error is not None:
             self._tell("error", f"{self._name} failed ({self._words()}): local files go on, and it is tried again")
         if late:
