@@ -34,7 +34,7 @@ from tdhook_rl.errors import InputError, MissingKeyError, PreparationError
 from tdhook_rl.examples.agent import FC2, PPO, make_actor, make_critic
 from tdhook_rl.latent import SteeringVector
 from tdhook_rl.metrics import relevance_mass
-from tdhook_rl.report import Budgets, FileSink, Monitor
+from tdhook_rl.report import Budgets, DataTable, FileSink, Monitor
 from tdhook_rl.report.episodes import episodes
 from tdhook_rl.report.pictures import bars, overlays
 from tdhook_rl.rollout import GroupSplit, NetworkDiagnostics, OnlineProbe
@@ -420,6 +420,25 @@ def test_what_a_logger_cannot_show_is_said_at_the_callers_line(tmp_path: Path) -
     assert {one.filename for one in told} == {__file__}
 
 
+def test_more_is_logged_on_the_same_axis(tmp_path: Path) -> None:
+    with METHOD.prepare(make_actor()) as policy, Monitor(policy, tmp_path) as monitor:
+        monitor.step(batch_of(policy))
+        monitor.log({"loss": torch.tensor(0.5), "dose": DataTable(["alpha", "rate"], [[0.0, 0.1], [1.0, 0.9]])})
+        with pytest.raises(InputError, match="the metric 'several'"):
+            monitor.log({"several": torch.zeros(3)})
+    assert FileSink.read(tmp_path / "log.csv")["loss"] == [(80, 0.5)]
+    assert (tmp_path / "media" / "dose" / "000000080.csv").read_text() == "alpha,rate\n0.0,0.1\n1.0,0.9\n"
+
+
+def test_values_that_carry_gradients(tmp_path: Path) -> None:
+    with METHOD.prepare(make_actor()) as policy, Monitor(policy, tmp_path) as monitor:
+        data = policy.annotate(batch_of(policy))
+        for key in ("state_value", "observation", ("attr", "observation"), ("next", "reward")):
+            value = torch.randn(8, 10, 1) if key == "state_value" else data[key]
+            data[key] = value.detach().clone().requires_grad_()
+        assert monitor.step(data) is not None
+
+
 def test_a_vector_is_kept_as_an_artifact(tmp_path: Path) -> None:
     run = wandb.init(mode="offline", dir=str(tmp_path), project="p", settings=QUIET)
     vector = SteeringVector(vector=torch.ones(64), path=FC2)
@@ -465,6 +484,24 @@ def test_two_monitors_on_one_run(tmp_path: Path) -> None:
     for prefix in ("interp", "interp2"):
         assert [row[f"{prefix}/step"] for row in rows if f"{prefix}/attr.observation" in row] == [80, 160, 240]
     assert first.folder != second.folder
+
+
+def test_a_script_that_ends_its_run_before_the_monitor(tmp_path: Path) -> None:
+    run = wandb.init(mode="offline", dir=str(tmp_path), project="p", settings=QUIET)
+    with METHOD.prepare(make_actor()) as policy:
+        monitor = Monitor(policy, run)
+        data = batch_of(policy)
+        monitor.step(data)
+        run.finish()
+        start = time.monotonic()
+        with said() as told:
+            monitor.step(data)
+            monitor.step(data)
+            monitor.close()
+    assert time.monotonic() - start < 10
+    assert len(told) == 1
+    assert "Run failed (UsageError" in str(told[0].message)
+    assert len(FileSink.read(monitor.folder / "log.csv")["attr.observation"]) == 3
 
 
 def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -239,6 +239,18 @@ class Monitor:
             raise ArtifactError(f"{name!r} could not be kept in {self.folder}: the disk, or the budget, has no room")
         return artifact.path
 
+    @checked
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Log more on the same axis, at the frame that was reached: numbers, images, tables such as a dose-response.
+
+        Args:
+            values: numbers, and what :mod:`tdhook_rl.report` has beside them, by name.
+
+        Raises:
+            InputError: for what is neither.
+        """
+        self._sinks.log(values, self.frames)
+
     def stats(self) -> dict[str, float]:
         """The last numbers, as TorchRL's ``LoggerMonitor`` asks for them; ``frames`` can be its step."""
         return {**self._last, "frames": float(self.frames)}

@@ -291,7 +291,7 @@ class Readings:
     def _labels(self, source: NestedKey, place: int, shape: torch.Size) -> list[str]:
         """Each feature with what it was in a row."""
         names = self.features.of(source, shape) or [str(number) for number in range(shape.numel())]
-        observed = self.data.get(source)
+        observed = self.data.get(source).detach()
         seen = observed.reshape(-1, *observed.shape[self.data.ndim :])[place].reshape(-1)
         if len(seen) != len(names):
             return names
@@ -302,7 +302,7 @@ class Readings:
         for key, word in (("action", "action"), ("state_value", "value"), (("next", "reward"), "reward")):
             value = self.data.get(key, None)
             if isinstance(value, Tensor) and value.numel() and value.numel() % self.data.numel() == 0:
-                row = value.reshape(self.data.numel(), -1)[place]
+                row = value.detach().reshape(self.data.numel(), -1)[place]
                 if len(row) == 1:
                     words.append(f"{word} {float(row):.3g}")
                 elif key == "action" and not row.is_floating_point() and int(row.sum()) == 1:

@@ -134,7 +134,7 @@ class WandbSink(LoggerSink):
         self.logger.summary.update({self._tags[name]: value for name, value in values.items() if value == value})
 
     def close(self) -> None:
-        if self._open == self.logger.step and self._open is not None:
+        if self._open is not None and self._open == self.logger.step:
             self.logger.log({}, commit=True)
         super().close()
 
@@ -146,7 +146,8 @@ class WandbSink(LoggerSink):
         payload = {**values, **{tag: _shown(one) for tag, one in media.items() if not isinstance(one, Artifact)}}
         if not payload:
             return
-        # What was logged at this step of the run, and is open still, would be written over.
+        # What was logged at this step of the run, and is open still, would be written over. (To ask a run for its step
+        # is a question to another process, which a finished run does not answer.)
         ends = leads(run, self.prefix) or self._open == run.step
         self._open = None if ends else run.step
         run.log({**payload, f"{self.prefix}/step": step}, commit=ends)
@@ -178,7 +179,7 @@ def _artifact(tag: str, value: Artifact, step: int) -> Any:
 
 
 class TensorboardSink(LoggerSink):
-    """A TensorBoard ``SummaryWriter``: numbers, histograms and images; of an animation its first frame."""
+    """A TensorBoard ``SummaryWriter``: numbers, histograms and images."""
 
     shows = (Histogram, Image)
     _other = r"[^-\w.]"
