@@ -3,10 +3,11 @@
 python -m benchmarks.monitor_cost
 python -m benchmarks.monitor_cost --frames 81920 --repeats 5
 
-Three ways of use, each on runs of its own: about 30 numbers a batch; these, and every fifth batch four pictures, two
-histograms and a table; and beside all of that a probe with its controls and the health of the network. An offline W&B
-run and the local folder take each of them. What is in the monitor but not in calls to log is what it computes. Where
-other programs want the processors as well, wall time counts them in at each call; process CPU time does not.
+Three ways of use, each on runs of its own: about 30 numbers a batch; these, and every fifth batch four pictures and two
+histograms, every twentieth a table; and beside all of that a probe with its controls and the health of the network. An
+offline W&B run and the local folder take each of them. What is in the monitor but not in calls to log is what it
+computes. Where other programs want the processors as well, wall time counts them in at each call; process CPU time
+does not.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from torchrl.collectors import Collector
 from tdhook_rl import ActivationCaching, Compose, Saliency, targets
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.examples.agent import FC2, PPO, make_actor, make_critic
-from tdhook_rl.report import Budgets, Monitor, open_wandb
+from tdhook_rl.report import Monitor, open_wandb
 from tdhook_rl.rollout import EPISODE, GroupSplit, NetworkDiagnostics, OnlineProbe
 
 BATCH, ENVS = 2048, 128
-NUMBERS, MEDIA, ALL = "numbers alone", "4 pictures, 2 histograms, table", "and a probe, controls, health"
+NUMBERS, MEDIA, ALL = "numbers alone", "4 pictures, 2 histograms", "and a probe, controls, health"
 #: What may be spent inside calls to log.
 ALLOWED = {NUMBERS: 0.01, MEDIA: 0.03}
 
@@ -59,11 +60,11 @@ def options_of(way: str, actor: Any) -> dict[str, Any]:
     lights = CueCorners.light_features().tolist()
     rows = torch.arange(CueCorners.observation_features).split(5)  # of the grid, in each of its planes
     groups = {"needed": lights[:2], "unneeded": lights[2:]} | {f"row {n}": row.tolist() for n, row in enumerate(rows)}
-    common: dict[str, Any] = {"groups": groups, "animation_every": 0}
+    common: dict[str, Any] = {"groups": groups}
     if way == NUMBERS:
-        return common | {"media_every": 10**9, "budgets": Budgets(images=0)}
+        return common | {"media_every": 0, "table_every": 0}
     if way == MEDIA:
-        return common | {"media_every": 5}
+        return common
     probe = OnlineProbe(
         features=("cache", FC2),
         label=("concept", "xor"),
@@ -82,7 +83,7 @@ def measured(way: str, frames: int, seed: int) -> tuple[float, ...]:
     with tempfile.TemporaryDirectory() as folder, method.prepare(actor) as policy:
         run = open_wandb(folder, "cost", {})
         assert run is not None
-        monitor = Monitor(policy, run.logger, folder=Path(folder) / "local", prefix="cost", **options_of(way, actor))
+        monitor = Monitor(policy, run, folder=Path(folder) / "local", **options_of(way, actor))
         log, step = Clock(monitor._sinks.log), Clock(monitor.step)
         monitor._sinks.log = log  # type: ignore[method-assign]
         collector = Collector(
@@ -100,7 +101,6 @@ def measured(way: str, frames: int, seed: int) -> tuple[float, ...]:
             train(data)
         collector.shutdown()
         monitor.close()
-        run.close()
     wall, process = (sum(getattr(one, of) for one in (step, train, collect)) for of in ("wall", "process"))
     return log.wall / wall, log.process / process, step.wall / wall, step.process / process, numbers
 

@@ -34,7 +34,7 @@ from tdhook_rl.errors import InputError, MissingKeyError, PreparationError
 from tdhook_rl.examples.agent import FC2, PPO, make_actor, make_critic
 from tdhook_rl.latent import SteeringVector
 from tdhook_rl.metrics import relevance_mass
-from tdhook_rl.report import Budgets, DataTable, FileSink, Monitor
+from tdhook_rl.report import Budgets, DataTable, FileSink, Monitor, open_wandb
 from tdhook_rl.report.episodes import episodes
 from tdhook_rl.report.pictures import bars, overlays
 from tdhook_rl.rollout import GroupSplit, NetworkDiagnostics, OnlineProbe
@@ -91,6 +91,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             policy,
             run,
             media_every=2,
+            table_every=2,
             feature_names=names,
             groups={"needed": lights[:2], "unneeded": lights[2:]},
             probes={"xor": probe},
@@ -502,6 +503,18 @@ def test_a_script_that_ends_its_run_before_the_monitor(tmp_path: Path) -> None:
     assert len(told) == 1
     assert "Run failed (UsageError" in str(told[0].message)
     assert len(FileSink.read(monitor.folder / "log.csv")["attr.observation"]) == 3
+
+
+def test_a_run_that_is_opened_for_it_ends_with_it(tmp_path: Path) -> None:
+    sink = open_wandb(tmp_path, "cues", {"lr": 1e-3}, group="seeds")
+    assert sink is not None
+    assert sink.logger.group == "seeds"
+    with METHOD.prepare(make_actor()) as policy, Monitor(policy, sink) as monitor:
+        monitor.step(batch_of(policy))
+    with pytest.raises(wandb.errors.UsageError, match="is finished"):
+        sink.logger.log({"a": 1})
+    assert [row["interp/step"] for row in rows_of(sink.logger) if "interp/attr.observation" in row] == [80]
+    assert monitor.folder == Path(sink.logger.settings.sync_dir) / "interp"
 
 
 def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:

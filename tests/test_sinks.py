@@ -325,6 +325,37 @@ def test_a_backend_that_never_comes_back_is_left(tmp_path: Path) -> None:
     logger.gate.set()
 
 
+@pytest.mark.parametrize("failing", [True, False], ids=["fails", "is slow"])
+def test_a_sink_that_is_called_as_it_is_gets_a_thread_when_it_needs_one(failing: bool, tmp_path: Path) -> None:
+    """As those of W&B runs and TensorBoard writers, which hand over to a process or thread of their own."""
+    logger = Faulty()
+    sink = LoggerSink(logger)
+    sink.prompt = True
+    sinks = Sinks(FolderSink(tmp_path), sink, patience=0.1)
+    before = threading.active_count()
+    sinks.log({"a": 0.0}, 0)
+    assert threading.active_count() == before
+    if failing:
+        logger.failing = True
+        match = "Faulty failed"
+    else:
+        logger.gate.clear()
+        threading.Timer(0.3, logger.gate.set).start()
+        match = "takes longer than 0.1 s"
+    with pytest.warns(UserWarning, match=match):
+        sinks.log({"a": 1.0}, 1)
+    logger.failing = False
+    logger.gate.clear()
+    start = time.monotonic()
+    with said():
+        for step in range(2, 30):
+            sinks.log({"a": float(step)}, step)
+    assert time.monotonic() - start < 1.0
+    logger.gate.set()
+    sinks.close()
+    assert sorted(step for step, _ in logger.rows) == list(range(30))
+
+
 def test_failing_every_third_call(tmp_path: Path) -> None:
     """Failing every third call, at random moments for the thread: nothing is lost, and nothing twice."""
     logger = Faulty()

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.report.frames import as_array, as_frames
+from tdhook_rl.report.frames import as_array, as_frames, png
 
 __all__ = ["Animation", "Artifact", "DataTable", "Histogram", "Image", "Media"]
 
@@ -100,11 +100,7 @@ class Image(Media):
         self.pixels = as_frames(as_array(self.pixels)[None])[0]
 
     def content(self) -> bytes:
-        from PIL import Image as Pillow
-
-        file = io.BytesIO()
-        Pillow.fromarray(self.pixels).save(file, "PNG", compress_level=1)
-        return file.getvalue()
+        return png(self.pixels)
 
 
 @dataclass(eq=False)

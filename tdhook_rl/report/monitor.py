@@ -73,11 +73,12 @@ class Monitor:
     Args:
         policy: the hooked policy. Batches that lack results are annotated.
         logger: a TorchRL ``Logger``, a W&B run, a TensorBoard ``SummaryWriter``, the path of a folder, or a list of
-            these. They stay open. Everything is written to a folder first: that which is named, or one beside what the
-            logger writes.
+            these, which stay open; or what ``open_wandb`` gives, which is closed at the end. Everything is written to a
+            folder first: that which is named, or one beside what the logger writes.
         every: every how many batches.
-        media_every: every how many of these pictures, histograms and tables are logged.
-        animation_every: every how many of these an episode is; 0 for never.
+        media_every: every how many of these come with pictures and histograms; 0 for never, as in the next two.
+        table_every: every how many of these come with the worst and best episodes.
+        animation_every: every how many of these come with an episode as an animation.
         feature_names: names of the features of an input, or of each by key.
         groups: groups of features by name, each a list of indices or a mask; or such groups for each input by key.
         frames_key: frames to show attributions over, such as ``"pixels"``; the input itself where it is a picture.
@@ -121,7 +122,8 @@ class Monitor:
         *,
         every: int = 1,
         media_every: int = 5,
-        animation_every: int = 20,
+        table_every: int = 20,
+        animation_every: int = 100,
         feature_names: Any = None,
         groups: Mapping[Any, Any] | None = None,
         frames_key: NestedKey | None = None,
@@ -141,8 +143,8 @@ class Monitor:
     ) -> None:
         require_hooked(policy, "Monitor")
         for name, value, least in (
-            ("every", every, 1), ("media_every", media_every, 1), ("animation_every", animation_every, 0),
-            ("rows", rows, 1),
+            ("every", every, 1), ("media_every", media_every, 0), ("table_every", table_every, 0),
+            ("animation_every", animation_every, 0), ("rows", rows, 1),
         ):  # fmt: skip
             if isinstance(value, bool) or value < least:
                 raise InputError(f"{name}= is a whole number from {least} on, got {value!r}")
@@ -151,7 +153,8 @@ class Monitor:
         if untrained is not None:
             require_hooked(untrained, "Monitor(untrained=...)")
         self.policy, self.buffer = policy, buffer
-        self.every, self.media_every, self.animation_every = every, media_every, animation_every
+        self.every = every
+        self.media_every, self.table_every, self.animation_every = media_every, table_every, animation_every
         self.budgets = budgets or Budgets()
         self.frames = 0
         self._features = Features(feature_names, groups, self.budgets.features)
@@ -301,23 +304,25 @@ class Monitor:
         if self._diagnostics is not None:
             found = self._try("diagnostics", lambda: self._diagnostics.update(data)) or {}
             numbers |= {name.replace("/", "."): value for name, value in found.items()}
-        media = self._media(readings, known) if self._seen % self.media_every == 0 else {}
         self._last = numbers
-        self._sinks.log({**numbers, **media}, self.frames)
+        self._sinks.log({**numbers, **self._media(readings, known)}, self.frames)
         return numbers
 
     def _media(self, readings: Readings, known: list[Episode]) -> dict[str, Any]:
-        found: dict[str, Any] = dict(self._try("histograms", readings.histograms) or {})
-        if self.budgets.images:
+        found: dict[str, Any] = {}
+        if self._is_turn(self.media_every):
+            found |= self._try("histograms", readings.histograms) or {}
             count = self.budgets.images
             found |= self._try("images", lambda: readings.images(count, self.frames, self._frames_key)) or {}
-        table = self._try("episodes", lambda: episode_table(known, readings.by_row(), self.frames))
-        if table is not None:
-            found["episodes"] = table
-        number = self._seen // self.media_every
-        if self.animation_every and number % self.animation_every == 0:
+        if self._is_turn(self.table_every):
+            table = self._try("episodes", lambda: episode_table(known, readings.by_row(), self.frames))
+            found |= {} if table is None else {"episodes": table}
+        if self._is_turn(self.animation_every):
             found |= self._try("an episode", lambda: readings.animation(known, self.frames, self._frames_key)) or {}
         return found
+
+    def _is_turn(self, every: int) -> bool:
+        return bool(every) and self._seen % every == 0
 
     def _annotated(self, batch: TensorDictBase) -> TensorDictBase:
         """The batch with results; as it is where it has them."""

@@ -205,7 +205,7 @@ class Readings:
         found: dict[str, Image] = {}
         for key in self.attributions:
             rows, source = self.rows(key), input_of(self.policy, key)
-            if source is None or not len(rows.values) or rows.values.ndim < 2:
+            if source is None or not count or not len(rows.values) or rows.values.ndim < 2:
                 continue
             chosen = torch.linspace(0, len(rows.values) - 1, min(count, len(rows.values))).round().long()
             places, values = rows.places[chosen], rows.values[chosen]

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torchrl.record.loggers.csv import CSVLogger
+
 from tdhook_rl.errors import InputError, warn
 from tdhook_rl.report.media import Animation, Artifact, DataTable, Histogram, Image, Media
 from tdhook_rl.report.sinks.names import PREFIX, Tags, claim, leads, release
@@ -51,6 +53,7 @@ class LoggerSink:
 
     Attributes:
         words: what is to be said by whoever runs the sink in a thread.
+        prompt: whether logging only hands over to a process, a thread or a file, and so waits for nobody.
     """
 
     shows: tuple[type[Media], ...] = ()
@@ -64,6 +67,7 @@ class LoggerSink:
         self._tags = Tags(self.prefix, self._other)
         self._said: set[type] = set()
         self.words: list[str] = []
+        self.prompt = isinstance(logger, CSVLogger)
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Log what is finite and can be shown."""
@@ -123,6 +127,7 @@ class WandbSink(LoggerSink):
 
     def __init__(self, run: Any, prefix: str = PREFIX, *, owner: Any = None, finish: bool = False) -> None:
         super().__init__(run, prefix, owner=owner, finish=finish)
+        self.prompt = True
         self._open: int | None = None  # the run's step at which a row of ours is not ended yet
         run.define_metric(f"{self.prefix}/step", hidden=True)
         run.define_metric(f"{self.prefix}/*", step_metric=f"{self.prefix}/step")
@@ -183,6 +188,10 @@ class TensorboardSink(LoggerSink):
 
     shows = (Histogram, Image)
     _other = r"[^-\w.]"
+
+    def __init__(self, writer: Any, prefix: str = PREFIX, *, owner: Any = None, finish: bool = False) -> None:
+        super().__init__(writer, prefix, owner=owner, finish=finish)
+        self.prompt = True
 
     def _send(self, values: Mapping[str, float], media: Mapping[str, Any], step: int) -> None:
         writer = self.logger

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,6 +21,9 @@ class Patient:
     kept and tried again with the next. Either is said once, and forgotten as soon as the sink answers again. What finds
     no room, or fails alone among others that do not, is in the local files only.
 
+    Sinks whose ``prompt`` is true only hand over to a process, a thread or a file of their own. They are called as they
+    are, which costs half, until the first call that fails or takes too long.
+
     Args:
         sink: with ``log(metrics, step)`` and ``close()``.
         patience: seconds that a call is waited for.
@@ -31,6 +35,7 @@ class Patient:
 
     def __init__(self, sink: Any, *, patience: float = 1.0, room: int = 1000) -> None:
         self.sink = sink
+        self._prompt = bool(getattr(sink, "prompt", False))
         self._patience, self._room = patience, room
         self._name = getattr(sink, "name", type(sink).__name__)
         self._waiting: deque[Callable[[], None]] = deque()
@@ -50,6 +55,8 @@ class Patient:
 
     def call(self, job: Callable[[], None]) -> None:
         """Hand on anything that is to be done with the sink, in order."""
+        if self._prompt and self._was_prompt(job):
+            return
         with self._changed:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name=f"log to {self._name}", daemon=True)
@@ -65,6 +72,19 @@ class Patient:
                 self._late = True
         self._say()
 
+    def _was_prompt(self, job: Callable[[], None]) -> bool:
+        """Do it here; whether it is done. What fails is left to the thread, and so is whatever follows."""
+        start = time.monotonic()
+        try:
+            job()
+        except Exception:
+            self._prompt = False
+            return False
+        if time.monotonic() - start > self._patience:
+            self._prompt = False
+            self._tell_late()
+        return True
+
     def close(self, timeout: float = 30.0) -> None:
         """Wait until all is handed on, and close the sink.
 
@@ -73,8 +93,8 @@ class Patient:
         """
         with self._changed:
             if self._thread is None:
-                self.sink.close()
-                return
+                self._thread = threading.Thread(target=self._work, name=f"close {self._name}", daemon=True)
+                self._thread.start()
             self._fresh = True
             self._ending = True
             self._changed.notify_all()
@@ -105,11 +125,11 @@ class Patient:
         if error is not None:
             self._tell("error", f"{self._name} failed ({self._words()}): local files go on, and it is tried again")
         if late:
-            self._tell(
-                "late",
-                f"{self._name} takes longer than {self._patience:g} s: training and local files go on; what it is "
-                "given waits",
-            )
+            self._tell_late()
+
+    def _tell_late(self) -> None:
+        words = f"{self._name} takes longer than {self._patience:g} s: training and local files go on"
+        self._tell("late", f"{words}; what it is given waits")
 
     def _tell(self, what: str, message: str) -> None:
         if what not in self._told:

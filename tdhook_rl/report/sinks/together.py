@@ -12,7 +12,7 @@ from tdhook_rl.errors import InputError, warn
 from tdhook_rl.report.media import Media
 from tdhook_rl.report.sinks.file import FileSink
 from tdhook_rl.report.sinks.folder import FolderSink
-from tdhook_rl.report.sinks.loggers import WandbSink, sink_of
+from tdhook_rl.report.sinks.loggers import LoggerSink, WandbSink, sink_of
 from tdhook_rl.report.sinks.names import PREFIX
 from tdhook_rl.report.sinks.patient import Patient
 from tdhook_rl.report.sinks.values import sorted_values
@@ -113,7 +113,7 @@ def sinks_of(
     """A folder and whatever was given: a TorchRL ``Logger``, a W&B run, the path of a folder, or several of these.
 
     Args:
-        logger: ``None`` for local files only.
+        logger: ``None`` for local files only; a sink, as of :func:`open_wandb`, is taken as it is.
         folder: where local files go; beside what the first logger writes, unless given.
         prefix: the first level of names.
         resume: go on in a folder that was given, and has a log already.
@@ -123,14 +123,16 @@ def sinks_of(
     given = list(logger) if isinstance(logger, list | tuple) else [logger]
     given = [one for one in given if one is not None]
     paths = [Path(one) for one in given if isinstance(one, str | Path)]
-    loggers = [sink_of(one, prefix) for one in given if not isinstance(one, str | Path)]
+    others = [one for one in given if not isinstance(one, str | Path)]
+    loggers = [one if isinstance(one, LoggerSink) else sink_of(one, prefix) for one in others]
     try:
         if folder is not None:
             paths.insert(0, Path(folder))
         if paths:
             local = [FolderSink(path, resume=resume, most_bytes=most_bytes) for path in dict.fromkeys(paths)]
         else:
-            beside = folder_beside(given[0] if given else None, loggers[0].prefix if loggers else prefix)
+            first = loggers[0] if loggers else None
+            beside = folder_beside(first.logger if first else None, first.prefix if first else prefix)
             local = [FolderSink(beside, resume=True, most_bytes=most_bytes)]
     except Exception:
         for sink in loggers:
