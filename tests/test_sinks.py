@@ -110,6 +110,13 @@ def test_a_wandb_run_holds_what_the_folder_holds(run: Any, tmp_path: Path) -> No
     kinds = {record.WhichOneof("record_type"): record for record in records(path)}
     config = {one.key or "/".join(one.nested_key): json.loads(one.value_json) for one in kinds["config"].config.update}
     assert config["interp"] == {"methods": ["Saliency()"]}
+    last = {
+        one.key or "/".join(one.nested_key): json.loads(one.value_json)
+        for record in records(path)
+        if record.WhichOneof("record_type") == "summary"
+        for one in record.summary.update
+    }
+    assert last["interp/probe.fc2.the door"] == 0.5
     saved = [record.artifact for record in records(path) if record.WhichOneof("record_type") == "artifact"]
     (probe,) = [one for one in saved if one.type == "probe"]
     assert probe.name == "interp-probe"
