@@ -25,8 +25,10 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _start() -> None:
+    """One seed, and one thread: collectors raise their number when they end, and a forked child then waits for others."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
