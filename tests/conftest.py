@@ -26,7 +26,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _start() -> None:
-    """One seed, and one thread: collectors raise their number when they end, and a forked child then waits for others."""
+    """One seed, and one thread: collectors leave more when they end, and a forked child waits for the others."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
 
