@@ -140,11 +140,12 @@ def chain_layers(policy: HookedPolicy, x: Any) -> Steps | None:
         return None  # torchrl's MLP gives its output a shape where it is asked for several dimensions
     steps: Steps = []
     for child in module._modules.values():
-        layer = LAYERS.get(child.__class__)
-        if layer is None or child.__class__.forward is not _FORWARDS[child.__class__] or _has_hook(child.__dict__):
+        kind, own = child.__class__, child.__dict__
+        layer = LAYERS.get(kind)
+        if layer is None or kind.forward is not _FORWARDS[kind] or "forward" in own or own.get("inplace"):
             return None
-        own = child.__dict__
-        if "forward" in own or own.get("inplace", False):
+        # As `_has_hook`, whose call would cost more than what it does: this runs for each layer at each step.
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return None
         if layer.keeps == "weight" and not _is_plain(own["_parameters"]):
             return None

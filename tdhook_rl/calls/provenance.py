@@ -238,15 +238,14 @@ class Provenance:
         explains, methods = self._judged[root]
         if given is not None and not bool(given.any()):
             return given
+        inputs: list[Any] = []
         if explains:
-            values = reached_values(values, traced)
             inputs = [get_entry(source, key) for one in methods for key in one.declared or ()]
-            values = [*values, *(value for value in inputs if isinstance(value, Tensor))]
+            inputs = [value for value in inputs if isinstance(value, Tensor)]
         rows = None
-        for value in values:
-            if traced or not surely_finite(value):
-                rows = defined_values(values, source.batch_size, infinite=not explains)
-                break
+        if traced or not all(surely_finite(value) for value in (*values, *inputs)):
+            values = reached_values(values, traced) if explains else values
+            rows = defined_values([*values, *inputs], source.batch_size, infinite=not explains)
         if rows is None:
             return self._all_rows(source.batch_size, values[0].device) if given is None else given
         return rows if given is None else rows & given

@@ -75,7 +75,7 @@ def get_entry(data: TensorDictBase, key: NestedKey) -> Any:
     """``data.get(key, None)``; a tensor at the top without the detour through nested keys."""
     if type(key) is str and type(data) is TensorDict:
         value = get_str(data, key, None)
-        if type(value) is Tensor:
+        if value is None or type(value) is Tensor:
             return value
     return data.get(key, None)
 
