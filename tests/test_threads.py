@@ -70,6 +70,14 @@ def captured(policy: Any, data: TensorDict) -> torch.Tensor:
     return run.get("module.0.module.1").resolve()
 
 
+def hooked_for_a_while(policy: Any) -> torch.Tensor:
+    handles = [policy.register_submodule_hook("module.0.module.1", lambda *_: None) for _ in range(20)]
+    handles.append(policy.save({}, "module.0.module.1")[0])
+    for handle in handles:
+        handle.remove()
+    return torch.zeros(1)
+
+
 #: What a thread does, and what it looks at: none depends on what is drawn.
 ENTRIES: dict[str, Callable[[Any], torch.Tensor]] = {
     "call": lambda policy: policy(batch())["cache", "module.0.module.1"],
@@ -78,10 +86,12 @@ ENTRIES: dict[str, Callable[[Any], torch.Tensor]] = {
     "get_dist": lambda policy: policy.get_dist(batch()).base_dist.base_dist.loc,
     "log_prob": lambda policy: policy.log_prob(policy(batch()).set("action", batch()["action"])),
     "run": lambda policy: captured(policy, batch()),
+    "hooks": hooked_for_a_while,
     "keys": lambda policy: torch.tensor([len(policy.in_keys), len(policy.out_keys), len(policy.result_keys)]),
 }
 PAIRS = [("call", other) for other in ENTRIES] + [
     ("annotate", "annotate in chunks"), ("annotate in chunks", "get_dist"), ("annotate", "log_prob"), ("run", "run"),
+    ("run", "hooks"), ("annotate", "hooks"),
     ("annotate", "keys"), ("get_dist", "keys"), ("annotate", "run"),
 ]  # fmt: skip
 

@@ -14,6 +14,7 @@ from tdhook_rl.errors import InputError, SiteError, nearest
 from tdhook_rl.runs.requests import request_sites, without_methods
 from tdhook_rl.runs.run import HookedModuleRun
 from tdhook_rl.runs.site_table import site_table
+from tdhook_rl.sites.forking import TurnLock
 from tdhook_rl.sites.rows import RecurrentHook
 
 __all__ = ["Handles", "direct_methods", "disabled_hooks"]
@@ -32,12 +33,14 @@ _REGISTER: dict[str, tuple[str, dict[str, bool]]] = {
 class Handles:
     """The hooks of one request; :meth:`remove` takes them away."""
 
-    def __init__(self, handles: list[RemovableHandle]) -> None:
+    def __init__(self, handles: list[RemovableHandle], lock: TurnLock) -> None:
         self._handles = handles
+        self._lock = lock  # a forward of another thread goes through the hooks
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        with self._lock:
+            for handle in self._handles:
+                handle.remove()
 
 
 def direct_methods() -> dict[str, Callable[..., Any]]:
@@ -56,7 +59,8 @@ def direct_methods() -> dict[str, Callable[..., Any]]:
             run = HookedModuleRun(self, TensorDict(), run_cache=args[0] if captures else None)
             run._state, run._acts_always = "open", True
             proxy = getattr(run, name.replace("save", "get"))(*(args[1:] if captures else args), **options)
-            return (Handles(run._handles), proxy) if captures else Handles(run._handles)
+            handles = Handles(run._handles, self._hooked.runtime.lock)
+            return (handles, proxy) if captures else handles
 
         method.__name__ = name
         method.__doc__ = f"As ``run.{name}``, until the returned handle is removed."
@@ -97,7 +101,9 @@ def register_submodule_hook(
                 f"{site.name!r} names a run of a module, but a hook of one's own is called in all of them: leave "
                 f"'@{site.run}' out"
             )
-    return Handles([getattr(site.module, register)(hook, prepend=prepend, **options) for site in sites])
+    lock = self._hooked.runtime.lock
+    with lock:
+        return Handles([getattr(site.module, register)(hook, prepend=prepend, **options) for site in sites], lock)
 
 
 @contextmanager
@@ -113,18 +119,20 @@ def disabled_hooks(hooked: HookedPolicy) -> Iterator[HookedPolicy]:
     kept = runtime.row_hook, runtime.expected, hooked._hooked.reads
     try:
         runtime.row_hook, runtime.expected, hooked._hooked.reads = None, [], []
-        for store, entries in stores:
-            for number, hook in entries.items():
-                if _ours(hook):
-                    del store[number]  # type: ignore[attr-defined]
+        with runtime.lock:
+            for store, entries in stores:
+                for number, hook in entries.items():
+                    if _ours(hook):
+                        del store[number]  # type: ignore[attr-defined]
         with without_methods(hooked):
             yield hooked
     finally:
         runtime.row_hook, runtime.expected, hooked._hooked.reads = kept
-        for store, entries in stores:
-            added = {number: hook for number, hook in store.items() if number not in entries}
-            store.clear()  # type: ignore[attr-defined]
-            store.update(entries | added)  # type: ignore[attr-defined]
+        with runtime.lock:
+            for store, entries in stores:
+                added = {number: hook for number, hook in store.items() if number not in entries}
+                store.clear()  # type: ignore[attr-defined]
+                store.update(entries | added)  # type: ignore[attr-defined]
 
 
 def _ours(hook: Any) -> bool:

@@ -98,16 +98,18 @@ class Placing(Captures):
             new = called(module, value, raw, index) if kind == "output" else on_gradient(module, value, index)
             return None if new is None else with_rows(output, new, module, disguise)
 
-        for site in request_sites(self.hooked, key, relative, acts=kept is None):
-            name = self._name()
-            if kind in ("input", "grad_input"):
-                hook = functools.partial(before, site, name)
-                handle = site.module.register_forward_pre_hook(hook, prepend=prepend, with_kwargs=True)
-            else:
-                hook = functools.partial(after, site, name)
-                handle = site.module.register_forward_hook(hook, prepend=prepend, with_kwargs=True)
-                self._handles += hand_on_in_place(site.module)
-            self._handles.append(handle)
+        sites = request_sites(self.hooked, key, relative, acts=kept is None)
+        with runtime.lock:  # a forward of another thread goes through the hooks
+            for site in sites:
+                name = self._name()
+                if kind in ("input", "grad_input"):
+                    hook = functools.partial(before, site, name)
+                    handle = site.module.register_forward_pre_hook(hook, prepend=prepend, with_kwargs=True)
+                else:
+                    hook = functools.partial(after, site, name)
+                    handle = site.module.register_forward_hook(hook, prepend=prepend, with_kwargs=True)
+                    self._handles += hand_on_in_place(site.module)
+                self._handles.append(handle)
 
     def _acts(self) -> bool:
         """Whether the forward under way is the one that was asked about."""

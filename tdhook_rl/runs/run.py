@@ -174,7 +174,8 @@ class HookedModuleRun(Placing):
         for site in request_sites(self.hooked, key, relative) if kind == "output" else ():
             if isinstance(site.module, nn.RNNBase) and not site.module._hooked_layout.recurrent:  # type: ignore[union-attr]
                 self._cores.append(key)
-                self._handles.append(site.module.register_forward_hook(StateHook(runtime, key)))
+                with runtime.lock:
+                    self._handles.append(site.module.register_forward_hook(StateHook(runtime, key)))
         if kind in ("output", "input"):  # a gradient may be overridden in a backward after the run
             self._idle[token] = f"run.set named {key!r}, which did not run, so nothing was overridden"
 
@@ -203,7 +204,8 @@ class HookedModuleRun(Placing):
                 if self._acts() and (not isinstance(wanted, int) or runtime.run_of(name) == wanted):
                     raise EarlyStop(key)
 
-            self._handles.append(site.module.register_forward_hook(halt))
+            with runtime.lock:
+                self._handles.append(site.module.register_forward_hook(halt))
         self._idle[object()] = f"run.stop named {key!r}, which did not run, so nothing was stopped"
 
     # ------------------------------------------------------------------ running
@@ -221,8 +223,9 @@ class HookedModuleRun(Placing):
             if kind is None:
                 self._run()
         finally:
-            for handle in self._handles:
-                handle.remove()
+            with self.hooked._hooked.runtime.lock:
+                for handle in self._handles:
+                    handle.remove()
             self._handles.clear()
             self._points.clear()
 
