@@ -167,12 +167,12 @@ def own_cause(error: BaseException) -> TdhookError | None:
 
 
 #: Modules that stand between a warning of ours and the line that it is about.
-_BETWEEN = ("tdhook_rl", "torch.nn.modules.module", "tensordict.nn", "contextlib", "functools")
+_BETWEEN = ("tdhook_rl.", "torch.nn.modules.module.", "tensordict.nn.", "contextlib.", "functools.")
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn at the caller's line: the first outside of this package and of what calls modules."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_BETWEEN):
+    while frame.f_back is not None and f"{frame.f_globals.get('__name__')}.".startswith(_BETWEEN):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)

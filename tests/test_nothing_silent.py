@@ -14,7 +14,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.collectors import Collector
 
-from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors, targets
+from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors, errors, targets
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InactiveError, InputError, KeyCollisionError, PreparationError
 from tdhook_rl.examples.agent import FC2, make_actor
@@ -166,3 +166,13 @@ def test_booleans_are_explained_where_there_is_nothing_else(when: str) -> None:
     with Saliency(target=targets.logit(0), when=when).prepare(Gates(), **keys) as hooked:
         with pytest.raises(InputError, match="bool"):
             _ = hooked(data.clone()) if when == "step" else hooked.annotate(data)
+
+
+@pytest.mark.parametrize("home", ["tdhook_rl_study.agents", "my_study", "__main__"])
+def test_a_warning_is_about_the_callers_line(home: str) -> None:
+    code = compile("def called(tell):\n    tell('so it is')", "/a/file/of/the/callers.py", "exec")
+    names: dict[str, object] = {"__name__": home}
+    exec(code, names)
+    with pytest.warns(UserWarning, match="so it is") as told:
+        names["called"](errors.warn)  # type: ignore[operator]
+    assert (told[0].filename, told[0].lineno) == ("/a/file/of/the/callers.py", 2)

@@ -241,7 +241,11 @@ class Views(nn.Module):
         self.how, self.linear, self.plain = how, nn.Linear(4, 3), torch.zeros(4)
         self.register_buffer("total", torch.zeros(4))
         total = self.total[:2]
-        self.list, self.helper, self.store = [total], SimpleNamespace(view=total), TensorDict({"view": total})
+        self.list, self.helper, self.store = (
+            [total],
+            SimpleNamespace(view=total),
+            TensorDict({"view": total, "name": "a text"}),
+        )
         self.cache, self.weight = {"view": self.plain[:2]}, (self.linear.weight.data[0, :2],)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -317,6 +321,14 @@ def test_views_of_one_memory_stay_so(how: str, when: str) -> None:
             else:
                 hooked.annotate(found, on_mismatch="ignore")
             assert torch.equal(policy.total, twin.total)
+
+
+@pytest.mark.parametrize("how", ["in place", "view", "replaced"])
+def test_a_step_on_meta_has_no_numbers_to_compare(how: str) -> None:
+    policy = Buffer(how).to("meta")
+    with Saliency(target=ONE, when="step").prepare(policy, in_keys=["observation"], out_keys=["logits"]) as hooked:
+        found = hooked(TensorDict({"observation": torch.empty(5, 4, device="meta")}, [5]))
+    assert found["attr", "observation"].shape == (5, 4)
 
 
 class Late(nn.Module):

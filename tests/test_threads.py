@@ -285,3 +285,16 @@ def test_nothing_is_kept_for_forks() -> None:
     gc.collect()
     assert runtime() is None
     assert len(forking._living) <= before
+
+
+def test_hooks_that_go_while_the_methods_are_off_do_not_come_back() -> None:
+    with METHOD.prepare(actor()) as policy:
+        site, heard = "module.0.module.1", []
+        first, second = (policy.register_submodule_hook(site, lambda *_, n=n: heard.append(n)) for n in (1, 2))
+        with policy.disable_context_hooks():
+            first.remove()
+            third = policy.register_submodule_hook(site, lambda *_: heard.append(3))
+        assert ("cache", site) in policy(batch()).keys(True)
+        assert heard == [2, 3]
+        second.remove()
+        third.remove()

@@ -12,6 +12,10 @@ from torch import Tensor
 __all__ = ["memory_of", "read_tensor", "same_values", "share_memory", "write_tensor"]
 
 
+#: Where NumPy has it before its version 2, and since.
+_byte_bounds = getattr(np, "byte_bounds", None) or np.lib.array_utils.byte_bounds
+
+
 def share_memory(
     arrays: Sequence[np.ndarray], tensors: Sequence[Tensor], parameters: Sequence[Tensor] = ()
 ) -> list[Any]:
@@ -19,7 +23,7 @@ def share_memory(
 
     Tensors that share memory among themselves only are left out: a copy by way of their storage keeps that.
     """
-    spans = [(*np.lib.array_utils.byte_bounds(one), one) for one in arrays if one.size]
+    spans = [(*_byte_bounds(one), one) for one in arrays if one.size]
     spans += [(*span, one) for one in (*tensors, *parameters) if (span := _span(one)) is not None]
     found: list[Any] = []
     group: list[Any] = []
@@ -42,7 +46,7 @@ def _anchored(group: list[Any]) -> list[Any]:
 
 
 def memory_of(tensor: Tensor) -> int:
-    """The address of a tensor's storage; 0 inside a transform, or in a layout without a storage."""
+    """The address of a tensor's storage; 0 where it has none (in a transform, some layouts, on meta)."""
     try:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):
@@ -50,11 +54,8 @@ def memory_of(tensor: Tensor) -> int:
 
 
 def _span(tensor: Tensor) -> tuple[int, int] | None:
-    try:
-        storage = tensor.untyped_storage()
-        return (storage.data_ptr(), storage.data_ptr() + storage.nbytes()) if storage.nbytes() else None
-    except (RuntimeError, NotImplementedError):  # inside a transform, or in a layout without a storage
-        return None
+    start = memory_of(tensor)
+    return (start, start + tensor.untyped_storage().nbytes()) if start else None
 
 
 def read_tensor(tensor: Tensor) -> Tensor:
@@ -70,6 +71,6 @@ def same_values(now: Any, then: Any) -> bool:
     """Whether two tensors, or TensorDicts, hold the same numbers; NaN is the same as NaN."""
     if not isinstance(now, Tensor):
         return all(same_values(value, then.get(key)) for key, value in now.items(True, True))
-    if now.shape != then.shape:
-        return False
+    if now.shape != then.shape or now.is_meta:  # which has no numbers
+        return now.shape == then.shape
     return torch.equal(now, then) or bool(((now == then) | ((now != now) & (then != then))).all())

@@ -110,29 +110,29 @@ def register_submodule_hook(
 def disabled_hooks(hooked: HookedPolicy) -> Iterator[HookedPolicy]:
     """The hooked module without the hooks and results of its methods, for a while."""
     runtime = hooked._hooked.runtime
-    stores: list[tuple[Mapping[int, Any], dict[int, Any]]] = []
-    for module in hooked.modules():
-        for store in (module._forward_hooks, module._forward_pre_hooks):
-            if any(_ours(hook) for hook in store.values()):
-                stores.append((store, dict(store)))
+    stores: list[tuple[Mapping[int, Any], dict[int, Any], dict[int, Any]]] = []
     # No key is read for them, and that they do not act is meant.
     kept = runtime.row_hook, runtime.expected, hooked._hooked.reads
     try:
         runtime.row_hook, runtime.expected, hooked._hooked.reads = None, [], []
         with runtime.lock:
-            for store, entries in stores:
-                for number, hook in entries.items():
-                    if _ours(hook):
+            for module in hooked.modules():
+                for store in (module._forward_hooks, module._forward_pre_hooks):
+                    taken = {number: hook for number, hook in store.items() if _ours(hook)}
+                    if taken:
+                        stores.append((store, dict(store), taken))
+                    for number in taken:
                         del store[number]  # type: ignore[attr-defined]
         with without_methods(hooked):
             yield hooked
     finally:
         runtime.row_hook, runtime.expected, hooked._hooked.reads = kept
         with runtime.lock:
-            for store, entries in stores:
-                added = {number: hook for number, hook in store.items() if number not in entries}
+            for store, before, taken in stores:
+                now = {**store, **taken}  # others may have come and gone
+                order = [number for number in before if number in now] + [one for one in now if one not in before]
                 store.clear()  # type: ignore[attr-defined]
-                store.update(entries | added)  # type: ignore[attr-defined]
+                store.update({number: now[number] for number in order})  # type: ignore[attr-defined]
 
 
 def _ours(hook: Any) -> bool:
