@@ -22,7 +22,7 @@ class Patient:
     no room, or fails alone among others that do not, is in the local files only.
 
     Sinks whose ``prompt`` is true only hand over to a process, a thread or a file of their own. They are called as they
-    are, which costs half, until the first call that fails or takes too long.
+    are, which costs half, until the first call that fails or takes too long; one that never returns is waited for.
 
     Args:
         sink: with ``log(metrics, step)`` and ``close()``.
