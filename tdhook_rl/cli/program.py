@@ -1,0 +1,61 @@
+"""The program ``tdhook-rl``: its commands, and how it ends."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from tdhook_rl.cli import check, demo, experiment, sites
+from tdhook_rl.cli.interrupts import Stop, leave
+
+__all__ = ["main"]
+
+#: In the order of the help.
+COMMANDS = (demo, experiment, check, sites)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status (1 for an error that has a message, 130 for Ctrl-C).
+
+    As a program, Ctrl-C ends it in one line wherever it is: while packages are imported, workers start, or at its end.
+    """
+    stop = Stop()
+    try:
+        with stop:
+            return _run(arguments)
+    except BaseException as error:
+        # What is interrupted may end in an error of its own: an import, a library's loop.
+        if not (stop.requested or isinstance(error, KeyboardInterrupt)) or isinstance(error, SystemExit):
+            raise
+        print("tdhook-rl: stopped", file=sys.stderr)
+        if arguments is None:
+            leave()
+        return 130
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    for stream in (sys.stdout, sys.stderr):  # a terminal that has no such letter shows a question mark
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    options = _parser().parse_args(arguments)
+    from tdhook_rl.errors import TdhookError
+
+    try:
+        return options.command(options)
+    except TdhookError as error:
+        print(f"tdhook-rl: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name not in ("rich", "matplotlib"):
+            raise
+        print(f"tdhook-rl: this command needs {error.name}: pip install 'tdhook_rl[demo]'", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tdhook-rl", description="Interpretability for TorchRL policies.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(commands)
+    return parser

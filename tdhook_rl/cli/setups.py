@@ -1,0 +1,50 @@
+"""What ``MODULE:FUNCTION`` names: a policy and an environment of the user's."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from tdhook_rl.errors import InputError, nearest
+
+__all__ = ["EXAMPLE", "made", "made_with_environment"]
+
+#: What is looked at where nothing is named.
+EXAMPLE = "tdhook_rl.examples.check:setup"
+
+
+def made(target: str) -> Any:
+    """What the function that ``MODULE:FUNCTION`` names returns."""
+    module_name, _, name = target.partition(":")
+    if not name or not all(part.isidentifier() for part in module_name.split(".")):
+        raise InputError(
+            f"{target!r} names no function: write MODULE:FUNCTION, such as 'my_agent:setup', with the module as "
+            "`import` names it, not as a file"
+        )
+    folder = str(Path.cwd())
+    if folder not in sys.path:  # as for `python -m`; an installed command does not look there
+        sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise InputError(f"no module is named {error.name!r}, in {folder} or among the installed ones") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        names = [other for other, value in vars(module).items() if callable(value)]
+        raise InputError(f"{module_name!r} has no function {name!r}; {nearest(name, names)}")
+    return function()
+
+
+def made_with_environment(target: str) -> tuple[Any, ...]:
+    """The same, checked to be a policy, an environment, perhaps arguments."""
+    found = made(target)
+    if not isinstance(found, tuple) or len(found) not in (2, 3):
+        got = f"a tuple of {len(found)}" if isinstance(found, tuple) else type(found).__name__
+        raise InputError(
+            f"{target} returned {got}: it must return (hooked policy, environment), or with collector arguments third"
+        )
+    return found
