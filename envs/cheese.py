@@ -20,8 +20,7 @@ from torchrl.data import Bounded, TensorSpec, Unbounded
 
 from tdhook_rl.envs.base import ConceptEnv
 from tdhook_rl.envs.concepts import EPISODE_COIN, Concept, state_variables
-from tdhook_rl.envs.grids import moved, one_hot, worth
-from tdhook_rl.envs.mazes import distances, random_mazes
+from tdhook_rl.envs.grids import distances, moved, one_hot, random_mazes, worth
 from tdhook_rl.envs.rendering import Canvas
 from tdhook_rl.errors import InputError, nearest
 

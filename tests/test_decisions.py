@@ -13,7 +13,7 @@ from torchrl.modules import IndependentNormal, ProbabilisticActor, QValueModule,
 
 from tdhook_rl import LRP, Saliency, targets
 from tdhook_rl.errors import InputError, TargetError
-from tdhook_rl.policies.noise import noise_of, sample_with
+from tdhook_rl.policies.inversion import noise_of, sample_with
 
 ROWS, GROUPS = 5, ("a", "b")
 

@@ -15,7 +15,7 @@ from tdhook_rl.latent.dimension_estimation import (
     LocalPcaDimensionEstimator,
     TwoNnDimensionEstimator,
 )
-from tdhook_rl.latent.dimension_estimation.ca_pca import _misfit
+from tdhook_rl.latent.dimension_estimation.local import _misfit
 
 LOCAL = [
     LocalKnnDimensionEstimator(k=12),

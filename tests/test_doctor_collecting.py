@@ -25,7 +25,7 @@ from torchrl.envs.utils import exploration_type
 from torchrl.modules import ProbabilisticActor
 
 from tdhook_rl import ActivationCaching, SteeringVectors
-from tdhook_rl.doctor.collecting_checks import failure
+from tdhook_rl.doctor.collecting import failure
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError
 from tdhook_rl.examples.agent import FC2, make_actor

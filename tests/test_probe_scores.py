@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tdhook_rl.errors import InputError, MissingKeyError
 from tdhook_rl.latent.probing import ClassStatistics, TargetStatistics
-from tdhook_rl.latent.probing.tallies import Tally
+from tdhook_rl.latent.probing.held_out import Tally
 from tdhook_rl.rollout import GroupSplit, OnlineProbe
 
 SPLIT = GroupSplit("episode")

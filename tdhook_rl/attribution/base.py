@@ -15,8 +15,8 @@ from torch import Tensor
 from tdhook_rl.arguments.checked import require_target
 from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.attribution.baselines import Baselines
-from tdhook_rl.attribution.chain_gradients import is_linear
 from tdhook_rl.attribution.explainable import explainable_inputs
+from tdhook_rl.attribution.gradients import is_linear
 from tdhook_rl.attribution.question import Attributed, Question, TargetFunction
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.passes import Call, Pass, with_batch

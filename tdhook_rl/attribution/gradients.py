@@ -1,7 +1,8 @@
 """Gradients of targets with respect to inputs and inner activations, in one replay.
 
-``torch.autograd.grad`` with respect to the explained tensors only; where autograd is out of reach
-(inference mode, compile, inside a functorch transform) ``torch.func.grad`` gives the same numbers.
+``torch.autograd.grad`` with respect to the explained tensors only. Where autograd is out of reach (inference mode,
+compile, inside a functorch transform) ``torch.func.grad`` gives the same numbers; of a chain of known layers, for a
+target that is linear in its output, so do the layers' own derivatives, without a graph.
 """
 
 from __future__ import annotations
@@ -10,22 +11,128 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from tensordict import NestedKey
+from tensordict import NestedKey, TensorDict
 from torch import Tensor
 
-from tdhook_rl.attribution.chain_gradients import chain_gradients
-from tdhook_rl.attribution.functional_gradients import functional_gradients
-from tdhook_rl.attribution.leaves import as_leaves, in_runs, joined, require_fired
-from tdhook_rl.attribution.question import Attributed, Question
-from tdhook_rl.attribution.undefined import defined_rows, surely_finite, with_nan
-from tdhook_rl.attribution.unreached import warn_unreached
-from tdhook_rl.calls.chains import MODIFIED
-from tdhook_rl.calls.passes import Pass
+from tdhook_rl.attribution.leaves import activations, as_leaves, in_runs, joined, require_fired
+from tdhook_rl.attribution.question import Attributed, Question, TargetFunction
+from tdhook_rl.attribution.undefined import defined_rows, nan_undefined_rows, surely_finite, warn_unreached, with_nan
+from tdhook_rl.calls.chains import MODIFIED, Record, chain_layers
+from tdhook_rl.calls.passes import Call, Pass
 from tdhook_rl.errors import InPlaceError, InputError, TargetError
 from tdhook_rl.sites.runtime import vmap_level
-from tdhook_rl.targets import no_path
+from tdhook_rl.targets import DefaultTarget, LinearTarget, no_path
 
-__all__ = ["gradients"]
+__all__ = ["chain_gradients", "functional_gradients", "gradients", "is_linear"]
+
+
+def is_linear(targets: Sequence[TargetFunction]) -> bool:
+    """Whether all targets are of the classes whose slope is known; a subclass may compute something else."""
+    return all(type(target) in (LinearTarget, DefaultTarget) for target in targets)
+
+
+def chain_gradients(question: Question) -> list[Attributed] | None:
+    """For each target its gradient with respect to the one input; ``None`` if there is another way only."""
+    call, inputs, sites, targets, _, _, weights = question
+    if len(inputs) != 1 or sites or not is_linear(targets):
+        return None
+    chain = call.chain or _replayed_chain(question)
+    if chain is None:
+        return None
+    found: list[Attributed] = []
+    for target in targets:
+        gradient = _chain_gradient(call, chain, target, weights)
+        if gradient is None:
+            return None
+        found.append((dict.fromkeys(inputs, gradient), {}))
+    return found
+
+
+def _replayed_chain(question: Question) -> tuple[Pass, Record] | None:
+    """Run the policy on inputs, one of which it has; ``None`` if it is no chain just now."""
+    call, inputs, stored = question.call, question.inputs, question.stored
+    policy = call.policy
+    if not policy._hooked.is_chain:
+        return None
+    ((key, value),) = inputs.items()
+    value = value.detach()
+    layers = chain_layers(policy, value)
+    if layers is None:
+        return None
+    data = call.data if stored is None else stored
+    out_keys = policy.policy_out_keys
+    try:
+        with torch.no_grad():
+            record = Record(layers, value)
+        outputs = TensorDict({}, batch_size=data.batch_size).set(key, value).set(out_keys[0], record.output)
+    except RuntimeError:  # which the policy says in its own words
+        return None
+    if call.as_it_was(inputs, stored):
+        call.replayed = outputs
+    return Pass(outputs, data, [], out_keys, {}), record
+
+
+def _chain_gradient(
+    call: Call, chain: tuple[Pass, Record], target: TargetFunction, weights: Tensor | None
+) -> Tensor | None:
+    """The gradient of a target with respect to the one input; ``None`` if the target is not linear in the output."""
+    run, record = chain
+    with torch.no_grad():
+        outer = target.slope(run)  # type: ignore[attr-defined]
+        if outer is None:
+            return None
+        if weights is not None:
+            outer = outer * weights.to(outer.dtype).reshape((*weights.shape, *(1,) * (outer.ndim - weights.ndim)))
+        found = record.pull(outer)
+        # Where every output is finite, so is what is linear in them; but a sum may overflow in half precision.
+        if outer.dtype.itemsize < 4 or not surely_finite(record.output):
+            found = nan_undefined_rows(defined_rows(call, target(run)), found)
+    return found
+
+
+def functional_gradients(question: Question) -> tuple[list[Attributed], dict[str, Tensor]]:
+    """For each target its gradients, as of :func:`tdhook_rl.attribution.gradients.gradients`; and the activations."""
+    call, inputs, sites, targets, placed, stored, weights = question
+    runtime = call.policy._hooked.runtime
+    inner = placed or (activations(call, sites, inputs, stored) if sites else {})
+    # To put what is computed in its own place would cut the inputs off from what follows: there the difference
+    # to it, which is zero, is added.
+    added = frozenset(() if placed else sites)
+    points = [value.detach() for value in (*inputs.values(), *inner.values())]
+    # A trace cannot ask which points a gradient reaches, and its transform writes zero for the others. So each point
+    # has a mark, a zero of infinite slope, added to it: whatever comes back to it, a zero too, is no number but 0.
+    marks = [value.new_zeros(()) for value in points] if torch.compiler.is_compiling() else []
+    found = []
+    for target in targets:
+
+        def total(*values: Tensor, target: TargetFunction = target) -> tuple[Tensor, tuple[Tensor, dict[int, Tensor]]]:
+            seen = [value + mark.sqrt() for value, mark in zip(values, values[len(points) :], strict=False)] or values
+            chosen = dict(zip(inputs, seen, strict=False))
+            given = dict(zip(inner, seen[len(inputs) :], strict=True))
+            with as_leaves(runtime, given, added, call.totals):
+                value = target(call.replay(chosen, stored))
+            scalar = (value if weights is None else value * weights.to(value.dtype)).sum()
+            if torch.compiler.is_compiling():
+                return scalar, (value, {})
+            if not value.requires_grad:
+                raise TargetError(no_path(target, inputs, sites.values()))
+            # Zeros from the transform would not tell a slope of zero from an input that no gradient reaches.
+            own = torch.autograd.grad(scalar, values, allow_unused=True, create_graph=torch.is_grad_enabled())
+            return scalar.detach(), (value, {i: one for i, one in enumerate(own) if one is not None})
+
+        argnums = tuple(range(len(points) + len(marks)))
+        one, (value, own) = torch.func.grad(total, argnums=argnums, has_aux=True)(*points, *marks)
+        if torch.compiler.is_compiling():
+            one = tuple(
+                torch.where(mark == 0, torch.nan, slope) for slope, mark in zip(one, one[len(points) :], strict=False)
+            )
+        else:
+            one = tuple(own.get(i) for i in range(len(points)))
+            warn_unreached(runtime, target, one, inputs, [sites[slot] for slot in inner])
+        filled = with_nan(one, points, defined_rows(call, value))
+        found.append((dict(zip(inputs, filled, strict=False)), dict(zip(inner, filled[len(inputs) :], strict=True))))
+    return found, {slot: value.detach() for slot, value in inner.items()}
+
 
 #: How torch says that a function without ``setup_context`` was met in a functorch transform.
 _OLD_FUNCTION = "setup_context"

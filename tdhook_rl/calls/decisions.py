@@ -17,8 +17,7 @@ from tdhook_rl.calls.passes import Pass
 from tdhook_rl.calls.writing import get_entry
 from tdhook_rl.errors import TargetError, nearest, warn
 from tdhook_rl.policies.draws import meets, sample_keys
-from tdhook_rl.replaying.replay import Drawn
-from tdhook_rl.replaying.samples import components, is_point
+from tdhook_rl.replaying.samples import Drawn, components, is_point
 
 __all__ = [
     "Decision", "Keys", "action_of", "choose", "critic_keys", "drawn_decisions", "keys_named", "outputs_named",

@@ -28,8 +28,7 @@ from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest, ow
 from tdhook_rl.internals.tensordict_names import new_unsafe
 from tdhook_rl.policies.draws import given_beside
 from tdhook_rl.replaying.batching import shallow_copy
-from tdhook_rl.replaying.replay import Drawn, Replay
-from tdhook_rl.replaying.samples import require_unchanged
+from tdhook_rl.replaying.samples import Drawn, Replay, require_unchanged
 from tdhook_rl.replaying.start import ForwardEffects, Start
 from tdhook_rl.sites.repeats import Several
 from tdhook_rl.sites.rows import with_batch

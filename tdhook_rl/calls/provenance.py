@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.real_rows import defined_values, reached_values, row_mask, surely_finite
-from tdhook_rl.calls.writing import get_entry
+from tdhook_rl.calls.writing import get_entry, set_entries
 from tdhook_rl.internals.torch_names import is_any_autocast_enabled
 from tdhook_rl.policies.draws import action_keys, draws, sample_keys
 
 __all__ = ["Provenance", "is_stamp", "is_stamped", "stamp_key"]
+
 
 Key = tuple[str, ...]
 Held = tuple[Mapping[str, Any], str, Tensor]
@@ -116,6 +117,34 @@ class Provenance:
     def stamped(self) -> Mapping[str, Sequence[NestedKey]]:
         """The roots that have stamps, and what is read for each beside the policy's inputs."""
         return self._more
+
+    def publish(
+        self, policy: Any, source: TensorDictBase, output: TensorDictBase, results: Mapping[Key, Tensor]
+    ) -> None:
+        """Write the results of one call, which rows of them are real, and whose they are.
+
+        Args:
+            policy: the hooked policy.
+            source: what it was called with.
+            output: what it gave, in which the results are written.
+            results: by key; the masks of schedules among them.
+        """
+        if not results:
+            return
+        # In a compiled graph, and inside vmap, rows are nobody's: what is read of them later is computed again.
+        traced = torch.compiler.is_compiling() or policy._hooked.runtime.level >= 0
+        trace = self.trace(source) if not traced and self.note_weights(policy) else None
+        by_root: dict[str, list[Tensor]] = {}
+        for key, value in results.items():
+            if key[0] != "computed":
+                by_root.setdefault(key[0], []).append(value)
+        marks: dict[Key, Tensor] = {}
+        for root, values in by_root.items():
+            mask_key, stamped = self.marks[root]
+            marks[mask_key] = mask = self.mask(root, values, source, results.get(mask_key), traced)
+            if stamped is not None:
+                marks[stamped] = mask.to(torch.float32) * 0 if trace is None else self.stamp(root, trace, output)
+        set_entries(output, {**results, **marks})
 
     # ------------------------------------------------------------------ weights
 

@@ -24,7 +24,7 @@ from tdhook_rl.internals.tensordict_names import new_unsafe
 from tdhook_rl.policies.draws import draws
 from tdhook_rl.policies.memory import same_values
 from tdhook_rl.replaying.batching import Traits
-from tdhook_rl.replaying.replay import Replay
+from tdhook_rl.replaying.samples import Replay
 
 __all__ = ["can_share", "chain_pass", "graph_pass", "sharing"]
 

@@ -13,8 +13,7 @@ from torch import nn
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.calls.preconditions import require_hooked
-from tdhook_rl.doctor.collecting import Collecting
-from tdhook_rl.doctor.collecting_checks import collecting_findings, device_findings, failure
+from tdhook_rl.doctor.collecting import Collecting, collecting_findings, device_findings, failure
 from tdhook_rl.doctor.compile_checks import compile_findings
 from tdhook_rl.doctor.dry_run import Deadline, TimeUp, env_options, fresh_env, generators_kept, trial_copy
 from tdhook_rl.doctor.findings import Finding, Report

@@ -15,8 +15,7 @@ from tdhook_rl.errors import InputError, PreparationError, SiteError
 from tdhook_rl.policies.draws import made_inside, noise_keys
 from tdhook_rl.policies.tying import Tie, replace_tensors
 from tdhook_rl.sites.controls import Controls
-from tdhook_rl.sites.function_hooks import ChangeHook, ReadHook
-from tdhook_rl.sites.hooks import CaptureHook, InputCaptureHook, LeafHook, RowHook, WatchHook
+from tdhook_rl.sites.hooks import CaptureHook, ChangeHook, InputCaptureHook, LeafHook, ReadHook, RowHook, WatchHook
 from tdhook_rl.sites.inplace import hand_on_in_place
 from tdhook_rl.sites.missing import RowsHook, place_rows_hook
 from tdhook_rl.sites.paths import Run, Site, find_sites, require_apart, require_counted

@@ -22,7 +22,6 @@ from tdhook_rl.calls.bound import BoundMethod, observers
 from tdhook_rl.calls.chunks import in_deciding_rows
 from tdhook_rl.calls.passes import Call, drawn_noise, effects_of, for_samples, run_root, stored_inputs
 from tdhook_rl.calls.preconditions import another_dtype_or_device, other_keys, require_data
-from tdhook_rl.calls.publishing import publish_step
 from tdhook_rl.calls.repeatable import require_repeatable
 from tdhook_rl.calls.shared_pass import chain_pass, graph_pass, sharing
 from tdhook_rl.calls.untraced import traced_whole, uncompiled
@@ -202,7 +201,8 @@ class HookedMixin(AnnotatingMixin, Swapped):
         if lacking and len(self._hooked.alone) == len(steps):
             try:
                 with self._frozen_statistics():
-                    publish_step(self, data, data, self._compute(steps, Call(self, forward, data, {}, data)))
+                    results = self._compute(steps, Call(self, forward, data, {}, data))
+                    self._hooked.provenance.publish(self, data, data, results)
             finally:
                 runtime.slots.clear()
             return data
@@ -251,7 +251,7 @@ class HookedMixin(AnnotatingMixin, Swapped):
                     results |= self._compute(rest, call)
                 finally:
                     after.restore()
-            publish_step(self, data, output, results)
+            self._hooked.provenance.publish(self, data, output, results)
             return output
         finally:
             runtime.slots.clear()

@@ -20,9 +20,8 @@ from tdhook_rl.hooking.binder import Binder
 from tdhook_rl.hooking.collisions import check_collisions
 from tdhook_rl.hooking.hooked import HookedMixin
 from tdhook_rl.hooking.pooling import speed_up_pooling
-from tdhook_rl.policies.chunks import chunked_by
+from tdhook_rl.policies.actors import chunked_by, supports, value_actions
 from tdhook_rl.policies.draws import Draw, draws, survey_draws
-from tdhook_rl.policies.q_networks import supports, value_actions
 from tdhook_rl.policies.tying import Tie, tied_clone
 from tdhook_rl.replaying.batching import Traits
 from tdhook_rl.replaying.replay_mixin import DecidedHook, ReplayMixin

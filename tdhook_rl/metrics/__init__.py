@@ -5,12 +5,11 @@ Knows attributions, and asks the policies that they are of; not where the data c
 
 from tdhook_rl.metrics.completeness import completeness_gap
 from tdhook_rl.metrics.deletion import DeletionInsertion, deletion_insertion
-from tdhook_rl.metrics.infidelity import InfidelityMetric
 from tdhook_rl.metrics.localisation import pointing_game, relevance_mass
+from tdhook_rl.metrics.perturbed import InfidelityMetric, SensitivityMetric
 from tdhook_rl.metrics.plasticity import action_churn, dormant_units, effective_rank, entropy_rank
 from tdhook_rl.metrics.randomisation import cascading_randomisation
 from tdhook_rl.metrics.scoring import ScoreDirection
-from tdhook_rl.metrics.sensitivity import SensitivityMetric
 
 __all__ = [
     "DeletionInsertion",

@@ -15,8 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.method import Method
-from tdhook_rl.metrics.scoring import flat
-from tdhook_rl.metrics.selection import find_attribution, target_name
+from tdhook_rl.metrics.scoring import find_attribution, flat, target_name
 from tdhook_rl.sites.paths import find_sites
 from tdhook_rl.weights.computed import ComputedWeight, computed_weights, draw_anew
 

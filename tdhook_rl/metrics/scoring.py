@@ -1,4 +1,4 @@
-"""What the metrics share: the target that an attribution explains, evaluated at inputs of the metric's choice.
+"""What the metrics share: which attribution and target is scored, evaluated at inputs of the metric's choice.
 
 A metric replays the hooked policy with its interventions and the stored samples, as the attribution does. Nothing
 is sampled, and neither the data nor the global generators change.
@@ -19,8 +19,8 @@ from tdhook_rl.attribution.base import BoundAttribution
 from tdhook_rl.attribution.baselines import filled
 from tdhook_rl.calls.passes import Call, effects_of, stored_inputs
 from tdhook_rl.calls.preconditions import require_rows
-from tdhook_rl.errors import InputError, MissingKeyError, nearest
-from tdhook_rl.metrics.selection import find_attribution, target_name
+from tdhook_rl.errors import InputError, MissingKeyError, TargetError, nearest
+from tdhook_rl.hooking.hooked import HookedMixin
 from tdhook_rl.policies.draws import action_keys
 from tdhook_rl.replaying.batching import (
     PassNoise,
@@ -32,7 +32,16 @@ from tdhook_rl.replaying.batching import (
 )
 from tdhook_rl.sites.runtime import vmap_level
 
-__all__ = ["ScoreDirection", "Scorer", "flat", "require_count", "require_floats", "score"]
+__all__ = [
+    "ScoreDirection",
+    "Scorer",
+    "find_attribution",
+    "flat",
+    "require_count",
+    "require_floats",
+    "score",
+    "target_name",
+]
 
 
 class ScoreDirection(Enum):
@@ -248,3 +257,65 @@ def require_count(name: str, value: int) -> None:
     """Refuse what is not a positive integer."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InputError(f"{name} is a positive integer, got {value!r}")
+
+
+def find_attribution(hooked: Any, attribution_key: str | None) -> BoundAttribution:
+    """The attribution method of a hooked policy.
+
+    Raises:
+        InputError: if there is none, or several and none is named.
+    """
+    if not isinstance(hooked, HookedMixin):
+        raise InputError(
+            f"a metric takes a hooked policy, got a {type(hooked).__name__}: "
+            "`with Saliency().prepare(policy) as hooked:`"
+        )
+    if not hooked._hooked.runtime.active:
+        hooked._hooked.runtime.refuse()
+    found: list[Any] = [one for one in hooked._hooked.bound if isinstance(one, BoundAttribution)]
+    if not found:
+        raise InputError(
+            "a metric scores an attribution, and this policy is hooked without one: prepare it with "
+            "Compose(..., Saliency()), say"
+        )
+    roots = [one.root for one in found]
+    if attribution_key is None:
+        if len(found) > 1:
+            raise InputError(
+                f"this policy is hooked with {len(found)} attributions, under {roots}: say which is scored with "
+                "attribution_key="
+            )
+        return found[0]
+    if roots.count(attribution_key) == 1:
+        return found[roots.index(attribution_key)]
+    if attribution_key in roots:
+        raise InputError(
+            f"several attributions write under {attribution_key!r}: give each an attribution_key= of its own"
+        )
+    raise InputError(
+        f"no attribution of this policy writes under {attribution_key!r}; {nearest(attribution_key, roots)}"
+    )
+
+
+def target_name(bound: BoundAttribution, target: str | None) -> str | None:
+    """The name of the scored target, ``None`` where the method explains a single one.
+
+    Raises:
+        TargetError: if there are several and none is named, or there is none of that name.
+    """
+    names = [name for name in bound.names if name is not None]
+    if not names:
+        if target is not None:
+            raise TargetError(
+                f"target={target!r} was asked, but the attribution {bound.root!r} has one, unnamed target"
+            )
+        return None
+    if target is None and len(names) == 1:
+        return names[0]
+    if target is None:
+        raise TargetError(
+            f"the attribution {bound.root!r} explains {len(names)} targets: say which with target=, of {names}"
+        )
+    if target not in names:
+        raise TargetError(f"no target of the attribution {bound.root!r} is named {target!r}; {nearest(target, names)}")
+    return target

@@ -16,7 +16,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
 from tdhook_rl.arguments.keys import key_parts
-from tdhook_rl.policies.chunks import cached_samples
+from tdhook_rl.policies.actors import cached_samples
 
 __all__ = [
     "Draw", "draws", "given_beside", "made_inside", "masks_needed", "meets", "noise_keys", "sample_keys",

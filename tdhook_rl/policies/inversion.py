@@ -1,8 +1,9 @@
-"""The action that was drawn, from the stored one that later modules made of it: a table, a scale, a squashing.
+"""What was drawn, from what is stored: the action before later modules mapped it, and the noise behind a sample.
 
 The stored action of such a policy is the mapped one, and a log-probability is of the drawn one. A mapping is inverted
 where that can be checked: a choice by trying every one, a number elementwise, where the mapping is strictly monotone
-around it. Elsewhere there is no answer.
+around it. Elsewhere there is no answer. With the noise, a sample follows the parameters of its distribution as
+``rsample`` does; it is found for families whose samples are a known function of parameters and noise.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 from torch import distributions as D
 
-__all__ = ["choices", "invert", "is_one_hot", "one_hot_choices"]
+from tdhook_rl.internals.torch_names import cholesky_factor
+
+__all__ = ["choices", "invert", "is_one_hot", "noise_of", "one_hot_choices", "sample_with"]
+
 
 #: How far around a number a mapping is looked at, how steep it has to be there, and where the number is looked for.
 STEP, SLOPE, REACH = 1e-2, 1e-3, 1e3
@@ -127,3 +131,69 @@ def _same(value: Tensor, stored: Tensor) -> bool:
 
 def _device(distribution: Any) -> torch.device:
     return distribution.probs.device if "probs" in distribution.__dict__ else distribution.logits.device
+
+
+_LOCATION_SCALE = (D.Normal, D.Laplace, D.Cauchy, D.StudentT)
+
+
+def noise_of(distribution: D.Distribution, sample: Tensor) -> Tensor | None:
+    """The noise that makes a sample of a distribution; ``None`` for a family whose noise cannot be told from it.
+
+    Of a distribution without reparameterised samples, whose samples do not follow its parameters, the sample itself.
+    """
+    if not distribution.has_rsample or isinstance(distribution, D.OneHotCategoricalStraightThrough):
+        return sample
+    if isinstance(distribution, D.TransformedDistribution):
+        for transform in reversed(distribution.transforms):
+            sample = transform.inv(sample)
+        return noise_of(distribution.base_dist, sample)
+    if isinstance(distribution, D.Independent):
+        return noise_of(distribution.base_dist, sample)
+    if isinstance(distribution, _LOCATION_SCALE):
+        noise = (sample - distribution.loc) / distribution.scale
+        return torch.where(distribution.scale == 0, torch.zeros_like(noise), noise)
+    if isinstance(distribution, D.Uniform):
+        return (sample - distribution.low) / (distribution.high - distribution.low)
+    if isinstance(distribution, D.Exponential):
+        return sample * distribution.rate
+    if isinstance(distribution, D.MultivariateNormal):
+        centred = (sample - distribution.loc).unsqueeze(-1)
+        return torch.linalg.solve_triangular(cholesky_factor(distribution), centred, upper=False).squeeze(-1)
+    if isinstance(distribution, D.relaxed_categorical.ExpRelaxedCategorical):
+        return sample * distribution.temperature - distribution.logits  # up to a constant, which has no effect
+    if _is_truncated_normal(distribution):
+        return distribution.cdf(sample)
+    return None
+
+
+def sample_with(distribution: D.Distribution, noise: Tensor) -> Tensor:
+    """The sample that this noise makes, with its gradient; the inverse of :func:`noise_of`."""
+    if not distribution.has_rsample:
+        return noise
+    if isinstance(distribution, D.OneHotCategoricalStraightThrough):
+        return noise + (distribution.probs - distribution.probs.detach())
+    if isinstance(distribution, D.TransformedDistribution):
+        sample = sample_with(distribution.base_dist, noise)
+        for transform in distribution.transforms:
+            sample = transform(sample)
+        return sample
+    if isinstance(distribution, D.Independent):
+        return sample_with(distribution.base_dist, noise)
+    if isinstance(distribution, _LOCATION_SCALE):
+        return distribution.loc + noise * distribution.scale
+    if isinstance(distribution, D.Uniform):
+        return distribution.low + noise * (distribution.high - distribution.low)
+    if isinstance(distribution, D.Exponential):
+        return noise / distribution.rate
+    if isinstance(distribution, D.MultivariateNormal):
+        return distribution.loc + (cholesky_factor(distribution) @ noise.unsqueeze(-1)).squeeze(-1)
+    if isinstance(distribution, D.relaxed_categorical.ExpRelaxedCategorical):
+        scores = (distribution.logits + noise) / distribution.temperature
+        return scores - scores.logsumexp(-1, keepdim=True)
+    return distribution.icdf(noise)
+
+
+def _is_truncated_normal(distribution: D.Distribution) -> bool:
+    from torchrl.modules.distributions.truncated_normal import TruncatedStandardNormal
+
+    return isinstance(distribution, TruncatedStandardNormal)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError
 from tdhook_rl.policies.draws import Draw, sample_keys
-from tdhook_rl.replaying.replay import Drawn, Replay
-from tdhook_rl.replaying.samples import components, decided_action, is_point, latent_samples, samples
+from tdhook_rl.replaying.samples import Drawn, Replay, components, decided_action, is_point, latent_samples, samples
 from tdhook_rl.replaying.start import Start
 from tdhook_rl.sites.classes import Swapped
 from tdhook_rl.sites.runtime import Runtime

@@ -1,29 +1,64 @@
-"""The samples that a replay hands on where the policy draws: those of the call that is explained."""
+"""The record of one replay, and the samples that it hands on where the policy draws: those of the explained call."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import CompositeDistribution, InteractionType
 from tensordict.nn.probabilistic import interaction_type
 from tensordict.utils import unravel_key
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributions as D
 
 from tdhook_rl.errors import InputError
 from tdhook_rl.internals.functorch_names import in_transform
 from tdhook_rl.internals.torchrl_names import is_sparse
 from tdhook_rl.policies.draws import Draw, sample_keys
-from tdhook_rl.policies.inversion import choices, invert, is_one_hot, one_hot_choices
-from tdhook_rl.policies.noise import noise_of, sample_with
+from tdhook_rl.policies.inversion import choices, invert, is_one_hot, noise_of, one_hot_choices, sample_with
 
-if TYPE_CHECKING:
-    from tdhook_rl.replaying.replay import Replay
+__all__ = [
+    "Drawn",
+    "Replay",
+    "components",
+    "decided_action",
+    "is_point",
+    "latent_samples",
+    "require_unchanged",
+    "samples",
+]
 
-__all__ = ["components", "decided_action", "is_point", "latent_samples", "require_unchanged", "samples"]
+
+class Drawn(NamedTuple):
+    """A distribution that a replay met, and what was drawn from it in the call that is explained."""
+
+    module: nn.Module
+    distribution: torch.distributions.Distribution
+    samples: Mapping[NestedKey, Tensor | None]
+
+    def again(self, outputs: TensorDictBase) -> Drawn:
+        """The same of other outputs."""
+        return Drawn(self.module, self.module.get_dist(outputs), self.samples)  # type: ignore[operator]
+
+
+@dataclass
+class Replay:
+    """What a replay takes from the stored data, and the distributions that it met."""
+
+    stored: TensorDictBase
+    in_step: bool = False  # of the forward that has just run, in the mode in which it ran
+    learning: bool = False  # whether it is to find what the data does not hold as it was drawn
+    distributions: list[Drawn] = field(default_factory=list)
+    watched: dict[str, Tensor] = field(default_factory=dict)
+    runs: dict[str, int] = field(default_factory=dict)  # how often the hooks that count ran
+    # What a deterministic policy decided before exploration noise was added.
+    decided: dict[NestedKey, Tensor] = field(default_factory=dict)
+    # What was found, by slot.
+    learned: dict[str, Tensor] = field(default_factory=dict)
+
 
 #: How far a latent that is made again from its noise may be from the one that is stored.
 RELATIVE, ABSOLUTE = 1e-3, 1e-4

@@ -21,8 +21,7 @@ from tdhook_rl.calls.decisions import require_own_parameters
 from tdhook_rl.calls.passes import Pass
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.errors import InputError, SiteError, TargetError, nearest
-from tdhook_rl.replaying.replay import Drawn, Replay
-from tdhook_rl.replaying.samples import samples
+from tdhook_rl.replaying.samples import Drawn, Replay, samples
 from tdhook_rl.runs.placing import Placing
 from tdhook_rl.runs.requests import (
     OFFERED,

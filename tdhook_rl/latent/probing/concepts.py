@@ -13,9 +13,8 @@ from torch import Tensor
 from tdhook_rl import statistics
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.probing.class_statistics import ClassStatistics
-from tdhook_rl.latent.probing.held_out import HitTally, ScoreHistograms, widest
+from tdhook_rl.latent.probing.held_out import HitTally, ScoreHistograms, Tally, widest
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
-from tdhook_rl.latent.probing.tallies import Tally
 from tdhook_rl.latent.probing.target_statistics import TargetStatistics
 from tdhook_rl.statistics import Interval
 
