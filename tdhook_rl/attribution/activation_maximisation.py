@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from tensordict import NestedKey
@@ -15,10 +15,8 @@ from tdhook_rl.attribution.gradients import gradients
 from tdhook_rl.attribution.question import Attributed, Question, TargetFunction
 from tdhook_rl.calls.passes import Call, Pass, with_batch
 from tdhook_rl.errors import InputError, SiteError, TargetError
+from tdhook_rl.method import Binder
 from tdhook_rl.targets import Target, per_row
-
-if TYPE_CHECKING:
-    from tdhook_rl.method import Binder
 
 __all__ = ["ActivationMaximisation"]
 

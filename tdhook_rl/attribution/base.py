@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictModule
+from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 
@@ -27,9 +27,6 @@ from tdhook_rl.replaying.batching import in_recurrent_mode
 from tdhook_rl.sites.hooks import Portable
 from tdhook_rl.sites.missing import Absent, Missing, PartialCapture, check_missing
 from tdhook_rl.targets import DefaultTarget, Target, per_row
-
-if TYPE_CHECKING:
-    from tensordict.nn import TensorDictModuleBase
 
 __all__ = ["BoundAttribution", "GradientAttribution"]
 

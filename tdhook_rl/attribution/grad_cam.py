@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,9 +15,7 @@ from tdhook_rl.attribution.gradients import gradients
 from tdhook_rl.attribution.question import Attributed, Question
 from tdhook_rl.calls.passes import Call, with_batch
 from tdhook_rl.errors import InputError
-
-if TYPE_CHECKING:
-    from tdhook_rl.method import Binder
+from tdhook_rl.method import Binder
 
 __all__ = ["DimsConfig", "GradCAM"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,11 @@ from tdhook_rl.attribution.watching import WatchedCall, reached
 from tdhook_rl.calls.passes import Pass
 from tdhook_rl.errors import InPlaceError, SiteError, TdhookError
 from tdhook_rl.internals.torch_names import function_of
+from tdhook_rl.method import Binder
 from tdhook_rl.replaying.batching import GeneratorState
 from tdhook_rl.sites.containers import first_tensor
 from tdhook_rl.sites.paths import Site
 from tdhook_rl.sites.runtime import Runtime, vmap_level
-
-if TYPE_CHECKING:
-    from tdhook_rl.method import Binder
 
 __all__ = ["GuidedBackpropagation"]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -23,11 +23,9 @@ from tdhook_rl.attribution.question import Attributed, Question
 from tdhook_rl.calls.coupling import coupled
 from tdhook_rl.calls.passes import Call, with_batch
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
+from tdhook_rl.method import Binder
 from tdhook_rl.policies.draws import draws, sample_keys
 from tdhook_rl.replaying.batching import conv_chunk, repeat_rows, row_vectors
-
-if TYPE_CHECKING:
-    from tdhook_rl.method import Binder
 
 __all__ = ["IntegratedGradients", "quadrature"]
 

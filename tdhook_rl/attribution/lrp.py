@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from tensordict.nn import TensorDictModuleBase, TensorDictParams
@@ -32,12 +32,10 @@ from tdhook_rl.calls.decisions import action_of, drawn_decisions, keys_named, re
 from tdhook_rl.calls.passes import Call, Pass
 from tdhook_rl.errors import InPlaceError, InputError, SiteError, TdhookError
 from tdhook_rl.internals.torchrl_names import is_lent_weights
+from tdhook_rl.method import Binder
 from tdhook_rl.replaying.batching import GeneratorState, row_vectors
 from tdhook_rl.sites.runtime import vmap_level
 from tdhook_rl.targets import Target, chosen_logit, default_target
-
-if TYPE_CHECKING:
-    from tdhook_rl.method import Binder
 
 __all__ = ["LRP"]
 

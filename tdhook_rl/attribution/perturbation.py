@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from tensordict import NestedKey
@@ -29,9 +29,7 @@ from tdhook_rl.attribution.perturbation_base import (
 )
 from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
-
-if TYPE_CHECKING:
-    from tdhook_rl.method import Binder
+from tdhook_rl.method import Binder
 
 __all__ = ["SARFA", "Occlusion", "PerturbationSaliency", "windows"]
 

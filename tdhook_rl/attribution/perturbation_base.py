@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -16,11 +16,9 @@ from tdhook_rl.attribution.integrated_gradients import rows_at_once
 from tdhook_rl.attribution.question import Attributed, Question
 from tdhook_rl.calls.passes import Call, Pass
 from tdhook_rl.errors import InputError, TargetError, TdhookError, nearest
+from tdhook_rl.method import Binder
 from tdhook_rl.replaying.batching import repeat_rows, row_vectors, shallow_copy
 from tdhook_rl.targets import Target, default_target, one_hot_action
-
-if TYPE_CHECKING:
-    from tdhook_rl.method import Binder
 
 __all__ = ["Blurred", "BoundPerturbation", "Changes", "ChosenFirst", "Occluded", "Output", "Perturbation"]
 

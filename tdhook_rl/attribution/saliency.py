@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from tdhook_rl.attribution.base import BoundAttribution, GradientAttribution
 from tdhook_rl.attribution.gradients import gradients
 from tdhook_rl.attribution.question import Attributed, Question
-
-if TYPE_CHECKING:
-    from tdhook_rl.method import Binder
+from tdhook_rl.method import Binder
 
 __all__ = ["Saliency"]
 

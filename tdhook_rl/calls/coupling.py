@@ -7,17 +7,13 @@ both sides of a difference), and where the policy writes what it reads. There ea
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import warn
 from tdhook_rl.replaying.batching import repeat_rows, shallow_copy
 from tdhook_rl.sites.runtime import vmap_level
-
-if TYPE_CHECKING:
-    from tdhook_rl.calls.passes import Call
 
 __all__ = ["coupled"]
 

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -21,6 +21,7 @@ from tensordict.nn import (
 )
 from torch import Tensor
 
+from tdhook_rl.calls.chains import Record
 from tdhook_rl.calls.chunks import all_decide
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.writing import get_entry, set_tensor
@@ -33,9 +34,6 @@ from tdhook_rl.replaying.start import ForwardEffects, Start
 from tdhook_rl.sites.repeats import Several
 from tdhook_rl.sites.rows import with_batch
 from tdhook_rl.sites.states import watching
-
-if TYPE_CHECKING:
-    from tdhook_rl.calls.chains import Record
 
 __all__ = ["Call", "Pass", "effects_of"]
 

@@ -6,18 +6,13 @@ object of C. Our passes would advance it, the policy would act by that, and what
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from tensordict import NestedKey
 from torch import Tensor
 
-from tdhook_rl.calls.passes import effects_of
+from tdhook_rl.calls.passes import Call, effects_of
 from tdhook_rl.errors import InputError
 from tdhook_rl.sites.known import own_class
-
-if TYPE_CHECKING:
-    from tdhook_rl.calls.passes import Call
 
 __all__ = ["require_repeatable"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -15,9 +14,7 @@ from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter, RoundRob
 from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.errors import InputError
 from tdhook_rl.internals.torchrl_names import cursor_of
-
-if TYPE_CHECKING:
-    from tdhook_rl.replay.transforms import Window
+from tdhook_rl.replay.transforms import Window
 
 __all__ = ["Trajectories"]
 

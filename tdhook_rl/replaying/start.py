@@ -9,19 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from tdhook_rl.policies.memory import same_values
 from tdhook_rl.replaying.batching import GeneratorState
-from tdhook_rl.replaying.scratch import WriteWatch
+from tdhook_rl.replaying.scratch import Snapshot, WriteWatch
 from tdhook_rl.sites.known import batch_statistics, draws_noise, may_draw, may_meet, own_class
 from tdhook_rl.sites.runtime import vmap_level
-
-if TYPE_CHECKING:
-    from tdhook_rl.replaying.scratch import Snapshot
 
 __all__ = ["ForwardEffects", "Start"]
 

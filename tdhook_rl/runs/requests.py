@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDictBase
@@ -13,12 +13,9 @@ from torch import Tensor, nn
 
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.errors import InputError, SiteError, nearest
-from tdhook_rl.sites.paths import Site, find_sites, require_apart, require_counted
+from tdhook_rl.sites.paths import Run, Site, find_sites, require_apart, require_counted
 from tdhook_rl.sites.repeats import stacked
-
-if TYPE_CHECKING:
-    from tdhook_rl.sites.paths import Run
-    from tdhook_rl.sites.runtime import Runtime
+from tdhook_rl.sites.runtime import Runtime
 
 __all__ = [
     "DIRECTIONS", "OFFERED", "Act", "CacheProxy", "EarlyStop", "KeptRuns", "Kind", "caller", "kind_of",

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -18,9 +18,7 @@ from tdhook_rl.replaying.batching import GeneratorState
 from tdhook_rl.sites.known import own_class
 from tdhook_rl.sites.paths import runs_by_itself
 from tdhook_rl.sites.rows import rows_of, with_batch
-
-if TYPE_CHECKING:
-    from tdhook_rl.sites.runtime import Runtime
+from tdhook_rl.sites.runtime import Runtime
 
 __all__ = ["SiteRow", "SiteTable", "site_table"]
 

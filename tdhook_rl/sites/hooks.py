@@ -6,26 +6,21 @@ Hooks are small importable objects: no closures (workers unpickle them), no coun
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.errors import MissingKeyError, nearest
+from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.sites.containers import first_input
 from tdhook_rl.sites.inner_calls import require_whole_batch, step_of_batch
+from tdhook_rl.sites.paths import Run
 from tdhook_rl.sites.repeats import added, part_of, several_runs
 from tdhook_rl.sites.rows import as_leaf, entry_rows, rows_of, with_rows
 from tdhook_rl.sites.runtime import Runtime
-
-if TYPE_CHECKING:
-    from tdhook_rl.sites.paths import Run
-import types
-
-from tdhook_rl.errors import InputError
-from tdhook_rl.sites.paths import Run
 
 __all__ = [
     "CaptureHook",

@@ -7,17 +7,14 @@ network. What such a module computes has not the rows of the batch, though its s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictParams, TensorDictSequential
 from torch import nn
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.sites.runtime import vmap_level
-
-if TYPE_CHECKING:
-    from tdhook_rl.sites.runtime import Runtime
+from tdhook_rl.sites.runtime import Runtime, vmap_level
 
 __all__ = ["place_inner_hooks", "require_whole_batch", "step_of_batch"]
 

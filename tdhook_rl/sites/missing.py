@@ -7,7 +7,7 @@ a module around it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDictBase
@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError, SiteError
 from tdhook_rl.sites.rows import with_batch
-
-if TYPE_CHECKING:
-    from tdhook_rl.sites.runtime import Runtime
+from tdhook_rl.sites.runtime import Runtime
 
 __all__ = ["Absent", "Missing", "PartialCapture", "RowsHook", "check_missing", "missing_value", "place_rows_hook"]
 

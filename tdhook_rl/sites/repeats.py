@@ -7,17 +7,15 @@ a counter that outlived it would make ``torch.compile`` recompile in silence.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tdhook_rl.errors import SiteError
+from tdhook_rl.sites.paths import Run
 from tdhook_rl.sites.rows import with_batch
-
-if TYPE_CHECKING:
-    from tdhook_rl.sites.paths import Run
-    from tdhook_rl.sites.runtime import Runtime
+from tdhook_rl.sites.runtime import Runtime
 
 __all__ = ["RunHook", "Several", "part_of", "several_runs", "stacked"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -30,9 +30,6 @@ from tdhook_rl.internals.torchrl_names import lends_weights
 from tdhook_rl.sites.containers import first_tensor, tensors_of, with_first_tensor
 from tdhook_rl.sites.layouts import is_transformer, survey_features, takes_time_first, time_comes_first
 from tdhook_rl.sites.runtime import Runtime, vmap_level
-
-if TYPE_CHECKING:
-    from tdhook_rl.sites.runtime import Runtime
 
 __all__ = [
     "Layout", "RecurrentHook", "as_leaf", "attach_layouts", "entry_rows", "feature_dims", "note_intervention",

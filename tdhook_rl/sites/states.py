@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,9 +16,7 @@ from tdhook_rl.errors import SiteError
 from tdhook_rl.internals.functorch_names import get_unwrapped, is_wrapped
 from tdhook_rl.internals.torch_names import TorchDispatchMode, storage_id
 from tdhook_rl.sites.containers import tensors_of
-
-if TYPE_CHECKING:
-    from tdhook_rl.sites.runtime import Runtime
+from tdhook_rl.sites.runtime import Runtime
 
 __all__ = ["StateHook", "state_names", "state_of", "watching", "with_state"]
 

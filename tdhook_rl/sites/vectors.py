@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from tdhook_rl.errors import InputError
 from tdhook_rl.sites.layouts import CHANNELS_FIRST
 from tdhook_rl.sites.rows import feature_dims
-
-if TYPE_CHECKING:
-    from tdhook_rl.sites.runtime import Runtime
+from tdhook_rl.sites.runtime import Runtime
 
 __all__ = ["placed_shape"]
 
