@@ -18,8 +18,6 @@ from tdhook_rl.envs.concepts import Concept, Role
 from tdhook_rl.envs.info_labels import add_computed_labels
 from tdhook_rl.errors import InputError, nearest
 
-__all__ = ["ATARI_RAM", "atari_concepts", "make_atari"]
-
 #: By game: name, address, role and meaning of each label.
 ATARI_RAM: dict[str, dict[str, tuple[int, Role, str]]] = {
     "Pong": {

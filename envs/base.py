@@ -21,8 +21,6 @@ from torchrl.envs import EnvBase
 from tdhook_rl.envs.concepts import Concept
 from tdhook_rl.errors import ConceptError, InputError, nearest
 
-__all__ = ["ConceptEnv"]
-
 DONE = ("done", "terminated", "truncated")
 
 

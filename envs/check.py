@@ -29,8 +29,6 @@ from torchrl.envs.utils import check_env_specs
 
 from tdhook_rl.errors import EnvCheckError, InputError
 
-__all__ = ["Report", "check_concept_env"]
-
 
 @dataclass(frozen=True)
 class Report:

@@ -24,8 +24,6 @@ from tdhook_rl.envs.grids import distances, moved, one_hot, random_mazes, worth
 from tdhook_rl.envs.rendering import Canvas
 from tdhook_rl.errors import InputError, nearest
 
-__all__ = ["Cheese"]
-
 SIDE = 7
 CELLS = SIDE * SIDE
 STEP_COST = 0.02

@@ -13,8 +13,6 @@ from torchrl.data import Binary, Bounded, Categorical, TensorSpec, Unbounded
 
 from tdhook_rl.errors import InputError
 
-__all__ = ["EPISODE_COIN", "Concept", "Role", "state_variables"]
-
 #: Needed by the task; present but not needed; not a property that a network has a reason to represent.
 Role = Literal["needed", "unneeded", "control"]
 

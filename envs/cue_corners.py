@@ -20,8 +20,6 @@ from tdhook_rl.envs.grids import manhattan, moved, worth
 from tdhook_rl.envs.lights import BITS, LitGrid, light_concepts
 from tdhook_rl.errors import InputError
 
-__all__ = ["CueCorners"]
-
 SIDE = 5
 CELLS = SIDE * SIDE
 CORNERS = (0, CELLS - 1)  # A, B

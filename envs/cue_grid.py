@@ -21,8 +21,6 @@ from tdhook_rl.envs.grids import between, manhattan, moved, one_hot, worth
 from tdhook_rl.envs.lights import BITS, LitGrid, light_concepts
 from tdhook_rl.errors import InputError
 
-__all__ = ["CueGrid"]
-
 SIDE = 4
 CELLS = SIDE * SIDE
 PLANE = (SIDE + 1) * SIDE

@@ -7,9 +7,6 @@ import random
 import torch
 from torch import Tensor
 
-__all__ = ["MOVES", "between", "distances", "manhattan", "moved", "one_hot", "random_mazes", "worth"]
-
-
 MOVES = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1]])
 
 

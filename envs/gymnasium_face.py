@@ -16,8 +16,6 @@ from tensordict import TensorDictBase
 from tdhook_rl.envs.base import ConceptEnv
 from tdhook_rl.errors import InputError
 
-__all__ = ["GymnasiumFace", "register"]
-
 
 class GymnasiumFace(gymnasium.Env):
     """One copy of a :class:`~tdhook_rl.envs.ConceptEnv` with Gymnasium's interface.

@@ -24,8 +24,6 @@ from torchrl.envs.gym_like import BaseInfoDictReader, GymLikeEnv
 from tdhook_rl.envs.concepts import Concept
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 
-__all__ = ["ComputedLabels", "InfoField", "InfoLabels", "add_computed_labels", "add_info_labels"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class InfoField:

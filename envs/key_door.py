@@ -22,8 +22,6 @@ from tdhook_rl.envs.grids import manhattan, moved, worth
 from tdhook_rl.envs.rendering import COLOURS, Canvas
 from tdhook_rl.errors import InputError
 
-__all__ = ["KeyDoor"]
-
 SIDE = 6
 CELLS = SIDE * SIDE
 WALL = 3  # the column between the rooms

@@ -23,8 +23,6 @@ from tdhook_rl.envs.concepts import EPISODE_COIN, Concept, state_variables
 from tdhook_rl.envs.rendering import Canvas
 from tdhook_rl.errors import InputError
 
-__all__ = ["KnownValue"]
-
 FEATURES = 16
 DRIFT, BONUS, CHOICE, DISTRACTOR = 2, 5, 9, 11
 WEIGHTS = {DRIFT: 0.5, BONUS: 1.0}

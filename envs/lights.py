@@ -13,8 +13,6 @@ from tdhook_rl.envs.base import ConceptEnv
 from tdhook_rl.envs.concepts import Concept
 from tdhook_rl.envs.rendering import Canvas
 
-__all__ = ["BITS", "LitGrid", "light_concepts"]
-
 BITS = 4
 
 

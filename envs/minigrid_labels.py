@@ -17,8 +17,6 @@ from torchrl.envs.libs.gym import register_gym_spec_conversion
 from tdhook_rl.envs.concepts import Concept
 from tdhook_rl.envs.info_labels import add_computed_labels
 
-__all__ = ["MINIGRID_CONCEPTS", "make_minigrid", "register_mission_space"]
-
 #: The labels under ``("concept", name)``.
 MINIGRID_CONCEPTS = {
     "has_key": Concept(role="needed", meaning="the agent carries a key", classes=2),

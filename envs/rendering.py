@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["COLOURS", "Canvas"]
-
 #: Told apart by colour-blind readers (Okabe and Ito 2008), on a light ground.
 COLOURS = {
     "ground": (245, 245, 240), "line": (210, 210, 205), "wall": (70, 75, 85), "ink": (20, 20, 25),

@@ -20,8 +20,6 @@ from tdhook_rl.envs.concepts import EPISODE_COIN, Concept, state_variables
 from tdhook_rl.envs.rendering import Canvas
 from tdhook_rl.errors import InputError
 
-__all__ = ["TMaze"]
-
 
 class TMaze(ConceptEnv):
     """The environment, batched in torch.

@@ -10,8 +10,6 @@ from torch import nn
 
 from tdhook_rl.errors import InputError
 
-__all__ = ["takes_keywords"]
-
 
 def takes_keywords(function: Callable[..., Any], names: Sequence[str], what: str) -> bool:
     """Whether a function has the parameters of these names; if not, it is called with the values in this order.

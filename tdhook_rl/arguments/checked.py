@@ -26,8 +26,6 @@ from torch import Tensor, nn
 from tdhook_rl.errors import ArgumentError, TargetError, TdhookError, nearest
 from tdhook_rl.internals.python_names import is_protocol
 
-__all__ = ["Checked", "checked", "require_target"]
-
 #: What a class that is called does not return.
 _RESULTS = (Tensor, TensorDictBase, TensorDict, bool, float, Tensor | None)
 #: A signature, and for each annotated argument its type and how that is said.

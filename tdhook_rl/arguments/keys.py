@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from tensordict import NestedKey
 
-__all__ = ["key_parts"]
-
 
 def key_parts(key: NestedKey) -> tuple[str, ...]:
     """The strings of a key.

@@ -18,8 +18,6 @@ from tdhook_rl.errors import InputError, SiteError, TargetError
 from tdhook_rl.method import Binder
 from tdhook_rl.targets import Target, per_row
 
-__all__ = ["ActivationMaximisation"]
-
 
 @dataclass(frozen=True)
 class _Activations:

@@ -28,8 +28,6 @@ from tdhook_rl.sites.hooks import Portable
 from tdhook_rl.sites.missing import Absent, Missing, PartialCapture, check_missing
 from tdhook_rl.targets import DefaultTarget, Target, per_row
 
-__all__ = ["BoundAttribution", "GradientAttribution"]
-
 Init = Callable[[TensorDictBase, TensorDictBase], TensorDictBase]
 
 

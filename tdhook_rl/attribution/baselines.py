@@ -16,8 +16,6 @@ from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 
-__all__ = ["Baseline", "Baselines", "check_baseline", "filled"]
-
 Baseline = float | Tensor | Mapping[NestedKey, float | Tensor]
 
 
@@ -98,13 +96,7 @@ def check_baseline(baseline: Any) -> Any:
 
 
 def filled(baseline: Any, key: NestedKey, value: Tensor, batch: torch.Size) -> Tensor:
-    """The baseline of one input, of its shape, dtype and device.
-
-    Args:
-        baseline: as :func:`check_baseline` returns it.
-        key: the input.
-        value: the input, batch + features.
-        batch: the batch shape.
+    """The baseline of one input, as :func:`check_baseline` returns it, in the shape, dtype and device of the input.
 
     Raises:
         InputError: if it does not fit the features, or a mapping lacks the input.

@@ -11,8 +11,6 @@ from torch import Tensor
 from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 
-__all__ = ["explainable_inputs"]
-
 
 def explainable_inputs(call: Call, keys: Sequence[NestedKey] | None) -> dict[NestedKey, Tensor]:
     """The inputs to explain, as floats: those asked for, else every input that is not boolean, if there is one.

@@ -13,8 +13,6 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["DESCRIBED", "Kind", "Operation", "is_torch_module", "operation", "running_module"]
-
 
 class Kind(Enum):
     """What a function does with the entries of its tensors."""

@@ -17,8 +17,6 @@ from tdhook_rl.calls.passes import Call, with_batch
 from tdhook_rl.errors import InputError
 from tdhook_rl.method import Binder
 
-__all__ = ["DimsConfig", "GradCAM"]
-
 
 @dataclass(frozen=True)
 class DimsConfig(metaclass=Checked):

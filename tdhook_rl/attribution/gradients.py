@@ -16,14 +16,13 @@ from torch import Tensor
 
 from tdhook_rl.attribution.leaves import activations, as_leaves, in_runs, joined, require_fired
 from tdhook_rl.attribution.question import Attributed, Question, TargetFunction
-from tdhook_rl.attribution.undefined import defined_rows, nan_undefined_rows, surely_finite, warn_unreached, with_nan
+from tdhook_rl.attribution.undefined import defined_rows, nan_undefined_rows, warn_unreached, with_nan
 from tdhook_rl.calls.chains import MODIFIED, Record, chain_layers
 from tdhook_rl.calls.passes import Call, Pass
+from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.errors import InPlaceError, InputError, TargetError
 from tdhook_rl.sites.runtime import vmap_level
 from tdhook_rl.targets import DefaultTarget, LinearTarget, no_path
-
-__all__ = ["chain_gradients", "functional_gradients", "gradients", "is_linear"]
 
 
 def is_linear(targets: Sequence[TargetFunction]) -> bool:

@@ -14,8 +14,6 @@ from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.replaying.batching import row_vectors
 
-__all__ = ["Disjoint", "Groups", "Overlapping", "each_feature", "group_features", "groups_of_rows", "windows"]
-
 
 class Disjoint:
     """Groups without a feature in common; ``owner`` has the group of each feature, or -1."""
@@ -75,12 +73,7 @@ def each_feature(shape: torch.Size) -> Disjoint:
 
 
 def group_features(groups: Any, shape: torch.Size, key: NestedKey) -> Groups:
-    """Groups as the user lists them.
-
-    Args:
-        groups: each a list of indices into the flattened features, or a boolean mask of the shape of the features.
-        shape: of the features.
-        key: the input, for messages.
+    """Groups as the user lists them: indices into the flattened features, or boolean masks of their shape.
 
     Raises:
         InputError: for an empty group, an index out of range, or what is neither indices nor a mask.
@@ -136,14 +129,8 @@ def _members(group: Any, number: int, shape: torch.Size, key: NestedKey) -> Tens
 def groups_of_rows(found: Tensor, value: Tensor, key: NestedKey, name: NestedKey) -> Disjoint:
     """Groups that the data holds for each row: the number of the group of each feature, or -1; or one boolean mask.
 
-    Args:
-        found: what the data holds, of the shape of the input or one that broadcasts to it.
-        value: the input.
-        key: its key.
-        name: the key of the groups.
-
     Raises:
-        InputError: for another shape, or numbers that are no integers.
+        InputError: for what does not broadcast to the shape of the input, or numbers that are no integers.
     """
     try:
         fits = found.ndim == value.ndim and torch.broadcast_shapes(found.shape, value.shape) == value.shape

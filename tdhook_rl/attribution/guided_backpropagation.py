@@ -25,8 +25,6 @@ from tdhook_rl.sites.containers import first_tensor
 from tdhook_rl.sites.paths import Site
 from tdhook_rl.sites.runtime import Runtime, vmap_level
 
-__all__ = ["GuidedBackpropagation"]
-
 
 class _ClampGradient(torch.autograd.Function):
     """The identity, whose gradient keeps its positive part only."""

@@ -27,8 +27,6 @@ from tdhook_rl.method import Binder
 from tdhook_rl.policies.draws import draws, sample_keys
 from tdhook_rl.replaying.batching import conv_chunk, repeat_rows, row_vectors
 
-__all__ = ["IntegratedGradients", "quadrature"]
-
 Quadrature = Literal["gausslegendre", "riemann_middle", "riemann_left", "riemann_right", "riemann_trapezoid"]
 
 #: Rows of one pass (points of the path times rows of the batch); what bounds the memory. Measured on CPU with nets

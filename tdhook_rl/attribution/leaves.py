@@ -14,8 +14,6 @@ from tdhook_rl.errors import SiteError
 from tdhook_rl.sites.repeats import Several, stacked
 from tdhook_rl.sites.runtime import Runtime
 
-__all__ = ["activations", "as_leaves", "in_runs", "joined", "require_fired"]
-
 _NO_TOTALS: Mapping[str, int] = {}
 
 
@@ -29,7 +27,6 @@ def as_leaves(
     """Make activations leaves of the passes within.
 
     Args:
-        runtime: of the policy.
         leaves: by slot a value to put in the place of what is computed, or ``None`` for that itself.
         added: the slots whose value is put beside what is computed: its difference to that is added.
         totals: how often the modules of given values ran.

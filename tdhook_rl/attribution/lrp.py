@@ -37,8 +37,6 @@ from tdhook_rl.replaying.batching import GeneratorState, row_vectors
 from tdhook_rl.sites.runtime import vmap_level
 from tdhook_rl.targets import Target, chosen_logit, default_target
 
-__all__ = ["LRP"]
-
 
 class _BoundLRP(BoundAttribution):
     is_product = True

@@ -14,8 +14,6 @@ from tdhook_rl.attribution.relevance_graph import Graph
 from tdhook_rl.errors import warn
 from tdhook_rl.sites.runtime import vmap_level
 
-__all__ = ["CutOff", "LookForCuts", "owner", "tensors"]
-
 #: Of what is linear in one tensor at a time: where a term is added, by position and by name.
 _ADDED = {
     **{"linear": (2, "bias"), "bilinear": (3, "bias"), "batch_norm": (4, "bias")},

@@ -24,8 +24,6 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.internals.torch_names import pytree
 from tdhook_rl.sites.runtime import vmap_level
 
-__all__ = ["FunctionRules", "no_rule"]
-
 
 class _Refusal(torch.autograd.Function):
     """What a function without a rule has computed: an error if relevance flows through it."""

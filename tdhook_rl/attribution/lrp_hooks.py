@@ -13,8 +13,6 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.internals.torch_names import DisableTorchFunction, pytree
 from tdhook_rl.sites.runtime import Runtime, vmap_level
 
-__all__ = ["ComputedHook", "GradientHook", "LrpState", "RuleHook", "ShareByFunction", "ShareOut", "Unknown"]
-
 
 class Unknown(Exception):
     """A pass by the rules of modules alone has met what needs more: that pass is made again, with more."""

@@ -26,21 +26,6 @@ from tdhook_rl.internals.torch_names import (
     convolved,
 )
 
-__all__ = [
-    "AlphaBeta",
-    "Epsilon",
-    "EpsilonPlus",
-    "Flat",
-    "Gamma",
-    "Pass",
-    "Rule",
-    "RuleMapper",
-    "Sum",
-    "Uniform",
-    "WSquare",
-    "ZPlus",
-]
-
 
 class Sum(nn.Module):
     """A sum as a module, so that it can have a rule of its own; ``x + f(x)`` is shared by the epsilon rule."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tdhook_rl.attribution.base import BoundAttribution
 from tdhook_rl.attribution.baselines import Baseline, Baselines, check_baseline
-from tdhook_rl.attribution.groups import Groups, each_feature, group_features, groups_of_rows, windows
+from tdhook_rl.attribution.groups import Groups, each_feature, group_features, groups_of_rows
 from tdhook_rl.attribution.perturbation_base import (
     Blurred,
     BoundPerturbation,
@@ -30,8 +30,6 @@ from tdhook_rl.attribution.perturbation_base import (
 from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.method import Binder
-
-__all__ = ["SARFA", "Occlusion", "PerturbationSaliency", "windows"]
 
 FeatureGroups = Any  # a sequence of groups (indices or masks), or a TensorDict key
 

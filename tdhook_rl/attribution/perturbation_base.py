@@ -20,8 +20,6 @@ from tdhook_rl.method import Binder
 from tdhook_rl.replaying.batching import repeat_rows, row_vectors, shallow_copy
 from tdhook_rl.targets import Target, default_target, one_hot_action
 
-__all__ = ["Blurred", "BoundPerturbation", "Changes", "ChosenFirst", "Occluded", "Output", "Perturbation"]
-
 Measure = Callable[[Pass], Tensor]
 
 

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from tdhook_rl.calls.passes import Call, Pass
 
-__all__ = ["Attributed", "Question", "TargetFunction"]
-
 #: A target, or a function of the user's: from a replay to one number for each row.
 TargetFunction = Callable[[Pass], Tensor]
 #: For one target: of each input by key, of each inner activation by slot.

@@ -13,8 +13,6 @@ from tdhook_rl.internals.torch_names import function_of
 from tdhook_rl.internals.torchrl_names import is_entrywise
 from tdhook_rl.sites.runtime import Runtime
 
-__all__ = ["Graph"]
-
 Node = Any
 
 #: Nodes whose gradient is a way to hand relevance on: each entry of their output is one entry of an input.

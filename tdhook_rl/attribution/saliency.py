@@ -12,8 +12,6 @@ from tdhook_rl.attribution.gradients import gradients
 from tdhook_rl.attribution.question import Attributed, Question
 from tdhook_rl.method import Binder
 
-__all__ = ["Saliency"]
-
 
 class _BoundSaliency(BoundAttribution):
     def __init__(self, config: Saliency, binder: Binder) -> None:

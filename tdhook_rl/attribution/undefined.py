@@ -10,13 +10,10 @@ from tensordict import NestedKey
 from torch import Tensor
 
 from tdhook_rl.calls.passes import Call
-from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.errors import TargetError, warn
 from tdhook_rl.replaying.batching import in_recurrent_mode
 from tdhook_rl.sites.runtime import Runtime
 from tdhook_rl.targets import no_path
-
-__all__ = ["defined_rows", "nan_undefined_rows", "surely_finite", "warn_unreached", "with_nan"]
 
 
 def defined_rows(call: Call, reached: Tensor) -> Tensor:
@@ -61,12 +58,7 @@ def warn_unreached(
 ) -> None:
     """Warn, once, of what has no gradient at all; other than a gradient of zero, that says nothing about its effect.
 
-    Args:
-        runtime: of the policy.
-        target: what is explained.
-        gradients: of each input, then of each site; ``None`` where there is no path.
-        inputs: the explained inputs.
-        sites: the explained modules.
+    The gradients are those of the inputs and then of the sites, ``None`` where there is no path.
 
     Raises:
         TargetError: if nothing is reached.

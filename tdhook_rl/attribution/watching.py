@@ -16,8 +16,6 @@ from tdhook_rl.attribution.relevance_graph import Graph
 from tdhook_rl.calls.passes import Call, Pass
 from tdhook_rl.errors import InputError
 
-__all__ = ["Watch", "WatchedCall", "reached"]
-
 
 class Watch:
     """What the targets of one pass are looked through with, before relevance starts at them."""

@@ -15,8 +15,6 @@ from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.preconditions import require_data, require_rows
 from tdhook_rl.errors import warn
 
-__all__ = ["AnnotatingMixin", "annotate", "only_by_annotate"]
-
 #: Calls after which a policy has acted, and was not only tried.
 ACTED = 2
 

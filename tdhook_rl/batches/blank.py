@@ -20,8 +20,6 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.replaying.batching import shallow_copy
 from tdhook_rl.sites.missing import missing_value
 
-__all__ = ["Forms", "forms_of", "without_results"]
-
 Key = tuple[str, ...]
 #: Of each result its shape without the batch, and its dtype.
 Forms = Mapping[Key, tuple[torch.Size, torch.dtype]]
@@ -56,13 +54,7 @@ def known_forms(policy: Any, annotated: TensorDictBase) -> Forms:
 
 
 def without_results(policy: Any, data: TensorDictBase, forms: Forms) -> TensorDict:
-    """The batch with what it lacks of the results, not computed; results that it has stay.
-
-    Args:
-        policy: the hooked policy.
-        data: a batch; it is not modified.
-        forms: as of :func:`forms_of`.
-    """
+    """What a batch lacks of the results, in the forms of :func:`forms_of`, not computed; results that it has stay."""
     result = shallow_copy(data)
     lacking = {key: form for key, form in forms.items() if data.get(key, None) is None}
     roots = {key[0] for key in lacking if key[0] != "computed"}

@@ -15,8 +15,6 @@ from tdhook_rl.calls.real_rows import real_rows, without_other_rows
 from tdhook_rl.calls.writing import require_room
 from tdhook_rl.internals.tensordict_names import has_names, set_str
 
-__all__ = ["Found"]
-
 Key = tuple[str, ...]
 
 
@@ -25,11 +23,6 @@ class Found:
 
     A result that the batch brings is kept in the rows whose stamp says that this policy wrote it, with the weights that
     it has now and for what the row holds now (see :mod:`tdhook_rl.calls.provenance`).
-
-    Args:
-        policy: the hooked policy.
-        data: the batch.
-        wanted: the methods whose results are asked for.
 
     Attributes:
         missing: the methods that are to be computed, because some row lacks their results.

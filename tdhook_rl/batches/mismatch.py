@@ -18,8 +18,6 @@ from tdhook_rl.calls.passes import Call, effects_of
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.errors import MismatchError, warn
 
-__all__ = ["Mismatch"]
-
 #: How far outputs may differ: batched and single rows differ in the last bits of the format.
 RELATIVE, ABSOLUTE = 1e-3, 1e-4
 

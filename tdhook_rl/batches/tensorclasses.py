@@ -11,8 +11,6 @@ from tdhook_rl.batches.annotation import OnMismatch, annotate
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.errors import InputError
 
-__all__ = ["annotate_fields", "call_on_fields"]
-
 
 def call_on_fields(policy: HookedPolicy, data: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Call a hooked policy on a tensorclass, which is given the outputs and results.

@@ -8,8 +8,6 @@ from typing import Any, Literal
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-__all__ = ["BoundMethod", "observers"]
-
 
 class BoundMethod:
     """Base of bound methods: what ``Method.bind`` returns if the method computes results.

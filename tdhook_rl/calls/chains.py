@@ -21,8 +21,6 @@ from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.internals.tensordict_names import CALL_METHODS, has_options
 from tdhook_rl.internals.torch_names import call_methods, has_any_global_hook
 
-__all__ = ["LAYERS", "MODIFIED", "Layer", "Record", "Steps", "chain_layers", "is_chain"]
-
 _aten = torch.ops.aten
 
 #: What torch says where a tensor that a derivative needs was changed meanwhile.

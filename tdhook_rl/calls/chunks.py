@@ -15,8 +15,6 @@ from torch import Tensor
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.errors import InputError, MissingKeyError
 
-__all__ = ["all_decide", "deciding_rows", "in_deciding_rows"]
-
 
 def all_decide(policy: HookedPolicy, key: NestedKey, value: Tensor) -> Tensor:
     """An input of the policy for a pass in which its network runs in every row.

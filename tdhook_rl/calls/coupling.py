@@ -15,8 +15,6 @@ from tdhook_rl.errors import warn
 from tdhook_rl.replaying.batching import repeat_rows, shallow_copy
 from tdhook_rl.sites.runtime import vmap_level
 
-__all__ = ["coupled"]
-
 #: How far an output may move when other rows join a pass: batches of different sizes differ in the last bits.
 RELATIVE, ABSOLUTE = 1e-3, 1e-5
 #: On how many rows that is tried.

@@ -19,11 +19,6 @@ from tdhook_rl.errors import TargetError, nearest, warn
 from tdhook_rl.policies.draws import meets, sample_keys
 from tdhook_rl.replaying.samples import Drawn, components, is_point
 
-__all__ = [
-    "Decision", "Keys", "action_of", "choose", "critic_keys", "drawn_decisions", "keys_named", "outputs_named",
-    "require_own_parameters", "warn_beside_values", "warn_left_out",
-]  # fmt: skip
-
 Keys: TypeAlias = NestedKey | list[NestedKey] | None
 
 #: What an output is called from which something is decided, though this policy does not draw it.

@@ -35,9 +35,6 @@ from tdhook_rl.sites.repeats import Several
 from tdhook_rl.sites.rows import with_batch
 from tdhook_rl.sites.states import watching
 
-__all__ = ["Call", "Pass", "effects_of"]
-
-
 # Given a TensorDict, and unless existing entries are skipped, the decorators of this forward only take time.
 _DECORATED = TensorDictModule.forward
 _BARE = inspect.unwrap(_DECORATED)

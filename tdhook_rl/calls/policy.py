@@ -20,8 +20,6 @@ from tdhook_rl.replaying.batching import Traits
 from tdhook_rl.replaying.traceable import TraceRisk
 from tdhook_rl.sites.runtime import Runtime
 
-__all__ = ["HookedPolicy", "HookedState"]
-
 
 @dataclass(kw_only=True)
 class HookedState:

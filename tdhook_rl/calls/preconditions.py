@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError, PreparationError
 
-__all__ = ["another_dtype_or_device", "other_keys", "require_data", "require_hooked", "require_rows"]
-
 
 def require_hooked(policy: Any, what: str) -> None:
     """Refuse a policy that was not prepared.
@@ -55,13 +53,7 @@ def require_rows(count: Any, name: str) -> None:
 
 
 def another_dtype_or_device(policy: nn.Module, data: TensorDictBase, error: Exception) -> InputError | None:
-    """What to say of an error of torch's that comes of inputs in another dtype, or on another device, than the weights.
-
-    Args:
-        policy: the hooked policy.
-        data: what it was called with.
-        error: what its forward raised.
-    """
+    """What to say of torch's error where inputs have another dtype, or are on another device, than the weights."""
     if not isinstance(error, (RuntimeError, TypeError, ValueError)):
         return None
     weights = [one for one in policy.parameters() if one.is_floating_point()]
@@ -89,12 +81,7 @@ _OTHER_COUNT = ("more out_keys than tensors", "more tensors (len(")
 
 
 def other_keys(policy: nn.Module, error: Exception) -> InputError | None:
-    """What to say where a forward takes or returns another number of tensors than there are keys.
-
-    Args:
-        policy: the hooked policy.
-        error: what its forward raised.
-    """
+    """What to say where a forward takes or returns another number of tensors than there are keys."""
     wraps = bool(policy._hooked.wraps)
     whose = type(policy.module).__name__ if wraps else "a module of the policy"
     if isinstance(error, RuntimeError) and any(text in str(error) for text in _OTHER_COUNT):

@@ -26,9 +26,6 @@ from tdhook_rl.calls.writing import get_entry, set_entries
 from tdhook_rl.internals.torch_names import is_any_autocast_enabled
 from tdhook_rl.policies.draws import action_keys, draws, sample_keys
 
-__all__ = ["Provenance", "is_stamp", "is_stamped", "stamp_key"]
-
-
 Key = tuple[str, ...]
 Held = tuple[Mapping[str, Any], str, Tensor]
 
@@ -60,13 +57,7 @@ def is_stamped(one: BoundMethod) -> bool:
 
 
 class Provenance:
-    """The stamps of one prepared policy.
-
-    Args:
-        policy: the policy that is prepared.
-        inputs: what it and its interventions read.
-        bound: its methods.
-    """
+    """The stamps of one prepared policy, by what it and its interventions read and by its methods."""
 
     def __init__(self, policy: TensorDictModuleBase, inputs: list[NestedKey], bound: Sequence[BoundMethod]) -> None:
         self._token = secrets.randbits(62)  # torch's generators stay as they are
@@ -121,14 +112,7 @@ class Provenance:
     def publish(
         self, policy: Any, source: TensorDictBase, output: TensorDictBase, results: Mapping[Key, Tensor]
     ) -> None:
-        """Write the results of one call, which rows of them are real, and whose they are.
-
-        Args:
-            policy: the hooked policy.
-            source: what it was called with.
-            output: what it gave, in which the results are written.
-            results: by key; the masks of schedules among them.
-        """
+        """Write the results of one call (masks of schedules among them), which rows are real, and whose they are."""
         if not results:
             return
         # In a compiled graph, and inside vmap, rows are nobody's: what is read of them later is computed again.
@@ -252,17 +236,10 @@ class Provenance:
         given: Tensor | None = None,
         traced: bool = False,
     ) -> Tensor:
-        """Which rows of a root's values are real.
+        """Which rows of a root's values are real, of those that a schedule has chosen (``given``).
 
         An attribution is where it and what it explains are finite; an activation may be infinite. Where a schedule has
-        left rows out, they are none.
-
-        Args:
-            root: of the results.
-            values: what was computed, each with the batch shape first.
-            source: what the policy was called with.
-            given: the rows that a schedule has chosen.
-            traced: whether numbers cannot be looked at now.
+        left rows out, they are none. Where ``traced``, numbers cannot be looked at.
         """
         explains, methods = self._judged[root]
         if given is not None and not bool(given.any()):
@@ -346,8 +323,3 @@ def _flat(value: Tensor, batch: torch.Size) -> Tensor:
 
 def _as_batch(value: Tensor, batch: torch.Size) -> Tensor:
     return (value.expand(batch.numel()) if len(value) == 1 else value).reshape(batch)
-
-
-def _device(data: TensorDictBase, keys: Sequence[NestedKey]) -> torch.device:
-    found = (get_entry(data, key) for key in keys)
-    return next((value.device for value in found if isinstance(value, Tensor)), torch.device("cpu"))

@@ -11,10 +11,6 @@ from torch import Tensor
 
 from tdhook_rl.sites.missing import missing_value
 
-__all__ = [
-    "PADDING", "defined_values", "reached_values", "real_rows", "row_mask", "surely_finite", "without_other_rows",
-]  # fmt: skip
-
 #: Where ``split_trajectories`` and collectors mark the steps that are not padding.
 PADDING = (("collector", "mask"), "mask")
 
@@ -81,13 +77,9 @@ def defined_values(values: Iterable[Tensor], batch: torch.Size, infinite: bool =
 
 
 def reached_values(values: Sequence[Tensor], traced: bool = False) -> Sequence[Tensor]:
-    """Attributions without those that are NaN in every row, which no gradient reaches: these do not judge the rows.
+    """The attributions of one root without those that are NaN in every row: no gradient reaches them, they judge none.
 
-    Where all of them are, no row has one.
-
-    Args:
-        values: of one root.
-        traced: whether numbers cannot be looked at now; zeros then stand for what is left out.
+    Where all of them are, no row has one. Where ``traced``, numbers cannot be looked at: zeros stand for what is left.
     """
     if traced:
         empty = torch.stack([(value != value).all() for value in values])

@@ -14,8 +14,6 @@ from tdhook_rl.calls.passes import Call, effects_of
 from tdhook_rl.errors import InputError
 from tdhook_rl.sites.known import own_class
 
-__all__ = ["require_repeatable"]
-
 #: How far the outputs of two passes may differ: some kernels add up in another order each time.
 RELATIVE, ABSOLUTE = 1e-3, 1e-5
 

@@ -26,8 +26,6 @@ from tdhook_rl.policies.memory import same_values
 from tdhook_rl.replaying.batching import Traits
 from tdhook_rl.replaying.samples import Replay
 
-__all__ = ["can_share", "chain_pass", "graph_pass", "sharing"]
-
 
 def can_share(policy: nn.Module, traits: Traits) -> bool:
     """Whether the forward of a policy may be explained itself: it draws nothing, and rows do not meet in it."""

@@ -14,8 +14,6 @@ import torch
 
 from tdhook_rl.internals.dynamo_names import get_eval_frame_callback, skip_code
 
-__all__ = ["traced_whole", "uncompiled"]
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

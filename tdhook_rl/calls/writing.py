@@ -17,16 +17,6 @@ from tdhook_rl.errors import KeyCollisionError
 from tdhook_rl.internals.tensordict_names import get_str, has_names, new_unsafe, set_str, written_by
 from tdhook_rl.sites.classes import Swapped
 
-__all__ = [
-    "WritingMixin",
-    "get_entry",
-    "require_room",
-    "set_entries",
-    "set_tensor",
-    "write_tensors",
-    "writes_by_default",
-]
-
 
 def write_tensors(
     self: TensorDictModule,

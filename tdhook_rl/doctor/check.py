@@ -25,8 +25,6 @@ from tdhook_rl.hooking.hooked import HookedMixin
 from tdhook_rl.method import HookingContext
 from tdhook_rl.runs.site_table import site_table
 
-__all__ = ["check"]
-
 
 @checked
 def check(

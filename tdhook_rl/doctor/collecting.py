@@ -20,9 +20,6 @@ from tdhook_rl.doctor.recorded_rollout import Key, RecordedRollout, as_tuple, le
 from tdhook_rl.errors import TdhookError
 from tdhook_rl.rollout.interrupts import starting_workers
 
-__all__ = ["Collecting", "collecting_findings", "device_findings", "failure", "replica"]
-
-
 #: Steps of each environment in one batch of the dry run, at most.
 STEPS = 8
 
@@ -49,15 +46,10 @@ class Collecting:
     synced: bool = False
 
     def run(self, policy: Any, trial: Any, env: Any, copies: int, factory: Any, deadline: Deadline) -> None:
-        """Collect a few batches.
+        """Collect a few batches with ``trial``, a copy of the policy to which arguments such as ``postproc`` may refer.
 
-        Args:
-            policy: the user's hooked policy, to which arguments such as ``postproc`` may refer.
-            trial: the copy that collects.
-            env: the user's environment or its constructor.
-            copies: how many environments it steps at once.
-            factory: the ``policy_factory``; ``None`` where the policy itself is given.
-            deadline: says what is waited for.
+        The environment (or its constructor) is made anew, and steps ``copies`` at once; ``factory`` is the
+        ``policy_factory``, if the collector is given one in place of the policy.
         """
         deadline.waiting_for = "a fresh environment for the collector"
         arguments = self._arguments(policy, trial, copies * max(self.workers, 1))

@@ -13,8 +13,6 @@ from tdhook_rl.doctor.dry_run import Deadline, first_line, trial_copy
 from tdhook_rl.doctor.findings import Finding
 from tdhook_rl.internals.dynamo_names import TorchDynamoException
 
-__all__ = ["compile_findings"]
-
 #: Calls of a compiled policy. The first may compile once more at the second: one that explores reads its step count.
 CALLS = 4
 
@@ -22,11 +20,7 @@ CALLS = 4
 def compile_findings(policy: Any, data: TensorDictBase, deadline: Deadline, *, fullgraph: bool) -> Iterator[Finding]:
     """Compile copies of the hooked policy and of the user's with a backend that only counts graphs.
 
-    Args:
-        policy: the hooked policy.
-        data: what it is called on.
-        deadline: says what is waited for.
-        fullgraph: whether the collector would compile with ``fullgraph=True``, where a break is an error.
+    Where the collector would compile with ``fullgraph=True``, a break of the graph is an error.
     """
     deadline.waiting_for = "torch.compile of the hooked policy"
     graphs, reason = _compiled(trial_copy(policy), data)

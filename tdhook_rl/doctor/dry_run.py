@@ -20,8 +20,6 @@ from torch import nn
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.caches import CacheStore, Staging
 
-__all__ = ["Deadline", "TimeUp", "fresh_env", "generators_kept", "trial_copy"]
-
 T = TypeVar("T")
 
 #: Seconds in which a thread that waited for workers ends after they were stopped.

@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 from tdhook_rl.errors import CheckError
 
-__all__ = ["Finding", "Report"]
-
 Level = Literal["ok", "warning", "error"]
 
 #: Columns of the plain table.

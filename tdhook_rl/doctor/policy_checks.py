@@ -17,19 +17,11 @@ from tdhook_rl.errors import TieError
 from tdhook_rl.policies.draws import draws
 from tdhook_rl.replaying.batching import in_recurrent_mode
 
-__all__ = ["policy_findings"]
-
 _ELSEWHERE = "build and prepare the policy inside a function and give it to the collector as policy_factory="
 
 
 def policy_findings(policy: Any, *, in_processes: bool, factory: Callable[[], Any] | None) -> Iterator[Finding]:
-    """Findings on the tie, the user's policy, copies of the hooked one, its names and its modules.
-
-    Args:
-        policy: the hooked policy; nothing of it changes.
-        in_processes: whether the collector sends it to other processes.
-        factory: the ``policy_factory``, if the collector is given one in place of the policy.
-    """
+    """Findings on the tie, the user's policy, copies of the hooked one, its names and its modules; nothing changes."""
     original = None if policy._hooked.tie is None else policy._hooked.tie.original()
     yield from _tie(policy, original)
     if original is not None:

@@ -17,8 +17,6 @@ from tdhook_rl.doctor.dry_run import Deadline, device_of
 from tdhook_rl.sites.hooks import RowHook
 from tdhook_rl.sites.runtime import vmap_level
 
-__all__ = ["RecordedRollout", "SiteRuns", "hooks_of"]
-
 #: Steps that are made at most to see a schedule select a row.
 MOST_STEPS = 512
 

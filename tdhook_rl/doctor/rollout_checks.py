@@ -13,8 +13,6 @@ from tdhook_rl.calls.provenance import is_stamp
 from tdhook_rl.doctor.findings import Finding
 from tdhook_rl.doctor.recorded_rollout import Key, RecordedRollout, as_tuple, leaves
 
-__all__ = ["batch_findings", "collision_findings", "input_findings", "rollout_findings"]
-
 
 def input_findings(rollout: RecordedRollout) -> Iterator[Finding]:
     """Whether the environment gives what the policy reads."""

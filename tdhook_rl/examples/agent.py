@@ -16,8 +16,6 @@ from torchrl.objectives.value import GAE
 
 from tdhook_rl.envs import CueCorners
 
-__all__ = ["FC2", "PPO", "make_actor", "make_critic", "make_trained_actor"]
-
 #: The second hidden layer of the actor, after its activation.
 FC2 = "module.0.module.3"
 

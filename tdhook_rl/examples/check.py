@@ -14,8 +14,6 @@ from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors, tar
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.examples.agent import FC2, make_actor
 
-__all__ = ["setup"]
-
 
 def setup() -> tuple[Any, CueCorners, dict[str, Any]]:
     """A policy that is cached, explained and may be steered, with the environment and the collector's arguments."""

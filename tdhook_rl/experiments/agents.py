@@ -19,8 +19,6 @@ from tdhook_rl.examples.agent import make_actor, make_critic
 
 UNITS = 64  # of the recurrent agent
 
-__all__ = ["RECIPES", "Agent", "Recipe", "recipe"]
-
 
 @dataclass(frozen=True, eq=False)
 class Agent:

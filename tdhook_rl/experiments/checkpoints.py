@@ -17,8 +17,6 @@ from tdhook_rl.experiments.agents import recipe
 from tdhook_rl.experiments.findings import Trained
 from tdhook_rl.experiments.training import train, untrained
 
-__all__ = ["SEEDS", "load", "make"]
-
 #: The seeds whose agents come with the package.
 SEEDS = (0, 1, 2)
 FOLDER = Path(__file__).parent / "weights"

@@ -11,8 +11,6 @@ from tdhook_rl.experiments.agents import Agent, Recipe
 from tdhook_rl.report import Figure
 from tdhook_rl.statistics import Interval, grouped_mean
 
-__all__ = ["COLUMNS", "Check", "Experiment", "Findings", "Trained", "share"]
-
 COLUMNS = ("measured", "found", "expected", "beside it", "met")
 
 

@@ -19,8 +19,6 @@ from tdhook_rl.report import Figure
 from tdhook_rl.report.figures import grouped_bars
 from tdhook_rl.statistics import Interval, grouped_mean
 
-__all__ = ["EXPERIMENT"]
-
 STATES = 2000
 IG_STEPS = 32
 RANDOM_ORDERS = 10

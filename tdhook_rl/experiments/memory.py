@@ -19,8 +19,6 @@ from tdhook_rl.report.figures import series
 from tdhook_rl.rollout import GroupSplit, OnlineProbe
 from tdhook_rl.statistics import Interval, grouped_mean, r_squared
 
-__all__ = ["EXPERIMENT"]
-
 EPISODES = 1024
 LAST = 8  # the step at which the agent chooses
 TIMES = (0, 4, 8)

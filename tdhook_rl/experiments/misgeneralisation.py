@@ -16,8 +16,6 @@ from tdhook_rl.report.figures import grouped_bars
 from tdhook_rl.sweeps import first_episode
 from tdhook_rl.sweeps.dose_response import SharedNoise
 
-__all__ = ["EXPERIMENT"]
-
 EPISODES = 1024
 CHEESE = 1  # its plane of the observation
 

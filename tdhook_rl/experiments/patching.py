@@ -18,8 +18,6 @@ from tdhook_rl.report import Figure
 from tdhook_rl.report.figures import grouped_bars
 from tdhook_rl.statistics import grouped_mean
 
-__all__ = ["EXPERIMENT"]
-
 CONTROLS = 32
 
 

@@ -21,8 +21,6 @@ from tdhook_rl.rollout import GroupSplit, OnlineProbe
 from tdhook_rl.statistics import Interval, paired_difference
 from tdhook_rl.sweeps import DoseResponse, SteeringVector, dose_response, first_episode
 
-__all__ = ["EXPERIMENT"]
-
 #: States that 1024 agents reach by random moves in 32 steps: 3,000 episodes of a few steps each, so that the standard
 #: error of an accuracy on the held-out ones is below .02.
 ENVS, STEPS = 1024, 32

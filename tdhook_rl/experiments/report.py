@@ -11,8 +11,6 @@ from tdhook_rl.experiments.checkpoints import SEEDS, load, make
 from tdhook_rl.experiments.findings import COLUMNS, Experiment, Findings, Trained
 from tdhook_rl.report import Figure, Table, write_report
 
-__all__ = ["COLUMNS", "agents", "require_seed", "write"]
-
 Progress = Callable[[str, int, int], None]
 
 

@@ -18,8 +18,6 @@ from tdhook_rl.report import Figure
 from tdhook_rl.report.figures import dose_curve
 from tdhook_rl.sweeps import DoseResponse, SteeringVector, dose_response
 
-__all__ = ["EXPERIMENT"]
-
 EPISODES = 1024
 LIGHT = 0
 

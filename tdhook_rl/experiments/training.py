@@ -15,8 +15,6 @@ from torchrl.objectives.value import GAE
 
 from tdhook_rl.experiments.agents import Agent, Recipe
 
-__all__ = ["train", "untrained"]
-
 ENVS, EPOCHS = 128, 6
 
 Progress = Callable[[str, int, int], None]

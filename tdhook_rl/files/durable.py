@@ -24,18 +24,12 @@ try:
 except ImportError:  # pragma: no cover  (not on Windows, which has no locks of this kind)
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["FolderLock", "read_json", "require_space", "reserve", "sync", "write_text"]
-
 #: Documents of this library are far smaller.
 LARGEST = 64 << 20
 
 
 def read_json(path: Path, what: str) -> Any:
-    """The document in a file.
-
-    Args:
-        path: the file.
-        what: what it is expected to be, for messages (``"the manifest of an analysis"``).
+    """The document in a file; ``what`` it is expected to be is for messages (``"the manifest of an analysis"``).
 
     Raises:
         ArtifactError: if it is no regular file, larger than any such document, or not JSON with finite numbers.
@@ -148,11 +142,8 @@ _locks: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 class FolderLock:
     """A folder for one at a time, across threads and processes; it is free again when its holder dies.
 
-    The folder is made if it is not there, and removed again if nothing was put into it.
-
-    Args:
-        folder: the folder.
-        what: what is done in it, for messages (``"analysis"``).
+    The folder is made if it is not there, and removed again if nothing was put into it. ``what`` is done in it is for
+    messages (``"analysis"``).
 
     Raises:
         ArtifactError: if another is under way in it, or it cannot be made.

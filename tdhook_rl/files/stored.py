@@ -12,8 +12,6 @@ from torch import Tensor
 from tdhook_rl.errors import ArtifactError
 from tdhook_rl.internals.python_names import codes, parser
 
-__all__ = ["module_path", "tensors_named", "text"]
-
 #: No module has a longer path, and a pattern with more open repetitions may take minutes to fail on a long name.
 LONGEST, MOST_REPEATS = 1000, 3
 

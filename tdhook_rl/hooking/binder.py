@@ -24,8 +24,6 @@ from tdhook_rl.sites.rows import note_intervention
 from tdhook_rl.sites.runtime import Runtime
 from tdhook_rl.sites.states import StateHook
 
-__all__ = ["Binder"]
-
 
 class Binder:
     """Places the hooks of methods on a clone.

@@ -21,8 +21,6 @@ from tdhook_rl.errors import KeyCollisionError
 from tdhook_rl.internals.torchrl_names import carrier_of, copies_into_buffers, draws_random_frames
 from tdhook_rl.replaying.batching import GeneratorState
 
-__all__ = ["RandomFrames", "adapt_to_collector", "collides"]
-
 
 def adapt_to_collector(policy: Any, collector: Any) -> None:
     """What :meth:`tdhook_rl.hooking.hooked.HookedMixin.register_collector` does."""
@@ -44,10 +42,6 @@ class RandomFrames:
     While ``init_random_frames`` last, the policy is not called. A collector with buffers then leaves zeros; one without
     (``use_buffers=False``, or a replay buffer) leaves the keys out, upon which storages drop them for the whole run or
     keep whatever their memory held. Zeros are put on the first step instead, and travel to the next ones.
-
-    Args:
-        collector: the collector that runs the policy in this process.
-        previous: the hook that the user gave it.
     """
 
     def __init__(self, collector: Any, previous: Callable[[], None] | None) -> None:

@@ -15,8 +15,6 @@ from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.errors import InputError, KeyCollisionError, nearest
 from tdhook_rl.hooking.collection import collides
 
-__all__ = ["check_collisions", "check_known", "listed_keys"]
-
 #: Roots that are not the methods': ``step_mdp`` reads "next", collectors write "collector", masks are "computed".
 RESERVED = ("next", "collector", "computed")
 

@@ -10,8 +10,6 @@ from torch import nn
 
 from tdhook_rl.errors import ContextError, PreparationError
 
-__all__ = ["ContextView", "NotEntered"]
-
 #: What a context answers where the hooked policy was meant.
 _ENTER = (
     "this is a context, not the hooked policy, and it was {}: enter it, with method.prepare(policy) as hooked: ..., or "

@@ -13,8 +13,6 @@ from tdhook_rl.calls.untraced import traced_whole, uncompiled
 from tdhook_rl.sites.classes import own_code
 from tdhook_rl.sites.states import watching
 
-__all__ = ["dist_methods"]
-
 
 def dist_methods(base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
     """Those of a policy's class that give distributions, by name, for its hooked policies."""

@@ -43,8 +43,6 @@ from tdhook_rl.sites.classes import Swapped, own_code
 from tdhook_rl.sites.controls import Controls
 from tdhook_rl.sites.runtime import vmap_level
 
-__all__ = ["HookedMixin"]
-
 
 class HookedMixin(AnnotatingMixin, Swapped):
     """What a hooked policy can do beyond being the policy.
@@ -201,8 +199,8 @@ class HookedMixin(AnnotatingMixin, Swapped):
         if lacking and len(self._hooked.alone) == len(steps):
             try:
                 with self._frozen_statistics():
-                    results = self._compute(steps, Call(self, forward, data, {}, data))
-                    self._hooked.provenance.publish(self, data, data, results)
+                    found = self._compute(steps, Call(self, forward, data, {}, data))
+                    self._hooked.provenance.publish(self, data, data, found)
             finally:
                 runtime.slots.clear()
             return data

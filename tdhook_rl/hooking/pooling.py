@@ -16,8 +16,6 @@ from torch.nn import functional as F
 from tdhook_rl.internals.torch_names import in_forward_ad
 from tdhook_rl.sites.runtime import vmap_level
 
-__all__ = ["speed_up_pooling"]
-
 #: Below so many entries the change of format costs more than it gains: measured on CPU for 3 x 3 windows.
 ENTRIES = 8192
 _USUAL = nn.MaxPool2d.forward

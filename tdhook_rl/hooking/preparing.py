@@ -31,8 +31,6 @@ from tdhook_rl.sites.inner_calls import place_inner_hooks
 from tdhook_rl.sites.rows import attach_layouts
 from tdhook_rl.sites.runtime import Runtime
 
-__all__ = ["hooked_clone"]
-
 #: Names that a hooked policy adds to its class; a policy that has one of its own is refused.
 _ADDED_NAMES = (
     "annotate", "controls", "disable_context", "disable_context_hooks", "hooked_root", "hooking_context",
@@ -50,12 +48,7 @@ def hooked_clone(
     in_keys: Sequence[NestedKey] | Mapping[str, NestedKey],
     out_keys: Sequence[NestedKey],
 ) -> Any:
-    """A clone of a policy that holds its very tensors, with the hooks of the methods.
-
-    Args:
-        module: the policy; it stays as it is.
-        methods: their hooks are placed in this order.
-        in_keys, out_keys: of a plain module, which is wrapped.
+    """A clone of a policy that holds its very tensors, with the hooks of the methods in their order.
 
     Raises:
         PreparationError: if it cannot be hooked.

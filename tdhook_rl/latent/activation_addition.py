@@ -15,8 +15,6 @@ from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.method import Binder, Method
 
-__all__ = ["ActivationAddition"]
-
 
 @dataclass(frozen=True)
 class ActivationAddition(Method):

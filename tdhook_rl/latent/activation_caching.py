@@ -21,8 +21,6 @@ from tdhook_rl.method import Binder, Method
 from tdhook_rl.sites.missing import Absent, Missing, check_missing
 from tdhook_rl.sites.paths import Site, find_sites
 
-__all__ = ["ActivationCaching"]
-
 
 @dataclass(frozen=True, eq=False)
 class ActivationCaching(Method):

@@ -21,8 +21,6 @@ from tdhook_rl.policies.draws import sample_keys
 from tdhook_rl.sites.hooks import Portable
 from tdhook_rl.sites.paths import Site
 
-__all__ = ["ActivationPatching"]
-
 PatchFunction = Callable[..., Tensor | None]
 _ARGUMENTS = ("module_key", "output", "output_to_patch")
 

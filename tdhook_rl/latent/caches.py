@@ -14,8 +14,6 @@ from torch import Tensor
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.sites.repeats import Several
 
-__all__ = ["CacheStore", "CallRecord", "LastCall", "Staging", "holds_still"]
-
 Key = tuple[str, ...]
 
 

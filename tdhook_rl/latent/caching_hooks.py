@@ -29,8 +29,6 @@ from tdhook_rl.sites.repeats import added, stacked
 from tdhook_rl.sites.rows import rows_of, rows_of_part, unbatched
 from tdhook_rl.sites.runtime import Runtime
 
-__all__ = ["FORWARD", "GRADIENT", "CachingHook", "Callback", "GradientHook", "escaped"]
-
 #: What a callback is offered, by direction.
 FORWARD = {
     "fwd": ("module", "args", "kwargs", "output", "key", "direction"),

@@ -13,8 +13,6 @@ from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.sites.runtime import Runtime
 
-__all__ = ["ControlRecord"]
-
 
 @dataclass(frozen=True, eq=False)
 class ControlRecord(Method):

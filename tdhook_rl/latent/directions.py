@@ -16,8 +16,6 @@ from tdhook_rl.sites.rows import rows_of, with_rows
 from tdhook_rl.sites.runtime import Runtime
 from tdhook_rl.sites.vectors import placed_shape
 
-__all__ = ["DirectionClamping", "DirectionalAblation"]
-
 
 @dataclass(frozen=True, eq=False)
 class DirectionalAblation(Method):

@@ -15,8 +15,6 @@ from tdhook_rl.sites.repeats import Several, added, several_runs
 from tdhook_rl.sites.rows import rows_of, with_rows, without_vmap
 from tdhook_rl.sites.runtime import Runtime
 
-__all__ = ["KeepHook", "PatchHook", "runs_kept"]
-
 
 class KeepHook(CaptureHook):
     """Forward hook that keeps every tensor that its module gives, in each run, while the root call records."""

@@ -17,8 +17,6 @@ from tdhook_rl.errors import ArtifactError, InputError
 from tdhook_rl.files.stored import module_path, tensors_named
 from tdhook_rl.latent.activation_caching import ActivationCaching
 
-__all__ = ["SteeringVector", "as_vectors"]
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SteeringVector(metaclass=Checked):

@@ -23,8 +23,6 @@ from tdhook_rl.sites.runtime import Runtime
 from tdhook_rl.sites.states import state_names, state_of, with_state
 from tdhook_rl.sites.vectors import placed_shape
 
-__all__ = ["SteeringVectors"]
-
 _ARGUMENTS = ("module_key", "output")
 
 

@@ -10,8 +10,6 @@ from torch import Tensor
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.metrics.scoring import Scorer, flat, score
 
-__all__ = ["completeness_gap"]
-
 
 @checked
 def completeness_gap(

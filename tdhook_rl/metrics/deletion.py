@@ -12,8 +12,6 @@ from torch import Tensor
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.metrics.scoring import ScoreDirection, Scorer, flat, require_count, score
 
-__all__ = ["DeletionInsertion", "deletion_insertion"]
-
 
 @dataclass(frozen=True)
 class DeletionInsertion:

@@ -13,8 +13,6 @@ from torch import Tensor
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 
-__all__ = ["pointing_game", "relevance_mass"]
-
 Sign = Literal["absolute", "positive"]
 
 

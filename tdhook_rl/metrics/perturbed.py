@@ -19,9 +19,6 @@ from tdhook_rl.arguments.checked import Checked, checked
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.metrics.scoring import ScoreDirection, Scorer, flat, require_count, require_floats, score
 
-__all__ = ["Draw", "InfidelityMetric", "PerturbedMetric", "SensitivityMetric"]
-
-
 #: From ``torch.rand`` or ``torch.randn`` and a tensor to numbers of its shape, by the generator of the metric.
 Draw = Callable[[Callable[..., Tensor], Tensor], Tensor]
 

@@ -8,8 +8,6 @@ from torch import Tensor
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 
-__all__ = ["action_churn", "dormant_units", "effective_rank", "entropy_rank"]
-
 
 @checked
 def dormant_units(activations: Tensor, tau: float = 0.025, *, axis: int | None = None) -> Tensor:

@@ -19,8 +19,6 @@ from tdhook_rl.metrics.scoring import find_attribution, flat, target_name
 from tdhook_rl.sites.paths import find_sites
 from tdhook_rl.weights.computed import ComputedWeight, computed_weights, draw_anew
 
-__all__ = ["cascading_randomisation", "spearman"]
-
 
 @checked
 def cascading_randomisation(

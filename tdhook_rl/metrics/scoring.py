@@ -32,17 +32,6 @@ from tdhook_rl.replaying.batching import (
 )
 from tdhook_rl.sites.runtime import vmap_level
 
-__all__ = [
-    "ScoreDirection",
-    "Scorer",
-    "find_attribution",
-    "flat",
-    "require_count",
-    "require_floats",
-    "score",
-    "target_name",
-]
-
 
 class ScoreDirection(Enum):
     """Which values of a metric are good."""

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from tdhook_rl.internals.torchrl_names import actor_keys
 
-__all__ = ["cached_samples", "chunked_by", "supports", "value_actions"]
-
 
 def chunked_by(policy: nn.Module) -> Any:
     """The wrapper in a policy that plays several actions one by one, if it has one."""

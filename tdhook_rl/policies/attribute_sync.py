@@ -20,8 +20,6 @@ from tdhook_rl.errors import TieError
 from tdhook_rl.policies.mutable_state import INTERNAL, StatePart, find_state
 from tdhook_rl.sites.known import own_class
 
-__all__ = ["AttributeSync"]
-
 _ABSENT = object()
 
 #: Methods that change what they belong to.
@@ -31,12 +29,7 @@ _CHANGING = frozenset(
 
 
 class AttributeSync:
-    """Compares what the modules of the user's policy hold with what they held, and hands changes on to the clone.
-
-    Args:
-        original: the user's policy.
-        clone: its copy, with the same modules.
-    """
+    """Compares what the modules of a policy hold with what they held, and hands changes on to its clone."""
 
     def __init__(self, original: nn.Module, clone: nn.Module) -> None:
         pairs = [

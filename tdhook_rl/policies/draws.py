@@ -18,11 +18,6 @@ from torch import Tensor, nn
 from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.policies.actors import cached_samples
 
-__all__ = [
-    "Draw", "draws", "given_beside", "made_inside", "masks_needed", "meets", "noise_keys", "sample_keys",
-    "survey_draws",
-]  # fmt: skip
-
 #: What names with "action" in them stand for otherwise.
 _NOT_ACTIONS = ("value", "prob", "logit", "param", "loc", "scale", "mask", "mean", "std", "entropy", "spec", "orig")
 

@@ -18,9 +18,6 @@ from torch import distributions as D
 
 from tdhook_rl.internals.torch_names import cholesky_factor
 
-__all__ = ["choices", "invert", "is_one_hot", "noise_of", "one_hot_choices", "sample_with"]
-
-
 #: How far around a number a mapping is looked at, how steep it has to be there, and where the number is looked for.
 STEP, SLOPE, REACH = 1e-2, 1e-3, 1e3
 _HALVINGS = 60

@@ -9,9 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["memory_of", "read_tensor", "same_values", "share_memory", "write_tensor"]
-
-
 #: Where NumPy has it before its version 2, and since.
 _byte_bounds = getattr(np, "byte_bounds", None) or np.lib.array_utils.byte_bounds
 

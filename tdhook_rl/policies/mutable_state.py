@@ -26,8 +26,6 @@ from tdhook_rl.internals.tensordict_names import store_of
 from tdhook_rl.policies.memory import read_tensor, same_values, share_memory, write_tensor
 from tdhook_rl.sites.classes import Swapped
 
-__all__ = ["MutableState", "StatePart", "find_state", "with_tensors"]
-
 #: Attributes of a module that are torch's own business.
 INTERNAL = frozenset(vars(nn.Module()))
 #: Whose objects are left alone: they are shared by all of a process, or no state of a forward.

@@ -20,8 +20,6 @@ from tdhook_rl.policies.mutable_state import Kind, MutableState, StatePart, find
 from tdhook_rl.sites.classes import Swapped
 from tdhook_rl.sites.known import own_class
 
-__all__ = ["find_state_inside_and_outside", "functions_of"]
-
 #: Whose code is not followed.
 _LIBRARIES = frozenset({"tdhook_rl", "torch", "tensordict", "torchrl", "numpy", "gymnasium", *sys.stdlib_module_names})
 #: How many functions and classes are followed.

@@ -25,8 +25,6 @@ from tdhook_rl.policies.attribute_sync import AttributeSync
 from tdhook_rl.policies.memory import memory_of
 from tdhook_rl.policies.mutable_state import INTERNAL, find_state
 
-__all__ = ["Tie", "detach_graphs", "named_tensors", "put_back", "replace_tensors", "tied_clone"]
-
 M = TypeVar("M", bound=nn.Module)
 
 #: How deep the attribute that does not copy is looked for.
@@ -235,11 +233,7 @@ def mapping_is(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def replace_tensors(clone: nn.Module, new: Mapping[int, Tensor]) -> list[tuple[Any, Any, Any]]:
-    """Give a tied clone tensors of its own, wherever it holds those with the given ids.
-
-    Args:
-        clone: what :func:`tied_clone` made; the original is not touched.
-        new: for the ``id`` of each tensor to replace, the tensor to hold instead.
+    """Give a tied clone other tensors, by the ``id`` of the old, wherever it holds these; the original is not touched.
 
     Returns:
         what was replaced, for :func:`put_back`.

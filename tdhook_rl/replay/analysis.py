@@ -21,8 +21,6 @@ from tdhook_rl.replay.facts import facts_of
 from tdhook_rl.replay.reading import Reader
 from tdhook_rl.replay.results import Results, ranges
 
-__all__ = ["analyze"]
-
 #: Entries that are computed again before an analysis goes on, and how far they may differ.
 CHECKED = 32
 RELATIVE, OF_LARGEST = 1e-3, 1e-4

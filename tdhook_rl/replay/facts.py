@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["facts_of", "fingerprint"]
-
 #: Longer texts and longer lists are cut.
 LONGEST = 200
 

@@ -14,8 +14,6 @@ import torch
 from tdhook_rl.errors import ArtifactError
 from tdhook_rl.files.durable import read_json, write_text
 
-__all__ = ["MANIFEST", "Manifest", "read_manifest", "write_manifest"]
-
 MANIFEST = "analysis.json"
 FORMAT = "tdhook_rl.analysis/2"
 #: Formats of earlier versions: finished analyses in them are read.

@@ -16,8 +16,6 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.internals.torchrl_names import cursor_of
 from tdhook_rl.replay.transforms import Window
 
-__all__ = ["Trajectories"]
-
 #: Where the number of a row's trajectory may be, where its steps are counted, and where its first step is marked.
 NUMBERS: tuple[NestedKey, ...] = (("collector", "traj_ids"), "traj_ids", "trajectory", "episode")
 COUNTS: tuple[NestedKey, ...] = ("step_count",)
@@ -25,12 +23,7 @@ STARTS: tuple[NestedKey, ...] = ("is_init",)
 
 
 class Trajectories:
-    """The trajectories of the rows of a buffer.
-
-    Args:
-        buffer: the buffer, of one dimension.
-        facts: of every row what :meth:`keys` names.
-        looking: who asks, for messages.
+    """The trajectories of the rows of a buffer of one dimension, by the facts of every row that :meth:`keys` names.
 
     Raises:
         InputError: if nothing says where a trajectory ends.

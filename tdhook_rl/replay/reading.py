@@ -26,8 +26,6 @@ from tdhook_rl.replay.transforms import (
     window_of,
 )
 
-__all__ = ["Reader", "in_order"]
-
 #: A chunk is read again together with so many entries before and after it, if its transforms are not known.
 COMPANY = 4
 #: Rows of which the trajectory is looked up at once.

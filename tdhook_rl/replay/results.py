@@ -23,8 +23,6 @@ from tdhook_rl.errors import ArtifactError
 from tdhook_rl.files.durable import require_space, reserve, sync
 from tdhook_rl.replay.manifest import MANIFEST, Manifest, block_of, read_manifest, write_manifest
 
-__all__ = ["Results", "load_results"]
-
 #: Results are brought to the disk when that has taken no more than this share of the time, and after so many seconds
 #: at the latest: the most that a loss of power, or a kill, can take.
 SHARE, LATEST = 0.02, 10.0

@@ -16,11 +16,6 @@ from torchrl.data import ReplayBuffer
 from tdhook_rl.errors import InputError, TdhookError
 from tdhook_rl.internals.torchrl_names import collate_fn
 
-__all__ = [
-    "Window", "applied_transforms", "followed_by", "require_alike", "require_at_rest", "rows_are_known",
-    "transform_name", "window_of",
-]  # fmt: skip
-
 #: What a row is in other company may differ by, of its size: layers compute other last bits for other batches.
 RELATIVE, OF_LARGEST = 1e-3, 1e-5
 
@@ -151,13 +146,7 @@ def require_alike(
 ) -> None:
     """Raise if rows are something else when other rows are read with them.
 
-    Args:
-        read: reads entries, transformed.
-        raw: reads entries as they are stored.
-        transforms: what is applied, in this order.
-        index: the entries in question.
-        found: what they were when they were read together.
-        company: these and some others.
+    ``found`` is what the entries at ``index`` were when they were read together; ``company`` is these and some others.
     """
     if len(company) < 2:
         return

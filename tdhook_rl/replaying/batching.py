@@ -16,11 +16,6 @@ from torch import Tensor, nn
 from tdhook_rl.internals.torch_names import ConvNd
 from tdhook_rl.sites.known import may_meet
 
-__all__ = [
-    "GeneratorState", "PassNoise", "Traits", "conv_chunk", "frozen_statistics", "in_recurrent_mode", "map_chunks",
-    "repeat_rows", "row_vectors", "shallow_copy",
-]  # fmt: skip
-
 #: Input elements of one chunk for convolutional nets, where batches that leave the cache are slower on CPU: 64 frames
 #: of 3 x 64 x 64, measured best from 32 to 128 for the net of IMPALA. Other nets take the whole batch.
 CONV_ELEMENTS = 64 * 3 * 64 * 64
@@ -33,16 +28,10 @@ _CONVOLUTIONS = (ConvNd,)
 def map_chunks(
     data: TensorDictBase, function: Callable[[TensorDictBase], TensorDictBase], chunk_size: int | None
 ) -> TensorDictBase:
-    """Apply a row-wise function over flat chunks and give the result the batch shape of the data.
+    """Apply a row-wise function over flat chunks and give the result the batch shape of the data, ``()`` included.
 
-    Args:
-        data: a TensorDict of any batch shape, ``()`` included.
-        function: maps a TensorDict with one batch dimension (none if the data has none) to another
-            with the same batch size.
-        chunk_size: rows per call; ``None`` for all at once.
-
-    Returns:
-        a TensorDict with the batch size of ``data``.
+    The function maps a TensorDict with one batch dimension (none if the data has none) to one of the same batch size.
+    Without a ``chunk_size`` it is given all rows at once.
     """
     if data.ndim == 0:
         return function(data)

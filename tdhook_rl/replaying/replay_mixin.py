@@ -17,8 +17,6 @@ from tdhook_rl.replaying.start import Start
 from tdhook_rl.sites.classes import Swapped
 from tdhook_rl.sites.runtime import Runtime
 
-__all__ = ["DecidedHook", "ReplayMixin"]
-
 
 class ReplayMixin(Swapped):
     """A module that draws: in a replay it hands on the stored sample and draws nothing."""

@@ -20,17 +20,6 @@ from tdhook_rl.internals.torchrl_names import is_sparse
 from tdhook_rl.policies.draws import Draw, sample_keys
 from tdhook_rl.policies.inversion import choices, invert, is_one_hot, noise_of, one_hot_choices, sample_with
 
-__all__ = [
-    "Drawn",
-    "Replay",
-    "components",
-    "decided_action",
-    "is_point",
-    "latent_samples",
-    "require_unchanged",
-    "samples",
-]
-
 
 class Drawn(NamedTuple):
     """A distribution that a replay met, and what was drawn from it in the call that is explained."""

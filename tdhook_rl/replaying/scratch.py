@@ -25,8 +25,6 @@ from tdhook_rl.policies.outside import find_state_inside_and_outside
 from tdhook_rl.sites.known import unknown_modules, writes_input
 from tdhook_rl.sites.runtime import vmap_level
 
-__all__ = ["Snapshot", "WriteWatch"]
-
 #: In how many forwards and passes, in one training mode, contents of tensors are compared before only versions are.
 LOOKS = 3
 #: Elements up to which a tensor is copied before every forward; a larger one where its version has changed.
@@ -68,11 +66,7 @@ class Snapshot:
 
 
 class WriteWatch:
-    """Looks at one policy while it runs.
-
-    Args:
-        policy: it.
-        outside: look also at what its forwards may write beside what it holds.
+    """Looks at one policy while it runs, and with ``outside`` at what its forwards may write beside what it holds.
 
     Attributes:
         modules: those that are looked at, with their paths.

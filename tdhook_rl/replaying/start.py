@@ -20,8 +20,6 @@ from tdhook_rl.replaying.scratch import Snapshot, WriteWatch
 from tdhook_rl.sites.known import batch_statistics, draws_noise, may_draw, may_meet, own_class
 from tdhook_rl.sites.runtime import vmap_level
 
-__all__ = ["ForwardEffects", "Start"]
-
 #: In how many passes the generators of Python and NumPy are looked at, reading which costs more than torch's; and in
 #: how many calls passes are repeated.
 LOOKS = 3

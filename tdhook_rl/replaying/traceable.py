@@ -17,8 +17,6 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.policies.outside import functions_of
 from tdhook_rl.sites.known import draws_noise, may_draw, may_meet, own_class, unknown_modules
 
-__all__ = ["TraceRisk", "require_traceable", "trace_risks"]
-
 #: How functions that draw are called, in torch and elsewhere.
 _DRAWS = frozenset({
     "rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "randperm", "normal", "normal_", "bernoulli",
@@ -87,10 +85,6 @@ def require_traceable(policy: nn.Module, found: list[TraceRisk]) -> None:
 
     Outside of ``fullgraph=True``, ``torch.compile`` may take the error for a break of the graph, and run the call
     uncompiled.
-
-    Args:
-        policy: the hooked policy.
-        found: what :func:`trace_risks` found in it.
 
     Raises:
         InputError: that names the module.

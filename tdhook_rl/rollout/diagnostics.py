@@ -22,8 +22,6 @@ from tdhook_rl.metrics.plasticity import action_churn, dormant_units, effective_
 from tdhook_rl.replaying.batching import GeneratorState
 from tdhook_rl.rollout.unit_axes import UnitAxes, given_axis
 
-__all__ = ["NetworkDiagnostics"]
-
 
 class NetworkDiagnostics:
     """Dormant units, ranks, drift and churn of a policy or value network, on a fixed set of states.

@@ -31,8 +31,6 @@ from tdhook_rl.internals.torchrl_names import (
 )
 from tdhook_rl.rollout.workers import Caller, Worker, descendants, end, inner_collector, is_ending, workers_of
 
-__all__ = ["Guarded"]
-
 #: Methods of collectors and evaluators that wait for workers.
 _WAITING = ("evaluate", "get_distant_attr", "load_state_dict", "map_fn", "reset", "set_seed", "state_dict", "wait")
 _END = object()

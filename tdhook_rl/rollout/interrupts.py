@@ -10,8 +10,6 @@ from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 from typing import Any
 
-__all__ = ["Interruptible", "ignore_interrupts", "starting_workers"]
-
 
 class Interruptible:
     """While entered, the first Ctrl-C is remembered and raised by :meth:`check`; the second acts at once.

@@ -22,8 +22,6 @@ from tdhook_rl.rollout.guarded import Guarded
 from tdhook_rl.rollout.workers import Caller, inner_collector, is_ending, workers_of
 from tdhook_rl.sites.controls import as_value
 
-__all__ = ["set_controls"]
-
 #: The path of the method, from a worker's collector on.
 _UPDATE = "policy.controls.update_"
 

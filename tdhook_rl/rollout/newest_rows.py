@@ -10,8 +10,6 @@ from tensordict import TensorDictBase
 
 from tdhook_rl.internals.torchrl_names import length_in_time
 
-__all__ = ["NewestRows"]
-
 
 @dataclass
 class NewestRows:

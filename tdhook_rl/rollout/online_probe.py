@@ -22,8 +22,6 @@ from tdhook_rl.sites.controls import Controls
 from tdhook_rl.statistics import Interval
 from tdhook_rl.statistics.interval import check_confidence
 
-__all__ = ["OnlineProbe"]
-
 
 class OnlineProbe:
     """Fits a linear probe to cached activations, batch by batch, and scores it on held-out groups.

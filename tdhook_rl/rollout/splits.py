@@ -18,8 +18,6 @@ from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.replaying.batching import row_vectors
 
-__all__ = ["EPISODE", "GroupSplit"]
-
 #: The key under which TorchRL's collectors number the episodes.
 EPISODE = ("collector", "traj_ids")
 

@@ -17,8 +17,6 @@ from tdhook_rl.calls.preconditions import require_hooked
 from tdhook_rl.calls.provenance import is_stamp, stamp_key
 from tdhook_rl.calls.real_rows import real_rows, row_mask, surely_finite
 
-__all__ = ["AnnotatedMetrics", "ResultRows", "result_rows", "summarise", "summary_of"]
-
 
 @checked
 def summarise(data: TensorDictBase, result_keys: Sequence[NestedKey]) -> dict[str, float]:

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from tdhook_rl.errors import InputError
 from tdhook_rl.sites.paths import find_sites
 
-__all__ = ["UnitAxes", "given_axis"]
-
 _LAST = (
     nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention,
     nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer,

@@ -23,8 +23,6 @@ from tdhook_rl.internals.torchrl_names import (
     server_process,
 )
 
-__all__ = ["Caller", "Worker", "descendants", "end", "inner_collector", "is_ending", "workers_of"]
-
 #: Seconds between two looks at the workers while a call is under way.
 POLL = 0.05
 
@@ -115,10 +113,7 @@ def inner_collector(collector: Any) -> Any:
 class Caller:
     """Makes calls on a thread of its own, so that a call which never returns can be left behind.
 
-    Args:
-        name: what is called, for messages.
-        workers: lists the workers at the time of asking.
-        ending: says whether the collector ends them itself.
+    ``workers`` lists the workers at the time of asking; ``ending`` says whether the collector ends them itself.
     """
 
     #: Seconds in which a collector may notice by itself that a worker has returned.
@@ -135,15 +130,10 @@ class Caller:
         self._thread: threading.Thread | None = None
 
     def call(self, what: str, function: Callable[[], Any], timeout: float) -> Any:
-        """The result of a call.
-
-        Args:
-            what: what it is to bring, for messages.
-            function: the call.
-            timeout: seconds it may take.
+        """The result of a call; ``what`` it is to bring is for messages.
 
         Raises:
-            WorkerError: if a worker has died or dies meanwhile, or the time is over.
+            WorkerError: if a worker has died or dies meanwhile, or the time (in seconds) is over.
         """
         self.check()
         outcome: list[Any] = []

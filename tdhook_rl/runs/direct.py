@@ -17,8 +17,6 @@ from tdhook_rl.runs.site_table import site_table
 from tdhook_rl.sites.forking import TurnLock
 from tdhook_rl.sites.rows import RecurrentHook
 
-__all__ = ["Handles", "direct_methods", "disabled_hooks"]
-
 #: How torch registers a hook of each direction, with its options.
 _REGISTER: dict[str, tuple[str, dict[str, bool]]] = {
     "fwd": ("register_forward_hook", {}),

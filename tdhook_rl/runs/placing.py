@@ -19,8 +19,6 @@ from tdhook_rl.sites.inplace import hand_on_in_place
 from tdhook_rl.sites.paths import Site
 from tdhook_rl.sites.rows import as_leaf, rows_of, with_rows
 
-__all__ = ["Captures", "Placing"]
-
 
 class Captures:
     """What a run can be asked to capture; the run says how."""

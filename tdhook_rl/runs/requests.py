@@ -17,11 +17,6 @@ from tdhook_rl.sites.paths import Run, Site, find_sites, require_apart, require_
 from tdhook_rl.sites.repeats import stacked
 from tdhook_rl.sites.runtime import Runtime
 
-__all__ = [
-    "DIRECTIONS", "OFFERED", "Act", "CacheProxy", "EarlyStop", "KeptRuns", "Kind", "caller", "kind_of",
-    "request_sites", "without_methods",
-]  # fmt: skip
-
 Kind = Literal["output", "input", "grad_input", "grad_output"]
 DIRECTIONS: dict[str, Kind] = {
     "fwd": "output",

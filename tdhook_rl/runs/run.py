@@ -38,8 +38,6 @@ from tdhook_rl.sites.repeats import part_of, several_runs
 from tdhook_rl.sites.states import StateHook, watching
 from tdhook_rl.targets import Target
 
-__all__ = ["CacheProxy", "EarlyStop", "HookedModuleRun", "without_methods"]
-
 
 class HookedModuleRun(Placing):
     """One forward pass of a hooked module, with what was asked for in the body of its ``with`` block.

@@ -20,8 +20,6 @@ from tdhook_rl.sites.paths import runs_by_itself
 from tdhook_rl.sites.rows import rows_of, with_batch
 from tdhook_rl.sites.runtime import Runtime
 
-__all__ = ["SiteRow", "SiteTable", "site_table"]
-
 
 @dataclass(frozen=True)
 class SiteRow:

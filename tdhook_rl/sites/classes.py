@@ -12,8 +12,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Swapped", "mixed_class", "own_code", "swap_class"]
-
 
 class Swapped:
     """Base of the mixins: rebuilds the dynamic class when a copy is unpickled."""

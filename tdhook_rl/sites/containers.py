@@ -12,8 +12,6 @@ from torch import Tensor
 
 from tdhook_rl.errors import InputError
 
-__all__ = ["first_input", "first_tensor", "other_tensors", "tensors_of", "with_first_tensor", "with_other_tensors"]
-
 
 def first_input(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], site: str) -> Tensor:
     """The tensor that a module is given first, or the first in-key of the TensorDict that it is given."""

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from tdhook_rl.errors import InactiveError, InputError, KeyCollisionError, MissingKeyError, nearest
 
-__all__ = ["Controls", "as_value"]
-
 
 def as_value(name: str, value: Any) -> Tensor:
     """What a control is set to, as a tensor.
@@ -84,22 +82,13 @@ class Controls(MutableMapping[str, Tensor]):
         return value
 
     def place(self, prefix: str, site: str, same: Collection[str], modules: Collection[str]) -> None:
-        """Note of which site a group of controls is.
-
-        Args:
-            prefix: what the names of these controls begin with.
-            site: its name.
-            same: all paths of its module.
-            modules: the paths of all modules of the policy.
-        """
+        """Note of which site the controls under a prefix are, with all paths of its module and of the policy."""
         self._places[prefix] = site, frozenset(same), frozenset(modules)
 
     def require_place(self, prefix: str, path: str) -> None:
         """Raise if what is about to be written belongs to another module, or another run of it.
 
-        Args:
-            prefix: what the names of the controls begin with.
-            path: the site that it belongs to; names of no module of the policy are not known to be another's.
+        Names of no module of the policy are not known to be another's.
 
         Raises:
             InputError: that names both.

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from tdhook_rl.internals.python_names import is_owned
 
-__all__ = ["Switch", "TurnLock", "survive_forks"]
-
 #: Seconds that a fork waits for calls of other threads to end.
 PATIENCE = 2.0
 

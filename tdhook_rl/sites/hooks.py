@@ -22,18 +22,6 @@ from tdhook_rl.sites.repeats import added, part_of, several_runs
 from tdhook_rl.sites.rows import as_leaf, entry_rows, rows_of, with_rows
 from tdhook_rl.sites.runtime import Runtime
 
-__all__ = [
-    "CaptureHook",
-    "ChangeHook",
-    "InputCaptureHook",
-    "LeafHook",
-    "Portable",
-    "ReadHook",
-    "RowHook",
-    "WatchHook",
-    "portable",
-]
-
 
 class CaptureHook:
     """Forward hook that keeps the output of its module while the root call records.

@@ -16,8 +16,6 @@ from torch import nn
 from tdhook_rl.errors import InputError
 from tdhook_rl.sites.runtime import Runtime, vmap_level
 
-__all__ = ["place_inner_hooks", "require_whole_batch", "step_of_batch"]
-
 
 class _InnerHook:
     """Pre-hook and hook of a TensorDict module that another one calls in a forward of its own."""
@@ -65,10 +63,7 @@ def step_of_batch(runtime: Runtime, site: str) -> bool:
 def require_whole_batch(runtime: Runtime, site: str, partial: bool = False) -> None:
     """Refuse a site that is called with one step at a time where its value for the whole batch is needed.
 
-    Args:
-        runtime: of the policy.
-        site: what messages call it.
-        partial: whether it may be called with other rows.
+    With ``partial`` it may be called with other rows.
 
     Raises:
         InputError: if it is.

@@ -15,8 +15,6 @@ from torch.utils.hooks import RemovableHandle
 
 from tdhook_rl.sites.known import own_class, writes_input
 
-__all__ = ["hand_on_in_place"]
-
 
 class _InPlaceHook:
     """Pre-hook, first hook and last hook of a module that may work in place."""

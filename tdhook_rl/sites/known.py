@@ -15,10 +15,6 @@ from torch import nn
 from tdhook_rl.internals.torch_names import BatchNorm, DropoutNd
 from tdhook_rl.sites.classes import Swapped
 
-__all__ = [
-    "batch_statistics", "draws_noise", "may_draw", "may_meet", "own_class", "unknown_modules", "writes_input",
-]  # fmt: skip
-
 
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The class that the user gave a module, where the clone's is one of ours."""

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from tdhook_rl.errors import InputError
 from tdhook_rl.internals.torch_names import ConvNd
 
-__all__ = ["CHANNELS_FIRST", "is_transformer", "survey_features", "takes_time_first", "time_comes_first"]
-
 #: Of a module of which the first feature dimension has the channels, however many follow.
 CHANNELS_FIRST = -1
 
@@ -42,12 +40,7 @@ _KEEPS = tuple(
 
 
 def takes_time_first(module: nn.Module, inside: bool) -> bool:
-    """Whether a module's tensors have time first and the batch second.
-
-    Args:
-        module: any module.
-        inside: whether this holds for the transformer that the module is a part of, if any.
-    """
+    """Whether a module has time first and the batch second; ``inside`` is what holds for a transformer around it."""
     if isinstance(module, TensorDictModuleBase):
         return False
     said = getattr(module, "batch_first", None)
@@ -66,14 +59,8 @@ def is_transformer(module: nn.Module) -> bool:
 def time_comes_first(value: Tensor, batch: torch.Size | None, site: str, exact: bool) -> bool:
     """Whether a tensor of a module that takes time first has the rows of the call in its second dimension.
 
-    Args:
-        value: what the module computed.
-        batch: the batch size of the call; None where it is unknown.
-        site: what messages call the module.
-        exact: whether it matters which dimension has the rows.
-
     Raises:
-        InputError: if both dimensions may be meant, and it matters.
+        InputError: if both dimensions may be meant, and it matters (``exact``).
     """
     if value.ndim < 3 or batch == ():
         return False

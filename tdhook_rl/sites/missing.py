@@ -17,8 +17,6 @@ from tdhook_rl.errors import InputError, SiteError
 from tdhook_rl.sites.rows import with_batch
 from tdhook_rl.sites.runtime import Runtime
 
-__all__ = ["Absent", "Missing", "PartialCapture", "RowsHook", "check_missing", "missing_value", "place_rows_hook"]
-
 Missing = Literal["raise", "nan"]
 
 

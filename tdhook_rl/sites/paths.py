@@ -36,8 +36,6 @@ from torch import nn
 
 from tdhook_rl.errors import SiteError, nearest
 
-__all__ = ["Run", "Site", "find_sites", "require_apart", "require_counted", "resolve", "runs_by_itself"]
-
 #: Which run of a module in one call: its number (negative ones count from the last), all, or not said.
 Run = int | Literal["all"] | None
 
@@ -125,11 +123,7 @@ def find_sites(
 def require_apart(root: nn.Module, pattern: str, sites: Sequence[Site], *, nested: bool = False) -> None:
     """Check that the pattern of an intervention catches each place once, and no name that only begins alike.
 
-    Args:
-        root: the module that paths start from.
-        pattern: what was asked for.
-        sites: what :func:`find_sites` found for it.
-        nested: modules inside of others may be caught with them.
+    With ``nested``, modules inside of others may be caught with them.
 
     Raises:
         SiteError: with the list of what was caught.

@@ -17,8 +17,6 @@ from tdhook_rl.sites.paths import Run
 from tdhook_rl.sites.rows import with_batch
 from tdhook_rl.sites.runtime import Runtime
 
-__all__ = ["RunHook", "Several", "part_of", "several_runs", "stacked"]
-
 
 class Several(NamedTuple):
     """What each run of a module gave in one call, for a site of all runs or of one counted from the last.

@@ -31,11 +31,6 @@ from tdhook_rl.sites.containers import first_tensor, tensors_of, with_first_tens
 from tdhook_rl.sites.layouts import is_transformer, survey_features, takes_time_first, time_comes_first
 from tdhook_rl.sites.runtime import Runtime, vmap_level
 
-__all__ = [
-    "Layout", "RecurrentHook", "as_leaf", "attach_layouts", "entry_rows", "feature_dims", "note_intervention",
-    "rows_of", "rows_of_part", "unbatched", "with_batch", "with_rows", "without_vmap",
-]  # fmt: skip
-
 #: Puts rows into the form that the module gave them.
 Disguise = Callable[[Tensor], Tensor]
 
@@ -111,12 +106,7 @@ def rows_of(
 ) -> tuple[Tensor, Disguise | None]:
     """The first tensor of an output (or input) of a site: batch, agents, features; and the way back.
 
-    Args:
-        output: what the module gave.
-        module: the module.
-        site: what messages call it.
-        runtime: what the hooks share.
-        exact: whether it matters which row is which; not for what treats all alike.
+    Not ``exact`` is for what treats all rows alike: there it does not matter which is which.
 
     Raises:
         InputError: if the output holds no tensor, is padded in an unknown way, or has its rows in one of two

@@ -22,8 +22,6 @@ from tdhook_rl.internals.functorch_names import (
 from tdhook_rl.sites.controls import Controls
 from tdhook_rl.sites.forking import Switch, TurnLock, survive_forks
 
-__all__ = ["Runtime", "vmap_level"]
-
 
 class Runtime:
     """What the hooks of one hooked policy share: switches, and the slots of the call under way.

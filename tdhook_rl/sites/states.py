@@ -18,8 +18,6 @@ from tdhook_rl.internals.torch_names import TorchDispatchMode, storage_id
 from tdhook_rl.sites.containers import tensors_of
 from tdhook_rl.sites.runtime import Runtime
 
-__all__ = ["StateHook", "state_names", "state_of", "watching", "with_state"]
-
 _PLACES = {"h_n": 0, "c_n": 1}
 
 

@@ -10,8 +10,6 @@ from tdhook_rl.sites.layouts import CHANNELS_FIRST
 from tdhook_rl.sites.rows import feature_dims
 from tdhook_rl.sites.runtime import Runtime
 
-__all__ = ["placed_shape"]
-
 
 def placed_shape(
     vector: torch.Size, value: Tensor, said: int | None, runtime: Runtime, site: str, what: str

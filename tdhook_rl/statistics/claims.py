@@ -10,8 +10,6 @@ from torch import Tensor
 
 from tdhook_rl.errors import InputError
 
-__all__ = ["benjamini_hochberg", "holm", "minimum_detectable_effect"]
-
 
 def holm(p_values: Any) -> np.ndarray:
     """P-values adjusted so that the chance of any false claim is held (Holm 1979).

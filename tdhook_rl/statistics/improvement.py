@@ -10,8 +10,6 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.statistics.interval import FEW_GROUPS, Interval, array, check_confidence, limits, none, pair_up
 from tdhook_rl.statistics.means import grouped_mean
 
-__all__ = ["probability_of_improvement"]
-
 
 def probability_of_improvement(
     first: Any,

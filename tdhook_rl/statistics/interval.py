@@ -11,8 +11,6 @@ from torch import Tensor
 
 from tdhook_rl.errors import InputError
 
-__all__ = ["FEW_GROUPS", "Interval", "array", "check_confidence", "limits", "none", "pair_up"]
-
 #: Below so many groups nothing is resampled: a t interval by group, or none.
 FEW_GROUPS = 10
 

@@ -10,8 +10,6 @@ import numpy as np
 from tdhook_rl.errors import InputError
 from tdhook_rl.statistics.interval import FEW_GROUPS, Interval, array, check_confidence, limits, none, pair_up
 
-__all__ = ["grouped_mean", "p_value", "paired_difference"]
-
 Method = Literal["auto", "t", "bootstrap"]
 
 #: Numbers held at once while groups are drawn anew.

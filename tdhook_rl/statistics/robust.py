@@ -11,8 +11,6 @@ import numpy as np
 from tdhook_rl.errors import InputError
 from tdhook_rl.statistics.interval import FEW_GROUPS, Interval, array, check_confidence, limits, none, pair_up
 
-__all__ = ["bootstrap", "iqm"]
-
 
 def iqm(
     values: Any,

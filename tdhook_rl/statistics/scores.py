@@ -14,8 +14,6 @@ import numpy as np
 from tdhook_rl.errors import InputError
 from tdhook_rl.statistics.interval import FEW_GROUPS, Interval, check_confidence, limits, none
 
-__all__ = ["area_under_curve", "balanced_accuracy", "r_squared"]
-
 
 def balanced_accuracy(right: Any, rows: Any, *, confidence: float = 0.95) -> Interval:
     """The mean over classes of the share of their rows that are right.

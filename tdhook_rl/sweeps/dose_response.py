@@ -19,8 +19,6 @@ from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent import SteeringVector, SteeringVectors
 
-__all__ = ["DoseResponse", "dose_response", "first_episode"]
-
 Outcomes = Callable[[TensorDictBase, Tensor], Mapping[str, Tensor]]
 
 

@@ -16,8 +16,6 @@ from tdhook_rl.calls.provenance import is_stamp
 from tdhook_rl.errors import TdhookError
 from tdhook_rl.testing.subject import Subject, annotated_keys, as_tuples, entries, require, same_bits
 
-__all__ = ["CALLING"]
-
 BATCHES: tuple[tuple[int, ...], ...] = ((), (1,), (5,), (3, 2), (2, 1, 3))
 RTOL, ATOL = 1e-4, 1e-5
 MODES: dict[str, Callable[[], Any]] = {"gradients on": torch.enable_grad, "no_grad": torch.no_grad}

@@ -17,8 +17,6 @@ from tdhook_rl.testing.restoring import RESTORING
 from tdhook_rl.testing.subject import Subject, sample_data, sample_policy
 from tdhook_rl.testing.travelling import TRAVELLING
 
-__all__ = ["CHECKS", "check_method", "parametrize_with_checks"]
-
 #: Every check by its name.
 CHECKS: dict[str, Callable[[Subject], None]] = {
     check.__name__: check for check in (declared_keys_are_written, *RESTORING, *CALLING, *TRAVELLING)

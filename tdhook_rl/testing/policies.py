@@ -19,8 +19,6 @@ from tdhook_rl.method import Compose, Method
 from tdhook_rl.testing.conformance import run_check
 from tdhook_rl.testing.subject import Subject, same_bits
 
-__all__ = ["check_hooked_policy"]
-
 #: The checks of a method that say something of a policy.
 OF_POLICIES = (
     "original_is_untouched", "restored_after_exit", "observing_is_bit_neutral", "data_is_read_only", "nothing_is_kept",

@@ -20,8 +20,6 @@ from tdhook_rl.testing.subject import (
     snapshot,
 )
 
-__all__ = ["RESTORING"]
-
 
 def original_is_untouched(subject: Subject) -> None:
     """Inside the context and while it is called, the user's policy is what it was, and acts as it did."""

@@ -18,8 +18,6 @@ from tdhook_rl.calls.provenance import is_stamp
 from tdhook_rl.errors import ConformanceError
 from tdhook_rl.method import Method
 
-__all__ = ["SITES", "Subject", "Switch", "entries", "require", "same_bits", "sample_data", "sample_policy", "snapshot"]
-
 FEATURES, HIDDEN, ACTIONS = 6, 16, 4
 
 #: The modules of :func:`sample_policy` whose output a method may be placed on; each has 16 features.

@@ -21,8 +21,6 @@ from tdhook_rl.method import Compose
 from tdhook_rl.testing.calling import _acted, _require_close
 from tdhook_rl.testing.subject import Subject, annotated_keys, as_tuples, require, same_bits
 
-__all__ = ["TRAVELLING"]
-
 FRAMES, BATCHES = 8, 3
 
 

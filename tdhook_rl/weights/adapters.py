@@ -14,8 +14,6 @@ from tdhook_rl.sites.hooks import Portable
 from tdhook_rl.sites.rows import rows_of, with_rows
 from tdhook_rl.sites.runtime import Runtime
 
-__all__ = ["Adapters"]
-
 
 @dataclass(frozen=True, eq=False)
 class Adapters(Method):

@@ -15,8 +15,6 @@ from torch.nn.utils.weight_norm import WeightNorm
 from tdhook_rl.errors import InputError
 from tdhook_rl.internals.torch_names import pruned_name
 
-__all__ = ["ComputedWeight", "computed_weights", "draw_anew"]
-
 #: A power iteration from a random start is at the norm of the matrix by then.
 ITERATIONS = 30
 

@@ -14,8 +14,6 @@ from tdhook_rl.errors import InputError, SiteError, nearest
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.weights.computed import ComputedWeight, computed_weights
 
-__all__ = ["Pruning", "magnitude"]
-
 _ARGUMENTS = ("module_key", "parameter_name", "parameter")
 
 

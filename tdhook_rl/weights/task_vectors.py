@@ -19,8 +19,6 @@ from tdhook_rl.sites.hooks import Portable
 from tdhook_rl.sites.runtime import Runtime
 from tdhook_rl.weights.computed import computed_weights
 
-__all__ = ["TaskVectors"]
-
 Weights = Mapping[str, Tensor]
 
 

@@ -23,13 +23,6 @@ from tdhook_rl.latent.dimension_estimation.neighbours import (
     write_results,
 )
 
-__all__ = [
-    "CaPcaDimensionEstimator",
-    "LocalDimensionEstimator",
-    "LocalKnnDimensionEstimator",
-    "LocalPcaDimensionEstimator",
-]
-
 
 class LocalDimensionEstimator(TensorDictModuleBase):
     """Base of these estimators: from the k nearest neighbours of each point to a number.

@@ -13,18 +13,6 @@ from torch import Tensor
 
 from tdhook_rl.errors import InputError, KeyCollisionError, MissingKeyError, nearest
 
-__all__ = [
-    "check_k",
-    "check_keys",
-    "distances",
-    "local_spectrum",
-    "nearest_neighbours",
-    "read_points",
-    "refuse_duplicates",
-    "resolve_k",
-    "write_results",
-]
-
 
 def check_keys(in_keys: list[NestedKey], out_keys: list[NestedKey]) -> None:
     """Refuse a result key that would replace the data, or another result."""
@@ -39,11 +27,6 @@ def read_points(data: TensorDictBase, key: NestedKey, *, rows: int) -> Tensor:
     """The finite floating-point tensor ``(..., N, D)`` under a key, in single or double precision.
 
     Each cloud is scaled by a power of two to entries of about 1, which no estimate depends on.
-
-    Args:
-        data: the TensorDict to read.
-        key: where the points are.
-        rows: the least N that the estimator can use.
 
     Raises:
         MissingKeyError: if the key is absent.

@@ -20,9 +20,6 @@ from tdhook_rl.latent.dimension_estimation.neighbours import (
     write_results,
 )
 
-__all__ = ["TwoNnDimensionEstimator"]
-
-
 #: How far the distribution of the ratios may be from that of the dimension that is fitted. Curvature, borders, noise
 #: and uneven densities make .06 of it, parts of several dimensions .12, near-duplicates of a tenth of the points .14.
 MISFIT = 0.13

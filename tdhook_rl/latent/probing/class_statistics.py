@@ -16,8 +16,6 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.latent.probing.linear_probe import LinearProbe, check_kind
 from tdhook_rl.latent.probing.moments import Moments, raw_bias, solve_symmetric
 
-__all__ = ["NEVER", "RIDGE", "ClassStatistics", "check_solve", "usual_penalty"]
-
 #: The score of a class without rows: it is never chosen, and its probability is zero in every float format.
 NEVER = -1e4
 #: The penalty of ridge, where none is named.

@@ -18,8 +18,6 @@ from tdhook_rl.latent.probing.linear_probe import LinearProbe
 from tdhook_rl.latent.probing.target_statistics import TargetStatistics
 from tdhook_rl.statistics import Interval
 
-__all__ = ["ClassConcept", "Concept", "LabelConcept", "ProbeOptions", "ValueConcept"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeOptions:

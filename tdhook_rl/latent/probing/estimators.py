@@ -11,14 +11,6 @@ from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.probing.scaling import Scale
 
-__all__ = [
-    "BilinearEstimator",
-    "LinearEstimator",
-    "LowRankBilinearEstimator",
-    "MeanDifferenceClassifier",
-    "TorchEstimator",
-]
-
 _FACTORS = ("left", "right")
 
 

@@ -11,9 +11,6 @@ from torch import Tensor
 from tdhook_rl import statistics
 from tdhook_rl.statistics import Interval
 
-__all__ = ["HitTally", "ScoreHistograms", "Tally", "widest"]
-
-
 #: What is left of a group that counts no more.
 _NOTHING = 1e-6
 
@@ -99,12 +96,7 @@ _ENTRIES = 600_000
 
 
 class HitTally:
-    """How many rows of each class there are, and were classified rightly, in each group.
-
-    Args:
-        columns: classes; two for each label of several.
-        groupings: how many ways there are to group the rows.
-    """
+    """How many rows of each class (two for each of several labels) there are, and were classified rightly, by group."""
 
     def __init__(self, *, columns: int, groupings: int) -> None:
         self._columns = columns
@@ -153,10 +145,6 @@ class ScoreHistograms:
 
     Scores are in units of their spread within classes, from the middle between the classes, so that those of
     today's probe and yesterday's go together and the resolution, a sixteenth of a spread, is the same for all.
-
-    Args:
-        labels: how many there are.
-        groupings: how many ways there are to group the rows.
     """
 
     def __init__(self, *, labels: int, groupings: int) -> None:

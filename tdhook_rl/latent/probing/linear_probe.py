@@ -20,8 +20,6 @@ from tdhook_rl.method import Binder, Method
 from tdhook_rl.replaying.batching import row_vectors
 from tdhook_rl.sites.runtime import Runtime
 
-__all__ = ["LinearProbe", "ProbeReadout", "check_kind"]
-
 Kind = Literal["lda", "ridge"]
 Concept = Literal["classes", "labels", "values"]
 

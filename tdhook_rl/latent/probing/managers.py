@@ -12,8 +12,6 @@ from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError, MissingKeyError, PreparationError, nearest
 from tdhook_rl.latent.probing.estimators import TorchEstimator
 
-__all__ = ["BilinearProbeManager", "ProbeManager"]
-
 
 class ProbeManager:
     """Fits and scores one estimator for each site of :class:`Probing`.

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from tdhook_rl.errors import InputError
 
-__all__ = ["Moments", "raw_bias", "solve_symmetric"]
-
 M = TypeVar("M", bound="Moments")
 
 #: Rows that are held in float64 at once.
@@ -94,24 +92,13 @@ class Moments:
         return blocks
 
     def _merged_moment(self: M, other: M, total: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The moment of another about this one's shift, and how far the other's shift is away.
-
-        Args:
-            other: the other.
-            total: the sum of its rows about its own shift.
-            rows: how many it has.
-        """
+        """The moment of another's rows about this one's shift, and how far the other's shift is away."""
         away = other.shift - self.shift
         crossed = torch.outer(total, away)
         return other.moment + crossed + crossed.T + rows * torch.outer(away, away), away
 
     def _scale(self, mean: Tensor, variance: Tensor) -> Tensor:
-        """The spread of each feature, infinite where it is constant up to rounding.
-
-        Args:
-            mean: of the features about the shift.
-            variance: of the features.
-        """
+        """The spread of each feature, infinite where it is constant up to rounding; the mean is about the shift."""
         spread = variance.clamp_min(0).sqrt()
         rounding = 0.5 * self.resolution * (mean + self.shift).abs()
         live = spread > rounding.clamp_min(torch.finfo(torch.float64).tiny)

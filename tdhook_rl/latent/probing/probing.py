@@ -18,8 +18,6 @@ from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.sites.paths import Site, find_sites
 
-__all__ = ["Probe", "Probing"]
-
 _DIRECTIONS = ("fwd", "fwd_pre")
 _CONTAINERS = (nn.Sequential, TensorDictModuleBase)
 

@@ -13,8 +13,6 @@ from tdhook_rl.latent.probing.class_statistics import NEVER, RIDGE, check_solve,
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
 from tdhook_rl.latent.probing.moments import Moments, raw_bias, solve_symmetric
 
-__all__ = ["TargetStatistics"]
-
 
 class TargetStatistics(Moments):
     """Sums of features, targets and their products, in float64 about the means of the first rows.

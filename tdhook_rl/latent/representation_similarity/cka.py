@@ -15,8 +15,6 @@ from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.dimension_estimation.neighbours import check_keys, distances, read_points, write_results
 
-__all__ = ["CkaEstimator"]
-
 
 class CkaEstimator(TensorDictModuleBase):
     """Centred kernel alignment: HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)), of two kernels on the same N points.

@@ -13,8 +13,6 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.latent.dimension_estimation.neighbours import check_keys, distances, write_results
 from tdhook_rl.latent.representation_similarity.cka import read_pair
 
-__all__ = ["InformationImbalanceEstimator"]
-
 
 class InformationImbalanceEstimator(TensorDictModuleBase):
     """The mean rank, in one representation, of the nearest neighbour in the other, times 2 / N.
