@@ -18,6 +18,7 @@ from tensordict import NestedKey
 from tensordict.utils import unravel_key
 from torch import Tensor
 
+from tdhook_rl.arguments.checked import checked
 from tdhook_rl.calls.decisions import (
     Keys,
     action_of,
@@ -84,6 +85,7 @@ class DefaultTarget:
         return chosen.slope(run) if isinstance(chosen, LinearTarget) else None
 
 
+@checked
 def taken_action_log_prob(key: Keys = None) -> Target:
     """The log-probability of the stored action: the joint one of all decisions, or of those that ``key`` names.
 
@@ -92,31 +94,37 @@ def taken_action_log_prob(key: Keys = None) -> Target:
     return _own("taken_action_log_prob", _LogProb(key))
 
 
+@checked
 def entropy(key: Keys = None) -> Target:
     """The entropy of the action distribution: the sum of all, or of those that ``key`` names."""
     return _own("entropy", _Entropy(key))
 
 
+@checked
 def chosen_logit(key: NestedKey = "logits") -> Target:
     """The logit of the stored action (an index, or one-hot), before normalisation."""
     return _linear("chosen_logit", _Chosen(unravel_key(key), "logits"))
 
 
+@checked
 def logit(index: int, key: NestedKey = "logits") -> Target:
     """The logit of one action, whichever was taken; of several decisions ``key`` says which."""
     return _linear(f"logit({index})", _Indexed(unravel_key(key), index))
 
 
+@checked
 def margin(key: NestedKey = "logits") -> Target:
     """The logit of the stored action minus the largest logit of the others."""
     return _own("margin", _Margin(unravel_key(key)))
 
 
+@checked
 def state_value(key: NestedKey = "state_value") -> Target:
     """The estimated value of the state."""
     return _linear("state_value", _Entry(unravel_key(key), "state_value"))
 
 
+@checked
 def chosen_q(key: NestedKey = "action_value") -> Target:
     """The estimated Q-value of the stored action; of a distributional Q-network the expectation over its atoms."""
     return _linear("chosen_q", _Chosen(unravel_key(key), "action_value"))

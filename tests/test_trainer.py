@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.collectors import Collector, Evaluator
 from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorDictReplayBuffer
@@ -17,10 +20,11 @@ from torchrl.trainers import Trainer
 
 from tdhook_rl import ActivationCaching, Compose, Saliency, Scheduled, targets
 from tdhook_rl.envs import CueCorners
-from tdhook_rl.errors import InputError
+from tdhook_rl.errors import InputError, PreparationError
 from tdhook_rl.examples.agent import FC2, make_actor, make_critic
 from tdhook_rl.report import FileSink, Monitor
 from tdhook_rl.rollout import AnnotatedMetrics, AnnotateHook, summarise
+from tdhook_rl.rollout.trainer_policy import policy_of_trainer
 
 FRAMES = 128
 
@@ -127,6 +131,39 @@ def test_every_and_the_state_of_the_hook(tmp_path: Path) -> None:
         with_results = [bool(other.annotate_batch(batch)["computed", "attr"].all()) for _ in range(3)]
     assert len(logged(tmp_path)["interp/attr.observation"]) == 2
     assert with_results == [False, False, True]  # batches 4 and 5, then 6
+
+
+class Held:
+    """What is read of a trainer to find its policy."""
+
+    def __init__(self, acts: Any = None, loss: Any = None, **hooks: Any) -> None:
+        self.collector, self.loss_module, self._modules = SimpleNamespace(policy=acts), loss, hooks
+
+
+def test_hooks_made_without_a_policy_take_the_trainers() -> None:
+    actor, critic = make_actor(), make_critic()
+    with make_method().prepare(actor) as policy, Saliency().prepare(critic) as value:
+        explored = TensorDictSequential(policy, TensorDictModule(nn.Identity(), ["action"], ["action"]))
+        hook = AnnotateHook(policy)
+        for held, found in {
+            Held(policy, ClipPPOLoss(actor, value)): policy,  # what acts comes first
+            Held(explored): policy,
+            Held(actor, ClipPPOLoss(actor, value)): value,
+            Held(actor, ClipPPOLoss(actor, critic), annotate=hook): policy,
+        }.items():
+            assert policy_of_trainer(held, "Monitor") is found
+        with pytest.raises(
+            PreparationError, match=r"Monitor was made without a policy, .* no hooked one \(no policy\)"
+        ):
+            policy_of_trainer(Held(), "Monitor")
+        with pytest.raises(
+            PreparationError, match=r"the collector's policy is a plain \w+Actor; the loss's actor_network"
+        ):
+            AnnotateHook().register(Held(actor, ClipPPOLoss(actor, critic)))
+        with pytest.raises(PreparationError, match="AnnotateHook takes a hooked policy"):
+            AnnotateHook().annotate_batch(TensorDict({}, [1]))
+        with pytest.raises(PreparationError, match="this monitor has no policy yet"):
+            Monitor().step(TensorDict({}, [1]))
 
 
 def test_a_trainer_without_batches_and_without_a_buffer_says_so() -> None:

@@ -23,6 +23,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
+from tdhook_rl.arguments.plain import is_config, plain, with_keys
 from tdhook_rl.errors import ArgumentError, TargetError, TdhookError, nearest
 from tdhook_rl.internals.python_names import is_protocol
 
@@ -64,6 +65,7 @@ class Checked(ABCMeta):
         if any(isinstance(one, Iterator) for one in (*args, *kwargs.values())):
             args = tuple(map(_listed, args))
             kwargs = {name: _listed(one) for name, one in kwargs.items()}
+        args, kwargs = _plain_arguments(declared, args, kwargs)
         return _made(super().__call__, declared, cls.__name__, args, kwargs)
 
 
@@ -78,6 +80,27 @@ def _made(make: Callable[..., Any], declared: _Declared, name: str, args: tuple,
         raise
     _check(declared, name, args, kwargs)
     return made
+
+
+def _plain_arguments(declared: _Declared, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Arguments as files give them, which have no tuples: lists of strings are nested keys where only these fit."""
+    if not any(map(_of_file, args)) and not any(map(_of_file, kwargs.values())):
+        return args, kwargs
+    signature, hints = declared
+    names = [*signature.parameters, *[""] * len(args)]
+
+    def one(name: str, value: Any) -> Any:
+        made, (hint, _) = plain(value), hints.get(name, _NO_HINT)
+        if not isinstance(made, list) or fits(made, hint):
+            return made
+        return next((other for other in ((*made,), with_keys(made)) if fits(other, hint)), made)
+
+    listed = tuple(one(name, value) for name, value in zip(names, args, strict=False))
+    return listed, {name: one(name, value) for name, value in kwargs.items()}
+
+
+def _of_file(value: Any) -> bool:
+    return type(value) is list or is_config(value)
 
 
 def _listed(value: Any) -> Any:
@@ -105,6 +128,7 @@ def checked(function: F) -> F:
     def call(*args: Any, **kwargs: Any) -> Any:
         if not declared:
             declared.append(_declared(function))
+        args, kwargs = _plain_arguments(declared[0], args, kwargs)
         name = f"{type(args[0]).__name__}.{own_name}" if owner and args else own_name  # of a subclass too
         if own_name == "__init__":
             return _made(function, declared[0], type(args[0]).__name__, args, kwargs)

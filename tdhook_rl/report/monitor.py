@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from tensordict import NestedKey, TensorDictBase
+from torchrl.trainers import TrainerHookBase
 
 from tdhook_rl.arguments.checked import Checked, checked
 from tdhook_rl.batches.annotation import OnMismatch
-from tdhook_rl.calls.bound import observers
 from tdhook_rl.calls.preconditions import require_data, require_hooked
 from tdhook_rl.calls.real_rows import real_rows
-from tdhook_rl.errors import ArtifactError, InputError, TdhookError, warn
-from tdhook_rl.report.episodes import Episode, episode_table, episodes
+from tdhook_rl.errors import ArtifactError, InputError, PreparationError
 from tdhook_rl.report.facts import facts_of
+from tdhook_rl.report.look import Look, Tries, Turns
 from tdhook_rl.report.media import Artifact
 from tdhook_rl.report.probes import WatchedProbe
-from tdhook_rl.report.readings import Features, Readings
+from tdhook_rl.report.readings import Features
 from tdhook_rl.report.sinks.names import PREFIX
-from tdhook_rl.report.sinks.together import sinks_of
+from tdhook_rl.report.sinks.together import Sinks, sinks_of
 from tdhook_rl.rollout.diagnostics import NetworkDiagnostics
 from tdhook_rl.rollout.newest_rows import NewestRows
 from tdhook_rl.rollout.online_probe import OnlineProbe
 from tdhook_rl.rollout.summary import AnnotatedMetrics
+from tdhook_rl.rollout.trainer_policy import policy_of_trainer
 
 if TYPE_CHECKING:
     from torchrl.trainers import Trainer
 
 __all__ = ["Budgets", "Monitor"]
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +58,7 @@ class Budgets(metaclass=Checked):
                 raise InputError(f"a budget is not negative, got {name}={value}")
 
 
-class Monitor:
+class Monitor(TrainerHookBase):
     """Logs what a hooked policy writes: two lines in a training loop, whatever the logger.
 
     Of each batch that is due: for each feature the mean absolute attribution, attribution mass by group, statistics of
@@ -71,10 +70,12 @@ class Monitor:
     is said once while training goes on. A mistake that shows at once is raised.
 
     Args:
-        policy: the hooked policy. Batches that lack results are annotated.
+        policy: the hooked policy; a trainer's at :meth:`register`, unless one is given. Batches that lack results are
+            annotated.
         logger: a TorchRL ``Logger``, a W&B run, a TensorBoard ``SummaryWriter``, the path of a folder, or a list of
             these, which stay open; or what ``open_wandb`` gives, which is closed at the end. Everything is written to a
-            folder first: that which is named, or one beside what the logger writes.
+            folder first: that which is named, or one beside what the logger writes. Without any of these a trainer's
+            own logger, or a new folder in ``runs``.
         every: every how many batches.
         media_every: every how many of these come with pictures and histograms; 0 for never, as in the next two.
         table_every: every how many of these come with the worst and best episodes.
@@ -96,7 +97,6 @@ class Monitor:
 
     Attributes:
         frames: environment frames so far, padding left out.
-        folder: where the local files are.
 
     Raises:
         PreparationError: for a policy that is not hooked.
@@ -117,7 +117,7 @@ class Monitor:
     @checked
     def __init__(
         self,
-        policy: Any,
+        policy: Any = None,
         logger: Any = None,
         *,
         every: int = 1,
@@ -141,7 +141,9 @@ class Monitor:
         budgets: Budgets | None = None,
         on_mismatch: OnMismatch = "warn",
     ) -> None:
-        require_hooked(policy, "Monitor")
+        for one, name in ((policy, "Monitor"), (untrained, "Monitor(untrained=...)")):
+            if one is not None:
+                require_hooked(one, name)
         for name, value, least in (
             ("every", every, 1), ("media_every", media_every, 0), ("table_every", table_every, 0),
             ("animation_every", animation_every, 0), ("rows", rows, 1),
@@ -150,32 +152,33 @@ class Monitor:
                 raise InputError(f"{name}= is a whole number from {least} on, got {value!r}")
         if not prefix or "/" in prefix:
             raise InputError(f"prefix= is one word without a slash, as names have two levels; got {prefix!r}")
-        if untrained is not None:
-            require_hooked(untrained, "Monitor(untrained=...)")
-        self.policy, self.buffer = policy, buffer
+        self.policy, self.buffer = None, buffer
         self.every = every
-        self.media_every, self.table_every, self.animation_every = media_every, table_every, animation_every
         self.budgets = budgets or Budgets()
         self.frames = 0
-        self._features = Features(feature_names, groups, self.budgets.features)
-        self._frames_key = frames_key
-        inputs = policy.policy_in_keys
-        self._probes = {
-            name: WatchedProbe(probe, inputs[0] if inputs else None, untrained)
-            for name, probe in (probes or {}).items()
-        }
-        self._diagnostics = diagnostics
-        self._on_mismatch: OnMismatch = on_mismatch
         self._newest = NewestRows(rows)
-        self._steps = self._seen = 0
+        self._steps = 0
         self._last: dict[str, float] = {}
-        self._said: set[str] = set()
-        self._closed = False
-        self._sinks = sinks_of(
-            logger, folder, prefix=prefix, resume=resume, most_keys=self.budgets.keys, most_bytes=self.budgets.bytes
+        self._closed, self._ended = False, -1
+        self._tries = Tries()
+        self._probes, self._untrained = dict(probes or {}), untrained
+        self._look = Look(
+            policy=None,
+            features=Features(feature_names, groups, self.budgets.features),
+            turns=Turns(media=media_every, table=table_every, animation=animation_every),
+            images=self.budgets.images,
+            frames_key=frames_key,
+            diagnostics=diagnostics,
+            on_mismatch=on_mismatch,
+            tries=self._tries,
         )
-        self.folder: Path = self._sinks.local[0].path
-        self._sinks.describe(facts_of(policy, seed=seed, experiment=experiment, config=config or {}))
+        self._facts: dict[str, Any] = {"seed": seed, "experiment": experiment, "config": config or {}}
+        self._options: dict[str, Any] = {"prefix": prefix, "resume": resume}
+        self._opened: Sinks | None = None
+        if logger is not None or folder is not None:
+            self._open(logger, folder)
+        if policy is not None:
+            self._watch(policy)
 
     # ------------------------------------------------------------------ in a loop
 
@@ -194,6 +197,11 @@ class Monitor:
         """
         if self._closed:
             raise InputError("this monitor is closed: make another, with resume=True to go on in its folder")
+        if self.policy is None:
+            raise PreparationError(
+                "this monitor has no policy yet: give it the hooked one, Monitor(policy, ...), or register it at a "
+                "trainer whose collector has one"
+            )
         due = self._steps % self.every == 0
         self._steps += 1
         data = self._from_buffer(due) if batch is None else batch
@@ -203,20 +211,19 @@ class Monitor:
             self.frames += batch.batch_size.numel() if real is None else int(real.sum())
         if not due or data is None or not data.batch_size.numel():
             return None
-        found = self._try("a batch", lambda: self._look(data))
-        self._seen += 1
+        found = self._tries("a batch", lambda: self._logged(data))
+        self._look.seen += 1
+        self._tries.strict = False
         return found
 
     def close(self) -> None:
         """Write the last values and the probes, and hand on what waits; the loggers stay open. May be called again."""
         if self._closed:
             return
+        if self._opened is not None:
+            self._end()
+            self._opened.close()
         self._closed = True
-        for name, probe in self._probes.items():
-            if probe.probe.probe is not None:
-                self._try("a probe's file", lambda name=name, probe=probe: self._save_probe(name, probe.probe))
-        self._sinks.summarise({**self._last, "frames": float(self.frames)})
-        self._sinks.close()
 
     def save(self, name: str, thing: Any, facts: Mapping[str, Any] | None = None) -> Path:
         """Keep a probe, a vector, or a file, locally first and then as an artifact of the loggers.
@@ -259,9 +266,14 @@ class Monitor:
         return {**self._last, "frames": float(self.frames)}
 
     @property
+    def folder(self) -> Path:
+        """Where the local files are."""
+        return self._sinks.local[0].path
+
+    @property
     def metrics_fn(self) -> AnnotatedMetrics:
         """What TorchRL's ``Evaluator`` takes as ``metrics_fn=``: the numbers of its trajectories."""
-        return AnnotatedMetrics(self.policy, self._on_mismatch)
+        return AnnotatedMetrics(self.policy, self._look.on_mismatch)
 
     def __enter__(self) -> Monitor:
         return self
@@ -274,9 +286,19 @@ class Monitor:
     # ------------------------------------------------------------------ in a trainer
 
     def register(self, trainer: Trainer, name: str = "monitor") -> None:
-        """Look at the batches of a TorchRL ``Trainer``; those that go straight to its buffer are read from there."""
+        """Look at the batches of a TorchRL ``Trainer``; those that go straight to its buffer are read from there.
+
+        Raises:
+            PreparationError: for a monitor made without a policy, if the trainer has no hooked one; it says what it
+                has.
+        """
+        if self.policy is None:
+            self._watch(policy_of_trainer(trainer, "Monitor"))
+        if self._opened is None:
+            self._open(getattr(trainer, "logger", None))
         self.buffer = getattr(trainer, "replay_buffer", None) if self.buffer is None else self.buffer
         trainer.register_op("pre_steps_log", self._of_trainer)
+        trainer.register_op("shutdown", self._end)
         trainer.register_module(name, self)
 
     def _of_trainer(self, batch: TensorDictBase | None) -> None:
@@ -284,53 +306,41 @@ class Monitor:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the axis and the schedule are."""
-        return {"frames": self.frames, "steps": self._steps, "seen": self._seen, "written": self._newest.written}
+        seen, written = self._look.seen, self._newest.written
+        return {"frames": self.frames, "steps": self._steps, "seen": seen, "written": written}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on at the same frame."""
         self.frames, self._steps = state_dict["frames"], state_dict["steps"]
-        self._seen, self._newest.written = state_dict["seen"], state_dict["written"]
+        self._look.seen, self._newest.written = state_dict["seen"], state_dict["written"]
+        self._tries.strict = not self._look.seen
 
     # ------------------------------------------------------------------ inner
 
-    def _look(self, batch: TensorDictBase) -> dict[str, float]:
-        data = self._annotated(batch)
-        readings = Readings(self.policy, data, self._features)
-        known = self._try("episodes", lambda: episodes(data)) or []
-        numbers = {**readings.numbers(), **_returns(known)}
-        for name, probe in self._probes.items():
-            scores = self._try(f"the probe {name!r}", lambda probe=probe: probe.update(data)) or {}
-            numbers |= {f"probe.{name}.{score}": value for score, value in scores.items()}
-        if self._diagnostics is not None:
-            found = self._try("diagnostics", lambda: self._diagnostics.update(data)) or {}
-            numbers |= {name.replace("/", "."): value for name, value in found.items()}
-        self._last = numbers
-        self._sinks.log({**numbers, **self._media(readings, known)}, self.frames)
-        return numbers
+    def _watch(self, policy: Any) -> None:
+        """Begin to look at what a policy writes."""
+        self.policy = self._look.policy = policy
+        if self._opened is not None:
+            self._opened.describe(facts_of(policy, **self._facts))
+        first = next(iter(policy.policy_in_keys), None)
+        self._look.probes = {name: WatchedProbe(one, first, self._untrained) for name, one in self._probes.items()}
 
-    def _media(self, readings: Readings, known: list[Episode]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        if self._is_turn(self.media_every):
-            found |= self._try("histograms", readings.histograms) or {}
-            count = self.budgets.images
-            found |= self._try("images", lambda: readings.images(count, self.frames, self._frames_key)) or {}
-        if self._is_turn(self.table_every):
-            table = self._try("episodes", lambda: episode_table(known, readings.by_row(), self.frames))
-            found |= {} if table is None else {"episodes": table}
-        if self._is_turn(self.animation_every):
-            found |= self._try("an episode", lambda: readings.animation(known, self.frames, self._frames_key)) or {}
+    def _open(self, logger: Any, folder: str | Path | None = None) -> Sinks:
+        budgets = self.budgets
+        found = sinks_of(logger, folder, **self._options, most_keys=budgets.keys, most_bytes=budgets.bytes)
+        if self.policy is not None:
+            found.describe(facts_of(self.policy, **self._facts))
+        self._opened = found
         return found
 
-    def _is_turn(self, every: int) -> bool:
-        return bool(every) and self._seen % every == 0
+    @property
+    def _sinks(self) -> Sinks:
+        return self._opened or self._open(None)
 
-    def _annotated(self, batch: TensorDictBase) -> TensorDictBase:
-        """The batch with results; as it is where it has them."""
-        later = [key for one in observers(self.policy._hooked.bound) if not one.only_in_forward
-                 for key in one.result_keys]  # fmt: skip
-        if all(batch.get(key, None) is not None for key in later):
-            return batch
-        return self.policy.annotate(batch, on_mismatch=self._on_mismatch)
+    def _logged(self, batch: TensorDictBase) -> dict[str, float]:
+        self._last, shown = self._look(batch, self.frames)
+        self._sinks.log({**self._last, **shown}, self.frames)
+        return self._last
 
     def _from_buffer(self, due: bool) -> TensorDictBase | None:
         if self.buffer is None:
@@ -346,27 +356,17 @@ class Monitor:
             self.frames += count * data.batch_size[1:].numel()
         return data
 
+    def _end(self) -> None:
+        """Write the last values and the probes, unless that was done at this frame."""
+        self._tries.strict = False
+        if self._ended == self.frames:
+            return
+        self._ended = self.frames
+        for name, probe in self._probes.items():
+            if probe.probe is not None:
+                self._tries("a probe's file", lambda name=name, probe=probe: self._save_probe(name, probe))
+        self._sinks.summarise({**self._last, "frames": float(self.frames)})
+
     def _save_probe(self, name: str, probe: OnlineProbe) -> None:
         facts = {score: value.estimate for score, value in probe.scores.items()}
         self.save(f"probe.{name}", probe.probe, {**facts, "frames": self.frames})
-
-    def _try(self, what: str, function: Callable[[], T]) -> T | None:
-        """What a function returns; after the first batch a failure is said once, and training goes on."""
-        try:
-            return function()
-        except Exception as error:
-            if isinstance(error, TdhookError) and not self._seen and not self._closed:
-                raise
-            if what not in self._said:
-                self._said.add(what)
-                warn(f"Monitor could not log {what} ({type(error).__name__}: {error}); training goes on")
-            return None
-
-
-def _returns(known: list[Episode]) -> dict[str, float]:
-    ended = [one for one in known if one.ended]
-    found = {"episodes.ended": float(len(ended))}
-    if ended:
-        found["episodes.return"] = sum(one.total for one in ended) / len(ended)
-        found["episodes.steps"] = sum(len(one.places) for one in ended) / len(ended)
-    return found

@@ -15,6 +15,7 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.internals.torchrl_names import batch_operations, modules_of
 from tdhook_rl.rollout.newest_rows import NewestRows
 from tdhook_rl.rollout.summary import summarise
+from tdhook_rl.rollout.trainer_policy import policy_of_trainer
 
 if TYPE_CHECKING:
     from torchrl.trainers import Trainer
@@ -30,7 +31,8 @@ class AnnotateHook(TrainerHookBase):
     of the buffer are annotated instead; they stay as they are, and the result is at hand as ``last``.
 
     Args:
-        policy: the hooked policy (the losses go on using the plain one).
+        policy: the hooked policy (the losses go on using the plain one); the trainer's at :meth:`register`, where a
+            hooked policy acts in its collector, unless one is given.
         every: every how many batches.
         rows: how many elements of a buffer are explained at once (along the first dimension of its storage).
         prefix: of the names in the log, ``"<prefix>/attr.observation"``.
@@ -52,7 +54,7 @@ class AnnotateHook(TrainerHookBase):
     @checked
     def __init__(
         self,
-        policy: Any,
+        policy: Any = None,
         *,
         every: int = 1,
         rows: int = 1024,
@@ -62,7 +64,8 @@ class AnnotateHook(TrainerHookBase):
         for name, value in (("every", every), ("rows", rows)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name}= is a positive integer, got {value!r}")
-        require_hooked(policy, "AnnotateHook")
+        if policy is not None:
+            require_hooked(policy, "AnnotateHook")
         self.policy = policy
         self.every = every
         self.rows = rows
@@ -75,6 +78,13 @@ class AnnotateHook(TrainerHookBase):
         self._forms: Forms | None = None
 
     def register(self, trainer: Trainer, name: str = "annotate") -> None:
+        """Join a trainer.
+
+        Raises:
+            PreparationError: for a hook made without a policy, if the trainer has no hooked one; it says what it has.
+        """
+        if self.policy is None:
+            self.policy = policy_of_trainer(trainer, "AnnotateHook")
         self._trainer = trainer
         trainer.register_op("batch_process", self.annotate_batch)
         trainer.register_op("pre_steps_log", self.log)
@@ -87,6 +97,7 @@ class AnnotateHook(TrainerHookBase):
         Raises:
             InputError: if the trainer's replay buffer has rows without results, which would not take them.
         """
+        require_hooked(self.policy, "AnnotateHook")
         due = self._batches % self.every == 0
         if self._batches == self._first:
             self._require_room(batch)
@@ -133,6 +144,7 @@ class AnnotateHook(TrainerHookBase):
     def log(self, batch: TensorDictBase | None) -> dict[str, float] | None:
         """The summary of what was annotated last; reads the buffer where no batch is handed over."""
         if batch is None:
+            require_hooked(self.policy, "AnnotateHook")
             due = self._batches % self.every == 0
             self._batches += 1
             rows = self._newest_rows() if due else None

@@ -1,0 +1,136 @@
+"""What one batch shows: numbers under names, and pictures, histograms and tables where it is their turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from tensordict import NestedKey, TensorDictBase
+
+from tdhook_rl.batches.annotation import OnMismatch
+from tdhook_rl.calls.bound import observers
+from tdhook_rl.errors import TdhookError, warn
+from tdhook_rl.report.episodes import Episode, episode_table, episodes
+from tdhook_rl.report.probes import WatchedProbe
+from tdhook_rl.report.readings import Features, Readings
+from tdhook_rl.rollout.diagnostics import NetworkDiagnostics
+
+__all__ = ["Look", "Tries", "Turns"]
+
+T = TypeVar("T")
+
+
+class Tries:
+    """Calls what may fail: a mistake that shows at once is raised, and what fails later is said once.
+
+    Attributes:
+        strict: whether errors of ours are raised; until the first batch was logged.
+    """
+
+    def __init__(self) -> None:
+        self.strict = True
+        self._said: set[str] = set()
+
+    def __call__(self, what: str, function: Callable[[], T]) -> T | None:
+        """What a function returns, ``None`` where it fails."""
+        try:
+            return function()
+        except Exception as error:
+            if isinstance(error, TdhookError) and self.strict:
+                raise
+            if what not in self._said:
+                self._said.add(what)
+                warn(f"Monitor could not log {what} ({type(error).__name__}: {error}); training goes on")
+            return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turns:
+    """Every how many batches that are looked at each of these comes; 0 for never."""
+
+    media: int = 5
+    table: int = 20
+    animation: int = 100
+
+
+@dataclass(kw_only=True)
+class Look:
+    """Looks at batches.
+
+    Args:
+        policy: the hooked policy.
+        features: names and groups of features.
+        turns: how often what is no number comes.
+        images: of each attribution, each time.
+        frames_key: frames to show attributions over.
+        probes: by name.
+        diagnostics: of the network.
+        on_mismatch: as of ``annotate``.
+        tries: what calls the parts that may fail.
+
+    Attributes:
+        seen: how many batches were looked at.
+    """
+
+    policy: Any
+    features: Features
+    turns: Turns
+    images: int
+    frames_key: NestedKey | None = None
+    probes: Mapping[str, WatchedProbe] = field(default_factory=dict)
+    diagnostics: NetworkDiagnostics | None = None
+    on_mismatch: OnMismatch = "warn"
+    tries: Tries = field(default_factory=Tries)
+    seen: int = 0
+
+    def __call__(self, batch: TensorDictBase, step: int) -> tuple[dict[str, float], dict[str, Any]]:
+        """The numbers of a batch, and the rest.
+
+        Args:
+            batch: as collected, with results or without.
+            step: environment frames so far.
+        """
+        data = self._annotated(batch)
+        readings = Readings(self.policy, data, self.features)
+        known = self.tries("episodes", lambda: episodes(data)) or []
+        numbers = {**readings.numbers(), **_returns(known)}
+        for name, probe in self.probes.items():
+            scores = self.tries(f"the probe {name!r}", lambda probe=probe: probe.update(data)) or {}
+            numbers |= {f"probe.{name}.{score}": value for score, value in scores.items()}
+        if self.diagnostics is not None:
+            found = self.tries("diagnostics", lambda: self.diagnostics.update(data)) or {}
+            numbers |= {name.replace("/", "."): value for name, value in found.items()}
+        return numbers, self._media(readings, known, step)
+
+    def _media(self, readings: Readings, known: list[Episode], step: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if self._is_turn(self.turns.media):
+            found |= self.tries("histograms", readings.histograms) or {}
+            found |= self.tries("images", lambda: readings.images(self.images, step, self.frames_key)) or {}
+        if self._is_turn(self.turns.table):
+            table = self.tries("episodes", lambda: episode_table(known, readings.by_row(), step))
+            found |= {} if table is None else {"episodes": table}
+        if self._is_turn(self.turns.animation):
+            found |= self.tries("an episode", lambda: readings.animation(known, step, self.frames_key)) or {}
+        return found
+
+    def _is_turn(self, every: int) -> bool:
+        return bool(every) and self.seen % every == 0
+
+    def _annotated(self, batch: TensorDictBase) -> TensorDictBase:
+        """The batch with results; as it is where it has them."""
+        later = [key for one in observers(self.policy._hooked.bound) if not one.only_in_forward
+                 for key in one.result_keys]  # fmt: skip
+        if all(batch.get(key, None) is not None for key in later):
+            return batch
+        return self.policy.annotate(batch, on_mismatch=self.on_mismatch)
+
+
+def _returns(known: list[Episode]) -> dict[str, float]:
+    ended = [one for one in known if one.ended]
+    found = {"episodes.ended": float(len(ended))}
+    if ended:
+        found["episodes.return"] = sum(one.total for one in ended) / len(ended)
+        found["episodes.steps"] = sum(len(one.places) for one in ended) / len(ended)
+    return found
