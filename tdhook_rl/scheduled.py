@@ -16,9 +16,9 @@ from tensordict.utils import unravel_key
 from torch import Tensor
 
 from tdhook_rl.calls.bound import BoundMethod
-from tdhook_rl.calls.coupling import coupled
 from tdhook_rl.calls.passes import Call
 from tdhook_rl.calls.real_rows import without_other_rows
+from tdhook_rl.calls.repeatable import coupled
 from tdhook_rl.errors import InputError, MissingKeyError, nearest, warn
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.sites.missing import missing_value

@@ -20,8 +20,8 @@ from tdhook_rl.attribution.baselines import Baseline, Baselines, check_baseline
 from tdhook_rl.attribution.gradients import gradients
 from tdhook_rl.attribution.leaves import activations
 from tdhook_rl.attribution.question import Attributed, Question
-from tdhook_rl.calls.coupling import coupled
 from tdhook_rl.calls.passes import Call, with_batch
+from tdhook_rl.calls.repeatable import coupled
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.method import Binder
 from tdhook_rl.policies.draws import draws, sample_keys

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tdhook_rl.attribution.base import BoundAttribution, GradientAttribution
 from tdhook_rl.attribution.functions import is_torch_module
 from tdhook_rl.attribution.gradients import gradients
-from tdhook_rl.attribution.lrp_cuts import CutOff, LookForCuts
+from tdhook_rl.attribution.lrp_cuts import CutOff, Graph, LookForCuts
 from tdhook_rl.attribution.lrp_functions import FunctionRules
 from tdhook_rl.attribution.lrp_hooks import (
     ComputedHook,
@@ -26,7 +26,6 @@ from tdhook_rl.attribution.lrp_hooks import (
 )
 from tdhook_rl.attribution.lrp_rules import BY_WEIGHT, CONTAINERS, ROUTING, Rule, RuleMapper, Uniform, is_plain
 from tdhook_rl.attribution.question import Attributed, Question, TargetFunction
-from tdhook_rl.attribution.relevance_graph import Graph
 from tdhook_rl.attribution.watching import Watch, WatchedCall, reached
 from tdhook_rl.calls.decisions import action_of, drawn_decisions, keys_named, require_own_parameters
 from tdhook_rl.calls.passes import Call, Pass

@@ -16,10 +16,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from tdhook_rl.attribution.functions import DESCRIBED, Kind, Operation, operation
-from tdhook_rl.attribution.lrp_cuts import CutOff, owner, tensors
+from tdhook_rl.attribution.lrp_cuts import CutOff, Graph, owner, tensors
 from tdhook_rl.attribution.lrp_hooks import LrpState, ShareByFunction, ShareOut
 from tdhook_rl.attribution.lrp_rules import AffineMap, Rule, ratio
-from tdhook_rl.attribution.relevance_graph import Graph
 from tdhook_rl.errors import InputError
 from tdhook_rl.internals.torch_names import pytree
 from tdhook_rl.sites.runtime import vmap_level

@@ -10,9 +10,9 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
+from tdhook_rl.attribution.lrp_cuts import Graph
 from tdhook_rl.attribution.lrp_functions import no_rule
 from tdhook_rl.attribution.lrp_hooks import Unknown
-from tdhook_rl.attribution.relevance_graph import Graph
 from tdhook_rl.calls.passes import Call, Pass
 from tdhook_rl.errors import InputError
 

@@ -1,7 +1,12 @@
-"""Whether a policy's passes can be repeated: two on the same inputs, state and noise give the same outputs.
+"""Whether a policy's passes can be repeated, and whether copies of the data may be put into one of them.
 
-Where they do not, the forward writes, or reads, something that the policy does not hold: a file, the time, a server, an
-object of C. Our passes would advance it, the policy would act by that, and what is explained would not be what ran.
+Where two on the same inputs, state and noise do not give the same outputs, the forward writes, or reads, something that
+the policy does not hold: a file, the time, a server, an object of C. Our passes would advance it, the policy would act
+by that, and what is explained would not be what ran.
+
+Paths and perturbations look at many copies of the rows of a call, and usually put them into one pass. That changes what
+is computed where the rows of a pass share batch statistics, where noise is drawn for each row (one mask must hold for
+both sides of a difference), and where the policy writes what it reads. There each copy is a pass of its own.
 """
 
 from __future__ import annotations
@@ -11,10 +16,13 @@ from tensordict import NestedKey
 from torch import Tensor
 
 from tdhook_rl.calls.passes import Call, effects_of
-from tdhook_rl.errors import InputError
+from tdhook_rl.errors import InputError, warn
+from tdhook_rl.replaying.batching import repeat_rows, shallow_copy
 from tdhook_rl.sites.known import own_class
+from tdhook_rl.sites.runtime import vmap_level
 
-#: How far the outputs of two passes may differ: some kernels add up in another order each time.
+#: How far outputs of two passes may differ: some kernels add up in another order each time, and batches of different
+#: sizes differ in the last bits.
 RELATIVE, ABSOLUTE = 1e-3, 1e-5
 
 
@@ -69,3 +77,72 @@ def _suspects(call: Call) -> str:
     named = ((path, own_class(module).__name__) for path, module in own or modules)
     names = [f"{path!r} ({name})" if path else name for path, name in named]
     return ", ".join(names[:3]) + (f" or one of {len(names) - 3} more" if len(names) > 3 else "")
+
+
+#: On how many rows that is tried.
+FEW = 16
+
+
+def coupled(call: Call) -> bool:
+    """Whether the rows of a pass over a call, or the noise in it, would change if copies were added to it.
+
+    Modules that are known are asked; of others it is found out once for each training mode, by two small passes.
+    """
+    start = call.start
+    if start is None:
+        return False
+    effects = start.effects
+    meeting = effects.meeting()
+    if meeting is not None:
+        _say(call, f"rows of a batch share its statistics in {meeting}")
+        return True
+    if effects.quiet():
+        return False
+    if effects.watch.idle or effects.watch.writes or start.noisy:
+        return True
+    mode = effects.mode()
+    if mode not in effects.meets and vmap_level() < 0:
+        effects.meets[mode] = _rows_meet(call)
+    if effects.meets.get(mode, False):
+        _say(call, "each row's output depends on the other rows")
+        return True
+    return bool(start.noisy or effects.watch.writes)
+
+
+def _rows_meet(call: Call) -> bool:
+    """Whether rows change when others join them; this also shows what the policy draws and writes."""
+    start = call.start
+    data = shallow_copy(call.data)
+    for key, value in call.inputs.items():
+        data.set(key, value)
+    few = repeat_rows(data, 1)[:FEW]
+    rows, inputs = len(few), {key: few.get(key) for key in call.inputs}
+    with torch.no_grad():
+        try:
+            alone = call.replay(inputs, few).outputs
+            if start is None or start.noisy or start.effects.watch.writes:
+                return False
+            own = call.policy.policy_in_keys
+            for key, value in inputs.items():  # also those that interventions read, such as a strength of each row
+                moves = key in own and isinstance(value, Tensor) and value.is_floating_point()
+                other = 0.5 * value + 0.25 if moves else value
+                inputs[key] = torch.cat([value, other])
+            joined = call.replay(inputs, torch.cat([few, few])).outputs
+        except Exception:  # the policy knows how many rows it takes
+            return True
+    for key in call.policy.policy_out_keys:
+        one, two = alone.get(key, None), joined.get(key, None)
+        if isinstance(one, Tensor) and isinstance(two, Tensor) and one.is_floating_point():
+            if not torch.allclose(one, two[:rows], rtol=RELATIVE, atol=ABSOLUTE, equal_nan=True):
+                return True
+    return False
+
+
+def _say(call: Call, why: str) -> None:
+    said = call.policy._hooked.runtime.said
+    if "rows meet" not in said:
+        said.add("rows meet")
+        warn(
+            f"{why}, so all rows of a call are moved together along a path, or perturbed together, and each is given "
+            "what it and the others have changed for it; eval() mode explains rows one by one"
+        )

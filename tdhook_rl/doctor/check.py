@@ -14,10 +14,9 @@ from torch import nn
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.calls.preconditions import require_hooked
 from tdhook_rl.doctor.collecting import Collecting, collecting_findings, device_findings, failure
-from tdhook_rl.doctor.compile_checks import compile_findings
 from tdhook_rl.doctor.dry_run import Deadline, TimeUp, env_options, fresh_env, generators_kept, trial_copy
 from tdhook_rl.doctor.findings import Finding, Report
-from tdhook_rl.doctor.policy_checks import policy_findings
+from tdhook_rl.doctor.policy_checks import compile_findings, policy_findings
 from tdhook_rl.doctor.recorded_rollout import RecordedRollout
 from tdhook_rl.doctor.rollout_checks import batch_findings, collision_findings, input_findings, rollout_findings
 from tdhook_rl.errors import InputError

@@ -27,7 +27,7 @@ from tdhook_rl.calls.shared_pass import chain_pass, graph_pass, sharing
 from tdhook_rl.calls.untraced import traced_whole, uncompiled
 from tdhook_rl.calls.writing import write_tensors, writes_by_default
 from tdhook_rl.errors import InactiveError, InputError, MissingKeyError, TdhookError, TieError
-from tdhook_rl.hooking.collection import adapt_to_collector
+from tdhook_rl.hooking.collisions import adapt_to_collector
 from tdhook_rl.hooking.context import ContextView
 from tdhook_rl.hooking.dist_methods import dist_methods
 from tdhook_rl.internals.python_names import copied_as_pickled

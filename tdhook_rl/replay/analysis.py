@@ -17,7 +17,7 @@ from tdhook_rl.calls.preconditions import require_hooked
 from tdhook_rl.calls.provenance import is_stamp
 from tdhook_rl.errors import ArtifactError, InputError, warn
 from tdhook_rl.files.durable import FolderLock
-from tdhook_rl.replay.facts import facts_of
+from tdhook_rl.replay.manifest import facts_of
 from tdhook_rl.replay.reading import Reader
 from tdhook_rl.replay.results import Results, ranges
 

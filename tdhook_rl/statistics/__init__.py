@@ -6,8 +6,7 @@ an interval that takes rows for independent is too narrow. Every function here w
 bootstraps are not used: at a nominal .95 they cover .51 of the time with 2 groups, .85 with 5 and .92 with 20.
 """
 
-from tdhook_rl.statistics.claims import benjamini_hochberg, holm, minimum_detectable_effect
-from tdhook_rl.statistics.improvement import probability_of_improvement
+from tdhook_rl.statistics.claims import benjamini_hochberg, holm, minimum_detectable_effect, probability_of_improvement
 from tdhook_rl.statistics.interval import FEW_GROUPS, Interval
 from tdhook_rl.statistics.means import grouped_mean, p_value, paired_difference
 from tdhook_rl.statistics.robust import bootstrap, iqm
