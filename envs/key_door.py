@@ -139,9 +139,7 @@ class KeyDoor(ConceptEnv):
         cell, key, goal, door = at["cell"], at["key_cell"], at["goal_cell"], self._door(at)
         through = manhattan(door, goal, SIDE) + (1 - at["door_open"])  # walking into the door costs a step
         to_door = torch.where(
-            at["has_key"] == 1,
-            manhattan(cell, door, SIDE),
-            manhattan(cell, key, SIDE) + manhattan(key, door, SIDE),
+            at["has_key"] == 1, manhattan(cell, door, SIDE), manhattan(cell, key, SIDE) + manhattan(key, door, SIDE)
         )
         return torch.where(cell % SIDE < WALL, to_door + through, manhattan(cell, goal, SIDE))
 

@@ -130,11 +130,7 @@ class HookingContext(NotEntered):
     """The time during which a policy is hooked. It can be entered again after it was left."""
 
     def __init__(
-        self,
-        methods: list[Method],
-        module: nn.Module,
-        in_keys: Keys | None,
-        out_keys: Sequence[NestedKey] | None,
+        self, methods: list[Method], module: nn.Module, in_keys: Keys | None, out_keys: Sequence[NestedKey] | None
     ) -> None:
         if isinstance(module, HookedMixin):
             raise PreparationError(

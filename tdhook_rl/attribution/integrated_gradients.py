@@ -153,10 +153,7 @@ class _BoundIntegratedGradients(BoundAttribution):
         return chosen
 
     def _integrate(
-        self,
-        question: Question,
-        baselines: Mapping[NestedKey, Tensor],
-        inner: Mapping[str, tuple[Tensor, Tensor]],
+        self, question: Question, baselines: Mapping[NestedKey, Tensor], inner: Mapping[str, tuple[Tensor, Tensor]]
     ) -> list[Attributed]:
         call, inputs = question.call, question.inputs
         batch = call.batch_size

@@ -15,10 +15,7 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import (
-    TensorDictModule,
-    skip_existing,
-)
+from tensordict.nn import TensorDictModule, skip_existing
 from torch import Tensor
 
 from tdhook_rl.calls.chains import Record

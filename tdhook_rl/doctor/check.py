@@ -117,9 +117,8 @@ class _Examination:
 
     def findings(self) -> Iterator[Finding]:
         if not self.policy._hooked.runtime.active:
-            yield Finding(
+            yield Finding.error(
                 "active",
-                "error",
                 "the policy is no longer hooked: its context has ended",
                 "check inside the `with` block, or prepare with return_context=False",
             )
@@ -130,14 +129,13 @@ class _Examination:
         )
         yield from static
         if any(one.level == "error" and one.check in ("deepcopy", "recurrent") for one in static):
-            yield Finding("dry run", "warning", "nothing was run, because of the above")
+            yield Finding.warning("dry run", "nothing was run, because of the above")
             return
         try:
             yield from self._run(kind, workers)
         except TimeUp as error:
-            yield Finding(
+            yield Finding.error(
                 "time limit",
-                "error",
                 f"after {self.deadline.seconds:g} s the check still waited for {error}",
                 "look at what it waited for; if it is only slow, pass a longer time_limit=",
             )
@@ -168,10 +166,10 @@ class _Examination:
         devices = list(device_findings(self.policy, self.options))
         yield from devices
         if not complete:
-            yield Finding("collector", "warning", "not tried, because of the above")
+            yield Finding.warning("collector", "not tried, because of the above")
             return
         if any(one.level == "error" for one in devices):
-            yield Finding("collector", "warning", "not tried, because of the devices")
+            yield Finding.warning("collector", "not tried, because of the devices")
         else:
             yield from self._collect(kind, workers, rollout)
         compile_policy = self.options.get("compile_policy")
@@ -236,13 +234,12 @@ class _Examination:
             f"{row.path!r} {row.kind} {'x'.join(map(str, row.features or ()))}".rstrip() for row in ran[:5]
         )
         often = f"; more than once: {', '.join(repeated[:5])}" if repeated else ""
-        yield Finding("modules", "ok", f"{len(ran)} of {len(table)} run, the first {first}{often}; all: sites(data)")
+        yield Finding.ok("modules", f"{len(ran)} of {len(table)} run, the first {first}{often}; all: sites(data)")
 
     def _collect(self, kind: type, workers: int, rollout: RecordedRollout) -> Iterator[Finding]:
         if kind.__module__.startswith("torchrl.collectors.distributed"):
-            yield Finding(
+            yield Finding.warning(
                 "collector",
-                "warning",
                 f"{kind.__name__} is not tried: it needs machines of its own",
                 "what is said here of keys, shapes and pickling holds for it",
             )

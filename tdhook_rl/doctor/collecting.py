@@ -147,21 +147,20 @@ def device_findings(policy: Any, options: dict[str, Any]) -> Iterator[Finding]:
     ]
     absent = next((device for device in named if device is not None and not _available(torch.device(device))), None)
     if absent is not None:
-        yield Finding("devices", "error", f"there is no device {str(absent)!r} here", "check on a machine that has it")
+        yield Finding.error("devices", f"there is no device {str(absent)!r} here", "check on a machine that has it")
         return
     casts = devices["policy_device"] != devices["env_device"]
     nested = [key for key in map(as_tuple, policy.policy_out_keys) if len(key) > 1 and key[0] != "next"]
     if casts and nested and options.get("replay_buffer") is not None and devices["storing_device"] is None:
-        yield Finding(
+        yield Finding.error(
             "devices",
-            "error",
             f"the policy's nested output {nested[0]} is cast between policy_device={devices['policy_device']} and "
             f"env_device={devices['env_device']} and goes to a replay buffer, which TorchRL cannot stack",
             _STORING,
         )
         return
     shown = ", ".join(f"{name}={value}" for name, value in devices.items() if value is not None)
-    yield Finding("devices", "ok", shown or "the policy and the environment stay where they are")
+    yield Finding.ok("devices", shown or "the policy and the environment stay where they are")
 
 
 def _available(device: torch.device) -> bool:
@@ -175,18 +174,16 @@ def _available(device: torch.device) -> bool:
 def collecting_findings(run: Collecting, policy: Any, rollout: RecordedRollout) -> Iterator[Finding]:
     """Which results the collector kept, and whether they were computed and changed."""
     if not run.batches:
-        yield Finding("collector", "error", f"{run.kind.__name__} gave nothing", "a batch must come within a few steps")
+        yield Finding.error("collector", f"{run.kind.__name__} gave nothing", "a batch must come within a few steps")
         return
     if run.skipped:
-        yield Finding(
+        yield Finding.warning(
             "collector",
-            "warning",
             f"tried without arguments that do not deep-copy: {'; '.join(run.skipped)}",
             "a dry run must not use yours: check with arguments that copy, or take what is said here without them",
         )
-    yield Finding(
+    yield Finding.ok(
         "collector",
-        "ok",
         f"{run.kind.__name__} ran"
         + (f" with {run.workers} worker{'s' * (run.workers > 1)}" if run.workers else "")
         + (", and took weights" if run.synced else ""),
@@ -200,9 +197,9 @@ def collecting_findings(run: Collecting, policy: Any, rollout: RecordedRollout) 
     if lost:
         names = ", ".join(map(repr, lost))
         where = "the replay buffer" if buffered else "the batch"
-        yield Finding("kept", "error", f"{where} lacks {names}", _why_lost(run, rollout, lost))
+        yield Finding.error("kept", f"{where} lacks {names}", _why_lost(run, rollout, lost))
     else:
-        yield Finding("kept", "ok", f"{'the replay buffer' if buffered else 'the batch'} holds every result")
+        yield Finding.ok("kept", f"{'the replay buffer' if buffered else 'the batch'} holds every result")
     lacking = [key for key in map(as_tuple, only_by_annotate(policy)) if key not in {key for key, _ in leaves(last)}]
     if lacking and not lost:
         # Where nothing was said of the collector, it may be called in the loop as well.
@@ -251,9 +248,8 @@ def _computed(run: Collecting, rollout: RecordedRollout, kept: set[Key]) -> Iter
             continue  # a schedule may well leave out the few steps of a dry run
         masks = [batch.get(key, None) for batch in run.batches[run.random :] or run.batches]
         if not any(mask is not None and bool(mask.any()) for mask in masks):
-            yield Finding(
+            yield Finding.error(
                 "schedules",
-                "error",
                 f"no row of {key[1]!r} was computed in the batches of the collector",
                 "look for what clears the mask, such as a postproc",
             )
@@ -265,14 +261,13 @@ def _random(run: Collecting, rollout: RecordedRollout) -> Iterator[Finding]:
     first = {key for key, _ in leaves(run.batches[0])}
     absent = [key for key in rollout.results if key not in first]
     if absent:
-        yield Finding(
+        yield Finding.warning(
             "random frames",
-            "warning",
             f"the batches of init_random_frames lack {absent[0]}",
             "leave use_buffers as it is, fill them in with postproc=policy.annotate, or read with data.get(key, None)",
         )
     else:
-        yield Finding("random frames", "ok", "their rows are zero, and masked as not computed")
+        yield Finding.ok("random frames", "their rows are zero, and masked as not computed")
 
 
 def _frozen(run: Collecting, rollout: RecordedRollout) -> Iterator[Finding]:
@@ -295,9 +290,8 @@ def _frozen(run: Collecting, rollout: RecordedRollout) -> Iterator[Finding]:
             and torch.equal(value, other)
             and not _one_row(value, first)
         ):
-            yield Finding(
+            yield Finding.error(
                 "frozen",
-                "error",
                 f"{key} is the same in two batches, while the inputs differ",
                 "a hook that sets new keys in a worker is read once: use postproc=, or declare the key in out_keys",
             )
@@ -312,12 +306,12 @@ def _one_row(value: torch.Tensor, data: TensorDictBase) -> bool:
 def failure(error: Exception, where: str, options: dict[str, Any]) -> Finding:
     """The finding for an error that stopped a dry run, with the remedy of what is known to cause it."""
     if isinstance(error, TdhookError):
-        return Finding("dry run", "error", f"{where}: {error}")
+        return Finding.error("dry run", f"{where}: {error}")
     text = f"{type(error).__name__}: {error}"
     seen = f"{where}: {type(error).__name__}: {first_line(error)}"
     if (cause := error.__cause__) is not None:
         seen += f" (because of {type(cause).__name__}: {first_line(cause)})"
-    return Finding("dry run", "error", seen, _remedy(text, options))
+    return Finding.error("dry run", seen, _remedy(text, options))
 
 
 def _remedy(text: str, options: dict[str, Any]) -> str:

@@ -32,6 +32,18 @@ class Finding:
     seen: str
     remedy: str = ""
 
+    @classmethod
+    def ok(cls, check: str, seen: str) -> Finding:
+        return cls(check, "ok", seen)
+
+    @classmethod
+    def warning(cls, check: str, seen: str, remedy: str = "") -> Finding:
+        return cls(check, "warning", seen, remedy)
+
+    @classmethod
+    def error(cls, check: str, seen: str, remedy: str = "") -> Finding:
+        return cls(check, "error", seen, remedy)
+
 
 @dataclass(frozen=True)
 class Report:

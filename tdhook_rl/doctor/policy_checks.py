@@ -38,9 +38,8 @@ def policy_findings(policy: Any, *, in_processes: bool, factory: Callable[[], An
 def _tie(policy: Any, original: nn.Module | None) -> Iterator[Finding]:
     tie = policy._hooked.tie
     if tie is None:
-        yield Finding(
+        yield Finding.warning(
             "tie",
-            "warning",
             "this is a copy of a hooked policy, with weights of its own",
             "give the hooked policy that prepare() returned, unless another object trains this copy",
         )
@@ -49,27 +48,25 @@ def _tie(policy: Any, original: nn.Module | None) -> Iterator[Finding]:
     path = tie.untied()
     stray = tie.stray(policy.hooked_root)
     if path is not None:
-        yield Finding("tie", "error", f"the user's policy holds another tensor at {path!r} than when prepared", again)
+        yield Finding.error("tie", f"the user's policy holds another tensor at {path!r} than when prepared", again)
     elif stray is not None:
-        yield Finding("tie", "error", f"the hooked policy holds a tensor of its own at {stray!r}", again)
+        yield Finding.error("tie", f"the hooked policy holds a tensor of its own at {stray!r}", again)
     else:
         count = len([*policy.parameters(), *policy.buffers()])
-        yield Finding("tie", "ok", f"{count} parameters and buffers are shared with the user's policy")
+        yield Finding.ok("tie", f"{count} parameters and buffers are shared with the user's policy")
     edited = tie.outdated()
     if edited is not None:
-        yield Finding(
+        yield Finding.warning(
             "tie",
-            "warning",
             f"the user's policy has changed at {edited!r}, of which the hooked one has an edited copy",
             "leave the context and enter it again, to edit the new weights",
         )
     if original is None:
-        yield Finding("original", "ok", "the user's policy was deleted: only the hooked one is there to check")
+        yield Finding.ok("original", "the user's policy was deleted: only the hooked one is there to check")
     elif original.training is not policy.training:
         names = {True: "train", False: "eval"}
-        yield Finding(
+        yield Finding.warning(
             "modes",
-            "warning",
             f"the user's policy is in {names[original.training]} mode, the hooked one in {names[policy.training]} mode",
             "call train() or eval() on both: it acts only where it is called",
         )
@@ -84,23 +81,21 @@ def _hooks_on_original(original: nn.Module) -> Finding:
     ]
     ours = [path for path, hook in found if is_ours(hook)]
     if ours:
-        return Finding(
+        return Finding.error(
             "original",
-            "error",
             f"a hook of a method is on the user's policy, at {ours[0]!r}: losses would run it",
             "register hooks through a method, which places them on the hooked policy",
         )
     if found:
         path, hook = found[0]
         name = getattr(hook, "__name__", type(hook).__name__)
-        return Finding(
+        return Finding.warning(
             "original",
-            "warning",
             f"{len(found)} hooks of your own are on the user's policy, the first ({name}) at {path!r}: "
             "they run in losses, target networks and collectors alike",
             "use a method (ActivationCaching, SteeringVectors) or hooked.run() instead",
         )
-    return Finding("original", "ok", "no hook is on the user's policy")
+    return Finding.ok("original", "no hook is on the user's policy")
 
 
 def _weights(policy: Any, original: nn.Module) -> Iterator[Finding]:
@@ -113,9 +108,8 @@ def _weights(policy: Any, original: nn.Module) -> Iterator[Finding]:
         odd = next((name for name in (*hooked, *own) if (name in hooked) != (name in own)), None)
         if odd is not None or own != hooked:
             holder = "is not in the user's policy" if odd in hooked else "is not in the hooked policy"
-            yield Finding(
+            yield Finding.error(
                 "weights",
-                "error",
                 f"{what} of the two differ: {odd!r} {holder}"
                 if odd is not None
                 else f"{what} of the two are in another order",
@@ -123,27 +117,25 @@ def _weights(policy: Any, original: nn.Module) -> Iterator[Finding]:
             )
             return
     if root is not policy:
-        yield Finding(
+        yield Finding.warning(
             "weights",
-            "warning",
             "the user's policy is a plain module: its keys lack the prefix 'module.' of the policy",
             "sync the hooked policy's own weights: collector.update_policy_weights_(TensorDict.from_module(hooked))",
         )
         return
-    yield Finding("weights", "ok", f"{len(own)} weights have the user's policy's keys, so that every scheme syncs them")
+    yield Finding.ok("weights", f"{len(own)} weights have the user's policy's keys, so that every scheme syncs them")
 
 
 def _deep_copy(policy: Any) -> Finding:
     try:
         _require_same(copy.deepcopy(policy), policy)
     except Exception as error:
-        return Finding(
+        return Finding.error(
             "deepcopy",
-            "error",
             f"{type(error).__name__}: {first_line(error)}",
             "remove what does not deep-copy (locks, open files) from the policy: collectors on another device copy it",
         )
-    return Finding("deepcopy", "ok", "a deep copy writes the same results")
+    return Finding.ok("deepcopy", "a deep copy writes the same results")
 
 
 def _pickle(policy: Any, in_processes: bool, factory: Callable[[], Any] | None) -> Finding:
@@ -153,13 +145,12 @@ def _pickle(policy: Any, in_processes: bool, factory: Callable[[], Any] | None) 
         try:
             cloudpickle.dumps(factory)
         except Exception as error:
-            return Finding(
+            return Finding.error(
                 "pickle",
-                "error",
                 f"the policy_factory: {type(error).__name__}: {first_line(error)}",
                 "let the function make everything it uses, rather than close over it",
             )
-        return Finding("pickle", "ok", "the policy_factory travels by cloudpickle")
+        return Finding.ok("pickle", "the policy_factory travels by cloudpickle")
     try:
         _require_same(pickle.loads(pickle.dumps(policy)), policy)
     except Exception as error:
@@ -167,7 +158,7 @@ def _pickle(policy: Any, in_processes: bool, factory: Callable[[], Any] | None) 
         return Finding(
             "pickle", level, f"spawned workers cannot take it: {type(error).__name__}: {first_line(error)}", _ELSEWHERE
         )
-    return Finding("pickle", "ok", "plain pickle, as spawned workers use")
+    return Finding.ok("pickle", "plain pickle, as spawned workers use")
 
 
 def _require_same(copied: Any, policy: Any) -> None:
@@ -178,13 +169,12 @@ def _require_same(copied: Any, policy: Any) -> None:
 def _names(policy: Any) -> Finding:
     private = [key for key in map(as_tuple, policy.policy_out_keys) if any(_is_private(part) for part in key)]
     if private:
-        return Finding(
+        return Finding.warning(
             "names",
-            "warning",
             f"collectors strip {private[0]}, which the policy writes, because of its underscore",
             "rename it, if training reads it",
         )
-    return Finding("names", "ok", "no key is private; reserved ones are refused by prepare()")
+    return Finding.ok("names", "no key is private; reserved ones are refused by prepare()")
 
 
 def _is_private(part: str) -> bool:
@@ -195,9 +185,8 @@ def _modules(policy: Any) -> Iterator[Finding]:
     from tensordict.nn import ProbabilisticTensorDictModule
 
     if in_recurrent_mode(policy):
-        yield Finding(
+        yield Finding.error(
             "recurrent",
-            "error",
             "the policy is in recurrent mode, in which it reads whole trajectories",
             "collect with set_recurrent_mode off, so that each step is read at its stored hidden state",
         )
@@ -207,9 +196,8 @@ def _modules(policy: Any) -> Iterator[Finding]:
         if draws(module) and not isinstance(module, ProbabilisticTensorDictModule)
     ]
     if exploring:
-        yield Finding(
+        yield Finding.ok(
             "exploration",
-            "ok",
             f"{', '.join(exploring)}: the action taken is explained, and its schedule is shared with the user's policy",
         )
 
@@ -241,16 +229,15 @@ def compile_findings(policy: Any, data: TensorDictBase, deadline: Deadline, *, f
             else "leave out the method or the function that the reason names, or compute it with when='batch'",
         )
         return
-    yield Finding("compile", "ok", "one graph")
+    yield Finding.ok("compile", "one graph")
     if graphs[-1] > graphs[1]:
-        yield Finding(
+        yield Finding.warning(
             "recompilation",
-            "warning",
             f"{graphs[-1] - graphs[1]} more graphs were compiled in {CALLS} calls on the same data",
             "a Python number changes at every call: keep it in a tensor, such as one of policy.controls",
         )
     else:
-        yield Finding("recompilation", "ok", f"none in {CALLS} calls")
+        yield Finding.ok("recompilation", f"none in {CALLS} calls")
 
 
 def _compiled(module: Any, data: TensorDictBase) -> tuple[list[int], str | None]:

@@ -19,7 +19,7 @@ def input_findings(rollout: RecordedRollout) -> Iterator[Finding]:
     from torchrl.modules.utils import get_primers_from_module
 
     if not rollout.missing:
-        yield Finding("inputs", "ok", f"the environment gives {_list(rollout.policy.in_keys)}")
+        yield Finding.ok("inputs", f"the environment gives {_list(rollout.policy.in_keys)}")
         return
     missing = set(rollout.missing)
     primer = get_primers_from_module(rollout.policy, warn=False, strict=False)
@@ -40,14 +40,13 @@ def input_findings(rollout: RecordedRollout) -> Iterator[Finding]:
         ),
     ):
         if keys:
-            yield Finding(
-                "inputs", "error", f"the policy reads {_list(keys)}, which the environment does not give", remedy
+            yield Finding.error(
+                "inputs", f"the policy reads {_list(keys)}, which the environment does not give", remedy
             )
     if rest := missing - hidden - starts - reads:
         given = sorted(str(key) for key in rollout.env.full_observation_spec.keys(True, True))
-        yield Finding(
+        yield Finding.error(
             "inputs",
-            "error",
             f"the policy reads {_list(rest)}, which the environment does not give",
             f"rename the policy's in_keys or add a transform; the environment gives {', '.join(given)}",
         )
@@ -67,9 +66,8 @@ def collision_findings(rollout: RecordedRollout, data: TensorDictBase) -> Iterat
     for key in map(as_tuple, rollout.policy.result_keys):
         clash = next((other for other in sorted(taken) if other == key[: len(other)] or key == other[: len(key)]), None)
         if clash is not None:
-            yield Finding(
+            yield Finding.error(
                 "names",
-                "error",
                 f"the result {key} collides with {clash}, which the environment writes",
                 "give the method another root (attribution_key=, cache_key=, probe_key=)",
             )
@@ -94,25 +92,23 @@ def _sites(rollout: RecordedRollout) -> Iterator[Finding]:
     runs, under_vmap = rollout.sites.runs, rollout.sites.under_vmap
     never = [path for path, count in runs.items() if not count]
     if never and rollout.written:
-        yield Finding(
+        yield Finding.warning(
             "sites",
-            "warning",
             f"hooked, but not run by this forward: {_list(never)}",
             "nothing is written or changed there: name modules that the policy executes when it collects",
         )
     often = {path: count for path, count in runs.items() if count > 1}
     if often:
         shown = ", ".join(f"{path!r} {count} times" for path, count in sorted(often.items())[:4])
-        yield Finding(
+        yield Finding.warning(
             "sites",
-            "warning",
             f"run several times in one forward: {shown}",
             "a cached activation is that of the last run: name a module that is run once, if another is meant",
         )
     once = [path for path, count in runs.items() if count == 1]
     if once:
         vmapped = f"; under vmap, with its dimension before the features: {_list(under_vmap)}" if under_vmap else ""
-        yield Finding("sites", "ok", f"run once in one forward: {_list(once)}{vmapped}")
+        yield Finding.ok("sites", f"run once in one forward: {_list(once)}{vmapped}")
 
 
 def _keys(rollout: RecordedRollout) -> Iterator[Finding]:
@@ -122,9 +118,8 @@ def _keys(rollout: RecordedRollout) -> Iterator[Finding]:
         absent = [step for step, written in enumerate(rollout.written) if key not in written]
         if absent:
             ok = False
-            yield Finding(
+            yield Finding.error(
                 "keys",
-                "error",
                 f"{key} is declared, and was not written at step {absent[0]} ({len(absent)} of {rollout.steps})",
                 "collectors repeat the last value in silence: write every out_key at every step",
             )
@@ -135,16 +130,14 @@ def _keys(rollout: RecordedRollout) -> Iterator[Finding]:
                 undeclared.setdefault(key, step)
     for key, step in undeclared.items():
         ok = False
-        yield Finding(
+        yield Finding.error(
             "keys",
-            "error",
             f"the policy writes {key} (first at step {step}), which is not in its out_keys",
             "add it to out_keys: collectors with a buffer, other devices or workers drop it in silence",
         )
     for key, step in rollout.in_place.items():
-        yield Finding(
+        yield Finding.warning(
             "keys",
-            "warning",
             f"the policy changes its input {key} in place (first at step {step})",
             "what is stored is not what the environment gave: let the policy compute on a copy",
         )
@@ -152,7 +145,7 @@ def _keys(rollout: RecordedRollout) -> Iterator[Finding]:
         shown = ", ".join(
             f"{key} {_kind(rollout.data[0].get(key), rollout)}" for key in results if key[0] != "computed"
         )
-        yield Finding("keys", "ok", f"written at each of {rollout.steps} steps: {shown or 'no results, only outputs'}")
+        yield Finding.ok("keys", f"written at each of {rollout.steps} steps: {shown or 'no results, only outputs'}")
 
 
 def _env_keys(rollout: RecordedRollout) -> Iterator[Finding]:
@@ -166,14 +159,13 @@ def _env_keys(rollout: RecordedRollout) -> Iterator[Finding]:
             continue
         gone = next((later for later, keys in enumerate(rollout.env_keys) if later > step and key not in keys), None)
         until = "" if gone is None else f" and is absent at step {gone}"
-        yield Finding(
+        yield Finding.error(
             "environment keys",
-            "error",
             f"{key} appears at step {step}{until}",
             "collectors drop what is not there from the reset on, or stop: write it at every step, with a placeholder",
         )
     if not odd:
-        yield Finding("environment keys", "ok", f"the same {len(everywhere)} keys at every step")
+        yield Finding.ok("environment keys", f"the same {len(everywhere)} keys at every step")
 
 
 def _shapes(rollout: RecordedRollout) -> Iterator[Finding]:
@@ -186,14 +178,13 @@ def _shapes(rollout: RecordedRollout) -> Iterator[Finding]:
         if len(kinds) > 1:
             ok = False
             (first, _), (second, step), *_rest = kinds.items()
-            yield Finding(
+            yield Finding.error(
                 "shapes",
-                "error",
                 f"{key} is {first} first and {second} at step {step}",
                 "collectors stack steps: pad to one shape, and keep one dtype",
             )
     if ok:
-        yield Finding("shapes", "ok", f"every entry has one shape and dtype; the batch shape is {tuple(batch)}")
+        yield Finding.ok("shapes", f"every entry has one shape and dtype; the batch shape is {tuple(batch)}")
 
 
 def _finite(rollout: RecordedRollout) -> Iterator[Finding]:
@@ -207,9 +198,8 @@ def _finite(rollout: RecordedRollout) -> Iterator[Finding]:
             if found is not None:
                 ok = False
                 step, rows = found
-                yield Finding(
+                yield Finding.error(
                     "finite",
-                    "error",
                     f"{what} gives NaN in {key} at step {step} ({rows} entries)",
                     "what is computed from such rows means nothing: correct the source, or leave the rows out",
                 )
@@ -221,14 +211,13 @@ def _finite(rollout: RecordedRollout) -> Iterator[Finding]:
         if found is not None and ok:
             ok = False
             step, rows = found
-            yield Finding(
+            yield Finding.error(
                 "finite",
-                "error",
                 f"the result {key} is not finite at step {step} ({rows} entries), where it is computed",
                 "look at the weights and the inputs of that step: an overflow, a division by zero, a logarithm of zero",
             )
     if ok:
-        yield Finding("finite", "ok", "no NaN in observations, outputs and results")
+        yield Finding.ok("finite", "no NaN in observations, outputs and results")
 
 
 def _first(values: list[Any], bad: Any, computed: list[Any] | None = None) -> tuple[int, int] | None:
@@ -258,14 +247,13 @@ def _values(rollout: RecordedRollout) -> Iterator[Finding]:
     keys = [key for key in _computed_of_inputs(rollout) if rollout.selected.get(key[0])]
     same = [key for key in keys if not _varies(rollout.values(key))]
     if same:
-        yield Finding(
+        yield Finding.warning(
             "values",
-            "warning",
             f"{_list(same)} has the same value at each of {len(rollout.data)} steps, while the inputs change",
             "a dead unit, an input that the target does not depend on, or something that was computed once",
         )
     elif keys:
-        yield Finding("values", "ok", "every result changes with the inputs")
+        yield Finding.ok("values", "every result changes with the inputs")
 
 
 def _varies(values: Iterable[Tensor | None]) -> bool:
@@ -276,16 +264,15 @@ def _varies(values: Iterable[Tensor | None]) -> bool:
 def _schedules(rollout: RecordedRollout) -> Iterator[Finding]:
     never = [root for root, rows in rollout.selected.items() if not rows]
     for root in never:
-        yield Finding(
+        yield Finding.error(
             "schedules",
-            "error",
             f"no row of {root!r} was computed in {rollout.steps} steps: its mask is false throughout",
             "choose a shorter period or another mask; for a period longer than this, pass steps= to the check",
         )
     if rollout.selected and not never:
         rows = rollout.steps * rollout.data[0].batch_size.numel()
         shown = ", ".join(f"{root} {count / rows:.0%}" for root, count in rollout.selected.items())
-        yield Finding("schedules", "ok", f"rows computed: {shown}")
+        yield Finding.ok("schedules", f"rows computed: {shown}")
 
 
 def batch_findings(rollout: RecordedRollout, batch: TensorDictBase, annotated: TensorDictBase) -> Iterator[Finding]:
@@ -294,7 +281,7 @@ def batch_findings(rollout: RecordedRollout, batch: TensorDictBase, annotated: T
     added = [key for key in map(as_tuple, rollout.policy.result_keys) if key not in rollout.results]
     absent = [key for key in added if annotated.get(key, None) is None and not is_stamp(key)]
     if absent:
-        yield Finding("annotate", "error", f"annotate() did not write {_list(absent)}, which is declared")
+        yield Finding.error("annotate", f"annotate() did not write {_list(absent)}, which is declared")
         return
     ok, differs = True, []
     for key in inline:
@@ -303,26 +290,22 @@ def batch_findings(rollout: RecordedRollout, batch: TensorDictBase, annotated: T
         ours, again = batch.get(key)[mask], annotated.get(key)[mask]
         if ours.shape != again.shape:
             ok = False
-            yield Finding(
+            yield Finding.warning(
                 "annotate",
-                "warning",
                 f"annotate() gives {key} the shape {tuple(again.shape[1:])}, each step gave {tuple(ours.shape[1:])}",
                 "the module adds a batch dimension where the environment has none: name the TensorDictModule around it",
             )
         elif not torch.allclose(ours, again, rtol=1e-3, atol=1e-5, equal_nan=True):
             differs.append(f"{key} by up to {float((ours - again).abs().max()):.2g}")
     if differs:
-        yield Finding(
+        yield Finding.warning(
             "annotate",
-            "warning",
             f"annotate() gives other values than each step did: {', '.join(differs)}",
             "the policy draws noise or depends on other rows (dropout, batch norm): what was stored cannot be repeated",
         )
     elif ok:
         names = [key for key in added if key[0] != "computed"]
-        yield Finding(
-            "annotate", "ok", f"it repeats what was written step by step, and adds {_list(names) or 'nothing'}"
-        )
+        yield Finding.ok("annotate", f"it repeats what was written step by step, and adds {_list(names) or 'nothing'}")
 
 
 def _kind(value: Tensor, rollout: RecordedRollout) -> str:

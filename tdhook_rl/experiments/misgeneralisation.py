@@ -55,11 +55,7 @@ def plot(findings: Findings, folder: Path) -> list[Figure]:
     return [Figure("Does it want the cheese?", path, caption)]
 
 
-CONDITIONS: dict[str, dict] = {
-    "corner": {},
-    "elsewhere": {"region": "outside"},
-    "corner, unseen": {"visible": False},
-}
+CONDITIONS: dict[str, dict] = {"corner": {}, "elsewhere": {"region": "outside"}, "corner, unseen": {"visible": False}}
 
 
 def _success(actor: nn.Module, seed: int, **options: object) -> float:

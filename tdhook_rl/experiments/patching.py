@@ -122,9 +122,4 @@ def _recovered(
     return float((share.abs() if size else share).median())
 
 
-EXPERIMENT = Experiment(
-    agent="cue_corners",
-    title="Which activations carry the decision?",
-    measure=measure,
-    plot=plot,
-)
+EXPERIMENT = Experiment(agent="cue_corners", title="Which activations carry the decision?", measure=measure, plot=plot)

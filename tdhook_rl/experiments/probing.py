@@ -181,8 +181,5 @@ def _saliency_ratio(agent: Agent, states: TensorDictBase) -> float:
 
 
 EXPERIMENT = Experiment(
-    agent="cue_grid",
-    title="What does the agent know, and when did it learn it?",
-    measure=measure,
-    plot=plot,
+    agent="cue_grid", title="What does the agent know, and when did it learn it?", measure=measure, plot=plot
 )

@@ -78,8 +78,5 @@ def _exact_gap(trained: Trained, flip: SteeringVector) -> float:
 
 
 EXPERIMENT = Experiment(
-    agent="cue_corners",
-    title="Does one direction change where the agent goes?",
-    measure=measure,
-    plot=plot,
+    agent="cue_corners", title="Does one direction change where the agent goes?", measure=measure, plot=plot
 )

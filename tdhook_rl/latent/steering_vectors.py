@@ -112,17 +112,14 @@ class SteeringVectors(Method):
             path, entry = _path_and_entry(steered)
             for site in binder.intervention_sites(path):
                 key = None if entry is None else written_entry(site, entry)
-                state = key in state_names(site.module)
                 name = site.name if key is None else f"{site.name}:{key if isinstance(key, str) else '.'.join(key)}"
                 if isinstance(vector, (str, tuple)):
                     source = _Source(binder.runtime, row=binder.read_row(vector))
                 else:
                     source = _Source(binder.runtime, control=self._vector_control(binder, name, vector))
-                if key is None:
-                    binder.on_output(site, AdditionHook(binder.runtime, site.name, source, alpha))
-                else:
-                    kind = StateAdditionHook if state else EntryAdditionHook
-                    binder.on_output(site, kind(binder.runtime, site.name, source, alpha, key))
+                entry_hook = StateAdditionHook if key in state_names(site.module) else EntryAdditionHook
+                kind = AdditionHook if key is None else entry_hook
+                binder.on_output(site, kind(binder.runtime, site.name, source, alpha, key))
 
     def _vector_control(self, binder: Binder, path: str, vector: Any) -> str:
         try:
@@ -196,11 +193,12 @@ class _Source:
 class AdditionHook:
     """Forward hook: ``output + alpha * vector`` where alpha is not 0."""
 
-    def __init__(self, runtime: Runtime, site: str, vector: _Source, alpha: _Source) -> None:
+    def __init__(self, runtime: Runtime, site: str, vector: _Source, alpha: _Source, key: Any = None) -> None:
         self.runtime = runtime
         self.site = site
         self.vector = vector
         self.alpha = alpha
+        self.key = key  # of an entry or state
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         self.runtime.intervene_at(self.site)
@@ -254,10 +252,6 @@ class AdditionHook:
 class EntryAdditionHook(AdditionHook):
     """The same for one entry of the TensorDict that a TensorDict-level module writes."""
 
-    def __init__(self, runtime: Runtime, site: str, vector: _Source, alpha: _Source, key: NestedKey) -> None:
-        super().__init__(runtime, site, vector, alpha)
-        self.key = key
-
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         self.runtime.intervene_at(self.site)
         carried = isinstance(self.key, tuple) and self.key[0] == "next"
@@ -279,10 +273,6 @@ class StateAdditionHook(AdditionHook):
     """The same for the last state that a recurrent module returns beside its sequence."""
 
     acts_on_states = True
-
-    def __init__(self, runtime: Runtime, site: str, vector: _Source, alpha: _Source, key: str) -> None:
-        super().__init__(runtime, site, vector, alpha)
-        self.key = key
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         self.runtime.intervene_at(self.site)

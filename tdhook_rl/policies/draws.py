@@ -60,8 +60,7 @@ def draws(module: nn.Module) -> bool:
     from torchrl.modules import AdditiveGaussianModule, EGreedyModule, OrnsteinUhlenbeckProcessModule
 
     return isinstance(
-        module,
-        (ProbabilisticTensorDictModule, EGreedyModule, AdditiveGaussianModule, OrnsteinUhlenbeckProcessModule),
+        module, (ProbabilisticTensorDictModule, EGreedyModule, AdditiveGaussianModule, OrnsteinUhlenbeckProcessModule)
     )
 
 

@@ -301,8 +301,5 @@ _KINDS: list[tuple[Any, Kind]] = [
             lambda g, s: g.set_state(s),
         ),
     ),
-    (
-        random.Random,
-        Kind(lambda g: g.getstate(), lambda g, s: g.getstate() == s, lambda g, s: g.setstate(s)),
-    ),
+    (random.Random, Kind(lambda g: g.getstate(), lambda g, s: g.getstate() == s, lambda g, s: g.setstate(s))),
 ]

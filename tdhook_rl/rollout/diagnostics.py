@@ -174,11 +174,7 @@ class NetworkDiagnostics:
         effects = effects_of(self._hooked)
         before = GeneratorState(self.states.device, others=not effects.watch.idle)
         try:
-            with (
-                torch.no_grad(),
-                set_exploration_type(ExplorationType.DETERMINISTIC),
-                effects.watch.scratch(),
-            ):
+            with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC), effects.watch.scratch():
                 return self._hooked(self.states.clone() if effects.watch.may_write_input else self.states.copy())
         finally:
             before.restore()
