@@ -50,9 +50,7 @@ def atari_concepts(game: str) -> dict[str, Concept]:
     """
     if game not in ATARI_RAM:
         raise InputError(f"there is no table of memory addresses for {game!r}; {nearest(game, ATARI_RAM)}")
-    return {
-        name: Concept(role=role, meaning=meaning, classes=256) for name, (_, role, meaning) in ATARI_RAM[game].items()
-    }
+    return {name: Concept(role, meaning, classes=256) for name, (_, role, meaning) in ATARI_RAM[game].items()}
 
 
 def make_atari(name: str = "ALE/Pong-v5", **options: Any) -> EnvBase:

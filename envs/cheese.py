@@ -62,13 +62,13 @@ class Cheese(ConceptEnv):
     gymnasium_id = "tdhook_rl/Cheese-v0"
     n_actions = 4
     concepts: ClassVar[Mapping[str, Concept]] = {
-        "cell": Concept(role="needed", meaning="where the agent is", classes=CELLS),
+        "cell": Concept("needed", "where the agent is", classes=CELLS),
         "cheese_cell": Concept(
-            role="needed", meaning="where the cheese is", classes=CELLS, moves=("cheese_cell",), follows=("distance",)
+            "needed", "where the cheese is", classes=CELLS, moves=("cheese_cell",), follows=("distance",)
         ),
-        "distance": Concept(role="needed", meaning="steps to the cheese"),
-        "visible": Concept(role="needed", meaning="whether the cheese is seen", classes=2, moves=("visible",)),
-        "in_corner": Concept(role="unneeded", meaning="the agent is in the top right 3x3 cells", classes=2),
+        "distance": Concept("needed", "steps to the cheese"),
+        "visible": Concept("needed", "whether the cheese is seen", classes=2, moves=("visible",)),
+        "in_corner": Concept("unneeded", "the agent is in the top right 3x3 cells", classes=2),
         "episode_coin": EPISODE_COIN,
     }
     variables: ClassVar[Mapping[str, NestedKey]] = state_variables(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal, get_args
 
 import torch
@@ -17,7 +17,7 @@ from tdhook_rl.errors import InputError
 Role = Literal["needed", "unneeded", "control"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Concept:
     """The declaration of one label.
 
@@ -30,12 +30,13 @@ class Concept:
         follows: other concepts that may change with it.
 
     Example:
-        >>> Concept(role="needed", meaning="which corner pays", classes=2).spec(torch.Size([3])).shape
+        >>> Concept("needed", "which corner pays", classes=2).spec(torch.Size([3])).shape
         torch.Size([3])
     """
 
     role: Role | Sequence[Role]
     meaning: str
+    _: KW_ONLY
     classes: int | None = None
     size: int | None = None
     moves: tuple[str, ...] = ()
@@ -78,9 +79,7 @@ class Concept:
 
 
 #: Seen nowhere: what a probe finds of it is leakage between the states of one episode.
-EPISODE_COIN = Concept(
-    role="control", meaning="a coin thrown at the start of the episode", classes=2, moves=("episode_coin",)
-)
+EPISODE_COIN = Concept("control", "a coin thrown at the start of the episode", classes=2, moves=("episode_coin",))
 
 
 def state_variables(*concepts: str, free: Sequence[str] = ()) -> dict[str, NestedKey]:

@@ -58,13 +58,9 @@ class CueCorners(LitGrid):
     concepts: ClassVar[Mapping[str, Concept]] = {
         **light_concepts("paying_corner"),
         "paying_corner": Concept(
-            role="needed",
-            meaning="0 if corner A pays, 1 if B does",
-            classes=2,
-            moves=("bits",),
-            follows=("bits", "xor"),
+            "needed", "0 if corner A pays, 1 if B does", classes=2, moves=("bits",), follows=("bits", "xor")
         ),
-        "cell": Concept(role="needed", meaning="where the agent is", classes=CELLS),
+        "cell": Concept("needed", "where the agent is", classes=CELLS),
     }
     variables: ClassVar[Mapping[str, NestedKey]] = state_variables("cell", "bits")
 

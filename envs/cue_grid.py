@@ -57,17 +57,17 @@ class CueGrid(LitGrid):
     concepts: ClassVar[Mapping[str, Concept]] = {
         **light_concepts("paying_goal", "paying_cell"),
         "paying_goal": Concept(
-            role="needed",
-            meaning="0 if goal A pays, 1 if B does",
+            "needed",
+            "0 if goal A pays, 1 if B does",
             classes=2,
             moves=("bits",),
             follows=("bits", "xor", "paying_cell"),
         ),
-        "paying_cell": Concept(role="needed", meaning="where the goal is that pays", classes=CELLS),
-        "cell": Concept(role="needed", meaning="where the agent is", classes=CELLS),
-        "goal_a": Concept(role="needed", meaning="where goal A is", classes=CELLS),
-        "goal_b": Concept(role="needed", meaning="where goal B is", classes=CELLS),
-        "control_label": Concept(role="control", meaning="a fixed random label for each pair of cells", classes=2),
+        "paying_cell": Concept("needed", "where the goal is that pays", classes=CELLS),
+        "cell": Concept("needed", "where the agent is", classes=CELLS),
+        "goal_a": Concept("needed", "where goal A is", classes=CELLS),
+        "goal_b": Concept("needed", "where goal B is", classes=CELLS),
+        "control_label": Concept("control", "a fixed random label for each pair of cells", classes=2),
         "episode_coin": EPISODE_COIN,
     }
     variables: ClassVar[Mapping[str, NestedKey]] = state_variables("cell", "goal_a", "goal_b", "bits", "episode_coin")

@@ -53,7 +53,7 @@ class InfoField:
     def spec_of(self, name: str) -> TensorSpec:
         """The spec of the label, without batch dimensions."""
         if self.words is not None:
-            return Concept(role="needed", meaning=name, classes=len(self.words)).spec(())
+            return Concept("needed", name, classes=len(self.words)).spec(())
         return self.spec.spec(()) if isinstance(self.spec, Concept) else self.spec.clone()  # type: ignore[union-attr]
 
     def find(self, name: str, info: Mapping[str, Any]) -> Any:
@@ -222,7 +222,7 @@ def add_computed_labels(
     Example:
         >>> def leans(cart):
         ...     return int(cart.state[2] > 0)
-        >>> concept = Concept(role="needed", meaning="the pole leans to the right", classes=2)
+        >>> concept = Concept("needed", "the pole leans to the right", classes=2)
         >>> env = add_computed_labels(gymnasium.make("CartPole-v1"), {"leans": leans}, {"leans": concept})
         >>> env.rollout(3)["concept", "leans"].shape
         torch.Size([3])
@@ -291,7 +291,7 @@ def _spec(arrays: list[np.ndarray]) -> TensorSpec:
         return Unbounded(shape=shape, dtype=dtype)
     if shape:
         return Binary(n=shape[-1], shape=shape, dtype=torch.bool)
-    return Concept(role="needed", meaning="", classes=2).spec(())
+    return Concept("needed", "", classes=2).spec(())
 
 
 def _numbers(name: str, value: Any) -> np.ndarray:

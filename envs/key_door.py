@@ -59,17 +59,15 @@ class KeyDoor(ConceptEnv):
     gymnasium_id = "tdhook_rl/KeyDoor-v0"
     n_actions = 4
     concepts: ClassVar[Mapping[str, Concept]] = {
-        "has_key": Concept(
-            role="needed", meaning="the agent holds the key", classes=2, moves=("has_key",), follows=AHEAD
-        ),
-        "door_open": Concept(role="needed", meaning="the door is open", classes=2, moves=("door_open",), follows=AHEAD),
-        "subgoal": Concept(role="needed", meaning="what comes next: key, door or goal", classes=3),
-        "distance": Concept(role="needed", meaning="steps to the goal, those for key and door included"),
-        "cell": Concept(role="needed", meaning="where the agent is", classes=CELLS),
-        "key_cell": Concept(role="needed", meaning="where the key is or was", classes=CELLS),
-        "door_row": Concept(role="needed", meaning="the row of the door", classes=SIDE),
-        "goal_cell": Concept(role="needed", meaning="where the goal is", classes=CELLS),
-        "floor": Concept(role="unneeded", meaning="the colour of the floor", classes=2, moves=("floor",)),
+        "has_key": Concept("needed", "the agent holds the key", classes=2, moves=("has_key",), follows=AHEAD),
+        "door_open": Concept("needed", "the door is open", classes=2, moves=("door_open",), follows=AHEAD),
+        "subgoal": Concept("needed", "what comes next: key, door or goal", classes=3),
+        "distance": Concept("needed", "steps to the goal, those for key and door included"),
+        "cell": Concept("needed", "where the agent is", classes=CELLS),
+        "key_cell": Concept("needed", "where the key is or was", classes=CELLS),
+        "door_row": Concept("needed", "the row of the door", classes=SIDE),
+        "goal_cell": Concept("needed", "where the goal is", classes=CELLS),
+        "floor": Concept("unneeded", "the colour of the floor", classes=2, moves=("floor",)),
         "episode_coin": EPISODE_COIN,
     }
     variables: ClassVar[Mapping[str, NestedKey]] = state_variables(

@@ -61,17 +61,11 @@ class KnownValue(ConceptEnv):
     n_actions = 2
     observation_features = FEATURES
     concepts: ClassVar[Mapping[str, Concept]] = {
-        "value": Concept(role="needed", meaning="the value of the optimal policy"),
-        "better_action": Concept(role="needed", meaning="x9 > 0: action 1 is better", classes=2, moves=("features",)),
-        "drift_up": Concept(
-            role="needed", meaning="x2 > 0, for value only", classes=2, moves=("features",), follows=("value",)
-        ),
-        "bonus_up": Concept(
-            role="needed", meaning="x5 > 0, for value only", classes=2, moves=("features",), follows=("value",)
-        ),
-        "unneeded_up": Concept(
-            role="unneeded", meaning="x11 > 0: it drifts but is not rewarded", classes=2, moves=("features",)
-        ),
+        "value": Concept("needed", "the value of the optimal policy"),
+        "better_action": Concept("needed", "x9 > 0: action 1 is better", classes=2, moves=("features",)),
+        "drift_up": Concept("needed", "x2 > 0, for value only", classes=2, moves=("features",), follows=("value",)),
+        "bonus_up": Concept("needed", "x5 > 0, for value only", classes=2, moves=("features",), follows=("value",)),
+        "unneeded_up": Concept("unneeded", "x11 > 0: it drifts but is not rewarded", classes=2, moves=("features",)),
         "episode_coin": EPISODE_COIN,
     }
     variables: ClassVar[Mapping[str, NestedKey]] = state_variables("episode_coin", free=("features",))

@@ -20,26 +20,18 @@ def light_concepts(*paying: str) -> dict[str, Concept]:
     """What the lights mean; ``paying`` are the concepts that follow from the first two."""
     return {
         "bits": Concept(
-            role=("needed", "needed", "unneeded", "unneeded"),
-            meaning="the lights",
+            ("needed", "needed", "unneeded", "unneeded"),
+            "the lights",
             classes=2,
             size=BITS,
             moves=("bits",),
             follows=("xor", "unneeded_xor", *paying),
         ),
         "xor": Concept(
-            role="needed",
-            meaning="exactly one of the first two lights is on",
-            classes=2,
-            moves=("bits",),
-            follows=("bits", *paying),
+            "needed", "exactly one of the first two lights is on", classes=2, moves=("bits",), follows=("bits", *paying)
         ),
         "unneeded_xor": Concept(
-            role="unneeded",
-            meaning="exactly one of the last two lights is on",
-            classes=2,
-            moves=("bits",),
-            follows=("bits",),
+            "unneeded", "exactly one of the last two lights is on", classes=2, moves=("bits",), follows=("bits",)
         ),
     }
 

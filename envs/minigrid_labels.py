@@ -19,14 +19,14 @@ from tdhook_rl.envs.info_labels import add_computed_labels
 
 #: The labels under ``("concept", name)``.
 MINIGRID_CONCEPTS = {
-    "has_key": Concept(role="needed", meaning="the agent carries a key", classes=2),
-    "door_open": Concept(role="needed", meaning="some door is open", classes=2),
+    "has_key": Concept("needed", "the agent carries a key", classes=2),
+    "door_open": Concept("needed", "some door is open", classes=2),
     "distance": Concept(
-        role="needed", meaning="cells to the nearest goal, closed doors and movable objects ignored; -1 without a path"
+        "needed", "cells to the nearest goal, closed doors and movable objects ignored; -1 without a path"
     ),
-    "column": Concept(role="needed", meaning="of the agent, from the left", classes=256),
-    "row": Concept(role="needed", meaning="of the agent, from the top", classes=256),
-    "direction": Concept(role="needed", meaning="0 right, 1 down, 2 left, 3 up", classes=4),
+    "column": Concept("needed", "of the agent, from the left", classes=256),
+    "row": Concept("needed", "of the agent, from the top", classes=256),
+    "direction": Concept("needed", "0 right, 1 down, 2 left, 3 up", classes=4),
 }
 
 

@@ -48,12 +48,10 @@ class TMaze(ConceptEnv):
     n_actions = 2
     observation_features = 7
     concepts: ClassVar[Mapping[str, Concept]] = {
-        "cue": Concept(role="needed", meaning="the arm that pays, 0 for A", classes=2, moves=("cue",)),
-        "unneeded_cue": Concept(
-            role="unneeded", meaning="the second cue, which never pays", classes=2, moves=("unneeded_cue",)
-        ),
-        "light": Concept(role="unneeded", meaning="the light of this step", classes=2, moves=("light",)),
-        "junction": Concept(role="needed", meaning="this action chooses", classes=2),
+        "cue": Concept("needed", "the arm that pays, 0 for A", classes=2, moves=("cue",)),
+        "unneeded_cue": Concept("unneeded", "the second cue, which never pays", classes=2, moves=("unneeded_cue",)),
+        "light": Concept("unneeded", "the light of this step", classes=2, moves=("light",)),
+        "junction": Concept("needed", "this action chooses", classes=2),
         "episode_coin": EPISODE_COIN,
     }
     variables: ClassVar[Mapping[str, NestedKey]] = state_variables("cue", "unneeded_cue", "light", "episode_coin")
