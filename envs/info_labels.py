@@ -112,7 +112,7 @@ class InfoLabels(BaseInfoDictReader):
             )
         if field.words is not None:
             if found not in field.words:
-                raise InputError(f"the label {name!r} is {found!r}; {nearest(str(found), field.words)}")
+                raise InputError(f"the label {name!r} is {found!r}; {nearest(found, field.words)}")
             return torch.tensor(field.words.index(found), device=spec.device)
         value = _numbers(name, found)
         if value.shape != tuple(spec.shape):

@@ -121,7 +121,7 @@ class EnvCheckError(TdhookError, AssertionError):
     """An environment's specs, labels, pairs or Gymnasium face are not what it declares."""
 
 
-def nearest(asked: str, known: Iterable[str], count: int = 3) -> str:
+def nearest(asked: object, known: Iterable[object], count: int = 3) -> str:
     """A clause that lists the closest known names, for the end of an error message.
 
     Of paths, those that end alike come first: what is before them depends on how a policy is wrapped.

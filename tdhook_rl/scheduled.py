@@ -15,11 +15,12 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 
+from tdhook_rl.arguments.keys import required
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.passes import Call
 from tdhook_rl.calls.real_rows import without_other_rows
 from tdhook_rl.calls.repeatable import coupled
-from tdhook_rl.errors import InputError, MissingKeyError, nearest, warn
+from tdhook_rl.errors import InputError, warn
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.sites.missing import missing_value
 
@@ -179,12 +180,7 @@ class _BoundScheduled(BoundMethod):
         return rows
 
     def _marked(self, data: TensorDictBase) -> Tensor:
-        marked = data.get(self._where, None)
-        if marked is None:
-            raise MissingKeyError(
-                f"the schedule of {self._name} reads {self._where!r}, which the data lacks; "
-                f"{nearest(str(self._where), map(str, data.keys(True, True)))}"
-            )
+        marked = required(data, self._where, f"the schedule of {self._name} reads")
         if marked.dtype != torch.bool:
             raise InputError(f"the schedule's where={self._where!r} is {marked.dtype}; it must be boolean")
         if marked.shape == (*data.batch_size, 1):

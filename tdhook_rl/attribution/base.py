@@ -13,7 +13,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor
 
 from tdhook_rl.arguments.checked import require_target
-from tdhook_rl.arguments.keys import key_parts
+from tdhook_rl.arguments.keys import key_parts, required
 from tdhook_rl.attribution.baselines import Baselines
 from tdhook_rl.attribution.explainable import explainable_inputs
 from tdhook_rl.attribution.gradients import is_linear
@@ -21,7 +21,7 @@ from tdhook_rl.attribution.question import Attributed, Question, TargetFunction
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.passes import Call, Pass, with_batch
 from tdhook_rl.calls.real_rows import real_rows
-from tdhook_rl.errors import InputError, MissingKeyError, TargetError, nearest
+from tdhook_rl.errors import InputError, TargetError, nearest
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.replaying.batching import in_recurrent_mode
 from tdhook_rl.sites.hooks import Portable
@@ -242,13 +242,7 @@ class BoundAttribution(BoundMethod):
         """The entries of ``additional_init_keys``."""
         found = TensorDict({}, batch_size=call.batch_size)
         for key in self._additional_keys:
-            value = call.data.get(key, None)
-            if value is None:
-                raise MissingKeyError(
-                    f"additional_init_keys names {key!r}, which the data lacks; "
-                    f"{nearest(str(key), map(str, call.data.keys(True, True)))}"
-                )
-            found.set(key, value)
+            found.set(key, required(call.data, key, "additional_init_keys names"))
         return found
 
     def _explained_inputs(self, call: Call) -> dict[NestedKey, Tensor]:
@@ -262,7 +256,7 @@ class BoundAttribution(BoundMethod):
         if unknown:
             raise InputError(
                 f"init_attr_inputs returned {unknown[0]!r}, which is not an input of the policy; "
-                f"{nearest(str(unknown[0]), map(str, call.policy.policy_in_keys))}"
+                f"{nearest(unknown[0], call.policy.policy_in_keys)}"
             )
         return {key: chosen.get(key) for key in keys}
 

@@ -12,9 +12,9 @@ from tensordict import NestedKey
 from tensordict.utils import unravel_key
 from torch import Tensor
 
-from tdhook_rl.arguments.keys import key_parts
+from tdhook_rl.arguments.keys import key_parts, required
 from tdhook_rl.calls.passes import Call
-from tdhook_rl.errors import InputError, MissingKeyError, nearest
+from tdhook_rl.errors import InputError, nearest
 
 Baseline = float | Tensor | Mapping[NestedKey, float | Tensor]
 
@@ -49,13 +49,8 @@ class Baselines:
         if self.given is not None:
             return filled(self.given, key, value, call.batch_size)
         name = self.key_of(key)
-        found = call.data.get(name, None)
-        if found is None:
-            raise MissingKeyError(
-                f"{self.method} needs the baseline of {key!r} under {name!r}, which the data lacks; "
-                f"{nearest(str(name), map(str, call.data.keys(True, True)))}. Put a neutral input there (zeros, say), "
-                f"or give a number for all: {self.method}(baseline=0.0)"
-            )
+        remedy = f". Put a neutral input there (zeros, say), or give a number for all: {self.method}(baseline=0.0)"
+        found = required(call.data, name, f"{self.method} needs the baseline of {key!r} under", remedy)
         if found.shape != value.shape or found.device != value.device:
             raise InputError(
                 f"the baseline {name!r} has shape {tuple(found.shape)} on {found.device}; it must match {key!r}, "
@@ -104,7 +99,7 @@ def filled(baseline: Any, key: NestedKey, value: Tensor, batch: torch.Size) -> T
     if isinstance(baseline, Mapping):
         if key not in baseline:
             raise InputError(
-                f"baseline= has none for the input {key!r}; {nearest(str(key), map(str, baseline))}: give one for "
+                f"baseline= has none for the input {key!r}; {nearest(key, baseline)}: give one for "
                 "each explained input, or leave the input out with inputs=[...]"
             )
         baseline = baseline[key]

@@ -26,7 +26,7 @@ def explainable_inputs(call: Call, keys: Sequence[NestedKey] | None) -> dict[Nes
         # Booleans beside other inputs are masks; a policy that sees nothing else decides by them.
         keys = [key for key, value in tensors.items() if value.dtype != torch.bool] or list(tensors)
     elif unknown := [key for key in keys if key not in own]:
-        raise InputError(f"{unknown[0]!r} is not an input of the policy; {nearest(str(unknown[0]), map(str, own))}")
+        raise InputError(f"{unknown[0]!r} is not an input of the policy; {nearest(unknown[0], own)}")
     chosen = {}
     for key in keys:
         value = call.inputs.get(key)

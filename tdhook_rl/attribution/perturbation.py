@@ -14,6 +14,7 @@ from tensordict import NestedKey
 from tensordict.utils import unravel_key
 from torch import Tensor
 
+from tdhook_rl.arguments.keys import missing
 from tdhook_rl.attribution.base import BoundAttribution
 from tdhook_rl.attribution.baselines import Baseline, Baselines, check_baseline
 from tdhook_rl.attribution.groups import Groups, each_feature, group_features, groups_of_rows
@@ -28,7 +29,7 @@ from tdhook_rl.attribution.perturbation_base import (
     Perturbation,
 )
 from tdhook_rl.calls.passes import Call
-from tdhook_rl.errors import InputError, MissingKeyError, nearest
+from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.method import Binder
 
 FeatureGroups = Any  # a sequence of groups (indices or masks), or a TensorDict key
@@ -48,7 +49,7 @@ class _BoundOcclusion(BoundPerturbation):
             if unknown:
                 raise InputError(
                     f"groups= names {unknown[0]!r}, which is not an explained input of the policy; "
-                    f"{nearest(str(unknown[0]), map(str, self.declared))}"
+                    f"{nearest(unknown[0], self.declared)}"
                 )
         if config.baseline is None:
             self.reads = [*self.reads, *(self.baselines.key_of(key) for key in binder.policy.in_keys)]
@@ -75,10 +76,7 @@ class _BoundOcclusion(BoundPerturbation):
     def _read_groups(self, call: Call, name: NestedKey) -> Tensor:
         found = call.data.get(name, None)
         if not isinstance(found, Tensor):
-            raise MissingKeyError(
-                f"{self._name}(groups=...) reads the groups of each row under {name!r}, which the data lacks; "
-                f"{nearest(str(name), map(str, call.data.keys(True, True)))}"
-            )
+            raise missing(call.data, name, f"{self._name}(groups=...) reads the groups of each row under")
         return found
 
 
@@ -271,7 +269,7 @@ class PerturbationSaliency(Perturbation):
         super().__post_init__()
         modes = ("target", "policy", "value")
         if self.mode not in modes:
-            raise InputError(f"no mode is named {self.mode!r}; {nearest(str(self.mode), modes)}")
+            raise InputError(f"no mode is named {self.mode!r}; {nearest(self.mode, modes)}")
         if self.mode != "target":
             self._refuse_targets(f"with mode={self.mode!r} scores an output")
         elif self.key is not None:

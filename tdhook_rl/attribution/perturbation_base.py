@@ -101,7 +101,7 @@ def own_inputs(call: Call, keys: Sequence[NestedKey] | None) -> dict[NestedKey, 
         keys = [key for key in tensors if call.inputs[key].dtype != torch.bool] or tensors
     for key in keys:
         if key not in own:
-            raise InputError(f"{key!r} is not an input of the policy; {nearest(str(key), map(str, own))}")
+            raise InputError(f"{key!r} is not an input of the policy; {nearest(key, own)}")
         if key not in tensors:
             raise InputError(f"the input {key!r} is a {type(call.inputs[key]).__name__}: tensors can be perturbed")
     return {key: call.inputs[key] for key in keys}
@@ -161,7 +161,7 @@ class Output:
         known = [str(key) for key in run.outputs.keys(True, True)]
         asked = " or ".join(repr(key) for key in self.keys)
         raise TargetError(
-            f"{self.method} reads {asked}, which the policy does not output; {nearest(str(self.keys[0]), known)}. "
+            f"{self.method} reads {asked}, which the policy does not output; {nearest(self.keys[0], known)}. "
             "Name another output with key="
         )
 

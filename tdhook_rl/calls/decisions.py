@@ -67,7 +67,7 @@ def choose(run: Pass, key: Keys, name: str) -> list[Decision]:
         if not found:
             raise TargetError(
                 f"{name}(key={asked!r}): the policy draws nothing of that name; "
-                f"{nearest(str(asked), [str(one.key) for one in known])}"
+                f"{nearest(asked, [str(one.key) for one in known])}"
             )
         if points := [one for one in found if _is_point(one)]:
             raise TargetError(
@@ -159,7 +159,7 @@ def outputs_named(run: Pass, key: NestedKey, name: str = "") -> list[tuple[Neste
     entries = [(one, value) for one in found if isinstance(value := run.outputs.get(one, None), Tensor)]
     if not entries:
         known = [str(k) for k in run.outputs.keys(True, True)]
-        raise TargetError(f"the target reads {key!r}, which the policy does not output; {nearest(str(key), known)}")
+        raise TargetError(f"the target reads {key!r}, which the policy does not output; {nearest(key, known)}")
     return entries
 
 

@@ -18,11 +18,12 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModule, skip_existing
 from torch import Tensor
 
+from tdhook_rl.arguments.keys import missing
 from tdhook_rl.calls.chains import Record
 from tdhook_rl.calls.chunks import all_decide
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.writing import get_entry, set_tensor
-from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest, own_cause
+from tdhook_rl.errors import InputError, SiteError, own_cause
 from tdhook_rl.internals.tensordict_names import new_unsafe
 from tdhook_rl.policies.draws import given_beside
 from tdhook_rl.replaying.batching import shallow_copy
@@ -318,10 +319,7 @@ def stored_inputs(
             continue
         if value is None:
             hint = ". Name the module's inputs with prepare(module, in_keys=[...], out_keys=[...])"
-            raise MissingKeyError(
-                f"the policy reads {key!r}, which the TensorDict lacks; "
-                f"{nearest(str(key), map(str, data.keys(True, True)))}{hint if policy._hooked.wraps else ''}"
-            )
+            raise missing(data, key, "the policy reads", hint if policy._hooked.wraps else "")
         inputs[key] = value if policy._hooked.chunks is None else all_decide(policy, key, value)
     return inputs
 

@@ -53,8 +53,7 @@ def check_known(what: str, asked: Sequence[NestedKey] | None, known: Sequence[Ne
     for key in unravel_key_list(list(asked)) if asked is not None else []:
         if key not in known:
             raise KeyCollisionError(
-                f"prepare({what}=...) names {key!r}, which is not among the module's {what}; "
-                f"{nearest(str(key), map(str, known))}"
+                f"prepare({what}=...) names {key!r}, which is not among the module's {what}; {nearest(key, known)}"
             )
 
 

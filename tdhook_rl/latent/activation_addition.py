@@ -9,10 +9,10 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.arguments.keys import key_parts
+from tdhook_rl.arguments.keys import key_parts, missing
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.passes import Call
-from tdhook_rl.errors import InputError, MissingKeyError, nearest
+from tdhook_rl.errors import InputError
 from tdhook_rl.method import Binder, Method
 
 
@@ -79,14 +79,11 @@ class _BoundAddition(BoundMethod):
 
     def _means(self, call: Call, root: str) -> dict[str, Tensor]:
         inputs = call.data.get(root, None)
-        missing = [
+        absent = [
             key for key in self._in_keys if not isinstance(inputs, TensorDictBase) or inputs.get(key, None) is None
         ]
-        if missing:
-            raise MissingKeyError(
-                f"ActivationAddition reads {(root, missing[0])!r}, which the data lacks; "
-                f"{nearest(str((root, missing[0])), map(str, call.data.keys(True, True)))}"
-            )
+        if absent:
+            raise missing(call.data, (root, absent[0]), "ActivationAddition reads")
         slots = dict(call.slots)
         call.slots.clear()
         with torch.no_grad():

@@ -111,7 +111,7 @@ class ActivationCaching(Method):
             raise InputError(f"directions={self.directions!r} is no list of some of {', '.join(map(repr, known))}")
         for direction in self.directions:
             if direction not in known:
-                raise InputError(f"no direction is named {direction!r}; {nearest(str(direction), known, count=4)}")
+                raise InputError(f"no direction is named {direction!r}; {nearest(direction, known, count=4)}")
         gradients = [direction for direction in self.directions if direction in GRADIENT]
         if gradients and self.cache is None:
             raise InputError(

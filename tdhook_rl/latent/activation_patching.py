@@ -11,10 +11,10 @@ from tensordict.nn import ProbabilisticTensorDictModule
 from torch import Tensor
 
 from tdhook_rl.arguments.callbacks import takes_keywords
-from tdhook_rl.arguments.keys import key_parts
+from tdhook_rl.arguments.keys import key_parts, required
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.passes import Call
-from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest, warn
+from tdhook_rl.errors import InputError, SiteError, warn
 from tdhook_rl.latent.patch_hooks import KeepHook, PatchHook, other_count, runs_kept
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.policies.draws import sample_keys
@@ -120,12 +120,7 @@ class _BoundPatching(BoundMethod):
         times = {slot: runs_kept(call, slot, site) for slot, site in self._slots.items()}
         others = {}
         for key, read in zip(self._in_keys, self.reads, strict=True):
-            value = call.data.get(read, None)
-            if value is None:
-                raise MissingKeyError(
-                    f"ActivationPatching reads the second input {read!r}, which the data lacks; "
-                    f"{nearest(str(read), map(str, call.data.keys(True, True)))}"
-                )
+            value = required(call.data, read, "ActivationPatching reads the second input")
             if value.shape != call.inputs[key].shape:
                 raise InputError(
                     f"the second input {read!r} has shape {tuple(value.shape)}, but {key!r} has "

@@ -72,7 +72,7 @@ class CacheStore:
             if not isinstance(self.data.get(key, None), Tensor):
                 raise MissingKeyError(
                     f"the cache is locked or memory-mapped and has no entry {_plain(key)!r}; "
-                    f"{nearest(str(_plain(key)), map(str, self.data.keys(True, True)))}. Put a tensor of the batch and "
+                    f"{nearest(_plain(key), self.data.keys(True, True))}. Put a tensor of the batch and "
                     "feature shape there before it is locked"
                 )
 

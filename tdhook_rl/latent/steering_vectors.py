@@ -262,9 +262,7 @@ class EntryAdditionHook(AdditionHook):
             )
         value = output.get(self.key, None)
         if value is None:
-            raise SiteError(
-                f"{self.site!r} did not write {self.key!r}; {nearest(str(self.key), map(str, output.keys(True, True)))}"
-            )
+            raise SiteError(f"{self.site!r} did not write {self.key!r}; {nearest(self.key, output.keys(True, True))}")
         # A state, such as (layers, features), has its features last.
         return output.set(self.key, self.steered(value, module._hooked_features or 0))  # type: ignore[arg-type]
 
@@ -305,7 +303,7 @@ def written_entry(site: Site, key: NestedKey) -> NestedKey:
         )
     key = unravel_key(key)
     if key not in [unravel_key(one) for one in written]:
-        raise SiteError(f"{site.name!r} does not write {key!r}; {nearest(str(key), map(str, written))}")
+        raise SiteError(f"{site.name!r} does not write {key!r}; {nearest(key, written)}")
     return key
 
 

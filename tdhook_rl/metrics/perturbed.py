@@ -124,7 +124,7 @@ class InfidelityMetric(PerturbedMetric):
         if not self.noise_scale > 0:
             raise InputError(f"noise_scale is a positive number, got {self.noise_scale!r}")
         if self.form not in get_args(Form):
-            raise InputError(f"no form is named {self.form!r}; {nearest(str(self.form), get_args(Form))}")
+            raise InputError(f"no form is named {self.form!r}; {nearest(self.form, get_args(Form))}")
 
     def _score(self, scorer: Scorer, draw: Draw) -> Tensor:
         attributions = flat(scorer.stored(), scorer.batch_size)

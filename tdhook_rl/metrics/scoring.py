@@ -14,12 +14,12 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.arguments.keys import key_parts
+from tdhook_rl.arguments.keys import key_parts, required
 from tdhook_rl.attribution.base import BoundAttribution
 from tdhook_rl.attribution.baselines import filled
 from tdhook_rl.calls.passes import Call, effects_of, stored_inputs
 from tdhook_rl.calls.preconditions import require_rows
-from tdhook_rl.errors import InputError, MissingKeyError, TargetError, nearest
+from tdhook_rl.errors import InputError, TargetError, nearest
 from tdhook_rl.hooking.hooked import HookedMixin
 from tdhook_rl.policies.draws import action_keys
 from tdhook_rl.replaying.batching import (
@@ -140,13 +140,8 @@ class Scorer:
         found = {}
         for key, value in self.inputs.items():
             name = (self._bound.root, *([self._name] if self._name else []), *key_parts(key))
-            attribution = data.get(name, None)
-            if attribution is None:
-                raise MissingKeyError(
-                    f"the metric scores the attribution {name!r}, which the data lacks; "
-                    f"{nearest(str(name), map(str, data.keys(True, True)))}. Give it what the hooked policy or its "
-                    "annotate() returned"
-                )
+            remedy = ". Give it what the hooked policy or its annotate() returned"
+            attribution = required(data, name, "the metric scores the attribution", remedy)
             if attribution.shape != value.shape:
                 raise InputError(
                     f"the attribution {name!r} has shape {tuple(attribution.shape)}; to be scored it must match the "

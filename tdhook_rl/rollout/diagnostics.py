@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from tdhook_rl.arguments.checked import checked
+from tdhook_rl.arguments.keys import required
 from tdhook_rl.calls.passes import effects_of
 from tdhook_rl.calls.real_rows import defined_values, real_rows
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
@@ -87,8 +88,7 @@ class NetworkDiagnostics:
         known = self._hooked.policy_out_keys
         if action_key is not None and unravel_key(action_key) not in known:
             raise MissingKeyError(
-                f"churn compares the network's {action_key!r}, which it does not output; "
-                f"{nearest(str(action_key), map(str, known))}"
+                f"churn compares the network's {action_key!r}, which it does not output; {nearest(action_key, known)}"
             )
         self._action_key = "action" if action_key is None else unravel_key(action_key)
         self._units = dict(units) if isinstance(units, Mapping) else units
@@ -150,10 +150,7 @@ class NetworkDiagnostics:
     def _keep(self, data: TensorDictBase) -> None:
         keys = self._hooked.policy_in_keys
         for key in keys:
-            if data.get(key, None) is None:
-                raise MissingKeyError(
-                    f"the network reads {key!r}, which the states lack; {nearest(str(key), map(str, data.keys(True)))}"
-                )
+            required(data, key, "the network reads")
         # What is seen in padding, or was not seen (NaN), is no state.
         real, seen = real_rows(data), defined_values((data.get(key) for key in keys), data.batch_size)
         real = seen if real is None else real if seen is None else real & seen.to(real.device)

@@ -12,8 +12,9 @@ from tensordict.utils import unravel_key
 from torch import Tensor
 
 from tdhook_rl.arguments.checked import checked
+from tdhook_rl.arguments.keys import required
 from tdhook_rl.calls.real_rows import real_rows
-from tdhook_rl.errors import InputError, MissingKeyError, nearest, warn
+from tdhook_rl.errors import InputError, warn
 from tdhook_rl.latent.probing.class_statistics import check_solve
 from tdhook_rl.latent.probing.concepts import Concept, ProbeOptions, concept_of
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
@@ -242,12 +243,7 @@ class OnlineProbe:
         return features, labels, usable if real is None else usable & real.cpu()
 
     def _entry(self, data: TensorDictBase, key: NestedKey) -> Tensor:
-        value = data.get(key, None)
-        if value is None:
-            raise MissingKeyError(
-                f"the online probe reads {key!r}, which the batch lacks; "
-                f"{nearest(str(key), map(str, data.keys(True, True)))}"
-            )
+        value = required(data, key, "the online probe reads")
         if not isinstance(value, Tensor):
             raise InputError(f"the online probe reads {key!r}, which is a {type(value).__name__}, not a tensor")
         return value

@@ -15,7 +15,8 @@ from tensordict.utils import unravel_key
 from torch import Tensor
 
 from tdhook_rl.arguments.checked import checked
-from tdhook_rl.errors import InputError, MissingKeyError, nearest
+from tdhook_rl.arguments.keys import required
+from tdhook_rl.errors import InputError
 from tdhook_rl.replaying.batching import row_vectors
 
 #: The key under which TorchRL's collectors number the episodes.
@@ -73,12 +74,7 @@ class GroupSplit:
         code = torch.full(data.batch_size, self.seed + 1, dtype=torch.long, device=data.device)
         code = _mix(code ^ (name << 24))
         for key in keys:
-            value = data.get(key, None)
-            if value is None:
-                raise MissingKeyError(
-                    f"the split groups rows by {key!r}, which the data lacks; "
-                    f"{nearest(str(key), map(str, data.keys(True, True)))}"
-                )
+            value = required(data, key, "the split groups rows by")
             if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
                 found = value.dtype if isinstance(value, Tensor) else type(value).__name__
                 raise InputError(f"the split groups rows by {key!r}, which is {found}: groups are integers")

@@ -14,7 +14,8 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.errors import InputError, MissingKeyError, nearest
+from tdhook_rl.arguments.keys import missing
+from tdhook_rl.errors import InputError
 from tdhook_rl.sites.containers import first_input
 from tdhook_rl.sites.inner_calls import require_whole_batch, step_of_batch
 from tdhook_rl.sites.paths import Run
@@ -146,11 +147,10 @@ class RowHook:
         for key in self.keys:
             value = data.get(key, None)
             if value is None:
-                raise MissingKeyError(
-                    f"a steered policy reads the per-row key {key!r}, which the TensorDict lacks; "
-                    f"{nearest(str(key), map(str, data.keys(True, True)))}. Set it on every step "
-                    "(a TensorDictPrimer adds a key to an environment) or give a number instead of a key"
+                remedy = (
+                    ". Set it on every step (a TensorDictPrimer adds a key to an environment) or give a number"
                 )
+                raise missing(data, key, "a steered policy reads the per-row key", remedy)
             self.runtime.rows[key] = entry_rows(value, module, self.runtime)
 
     def after(self, module: torch.nn.Module, args: tuple, output: Any) -> None:

@@ -11,7 +11,8 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook_rl.errors import InputError, KeyCollisionError, MissingKeyError, nearest
+from tdhook_rl.arguments.keys import required
+from tdhook_rl.errors import InputError, KeyCollisionError
 
 
 def check_keys(in_keys: list[NestedKey], out_keys: list[NestedKey]) -> None:
@@ -32,12 +33,7 @@ def read_points(data: TensorDictBase, key: NestedKey, *, rows: int) -> Tensor:
         MissingKeyError: if the key is absent.
         InputError: for another shape or dtype, too few points, NaN or infinite entries.
     """
-    points = data.get(key, None)
-    if points is None:
-        raise MissingKeyError(
-            f"the estimator reads {key!r}, which the TensorDict lacks; "
-            f"{nearest(str(key), map(str, data.keys(True, True)))}"
-        )
+    points = required(data, key, "the estimator reads")
     if not isinstance(points, Tensor) or not points.is_floating_point():
         found = points.dtype if isinstance(points, Tensor) else type(points).__name__
         if isinstance(points, Tensor) and points.is_complex():

@@ -11,10 +11,11 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
+from tdhook_rl.arguments.keys import required
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.passes import Call
 from tdhook_rl.calls.real_rows import real_rows
-from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
+from tdhook_rl.errors import InputError, SiteError
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.sites.paths import Site, find_sites
 
@@ -173,12 +174,8 @@ def _by_name(keys: Sequence[NestedKey]) -> dict[str, NestedKey]:
 
 
 def _entry(data: TensorDictBase, key: NestedKey) -> Any:
-    value = data.get(key, None)
-    if value is None:
-        raise MissingKeyError(
-            f"a probe reads {key!r}, which the TensorDict lacks: put it in the TensorDict of every call, and list it "
-            f"in additional_keys; {nearest(str(key), map(str, data.keys(True, True)))}"
-        )
+    remedy = ". Put it in the TensorDict of every call, and list it in additional_keys"
+    value = required(data, key, "a probe reads", remedy)
     if isinstance(value, NonTensorData):
         return value.data
     if not isinstance(value, NonTensorStack):
