@@ -7,7 +7,6 @@ with several methods, applied in the order written.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any, Literal, overload
 
 from tensordict import NestedKey
@@ -165,9 +164,7 @@ class HookingContext(NotEntered):
         self._view = ContextView(self._hooked)
         return self._hooked
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._hooked.restore()
         self._hooked = None
 

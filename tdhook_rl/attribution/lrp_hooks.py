@@ -13,6 +13,9 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.internals.torch_names import DisableTorchFunction, pytree
 from tdhook_rl.sites.runtime import Runtime, vmap_level
 
+#: From the relevance of outputs to that of what they were computed from.
+Share = Callable[..., Sequence[Tensor | None]]
+
 
 class Unknown(Exception):
     """A pass by the rules of modules alone has met what needs more: that pass is made again, with more."""
@@ -37,7 +40,7 @@ class ShareByFunction(torch.autograd.Function):
     """Outputs whose gradients are relevance, shared out by a function."""
 
     @staticmethod
-    def forward(ctx: Any, outputs: list[Tensor], share: Callable[..., Sequence[Tensor | None]], *inputs: Tensor) -> Any:
+    def forward(ctx: Any, outputs: list[Tensor], share: Share, *inputs: Tensor) -> Any:
         ctx.share = share
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
@@ -209,9 +212,7 @@ class _Region(_Hook):
             values[at] = part
         return pytree.tree_unflatten(values, layout)
 
-    def share(
-        self, module: nn.Module, outputs: list[Tensor], leaves: list[Tensor]
-    ) -> Callable[..., Sequence[Tensor | None]]:
+    def share(self, module: nn.Module, outputs: list[Tensor], leaves: list[Tensor]) -> Share:
         raise NotImplementedError
 
 
@@ -220,9 +221,7 @@ class GradientHook(_Region):
 
     inner_rules = True
 
-    def share(
-        self, module: nn.Module, outputs: list[Tensor], leaves: list[Tensor]
-    ) -> Callable[..., Sequence[Tensor | None]]:
+    def share(self, module: nn.Module, outputs: list[Tensor], leaves: list[Tensor]) -> Share:
         return lambda *relevance: torch.autograd.grad(outputs, leaves, relevance, retain_graph=True, allow_unused=True)
 
 
@@ -237,9 +236,7 @@ class ComputedHook(_Region):
         super().__init__(state, name)
         self.rule = rule
 
-    def share(
-        self, module: nn.Module, outputs: list[Tensor], leaves: list[Tensor]
-    ) -> Callable[..., Sequence[Tensor | None]]:
+    def share(self, module: nn.Module, outputs: list[Tensor], leaves: list[Tensor]) -> Share:
         if len(outputs) != 1 or (len(leaves) != 1 and type(self.rule) is not Epsilon):
             raise InputError(f"LRP has a rule for {self.called(module)}, but the module returns several tensors")
         (output,) = outputs

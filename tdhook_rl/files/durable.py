@@ -14,7 +14,6 @@ import stat
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tdhook_rl.errors import ArtifactError
@@ -178,9 +177,7 @@ class FolderLock:
             # Some network file systems know no such lock: there, nothing tells two apart.
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for folder in self._made:
             with contextlib.suppress(OSError):  # something was put into it
                 folder.rmdir()

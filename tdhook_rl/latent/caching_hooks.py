@@ -126,8 +126,7 @@ class CachingHook(CaptureHook):
 
     def _captures(self) -> bool:
         runtime = self.runtime
-        if not runtime.active:
-            runtime.refuse()
+        runtime.require_open()
         return runtime.recording or (self.staging is not None and runtime.depth > 0 and runtime.replay is None)
 
     def _keep(self, module: nn.Module, value: Tensor | None, whole: Any) -> None:
@@ -197,8 +196,7 @@ class GradientHook:
 
     def _captures(self) -> bool:
         runtime = self.runtime
-        if not runtime.active:
-            runtime.refuse()
+        runtime.require_open()
         record = self.staging.record
         record.ran.add(self.key)
         # A replay that records is the forward itself, explained; those of annotate() have gradients off.

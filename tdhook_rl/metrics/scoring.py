@@ -254,8 +254,7 @@ def find_attribution(hooked: Any, attribution_key: str | None) -> BoundAttributi
             f"a metric takes a hooked policy, got a {type(hooked).__name__}: "
             "`with Saliency().prepare(policy) as hooked:`"
         )
-    if not hooked._hooked.runtime.active:
-        hooked._hooked.runtime.refuse()
+    hooked._hooked.runtime.require_open()
     found: list[Any] = [one for one in hooked._hooked.bound if isinstance(one, BoundAttribution)]
     if not found:
         raise InputError(

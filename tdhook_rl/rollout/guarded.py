@@ -6,7 +6,6 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
 from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
@@ -133,9 +132,7 @@ class Guarded:
     def __enter__(self) -> Guarded:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         with contextlib.nullcontext() if error is None else contextlib.suppress(Exception):
             self.shutdown()
 

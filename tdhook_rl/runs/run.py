@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -212,9 +211,7 @@ class HookedModuleRun(Placing):
         self._state = "open"
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self._state = "ended"
         try:
             if kind is None:

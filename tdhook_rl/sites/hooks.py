@@ -38,8 +38,7 @@ class CaptureHook:
 
     def __call__(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         runtime = self.runtime
-        if not runtime.active:
-            runtime.refuse()
+        runtime.require_open()
         if runtime.recording:
             self._store(rows_of(output, module, self.slot, runtime)[0])
 
@@ -147,9 +146,7 @@ class RowHook:
         for key in self.keys:
             value = data.get(key, None)
             if value is None:
-                remedy = (
-                    ". Set it on every step (a TensorDictPrimer adds a key to an environment) or give a number"
-                )
+                remedy = ". Set it on every step (a TensorDictPrimer adds a key to an environment) or give a number"
                 raise missing(data, key, "a steered policy reads the per-row key", remedy)
             self.runtime.rows[key] = entry_rows(value, module, self.runtime)
 

@@ -83,8 +83,7 @@ class RowsHook:
         from tdhook_rl.sites.rows import rows_of
 
         runtime = self.runtime
-        if not runtime.active:
-            runtime.refuse()
+        runtime.require_open()
         if not runtime.recording or runtime.batch is None:
             return
         value, _ = rows_of(output, module, self.site, runtime)

@@ -133,8 +133,7 @@ class RunHook:
 
     def __call__(self, module: nn.Module, *given: Any) -> Any:
         runtime = self.runtime
-        if not runtime.active:
-            runtime.refuse()
+        runtime.require_open()
         if runtime.runs is None:
             if self.observes:
                 return None

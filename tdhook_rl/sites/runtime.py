@@ -97,8 +97,7 @@ class Runtime:
         """Raise :class:`InactiveError` if the hooking is over, also in a worker."""
         if self.away and self.active and not torch.compiler.is_compiling():
             self.active = self.switch.on()
-        if not self.active:
-            self.refuse()
+        self.require_open()
 
     def forget_call(self) -> None:
         """Drop what a call has left that will never end, because its thread is not in this process."""
@@ -149,8 +148,7 @@ class Runtime:
 
     def intervene_at(self, site: str) -> None:
         """Called by the hooks of interventions: not after the hooking is over; one that never acts is noticed."""
-        if not self.active:
-            self.refuse()
+        self.require_open()
         if self.checks_sites():
             self.fired.add(site)
 
@@ -173,11 +171,14 @@ class Runtime:
         if not torch.compiler.is_compiling():
             self.checked, self.fired = True, set()
 
-    def refuse(self) -> None:
-        raise InactiveError(
-            "this hooked policy was called after its context had ended; keep the `with` block open, or, for a "
-            "collector that outlives the block, use `prepare(..., return_context=False)` and `.restore()` at the end"
-        )
+    def require_open(self) -> None:
+        """As :meth:`require_active`, by what this process knows already."""
+        if not self.active:
+            raise InactiveError(
+                "this hooked policy was called after its context had ended; keep the `with` block open, or, for a "
+                "collector that outlives the block, use `prepare(..., return_context=False)` and `.restore()` at the "
+                "end"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

@@ -127,8 +127,7 @@ class SourceHook:
         self.route = route
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if not self.runtime.active:
-            self.runtime.refuse()
+        self.runtime.require_open()
         # A copy: an in-place activation behind the module would change what the adapter is given.
         self.route.value = rows_of(output, module, self.route.source, self.runtime)[0].clone()
 
@@ -144,8 +143,7 @@ class AdapterHook:
         self.route = route
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        if not self.runtime.active:
-            self.runtime.refuse()
+        self.runtime.require_open()
         value, disguise = rows_of(output, module, self.target, self.runtime)
         adapted = self.adapter(value if self.route is None else self.route.take())
         if not isinstance(adapted, Tensor) or adapted.shape != value.shape:

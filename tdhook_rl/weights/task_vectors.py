@@ -158,8 +158,7 @@ class _Arithmetic:
         return best[1]
 
     def _weights(self) -> dict[str, Tensor]:
-        if not self._runtime.active:
-            self._runtime.refuse()
+        self._runtime.require_open()
         return _weights_of(self._root) if self._base is None else self._base
 
     def _scaled(self, vectors: tuple[Weights, ...], alpha: float | None) -> dict[str, Tensor]:
