@@ -62,7 +62,7 @@ def choose(run: Pass, key: Keys, name: str) -> list[Decision]:
         return found
     known = [one for drawn in run.distributions for one in _parts(drawn)]
     chosen: list[Decision] = []
-    for asked in _as_list(key):
+    for asked in map(unravel_key, key if isinstance(key, list) else [key]):
         found = [one for one in known if meets(asked, one.key) and len(key_parts(asked)) <= len(key_parts(one.key))]
         if not found:
             raise TargetError(
@@ -217,8 +217,3 @@ def _is_point(one: Decision) -> bool:
 
 def _contains(parts: tuple[str, ...], name: tuple[str, ...]) -> bool:
     return any(parts[start : start + len(name)] == name for start in range(len(parts)))
-
-
-def _as_list(key: Keys) -> list[NestedKey]:
-    """A string or tuple of strings is a key; a list is several."""
-    return [unravel_key(one) for one in key] if isinstance(key, list) else [unravel_key(key)]  # type: ignore[arg-type]

@@ -170,9 +170,6 @@ class Call:
     def slots(self) -> dict[str, Tensor | Several]:
         return self.policy._hooked.runtime.slots
 
-    def _writes_input(self) -> bool:
-        return not torch.compiler.is_compiling() and effects_of(self.policy).watch.may_write_input
-
     def as_it_was(self, inputs: Mapping[NestedKey, Tensor], stored: TensorDictBase | None) -> bool:
         """Whether a replay on these inputs computes what the call did."""
         return stored is None and all(value.data_ptr() == self.inputs[key].data_ptr() for key, value in inputs.items())
@@ -220,7 +217,7 @@ class Call:
         own = stored is None
         stored = self.data if stored is None else stored
         data = new_unsafe({}, batch_size=stored.batch_size)
-        copies = self._writes_input()
+        copies = not torch.compiler.is_compiling() and effects_of(self.policy).watch.may_write_input
         for key, value in ({**self.inputs, **inputs} if own else stored_inputs(self.policy, stored, inputs)).items():
             # A forward may work in place on what it is given: it is the caller's, and what is explained may be a leaf.
             set_tensor(data, key, value.clone() if copies else value)

@@ -17,7 +17,7 @@ from tdhook_rl.experiments.training import untrained
 from tdhook_rl.metrics import deletion_insertion, relevance_mass
 from tdhook_rl.report import Figure
 from tdhook_rl.report.figures import grouped_bars
-from tdhook_rl.statistics import Interval, grouped_mean
+from tdhook_rl.statistics import grouped_mean
 
 STATES = 2000
 IG_STEPS = 32
@@ -34,7 +34,7 @@ def measure(trained: Trained) -> Findings:
     value_only = value & ~policy
     found = {name: _attributions(agent, states) for name, agent in trained.networks.items()}
     mass = {name: _mass(one["value"], value) for name, one in found.items()}
-    cosine = _cosine(found["trained"]["value"], truth)
+    cosine = grouped_mean(_cosines(found["trained"]["value"], truth))
     others = [_value_attribution(network, states) for network in _untrained(trained)]
     other_cosines = [float(_cosines(one, truth).mean()) for one in others]
     other_mass = [_mass(one, value) for one in others]
@@ -111,10 +111,6 @@ def _mass(attribution: Tensor, mask: Tensor) -> float:
 
 def _cosines(attribution: Tensor, truth: Tensor) -> Tensor:
     return torch.cosine_similarity(attribution, truth, dim=-1)
-
-
-def _cosine(attribution: Tensor, truth: Tensor) -> Interval:
-    return grouped_mean(_cosines(attribution, truth))
 
 
 def _deletion(agent: Agent, states: TensorDictBase) -> tuple[float, float]:

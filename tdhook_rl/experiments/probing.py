@@ -43,7 +43,7 @@ def measure(trained: Trained) -> Findings:
     seen = activations["trained"]
     control = _accuracy(seen, ("cache", fc2), "control_label", "episode")
     coin = {
-        split: _accuracies_of_parts(seen, ("cache", fc2), "episode_coin", grouping)
+        split: [_accuracy(part, ("cache", fc2), "episode_coin", grouping).estimate for part in seen.chunk(OF)[:PARTS]]
         for split, grouping in {"transitions": "row", "trajectories": "episode"}.items()
     }
     leak = paired_difference(coin["trajectories"], coin["transitions"])
@@ -116,10 +116,6 @@ def _accuracy(seen: TensorDictBase, features: Any, concept: str, grouping: str) 
     probe = OnlineProbe(features=features, label=("concept", concept), split=GroupSplit(grouping, held_out=0.3))
     probe.update(seen)
     return probe.scores["accuracy"]
-
-
-def _accuracies_of_parts(seen: TensorDictBase, features: Any, concept: str, grouping: str) -> list[float]:
-    return [_accuracy(part, features, concept, grouping).estimate for part in seen.chunk(OF)[:PARTS]]
 
 
 def _curves(trained: Trained, states: TensorDictBase) -> dict[str, list[tuple[int, float]]]:

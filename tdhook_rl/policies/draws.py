@@ -250,7 +250,7 @@ def _is_latent(step: _Step, later: list[_Step], actors: set[int]) -> bool:
             decided = decided or _is_decision(one, actors)
         decided = decided or any(_is_action(key) for key in one.writes)
         # The value of an action reads a decision; any other output reads a latent.
-        others = others or any(_last(key) != "state_action_value" for key in one.writes)
+        others = others or any(key_parts(key)[-1] != "state_action_value" for key in one.writes)
     return decided or (others and not drawn)
 
 
@@ -267,7 +267,3 @@ def _last_draws_of_actors(policy: nn.Module) -> set[int]:
             drawing = [one for one in child.modules() if isinstance(one, ProbabilisticTensorDictModule)]
             found |= {id(one) for one in drawing[-1:]}
     return found
-
-
-def _last(key: NestedKey) -> str:
-    return key_parts(key)[-1]

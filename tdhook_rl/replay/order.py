@@ -43,7 +43,8 @@ class Trajectories:
         # In the order of writing.
         order = torch.arange(rows).roll(-cursor) if full else torch.arange(rows)
         number = _flat(facts, (_traj_key(buffer), *NUMBERS), order)
-        done = _flat(facts, [key for key in facts.keys(True, True) if _is_done(key)], order, merge=True)
+        ends = [key for key in facts.keys(True, True) if isinstance(key, tuple) and key[0] == "next"]
+        done = _flat(facts, ends, order, merge=True)
         begins = _flat(facts, STARTS, order)
         count = _flat(facts, COUNTS, order)
         if number is None and done is None and begins is None:
@@ -138,10 +139,6 @@ class Trajectories:
 
 def _traj_key(buffer: ReplayBuffer) -> NestedKey | None:
     return getattr(buffer.sampler, "traj_key", None)
-
-
-def _is_done(key: NestedKey) -> bool:
-    return isinstance(key, tuple) and key[0] == "next"
 
 
 def _flat(facts: TensorDictBase, keys: Sequence[NestedKey | None], order: Tensor, merge: bool = False) -> Tensor | None:

@@ -185,7 +185,8 @@ def require_unchanged(draw: Draw, stored: TensorDictBase, outputs: TensorDictBas
 
 
 def _as_drawn(key: NestedKey, stored: Tensor, part: D.Distribution, draw: Draw, data: TensorDictBase) -> Tensor:
-    like = torch.empty(part.batch_shape + part.event_shape, dtype=_dtype(stored), device=stored.device)
+    dtype = stored.dtype if stored.is_floating_point() else None  # the default
+    like = torch.empty(part.batch_shape + part.event_shape, dtype=dtype, device=stored.device)
     found = invert(data, key, stored, draw.rewriters[key], like, choices(part))
     if found is None:
         names = ", ".join(_name(module) for module in draw.rewriters[key])
@@ -220,10 +221,6 @@ def _near(one: Tensor, two: Tensor) -> bool:
     if torch.compiler.is_compiling() or in_transform() is not None:
         return True
     return torch.allclose(one.detach(), two.to(one.dtype), RELATIVE, ABSOLUTE, equal_nan=True)
-
-
-def _dtype(stored: Tensor) -> torch.dtype:
-    return stored.dtype if stored.is_floating_point() else torch.get_default_dtype()
 
 
 def _name(module: Any) -> str:

@@ -104,9 +104,11 @@ class ProbeManager:
             )
         # Inference tensors would make the estimators unusable outside inference mode.
         with torch.inference_mode(False):
-            estimator = self._new() if step_type == "fit" else self.estimators[name]
+            new = step_type == "fit"
+            estimator = self._estimator_class(**self._estimator_kwargs) if new else self.estimators[name]
             in_torch = isinstance(estimator, TorchEstimator)
-            pairs = [_rows(self._prepared(one), labels, name) for one in activations]
+            prepared = activations if self._preprocess is None else map(self._preprocess, activations)
+            pairs = [_rows(one, labels, name) for one in prepared]
             pairs = self._usable(pairs, name)
             inputs, y = [x if in_torch else _numpy(x) for x, _ in pairs], pairs[0][1]
             target = y if in_torch else _numpy(y)
@@ -128,12 +130,6 @@ class ProbeManager:
         if not bool(kept.any()):
             raise InputError(f"the probe {name!r} has no rows to learn from: all are padding, or not finite")
         return [(x[kept.to(x.device)], y[kept.to(y.device)]) for x, y in pairs]
-
-    def _new(self) -> Any:
-        return self._estimator_class(**self._estimator_kwargs)
-
-    def _prepared(self, activation: Tensor) -> Tensor:
-        return activation if self._preprocess is None else self._preprocess(activation)
 
 
 class BilinearProbeManager(ProbeManager):
