@@ -38,7 +38,7 @@ from tdhook_rl.report import Budgets, DataTable, FileSink, Monitor, open_wandb
 from tdhook_rl.report.episodes import episodes
 from tdhook_rl.report.pictures import bars, overlays
 from tdhook_rl.rollout import GroupSplit, NetworkDiagnostics, OnlineProbe
-from tests.wandb_reader import history, records
+from tests.wandb_reader import finished, records
 
 QUIET = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True)
 METHOD = Compose(ActivationCaching(FC2), Saliency(target=targets.chosen_logit()))
@@ -52,16 +52,6 @@ def batch_of(policy: Any, steps: int = 10, envs: int = 8, seed: int = 0) -> Tens
     data = next(iter(collector))
     collector.shutdown()
     return data
-
-
-def rows_of(run: Any) -> list[dict[str, Any]]:
-    run.finish()
-    (path,) = Path(run.settings.sync_dir).glob("*.wandb")
-    deadline = time.monotonic() + 20
-    while not any(record.WhichOneof("record_type") == "exit" for record in records(path)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return history(path)
 
 
 @contextmanager
@@ -114,7 +104,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         collector.shutdown()
         monitor.close()
         monitor.close()  # a second time does nothing
-    return {"rows": rows_of(run), "run": run, "folder": monitor.folder, "logged": logged, "batches": batches}
+    return {"rows": finished(run), "run": run, "folder": monitor.folder, "logged": logged, "batches": batches}
 
 
 def test_every_number_is_in_wandb_and_in_the_folder(trained: dict[str, Any]) -> None:
@@ -449,7 +439,7 @@ def test_a_vector_is_kept_as_an_artifact(tmp_path: Path) -> None:
     assert SteeringVector.load(place / "corner_a").path == FC2
     run.finish()
     (path,) = Path(run.settings.sync_dir).glob("*.wandb")
-    rows_of(run)
+    finished(run)
     saved = [record.artifact for record in records(path) if record.WhichOneof("record_type") == "artifact"]
     (kept,) = [one for one in saved if one.type == "SteeringVector"]
     assert (kept.name, json.loads(kept.metadata)["effect"]) == ("interp-corner-a", 0.9)
@@ -481,7 +471,7 @@ def test_two_monitors_on_one_run(tmp_path: Path) -> None:
             second.step(data)
         first.close()
         second.close()
-    rows = rows_of(run)
+    rows = finished(run)
     for prefix in ("interp", "interp2"):
         assert [row[f"{prefix}/step"] for row in rows if f"{prefix}/attr.observation" in row] == [80, 160, 240]
     assert first.folder != second.folder
@@ -513,7 +503,7 @@ def test_a_run_that_is_opened_for_it_ends_with_it(tmp_path: Path) -> None:
         monitor.step(batch_of(policy))
     with pytest.raises(wandb.errors.UsageError, match="is finished"):
         sink.logger.log({"a": 1})
-    assert [row["interp/step"] for row in rows_of(sink.logger) if "interp/attr.observation" in row] == [80]
+    assert [row["interp/step"] for row in finished(sink.logger) if "interp/attr.observation" in row] == [80]
     assert monitor.folder == Path(sink.logger.settings.sync_dir) / "interp"
 
 
@@ -646,7 +636,7 @@ def test_a_network_whose_features_are_many_stays_within_the_budget(tmp_path: Pat
             monitor.step(data)
         monitor.step(data)
     assert len(FileSink.read(monitor.folder / "log.csv")) > 3000
-    rows = rows_of(run)
+    rows = finished(run)
     assert len({name for row in rows for name in row if name.startswith("interp/") and name.count("/") == 1}) <= 101
 
 

@@ -40,7 +40,7 @@ from tdhook_rl.report import (
 from tdhook_rl.report.frames import as_frames
 from tdhook_rl.report.sinks.names import Tags
 from tdhook_rl.report.sinks.together import sinks_of
-from tests.wandb_reader import history, records
+from tests.wandb_reader import finished, records
 
 QUIET = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True)
 
@@ -53,14 +53,8 @@ def run(tmp_path: Path) -> Iterator[Any]:
 
 
 def rows_of(run: Any) -> list[dict[str, Any]]:
-    """The rows of a run that is finished, without W&B's own entries; the file is complete a moment later."""
-    run.finish()
-    (path,) = Path(run.settings.sync_dir).glob("*.wandb")
-    deadline = time.monotonic() + 20
-    while not any(record.WhichOneof("record_type") == "exit" for record in records(path)):
-        assert time.monotonic() < deadline, "the run's file has no end"
-        time.sleep(0.05)
-    rows = [{name: value for name, value in row.items() if name[0] != "_"} for row in history(path)]
+    """The rows of a run that is finished, without W&B's own entries."""
+    rows = [{name: value for name, value in row.items() if name[0] != "_"} for row in finished(run)]
     return [row for row in rows if row]
 
 

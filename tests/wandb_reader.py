@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError
 from wandb.proto import wandb_internal_pb2
 
 BLOCK, HEADER = 32768, 7
@@ -38,3 +40,21 @@ def history(path: Path) -> list[dict[str, Any]]:
         for record in records(path)
         if record.WhichOneof("record_type") == "history"
     ]
+
+
+def finished(run: Any) -> list[dict[str, Any]]:
+    """End a run, and its rows; the file is complete a moment later."""
+    run.finish()
+    (path,) = Path(run.settings.sync_dir).glob("*.wandb")
+    deadline = time.monotonic() + 20
+    while not _has_ended(path):
+        assert time.monotonic() < deadline, "the run's file has no end"
+        time.sleep(0.05)
+    return history(path)
+
+
+def _has_ended(path: Path) -> bool:
+    try:
+        return any(record.WhichOneof("record_type") == "exit" for record in records(path))
+    except DecodeError:  # it is being written
+        return False

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.calls.real_rows import real_rows
@@ -25,7 +26,8 @@ class Episode:
         number: as the collector counts them, or in the order in which they are found.
         places: its rows in order of time, counted through all dimensions of the batch.
         ended: whether its end is in the batch.
-        total: its return: ``("next", "episode_reward")`` at its last row, or else the sum of the rewards in the batch.
+        total: its return: ``("next", "episode_reward")`` at its last row, or else the sum of the rewards in the batch;
+            of several agents the mean.
     """
 
     number: int
@@ -47,9 +49,9 @@ def episodes(data: TensorDictBase) -> list[Episode]:
     count = data.batch_size.numel()
     if not count:
         return []
-    done = _column(data, ("next", "done"), count)
+    done = _column(data, "done", count)
     ended = np.zeros(count, dtype=bool) if done is None else done.astype(bool)
-    reward, total = _column(data, ("next", "reward"), count), _column(data, ("next", "episode_reward"), count)
+    reward, total = _column(data, "reward", count), _column(data, "episode_reward", count)
     ids = data.get(EPISODE, None)
     steps = data.batch_size[-1] if data.ndim else 1
     if isinstance(ids, Tensor) and ids.numel() == count:
@@ -105,10 +107,15 @@ def episode_table(found: list[Episode], readings: Mapping[str, Tensor], step: in
     return DataTable(["frames", "rank", "episode", "return", "steps", "ended", *readings], rows)
 
 
-def _column(data: TensorDictBase, key: tuple[str, ...], count: int) -> np.ndarray | None:
-    """One number for each row; of several agents the mean, and whether any is done."""
-    value = data.get(key, None)
-    if not isinstance(value, Tensor) or not value.numel() or value.numel() % count:
+def _column(data: TensorDictBase, name: str, count: int) -> np.ndarray | None:
+    """One number for each row, of ``("next", name)`` or of the groups of agents that have it: the mean, or any."""
+    keys: list[Any] = [("next", name)]
+    if data.get(keys[0], None) is None:
+        inside = data.get("next", TensorDict({}, data.batch_size)).keys(True, True)
+        keys = [("next", *key) for key in inside if isinstance(key, tuple) and key[-1] == name]
+    values = [data.get(key, None) for key in keys]
+    known = [one for one in values if isinstance(one, Tensor) and one.numel() and one.numel() % count == 0]
+    if not known:
         return None
-    rows = value.detach().cpu().reshape(count, -1)
+    rows = torch.cat([one.detach().cpu().reshape(count, -1) for one in known], -1)
     return (rows.any(-1) if rows.dtype == torch.bool else rows.double().mean(-1)).numpy()

@@ -66,7 +66,6 @@ class Look:
         frames_key: frames to show attributions over.
         probes: by name.
         diagnostics: of the network.
-        on_mismatch: as of ``annotate``.
         tries: what calls the parts that may fail.
 
     Attributes:
@@ -80,18 +79,20 @@ class Look:
     frames_key: NestedKey | None = None
     probes: Mapping[str, WatchedProbe] = field(default_factory=dict)
     diagnostics: NetworkDiagnostics | None = None
-    on_mismatch: OnMismatch = "warn"
     tries: Tries = field(default_factory=Tries)
     seen: int = 0
 
-    def __call__(self, batch: TensorDictBase, step: int) -> tuple[dict[str, float], dict[str, Any]]:
+    def __call__(
+        self, batch: TensorDictBase, step: int, on_mismatch: OnMismatch
+    ) -> tuple[dict[str, float], dict[str, Any]]:
         """The numbers of a batch, and the rest.
 
         Args:
             batch: as collected, with results or without.
             step: environment frames so far.
+            on_mismatch: as of ``annotate``.
         """
-        data = self._annotated(batch)
+        data = self._annotated(batch, on_mismatch)
         readings = Readings(self.policy, data, self.features)
         known = self.tries("episodes", lambda: episodes(data)) or []
         numbers = {**readings.numbers(), **_returns(known)}
@@ -118,13 +119,13 @@ class Look:
     def _is_turn(self, every: int) -> bool:
         return bool(every) and self.seen % every == 0
 
-    def _annotated(self, batch: TensorDictBase) -> TensorDictBase:
+    def _annotated(self, batch: TensorDictBase, on_mismatch: OnMismatch) -> TensorDictBase:
         """The batch with results; as it is where it has them."""
         later = [key for one in observers(self.policy._hooked.bound) if not one.only_in_forward
                  for key in one.result_keys]  # fmt: skip
         if all(batch.get(key, None) is not None for key in later):
             return batch
-        return self.policy.annotate(batch, on_mismatch=self.on_mismatch)
+        return self.policy.annotate(batch, on_mismatch=on_mismatch)
 
 
 def _returns(known: list[Episode]) -> dict[str, float]:

@@ -93,7 +93,8 @@ class Monitor(TrainerHookBase):
         buffer: read by ``step(None)``, where a collector hands out nothing and fills a replay buffer.
         rows: how many elements of the buffer are looked at once.
         budgets: how much is logged.
-        on_mismatch: as of ``annotate``.
+        on_mismatch: as of ``annotate``; unless given, ``"warn"`` for batches, and ``"ignore"`` for rows of a buffer,
+            which older weights have collected.
 
     Attributes:
         frames: environment frames so far, padding left out.
@@ -139,7 +140,7 @@ class Monitor(TrainerHookBase):
         buffer: Any = None,
         rows: int = 512,
         budgets: Budgets | None = None,
-        on_mismatch: OnMismatch = "warn",
+        on_mismatch: OnMismatch | None = None,
     ) -> None:
         for one, name in ((policy, "Monitor"), (untrained, "Monitor(untrained=...)")):
             if one is not None:
@@ -157,6 +158,7 @@ class Monitor(TrainerHookBase):
         self.budgets = budgets or Budgets()
         self.frames = 0
         self._newest = NewestRows(rows)
+        self._mismatch: tuple[OnMismatch, OnMismatch] = (on_mismatch or "warn", on_mismatch or "ignore")
         self._steps = 0
         self._last: dict[str, float] = {}
         self._closed, self._ended = False, -1
@@ -169,7 +171,6 @@ class Monitor(TrainerHookBase):
             images=self.budgets.images,
             frames_key=frames_key,
             diagnostics=diagnostics,
-            on_mismatch=on_mismatch,
             tries=self._tries,
         )
         self._facts: dict[str, Any] = {"seed": seed, "experiment": experiment, "config": config or {}}
@@ -211,7 +212,7 @@ class Monitor(TrainerHookBase):
             self.frames += batch.batch_size.numel() if real is None else int(real.sum())
         if not due or data is None or not data.batch_size.numel():
             return None
-        found = self._tries("a batch", lambda: self._logged(data))
+        found = self._tries("a batch", lambda: self._logged(data, self._mismatch[batch is None]))
         self._look.seen += 1
         self._tries.strict = False
         return found
@@ -273,7 +274,7 @@ class Monitor(TrainerHookBase):
     @property
     def metrics_fn(self) -> AnnotatedMetrics:
         """What TorchRL's ``Evaluator`` takes as ``metrics_fn=``: the numbers of its trajectories."""
-        return AnnotatedMetrics(self.policy, self._look.on_mismatch)
+        return AnnotatedMetrics(self.policy, self._mismatch[0])
 
     def __enter__(self) -> Monitor:
         return self
@@ -337,8 +338,8 @@ class Monitor(TrainerHookBase):
     def _sinks(self) -> Sinks:
         return self._opened or self._open(None)
 
-    def _logged(self, batch: TensorDictBase) -> dict[str, float]:
-        self._last, shown = self._look(batch, self.frames)
+    def _logged(self, batch: TensorDictBase, on_mismatch: OnMismatch) -> dict[str, float]:
+        self._last, shown = self._look(batch, self.frames, on_mismatch)
         self._sinks.log({**self._last, **shown}, self.frames)
         return self._last
 
