@@ -26,8 +26,8 @@ def test_every_figure_is_as_expected(name: str, seed: int, tmp_path: Path) -> No
     chosen = experiment(name)
     findings = chosen.measure(load(chosen.agent, seed))
     assert findings.met, shown(findings)
-    for figure in chosen.plot(findings, tmp_path):
-        assert figure.path.stat().st_size > 5000
+    for drawing in chosen.plot(findings):
+        assert drawing.save(tmp_path / "figure.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tdhook_rl.examples.demo import CONCEPTS, Findings, Settings
 from tdhook_rl.report import Figure, Table, write_report
-from tdhook_rl.report.figures import attribution_bars, dose_curve, learning_curves, observation_maps, overview
+from tdhook_rl.report.figures.earlier import attribution_bars, dose_curve, learning_curves, observation_maps, overview
 
 __all__ = ["COLUMNS", "summary", "write"]
 

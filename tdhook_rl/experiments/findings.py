@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tdhook_rl.experiments.agents import Agent, Recipe
-from tdhook_rl.report import Figure
+from tdhook_rl.report.drawing import Drawing
 from tdhook_rl.statistics import Interval, grouped_mean
 
 COLUMNS = ("measured", "found", "expected", "beside it", "met")
@@ -110,10 +109,10 @@ class Experiment:
         agent: the name of the recipe.
         title: the question.
         measure: from an agent the figures.
-        plot: from the figures the pictures, in a folder.
+        plot: from the figures the pictures.
     """
 
     agent: str
     title: str
     measure: Callable[[Trained], Findings]
-    plot: Callable[[Findings, Path], list[Figure]]
+    plot: Callable[[Findings], list[Drawing]]

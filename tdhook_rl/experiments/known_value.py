@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -15,7 +13,7 @@ from tdhook_rl.experiments.agents import Agent
 from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained
 from tdhook_rl.experiments.training import untrained
 from tdhook_rl.metrics import deletion_insertion, relevance_mass
-from tdhook_rl.report import Figure
+from tdhook_rl.report.drawing import Drawing
 from tdhook_rl.report.figures import grouped_bars
 from tdhook_rl.statistics import grouped_mean
 
@@ -62,22 +60,31 @@ def measure(trained: Trained) -> Findings:
         Check("deletion (faithful to the network?): area by attribution minus by chance", auc - random_auc, low=0.25,
               beside=f"{auc:.2f} and {random_auc:.2f}; untrained {areas['untrained'][0] - areas['untrained'][1]:.2f}"),
     ]  # fmt: skip
-    means = {name: one["value"].abs().mean(0).tolist() for name, one in found.items()}
+    means = {name: [grouped_mean(column, method="t") for column in one["value"].abs().T] for name, one in found.items()}
     return Findings(checks, {"truth": truth.abs().mean(0).tolist(), **means})
 
 
-def plot(findings: Findings, folder: Path) -> list[Figure]:
+def plot(findings: Findings) -> list[Drawing]:
     """The mean attribution of every feature, beside the truth."""
+    names = [f"x{feature}" for feature in range(16)]
     groups = {
-        f"x{feature}": {name: findings.data[name][feature] for name in ("truth", "trained", "untrained")}
-        for feature in range(16)
+        name: {network: findings.data[network][feature] for network in ("trained", "untrained")}
+        for feature, name in enumerate(names)
     }
-    path = grouped_bars(folder / "known_value.png", groups, "mean |integrated gradients| of the value")
     caption = (
         "Features 2, 5 and 9 pay. Feature 11 drifts as feature 2 does, but nothing depends on it. The true attribution "
         "is that of the optimal value, in closed form."
     )
-    return [Figure("What the value depends on", path, caption)]
+    drawing = grouped_bars(
+        groups,
+        unit="mean |integrated gradients| of the value",
+        title="What the value depends on",
+        truth=dict(zip(names, findings.data["truth"], strict=True)),
+        matters=["x2", "x5", "x9"],
+        of="states",
+        caption=caption,
+    )
+    return [drawing]
 
 
 def _untrained(trained: Trained) -> list[Agent]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
@@ -14,8 +12,8 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from tdhook_rl import ActivationCaching, SteeringVectors
 from tdhook_rl.experiments.agents import Agent
 from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained, share
-from tdhook_rl.report import Figure
-from tdhook_rl.report.figures import series
+from tdhook_rl.report.drawing import Drawing
+from tdhook_rl.report.figures import lines
 from tdhook_rl.rollout import GroupSplit, OnlineProbe
 from tdhook_rl.statistics import Interval, grouped_mean, r_squared
 
@@ -74,7 +72,7 @@ def measure(trained: Trained) -> Findings:
     return Findings(checks, {"explained": explained})
 
 
-def plot(findings: Findings, folder: Path) -> list[Figure]:
+def plot(findings: Findings) -> list[Drawing]:
     """The share of the state that is about each cue, by step."""
     explained = findings.data["explained"]
     shown = {
@@ -83,16 +81,14 @@ def plot(findings: Findings, folder: Path) -> list[Figure]:
         "second cue (not needed), trained": explained["trained"]["unneeded_cue"],
         "shuffled labels, trained": explained["trained"]["shuffled"],
     }
-    lines = {name: [one.estimate for one in values] for name, values in shown.items()}
-    path = series(
-        folder / "memory.png", range(LAST + 1), lines, "step of the episode", "explained variance of the state"
-    )
+    curves = {name: list(enumerate(values)) for name, values in shown.items()}
     caption = (
         "The cues are seen at step 0 only. The trained network keeps the one that it needs until it chooses at step 8: "
         "in the end its state is about nothing else. The other, which never pays, fades, as both do in an untrained "
         "network. Shuffled labels explain nothing."
     )
-    return [Figure("What it remembers", path, caption)]
+    title, unit = "What it remembers", "explained variance of the state"
+    return [lines(curves, unit=unit, axis="step of the episode", title=title, of="episodes", caption=caption)]
 
 
 def _play(agent: Agent, env: EnvBase, site: str, seed: int) -> TensorDictBase:

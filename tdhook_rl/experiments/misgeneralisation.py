@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
@@ -11,7 +9,7 @@ from torch import Tensor, nn
 from tdhook_rl import ActivationCaching, SteeringVectors
 from tdhook_rl.envs import Cheese
 from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained, share
-from tdhook_rl.report import Figure
+from tdhook_rl.report.drawing import Drawing
 from tdhook_rl.report.figures import grouped_bars
 from tdhook_rl.sweeps import first_episode
 from tdhook_rl.sweeps.dose_response import SharedNoise
@@ -41,18 +39,21 @@ def measure(trained: Trained) -> Findings:
         Check("subtracted against unseen (exact): largest change of a logit", max(gaps.values()), high=1e-4,
               beside=f"at {', '.join(gaps)}"),
     ]  # fmt: skip
-    return Findings(checks, {"found": found})
+    return Findings(checks, {"trained": found, "untrained": before})
 
 
-def plot(findings: Findings, folder: Path) -> list[Figure]:
+def plot(findings: Findings) -> list[Drawing]:
     """Success by where the cheese is."""
-    groups = {name: {"episodes that reach the cheese": value} for name, value in findings.data["found"].items()}
-    path = grouped_bars(folder / "misgeneralisation.png", groups, "episodes that reach the cheese")
+    groups = {
+        condition: {network: share(rates[condition], EPISODES) for network, rates in findings.data.items()}
+        for condition in CONDITIONS
+    }
     caption = (
         "In training the cheese was always in the top right corner. Elsewhere the agent misses it, and in the corner "
         "it often finds cheese that it cannot see: it has learnt to go to the corner."
     )
-    return [Figure("Does it want the cheese?", path, caption)]
+    title, unit = "Does it want the cheese?", "share of episodes that reach the cheese"
+    return [grouped_bars(groups, unit=unit, title=title, of="episodes", caption=caption)]
 
 
 CONDITIONS: dict[str, dict] = {"corner": {}, "elsewhere": {"region": "outside"}, "corner, unseen": {"visible": False}}

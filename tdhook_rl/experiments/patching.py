@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -14,7 +13,7 @@ from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError
 from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained
 from tdhook_rl.latent import ActivationPatching
-from tdhook_rl.report import Figure
+from tdhook_rl.report.drawing import Drawing
 from tdhook_rl.report.figures import grouped_bars
 from tdhook_rl.statistics import grouped_mean
 
@@ -38,7 +37,6 @@ def measure(trained: Trained) -> Findings:
         corner[name] = recovered((towards_b[:, None] * difference).mean(0))
         noise = torch.randn(CONTROLS, difference.shape[-1], generator=draws)
         random[name] = [recovered(one, size=True) for one in noise]
-    mean_random = {name: sum(values) / CONTROLS for name, values in random.items()}
     share = len(clean) / len(CueCorners().paired_states(0)[0])
     checks = [
         Check("all of a layer patched (exact): largest change of a logit against the corrupted run", gap, high=0.0,
@@ -51,19 +49,23 @@ def measure(trained: Trained) -> Findings:
               beside=f"most {max(random['fc2']):.3f}"),
         Check("states in which the light decides", share, low=0.7),
     ]  # fmt: skip
-    return Findings(checks, {"the light": light, "the corner": corner, "random": mean_random})
+    return Findings(checks, {"the light": light, "the corner": corner, "random": random})
 
 
-def plot(findings: Findings, folder: Path) -> list[Figure]:
+def plot(findings: Findings) -> list[Drawing]:
     """What one direction recovers, by layer."""
-    groups = {name: {of: values[name] for of, values in findings.data.items()} for name in findings.data["random"]}
-    path = grouped_bars(folder / "patching.png", groups, "recovered logit difference (median)")
+    light, corner, random = (findings.data[name] for name in ("the light", "the corner", "random"))
+    groups = {
+        site: {"the light": light[site], "the corner": corner[site], "random": grouped_mean(random[site])}
+        for site in light
+    }
     caption = (
         "In states where switching the first light changes the action, the component of a layer along one direction is "
         "replaced by that of the run with the light switched: along the mean difference of the light, on minus off, "
         "or of the corner that pays. The first linear layer carries the light, fc2 the corner; in between is the XOR."
     )
-    return [Figure("Which activations carry the decision", path, caption)]
+    title, unit = "Which activations carry the decision", "recovered share of the logit difference (median)"
+    return [grouped_bars(groups, unit=unit, title=title, of="random directions", caption=caption)]
 
 
 def _decisions(actor: nn.Module) -> tuple[TensorDict, TensorDict]:

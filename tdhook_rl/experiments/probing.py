@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from tdhook_rl.envs import CueGrid
 from tdhook_rl.examples.demo import outcomes
 from tdhook_rl.experiments.agents import Agent
 from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained, share
-from tdhook_rl.report import Figure
-from tdhook_rl.report.figures import learning_curves
+from tdhook_rl.report.drawing import Drawing
+from tdhook_rl.report.figures import probe_curves
 from tdhook_rl.rollout import GroupSplit, OnlineProbe
 from tdhook_rl.statistics import Interval, paired_difference
 from tdhook_rl.sweeps import DoseResponse, SteeringVector, dose_response, first_episode
@@ -70,29 +69,27 @@ def measure(trained: Trained) -> Findings:
           for name, one in steered.items()],
         Check("saliency of the chosen logit, lights that matter over lights that do not", ratio["trained"], low=4.0,
               beside=f"untrained {ratio['untrained']:.2f}"),
-        Check("episodes that reach the goal that pays, not steered", share(curves["behaviour"][-1][1], EPISODES),
-              low=0.9),
+        Check("episodes that reach the goal that pays, not steered", curves["behaviour"][-1][1], low=0.9),
     ]  # fmt: skip
-    return Findings(checks, {"curves": curves, "untrained": {k: v.estimate for k, v in at["untrained"].items()}})
+    return Findings(checks, {"curves": curves, "untrained": at["untrained"]})
 
 
-def plot(findings: Findings, folder: Path) -> list[Figure]:
+def plot(findings: Findings) -> list[Drawing]:
     """Behaviour and probes over training."""
     curves, untrained = findings.data["curves"], findings.data["untrained"]
-    flat = {
-        name: [(frames, untrained[key]) for frames, _ in curves["behaviour"]]
-        for name, key in (("probe", "xor"), ("unneeded", "unneeded_xor"))
+    ends = [curves["behaviour"][at][0] for at in (0, -1)]
+    concepts = {
+        name: {"trained": curves[curve], "untrained": [(frames, untrained[concept]) for frames in ends]}
+        for name, curve, concept in (
+            ("XOR (needed)", "probe", "xor"),
+            ("other XOR (not needed)", "unneeded", "unneeded_xor"),
+        )
     }
-    probes = {
-        "XOR (needed)": (curves["probe"], flat["probe"]),
-        "other XOR (not needed)": (curves["unneeded"], flat["unneeded"]),
-    }
-    path = learning_curves(folder / "probing.png", curves["behaviour"], probes, "episodes won", "episodes")
     caption = (
         "Probes of the second hidden layer on held-out episodes, for the agent as it was after so many frames. The "
         "concept that the task needs can be read before the agent acts on it; the one that it does not need is lost."
     )
-    return [Figure("What it knows, and when", path, caption)]
+    return [probe_curves(concepts, {"episodes won": curves["behaviour"]}, of="episodes", caption=caption)]
 
 
 def _states(seed: int) -> TensorDictBase:
@@ -118,16 +115,16 @@ def _accuracy(seen: TensorDictBase, features: Any, concept: str, grouping: str) 
     return probe.scores["accuracy"]
 
 
-def _curves(trained: Trained, states: TensorDictBase) -> dict[str, list[tuple[int, float]]]:
+def _curves(trained: Trained, states: TensorDictBase) -> dict[str, list[tuple[int, Interval]]]:
     """Of the probes and of behaviour, by frames of training."""
     path = trained.recipe.sites["fc2"]
     agents = {0: trained.untrained, **trained.snapshots, trained.recipe.frames: trained.agent}
-    curves: dict[str, list[tuple[int, float]]] = {"behaviour": [], "probe": [], "unneeded": []}
+    curves: dict[str, list[tuple[int, Interval]]] = {"behaviour": [], "probe": [], "unneeded": []}
     for frames, agent in agents.items():
         seen = _seen(agent, states, {"fc2": path})
-        curves["behaviour"].append((frames, _success(agent, trained.seed)))
+        curves["behaviour"].append((frames, share(_success(agent, trained.seed), EPISODES)))
         for name, concept in (("probe", "xor"), ("unneeded", "unneeded_xor")):
-            curves[name].append((frames, _accuracy(seen, ("cache", path), concept, "episode").estimate))
+            curves[name].append((frames, _accuracy(seen, ("cache", path), concept, "episode")))
     return curves
 
 
@@ -139,9 +136,9 @@ def _success(agent: Agent, seed: int) -> float:
     return float(outcomes(played, first_episode(played))["cued"].float().mean())
 
 
-def _reaches(curve: list[tuple[int, float]], level: float) -> float:
+def _reaches(curve: list[tuple[int, Interval]], level: float) -> float:
     """The frames at which a curve first reaches a level; NaN, which meets no expectation, where it does not."""
-    return next((float(frames) for frames, value in curve if value >= level), float("nan"))
+    return next((float(frames) for frames, value in curve if value.estimate >= level), float("nan"))
 
 
 def _steered(trained: Trained, path: str, states: TensorDictBase) -> DoseResponse:

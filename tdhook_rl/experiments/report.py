@@ -45,7 +45,9 @@ def write(found: Mapping[str, Findings], seed: int, folder: Path) -> Path:
     for name, findings in found.items():
         experiment = EXPERIMENTS[name]
         parts.append(Table(experiment.title, COLUMNS, [check.row for check in findings.checks]))
-        parts += experiment.plot(findings, folder / "figures")
+        for number, drawing in enumerate(experiment.plot(findings)):
+            path = drawing.save(folder / "figures" / f"{name}{f'_{number}' if number else ''}.png")
+            parts.append(Figure(drawing.title, path, drawing.caption))
     return write_report(
         folder / "report.html",
         "Experiments whose answers are known",

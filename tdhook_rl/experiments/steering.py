@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from tensordict import TensorDictBase
@@ -14,7 +13,7 @@ from tdhook_rl.envs import CueCorners
 from tdhook_rl.examples.demo import outcomes
 from tdhook_rl.examples.steer_at_eval import contrast
 from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained, share
-from tdhook_rl.report import Figure
+from tdhook_rl.report.drawing import Drawing
 from tdhook_rl.report.figures import dose_curve
 from tdhook_rl.sweeps import DoseResponse, SteeringVector, dose_response
 
@@ -49,18 +48,19 @@ def measure(trained: Trained) -> Findings:
     return Findings(checks, {"response": response})
 
 
-def plot(findings: Findings, folder: Path) -> list[Figure]:
+def plot(findings: Findings) -> list[Drawing]:
     """The dose-response curve."""
     response: DoseResponse = findings.data["response"]
-    path = dose_curve(
-        folder / "steering.png", response, "other", "cued", "alpha (in units of the vector)",
-        "episodes that end in the corner",
-    )  # fmt: skip
-    caption = (
-        "The difference vector of the second hidden layer is added towards the corner that does not pay. Each point "
-        f"is {response.episodes} episodes from the same starts with the same noise; random directions have its length."
+    drawing = dose_curve(
+        response.alphas,
+        response.intervals("other"),
+        random=response.rates["other"][1:],
+        competence={"the corner that pays": response.intervals("cued")},
+        outcome="P(the other corner)",
+        caption="The difference vector of the second hidden layer is added towards the corner that does not pay, in "
+        "episodes from the same starts with the same noise; random directions have its length.",
     )
-    return [Figure("Changing its mind", path, caption)]
+    return [drawing]
 
 
 def _sweep(trained: Trained, vector: SteeringVector, sign: Callable[[TensorDictBase], Tensor]) -> DoseResponse:

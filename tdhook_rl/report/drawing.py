@@ -5,19 +5,63 @@ from __future__ import annotations
 import html
 import io
 import json
+import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from tdhook_rl.errors import InputError
 from tdhook_rl.files.durable import write_text
 
-__all__ = ["INK", "LINES", "Drawing"]
+__all__ = ["INK", "LINES", "NIGHT", "PAPER", "Drawing", "house_style", "plain"]
 
 #: The colours that follow the page: of text and axes, and of grids. In a file of its own they are these.
 INK, LINES = "#1d232b", "#d5dae1"
+#: What figures lie on, in the light and in the dark: every colour can be told from both.
+PAPER, NIGHT = "#ffffff", "#14181d"
+
+_STYLE = {
+    "text.parse_math": False,  # a name may hold dollars
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINES,
+    "grid.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+}
+
+
+@contextmanager
+def house_style() -> Iterator[None]:
+    """How our figures look, whatever a user has set; what they set is as before afterwards."""
+    import matplotlib.style
+
+    with warnings.catch_warnings(), matplotlib.style.context(["default", _STYLE]):
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the page's fonts may have what ours lack
+        yield
 
 
 @dataclass(eq=False, kw_only=True)
@@ -28,8 +72,8 @@ class Drawing:
         figure: of matplotlib.
         title: a few words, for a heading.
         alt: what a reader who cannot see it has to know: the answer, with its numbers.
-        data: the numbers that were drawn, as JSON takes them.
-        caption: a sentence that says what to see.
+        data: the numbers that were drawn; arrays, tensors and intervals become what JSON takes, NaN becomes ``None``.
+        caption: a sentence that says what to see, and what the numbers rest on.
 
     Example:
         >>> from matplotlib.figure import Figure
@@ -46,6 +90,9 @@ class Drawing:
     data: Mapping[str, Any] = field(default_factory=dict)
     caption: str = ""
 
+    def __post_init__(self) -> None:
+        self.data = plain(self.data)
+
     def save(self, path: str | Path) -> Path:
         """Write it as PNG or SVG, as the name ends, with its data beside it (``.json``).
 
@@ -53,29 +100,72 @@ class Drawing:
             InputError: for a name with another ending.
         """
         path = Path(path)
+        if path.suffix not in (".png", ".svg"):
+            raise InputError(f"a figure is saved as .png or .svg, got {path.name!r}")
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".svg":
             write_text(path, self.svg())
-        elif path.suffix == ".png":
-            self.figure.savefig(path, dpi=130, bbox_inches="tight")
         else:
-            raise InputError(f"a figure is saved as .png or .svg, got {path.name!r}")
+            with house_style():
+                self.figure.savefig(path, dpi=160, bbox_inches="tight", facecolor=PAPER)
         facts = {"title": self.title, "alt": self.alt, "caption": self.caption, "data": self.data}
-        write_text(path.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
+        write_text(path.with_suffix(".json"), json.dumps(facts, indent=1, allow_nan=False) + "\n")
         return path
 
     def svg(self) -> str:
-        """The figure as SVG for a page: text is text, and its ink follows the page in the light and in the dark."""
-        import matplotlib
+        """The figure as SVG: text is text, and its ink follows the page in the light and in the dark.
 
-        file = io.StringIO()
-        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": self.title}):
-            self.figure.savefig(file, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None})
+        In a page that is narrower than the figure it shrinks, but not to where its text cannot be read: let what it is
+        in scroll (``overflow-x: auto``). Several fit into one page: no two figures share an id.
+        """
+        with house_style():
+            import matplotlib
+
+            file = io.StringIO()
+            matplotlib.rcParams["svg.hashsalt"] = self.title
+            nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            self.figure.savefig(file, format="svg", bbox_inches="tight", transparent=True, metadata=nothing)
         text = file.getvalue()
-        text = text[text.index("<svg") :]
+        text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text[text.index("<svg") :], flags=re.DOTALL)
+        # Only what is referred to needs an id, and none may be that of another figure.
+        mark = f"f{zlib.crc32((self.title + self.alt + text).encode()):08x}-"
+        used = set(re.findall(r'(?:"|\()#([^")]+)', text))
+        text = re.sub(r' id="([^"]*)"', lambda one: f' id="{mark}{one[1]}"' if one[1] in used else "", text)
+        text = re.sub(r'("|\()#(?=[^")]+["\)])', lambda one: f"{one[1]}#{mark}", text)
         text = re.sub(INK, "currentColor", text, flags=re.IGNORECASE)
-        text = re.sub(LINES, "var(--lines, " + LINES + ")", text, flags=re.IGNORECASE)
-        return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(self.alt)}"', 1)
+        text = re.sub(LINES, f"var(--lines, {LINES})", text, flags=re.IGNORECASE)
+        # The page decides how wide it is, within where its text can be read and is no larger than a heading.
+        size = re.compile(r' width="([\d.]+)pt" height="[\d.]+pt"')
+        width = float(size.findall(text)[0])
+        shape = f"width:100%;min-width:{0.8 * width:.0f}pt;max-width:{1.25 * width:.0f}pt;stroke-linejoin:round"
+        opening = f'<svg role="img" aria-label="{html.escape(self.alt)}" style="{shape}"'
+        return size.sub("", text, count=1).replace("<svg", opening, 1)
 
     def _repr_html_(self) -> str:
-        return f"<figure>{self.svg()}<figcaption>{html.escape(self.caption)}</figcaption></figure>"
+        caption = html.escape(self.caption)
+        return (
+            f'<figure style="margin:0;overflow-x:auto"><strong>{html.escape(self.title)}</strong><br>{self.svg()}'
+            f"<figcaption>{caption}</figcaption></figure>"
+        )
+
+
+def plain(value: Any) -> Any:
+    """What JSON takes: lists for arrays, mappings for intervals, ``None`` for what is not finite.
+
+    Example:
+        >>> plain({"a": np.array([1.0, np.nan]), 2: (True, None, float("inf"))})
+        {'a': [1.0, None], '2': [True, None, None]}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().tolist()
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple | range | set):
+        return [plain(one) for one in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)

@@ -18,6 +18,7 @@ from torchrl.envs import EnvBase
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent import SteeringVector, SteeringVectors
+from tdhook_rl.statistics import Interval, grouped_mean
 
 Outcomes = Callable[[TensorDictBase, Tensor], Mapping[str, Tensor]]
 
@@ -39,6 +40,14 @@ class DoseResponse:
     def of_vector(self, outcome: str) -> Tensor:
         """The rate at each alpha under the vector."""
         return self.rates[outcome][0]
+
+    def intervals(self, outcome: str) -> list[Interval]:
+        """The rate at each alpha under the vector, with its interval over episodes."""
+        counts = [round(rate * self.episodes) for rate in self.of_vector(outcome).tolist()]
+        return [
+            grouped_mean([1.0] * count + [0.0] * (self.episodes - count), bounds=(0.0, 1.0), method="t")
+            for count in counts
+        ]
 
     def best_control(self, outcome: str) -> Tensor:
         """The largest rate at each alpha among the random vectors."""

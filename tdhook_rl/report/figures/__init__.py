@@ -1,0 +1,13 @@
+"""Figures: each is one function from plain data (arrays, intervals, mappings) to a ``Drawing``.
+
+Knows numbers and frames; no policy, no log and no file. A family of figures is one module, and what it is drawn with is
+in ``style``: five colours that colour-blind readers tell apart, in the light and in the dark, each with a line and a
+marker of its own.
+"""
+
+from tdhook_rl.report.figures.bars import grouped_bars
+from tdhook_rl.report.figures.lines import lines
+from tdhook_rl.report.figures.probes import probe_curves
+from tdhook_rl.report.figures.response import dose_curve
+
+__all__ = ["dose_curve", "grouped_bars", "lines", "probe_curves"]

@@ -1,0 +1,249 @@
+"""What all figures share: colours, the canvas, names as they are written, estimates as points with limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from tdhook_rl.errors import InputError
+from tdhook_rl.report.drawing import INK, house_style
+from tdhook_rl.statistics import Interval
+
+__all__ = [
+    "COLOURS",
+    "MARKERS",
+    "STYLES",
+    "Curve",
+    "Number",
+    "Points",
+    "array",
+    "canvas",
+    "drawn",
+    "hollow",
+    "in_house_style",
+    "label",
+    "legend",
+    "limits",
+    "number",
+    "points",
+    "resting",
+    "said",
+    "tick_numbers",
+]
+
+Number = float | Interval
+#: Pairs of a step and a number or interval, or rows of a step, a value and its limits.
+Curve = Sequence[Sequence[Any]] | np.ndarray
+
+#: After Okabe and Ito (2008), moved apart for readers without red or green cones, and to where each can be told from
+#: a white page and a dark one. Never more than these five in one figure, and each with a marker and a line of its own.
+COLOURS = BLUE, ORANGE, GREEN, PURPLE, GREY = "#0067c5", "#d55e00", "#03a564", "#bf7abf", "#68696c"
+#: Inches. A phone shows so much with its text still readable; a page at a desk shows it a quarter larger.
+WIDTH = 4.4
+MARKERS = ("o", "s", "^", "D", "v")
+STYLES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.6)), (0, (6, 2, 1, 2)), (0, (3, 1.5)))
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def in_house_style(function: Callable[P, T]) -> Callable[P, T]:
+    """Draws in :func:`house_style`."""
+
+    @wraps(function)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> T:
+        with house_style():
+            return function(*args, **kwargs)
+
+    return styled
+
+
+def canvas(rows: int = 1, columns: int = 1, *, width: float = WIDTH, height: float = 2.6, **options: Any) -> Any:
+    """A figure and its axes, ``(rows, columns)``, in inches."""
+    # The object interface keeps pyplot's global state, and a display, out of a training process.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def label(name: object, most: int = 24) -> str:
+    """A name as it is written: in one line, without what cannot be printed, its middle left out where it is long.
+
+    Example:
+        >>> label("probe of\\nthe door"), label("module.0.module.3.sub.module.7.weight_hidden", 20)
+        ('probe of the door', 'module.0…ight_hidden')
+    """
+    text = "".join(one if one.isprintable() else " " for one in str(name))
+    text = " ".join(text.split())
+    if len(text) <= most:
+        return text
+    end = (most - 1) * 3 // 5
+    return f"{text[: most - 1 - end]}…{text[-end:]}"
+
+
+def number(value: float) -> str:
+    """A number as people write it: three digits, and k, M for thousands and millions.
+
+    Example:
+        >>> number(81920), number(0.98765), number(0.0031), number(1.5e6), number(float("nan"))
+        ('81.9k', '0.988', '0.0031', '1.5M', 'not known')
+    """
+    if not np.isfinite(value):
+        return "not known"
+    for unit, sign in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:.3g}{sign}" if abs(value) < 1e12 else f"{value:.3g}"
+    return f"{value:.3g}"
+
+
+def said(value: Number) -> str:
+    """An estimate with its limits, for sentences.
+
+    Example:
+        >>> said(0.5)
+        '0.5'
+    """
+    if isinstance(value, Interval) and value.known:
+        return f"{number(value.estimate)} ({number(value.low)} to {number(value.high)})"
+    return number(float(value))
+
+
+@dataclass(frozen=True, eq=False)
+class Points:
+    """Estimates over an axis, in order of it; NaN where there is none, or no interval.
+
+    Attributes:
+        x, y, low, high: arrays of one length.
+        groups: of how many groups each is, where that is known.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    groups: tuple[int, ...] = ()
+
+    @property
+    def last(self) -> tuple[float, str]:
+        """Where the last known value is, and the value in words."""
+        known = np.flatnonzero(np.isfinite(self.y))
+        if not len(known):
+            return float("nan"), number(float("nan"))
+        at = known[-1]
+        text = number(self.y[at])
+        if np.isfinite(self.low[at]) and np.isfinite(self.high[at]):
+            text += f" ({number(self.low[at])} to {number(self.high[at])})"
+        return float(self.x[at]), text
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """For the data of a drawing; limits only where there are some."""
+        found = {"x": self.x, "y": self.y}
+        return found | ({"low": self.low, "high": self.high} if np.isfinite(self.low).any() else {})
+
+
+def points(curve: Curve) -> Points:
+    """A curve as points.
+
+    Raises:
+        InputError: for rows that are neither a step and a value nor a step, a value and its limits.
+
+    Example:
+        >>> points([(20, 0.5), (10, 0.25)]).y.tolist(), points([(0, 0.5, 0.4, 0.6)]).high.tolist()
+        ([0.25, 0.5], [0.6])
+    """
+    curve = array(curve) if isinstance(curve, Tensor) else curve
+    rows: list[tuple[float, ...]] = []
+    groups: list[int] = []
+    for row in curve:
+        if len(row) == 2:
+            rows.append((float(row[0]), *limits(row[1])))
+            groups += [row[1].groups] if isinstance(row[1], Interval) else []
+        elif len(row) == 4:
+            rows.append(tuple(float(one) for one in row))
+        else:
+            raise InputError(f"a point of a curve is (step, value) or (step, value, low, high), got {row!r:.80}")
+    table = np.array(rows, dtype=float).reshape(-1, 4)
+    table = table[np.isfinite(table[:, 0])]
+    x, y, low, high = table[np.argsort(table[:, 0], kind="stable")].T
+    y, low, high = (np.where(np.isfinite(one), one, np.nan) for one in (y, low, high))
+    return Points(x, y, low, high, tuple(groups))
+
+
+def array(values: Any) -> np.ndarray:
+    """Numbers of any kind as float64."""
+    return np.asarray(values.detach().cpu().double() if isinstance(values, Tensor) else values, dtype=float)
+
+
+def limits(value: Number | None) -> tuple[float, float, float]:
+    """An estimate and its limits; NaN for what is not known."""
+    nan = float("nan")
+    found = (value.estimate, value.low, value.high) if isinstance(value, Interval) else (value, nan, nan)
+    first, low, high = (nan if one is None or not np.isfinite(one) else float(one) for one in found)
+    return first, low, high
+
+
+def drawn(axis: Any, found: Points, *, colour: str, style: Any = "-", marker: str = "o", width: float = 1.8) -> Any:
+    """A line with its band and a few markers; a point without neighbours has one too, or it would not be seen."""
+    known = np.isfinite(found.y)
+    sides = np.concatenate([[False], known, [False]])
+    alone = np.flatnonzero(known & ~sides[:-2] & ~sides[2:])
+    spread = np.linspace(0, len(known) - 1, min(8, len(known))).round().astype(int)
+    if np.isfinite(found.low).any():
+        axis.fill_between(found.x, found.low, found.high, color=colour, alpha=0.22, linewidth=0)
+        lone = alone[np.isfinite(found.low[alone])]
+        if len(lone):
+            axis.vlines(found.x[lone], found.low[lone], found.high[lone], color=colour, linewidth=1)
+    (line,) = axis.plot(
+        found.x, found.y, color=colour, linestyle=style, linewidth=width, marker=marker,
+        markevery=sorted({*alone.tolist(), *spread.tolist()}),
+    )  # fmt: skip
+    return line
+
+
+def legend(figure: Any, entries: Mapping[str, Any]) -> None:
+    """Below the axes: what each artist is, in as many columns as there is room for."""
+    if entries:
+        room = figure.get_figure(root=True).get_figwidth() * 72 * figure.bbox.width / figure.get_figure().bbox.width
+        rows = -(-sum(len(name) * 5.3 + 40 for name in entries) // room)
+        figure.legend(
+            list(entries.values()), list(entries), loc="outside lower center", ncols=int(-(-len(entries) // rows)),
+            handlelength=2.4, columnspacing=1.2,
+        )  # fmt: skip
+
+
+def tick_numbers(axis: Any, which: str = "x") -> None:
+    """Ticks as 20k, 1.5M."""
+    from matplotlib.ticker import FuncFormatter
+
+    of = axis.xaxis if which == "x" else axis.yaxis
+    of.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+
+
+def resting(groups: Iterable[int], of: str, confidence: str = "95%") -> str:
+    """What intervals rest on, in words; nothing where there is no interval.
+
+    Example:
+        >>> resting([32, 40], "episodes"), resting([], "episodes")
+        ('95% intervals, of 32 to 40 episodes.', '')
+    """
+    counts = sorted(set(groups))
+    if not counts:
+        return ""
+    many = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    return f"{confidence} intervals, of {many} {of}."
+
+
+def hollow(marker: str) -> Any:
+    """An entry of a legend: a marker in ink."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=INK, marker=marker, linestyle="none", markersize=5)
