@@ -21,7 +21,6 @@ from torch import Tensor
 from tdhook_rl.errors import InputError
 from tdhook_rl.files.durable import write_text
 
-__all__ = ["INK", "LINES", "NIGHT", "PAPER", "Drawing", "house_style", "plain"]
 
 #: The colours that follow the page: of text and axes, and of grids. In a file of its own they are these.
 INK, LINES = "#1d232b", "#d5dae1"

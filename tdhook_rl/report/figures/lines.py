@@ -24,8 +24,6 @@ from tdhook_rl.report.figures.style import (
     tick_numbers,
 )
 
-__all__ = ["lines"]
-
 
 @in_house_style
 def lines(

@@ -30,7 +30,6 @@ from tdhook_rl.report.figures.style import (
     tick_numbers,
 )
 
-__all__ = ["fill_probes", "probe_curves"]
 
 #: Who is read: colour, line and marker. Others take what is left.
 _SERIES = {

@@ -29,8 +29,6 @@ from tdhook_rl.report.figures.style import (
 )
 from tdhook_rl.statistics import Interval
 
-__all__ = ["dose_curve", "fill_doses"]
-
 
 @in_house_style
 def dose_curve(

@@ -14,27 +14,6 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.report.drawing import INK, house_style
 from tdhook_rl.statistics import Interval
 
-__all__ = [
-    "COLOURS",
-    "MARKERS",
-    "STYLES",
-    "Curve",
-    "Number",
-    "Points",
-    "array",
-    "canvas",
-    "drawn",
-    "hollow",
-    "in_house_style",
-    "label",
-    "legend",
-    "limits",
-    "number",
-    "points",
-    "resting",
-    "said",
-    "tick_numbers",
-]
 
 Number = float | Interval
 #: Pairs of a step and a number or interval, or rows of a step, a value and its limits.
