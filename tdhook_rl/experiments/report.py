@@ -9,7 +9,8 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.experiments import EXPERIMENTS
 from tdhook_rl.experiments.checkpoints import SEEDS, load, make
 from tdhook_rl.experiments.findings import COLUMNS, Experiment, Findings, Trained
-from tdhook_rl.report import Figure, Table, write_report
+from tdhook_rl.report import Table, write_report
+from tdhook_rl.report.drawing import Drawing
 
 Progress = Callable[[str, int, int], None]
 
@@ -41,13 +42,13 @@ def require_seed(seed: int, trains: bool) -> None:
 
 def write(found: Mapping[str, Findings], seed: int, folder: Path) -> Path:
     """Write the figures and ``report.html``; returns the path of the page."""
-    parts: list[Table | Figure] = []
+    parts: list[Table | Drawing] = []
     for name, findings in found.items():
         experiment = EXPERIMENTS[name]
         parts.append(Table(experiment.title, COLUMNS, [check.row for check in findings.checks]))
         for number, drawing in enumerate(experiment.plot(findings)):
-            path = drawing.save(folder / "figures" / f"{name}{f'_{number}' if number else ''}.png")
-            parts.append(Figure(drawing.title, path, drawing.caption))
+            drawing.save(folder / "figures" / f"{name}{f'_{number}' if number else ''}.png")
+            parts.append(drawing)
     return write_report(
         folder / "report.html",
         "Experiments whose answers are known",

@@ -21,7 +21,6 @@ from torch import Tensor
 from tdhook_rl.errors import InputError
 from tdhook_rl.files.durable import write_text
 
-
 #: The colours that follow the page: of text and axes, and of grids. In a file of its own they are these.
 INK, LINES = "#1d232b", "#d5dae1"
 #: What figures lie on, in the light and in the dark: every colour can be told from both.

@@ -25,7 +25,6 @@ from tdhook_rl.report.figures.style import (
 )
 from tdhook_rl.statistics import Interval
 
-
 #: What the others are compared with is an outline.
 _ROLES = {"untrained": GREY, "random": GREY, "chance": GREY}
 

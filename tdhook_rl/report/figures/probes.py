@@ -30,7 +30,6 @@ from tdhook_rl.report.figures.style import (
     tick_numbers,
 )
 
-
 #: Who is read: colour, line and marker. Others take what is left.
 _SERIES = {
     "trained": (BLUE, STYLES[0], MARKERS[0], 1.8),

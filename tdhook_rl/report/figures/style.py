@@ -14,7 +14,6 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.report.drawing import INK, house_style
 from tdhook_rl.statistics import Interval
 
-
 Number = float | Interval
 #: Pairs of a step and a number or interval, or rows of a step, a value and its limits.
 Curve = Sequence[Sequence[Any]] | np.ndarray
