@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.method import Method
 from tdhook_rl.metrics.scoring import find_attribution, flat, target_name
+from tdhook_rl.metrics.untrained import has_parameters, initialise_layer, own_generators
 from tdhook_rl.sites.paths import find_sites
-from tdhook_rl.weights.computed import ComputedWeight, computed_weights, draw_anew
 
 
 @checked
@@ -98,9 +96,9 @@ def cascading_randomisation(
     else:
         paths = [site.path for pattern in layers for site in find_sites(own, pattern)]
     results = {"original": spearman(original, original)}
-    with _own_generators(seed):
+    with own_generators(seed):
         for path in dict.fromkeys(paths):
-            _initialise(path, own.get_submodule(path), initialise)
+            initialise_layer(path, own.get_submodule(path), initialise)
             results[path or "(root)"] = spearman(original, attributions())
     return results
 
@@ -130,9 +128,7 @@ def _running_layers(own: nn.Module, method: Method, data: TensorDictBase, keys: 
     ran: list[str] = []
     handles = []
     for path, child in own.named_modules():
-        if "parametrizations" in path.split("."):
-            continue  # what a layer's weight is computed by is no layer
-        if next(child.parameters(recurse=False), None) is not None or is_parametrized(child):
+        if has_parameters(path, child):
             handles.append(child.register_forward_hook(lambda *_, path=path: ran.append(path)))
     try:
         # The hooked clone of a module has copies of the module's hooks: these call the same list.
@@ -147,51 +143,3 @@ def _running_layers(own: nn.Module, method: Method, data: TensorDictBase, keys: 
             f"no layer of {type(own).__name__} that runs has parameters: there is nothing to randomise; name layers="
         )
     return order
-
-
-def _initialise(path: str, layer: nn.Module, initialise: Callable[[nn.Module], Any] | None) -> None:
-    computed = computed_weights(layer)
-    before = _weights(layer, computed)
-    if initialise is not None:
-        initialise(layer)
-    else:
-        if not callable(getattr(layer, "reset_parameters", None)):
-            raise InputError(
-                f"the layer {path!r} ({type(layer).__name__}) has no reset_parameters(): say how to randomise it with "
-                "initialise=, or leave it out with layers=[...]"
-            )
-        if computed:
-            draw_anew(path, layer, computed)
-        else:
-            layer.reset_parameters()  # type: ignore[operator]
-    after = _weights(layer, computed)
-    if before and all(torch.equal(before[name], value) for name, value in after.items()):
-        how = ", ".join(f"{name!r} is computed by {one.kind}" for name, one in computed.items())
-        raise InputError(
-            f"the layer {path!r} ({type(layer).__name__}) has the same weights after it was initialised"
-            f"{f': its {how}' if how else ''}; say how to randomise it with initialise=, or leave it out with "
-            "layers=[...]"
-        )
-
-
-def _weights(layer: nn.Module, computed: Mapping[str, ComputedWeight]) -> dict[str, Tensor]:
-    """What a layer computes with, without what starts at a constant as biases and scales may."""
-    found = {name: value for name, value in layer._parameters.items() if value is not None}
-    found = {
-        name: value for name, value in found.items() if not any(name in one.originals for one in computed.values())
-    }
-    found |= {name: one.effective() for name, one in computed.items()}
-    return {name: value.detach().clone() for name, value in found.items() if value.ndim > 1}
-
-
-@contextmanager
-def _own_generators(seed: int) -> Iterator[None]:
-    """A block whose draws are seeded and leave the global generators as they were."""
-    # A network that was built after torch.manual_seed(seed) must not be given its own initial weights.
-    seed = (seed * 6364136223846793005 + 1442695040888963407) % 2**63
-    cuda = torch.cuda.is_initialized()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if cuda else []):
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            torch.cuda.manual_seed_all(seed)
-        yield

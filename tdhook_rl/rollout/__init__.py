@@ -8,12 +8,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from tdhook_rl.latent.probing.quantities import Future, Return
+from tdhook_rl.latent.probing.splits import EPISODE, GroupSplit
 from tdhook_rl.rollout.diagnostics import NetworkDiagnostics
 from tdhook_rl.rollout.guarded import Guarded
 from tdhook_rl.rollout.interrupts import Interruptible, ignore_interrupts, starting_workers
 from tdhook_rl.rollout.live_controls import set_controls
 from tdhook_rl.rollout.online_probe import OnlineProbe
-from tdhook_rl.rollout.splits import EPISODE, GroupSplit
+from tdhook_rl.rollout.probe_suite import ProbeSuite
 from tdhook_rl.rollout.summary import AnnotatedMetrics, summarise
 
 if TYPE_CHECKING:
@@ -34,12 +36,15 @@ __all__ = [
     "AnnotateHook",
     "AnnotatedMetrics",
     "Finding",
+    "Future",
     "GroupSplit",
     "Guarded",
     "Interruptible",
     "NetworkDiagnostics",
     "OnlineProbe",
+    "ProbeSuite",
     "Report",
+    "Return",
     "check",
     "ignore_interrupts",
     "set_controls",

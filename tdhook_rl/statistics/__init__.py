@@ -7,6 +7,7 @@ bootstraps are not used: at a nominal .95 they cover .51 of the time with 2 grou
 """
 
 from tdhook_rl.statistics.claims import benjamini_hochberg, holm, minimum_detectable_effect, probability_of_improvement
+from tdhook_rl.statistics.differences import accuracy_difference, r_squared_difference
 from tdhook_rl.statistics.interval import FEW_GROUPS, Interval
 from tdhook_rl.statistics.means import grouped_mean, p_value, paired_difference
 from tdhook_rl.statistics.robust import bootstrap, iqm
@@ -15,6 +16,7 @@ from tdhook_rl.statistics.scores import area_under_curve, balanced_accuracy, r_s
 __all__ = [
     "FEW_GROUPS",
     "Interval",
+    "accuracy_difference",
     "area_under_curve",
     "balanced_accuracy",
     "benjamini_hochberg",
@@ -27,4 +29,5 @@ __all__ = [
     "paired_difference",
     "probability_of_improvement",
     "r_squared",
+    "r_squared_difference",
 ]

@@ -95,6 +95,7 @@ def limits(
     confidence: float,
     bounds: tuple[float, float] | None = None,
     alike: float | None = None,
+    at_bound: bool = False,
     words: str = "",
 ) -> Interval:
     """A t interval from a variance that was found by group; within bounds, where the estimate has some.
@@ -110,6 +111,7 @@ def limits(
         bounds: the least and the largest possible value.
         alike: as how many independent rows all groups count where the estimate is at a bound; as ``groups`` unless
             given.
+        at_bound: the estimate is at a bound but for less than a row: as sure as there, at least.
         words: as of :class:`Interval`.
     """
     from scipy import special
@@ -122,10 +124,12 @@ def limits(
     share = min(max((estimate - lowest) / (highest - lowest), 0.0), 1.0)
     scaled = variance / (highest - lowest) ** 2
     spread = share * (1 - share)
+    same = float(groups if alike is None else alike)  # each group says the same: as if it were one row
     if spread <= 0:
-        effective = float(groups if alike is None else alike)  # each group says the same: as if it were one row
+        effective = same
     else:
         effective = spread / scaled if scaled > spread / rows else float(rows)
+        effective = max(effective, same) if at_bound else effective
         effective *= (special.ndtri(0.5 + confidence / 2) / _t(confidence, freedom)) ** 2
     hits, tail = share * effective, (1 - confidence) / 2
     low = 0.0 if share <= 0 else float(special.betaincinv(hits, effective - hits + 1, tail))

@@ -53,7 +53,8 @@ def balanced_accuracy(right: Any, rows: Any, *, confidence: float = 0.95) -> Int
     residuals = (right - shares * rows) / total * np.sqrt(counts / (counts - 1))
     own = np.square(residuals).sum(0)
     # A class without an error is not one that cannot err: each group counts as one row, one right and one wrong more.
-    faultless = (shares <= 0) | (shares >= 1)
+    # What a decay has left of an error of long ago, less than a row, is none.
+    faultless = np.minimum(right.sum(0), total - right.sum(0)) < 1
     smooth = (effective * shares + 1) / (effective + 2)
     floor = np.where(faultless, smooth * (1 - smooth) / (effective + 2), shares * (1 - shares) / total)
     own_floored = np.maximum(own, floor)
@@ -63,7 +64,8 @@ def balanced_accuracy(right: Any, rows: Any, *, confidence: float = 0.95) -> Int
     few = int(counts.min())
     words = f"a class is in {few} groups only: a t interval by group" if few < FEW_GROUPS else ""
     return limits(
-        estimate, float(joint) / classes**2, freedom=freedom, bounds=(0.0, 1.0), alike=few, words=words, **shape
+        estimate, float(joint) / classes**2, freedom=freedom, bounds=(0.0, 1.0), alike=few, at_bound=faultless.all(),
+        words=words, **shape,
     )  # fmt: skip
 
 
@@ -111,7 +113,11 @@ def area_under_curve(positive: Any, negative: Any, *, confidence: float = 0.95) 
     if own.sum() > 0:
         freedom = min(freedom, own.sum() ** 2 / (np.square(own) / np.maximum(effective - 1, 1)).sum())
     words = f"a side is in {few} groups only: a t interval by group" if few < FEW_GROUPS else ""
-    return limits(estimate, variance, freedom=max(freedom, 1.0), bounds=(0.0, 1.0), alike=few, words=words, **shape)
+    beyond = min(estimate, 1 - estimate) * min(float(size.sum()) for size in sizes)
+    return limits(
+        estimate, variance, freedom=max(freedom, 1.0), bounds=(0.0, 1.0), alike=few, at_bound=beyond < 0.5, words=words,
+        **shape,
+    )  # fmt: skip
 
 
 def r_squared(sums: Any, *, confidence: float = 0.95) -> Interval:

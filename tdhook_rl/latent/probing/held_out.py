@@ -39,6 +39,7 @@ class Tally:
         self._table = torch.zeros(0, width, dtype=torch.float64)
         self._most = groups
         self._merged = False
+        self._unit = 1.0  # what a one in the table counts: a decay of all sums is one of this number
 
     @property
     def codes(self) -> Tensor:
@@ -46,7 +47,7 @@ class Tally:
 
     @property
     def sums(self) -> Tensor:
-        return self._table[: len(self._rows)]
+        return self._table[: len(self._rows)] * self._unit
 
     def add(self, codes: Tensor, values: Tensor) -> None:
         """Add rows.
@@ -55,7 +56,15 @@ class Tally:
             codes: ``(rows,)``, the number of the group of each.
             values: ``(rows, width)``.
         """
-        groups, where = self._folded(codes).unique(return_inverse=True)
+        self._put(self._folded(codes), values.double() / self._unit)
+        if len(self._rows) > self._most:
+            self._settle()
+        if len(self._rows) > self._most:
+            self._merged = True
+            self._rebuild(self._folded(self.codes), self.sums)
+
+    def _put(self, codes: Tensor, values: Tensor) -> None:
+        groups, where = codes.unique(return_inverse=True)
         places = torch.tensor(
             [self._rows.setdefault(code, len(self._rows)) for code in groups.tolist()], dtype=torch.long
         )
@@ -63,36 +72,56 @@ class Tally:
             grown = torch.zeros(2 * len(self._rows), self._table.shape[1], dtype=torch.float64)
             grown[: len(self._table)] = self._table
             self._table = grown
-        self._table.index_add_(0, places[where], values.double())
-        if len(self._rows) > self._most:
-            self._merged = True
-            self._rebuild(self._folded(self.codes), self.sums)
+        self._table.index_add_(0, places[where], values)
 
     def decay(self, factor: float) -> None:
-        """Multiply all sums; groups of which nothing is left are forgotten."""
-        if factor == 1:
-            return
-        self._table.mul_(factor)
-        left = self.sums.abs().sum(1) > _NOTHING
-        if not bool(left.all()):
-            self._rebuild(self.codes[left], self.sums[left])
+        """Multiply all sums; groups of which nothing is left are forgotten now and then."""
+        self._unit *= factor
+        if self._unit < _NOTHING:
+            self._settle()
+
+    def spread(self, places: Tensor, width: int) -> Tally:
+        """The same groups in a table of other columns.
+
+        Args:
+            places: where each column goes; -1: nowhere.
+            width: how many there are then.
+        """
+        wider = Tally(width=width, groups=self._most)
+        wider._rows, wider._merged, wider._unit = dict(self._rows), self._merged, self._unit
+        wider._table = torch.zeros(len(self._table), width, dtype=torch.float64)
+        kept = places >= 0
+        wider._table[:, places[kept]] = self._table[:, kept]
+        return wider
+
+    def merge(self, other: Tally) -> None:
+        """Add the sums of another; where one has put groups together, both have."""
+        if other._merged and not self._merged:
+            self._merged = True
+            self._rebuild(self._folded(self.codes), self.sums)
+        self.add(other.codes, other.sums)
+
+    @property
+    def folded(self) -> bool:
+        """Whether groups were put together."""
+        return self._merged
 
     def forget(self, columns: Tensor) -> None:
         """Set columns to zero."""
         self._table[:, columns] = 0
 
+    def _settle(self) -> None:
+        """Forget the groups of which nothing is left."""
+        sums = self.sums
+        left = sums.abs().sum(1) > _NOTHING
+        self._rebuild(self.codes[left], sums[left])
+
     def _rebuild(self, codes: Tensor, sums: Tensor) -> None:
-        self._rows, self._table = {}, torch.zeros(0, sums.shape[1], dtype=torch.float64)
-        self.add(codes, sums)
+        self._rows, self._table, self._unit = {}, torch.zeros(0, sums.shape[1], dtype=torch.float64), 1.0
+        self._put(codes, sums)
 
     def _folded(self, codes: Tensor) -> Tensor:
         return codes.remainder(self._most) if self._merged else codes
-
-
-#: Histograms of scores reach so many spreads from the middle between the classes, in bins of a sixteenth of a spread.
-_REACH, _BINS = 8.0, 257
-#: Numbers that the histograms of one grouping may take.
-_ENTRIES = 600_000
 
 
 class HitTally:
@@ -123,6 +152,28 @@ class HitTally:
         """Drop the rows of some classes."""
         for tally in self._tallies:
             tally.forget(torch.cat([columns, columns]))
+
+    def merge(self, other: HitTally) -> None:
+        """Add the rows of another."""
+        for tally, its in zip(self._tallies, other._tallies, strict=True):
+            tally.merge(its)
+
+    def spread(self, columns: Tensor, width: int) -> HitTally:
+        """The same rows in a table of more columns.
+
+        Args:
+            columns: where each column goes.
+            width: how many there are then.
+        """
+        wider = HitTally(columns=width, groupings=len(self._tallies))
+        places = torch.cat([columns, columns + width])
+        wider._tallies = [tally.spread(places, 2 * width) for tally in self._tallies]
+        return wider
+
+    @property
+    def tables(self) -> list[Tally]:
+        """For each grouping the sums by group: right ones, and rows."""
+        return self._tallies
 
     @property
     def rows(self) -> Tensor:
@@ -177,6 +228,21 @@ class ScoreHistograms:
         """Let what was scored before count for less."""
         for tally in self._tallies:
             tally.decay(factor)
+
+    def without(self, label: int) -> ScoreHistograms:
+        """The histograms of the other labels."""
+        fewer = ScoreHistograms(labels=self._labels - 1, groupings=len(self._tallies))
+        width = 2 * _BINS
+        places = torch.arange(self._labels * width)
+        places = torch.where(places // width > label, places - width, places)
+        places[label * width : (label + 1) * width] = -1
+        fewer._tallies = [tally.spread(places, (self._labels - 1) * width) for tally in self._tallies]
+        return fewer
+
+    def merge(self, other: ScoreHistograms) -> None:
+        """Add the rows of another."""
+        for tally, its in zip(self._tallies, other._tallies, strict=True):
+            tally.merge(its)
 
     def area(self, label: int, confidence: float) -> Interval:
         """The area under the curve of one label; of several groupings, the widest interval."""

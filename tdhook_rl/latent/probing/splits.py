@@ -54,8 +54,12 @@ class GroupSplit:
     @checked
     def __call__(self, data: TensorDictBase) -> tuple[Tensor, Tensor]:
         """The training mask and the held-out mask, each of the batch shape."""
+        return self.masks(self.groups(data))
+
+    def masks(self, groups: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The same, of groups that are known: those of :meth:`groups`."""
         # 31 bits are exact in float64 and plenty for a share.
-        shares = torch.stack([(code & 0x7FFFFFFF).double() / 0x80000000 for code in self.groups(data)])
+        shares = torch.stack([(code & 0x7FFFFFFF).double() / 0x80000000 for code in groups])
         held = shares < self.held_out
         return ~held.any(0), held.all(0)
 

@@ -1,0 +1,310 @@
+"""Probes of many concepts at many sites, with the controls that belong to each."""
+
+from __future__ import annotations
+
+import copy
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tdhook_rl.errors import InputError
+from tdhook_rl.latent.probing.linear_probe import LinearProbe
+from tdhook_rl.latent.probing.probe_table import ProbeCell, ProbeTable
+from tdhook_rl.latent.probing.scored import Rows, Scored, ScoredClasses, ScoredValues
+from tdhook_rl.statistics import Interval
+
+__all__ = ["Board", "Observed", "Source"]
+
+
+class Source(NamedTuple):
+    """Whose features: ``"trained"``, ``"untrained"`` or ``"input"``; and the site, or which rows of an input."""
+
+    network: str
+    site: Any
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Rows as they were collected.
+
+    Attributes:
+        features: for each source ``(rows, places, features)``: a row may have several places, squares of a map or
+            agents, each with features of its own.
+        codes: for each grouping ``(rows,)``, the number of the group.
+        train, held: ``(rows,)``.
+        control: ``(rows,)``, the number by which shuffled labels are dealt out.
+    """
+
+    features: Mapping[Source, Tensor]
+    codes: Sequence[Tensor]
+    train: Tensor
+    held: Tensor
+    control: Tensor
+
+
+@dataclass
+class _Column:
+    """A concept, or one of the labels or numbers of a concept that has several."""
+
+    name: str
+    concept: str
+    shares: Tensor  # from whose quantiles shuffled labels are drawn
+
+
+@dataclass
+class _Group:
+    """Concepts whose labels are known for the same rows, so that they share the moments of the features."""
+
+    numbers: bool
+    columns: list[_Column] = field(default_factory=list)
+    scored: dict[Source, Scored] = field(default_factory=dict)
+
+
+class Board:
+    """Fits and scores probes of concepts from observed rows.
+
+    Args:
+        groupings: how many ways there are to group the rows.
+        shuffled: whether labels that were dealt out by chance are fitted as well.
+        penalty, confidence, min_rows: as of :class:`Scored`.
+
+    Attributes:
+        dropped: by source how many rows were left out as not finite.
+    """
+
+    def __init__(
+        self, *, groupings: int, shuffled: bool, penalty: float | None, confidence: float, min_rows: float
+    ) -> None:
+        self._options: dict[str, Any] = {"penalty": penalty, "confidence": confidence, "min_rows": min_rows}
+        self._groupings, self._shuffled = groupings, shuffled
+        self._groups: dict[str, _Group] = {}
+        self.dropped: dict[Source, int] = {}
+
+    # ------------------------------------------------------------------ rows
+
+    def add(
+        self, group: str, labels: Mapping[str, Tensor], rows: Observed, *, fit: bool = True, judge: bool = True
+    ) -> None:
+        """Learn from the training rows, and score the held-out ones by the probes that result.
+
+        Args:
+            group: the name of the concepts that come together.
+            labels: for each concept ``(rows, places or 1, columns)``; integers and booleans are classes, several
+                columns of them yes-or-no labels; floats are numbers.
+            rows: the rows.
+            fit: whether the probes are solved for anew.
+            judge: whether the held-out rows are scored.
+        """
+        self._learn(group, labels, rows, train=True)
+        known = self._groups[group]
+        if fit:
+            for one in known.scored.values():
+                one.fit()
+        if judge:
+            self.judge(group, labels, rows)
+
+    def judge(self, group: str, labels: Mapping[str, Tensor], rows: Observed) -> None:
+        """Score the held-out rows by the probes as they are."""
+        self._learn(group, labels, rows, train=False)
+
+    def fit(self) -> None:
+        """Solve for all probes."""
+        for group in self._groups.values():
+            for one in group.scored.values():
+                one.fit()
+
+    def decay(self, factor: float) -> None:
+        """Let rows of before count for less."""
+        if factor < 1:
+            for group in self._groups.values():
+                for one in group.scored.values():
+                    one.decay(factor)  # type: ignore[attr-defined]
+
+    def __add__(self, other: Board) -> Board:
+        """What two workers or shards have seen, together."""
+        merged = copy.copy(self)
+        merged.dropped = {
+            source: self.dropped.get(source, 0) + other.dropped.get(source, 0)
+            for source in {**self.dropped, **other.dropped}
+        }
+        merged._groups = dict(self._groups)
+        for name, theirs in other._groups.items():
+            own = merged._groups.get(name)
+            if own is None:
+                merged._groups[name] = theirs
+                continue
+            if [one.name for one in own.columns] != [one.name for one in theirs.columns]:
+                raise InputError(f"only probes of the same concepts add up: {name!r} has others")
+            scored = dict(own.scored)
+            for source, one in theirs.scored.items():
+                scored[source] = _together(scored[source], one) if source in scored else one
+            merged._groups[name] = _Group(own.numbers, own.columns, scored)
+        return merged
+
+    def _learn(self, name: str, labels: Mapping[str, Tensor], rows: Observed, train: bool) -> None:
+        group = self._groups.get(name)
+        if group is None:
+            group = self._groups[name] = _group(labels)
+        wanted = torch.cat([
+            (value.double() if group.numbers else value.long()).expand(-1, max(v.shape[1] for v in labels.values()), -1)
+            for value in labels.values()
+        ], 2)  # fmt: skip
+        self._check(group, labels, wanted)
+        dealt: Tensor | None = None
+        for source, features in rows.features.items():
+            shuffled = self._shuffled and source.network == "trained"
+            if shuffled and dealt is None:
+                dealt = _dealt(group, rows.control, wanted.dtype)
+            places = features.shape[1]
+            if wanted.shape[1] not in (1, places):
+                raise InputError(
+                    f"the labels of {', '.join(labels)} have {wanted.shape[1]} places a row and the activation of "
+                    f"{source.site!r} has {places}: squares or agents have a label each, or one for all"
+                )
+            own = wanted.expand(-1, places, -1).flatten(0, 1)
+            if shuffled and dealt is not None:
+                own = torch.cat([own, dealt[:, None].expand(-1, places, -1).flatten(0, 1)], 1)
+            flat = features.flatten(0, 1)
+            usable = torch.isfinite(flat).all(-1) if flat.is_floating_point() else torch.ones(len(flat)).bool()
+            if group.numbers:
+                usable &= torch.isfinite(own).all(-1)
+            if train:
+                self.dropped[source] = self.dropped.get(source, 0) + int((~usable).sum())
+            prepared = Rows(
+                flat, own, [code.repeat_interleave(places) for code in rows.codes],
+                rows.train.repeat_interleave(places) & usable, rows.held.repeat_interleave(places) & usable,
+            )  # fmt: skip
+            scored = self._scored(group, source, flat.shape[1], own)
+            if train:
+                scored.learn(prepared)
+            else:
+                scored.judge(prepared)  # type: ignore[attr-defined]
+
+    def _scored(self, group: _Group, source: Source, width: int, labels: Tensor) -> Any:
+        one = group.scored.get(source)
+        if one is not None:
+            if one.bank.width != width:
+                raise InputError(
+                    f"a row of {source.site!r} had {one.bank.width} features before, and has {width} in this batch"
+                )
+            if isinstance(one, ScoredClasses) and len(labels):
+                for place, most in enumerate((labels.amax(0) + 1).tolist()):
+                    if most > one.bank.classes[place]:
+                        one.widen(place, most)
+            return one
+        if group.numbers:
+            one = ScoredValues(features=width, numbers=labels.shape[1], groupings=self._groupings, **self._options)
+        else:
+            most = [max(int(one) + 1, 2) for one in labels.amax(0)] if len(labels) else [2] * labels.shape[1]
+            one = ScoredClasses(features=width, classes=most, groupings=self._groupings, **self._options)
+        group.scored[source] = one
+        return one
+
+    def _check(self, group: _Group, labels: Mapping[str, Tensor], wanted: Tensor) -> None:
+        if wanted.shape[2] != len(group.columns):
+            raise InputError(
+                f"the concepts {', '.join(labels)} had {len(group.columns)} labels or numbers a row before, and have "
+                f"{wanted.shape[2]} in this batch"
+            )
+        if not group.numbers and wanted.numel() and int(wanted.min()) < 0:
+            column = int((wanted.amin((0, 1)) < 0).nonzero()[0])
+            raise InputError(f"the classes of {group.columns[column].name!r} are numbers from 0, got {wanted.min()}")
+
+    # ------------------------------------------------------------------ what was found
+
+    def probe(self, concept: str, source: Source, path: str) -> LinearProbe | None:
+        """The probe of a concept at a source."""
+        for group in self._groups.values():
+            for place, column in enumerate(group.columns):
+                if column.name == concept and source in group.scored:
+                    scored: Any = group.scored[source]
+                    found = scored.found(place)
+                    facts: dict[str, Any] = {name: one.estimate for name, one in found.items() if one.known}
+                    return scored.probe(place, path, facts | {"groups": next(iter(found.values())).groups})
+        return None
+
+    def table(self, sites: Mapping[Any, Any], left_out: Mapping[str, int]) -> ProbeTable:
+        """All cells.
+
+        Args:
+            sites: for each site which rows of the input it is compared with.
+            left_out: by concept how many rows were.
+        """
+        return ProbeTable([
+            self._cell(group, place, site, inputs, left_out)
+            for site, inputs in sites.items() for group in self._groups.values() for place in range(len(group.columns))
+            if Source("trained", site) in group.scored
+        ])  # fmt: skip
+
+    def _cell(self, group: _Group, place: int, site: Any, inputs: Any, left_out: Mapping[str, int]) -> ProbeCell:
+        column = group.columns[place]
+        own: Any = group.scored[Source("trained", site)]
+        untrained: Any = group.scored.get(Source("untrained", site))
+        given: Any = group.scored.get(Source("input", inputs))
+        found = own.found(place)
+        score = next(iter(found))
+        dealt = place + len(group.columns) if self._shuffled else None
+        shuffled = None if dealt is None else own.found(dealt)[score]
+        return ProbeCell(
+            site=str(site), concept=column.name, score=score, trained=found[score],
+            untrained=None if untrained is None else untrained.found(place)[score],
+            input=None if given is None else given.found(place)[score],
+            shuffled=shuffled,
+            gain=None if untrained is None else own.difference(untrained, place, place),
+            selectivity=None if dealt is None else own.difference(own, place, dealt),
+            auc=found.get("auc"), chance=own.chance(place), majority=own.majority(place),
+            classes=int(own._enough(place).sum()) if isinstance(own, ScoredClasses) else 1,
+            penalty=math.nan if own.probes is None else float(own.probes.penalty[place]),
+            left_out=left_out.get(column.concept, 0) + self.dropped.get(Source("trained", site), 0),
+            words=own.words(place),
+        )  # fmt: skip
+
+    def scores(self) -> dict[tuple[str, str], Interval]:
+        """The main score of each concept at each site of the trained network."""
+        return {
+            (str(source.site), column.name): next(iter(scored.found(place).values()))  # type: ignore[attr-defined]
+            for group in self._groups.values() for source, scored in group.scored.items() if source.network == "trained"
+            for place, column in enumerate(group.columns)
+        }  # fmt: skip
+
+
+def _group(labels: Mapping[str, Tensor]) -> _Group:
+    numbers = {value.is_floating_point() for value in labels.values()}
+    if len(numbers) != 1:
+        raise InputError("classes and numbers are fitted apart")
+    found = _Group(numbers.pop())
+    for concept, value in labels.items():
+        width = value.shape[2]
+        for place in range(width):
+            name = concept if width == 1 else f"{concept}.{place}"
+            seen = value[..., place].reshape(-1)
+            # So many suffice to draw from.
+            found.columns.append(_Column(name, concept, seen[:4096].clone()))
+    return found
+
+
+def _dealt(group: _Group, control: Tensor, dtype: torch.dtype) -> Tensor:
+    """Labels that depend on the number of the group alone, as often each as in the first rows: ``(rows, columns)``."""
+    columns = []
+    for column in group.columns:
+        code = (control ^ zlib.crc32(column.name.encode())) * 0x2545F4914F6CDD1D
+        code = (code ^ (code >> 29)) * 0x27D4EB2F165667C5
+        place = ((code ^ (code >> 32)) & 0x7FFFFFFF) % max(len(column.shares), 1)
+        columns.append(column.shares[place] if len(column.shares) else torch.zeros_like(control))
+    return torch.stack(columns, 1).to(dtype)
+
+
+def _together(first: Scored, second: Scored) -> Scored:
+    if isinstance(first, ScoredClasses) and isinstance(second, ScoredClasses):
+        both: list[ScoredClasses] = [copy.deepcopy(first), copy.deepcopy(second)]
+        first, second = both
+        for place, counts in enumerate(zip(first.bank.classes, second.bank.classes, strict=True)):
+            for one, count in zip(both, counts, strict=True):
+                if count < max(counts):
+                    one.widen(place, max(counts))
+    return first + second

@@ -1,0 +1,165 @@
+"""The scores of probes, site by concept, each beside what it has to be compared with."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tdhook_rl.errors import InputError, nearest
+from tdhook_rl.statistics import Interval
+
+__all__ = ["ProbeCell", "ProbeTable"]
+
+#: The scores of a cell that are intervals, in the order of the table.
+SCORES = ("trained", "untrained", "input", "shuffled", "gain", "selectivity", "auc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeCell:
+    """One concept at one site.
+
+    Args:
+        site: the path of the module.
+        concept: its name.
+        score: ``"accuracy"`` (balanced) or ``"r2"``.
+        trained: of the network's activation.
+        untrained: of the same activation in the untrained network.
+        input: of the raw observation.
+        shuffled: of labels that were dealt out to groups by chance, from the network's activation.
+        gain: trained minus untrained, by group.
+        selectivity: trained minus shuffled, by group (Hewitt & Liang 2019).
+        auc: the area under the curve, of two classes.
+        chance: the score of a guess.
+        majority: the share of the most frequent class among the held-out rows.
+        classes: how many classes were scored.
+        penalty: what the probe was fitted with.
+        left_out: rows whose future never came, or that were not finite.
+        words: why there is no score or interval, or what was left out of it.
+    """
+
+    site: str
+    concept: str
+    score: str
+    trained: Interval
+    untrained: Interval | None = None
+    input: Interval | None = None
+    shuffled: Interval | None = None
+    gain: Interval | None = None
+    selectivity: Interval | None = None
+    auc: Interval | None = None
+    chance: float = math.nan
+    majority: float = math.nan
+    classes: int = 0
+    penalty: float = math.nan
+    left_out: int = 0
+    words: str = ""
+
+    def numbers(self) -> dict[str, Any]:
+        """All of it as numbers and words; intervals with their limits."""
+        found: dict[str, Any] = {"site": self.site, "concept": self.concept, "score": self.score}
+        for name in SCORES:
+            one = getattr(self, name)
+            if one is not None:
+                found |= {name: one.estimate, f"{name}_low": one.low, f"{name}_high": one.high}
+        found |= {name: getattr(self, name) for name in ("chance", "majority", "classes", "penalty", "left_out")}
+        return found | {"groups": self.trained.groups, "rows": self.trained.rows, "words": self.words}
+
+
+class ProbeTable(Sequence[ProbeCell]):
+    """Cells, one for each site and concept.
+
+    Args:
+        cells: the cells.
+
+    Example:
+        >>> one = Interval(estimate=0.9, low=0.8, high=0.95, confidence=0.95, method="t", groups=20, rows=400)
+        >>> table = ProbeTable([ProbeCell(site="fc2", concept="door", score="accuracy", trained=one, chance=0.5)])
+        >>> table["fc2", "door"].trained.estimate, len(table)
+        (0.9, 1)
+    """
+
+    def __init__(self, cells: Sequence[ProbeCell]) -> None:
+        self._cells = list(cells)
+
+    def __len__(self) -> int:
+        return len(self._cells)
+
+    def __iter__(self) -> Iterator[ProbeCell]:
+        return iter(self._cells)
+
+    def __getitem__(self, key: Any) -> Any:
+        """The cell of ``(site, concept)``; or cells by number.
+
+        Raises:
+            InputError: for a site and concept that are not in the table.
+        """
+        if not isinstance(key, tuple):
+            return self._cells[key]
+        for cell in self._cells:
+            if (cell.site, cell.concept) == key:
+                return cell
+        known = [f"{cell.site}, {cell.concept}" for cell in self._cells]
+        raise InputError(f"the table has no cell {key!r}; {nearest(', '.join(map(str, key)), known)}")
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row of numbers and words for each cell."""
+        return [cell.numbers() for cell in self._cells]
+
+    def frame(self) -> Any:
+        """A pandas DataFrame, a row for each cell.
+
+        Raises:
+            InputError: without pandas.
+        """
+        try:
+            import pandas
+        except ModuleNotFoundError:
+            raise InputError("a DataFrame needs pandas: pip install pandas; .records() are the same rows") from None
+        return pandas.DataFrame(self.records())
+
+    def json(self) -> str:
+        """The same rows as JSON; what is not known is ``null``."""
+        rows = [
+            {name: None if isinstance(one, float) and not math.isfinite(one) else one for name, one in row.items()}
+            for row in self.records()
+        ]
+        return json.dumps(rows, indent=1)
+
+    def __str__(self) -> str:
+        columns, rows = self.columns()
+        widths = [max(len(row[place]) for row in [columns, *rows]) for place in range(len(columns))]
+        lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+                 for row in [columns, *rows]]  # fmt: skip
+        return "\n".join(lines)
+
+    def columns(self) -> tuple[list[str], list[list[str]]]:
+        """The heads, and the rows as they are shown."""
+        shown = [name for name in SCORES if any(getattr(cell, name) is not None for cell in self._cells)]
+        heads = ["site", "concept", "score", *shown, "chance", "majority", "groups", "rows", "words"]
+        rows = []
+        for cell in self._cells:
+            scores = [_shown(getattr(cell, name)) for name in shown]
+            counts = [f"{cell.trained.groups}", f"{cell.trained.rows:.0f}"]
+            words = "; ".join(dict.fromkeys(one for one in (cell.words, cell.trained.words) if one))
+            shares = [f"{cell.chance:.2f}", f"{cell.majority:.2f}"]
+            rows.append([cell.site, cell.concept, cell.score, *scores, *shares, *counts, words])
+        return heads, rows
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        heads, rows = self.columns()
+        head = "".join(f"<th>{escape(one)}</th>" for one in heads)
+        body = "".join("<tr>" + "".join(f"<td>{escape(one)}</td>" for one in row) + "</tr>" for row in rows)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _shown(one: Interval | None) -> str:
+    if one is None:
+        return "-"
+    if math.isnan(one.estimate):
+        return "none"
+    return f"{one.estimate:.3f}" + (f" [{one.low:.3f}, {one.high:.3f}]" if one.known else "")

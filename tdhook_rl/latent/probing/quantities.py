@@ -1,0 +1,133 @@
+"""What a probe is asked for beyond a key: what will be the case some steps ahead, or what will be returned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+
+from tdhook_rl.arguments.checked import Checked
+from tdhook_rl.errors import InputError, MissingKeyError, nearest
+
+__all__ = ["Future", "Return", "Trajectory", "read_label"]
+
+Label = NestedKey | Callable[[TensorDictBase], Tensor]
+
+
+@dataclass(frozen=True)
+class Future(metaclass=Checked):
+    """The value of something some steps ahead in the same trajectory.
+
+    Rows whose trajectory ends before are left out; those whose future has not been collected yet wait for it.
+
+    Args:
+        what: a key, such as ``"action"`` or ``("next", "reward")``, or a function of the batch.
+        steps: how many steps ahead, 1 or more.
+
+    Example:
+        >>> Future("action", 3)
+        Future(what='action', steps=3)
+    """
+
+    what: Any
+    steps: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise InputError(f"a future lies at least 1 step ahead, got steps={self.steps!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Return(metaclass=Checked):
+    """The discounted sum of the rewards from here to the end of the trajectory, as it was collected.
+
+    An end by a time limit counts as an end. Rows of trajectories that have not ended yet wait.
+
+    Args:
+        gamma: the discount.
+        reward: the key of the reward, or a function of the batch.
+    """
+
+    gamma: float = 1.0
+    reward: Any = ("next", "reward")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gamma <= 1:
+            raise InputError(f"a discount lies between 0 and 1, got gamma={self.gamma!r}")
+
+
+def read_label(what: Any, data: TensorDictBase) -> Tensor:
+    """The entry or the function's value, ``(*batch, ...)``, detached.
+
+    Raises:
+        MissingKeyError: if the batch has no such entry.
+        InputError: for anything but a tensor with the batch shape first.
+    """
+    name = getattr(what, "__name__", type(what).__name__) if callable(what) else repr(what)
+    value = what(data) if callable(what) else data.get(what, None)
+    if value is None:
+        raise MissingKeyError(
+            f"a concept reads {name}, which the batch lacks; {nearest(str(what), map(str, data.keys(True, True)))}"
+        )
+    batch = data.batch_size
+    if not isinstance(value, Tensor) or value.shape[: len(batch)] != batch or value.is_complex():
+        found = f"{tuple(value.shape)} ({value.dtype})" if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"a concept reads {name}: {found}, expected real numbers for the batch {tuple(batch)}")
+    return value.detach()
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Rows that lie one after the other: which trajectory each is of, and where these end.
+
+    Attributes:
+        stretch: ``(rows,)``, the number of the stretch of consecutive rows, ascending.
+        closed: ``(rows,)``, whether the end of its trajectory is there.
+    """
+
+    stretch: Tensor
+    closed: Tensor
+
+    @classmethod
+    def of(cls, number: Tensor, count: Tensor | None, done: Tensor) -> Trajectory:
+        """From rows that are sorted by trajectory and time.
+
+        Args:
+            number: ``(rows,)``, of the trajectory.
+            count: ``(rows,)``, the step in it, where it is known: rows that are missing cut it.
+            done: ``(rows,)``, whether the trajectory ends with this row.
+        """
+        new = torch.ones_like(done)
+        new[1:] = (number[1:] != number[:-1]) | done[:-1]
+        if count is not None:
+            new[1:] |= count[1:] != count[:-1] + 1
+        stretch = new.long().cumsum(0) - 1
+        ended = torch.zeros(int(stretch[-1]) + 1 if len(stretch) else 0, dtype=torch.bool)
+        ended[stretch[done]] = True
+        # Later rows of the same number mean that what is missing between will not come any more.
+        ended[stretch[:-1][new[1:] & (number[1:] == number[:-1])]] = True
+        return cls(stretch, ended[stretch])
+
+    def ahead(self, steps: int) -> tuple[Tensor, Tensor]:
+        """Where the row so many steps ahead is, and which rows have one: ``(rows,)`` both."""
+        place = torch.arange(len(self.stretch)) + steps
+        inside = place < len(self.stretch)
+        place = place.clamp_max(max(len(self.stretch) - 1, 0))
+        return place, inside & (self.stretch[place] == self.stretch)
+
+    def returns(self, rewards: Tensor, gamma: float) -> Tensor:
+        """The discounted sums to the end of each stretch: ``(rows, ...)``, float64."""
+        found = rewards.double().clone()
+        if not len(found):
+            return found
+        # A stretch a row of a table: one step of time is one operation.
+        _, lengths = self.stretch.unique_consecutive(return_counts=True)
+        start = lengths.cumsum(0) - lengths
+        for step in range(int(lengths.max()) - 2, -1, -1):
+            here = start[lengths > step + 1] + step
+            found[here] += gamma * found[here + 1]
+        return found

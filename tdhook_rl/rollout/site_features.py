@@ -1,0 +1,167 @@
+"""The features that probes read: activations of the network and of an untrained one, and the raw observation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor, nn
+
+from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest, warn
+from tdhook_rl.hooking.hooked import HookedMixin
+from tdhook_rl.latent.activation_caching import ActivationCaching
+from tdhook_rl.latent.probing.board import Source
+from tdhook_rl.metrics.untrained import untrained_copy
+from tdhook_rl.rollout.unit_axes import UnitAxes, given_axis
+
+__all__ = ["Layout", "SiteFeatures"]
+
+Layout = Literal["flat", "pooled", "each"]
+
+#: Vectors longer than this take more memory for their second moments than most machines have.
+MOST = 8192
+
+
+class SiteFeatures:
+    """Reads features of a batch.
+
+    Args:
+        policy: hooked or not.
+        sites: paths or patterns.
+        untrained: the untrained network; ``None``: a copy that is initialised anew; ``False``: none.
+        layout: how an activation with squares or agents is read, by site or for all.
+        units: which axis holds the units, by site or for all.
+        input_key: of the observation; the first input of the policy unless given.
+        seed: of the untrained copy.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        sites: Sequence[str],
+        *,
+        untrained: Any,
+        layout: Layout | Mapping[str, Layout],
+        units: int | Mapping[str, int] | None,
+        input_key: NestedKey | None,
+        seed: int,
+    ) -> None:
+        pattern = [sites] if isinstance(sites, str) else list(sites)
+        if isinstance(policy, HookedMixin):
+            with policy.disable_context() as original:
+                policy = original
+        self._policy = policy  # the hooked copy knows the original by a weak reference only
+        self._trained = ActivationCaching(pattern).prepare(policy, return_context=False)
+        self.sites = [key[-1] for key in self._trained.result_keys if key[0] == "cache"]
+        self._untrained: Any = None
+        if untrained is not False:
+            own = untrained_copy(policy, seed=seed) if untrained is None else untrained
+            self._own = own
+            self._untrained = ActivationCaching(pattern).prepare(own, return_context=False)
+            if self._untrained.result_keys != self._trained.result_keys:
+                raise InputError("the untrained network has other sites than the policy: give one of the same layers")
+        inputs = self._trained.policy_in_keys
+        self._input = input_key if input_key is not None else inputs[0] if inputs else None
+        self._layout = {
+            site: layout.get(site, "flat") if isinstance(layout, Mapping) else layout for site in self.sites
+        }
+        unknown = set(layout) - set(self.sites) if isinstance(layout, Mapping) else set()
+        if unknown:
+            raise SiteError(
+                f"layout= names {min(unknown)!r}, which is not looked at; {nearest(min(unknown), self.sites)}"
+            )
+        for kind in self._layout.values():
+            if kind not in ("flat", "pooled", "each"):
+                raise InputError(f"layout= is 'flat', 'pooled' or 'each', got {kind!r}")
+        self._units = dict(units) if isinstance(units, Mapping) else units
+        self._axes: dict[str, int] = {}
+        self.inputs: dict[str, Any] = {}
+        self._said: set[str] = set()
+
+    def of(self, data: TensorDictBase, rows: Tensor) -> dict[Source, Tensor]:
+        """For each source ``(rows, places, features)`` on the CPU.
+
+        Args:
+            data: a batch.
+            rows: which of its rows, flattened, are wanted.
+        """
+        batch = len(data.batch_size)
+        found: dict[Source, Tensor] = {}
+        for network, policy in (("trained", self._trained), ("untrained", self._untrained)):
+            if policy is None:
+                continue
+            seen = self._seen(policy, data, network)
+            for site in self.sites:
+                value = seen["cache", site]
+                flat = value.detach().reshape(-1, *value.shape[batch:])[rows].cpu()
+                if network == "trained":
+                    self._find_axis(data, site, flat)
+                found[Source(network, site)] = self._laid_out(site, flat)
+        for site in self.sites:
+            places = found[Source("trained", site)].shape[1]
+            own = self._observed(data, rows, places)
+            if own is not None:
+                self.inputs[site] = places
+                found[Source("input", places)] = own
+        return found
+
+    def _seen(self, policy: Any, data: TensorDictBase, network: str) -> TensorDictBase:
+        keys = [("cache", site) for site in self.sites]
+        if network == "trained" and all(isinstance(data.get(key, None), Tensor) for key in keys):
+            return data
+        return policy.annotate(data.exclude("cache", "computed", "attr", "probe"), on_mismatch="ignore")
+
+    def _laid_out(self, site: str, value: Tensor) -> Tensor:
+        kind = self._layout[site]
+        if kind == "flat" or value.ndim <= 2:
+            found = value.reshape(len(value), 1, -1)
+        else:
+            moved = value.movedim(self._axes[site], -1).flatten(1, -2)
+            found = moved.double().mean(1, keepdim=True).to(moved.dtype) if kind == "pooled" else moved
+        if found.shape[2] > MOST:
+            raise InputError(
+                f"the activation of {site!r} has {found.shape[2]} features a row, and a probe keeps their square: "
+                f"up to {MOST}; layout='pooled' takes the mean over squares, 'each' reads every square by itself"
+            )
+        return found
+
+    def _find_axis(self, data: TensorDictBase, site: str, value: Tensor) -> None:
+        if self._layout[site] == "flat" or value.ndim <= 2 or site in self._axes:
+            return
+        axis = given_axis(self._units, site, value)
+        if axis is None:
+            follower = UnitAxes(self._trained)
+            rows = data.select(*self._trained.policy_in_keys, strict=False).reshape(-1)[:2].clone()
+            with follower.following(), torch.no_grad():
+                seen = self._trained(rows)
+            axis = follower.of(site, seen["cache", site], rows=1)
+        self._axes[site] = axis
+
+    def _observed(self, data: TensorDictBase, rows: Tensor, places: int) -> Tensor | None:
+        if self._input is None:
+            return None
+        value = data.get(self._input, None)
+        if not isinstance(value, Tensor):
+            raise MissingKeyError(
+                f"the raw observation is {self._input!r}, which the batch lacks; "
+                f"{nearest(str(self._input), map(str, data.keys(True, True)))}"
+            )
+        value = value.detach().reshape(-1, *value.shape[len(data.batch_size) :])[rows].cpu()
+        if places > 1 and value.ndim > 2:
+            # A map of as many squares, or an observation for each agent: each is compared with its own.
+            if value.shape[1] == places:
+                return value.reshape(len(value), places, -1)
+            if value.ndim == 4 and value.shape[2:].numel() == places:
+                return value.flatten(2).transpose(1, 2)
+        flat = value.reshape(len(value), 1, -1)
+        if flat.shape[2] > MOST:
+            if "input" not in self._said:
+                self._said.add("input")
+                warn(
+                    f"the raw observation {self._input!r} has {flat.shape[2]} features, more than the {MOST} that a "
+                    "probe of it could keep: the column is left out; input_key= may name something smaller"
+                )
+            return None
+        return flat.expand(-1, places, -1)
