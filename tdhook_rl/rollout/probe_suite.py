@@ -54,6 +54,8 @@ class ProbeSuite:
             ``"each"``: a row for each, whose labels are the row's, or one for each. By site, or for all.
         units: which axis of an activation holds the units, where modules do not tell.
         input_key: of the raw observation; the first input of the policy unless given.
+        every: every how many batches are looked at. Where a future is asked for, all are, and the probes are solved for
+            and scored in so many.
         most_waiting: how many rows may wait for their future.
         min_rows: a class with fewer held-out rows is not scored.
         confidence: of the intervals.
@@ -90,6 +92,7 @@ class ProbeSuite:
         layout: Layout | Mapping[str, Layout] = "flat",
         units: int | Mapping[str, int] | None = None,
         input_key: NestedKey | None = None,
+        every: int = 1,
         most_waiting: int = 100_000,
         min_rows: float = 10,
         confidence: float = 0.95,
@@ -102,8 +105,12 @@ class ProbeSuite:
             raise InputError(f"a decay factor lies between 0 and 1, got {decay}")
         if penalty is not None and not 0 <= penalty < float("inf"):
             raise InputError(f"a penalty is a number that is not negative, got {penalty}")
+        if isinstance(every, bool) or every < 1:
+            raise InputError(f"every= is a whole number from 1 on, got {every!r}")
         if most_waiting < 0:
             raise InputError(f"most_waiting= is a number of rows, got {most_waiting}")
+        self.every = every
+        self._updates = 0
         self.split = split or GroupSplit()
         self.decay = decay
         self._control = None if control is None else GroupSplit(control)
@@ -132,7 +139,7 @@ class ProbeSuite:
 
         Returns:
             ``rows``, ``train_rows``, ``held_out_rows`` (padding is no row) and ``waiting``, those whose future has not
-            been seen.
+            been seen; nothing where the batch was not looked at.
 
         Raises:
             MissingKeyError: if the batch lacks a concept, a group or an input.
@@ -191,6 +198,10 @@ class ProbeSuite:
     # ------------------------------------------------------------------ inner
 
     def _update(self, batch: TensorDictBase) -> dict[str, float]:
+        due = self._updates % self.every == 0
+        self._updates += 1
+        if not due and self._later is None:
+            return {}
         real = real_rows(batch)
         rows = torch.arange(batch.numel()) if real is None else real.reshape(-1).cpu().nonzero().squeeze(-1)
         labels = {name: _columns(read_label(what, batch), batch, rows) for name, what in self._now.items()}
@@ -202,16 +213,18 @@ class ProbeSuite:
         self._board.decay(self.decay)
         classes = {name: value for name, value in labels.items() if not value.is_floating_point()}
         if classes:
-            self._board.add("classes", classes, seen)
+            self._board.add("classes", classes, seen, score=due)
         for name in labels.keys() - classes.keys():
-            self._board.add(name, {name: labels[name]}, seen)
+            self._board.add(name, {name: labels[name]}, seen, score=due)
         if self._later is not None:
-            self._look_back(batch, rows, seen, asked)
+            self._look_back(batch, rows, seen, asked, due)
         counts = {"rows": len(rows), "train_rows": int(train.sum()), "held_out_rows": int(held.sum())}
         waiting = 0 if self._later is None else len(self._later)
         return {name: float(count) for name, count in counts.items()} | {"waiting": float(waiting)}
 
-    def _look_back(self, batch: TensorDictBase, rows: Tensor, seen: Observed, asked: Mapping[str, Tensor]) -> None:
+    def _look_back(
+        self, batch: TensorDictBase, rows: Tensor, seen: Observed, asked: Mapping[str, Tensor], due: bool
+    ) -> None:
         assert self._later is not None
         number = batch.get(EPISODE, batch.get("traj_ids", None))
         if number is None:
@@ -239,7 +252,7 @@ class ProbeSuite:
                 [known["code", place] for place in range(len(seen.codes))],
                 known["train"], known["held"], known["control"],
             )  # fmt: skip
-            self._board.add(name, {name: labels}, own)
+            self._board.add(name, {name: labels}, own, score=due)
 
     def _quantity(self, asked: Future | Return, batch: TensorDictBase, rows: Tensor) -> Tensor:
         what = asked.reward if isinstance(asked, Return) else asked.what

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ __all__ = ["ClassBank", "Probes"]
 
 #: Below this share of all rows, a class that decays is forgotten.
 _FORGOTTEN = 1e-9
+#: So many penalties are solved for one by one.
+_FEW = 3
 #: Rows that are held in float64 at once.
 _BLOCK = 16_384
 
@@ -196,11 +199,12 @@ class ClassBank:
         chosen = torch.full((len(self.classes),), usual, dtype=torch.float64)
         if any(one.rows <= 1 for one in halves):
             return chosen
-        found = torch.zeros(len(PENALTIES), len(self.classes), dtype=torch.float64)
-        for fitted, judging in (halves, halves[::-1]):
-            for place, penalty in enumerate(PENALTIES):
-                probes = fitted.solve(torch.full_like(chosen, penalty), "equal")
-                found[place] += judging.expected(probes)
+        # Every penalty as if it were a concept more: one factorisation of each half, and one pass of small products.
+        tried = torch.tensor(PENALTIES, dtype=torch.float64).repeat_interleave(len(chosen))
+        repeated = [one.repeated(len(PENALTIES)) for one in halves]
+        found = sum(
+            judging.expected(fitted.solve(tried, "equal")) for fitted, judging in (repeated, repeated[::-1])
+        ).reshape(len(PENALTIES), -1)  # type: ignore[union-attr]
         known = torch.isfinite(found).all(0)
         # Of those that do as well the largest: what the data do not tell apart, the simpler probe has.
         good = found >= found.amax(0) - 2e-4
@@ -233,17 +237,14 @@ class _Sums:
         self.share = count / count.sum(-1, keepdim=True).clamp_min(1e-300)
         offsets = (total / count.clamp_min(1e-300)[..., None] - self.mean)[..., self.live] / self.spread
         self.offsets = torch.where(self.there[..., None], offsets, 0.0)
-        self._eigen: tuple[Tensor, Tensor] | None = None
+        self._eigen: Any = None
 
     def solve(self, penalty: Tensor | None, priors: str) -> Probes:
         concepts, most = self.count.shape
         width = len(self.mean)
         if penalty is None:
-            penalty = torch.full((concepts,), usual_penalty(width, self.rows), dtype=torch.float64)
-        found = torch.zeros_like(self.offsets)
-        for value in penalty.unique().tolist():
-            chosen = (penalty == value).nonzero().squeeze(-1)
-            found[chosen] = self._found(value, chosen, direct=len(penalty.unique()) == 1)
+            penalty = torch.full((concepts,), usual_penalty(len(self.live), self.rows), dtype=torch.float64)
+        found = self._found(penalty)
         number = self.there.sum(-1, keepdim=True).clamp_min(1)
         # What all classes have in common decides nothing; without it, scores stay small far from the mean.
         centred = torch.where(self.there[..., None], found - (found.sum(1) / number)[:, None], 0.0)
@@ -271,38 +272,57 @@ class _Sums:
             torch.nan,
         )  # fmt: skip
 
-    def _found(self, penalty: float, chosen: Tensor, direct: bool) -> Tensor:
+    def repeated(self, times: int) -> _Sums:
+        """The same sums, of so many times the concepts."""
+        other = copy.copy(self)
+        other.count, other.there, other.share, other.offsets = (
+            one.repeat(times, *(1,) * (one.ndim - 1)) for one in (self.count, self.there, self.share, self.offsets)
+        )
+        return other
+
+    def _found(self, penalty: Tensor) -> Tensor:
         """``(W + penalty)^-1`` of the offsets, ``W`` the covariance within the classes of each concept.
 
         ``W`` is the covariance of all rows less a product of rank ``classes``, so that one factorisation of that serves
         all concepts (Sherman, Morrison & Woodbury 1950).
         """
-        offsets, share = self.offsets[chosen], self.share[chosen]
-        flat = offsets.reshape(-1, offsets.shape[-1]).T
-        solved = self._inverse(penalty, flat, direct).T.reshape(offsets.shape)
+        offsets, share = self.offsets, self.share
+        solved = self._solved(penalty)
         gram = offsets @ solved.transpose(1, 2)
         root = share.sqrt()
-        left = torch.eye(gram.shape[-1], dtype=gram.dtype) - root[:, :, None] * gram * root[:, None, :]
+        one = torch.eye(gram.shape[-1], dtype=gram.dtype)
+        left = one - root[:, :, None] * gram * root[:, None, :]
         values, vectors = torch.linalg.eigh((left + left.transpose(1, 2)) / 2)
         inverse = vectors @ ((1 / values.clamp_min(1e-9))[..., None] * vectors.transpose(1, 2))
         # offsets^T root (left)^-1 root^-1, written so that no class without rows divides by zero
-        more = root[:, :, None] * (inverse - torch.eye(gram.shape[-1], dtype=gram.dtype))
+        more = root[:, :, None] * (inverse - one)
         scale = torch.where(root > 0, 1 / root.clamp_min(1e-150), 0.0)
         return solved + (more * scale[:, None, :]).transpose(1, 2) @ solved
 
-    def _inverse(self, penalty: float, right: Tensor, direct: bool) -> Tensor:
-        if direct and self._eigen is None:
-            matrix = self.covariance.clone()
-            matrix.diagonal().add_(penalty)
-            factor, failed = torch.linalg.cholesky_ex(matrix)
-            diagonal = factor.diagonal()
-            if not len(matrix) or (not bool(failed) and bool(diagonal.min() > 1e-7 * diagonal.max())):
-                return torch.cholesky_solve(right, factor) if len(matrix) else right
+    def _solved(self, penalty: Tensor) -> Tensor:
+        """``(covariance + penalty)^-1`` of the offsets, ``(concepts, classes, features)``."""
+        offsets, values = self.offsets, penalty.unique()
+        if not offsets.shape[-1]:
+            return offsets
+        if len(values) <= _FEW and self._eigen is None:
+            found = torch.empty_like(offsets)
+            for value in values:
+                chosen = penalty == value
+                matrix = self.covariance.clone()
+                matrix.diagonal().add_(value)
+                factor, failed = torch.linalg.cholesky_ex(matrix)
+                diagonal = factor.diagonal()
+                if bool(failed) or not bool(diagonal.min() > 1e-7 * diagonal.max()):
+                    break
+                right = offsets[chosen].flatten(0, 1)
+                found[chosen] = torch.cholesky_solve(right.T, factor).T.reshape(-1, *offsets.shape[1:])
+            else:
+                return found
         if self._eigen is None:
-            values, vectors = torch.linalg.eigh(self.covariance)
-            self._eigen = values, vectors
-        values, vectors = self._eigen
-        return vectors @ ((1 / (values + penalty).clamp_min(1e-9))[:, None] * (vectors.T @ right))
+            self._eigen = tuple(torch.linalg.eigh(self.covariance))
+        spectrum, vectors = self._eigen
+        inverse = 1 / (spectrum + penalty[:, None]).clamp_min(1e-9)
+        return ((offsets @ vectors) * inverse[:, None]) @ vectors.T
 
     def _within_scores(self, weight: Tensor) -> Tensor:
         """``(concepts, classes, classes)``, of scores within classes; the weight is of scaled features."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
 from tdhook_rl.latent.probing.probe_table import ProbeCell, ProbeTable
@@ -87,9 +88,7 @@ class Board:
 
     # ------------------------------------------------------------------ rows
 
-    def add(
-        self, group: str, labels: Mapping[str, Tensor], rows: Observed, *, fit: bool = True, judge: bool = True
-    ) -> None:
+    def add(self, group: str, labels: Mapping[str, Tensor], rows: Observed, *, score: bool = True) -> None:
         """Learn from the training rows, and score the held-out ones by the probes that result.
 
         Args:
@@ -97,20 +96,18 @@ class Board:
             labels: for each concept ``(rows, places or 1, columns)``; integers and booleans are classes, several
                 columns of them yes-or-no labels; floats are numbers.
             rows: the rows.
-            fit: whether the probes are solved for anew.
-            judge: whether the held-out rows are scored.
+            score: whether the probes are solved for anew, and the held-out rows scored.
         """
-        self._learn(group, labels, rows, train=True)
-        known = self._groups[group]
-        if fit:
-            for one in known.scored.values():
-                one.fit()
-        if judge:
-            self.judge(group, labels, rows)
+        for prepared, scored in self._prepared(group, labels, rows, count=True):
+            scored.learn(prepared)
+            if score:
+                scored.fit()
+                scored.judge(prepared)
 
     def judge(self, group: str, labels: Mapping[str, Tensor], rows: Observed) -> None:
         """Score the held-out rows by the probes as they are."""
-        self._learn(group, labels, rows, train=False)
+        for prepared, scored in self._prepared(group, labels, rows, count=False):
+            scored.judge(prepared)
 
     def fit(self) -> None:
         """Solve for all probes."""
@@ -146,7 +143,10 @@ class Board:
             merged._groups[name] = _Group(own.numbers, own.columns, scored)
         return merged
 
-    def _learn(self, name: str, labels: Mapping[str, Tensor], rows: Observed, train: bool) -> None:
+    def _prepared(
+        self, name: str, labels: Mapping[str, Tensor], rows: Observed, count: bool
+    ) -> Iterator[tuple[Rows, Any]]:
+        """For each source its rows, and what learns from them."""
         group = self._groups.get(name)
         if group is None:
             group = self._groups[name] = _group(labels)
@@ -170,20 +170,18 @@ class Board:
             if shuffled and dealt is not None:
                 own = torch.cat([own, dealt[:, None].expand(-1, places, -1).flatten(0, 1)], 1)
             flat = features.flatten(0, 1)
-            usable = torch.isfinite(flat).all(-1) if flat.is_floating_point() else torch.ones(len(flat)).bool()
+            usable = torch.ones(len(flat), dtype=torch.bool)
+            if flat.is_floating_point() and not surely_finite(flat):
+                usable = torch.isfinite(flat).all(-1)
             if group.numbers:
                 usable &= torch.isfinite(own).all(-1)
-            if train:
+            if count:
                 self.dropped[source] = self.dropped.get(source, 0) + int((~usable).sum())
-            prepared = Rows(
-                flat, own, [code.repeat_interleave(places) for code in rows.codes],
-                rows.train.repeat_interleave(places) & usable, rows.held.repeat_interleave(places) & usable,
-            )  # fmt: skip
-            scored = self._scored(group, source, flat.shape[1], own)
-            if train:
-                scored.learn(prepared)
-            else:
-                scored.judge(prepared)  # type: ignore[attr-defined]
+            codes = [code.repeat_interleave(places) if places > 1 else code for code in rows.codes]
+            train, held = (
+                (one.repeat_interleave(places) if places > 1 else one) & usable for one in (rows.train, rows.held)
+            )
+            yield Rows(flat, own, codes, train, held), self._scored(group, source, flat.shape[1], own)
 
     def _scored(self, group: _Group, source: Source, width: int, labels: Tensor) -> Any:
         one = group.scored.get(source)

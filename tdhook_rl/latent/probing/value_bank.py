@@ -190,7 +190,7 @@ class _Sums:
     def solve(self, penalty: Tensor | None) -> ValueProbes:
         numbers, width = self.cross.shape
         if penalty is None:
-            penalty = torch.full((numbers,), usual_penalty(width, self.count), dtype=torch.float64)
+            penalty = torch.full((numbers,), usual_penalty(len(self.live), self.count), dtype=torch.float64)
         weight = torch.zeros(numbers, width, dtype=torch.float64)
         for value in penalty.unique().tolist():
             chosen = (penalty == value).nonzero().squeeze(-1)

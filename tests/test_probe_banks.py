@@ -1,0 +1,236 @@
+"""Many probes from shared sums: each is the probe that it would be alone, and sums add up."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tdhook_rl import statistics
+from tdhook_rl.latent.probing import ClassStatistics
+from tdhook_rl.latent.probing.bank import ClassBank
+from tdhook_rl.latent.probing.held_out import HitTally, ScoreHistograms
+from tdhook_rl.latent.probing.penalties import PENALTIES
+from tdhook_rl.latent.probing.scored import Rows, ScoredClasses
+from tdhook_rl.latent.probing.value_bank import ValueBank
+
+
+def rows_of(seed: int, rows: int, features: int, classes: list[int], offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Features whose means depend on each concept's class, mixed and moved away from zero."""
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.stack([torch.randint(0, count, (rows,), generator=draw) for count in classes], 1)
+    x = torch.randn(rows, features, generator=draw, dtype=torch.float64)
+    for place in range(len(classes)):
+        x[:, place % features] += labels[:, place]
+    mixed = x @ torch.randn(features, features, generator=draw, dtype=torch.float64) + offset
+    return mixed.float(), labels
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 999), features=st.integers(1, 40), classes=st.lists(st.integers(2, 5), min_size=1, max_size=4),
+    penalty=st.sampled_from([None, 1e-4, 0.1]), priors=st.sampled_from(["equal", "rows"]),
+    offset=st.sampled_from([0.0, 300.0]), constant=st.booleans(), absent=st.booleans(),
+)  # fmt: skip
+def test_each_concept_has_the_probe_that_it_would_have_alone(
+    seed: int, features: int, classes: list[int], penalty: float | None, priors: str, offset: float, constant: bool,
+    absent: bool,
+) -> None:  # fmt: skip
+    x, labels = rows_of(seed, 600, features, classes, offset)
+    if constant:
+        x[:, -1] = 7.0
+    if absent and classes[0] > 2:
+        labels[:, 0].clamp_(max=classes[0] - 2)
+    bank, halves = ClassBank(features=features, classes=classes), torch.arange(600) % 2
+    for part in range(0, 600, 200):
+        bank.add(*(one[part : part + 200] for one in (x, labels, halves)))
+    probes = bank.solve(None if penalty is None else torch.full((len(classes),), penalty).double(), priors)
+    found = probes.scores(x)
+    for place, count in enumerate(classes):
+        alone = ClassStatistics(features=features, classes=count)
+        for part in range(0, 600, 200):
+            alone.add(x[part : part + 200], labels[part : part + 200, place])
+        probe = alone.solve(kind="lda", penalty=penalty, priors=priors, absent="never")
+        there = alone.there
+        expected = probe.scores(x.double())
+        scale = expected[:, there].abs().max() + 1
+        # Weights are stored in float32: far from zero they move every score by as much.
+        assert (found[:, place, :count] - expected)[:, there].abs().max() < 1e-5 * scale * (1 + offset)
+        if count == 2:
+            middle, spread = alone.margin(probe)
+            assert math.isclose(float(probes.spread[place]), spread, rel_tol=1e-4, abs_tol=1e-6)
+            assert abs(float(probes.middle[place]) - middle) < 1e-4 * (1 + offset) * (1 + spread)
+
+
+@pytest.mark.parametrize("kind", ["classes", "values"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_the_sums_of_workers_add_up(kind: str, order: tuple[int, ...]) -> None:
+    x, labels = rows_of(3, 900, 8, [2, 4], offset=50.0)
+    wanted = labels if kind == "classes" else torch.stack([x[:, 0] * 2 + 1000, x[:, 1] ** 2], 1)
+
+    def bank() -> ClassBank | ValueBank:
+        return ClassBank(features=8, classes=[2, 4]) if kind == "classes" else ValueBank(features=8, numbers=2)
+
+    halves = torch.arange(900) % 3 % 2
+    whole, parts = bank(), []
+    whole.add(x, wanted, halves)
+    for number in order:
+        part = bank()
+        chosen = torch.arange(900) // 300 == number
+        part.add(x[chosen], wanted[chosen], halves[chosen])
+        parts.append(part)
+    merged = bank()
+    for part in parts:
+        merged = merged + part  # type: ignore[operator]
+    torch.testing.assert_close(merged.solve().weight, whole.solve().weight, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(merged.solve().bias, whole.solve().bias, rtol=1e-6, atol=1e-5)
+    assert torch.equal(merged.choose(), whole.choose())
+
+
+@pytest.mark.parametrize("penalty", [1e-6, 1e-2, 1.0])
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_numbers_are_those_of_scikit_learn(penalty: float, offset: float) -> None:
+    from sklearn.linear_model import Ridge
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    x, _ = rows_of(1, 500, 6, [2], offset)
+    values = torch.stack([x[:, 0] - x[:, 1] + torch.randn(500), x[:, 2] * 30 + 7], 1)
+    bank = ValueBank(features=6, numbers=2)
+    bank.add(x[:100], values[:100], torch.zeros(100, dtype=torch.long))
+    bank.add(x[100:], values[100:], torch.ones(400, dtype=torch.long))
+    found = bank.solve(torch.full((2,), penalty).double()).predict(x).numpy()
+    other = make_pipeline(StandardScaler(), Ridge(alpha=penalty * 500)).fit(x.double().numpy(), values.double().numpy())
+    np.testing.assert_allclose(found, other.predict(x.double().numpy()), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("rows", "features", "mixed"), [(80, 60, False), (80, 60, True), (20_000, 6, True)])
+def test_the_penalty_is_the_best_across_halves(rows: int, features: int, mixed: bool) -> None:
+    x, labels = rows_of(5, rows, features, [2])
+    if not mixed:
+        x = torch.randn(rows, features, generator=torch.Generator().manual_seed(1)) + labels
+    halves = torch.arange(rows) % 2
+    bank = ClassBank(features=features, classes=[2])
+    bank.add(x, labels, halves)
+    chosen = float(bank.choose())
+    assert mixed or chosen >= 0.1  # features that are independent, and hardly more rows: the nearest mean is better
+
+    def accuracy(penalty: float) -> float:
+        """By counting rows of the other half."""
+        right = []
+        for half in (0, 1):
+            alone = ClassStatistics(features=features, classes=2)
+            alone.add(x[halves == half], labels[halves == half, 0])
+            probe = alone.solve(kind="lda", penalty=penalty, priors="equal")
+            right.append(probe.accuracy(x[halves != half], labels[halves != half, 0]))
+        return sum(right) / 2
+
+    assert accuracy(chosen) > max(accuracy(one) for one in PENALTIES) - (0.02 if rows < 100 else 0.002)
+
+
+def test_the_penalty_of_numbers_is_the_best_across_halves() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 50, generator=draw)
+    for noise, least in ((5.0, 0.1), (0.0, 0.0)):
+        values = x[:, :1] + noise * torch.randn(60, 1, generator=draw)
+        bank = ValueBank(features=50, numbers=1)
+        bank.add(x, values, torch.arange(60) % 2)
+        assert (float(bank.choose()) >= 0.1) == (least > 0)
+
+
+def test_a_class_that_comes_late_widens_its_concept() -> None:
+    x, labels = rows_of(2, 1200, 5, [2, 4])
+    codes = [torch.arange(1200) % 40]
+    held = codes[0] % 4 == 0
+    late, whole = (
+        ScoredClasses(features=5, classes=classes, groupings=1, penalty=1e-3, confidence=0.95, min_rows=5)
+        for classes in ([2, 2], [2, 4])
+    )
+    few = labels[:, 1] < 2
+    for chosen in (few, ~few):
+        part = Rows(x[chosen], labels[chosen], [codes[0][chosen]], ~held[chosen], held[chosen])
+        if chosen is not few:
+            late.widen(1, 4)
+        for one in (late, whole):
+            one.learn(part)
+            one.fit()
+            one.judge(part)
+    for concept in (0, 1):
+        assert late.found(concept)["accuracy"] == whole.found(concept)["accuracy"]
+    assert "auc" in late.found(0)
+    assert "auc" not in late.found(1)
+    assert late.found(0)["auc"] == whole.found(0)["auc"]
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.9])
+def test_an_error_of_long_ago_does_not_open_the_interval(factor: float) -> None:
+    """What a decay has left of it is less than a row: as sure as without it."""
+    labels = torch.arange(200) // 50 % 2
+    of_class = torch.nn.functional.one_hot(labels, 2).bool()
+    codes = [torch.arange(200) % 50]
+    with_error, without = (HitTally(columns=2, groupings=1) for _ in range(2))
+    for tally, first in ((with_error, ~of_class & of_class.roll(1)), (without, of_class)):
+        wrong = of_class.clone()
+        wrong[:20] = False
+        tally.add(codes, of_class, wrong if tally is with_error else first)
+        for _ in range(120):
+            tally.decay(factor)
+            tally.add(codes, of_class, of_class)
+    chosen = torch.ones(2, dtype=torch.bool)
+    one, other = with_error.accuracy(chosen, 0.95), without.accuracy(chosen, 0.95)
+    assert one.low > other.low - 0.02
+    assert other.low > 0.9
+    areas = [ScoreHistograms(labels=1, groupings=1) for _ in range(2)]
+    for place, histograms in enumerate(areas):
+        scores = labels.double()[:, None].clone()
+        scores[0] = 5.0 * (1 - place)
+        middle, spread = torch.tensor([0.5]).double(), torch.tensor([0.1]).double()
+        histograms.add(codes, scores, labels[:, None] == 1, middle, spread)
+        for _ in range(120):
+            histograms.decay(factor)
+            histograms.add(codes, labels.double()[:, None], labels[:, None] == 1, middle, spread)
+    assert areas[0].area(0, 0.95).low > areas[1].area(0, 0.95).low - 0.02
+
+
+@pytest.mark.parametrize("groups", [4, 12, 60])
+@pytest.mark.parametrize("kind", ["accuracy", "r2"])
+def test_differences_cover_at_their_rate(groups: int, kind: str) -> None:
+    """Groups differ in how hard they are, for both alike: the difference is surer than the two."""
+    draws = np.random.default_rng(0)
+    covered = []
+    for _ in range(300):
+        if kind == "accuracy":
+            hard = draws.normal(0, 0.5, (groups, 1))
+            shares = [1 / (1 + np.exp(-(level + hard))) for level in (1.5, 0.5)]
+            rows = np.full((groups, 2), 20)
+            right = [draws.binomial(rows, np.broadcast_to(share, rows.shape)) for share in shares]
+            found = statistics.accuracy_difference(right[0], rows, right[1], rows)
+            wide = draws.normal(0, 0.5, 20_000)
+            truth = np.mean(1 / (1 + np.exp(-(1.5 + wide)))) - np.mean(1 / (1 + np.exp(-(0.5 + wide))))
+        else:
+            values = draws.normal(0, 1, (groups, 30))
+            scale = np.exp(draws.normal(0, 0.2, (groups, 1)))
+            errors = [(level * scale * draws.normal(0, 1, values.shape)) ** 2 for level in (0.5, 0.8)]
+            sums = [
+                np.stack([np.full(groups, 30.0), values.sum(1), (values**2).sum(1), error.sum(1)], 1)
+                for error in errors
+            ]
+            found = statistics.r_squared_difference(*sums)
+            truth = (0.8**2 - 0.5**2) * math.exp(2 * 0.2**2)
+        covered.append(truth in found)
+    assert np.mean(covered) > 0.9
+
+
+@pytest.mark.parametrize("groups", [1, 0])
+def test_differences_of_one_group_have_no_interval(groups: int) -> None:
+    counts = np.full((groups, 2), 10.0)
+    found = statistics.accuracy_difference(counts * 0.8, counts, counts * 0.5, counts)
+    assert not found.known
+    assert found.words
+    sums = np.array([[10, 0.0, 10.0, 4.0]])[:groups].reshape(-1, 4)
+    assert not statistics.r_squared_difference(sums, sums).known
