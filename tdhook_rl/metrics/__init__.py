@@ -10,6 +10,7 @@ from tdhook_rl.metrics.perturbed import InfidelityMetric, SensitivityMetric
 from tdhook_rl.metrics.plasticity import action_churn, dormant_units, effective_rank, entropy_rank
 from tdhook_rl.metrics.randomisation import cascading_randomisation
 from tdhook_rl.metrics.scoring import ScoreDirection
+from tdhook_rl.metrics.untrained import untrained_copy
 
 __all__ = [
     "DeletionInsertion",
@@ -25,4 +26,5 @@ __all__ = [
     "entropy_rank",
     "pointing_game",
     "relevance_mass",
+    "untrained_copy",
 ]

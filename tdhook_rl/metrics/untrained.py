@@ -15,8 +15,6 @@ from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.weights.computed import ComputedWeight, computed_weights, draw_anew
 
-__all__ = ["has_parameters", "initialise_layer", "own_generators", "untrained_copy"]
-
 
 @checked
 def untrained_copy(module: nn.Module, *, seed: int = 0) -> Any:

@@ -23,8 +23,6 @@ from tdhook_rl.rollout.site_features import Layout, SiteFeatures
 from tdhook_rl.sites.controls import Controls
 from tdhook_rl.statistics.interval import check_confidence
 
-__all__ = ["ProbeSuite"]
-
 _DONE: tuple[NestedKey, ...] = (("next", "done"), ("next", "terminated"), ("next", "truncated"))
 
 

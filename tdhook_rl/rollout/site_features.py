@@ -16,8 +16,6 @@ from tdhook_rl.latent.probing.board import Source
 from tdhook_rl.metrics.untrained import untrained_copy
 from tdhook_rl.rollout.unit_axes import UnitAxes, given_axis
 
-__all__ = ["Layout", "SiteFeatures"]
-
 Layout = Literal["flat", "pooled", "each"]
 
 #: Vectors longer than this take more memory for their second moments than most machines have.

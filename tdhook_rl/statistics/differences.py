@@ -14,8 +14,6 @@ import numpy as np
 from tdhook_rl.errors import InputError
 from tdhook_rl.statistics.interval import FEW_GROUPS, Interval, check_confidence, limits, none
 
-__all__ = ["accuracy_difference", "r_squared_difference"]
-
 
 def accuracy_difference(
     right: Any, rows: Any, other_right: Any, other_rows: Any, *, confidence: float = 0.95

@@ -20,8 +20,6 @@ from tdhook_rl.latent.probing.linear_probe import LinearProbe
 from tdhook_rl.latent.probing.moments import raw_bias
 from tdhook_rl.latent.probing.penalties import PENALTIES, expected_accuracy
 
-__all__ = ["ClassBank", "Probes"]
-
 #: Below this share of all rows, a class that decays is forgotten.
 _FORGOTTEN = 1e-9
 #: So many penalties are solved for one by one.
@@ -135,7 +133,7 @@ class ClassBank:
         concepts, most = self.count.shape[1:]
         for half in (0, 1):
             chosen = (halves == half).nonzero().squeeze(-1)
-            for rows in chosen.split(_BLOCK):
+            for rows in chosen.split(_BLOCK) if len(chosen) else ():
                 block = features[rows].double() - self.shift
                 hot = torch.zeros(len(rows), concepts, most, dtype=torch.float64)
                 hot.scatter_(2, labels[rows][..., None], 1.0)

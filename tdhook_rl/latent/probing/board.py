@@ -19,8 +19,6 @@ from tdhook_rl.latent.probing.probe_table import ProbeCell, ProbeTable
 from tdhook_rl.latent.probing.scored import Rows, Scored, ScoredClasses, ScoredValues
 from tdhook_rl.statistics import Interval
 
-__all__ = ["Board", "Observed", "Source"]
-
 
 class Source(NamedTuple):
     """Whose features: ``"trained"``, ``"untrained"`` or ``"input"``; and the site, or which rows of an input."""

@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["PENALTIES", "expected_accuracy"]
-
 #: Added to the diagonal of the covariance of features that are scaled to variance 1.
 PENALTIES = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 

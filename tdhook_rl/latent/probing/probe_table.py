@@ -11,8 +11,6 @@ from typing import Any
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.statistics import Interval
 
-__all__ = ["ProbeCell", "ProbeTable"]
-
 #: The scores of a cell that are intervals, in the order of the table.
 SCORES = ("trained", "untrained", "input", "shuffled", "gain", "selectivity", "auc")
 

@@ -13,8 +13,6 @@ from torch import Tensor
 from tdhook_rl.arguments.checked import Checked
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 
-__all__ = ["Future", "Return", "Trajectory", "read_label"]
-
 Label = NestedKey | Callable[[TensorDictBase], Tensor]
 
 

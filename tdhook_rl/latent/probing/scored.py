@@ -14,14 +14,11 @@ from torch import Tensor
 
 from tdhook_rl import statistics
 from tdhook_rl.latent.probing.bank import ClassBank, Probes
-from tdhook_rl.latent.probing.held_out import HitTally, ScoreHistograms, widest
+from tdhook_rl.latent.probing.held_out import HitTally, ScoreHistograms, Tally, widest
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
-from tdhook_rl.latent.probing.tallies import Tally
 from tdhook_rl.latent.probing.value_bank import ValueBank, ValueProbes
 from tdhook_rl.statistics import Interval
 from tdhook_rl.statistics.interval import none
-
-__all__ = ["Rows", "Scored", "ScoredClasses", "ScoredValues"]
 
 B = TypeVar("B")
 S = TypeVar("S", bound="Scored")
@@ -212,7 +209,7 @@ class ScoredClasses(Scored[ClassBank]):
                     math.nan, "the two were grouped in other ways", confidence=self.confidence, groups=0, rows=0.0
                 )
             parts = [
-                (sums * torch.cat([columns, columns])).numpy().reshape(len(codes), 2, -1).swapaxes(0, 1)
+                (sums * torch.cat([columns, columns])).numpy().reshape(len(codes), 2, len(columns)).swapaxes(0, 1)
                 for sums, (columns, _) in ((first, own), (second, theirs))
             ]
             found.append(statistics.accuracy_difference(*parts[0], *parts[1], confidence=self.confidence))

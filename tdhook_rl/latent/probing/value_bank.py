@@ -13,8 +13,6 @@ from tdhook_rl.latent.probing.linear_probe import LinearProbe
 from tdhook_rl.latent.probing.moments import raw_bias, solve_symmetric
 from tdhook_rl.latent.probing.penalties import PENALTIES
 
-__all__ = ["ValueBank", "ValueProbes"]
-
 #: Rows that are held in float64 at once.
 _BLOCK = 16_384
 
@@ -104,7 +102,8 @@ class ValueBank:
         if features.is_floating_point():
             self.resolution = max(self.resolution, torch.finfo(features.dtype).eps)
         for half in (0, 1):
-            for rows in (halves == half).nonzero().squeeze(-1).split(_BLOCK):
+            chosen = (halves == half).nonzero().squeeze(-1)
+            for rows in chosen.split(_BLOCK) if len(chosen) else ():
                 block = features[rows].double() - self.shift
                 wanted = values[rows].double() - self.target_shift
                 self.rows[half] += len(rows)

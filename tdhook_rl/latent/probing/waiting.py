@@ -10,8 +10,6 @@ from torch import Tensor
 
 from tdhook_rl.latent.probing.quantities import Future, Return, Trajectory
 
-__all__ = ["Waiting"]
-
 
 class Waiting:
     """Keeps the rows of trajectories that go on, and hands each out when what is asked of it is known.
