@@ -13,6 +13,10 @@ from tdhook_rl.statistics import Interval
 
 #: What is left of a group that counts no more.
 _NOTHING = 1e-6
+#: Histograms of scores reach so many spreads from the middle between the classes, in bins of a sixteenth of a spread.
+_REACH, _BINS = 8.0, 257
+#: Numbers that the histograms of one grouping may take.
+_ENTRIES = 600_000
 
 
 class Tally:
