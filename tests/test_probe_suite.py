@@ -19,8 +19,8 @@ from tdhook_rl import ActivationCaching, Compose, LinearProbe, ProbeReadout
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError
 from tdhook_rl.examples.agent import FC2, make_actor
-from tdhook_rl.latent.probing.board import Source
 from tdhook_rl.metrics import untrained_copy
+from tdhook_rl.probes.board import Source
 from tdhook_rl.rollout import EPISODE, Future, GroupSplit, OnlineProbe, ProbeSuite, Return
 
 STATE = [("concept", "cell"), ("concept", "bits")]

@@ -12,7 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.calls.real_rows import real_rows
-from tdhook_rl.latent.probing.splits import EPISODE
+from tdhook_rl.probes.splits import EPISODE
 from tdhook_rl.report.media import DataTable
 
 __all__ = ["Episode", "episode_table", "episodes"]

@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from tdhook_rl.latent.probing.quantities import Future, Return
-from tdhook_rl.latent.probing.splits import EPISODE, GroupSplit
+from tdhook_rl.probes.quantities import Future, Return
+from tdhook_rl.probes.splits import EPISODE, GroupSplit
 from tdhook_rl.rollout.diagnostics import NetworkDiagnostics
 from tdhook_rl.rollout.guarded import Guarded
 from tdhook_rl.rollout.interrupts import Interruptible, ignore_interrupts, starting_workers

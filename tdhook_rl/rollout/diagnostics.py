@@ -21,7 +21,7 @@ from tdhook_rl.latent.activation_caching import ActivationCaching
 from tdhook_rl.latent.representation_similarity import CkaEstimator
 from tdhook_rl.metrics.plasticity import action_churn, dormant_units, effective_rank, entropy_rank
 from tdhook_rl.replaying.batching import GeneratorState
-from tdhook_rl.rollout.unit_axes import UnitAxes, given_axis
+from tdhook_rl.sites.unit_axes import UnitAxes, given_axis
 
 
 class NetworkDiagnostics:

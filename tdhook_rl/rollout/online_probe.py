@@ -18,7 +18,7 @@ from tdhook_rl.errors import InputError, warn
 from tdhook_rl.latent.probing.class_statistics import check_solve
 from tdhook_rl.latent.probing.concepts import Concept, ProbeOptions, concept_of
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
-from tdhook_rl.latent.probing.splits import GroupSplit
+from tdhook_rl.probes.splits import GroupSplit
 from tdhook_rl.sites.controls import Controls
 from tdhook_rl.statistics import Interval
 from tdhook_rl.statistics.interval import check_confidence

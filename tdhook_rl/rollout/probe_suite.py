@@ -13,13 +13,13 @@ from tdhook_rl.arguments.checked import checked
 from tdhook_rl.calls.preconditions import require_data
 from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
-from tdhook_rl.latent.probing.board import Board, Observed, Source
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
-from tdhook_rl.latent.probing.probe_table import ProbeTable
-from tdhook_rl.latent.probing.quantities import Future, Return, read_label
-from tdhook_rl.latent.probing.splits import EPISODE, GroupSplit
-from tdhook_rl.latent.probing.waiting import Waiting
-from tdhook_rl.rollout.site_features import Layout, SiteFeatures
+from tdhook_rl.probes.board import Board, Observed, Source
+from tdhook_rl.probes.probe_table import ProbeTable
+from tdhook_rl.probes.quantities import Future, Return, read_label
+from tdhook_rl.probes.site_features import Layout, SiteFeatures
+from tdhook_rl.probes.splits import EPISODE, GroupSplit
+from tdhook_rl.probes.waiting import Waiting
 from tdhook_rl.sites.controls import Controls
 from tdhook_rl.statistics.interval import check_confidence
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdhook_rl.latent.probing.quantities import Future, Return, Trajectory
+from tdhook_rl.probes.quantities import Future, Return, Trajectory
 
 
 class Waiting:

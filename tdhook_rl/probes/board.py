@@ -15,8 +15,8 @@ from torch import Tensor
 from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
-from tdhook_rl.latent.probing.probe_table import ProbeCell, ProbeTable
 from tdhook_rl.latent.probing.scored import Rows, Scored, ScoredClasses, ScoredValues
+from tdhook_rl.probes.probe_table import ProbeCell, ProbeTable
 from tdhook_rl.statistics import Interval
 
 

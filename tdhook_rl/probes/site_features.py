@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest, warn
 from tdhook_rl.hooking.hooked import HookedMixin
 from tdhook_rl.latent.activation_caching import ActivationCaching
-from tdhook_rl.latent.probing.board import Source
 from tdhook_rl.metrics.untrained import untrained_copy
-from tdhook_rl.rollout.unit_axes import UnitAxes, given_axis
+from tdhook_rl.probes.board import Source
+from tdhook_rl.sites.unit_axes import UnitAxes, given_axis
 
 Layout = Literal["flat", "pooled", "each"]
 
