@@ -45,6 +45,8 @@ class ConceptEnv(EnvBase):
     n_actions: ClassVar[int]
     #: Of an observation that is a vector.
     observation_features: ClassVar[int]
+    #: What each of these is called; ``None`` for pictures.
+    feature_names: ClassVar[tuple[str, ...] | None] = None
     #: What the labels are, by name; they lie under ``("concept", name)``.
     concepts: ClassVar[Mapping[str, Concept]]
     #: Where each state variable lies in the TensorDict; ``elapsed`` is one of them.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tdhook_rl.envs.concepts import Concept, state_variables
 from tdhook_rl.envs.grids import manhattan, moved, worth
-from tdhook_rl.envs.lights import BITS, LitGrid, light_concepts
+from tdhook_rl.envs.lights import BITS, LitGrid, light_concepts, names_of_planes
 from tdhook_rl.errors import InputError
 
 SIDE = 5
@@ -55,6 +55,7 @@ class CueCorners(LitGrid):
     gymnasium_id = "tdhook_rl/CueCorners-v0"
     side = SIDE
     observation_features = 3 * (SIDE + 1) * SIDE
+    feature_names = names_of_planes(SIDE, "agent", "goals")
     concepts: ClassVar[Mapping[str, Concept]] = {
         **light_concepts("paying_corner"),
         "paying_corner": Concept(

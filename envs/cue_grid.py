@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tdhook_rl.envs.concepts import EPISODE_COIN, Concept, state_variables
 from tdhook_rl.envs.grids import between, manhattan, moved, one_hot, worth
-from tdhook_rl.envs.lights import BITS, LitGrid, light_concepts
+from tdhook_rl.envs.lights import BITS, LitGrid, light_concepts, names_of_planes
 from tdhook_rl.errors import InputError
 
 SIDE = 4
@@ -54,6 +54,7 @@ class CueGrid(LitGrid):
     gymnasium_id = "tdhook_rl/CueGrid-v0"
     side = SIDE
     observation_features = 4 * PLANE
+    feature_names = names_of_planes(SIDE, "agent", "goal A", "goal B")
     concepts: ClassVar[Mapping[str, Concept]] = {
         **light_concepts("paying_goal", "paying_cell"),
         "paying_goal": Concept(

@@ -60,6 +60,10 @@ class KnownValue(ConceptEnv):
     gymnasium_id = "tdhook_rl/KnownValue-v0"
     n_actions = 2
     observation_features = FEATURES
+    feature_names = tuple(
+        {DRIFT: "drift", BONUS: "bonus", CHOICE: "choice", DISTRACTOR: "distractor"}.get(number, f"x{number}")
+        for number in range(FEATURES)
+    )
     concepts: ClassVar[Mapping[str, Concept]] = {
         "value": Concept("needed", "the value of the optimal policy"),
         "better_action": Concept("needed", "x9 > 0: action 1 is better", classes=2, moves=("features",)),

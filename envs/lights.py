@@ -36,6 +36,14 @@ def light_concepts(*paying: str) -> dict[str, Concept]:
     }
 
 
+def names_of_planes(side: int, *planes: str) -> tuple[str, ...]:
+    """Names of the features of such a grid: ``"agent r1c0"`` is below the row of lights, at the left."""
+    cells = [f"r{row}c{column}" for row in range(side + 1) for column in range(side)]
+    names = [f"{plane} {cell}" for plane in (*planes, "lights") for cell in cells]
+    start = len(names) - len(cells)
+    return (*names[:start], *(f"light {number}" for number in range(BITS)), *names[start + BITS :])
+
+
 class LitGrid(ConceptEnv):
     """Base of these grids. The lights are the first row of the last plane of the observation; goal A pays on XOR."""
 

@@ -47,6 +47,9 @@ class TMaze(ConceptEnv):
     gymnasium_id = "tdhook_rl/TMaze-v0"
     n_actions = 2
     observation_features = 7
+    feature_names = (
+        "cue is A", "cue is B", "second cue is A", "second cue is B", "light is off", "light is on", "at the junction"
+    )  # fmt: skip
     concepts: ClassVar[Mapping[str, Concept]] = {
         "cue": Concept("needed", "the arm that pays, 0 for A", classes=2, moves=("cue",)),
         "unneeded_cue": Concept("unneeded", "the second cue, which never pays", classes=2, moves=("unneeded_cue",)),

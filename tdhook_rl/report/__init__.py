@@ -3,8 +3,9 @@
 Knows results as numbers; no policy, and not where they come from. Nothing below draws or logs by itself.
 """
 
+from tdhook_rl.report.budgets import Budgets
 from tdhook_rl.report.media import Animation, Artifact, DataTable, Histogram, Image
-from tdhook_rl.report.monitor import Budgets, Monitor
+from tdhook_rl.report.monitor import Monitor
 from tdhook_rl.report.page import Figure, Page, Table, write_report
 from tdhook_rl.report.sinks import (
     FileSink,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
 
 from tdhook_rl.batches.annotation import OnMismatch
 from tdhook_rl.calls.bound import observers
@@ -14,6 +15,7 @@ from tdhook_rl.errors import TdhookError, warn
 from tdhook_rl.report.episodes import Episode, episode_table, episodes
 from tdhook_rl.report.probes import WatchedProbe
 from tdhook_rl.report.readings import Features, Readings
+from tdhook_rl.report.shown import Shown
 from tdhook_rl.rollout.diagnostics import NetworkDiagnostics
 
 __all__ = ["Look", "Tries", "Turns"]
@@ -64,6 +66,7 @@ class Look:
         turns: how often what is no number comes.
         images: of each attribution, each time.
         frames_key: frames to show attributions over.
+        render: draws the states of rows.
         probes: by name.
         diagnostics: of the network.
         tries: what calls the parts that may fail.
@@ -77,6 +80,7 @@ class Look:
     turns: Turns
     images: int
     frames_key: NestedKey | None = None
+    render: Callable[[TensorDictBase], Tensor] | None = None
     probes: Mapping[str, WatchedProbe] = field(default_factory=dict)
     diagnostics: NetworkDiagnostics | None = None
     tries: Tries = field(default_factory=Tries)
@@ -106,14 +110,15 @@ class Look:
 
     def _media(self, readings: Readings, known: list[Episode], step: int) -> dict[str, Any]:
         found: dict[str, Any] = {}
+        shown = Shown(readings, step, self.frames_key, self.render)
         if self._is_turn(self.turns.media):
             found |= self.tries("histograms", readings.histograms) or {}
-            found |= self.tries("images", lambda: readings.images(self.images, step, self.frames_key)) or {}
+            found |= self.tries("images", lambda: shown.images(self.images)) or {}
         if self._is_turn(self.turns.table):
             table = self.tries("episodes", lambda: episode_table(known, readings.by_row(), step))
             found |= {} if table is None else {"episodes": table}
         if self._is_turn(self.turns.animation):
-            found |= self.tries("an episode", lambda: readings.animation(known, step, self.frames_key)) or {}
+            found |= self.tries("an episode", lambda: shown.animation(known)) or {}
         return found
 
     def _is_turn(self, every: int) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -12,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from tensordict import NestedKey, TensorDictBase
 from torchrl.trainers import TrainerHookBase
 
-from tdhook_rl.arguments.checked import Checked, checked
+from tdhook_rl.arguments.checked import checked
 from tdhook_rl.batches.annotation import OnMismatch
 from tdhook_rl.calls.preconditions import require_data, require_hooked
 from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.errors import ArtifactError, InputError, PreparationError
+from tdhook_rl.report.budgets import Budgets, require_options
 from tdhook_rl.report.facts import facts_of
+from tdhook_rl.report.known_env import known_of
 from tdhook_rl.report.look import Look, Tries, Turns
 from tdhook_rl.report.media import Artifact
 from tdhook_rl.report.probes import WatchedProbe
@@ -33,29 +34,7 @@ from tdhook_rl.rollout.trainer_policy import policy_of_trainer
 if TYPE_CHECKING:
     from torchrl.trainers import Trainer
 
-__all__ = ["Budgets", "Monitor"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budgets(metaclass=Checked):
-    """How much is logged. What goes beyond is said once; numbers are in the local files nevertheless.
-
-    Args:
-        keys: names that loggers other than the local files are given.
-        features: inputs with more features than this, and without names, are not listed one by one.
-        images: of each attribution, each time.
-        bytes: of pictures, tables and artifacts in the folder.
-    """
-
-    keys: int = 500
-    features: int = 64
-    images: int = 4
-    bytes: float = 1e9
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 0:
-                raise InputError(f"a budget is not negative, got {name}={value}")
+__all__ = ["Monitor"]
 
 
 class Monitor(TrainerHookBase):
@@ -80,7 +59,9 @@ class Monitor(TrainerHookBase):
         media_every: every how many of these come with pictures and histograms; 0 for never, as in the next two.
         table_every: every how many of these come with the worst and best episodes.
         animation_every: every how many of these come with an episode as an animation.
-        feature_names: names of the features of an input, or of each by key.
+        env: an environment or a collector, which may know names of features and draw states; a trainer's at
+            :meth:`register`.
+        feature_names: names of the features of an input, or of each by key; what the environment says unless given.
         groups: groups of features by name, each a list of indices or a mask; or such groups for each input by key.
         frames_key: frames to show attributions over, such as ``"pixels"``; the input itself where it is a picture.
         probes: probes by name; they learn from the batches that are due.
@@ -125,6 +106,7 @@ class Monitor(TrainerHookBase):
         media_every: int = 5,
         table_every: int = 20,
         animation_every: int = 100,
+        env: Any = None,
         feature_names: Any = None,
         groups: Mapping[Any, Any] | None = None,
         frames_key: NestedKey | None = None,
@@ -145,14 +127,10 @@ class Monitor(TrainerHookBase):
         for one, name in ((policy, "Monitor"), (untrained, "Monitor(untrained=...)")):
             if one is not None:
                 require_hooked(one, name)
-        for name, value, least in (
-            ("every", every, 1), ("media_every", media_every, 0), ("table_every", table_every, 0),
-            ("animation_every", animation_every, 0), ("rows", rows, 1),
-        ):  # fmt: skip
-            if isinstance(value, bool) or value < least:
-                raise InputError(f"{name}= is a whole number from {least} on, got {value!r}")
-        if not prefix or "/" in prefix:
-            raise InputError(f"prefix= is one word without a slash, as names have two levels; got {prefix!r}")
+        require_options(
+            prefix, every=(every, 1), rows=(rows, 1), media_every=(media_every, 0), table_every=(table_every, 0),
+            animation_every=(animation_every, 0),
+        )  # fmt: skip
         self.policy, self.buffer = None, buffer
         self.every = every
         self.budgets = budgets or Budgets()
@@ -176,6 +154,7 @@ class Monitor(TrainerHookBase):
         self._facts: dict[str, Any] = {"seed": seed, "experiment": experiment, "config": config or {}}
         self._options: dict[str, Any] = {"prefix": prefix, "resume": resume}
         self._opened: Sinks | None = None
+        self._learn_of(env)
         if logger is not None or folder is not None:
             self._open(logger, folder)
         if policy is not None:
@@ -297,6 +276,8 @@ class Monitor(TrainerHookBase):
             self._watch(policy_of_trainer(trainer, "Monitor"))
         if self._opened is None:
             self._open(getattr(trainer, "logger", None))
+        if not self._look.features.known:
+            self._learn_of(getattr(trainer, "collector", None))
         self.buffer = getattr(trainer, "replay_buffer", None) if self.buffer is None else self.buffer
         trainer.register_op("pre_steps_log", self._of_trainer)
         trainer.register_op("shutdown", self._end)
@@ -325,6 +306,10 @@ class Monitor(TrainerHookBase):
             self._opened.describe(facts_of(policy, **self._facts))
         first = next(iter(policy.policy_in_keys), None)
         self._look.probes = {name: WatchedProbe(one, first, self._untrained) for name, one in self._probes.items()}
+
+    def _learn_of(self, env: Any) -> None:
+        known = known_of(env)
+        self._look.features.known, self._look.render = known.names, known.render
 
     def _open(self, logger: Any, folder: str | Path | None = None) -> Sinks:
         budgets = self.budgets

@@ -17,7 +17,7 @@ import numpy as np
 from tdhook_rl.errors import InputError
 from tdhook_rl.report.frames import as_array, as_frames, channel_axis, fitted
 
-__all__ = ["bars", "is_picture", "overlays", "robust_scale"]
+__all__ = ["bars", "beside", "is_picture", "overlays", "robust_scale"]
 
 UP, DOWN = np.array([213, 94, 0], np.float32), np.array([0, 114, 178], np.float32)  # of Okabe and Ito (2008)
 INK, FAINT, GROUND = (29, 35, 43), (150, 157, 166), (255, 255, 255)
@@ -92,6 +92,7 @@ def bars(
     *,
     scale: float | None = None,
     most: int = 10,
+    order: Sequence[int] | None = None,
     width: int = 420,
 ) -> np.ndarray:
     """One bar for each of the features with the largest values, in absolute terms.
@@ -102,6 +103,7 @@ def bars(
         caption: a line above.
         scale: the value of a full bar; the largest unless given. A bar beyond it ends in an arrow.
         most: how many are shown; the share of the others is written below.
+        order: which, in this order; those with the largest values unless given.
         width: of the picture.
 
     Returns:
@@ -115,19 +117,19 @@ def bars(
     labels = [str(number) for number in range(len(numbers))] if names is None else [str(one) for one in names]
     if len(labels) != len(numbers):
         raise InputError(f"there are {len(numbers)} values and {len(labels)} names")
-    order = np.argsort(-np.abs(numbers), kind="stable")[:most]
+    listed = np.argsort(-np.abs(numbers), kind="stable")[:most] if order is None else np.asarray(order)
     scale = scale or float(np.abs(numbers).max(initial=0)) or 1.0
     total = float(np.abs(numbers).sum())
-    rest = len(numbers) - len(order)
+    rest = len(numbers) - len(listed)
     top = LINE if caption else 0
-    image, draw = _canvas(width, top + LINE * (len(order) + (1 if rest else 0)) + LINE)
+    image, draw = _canvas(width, top + LINE * (len(listed) + (1 if rest else 0)) + LINE)
     if caption:
         draw.text((4, 2), caption, INK, _font())
-    left = min(190, max([40, *(int(draw.textlength(labels[one], _font())) + 18 for one in order)]))
+    left = min(190, max([40, *(int(draw.textlength(labels[one], _font())) + 18 for one in listed)]))
     signed, right = bool((numbers < 0).any()), width - 70
     zero = (left + right) // 2 if signed else left
     reach = right - zero
-    for row, one in enumerate(order):
+    for row, one in enumerate(listed):
         y, value = top + row * LINE, numbers[one]
         _right_text(draw, left - 12, y + 2, _short(labels[one], left - 16, draw), INK)
         end = zero + round(reach * max(-1.0, min(1.0, value / scale)))
@@ -137,14 +139,29 @@ def bars(
             tip = end + (7 if value > 0 else -7)
             draw.polygon([(end, y + 2), (end, y + LINE - 3), (tip, y + LINE // 2)], colour)
         _right_text(draw, width - 4, y + 2, f"{value:.3g}", INK)
-    y = top + LINE * len(order)
+    y = top + LINE * len(listed)
     draw.line((zero, top, zero, y), FAINT)
     if rest:
-        others = total - float(np.abs(numbers[order]).sum())
+        others = total - float(np.abs(numbers[listed]).sum())
         draw.text((4, y + 1), f"{rest} more: {others / total if total else 0:.0%} of the total", FAINT, _font(11))
         y += LINE
     _right_text(draw, right, y + 1, f"full bar: {scale:.3g}", FAINT, 11)
     return np.asarray(image)
+
+
+def beside(frame: Any, picture: np.ndarray) -> np.ndarray:
+    """A frame to the left of a picture, on white.
+
+    Example:
+        >>> beside(np.zeros((40, 30, 3), np.uint8), bars([1.0])).shape
+        (168, 562, 3)
+    """
+    left = fitted(as_frames(as_array(frame)[None]), least=120, most=420)[0]
+    height = max(len(left), len(picture)) + 8
+    page = np.full((height, left.shape[1] + 16 + picture.shape[1] + 6, 3), 255, np.uint8)
+    page[4 : 4 + len(left), 4 : 4 + left.shape[1]] = left
+    page[4 : 4 + len(picture), left.shape[1] + 16 : left.shape[1] + 16 + picture.shape[1]] = picture
+    return page
 
 
 def _heat(attribution: np.ndarray) -> np.ndarray:

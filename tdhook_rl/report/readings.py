@@ -1,4 +1,4 @@
-"""What the results in a batch say, as numbers, histograms and pictures under names."""
+"""What the results in a batch say, as numbers and histograms under names."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ from torch import Tensor
 from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.attribution.base import BoundAttribution
 from tdhook_rl.calls.bound import observers
-from tdhook_rl.errors import InputError, MissingKeyError, nearest
-from tdhook_rl.report.episodes import Episode
-from tdhook_rl.report.media import Animation, Histogram, Image
-from tdhook_rl.report.pictures import bars, is_picture, overlays, robust_scale
+from tdhook_rl.errors import InputError
+from tdhook_rl.report.media import Histogram
 from tdhook_rl.rollout.summary import ResultRows, result_rows, summary_of
 
 __all__ = ["Features", "Readings", "input_of"]
@@ -36,11 +34,13 @@ class Features:
         groups: names of groups; each a list of indices into the flattened features, or a boolean mask. Of one input,
             or of each by key.
         most: inputs with more features than this, and without names, are not listed one by one.
+        known: names as the environment has them, by key; they give way where a transform has changed the number.
     """
 
     names: Any = None
     groups: Any = None
     most: int = 64
+    known: Mapping[NestedKey, Sequence[str]] = field(default_factory=dict)
     _masks: dict[tuple[Any, torch.Size], dict[str, Tensor]] = field(default_factory=dict)
 
     def of(self, key: NestedKey, shape: torch.Size) -> list[str] | None:
@@ -50,6 +50,8 @@ class Features:
             InputError: for another number of names than features.
         """
         names = _for_key(self.names, key)
+        if names is None and len(self.known.get(key, ())) == shape.numel():
+            return [*self.known[key]]
         if names is None:
             return [str(number) for number in range(shape.numel())] if 1 < shape.numel() <= self.most else None
         names = [str(name) for name in names]
@@ -154,7 +156,7 @@ class Readings:
             if names is not None:
                 means = values.abs().flatten(1).mean(0).tolist()
                 found |= {f"{name}.{one}": mean for one, mean in zip(names, means, strict=True)}
-            shares = {one: float(share.nanmean()) for one, share in self._masses(source, values).items()}
+            shares = {one: float(share.nanmean()) for one, share in self.masses(source, values).items()}
             found |= {f"mass.{'.'.join(key[1:])}.{group}": share for group, share in shares.items()}
         for key in self.activations:
             values, name = self.rows(key).values, ".".join(key)
@@ -192,63 +194,13 @@ class Readings:
             found[".".join(key)] = self._spread(flat.abs().mean(1) if explains else flat[:, -1], rows)
             source = input_of(self.policy, key) if explains else None
             if source is not None and rows.values.ndim > 1:
-                for group, mass in self._masses(source, rows.values).items():
+                for group, mass in self.masses(source, rows.values).items():
                     found[f"mass.{'.'.join(key[1:])}.{group}"] = self._spread(mass, rows)
-        return found
-
-    def images(self, count: int, step: int, frames_key: NestedKey | None = None) -> dict[str, Image]:
-        """For each attribution of an input the first rows of as many parts of the batch: over frames, or as bars.
-
-        Raises:
-            MissingKeyError: if the batch has no such frames.
-        """
-        found: dict[str, Image] = {}
-        for key in self.attributions:
-            rows, source = self.rows(key), input_of(self.policy, key)
-            if source is None or not count or not len(rows.values) or rows.values.ndim < 2:
-                continue
-            chosen = torch.linspace(0, len(rows.values) - 1, min(count, len(rows.values))).round().long()
-            places, values = rows.places[chosen], rows.values[chosen]
-            captions = [self._caption(int(place), step) for place in places]
-            frames = self._frames(source, values.shape[1:], frames_key)
-            name = ".".join(key[1:])
-            scale = robust_scale(rows.values[:: math.ceil(len(rows.values) / 64)].float().numpy())
-            if frames is not None:
-                pictures = overlays(frames[places], values, captions, scale=scale)
-                found |= {
-                    f"overlay.{name}.{number}": Image(one, captions[number]) for number, one in enumerate(pictures)
-                }
-                continue
-            for number, (place, value) in enumerate(zip(places.tolist(), values, strict=True)):
-                picture = bars(value, self._labels(source, place, value.shape), captions[number], scale=scale)
-                found[f"bars.{name}.{number}"] = Image(picture, captions[number])
-        return found
-
-    def animation(
-        self, known: Sequence[Episode], step: int, frames_key: NestedKey | None = None, most: int = 64
-    ) -> dict[str, Animation]:
-        """The longest episode in the batch, with the attribution over its frames; none where there are no frames."""
-        found = {}
-        for key in self.attributions:
-            rows, source = self.rows(key), input_of(self.policy, key)
-            if source is None or rows.values.ndim < 2 or not len(rows.values):
-                continue
-            frames = self._frames(source, rows.values.shape[1:], frames_key)
-            if frames is None:
-                continue
-            at = torch.full((self.data.numel(),), -1)
-            at[rows.places] = torch.arange(len(rows.places))
-            explained = [places[at[places] >= 0] for places in (torch.from_numpy(one.places) for one in known)]
-            places = max(explained, key=len, default=torch.empty(0, dtype=torch.long))[:most]
-            if len(places) > 1:
-                captions = [self._caption(int(place), step, number) for number, place in enumerate(places)]
-                pictures = overlays(frames[places], rows.values[at[places]], captions)
-                found[f"episode.{'.'.join(key[1:])}"] = Animation(pictures, fps=6)
         return found
 
     # ------------------------------------------------------------------ inner
 
-    def _masses(self, source: NestedKey, values: Tensor) -> dict[str, Tensor]:
+    def masses(self, source: NestedKey, values: Tensor) -> dict[str, Tensor]:
         """As :func:`tdhook_rl.metrics.relevance_mass`, of all groups at once: it is asked for with every batch."""
         groups = self.features.groups_of(source, values.shape[1:])
         if not groups:
@@ -271,40 +223,3 @@ class Readings:
             if value.numel() == 1 and not name.startswith("probe.") and f"control.{name}" not in known:
                 found[f"control.{name}"] = float(value)
         return found
-
-    def _frames(self, source: NestedKey, shape: torch.Size, key: NestedKey | None) -> Tensor | None:
-        """The frames that an attribution is shown over, a row of the batch each."""
-        batch = self.data.ndim
-        if key is not None:
-            frames = self.data.get(key, None)
-            if frames is None:
-                raise MissingKeyError(
-                    f"frames_key= names {key!r}, which the batch lacks; "
-                    f"{nearest(str(key), map(str, self.data.keys(True, True)))}"
-                )
-            return frames.reshape(-1, *frames.shape[batch:]) if is_picture(shape) else None
-        observed = self.data.get(source)
-        if not is_picture(observed.shape[batch:]) or len(shape) not in (2, 3):
-            return None
-        return observed.reshape(-1, *observed.shape[batch:])
-
-    def _labels(self, source: NestedKey, place: int, shape: torch.Size) -> list[str]:
-        """Each feature with what it was in a row."""
-        names = self.features.of(source, shape) or [str(number) for number in range(shape.numel())]
-        observed = self.data.get(source).detach()
-        seen = observed.reshape(-1, *observed.shape[self.data.ndim :])[place].reshape(-1)
-        if len(seen) != len(names):
-            return names
-        return [f"{name} = {value:.3g}" for name, value in zip(names, seen.tolist(), strict=True)]
-
-    def _caption(self, place: int, step: int, number: int | None = None) -> str:
-        words = [f"frame {step}" if number is None else f"step {number}"]
-        for key, word in (("action", "action"), ("state_value", "value"), (("next", "reward"), "reward")):
-            value = self.data.get(key, None)
-            if isinstance(value, Tensor) and value.numel() and value.numel() % self.data.numel() == 0:
-                row = value.detach().reshape(self.data.numel(), -1)[place]
-                if len(row) == 1:
-                    words.append(f"{word} {float(row):.3g}")
-                elif key == "action" and not row.is_floating_point() and int(row.sum()) == 1:
-                    words.append(f"{word} {int(row.long().argmax())}")
-        return " · ".join(words)

@@ -1,0 +1,156 @@
+"""What ``Monitor`` shows of frames, features and episodes."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as Pillow
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.collectors import Collector
+from torchrl.envs import GymEnv, InitTracker, ParallelEnv, SerialEnv, StepCounter, TransformedEnv
+from torchrl.modules import ProbabilisticActor
+
+from tdhook_rl import Saliency, targets
+from tdhook_rl.attribution import PerturbationSaliency
+from tdhook_rl.envs import Cheese, CueCorners, CueGrid, KeyDoor, KnownValue, TMaze
+from tdhook_rl.examples.agent import make_actor
+from tdhook_rl.report import Budgets, Monitor
+from tdhook_rl.report.episodes import episodes
+from tdhook_rl.report.known_env import known_of
+from tdhook_rl.report.pictures import bars, overlays
+from tests.monitoring import METHOD
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 5, stride=4)
+        self.out = nn.Linear(4 * 8 * 8, KeyDoor.n_actions)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        batch = pixels.shape[:-3]
+        hidden = self.conv(pixels.reshape(-1, *pixels.shape[-3:]).float() / 255).relu()
+        return self.out(hidden.flatten(1)).reshape(*batch, -1)
+
+
+def pixel_actor() -> ProbabilisticActor:
+    torch.manual_seed(0)
+    net = TensorDictModule(Net(), in_keys=["observation"], out_keys=["logits"])
+    return ProbabilisticActor(net, in_keys=["logits"], distribution_class=torch.distributions.Categorical)
+
+
+@pytest.mark.parametrize("method", [Saliency(), PerturbationSaliency()], ids=lambda one: type(one).__name__)
+def test_pixels_are_shown_under_their_attribution(method: Any, tmp_path: Path) -> None:
+    with method.prepare(pixel_actor()) as policy, Monitor(policy, tmp_path, budgets=Budgets(images=2)) as monitor:
+        monitor.step(KeyDoor(batch_size=[2], max_steps=6).rollout(9, policy, break_when_any_done=False))
+    media = tmp_path / "media"
+    assert {path.name for path in media.iterdir()} == {
+        "overlay.observation.0", "overlay.observation.1", "episode.observation", "episodes"
+    }  # fmt: skip
+    with Pillow.open(media / "episode.observation" / "000000018.gif") as episode:
+        assert episode.n_frames == 6  # an episode, not the nine steps around it
+    with Pillow.open(media / "overlay.observation.0" / "000000018.png") as picture:
+        assert (picture.width, picture.height) == (180 + 8 + 180, 18 + 180 + 22)
+
+
+def test_an_outlier_does_not_darken_the_rest() -> None:
+    attribution = torch.zeros(2, 20, 20)
+    attribution[:, 5:15, 5:15] = 0.003
+    attribution[0, 0, 0] = -100.0
+    left, right = overlays(np.zeros((2, 20, 20)), attribution)[:, :160].astype(int)
+    assert right[80, 168 + 80].tolist() == pytest.approx([213 * 0.9 + 6, 94 * 0.9 + 6, 6], abs=2)  # full colour
+    assert left[80, 168 + 80].tolist() == right[80, 168 + 80].tolist()  # on one scale
+    assert left[4, 168 + 4, 2] > left[4, 168 + 4, 0]  # and what is negative is blue
+    assert right[4, 168 + 4].tolist() == [60, 60, 60]
+
+
+def test_bars_are_as_long_as_their_values() -> None:
+    picture = bars([1.0, -0.5, 0.25, float("nan")], ["a", "b", "c", "d"]).astype(int)
+    red = (picture == [213, 94, 0]).all(-1).sum(1)
+    blue = (picture == [0, 114, 178]).all(-1).sum(1)
+    assert red[9] == pytest.approx(2 * blue[27], abs=3)
+    assert red[9] == pytest.approx(4 * red[45], abs=5)
+
+
+def test_episodes_are_found_by_number_by_end_and_without_padding() -> None:
+    done = torch.tensor([[0, 1, 0, 0], [0, 0, 0, 1]], dtype=torch.bool)[..., None]
+    reward = torch.tensor([[1.0, 2.0, 4.0, 8.0], [16.0, 32.0, 64.0, 128.0]])[..., None]
+    data = TensorDict({"next": {"reward": reward, "done": done}}, batch_size=[2, 4])
+    assert [(one.places.tolist(), one.ended, one.total) for one in episodes(data)] == [
+        ([0, 1], True, 3.0), ([2, 3], False, 12.0), ([4, 5, 6, 7], True, 240.0)
+    ]  # fmt: skip
+    data["collector", "traj_ids"] = torch.tensor([[5, 5, 9, 9], [7, 7, 7, 7]])
+    data["collector", "mask"] = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]], dtype=torch.bool)
+    assert [(one.number, one.places.tolist()) for one in episodes(data)] == [
+        (5, [0, 1]), (7, [4, 5, 6, 7]), (9, [2])
+    ]  # fmt: skip
+    data["next", "episode_reward"] = torch.full((2, 4, 1), 0.5)
+    assert {one.total for one in episodes(data)} == {0.5}
+
+
+@pytest.mark.parametrize("make", [CueCorners, CueGrid, TMaze, KnownValue, Cheese, KeyDoor])
+def test_an_environment_says_what_its_features_are_called(make: Any) -> None:
+    names, shape = make.feature_names, make().observation_spec["observation"].shape
+    assert (names is None) == (len(shape) > 1)
+    if names is not None:
+        assert len(set(names)) == len(names) == shape.numel()
+    if hasattr(make, "light_features"):
+        assert [names[place] for place in make.light_features()] == [f"light {number}" for number in range(4)]
+
+
+def wrapped(env: Any) -> Any:
+    return TransformedEnv(TransformedEnv(env, StepCounter()), InitTracker())
+
+
+class Named:
+    """A user's environment, as far as its features are concerned."""
+
+    feature_names = {("agents", "observation"): ["near", "far"]}  # noqa: RUF012
+
+
+def test_names_are_found_under_what_wraps_an_environment() -> None:
+    collector = Collector(CueCorners(), make_actor(), frames_per_batch=4, total_frames=4)
+    several = SimpleNamespace(create_env_fn=[partial(CueCorners, batch_size=[2])] * 2)
+    made = [CueCorners(), wrapped(CueCorners()), GymEnv("tdhook_rl/CueCorners-v0"), CueCorners]
+    for env in (*made, collector, several, SerialEnv(2, CueCorners), ParallelEnv(2, [partial(CueCorners)] * 2)):
+        assert known_of(env).names["observation"][60] == "light 0"
+    collector.shutdown()
+    assert known_of(Named()).names == Named.feature_names
+    for env in (None, GymEnv("CartPole-v1"), KeyDoor()):
+        assert not known_of(env).names
+    assert known_of(wrapped(CueCorners())).render is not None
+    assert known_of(GymEnv("CartPole-v1")).render is None
+
+
+@pytest.mark.parametrize("given", [None, [f"mine {number}" for number in range(90)]], ids=["known", "given"])
+def test_features_have_the_environments_names_unless_given(given: Any, tmp_path: Path) -> None:
+    env = wrapped(CueCorners(batch_size=[4]))
+    with METHOD.prepare(make_actor()) as policy, Monitor(policy, tmp_path, env=env, feature_names=given) as monitor:
+        data = env.rollout(12, policy, break_when_any_done=False)
+        found, seen = monitor.step(data), policy.annotate(data)["attr", "observation"]
+        assert found is not None
+    name = "light 1" if given is None else "mine 61"
+    assert found[f"attr.observation.{name}"] == pytest.approx(float(seen[..., 61].abs().mean()), rel=1e-5)
+    # States are drawn beside the bars, and an episode is an animation of them.
+    with Pillow.open(tmp_path / "media" / "bars.observation.0" / "000000048.png") as picture:
+        drawn = np.asarray(picture)[4 : 4 + 216, 4 : 4 + 180]
+    assert np.array_equal(drawn, CueCorners().render(data.reshape(-1)[:1])[0])
+    with Pillow.open(tmp_path / "media" / "episode.observation" / "000000048.gif") as episode:
+        assert episode.n_frames > 1
+
+
+def test_names_give_way_where_a_transform_has_changed_the_features(tmp_path: Path) -> None:
+    data = TensorDict({"observation": torch.randn(4, 12)}, batch_size=4)
+    net = TensorDictModule(nn.Linear(12, 2), in_keys=["observation"], out_keys=["logits"])
+    with Saliency(target=targets.logit(0)).prepare(net) as policy, Monitor(policy, tmp_path, env=TMaze) as monitor:
+        found = monitor.step(data)
+    assert found is not None
+    assert "attr.observation.11" in found
