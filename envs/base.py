@@ -55,6 +55,14 @@ class ConceptEnv(EnvBase):
     defaults: ClassVar[Mapping[str, int]] = {"elapsed": 0}
     #: The discount of :meth:`value` unless another is given.
     gamma: float = 0.95
+    #: What the actions are called, and the features of an observation that is a vector without places.
+    action_names: ClassVar[tuple[str, ...]] = ()
+    feature_names: ClassVar[tuple[str, ...]] = ()
+    #: Where the observation is planes over the squares that :meth:`render` draws: their names, rows and columns.
+    planes: ClassVar[tuple[str, ...]] = ()
+    grid: ClassVar[tuple[int, int] | None] = None
+    #: Whether :meth:`render` shows how many steps have passed.
+    drawn_with_time: ClassVar[bool] = False
     #: For what :meth:`relevance` is defined.
     relevance_of: ClassVar[tuple[str, ...]] = ("value", "policy")
 

@@ -20,7 +20,7 @@ from torchrl.data import Bounded, TensorSpec, Unbounded
 
 from tdhook_rl.envs.base import ConceptEnv
 from tdhook_rl.envs.concepts import EPISODE_COIN, Concept, state_variables
-from tdhook_rl.envs.grids import distances, moved, one_hot, random_mazes, worth
+from tdhook_rl.envs.grids import WAYS, distances, moved, one_hot, random_mazes, worth
 from tdhook_rl.envs.rendering import Canvas
 from tdhook_rl.errors import InputError, nearest
 
@@ -61,6 +61,9 @@ class Cheese(ConceptEnv):
 
     gymnasium_id = "tdhook_rl/Cheese-v0"
     n_actions = 4
+    action_names = WAYS
+    planes = ("agent", "cheese", "walls")
+    grid = (SIDE, SIDE)
     concepts: ClassVar[Mapping[str, Concept]] = {
         "cell": Concept("needed", "where the agent is", classes=CELLS),
         "cheese_cell": Concept(

@@ -54,6 +54,8 @@ class CueCorners(LitGrid):
 
     gymnasium_id = "tdhook_rl/CueCorners-v0"
     side = SIDE
+    planes = ("agent", "goals", "lights")
+    grid = (SIDE + 1, SIDE)
     observation_features = 3 * (SIDE + 1) * SIDE
     feature_names = names_of_planes(SIDE, "agent", "goals")
     concepts: ClassVar[Mapping[str, Concept]] = {

@@ -53,6 +53,8 @@ class CueGrid(LitGrid):
 
     gymnasium_id = "tdhook_rl/CueGrid-v0"
     side = SIDE
+    planes = ("agent", "goal A", "goal B", "lights")
+    grid = (SIDE + 1, SIDE)
     observation_features = 4 * PLANE
     feature_names = names_of_planes(SIDE, "agent", "goal A", "goal B")
     concepts: ClassVar[Mapping[str, Concept]] = {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 MOVES = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1]])
+WAYS = ("up", "down", "left", "right")
 
 
 def moved(cell: Tensor, action: Tensor, side: int) -> Tensor:

@@ -18,7 +18,7 @@ from torchrl.data import Bounded, TensorSpec
 
 from tdhook_rl.envs.base import ConceptEnv
 from tdhook_rl.envs.concepts import EPISODE_COIN, Concept, state_variables
-from tdhook_rl.envs.grids import manhattan, moved, worth
+from tdhook_rl.envs.grids import WAYS, manhattan, moved, worth
 from tdhook_rl.envs.rendering import COLOURS, Canvas
 from tdhook_rl.errors import InputError
 
@@ -58,6 +58,7 @@ class KeyDoor(ConceptEnv):
 
     gymnasium_id = "tdhook_rl/KeyDoor-v0"
     n_actions = 4
+    action_names = WAYS
     concepts: ClassVar[Mapping[str, Concept]] = {
         "has_key": Concept("needed", "the agent holds the key", classes=2, moves=("has_key",), follows=AHEAD),
         "door_open": Concept("needed", "the door is open", classes=2, moves=("door_open",), follows=AHEAD),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tdhook_rl.envs.base import ConceptEnv
 from tdhook_rl.envs.concepts import Concept
+from tdhook_rl.envs.grids import WAYS
 from tdhook_rl.envs.rendering import Canvas
 
 BITS = 4
@@ -48,6 +49,7 @@ class LitGrid(ConceptEnv):
     """Base of these grids. The lights are the first row of the last plane of the observation; goal A pays on XOR."""
 
     n_actions = 4
+    action_names = WAYS
     side: ClassVar[int]
 
     @classmethod

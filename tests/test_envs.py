@@ -156,6 +156,26 @@ def test_sampling_and_asking_leave_the_generator_alone(make: Callable[..., Conce
 
 
 @every_env
+def test_frames_show_the_time_only_where_it_is_said(make: Callable[..., ConceptEnv]) -> None:
+    env = make(batch_size=[8], seed=0)
+    states = env.rollout(3, break_when_any_done=False).reshape(-1)
+    later = states.clone().set("elapsed", states["elapsed"] + 1)
+    assert bool((env.render(states) != env.render(later)).any()) == env.drawn_with_time
+
+
+@every_env
+def test_names_of_actions_features_and_planes_fit(make: Callable[..., ConceptEnv]) -> None:
+    env = make(seed=0)
+    observation = env.observation_spec["observation"].shape
+    assert len(env.action_names) in (0, env.n_actions)
+    assert len(env.feature_names) in (0, observation.numel())
+    if env.grid is not None:
+        assert len(env.planes) * env.grid[0] * env.grid[1] == observation.numel()
+        frames = env.render(env.sample_states(1))
+        assert frames.shape[1] * env.grid[1] == frames.shape[2] * env.grid[0]  # squares are square
+
+
+@every_env
 def test_frames_show_the_state(make: Callable[..., ConceptEnv]) -> None:
     env = make(seed=0)
     frames = env.render(env.sample_states(6).reshape(2, 3))

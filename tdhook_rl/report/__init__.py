@@ -7,6 +7,7 @@ from tdhook_rl.report.budgets import Budgets
 from tdhook_rl.report.media import Animation, Artifact, DataTable, Histogram, Image
 from tdhook_rl.report.monitor import Monitor
 from tdhook_rl.report.page import Figure, Page, Table, write_report
+from tdhook_rl.report.player import Player, player
 from tdhook_rl.report.sinks import (
     FileSink,
     FolderSink,
@@ -32,6 +33,7 @@ __all__ = [
     "LoggerSink",
     "Monitor",
     "Page",
+    "Player",
     "Sinks",
     "Table",
     "TensorboardSink",
@@ -39,5 +41,6 @@ __all__ = [
     "new_folder",
     "open_sinks",
     "open_wandb",
+    "player",
     "write_report",
 ]
