@@ -16,8 +16,6 @@ from tdhook_rl.report.player.reading import Part, Recording
 from tdhook_rl.report.player.tracks import Track
 from tdhook_rl.report.player.views import View
 
-__all__ = ["FORMAT", "Contents", "packed_within"]
-
 #: Of recorded players; one of another number is not read.
 FORMAT = 1
 #: How many steps attributions and activations are rounded to, one after the other until all fits.

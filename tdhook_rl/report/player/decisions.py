@@ -12,8 +12,6 @@ from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.errors import InputError
 from tdhook_rl.report.player.tracks import Key, Rows, Track, named
 
-__all__ = ["action_keys", "decision_tracks"]
-
 #: What actions are decided from, in the order in which they are looked for.
 DECIDING = ("logits", "probs", "action_value", "loc")
 
@@ -97,7 +95,7 @@ def _names(rows: Rows, action: Key, count: int) -> list[str]:
 
 def _known(env: Any, count: int) -> list[str] | None:
     for owner in (env, getattr(env, "unwrapped", None)):
-        listed = getattr(owner, "actions", None)  # MiniGrid's is an enumeration
+        listed: Any = getattr(owner, "actions", None)  # MiniGrid's is an enumeration
         own = [one.name for one in listed] if isinstance(listed, EnumMeta) else getattr(owner, "action_names", None)
         if own and len(own) == count:
             return list(own)
@@ -144,15 +142,15 @@ def _as_actions(rows: Rows, loc: Key, centre: np.ndarray, width: np.ndarray) -> 
     policy = rows.options.policy
     modules: list[Any] = [] if policy is None else list(policy.modules())
     drawing = [one for one in modules if hasattr(one, "distribution_class")]
-    one = next((one for one in drawing if loc in map(key_parts, one.in_keys)), None)
-    if one is None:
+    found: Any = next((one for one in drawing if loc in map(key_parts, one.in_keys)), None)
+    if found is None:
         rows.options.note(
             "mean and range of actions are loc and scale as the network gives them: a distribution that squashes them, "
             "such as TanhNormal, is known where policy= is given"
         )
         return np.stack([centre, centre - width, centre + width], -1)
-    drawn = one.distribution_class(
-        loc=torch.from_numpy(centre), scale=torch.from_numpy(width), **(one.distribution_kwargs or {})
+    drawn = found.distribution_class(
+        loc=torch.from_numpy(centre), scale=torch.from_numpy(width), **(found.distribution_kwargs or {})
     )
     base = drawn.base_dist if hasattr(drawn, "transforms") else drawn
     ends = torch.stack([base.mean, base.mean - base.stddev, base.mean + base.stddev])

@@ -15,8 +15,6 @@ import numpy as np
 
 from tdhook_rl.errors import ArtifactError
 
-__all__ = ["Packed", "pack_frames", "pack_values", "unpack"]
-
 #: With more different values than this, numbers are rounded.
 LIST = 256
 

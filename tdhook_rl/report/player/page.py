@@ -11,8 +11,6 @@ from typing import Any
 
 from tdhook_rl.report.player.budget import Contents
 
-__all__ = ["code", "fragment", "page"]
-
 _BODY = "body{margin:0;padding:16px;background:#fff}@media(prefers-color-scheme:dark){body{background:#14181d}}"
 
 

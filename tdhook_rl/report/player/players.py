@@ -25,8 +25,6 @@ from tdhook_rl.report.player.reading import read
 from tdhook_rl.report.player.tracks import Options
 from tdhook_rl.report.readings import Features
 
-__all__ = ["Player", "player"]
-
 #: Beside the code, what a page's head takes.
 MARGIN = 2_000
 

@@ -15,8 +15,6 @@ from tdhook_rl.report.player.decisions import action_keys, decision_tracks
 from tdhook_rl.report.player.tracks import Options, Rows, Track, number_tracks, result_tracks
 from tdhook_rl.report.player.views import View, attribution_tracks, feature_tracks, observed_keys, views
 
-__all__ = ["Episode", "Part", "Recording", "read"]
-
 #: More sets than this are not seen beside each other.
 SETS = 4
 

@@ -19,8 +19,6 @@ from tdhook_rl.errors import MissingKeyError, nearest
 from tdhook_rl.report.frames import as_array
 from tdhook_rl.report.readings import Features, Readings, input_of
 
-__all__ = ["Options", "Rows", "Track", "number_tracks", "result_tracks"]
-
 Key = tuple[str, ...]
 #: Roots under which nothing is that a policy reads or puts out.
 RESULTS = (

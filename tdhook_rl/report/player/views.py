@@ -16,8 +16,6 @@ from tdhook_rl.report.frames import as_frames, channel_axis
 from tdhook_rl.report.pictures import is_picture
 from tdhook_rl.report.player.tracks import MOST, Key, Rows, Track
 
-__all__ = ["View", "attribution_tracks", "feature_tracks", "views"]
-
 OBSERVED = ("observation", "pixels", "image", "obs", "state", "observation_vector")
 
 
