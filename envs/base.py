@@ -55,9 +55,8 @@ class ConceptEnv(EnvBase):
     defaults: ClassVar[Mapping[str, int]] = {"elapsed": 0}
     #: The discount of :meth:`value` unless another is given.
     gamma: float = 0.95
-    #: What the actions are called, and the features of an observation that is a vector without places.
+    #: What the actions are called; empty where they have no names.
     action_names: ClassVar[tuple[str, ...]] = ()
-    feature_names: ClassVar[tuple[str, ...]] = ()
     #: Where the observation is planes over the squares that :meth:`render` draws: their names, rows and columns.
     planes: ClassVar[tuple[str, ...]] = ()
     grid: ClassVar[tuple[int, int] | None] = None

@@ -59,7 +59,6 @@ class KnownValue(ConceptEnv):
 
     gymnasium_id = "tdhook_rl/KnownValue-v0"
     n_actions = 2
-    feature_names = tuple(f"x{feature}" for feature in range(FEATURES))
     observation_features = FEATURES
     feature_names = tuple(
         {DRIFT: "drift", BONUS: "bonus", CHOICE: "choice", DISTRACTOR: "distractor"}.get(number, f"x{number}")

@@ -48,7 +48,6 @@ class TMaze(ConceptEnv):
     n_actions = 2
     action_names = ("arm A", "arm B")
     drawn_with_time = True
-    feature_names = ("cue A", "cue B", "second cue A", "second cue B", "light off", "light on", "junction")
     observation_features = 7
     feature_names = (
         "cue is A", "cue is B", "second cue is A", "second cue is B", "light is off", "light is on", "at the junction"

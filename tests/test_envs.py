@@ -168,7 +168,7 @@ def test_names_of_actions_features_and_planes_fit(make: Callable[..., ConceptEnv
     env = make(seed=0)
     observation = env.observation_spec["observation"].shape
     assert len(env.action_names) in (0, env.n_actions)
-    assert len(env.feature_names) in (0, observation.numel())
+    assert len(env.feature_names or ()) in (0, observation.numel())
     if env.grid is not None:
         assert len(env.planes) * env.grid[0] * env.grid[1] == observation.numel()
         frames = env.render(env.sample_states(1))

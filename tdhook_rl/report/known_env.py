@@ -1,10 +1,11 @@
-"""What an environment says of its observation: names of the features, and frames of states."""
+"""What an environment says of itself: names of features and actions, and frames of states."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import EnumMeta
 from typing import Any
 
 from tensordict import NestedKey, TensorDictBase
@@ -21,17 +22,22 @@ class KnownEnv:
     Attributes:
         names: of the features of an observation, by its key.
         render: draws states that are in a TensorDict, ``(rows, height, width, 3)``; ``None`` where it cannot.
+        actions: names of the actions; empty where they have none.
+        base: the environment that draws.
     """
 
     names: Mapping[NestedKey, Sequence[str]] = field(default_factory=dict)
     render: Callable[[TensorDictBase], Tensor] | None = None
+    actions: Sequence[str] = ()
+    base: Any = None
 
 
 def known_of(env: Any) -> KnownEnv:
     """What an environment says, under transforms and Gymnasium's wrappers; or the environment of a collector.
 
-    Names are read from ``feature_names``: a list for ``"observation"``, or lists by key. Environments that keep their
-    state in the TensorDict draw it.
+    Names are read from ``feature_names``: a list for ``"observation"``, or lists by key; those of actions from
+    ``action_names``, or an enumeration ``actions`` (MiniGrid's). Environments that keep their state in the TensorDict
+    draw it.
 
     Example:
         >>> from torchrl.envs import StepCounter, TransformedEnv
@@ -39,14 +45,22 @@ def known_of(env: Any) -> KnownEnv:
         >>> known_of(TransformedEnv(TMaze(), StepCounter())).names["observation"][:2]
         ('cue is A', 'cue is B')
     """
-    names, render = None, None
+    names, base = None, None
+    actions: tuple[str, ...] = ()
     for one in _layers(env):
         names = _own(one, "feature_names") if names is None else names
-        if render is None and not isinstance(one, type) and _own(one, "variables") is not None:
-            render = one.render
-    if names is None or isinstance(names, Mapping):
-        return KnownEnv(names or {}, render)
-    return KnownEnv({"observation": tuple(names)}, render)
+        actions = actions or _actions(one)
+        if base is None and not isinstance(one, type) and _own(one, "variables") is not None:
+            base = one
+    listed = names if isinstance(names, Mapping) else {} if names is None else {"observation": tuple(names)}
+    return KnownEnv(listed, None if base is None else base.render, actions, base)
+
+
+def _actions(one: Any) -> tuple[str, ...]:
+    listed = _own(one, "actions")
+    if isinstance(listed, EnumMeta):
+        return tuple(listed.__members__)
+    return tuple(map(str, _own(one, "action_names") or ()))
 
 
 def _layers(env: Any) -> Iterator[Any]:

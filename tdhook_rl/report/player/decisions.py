@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from enum import EnumMeta
 from typing import Any
 
 import numpy as np
@@ -90,16 +89,8 @@ def _names(rows: Rows, action: Key, count: int) -> list[str]:
     names = named(given, action, count)
     if given is not None and names is None and not isinstance(given, dict):
         raise InputError(f"action_names= has {len(given)} names, and {'.'.join(action)!r} has {count} actions")
-    return names or _known(rows.options.env, count) or [str(number) for number in range(count)]
-
-
-def _known(env: Any, count: int) -> list[str] | None:
-    for owner in (env, getattr(env, "unwrapped", None)):
-        listed: Any = getattr(owner, "actions", None)  # MiniGrid's is an enumeration
-        own = [one.name for one in listed] if isinstance(listed, EnumMeta) else getattr(owner, "action_names", None)
-        if own and len(own) == count:
-            return list(own)
-    return None
+    known = list(rows.options.known.actions)
+    return names or (known if len(known) == count else [str(number) for number in range(count)])
 
 
 def _continuous(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.calls.real_rows import row_mask
 from tdhook_rl.errors import MissingKeyError, nearest
 from tdhook_rl.report.frames import as_array
+from tdhook_rl.report.known_env import KnownEnv, known_of
 from tdhook_rl.report.readings import Features, Readings, input_of
 
 Key = tuple[str, ...]
@@ -70,13 +72,10 @@ class Options:
     action_names: Any = None
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def concepts(self) -> Any:
-        """The environment where it is one of ours, whose states can be drawn later."""
-        from tdhook_rl.envs.base import ConceptEnv
-
-        base = getattr(self.env, "base_env", self.env)
-        return base if isinstance(base, ConceptEnv) else None
+    @cached_property
+    def known(self) -> KnownEnv:
+        """What the environment says of itself."""
+        return KnownEnv() if self.env is None else known_of(self.env)
 
     def note(self, text: str) -> None:
         """Say once what is not shown."""

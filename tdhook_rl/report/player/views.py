@@ -75,7 +75,7 @@ def layout_of(rows: Rows, key: Key) -> Layout | None:
     """How an input is looked at; ``None`` where it is a vector, or has too many dimensions."""
     value = rows.data.get(key)
     shape = tuple(value.shape[rows.data.ndim + (1 if key[0] in rows.groups else 0) :])
-    env = rows.options.concepts
+    env = rows.options.known.base
     grid = getattr(env, "grid", None)
     if grid and key == ("observation",) and np.prod(shape) == len(env.planes) * grid[0] * grid[1]:
         return Layout((len(env.planes), *grid), env.planes)
@@ -155,7 +155,7 @@ def feature_names(rows: Rows, key: Key, shape: tuple[int, ...]) -> list[str]:
     size = torch.Size(shape)
     given = rows.options.features.names
     names = rows.options.features.of(key if len(key) > 1 else key[0], size) if given is not None else None
-    own = list(getattr(rows.options.concepts, "feature_names", ())) if key == ("observation",) else []
+    own = next((list(one) for name, one in rows.options.known.names.items() if key_parts(name) == key), [])
     if names is None and len(own) == size.numel():
         return own
     if names is None and size.numel() == 1:
@@ -233,7 +233,7 @@ def _is_state(rows: Rows, key: Key) -> bool:
 
 def _rendered(rows: Rows) -> View | None:
     """The states drawn by their environment, each only once."""
-    env = rows.options.concepts
+    env = rows.options.known.base
     if env is None:
         if rows.options.env is not None and not any(key[-1] == "pixels" for key in rows.plain):
             rows.options.note(
@@ -246,7 +246,7 @@ def _rendered(rows: Rows) -> View | None:
     if absent:
         rows.options.note(f"the states cannot be drawn: the rollout lacks {', '.join(absent)}")
         return None
-    shown = [key for name, key in keys.items() if name != "elapsed" or env.drawn_with_time]
+    shown = [key for name, key in keys.items() if name != "elapsed" or getattr(env, "drawn_with_time", True)]
     columns = [rows.of(key).reshape(len(rows.places), -1).astype(np.float64) for key in shown]
     _, first, places = np.unique(np.concatenate(columns, 1), axis=0, return_index=True, return_inverse=True)
     order = np.argsort(first)  # as they come
