@@ -27,30 +27,24 @@ if TYPE_CHECKING:
     from tdhook_rl.scheduled import Scheduled
     from tdhook_rl.weights import Adapters, Pruning, TaskVectors
 
-_HOME = {
-    "ActivationAddition": "tdhook_rl.latent",
-    "ActivationCaching": "tdhook_rl.latent",
-    "ActivationPatching": "tdhook_rl.latent",
-    "Adapters": "tdhook_rl.weights",
-    "Compose": "tdhook_rl.method",
-    "ControlRecord": "tdhook_rl.latent",
-    "DirectionClamping": "tdhook_rl.latent",
-    "DirectionalAblation": "tdhook_rl.latent",
-    "GradCAM": "tdhook_rl.attribution",
-    "GuidedBackpropagation": "tdhook_rl.attribution",
-    "HookedModule": "tdhook_rl.method",
-    "IntegratedGradients": "tdhook_rl.attribution",
-    "LRP": "tdhook_rl.attribution",
-    "LinearProbe": "tdhook_rl.latent.probing",
-    "Method": "tdhook_rl.method",
-    "ProbeReadout": "tdhook_rl.latent.probing",
-    "Pruning": "tdhook_rl.weights",
-    "Saliency": "tdhook_rl.attribution",
-    "Scheduled": "tdhook_rl.scheduled",
-    "SteeringVectors": "tdhook_rl.latent",
-    "TaskVectors": "tdhook_rl.weights",
-    "targets": "tdhook_rl.targets",
+_NAMES = {
+    "attribution": ("GradCAM", "GuidedBackpropagation", "IntegratedGradients", "LRP", "Saliency"),
+    "latent": (
+        "ActivationAddition",
+        "ActivationCaching",
+        "ActivationPatching",
+        "ControlRecord",
+        "DirectionClamping",
+        "DirectionalAblation",
+        "SteeringVectors",
+    ),
+    "latent.probing": ("LinearProbe", "ProbeReadout"),
+    "method": ("Compose", "HookedModule", "Method"),
+    "scheduled": ("Scheduled",),
+    "targets": ("targets",),
+    "weights": ("Adapters", "Pruning", "TaskVectors"),
 }
+_HOME = {name: f"tdhook_rl.{home}" for home, names in _NAMES.items() for name in names}
 
 __all__ = [
     "LRP",

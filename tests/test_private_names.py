@@ -63,8 +63,14 @@ def walked(folder: Path) -> Iterator[Path]:
 
 
 def names_of(file: str) -> list[str]:
+    """What a file of the room offers: what it lists, or else what it defines."""
+    if file == "attributes":
+        return [*IN_PLACE, *OVERRIDDEN]
     module = importlib.import_module(f"{internals.__name__}.{file}")
-    return [*IN_PLACE, *OVERRIDDEN] if file == "attributes" else list(module.__all__)
+    statements = ast.parse(inspect.getsource(module)).body
+    defined = [one.name for one in statements if isinstance(one, ast.FunctionDef)]
+    defined += [to.id for one in statements if isinstance(one, ast.Assign) for to in one.targets if hasattr(to, "id")]
+    return getattr(module, "__all__", [name for name in defined if not name.startswith("_")])
 
 
 def users_of(file: str, name: str) -> list[str]:

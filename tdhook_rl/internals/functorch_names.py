@@ -5,21 +5,6 @@ from __future__ import annotations
 import torch
 from torch._functorch import vmap
 
-__all__ = [
-    "add_batch_dim",
-    "are_transforms_active",
-    "decrement_nesting",
-    "get_unwrapped",
-    "in_transform",
-    "increment_nesting",
-    "is_batchedtensor",
-    "is_wrapped",
-    "maybe_get_bdim",
-    "maybe_get_level",
-    "remove_batch_dim",
-    "transform_stack",
-]
-
 # All of these are aliases, not functions around: `torch.compile` knows them by identity.
 
 #: Whether a ``vmap`` hides a dimension of a tensor.

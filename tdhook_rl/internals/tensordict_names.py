@@ -9,19 +9,6 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictParams
 from torch import Tensor
 
-__all__ = [
-    "CALL_METHODS",
-    "WRITE",
-    "get_str",
-    "has_names",
-    "has_options",
-    "new_unsafe",
-    "params_with",
-    "set_str",
-    "store_of",
-    "written_by",
-]
-
 #: A TensorDict of entries, batch size and names that are known to fit: in each call, the checks and conversions of the
 #: public constructor would cost as much as a layer.
 new_unsafe = TensorDict._new_unsafe

@@ -14,44 +14,6 @@ from typing import Any
 from tensordict import NestedKey, TensorDictBase
 from torch import nn
 
-__all__ = [
-    "actor_id",
-    "actor_keys",
-    "async_pool",
-    "backend_of",
-    "background_error",
-    "background_thread",
-    "batch_operations",
-    "carrier_of",
-    "collate_fn",
-    "collector_of",
-    "collects_freely",
-    "copies_into_buffers",
-    "cursor_of",
-    "draws_random_frames",
-    "env_backend",
-    "env_workers",
-    "evaluated_policy",
-    "evaluates_by_workers",
-    "frames_so_far",
-    "has_async_pool",
-    "has_env_workers",
-    "is_entrywise",
-    "is_lent_weights",
-    "is_sparse",
-    "lends_weights",
-    "length_in_time",
-    "modules_of",
-    "read_lock",
-    "sent_policy",
-    "server_process",
-    "starts_processes",
-    "time_first",
-    "weight_queues",
-    "weight_schemes",
-]
-
-
 # ---------------------------------------------------------------------- collectors
 
 
