@@ -145,14 +145,11 @@ class HookingContext(NotEntered):
         in_keys, out_keys = listed_keys("in_keys", in_keys), listed_keys("out_keys", out_keys)
         self._methods = methods
         self._module = module
-        self._wrapped = isinstance(module, TensorDictModuleBase)
-        if self._wrapped:
+        if isinstance(module, TensorDictModuleBase):
             names = [*in_keys.values()] if isinstance(in_keys, Mapping) else in_keys
             check_known("in_keys", names, module.in_keys)
             check_known("out_keys", out_keys, module.out_keys)
-        self._in_keys: Any = ["input"]
-        if in_keys is not None:
-            self._in_keys = in_keys
+        self._in_keys: Any = in_keys or ["input"]
         self._out_keys = out_keys or ["output"]
         self._hooked = None
         self._view = None

@@ -129,33 +129,31 @@ class _BoundScheduled(BoundMethod):
     def _compute(self, call: Call, rows: Tensor) -> dict[tuple[str, ...], Tensor]:
         batch = call.batch_size
         if bool(rows.all()):
-            found = dict(self.bound.compute(call))
-            self._learn(found, len(batch))
-            return found
+            return self._learned(call, len(batch))
         if self.reads_forward or self.horizon == "trajectory" or not batch or coupled(call):
             # What the forward has captured is there anyway; a trajectory cannot be explained in part, and neither can
             # rows that meet, or the noise that was drawn for all of them.
             if not bool(rows.any()) and self._forms:
                 return self._blank(batch, call.data.device)
-            found = dict(self.bound.compute(call))
-            self._learn(found, len(batch))
-            return without_other_rows(found, rows)
+            return without_other_rows(self._learned(call, len(batch)), rows)
         if not bool(rows.any()) and self._forms:
             return self._blank(batch, call.data.device)
         chosen = rows
         if not bool(rows.any()):  # one row shows the shapes of the results
             chosen = torch.zeros_like(rows)
             chosen.view(-1)[0] = True
-        found = dict(self.bound.compute(call.part(chosen)))
-        self._learn(found, 1)
+        found = self._learned(call.part(chosen), 1)
         filled = self._blank(batch, call.data.device)
         if bool(rows.any()):
             for key, value in found.items():
                 filled[key][chosen] = value
         return filled
 
-    def _learn(self, found: Mapping[tuple[str, ...], Tensor], batch_dims: int) -> None:
+    def _learned(self, call: Call, batch_dims: int) -> dict[tuple[str, ...], Tensor]:
+        """The results of the method, whose shapes are kept for calls in which it is left out."""
+        found = dict(self.bound.compute(call))
         self._forms = {key: (value.shape[batch_dims:], value.dtype) for key, value in found.items()}
+        return found
 
     def _blank(self, batch: torch.Size, device: torch.device | None) -> dict[tuple[str, ...], Tensor]:
         return {

@@ -42,12 +42,9 @@ def _hand_on(gradients: tuple[Tensor | None, ...], relevance: tuple[Tensor | Non
 
 
 class Graph:
-    """The graph below tensors, seen from the tensors that are explained.
+    """The graph below tensors, seen from the tensors that are explained: inputs, and inner activations in slots.
 
-    Args:
-        points: the explained inputs.
-        runtime: whose slots hold the explained inner activations, as the pass comes to them.
-        known: the autograd functions that share relevance out.
+    ``known`` are the autograd functions that share relevance out.
     """
 
     def __init__(self, points: list[Tensor], runtime: Runtime, known: tuple[type, ...]) -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,14 +14,12 @@ from tdhook_rl.artifacts import load_artifact, save_artifact
 from tdhook_rl.errors import ArtifactError
 from tdhook_rl.experiments.agents import recipe
 from tdhook_rl.experiments.findings import Trained
-from tdhook_rl.experiments.training import train, untrained
+from tdhook_rl.experiments.training import Progress, train, untrained
 
 #: The seeds whose agents come with the package.
 SEEDS = (0, 1, 2)
 FOLDER = Path(__file__).parent / "weights"
 KIND = "experiment_agent"
-
-Progress = Callable[[str, int, int], None]
 
 
 def load(name: str, seed: int, folder: Path = FOLDER) -> Trained:

@@ -6,8 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor, nn
+
 from tdhook_rl.experiments.agents import Agent, Recipe
 from tdhook_rl.report.drawing import Drawing
+from tdhook_rl.rollout import GroupSplit, OnlineProbe
 from tdhook_rl.statistics import Interval, grouped_mean
 
 COLUMNS = ("measured", "found", "expected", "beside it", "met")
@@ -56,6 +61,19 @@ class Check:
         if isinstance(self.value, Interval) and self.value.known:
             shown += f" ({self.value.low:.3f} to {self.value.high:.3f})"
         return self.measured, shown, expected, self.beside, "yes" if self.met else "no"
+
+
+def accuracy(rows: TensorDictBase, features: NestedKey, concept: str, grouping: str = "episode") -> Interval:
+    """Of a probe of a concept, on groups that it was not fitted on."""
+    probe = OnlineProbe(features=features, label=("concept", concept), split=GroupSplit(grouping, held_out=0.3))
+    probe.update(rows)
+    return probe.scores["accuracy"]
+
+
+def logits(actor: nn.Module, states: TensorDictBase) -> Tensor:
+    """What an actor gives in states, which stay as they are."""
+    with torch.no_grad():
+        return actor(states.clone())["logits"]
 
 
 def share(rate: float, episodes: int) -> Interval:

@@ -10,7 +10,7 @@ from tdhook_rl import targets
 from tdhook_rl.attribution import IntegratedGradients, Saliency
 from tdhook_rl.envs import KnownValue
 from tdhook_rl.experiments.agents import Agent
-from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained
+from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained, logits
 from tdhook_rl.experiments.training import untrained
 from tdhook_rl.metrics import deletion_insertion, relevance_mass
 from tdhook_rl.report.drawing import Drawing
@@ -101,15 +101,10 @@ def _attributions(agent: Agent, states: TensorDictBase) -> dict[str, Tensor]:
     value = _value_attribution(agent, states)
     with Saliency(target=targets.state_value()).prepare(agent.critic) as net:
         gradient = net.annotate(states)["attr", "observation"]
-    acted = states.clone().set("action", _greedy(agent, states))
+    acted = states.clone().set("action", logits(agent.actor, states).argmax(-1))
     with IntegratedGradients(target=targets.margin(), baseline=0.0, n_steps=IG_STEPS).prepare(agent.actor) as net:
         policy = net.annotate(acted)["attr", "observation"]
     return {"value": value, "gradient": gradient, "policy": policy}
-
-
-def _greedy(agent: Agent, states: TensorDictBase) -> Tensor:
-    with torch.no_grad():
-        return agent.actor(states.clone())["logits"].argmax(-1)
 
 
 def _mass(attribution: Tensor, mask: Tensor) -> float:

@@ -11,10 +11,9 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from tdhook_rl import ActivationCaching, SteeringVectors
 from tdhook_rl.experiments.agents import Agent
-from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained, share
+from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained, accuracy, share
 from tdhook_rl.report.drawing import Drawing
 from tdhook_rl.report.figures import lines
-from tdhook_rl.rollout import GroupSplit, OnlineProbe
 from tdhook_rl.statistics import Interval, grouped_mean, r_squared
 
 EPISODES = 1024
@@ -33,15 +32,15 @@ def measure(trained: Trained) -> Findings:
     site = trained.recipe.sites["gru"]
     env = trained.recipe.env(batch_size=[EPISODES], seed=20_000 + trained.seed)
     played = {name: _play(agent, env, site, trained.seed) for name, agent in trained.networks.items()}
+    concepts = ("cue", "unneeded_cue", "shuffled")
     probes = {
-        name: {concept: _accuracy(data[:, LAST], concept) for concept in ("cue", "unneeded_cue", "shuffled")}
+        name: {concept: accuracy(data[:, LAST], _cached(data), concept) for concept in concepts}
         for name, data in played.items()
     }
     explained = {
-        name: {concept: [_explained(data[:, step], concept) for step in range(LAST + 1)]
-               for concept in ("cue", "unneeded_cue", "shuffled")}
+        name: {concept: [_explained(data[:, step], concept) for step in range(LAST + 1)] for concept in concepts}
         for name, data in played.items()
-    }  # fmt: skip
+    }
     data = played["trained"]
     cue = data["concept", "cue"][:, LAST]
     right = float((data["next", "reward"][:, LAST] > 0).float().mean())
@@ -102,13 +101,6 @@ def _play(agent: Agent, env: EnvBase, site: str, seed: int) -> TensorDictBase:
     data["concept", "shuffled"] = data["concept", "cue"][order]
     data["seed"] = torch.full(data.batch_size, 50_000 + seed)
     return data
-
-
-def _accuracy(rows: TensorDictBase, concept: str) -> Interval:
-    split = GroupSplit("episode", held_out=0.3)
-    probe = OnlineProbe(features=_cached(rows), label=("concept", concept), split=split)
-    probe.update(rows)
-    return probe.scores["accuracy"]
 
 
 def _explained(rows: TensorDictBase, concept: str) -> Interval:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tdhook_rl import ActivationCaching
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError
-from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained
+from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained, logits
 from tdhook_rl.latent import ActivationPatching
 from tdhook_rl.report.drawing import Drawing
 from tdhook_rl.report.figures import grouped_bars
@@ -24,9 +24,9 @@ def measure(trained: Trained) -> Findings:
     """Full and one-dimensional patches, in states where switching a light changes what the agent does."""
     actor, sites = trained.agent.actor, trained.recipe.sites
     clean, corrupt = _decisions(actor)
-    outputs = {name: _logits(actor, one) for name, one in (("clean", clean), ("corrupt", corrupt))}
+    outputs = {name: logits(actor, one) for name, one in (("clean", clean), ("corrupt", corrupt))}
     full = {name: _patched(actor, path, clean, corrupt, None) for name, path in sites.items()}
-    gap = max(float((logits - outputs["corrupt"]).abs().max()) for logits in full.values())
+    gap = max(float((one - outputs["corrupt"]).abs().max()) for one in full.values())
     light, corner, random, size = {}, {}, {}, {}
     draws = torch.Generator().manual_seed(trained.seed)
     towards_b = torch.where(clean["concept", "paying_corner"] == 0, 1.0, -1.0)
@@ -71,15 +71,10 @@ def plot(findings: Findings) -> list[Drawing]:
 def _decisions(actor: nn.Module) -> tuple[TensorDict, TensorDict]:
     """Pairs of states that differ in the first light and in what the agent does."""
     off, on = (states.select("observation", "concept") for states in CueCorners().paired_states(0))
-    changes = _logits(actor, off).argmax(-1) != _logits(actor, on).argmax(-1)
+    changes = logits(actor, off).argmax(-1) != logits(actor, on).argmax(-1)
     if not bool(changes.any()):
         raise InputError("the first light changes no action of this agent, so there is nothing to patch")
     return off[changes], on[changes]
-
-
-def _logits(actor: nn.Module, states: TensorDictBase) -> Tensor:
-    with torch.no_grad():
-        return actor(states.clone())["logits"]
 
 
 def _activations(actor: nn.Module, path: str, states: TensorDictBase) -> Tensor:

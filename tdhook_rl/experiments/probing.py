@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -13,10 +12,9 @@ from tdhook_rl import ActivationCaching, Saliency, targets
 from tdhook_rl.envs import CueGrid
 from tdhook_rl.examples.demo import outcomes
 from tdhook_rl.experiments.agents import Agent
-from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained, share
+from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained, accuracy, logits, share
 from tdhook_rl.report.drawing import Drawing
 from tdhook_rl.report.figures import probe_curves
-from tdhook_rl.rollout import GroupSplit, OnlineProbe
 from tdhook_rl.statistics import Interval, paired_difference
 from tdhook_rl.sweeps import DoseResponse, SteeringVector, dose_response, first_episode
 
@@ -36,13 +34,13 @@ def measure(trained: Trained) -> Findings:
     states = _states(20_000 + trained.seed)
     activations = {name: _seen(agent, states, {"fc2": fc2}) for name, agent in trained.networks.items()}
     at = {
-        name: {concept: _accuracy(seen, ("cache", fc2), concept, "episode") for concept in ("xor", "unneeded_xor")}
+        name: {concept: accuracy(seen, ("cache", fc2), concept, "episode") for concept in ("xor", "unneeded_xor")}
         for name, seen in activations.items()
     }
     seen = activations["trained"]
-    control = _accuracy(seen, ("cache", fc2), "control_label", "episode")
+    control = accuracy(seen, ("cache", fc2), "control_label", "episode")
     coin = {
-        split: [_accuracy(part, ("cache", fc2), "episode_coin", grouping).estimate for part in seen.chunk(OF)[:PARTS]]
+        split: [accuracy(part, ("cache", fc2), "episode_coin", grouping).estimate for part in seen.chunk(OF)[:PARTS]]
         for split, grouping in {"transitions": "row", "trajectories": "episode"}.items()
     }
     leak = paired_difference(coin["trajectories"], coin["transitions"])
@@ -50,7 +48,7 @@ def measure(trained: Trained) -> Findings:
     first = {name: _reaches(curve, SKILLED) for name, curve in curves.items()}
     steered = {name: _steered(trained, path, states) for name, path in sites.items() if name in ("fc2", "fc3")}
     ratio = {name: _saliency_ratio(agent, states) for name, agent in trained.networks.items()}
-    observation = _accuracy(states, "observation", "xor", "episode")
+    observation = accuracy(states, "observation", "xor", "episode")
     checks = [
         Check("probe of the needed XOR at fc2", at["trained"]["xor"], low=0.95,
               beside=f"observation {observation.estimate:.2f}, untrained {at['untrained']['xor'].estimate:.2f}, "
@@ -109,12 +107,6 @@ def _seen(agent: Agent, states: TensorDictBase, sites: Mapping[str, str]) -> Ten
         return hooked.annotate(states)
 
 
-def _accuracy(seen: TensorDictBase, features: Any, concept: str, grouping: str) -> Interval:
-    probe = OnlineProbe(features=features, label=("concept", concept), split=GroupSplit(grouping, held_out=0.3))
-    probe.update(seen)
-    return probe.scores["accuracy"]
-
-
 def _curves(trained: Trained, states: TensorDictBase) -> dict[str, list[tuple[int, Interval]]]:
     """Of the probes and of behaviour, by frames of training."""
     path = trained.recipe.sites["fc2"]
@@ -124,7 +116,7 @@ def _curves(trained: Trained, states: TensorDictBase) -> dict[str, list[tuple[in
         seen = _seen(agent, states, {"fc2": path})
         curves["behaviour"].append((frames, share(_success(agent, trained.seed), EPISODES)))
         for name, concept in (("probe", "xor"), ("unneeded", "unneeded_xor")):
-            curves[name].append((frames, _accuracy(seen, ("cache", path), concept, "episode")))
+            curves[name].append((frames, accuracy(seen, ("cache", path), concept, "episode")))
     return curves
 
 
@@ -166,9 +158,7 @@ def _swapped(first: Tensor, before: TensorDictBase, after: TensorDictBase) -> tu
 
 def _saliency_ratio(agent: Agent, states: TensorDictBase) -> float:
     with Saliency(target=targets.chosen_logit()).prepare(agent.actor) as hooked:
-        with torch.no_grad():
-            acted = states.clone().set("action", agent.actor(states.clone())["logits"].argmax(-1))
-        seen = hooked.annotate(acted)
+        seen = hooked.annotate(states.clone().set("action", logits(agent.actor, states).argmax(-1)))
     lights = seen["attr", "observation"].abs().mean(0)[CueGrid.light_features()]
     return float(lights[:2].mean() / lights[2:].mean())
 

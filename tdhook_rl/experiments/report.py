@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tdhook_rl.errors import InputError
 from tdhook_rl.experiments import EXPERIMENTS
 from tdhook_rl.experiments.checkpoints import SEEDS, load, make
 from tdhook_rl.experiments.findings import COLUMNS, Experiment, Findings, Trained
+from tdhook_rl.experiments.training import Progress
 from tdhook_rl.report import Table, write_report
 from tdhook_rl.report.drawing import Drawing
-
-Progress = Callable[[str, int, int], None]
 
 
 def agents(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Collection, Iterable, Mapping
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -199,12 +200,9 @@ def _fit(data: TensorDictBase, batch: torch.Size, keys: Iterable[Key]) -> None:
 
 
 def _common(first: torch.Size, second: torch.Size) -> torch.Size:
-    length = 0
-    for one, other in zip(first, second, strict=False):
-        if one != other:
-            break
-        length += 1
-    return first[:length]
+    """The sizes that two shapes begin with."""
+    pairs = zip(first, second, strict=False)
+    return torch.Size(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _plain(key: Key) -> str | Key:

@@ -25,15 +25,7 @@ Draw = Callable[[Callable[..., Tensor], Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class PerturbedMetric(metaclass=Checked):
-    """Base of these metrics.
-
-    Args:
-        n_perturb_samples: perturbations for each row.
-        attribution_key: which attribution is scored, by its root; not needed where there is one.
-        target: which target is scored, where the method explains several.
-        seed: of the perturbations.
-        chunk_size: rows per pass; by default all, fewer for convolutional nets.
-    """
+    """Base of these metrics: perturbations of each row, drawn by a generator of its own, and a score from each."""
 
     n_perturb_samples: int = 10
     attribution_key: str | None = None

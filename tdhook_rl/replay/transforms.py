@@ -22,12 +22,7 @@ RELATIVE, OF_LARGEST = 1e-3, 1e-5
 
 @dataclass(frozen=True)
 class Window:
-    """How many rows of its trajectory before and after a row a transform reads.
-
-    Args:
-        before: rows before.
-        after: rows after.
-    """
+    """How many rows of its trajectory, before and after a row, a transform reads."""
 
     before: int = 0
     after: int = 0

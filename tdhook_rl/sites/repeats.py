@@ -110,15 +110,9 @@ def several_runs(site: str, times: int | None = None) -> SiteError:
 
 
 class RunHook:
-    """Hook or pre-hook that lets another one act in one run of its module only.
+    """Hook or pre-hook that lets another one act in one run of its module only, from 0; runs are counted under ``key``.
 
-    Args:
-        runtime: what the hooks share.
-        key: a name of its own, under which runs are counted.
-        site: what messages call the site.
-        run: which run, from 0.
-        hook: what acts there.
-        observes: it only looks, and may be left out where calls cannot be told apart.
+    One that only ``observes`` may be left out where calls cannot be told apart.
     """
 
     def __init__(

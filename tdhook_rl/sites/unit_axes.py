@@ -31,8 +31,7 @@ _SECOND = re.compile(r"(?:BatchNorm|SyncBatchNorm|InstanceNorm|GroupNorm|LocalRe
 class UnitAxes:
     """Follows one forward of a network and says which axis of the output of a module holds its units.
 
-    Args:
-        network: the network; hooks are on it only while :meth:`following`.
+    Hooks are on the network only while :meth:`following`.
     """
 
     def __init__(self, network: nn.Module) -> None:

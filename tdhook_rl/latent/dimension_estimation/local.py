@@ -25,13 +25,7 @@ from tdhook_rl.latent.dimension_estimation.neighbours import (
 
 
 class LocalDimensionEstimator(TensorDictModuleBase):
-    """Base of these estimators: from the k nearest neighbours of each point to a number.
-
-    Args:
-        in_key: where the points are.
-        out_key: where the dimensions go.
-        k: how many neighbours; ``"auto"`` takes the square root of N.
-    """
+    """Base of these estimators: from the k nearest neighbours of each point to a number."""
 
     #: The fewest neighbours that are enough, and the points of a cloud that are no neighbours.
     least: ClassVar[int]
