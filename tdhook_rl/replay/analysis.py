@@ -20,10 +20,11 @@ from tdhook_rl.files.durable import FolderLock
 from tdhook_rl.replay.manifest import facts_of
 from tdhook_rl.replay.reading import Reader
 from tdhook_rl.replay.results import Results, ranges
+from tdhook_rl.replay.transforms import near
 
 #: Entries that are computed again before an analysis goes on, and how far they may differ.
 CHECKED = 32
-RELATIVE, OF_LARGEST = 1e-3, 1e-4
+OF_LARGEST = 1e-4
 
 Progress = Callable[[int, int], None]
 
@@ -200,7 +201,7 @@ class _Work:
                 continue
             stored = results.data[index[arrived]]
             rows = _both(found[arrived], stored, key)
-            if not _near(found.get(key)[arrived][rows], stored.get(key)[rows]):
+            if not near(found.get(key)[arrived][rows], stored.get(key)[rows], OF_LARGEST):
                 raise ArtifactError(
                     f"{key!r} in {folder} is not what this policy computes now: its weights, its methods or the "
                     "buffer have changed since; name a new folder"
@@ -276,16 +277,6 @@ def _both(found: TensorDictBase, stored: TensorDictBase, key: tuple[str, ...]) -
     for mask in masks:
         rows = rows if mask is None else rows & mask.cpu()
     return rows
-
-
-def _near(found: Tensor, stored: Tensor) -> bool:
-    found, stored = found.cpu(), stored.cpu()
-    if found.shape != stored.shape or found.dtype != stored.dtype:
-        return False
-    if not found.is_floating_point():
-        return torch.equal(found, stored)
-    largest = float(stored.abs().nan_to_num(0.0, 0.0, 0.0).max()) if stored.numel() else 0.0
-    return torch.allclose(found, stored, rtol=RELATIVE, atol=OF_LARGEST * largest, equal_nan=True)
 
 
 def _listed(keys: set[tuple[str, ...]]) -> str:

@@ -41,7 +41,7 @@ def fingerprint(hooked: Any) -> str:
     named = [*hooked.named_parameters(), *hooked.named_buffers(), *hooked.controls.items()]
     for name, tensor in sorted(named, key=lambda pair: pair[0]):
         summed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        summed.update(_content(tensor))
+        summed.update(content_of(tensor))
     return summed.hexdigest()
 
 
@@ -58,7 +58,7 @@ def described(value: Any, depth: int = 6) -> Any:
     if isinstance(value, str):
         return value[:LONGEST]
     if isinstance(value, Tensor):
-        number = hashlib.blake2b(_content(value), digest_size=8).hexdigest()
+        number = hashlib.blake2b(content_of(value), digest_size=8).hexdigest()
         return {"shape": list(value.shape), "dtype": str(value.dtype), "content": number}
     if depth == 0:
         return type(value).__name__
@@ -79,9 +79,10 @@ def described(value: Any, depth: int = 6) -> Any:
     )
 
 
-def _content(tensor: Tensor) -> bytes:
+def content_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, in the order of its entries."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return (flat if flat.dtype == torch.uint8 else flat.view(torch.uint8)).numpy().tobytes()
+    return memoryview((flat if flat.dtype == torch.uint8 else flat.view(torch.uint8)).numpy())
 
 
 def _version(name: str) -> str | None:

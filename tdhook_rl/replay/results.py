@@ -21,7 +21,7 @@ from tensordict import MemoryMappedTensor, TensorDict, TensorDictBase
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import ArtifactError
 from tdhook_rl.files.durable import require_space, reserve, sync
-from tdhook_rl.replay.manifest import MANIFEST, Manifest, block_of, read_manifest, write_manifest
+from tdhook_rl.replay.manifest import MANIFEST, Manifest, block_of, content_of, read_manifest, write_manifest
 
 #: Results are brought to the disk when that has taken no more than this share of the time, and after so many seconds
 #: at the latest: the most that a loss of power, or a kill, can take.
@@ -114,7 +114,7 @@ class Results:
                     f"{key!r} of the entries from {first} on is {seen}, where {tuple(shape)} torch.{entry['dtype']} is "
                     f"kept in {self.folder}: results have one shape for a whole buffer"
                 )
-            content = _bytes(value)
+            content = content_of(value)
             # Not through the mapping: an error of the disk's would end the process there.
             self._put(self._paths[number], content, first * _size(entry) // self.manifest.entries)
             self._count(number, first, len(found), content)
@@ -279,11 +279,6 @@ def _path(folder: Path, entry: dict[str, Any]) -> Path:
 
 def _size(entry: dict[str, Any]) -> int:
     return torch.Size(entry["shape"]).numel() * getattr(torch, entry["dtype"]).itemsize
-
-
-def _bytes(value: torch.Tensor) -> memoryview:
-    flat = value.detach().cpu().contiguous().reshape(-1)
-    return memoryview((flat if flat.dtype == torch.uint8 else flat.view(torch.uint8)).numpy())
 
 
 def _name(value: torch.Tensor) -> str:

@@ -174,16 +174,17 @@ def _unlike(one: TensorDictBase, other: TensorDictBase) -> Any:
     """The first key whose values differ."""
     for key, value in other.items(True, True):
         again = one.get(key, None)
-        if not isinstance(value, Tensor) or not isinstance(again, Tensor):
-            continue
-        value, again = value.detach(), again.detach()
-        if value.shape != again.shape or value.dtype != again.dtype:
-            return key
-        if not value.is_floating_point():
-            if not torch.equal(value, again):
-                return key
-            continue
-        largest = float(value.abs().nan_to_num(0.0, 0.0, 0.0).max()) if value.numel() else 0.0
-        if not torch.allclose(value, again, rtol=RELATIVE, atol=OF_LARGEST * largest, equal_nan=True):
+        if isinstance(value, Tensor) and isinstance(again, Tensor) and not near(again, value, OF_LARGEST):
             return key
     return None
+
+
+def near(found: Tensor, known: Tensor, of_largest: float) -> bool:
+    """Whether numbers are the known ones but for rounding: relative to each, or to so much of the largest."""
+    found, known = found.detach().cpu(), known.detach().cpu()
+    if found.shape != known.shape or found.dtype != known.dtype:
+        return False
+    if not found.is_floating_point():
+        return torch.equal(found, known)
+    largest = float(known.abs().nan_to_num(0.0, 0.0, 0.0).max()) if known.numel() else 0.0
+    return torch.allclose(found, known, rtol=RELATIVE, atol=of_largest * largest, equal_nan=True)
