@@ -56,8 +56,8 @@ class DirectionClamping(Method):
     """Hold the component along a direction at a value, whatever the input.
 
     Args:
-            directions: as of :class:`DirectionalAblation`.
-            value: the component, in units of the unit vector; the control ``"<name>.value"`` changes it while running.
+        directions: as of :class:`DirectionalAblation`.
+        value: the component, in units of the unit vector; the control ``"<name>.value"`` changes it while running.
         name: the prefix of the controls.
 
     Raises:

@@ -45,14 +45,11 @@ class CaptureHook:
     def _store(self, value: Tensor) -> None:
         runtime = self.runtime
         value = (value.detach() if value.requires_grad else value).clone()
-        if runtime.inner and step_of_batch(runtime, self.slot.partition(":")[2]):
+        stepwise = runtime.inner and step_of_batch(runtime, self.slot.partition(":")[2])
+        if (run := "steps" if stepwise else self.run) is not None:
             before = runtime.slots.get(self.slot) if runtime.run_of(self.slot) else None
-            runtime.slots[self.slot] = added(before, value, "steps")  # type: ignore[arg-type]
-        elif self.run is not None:
-            before = runtime.slots.get(self.slot) if runtime.run_of(self.slot) else None
-            runtime.slots[self.slot] = added(before, value, self.run)  # type: ignore[arg-type]
-        else:
-            runtime.slots[self.slot] = value
+            value = added(before, value, run)  # type: ignore[arg-type, assignment]
+        runtime.slots[self.slot] = value
 
 
 class InputCaptureHook(CaptureHook):

@@ -6,7 +6,6 @@ neither; a policy made of them needs no watching. Everything else is looked at w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 
 from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule, TensorDictParams
@@ -43,18 +42,14 @@ def _wrappers() -> frozenset[type]:
 
 def _writes_nothing(module: nn.Module) -> bool:
     kind, own = own_class(module), module.__dict__
-    if "forward" in own or any(not _is_ours(hook) for hook in _hooks(module)):
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    if "forward" in own or not all(map(_is_ours, hooks)):
         return False
     if kind in _wrappers():
         if isinstance(module, ProbabilisticTensorDictModule):
             return not getattr(module, "cache_dist", False)
         return not isinstance(module, TensorDictModule) or "module" not in own  # it calls no function of the user's
     return kind.__module__.startswith("torch.nn.modules.") and not module._buffers
-
-
-def _hooks(module: nn.Module) -> Iterator[object]:
-    yield from module._forward_hooks.values()
-    yield from module._forward_pre_hooks.values()
 
 
 def _is_ours(hook: object) -> bool:

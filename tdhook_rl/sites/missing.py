@@ -14,7 +14,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError, SiteError
-from tdhook_rl.sites.rows import with_batch
+from tdhook_rl.sites.rows import rows_of, with_batch
 from tdhook_rl.sites.runtime import Runtime
 
 Missing = Literal["raise", "nan"]
@@ -80,8 +80,6 @@ class RowsHook:
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Hook of the site."""
-        from tdhook_rl.sites.rows import rows_of
-
         runtime = self.runtime
         runtime.require_open()
         if not runtime.recording or runtime.batch is None:

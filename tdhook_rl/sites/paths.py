@@ -28,7 +28,7 @@ A module whose own name ends like a run is written ``"<act@0>"``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -191,7 +191,7 @@ def _find(root: nn.Module, pattern: str, owner: str) -> list[Site]:
     if literal:
         for path, module in literal:
             if not runs_by_itself(module):
-                inner = [name for name, _ in _named_modules(root) if name.startswith(f"{path}.")]
+                inner = [name for name, _ in root.named_modules() if name.startswith(f"{path}.")]
                 raise SiteError(
                     f"{pattern!r} names a {type(module).__name__} of {owner}, a container that never runs; "
                     f"{nearest(pattern, inner)}"
@@ -208,7 +208,7 @@ def _find(root: nn.Module, pattern: str, owner: str) -> list[Site]:
         ) from None
     matches = [
         Site(f"{path}{suffix}", path, module, False, run)
-        for path, module in _named_modules(root)
+        for path, module in root.named_modules()  # once where two paths reach it: a second hook would fire twice
         if path and expression.match(path) and runs_by_itself(module)
     ]
     if not matches:
@@ -267,13 +267,8 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def _named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    # A module reached by two paths is listed once, as torch does: a second hook would fire twice.
-    yield from root.named_modules()
-
-
 def _names(root: nn.Module) -> list[str]:
-    return [name for name, _ in _named_modules(root) if name]
+    return [name for name, _ in root.named_modules() if name]
 
 
 def runs_by_itself(module: nn.Module) -> bool:
