@@ -449,6 +449,17 @@ def test_concepts_that_are_not_there(concept: Any, error: type[Exception], messa
         suite(net(), {"c": concept}).update(Walks(4).batch(10))
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_an_empty_batch_changes_nothing(first: bool) -> None:
+    data = Walks(16).batch(20)
+    one, other = (suite(net(), {"value": "value", "later": Future("value", 1)}) for _ in range(2))
+    for batch in (data[:, :0], data) if first else (data, data[:, :0]):
+        counts = one.update(batch)
+    other.update(data)
+    assert counts["rows"] == (320 if first else 0)
+    assert [cell.trained for cell in one.table()] == [cell.trained for cell in other.table()]
+
+
 def test_futures_and_returns_that_mean_nothing() -> None:
     for steps in (0, -1, True):
         with pytest.raises(InputError, match="at least 1 step ahead"):

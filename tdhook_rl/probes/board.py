@@ -102,6 +102,15 @@ class Board:
                 scored.fit()
                 scored.judge(prepared)
 
+    def declare(self, group: str, labels: Mapping[str, Tensor]) -> None:
+        """Say what a group of concepts is, and from what shuffled labels are drawn; otherwise its first rows do.
+
+        Args:
+            group: its name.
+            labels: as of :meth:`add`.
+        """
+        self._groups[group] = _group(labels)
+
     def judge(self, group: str, labels: Mapping[str, Tensor], rows: Observed) -> None:
         """Score the held-out rows by the probes as they are."""
         for prepared, scored in self._prepared(group, labels, rows, count=False):
@@ -280,7 +289,8 @@ def _group(labels: Mapping[str, Tensor]) -> _Group:
             name = concept if width == 1 else f"{concept}.{place}"
             seen = value[..., place].reshape(-1)
             # So many suffice to draw from.
-            found.columns.append(_Column(name, concept, seen[:4096].clone()))
+            few = torch.linspace(0, max(len(seen) - 1, 0), min(len(seen), 4096)).round().long()
+            found.columns.append(_Column(name, concept, seen[few].clone()))
     return found
 
 

@@ -36,6 +36,9 @@ class ProbeCell:
         penalty: what the probe was fitted with.
         left_out: rows whose future never came, or that were not finite.
         words: why there is no score or interval, or what was left out of it.
+        checkpoint: the name of the weights, where there are several.
+        adjusted: the p-value that it is better than the untrained network and than shuffled labels, one-sided,
+            adjusted over all cells (Benjamini & Hochberg 1995).
     """
 
     site: str
@@ -54,15 +57,27 @@ class ProbeCell:
     penalty: float = math.nan
     left_out: int = 0
     words: str = ""
+    checkpoint: str = ""
+    adjusted: float = math.nan
+
+    @property
+    def p(self) -> float:
+        """The p-value that it is better than its controls, one-sided: the largest of those there are."""
+        found = [one for one in (self.gain, self.selectivity) if one is not None]
+        sided = [one.p / 2 if one.estimate > 0 else 1 - one.p / 2 for one in found]
+        return max(sided, default=math.nan, key=lambda one: math.inf if math.isnan(one) else one)
 
     def numbers(self) -> dict[str, Any]:
         """All of it as numbers and words; intervals with their limits."""
-        found: dict[str, Any] = {"site": self.site, "concept": self.concept, "score": self.score}
+        found: dict[str, Any] = {"checkpoint": self.checkpoint} if self.checkpoint else {}
+        found |= {"site": self.site, "concept": self.concept, "score": self.score}
         for name in SCORES:
             one = getattr(self, name)
             if one is not None:
                 found |= {name: one.estimate, f"{name}_low": one.low, f"{name}_high": one.high}
         found |= {name: getattr(self, name) for name in ("chance", "majority", "classes", "penalty", "left_out")}
+        if not math.isnan(self.adjusted):
+            found["adjusted"] = self.adjusted
         return found | {"groups": self.trained.groups, "rows": self.trained.rows, "words": self.words}
 
 
@@ -89,7 +104,7 @@ class ProbeTable(Sequence[ProbeCell]):
         return iter(self._cells)
 
     def __getitem__(self, key: Any) -> Any:
-        """The cell of ``(site, concept)``; or cells by number.
+        """The cell of ``(site, concept)``, or ``(checkpoint, site, concept)``; or cells by number.
 
         Raises:
             InputError: for a site and concept that are not in the table.
@@ -97,9 +112,9 @@ class ProbeTable(Sequence[ProbeCell]):
         if not isinstance(key, tuple):
             return self._cells[key]
         for cell in self._cells:
-            if (cell.site, cell.concept) == key:
+            if (cell.checkpoint, cell.site, cell.concept)[-len(key) :] == key:
                 return cell
-        known = [f"{cell.site}, {cell.concept}" for cell in self._cells]
+        known = [", ".join((cell.checkpoint, cell.site, cell.concept)[-len(key) :]) for cell in self._cells]
         raise InputError(f"the table has no cell {key!r}; {nearest(', '.join(map(str, key)), known)}")
 
     def records(self) -> list[dict[str, Any]]:
@@ -136,14 +151,19 @@ class ProbeTable(Sequence[ProbeCell]):
     def columns(self) -> tuple[list[str], list[list[str]]]:
         """The heads, and the rows as they are shown."""
         shown = [name for name in SCORES if any(getattr(cell, name) is not None for cell in self._cells)]
+        several = any(cell.checkpoint for cell in self._cells)
+        marked = any(not math.isnan(cell.adjusted) for cell in self._cells)
         heads = ["site", "concept", "score", *shown, "chance", "majority", "groups", "rows", "words"]
+        heads = ["checkpoint"] * several + heads[:3] + ["adjusted p"] * marked + heads[3:]
         rows = []
         for cell in self._cells:
             scores = [_shown(getattr(cell, name)) for name in shown]
             counts = [f"{cell.trained.groups}", f"{cell.trained.rows:.0f}"]
             words = "; ".join(dict.fromkeys(one for one in (cell.words, cell.trained.words) if one))
             shares = [f"{cell.chance:.2f}", f"{cell.majority:.2f}"]
-            rows.append([cell.site, cell.concept, cell.score, *scores, *shares, *counts, words])
+            mark = [f"{cell.adjusted:.2g}"] * marked
+            names = [cell.checkpoint] * several + [cell.site, cell.concept, cell.score]
+            rows.append([*names, *mark, *scores, *shares, *counts, words])
         return heads, rows
 
     def _repr_html_(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +11,9 @@ from torch import Tensor
 
 from tdhook_rl.arguments.checked import Checked
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
+from tdhook_rl.probes.splits import EPISODE
 
-Label = NestedKey | Callable[[TensorDictBase], Tensor]
+_DONE: tuple[NestedKey, ...] = (("next", "done"), ("next", "terminated"), ("next", "truncated"))
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,40 @@ def read_label(what: Any, data: TensorDictBase) -> Tensor:
         found = f"{tuple(value.shape)} ({value.dtype})" if isinstance(value, Tensor) else type(value).__name__
         raise InputError(f"a concept reads {name}: {found}, expected real numbers for the batch {tuple(batch)}")
     return value.detach()
+
+
+def label_columns(value: Tensor, data: TensorDictBase) -> Tensor:
+    """``(rows, places or 1, columns)``, of ``(*batch)``, ``(*batch, columns)`` or ``(*batch, *places, columns)``."""
+    own = value.shape[len(data.batch_size) :]
+    flat = value.reshape(data.batch_size.numel(), -1).cpu()
+    return flat[:, None] if len(own) <= 1 else flat.reshape(data.batch_size.numel(), own[:-1].numel(), own[-1])
+
+
+def course_of(data: TensorDictBase) -> dict[str, Tensor]:
+    """Which trajectory each row is of, where it ends, and the step in it where that is counted: ``(rows,)`` each.
+
+    Raises:
+        MissingKeyError: if nothing says which rows follow each other, or where trajectories end.
+    """
+    number = data.get(EPISODE, data.get("traj_ids", None))
+    if number is None:
+        raise MissingKeyError(
+            f"a future is asked for, and nothing says which rows follow each other: the batch lacks {EPISODE!r}, which "
+            "collectors write"
+        )
+    ends = [
+        one.reshape(data.batch_size.numel(), -1).bool().any(1)
+        for key in _DONE
+        if (one := data.get(key, None)) is not None
+    ]
+    if not ends:
+        raise MissingKeyError(f"a future is asked for, and nothing says where trajectories end: {_DONE[0]!r}")
+    found = {
+        "trajectory": number.reshape(data.batch_size.numel(), -1)[:, 0].cpu(),
+        "done": torch.stack(ends).any(0).cpu(),
+    }
+    count = data.get("step_count", None)
+    return found if count is None else found | {"step": count.reshape(data.batch_size.numel(), -1)[:, 0].cpu()}
 
 
 @dataclass(frozen=True)

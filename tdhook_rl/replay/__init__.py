@@ -4,7 +4,8 @@ Knows buffers and hooked policies, and the files that results are kept in; no me
 """
 
 from tdhook_rl.replay.analysis import analyze
+from tdhook_rl.replay.probe_grid import probe_grid
 from tdhook_rl.replay.reading import in_order
 from tdhook_rl.replay.results import load_results
 
-__all__ = ["analyze", "in_order", "load_results"]
+__all__ = ["analyze", "in_order", "load_results", "probe_grid"]

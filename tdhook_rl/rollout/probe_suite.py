@@ -12,18 +12,16 @@ from torch import Tensor, nn
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.calls.preconditions import require_data
 from tdhook_rl.calls.real_rows import real_rows
-from tdhook_rl.errors import InputError, MissingKeyError, nearest
+from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
 from tdhook_rl.probes.board import Board, Observed, Source
 from tdhook_rl.probes.probe_table import ProbeTable
-from tdhook_rl.probes.quantities import Future, Return, read_label
+from tdhook_rl.probes.quantities import Future, Return, course_of, label_columns, read_label
 from tdhook_rl.probes.site_features import Layout, SiteFeatures
-from tdhook_rl.probes.splits import EPISODE, GroupSplit
+from tdhook_rl.probes.splits import GroupSplit
 from tdhook_rl.probes.waiting import Waiting
 from tdhook_rl.sites.controls import Controls
 from tdhook_rl.statistics.interval import check_confidence
-
-_DONE: tuple[NestedKey, ...] = (("next", "done"), ("next", "terminated"), ("next", "truncated"))
 
 
 class ProbeSuite:
@@ -200,9 +198,13 @@ class ProbeSuite:
         self._updates += 1
         if not due and self._later is None:
             return {}
+        waiting = {} if self._later is None else {"waiting": float(len(self._later))}
         real = real_rows(batch)
-        rows = torch.arange(batch.numel()) if real is None else real.reshape(-1).cpu().nonzero().squeeze(-1)
-        labels = {name: _columns(read_label(what, batch), batch, rows) for name, what in self._now.items()}
+        count = batch.batch_size.numel()
+        rows = torch.arange(count) if real is None else real.reshape(-1).cpu().nonzero().squeeze(-1)
+        if not len(rows):
+            return {"rows": 0.0, "train_rows": 0.0, "held_out_rows": 0.0, "waiting": 0.0} | waiting
+        labels = {name: label_columns(read_label(what, batch), batch)[rows] for name, what in self._now.items()}
         asked = {name: self._quantity(one, batch, rows) for name, one in self._asked.items()}
         codes = [code.reshape(-1).cpu()[rows] for code in self.split.groups(batch)]
         train, held = self.split.masks(codes)
@@ -224,26 +226,13 @@ class ProbeSuite:
         self, batch: TensorDictBase, rows: Tensor, seen: Observed, asked: Mapping[str, Tensor], due: bool
     ) -> None:
         assert self._later is not None
-        number = batch.get(EPISODE, batch.get("traj_ids", None))
-        if number is None:
-            raise MissingKeyError(
-                f"a future is asked for, and nothing says which rows follow each other: the batch lacks {EPISODE!r}, "
-                "which collectors write"
-            )
-        ends = [batch.get(key, None) for key in _DONE]
-        found = [_columns(one, batch, rows).flatten(1).bool().any(1) for one in ends if one is not None]
-        if not found:
-            raise MissingKeyError(f"a future is asked for, and nothing says where trajectories end: {_DONE[0]!r}")
         table: dict[Any, Tensor] = {
-            "trajectory": number.reshape(batch.numel(), -1)[:, 0].cpu()[rows],
-            "done": torch.stack(found).any(0), "train": seen.train, "held": seen.held, "control": seen.control,
+            **{key: value[rows] for key, value in course_of(batch).items()},
+            "train": seen.train, "held": seen.held, "control": seen.control,
             **{("asked", name): value for name, value in asked.items()},
             **{("code", place): code for place, code in enumerate(seen.codes)},
             **{("features", source): value for source, value in seen.features.items()},
         }  # fmt: skip
-        count = batch.get("step_count", None)
-        if count is not None:
-            table["step"] = count.reshape(batch.numel(), -1)[:, 0].cpu()[rows]
         for name, (known, labels) in self._later.push(table).items():
             own = Observed(
                 {source: known["features", source] for source in seen.features},
@@ -254,11 +243,4 @@ class ProbeSuite:
 
     def _quantity(self, asked: Future | Return, batch: TensorDictBase, rows: Tensor) -> Tensor:
         what = asked.reward if isinstance(asked, Return) else asked.what
-        return _columns(read_label(what, batch), batch, rows)
-
-
-def _columns(value: Tensor, batch: TensorDictBase, rows: Tensor) -> Tensor:
-    """``(rows, places or 1, columns)``, of ``(*batch)``, ``(*batch, columns)`` or ``(*batch, *places, columns)``."""
-    own = value.shape[len(batch.batch_size) :]
-    flat = value.detach().reshape(batch.numel(), -1)[rows].cpu()
-    return flat[:, None] if len(own) <= 1 else flat.reshape(len(rows), own[:-1].numel(), own[-1])
+        return label_columns(read_label(what, batch), batch)[rows]

@@ -7,6 +7,7 @@ one think, and may be wider where they disagree.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -110,4 +111,14 @@ def _difference(parts: list[_Part], *, rows: float, confidence: float) -> Interv
         return none(first - second, "one group only: nothing says how much groups differ", **shape)
     variance = float(np.square(own - other).sum()) + more + most
     words = f"only {groups} groups: a t interval by group" if groups < FEW_GROUPS else ""
-    return limits(first - second, variance, freedom=max(min(one, two) - 1, 1.0), words=words, **shape)
+    freedom = max(min(one, two) - 1, 1.0)
+    found = limits(first - second, variance, freedom=freedom, words=words, **shape)
+    return replace(found, p=_p(first - second, variance, freedom))
+
+
+def _p(estimate: float, variance: float, freedom: float) -> float:
+    from scipy import stats
+
+    if variance <= 0:
+        return 1.0 if estimate == 0 else 0.0
+    return float(2 * stats.t.sf(abs(estimate) / math.sqrt(variance), freedom))

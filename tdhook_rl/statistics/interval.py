@@ -27,6 +27,7 @@ class Interval:
         groups: how many independent groups it rests on.
         rows: how many rows; with a decay, what is left of them.
         words: what one has to know about it: few groups, or why there is no interval or no estimate.
+        p: of the two-sided test that the true value is 0, of a difference; NaN of anything else.
 
     Example:
         >>> print(Interval(estimate=0.84, low=0.8, high=0.88, confidence=0.95, method="t", groups=32, rows=320))
@@ -44,6 +45,7 @@ class Interval:
     groups: int
     rows: float
     words: str = ""
+    p: float = math.nan
 
     @property
     def known(self) -> bool:

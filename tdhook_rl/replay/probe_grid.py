@@ -1,0 +1,254 @@
+"""Probes of every site and concept on stored data, for as many checkpoints as there are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor, nn
+from torchrl.data import ReplayBuffer
+
+from tdhook_rl.arguments.checked import checked
+from tdhook_rl.calls.real_rows import real_rows
+from tdhook_rl.errors import InputError
+from tdhook_rl.files.checkpoints import load_into
+from tdhook_rl.hooking.hooked import HookedMixin
+from tdhook_rl.probes.board import Board, Observed
+from tdhook_rl.probes.probe_table import ProbeCell, ProbeTable
+from tdhook_rl.probes.quantities import Future, Return, Trajectory, course_of, label_columns, read_label
+from tdhook_rl.probes.site_features import Layout, SiteFeatures
+from tdhook_rl.probes.splits import GroupSplit
+from tdhook_rl.replay.reading import Reader
+from tdhook_rl.statistics import benjamini_hochberg
+
+Progress = Callable[[str, int, int], None]
+
+
+@checked
+def probe_grid(
+    policy: nn.Module,
+    data: ReplayBuffer | TensorDictBase,
+    *,
+    sites: Sequence[str] | str,
+    concepts: Mapping[str, Any],
+    checkpoints: Mapping[str, Any] | None = None,
+    untrained: Any = None,
+    split: GroupSplit | None = None,
+    control: Any = None,
+    penalty: float | None = None,
+    layout: Layout | Mapping[str, Layout] = "flat",
+    units: int | Mapping[str, int] | None = None,
+    input_key: NestedKey | None = None,
+    batch_size: int = 4096,
+    min_rows: float = 10,
+    confidence: float = 0.95,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> ProbeTable:
+    """What can be read of each site: all probes of a site from one set of sums, controls beside every cell.
+
+    The data are read once for the labels and the split. Then, for each checkpoint, the network runs once over the rows
+    that train and once over those that are held out. Memory holds a chunk of activations, the labels, and sums.
+
+    Args:
+        policy: the policy or network; a hooked one may be given.
+        data: a replay buffer, or a TensorDict of any batch shape.
+        sites, concepts, untrained, split, control, penalty, layout, units, input_key, min_rows, confidence, seed: as of
+            :class:`tdhook_rl.rollout.ProbeSuite`.
+        checkpoints: by name the weights to look at, in this order: state dicts, modules, or files of weights; the
+            policy as it is unless given. The policy itself is not touched.
+        batch_size: rows that are read at once, which changes nothing but the last digits.
+        progress: called with what is being done, and how many of how many rows are through.
+
+    Returns:
+        a cell for each checkpoint, site and concept, with p-values that are adjusted over all of them.
+
+    Raises:
+        InputError: without data, sites or concepts; if all rows train, or all are held out.
+        MissingKeyError: if the data lack a concept, a group or an input.
+
+    Example:
+        >>> from tdhook_rl.envs import CueCorners
+        >>> from tdhook_rl.examples.agent import FC2, make_actor
+        >>> data = CueCorners(batch_size=[100]).rollout(20, break_when_any_done=False)
+        >>> table = probe_grid(make_actor(), data, sites=FC2, concepts={"xor": ("concept", "xor")},
+        ...                    split=GroupSplit(("concept", "cell")))
+        >>> table[FC2, "xor"].score
+        'accuracy'
+    """
+    if not concepts:
+        raise InputError("concepts= names what is to be read: there is none")
+    if isinstance(policy, HookedMixin):
+        with policy.disable_context() as original:
+            policy = original
+    own = policy if checkpoints is None else copy.deepcopy(policy)
+    features = SiteFeatures(own, sites, untrained=untrained, layout=layout, units=units, input_key=input_key, seed=seed)  # type: ignore[arg-type]
+    split = split or GroupSplit()
+    source = _Source(data, batch_size)
+    tell = progress or (lambda *_: None)
+    facts = _Facts.of(source, concepts, split, None if control is None else GroupSplit(control), tell)
+    if not bool(facts.train.any()) or not bool(facts.held.any()):
+        raise InputError(
+            f"of {len(facts.train)} rows {int(facts.train.sum())} train and {int(facts.held.sum())} are held out: a "
+            f"split by {split.groupings} needs more groups, or another share held_out={split.held_out}"
+        )
+    cells: list[ProbeCell] = []
+    for name, checkpoint in (checkpoints or {"": None}).items():
+        if checkpoint is not None:
+            load_into(own, checkpoint, name)
+        board = Board(
+            groupings=len(split.groupings), shuffled=True, penalty=penalty, confidence=confidence,
+            min_rows=max(min_rows, 1e-3),
+        )  # fmt: skip
+        for group, names in facts.groups.items():
+            board.declare(group, {one: facts.labels[one][facts.known[names[0]]] for one in names})
+        for part, rows in (("fitting", facts.train), ("scoring", facts.held)):
+            done, total = 0, int(rows.sum())
+            for index, batch in source.batches(rows):
+                for group, labels, chosen, seen in facts.parts(index, batch, features):
+                    if part == "fitting":
+                        board.add(group, labels, seen(chosen), score=False)
+                    else:
+                        board.judge(group, labels, seen(chosen))
+                done += len(index)
+                tell(f"{part} {name}".rstrip(), done, total)
+            board.fit()
+        inputs = {site: features.inputs.get(site) for site in features.sites}
+        cells += [replace(cell, checkpoint=name) for cell in board.table(inputs, facts.left_out)]
+    adjusted = benjamini_hochberg([cell.p for cell in cells])
+    return ProbeTable([replace(cell, adjusted=float(one)) for cell, one in zip(cells, adjusted, strict=True)])
+
+
+class _Source:
+    """Rows of a buffer or of a TensorDict by their number."""
+
+    def __init__(self, data: ReplayBuffer | TensorDictBase, batch_size: int) -> None:
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+            raise InputError(f"batch_size= is a positive integer, got {batch_size!r}")
+        if isinstance(data, TensorDictBase) and not data.batch_size.numel():
+            raise InputError(f"there is no row to read: the batch has shape {tuple(data.batch_size)}")
+        self._reader = None if isinstance(data, TensorDictBase) else Reader(data)
+        self._flat = data.reshape(-1) if isinstance(data, TensorDictBase) else None
+        self._per = 1 if self._reader is None else self._reader.rows
+        self._entries = len(self._flat) if self._flat is not None else self._reader.size  # type: ignore[union-attr]
+        self._step = max(1, batch_size // self._per)
+
+    def __len__(self) -> int:
+        return self._entries * self._per
+
+    def batches(self, rows: Tensor) -> Iterator[tuple[Tensor, TensorDictBase]]:
+        """The wanted rows, in order.
+
+        Args:
+            rows: ``(rows,)``, which are wanted.
+
+        Yields:
+            the numbers of rows, and these rows.
+        """
+        wanted = rows.reshape(self._entries, self._per)
+        for entries in wanted.any(1).nonzero().squeeze(-1).split(self._step):
+            inside = wanted[entries].reshape(-1)
+            batch = self._flat[entries] if self._reader is None else self._reader.read(entries).reshape(-1)  # type: ignore[index]
+            numbers = (entries[:, None] * self._per + torch.arange(self._per)).reshape(-1)
+            yield numbers[inside], batch if bool(inside.all()) else batch[inside]
+
+
+@dataclass
+class _Facts:
+    """What is known of every row without running a network.
+
+    Attributes:
+        codes: for each grouping ``(rows,)``.
+        train, held, control: as of :class:`Observed`.
+        labels: by concept ``(rows, places, columns)``.
+        known: by concept ``(rows,)``, which rows have a label.
+        groups: by the name of a group its concepts.
+        left_out: by concept how many rows have none.
+    """
+
+    codes: list[Tensor]
+    train: Tensor
+    held: Tensor
+    control: Tensor
+    labels: dict[str, Tensor]
+    known: dict[str, Tensor]
+    groups: dict[str, list[str]]
+    left_out: dict[str, int]
+
+    @classmethod
+    def of(
+        cls, source: _Source, concepts: Mapping[str, Any], split: GroupSplit, control: GroupSplit | None, tell: Progress
+    ) -> _Facts:
+        asked = {name: one for name, one in concepts.items() if isinstance(one, Future | Return)}
+        parts: dict[Any, list[Tensor]] = {}
+        for index, batch in source.batches(torch.ones(len(source), dtype=torch.bool)):
+            row: dict[Any, Tensor] = {("code", place): code for place, code in enumerate(split.groups(batch))}
+            row["control"] = row["code", len(row) - 1] if control is None else control.groups(batch)[0]
+            real = real_rows(batch)
+            row["real"] = torch.ones(len(batch), dtype=torch.bool) if real is None else real
+            for name, one in concepts.items():
+                what = one.reward if isinstance(one, Return) else one.what if isinstance(one, Future) else one
+                row["label", name] = label_columns(read_label(what, batch), batch)
+            if asked:
+                row |= course_of(batch)
+            for key, value in row.items():
+                parts.setdefault(key, []).append(value.detach().cpu().clone())
+            tell("reading labels", int(index[-1]) + 1, len(source))
+        found = {key: torch.cat(value) for key, value in parts.items()}
+        codes = [found["code", place] for place in range(len(split.groupings))]
+        train, held = (one & found["real"] for one in split.masks(codes))
+        labels = {name: found["label", name] for name in concepts}
+        known = dict.fromkeys(concepts, found["real"])
+        for name, (label, mask) in _later(found, asked).items():
+            labels[name], known[name] = label, mask
+        groups: dict[str, list[str]] = {}
+        for name in concepts:
+            own = name in asked or labels[name].is_floating_point()
+            groups.setdefault(name if own else "classes", []).append(name)
+        left_out = {name: int((found["real"] & ~known[name]).sum()) for name in concepts}
+        return cls(codes, train, held, found["control"], labels, known, groups, left_out)
+
+    def parts(
+        self, index: Tensor, batch: TensorDictBase, features: SiteFeatures
+    ) -> Iterator[tuple[str, dict[str, Tensor], Tensor, Callable[[Tensor], Observed]]]:
+        """For each group of concepts the labels of the rows that have one, these rows, and what observes them."""
+        read = features.of(batch, torch.arange(len(index)))
+
+        def seen(rows: Tensor) -> Observed:
+            where = index[rows]
+            every = len(rows) == len(index)
+            return Observed(
+                {source: value if every else value[rows] for source, value in read.items()},
+                [code[where] for code in self.codes], self.train[where], self.held[where], self.control[where],
+            )  # fmt: skip
+
+        for group, names in self.groups.items():
+            rows = self.known[names[0]][index].nonzero().squeeze(-1)
+            yield group, {name: self.labels[name][index[rows]] for name in names}, rows, seen
+
+
+def _later(found: Mapping[Any, Tensor], asked: Mapping[str, Future | Return]) -> dict[str, tuple[Tensor, Tensor]]:
+    """What was asked of the future of each row, and of which rows it is known."""
+    if not asked:
+        return {}
+    real = found["real"].nonzero().squeeze(-1)
+    order = real[found["trajectory"][real].argsort(stable=True)]
+    count = found.get("step")
+    path = Trajectory.of(found["trajectory"][order], None if count is None else count[order], found["done"][order])
+    results = {}
+    for name, one in asked.items():
+        value = found["label", name][order]
+        if isinstance(one, Return):
+            label, known = path.returns(value, one.gamma), path.closed
+        else:
+            place, known = path.ahead(one.steps)
+            label = value[place]
+        spread = torch.zeros(len(found["real"]), *label.shape[1:], dtype=label.dtype)
+        mask = torch.zeros(len(found["real"]), dtype=torch.bool)
+        spread[order], mask[order] = label, known
+        results[name] = spread, mask
+    return results
