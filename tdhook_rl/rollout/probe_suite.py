@@ -198,12 +198,11 @@ class ProbeSuite:
         self._updates += 1
         if not due and self._later is None:
             return {}
-        waiting = {} if self._later is None else {"waiting": float(len(self._later))}
         real = real_rows(batch)
         count = batch.batch_size.numel()
         rows = torch.arange(count) if real is None else real.reshape(-1).cpu().nonzero().squeeze(-1)
         if not len(rows):
-            return {"rows": 0.0, "train_rows": 0.0, "held_out_rows": 0.0, "waiting": 0.0} | waiting
+            return self._counts(0, 0, 0)
         labels = {name: label_columns(read_label(what, batch), batch)[rows] for name, what in self._now.items()}
         asked = {name: self._quantity(one, batch, rows) for name, one in self._asked.items()}
         codes = [code.reshape(-1).cpu()[rows] for code in self.split.groups(batch)]
@@ -218,9 +217,16 @@ class ProbeSuite:
             self._board.add(name, {name: labels[name]}, seen, score=due)
         if self._later is not None:
             self._look_back(batch, rows, seen, asked, due)
-        counts = {"rows": len(rows), "train_rows": int(train.sum()), "held_out_rows": int(held.sum())}
+        return self._counts(len(rows), int(train.sum()), int(held.sum()))
+
+    def _counts(self, rows: int, train: int, held: int) -> dict[str, float]:
         waiting = 0 if self._later is None else len(self._later)
-        return {name: float(count) for name, count in counts.items()} | {"waiting": float(waiting)}
+        return {
+            "rows": float(rows),
+            "train_rows": float(train),
+            "held_out_rows": float(held),
+            "waiting": float(waiting),
+        }
 
     def _look_back(
         self, batch: TensorDictBase, rows: Tensor, seen: Observed, asked: Mapping[str, Tensor], due: bool
