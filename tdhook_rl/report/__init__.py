@@ -4,10 +4,25 @@ Knows results as numbers; no policy, and not where they come from. Nothing below
 """
 
 from tdhook_rl.report.budgets import Budgets
+from tdhook_rl.report.contents import page_of
 from tdhook_rl.report.media import Animation, Artifact, DataTable, Histogram, Image
 from tdhook_rl.report.monitor import Monitor
-from tdhook_rl.report.page import Figure, Page, Table, write_report
+from tdhook_rl.report.page import (
+    Cautions,
+    Facts,
+    Figure,
+    Finding,
+    Findings,
+    Fragment,
+    Gallery,
+    Page,
+    Section,
+    Table,
+    write_report,
+)
+from tdhook_rl.report.page.findings_file import save_findings
 from tdhook_rl.report.player import Player, player
+from tdhook_rl.report.runs import read_run
 from tdhook_rl.report.sinks import (
     FileSink,
     FolderSink,
@@ -24,16 +39,23 @@ __all__ = [
     "Animation",
     "Artifact",
     "Budgets",
+    "Cautions",
     "DataTable",
+    "Facts",
     "Figure",
     "FileSink",
+    "Finding",
+    "Findings",
     "FolderSink",
+    "Fragment",
+    "Gallery",
     "Histogram",
     "Image",
     "LoggerSink",
     "Monitor",
     "Page",
     "Player",
+    "Section",
     "Sinks",
     "Table",
     "TensorboardSink",
@@ -41,6 +63,9 @@ __all__ = [
     "new_folder",
     "open_sinks",
     "open_wandb",
+    "page_of",
     "player",
+    "read_run",
+    "save_findings",
     "write_report",
 ]

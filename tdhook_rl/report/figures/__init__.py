@@ -9,5 +9,6 @@ from tdhook_rl.report.figures.bars import grouped_bars
 from tdhook_rl.report.figures.lines import lines
 from tdhook_rl.report.figures.probes import probe_curves
 from tdhook_rl.report.figures.response import dose_curve
+from tdhook_rl.report.figures.seeds import seed_curves
 
-__all__ = ["dose_curve", "grouped_bars", "lines", "probe_curves"]
+__all__ = ["dose_curve", "grouped_bars", "lines", "probe_curves", "seed_curves"]

@@ -15,7 +15,7 @@ from tdhook_rl.errors import ArtifactError, InputError
 from tdhook_rl.files.durable import write_text
 from tdhook_rl.report.drawing import Drawing
 from tdhook_rl.report.media import DataTable, Image
-from tdhook_rl.report.page import pictures, tables
+from tdhook_rl.report.page import answers, pictures, tables
 from tdhook_rl.report.page.parts import (
     Cautions,
     Facts,
@@ -118,8 +118,8 @@ def written(part: Any, place: Place) -> str:
 
 
 written.register(Table, tables.table)
-written.register(Findings, tables.findings)
-written.register(Cautions, tables.cautions)
+written.register(Findings, answers.findings)
+written.register(Cautions, answers.cautions)
 written.register(Facts, tables.facts)
 written.register(Drawing, pictures.drawing)
 written.register(Figure, pictures.figure)

@@ -1,4 +1,4 @@
-"""Tables that sort, and the findings that a page opens with."""
+"""Tables that sort, and lists of facts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tdhook_rl.report.page.numbers import is_number, shown
-from tdhook_rl.report.page.parts import Cautions, Facts, Findings, Table
+from tdhook_rl.report.page.parts import Facts, Table
 from tdhook_rl.report.page.place import Place
 from tdhook_rl.report.page.saved import as_csv, data_link
 from tdhook_rl.statistics import Interval
@@ -42,7 +42,10 @@ def table(part: Table, place: Place) -> str:
 
 
 def _box(one: str, label: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    long = [any(len(_words(row[place])) > LONG for row in rows) for place in range(len(columns))]
+    long = [
+        any(len(text) > LONG for text in (name, *(_words(row[place]) for row in rows)))
+        for place, name in enumerate(columns)
+    ]
     head = "".join(
         f'<th scope="col"{" class=long" if is_long else ""}>{html.escape(name)}</th>'
         for name, is_long in zip(columns, long, strict=True)
@@ -88,80 +91,6 @@ def _words(value: Any) -> str:
 
 def _text(text: str) -> str:
     return f'<p class="text">{html.escape(text)}</p>\n' if text else ""
-
-
-# ------------------------------------------------------------------ what a page opens with
-
-
-def findings(part: Findings, place: Place) -> str:
-    """The answers in a table, each drawn with its limits and controls where all of them lie between 0 and 1."""
-    heading = place.heading(part.heading)
-    judged = any(one.met is not None for one in part.found)
-    noted = any(one.words for one in part.found)
-    scaled = any(_scale(one.value, one.beside) for one in part.found)
-    columns = ["Question", "Measured", "Found", *(["0 to 1"] if scaled else []), "Beside it"]
-    columns += [*(["Note"] if noted else []), *(["As expected"] if judged else [])]
-    rows = []
-    for one in part.found:
-        beside = "; ".join(f"{name} {shown(value)}" for name, value in one.beside.items()) or "-"
-        cells = [
-            f'<th scope="row">{html.escape(one.question)}</th>',
-            _cell(one.measured, True),
-            _cell(one.value, False),
-            *([f"<td data-nothing>{_scale(one.value, one.beside)}</td>"] if scaled else []),
-            _cell(beside, True),
-            *([_cell(one.words, True)] if noted else []),
-            *([_cell(one.met, False)] if judged else []),
-        ]
-        rows.append("".join(cells))
-    long = {"Measured", "Beside it", "Note"}
-    head = "".join(f'<th scope="col"{" class=long" if one in long else ""}>{one}</th>' for one in columns)
-    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
-    names = ["question", "measured", "found", "beside", "note", "as expected"]
-    data = as_csv(names, [
-        [one.question, one.measured, one.value, "; ".join(f"{k} {shown(v)}" for k, v in one.beside.items()), one.words,
-         one.met] for one in part.found
-    ])  # fmt: skip
-    legend = " Dot: what was found; bar: its interval; rings: what it is held against." if scaled else ""
-    label = html.escape(part.heading, quote=True)
-    return (
-        f'{heading}{_text(part.text)}<div class="box" tabindex="0" role="region" aria-label="{label}">'
-        f'<table class="sorts"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n'
-        f'<p class="beside">Data: {data_link(part.heading, data, "csv")}{legend}</p>\n'
-    )
-
-
-def _scale(value: Any, beside: Mapping[str, Any]) -> str:
-    """A line from 0 to 1 with the value, its limits, and its controls; empty where they are no shares."""
-    figure = value.estimate if isinstance(value, Interval) else value
-    controls = {name: float(one) for name, one in beside.items() if is_number(one) or isinstance(one, Interval)}
-    if not is_number(figure) or not all(0 <= one <= 1 for one in (figure, *controls.values())):
-        return ""
-    if not controls and not (isinstance(value, Interval) and value.known):
-        return ""
-    limits = ""
-    if isinstance(value, Interval) and value.known:
-        low, high = (min(max(one, 0.0), 1.0) for one in (value.low, value.high))
-        limits = f'<line class="limits" x1="{100 * low:.1f}" x2="{100 * high:.1f}" y1="10" y2="10"/>'
-    rings = "".join(
-        f'<circle class="control" cx="{100 * one:.1f}" cy="10" r="3.5"><title>{html.escape(name)} {one:.3f}</title>'
-        "</circle>"
-        for name, one in controls.items()
-    )
-    ends = "".join(f'<line class="axis" x1="{x}" x2="{x}" y1="5" y2="15"/>' for x in (0, 50, 100))
-    return (
-        '<svg class="scale" viewBox="-5 0 110 20" aria-hidden="true">'
-        f'<line class="axis" x1="0" x2="100" y1="10" y2="10"/>{ends}{rings}'
-        f'{limits}<circle class="value" cx="{100 * figure:.1f}" cy="10" r="4"/></svg>'
-    )
-
-
-def cautions(part: Cautions, place: Place) -> str:
-    """A box with a line for each."""
-    if not part.lines:
-        return ""
-    lines = "".join(f"<li>{html.escape(line)}</li>\n" for line in part.lines)
-    return f'<section class="cautions">{place.heading(part.heading)}<ul>{lines}</ul></section>\n'
 
 
 def facts(part: Facts, place: Place) -> str:

@@ -1,0 +1,155 @@
+"""What a run has found, from its numbers: effect sizes with intervals, each beside its controls."""
+
+from __future__ import annotations
+
+import math
+
+from tdhook_rl.report.contents.names import (
+    ProbeSeries,
+    behaviour_of,
+    features_of,
+    first,
+    last,
+    masses_of,
+    probes_of,
+)
+from tdhook_rl.report.page import Finding
+from tdhook_rl.report.page.numbers import frames, number
+from tdhook_rl.report.runs import Run
+from tdhook_rl.report.runs.record import Series
+from tdhook_rl.statistics import Interval, grouped_mean
+
+#: The share of batches at the end, and at the beginning, that are taken together; and how many answers of a kind.
+PART, MOST = 0.1, 8
+
+
+def findings_of(run: Run) -> list[Finding]:
+    """The answers, those that the run has written down first."""
+    if run.findings:
+        return run.findings
+    found = [_behaviour(run, name) for name in behaviour_of(run.series)[:2]]
+    probes = sorted(probes_of(run.series).values(), key=lambda one: -_or(last(one.main), -math.inf))
+    found += [_probe(one) for one in probes[:MOST]]
+    found += [one for head, groups in masses_of(run.series).items() for one in _masses(head, groups)][:MOST]
+    found += [_features(head, inner) for head, inner in features_of(run.series).items()][:MOST]
+    found += _health(run)[:MOST]
+    return [one for one in found if one is not None]
+
+
+def part(curve: Series, at_end: bool) -> Interval | None:
+    """The mean of the last, or first, tenth of what is finite, by batch."""
+    known = [value for _, value in curve if math.isfinite(value)]
+    if not known:
+        return None
+    few = max(1, round(len(known) * PART))
+    return grouped_mean(known[-few:] if at_end else known[:few], method="t")
+
+
+def _behaviour(run: Run, name: str) -> Finding | None:
+    end, start = part(run.series[name], True), part(run.series[name], False)
+    if end is None or start is None:
+        return None
+    known = [step for step, value in run.series[name] if math.isfinite(value)]
+    few = _batches(max(1, round(len(known) * PART)))
+    return Finding(
+        question="What does it achieve?",
+        measured=f"{name}, at the end",
+        value=end,
+        beside={"at first": start.estimate} if len(known) > 1 else {},
+        words=f"mean of {few}, up to {frames(known[-1])} {run.axis}",
+    )
+
+
+def _batches(count: int) -> str:
+    return "batch" if count == 1 else f"{count} batches"
+
+
+def _probe(probe: ProbeSeries) -> Finding | None:
+    value = probe.last
+    if value is None:
+        return None
+    beside = {_named(name): last(curve) for name, curve in probe.controls.items()}
+    beside = {name: one for name, one in beside.items() if math.isfinite(one)}
+    low = value.low if value.known else value.estimate
+    above = [name for name, one in beside.items() if low <= one]
+    if not beside:
+        words = "no control was logged beside it: it says little by itself"
+    elif not value.known:
+        words = "" if not above else f"not above {', '.join(above)}"
+    else:
+        words = f"its interval is not above {', '.join(above)}" if above else "its interval is above every control"
+    groups = f"{value.groups:,} held-out groups" if value.groups > 1 else ""
+    return Finding(
+        question="What does it know?",
+        measured=f"probe of {probe.name}, held-out {probe.score}",
+        value=value,
+        beside=beside,
+        words="; ".join(one for one in (groups, words) if one),
+    )
+
+
+def _named(control: str) -> str:
+    return {"input": "the raw input", "shuffled": "shuffled labels", "untrained": "untrained network"}.get(
+        control, control
+    )
+
+
+def _masses(head: str, groups: dict[str, Series]) -> list[Finding]:
+    found = []
+    for group, curve in sorted(groups.items(), key=lambda pair: -_or(last(pair[1]), -math.inf))[:1]:
+        end, start = part(curve, True), part(curve, False)
+        if end is None or start is None:
+            continue
+        beside = {"at first": start.estimate}
+        others = {name: last(other) for name, other in groups.items() if name != group}
+        beside |= {name: value for name, value in others.items() if math.isfinite(value)}
+        found.append(
+            Finding(
+                question="What does it look at?",
+                measured=f"share of the attribution of {head} in {group}, at the end",
+                value=end,
+                beside=dict(list(beside.items())[:5]),
+            )
+        )
+    return found
+
+
+def _features(head: str, inner: dict[str, Series]) -> Finding | None:
+    ranked = sorted(inner, key=lambda name: -_or(last(inner[name]), -math.inf))
+    end = part(inner[ranked[0]], True)
+    if end is None:
+        return None
+    sizes = sorted(last(inner[name]) for name in ranked if math.isfinite(last(inner[name])))
+    beside = {name: last(inner[name]) for name in ranked[1:3] if math.isfinite(last(inner[name]))}
+    beside |= {f"the median of {len(sizes)} features": sizes[len(sizes) // 2]}
+    return Finding(
+        question="What does it look at?",
+        measured=f"mean |attribution| of {head.removeprefix('attr.')}, its largest feature at the end",
+        value=end,
+        beside=beside,
+        words=f"the largest is {ranked[0]}",
+    )
+
+
+def _health(run: Run) -> list[Finding]:
+    found = []
+    for name, curve in run.series.items():
+        kind, _, site = name.partition(".")
+        if kind != "dormant" or not math.isfinite(last(curve)):
+            continue
+        rank = run.series.get(f"effective_rank.{site}", [])
+        words = f"effective rank {number(first(rank))} at first, {number(last(rank))} now" if rank else ""
+        found.append(
+            Finding(
+                question="Is the network well?",
+                measured=f"share of dormant units at {site}",
+                value=last(curve),
+                beside={"at first": first(curve)},
+                words=words,
+            )
+        )
+    return found
+
+
+def _or(value: float, other: float) -> float:
+    return value if math.isfinite(value) else other

@@ -1,0 +1,132 @@
+"""What the names of numbers mean, as a monitor gives them: which probe, which control, which site."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tdhook_rl.report.runs.record import Series
+from tdhook_rl.statistics import Interval
+
+#: Scores of probes, the first that is there is the main one.
+SCORES = ("accuracy", "r2")
+CONTROLS = ("input", "shuffled", "untrained")
+_BEHAVIOUR = re.compile(r"(?:^|[./_ ])(?:return|success|reward|score|solved|won)(?:$|[./_ ])", re.IGNORECASE)
+
+
+@dataclass
+class ProbeSeries:
+    """The numbers of one probe.
+
+    Attributes:
+        name: of the concept.
+        score: which score it is.
+        main: the score over time, with its limits where they are known.
+        controls: the score of each control.
+        counts: of groups, rows and classes, and rows that were dropped.
+    """
+
+    name: str
+    score: str
+    main: Series
+    low: dict[int, float] = field(default_factory=dict)
+    high: dict[int, float] = field(default_factory=dict)
+    controls: dict[str, Series] = field(default_factory=dict)
+    counts: dict[str, Series] = field(default_factory=dict)
+
+    @property
+    def last(self) -> Interval | None:
+        """The last score that is known, with its interval or why there is none."""
+        known = [(step, value) for step, value in self.main if math.isfinite(value)]
+        if not known:
+            return None
+        step, value = known[-1]
+        groups, rows = (int(self._count(name, step)) for name in ("groups", "rows"))
+        low, high = self.low.get(step, math.nan), self.high.get(step, math.nan)
+        is_known = math.isfinite(low) and math.isfinite(high)
+        if not self.low:
+            why = "the run logged none"
+        elif groups < 2:
+            why = f"{groups or 'no'} held-out group{'' if groups == 1 else 's'}: nothing says how much groups differ"
+        else:
+            why = f"none could be had of {groups} groups"
+        return Interval(
+            estimate=value, low=low if is_known else math.nan, high=high if is_known else math.nan, confidence=0.95,
+            method="as logged" if is_known else "none", groups=groups, rows=rows, words="" if is_known else why,
+        )  # fmt: skip
+
+    def _count(self, name: str, step: int) -> float:
+        value = dict(self.counts.get(name, ())).get(step, 0.0)
+        return value if math.isfinite(value) else 0.0
+
+    def curve(self) -> list[tuple[float, ...]]:
+        """For a figure: step and score, with limits where any are known."""
+        if not self.low:
+            return [(step, value) for step, value in self.main]
+        nan = math.nan
+        return [(step, value, self.low.get(step, nan), self.high.get(step, nan)) for step, value in self.main]
+
+
+def probes_of(series: Mapping[str, Series]) -> dict[str, ProbeSeries]:
+    """The probes in a log: ``probe.NAME.accuracy`` beside its controls, or ``probe.NAME.trained`` and ``untrained``."""
+    found: dict[str, ProbeSeries] = {}
+    for full, curve in series.items():
+        name, _, score = full.removeprefix("probe.").rpartition(".")
+        if not full.startswith("probe.") or not name:
+            continue
+        if score in SCORES:
+            found[name] = ProbeSeries(
+                name, score, curve, dict(series.get(f"{full}_low", ())), dict(series.get(f"{full}_high", ()))
+            )
+        elif score == "trained":
+            found.setdefault(name, ProbeSeries(name, "accuracy", curve))
+    for name, probe in found.items():
+        for control in CONTROLS:
+            for full in (f"probe.{name}.{probe.score}.{control}", f"probe.{name}.{control}"):
+                if full in series and any(math.isfinite(value) for _, value in series[full]):
+                    probe.controls[control] = series[full]
+        for count in ("groups", "rows", "classes", "dropped_rows", "held_out_rows", "train_rows"):
+            if f"probe.{name}.{count}" in series:
+                probe.counts[count] = series[f"probe.{name}.{count}"]
+    return found
+
+
+def behaviour_of(series: Mapping[str, Series]) -> list[str]:
+    """The names of what the agent achieves, the telling ones first."""
+    first = [name for name in ("success", "episodes.return", "reward") if name in series]
+    others = [name for name in series if _BEHAVIOUR.search(name) and not name.startswith(("final.", "probe.", "attr."))]
+    return list(dict.fromkeys([*first, *others]))
+
+
+def features_of(series: Mapping[str, Series]) -> dict[str, dict[str, Series]]:
+    """For each attribution its features: ``attr.observation.NAME``."""
+    heads = sorted((name for name in series if name.startswith("attr.")), key=len)
+    found: dict[str, dict[str, Series]] = {}
+    for head in heads:
+        if any(head.startswith(f"{other}.") for other in found):
+            continue
+        inner = {name[len(head) + 1 :]: series[name] for name in heads if name.startswith(f"{head}.")}
+        found[head] = inner
+    return {head: inner for head, inner in found.items() if inner}
+
+
+def masses_of(series: Mapping[str, Series]) -> dict[str, dict[str, Series]]:
+    """For each input the share of attribution in each group: ``mass.observation.NAME``."""
+    found: dict[str, dict[str, Series]] = {}
+    for name, curve in series.items():
+        head, _, group = name.removeprefix("mass.").rpartition(".")
+        if name.startswith("mass.") and head:
+            found.setdefault(head, {})[group] = curve
+    return found
+
+
+def last(curve: Series) -> float:
+    """The last value that is finite; NaN without one."""
+    return next((value for _, value in reversed(curve) if math.isfinite(value)), math.nan)
+
+
+def first(curve: Series) -> float:
+    """The first value that is finite; NaN without one."""
+    return next((value for _, value in curve if math.isfinite(value)), math.nan)
