@@ -57,6 +57,9 @@ SHAPES: dict[str, Callable[[Any, Any], Drawing]] = {
     "dose_curve": lambda names, values: figures.dose_curve(
         range(len(values)), values, competence={next(iter(names)): values}, random=np.full((3, len(values)), 0.1)
     ),
+    "seed_curves": lambda names, values: figures.seed_curves(
+        {name: curve(values) for name in list(names)[:3]}, unit="share"
+    ),
 }
 VALUES: dict[str, list[Any]] = {
     "one": [0.5],
@@ -99,7 +102,7 @@ def test_names_stay_names(name: str) -> None:
     drawing = SHAPES[name](ODD, [0.5, 0.7])
     svg = drawing.svg()
     found = " ".join(texts(svg))
-    shown = list(ODD)[: 1 if name == "dose_curve" else 4]
+    shown = list(ODD)[: {"dose_curve": 1, "seed_curves": 3}.get(name, 4)]
     for one in shown:
         assert one in found, found
     assert "\x00" not in svg

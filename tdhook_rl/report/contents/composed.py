@@ -43,6 +43,7 @@ def page_of(
         >>> sink = FolderSink(tempfile.mkdtemp())
         >>> sink.log({"success": 0.25}, 10)
         >>> sink.log({"success": 0.75}, 20)
+        >>> sink.close()
         >>> page = page_of(sink.path, title="A run")
         >>> page.title, page.lead
         ('A run', 'A folder of tdhook_rl, up to frame 20.')
@@ -59,9 +60,10 @@ def page_of(
 def _parts(runs: Sequence[Run], most_bytes: float) -> list[Any]:
     figures, undrawn = sections_of(runs)
     gallery, damaged = pictures_of(runs, most_bytes)
+    players, unplayed = players_of(runs)
     several = len(runs) > 1
     said = [f"{run.name}: {line}" if several else line for run in runs for line in cautions_of(run)]
-    said += [f"{line}." for line in (*damaged, *undrawn)]
+    said += [f"{line}." for line in (*damaged, *undrawn, *unplayed)]
     parts: list[Any] = []
     if several:
         parts += [findings_over(runs), Cautions(said), runs_table(runs)]
@@ -73,7 +75,7 @@ def _parts(runs: Sequence[Run], most_bytes: float) -> list[Any]:
         Figure(one.title if not several else f"{one.title} ({run.name})", one.path, one.caption, one.alt, one.data)
         for run in runs for one in run.figures
     ]  # fmt: skip
-    parts += [players_of(runs), *saved, *figures, gallery]
+    parts += [players, *saved, *figures, gallery]
     tables = tables_of(runs)
     if tables:
         parts.append(Section("Tables", tables))

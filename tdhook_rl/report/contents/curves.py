@@ -111,10 +111,10 @@ def panels_of(series: Mapping[str, Series], several: bool) -> list[Panel]:
         take(KNOWS, f"Probe of {probe.name}: held-out {probe.score}", {probe.name: _name_of(series, probe.main)})
     for name in [name for name in waiting if name.startswith("probe.")]:
         waiting.pop(name)  # limits, counts and controls
-    for head, groups in masses_of(waiting).items():
-        ranked = sorted(groups, key=lambda name: -_or_zero(last(groups[name])))[:LINES]
+    for head, masses in masses_of(waiting).items():
+        ranked = sorted(masses, key=lambda name, masses=masses: -_or_zero(last(masses[name])))[:LINES]
         take(LOOKS, f"Share of the attribution of {head}", {one: f"mass.{head}.{one}" for one in ranked})
-        for one in groups:
+        for one in masses:
             waiting.pop(f"mass.{head}.{one}", None)
     for head, inner in features_of(waiting).items():
         take(LOOKS, f"Mean |attribution| of {head.removeprefix('attr.')}", {head: head})
@@ -135,11 +135,11 @@ def panels_of(series: Mapping[str, Series], several: bool) -> list[Panel]:
         take(ACTIVE, f"Share of zeros at {site.removeprefix('cache.')}", {"zero": f"{site}.zero"})
     controls = {name.removeprefix("control."): name for name in waiting if name.startswith("control.")}
     take(CONTROLS, "Controls", controls, split=True)
-    groups: dict[str, dict[str, str]] = {}
+    rest: dict[str, dict[str, str]] = {}
     for name in waiting:
         head, _, label = re.sub(r"[./]([^./]*)$", r"\0\1", name).rpartition("\0")
-        groups.setdefault(head, {})[label] = name
-    for head, names in list(groups.items()):
+        rest.setdefault(head, {})[label] = name
+    for head, names in rest.items():
         take(OTHER, head or "Numbers", names, split=True)
     return found
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tdhook_rl.errors import TdhookError
 from tdhook_rl.report.page import Fragment, Gallery, Picture, Section, Table
 from tdhook_rl.report.page.numbers import amount, frames
 from tdhook_rl.report.page.saved import PICTURES
@@ -162,16 +163,20 @@ def _fact(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def players_of(runs: Iterable[Run]) -> Section | None:
-    """The episode players in a run's folder."""
+def players_of(runs: Sequence[Run]) -> tuple[Section | None, list[str]]:
+    """The episode players that were recorded in the folders of runs; and those that cannot be read."""
+    from tdhook_rl.report.player import Player
+
     parts: list[Any] = []
+    broken: list[str] = []
     for run in runs:
-        for path in run.players:
-            html = _player(path)
-            if html:
-                parts.append(Fragment(path.stem.replace("_", " "), html))
-    return Section("Episodes, step by step", parts) if parts else None
-
-
-def _player(path: Path) -> str:
-    return ""
+        for name in run.players:
+            try:
+                player = Player.load(run.path, name)
+            except TdhookError as error:
+                broken.append(f"An episode player is left out: {error}")
+                continue
+            heading = player.title or name.replace("-", " ")
+            html = player.fragment(with_code=not parts)
+            parts.append(Fragment(f"{heading} ({run.name})" if len(runs) > 1 else heading, html))
+    return Section("Episodes, step by step", parts) if parts else None, broken

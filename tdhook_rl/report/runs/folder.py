@@ -42,7 +42,7 @@ def read(path: Path) -> Run:
             run.findings = load_findings(path / FINDINGS)
         except ArtifactError as error:
             run.warnings.append(str(error))
-    run.players = sorted(one for one in (path / "players").glob("*") if one.name[0] not in "._")
+    run.players = sorted(one.stem for one in (path / "players").glob("*.json"))
     if (path / NOTES).is_file():
         run.warnings += (path / NOTES).read_text(errors="replace").splitlines()
     if (path / "summary.json").is_file() or (path / FINDINGS).is_file():

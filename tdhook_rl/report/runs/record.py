@@ -108,7 +108,7 @@ class Run:
         histograms, pictures, animations, tables: by name, each in order of steps.
         artifacts: files that were kept.
         figures: figures that were saved.
-        players: folders of episode players.
+        players: names of the episode players that were recorded.
         texts: by name.
         findings: answers that were written down.
         ended: whether it came to its end; ``None`` where nothing says so.
@@ -127,7 +127,7 @@ class Run:
     tables: dict[str, list[Rows]] = field(default_factory=dict)
     artifacts: list[Kept] = field(default_factory=list)
     figures: list[Drawn] = field(default_factory=list)
-    players: list[Path] = field(default_factory=list)
+    players: list[str] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     ended: bool | None = None
