@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tdhook_rl.probes.quantities import Future, Return
 from tdhook_rl.probes.splits import EPISODE, GroupSplit
+from tdhook_rl.rollout.alike import alike_episodes
 from tdhook_rl.rollout.diagnostics import NetworkDiagnostics
 from tdhook_rl.rollout.guarded import Guarded
 from tdhook_rl.rollout.interrupts import Interruptible, ignore_interrupts, starting_workers
@@ -45,6 +46,7 @@ __all__ = [
     "ProbeSuite",
     "Report",
     "Return",
+    "alike_episodes",
     "check",
     "ignore_interrupts",
     "set_controls",

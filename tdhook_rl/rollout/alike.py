@@ -1,0 +1,77 @@
+"""Whole episodes of one policy, which another call repeats from the same starts with the same draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from tdhook_rl.arguments.checked import checked
+from tdhook_rl.calls.preconditions import require_hooked
+from tdhook_rl.errors import InputError
+
+
+@checked
+def alike_episodes(
+    policy: Any,
+    env: EnvBase,
+    *,
+    episodes: int = 4,
+    max_steps: int = 200,
+    seed: int = 0,
+    deterministic: bool = False,
+) -> list[TensorDictBase]:
+    """Annotated episodes, each from its own seed: of the environment, and of the actions that are drawn.
+
+    Called with another policy, or with other controls, they start alike, and differ by the policy alone until it acts
+    otherwise (an environment that cannot be seeded starts as it likes). The global generators are as before.
+
+    Args:
+        policy: the hooked policy.
+        env: its environment; of one with a batch each row is an episode.
+        episodes: how many.
+        max_steps: the longest an episode may last.
+        seed: of the first; each rollout of the environment takes the next one.
+        deterministic: whether the likeliest action is taken rather than drawn.
+
+    Returns:
+        a TensorDict of shape ``(time,)`` for each episode.
+
+    Raises:
+        InputError: for less than one episode or step.
+
+    Example:
+        >>> from tdhook_rl import Saliency
+        >>> from tdhook_rl.envs import CueCorners
+        >>> from tdhook_rl.examples.agent import make_actor
+        >>> with Saliency().prepare(make_actor()) as policy:
+        ...     found = [alike_episodes(policy, CueCorners(), episodes=2, max_steps=6) for _ in range(2)]
+        >>> [bool((one["observation"] == other["observation"]).all()) for one, other in zip(*found)]
+        [True, True]
+    """
+    require_hooked(policy, "alike_episodes")
+    if episodes < 1 or max_steps < 1:
+        raise InputError(f"at least one episode of one step is rolled out, got {episodes} of {max_steps}")
+    found: list[TensorDictBase] = []
+    how = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
+    with torch.random.fork_rng(), set_exploration_type(how), torch.no_grad():
+        turn = seed
+        while len(found) < episodes:
+            torch.manual_seed(turn)
+            env.set_seed(turn)
+            alone = env.batch_size.numel() == 1
+            data = env.rollout(max_steps, policy, break_when_any_done=alone).detach()
+            rows = data.reshape(-1, data.shape[-1])
+            found += [_first_episode(row) for row in rows[: episodes - len(found)]]
+            turn += 1
+    return [policy.annotate(one) for one in found]
+
+
+def _first_episode(row: TensorDictBase) -> TensorDictBase:
+    """The steps of a row up to its first end."""
+    done = row.get(("next", "done"), None)
+    ends = [] if done is None else done.reshape(len(row), -1).any(-1).nonzero().flatten().tolist()
+    return row[: ends[0] + 1] if ends else row
