@@ -9,8 +9,9 @@ import torch
 from tensordict import TensorDict
 
 from tdhook_rl import LinearProbe, Saliency, targets
-from tdhook_rl.examples import replay_buffer, steer_at_eval, train_ppo
+from tdhook_rl.examples import replay_buffer, steer_at_eval, train_dqn, train_ppo
 from tdhook_rl.examples.agent import make_trained_actor
+from tdhook_rl.report import FileSink
 
 
 @pytest.fixture(scope="module")
@@ -19,15 +20,24 @@ def actor():
 
 
 def test_the_examples_are_short() -> None:
-    for module in (train_ppo, replay_buffer, steer_at_eval):
+    for module in (train_ppo, train_dqn, replay_buffer, steer_at_eval):
         assert len(Path(module.__file__).read_text().splitlines()) < 100
 
 
-def test_train_ppo() -> None:
-    measured = train_ppo.train(frames=24_576)
-    assert measured["success"] > 0.9
-    assert measured["xor_probe"] > 0.9
-    assert measured["relevant_over_irrelevant"] > 4
+def test_train_ppo(tmp_path: Path) -> None:
+    found = train_ppo.train(frames=24_576, folder=tmp_path)
+    assert found["episodes.return"] > 0.8
+    assert found["probe.xor.accuracy"] > 0.9 > found["probe.xor.accuracy.shuffled"]
+    assert found["mass.observation.needed"] > 4 * found["mass.observation.unneeded"]
+    assert (tmp_path / "artifacts" / "probe.xor").is_dir()
+
+
+def test_train_dqn(tmp_path: Path) -> None:
+    rows = train_dqn.train(frames=2048, folder=tmp_path)
+    assert bool(rows["computed", "attr"].all())
+    assert "cache" not in rows.keys()
+    assert any(name.startswith("cache.") for name in FileSink.read(tmp_path / "log.csv"))
+    assert len(rows) == 2048
 
 
 def test_replay_buffer(actor, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from tensordict import TensorDict, TensorDictBase
 
 from tdhook_rl.batches.annotation import OnMismatch
+from tdhook_rl.batches.keeping import Keep
 from tdhook_rl.batches.tensorclasses import annotate_fields
 from tdhook_rl.calls.bound import observers
 from tdhook_rl.calls.policy import HookedPolicy
@@ -20,7 +21,12 @@ ACTED = 2
 
 
 def annotate(
-    self: HookedPolicy, data: TensorDictBase, *, chunk_size: int | None = None, on_mismatch: OnMismatch = "warn"
+    self: HookedPolicy,
+    data: TensorDictBase,
+    *,
+    chunk_size: int | None = None,
+    on_mismatch: OnMismatch = "warn",
+    keep: Keep = None,
 ) -> TensorDict:
     """Compute what the data does not hold yet: every configured method, over a whole batch.
 
@@ -44,20 +50,24 @@ def annotate(
         on_mismatch: what to do where the stored outputs are not what the policy computes now, because the
             weights have changed since, noise or interventions differ: ``"warn"`` once, ``"raise"``, or
             ``"ignore"``.
+        keep: the results that go on with the batch, by key (``("attr", "observation")``) or all under a root
+            (``"attr"``): these are there, with their masks, and no others, also none that the batch brings. Others are
+            not computed. A replay buffer keeps the keys of its first rows, so keep the same in all batches, as in
+            ``buffer.extend(policy.annotate(batch, keep=["attr"]))``; ``[]`` leaves a batch without results.
 
     Returns:
         a new TensorDict with the entries of ``data`` (the same tensors) and the results.
 
     Raises:
         MissingKeyError: if an input of the policy is absent.
-        InputError: for an empty batch.
+        InputError: for an empty batch; for a key to keep that is no result.
         MismatchError: with ``on_mismatch="raise"``.
     """
     self._hooked.runtime.require_active()
     require_data(data, "annotate")
     require_rows(chunk_size, "chunk_size")
     try:
-        return annotate_fields(self, data, chunk_size, on_mismatch)
+        return annotate_fields(self, data, chunk_size, on_mismatch, keep)
     except Exception as error:
         self._explain((data,), {}, error)
         raise

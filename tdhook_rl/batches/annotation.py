@@ -13,7 +13,9 @@ from typing import Any, Literal
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 
+from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.batches.found import Found
+from tdhook_rl.batches.keeping import Keep, kept_keys, only_kept
 from tdhook_rl.batches.mismatch import Mismatch
 from tdhook_rl.calls.bound import BoundMethod, observers
 from tdhook_rl.calls.passes import Call, effects_of, stored_inputs
@@ -33,7 +35,11 @@ OnMismatch = Literal["warn", "raise", "ignore"]
 
 
 def annotate(
-    policy: HookedPolicy, data: TensorDictBase, chunk_size: int | None = None, on_mismatch: OnMismatch = "warn"
+    policy: HookedPolicy,
+    data: TensorDictBase,
+    chunk_size: int | None = None,
+    on_mismatch: OnMismatch = "warn",
+    keep: Keep = None,
 ) -> TensorDict:
     """What :meth:`tdhook_rl.hooking.hooked.HookedMixin.annotate` does."""
     if on_mismatch not in ("warn", "raise", "ignore"):
@@ -42,7 +48,12 @@ def annotate(
             f"{nearest(str(on_mismatch), ('warn', 'raise', 'ignore'))}"
         )
     policy._hooked.runtime.require_active()
-    wanted = [one for one in observers(policy._hooked.bound) if not one.only_in_forward]
+    kept = set(kept_keys(policy, keep))
+    wanted = [
+        one for one in observers(policy._hooked.bound)
+        if not one.only_in_forward and not kept.isdisjoint(map(key_parts, one.result_keys))
+    ]  # fmt: skip
+    data = only_kept(policy, data, keep)
     if not wanted:
         return shallow_copy(data)
     found = Found(policy, data, wanted)
@@ -55,7 +66,7 @@ def annotate(
         for part, run, size in _parts(found.missing, data, chunk_size):
             found.add(run(policy, selected, _Analysis(policy, part, mismatch, noise), size))
         mismatch.report(data)
-    return found.together(shallow_copy(data))
+    return only_kept(policy, found.together(shallow_copy(data)), keep)
 
 
 def _require_computable(policy: HookedPolicy, data: TensorDictBase) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from tensordict import TensorDict, TensorDictBase, is_tensorclass
 
 from tdhook_rl.batches.annotation import OnMismatch, annotate
+from tdhook_rl.batches.keeping import Keep, kept_keys
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.errors import InputError
 
@@ -23,13 +24,16 @@ def call_on_fields(policy: HookedPolicy, data: Any, args: tuple, kwargs: dict[st
     return _filled(data, output, {_root(key) for key in policy.out_keys})
 
 
-def annotate_fields(policy: HookedPolicy, data: Any, chunk_size: int | None, on_mismatch: OnMismatch) -> Any:
+def annotate_fields(
+    policy: HookedPolicy, data: Any, chunk_size: int | None, on_mismatch: OnMismatch, keep: Keep = None
+) -> Any:
     """Annotate a TensorDict, or a tensorclass: what is returned is of its class."""
     if isinstance(data, TensorDictBase) or not is_tensorclass(data):
-        return annotate(policy, data, chunk_size, on_mismatch)
-    _require_fields(policy, data, policy.result_keys)
-    output = annotate(policy, _entries(data), chunk_size, on_mismatch)
-    return _filled(data.copy(), output, {_root(key) for key in policy.result_keys})
+        return annotate(policy, data, chunk_size, on_mismatch, keep)
+    kept, held = kept_keys(policy, keep), set(_fields(data))
+    _require_fields(policy, data, kept)
+    output = annotate(policy, _entries(data), chunk_size, on_mismatch, keep)
+    return _filled(data.copy(), output, {_root(key) for key in policy.result_keys} & held)
 
 
 def _entries(data: Any) -> TensorDict:
@@ -40,9 +44,7 @@ def _entries(data: Any) -> TensorDict:
 
 def _filled(data: Any, output: TensorDictBase, roots: set[str]) -> Any:
     for root in roots:
-        value = output.get(root, None)
-        if value is not None:
-            setattr(data, root, value)
+        setattr(data, root, output.get(root, None))
     return data
 
 

@@ -14,6 +14,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 
 from tdhook_rl.batches.annotating_mixin import only_by_annotate
+from tdhook_rl.batches.keeping import kept_keys
 from tdhook_rl.doctor.dry_run import Deadline, env_options, first_line, fresh_env
 from tdhook_rl.doctor.findings import Finding
 from tdhook_rl.doctor.recorded_rollout import Key, RecordedRollout, as_tuple, leaves
@@ -190,8 +191,10 @@ def collecting_findings(run: Collecting, policy: Any, rollout: RecordedRollout) 
     )
     buffered = run.options.get("replay_buffer") is not None
     expected = set(rollout.results)
-    if getattr(run.options.get("postproc"), "__self__", None) is policy:
-        expected |= {as_tuple(key) for key in policy.result_keys}
+    postproc, kept = run.options.get("postproc"), {as_tuple(key) for key in policy.result_keys}
+    if getattr(getattr(postproc, "func", postproc), "__self__", None) is policy:
+        kept = {*kept_keys(policy, getattr(postproc, "keywords", {}).get("keep"))}
+        expected = kept
     last = run.batches[-1]
     lost = sorted(expected - {key for key, _ in leaves(last)})
     if lost:
@@ -200,7 +203,8 @@ def collecting_findings(run: Collecting, policy: Any, rollout: RecordedRollout) 
         yield Finding.error("kept", f"{where} lacks {names}", _why_lost(run, rollout, lost))
     else:
         yield Finding.ok("kept", f"{'the replay buffer' if buffered else 'the batch'} holds every result")
-    lacking = [key for key in map(as_tuple, only_by_annotate(policy)) if key not in {key for key, _ in leaves(last)}]
+    held = {key for key, _ in leaves(last)}
+    lacking = [key for key in map(as_tuple, only_by_annotate(policy)) if key in kept and key not in held]
     if lacking and not lost:
         # Where nothing was said of the collector, it may be called in the loop as well.
         yield Finding(

@@ -16,6 +16,7 @@ from tdhook_rl.batches.annotation import OnMismatch
 from tdhook_rl.calls.preconditions import require_data, require_hooked
 from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.errors import ArtifactError, InputError, PreparationError
+from tdhook_rl.internals.torchrl_names import modules_of
 from tdhook_rl.report.budgets import Budgets, require_options
 from tdhook_rl.report.facts import facts_of
 from tdhook_rl.report.known_env import known_of
@@ -29,6 +30,7 @@ from tdhook_rl.rollout.diagnostics import NetworkDiagnostics
 from tdhook_rl.rollout.newest_rows import NewestRows
 from tdhook_rl.rollout.online_probe import OnlineProbe
 from tdhook_rl.rollout.summary import AnnotatedMetrics
+from tdhook_rl.rollout.trainer_hook import AnnotateHook
 from tdhook_rl.rollout.trainer_policy import policy_of_trainer
 
 if TYPE_CHECKING:
@@ -140,6 +142,7 @@ class Monitor(TrainerHookBase):
         self._steps = 0
         self._last: dict[str, float] = {}
         self._closed, self._ended = False, -1
+        self._trainer: Trainer | None = None
         self._tries = Tries()
         self._probes, self._untrained = dict(probes or {}), untrained
         self._look = Look(
@@ -279,11 +282,16 @@ class Monitor(TrainerHookBase):
         if not self._look.features.known:
             self._learn_of(getattr(trainer, "collector", None))
         self.buffer = getattr(trainer, "replay_buffer", None) if self.buffer is None else self.buffer
+        self._trainer = trainer
         trainer.register_op("pre_steps_log", self._of_trainer)
         trainer.register_op("shutdown", self._end)
         trainer.register_module(name, self)
 
     def _of_trainer(self, batch: TensorDictBase | None) -> None:
+        hooks = [one for one in modules_of(self._trainer).values() if isinstance(one, AnnotateHook)]
+        for hook in hooks if batch is not None else ():
+            if hook.policy is self.policy and hook.keep is not None and hook.last is not None:
+                batch = hook.last  # with what the hook does not let on
         self.step(batch)  # nothing is returned, which the trainer would log as well
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torchrl.trainers import TrainerHookBase
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.batches.annotation import OnMismatch
 from tdhook_rl.batches.blank import Forms, forms_of, known_forms, without_results
+from tdhook_rl.batches.keeping import Keep, kept_keys, only_kept
 from tdhook_rl.calls.preconditions import require_hooked
 from tdhook_rl.errors import InputError
 from tdhook_rl.internals.torchrl_names import batch_operations, modules_of
@@ -36,6 +37,8 @@ class AnnotateHook(TrainerHookBase):
         every: every how many batches.
         rows: how many elements of a buffer are explained at once (along the first dimension of its storage).
         prefix: of the names in the log, ``"<prefix>/attr.observation"``.
+        keep: the results that go on with the batch, to losses and buffer, as of ``annotate``; all unless given. The
+            log, ``last`` and a ``Monitor`` of the same trainer have the others too.
         on_mismatch: as of ``annotate``. Rows of a buffer were often collected by older weights, which is what
             ``"warn"`` would say at every training run; they are explained by the policy as it is now.
 
@@ -60,17 +63,20 @@ class AnnotateHook(TrainerHookBase):
         rows: int = 1024,
         prefix: str = "interp",
         on_mismatch: OnMismatch = "ignore",
+        keep: Keep = None,
     ) -> None:
         for name, value in (("every", every), ("rows", rows)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name}= is a positive integer, got {value!r}")
         if policy is not None:
             require_hooked(policy, "AnnotateHook")
+            kept_keys(policy, keep)
         self.policy = policy
         self.every = every
         self.rows = rows
         self.prefix = prefix
         self.on_mismatch: OnMismatch = on_mismatch
+        self.keep = keep
         self.last: TensorDictBase | None = None
         self._trainer: Trainer | None = None
         self._batches = self._first = 0
@@ -85,6 +91,7 @@ class AnnotateHook(TrainerHookBase):
         """
         if self.policy is None:
             self.policy = policy_of_trainer(trainer, "AnnotateHook")
+            kept_keys(self.policy, self.keep)
         self._trainer = trainer
         trainer.register_op("batch_process", self.annotate_batch)
         trainer.register_op("pre_steps_log", self.log)
@@ -92,10 +99,11 @@ class AnnotateHook(TrainerHookBase):
 
     @checked
     def annotate_batch(self, batch: TensorDictBase) -> TensorDictBase:
-        """The batch with results; off the schedule of ``every`` with the same keys, NaN and false masks.
+        """The batch with the results to keep; off the schedule of ``every`` with the same keys, NaN and false masks.
 
         Raises:
-            InputError: if the trainer's replay buffer has rows without results, which would not take them.
+            InputError: if the trainer's replay buffer has rows without these results, which would not take them, or
+                with others, which would stay beside new rows.
         """
         require_hooked(self.policy, "AnnotateHook")
         due = self._batches % self.every == 0
@@ -107,18 +115,18 @@ class AnnotateHook(TrainerHookBase):
             return self.without_results(batch)
         self.last = self.policy.annotate(batch, on_mismatch=self.on_mismatch)
         self._forms = known_forms(self.policy, self.last)
-        return self.last
+        return only_kept(self.policy, self.last, self.keep)
 
     @checked
     def without_results(self, batch: TensorDictBase) -> TensorDictBase:
-        """Rows with the keys of results, not computed: NaN (0 for integers), and false masks.
+        """Rows with the keys of results to keep, not computed: NaN (0 for integers), and false masks.
 
         Rows that were collected before there was this hook go on in a new buffer as
         ``new.extend(hook.without_results(old[:]))``.
         """
         if self._forms is None:
             self._forms = forms_of(self.policy, batch)
-        return without_results(self.policy, batch, self._forms)
+        return only_kept(self.policy, without_results(self.policy, batch, self._forms), self.keep)
 
     def _require_room(self, batch: TensorDictBase) -> None:
         """Refuse a buffer whose rows fix keys that leave the results out; what would happen depends on the storage."""
@@ -132,13 +140,21 @@ class AnnotateHook(TrainerHookBase):
             known = buffer.storage.get(0)
             if not is_tensor_collection(known):
                 continue
-            lost = [key for key in self.policy.result_keys if known.get(key, None) is None]
+            kept = kept_keys(self.policy, self.keep)
+            lost = [key for key in kept if known.get(key, None) is None]
             if lost:
                 raise InputError(
                     f"the replay buffer holds {len(buffer)} rows without {lost[0]!r}, and a storage keeps the keys of "
                     "its first rows: new ones would be dropped, or old ones show what memory holds. Fill a new buffer, "
                     "new.extend(hook.without_results(old[:])), or write results beside the buffer with "
                     "tdhook_rl.replay.analyze"
+                )
+            left = [key for key in kept_keys(self.policy, None) if key not in kept and known.get(key, None) is not None]
+            if left:
+                raise InputError(
+                    f"the replay buffer holds {len(buffer)} rows with {left[0]!r}, which keep= leaves out: new rows "
+                    "would stand beside results of old ones. Keep the same results all through a run, or fill a new "
+                    f"buffer, new.extend(policy.annotate(old[:], keep={self.keep!r}))"
                 )
 
     def log(self, batch: TensorDictBase | None) -> dict[str, float] | None:
