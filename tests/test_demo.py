@@ -43,9 +43,8 @@ def test_the_demo_finds_what_the_environment_holds(finished: Path) -> None:
 
 def test_the_demo_writes_one_folder(finished: Path) -> None:
     report = (finished / "report.html").read_text()
-    assert report.count("data:image/png;base64,") == 4
-    assert "http://" not in report
-    assert {path.name for path in (finished / "figures").iterdir()} == {
+    assert report.count('<svg role="img"') == 4
+    assert {path.name for path in (finished / "figures").glob("*.png")} == {
         "learning.png",
         "overview.png",
         "saliency_lights.png",

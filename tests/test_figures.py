@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -15,68 +15,14 @@ import pytest
 
 from tdhook_rl.errors import InputError
 from tdhook_rl.report import figures
-from tdhook_rl.report.drawing import Drawing, plain
-from tdhook_rl.statistics import Interval
+from tdhook_rl.report.drawing import plain
+from tests.drawings import MEASURED, NAMES, NAN, ODD, SHAPES, VALUES, interval
 
 
 @pytest.fixture(autouse=True)
 def no_pyplot(monkeypatch: pytest.MonkeyPatch) -> None:
     """What imports pyplot in a training process takes over its figures, and perhaps its display."""
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-
-
-def interval(value: float, reach: float = 0.05, groups: int = 32) -> Interval:
-    return Interval(
-        estimate=value, low=value - reach, high=value + reach, confidence=0.95, method="t", groups=groups, rows=groups
-    )
-
-
-ODD = ("$x_1$ and $y$", "_hidden", "a < b & c > d", "ключ 鍵 🔑", "\x00two\nlines", "module.0." * 30)
-
-
-def bars(names: Any, value: Callable[[int], Any]) -> Drawing:
-    groups = {name: {"trained": value(at), "untrained": 0.1 * at} for at, name in enumerate(names)}
-    return figures.grouped_bars(groups, unit="mean |gradient|", matters=list(names)[:1])
-
-
-def curve(values: Any) -> list[tuple[int, Any]]:
-    return [(100 * step, value) for step, value in enumerate(values)]
-
-
-def probes(names: Any, values: Any) -> Drawing:
-    return figures.probe_curves({name: {"trained": curve(values), "untrained": curve(values)} for name in names},
-                                {"success": curve(values)})  # fmt: skip
-
-
-NAN = float("nan")
-#: By figure: from names and from values a drawing.
-SHAPES: dict[str, Callable[[Any, Any], Drawing]] = {
-    "grouped_bars": lambda names, values: bars(names, lambda at: values[at % len(values)]),
-    "probe_curves": probes,
-    "lines": lambda names, values: figures.lines({name: curve(values) for name in list(names)[:5]}, unit="share"),
-    "dose_curve": lambda names, values: figures.dose_curve(
-        range(len(values)), values, competence={next(iter(names)): values}, random=np.full((3, len(values)), 0.1)
-    ),
-    "seed_curves": lambda names, values: figures.seed_curves(
-        {name: curve(values) for name in list(names)[:3]}, unit="share"
-    ),
-}
-VALUES: dict[str, list[Any]] = {
-    "one": [0.5],
-    "many": list(np.linspace(0, 1, 300)),
-    "none": [NAN, NAN],
-    "gaps": [0.1, NAN, 0.3, NAN, float("inf"), 0.5, 0.6],
-    "intervals": [interval(0.5), interval(0.9, NAN), 0.7, interval(NAN, NAN)],
-    "large": [1e9, -3e12, 5.0],
-    "small": [1e-12, 3e-12],
-    "same": [0.25] * 3,
-}
-NAMES: dict[str, Any] = {
-    "one": ["a"],
-    "forty": [f"feature {number}" for number in range(40)],
-    "thousand": [f"concept.{number}" for number in range(1000)],
-    "odd": ODD,
-}
 
 
 def texts(svg: str) -> list[str]:
@@ -97,16 +43,146 @@ def test_every_figure_takes_all_data(name: str, names: str, values: str) -> None
     assert "nan" not in " ".join(found).lower()
 
 
+#: How many of the odd names are written in a figure.
+WRITTEN = {
+    "dose_curve": 1,
+    "histograms_over_time": 1,
+    "attribution_maps": 4,
+    "overlays": 4,
+    "probe_curves": 4,
+    "seed_curves": 3,
+}
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_names_stay_names(name: str) -> None:
     drawing = SHAPES[name](ODD, [0.5, 0.7])
     svg = drawing.svg()
     found = " ".join(texts(svg))
-    shown = list(ODD)[: {"dose_curve": 1, "seed_curves": 3}.get(name, 4)]
-    for one in shown:
+    for one in ODD[: WRITTEN.get(name, 4)]:
         assert one in found, found
     assert "\x00" not in svg
-    assert all(one in json.dumps(drawing.data, ensure_ascii=False) for one in shown)
+    kept = json.dumps(drawing.data, ensure_ascii=False)
+    assert all(json.dumps(one, ensure_ascii=False)[1:-1] in kept for one in ODD[: WRITTEN.get(name, 4)])
+
+
+def drawn(figure: Any) -> list[np.ndarray]:
+    """The numbers that artists hold: lines, bars, images, fields, dots, bands."""
+    found = []
+    for axis in figure.axes:
+        found += [np.ma.filled(np.ma.asarray(line.get_ydata(), dtype=float), np.nan) for line in axis.lines]
+        found += [np.array([get(one) for one in bars]) for bars in axis.containers if hasattr(bars, "patches")
+                  for get in (lambda one: one.get_width(), lambda one: one.get_height())]  # fmt: skip
+        found += [np.ma.filled(np.ma.asarray(image.get_array(), dtype=float), np.nan) for image in axis.images]
+        for one in axis.collections:
+            if one.get_array() is not None:
+                found.append(np.asarray(one.get_array()))
+            found += [path.vertices[:, at] for path in one.get_paths() for at in (0, 1)]
+            found += [np.asarray(one.get_offsets())[:, at] for at in (0, 1)]
+    return found
+
+
+def kept(data: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """The lists of numbers beside a figure, each with where it is."""
+    for key, value in data.items() if isinstance(data, dict) else ():
+        if isinstance(value, dict):
+            yield from ((f"{key} {below}", one) for below, one in kept(value))
+        elif isinstance(value, list) and value and not any(isinstance(one, str | dict) for one in value):
+            yield key, np.array(value, dtype=float)
+        elif isinstance(value, list) and key in ("response", "a"):
+            yield key, np.array([one["estimate"] if isinstance(one, dict) else one for one in value], dtype=float)
+
+
+def is_among(one: np.ndarray, artists: list[np.ndarray], whole: bool) -> bool:
+    """Whether an artist holds these numbers; or else whether each is in one of them."""
+    if whole:
+        return any(one.shape == other.shape and np.allclose(one, other, rtol=1e-3, equal_nan=True) for other in artists)
+    everything = np.concatenate([other.ravel() for other in artists])
+    return all(np.isclose(everything, value, rtol=1e-3).any() for value in one.ravel() if value == value)
+
+
+#: What is drawn in another way than it is kept: a square root, a transposed picture.
+AS_DRAWN: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "shares": lambda one: np.sqrt(one.T),
+    "attribution": lambda one: one.T,
+}
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "overview"])
+def test_what_is_beside_a_figure_is_what_was_drawn(name: str) -> None:
+    drawing = SHAPES[name](["a", "b", "c"], MEASURED)
+    artists = drawn(drawing.figure)
+    compared = 0
+    for where, numbers_of in kept(drawing.data):
+        key = where.split()[-1]
+        if key in ("edges", "x", "step", "strengths", "chance"):
+            continue
+        expected = AS_DRAWN.get(key, lambda one: one)(numbers_of)
+        parts = list(expected) if key in ("values", "random") else [expected]
+        # Limits are edges of a band, whose path goes there and back; rewards and actions are of bars and dots.
+        whole = key not in ("low", "high", "random")
+        assert all(is_among(part, artists, whole) for part in parts), where
+        compared += 1
+    if name == "grouped_bars":
+        bars_of = drawing.data["bars"]
+        for series in ("trained", "untrained"):
+            values = [bars_of[one][series] for one in bars_of]
+            expected = np.array([one["estimate"] if isinstance(one, dict) else one for one in values])
+            assert is_among(expected, artists, True)
+        compared += 1
+    assert compared
+
+
+# ------------------------------------------------------------------ maps
+
+
+def test_one_outlier_does_not_blank_the_rest() -> None:
+    small = np.full((3, 40, 40), 0.001)
+    small[0, 5, 5] = 0.5
+    found = figures.attribution_maps(small)
+    assert found.data["scale"] == pytest.approx(0.001)
+    (first, *_) = found.figure.axes[0].images
+    assert first.cmap(first.norm(0.001))[3] == pytest.approx(1, abs=0.01)  # not the page's colour
+    scales = {image.get_clim() for axis in found.figure.axes[:3] for image in axis.images}
+    assert len(scales) == 1
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 12, 10), (2, 12, 10, 3), (2, 4, 12, 10), (2, 12, 10)])
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_overlays_take_frames_of_all_kinds(shape: tuple[int, ...], kind: Any) -> None:
+    frames = (np.linspace(0, 1, np.prod(shape)).reshape(shape) * (255 if kind is np.uint8 else 1)).astype(kind)
+    attribution = np.zeros(shape, np.float32)
+    place = np.unravel_index(77, shape)
+    attribution[place] = -0.003
+    found = figures.overlays(frames, attribution)
+    peak = found.data["peaks"][0]
+    rows = [axis for axis in range(1, len(shape)) if shape[axis] == 12]
+    assert peak["largest"] == pytest.approx(-0.003)
+    assert peak["row"] == place[rows[0]]
+
+
+def test_wrong_data_is_said() -> None:
+    wrong: list[tuple[Callable[[], Any], str]] = [
+        (lambda: figures.grouped_bars({}, unit="x"), "no bars"),
+        (lambda: figures.grouped_bars({"a": dict.fromkeys("abcdef", 1.0)}, unit="x"), "at most 5"),
+        (lambda: figures.grouped_bars({"a": {"x": 1.0}}, unit="x", matters=["b"]), "'b'"),
+        (lambda: figures.probe_curves({}), "got none"),
+        (lambda: figures.probe_curves({"a": {"trainde": []}}), "'trainde'"),
+        (lambda: figures.probe_curves({"a": {"trained": [(1, 2, 3)]}}), r"\(step, value, low, high\)"),
+        (lambda: figures.lines({}, unit="x"), "got 0"),
+        (lambda: figures.dose_curve([0, 1], [0.5]), "2 strengths and 1 rates"),
+        (lambda: figures.attribution_maps(np.zeros(3)), r"\(3,\)"),
+        (lambda: figures.attribution_maps(np.zeros((2, 3, 3)), ["a"]), "2 pictures and 1 titles"),
+        (lambda: figures.overlays(np.zeros((1, 8, 8)), np.zeros((2, 8, 8))), "1 frames and 2"),
+        (lambda: figures.histograms_over_time([]), "no histogram"),
+        (lambda: figures.histograms_over_time([{"step": 0, "counts": [1], "edges": [0]}]), "1 and 1"),
+        (lambda: figures.network_health({"loss": []}), "none of the 1 curves"),
+        (lambda: figures.attribution_through_episode(np.zeros((3, 2)), rewards=[1.0]), "3 steps, and reward 1"),
+        (lambda: figures.attribution_through_episode(np.zeros((3, 2)), ["a"]), "2 features and 1 names"),
+    ]
+    for call, words in wrong:
+        with pytest.raises(InputError, match=words):
+            call()
 
 
 def test_every_figure_is_tried_here() -> None:

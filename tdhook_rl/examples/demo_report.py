@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from tdhook_rl.examples.demo import CONCEPTS, Findings, Settings
-from tdhook_rl.report import Figure, Table, write_report
-from tdhook_rl.report.figures.earlier import attribution_bars, dose_curve, learning_curves, observation_maps, overview
+from tdhook_rl.report import Table, write_report
+from tdhook_rl.report.drawing import Drawing
+from tdhook_rl.report.figures import attribution_maps, dose_curve, grouped_bars, overview, probe_curves
 
 __all__ = ["COLUMNS", "summary", "write"]
 
 COLUMNS = ("question", "measured", "found", "expected", "met")
-LIGHTS = ("light 1\n(needed)", "light 2\n(needed)", "light 3\n(never)", "light 4\n(never)")
+NEEDED = ("light 1", "light 2")
 
 
 def summary(found: Findings) -> list[tuple[str, str, str, str, str]]:
@@ -39,54 +40,70 @@ def summary(found: Findings) -> list[tuple[str, str, str, str, str]]:
 
 def write(found: Findings, settings: Settings, folder: Path) -> Path:
     """Write the figures and ``report.html``; returns the path of the report."""
-    figures = folder / "figures"
-    curves = found.curves
-    probes = {
-        f"{name.replace('_', ' ')} ({role})": (curves[f"probe.{name}.trained"], curves[f"probe.{name}.untrained"])
-        for name, role in CONCEPTS.items()
-    }
-    learning = learning_curves(figures / "learning.png", curves["success"], probes, "success")
-    lights = {network: seen["lights"].tolist() for network, seen in found.saliency.items()}
-    of_lights = dict(zip(LIGHTS, zip(lights["trained"], lights["untrained"], strict=True), strict=True))
-    bars = attribution_bars(figures / "saliency_lights.png", of_lights, "mean |gradient| of the chosen logit")
-    overview(figures / "overview.png", of_lights, probes, found.response, "other")
-    maps = observation_maps(
-        figures / "saliency_maps.png",
-        found.saliency["trained"]["planes"],
-        ("agent", "goals", "lights (row 1)"),
-        "mean |gradient|",
-    )
-    dose = dose_curve(
-        figures / "steering.png",
-        found.response,
-        "other",
-        "cued",
-        "alpha (in units of the vector)",
-        "episodes that end in the corner",
-    )
     text = (
         f"{settings.frames} frames, seed {settings.seed}, {settings.workers or 'no'} worker processes, "
         f"{found.seconds:.0f} s. The right answers are known because the environment was built so."
     )
-    parts = [
-        Table("Findings", COLUMNS, summary(found), text),
-        Figure("What it knows, and when", learning,
-               "Success of the agent as it trains, and how well two concepts can be read from its second hidden layer "
-               "on held-out episodes and states. The dashed lines are the network before training: the concept that "
-               "the task needs rises above it, the one that it does not need falls below."),
-        Figure("What it looks at", bars,
-               "Mean absolute gradient of the chosen action's logit with respect to each light. Only the first two "
-               "lights decide which corner pays."),
-        Figure("Where it looks", maps,
-               "The same gradient for every cell of the three observation planes; the row of lights is on top."),
-        Figure("Changing its mind", dose,
-               f"Adding alpha times the difference vector of {found.vector.path} towards the corner that does not pay. "
-               f"Each point is {found.response.episodes} episodes from the same starts with the same noise; random "
-               "vectors have equal norm."),
-    ]  # fmt: skip
+    shown = drawings(found)
+    for name, drawing in shown.items():
+        drawing.save(folder / "figures" / f"{name}.png")
+    parts = [Table("Findings", COLUMNS, summary(found), text)]
+    parts += [drawing for name, drawing in shown.items() if name != "overview"]
     return write_report(
         folder / "report.html",
         "CueCorners: what the agent looks at, what it knows, and changing its mind",
         "A policy trained with tdhook_rl inside its TorchRL collector.",
         parts,
     )
+
+
+def drawings(found: Findings) -> dict[str, Drawing]:
+    """The figures by name."""
+    curves, response = found.curves, found.response
+    concepts = {
+        f"{name} ({role})": {network: curves[f"probe.{name}.{network}"] for network in ("trained", "untrained")}
+        for name, role in CONCEPTS.items()
+    }
+    seen = {network: one["lights"].tolist() for network, one in found.saliency.items()}
+    lights = {f"light {light + 1}": {network: seen[network][light] for network in seen} for light in range(4)}
+    other = response.intervals("other")
+    steered = {"random": response.rates["other"][1:], "outcome": "P(the other corner)"}
+    return {
+        "learning": probe_curves(
+            concepts,
+            {"success": curves["success"]},
+            of="episodes",
+            caption="Success of the agent as it trains, and how well two concepts can be read from its second hidden "
+            "layer, in states of the day, on held-out episodes and states; dashed, from the network before training.",
+        ),
+        "saliency_lights": grouped_bars(
+            lights,
+            unit="mean |gradient| of the chosen logit",
+            title="What it looks at",
+            matters=NEEDED,
+            caption="Only the first two lights decide which corner pays.",
+        ),
+        "saliency_maps": attribution_maps(
+            found.saliency["trained"]["planes"],
+            ("agent", "goals", "lights (row 1)"),
+            unit="mean |gradient|",
+            caption="The same gradient for every cell of the three planes of the observation.",
+        ),
+        "steering": dose_curve(
+            response.alphas,
+            other,
+            competence={"the corner that pays": response.intervals("cued")},
+            caption=f"Adding alpha times the difference vector of {found.vector.path} towards the corner that does not "
+            "pay, in episodes from the same starts with the same noise; random vectors have equal norm.",
+            **steered,
+        ),
+        "overview": overview(
+            lights,
+            concepts,
+            response.alphas,
+            other,
+            random=steered["random"],
+            matters=NEEDED,
+            units=("mean |gradient| of the chosen logit", "held-out probe accuracy", "P(the other corner)"),
+        ),
+    }

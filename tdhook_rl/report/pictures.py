@@ -17,7 +17,7 @@ import numpy as np
 from tdhook_rl.errors import InputError
 from tdhook_rl.report.frames import as_array, as_frames, channel_axis, fitted
 
-__all__ = ["bars", "beside", "is_picture", "overlays", "robust_scale"]
+__all__ = ["bars", "beside", "heat_of", "is_picture", "overlays", "robust_scale"]
 
 UP, DOWN = np.array([213, 94, 0], np.float32), np.array([0, 114, 178], np.float32)  # of Okabe and Ito (2008)
 INK, FAINT, GROUND = (29, 35, 43), (150, 157, 166), (255, 255, 255)
@@ -68,7 +68,7 @@ def overlays(frames: Any, attribution: Any, captions: Sequence[str] = (), *, sca
         >>> overlays(np.zeros((2, 3, 8, 8)), np.ones((2, 3, 8, 8))).shape
         (2, 182, 328, 3)
     """
-    shown, heat = as_frames(frames), _heat(as_array(attribution))
+    shown, heat = as_frames(frames), heat_of(as_array(attribution))
     if len(shown) != len(heat):
         raise InputError(f"there are {len(shown)} frames and {len(heat)} attributions")
     scale = robust_scale(heat) if scale is None else scale
@@ -164,8 +164,8 @@ def beside(frame: Any, picture: np.ndarray) -> np.ndarray:
     return page
 
 
-def _heat(attribution: np.ndarray) -> np.ndarray:
-    """One number for each row and column."""
+def heat_of(attribution: np.ndarray) -> np.ndarray:
+    """One number for each row and column: of channels the largest in absolute value."""
     heat = attribution.astype(np.float32)
     if heat.ndim == 4:
         heat = np.moveaxis(heat, 1 + channel_axis(heat.shape[1:]), -1)

@@ -19,6 +19,7 @@ from tdhook_rl.report.figures.style import (
     label,
     legend,
     limits,
+    number,
     resting,
     said,
     tick_numbers,
@@ -125,12 +126,12 @@ def fill_bars(
         known = np.isfinite(values).all(1)
         if known.any():
             spread = np.abs(values[known, 1:] - values[known, :1]).T
-            axis.errorbar(values[known, 0], at[known], xerr=spread, fmt="none", ecolor=INK, elinewidth=1.1, capsize=2.5)
+            axis.errorbar(values[known, 0], at[known], xerr=spread, fmt="none", color=INK, elinewidth=1.1, capsize=2.5)
         if few:
             for y, (value, low, high) in zip(at, values, strict=True):
                 end = np.nanmax([0.0, value, high]) if value >= 0 else np.nanmin([0.0, value, low])
                 side = "left" if not value < 0 else "right"
-                text = f"{value:.2g}" if np.isfinite(value) else "not known"
+                text = number(float(f"{value:.{3 if abs(value) >= 1 else 2}g}"))
                 axis.annotate(
                     text, (end if np.isfinite(end) else 0.0, y), (4 if side == "left" else -4, 0), ha=side,
                     textcoords="offset points", va="center_baseline", fontsize=9,

@@ -136,7 +136,7 @@ def fill_probes(
     for (name, curves), colour, marker in zip(concepts.items(), (BLUE, ORANGE, GREEN, PURPLE), MARKERS, strict=False):
         for one, curve in curves.items():
             _, style, _, width = _SERIES[one]
-            entries[f"{label(name)}, {one}"] = drawn(
+            entries[f"{label(name, 34)}, {one}"] = drawn(
                 axis, points(curve), colour=colour, style=style, marker=marker if one == "trained" else "", width=width
             )
     if chance is not None:

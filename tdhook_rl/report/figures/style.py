@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.report.drawing import INK, house_style
+from tdhook_rl.report.drawing import INK, LINES, house_style
 from tdhook_rl.statistics import Interval
 
 Number = float | Interval
@@ -21,6 +21,8 @@ Curve = Sequence[Sequence[Any]] | np.ndarray
 #: After Okabe and Ito (2008), moved apart for readers without red or green cones, and to where each can be told from
 #: a white page and a dark one. Never more than these five in one figure, and each with a marker and a line of its own.
 COLOURS = BLUE, ORANGE, GREEN, PURPLE, GREY = "#0067c5", "#d55e00", "#03a564", "#bf7abf", "#68696c"
+#: What was not computed, in images.
+BAD = "#b4b9c1"
 #: Inches. A phone shows so much with its text still readable; a page at a desk shows it a quarter larger.
 WIDTH = 4.4
 MARKERS = ("o", "s", "^", "D", "v")
@@ -171,20 +173,29 @@ def limits(value: Number | None) -> tuple[float, float, float]:
 
 def drawn(axis: Any, found: Points, *, colour: str, style: Any = "-", marker: str = "o", width: float = 1.8) -> Any:
     """A line with its band and a few markers; a point without neighbours has one too, or it would not be seen."""
-    known = np.isfinite(found.y)
-    sides = np.concatenate([[False], known, [False]])
-    alone = np.flatnonzero(known & ~sides[:-2] & ~sides[2:])
+    known, sure = np.isfinite(found.y), np.isfinite(found.low) & np.isfinite(found.high)
+    alone = _alone(known)
     spread = np.linspace(0, len(known) - 1, min(8, len(known))).round().astype(int)
-    if np.isfinite(found.low).any():
+    if sure.any():
         axis.fill_between(found.x, found.low, found.high, color=colour, alpha=0.22, linewidth=0)
-        lone = alone[np.isfinite(found.low[alone])]
-        if len(lone):
-            axis.vlines(found.x[lone], found.low[lone], found.high[lone], color=colour, linewidth=1)
+        lone = _alone(sure)
+        axis.vlines(found.x[lone], found.low[lone], found.high[lone], color=colour, linewidth=1)
     (line,) = axis.plot(
         found.x, found.y, color=colour, linestyle=style, linewidth=width, marker=marker,
         markevery=sorted({*alone.tolist(), *spread.tolist()}),
     )  # fmt: skip
     return line
+
+
+def _alone(known: np.ndarray) -> np.ndarray:
+    """Where there is something, and nothing on either side."""
+    sides = np.concatenate([[False], known, [False]])
+    return np.flatnonzero(known & ~sides[:-2] & ~sides[2:])
+
+
+def digits(values: np.ndarray) -> np.ndarray:
+    """Four digits of each number, for the data of pictures."""
+    return np.array([float(f"{value:.4g}") for value in values.ravel()]).reshape(values.shape)
 
 
 def legend(figure: Any, entries: Mapping[str, Any]) -> None:
@@ -196,6 +207,39 @@ def legend(figure: Any, entries: Mapping[str, Any]) -> None:
             list(entries.values()), list(entries), loc="outside lower center", ncols=int(-(-len(entries) // rows)),
             handlelength=2.4, columnspacing=1.2,
         )  # fmt: skip
+
+
+def colour_map(signed: bool) -> Any:
+    """The page at 0; blue below and orange above, as everywhere in the package. What is NaN is grey.
+
+    Args:
+        signed: whether there are values below 0.
+    """
+    from matplotlib.colors import LinearSegmentedColormap, to_rgba
+
+    ramp = [to_rgba(ORANGE, 0), to_rgba(ORANGE, 1)]
+    below = [to_rgba(BLUE, 1), to_rgba(BLUE, 0)] if signed else []
+    places = [0.0, 0.5, 0.5, 1.0] if signed else [0.0, 1.0]
+    found = LinearSegmentedColormap.from_list("attribution", list(zip(places, [*below, *ramp], strict=True)), N=255)
+    return found.with_extremes(bad=BAD)
+
+
+def colour_bar(figure: Any, image: Any, axes: Any, unit: str, **options: Any) -> Any:
+    """What the colours of an image stand for."""
+    from matplotlib.cm import ScalarMappable
+
+    bar = figure.colorbar(ScalarMappable(image.norm, image.cmap), ax=axes, **options)
+    bar.set_label(unit)
+    bar.solids.set(rasterized=True, edgecolor="face")
+    bar.outline.set(color=LINES, linewidth=0.6)
+    bar.ax.grid(False)
+    return bar
+
+
+def framed(axis: Any) -> None:
+    """The edges of an image, whose colours may be the page's."""
+    axis.grid(False)
+    axis.spines[:].set(visible=True, color=LINES, linewidth=0.8)
 
 
 def tick_numbers(axis: Any, which: str = "x") -> None:
