@@ -14,6 +14,7 @@ from tdhook_rl.experiments import COLUMNS, EXPERIMENTS, RECIPES, SEEDS, Check, F
 from tdhook_rl.experiments import checkpoints as shipped
 from tdhook_rl.experiments.findings import share
 from tdhook_rl.experiments.training import train, untrained
+from tdhook_rl.report import read_run
 
 
 def shown(findings: Findings) -> str:
@@ -122,7 +123,8 @@ def test_the_command_writes_a_report(tmp_path: Path, capsys) -> None:
     page = (tmp_path / "found" / "report.html").read_text()
     assert page.count('<svg role="img"') == 1
     assert (tmp_path / "found" / "figures" / "patching.json").exists()
-    assert 'class="no"' not in page
+    assert page.count('class="met yes"') == len(read_run(tmp_path / "found").findings) == 5
+    assert "tdhook-rl experiment patching --seed 1" in page
 
 
 def test_the_command_refuses_what_it_cannot_do(tmp_path: Path, capsys) -> None:
@@ -143,5 +145,5 @@ def test_the_command_keeps_what_was_finished(error: BaseException, code: int, tm
         monkeypatch.setitem(EXPERIMENTS, name, dataclasses.replace(EXPERIMENTS[name], measure=fail))
     assert main(["experiment", "all", "--out", str(tmp_path / "found")]) == code
     page = (tmp_path / "found" / "report.html").read_text()
-    assert page.count("<table") == 1
+    assert page.count('<ul class="answers') == 1
     assert page.count("<svg role=") == 1

@@ -39,6 +39,7 @@ from tdhook_rl.replay import analyze, load_results
 from tdhook_rl.report import (
     Animation,
     Artifact,
+    Budgets,
     Cautions,
     DataTable,
     Facts,
@@ -58,11 +59,13 @@ from tdhook_rl.report import (
     save_findings,
 )
 from tdhook_rl.report.contents import curves, media
+from tdhook_rl.report.contents.cautions import cautions_of
 from tdhook_rl.report.drawing import Drawing
 from tdhook_rl.report.page.findings_file import load_findings
 from tdhook_rl.rollout import GroupSplit, OnlineProbe
 from tdhook_rl.statistics import Interval, grouped_mean, iqm
 from tests.browser import needs_chromium, shared
+from tests.wandb_reader import finished
 
 QUIET = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True)
 KINDS = ("local", "wandb", "csv", "tensorboard")
@@ -96,7 +99,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         buffer.extend(data.reshape(-1).detach())
         analyze(policy, buffer, base / "analysis")
     run.log({"own/loss": 0.25})
-    run.finish()
+    finished(run)
     writer.close()
     logger.log_hparams({"gamma": 0.9})
     logger.log_scalar("own/loss", 0.25, 7)
@@ -416,6 +419,32 @@ def test_what_is_cut_is_said(tmp_path: Path, few_figures: None) -> None:
         "Pictures that were cut or damaged are left out: overlay at 300",
     ):
         assert words in text, words
+
+
+def test_what_a_monitor_could_not_log_is_in_its_report(tmp_path: Path) -> None:
+    def breaks(batch: Any) -> Any:
+        if broken:
+            raise RuntimeError("no such concept")
+        return batch["concept", "xor"]
+
+    broken: list[bool] = []
+    probe = OnlineProbe(features=("cache", FC2), label=breaks, split=GroupSplit("episode", held_out=0.3))
+    with warnings.catch_warnings(), Compose(ActivationCaching(FC2), Saliency()).prepare(make_actor()) as policy:
+        warnings.simplefilter("ignore")
+        budgets = Budgets(keys=2, bytes=1000)
+        logger = CSVLogger("exp", log_dir=str(tmp_path / "csv"))
+        monitor = Monitor(policy, logger, folder=tmp_path / "run", probes={"x": probe}, budgets=budgets)
+        for _ in range(2):
+            data = CueCorners(batch_size=[8]).rollout(10, policy, break_when_any_done=False)
+            data["episode"] = torch.arange(8)[:, None].expand(8, 10)
+            monitor.step(data)
+            broken.append(True)
+        monitor.close()
+    del logger
+    lines = "\n".join(cautions_of(read_run(tmp_path / "run")))
+    assert "there are more than 2 names to log (budget)" in lines
+    assert "holds the 1e+03 bytes of media that are allowed (budget): 'bars.observation.0'" in lines
+    assert "Monitor could not log the probe 'x' (RuntimeError: no such concept), from frame 160 on." in lines
 
 
 # ------------------------------------------------------------------ what is no run

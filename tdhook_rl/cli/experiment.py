@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     for name, findings in found.items():
         print_table(console, chosen[name].title, report.COLUMNS, [check.row for check in findings.checks])
     if found:
-        page = report.write(found, options.seed, folder)
+        page = report.write(found, options.seed, folder, options.train)
         console.print(f"  {page}  the report: open it in a browser", highlight=False, soft_wrap=True)
     if isinstance(stopped, KeyboardInterrupt):
         console.print(f"stopped after {len(found)} of {len(chosen)} experiments", soft_wrap=True)

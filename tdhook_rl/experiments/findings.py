@@ -48,19 +48,20 @@ class Check:
         return low <= self.figure <= high
 
     @property
+    def expected(self) -> str:
+        """What it has to be, in words."""
+        if self.low is not None and self.high is not None:
+            return f"{self.low:g} to {self.high:g}"
+        return f"at most {self.high:g}" if self.low is None else f"at least {self.low:g}"
+
+    @property
     def row(self) -> tuple[str, ...]:
         """The cells of its row in a table, in the order of ``COLUMNS``."""
-        if self.low is not None and self.high is not None:
-            expected = f"{self.low:g} to {self.high:g}"
-        elif self.low is not None:
-            expected = f"at least {self.low:g}"
-        else:
-            expected = f"at most {self.high:g}"
         figure = self.figure
         shown = f"{figure:.3f}" if abs(figure) >= 5e-4 or figure == 0 else f"{figure:.1e}"
         if isinstance(self.value, Interval) and self.value.known:
             shown += f" ({self.value.low:.3f} to {self.value.high:.3f})"
-        return self.measured, shown, expected, self.beside, "yes" if self.met else "no"
+        return self.measured, shown, self.expected, self.beside, "yes" if self.met else "no"
 
 
 def accuracy(rows: TensorDictBase, features: NestedKey, concept: str, grouping: str = "episode") -> Interval:

@@ -26,12 +26,16 @@ T = TypeVar("T")
 class Tries:
     """Calls what may fail: a mistake that shows at once is raised, and what fails later is said once.
 
+    Args:
+        note: is told what has failed.
+
     Attributes:
         strict: whether errors of ours are raised; until the first batch was logged.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, note: Callable[[str], None] = lambda _: None) -> None:
         self.strict = True
+        self.note = note
         self._said: set[str] = set()
 
     def __call__(self, what: str, function: Callable[[], T]) -> T | None:
@@ -43,7 +47,9 @@ class Tries:
                 raise
             if what not in self._said:
                 self._said.add(what)
-                warn(f"Monitor could not log {what} ({type(error).__name__}: {error}); training goes on")
+                said = f"Monitor could not log {what} ({type(error).__name__}: {error})"
+                self.note(said)
+                warn(f"{said}; training goes on")
             return None
 
 

@@ -143,7 +143,7 @@ class Monitor(TrainerHookBase):
         self._last: dict[str, float] = {}
         self._closed, self._ended = False, -1
         self._trainer: Trainer | None = None
-        self._tries = Tries()
+        self._tries = Tries(self._note)
         self._probes, self._untrained = dict(probes or {}), untrained
         self._look = Look(
             policy=None,
@@ -314,6 +314,10 @@ class Monitor(TrainerHookBase):
             self._opened.describe(facts_of(policy, **self._facts))
         first = next(iter(policy.policy_in_keys), None)
         self._look.probes = {name: WatchedProbe(one, first, self._untrained) for name, one in self._probes.items()}
+
+    def _note(self, text: str) -> None:
+        if self._opened is not None:
+            self._opened.note(f"{text}, from frame {self.frames:,} on")
 
     def _learn_of(self, env: Any) -> None:
         known = known_of(env)

@@ -22,9 +22,13 @@ def findings(part: Findings, place: Place) -> str:
     rows = [
         [one.question, one.measured, one.value, _beside(one, "; "), one.words, one.met] for one in part.found
     ]  # fmt: skip
-    link = data_link(part.heading, as_csv(_COLUMNS, rows), "csv")
+    link = data_link(part.heading or "findings", as_csv(_COLUMNS, rows), "csv")
     judged = " judged" if any(one.met is not None for one in part.found) else ""
-    body = "\n".join(_answer(one) for one in part.found)
+    before = ["", *(one.question for one in part.found)]
+    body = "\n".join(
+        _answer(one, "" if one.question == earlier else one.question)
+        for one, earlier in zip(part.found, before, strict=False)
+    )
     legend = (
         " Dot: what was found; bar: its interval; rings: what it is held against, from 0 to 1."
         if any(_scale(one.value, one.beside) for one in part.found)
@@ -33,17 +37,18 @@ def findings(part: Findings, place: Place) -> str:
     return f'{heading}{text}<ul class="answers{judged}">\n{body}</ul>\n<p class="beside">Data: {link}{legend}</p>\n'
 
 
-def _answer(one: Finding) -> str:
+def _answer(one: Finding, question: str) -> str:
     met = (
         ""
         if one.met is None
         else ('<div class="met yes">as expected</div>' if one.met else '<div class="met no">not as expected</div>')
     )
+    asked = f'<div class="question">{html.escape(question)}</div>' if question else ""
     beside, words = _beside(one, " · "), html.escape(one.words)
     held = f"<div>{html.escape(beside)}</div>" if beside else ""
     held += f'<div class="note">{words}</div>' if words else ""
     return (
-        f'<li><div><div class="question">{html.escape(one.question)}</div>{html.escape(one.measured)}</div>'
+        f"<li><div>{asked}{html.escape(one.measured)}</div>"
         f'<div>{_value(one.value)}{_scale(one.value, one.beside)}</div><div class="held">{held}</div>{met}</li>\n'
     )
 

@@ -79,6 +79,11 @@ class FolderSink:
         """Write the last values, ``summary.json``."""
         self._document("summary.json", {name: value if value == value else None for name, value in values.items()})
 
+    def note(self, text: str) -> None:
+        """Keep what a reader of the run has to know, a line of ``notes.txt``, where there is room for it."""
+        with contextlib.suppress(OSError), (self.path / "notes.txt").open("a", encoding="utf-8") as file:
+            file.write(" ".join(text.split()) + "\n")
+
     def close(self) -> None:
         """Finish; what was logged stays readable."""
         self._file.close()
@@ -137,6 +142,7 @@ class FolderSink:
     def _say(self, why: str, name: str) -> None:
         if not self._told:
             self._told = True
+            self.note(f"the folder {why}: {name!r}, and what follows without room, is left out")
             warn(f"{self.path} {why}: {name!r}, and what follows without room, is left out; numbers go on")
 
 

@@ -61,14 +61,22 @@ class Sinks:
             other.log(chosen, number)
         if len(chosen) < len(values) + len(media) and not self._told:
             self._told = True
-            warn(
+            said = (
                 f"there are more than {self._most:g} names to log (budget): {_first_left(chosen, values, media)!r} and "
                 "others are in the local files only"
             )
+            self.note(said)
+            warn(said)
 
     def describe(self, config: Mapping[str, Any]) -> None:
         """Write what the run is where there is a place for it."""
         self._all("describe", config)
+
+    def note(self, text: str) -> None:
+        """Keep what a reader of the run has to know, in the local folders."""
+        for sink in self.local:
+            if isinstance(sink, FolderSink):
+                sink.note(text)
 
     def summarise(self, values: Mapping[str, Any]) -> None:
         """Write the last values where there is a place for them."""
