@@ -1,8 +1,9 @@
 """Where results are streamed while the agent trains: local files always, W&B or another logger beside them."""
 
+from tdhook_rl.report.sinks.base import LoggerSink
 from tdhook_rl.report.sinks.file import FileSink
 from tdhook_rl.report.sinks.folder import FolderSink, new_folder
-from tdhook_rl.report.sinks.loggers import LoggerSink, TensorboardSink, WandbSink, sink_of
+from tdhook_rl.report.sinks.loggers import TensorboardSink, WandbSink, sink_of
 from tdhook_rl.report.sinks.names import PREFIX
 from tdhook_rl.report.sinks.together import Sink, Sinks, open_sinks, open_wandb, sinks_of
 

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-import math
 import sys
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torchrl.record.loggers.csv import CSVLogger
-
-from tdhook_rl.errors import InputError, warn
+from tdhook_rl.errors import InputError
 from tdhook_rl.report.media import Animation, Artifact, DataTable, Histogram, Image, Media
-from tdhook_rl.report.sinks.names import PREFIX, Tags, claim, leads, release
-from tdhook_rl.report.sinks.values import sorted_values
+from tdhook_rl.report.sinks.base import LoggerSink
+from tdhook_rl.report.sinks.names import PREFIX, leads
+from tdhook_rl.report.sinks.trackers import MlflowSink, TrackioSink
 
-__all__ = ["LoggerSink", "TensorboardSink", "WandbSink", "sink_of"]
+__all__ = ["TensorboardSink", "WandbSink", "sink_of"]
 
 
 def sink_of(logger: Any, prefix: str = PREFIX) -> LoggerSink:
-    """The sink of a TorchRL ``Logger``, a W&B run or a TensorBoard ``SummaryWriter``.
+    """The sink of a TorchRL ``Logger``, or of a run or writer that one has: W&B's, TensorBoard's, MLflow's, Trackio's.
 
     Raises:
         InputError: for anything else.
     """
     experiment = getattr(logger, "experiment", None)
-    wandb = sys.modules.get("wandb")  # nobody has a run of what nobody has imported
     for one in (logger, experiment):
-        if wandb is not None and isinstance(one, wandb.Run):
+        if _is_of(one, "wandb", "Run"):
             return WandbSink(one, prefix=prefix, owner=logger)
         if callable(getattr(one, "add_histogram_raw", None)):
             return TensorboardSink(one, prefix=prefix, owner=logger)
+        if _is_of(one, "mlflow", "ActiveRun"):
+            return MlflowSink(one, prefix, owner=logger)
+        if _is_of(one, "trackio", "Run"):
+            return TrackioSink(one, prefix, owner=logger)
     if callable(getattr(logger, "log_metrics", None)) or callable(getattr(logger, "log_scalar", None)):
         return LoggerSink(logger, prefix=prefix)
     raise InputError(
@@ -40,80 +40,10 @@ def sink_of(logger: Any, prefix: str = PREFIX) -> LoggerSink:
     )
 
 
-class LoggerSink:
-    """Any TorchRL ``Logger``: numbers that are finite, under the names ``interp/<name>``, at their step.
-
-    Pictures, tables and files are left to the run's folder, which is said once for each kind.
-
-    Args:
-        logger: the logger; it stays open, as whoever made it may go on using it, unless ``finish``.
-        prefix: the first level of the names; another where something of ours uses it in this logger already.
-        owner: what it was got from, for messages.
-        finish: whether closing the sink ends the logger's experiment.
-
-    Attributes:
-        words: what is to be said by whoever runs the sink in a thread.
-        prompt: whether logging only hands over to a process, a thread or a file, and so waits for nobody.
-    """
-
-    shows: tuple[type[Media], ...] = ()
-    _other = r"[\x00-\x1f]"
-
-    def __init__(self, logger: Any, prefix: str = PREFIX, *, owner: Any = None, finish: bool = False) -> None:
-        self.logger = logger
-        self.name = type(owner if owner is not None else logger).__name__
-        self.prefix = claim(logger, prefix)
-        self._finish = finish
-        self._tags = Tags(self.prefix, self._other)
-        self._said: set[type] = set()
-        self.words: list[str] = []
-        self.prompt = isinstance(logger, CSVLogger)
-
-    def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Log what is finite and can be shown."""
-        number, values, media = sorted_values(metrics, step)
-        finite = {self._tags[name]: value for name, value in values.items() if math.isfinite(value)}
-        self._send(finite, {self._tags[name]: one for name, one in media.items() if self._can(name, one)}, number)
-
-    def describe(self, config: Mapping[str, Any]) -> None:
-        """Keep what the run is, where there is a place for it."""
-
-    def summarise(self, values: Mapping[str, Any]) -> None:
-        """Keep the last values, where there is a place for them."""
-
-    def close(self) -> None:
-        """End the logger's experiment if it is ours to end, and give the prefix back."""
-        release(self.logger, self.prefix)
-        if not self._finish:
-            return
-        finish = getattr(getattr(self.logger, "experiment", self.logger), "finish", None)
-        if callable(finish):
-            finish()
-
-    def _can(self, name: str, value: Media) -> bool:
-        if isinstance(value, self.shows) and (value.path is not None or not isinstance(value, Animation | Artifact)):
-            return True
-        if not isinstance(value, self.shows) and type(value) not in self._said:
-            self._said.add(type(value))
-            place = f"in {value.path.parent}" if value.path is not None else "left out"
-            self._say(f"{self.name} shows no {type(value).__name__.lower()}: {name!r} and others like it are {place}")
-        return False
-
-    def _say(self, words: str) -> None:
-        """Warn; from a thread that works for another, that one does, at the line that is to be named."""
-        if threading.current_thread() is threading.main_thread():
-            warn(words)
-        else:
-            self.words.append(words)
-
-    def _send(self, values: Mapping[str, float], media: Mapping[str, Any], step: int) -> None:
-        if not values:
-            return
-        if callable(getattr(self.logger, "log_metrics", None)):
-            self.logger.log_metrics(dict(values), step=step)
-        else:
-            for name, value in values.items():
-                self.logger.log_scalar(name, value, step=step)
+def _is_of(value: Any, package: str, name: str) -> bool:
+    """Whether it is an object of a package: nobody has one of what nobody has imported."""
+    kind = getattr(sys.modules.get(package), name, None)
+    return isinstance(kind, type) and isinstance(value, kind)
 
 
 class WandbSink(LoggerSink):

@@ -10,9 +10,10 @@ from typing import Any, Protocol
 
 from tdhook_rl.errors import InputError, warn
 from tdhook_rl.report.media import Media
+from tdhook_rl.report.sinks.base import LoggerSink
 from tdhook_rl.report.sinks.file import FileSink
 from tdhook_rl.report.sinks.folder import FolderSink
-from tdhook_rl.report.sinks.loggers import LoggerSink, WandbSink, sink_of
+from tdhook_rl.report.sinks.loggers import WandbSink, sink_of
 from tdhook_rl.report.sinks.names import PREFIX
 from tdhook_rl.report.sinks.patient import Patient
 from tdhook_rl.report.sinks.values import sorted_values
@@ -140,7 +141,9 @@ def sinks_of(
             local = [FolderSink(path, resume=resume, most_bytes=most_bytes) for path in dict.fromkeys(paths)]
         else:
             first = loggers[0] if loggers else None
-            beside = folder_beside(first.logger if first else None, first.prefix if first else prefix)
+            beside = folder_beside(
+                first.logger if first and first.keeps_files else None, first.prefix if first else prefix
+            )
             local = [FolderSink(beside, resume=True, most_bytes=most_bytes)]
     except Exception:
         for sink in loggers:
