@@ -17,15 +17,13 @@ from torch import Tensor
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.probing.class_statistics import NEVER, usual_penalty
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
-from tdhook_rl.latent.probing.moments import raw_bias
+from tdhook_rl.latent.probing.moments import blocks_about, raw_bias
 from tdhook_rl.latent.probing.penalties import PENALTIES, expected_accuracy
 
 #: Below this share of all rows, a class that decays is forgotten.
 _FORGOTTEN = 1e-9
 #: So many penalties are solved for one by one.
 _FEW = 3
-#: Rows that are held in float64 at once.
-_BLOCK = 16_384
 
 
 @dataclass(frozen=True)
@@ -127,18 +125,18 @@ class ClassBank:
             return
         if not self._begun:
             self._begun = True
-            self.shift = features.double().mean(0)
+            self.shift = features[:2048].double().mean(0)
         if features.is_floating_point():
             self.resolution = max(self.resolution, torch.finfo(features.dtype).eps)
         concepts, most = self.count.shape[1:]
         for half in (0, 1):
-            chosen = (halves == half).nonzero().squeeze(-1)
-            for rows in chosen.split(_BLOCK) if len(chosen) else ():
-                block = features[rows].double() - self.shift
-                hot = torch.zeros(len(rows), concepts, most, dtype=torch.float64)
-                hot.scatter_(2, labels[rows][..., None], 1.0)
+            chosen = halves == half
+            rows, wanted = features[chosen], labels[chosen]
+            for part, block in blocks_about(self.shift, rows):
+                hot = torch.zeros(len(block), concepts, most, dtype=torch.float64)
+                hot.scatter_(2, wanted[part][..., None], 1.0)
                 self.moment[half].addmm_(block.T, block)
-                self.total[half].view(-1, self.width).addmm_(hot.view(len(rows), -1).T, block)
+                self.total[half].view(-1, self.width).addmm_(hot.view(len(block), -1).T, block)
                 self.count[half] += hot.sum(0)
 
     @torch.inference_mode(False)

@@ -61,6 +61,22 @@ class Tally:
             values: ``(rows, width)``.
         """
         self._put(self._folded(codes), values.double() / self._unit)
+        self._bound()
+
+    def add_at(self, codes: Tensor, columns: Tensor) -> None:
+        """Add one to some entries of the group of each row.
+
+        Args:
+            codes: ``(rows,)``.
+            columns: ``(rows, k)``, which entries.
+        """
+        width = self._table.shape[1]
+        flat = (self._places(self._folded(codes))[:, None] * width + columns).reshape(-1)
+        ones = torch.full((len(flat),), 1 / self._unit, dtype=torch.float64)
+        self._table.view(-1).index_add_(0, flat, ones)
+        self._bound()
+
+    def _bound(self) -> None:
         if len(self._rows) > self._most:
             self._settle()
         if len(self._rows) > self._most:
@@ -68,6 +84,11 @@ class Tally:
             self._rebuild(self._folded(self.codes), self.sums)
 
     def _put(self, codes: Tensor, values: Tensor) -> None:
+        places = self._places(codes)
+        self._table.index_add_(0, places, values)
+
+    def _places(self, codes: Tensor) -> Tensor:
+        """Where the group of each row is in the table; new ones come at its end."""
         groups, where = codes.unique(return_inverse=True)
         places = torch.tensor(
             [self._rows.setdefault(code, len(self._rows)) for code in groups.tolist()], dtype=torch.long
@@ -76,7 +97,7 @@ class Tally:
             grown = torch.zeros(2 * len(self._rows), self._table.shape[1], dtype=torch.float64)
             grown[: len(self._table)] = self._table
             self._table = grown
-        self._table.index_add_(0, places[where], values)
+        return places[where]
 
     def decay(self, factor: float) -> None:
         """Multiply all sums; groups of which nothing is left are forgotten now and then."""
@@ -221,12 +242,7 @@ class ScoreHistograms:
         bins = ((scaled.clamp(-_REACH, _REACH) + _REACH) * (_BINS - 1) / (2 * _REACH)).round().long()
         column = torch.arange(self._labels) * 2 * _BINS + labels.long() * _BINS + bins
         for tally, code in zip(self._tallies, codes, strict=True):
-            # The groups of this batch alone: a row of the table for each row of data would take all memory.
-            groups, where = code.unique(return_inverse=True)
-            table = torch.zeros(len(groups), tally.sums.shape[1], dtype=torch.float64)
-            flat = (where[:, None] * table.shape[1] + column).reshape(-1)
-            table.view(-1).index_add_(0, flat, torch.ones(len(flat), dtype=torch.float64))
-            tally.add(groups, table)
+            tally.add_at(code, column)
 
     def decay(self, factor: float) -> None:
         """Let what was scored before count for less."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.errors import InputError
 
 M = TypeVar("M", bound="Moments")
 
 #: Rows that are held in float64 at once.
-_BLOCK = 16_384
+_BLOCK = 2048
 
 
 class Moments:
@@ -71,25 +73,22 @@ class Moments:
                 "labels have the batch shape of the features"
             )
         found = features.detach().reshape(rows, self.width).cpu()
-        if not bool(torch.isfinite(found).all()):
+        if not surely_finite(found) and not bool(torch.isfinite(found).all()):
             raise InputError("features hold NaN or infinite values; drop those rows first")
         return found
 
-    def _blocks(self, rows: Tensor) -> list[tuple[slice, Tensor]]:
+    def _blocks(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """The rows about the shift in float64, a block at a time; the second moments are added up here."""
         if not len(rows):
-            return []
+            return
         if not self._begun:
             self._begun = True
-            self.shift = rows.double().mean(0)
+            self.shift = rows[:_BLOCK].double().mean(0)
         if rows.is_floating_point():
             self.resolution = max(self.resolution, torch.finfo(rows.dtype).eps)
-        blocks = []
-        for start in range(0, len(rows), _BLOCK):
-            block = rows[start : start + _BLOCK].double() - self.shift
-            self.moment += block.T @ block
-            blocks.append((slice(start, start + len(block)), block))
-        return blocks
+        for part, block in blocks_about(self.shift, rows):
+            self.moment.addmm_(block.T, block)
+            yield part, block
 
     def _merged_moment(self: M, other: M, total: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The moment of another's rows about this one's shift, and how far the other's shift is away."""
@@ -103,6 +102,15 @@ class Moments:
         rounding = 0.5 * self.resolution * (mean + self.shift).abs()
         live = spread > rounding.clamp_min(torch.finfo(torch.float64).tiny)
         return torch.where(live, spread, torch.inf)
+
+
+def blocks_about(shift: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows minus a vector in float64, a block at a time, each in the memory of the one before."""
+    memory = torch.empty(min(len(rows), _BLOCK), rows.shape[1], dtype=torch.float64)
+    for start in range(0, len(rows), _BLOCK):
+        block = memory[: min(len(rows) - start, _BLOCK)]
+        block.copy_(rows[start : start + _BLOCK]).sub_(shift)
+        yield slice(start, start + len(block)), block
 
 
 def solve_symmetric(matrix: Tensor, right: Tensor, floor: float = 0.0) -> Tensor:

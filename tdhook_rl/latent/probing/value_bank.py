@@ -10,11 +10,8 @@ from torch import Tensor
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.probing.class_statistics import usual_penalty
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
-from tdhook_rl.latent.probing.moments import raw_bias, solve_symmetric
+from tdhook_rl.latent.probing.moments import blocks_about, raw_bias, solve_symmetric
 from tdhook_rl.latent.probing.penalties import PENALTIES
-
-#: Rows that are held in float64 at once.
-_BLOCK = 16_384
 
 
 class ValueProbes:
@@ -98,15 +95,15 @@ class ValueBank:
             return
         if not self._begun:
             self._begun = True
-            self.shift, self.target_shift = features.double().mean(0), values.double().mean(0)
+            self.shift, self.target_shift = features[:2048].double().mean(0), values.double().mean(0)
         if features.is_floating_point():
             self.resolution = max(self.resolution, torch.finfo(features.dtype).eps)
         for half in (0, 1):
-            chosen = (halves == half).nonzero().squeeze(-1)
-            for rows in chosen.split(_BLOCK) if len(chosen) else ():
-                block = features[rows].double() - self.shift
-                wanted = values[rows].double() - self.target_shift
-                self.rows[half] += len(rows)
+            chosen = halves == half
+            rows, of_rows = features[chosen], values[chosen]
+            self.rows[half] += len(rows)
+            for part, block in blocks_about(self.shift, rows):
+                wanted = of_rows[part].double() - self.target_shift
                 self.moment[half].addmm_(block.T, block)
                 self.total[half] += block.sum(0)
                 self.of_targets[half] += wanted.sum(0)

@@ -1,0 +1,197 @@
+"""What probes cost: fitting beside scikit-learn, a grid beside its sums by hand, a suite in a PPO loop.
+
+python -m benchmarks.probe_cost
+python -m benchmarks.probe_cost --repeats 5
+
+Process CPU time on one thread: where other programs want the processors as well, wall time counts them in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torchrl
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torchrl.collectors import Collector
+
+from tdhook_rl.envs import CueCorners
+from tdhook_rl.examples.agent import PPO, make_actor, make_critic
+from tdhook_rl.latent.probing import ClassStatistics
+from tdhook_rl.replay import probe_grid
+from tdhook_rl.rollout import EPISODE, GroupSplit, ProbeSuite
+
+ENVS, BATCH = 128, 2048
+SITES = ["module.0.module.1", "module.0.module.3", "module.0.module.5"]
+
+
+def seconds(function: Callable[[], Any], repeats: int) -> tuple[float, Any]:
+    """The median of the process CPU time, and what the function gives; the first call, which imports, is not counted."""
+    found, times = function(), []
+    for _ in range(repeats):
+        start = time.process_time()
+        found = function()
+        times.append(time.process_time() - start)
+    return statistics.median(times), found
+
+
+def classes(rows: int, features: int, count: int) -> tuple[Tensor, Tensor]:
+    """Gaussian classes with a covariance that falls, as activations have."""
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, count, (rows,), generator=draw)
+    centres = 0.09 * torch.randn(count, features, generator=draw)
+    mix = torch.randn(features, features, generator=draw) / features**0.5 * torch.logspace(0, -1.5, features)
+    return (torch.randn(rows, features, generator=draw) + centres[labels]) @ (mix + 0.1 * torch.eye(features)), labels
+
+
+def fitting(repeats: int) -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    x, y = classes(130_000, 256, 5)
+    (train, held), (known, wanted) = x.split([100_000, 30_000]), y.split([100_000, 30_000])
+
+    def ours() -> float:
+        sums = ClassStatistics(features=256, classes=5)
+        sums.add(train, known)
+        return float((sums.solve(kind="lda").predict(held) == wanted).double().mean())
+
+    def theirs() -> float:
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+        model.fit(train.numpy(), known.numpy())
+        return float(model.score(held.numpy(), wanted.numpy()))
+
+    mine, one = seconds(ours, repeats)
+    other, two = seconds(theirs, max(repeats // 2, 1))
+    print(f"fitting 100,000 x 256, 5 classes: {mine:.2f} s; scikit-learn {other:.2f} s; {other / mine:.1f} times (3)")
+    print(f"  held-out accuracy {one:.4f}; scikit-learn {two:.4f}; {100 * (one - two):+.2f} points (within .5)")
+
+
+def grid(repeats: int) -> None:
+    """Five layers, ten concepts: the same forwards and sums written by hand."""
+    torch.manual_seed(0)
+    layers = [layer for _ in range(5) for layer in (nn.Linear(128, 128), nn.ReLU())]
+    net = nn.Sequential(*layers, nn.Linear(128, 4))
+    policy = TensorDictModule(net, ["observation"], ["action"])
+    rows = 50_000
+    x = torch.randn(rows, 128)
+    data = TensorDict({"observation": x, "collector": {"traj_ids": torch.arange(rows) // 50}}, [rows])
+    for place in range(10):
+        data[f"c{place}"] = (x[:, place] + 0.5 * torch.randn(rows) > 0).long()
+    sites = [f"module.{2 * place + 1}" for place in range(5)]
+    split = GroupSplit(EPISODE)
+    train, held = split(data)
+    labels = torch.stack([data[f"c{place}"] for place in range(10)], 1)
+
+    def ours() -> float:
+        table = probe_grid(
+            policy, data, sites=sites, concepts={f"c{place}": f"c{place}" for place in range(10)}, split=split,
+            penalty=1e-3, untrained=untrained,
+        )  # fmt: skip
+        return sum(cell.trained.estimate for cell in table) / len(table)
+
+    def by_hand() -> float:
+        """Sums, one factorisation for each site and network, and scores; labels of groups shuffled as well."""
+        both = torch.cat([labels, labels[torch.randperm(rows)]], 1)
+        right = []
+        with torch.no_grad():
+            for network in (net, untrained.module, None):
+                moments: dict[int, Any] = {}
+                for part in (train, held):
+                    for index in part.nonzero().squeeze(-1).split(4096):
+                        h, wanted = x[index], both[index] if network is net else labels[index]
+                        modules = [nn.Identity()] if network is None else list(network)[:-1]
+                        for place, layer in enumerate(modules):
+                            h = layer(h)
+                            if network is not None and place % 2 == 0:
+                                continue
+                            if part is train:
+                                value = torch.cat([h.double(), torch.ones(len(h), 1).double()], 1)
+                                hot = nn.functional.one_hot(wanted, 2).flatten(1).double()
+                                moment, total = moments.get(place, (0.0, 0.0))
+                                moments[place] = (moment + value.T @ value, total + hot.T @ value)
+                            else:
+                                weight, bias = moments[place]
+                                scores = (h.double() @ weight + bias).reshape(len(h), -1, 2)
+                                right.append((scores.argmax(-1) == wanted)[:, :10].double().mean())
+                    if part is train:
+                        moments = {place: solved(*sums) for place, sums in moments.items()}
+        return float(torch.stack(right).mean())
+
+    untrained = TensorDictModule(nn.Sequential(*[type(one)(128, one.out_features) if isinstance(one, nn.Linear) else
+                                                 nn.ReLU() for one in net]), ["observation"], ["action"])  # fmt: skip
+    mine, one = seconds(ours, repeats)
+    other, _ = seconds(by_hand, repeats)
+    print(
+        f"5 layers x 10 concepts, {rows} rows: {mine:.2f} s; sums by hand {other:.2f} s; {mine / other:.2f} times (1.3)"
+    )
+    print(f"  mean held-out accuracy {one:.3f}")
+
+
+def solved(moment: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Discriminants from raw sums, all concepts from one factorisation."""
+    rows, width = moment[-1, -1], len(moment) - 1
+    mean = moment[-1, :-1] / rows
+    covariance = moment[:-1, :-1] / rows - torch.outer(mean, mean)
+    covariance.diagonal().add_(1e-3)
+    centres = total[:, :-1] / total[:, -1:] - mean
+    weight = torch.cholesky_solve(centres.T, torch.linalg.cholesky(covariance))
+    return weight.reshape(width, -1), -(mean @ weight) - 0.5 * (centres.T * weight).sum(0)
+
+
+def suite(frames: int, repeats: int, every: int) -> None:
+    shares, looks = [], []
+    for seed in range(repeats):
+        torch.manual_seed(seed)
+        actor = make_actor()
+        ppo = PPO(actor, make_critic())
+        concepts: dict[str, Any] = {"xor": ("concept", "xor"), "unneeded": ("concept", "unneeded_xor")}
+        for place in (0, 2):
+            concepts[f"light {place}"] = lambda td, place=place: td["concept", "bits"][..., place]
+        split = GroupSplit(EPISODE, [("concept", "cell"), ("concept", "bits")], held_out=0.3)
+        one = ProbeSuite(actor, sites=SITES, concepts=concepts, split=split, decay=0.5, every=every)
+        collector = Collector(
+            CueCorners(batch_size=[ENVS], seed=seed),
+            actor,
+            frames_per_batch=BATCH,
+            total_frames=frames // BATCH * BATCH,
+        )
+        inside, start = 0.0, time.process_time()
+        for number, data in enumerate(collector):
+            before = time.process_time()
+            one.update(data)
+            spent = time.process_time() - before
+            inside += spent
+            if number % every == 0:
+                looks.append(spent)
+            ppo.update(data)
+        whole = time.process_time() - start
+        collector.shutdown()
+        shares.append(inside / (whole - inside))
+    share, look = statistics.median(shares), 1000 * statistics.median(looks)
+    print(f"3 sites x 4 concepts in PPO, every {every} batches: adds {share:.1%} (3%); {look:.0f} ms a look")
+
+
+def main(repeats: int, frames: int) -> None:
+    torch.set_num_threads(1)
+    torchrl.logger.setLevel("ERROR")
+    warnings.simplefilter("ignore")
+    fitting(repeats)
+    grid(repeats)
+    for every in (1, 10):
+        suite(frames, repeats, every)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--frames", type=int, default=81_920)
+    main(**vars(parser.parse_args()))
