@@ -33,7 +33,7 @@ SITES = ["module.0.module.1", "module.0.module.3", "module.0.module.5"]
 
 
 def seconds(function: Callable[[], Any], repeats: int) -> tuple[float, Any]:
-    """The median of the process CPU time, and what the function gives; the first call, which imports, is not counted."""
+    """The median process CPU time, and what the function gives; the first call, which imports, is not counted."""
     found, times = function(), []
     for _ in range(repeats):
         start = time.process_time()

@@ -148,7 +148,7 @@ def test_a_class_that_comes_late_widens_its_concept() -> None:
     codes = [torch.arange(1200) % 40]
     held = codes[0] % 4 == 0
     late, whole = (
-        ScoredClasses(features=5, classes=classes, groupings=1, penalty=1e-3, confidence=0.95, min_rows=5)
+        ScoredClasses(features=5, classes=classes, groupings=1, areas=2, penalty=1e-3, confidence=0.95, min_rows=5)
         for classes in ([2, 2], [2, 4])
     )
     few = labels[:, 1] < 2

@@ -206,7 +206,8 @@ class Board:
             one = ScoredValues(features=width, numbers=labels.shape[1], groupings=self._groupings, **self._options)
         else:
             most = [max(int(one) + 1, 2) for one in labels.amax(0)] if len(labels) else [2] * labels.shape[1]
-            one = ScoredClasses(features=width, classes=most, groupings=self._groupings, **self._options)
+            areas = len(group.columns) if source.network == "trained" else 0
+            one = ScoredClasses(features=width, classes=most, groupings=self._groupings, areas=areas, **self._options)
         group.scored[source] = one
         return one
 
@@ -254,11 +255,11 @@ class Board:
         found = own.found(place)
         score = next(iter(found))
         dealt = place + len(group.columns) if self._shuffled else None
-        shuffled = None if dealt is None else own.found(dealt)[score]
+        shuffled = None if dealt is None else own.score(dealt)
         return ProbeCell(
             site=str(site), concept=column.name, score=score, trained=found[score],
-            untrained=None if untrained is None else untrained.found(place)[score],
-            input=None if given is None else given.found(place)[score],
+            untrained=None if untrained is None else untrained.score(place),
+            input=None if given is None else given.score(place),
             shuffled=shuffled,
             gain=None if untrained is None else own.difference(untrained, place, place),
             selectivity=None if dealt is None else own.difference(own, place, dealt),
@@ -272,7 +273,7 @@ class Board:
     def scores(self) -> dict[tuple[str, str], Interval]:
         """The main score of each concept at each site of the trained network."""
         return {
-            (str(source.site), column.name): next(iter(scored.found(place).values()))  # type: ignore[attr-defined]
+            (str(source.site), column.name): scored.score(place)  # type: ignore[attr-defined]
             for group in self._groups.values() for source, scored in group.scored.items() if source.network == "trained"
             for place, column in enumerate(group.columns)
         }  # fmt: skip

@@ -85,24 +85,24 @@ class SiteFeatures:
             data: a batch.
             rows: which of its rows, flattened, are wanted.
         """
-        batch = len(data.batch_size)
+        whole = len(rows) == data.batch_size.numel()
         found: dict[Source, Tensor] = {}
         for network, policy in (("trained", self._trained), ("untrained", self._untrained)):
             if policy is None:
                 continue
             seen = self._seen(policy, data, network)
             for site in self.sites:
-                value = seen["cache", site]
-                flat = value.detach().reshape(-1, *value.shape[batch:])[rows].cpu()
+                flat = _rows(seen["cache", site], data, None if whole else rows)
                 if network == "trained":
                     self._find_axis(data, site, flat)
                 found[Source(network, site)] = self._laid_out(site, flat)
         for site in self.sites:
             places = found[Source("trained", site)].shape[1]
-            own = self._observed(data, rows, places)
-            if own is not None:
-                self.inputs[site] = places
-                found[Source("input", places)] = own
+            self.inputs[site] = places
+            if Source("input", places) not in found:
+                own = self._observed(data, None if whole else rows, places)
+                if own is not None:
+                    found[Source("input", places)] = own
         return found
 
     def _seen(self, policy: Any, data: TensorDictBase, network: str) -> TensorDictBase:
@@ -137,7 +137,7 @@ class SiteFeatures:
             axis = follower.of(site, seen["cache", site], rows=1)
         self._axes[site] = axis
 
-    def _observed(self, data: TensorDictBase, rows: Tensor, places: int) -> Tensor | None:
+    def _observed(self, data: TensorDictBase, rows: Tensor | None, places: int) -> Tensor | None:
         if self._input is None:
             return None
         value = data.get(self._input, None)
@@ -146,7 +146,7 @@ class SiteFeatures:
                 f"the raw observation is {self._input!r}, which the batch lacks; "
                 f"{nearest(str(self._input), map(str, data.keys(True, True)))}"
             )
-        value = value.detach().reshape(-1, *value.shape[len(data.batch_size) :])[rows].cpu()
+        value = _rows(value, data, rows)
         if places > 1 and value.ndim > 2:
             # A map of as many squares, or an observation for each agent: each is compared with its own.
             if value.shape[1] == places:
@@ -163,3 +163,9 @@ class SiteFeatures:
                 )
             return None
         return flat.expand(-1, places, -1)
+
+
+def _rows(value: Tensor, data: TensorDictBase, rows: Tensor | None) -> Tensor:
+    """Rows of an entry, flattened, on the CPU; all of them unless given."""
+    flat = value.detach().reshape(-1, *value.shape[len(data.batch_size) :])
+    return (flat if rows is None else flat[rows]).cpu()

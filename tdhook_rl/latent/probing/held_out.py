@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,7 +52,8 @@ class Tally:
 
     @property
     def sums(self) -> Tensor:
-        return self._table[: len(self._rows)] * self._unit
+        found = self._table[: len(self._rows)]
+        return found if self._unit == 1 else found * self._unit
 
     def add(self, codes: Tensor, values: Tensor) -> None:
         """Add rows.
@@ -207,13 +209,13 @@ class HitTally:
 
     def accuracy(self, chosen: Tensor, confidence: float) -> Interval:
         """Balanced accuracy over the chosen columns; of several groupings, the widest interval."""
-        found = []
-        for tally in self._tallies:
-            right, rows = (
-                (tally.sums * torch.cat([chosen, chosen])).numpy().reshape(-1, 2, self._columns).swapaxes(0, 1)
-            )
-            found.append(statistics.balanced_accuracy(right, rows, confidence=confidence))
-        return widest(found)
+        parts = (self.counts(tally.sums, chosen) for tally in self._tallies)
+        return widest([statistics.balanced_accuracy(*one, confidence=confidence) for one in parts])
+
+    def counts(self, sums: Tensor, chosen: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Of the sums of groups how many rows of the chosen columns are right, and how many there are."""
+        columns = chosen.nonzero().squeeze(-1)
+        return sums[:, columns].numpy(), sums[:, self._columns + columns].numpy()
 
 
 class ScoreHistograms:

@@ -67,8 +67,8 @@ class Scored(Generic[B]):
 
     def learn(self, rows: Rows) -> None:
         """Add the training rows to the sums."""
-        train = rows.train
-        self.bank.add(rows.features[train], rows.labels[train], rows.halves[train])
+        train, parts = rows.train, (rows.features, rows.labels, rows.halves)
+        self.bank.add(*(parts if bool(train.all()) else (one[train] for one in parts)))
         self._learnt += float(train.sum())
 
     def fit(self) -> None:
@@ -111,17 +111,18 @@ class ScoredClasses(Scored[ClassBank]):
         features: the length of a feature vector.
         classes: for each concept how many classes it has.
         groupings: how many ways there are to group the rows.
+        areas: of how many concepts, the first ones, areas under the curve are kept.
         options: as of :class:`Scored`.
     """
 
     probes: Probes | None
 
-    def __init__(self, *, features: int, classes: Sequence[int], groupings: int, **options: Any) -> None:
+    def __init__(self, *, features: int, classes: Sequence[int], groupings: int, areas: int, **options: Any) -> None:
         super().__init__(**options)
         self.bank = ClassBank(features=features, classes=classes)
         self._most = max(classes)
         self._hits = HitTally(columns=len(classes) * self._most, groupings=groupings)
-        self._binary = [index for index, count in enumerate(classes) if count == 2]
+        self._binary = [index for index, count in enumerate(classes[:areas]) if count == 2]
         self._areas = ScoreHistograms(labels=len(self._binary), groupings=groupings) if self._binary else None
 
     @property
@@ -144,7 +145,7 @@ class ScoredClasses(Scored[ClassBank]):
         self.probes = None
         columns = torch.arange(self.width)[:, None] * self._most + torch.arange(most)
         self._hits = self._hits.spread(columns.reshape(-1), self.width * self._most)
-        if before[concept] == 2 and self._areas is not None:
+        if before[concept] == 2 and concept in self._binary and self._areas is not None:
             place = self._binary.index(concept)
             self._binary.remove(concept)
             self._areas = self._areas.without(place) if self._binary else None
@@ -159,8 +160,9 @@ class ScoredClasses(Scored[ClassBank]):
         """Score the held-out rows by the probes as they are now."""
         if self.probes is None or not bool(rows.held.any()):
             return
-        labels, codes = rows.labels[rows.held], [code[rows.held] for code in rows.codes]
-        scores = self.probes.scores(rows.features[rows.held])
+        parts = [rows.labels, rows.features, *rows.codes]
+        labels, features, *codes = parts if bool(rows.held.all()) else [one[rows.held] for one in parts]
+        scores = self.probes.scores(features)
         of_class = torch.zeros(scores.shape, dtype=torch.bool).scatter_(2, labels[..., None], True)
         right = (scores.argmax(-1) == labels)[..., None] & of_class
         self._hits.add(codes, of_class.flatten(1), right.flatten(1))
@@ -171,10 +173,13 @@ class ScoredClasses(Scored[ClassBank]):
                 codes, margins, labels[:, binary] == 1, self.probes.middle[binary], self.probes.spread[binary]
             )
 
+    def score(self, concept: int) -> Interval:
+        """The balanced accuracy of one concept."""
+        return self._hits.accuracy(self._columns(concept, self._enough(concept)), self.confidence)
+
     def found(self, concept: int) -> dict[str, Interval]:
         """The scores of one concept: ``"accuracy"`` (balanced), and ``"auc"`` of two classes."""
-        enough = self._enough(concept)
-        found = {"accuracy": self._hits.accuracy(self._columns(concept, enough), self.confidence)}
+        enough, found = self._enough(concept), {"accuracy": self.score(concept)}
         if self._areas is not None and concept in self._binary:
             area = self._areas.area(self._binary.index(concept), self.confidence)
             if not bool(enough[:2].all()):  # what is too little for one is too little for the other
@@ -199,19 +204,15 @@ class ScoredClasses(Scored[ClassBank]):
     def difference(self, other: ScoredClasses, concept: int, others: int) -> Interval:
         """The balanced accuracy of a concept minus that of one of another bank, by group."""
         found = []
-        own, theirs = (
-            (one._columns(index, one._enough(index)), one) for one, index in ((self, concept), (other, others))
-        )
+        own = self._columns(concept, self._enough(concept))
+        theirs = other._columns(others, other._enough(others))
         for mine, its in zip(self._hits.tables, other._hits.tables, strict=True):
             codes, first, second = _aligned(mine, its)
             if codes is None:
                 return none(
                     math.nan, "the two were grouped in other ways", confidence=self.confidence, groups=0, rows=0.0
                 )
-            parts = [
-                (sums * torch.cat([columns, columns])).numpy().reshape(len(codes), 2, len(columns)).swapaxes(0, 1)
-                for sums, (columns, _) in ((first, own), (second, theirs))
-            ]
+            parts = self._hits.counts(first, own), other._hits.counts(second, theirs)
             found.append(statistics.accuracy_difference(*parts[0], *parts[1], confidence=self.confidence))
         return widest(found)
 
@@ -291,11 +292,15 @@ class ScoredValues(Scored[ValueBank]):
         for tally, code in zip(self._sums, rows.codes, strict=True):
             tally.add(code[rows.held], values)
 
+    def score(self, concept: int) -> Interval:
+        """The share of variance of one number that is explained."""
+        return widest([
+            statistics.r_squared(self._of(tally.sums, concept), confidence=self.confidence) for tally in self._sums
+        ])  # fmt: skip
+
     def found(self, concept: int) -> dict[str, Interval]:
         """The score of one number, ``"r2"``."""
-        return {"r2": widest([
-            statistics.r_squared(self._of(tally.sums, concept), confidence=self.confidence) for tally in self._sums
-        ])}  # fmt: skip
+        return {"r2": self.score(concept)}
 
     def words(self, concept: int) -> str:
         """Why there is no score."""
