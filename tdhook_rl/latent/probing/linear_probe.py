@@ -241,7 +241,7 @@ class _BoundReadout(BoundMethod):
 def check_kind(kind: str) -> None:
     """Raise an ``InputError`` unless it is ``"lda"`` or ``"ridge"``."""
     if kind not in _KINDS:
-        raise InputError(f"a probe is 'lda' or 'ridge', got {kind!r}; {nearest(kind.lower(), _KINDS, count=1)}")
+        raise InputError(f"a probe is 'lda' or 'ridge', got {kind!r}; {nearest(str(kind).lower(), _KINDS, count=1)}")
 
 
 def _scores(features: Tensor, weight: Tensor, bias: Tensor, path: str) -> Tensor:
