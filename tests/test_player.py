@@ -31,7 +31,7 @@ from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.report import Player, player
 from tdhook_rl.report.player.packing import Packed, pack_frames, pack_values, unpack
 from tdhook_rl.report.player.page import code
-from tests.browser import Page, needs_chromium, shared
+from tests.browser import Page, chromium, needs_chromium, open_page, shared
 from tests.mock_env import MockEnv
 from tests.policies import actor
 from tests.zoo_agents import SEPARATE
@@ -305,6 +305,12 @@ def test_texts_end_nothing_that_they_are_in(tmp_path: Path) -> None:
     assert told(shown)["title"] == odd
     assert told(shown)["episodes"][0]["name"] == odd
     assert shown.name == re.sub(r"[^a-z0-9-]", "", shown.name)
+    shown.save(tmp_path / "page.html")
+    if chromium() is None:
+        return
+    found = open_page(tmp_path / "page.html", script="!document.querySelector('img') && document.title", ready=READY)
+    assert found.value == odd
+    assert found.console == []
 
 
 # ---------------------------------------------------------------------- bytes

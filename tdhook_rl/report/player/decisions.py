@@ -90,7 +90,7 @@ def _names(rows: Rows, action: Key, count: int) -> list[str]:
     if given is not None and names is None and not isinstance(given, dict):
         raise InputError(f"action_names= has {len(given)} names, and {'.'.join(action)!r} has {count} actions")
     known = list(rows.options.known.actions)
-    return names or (known if len(known) == count else [str(number) for number in range(count)])
+    return names or (known if len(known) == count else [f"action {number}" for number in range(count)])
 
 
 def _continuous(

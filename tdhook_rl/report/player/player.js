@@ -65,12 +65,22 @@
 
     // Red, green and blue of a picture, one after the other.
     picture(row) {
-      const found = new Uint8ClampedArray(3 * this.features[0] * this.features[1]);
-      if (this.spec.code === "bytes") return found.fill(0), found.set(this.bytes.subarray(row * this.line, (row + 1) * this.line)), found;
-      for (let pixel = 0; pixel < this.entries; pixel++) {
-        const colour = this.spec.values[this.code(row, pixel)];
-        found.set([colour >> 16, (colour >> 8) & 255, colour & 255], 3 * pixel);
+      if (this.last && this.last.row === row) return this.last.found;
+      const { code, bits, values } = this.spec, start = row * this.line;
+      let found = this.bytes.subarray(start, start + this.line);
+      if (code === "colours") {
+        found = new Uint8Array(3 * this.entries);
+        const mask = (1 << bits) - 1;
+        for (let pixel = 0, at = start, shift = 8 - bits; pixel < this.entries; pixel++) {
+          const colour = values[(this.bytes[at] >> shift) & mask];
+          found[3 * pixel] = colour >> 16;
+          found[3 * pixel + 1] = colour >> 8;
+          found[3 * pixel + 2] = colour;
+          if (shift) shift -= bits;
+          else (at += 1), (shift = 8 - bits);
+        }
       }
+      this.last = { row, found };
       return found;
     }
   }
@@ -215,14 +225,14 @@
         if (this.timer) (this.toggle(), this.toggle());
       });
       speed.select.value = "4";
-      this.link = make("a", { class: "tdp-link", title: "Copy its address" }, "Link to this step");
+      this.link = make("a", { class: "tdp-link", title: "An address that leads to this step", "aria-label": "Link to this step" }, "Link");
       this.link.hidden = location.protocol === "about:";
       this.jumps = make("div", { class: "tdp-jumps", role: "group", "aria-label": "Go to" });
-      return make("div", { class: "tdp-bar" },
-        make("div", { class: "tdp-buttons", role: "group", "aria-label": "Steps" },
-          button("First step", "first", () => this.go(0), "Home"), button("Step back", "back", () => this.go(this.state.step - 1), "left"),
-          this.play, button("Step on", "on", () => this.go(this.state.step + 1), "right"), button("Last step", "last", () => this.go(this.length - 1), "End")),
-        this.counter, speed.node, this.jumps, this.link);
+      const buttons = make("div", { class: "tdp-buttons", role: "group", "aria-label": "Steps" },
+        button("First step", "first", () => this.go(0), "Home"), button("Step back", "back", () => this.go(this.state.step - 1), "left"),
+        this.play, button("Step on", "on", () => this.go(this.state.step + 1), "right"), button("Last step", "last", () => this.go(this.length - 1), "End"));
+      return make("div", { class: "tdp-bar" }, make("div", { class: "tdp-move" }, buttons, this.counter),
+        make("div", { class: "tdp-goto" }, speed.node, this.jumps, this.link));
     }
 
     about() {
@@ -503,7 +513,7 @@
           while (rows.length > order.length) rows.pop().node.remove();
           rows.forEach((row, at) => {
             const index = order[at];
-            row.name(names[index], short(values[index]));
+            row.name(names[index], weights ? short(values[index]) : "");
             if (weights) row.set(weights[index], { ends: [explained.signed ? -explained.scale : 0, explained.scale], colour: true });
             else row.set(values[index], { ends: spans[index], range: true });
           });
@@ -585,7 +595,7 @@
     labels(part, place) {
       const labels = this.tracks("label");
       if (!labels.length) return;
-      this.panel(place, "Concepts", "labels", (body, node) => {
+      this.panel(place, "Concepts", "", (body, node) => {
         node.classList.add("tdp-readings");
         const cells = labels.map((track) => {
           const value = make("dd", {});
@@ -644,7 +654,7 @@
         const ends = range(course.series.flatMap((one) => one || [])), low = Math.min(course.floor ?? Infinity, ends[0]);
         const high = Math.max(course.floor ?? -Infinity, course.top ?? -Infinity, ends[1], low + 1e-9);
         const y = (value) => bottom - ((value - low) / (high - low)) * (bottom - top);
-        svg.append(make("text", { x: narrow ? left : left - 10, y: narrow ? top - 4 : bottom - 8, class: "tdp-lane", "text-anchor": narrow ? "start" : "end" }, cut(course.name, narrow ? 30 : 18)),
+        svg.append(make("text", { x: narrow ? left : left - 10, y: narrow ? top - 4 : bottom - 8, class: "tdp-lane", "text-anchor": narrow ? "start" : "end" }, cut(course.name, narrow ? 30 : 16)),
           make("line", { x1: left, x2: width - right, y1: bottom, y2: bottom, class: "tdp-rule" }));
         course.series.forEach((series, set) => {
           if (!series) return;
@@ -667,11 +677,12 @@
       });
       const every = niceStep(length, (width - left - right) / 48);
       for (let step = 0; step < length; step += every) svg.append(make("text", { x: x(step), y: height - 5, class: "tdp-tick", "text-anchor": "middle" }, String(step)));
-      differs.forEach(([what, step], index) => {
+      const words = differs.map(([what, step], index) => {
         const flip = x(step) > width - right - 140, y = 15 * index;
-        svg.append(make("line", { x1: x(step), x2: x(step), y1: y + 2, y2: height - AXIS, class: "tdp-differs", "data-differs": what }),
-          make("text", { x: x(step) + (flip ? -5 : 5), y: y + 11, class: "tdp-differs-text", "text-anchor": flip ? "end" : "start" }, `${what} first differs at step ${step}`));
+        svg.append(make("line", { x1: x(step), x2: x(step), y1: y + 2, y2: height - AXIS, class: "tdp-differs", "data-differs": what }));
+        return make("text", { x: x(step) + (flip ? -5 : 5), y: y + 11, class: "tdp-differs-text", "text-anchor": flip ? "end" : "start" }, `${what} first differs at step ${step}`);
       });
+      svg.append(...words); // above the lines
       this.cursor = make("line", { y1: above, y2: height - AXIS + 4, class: "tdp-now-line" });
       svg.append(this.cursor);
       lanes.replaceChildren(svg);
@@ -739,7 +750,8 @@
       this.drawFrames();
       this.panels.forEach((update) => update());
       this.drawCursor();
-      this.counter.textContent = `step ${state.step} of ${this.length - 1}`;
+      const ends = new Set(this.episode.parts.filter((part) => part && state.step === part.length - 1 && part.end !== "goes on").map((part) => part.end));
+      this.counter.textContent = [`step ${state.step} of ${this.length - 1}`, ...ends].join(" · ");
       const spoken = this.sentence();
       this.lanes.setAttribute("aria-valuemax", this.length - 1);
       this.lanes.setAttribute("aria-valuenow", state.step);
@@ -852,19 +864,19 @@
     const height = Math.max(rows, heat ? heat.height : 0), width = Math.max(columns, heat ? heat.width : 0);
     if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
     const context = canvas.getContext("2d"), image = context.createImageData(width, height), shown = image.data;
-    const picture = pictures && pictures.picture(place);
-    for (let y = 0; y < height; y++) {
-      const row = Math.floor((y * rows) / height);
-      for (let x = 0; x < width; x++) {
-        const from = 3 * (row * columns + Math.floor((x * columns) / width)), to = 4 * (y * width + x);
-        let [red, green, blue] = picture ? [picture[from], picture[from + 1], picture[from + 2]] : [235, 235, 235];
-        if (heat && heat.known) {
-          const value = heat.flat[Math.floor((y * heat.height) / height) * heat.width + Math.floor((x * heat.width) / width)];
-          const grey = 60 + 0.2 * (red + green + blue), weight = opacity * clamp(Math.abs(value) / track.scale, 0, 1);
-          const [r, g, b] = value >= 0 ? UP : DOWN;
-          red = (red + (grey - red) * opacity * 0.9) * (1 - weight) + r * weight;
-          green = (green + (grey - green) * opacity * 0.9) * (1 - weight) + g * weight;
-          blue = (blue + (grey - blue) * opacity * 0.9) * (1 - weight) + b * weight;
+    const picture = pictures && pictures.picture(place), laid = heat && heat.known ? heat.flat : null;
+    const grey = opacity * 0.9;
+    for (let y = 0, to = 0; y < height; y++) {
+      const row = Math.floor((y * rows) / height) * columns, above = heat ? Math.floor((y * heat.height) / height) * heat.width : 0;
+      for (let x = 0; x < width; x++, to += 4) {
+        const from = 3 * (row + Math.floor((x * columns) / width));
+        let red = picture ? picture[from] : 235, green = picture ? picture[from + 1] : 235, blue = picture ? picture[from + 2] : 235;
+        if (laid) {
+          const value = laid[above + Math.floor((x * heat.width) / width)], colour = value >= 0 ? UP : DOWN;
+          const weight = opacity * Math.min(1, Math.abs(value) / track.scale), rest = 1 - weight, pale = grey * (60 + 0.2 * (red + green + blue));
+          red = (red * (1 - grey) + pale) * rest + colour[0] * weight;
+          green = (green * (1 - grey) + pale) * rest + colour[1] * weight;
+          blue = (blue * (1 - grey) + pale) * rest + colour[2] * weight;
         }
         shown[to] = red;
         shown[to + 1] = green;

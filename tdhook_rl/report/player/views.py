@@ -160,12 +160,13 @@ def feature_names(rows: Rows, key: Key, shape: tuple[int, ...]) -> list[str]:
         return own
     if names is None and size.numel() == 1:
         return [key[-1]]
-    return names or [", ".join(map(str, place)) for place in np.ndindex(*shape)]
+    long = [size for size in shape if size > 1]
+    return names or [", ".join(map(str, place)) for place in np.ndindex(*long)]
 
 
 def attribution_tracks(rows: Rows, found: Sequence[View]) -> Iterator[Track]:
     """Attributions of inputs, over pictures or beside features, and of modules whose output has rows and columns."""
-    targets = _targets(rows.options.policy)
+    targets, known = _targets(rows.options.policy), set[str]()
     for key in rows.attributions:
         source = rows.source(key)
         name = ".".join(key[1 : -len(source)] if source else key[1:-1])
@@ -175,6 +176,8 @@ def attribution_tracks(rows: Rows, found: Sequence[View]) -> Iterator[Track]:
         several = sum(rows.source(other) != source for other in rows.attributions)
         facts: dict[str, Any] = {"source": rows.name(source) if source else site, "key": ".".join(key)}
         label = f"{label} ({facts['source']})" if several and source else label
+        label = f"{label} [{key[0]}]" if label in known else label  # of another method
+        known.add(label)
         for agent, values in rows.agents(source or key, rows.result(key)):
             layout = layout_of(rows, source) if source else _of_site(values)
             features = values.shape[1:]
