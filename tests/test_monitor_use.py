@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,18 @@ import wandb
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
 from torch import nn
-from torchrl.collectors import Collector, MultiSyncCollector
+from torchrl.collectors import Collector, Evaluator, MultiSyncCollector
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.envs import Compose as TransformSequence
 from torchrl.envs import GymEnv, InitTracker, TransformedEnv
 from torchrl.modules import GRUModule, ProbabilisticActor, QValueActor, TanhNormal
 from torchrl.record.loggers.csv import CSVLogger
+from torchrl.record.loggers.monitoring import Every, LoggerMonitor
 
 from tdhook_rl import Compose, ControlRecord, Saliency, SteeringVectors, targets
 from tdhook_rl.envs import CueCorners, TMaze
 from tdhook_rl.errors import InputError
-from tdhook_rl.examples.agent import FC2, make_actor, make_critic
+from tdhook_rl.examples.agent import FC2, PPO, make_actor, make_critic
 from tdhook_rl.latent import SteeringVector
 from tdhook_rl.report import DataTable, FileSink, Monitor, open_wandb
 from tests.monitoring import METHOD, QUIET, batch_of
@@ -160,14 +163,27 @@ def test_a_vector_is_kept_as_an_artifact(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_workers_log_into_one_run_in_the_main_process(tmp_path: Path) -> None:
-    with METHOD.prepare(make_actor()) as policy, Monitor(policy, tmp_path) as monitor:
+    run = wandb.init(mode="offline", dir=str(tmp_path), project="p", settings=QUIET)
+    actor = make_actor()
+    ppo = PPO(actor, make_critic(), epochs=1)
+    with METHOD.prepare(actor) as policy, Monitor(policy, run, folder=tmp_path / "local", env=CueCorners) as monitor:
         collector = MultiSyncCollector(
-            [CueCorners] * 2, policy, frames_per_batch=40, total_frames=80, cat_results=0, postproc=policy.annotate
+            [CueCorners] * 2, policy, frames_per_batch=40, total_frames=120, cat_results=0, postproc=policy.annotate
         )
+        logged = []
         for data in collector:
-            monitor.step(data)
+            found = monitor.step(data)
+            assert found is not None
+            logged.append(found["attr.observation.light 0"])
+            assert found["attr.observation"] == pytest.approx(float(data["attr", "observation"].abs().mean()), rel=1e-5)
+            ppo.update(data)
+            collector.update_policy_weights_()
         collector.shutdown()
-    assert [step for step, _ in FileSink.read(tmp_path / "log.csv")["attr.observation"]] == [40, 80]
+    rows = [row for row in finished(run) if "interp/attr.observation" in row]
+    assert [row["interp/step"] for row in rows] == [40, 80, 120]
+    assert [row["interp/attr.observation.light 0"] for row in rows] == logged
+    assert len(set(logged)) == 3
+    assert len(list(tmp_path.rglob("*.wandb"))) == 1  # no worker has opened another
 
 
 def test_two_monitors_on_one_run(tmp_path: Path) -> None:
@@ -217,16 +233,50 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len(list((tmp_path / "media" / "bars.observation.0").iterdir())) == 1  # the schedule goes on as well
 
 
-def test_a_logger_monitor_and_an_evaluator_take_it(tmp_path: Path) -> None:
-    from torchrl.record.loggers.monitoring import LoggerMonitor
+def csv_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TorchRL's CSV logger has written, by name."""
+    lines = {str(path.relative_to(folder).with_suffix("")): path.read_text().split() for path in folder.rglob("*.csv")}
+    return {name: [(int(a), float(b)) for a, b in (one.split(",") for one in text)] for name, text in lines.items()}
 
+
+@pytest.mark.parametrize("background", [True, False])
+def test_torchrls_logger_monitor_polls_it(background: bool, tmp_path: Path) -> None:
     logger = CSVLogger("run", log_dir=str(tmp_path))
     with METHOD.prepare(make_actor()) as policy, Monitor(policy, tmp_path / "local") as monitor:
-        watching = LoggerMonitor(logger, background=False)
-        watching.watch(monitor, name="seen", step="frames")
-        data = batch_of(policy)
-        found = monitor.step(data)
-        logged = watching.step()["seen"]
-        assert found is not None
-        assert logged["seen/attr.observation"] == found["attr.observation"]
-        assert monitor.metrics_fn(data)["attr.observation"] == pytest.approx(found["attr.observation"])
+        watching = LoggerMonitor(logger, background=background, poll_interval=0.01, on_error="raise")
+        watching.watch(monitor, name="seen", step="frames", schedule=Every.counter("frames", 160), log_on_start=False)
+        means = {}
+        with watching:
+            for seed in range(5):
+                found = monitor.step(batch_of(policy, seed=seed))
+                assert found is not None
+                means[monitor.frames] = found["attr.observation"]
+                if background:
+                    time.sleep(0.1)
+                else:
+                    watching.step()
+    polled = csv_of(tmp_path / "run" / "scalars")["seen/attr.observation"]
+    assert {160, 320} <= {step for step, _ in polled} <= set(means)
+    assert all(value == pytest.approx(means[step], rel=1e-6) for step, value in polled)
+
+
+def test_an_evaluator_takes_its_numbers_and_the_monitor_the_evaluators(tmp_path: Path) -> None:
+    actor = make_actor()
+    with METHOD.prepare(actor) as policy, Monitor(policy, tmp_path) as monitor:
+        monitor.step(batch_of(policy))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of TorchRL's
+            evaluator = Evaluator(
+                CueCorners(batch_size=[4], seed=0), policy, num_trajectories=4, max_steps=20,
+                metrics_fn=monitor.metrics_fn,
+            )  # fmt: skip
+            try:
+                found = evaluator.evaluate(actor)
+            finally:
+                evaluator.shutdown()
+        monitor.log({name: value for name, value in found.items() if isinstance(value, float)})
+    curves = FileSink.read(tmp_path / "log.csv")
+    assert curves["eval/attr.observation"] == [(80, found["eval/attr.observation"])]
+    assert found["eval/attr.observation"] > 0
+    assert found["eval/computed.attr"] == 1.0
+    assert "eval/reward" in curves

@@ -15,6 +15,7 @@ from tensordict import TensorDict
 
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError, KeyCollisionError, WorkerError
+from tdhook_rl.report import FileSink, Monitor
 from tdhook_rl.rollout import Guarded, set_controls
 from tdhook_rl.rollout.workers import descendants
 from tests.collecting import Learner, rows_of
@@ -102,6 +103,20 @@ def test_what_remote_workers_are_told(local_ray: None) -> None:
         with pytest.raises(InputError, match="read the whole of the weights, but 'module"):
             guarded.update_policy_weights_(some)
         assert next(iterator) is not None
+
+
+def test_a_monitor_logs_what_remote_workers_collect(local_ray: None, tmp_path: Path) -> None:
+    learner = Learner()
+    with Guarded(make_collector(learner), timeout=60) as guarded, Monitor(learner.policy, tmp_path) as monitor:
+        iterator = iter(guarded)
+        for _ in range(2):
+            data = next(iterator)
+            found = monitor.step(data)
+            assert found is not None
+            assert found["computed.cache"] == 1.0
+        assert monitor.frames == 64
+    curves = FileSink.read(tmp_path / "log.csv")
+    assert [step for step, _ in curves["computed.cache"]] == [32, 64]
 
 
 class Renamed(CueCorners):

@@ -140,7 +140,7 @@ class Monitor(TrainerHookBase):
         self._newest = NewestRows(rows)
         self._mismatch: tuple[OnMismatch, OnMismatch] = (on_mismatch or "warn", on_mismatch or "ignore")
         self._steps = 0
-        self._last: dict[str, float] = {}
+        self._last: dict[str, float] = {"frames": 0.0}
         self._closed, self._ended = False, -1
         self._trainer: Trainer | None = None
         self._tries = Tries(self._note)
@@ -245,8 +245,8 @@ class Monitor(TrainerHookBase):
         self._sinks.log(values, self.frames)
 
     def stats(self) -> dict[str, float]:
-        """The last numbers, as TorchRL's ``LoggerMonitor`` asks for them; ``frames`` can be its step."""
-        return {**self._last, "frames": float(self.frames)}
+        """The last numbers, and ``frames`` where they were logged; TorchRL's ``LoggerMonitor`` asks for them."""
+        return {**self._last}
 
     @property
     def folder(self) -> Path:
@@ -336,9 +336,10 @@ class Monitor(TrainerHookBase):
         return self._opened or self._open(None)
 
     def _logged(self, batch: TensorDictBase, on_mismatch: OnMismatch) -> dict[str, float]:
-        self._last, shown = self._look(batch, self.frames, on_mismatch)
-        self._sinks.log({**self._last, **shown}, self.frames)
-        return self._last
+        numbers, shown = self._look(batch, self.frames, on_mismatch)
+        self._sinks.log({**numbers, **shown}, self.frames)
+        self._last = {**numbers, "frames": float(self.frames)}  # at once: another thread may read it
+        return numbers
 
     def _from_buffer(self, due: bool) -> TensorDictBase | None:
         if self.buffer is None:
