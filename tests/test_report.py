@@ -232,7 +232,7 @@ def test_a_page_opens_with_the_answer_beside_its_controls(kind: str, runs: dict[
     assert answers[0][:5] == ["question", "measured", "found", "found (low)", "found (high)"]
     row = next(row for row in answers if "probe of the" in row[1])
     assert float(row[2]) == pytest.approx(score, rel=1e-5)
-    probes = json.loads(files[next(name for name in files if name.startswith("the") and name.endswith("json"))])
+    probes = json.loads(files[next(name for name in files if name.startswith("probes-of"))])
     trained = next(iter(probes["concepts"].values()))["trained"]
     assert trained["x"] == [320, 640, 960, 1280]
     assert trained["y"][-1] == pytest.approx(score, rel=1e-5)
@@ -321,7 +321,7 @@ def test_a_run_that_was_killed_has_a_report(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), str(folder)])
     try:
         deadline = time.monotonic() + 90
-        while not (folder / "log.csv").exists() or len((folder / "log.csv").read_bytes()) < 20_000:
+        while not (folder / "log.csv").exists() or len((folder / "log.csv").read_bytes()) < 3000:
             assert time.monotonic() < deadline
             assert child.poll() is None
             time.sleep(0.01)
@@ -373,7 +373,7 @@ def test_whatever_is_cut_or_damaged_gives_a_page_or_a_named_error(runs: dict[str
     shutil.copytree(runs["wandb"], whole["wandb"], ignore=shutil.ignore_patterns("interp"))
     draw = random.Random(0)
     outcomes: Counter[str] = Counter()
-    for number in range(60):
+    for number in range(40):
         kind = draw.choice(["ours", "ours", "ours", *whole])
         folder = tmp_path / f"{kind}-{number}"
         shutil.copytree(whole[kind], folder)
@@ -389,7 +389,7 @@ def test_whatever_is_cut_or_damaged_gives_a_page_or_a_named_error(runs: dict[str
             outcomes["page"] += 1
         shutil.rmtree(folder)
     assert outcomes.keys() <= {"page", "named error"}
-    assert outcomes["page"] > 40
+    assert outcomes["page"] > 25
 
 
 def _damage(path: Path, draw: random.Random) -> None:

@@ -13,20 +13,15 @@ from tdhook_rl.report.page.parts import Figure, Fragment, Gallery
 from tdhook_rl.report.page.place import Place
 from tdhook_rl.report.page.saved import as_json, data_link, embedded
 
-#: Points; figures that are wider scroll on a phone, where their texts would be too small to read.
-WIDE = 420.0
-
 
 def drawing(part: Drawing, place: Place, heading: bool = True) -> str:
     """A figure as SVG, whose texts are text and whose ink is the page's."""
     one = place.id(f"figure {part.title}")
     svg = part.svg()
-    width = re.search(r'width="([0-9.]+)pt"', svg)
-    wide = " wide" if width is not None and float(width[1]) > WIDE else ""
     title = place.heading(part.title) if heading else ""
     label = html.escape(part.title or "Figure", quote=True)
     return (
-        f'{title}<figure><div class="drawing{wide}" tabindex="0" role="group" aria-label="{label}">'
+        f'{title}<figure><div class="drawing" tabindex="0" role="group" aria-label="{label}">'
         f"{_apart(svg, one)}</div>{_caption(part.caption)}</figure>\n{_beside(part.title, part.data, place)}"
     )
 
@@ -84,8 +79,6 @@ def _beside(title: str, data: Any, place: Place) -> str:
 
 
 def _apart(svg: str, one: str) -> str:
-    """The same picture with ids that no other one in the page has, and without what would style all of the page."""
-    svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
+    """The same picture with ids that no other one in the page has: one drawing may stand in it twice."""
     svg = re.sub(r'\bid="([^"]*)"', rf'id="{one}-\1"', svg)
-    svg = re.sub(r"url\(#([^)]*)\)", rf"url(#{one}-\1)", svg)
-    return re.sub(r'href="#([^"]*)"', rf'href="#{one}-\1"', svg)
+    return re.sub(r'(href="|url\()#', rf"\1#{one}-", svg)
