@@ -154,6 +154,17 @@ def _common_ending(asked: str, name: str) -> int:
     return 0 if count == 1 and ours[-1].isdigit() and len(ours) > 1 else count
 
 
+def listed(names: Iterable[object], most: int, more: str = "and {} more") -> str:
+    """Names in a message: the first ones, and how many there are beside them.
+
+    Example:
+        >>> listed(["fc1", "fc2", "fc3", "fc4"], 2)
+        'fc1, fc2 and 2 more'
+    """
+    shown = [str(name) for name in names]
+    return ", ".join(shown[:most]) + (f" {more.format(len(shown) - most)}" if len(shown) > most else "")
+
+
 def own_cause(error: BaseException) -> TdhookError | None:
     """The error of this library that another one only passes on.
 

@@ -207,7 +207,7 @@ class _LogProb:
             terms.append(per_row(found, run.outputs.batch_size, name))
         if self.key is None:
             warn_left_out(run, chosen, name)
-        return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
+        return _total(run, terms)
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ class _Entropy:
                 ) from None
         if self.key is None:
             warn_left_out(run, chosen, "entropy")
-        return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
+        return _total(run, terms)
 
 
 @dataclass(frozen=True)

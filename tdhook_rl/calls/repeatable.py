@@ -16,7 +16,7 @@ from tensordict import NestedKey
 from torch import Tensor
 
 from tdhook_rl.calls.passes import Call, effects_of
-from tdhook_rl.errors import InputError, warn
+from tdhook_rl.errors import InputError, listed, warn
 from tdhook_rl.replaying.batching import repeat_rows, shallow_copy
 from tdhook_rl.sites.known import own_class
 from tdhook_rl.sites.runtime import vmap_level
@@ -75,8 +75,7 @@ def _suspects(call: Call) -> str:
     modules = effects_of(call.policy).watch.modules
     own = [(path, module) for path, module in modules if not type(module).__module__.startswith("torch.")]
     named = ((path, own_class(module).__name__) for path, module in own or modules)
-    names = [f"{path!r} ({name})" if path else name for path, name in named]
-    return ", ".join(names[:3]) + (f" or one of {len(names) - 3} more" if len(names) > 3 else "")
+    return listed((f"{path!r} ({name})" if path else name for path, name in named), 3, "or one of {} more")
 
 
 #: On how many rows that is tried.

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules.utils import get_env_transforms_from_module
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.calls.preconditions import require_hooked
@@ -179,9 +181,6 @@ class _Examination:
 
     def _roll_out(self, rollout: RecordedRollout) -> Generator[Finding, None, bool]:
         """Findings of a rollout by hand; returns whether it went to its end."""
-        from torchrl.envs.utils import ExplorationType, set_exploration_type
-        from torchrl.modules.utils import get_env_transforms_from_module
-
         data, failed = self._attempt(lambda: rollout.reset(self.deadline))
         if failed is None and rollout.missing and self.options.get("auto_register_policy_transforms"):
             rollout.env = rollout.env.append_transform(get_env_transforms_from_module(rollout.policy))

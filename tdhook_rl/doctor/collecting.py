@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torchrl.data import ReplayBuffer
 
 from tdhook_rl.batches.annotating_mixin import only_by_annotate
 from tdhook_rl.batches.keeping import kept_keys
 from tdhook_rl.doctor.dry_run import Deadline, env_options, first_line, fresh_env
 from tdhook_rl.doctor.findings import Finding
 from tdhook_rl.doctor.recorded_rollout import Key, RecordedRollout, as_tuple, leaves
-from tdhook_rl.errors import TdhookError
+from tdhook_rl.errors import TdhookError, listed
 from tdhook_rl.rollout.interrupts import starting_workers
 
 #: Steps of each environment in one batch of the dry run, at most.
@@ -119,8 +120,6 @@ class Collecting:
 
 def replica(buffer: Any, rows: int = 256) -> Any:
     """A small buffer like another; with its first row if it has one, because that fixes which keys it takes."""
-    from torchrl.data import ReplayBuffer
-
     storage = buffer.storage
     accepted = inspect.signature(type(storage).__init__).parameters
     options = {name: getattr(storage, name) for name in ("ndim", "shared_init", "device") if name in accepted}
@@ -210,8 +209,8 @@ def collecting_findings(run: Collecting, policy: Any, rollout: RecordedRollout) 
         yield Finding(
             "annotate",
             "warning" if run.options else "ok",
-            f"{_listed(lacking)} {'is' if len(lacking) == 1 else 'are'} written by annotate only, which the collector "
-            "does not call",
+            f"{listed(map(repr, lacking), 4)} {'is' if len(lacking) == 1 else 'are'} written by annotate only, which "
+            "the collector does not call",
             "pass postproc=policy.annotate, call policy.annotate(batch) in your loop, or prepare with when='step'",
         )
     # A buffer counts elements, which may be trajectories: random frames can then outlast the dry run.
@@ -220,10 +219,6 @@ def collecting_findings(run: Collecting, policy: Any, rollout: RecordedRollout) 
     if not buffered:
         yield from _random(run, rollout)
         yield from _frozen(run, rollout)
-
-
-def _listed(keys: list[Key]) -> str:
-    return ", ".join(map(repr, keys[:4])) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
 
 def _why_lost(run: Collecting, rollout: RecordedRollout, lost: list[Key]) -> str:

@@ -16,6 +16,7 @@ import torch
 from tensordict.nn import set_interaction_type
 from tensordict.nn.probabilistic import interaction_type
 from torch import nn
+from torchrl.envs import EnvBase, ParallelEnv
 
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.caches import CacheStore, Staging
@@ -139,8 +140,6 @@ def fresh_env(env: Any, options: dict[str, Any]) -> Any:
     Raises:
         InputError: if the instance does not deep-copy, or the constructor makes something else.
     """
-    from torchrl.envs import EnvBase, ParallelEnv
-
     if isinstance(env, EnvBase):
         if any(isinstance(part, ParallelEnv) and not part.is_closed for part in env.modules()):
             # Half a copy of it would close its workers when it is deleted.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictModule
 from torch import nn
 
 from tdhook_rl.doctor.dry_run import Deadline, first_line, trial_copy
@@ -182,8 +183,6 @@ def _is_private(part: str) -> bool:
 
 
 def _modules(policy: Any) -> Iterator[Finding]:
-    from tensordict.nn import ProbabilisticTensorDictModule
-
     if in_recurrent_mode(policy):
         yield Finding.error(
             "recurrent",

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
+from torchrl.modules.utils import get_primers_from_module
 
 from tdhook_rl.calls.provenance import is_stamp
 from tdhook_rl.doctor.findings import Finding
 from tdhook_rl.doctor.recorded_rollout import Key, RecordedRollout, as_tuple, leaves
+from tdhook_rl.errors import listed
 
 
 def input_findings(rollout: RecordedRollout) -> Iterator[Finding]:
     """Whether the environment gives what the policy reads."""
-    from torchrl.modules.utils import get_primers_from_module
-
     if not rollout.missing:
         yield Finding.ok("inputs", f"the environment gives {_list(rollout.policy.in_keys)}")
         return
@@ -314,8 +314,7 @@ def _kind(value: Tensor, rollout: RecordedRollout) -> str:
 
 
 def _list(keys: Iterable[Any]) -> str:
-    names = sorted(repr(key[0] if isinstance(key, tuple) and len(key) == 1 else key) for key in keys)
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return listed(sorted(repr(key[0] if isinstance(key, tuple) and len(key) == 1 else key) for key in keys), 6)
 
 
 def _primed(primer: Any) -> set[Key]:

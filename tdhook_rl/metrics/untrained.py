@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from tdhook_rl.arguments.checked import checked
-from tdhook_rl.errors import InputError
+from tdhook_rl.errors import InputError, listed
 from tdhook_rl.weights.computed import ComputedWeight, computed_weights, draw_anew
 
 
@@ -44,9 +44,8 @@ def untrained_copy(module: nn.Module, *, seed: int = 0) -> Any:
     ]  # fmt: skip
     if unknown:
         raise InputError(
-            f"no untrained copy of {type(module).__name__}: {', '.join(unknown[:5])}"
-            f"{f' and {len(unknown) - 5} more' if len(unknown) > 5 else ''} has parameters and no reset_parameters(); "
-            "give the untrained network yourself, untrained=copy.deepcopy(policy) before training"
+            f"no untrained copy of {type(module).__name__}: {listed(unknown, 5)} has parameters and no "
+            "reset_parameters(); give the untrained network yourself, untrained=copy.deepcopy(policy) before training"
         )
     with own_generators(seed):
         for path, layer in layers.items():

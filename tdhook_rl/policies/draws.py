@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModuleBase, TensorDictParams, TensorDictSequential
+from tensordict.nn import (
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModuleBase,
+    TensorDictParams,
+    TensorDictSequential,
+)
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
@@ -181,7 +187,7 @@ def _steps(module: nn.Module, opaque: bool = False) -> Iterator[_Step]:
         reads, writes = ([unravel_key(key) for key in getattr(module, name)] for name in ("in_keys", "out_keys"))
         yield _Step(module, reads, writes, opaque)  # type: ignore[arg-type]
         return
-    usual = (TensorDictSequential.forward, _probabilistic_forward())
+    usual = (TensorDictSequential.forward, ProbabilisticTensorDictSequential.forward)
     opaque = opaque or not isinstance(module, TensorDictSequential) or type(module).forward not in usual
     for child in inner:
         yield from _steps(child, opaque)
@@ -196,12 +202,6 @@ def _inner(module: nn.Module) -> Iterator[TensorDictModuleBase]:
             yield child
         else:
             yield from _inner(child)
-
-
-def _probabilistic_forward() -> Any:
-    from tensordict.nn import ProbabilisticTensorDictSequential
-
-    return ProbabilisticTensorDictSequential.forward
 
 
 def _decided(step: _Step) -> list[NestedKey]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.internals.tensordict_names import store_of
 from tdhook_rl.policies.memory import read_tensor, same_values, share_memory, write_tensor
-from tdhook_rl.sites.classes import Swapped
+from tdhook_rl.sites.known import own_class
 
 #: Attributes of a module that are torch's own business.
 INTERNAL = frozenset(vars(nn.Module()))
@@ -97,7 +97,7 @@ def find_state(
         waiting.append((value, path, owner))
 
     for path, module in modules:
-        visit(module, path, _class_name(module))
+        visit(module, path, own_class(module).__name__)
     for value, path, owner in values:
         visit(value, path, owner)
     while waiting and len(seen) < AT_MOST:
@@ -105,7 +105,7 @@ def find_state(
         if isinstance(value, Tensor):
             found.tensors.append((value, path, owner))
         elif isinstance(value, nn.Module):
-            for inner in _of_module(value, path, _class_name(value), add, found):
+            for inner in _of_module(value, path, own_class(value).__name__, add, found):
                 visit(*inner)
         else:
             for inner_path, inner_value in _of_object(value, path, owner, add):
@@ -131,11 +131,6 @@ def _is_foreign(home: str) -> bool:
     return home.partition(".")[0] in _FOREIGN and not home.startswith("torchrl.modules.distributions")
 
 
-def _class_name(module: nn.Module) -> str:
-    kind = type(module)
-    return (kind._base if issubclass(kind, Swapped) and hasattr(kind, "_base") else kind).__name__
-
-
 Add = Callable[[Kind, Any, str, str], None]
 
 
@@ -158,7 +153,7 @@ def _of_module(
         if name not in INTERNAL and not name.startswith("_hooked"):
             if isinstance(value, nn.Module):  # kept beside the registered ones: it is what it holds
                 for inner_path, inner in value.named_modules():
-                    yield inner, f"{dot}{name}{'.' if inner_path else ''}{inner_path}", _class_name(inner)
+                    yield inner, f"{dot}{name}{'.' if inner_path else ''}{inner_path}", own_class(inner).__name__
             else:
                 yield value, f"{dot}{name}", owner
     for store in (module._forward_pre_hooks, module._forward_hooks):

@@ -19,7 +19,7 @@ import torch
 from tensordict import MemoryMappedTensor, TensorDict, TensorDictBase
 
 from tdhook_rl.arguments.checked import checked
-from tdhook_rl.errors import ArtifactError
+from tdhook_rl.errors import ArtifactError, listed
 from tdhook_rl.files.durable import require_space, reserve, sync
 from tdhook_rl.replay.manifest import MANIFEST, Manifest, block_of, content_of, read_manifest, write_manifest
 
@@ -244,8 +244,7 @@ def ranges(found: list[tuple[int, int]]) -> str:
         >>> ranges([(0, 4), (8, 12)])
         'the entries 0 to 3, 8 to 11'
     """
-    shown = ", ".join(f"{start} to {stop - 1}" for start, stop in found[:8])
-    return f"the entries {shown}" + (f" and {len(found) - 8} more ranges" if len(found) > 8 else "")
+    return f"the entries {listed((f'{start} to {stop - 1}' for start, stop in found), 8, 'and {} more ranges')}"
 
 
 def _map(folder: Path, manifest: Manifest) -> TensorDict:

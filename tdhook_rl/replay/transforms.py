@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.data import ReplayBuffer
+from torchrl.envs import transforms as of_torchrl
 
 from tdhook_rl.errors import InputError, TdhookError
 from tdhook_rl.internals.torchrl_names import collate_fn
@@ -37,40 +37,35 @@ class Window:
         return Window(self.before + by, self.after + by)
 
 
-@functools.cache
-def _row_by_row() -> frozenset[type]:
-    """Transforms of TorchRL's that give each row a value of its own, and subclasses of which are not listed."""
-    from torchrl.envs import transforms
-
-    names = (
+#: Transforms of TorchRL's that give each row a value of its own, and subclasses of which are not listed.
+_ROW_BY_ROW = frozenset(
+    getattr(of_torchrl, name)
+    for name in (
         "ObservationNorm", "ToTensorImage", "Resize", "Crop", "CenterCrop", "FlattenObservation", "UnsqueezeTransform",
         "SqueezeTransform", "PermuteTransform", "GrayScale", "DTypeCastTransform", "DoubleToFloat", "RewardScaling",
         "DeviceCastTransform", "RenameTransform", "SelectTransform", "ExcludeTransform", "RewardClipping",
         "BinarizeReward", "SignTransform", "CatTensors", "ClipTransform", "FiniteTensorDictCheck",
         "Reward2GoTransform", "MultiStepTransform",
-    )  # fmt: skip
-    return frozenset(getattr(transforms, name) for name in names if hasattr(transforms, name))
+    )
+    if hasattr(of_torchrl, name)
+)  # fmt: skip
 
 
 def applied_transforms(transform: Any) -> list[nn.Module]:
     """The transforms that a buffer applies one after the other when it is read."""
-    from torchrl.envs.transforms import Compose
-
     if transform is None:
         return []
-    if type(transform) is Compose:
+    if type(transform) is of_torchrl.Compose:
         return [piece for one in transform.transforms for piece in applied_transforms(one)]
     return [transform]
 
 
 def window_of(transform: nn.Module) -> Window | None:
     """The rows of its trajectory that a transform reads, where it is known that it reads no others."""
-    from torchrl.envs import transforms
-
-    if type(transform) is transforms.CatFrames and not transform.as_inverse:
+    if type(transform) is of_torchrl.CatFrames and not transform.as_inverse:
         others = int(transform.N) - 1  # type: ignore[arg-type]
         return Window(after=others) if transform.future else Window(before=others)
-    if type(transform) is getattr(transforms, "NextStateReconstructor", None):
+    if type(transform) is getattr(of_torchrl, "NextStateReconstructor", None):
         return Window(after=1)
     return None
 
@@ -83,11 +78,9 @@ def rows_are_known(buffer: ReplayBuffer, transforms: Sequence[nn.Module]) -> boo
 
 
 def _trusted(transform: nn.Module) -> bool:
-    from torchrl.envs.transforms import CatFrames
-
     # As an inverse it does its work when rows are written.
-    inverse = type(transform) is CatFrames and bool(transform.as_inverse)
-    return inverse or type(transform) in _row_by_row() or window_of(transform) is not None
+    inverse = type(transform) is of_torchrl.CatFrames and bool(transform.as_inverse)
+    return inverse or type(transform) in _ROW_BY_ROW or window_of(transform) is not None
 
 
 def transform_name(transform: nn.Module) -> str:
@@ -103,10 +96,8 @@ def require_at_rest(transforms: Sequence[nn.Module]) -> None:
     Raises:
         InputError: that names it.
     """
-    from torchrl.envs.transforms import VecNorm, VecNormV2
-
     for one in transforms:
-        if isinstance(one, (VecNorm, VecNormV2)) and not getattr(one, "frozen", False):
+        if isinstance(one, (of_torchrl.VecNorm, of_torchrl.VecNormV2)) and not getattr(one, "frozen", False):
             raise InputError(
                 f"the transform {transform_name(one)} of the buffer goes on counting when rows are read, so that they "
                 "would depend on what was read before: freeze it (freeze(), to_observation_norm()), or take it out"

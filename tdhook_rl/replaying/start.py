@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tdhook_rl.errors import listed
 from tdhook_rl.policies.memory import same_values
 from tdhook_rl.replaying.batching import GeneratorState
 from tdhook_rl.replaying.scratch import Snapshot, WriteWatch
@@ -66,9 +67,8 @@ class ForwardEffects:
         """In words, why rows of a batch may be explained by another state than the one they were computed with."""
         reasons = []
         if writes := self.watch.writes:
-            names = ", ".join(f"{path!r} ({owner})" for path, owner in list(writes.items())[:3])
-            more = f" and {len(writes) - 3} more" if len(writes) > 3 else ""
-            reasons.append(f"its forward writes {names}{more}, and rows are computed with what is there now")
+            names = listed((f"{path!r} ({owner})" for path, owner in writes.items()), 3)
+            reasons.append(f"its forward writes {names}, and rows are computed with what is there now")
         path = next((f"{path!r} ({own_class(one).__name__})" for path, one in self._meeting if one.training), None)
         if path is not None:
             reasons.append(f"in training mode {path} normalises by its batch, and rows by its running statistics")

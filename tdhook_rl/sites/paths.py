@@ -34,7 +34,7 @@ from typing import Literal
 
 from torch import nn
 
-from tdhook_rl.errors import SiteError, nearest
+from tdhook_rl.errors import SiteError, listed, nearest
 
 #: Which run of a module in one call: its number (negative ones count from the last), all, or not said.
 Run = int | Literal["all"] | None
@@ -143,12 +143,11 @@ def require_apart(root: nn.Module, pattern: str, sites: Sequence[Site], *, neste
     if not holders:
         return
     meant = next(iter(holders.values()))
-    caught = ", ".join(map(repr, [*found][:40])) + (f" and {len(found) - 40} more" if len(found) > 40 else "")
     raise SiteError(
         f"the pattern {pattern!r} of an intervention catches {len(found)} modules of {type(root).__name__}, among them "
         f"{next(iter(holders))!r} along with {meant!r}, so that what is done would be done there more than once or "
-        f"elsewhere than meant: {caught}. A pattern is matched from the start of a path (re.match): write "
-        f"{re.escape(meant) + '$'!r}, or the path {meant!r}, for that module alone"
+        f"elsewhere than meant: {listed(map(repr, found), 40)}. A pattern is matched from the start of a path "
+        f"(re.match): write {re.escape(meant) + '$'!r}, or the path {meant!r}, for that module alone"
     )
 
 

@@ -6,6 +6,7 @@ any time, for any penalty, without a stored activation; workers' statistics add 
 
 from __future__ import annotations
 
+import copy
 from typing import Literal
 
 import torch
@@ -97,17 +98,11 @@ class ClassStatistics(Moments):
             raise InputError(
                 f"statistics of {tuple(self.total.shape)} and {tuple(other.total.shape)} (classes, features) do not add"
             )
-        first, second = (self, other) if self._begun else (other, self)
-        classes, features = self.total.shape
-        merged = ClassStatistics(features=features, classes=classes)
-        merged.shift, merged._begun = first.shift.clone(), first._begun
-        merged.resolution = max(first.resolution, second.resolution)
-        moment, away = first._merged_moment(second, second.total.sum(0), second.count.sum())
-        if not second._begun:
-            moment, away = second.moment, torch.zeros_like(away)
-        merged.count = first.count + second.count
-        merged.total = first.total + second.total + second.count[:, None] * away
-        merged.moment = first.moment + moment
+        if not (self._begun and other._begun):
+            return copy.deepcopy(self if self._begun else other)
+        merged, away = self._merged(other, other.total.sum(0), other.count.sum())
+        merged.count += other.count
+        merged.total = self.total + other.total + other.count[:, None] * away
         return merged
 
     def solve(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tdhook_rl import statistics
-from tdhook_rl.errors import InputError
+from tdhook_rl.errors import InputError, listed
 from tdhook_rl.latent.probing.class_statistics import ClassStatistics
 from tdhook_rl.latent.probing.held_out import HitTally, ScoreHistograms, Tally, widest
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
@@ -324,6 +324,4 @@ def concept_of(
 
 
 def _names(chosen: Tensor, what: str = "class") -> str:
-    numbers = [str(index) for index in chosen.nonzero()[:, 0].tolist()]
-    shown = ", ".join(numbers[:6]) + (f" and {len(numbers) - 6} more" if len(numbers) > 6 else "")
-    return f"{what} {shown or 'none'}"
+    return f"{what} {listed(chosen.nonzero()[:, 0].tolist(), 6) or 'none'}"

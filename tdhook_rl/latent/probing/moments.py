@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -90,11 +91,13 @@ class Moments:
             self.moment.addmm_(block.T, block)
             yield part, block
 
-    def _merged_moment(self: M, other: M, total: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The moment of another's rows about this one's shift, and how far the other's shift is away."""
-        away = other.shift - self.shift
+    def _merged(self: M, other: M, total: Tensor, rows: Tensor) -> tuple[M, Tensor]:
+        """A copy with the moment of another's rows added, about this one's shift; how far the other's shift is away."""
+        merged, away = copy.deepcopy(self), other.shift - self.shift
         crossed = torch.outer(total, away)
-        return other.moment + crossed + crossed.T + rows * torch.outer(away, away), away
+        merged.resolution = max(self.resolution, other.resolution)
+        merged.moment += other.moment + crossed + crossed.T + rows * torch.outer(away, away)
+        return merged, away
 
     def _scale(self, mean: Tensor, variance: Tensor) -> Tensor:
         """The spread of each feature, infinite where it is constant up to rounding; the mean is about the shift."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tdhook_rl import statistics
+from tdhook_rl.errors import listed
 from tdhook_rl.latent.probing.bank import ClassBank, Probes
 from tdhook_rl.latent.probing.held_out import HitTally, ScoreHistograms, Tally, widest
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
@@ -198,8 +199,8 @@ class ScoredClasses(Scored[ClassBank]):
             return "no held-out row yet: the split has held out no group of these rows"
         few = ((rows > 0) & ~enough).nonzero().squeeze(-1).tolist()
         unseen = ((rows > 0) & ~there).nonzero().squeeze(-1).tolist()
-        said = [f"left out, fewer than {self.min_rows:g} held-out rows: class {_list(few)}"] if few else []
-        return "; ".join(said + ([f"wrong, without a training row: class {_list(unseen)}"] if unseen else []))
+        said = [f"left out, fewer than {self.min_rows:g} held-out rows: class {listed(few, 6)}"] if few else []
+        return "; ".join(said + ([f"wrong, without a training row: class {listed(unseen, 6)}"] if unseen else []))
 
     def difference(self, other: ScoredClasses, concept: int, others: int) -> Interval:
         """The balanced accuracy of a concept minus that of one of another bank, by group."""
@@ -364,8 +365,3 @@ def _aligned(first: Tally, second: Tally) -> tuple[Tensor | None, Tensor, Tensor
         sums[torch.searchsorted(codes, tally.codes)] = tally.sums
         found.append(sums)
     return codes, found[0], found[1]
-
-
-def _list(numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:6]))
-    return shown + (f" and {len(numbers) - 6} more" if len(numbers) > 6 else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Literal
 
 import torch
@@ -101,21 +102,15 @@ class TargetStatistics(Moments):
                 f"statistics of {tuple(self.cross.shape)} and {tuple(other.cross.shape)} (targets, features), or of "
                 "labels and numbers, do not add"
             )
-        first, second = (self, other) if self._begun else (other, self)
-        targets, features = self.cross.shape
-        merged = TargetStatistics(features=features, targets=targets, labels=self.labels)
-        merged.shift, merged.target_shift, merged._begun = first.shift.clone(), first.target_shift, first._begun
-        merged.resolution = max(first.resolution, second.resolution)
-        moment, away = first._merged_moment(second, second.total, second.rows)
-        apart = second.target_shift - first.target_shift
-        if not second._begun:
-            moment, away, apart = second.moment, torch.zeros_like(away), torch.zeros_like(apart)
-        merged.moment = first.moment + moment
-        merged.rows = first.rows + second.rows
-        merged.total = first.total + second.total + second.rows * away
-        merged.of_targets = first.of_targets + second.of_targets + second.rows * apart
-        moved = torch.outer(second.of_targets, away) + torch.outer(apart, second.total + second.rows * away)
-        merged.cross = first.cross + second.cross + moved
+        if not (self._begun and other._begun):
+            return copy.deepcopy(self if self._begun else other)
+        merged, away = self._merged(other, other.total, other.rows)
+        apart = other.target_shift - self.target_shift
+        merged.rows += other.rows
+        merged.total = self.total + other.total + other.rows * away
+        merged.of_targets = self.of_targets + other.of_targets + other.rows * apart
+        moved = torch.outer(other.of_targets, away) + torch.outer(apart, other.total + other.rows * away)
+        merged.cross = self.cross + other.cross + moved
         return merged
 
     def solve(
