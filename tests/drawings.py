@@ -100,6 +100,11 @@ SHAPES: dict[str, Callable[[Any, Any], Drawing]] = {
     "network_health": health,
     "attribution_through_episode": episode,
     "overview": overview,
+    "value_grid": lambda names, values: figures.value_grid(
+        {name: {other: values[at % len(values)] for at, other in enumerate(list(names)[:12])} for name in names},
+        unit="accuracy",
+        marked=[(next(iter(names)), next(iter(names)))],
+    ),
     "grouped_bars": lambda names, values: bars(names, lambda at: values[at % len(values)]),
     "probe_curves": probes,
     "lines": lambda names, values: figures.lines({name: curve(values) for name in list(names)[:5]}, unit="share"),

@@ -7,6 +7,7 @@ marker of its own.
 
 from tdhook_rl.report.figures.bars import grouped_bars
 from tdhook_rl.report.figures.episode import attribution_through_episode
+from tdhook_rl.report.figures.grids import value_grid
 from tdhook_rl.report.figures.health import network_health
 from tdhook_rl.report.figures.histograms import histograms_over_time
 from tdhook_rl.report.figures.lines import lines
@@ -28,4 +29,5 @@ __all__ = [
     "overview",
     "probe_curves",
     "seed_curves",
+    "value_grid",
 ]
