@@ -17,6 +17,15 @@ EXAMPLE = "tdhook_rl.examples.check:setup"
 
 def made(target: str) -> Any:
     """What the function that ``MODULE:FUNCTION`` names returns."""
+    return named_function(target)()
+
+
+def named_function(target: str) -> Any:
+    """The function that ``MODULE:FUNCTION`` names.
+
+    Raises:
+        InputError: if it names none.
+    """
     module_name, _, name = target.partition(":")
     if not name or not all(part.isidentifier() for part in module_name.split(".")):
         raise InputError(
@@ -36,7 +45,7 @@ def made(target: str) -> Any:
     if not callable(function):
         names = [other for other, value in vars(module).items() if callable(value)]
         raise InputError(f"{module_name!r} has no function {name!r}; {nearest(name, names)}")
-    return function()
+    return function
 
 
 def made_with_environment(target: str) -> tuple[Any, ...]:
