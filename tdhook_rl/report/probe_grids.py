@@ -46,12 +46,18 @@ def probe_grids(table: ProbeTable, *, level: float = LEVEL) -> list[Drawing]:
             for cell in cells:
                 by.setdefault(cell.concept, []).append(cell)
         for concept, chosen in by.items():
-            title = f"When {concept} can be read" if concept else "What can be read where"
+            what = "Which numbers" if score == "r2" else "Which concepts"
+            title = f"When {concept} can be read" if concept else f"{what} can be read where"
             drawings.append(
                 value_grid(
-                    _rows(chosen, controlled, bool(concept)), unit=unit, title=title,
-                    marked=[(cell.site, cell.checkpoint if concept else cell.concept) for cell in chosen
-                            if cell.adjusted <= level],
+                    _rows(chosen, controlled, bool(concept)),
+                    unit=unit,
+                    title=title,
+                    marked=[
+                        (cell.site, cell.checkpoint if concept else cell.concept)
+                        for cell in chosen
+                        if cell.adjusted <= level
+                    ],
                     caption=_caption(chosen, level),
                 )  # fmt: skip
             )
@@ -59,20 +65,20 @@ def probe_grids(table: ProbeTable, *, level: float = LEVEL) -> list[Drawing]:
 
 
 def probe_page(table: ProbeTable, *, title: str = "What the network knows", command: str = "") -> Page:
-    """A page of a table: the concepts that are read best first, with their controls; heatmaps; every cell.
+    """A page of a table: each concept where it is read best, with its controls; heatmaps; every cell.
 
     Args:
         table: as of :func:`probe_grids`.
         title: of the page.
         command: what makes it again.
     """
-    marked = sorted((cell for cell in table if cell.adjusted <= LEVEL), key=lambda cell: -_gain(cell))
-    best = marked or sorted(table, key=lambda cell: -_gain(cell))[:3]
-    found = [_finding(cell) for cell in best[:_MOST]]
-    concepts = len({cell.concept for cell in table})
+    marked = [cell for cell in table if cell.adjusted <= LEVEL]
+    concepts = list(dict.fromkeys(cell.concept for cell in table))
+    best = [max((cell for cell in table if cell.concept == name), key=_gain) for name in concepts]
+    found = [_finding(cell) for cell in sorted(best, key=lambda cell: -_gain(cell))[:_MOST]]
     sites = len({cell.site for cell in table})
     lead = (
-        f"{concepts} concepts at {sites} sites: {len(marked)} of {len(table)} cells are read better than from an "
+        f"{len(concepts)} concepts at {sites} sites: {len(marked)} of {len(table)} cells are read better than from an "
         f"untrained network and than labels dealt out by chance (adjusted p at most {LEVEL:g})."
     )
     heads, rows = _cells(table)
@@ -80,7 +86,10 @@ def probe_page(table: ProbeTable, *, title: str = "What the network knows", comm
         f"{cell.site}, {cell.concept}: {text}" for cell in table for text in (cell.words, cell.trained.words) if text
     )
     lost = {cell.concept: cell.left_out for cell in table if cell.left_out}
-    lines = [*words, *(f"{name}: {count:,} rows without a label or not finite were left out" for name, count in lost.items())]
+    lines = [
+        *words,
+        *(f"{name}: {count:,} rows without a label or not finite were left out" for name, count in lost.items()),
+    ]
     parts: list[Any] = [Findings(found, text="Scores are of held-out groups; intervals are over groups, 95%.")]
     if lines:
         parts.append(Cautions(lines[:40] + ([f"and {len(lines) - 40} more"] if len(lines) > 40 else [])))
@@ -114,16 +123,18 @@ def _finding(cell: ProbeCell) -> Finding:
     beside = {
         name: value for name, value in (
             ("untrained", cell.untrained), ("raw observation", cell.input), ("shuffled labels", cell.shuffled),
-            ("chance", cell.chance), ("trained minus untrained", cell.gain),
+            ("chance", cell.chance),
         ) if value is not None
     }  # fmt: skip
     where = f"{cell.checkpoint}, {cell.site}" if cell.checkpoint else cell.site
-    marked = cell.adjusted <= LEVEL
-    words = f"adjusted p {cell.adjusted:.2g}" if not math.isnan(cell.adjusted) else ""
+    words = ""
+    if not math.isnan(cell.adjusted):
+        better = "better" if cell.adjusted <= LEVEL else "not surely better"
+        words = f"{better} than the untrained network and shuffled labels (adjusted p {cell.adjusted:.2g})"
     name = "R²" if cell.score == "r2" else f"balanced {cell.score}"
     return Finding(
-        question=f"Can {cell.concept} be read?", measured=f"{name} at {where}", value=cell.trained, beside=beside,
-        words="; ".join(one for one in (words, cell.words) if one), met=marked if words else None,
+        question=f"Can {cell.concept} be read?", measured=f"{name}, best at {where}", value=cell.trained, beside=beside,
+        words="; ".join(one for one in (words, cell.words) if one),
     )  # fmt: skip
 
 
