@@ -45,22 +45,19 @@ def probe_grids(table: ProbeTable, *, level: float = LEVEL) -> list[Drawing]:
             by = {}
             for cell in cells:
                 by.setdefault(cell.concept, []).append(cell)
+        # One scale for all, so that what is faint beside another is faint.
+        scale = max((abs(value) for cell in cells if math.isfinite(value := _gain(cell))), default=0.0) or None
         for concept, chosen in by.items():
             what = "Which numbers" if score == "r2" else "Which concepts"
-            title = f"When {concept} can be read" if concept else f"{what} can be read where"
-            drawings.append(
-                value_grid(
-                    _rows(chosen, controlled, bool(concept)),
-                    unit=unit,
-                    title=title,
-                    marked=[
-                        (cell.site, cell.checkpoint if concept else cell.concept)
-                        for cell in chosen
-                        if cell.adjusted <= level
-                    ],
-                    caption=_caption(chosen, level),
-                )  # fmt: skip
-            )
+            marked = [
+                (cell.site, cell.checkpoint if concept else cell.concept) for cell in chosen if cell.adjusted <= level
+            ]
+            drawing = value_grid(
+                _rows(chosen, controlled, bool(concept)), unit=unit, scale=scale, marked=marked,
+                title=f"When {concept} can be read" if concept else f"{what} can be read where",
+                caption=_caption(chosen, level),
+            )  # fmt: skip
+            drawings.append(drawing)
     return drawings
 
 

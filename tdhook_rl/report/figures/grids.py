@@ -85,7 +85,7 @@ def value_grid(
     if written:
         for (at, place), value in np.ndenumerate(shown):
             weight = "bold" if (rows[at], columns[place]) in bold else "normal"
-            text = number(round(value, 2)) if np.isfinite(value) else "none"
+            text = number(round(value, 2) + 0.0) if np.isfinite(value) else "none"
             axis.text(place, at, text, ha="center", va="center", fontsize=9, color=INK, weight=weight)
     else:
         spots = [(place, at) for at, row in enumerate(rows[:most]) for place, column in enumerate(columns[:most])
