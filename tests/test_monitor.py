@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 import random
 from collections.abc import Callable
@@ -110,6 +111,15 @@ def test_probes_stand_beside_their_controls(trained: dict[str, Any]) -> None:
     # Before training the network is the untrained one, bit for bit.
     first = trained["logged"][0][1]
     assert first["probe.xor.accuracy"] == pytest.approx(first["probe.xor.accuracy.untrained"], abs=1e-6)
+    with (trained["folder"] / "media" / "probes" / "000003200.csv").open(newline="") as file:
+        (line,) = csv.DictReader(file)
+    assert (line["probe"], line["site"], line["concept"], line["score"]) == ("xor", FC2, "concept.xor", "accuracy")
+    assert float(line["trained"]) == found["probe.xor.accuracy"]
+    assert float(line["trained_low"]) == found["probe.xor.accuracy_low"]
+    for control in ("input", "shuffled", "untrained"):
+        assert float(line[control]) == found[f"probe.xor.accuracy.{control}"]
+        assert line[f"{control}_low"]
+    assert float(line["groups"]) == found["probe.xor.groups"]
     assert found[f"dormant.{FC2}"] >= 0
     saved = trained["folder"] / "artifacts" / "probe.xor" / "000003200"
     assert json.loads((saved / "artifact.json").read_text())["facts"]["frames"] == 3200
@@ -149,6 +159,14 @@ def test_the_run_says_what_it_is(trained: dict[str, Any]) -> None:
     assert facts["targets"] == ["chosen_logit"]
     assert facts["sites"] == [FC2]
     assert facts["versions"]["torch"] == torch.__version__
+    last = {
+        one.key or "/".join(one.nested_key): json.loads(one.value_json)
+        for record in records(path)
+        if record.WhichOneof("record_type") == "summary"
+        for one in record.summary.update
+    }
+    for name in ("attr.observation", "probe.xor.accuracy", f"dormant.{FC2}"):
+        assert last[f"interp/{name}"] == pytest.approx(trained["logged"][-1][1][name])
     summary = json.loads((trained["folder"] / "summary.json").read_text())
     assert summary["frames"] == 3200
     assert summary["attr.observation"] == trained["logged"][-1][1]["attr.observation"]

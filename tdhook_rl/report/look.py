@@ -13,7 +13,7 @@ from tdhook_rl.batches.annotation import OnMismatch
 from tdhook_rl.calls.bound import observers
 from tdhook_rl.errors import TdhookError, warn
 from tdhook_rl.report.episodes import Episode, episode_table, episodes
-from tdhook_rl.report.probes import WatchedProbe
+from tdhook_rl.report.probes import WatchedProbe, WatchedSuite, table_of_probes
 from tdhook_rl.report.readings import Features, Readings
 from tdhook_rl.report.shown import Shown
 from tdhook_rl.rollout.diagnostics import NetworkDiagnostics
@@ -74,6 +74,7 @@ class Look:
         frames_key: frames to show attributions over.
         render: draws the states of rows.
         probes: by name.
+        suite: of sites by concepts.
         diagnostics: of the network.
         tries: what calls the parts that may fail.
 
@@ -88,6 +89,7 @@ class Look:
     frames_key: NestedKey | None = None
     render: Callable[[TensorDictBase], Tensor] | None = None
     probes: Mapping[str, WatchedProbe] = field(default_factory=dict)
+    suite: WatchedSuite | None = None
     diagnostics: NetworkDiagnostics | None = None
     tries: Tries = field(default_factory=Tries)
     seen: int = 0
@@ -109,6 +111,11 @@ class Look:
         for name, probe in self.probes.items():
             scores = self.tries(f"the probe {name!r}", lambda probe=probe: probe.update(data)) or {}
             numbers |= {f"probe.{name}.{score}": value for score, value in scores.items()}
+        if self.suite is not None:
+            self.show(data)
+            if self._is_turn(self.turns.media) or self._is_turn(self.turns.table):
+                found = self.tries("the suite of probes", self.suite.numbers) or {}
+                numbers |= {f"probe.{name}": value for name, value in found.items()}
         if self.diagnostics is not None:
             found = self.tries("diagnostics", lambda: self.diagnostics.update(data)) or {}
             numbers |= {name.replace("/", "."): value for name, value in found.items()}
@@ -123,9 +130,21 @@ class Look:
         if self._is_turn(self.turns.table):
             table = self.tries("episodes", lambda: episode_table(known, readings.by_row(), step))
             found |= {} if table is None else {"episodes": table}
+            table = self.tries("the table of probes", lambda: table_of_probes(self._records(), step))
+            found |= {} if table is None else {"probes": table}
         if self._is_turn(self.turns.animation):
             found |= self.tries("an episode", lambda: shown.animation(known)) or {}
         return found
+
+    def show(self, data: TensorDictBase) -> None:
+        """Let the suite of probes learn from a batch: it takes every one, in order."""
+        suite = self.suite
+        if suite is not None:
+            self.tries("the suite of probes", lambda: suite.suite.update(data))
+
+    def _records(self) -> list[dict[str, Any]]:
+        found = [probe.record(name) for name, probe in self.probes.items() if probe.probe.scores]
+        return found + ([] if self.suite is None else self.suite.records())
 
     def _is_turn(self, every: int) -> bool:
         return bool(every) and self.seen % every == 0

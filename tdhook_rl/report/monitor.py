@@ -22,13 +22,15 @@ from tdhook_rl.report.facts import facts_of
 from tdhook_rl.report.known_env import known_of
 from tdhook_rl.report.look import Look, Tries, Turns
 from tdhook_rl.report.media import Artifact
-from tdhook_rl.report.probes import WatchedProbe
+from tdhook_rl.report.probes import WatchedProbe, WatchedSuite
 from tdhook_rl.report.readings import Features
+from tdhook_rl.report.results import loggable
 from tdhook_rl.report.sinks.names import PREFIX
 from tdhook_rl.report.sinks.together import Sinks, sinks_of
 from tdhook_rl.rollout.diagnostics import NetworkDiagnostics
 from tdhook_rl.rollout.newest_rows import NewestRows
 from tdhook_rl.rollout.online_probe import OnlineProbe
+from tdhook_rl.rollout.probe_suite import ProbeSuite
 from tdhook_rl.rollout.summary import AnnotatedMetrics
 from tdhook_rl.rollout.trainer_hook import AnnotateHook
 from tdhook_rl.rollout.trainer_policy import policy_of_trainer
@@ -59,14 +61,15 @@ class Monitor(TrainerHookBase):
             own logger, or a new folder in ``runs``.
         every: every how many batches.
         media_every: every how many of these come with pictures and histograms; 0 for never, as in the next two.
-        table_every: every how many of these come with the worst and best episodes.
+        table_every: every how many of these come with the worst and best episodes, and a table of all probes.
         animation_every: every how many of these come with an episode as an animation.
         env: an environment or a collector, which may know names of features and draw states; a trainer's at
             :meth:`register`.
         feature_names: names of the features of an input, or of each by key; what the environment says unless given.
         groups: groups of features by name, each a list of indices or a mask; or such groups for each input by key.
         frames_key: frames to show attributions over, such as ``"pixels"``; the input itself where it is a picture.
-        probes: probes by name; they learn from the batches that are due.
+        probes: probes by name, which learn from the batches that are due; or a ``ProbeSuite``, which is shown all that
+            are handed over.
         untrained: a hooked policy of the network before training, as a control of the probes.
         diagnostics: of the network.
         seed, experiment, config: facts about the run, kept with its methods, targets, sites and versions.
@@ -112,7 +115,7 @@ class Monitor(TrainerHookBase):
         feature_names: Any = None,
         groups: Mapping[Any, Any] | None = None,
         frames_key: NestedKey | None = None,
-        probes: Mapping[str, OnlineProbe] | None = None,
+        probes: Mapping[str, OnlineProbe] | ProbeSuite | None = None,
         untrained: Any = None,
         diagnostics: NetworkDiagnostics | None = None,
         seed: int | None = None,
@@ -144,13 +147,15 @@ class Monitor(TrainerHookBase):
         self._closed, self._ended = False, -1
         self._trainer: Trainer | None = None
         self._tries = Tries(self._note)
-        self._probes, self._untrained = dict(probes or {}), untrained
+        suite = WatchedSuite(probes) if isinstance(probes, ProbeSuite) else None
+        self._probes, self._untrained = {} if suite is not None else dict(probes or {}), untrained
         self._look = Look(
             policy=None,
             features=Features(feature_names, groups, self.budgets.features),
             turns=Turns(media=media_every, table=table_every, animation=animation_every),
             images=self.budgets.images,
             frames_key=frames_key,
+            suite=suite,
             diagnostics=diagnostics,
             tries=self._tries,
         )
@@ -192,7 +197,10 @@ class Monitor(TrainerHookBase):
             require_data(batch, "Monitor.step")
             real = real_rows(batch)
             self.frames += batch.batch_size.numel() if real is None else int(real.sum())
-        if not due or data is None or not data.batch_size.numel():
+        if data is None or not data.batch_size.numel():
+            return None
+        if not due:
+            self._look.show(data)
             return None
         found = self._tries("a batch", lambda: self._logged(data, self._mismatch[batch is None]))
         self._look.seen += 1
@@ -234,15 +242,26 @@ class Monitor(TrainerHookBase):
 
     @checked
     def log(self, values: Mapping[str, Any]) -> None:
-        """Log more on the same axis, at the frame that was reached: numbers, images, tables such as a dose-response.
+        """Log more on the same axis, at the frame that was reached.
 
         Args:
-            values: numbers, and what :mod:`tdhook_rl.report` has beside them, by name.
+            values: by name numbers, what :mod:`tdhook_rl.report` has beside them (images, tables, ...), and results: a
+                dose-response, a table of probes, rows as mappings or dataclasses, a DataFrame, a matplotlib figure.
 
         Raises:
-            InputError: for what is neither.
+            InputError: for what is none of these.
+
+        Example:
+            >>> import tempfile
+            >>> monitor = Monitor(folder=tempfile.mkdtemp())
+            >>> monitor.log({"loss": 0.5, "dose": [{"alpha": 0.0, "rate": 0.1}, {"alpha": 1.0, "rate": 0.9}]})
+            >>> print((monitor.folder / "media" / "dose" / "000000000.csv").read_text(), end="")
+            alpha,rate
+            0.0,0.1
+            1.0,0.9
+            >>> monitor.close()
         """
-        self._sinks.log(values, self.frames)
+        self._sinks.log({name: loggable(value) for name, value in values.items()}, self.frames)
 
     def stats(self) -> dict[str, float]:
         """The last numbers, and ``frames`` where they were logged; TorchRL's ``LoggerMonitor`` asks for them."""
@@ -361,11 +380,10 @@ class Monitor(TrainerHookBase):
         if self._ended == self.frames:
             return
         self._ended = self.frames
-        for name, probe in self._probes.items():
-            if probe.probe is not None:
-                self._tries("a probe's file", lambda name=name, probe=probe: self._save_probe(name, probe))
+        found = [one for name, probe in self._look.probes.items() for one in probe.fitted(name).items()]
+        suite = self._look.suite
+        found += [] if suite is None else [*(self._tries("the suite of probes", suite.fitted) or {}).items()]
+        for name, (probe, scores) in found:
+            facts = {**scores, "frames": self.frames}
+            self._tries("a probe's file", lambda n=name, p=probe, f=facts: self.save(f"probe.{n}", p, f))
         self._sinks.summarise({**self._last, "frames": float(self.frames)})
-
-    def _save_probe(self, name: str, probe: OnlineProbe) -> None:
-        facts = {score: value.estimate for score, value in probe.scores.items()}
-        self.save(f"probe.{name}", probe.probe, {**facts, "frames": self.frames})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,14 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.calls.real_rows import real_rows
+from tdhook_rl.latent.probing.linear_probe import LinearProbe
+from tdhook_rl.probes.probe_table import ProbeCell
+from tdhook_rl.report.media import DataTable
 from tdhook_rl.rollout.online_probe import OnlineProbe
+from tdhook_rl.rollout.probe_suite import ProbeSuite
+from tdhook_rl.statistics import Interval
 
-__all__ = ["WatchedProbe"]
+__all__ = ["WatchedProbe", "WatchedSuite", "table_of_probes"]
 
 
 class WatchedProbe:
@@ -55,10 +60,83 @@ class WatchedProbe:
             found[f"{main}.{name}"] = scored.get(main, float("nan"))
         return found
 
+    def record(self, name: str) -> dict[str, Any]:
+        """A row of the table of probes: site, concept, score and interval, controls, and what they rest on."""
+        probe, main = self.probe, next(iter(self.probe.scores))
+        key, label = probe.features, probe.label
+        said = label.__name__ if callable(label) and hasattr(label, "__name__") else label
+        found: dict[str, Any] = {
+            "probe": name,
+            "site": key if isinstance(key, str) else ".".join(key[1:]),
+            "concept": str(said) if isinstance(said, str) or callable(said) else ".".join(said),
+            "score": main,
+            **_limits("trained", probe.scores[main]),
+        }
+        for control, one in self._controls.items():
+            if main in one.scores:
+                found |= _limits(control, one.scores[main])
+        return found | {"groups": probe.scores[main].groups, "rows": probe.scores[main].rows, "words": probe.words}
+
+    def fitted(self, name: str) -> dict[str, tuple[LinearProbe, dict[str, Any]]]:
+        """The probe, if there is one, under its name, with its scores."""
+        if self.probe.probe is None:
+            return {}
+        return {name: (self.probe.probe, {score: one.estimate for score, one in self.probe.scores.items()})}
+
     def _of_untrained(self, data: TensorDictBase) -> TensorDictBase:
         assert self._untrained is not None
         results = {key[0] if isinstance(key, tuple) else key for key in self._untrained.result_keys}
         return self._untrained.annotate(data.exclude(*results), on_mismatch="ignore")
+
+
+class WatchedSuite:
+    """A :class:`ProbeSuite` that is shown every batch, and whose table is read from time to time.
+
+    Args:
+        suite: of sites by concepts.
+    """
+
+    def __init__(self, suite: ProbeSuite) -> None:
+        self.suite = suite
+        self._cells: list[ProbeCell] = []
+
+    def numbers(self) -> dict[str, float]:
+        """The scores of all cells with limits and controls, read anew."""
+        self._cells = list(self.suite.table())
+        found: dict[str, float] = {}
+        for cell in self._cells:
+            name = f"{cell.concept}.{cell.site}.{cell.score}"
+            found |= {name: cell.trained.estimate, f"{name}_low": cell.trained.low, f"{name}_high": cell.trained.high}
+            for control in ("untrained", "input", "shuffled"):
+                one = getattr(cell, control)
+                if one is not None:
+                    found[f"{name}.{control}"] = one.estimate
+        return found
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row of the table of probes for each cell, as it was read last."""
+        return [cell.numbers() for cell in self._cells]
+
+    def fitted(self) -> dict[str, tuple[LinearProbe, dict[str, Any]]]:
+        """The probes that there are, under concept and site, with their scores."""
+        found = {}
+        for cell in self._cells:
+            probe = self.suite.probe(cell.site, cell.concept)
+            if probe is not None:
+                found[f"{cell.concept}.{cell.site}"] = (probe, {cell.score: cell.trained.estimate})
+        return found
+
+
+def table_of_probes(records: Sequence[Mapping[str, Any]], step: int) -> DataTable | None:
+    """One table of all probes, a row each; columns that a row lacks are empty in it."""
+    if not records:
+        return None
+    columns = list(dict.fromkeys(name for row in records for name in row))
+    return DataTable(["frames", *columns], [[step, *(row.get(name) for name in columns)] for row in records])
+
+
+def _limits(name: str, found: Interval) -> dict[str, float]:
+    return {name: found.estimate, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
 def _like(
