@@ -55,6 +55,7 @@ from tdhook_rl.report import (
     Section,
     Table,
     page_of,
+    player,
     read_run,
     save_findings,
 )
@@ -98,6 +99,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         data = CueCorners(batch_size=[5]).rollout(20, actor, break_when_any_done=False)
         buffer.extend(data.reshape(-1).detach())
         analyze(policy, buffer, base / "analysis")
+        player(data[:2], policy=policy, title="played <b>").record(base / "local")
     run.log({"own/loss": 0.25})
     finished(run)
     writer.close()
@@ -152,8 +154,13 @@ class Parsed(html.parser.HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
-def checked(page: Page) -> Parsed:
-    """A page that keeps what every page promises."""
+def checked(page: Page, programs: int = 1) -> Parsed:
+    """A page that keeps what every page promises.
+
+    Args:
+        page: to be written.
+        programs: the page's own, and that of the players.
+    """
     text = page.html()
     parsed = Parsed(text)
     twice = [name for name, count in Counter(parsed.ids).items() if count > 1]
@@ -170,7 +177,8 @@ def checked(page: Page) -> Parsed:
         for link in links:
             assert not link.startswith("#") or link[1:] in parsed.ids, f"{link} leads nowhere"
     assert "url(http" not in text
-    assert sum(tag == "script" for tag, _ in parsed.tags) == 1, "a script that is not the page's"
+    scripts = [given for tag, given in parsed.tags if tag == "script" and given.get("type") != "application/json"]
+    assert len(scripts) == programs, "a script that is not the page's"
     return parsed
 
 
@@ -221,7 +229,7 @@ def test_what_others_log_stands_beside(runs: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_page_opens_with_the_answer_beside_its_controls(kind: str, runs: dict[str, Path]) -> None:
-    parsed = checked(page_of(runs[kind]))
+    parsed = checked(page_of(runs[kind]), 2 if kind == "local" else 1)
     text, log = parsed.text, FileSink.read(runs["local"] / "log.csv")
     assert text.index("What was found") < text.index("What it achieves")
     score = log["probe.the xor.accuracy"][-1][1]
@@ -569,6 +577,18 @@ def test_findings_come_back_as_they_were(tmp_path: Path) -> None:
             load_findings(tmp_path / "odd.json")
 
 
+def test_a_page_that_is_kept_is_made_again(tmp_path: Path) -> None:
+    found = [Finding(question="What?", measured="share", value=interval(), beside={"chance": 0.25})]
+    drawings = [Drawing(figure=_figure(), title=f"Line {n}", alt="It rises.", data={"y": [0, n]}) for n in range(3)]
+    page = Page(title="t", parts=[Findings(found), drawings[0], Section("more", [drawings[1:]])])
+    assert page.keep(tmp_path / "run") == tmp_path / "run" / "report.html"
+    again = page_of(tmp_path / "run")
+    parsed = checked(again)
+    assert [one.get("alt") for tag, one in parsed.tags if tag == "img"] == ["It rises."] * 3
+    assert json.loads(data_of(parsed)["line-2.json"]) == {"y": [0, 2]}
+    assert next(part for part in again.parts if isinstance(part, Findings)).found == found
+
+
 def test_what_is_no_part_of_a_page_is_refused() -> None:
     with pytest.raises(InputError, match="a page consists of Cautions, DataTable, Drawing"):
         Page(title="t", parts=[3]).html()
@@ -680,6 +700,17 @@ def test_tables_sort_and_themes_turn_by_keys(shown: Path) -> None:
         assert page.run("document.activeElement.getBoundingClientRect().left") >= 0
         page.press("Enter")
         assert page.run("location.hash") == "#content"
+        assert page.console == []
+
+
+@needs_chromium
+def test_players_of_a_run_play_in_its_page(shown: Path) -> None:
+    with shared().page(shown) as page:
+        step = "document.querySelector('.tdp').innerText.match(/step \\d+ of \\d+/)?.[0]"
+        assert page.wait(step).startswith("step 0 of")
+        page.run("document.querySelector('.tdp').querySelector('button, [tabindex]').focus()")
+        page.press("ArrowRight")
+        assert page.wait(step).startswith("step 1 of")
         assert page.console == []
 
 

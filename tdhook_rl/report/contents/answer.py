@@ -56,7 +56,7 @@ def _behaviour(run: Run, name: str) -> Finding | None:
         measured=f"{name}, at the end",
         value=end,
         beside={"at first": start.estimate} if len(known) > 1 else {},
-        words=f"mean of {few}, up to {frames(known[-1])} {run.axis}",
+        words=f"mean of the last {few}, up to {frames(known[-1])} {run.axis}",
     )
 
 

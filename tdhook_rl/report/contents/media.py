@@ -176,7 +176,6 @@ def players_of(runs: Sequence[Run]) -> tuple[Section | None, list[str]]:
             except TdhookError as error:
                 broken.append(f"An episode player is left out: {error}")
                 continue
-            heading = player.title or name.replace("-", " ")
-            html = player.fragment(with_code=not parts)
-            parts.append(Fragment(f"{heading} ({run.name})" if len(runs) > 1 else heading, html))
+            heading = run.name if len(runs) > 1 else ""  # it has its own title
+            parts.append(Fragment(heading, player.fragment(with_code=not parts)))
     return Section("Episodes, step by step", parts) if parts else None, broken

@@ -29,12 +29,10 @@ def findings(part: Findings, place: Place) -> str:
         _answer(one, "" if one.question == earlier else one.question)
         for one, earlier in zip(part.found, before, strict=False)
     )
-    legend = (
-        " Dot: what was found; bar: its interval; rings: what it is held against, from 0 to 1."
-        if any(_scale(one.value, one.beside) for one in part.found)
-        else ""
-    )
-    return f'{heading}{text}<ul class="answers{judged}">\n{body}</ul>\n<p class="beside">Data: {link}{legend}</p>\n'
+    scaled = any(_scale(one.value, one.beside) for one in part.found)
+    legend = "Dot: what was found; bar: its interval; rings: what it is held against, from 0 to 1." if scaled else ""
+    said = f'<p class="soft">{legend}</p>\n' if legend else ""
+    return f'{heading}{text}<ul class="answers{judged}">\n{body}</ul>\n{said}<p class="beside">Data: {link}</p>\n'
 
 
 def _answer(one: Finding, question: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import html
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -16,10 +16,12 @@ from tdhook_rl.files.durable import write_text
 from tdhook_rl.report.drawing import Drawing
 from tdhook_rl.report.media import DataTable, Image
 from tdhook_rl.report.page import answers, pictures, tables
+from tdhook_rl.report.page.findings_file import save_findings
 from tdhook_rl.report.page.parts import (
     Cautions,
     Facts,
     Figure,
+    Finding,
     Findings,
     Fragment,
     Gallery,
@@ -28,6 +30,7 @@ from tdhook_rl.report.page.parts import (
     Table,
 )
 from tdhook_rl.report.page.place import Place
+from tdhook_rl.report.page.saved import file_name
 
 #: From so many sections on a page has a table of contents.
 CONTENTS = 4
@@ -89,6 +92,31 @@ class Page:
             raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
         return path
 
+    def keep(self, folder: str | Path) -> Path:
+        """Write ``report.html`` into the folder of a run; its findings and drawings lie beside it then as files.
+
+        ``tdhook-rl report`` makes the page of such a folder again, or one page of several.
+
+        Raises:
+            ArtifactError: if something cannot be written.
+        """
+        folder = Path(folder)
+        found: list[Finding] = []
+        drawings: dict[str, Drawing] = {}
+        for part in _flat(self.parts):
+            if isinstance(part, Findings):
+                found += part.found
+            elif isinstance(part, Drawing):
+                drawings[file_name(part.title)] = part
+        if found:
+            save_findings(folder, found)
+        try:
+            for name, drawing in drawings.items():
+                drawing.save(folder / "figures" / f"{name}.png")
+        except OSError as error:
+            raise ArtifactError(f"cannot write {folder / 'figures'}: {error.strerror or error}") from error
+        return self.save(folder / "report.html")
+
     def _repr_html_(self) -> str:
         # In a frame of its own: a notebook has styles, and ids, of its own too.
         source, title = (html.escape(one, quote=True) for one in (self.html(), self.title))
@@ -104,6 +132,14 @@ class Page:
 def write_report(path: str | Path, title: str, lead: str, parts: Sequence[Any], *, command: str = "") -> Path:
     """Write a page: as ``Page(title=title, lead=lead, parts=parts, command=command).save(path)``."""
     return Page(title=title, lead=lead, parts=parts, command=command).save(path)
+
+
+def _flat(parts: Sequence[Any]) -> Iterator[Any]:
+    for part in parts:
+        if isinstance(part, Section | list):
+            yield from _flat(part.parts if isinstance(part, Section) else part)
+        else:
+            yield part
 
 
 @functools.singledispatch
