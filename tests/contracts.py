@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import abc
 import copy
+import tempfile
 import threading
 from collections import namedtuple
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -220,6 +222,14 @@ def calls_of_a_module() -> None:
     by_name = TensorDictModule(lambda x: x, {"a": "x"}, ["b"])
     padded = TensorDictModule(nn.Linear(2, 2), ["a"], ["b"], get_kwargs={"as_padded_tensor": True})
     assert [names.has_options(one) for one in (plain, by_name, padded)] == [False, True, True]
+
+
+@contract("tensordict_names", "file_stem")
+def files_of_entries() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for key in ("plain", "a b", "module.0", "half/half", "%"):
+            TensorDict({key: torch.ones(2)}).memmap(Path(folder))
+            assert (Path(folder) / f"{tensordict_names.file_stem(key)}.memmap").is_file(), key
 
 
 @contract("tensordict_names", "params_with")

@@ -171,7 +171,7 @@ def an_evaluator() -> None:
 # ---------------------------------------------------------------------- replay buffers, trainers
 
 
-@contract("collate_fn", "read_lock", "time_first", "cursor_of", "length_in_time")
+@contract("collate_fn", "read_lock", "time_first", "cursor_of", "length_in_time", "set_written")
 def a_buffer() -> None:
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(12, ndim=2), dim_extend=1, batch_size=2)
     data = TensorDict({"x": torch.arange(6).reshape(2, 3)}, batch_size=[2, 3])
@@ -188,6 +188,8 @@ def a_buffer() -> None:
         ring.sample(1)  # the thread that holds it may read
     assert (names.collate_fn(SimpleNamespace()), names.cursor_of(SimpleNamespace())) == (None, 0)
     assert names.length_in_time(SimpleNamespace(), otherwise=7) == 7
+    names.set_written(ring.writer, 7, 3)
+    assert (names.cursor_of(ring.writer), ring.write_count) == (3, 7)
 
 
 @contract("batch_operations", "modules_of")

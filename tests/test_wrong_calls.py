@@ -229,7 +229,7 @@ def test_every_request_of_a_run(verb: str) -> None:
         (lambda: OnlineProbe(features=nn.Tanh(), label="y"), r"OnlineProbe\(features=\.\.\.\) takes a key"),
         (lambda: probe().update({"f": F}), r"update\(data=\.\.\.\) takes TensorDictBase, got"),
         (lambda: GroupSplit("row", held="a"), "has no argument 'held'; nearest: 'held_out'"),
-        (lambda: analyze(hooked(), "buffer", "folder"), r"analyze\(buffer=\.\.\.\) takes ReplayBuffer, got 'buffer'"),
+        (lambda: analyze(hooked(), 3, "folder"), r"analyze\(buffer=\.\.\.\) takes ReplayBuffer \| .*, got 3"),
         (lambda: check(hooked(), object(), [1]), r"check\(collector_kwargs=\.\.\.\) takes Mapping"),
         (lambda: AnnotatedMetrics(hooked(), on_mismatch="off"), r"takes 'warn' \| .*, got 'off'"),
         (lambda: hooked().run(rows(), grad_enabled="yes"), r"grad_enabled=\.\.\.\) takes bool"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictParams
+from tensordict.utils import _encode_key_for_filesystem
 from torch import Tensor
 
 #: A TensorDict of entries, batch size and names that are known to fit: in each call, the checks and conversions of the
@@ -28,6 +29,12 @@ WRITE = "_write_to_tensordict"
 
 #: What a call of a ``TensorDictModule`` passes: where all are its own, it does what tensordict says and nothing else.
 CALL_METHODS = ("forward", "_call_module", WRITE, "__call__")
+
+
+def file_stem(key: str) -> str:
+    """The name without its ending of the file that ``memmap`` writes of an entry: nothing public says where a key lies
+    whose letters no file system takes."""
+    return _encode_key_for_filesystem(key)
 
 
 def written_by(kind: type) -> Any:

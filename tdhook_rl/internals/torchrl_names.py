@@ -161,6 +161,12 @@ def cursor_of(writer: Any) -> int:
     return int(getattr(writer, "_cursor", 0) or 0)
 
 
+def set_written(writer: Any, count: int, cursor: int) -> None:
+    """Let a new writer that goes round be where one was that has been saved; ``loads`` would read any file that the
+    folder names."""
+    writer.load_state_dict({"_cursor": cursor, "_write_count": count})
+
+
 def length_in_time(storage: Any, otherwise: int) -> int:
     """How many rows of its first dimension a storage of several has filled; ``len`` counts all its elements."""
     return getattr(storage, "_len_along_dim0", otherwise)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import ReplayBuffer
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.batches.annotation import OnMismatch
@@ -20,6 +19,7 @@ from tdhook_rl.files.durable import FolderLock
 from tdhook_rl.replay.manifest import facts_of
 from tdhook_rl.replay.reading import Reader
 from tdhook_rl.replay.results import Results, ranges
+from tdhook_rl.replay.sources import Rows
 from tdhook_rl.replay.transforms import near
 
 #: Entries that are computed again before an analysis goes on, and how far they may differ.
@@ -32,7 +32,7 @@ Progress = Callable[[int, int], None]
 @checked
 def analyze(
     hooked: Any,
-    buffer: ReplayBuffer,
+    buffer: Rows,
     folder: str | Path,
     *,
     batch_size: int = 1024,
@@ -51,7 +51,11 @@ def analyze(
 
     Args:
         hooked: a hooked policy; its configured methods are computed.
-        buffer: any TorchRL buffer of TensorDicts; it is only read, in storage order, as its ``sample`` gives rows.
+        buffer: what holds the rows; it is only read, in storage order: a TorchRL buffer (offline datasets such as
+            ``MinariExperienceReplay`` too), as its ``sample`` gives rows; a folder that ``buffer.dumps`` or ``memmap``
+            of a TensorDict wrote, mapped without unpickling, rows as they are stored; a TensorDict; or TensorDicts one
+            after the other, each a trajectory or a batch: a list, or a function that gives a new iterator over the
+            same ones at each call (which is gone through once more to count).
         folder: where the results go: a new or empty folder, or that of an analysis to go on with.
         batch_size: rows read at once, which changes nothing in the results (see :func:`in_order`); with
             ``horizon="trajectory"``, as many whole trajectories as have so many rows, and at least one.
@@ -65,12 +69,13 @@ def analyze(
     Raises:
         ArtifactError: if the folder holds something else, cannot be written, has no room, was written by another
             analysis, or another is under way in it.
-        InputError: if the buffer is empty, an ensemble, does not hold TensorDicts, or is written to meanwhile; if a
-            transform of it, or a method, gives a row other values when other rows are read with it.
+        InputError: if there are no rows or no TensorDicts; for an ensemble, a collector or an iterator; if a buffer is
+            written to meanwhile, or an iterable gives other rows; if a transform of a buffer, or a method, gives a row
+            other values when other rows are read with it.
 
     Example:
         >>> import tempfile
-        >>> from torchrl.data import LazyTensorStorage
+        >>> from torchrl.data import LazyTensorStorage, ReplayBuffer
         >>> from tdhook_rl import Saliency
         >>> from tdhook_rl.envs import CueCorners
         >>> from tdhook_rl.examples.agent import make_actor
@@ -86,7 +91,7 @@ def analyze(
     reader = Reader(buffer, whole=_explains_trajectories(hooked))
     with FolderLock(folder, "analysis"):
         results = Results.find(folder)
-        work = _Work(hooked, buffer, reader, on_mismatch)
+        work = _Work(hooked, reader, on_mismatch)
         if results is not None:
             work.go_on(results)
         done = 0 if results is None else results.done
@@ -112,12 +117,11 @@ def analyze(
 class _Work:
     """Computes the results of entries, and goes on with what is there."""
 
-    def __init__(self, hooked: Any, buffer: ReplayBuffer, reader: Reader, on_mismatch: OnMismatch) -> None:
+    def __init__(self, hooked: Any, reader: Reader, on_mismatch: OnMismatch) -> None:
         self.hooked = hooked
-        self.buffer = buffer
         self.reader = reader
         self.on_mismatch = on_mismatch
-        self.written = _writes(buffer)
+        self.written = reader.source.writes()
         self.lacking = 0
 
     def compute(self, first: int, last: int) -> TensorDictBase:
@@ -129,7 +133,7 @@ class _Work:
         index = torch.arange(first, last)
         found, incomplete = self._computed(index, self.on_mismatch)
         self.lacking += int(incomplete.sum())
-        if _writes(self.buffer) != self.written:
+        if self.reader.source.writes() != self.written:
             raise InputError(
                 f"the buffer was written to while it was analysed (at entry {first} of {self.reader.size}), so results "
                 "would not belong to its rows: analyse a buffer that rests, or a copy of it"
@@ -237,11 +241,6 @@ def _explains_trajectories(hooked: Any) -> bool:
                 "and a buffer is read in chunks: call annotate with the rows that are meant"
             )
     return any(one.horizon == "trajectory" for one in hooked._hooked.bound)
-
-
-def _writes(buffer: ReplayBuffer) -> int | None:
-    # Offline datasets have a writer that counts nothing, since it writes nothing.
-    return getattr(buffer, "write_count", None)
 
 
 def _results_of(hooked: Any, batch: TensorDictBase, on_mismatch: OnMismatch) -> TensorDictBase:

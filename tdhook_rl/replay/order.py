@@ -1,19 +1,17 @@
-"""Which rows of a buffer follow each other in one trajectory, and in which order they were written."""
+"""Which rows of a source follow each other in one trajectory, and in which order they were written."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
-from torchrl.data import ReplayBuffer
-from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter, RoundRobinWriter
 
 from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.errors import InputError
-from tdhook_rl.internals.torchrl_names import cursor_of
 from tdhook_rl.replay.transforms import Window
 
 #: Where the number of a row's trajectory may be, where its steps are counted, and where its first step is marked.
@@ -22,32 +20,41 @@ COUNTS: tuple[NestedKey, ...] = ("step_count",)
 STARTS: tuple[NestedKey, ...] = ("is_init",)
 
 
+@dataclass(frozen=True)
+class Written:
+    """In which order entries were written.
+
+    Args:
+        cursor: the entry that was written first.
+        over: whether others were there that have been written over.
+        number_key: where the number of a row's trajectory is, if that is known.
+        begins: which rows are the first of a trajectory where nothing in them says more.
+    """
+
+    cursor: int = 0
+    over: bool = False
+    number_key: NestedKey | None = None
+    begins: Tensor | None = None
+
+
 class Trajectories:
-    """The trajectories of the rows of a buffer of one dimension, by the facts of every row that :meth:`keys` names.
+    """The trajectories of rows that are stored one by one, by the facts of every row that :meth:`keys` names.
 
     Raises:
         InputError: if nothing says where a trajectory ends.
     """
 
-    def __init__(self, buffer: ReplayBuffer, facts: TensorDictBase, looking: str) -> None:
+    def __init__(self, written: Written, facts: TensorDictBase, looking: str) -> None:
         rows = len(facts)
-        if not isinstance(buffer.writer, (RoundRobinWriter, ImmutableDatasetWriter)):
-            raise InputError(
-                f"{looking} reads rows of one trajectory, and the {type(buffer.writer).__name__} of the buffer does "
-                "not keep them in the order in which they came"
-            )
-        cursor = cursor_of(buffer.writer) % rows
-        written = getattr(buffer, "write_count", None)
-        full = rows == getattr(buffer.storage, "max_size", rows)
-        self._over = full and (written is None or written > rows)  # older rows have been written over
+        self._over = written.over
         # In the order of writing.
-        order = torch.arange(rows).roll(-cursor) if full else torch.arange(rows)
-        number = _flat(facts, (_traj_key(buffer), *NUMBERS), order)
+        order = torch.arange(rows).roll(-written.cursor)
+        number = _flat(facts, (written.number_key, *NUMBERS), order)
         ends = [key for key in facts.keys(True, True) if isinstance(key, tuple) and key[0] == "next"]
         done = _flat(facts, ends, order, merge=True)
         begins = _flat(facts, STARTS, order)
         count = _flat(facts, COUNTS, order)
-        if number is None and done is None and begins is None:
+        if number is None and done is None and begins is None and written.begins is None:
             raise InputError(
                 f"{looking} reads rows of one trajectory, and no entry of the buffer says where one ends: store "
                 "('next', 'done') or ('collector', 'traj_ids')"
@@ -57,6 +64,8 @@ class Trajectories:
             lines = torch.zeros(rows, dtype=torch.long)
             if count is not None:
                 starts[1:] |= count[1:] != count[:-1] + 1
+            if written.begins is not None:
+                starts |= written.begins
         else:
             lines = number.unique(return_inverse=True)[1]
         # Trajectory by trajectory, each in the order of writing.
@@ -84,11 +93,11 @@ class Trajectories:
         self._looking = looking
 
     @staticmethod
-    def keys(buffer: ReplayBuffer, transforms: Sequence[nn.Module]) -> list[NestedKey]:
+    def keys(written: Written, transforms: Sequence[nn.Module]) -> list[NestedKey]:
         """What is read of every row."""
         own = {getattr(one, "done_key", None) for one in transforms if hasattr(one, "done_key")}
         done = [key for key in {"done", *own} if key is not None]
-        keys = [_traj_key(buffer), *NUMBERS, *COUNTS, *STARTS, *(("next", *key_parts(key)) for key in done)]
+        keys = [written.number_key, *NUMBERS, *COUNTS, *STARTS, *(("next", *key_parts(key)) for key in done)]
         return [key for key in keys if key is not None]
 
     def stretches(self, index: Tensor, window: Window) -> Iterator[tuple[Tensor, Tensor, slice]]:
@@ -135,10 +144,6 @@ class Trajectories:
         places = self._place[index]
         first = self._first[places]
         return self._headless[first] & (places - first < window.before)
-
-
-def _traj_key(buffer: ReplayBuffer) -> NestedKey | None:
-    return getattr(buffer.sampler, "traj_key", None)
 
 
 def _flat(facts: TensorDictBase, keys: Sequence[NestedKey | None], order: Tensor, merge: bool = False) -> Tensor | None:

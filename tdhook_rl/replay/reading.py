@@ -1,4 +1,4 @@
-"""A replay buffer in storage order, whatever it stores: transitions, trajectories, or several dimensions of them."""
+"""Rows in storage order, whatever holds them, and whatever is stored: transitions, trajectories, or several of them."""
 
 from __future__ import annotations
 
@@ -6,25 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from tensordict import LazyStackedTensorDict, TensorDictBase, is_tensor_collection
+from tensordict import TensorDictBase, is_tensor_collection
 from torch import Tensor
-from torchrl.data import ReplayBuffer
-from torchrl.data.replay_buffers import ReplayBufferEnsemble
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
-from tdhook_rl.internals.torchrl_names import collate_fn, read_lock, time_first
 from tdhook_rl.replay.order import Trajectories
-from tdhook_rl.replay.transforms import (
-    Window,
-    applied_transforms,
-    followed_by,
-    require_alike,
-    require_at_rest,
-    rows_are_known,
-    transform_name,
-    window_of,
-)
+from tdhook_rl.replay.sources import Rows, source_of
+from tdhook_rl.replay.transforms import Window, followed_by, require_alike, require_at_rest, transform_name, window_of
 
 #: A chunk is read again together with so many entries before and after it, if its transforms are not known.
 COMPANY = 4
@@ -35,15 +24,15 @@ COVERED = 256
 
 
 @checked
-def in_order(buffer: ReplayBuffer, batch_size: int = 1024, start: int = 0) -> Iterator[tuple[int, TensorDictBase]]:
-    """Batches of a buffer in storage order, as ``buffer.sample`` would give these rows (collated and transformed).
+def in_order(buffer: Rows, batch_size: int = 1024, start: int = 0) -> Iterator[tuple[int, TensorDictBase]]:
+    """Batches of a buffer, or of another source, in storage order, as ``buffer.sample`` would give these rows.
 
     Transforms that look at other rows of a trajectory (``CatFrames``, ``NextStateReconstructor``) are given these rows,
     whatever the batch. Other transforms that TorchRL does not promise to work row by row are tried in other company at
     every batch, which takes the time of a second reading.
 
     Args:
-        buffer: any TorchRL buffer of TensorDicts; it is only read.
+        buffer: what :func:`analyze` takes; it is only read.
         batch_size: rows read at once, which changes nothing in them. Where an entry of the storage is a trajectory, or
             the storage has several dimensions, as many whole entries as have so many rows, and at least one.
         start: the entry to begin with.
@@ -52,13 +41,13 @@ def in_order(buffer: ReplayBuffer, batch_size: int = 1024, start: int = 0) -> It
         the index of the first entry of a batch, and the batch, entries first; the last may be smaller.
 
     Raises:
-        InputError: if the buffer is empty, an ensemble, or does not hold TensorDicts; if a transform or ``collate_fn``
+        InputError: if there are no rows, or no TensorDicts; for an ensemble; if a transform or ``collate_fn``
             gives a row other values, or another number of rows, when other rows are read with it (a mean over the
             batch, random crops, a count), and by name.
 
     Example:
         >>> from tensordict import TensorDict
-        >>> from torchrl.data import LazyTensorStorage
+        >>> from torchrl.data import LazyTensorStorage, ReplayBuffer
         >>> buffer = ReplayBuffer(storage=LazyTensorStorage(10))
         >>> _ = buffer.extend(TensorDict({"observation": torch.randn(10, 3)}, batch_size=10))
         >>> [(first, len(batch)) for first, batch in in_order(buffer, 4)]
@@ -70,13 +59,14 @@ def in_order(buffer: ReplayBuffer, batch_size: int = 1024, start: int = 0) -> It
 
 
 class Reader:
-    """Reads entries of a buffer as they are in their trajectory, whichever are read with them.
+    """Reads entries as they are in their trajectory, whichever are read with them.
 
     Args:
-        buffer: any TorchRL buffer of TensorDicts.
+        given: what :func:`analyze` takes.
         whole: where rows are stored one by one, let chunks end where trajectories do.
 
     Attributes:
+        source: what it reads from.
         size: entries along the first dimension of the storage.
         rows: rows in each entry.
         whole: whether chunks end where trajectories do.
@@ -85,31 +75,15 @@ class Reader:
         InputError: as of :func:`in_order`.
     """
 
-    def __init__(self, buffer: ReplayBuffer, whole: bool = False) -> None:
-        if isinstance(buffer, ReplayBufferEnsemble):
-            raise InputError("an ensemble of buffers has no storage order: analyse each of its buffers, ensemble[i]")
-        self._buffer = buffer
-        # Buffers in other processes are asked as they are.
-        self._near = type(buffer).__getitem__ is ReplayBuffer.__getitem__
-        length = len(buffer)
-        if length == 0:
-            raise InputError("the replay buffer is empty")
-        self._transforms = applied_transforms(buffer.transform) if self._near else []
-        require_at_rest(self._transforms)
-        self._known = self._near and rows_are_known(buffer, self._transforms)
-        windows = [window_of(one) for one in self._transforms]
-        first = self._raw(torch.arange(1))
-        if not is_tensor_collection(first):
-            raise InputError(
-                f"the buffer holds a {type(first).__name__} where a TensorDict is analysed: store TensorDicts, or give "
-                "the buffer a collate_fn that makes them"
-            )
-        self.rows = max(1, first.batch_size[1:].numel())
-        # A storage of several dimensions counts all its elements, one of trajectories counts these.
-        self.size = length // self.rows if self.rows > 1 and buffer.storage.ndim > 1 else length
+    def __init__(self, given: Any, whole: bool = False) -> None:
+        self.source = source_of(given)
+        require_at_rest(self.source.transforms)
+        self.size, self.rows = self.source.entries, self.source.rows
+        windows = [window_of(one) for one in self.source.transforms]
+        single = self.source.raw(torch.arange(1)).ndim == 1
         self._window: Window | None = None
-        self.whole = whole and first.ndim == 1
-        if any(windows) and first.ndim == 1:
+        self.whole = whole and single
+        if any(windows) and single:
             self._window = Window.sum([one for one in windows if one is not None])
         if self.whole or self._window is not None:
             self._trajectories = self._look_up("horizon='trajectory'" if self.whole else self.looking)
@@ -143,11 +117,12 @@ class Reader:
             InputError: if what they are depends on what is read with them.
         """
         found = self._read(index, self._window)
-        if not self._known:
+        if not self.source.known:
             low, high = max(0, int(index.min()) - COMPANY), min(self.size, int(index.max()) + 1 + COMPANY)
             company = torch.cat([torch.arange(low, int(index.min())), index, torch.arange(int(index.max()) + 1, high)])
             wider = None if self._window is None else self._window.wider(COMPANY)
-            require_alike(lambda rows: self._read(rows, wider), self._raw, self._transforms, index, found, company)
+            alone, transforms = self.source.raw, self.source.transforms
+            require_alike(lambda rows: self._read(rows, wider), alone, transforms, index, found, company)
         return found
 
     def incomplete(self, index: Tensor) -> Tensor:
@@ -159,7 +134,7 @@ class Reader:
     @property
     def looking(self) -> str:
         """The transforms that look at other rows."""
-        return ", ".join(transform_name(one) for one in self._transforms if window_of(one) is not None)
+        return ", ".join(transform_name(one) for one in self.source.transforms if window_of(one) is not None)
 
     # ------------------------------------------------------------------ reading
 
@@ -174,37 +149,23 @@ class Reader:
         return found[torch.cat(places).argsort()]
 
     def _transformed(self, rows: Tensor) -> TensorDictBase:
-        data: Any = self._raw(rows)
-        for transform in self._transforms:
+        data: Any = self.source.raw(rows)
+        for transform in self.source.transforms:
             data = followed_by(data, transform)
         if not is_tensor_collection(data) or data.ndim == 0 or len(data) != len(rows):
             shape = tuple(data.batch_size) if is_tensor_collection(data) else type(data).__name__
-            names = ", ".join(transform_name(one) for one in self._transforms) or "the collate_fn"
+            names = ", ".join(transform_name(one) for one in self.source.transforms) or "the collate_fn"
             raise InputError(
                 f"the buffer gives a batch of shape {shape} for {len(rows)} entries ({names}), so its "
                 "rows are not those that are stored: analyse a buffer without that transform"
             )
         return data
 
-    def _raw(self, index: Tensor) -> Any:
-        """Some entries before they are transformed."""
-        buffer = self._buffer
-        if not self._near:
-            return buffer[index]
-        where: Any = index.numpy()
-        with read_lock(buffer):
-            if buffer.dim_extend > 0:
-                found = time_first(buffer, buffer.storage[(slice(None),) * buffer.dim_extend + (where,)])
-            else:
-                found = buffer.storage[where]
-        found = collate_fn(buffer)(found)
-        # A stack of what is stored: a transform would write into it.
-        return found.clone() if isinstance(found, LazyStackedTensorDict) and self._transforms else found
-
     def _look_up(self, looking: str) -> Trajectories:
-        keys = Trajectories.keys(self._buffer, self._transforms)
+        written = self.source.written(looking)
+        keys = Trajectories.keys(written, self.source.transforms)
         parts = [
-            self._raw(torch.arange(first, min(first + LOOKED_UP, self.size))).select(*keys, strict=False)
+            self.source.raw(torch.arange(first, min(first + LOOKED_UP, self.size))).select(*keys, strict=False)
             for first in range(0, self.size, LOOKED_UP)
         ]
-        return Trajectories(self._buffer, torch.cat(parts), looking)
+        return Trajectories(written, torch.cat(parts), looking)
