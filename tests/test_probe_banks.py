@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -234,3 +235,42 @@ def test_differences_of_one_group_have_no_interval(groups: int) -> None:
     assert found.words
     sums = np.array([[10, 0.0, 10.0, 4.0]])[:groups].reshape(-1, 4)
     assert not statistics.r_squared_difference(sums, sums).known
+
+
+@pytest.mark.parametrize("prevalence", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize("groups", [2, 10, 50, 200])
+def test_intervals_of_planted_concepts_cover_or_say_that_there_is_none(prevalence: float, groups: int) -> None:
+    """Groups differ in how strong the signal is; the truth is the accuracy over all groups there could be."""
+    draw = torch.Generator().manual_seed(groups)
+    covered, known, tries = 0, 0, 80
+
+    def rows_of_groups(count: int) -> tuple[Tensor, Tensor, Tensor]:
+        group = torch.arange(count).repeat_interleave(40)
+        label = (torch.rand(len(group), generator=draw) < prevalence).long()
+        signal = 1.5 + 0.6 * torch.randn(count, generator=draw)
+        x = torch.randn(len(group), 2, generator=draw)
+        x[:, 0] += signal[group] * (label - 0.5)
+        return x, label[:, None], group
+
+    x, label, group = rows_of_groups(2000)
+    none, all_rows = torch.zeros(len(group), dtype=torch.bool), torch.ones(len(group), dtype=torch.bool)
+    fitted = ScoredClasses(
+        features=2, classes=[2], groupings=1, areas=0, penalty=1e-3, confidence=0.95, min_rows=4
+    )  # fmt: skip
+    fitted.learn(Rows(x, label, [group], all_rows, none))
+    fitted.fit()
+    assert fitted.probes is not None
+    truth_x, truth, _ = rows_of_groups(20_000)
+    right = fitted.probes.scores(truth_x)[:, 0].argmax(-1) == truth[:, 0]
+    expected = sum(float(right[truth[:, 0] == side].double().mean()) for side in (0, 1)) / 2
+    for _ in range(tries):
+        one = copy.deepcopy(fitted)
+        x, label, group = rows_of_groups(groups)
+        one.judge(Rows(x, label, [group], torch.zeros_like(group).bool(), torch.ones_like(group).bool()))
+        score = one.score(0)
+        known += score.known
+        covered += score.known and expected in score
+        assert score.known or score.words
+    assert covered >= 0.88 * known
+    if groups * 40 * prevalence > 40:
+        assert known == tries
