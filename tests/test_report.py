@@ -552,6 +552,31 @@ def test_pictures_keep_to_their_budget(tmp_path: Path) -> None:
     assert not any(tag == "img" for tag, _ in few.tags)
 
 
+def test_tables_of_results_are_figures_too(tmp_path: Path) -> None:
+    sink = FolderSink(tmp_path)
+    doses = DataTable(
+        ["outcome", "alpha", "rate", "rate_low", "rate_high", "random", "random_low", "random_high", "controls"],
+        [["other corner", alpha, alpha, alpha - 0.1, alpha + 0.1, 0.1, 0.0, 0.2, 8] for alpha in (0.2, 0.5, 0.8)],
+    )
+    probes = DataTable(
+        ["site", "concept", "trained", "untrained", "chance"],
+        [[site, concept, 0.9, 0.6, 0.5] for site in ("fc1", "fc2") for concept in ("door", "key")],
+    )
+    curve = {"probe.door.fc2.accuracy": 0.9, "probe.door.fc2.accuracy.untrained": 0.6}
+    sink.log({"steering": doses, "probes": probes, **curve}, 100)
+    sink.close()
+    parsed = checked(page_of(tmp_path))
+    files = data_of(parsed)
+    drawn = json.loads(files["steering-other-corner.json"])["curves"]
+    assert drawn["steered"]["y"] == [0.2, 0.5, 0.8]
+    assert drawn["random directions"]["high"] == [0.2] * 3
+    grid = next(json.loads(text) for name, text in files.items() if name.startswith("which-concepts"))
+    assert "door" in json.dumps(grid)
+    row = next(csv.DictReader(io.StringIO(files["steering.csv"])))
+    assert [row[name] for name in ("rate", "rate (low)", "rate (high)")] == ["0.2", "0.1", "0.30000000000000004"]
+    assert "untrained network 0.600 · chance 0.500" in parsed.text
+
+
 # ------------------------------------------------------------------ pages
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from tdhook_rl.report.contents.logged_tables import chances_of
 from tdhook_rl.report.contents.names import (
     ProbeSeries,
     behaviour_of,
@@ -29,7 +30,8 @@ def findings_of(run: Run) -> list[Finding]:
         return run.findings
     found = [_behaviour(run, name) for name in behaviour_of(run.series)[:2]]
     probes = sorted(probes_of(run.series).values(), key=lambda one: -_or(last(one.main), -math.inf))
-    found += [_probe(one) for one in probes[:MOST]]
+    chances = chances_of(run)
+    found += [_probe(one, chances.get(one.name)) for one in probes[:MOST]]
     found += [one for head, groups in masses_of(run.series).items() for one in _masses(head, groups)][:MOST]
     found += [_features(head, inner) for head, inner in features_of(run.series).items()][:MOST]
     found += _health(run)[:MOST]
@@ -64,15 +66,16 @@ def _batches(count: int) -> str:
     return "batch" if count == 1 else f"{count} batches"
 
 
-def _probe(probe: ProbeSeries) -> Finding | None:
+def _probe(probe: ProbeSeries, chance: float | None) -> Finding | None:
     value = probe.last
     if value is None:
         return None
     beside = {_named(name): last(curve) for name, curve in probe.controls.items()}
+    beside |= {} if chance is None else {"chance": chance}
     beside = {name: one for name, one in beside.items() if math.isfinite(one)}
     low = value.low if value.known else value.estimate
     above = [name for name, one in beside.items() if low <= one]
-    if not beside:
+    if not probe.controls:
         words = "no control was logged beside it: it says little by itself"
     elif not value.known:
         words = "" if not above else f"not above {', '.join(above)}"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tdhook_rl.report.contents.answer import part
+from tdhook_rl.report.contents.logged_tables import chances_of, drawn_tables
 from tdhook_rl.report.contents.names import behaviour_of, features_of, last, probes_of
 from tdhook_rl.report.contents.panels import (
     ACHIEVES,
@@ -33,6 +34,8 @@ from tdhook_rl.report.runs.record import Series
 
 #: Figures of a page, points of a line, concepts of a probe figure, features.
 MOST, POINTS, CONCEPTS, FEATURES = 36, 400, 4, 12
+#: The subject of dose-responses.
+STEERS = "What steering does"
 #: Names of the controls of probes in figures.
 _CONTROLS = {"input": "input", "shuffled": "shuffled labels", "untrained": "untrained"}
 
@@ -83,6 +86,9 @@ def _of_one(run: Run) -> Iterator[Job]:
                 yield subject, lambda panel=panel: _lines(run, panel, axis)
         if subject == INSIDE:
             yield from _histograms(run, axis)
+            yield from ((STEERS, make) for about, make in drawn_tables(run) if about == "doses")
+        if subject == KNOWS:
+            yield from ((KNOWS, make) for about, make in drawn_tables(run) if about == "probes")
 
 
 def _lines(run: Run, panel: Panel, axis: str) -> Drawing:
@@ -95,7 +101,7 @@ def _lines(run: Run, panel: Panel, axis: str) -> Drawing:
 
 
 def _probes(run: Run, axis: str) -> Iterator[Job]:
-    probes = probes_of(run.series)
+    probes, chances = probes_of(run.series), chances_of(run)
     ranked = sorted(probes, key=lambda name: -or_zero(last(probes[name].main)))
     acts = {name: thinned(run.series[name]) for name in behaviour_of(run.series)[:1]}
     for start in range(0, len(ranked), CONCEPTS):
@@ -106,7 +112,13 @@ def _probes(run: Run, axis: str) -> Iterator[Job]:
             for name, one in chosen.items()
         }
         score = next(iter(chosen.values())).score
-        options = {"chance": None, "unit": f"held-out {score}", "axis": axis, "title": f"Probes of {', '.join(chosen)}"}
+        chance = {name: chances[name] for name in chosen if name in chances}
+        options = {
+            "chance": chance,
+            "unit": f"held-out {score}",
+            "axis": axis,
+            "title": f"Probes of {', '.join(chosen)}",
+        }
         yield KNOWS, lambda concepts=concepts, options=options: probe_curves(concepts, acts, **options)
 
 

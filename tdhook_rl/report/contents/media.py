@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tdhook_rl.errors import TdhookError
+from tdhook_rl.report.contents.logged_tables import with_intervals
 from tdhook_rl.report.page import Fragment, Gallery, Picture, Section, Table
 from tdhook_rl.report.page.numbers import amount, frames
 from tdhook_rl.report.page.saved import PICTURES
@@ -129,8 +130,7 @@ def tables_of(runs: Sequence[Run]) -> list[Table]:
             of = f"{name} of {run.name}" if len(runs) > 1 else name
             earlier = f" {len(listed) - 1} earlier ones are in the folder." if len(listed) > 1 else ""
             text = f"At {run.axis[:-1]} {newest.step:,}.{earlier}" if run.series or earlier else ""
-            columns = [str(one) for one in newest.columns]
-            rows = [list(row) for row in newest.rows if len(row) == len(columns)]
+            columns, rows = with_intervals(newest)
             found.append(Table(of.capitalize(), columns, rows, text))
     return found
 
