@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
-from torchrl.data import ReplayBuffer
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.calls.real_rows import real_rows
@@ -23,6 +22,7 @@ from tdhook_rl.probes.quantities import Future, Return, Trajectory, course_of, l
 from tdhook_rl.probes.site_features import Layout, SiteFeatures
 from tdhook_rl.probes.splits import GroupSplit
 from tdhook_rl.replay.reading import Reader
+from tdhook_rl.replay.sources import Rows
 from tdhook_rl.statistics import benjamini_hochberg
 
 Progress = Callable[[str, int, int], None]
@@ -31,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 @checked
 def probe_grid(
     policy: nn.Module,
-    data: ReplayBuffer | TensorDictBase,
+    data: Rows,
     *,
     sites: Sequence[str] | str,
     concepts: Mapping[str, Any],
@@ -56,7 +56,8 @@ def probe_grid(
 
     Args:
         policy: the policy or network; a hooked one may be given.
-        data: a replay buffer, or a TensorDict of any batch shape.
+        data: a TensorDict of any batch shape, or what :func:`tdhook_rl.replay.analyze` reads: a replay buffer, a
+            folder, a list of TensorDicts.
         sites, concepts, untrained, split, control, penalty, layout, units, input_key, min_rows, confidence, seed: as of
             :class:`tdhook_rl.rollout.ProbeSuite`.
         checkpoints: by name the weights to look at, in this order: state dicts, modules, or files of weights; the
@@ -126,7 +127,7 @@ def probe_grid(
 class _Source:
     """Rows of a buffer or of a TensorDict by their number."""
 
-    def __init__(self, data: ReplayBuffer | TensorDictBase, batch_size: int) -> None:
+    def __init__(self, data: Rows, batch_size: int) -> None:
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise InputError(f"batch_size= is a positive integer, got {batch_size!r}")
         if isinstance(data, TensorDictBase) and not data.batch_size.numel():

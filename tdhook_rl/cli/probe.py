@@ -1,0 +1,103 @@
+"""``tdhook-rl probe``: what can be read of the layers of a policy, on stored data."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from tdhook_rl.cli.setups import EXAMPLE, made
+from tdhook_rl.cli.showing import print_table, seed
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    probe = commands.add_parser(
+        "probe",
+        help="probe every site for every concept, beside an untrained network and other controls",
+        description="Fit linear probes of concepts at sites on a stored buffer, score them on held-out groups beside "
+        "their controls, and write a table and a report.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    probe.add_argument("data", type=Path, metavar="BUFFER", help="a folder: of buffer.dumps, or of memory-mapped rows")
+    probe.add_argument("--policy", default=EXAMPLE, metavar="MODULE:FUNCTION", help="returns the policy")
+    probe.add_argument("--sites", nargs="+", required=True, metavar="PATH", help="modules, or patterns of them")
+    probe.add_argument(
+        "--concepts", nargs="+", required=True, metavar="NAME=KEY",
+        help="what to read: a key such as concept/xor, or MODULE:FUNCTION of a TensorDict; NAME= may be left out",
+    )  # fmt: skip
+    probe.add_argument(
+        "--checkpoints", nargs="+", default=[], metavar="NAME=FILE", help="weights to look at, in this order"
+    )
+    probe.add_argument(
+        "--split", nargs="+", default=["collector/traj_ids"], metavar="KEY", help="what is held out together"
+    )
+    probe.add_argument("--held-out", type=float, default=0.25, help="the share of groups that is held out")
+    probe.add_argument("--seed", type=seed, default=0, help="of the split and of the untrained network")
+    probe.add_argument("--batch-size", type=int, default=4096, help="rows read at once")
+    probe.add_argument("--out", type=Path, default=None, help="a new folder for the output (runs/probe-TIME)")
+    probe.set_defaults(command=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    import torch
+    import torchrl
+    from rich.console import Console
+
+    from tdhook_rl.files.durable import write_text
+    from tdhook_rl.probes import GroupSplit
+    from tdhook_rl.replay import probe_grid
+    from tdhook_rl.report import new_folder
+    from tdhook_rl.report.probe_grids import probe_page
+
+    torchrl.logger.setLevel("ERROR")
+    torch.manual_seed(options.seed)
+    found = made(options.policy)
+    policy = found[0] if isinstance(found, tuple) else found
+    concepts = {name: _concept(text) for name, text in map(_named, options.concepts)}
+    checkpoints = {name: Path(text) for name, text in map(_named, options.checkpoints)} or None
+    split = GroupSplit(*(_key(one) for one in options.split), held_out=options.held_out, seed=options.seed)
+    folder = new_folder(options.out or Path("runs") / time.strftime("probe-%Y%m%d-%H%M%S"))
+    console = Console()
+    with _bar(console) as bar:
+        task = bar.add_task("reading")
+        table = probe_grid(
+            policy, options.data, sites=options.sites, concepts=concepts, checkpoints=checkpoints, split=split,
+            batch_size=options.batch_size, seed=options.seed,
+            progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+        )  # fmt: skip
+    write_text(folder / "probes.json", table.json() + "\n")
+    heads, rows = table.columns()
+    print_table(console, "Probes on held-out groups", heads, rows)
+    command = f"tdhook-rl probe {options.data} --policy {options.policy} --sites {' '.join(options.sites)}"
+    page = probe_page(table, command=f"{command} --concepts {' '.join(options.concepts)}").save(folder / "report.html")
+    console.print(f"  {folder / 'probes.json'}  every cell", highlight=False, soft_wrap=True)
+    console.print(f"  {page}  the report: open it in a browser", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _bar(console: Any) -> Any:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} rows"),
+        TimeRemainingColumn(), console=console,
+    )  # fmt: skip
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, sign, rest = text.partition("=")
+    return (name, rest) if sign else (text, text)
+
+
+def _key(text: str) -> Any:
+    parts = tuple(text.split("/"))
+    return parts if len(parts) > 1 else text
+
+
+def _concept(text: str) -> Any:
+    """A key, or a function of a TensorDict."""
+    from tdhook_rl.cli.setups import named_function
+
+    return named_function(text) if ":" in text else _key(text)

@@ -1,0 +1,105 @@
+"""``tdhook-rl probe``: a stored buffer in, a table and a report out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.data import LazyMemmapStorage, ReplayBuffer
+
+from tdhook_rl.cli import main
+from tdhook_rl.envs import CueCorners
+from tdhook_rl.examples.agent import make_actor
+from tdhook_rl.probes import ProbeTable
+from tdhook_rl.replay import probe_grid
+from tdhook_rl.report.probe_grids import probe_grids, probe_page
+from tdhook_rl.rollout import EPISODE, GroupSplit
+
+SITE = "module.0.module.3"
+SOURCE = """
+from tdhook_rl.examples.agent import make_actor
+
+def actor():
+    return make_actor()
+
+def first_light(data):
+    return data["concept", "bits"][..., 0]
+"""
+
+
+def rows(envs: int = 60) -> TensorDict:
+    data = CueCorners(batch_size=[envs], seed=1).rollout(20, break_when_any_done=False)
+    return data.set(EPISODE, torch.arange(envs)[:, None].expand(envs, 20).clone()).reshape(-1).detach()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "my_probe_setup.py").write_text(SOURCE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    buffer = ReplayBuffer(storage=LazyMemmapStorage(1200, scratch_dir=tmp_path / "scratch"))
+    buffer.extend(rows())
+    buffer.dumps(tmp_path / "buffer")
+    torch.save(make_actor().state_dict(), tmp_path / "later.pt")
+    return tmp_path
+
+
+def test_a_buffer_of_torchrl_becomes_a_table_and_a_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [
+        "probe", "buffer", "--policy", "my_probe_setup:actor", "--sites", SITE, "--concepts", "xor=concept/xor",
+        "light=my_probe_setup:first_light", "--checkpoints", "later=later.pt", "--out", "out",
+    ]  # fmt: skip
+    assert main(command) == 0
+    cells = json.loads((folder / "out" / "probes.json").read_text())
+    assert [(cell["checkpoint"], cell["concept"]) for cell in cells] == [("later", "xor"), ("later", "light")]
+    assert all(0 <= cell["trained"] <= 1 and cell["groups"] > 3 for cell in cells)
+    page = (folder / "out" / "report.html").read_text()
+    assert "Can xor be read?" in page
+    assert "Which concepts can be read where" in page
+    assert "report.html" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"buffer": "nowhere"}, "nowhere"),
+        ({"concept/xor": "concept/xorr"}, "nearest"),
+        ({"concept/xor": "my_probe_setup:light"}, "nearest: 'first_light'"),
+        ({SITE: "module.9"}, "module.9"),
+        ({"later.pt": "sooner.pt"}, "there is no file"),
+        ({"collector/traj_ids": "nowhere"}, "the split"),
+    ],
+)
+def test_what_is_not_there_is_named(
+    folder: Path, change: dict[str, str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "probe", "buffer", "--policy", "my_probe_setup:actor", "--sites", SITE, "--concepts", "concept/xor",
+        "--checkpoints", "later.pt", "--split", "collector/traj_ids", "--out", "out",
+    ]  # fmt: skip
+    assert main([change.get(one, one) for one in command]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_pages_of_tables_of_all_kinds(tmp_path: Path) -> None:
+    data, actor = rows(100), make_actor()
+    concepts = {
+        "xor": ("concept", "xor"),
+        "<b>$x_1$": lambda td: td["observation"][..., 3].double() + 1e-3 * torch.rand(2000),
+    }
+    for checkpoints in (None, {"a": actor, "b": make_actor()}):
+        table = probe_grid(
+            actor, data, sites=[SITE], concepts=concepts, checkpoints=checkpoints, split=GroupSplit(EPISODE)
+        )
+        drawings = probe_grids(table)
+        assert len(drawings) == 2
+        assert len({str(one.title) for one in drawings}) == 2
+        page = probe_page(table).html()
+        assert "<b>$x_1$" not in page
+        assert "&lt;b&gt;$x_1$" in page
+    without = probe_grid(actor, data, sites=[SITE], concepts={"xor": ("concept", "xor")}, untrained=False)
+    assert "minus chance" in probe_grids(without)[0].alt
+    assert probe_grids(ProbeTable([])) == []
