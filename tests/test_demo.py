@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import os
 import signal
 import subprocess
@@ -18,7 +20,7 @@ from tdhook_rl.errors import ArtifactError, InputError
 from tdhook_rl.examples.demo import Settings
 from tdhook_rl.report import FileSink, LoggerSink, Sinks, new_folder, open_wandb
 from tdhook_rl.sweeps import SteeringVector
-from tests.wandb_reader import history
+from tests.wandb_reader import history, records
 
 
 @pytest.fixture(scope="module")
@@ -43,21 +45,56 @@ def test_the_demo_finds_what_the_environment_holds(finished: Path) -> None:
 
 def test_the_demo_writes_one_folder(finished: Path) -> None:
     report = (finished / "report.html").read_text()
-    assert report.count('<svg role="img"') == 4
-    assert {path.name for path in (finished / "figures").glob("*.png")} == {
-        "learning.png",
-        "overview.png",
-        "saliency_lights.png",
-        "saliency_maps.png",
-        "steering.png",
+    assert {path.name for path in (finished / "figures").glob("*.svg")} == {
+        "1_learning.svg",
+        "2_lights.svg",
+        "3_maps.svg",
+        "4_steering.svg",
     }
+    for saved in (finished / "figures").glob("*.json"):
+        assert f'<svg role="img" aria-label="{html.escape(json.loads(saved.read_text())["alt"])}"' in report
+    assert (finished / "overview.png").stat().st_size > 30_000
     assert LinearProbe.load(finished / "probe_xor").facts["accuracy"] >= 0.95
     assert SteeringVector.load(finished / "vector_corner_a").vector.shape == (64,)
+
+
+def test_what_is_said_of_the_untrained_network_was_measured_once(finished: Path) -> None:
+    """The table and the curve beside it are the same measurement, in the same states."""
+    found = {one["measured"]: one for one in json.loads((finished / "findings.json").read_text())}
+    concepts = json.loads((finished / "figures" / "1_learning.json").read_text())["data"]["concepts"]
+    for words, name in (("needed XOR", "xor (needed)"), ("XOR that is not", "other xor (not needed)")):
+        (of_table,) = (one for measured, one in found.items() if words in measured and "probe" in measured)
+        curves = concepts[name]
+        assert curves["trained"]["y"][-1] == of_table["value"]["estimate"]
+        assert curves["trained"]["y"][0] == of_table["beside"]["untrained"]["estimate"]
+        assert set(curves["untrained"]["y"]) == {of_table["beside"]["untrained"]["estimate"]}
+        assert curves["untrained"]["low"][0] == of_table["beside"]["untrained"]["low"]
+
+
+def test_the_player_has_eight_episodes_steered_and_not(finished: Path) -> None:
+    (one,) = (finished / "players").glob("*.json")
+    head = json.loads(one.read_text())["head"]
+    assert len(head["episodes"]) == 8
+    shown = json.dumps(head)
+    assert "not steered" in shown
+    assert "steered" in shown
+    assert "data-player" in (finished / "report.html").read_text()
+
+
+def test_the_wandb_run_holds_pictures_tables_and_artifacts(finished: Path) -> None:
+    (file,) = (finished / "wandb").glob("offline-run-*/*.wandb")
+    kinds = {name: value for row in history(file) for name, value in row.items() if name.endswith("/_type")}
+    assert {"histogram", "image-file", "table-file"} <= set(kinds.values()), kinds
+    assert any("dose_response" in name for name in kinds)
+    logged = {record.artifact.name for record in records(file) if record.WhichOneof("record_type") == "artifact"}
+    assert any("vector.corner_a" in name for name in logged), logged
+    assert any("probe.xor_on_policy" in name for name in logged), logged
 
 
 def test_the_wandb_run_holds_the_same_curves(finished: Path) -> None:
     (file,) = (finished / "wandb").glob("offline-run-*/*.wandb")
     rows = [row for row in history(file) if "interp/success" in row]
+    assert rows
     expected = FileSink.read(finished / "log.csv")["success"]
     assert [(row["interp/step"], row["interp/success"]) for row in rows] == expected
     assert "WANDB_MODE" not in os.environ

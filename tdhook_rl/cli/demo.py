@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from tdhook_rl.examples import demo, demo_report
-    from tdhook_rl.report import new_folder, open_sinks
+    from tdhook_rl.report import new_folder, open_wandb
     from tdhook_rl.rollout import Interruptible
 
     torchrl.logger.setLevel("ERROR")  # its INFO lines would cut through the progress bar
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     console = Console()
     settings = demo.Settings(frames=options.frames, seed=options.seed, workers=options.workers, logger=options.logger)
     folder = new_folder(options.out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S"))
-    sinks = open_sinks(folder, settings.logger, folder.name, vars(settings))
+    logger = open_wandb(folder, folder.name, vars(settings)) if settings.logger == "wandb" else None
     bar = progress_bar(console)
     interruptible = Interruptible()
 
@@ -54,16 +54,20 @@ def run(options: argparse.Namespace) -> int:
     try:
         with interruptible, bar:
             task = bar.add_task("starting", total=settings.frames)
-            found = demo.run(settings, folder, sinks, show)
+            found = demo.run(settings, folder, logger, show)
         report = demo_report.write(found, settings, folder)
     except (KeyboardInterrupt, Exception) as error:
         # A worker that was stopped while it started ends in an error of the collector's.
         if not (interruptible.requested or isinstance(error, KeyboardInterrupt)):
             raise
-        console.print(f"stopped; what was measured so far is in {folder / 'log.csv'}", soft_wrap=True)
+        console.print(
+            f"stopped; what was measured so far is in {folder / 'log.csv'}, and `tdhook-rl report {folder}` shows it",
+            soft_wrap=True,
+        )
         return 130
     finally:
-        sinks.close()
+        if logger is not None:
+            logger.close()
     _print_summary(console, demo_report, found, folder, report)
     return 0
 
@@ -75,7 +79,8 @@ def _print_summary(console: Any, demo_report: Any, found: Any, folder: Path, rep
         (report.name, "the report: open it in a browser"),
         ("log.csv", "every measurement, as step, name, value"),
         ("wandb", "the W&B run; `wandb sync` uploads it"),
-        ("figures", "the figures as PNG"),
+        ("histograms.jsonl", "activations and attributions over training"),
+        ("overview.png", "the three questions in one figure"),
         ("probe_xor.safetensors", "the fitted probe (with .json)"),
         ("vector_corner_a.safetensors", "the steering vector (with .json)"),
         ("actor.safetensors", "the trained weights"),

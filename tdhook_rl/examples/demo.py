@@ -1,8 +1,10 @@
 """The demo: train an agent in front of you, and ask what it looks at, what it knows, and change its mind.
 
 PPO learns CueCorners with the hooked policy in the collector: activations, saliencies and a probe that is
-refitted and read out while the agent learns. Then a steering vector is extracted from paired states and its
-effect measured against random vectors of equal norm. Everything goes into one folder.
+refitted and read out while the agent learns, all of it logged by a monitor. Every few batches the same states are
+looked at: what can be read from the network now. Then a steering vector is extracted from paired states, its effect
+measured against random vectors of equal norm, and episodes are played with it and without. Everything goes into one
+folder.
 """
 
 from __future__ import annotations
@@ -17,29 +19,34 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
+from tensordict.nn import TensorDictSequential
 from torch import Tensor
 from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.modules import ProbabilisticActor
 
-from tdhook_rl import ActivationCaching, Compose, LinearProbe, ProbeReadout, Saliency, targets
+from tdhook_rl import ActivationCaching, Compose, LinearProbe, ProbeReadout, Saliency, SteeringVectors, targets
 from tdhook_rl.artifacts import save_artifact
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError
 from tdhook_rl.examples.agent import FC2, PPO, make_actor, make_critic
 from tdhook_rl.examples.steer_at_eval import contrast
-from tdhook_rl.report import Sinks
-from tdhook_rl.rollout import EPISODE, GroupSplit, OnlineProbe, ignore_interrupts, starting_workers
+from tdhook_rl.report import DataTable, Monitor, player
+from tdhook_rl.rollout import EPISODE, GroupSplit, NetworkDiagnostics, OnlineProbe, ignore_interrupts, starting_workers
+from tdhook_rl.statistics import Interval, grouped_mean
 from tdhook_rl.sweeps import DoseResponse, SteeringVector, dose_response, first_episode
-
-__all__ = ["Findings", "Settings", "outcomes", "run"]
+from tdhook_rl.sweeps.dose_response import SharedNoise
 
 ENVS = 128
 BATCH = 2048
-CONCEPTS = {"xor": "needed", "unneeded_xor": "not needed"}
+#: Every how many batches the same states are looked at; in the beginning at each, as the agent learns quickly.
+LOOK = 4
+EPISODES = 1024
+CONCEPTS = ("xor", "unneeded_xor")
 #: Which state it is, apart from the time: without this grouping the held-out rows repeat the training rows.
 STATE = [("concept", "cell"), ("concept", "bits")]
 
-Curves = dict[str, list[tuple[int, float]]]
+Curve = list[tuple[int, float]]
+Known = list[tuple[int, Interval]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,31 +70,43 @@ class Settings:
 
 @dataclass
 class Findings:
-    """What the demo measured."""
+    """What the demo measured.
 
-    success: float = 0.0
-    probes: dict[str, dict[str, float]] = field(default_factory=dict)  # concept -> trained / untrained accuracy
-    saliency: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # network -> lights (4,), planes (3, 6, 5)
+    Attributes:
+        success: of the trained agent, in fresh episodes.
+        behaviour: the success in each batch, by frames.
+        known: what probes read of each concept in the same states, by the frames that the network was trained on; at 0
+            the untrained network.
+        lights: the mean absolute gradient of each light, by network.
+        planes: of every cell of the observation, ``(3, 6, 5)``, in the trained network.
+        response: to the steering vector.
+    """
+
+    success: Interval | None = None
+    behaviour: Curve = field(default_factory=list)
+    known: dict[str, Known] = field(default_factory=dict)
+    lights: dict[str, list[Interval]] = field(default_factory=dict)
+    planes: Tensor | None = None
     response: DoseResponse | None = None
     vector: SteeringVector | None = None
-    curves: Curves = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
     def saliency_ratio(self) -> float:
-        lights = self.saliency["trained"]["lights"]
-        return float(lights[:2].mean() / lights[2:].mean())
+        """What the two lights that matter have of the gradient, over the two that do not."""
+        needed, other = self.lights["trained"][:2], self.lights["trained"][2:]
+        return sum(map(float, needed)) / sum(map(float, other))
 
 
 def run(
-    settings: Settings, folder: Path, sinks: Sinks, progress: Callable[[str, int, int], None] = lambda *_: None
+    settings: Settings, folder: Path, logger: Any = None, progress: Callable[[str, int, int], None] = lambda *_: None
 ) -> Findings:
-    """Train, probe, explain and steer.
+    """Train, probe, explain, steer and play.
 
     Args:
         settings: the knobs.
-        folder: where the probe, the vector and the weights are saved.
-        sinks: where measurements are streamed.
+        folder: where the log, the probes, the vector, the weights and the player go.
+        logger: beside the log in the folder, as of :class:`Monitor`.
         progress: called with what is being done, and how many of how many frames are through.
     """
     start = time.monotonic()
@@ -95,64 +114,103 @@ def run(
     actor = make_actor()
     untrained = copy.deepcopy(actor)
     found = Findings()
-    _train(settings, actor, untrained, sinks, found, progress)
-    progress("probing fresh episodes", settings.frames, settings.frames)
-    _examine(settings, actor, untrained, folder, found)
-    progress("steering", settings.frames, settings.frames)
-    _steer(settings, actor, folder, found)
+    states = _states(settings)
+    blank = LinearProbe(weight=torch.zeros(2, 64), bias=torch.zeros(2), path=FC2)
+    method = Compose(ActivationCaching(FC2), Saliency(target=targets.chosen_logit()), ProbeReadout({"xor": blank}))
+    lights = CueCorners.light_features().tolist()
+    probes = {name: _probe(GroupSplit(EPISODE, STATE, held_out=0.3), name, decay=0.5) for name in CONCEPTS}
+    with method.prepare(actor) as policy, ActivationCaching(FC2).prepare(untrained) as reference:
+        monitor = Monitor(
+            policy,
+            logger,
+            folder=folder,
+            env=CueCorners(),
+            groups={"needed": lights[:2], "not needed": lights[2:]},
+            # The states that the agent meets change as it learns, so these scores are of other states than `known`.
+            probes={f"{name}_on_policy": probe for name, probe in probes.items()},
+            untrained=reference,
+            diagnostics=NetworkDiagnostics(actor, sites=[FC2]),
+            seed=settings.seed,
+            experiment="demo",
+            config=asdict(settings),
+        )
+        with monitor:
+            _train(settings, actor, policy, states, probes["xor"], monitor, found, progress)
+            progress("looking at fresh episodes", settings.frames, settings.frames)
+            _examine(settings, actor, untrained, states, folder, found)
+            progress("steering", settings.frames, settings.frames)
+            _steer(settings, actor, folder, found, monitor)
+            monitor.log(_summary(found))
+    progress("playing episodes", settings.frames, settings.frames)
+    _play(settings, actor, found.vector, folder)
     save_artifact(folder / "actor", "policy", actor.state_dict(), asdict(settings))
-    summary = {"final.success": found.success, "final.saliency_ratio": found.saliency_ratio}
-    summary |= {f"final.probe.{name}": scores["trained"] for name, scores in found.probes.items()}
-    for outcome in ("other", "cued"):
-        rates = found.response.of_vector(outcome).tolist()
-        summary |= {f"final.steer.{outcome}.{a}": rate for a, rate in zip(found.response.alphas, rates, strict=True)}
-    sinks.log(summary, settings.frames)
     found.seconds = time.monotonic() - start
     return found
+
+
+def _states(settings: Settings) -> TensorDictBase:
+    """Rows of random behaviour, which visits every state: probes are not scored on the paths of one policy."""
+    env = CueCorners(batch_size=[EPISODES], seed=settings.seed + 10_000)
+    with torch.random.fork_rng(devices=[]):  # random actions are drawn from torch's generator
+        torch.manual_seed(settings.seed + 10_000)
+        wandered = env.rollout(env.max_steps, break_when_any_done=False)
+    wandered["episode"] = torch.arange(EPISODES)[:, None].expand(wandered.batch_size)
+    return wandered.select("observation", "concept", "action", "episode")[first_episode(wandered)]
+
+
+def _probe(split: GroupSplit, concept: str, decay: float = 1.0) -> OnlineProbe:
+    # With a decay, as the network moves: old activations count for less.
+    return OnlineProbe(features=("cache", FC2), label=("concept", concept), split=split, decay=decay)
 
 
 def _train(
     settings: Settings,
     actor: ProbabilisticActor,
-    untrained: ProbabilisticActor,
-    sinks: Sinks,
+    policy: ProbabilisticActor,
+    states: TensorDictBase,
+    probe: OnlineProbe,
+    monitor: Monitor,
     found: Findings,
     progress: Callable[[str, int, int], None],
 ) -> None:
     ppo = PPO(actor, make_critic())
-    probes = {
-        (name, network): OnlineProbe(
-            features=("cache", FC2),
-            label=("concept", name),
-            split=GroupSplit(EPISODE, STATE, held_out=0.3),
-            decay=0.5,  # the network moves: old activations count for less
-        )
-        for name in CONCEPTS
-        for network in ("trained", "untrained")
-    }
-    blank = LinearProbe(weight=torch.zeros(2, 64), bias=torch.zeros(2), path=FC2)
-    method = Compose(ActivationCaching(FC2), Saliency(target=targets.chosen_logit()), ProbeReadout({"xor": blank}))
-    with method.prepare(actor) as policy, ActivationCaching(FC2).prepare(untrained) as reference:
-        collector = _collector(settings, policy)
-        frames = 0
-        try:
-            for data in collector:
-                frames += data.numel()
-                metrics = _measure(data)
-                states = reference.annotate(data.select("observation", "concept", "collector"))
-                for (name, network), probe in probes.items():
-                    scores = probe.update(data if network == "trained" else states)
-                    metrics[f"probe.{name}.{network}"] = scores["accuracy"]
-                probes["xor", "trained"].push(policy.controls, "probe.xor")
-                sinks.log(metrics, frames)
-                for name, value in metrics.items():
-                    found.curves.setdefault(name, []).append((frames, value))
-                ppo.update(data)
-                collector.update_policy_weights_()
-                success, accuracy = metrics["success"], metrics["probe.xor.trained"]
-                progress(f"training  success {success:.2f}  xor probe {accuracy:.2f}", frames, settings.frames)
-        finally:
-            collector.shutdown()
+    _look(actor, states, 0, found)
+    collector = _collector(settings, policy)
+    try:
+        for number, data in enumerate(collector, start=1):
+            monitor.step(data)  # before the update: explained by the network that acted
+            probe.push(policy.controls, "probe.xor")
+            metrics = _measure(data)
+            found.behaviour.append((monitor.frames, metrics["success"]))
+            ppo.update(data)
+            collector.update_policy_weights_()
+            if number < LOOK or number % LOOK == 0 or monitor.frames + BATCH > settings.frames:
+                metrics |= _look(actor, states, monitor.frames, found)
+            monitor.log(metrics)
+            read = float(found.known["xor"][-1][1])
+            progress(f"training  success {metrics['success']:.2f}  xor probe {read:.2f}", monitor.frames,
+                     settings.frames)  # fmt: skip
+    finally:
+        collector.shutdown()
+
+
+def _look(actor: ProbabilisticActor, states: TensorDictBase, frames: int, found: Findings) -> dict[str, float]:
+    """What can be read of the concepts in the same states, now."""
+    with ActivationCaching(FC2).prepare(actor) as hooked:
+        seen = hooked.annotate(states, on_mismatch="ignore")
+    numbers: dict[str, float] = {}
+    for name in CONCEPTS:
+        score = _fitted(seen, name).scores["accuracy"]
+        found.known.setdefault(name, []).append((frames, score))
+        numbers |= {f"known.{name}": score.estimate, f"known.{name}_low": score.low, f"known.{name}_high": score.high}
+    return numbers
+
+
+def _fitted(seen: TensorDictBase, concept: str) -> OnlineProbe:
+    """A probe on some episodes and states, scored on others."""
+    probe = _probe(GroupSplit("episode", STATE, held_out=0.3, seed=1), concept)
+    probe.update(seen)
+    return probe
 
 
 def _collector(settings: Settings, policy: ProbabilisticActor) -> Any:
@@ -180,65 +238,103 @@ def _worker_env(**options: Any) -> CueCorners:
 
 def _measure(data: TensorDictBase) -> dict[str, float]:
     reward, ended = data["next", "reward"], data["next", "done"]
-    lights = data["attr", "observation"].abs()[..., CueCorners.light_features()].flatten(0, -2).mean(0)
     readout = data["probe", "xor"].argmax(-1) == data["concept", "xor"]
     return {
         "success": float((reward[ended] > 0).float().mean()) if bool(ended.any()) else float("nan"),
         "reward": float(reward.mean()),
         "readout.xor": float(readout.float().mean()),
-        "saliency.relevant": float(lights[:2].mean()),
-        "saliency.irrelevant": float(lights[2:].mean()),
     }
 
 
 def _examine(
-    settings: Settings, actor: ProbabilisticActor, untrained: ProbabilisticActor, folder: Path, found: Findings
+    settings: Settings,
+    actor: ProbabilisticActor,
+    untrained: ProbabilisticActor,
+    states: TensorDictBase,
+    folder: Path,
+    found: Findings,
 ) -> None:
-    """Fresh episodes: success, probes on held-out episodes and states, and saliency of both networks."""
-    episodes = 1024
-    env = CueCorners(batch_size=[episodes], seed=settings.seed + 10_000)
+    """Success in fresh episodes, and the saliency of both networks in the same states; the probes are kept."""
+    env = CueCorners(batch_size=[EPISODES], seed=settings.seed + 10_001)
     with torch.no_grad():
         played = env.rollout(env.max_steps, actor, break_when_any_done=False)
-    found.success = float(outcomes(played, first_episode(played))["cued"].float().mean())
-    # Random behaviour visits every state, so that probes are not scored on the paths of one policy.
-    wandered = env.rollout(env.max_steps, break_when_any_done=False)
-    wandered["episode"] = torch.arange(episodes)[:, None].expand(wandered.batch_size)
-    data = wandered.select("observation", "concept", "action", "episode")[first_episode(wandered)]
+    won = outcomes(played, first_episode(played))["cued"]
+    found.success = grouped_mean(won.double(), bounds=(0.0, 1.0), method="t")
     method = Compose(ActivationCaching(FC2), Saliency(target=targets.chosen_logit()))
     for network, policy in (("trained", actor), ("untrained", untrained)):
         with method.prepare(policy) as hooked:
-            seen = hooked.annotate(data)
-        mean = seen["attr", "observation"].abs().mean(0)
-        found.saliency[network] = {"lights": mean[CueCorners.light_features()], "planes": mean.reshape(3, 6, 5)}
-        for name in CONCEPTS:
-            probe = OnlineProbe(
-                features=("cache", FC2),
-                label=("concept", name),
-                split=GroupSplit("episode", STATE, held_out=0.3, seed=1),
-            )
-            scores = probe.update(seen)
-            found.probes.setdefault(name, {})[network] = scores["accuracy"]
-            if network == "trained":
-                probe.probe.facts.update({key: value for key, value in scores.items() if value == value})
-                probe.probe.save(folder / f"probe_{name}")
+            seen = hooked.annotate(states, on_mismatch="ignore")
+        sizes = seen["attr", "observation"].abs()
+        of_lights = sizes[:, CueCorners.light_features()].T
+        found.lights[network] = [grouped_mean(one, states["episode"], method="t") for one in of_lights]
+        if network == "trained":
+            found.planes = sizes.mean(0).reshape(3, 6, 5)
+            for name in CONCEPTS:
+                fitted = _fitted(seen, name)
+                score = fitted.scores["accuracy"]
+                fitted.probe.facts.update(accuracy=score.estimate, low=score.low, high=score.high, groups=score.groups)
+                fitted.probe.save(folder / f"probe_{name}")
 
 
-def _steer(settings: Settings, actor: ProbabilisticActor, folder: Path, found: Findings) -> None:
+def _steer(settings: Settings, actor: ProbabilisticActor, folder: Path, found: Findings, monitor: Monitor) -> None:
     vector = contrast(actor)
     vector.save(folder / "vector_corner_a")
+    monitor.save("vector.corner_a", vector)
     found.vector = vector
     found.response = dose_response(
         actor,
         CueCorners(),
         vector,
         outcomes=outcomes,
-        # The vector points towards corner A; away from the corner that pays is -1 where A pays.
-        sign=lambda start: torch.where(start["concept", "paying_corner"] == 0, -1.0, 1.0),
+        sign=_away,
         controls=8,
         episodes=512,
         max_steps=30,
         seed=settings.seed + 20_000,
     )
+    columns = ["alpha", "P(other corner)", "low", "high", "most of 8 random vectors", "P(corner that pays)"]
+    response = found.response
+    steered = zip(response.alphas, response.intervals("other"), response.best_control("other").tolist(),
+                  response.of_vector("cued").tolist(), strict=True)  # fmt: skip
+    rows = [[alpha, one.estimate, one.low, one.high, random, cued] for alpha, one, random, cued in steered]
+    monitor.log({"dose_response": DataTable(columns, rows)})
+
+
+def _away(start: TensorDictBase) -> Tensor:
+    """The vector points towards corner A; away from the corner that pays is -1 where A pays."""
+    return torch.where(start["concept", "paying_corner"] == 0, -1.0, 1.0)
+
+
+def _play(settings: Settings, actor: ProbabilisticActor, vector: SteeringVector, folder: Path) -> None:
+    """Eight episodes steered and not, from the same starts with the same noise, for the player."""
+    env = CueCorners(batch_size=[8], seed=settings.seed + 30_000)
+    start = env.reset()
+    probe = LinearProbe.load(folder / "probe_xor")
+    method = Compose(
+        SteeringVectors({vector.path: vector.vector}, alpha="strength"),
+        ActivationCaching(FC2),
+        ProbeReadout({"xor": probe}),
+        Saliency(target=targets.chosen_logit()),
+    )
+    played: dict[str, list[TensorDictBase]] = {}
+    with method.prepare(actor) as policy:
+        for name, alpha in (("not steered", 0.0), ("steered", 1.0)):
+            acting = TensorDictSequential(policy, SharedNoise(torch.Generator().manual_seed(settings.seed)))
+            data = start.clone().set("strength", alpha * _away(start))
+            with torch.no_grad():
+                data = env.rollout(env.max_steps, acting, auto_reset=False, tensordict=data, break_when_any_done=False)
+            data = policy.annotate(data, on_mismatch="ignore")
+            played[name] = [row[first] for row, first in zip(data, first_episode(data), strict=True)]
+        player(played, policy=policy, env=env, title="Eight episodes, steered and not").record(folder)
+
+
+def _summary(found: Findings) -> dict[str, float]:
+    numbers = {"final.success": float(found.success), "final.saliency_ratio": found.saliency_ratio}
+    numbers |= {f"final.probe.{name}": float(curve[-1][1]) for name, curve in found.known.items()}
+    for outcome in ("other", "cued"):
+        rates = found.response.of_vector(outcome).tolist()
+        numbers |= {f"final.steer.{outcome}.{a}": rate for a, rate in zip(found.response.alphas, rates, strict=True)}
+    return numbers
 
 
 def outcomes(rollout: TensorDictBase, first: Tensor) -> dict[str, Tensor]:

@@ -2,108 +2,151 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
-from tdhook_rl.examples.demo import CONCEPTS, Findings, Settings
-from tdhook_rl.report import Table, write_report
+from tdhook_rl.envs import CueCorners
+from tdhook_rl.examples.demo import Findings, Settings
+from tdhook_rl.report import Finding, page_of, save_findings
 from tdhook_rl.report.drawing import Drawing
 from tdhook_rl.report.figures import attribution_maps, dose_curve, grouped_bars, overview, probe_curves
+from tdhook_rl.report.figures.style import Number
+from tdhook_rl.statistics import Interval
 
-__all__ = ["COLUMNS", "summary", "write"]
+COLUMNS = ("question", "measured", "found", "beside it", "expected", "met")
+LIGHTS = [CueCorners.feature_names[at] for at in CueCorners.light_features()]
+CALLED = {"xor": "xor (needed)", "unneeded_xor": "other xor (not needed)"}
+NEEDED = LIGHTS[:2]
+GRADIENT = "mean |gradient| of the chosen logit"
 
-COLUMNS = ("question", "measured", "found", "expected", "met")
-NEEDED = ("light 1", "light 2")
 
-
-def summary(found: Findings) -> list[tuple[str, str, str, str, str]]:
-    """One row for each finding, with what is known of the environment beside it."""
-    xor, unneeded = found.probes["xor"], found.probes["unneeded_xor"]
-    other, control = float(found.response.of_vector("other")[-1]), float(found.response.best_control("other")[-1])
-    checks = [
-        ("did it learn?", "episodes that end in the paying corner", found.success, "at least 0.90",
-         found.success >= 0.9),
-        ("what does it look at?", "saliency, needed over other lights", found.saliency_ratio, "at least 4",
-         found.saliency_ratio >= 4),
-        ("what does it know?", f"probe of the needed XOR (untrained {xor['untrained']:.2f})", xor["trained"],
-         "at least 0.95", xor["trained"] >= 0.95),
-        ("what does it not keep?", f"probe of the unneeded XOR (untrained {unneeded['untrained']:.2f})",
-         unneeded["trained"], "at most 0.70", unneeded["trained"] <= 0.70),
-        ("can I change its mind?", "P(other corner) at alpha 1", other, "at least 0.93", other >= 0.93),
-        ("is it this direction?", f"... minus the best of 8 random vectors ({control:.2f})", other - control,
-         "at least 0.40", other - control >= 0.4),
-    ]  # fmt: skip
+def answers(found: Findings) -> list[Finding]:
+    """Each finding with its interval, its controls, and what is known of the environment."""
+    response = found.response
+    other, control = response.intervals("other"), float(response.best_control("other")[-1])
+    ratio = sum(map(float, found.lights["untrained"][:2])) / sum(map(float, found.lights["untrained"][2:]))
+    ends = {name: (curve[-1][1], curve[0][1]) for name, curve in found.known.items()}
     return [
-        (question, measured, f"{value:.2f}", expected, "yes" if met else "no")
-        for question, measured, value, expected, met in checks
-    ]
+        _finding("Did it learn?", "episodes that end in the paying corner", found.success, {}, low=0.9),
+        _finding("What does it look at?", "gradient of the needed lights over that of the others",
+                 found.saliency_ratio, {"untrained": ratio}, low=4),
+        _finding("What does it know?", "probe of the needed XOR, held-out accuracy", ends["xor"][0],
+                 {"untrained": ends["xor"][1], "chance": 0.5}, low=0.95),
+        _finding("What does it not keep?", "probe of the XOR that is not needed, held-out accuracy",
+                 ends["unneeded_xor"][0], {"untrained": ends["unneeded_xor"][1], "chance": 0.5}, high=0.7),
+        _finding("Can I change its mind?", "P(the other corner) at alpha 1", other[-1], {"at alpha 0": other[0]},
+                 low=0.93),
+        _finding("Is it this direction?", "P(the other corner) at alpha 1, minus the best of 8 random vectors",
+                 float(other[-1]) - control, {"best random vector": control}, low=0.4),
+    ]  # fmt: skip
+
+
+def summary(found: Findings) -> list[tuple[str, ...]]:
+    """One row of texts for each finding, in the order of ``COLUMNS``."""
+    rows: list[tuple[str, ...]] = []
+    for one in answers(found):
+        beside = ", ".join(f"{name} {float(value):.2f}" for name, value in one.beside.items())
+        expected = one.words.removeprefix("expected: ")
+        rows.append(
+            (one.question, one.measured, f"{float(one.value):.2f}", beside, expected, "yes" if one.met else "no")
+        )
+    return rows
 
 
 def write(found: Findings, settings: Settings, folder: Path) -> Path:
-    """Write the figures and ``report.html``; returns the path of the report."""
-    text = (
-        f"{settings.frames} frames, seed {settings.seed}, {settings.workers or 'no'} worker processes, "
-        f"{found.seconds:.0f} s. The right answers are known because the environment was built so."
-    )
-    shown = drawings(found)
-    for name, drawing in shown.items():
-        drawing.save(folder / "figures" / f"{name}.png")
-    parts = [Table("Findings", COLUMNS, summary(found), text)]
-    parts += [drawing for name, drawing in shown.items() if name != "overview"]
-    return write_report(
-        folder / "report.html",
-        "CueCorners: what the agent looks at, what it knows, and changing its mind",
-        "A policy trained with tdhook_rl inside its TorchRL collector.",
-        parts,
-    )
+    """Write findings and figures into the folder of the run, and the report of it; returns the path of the page."""
+    save_findings(folder, answers(found))
+    for name, drawing in drawings(found).items():
+        drawing.save(folder / "figures" / f"{name}.svg")
+    three_questions(found).save(folder / "overview.png")
+    title = "CueCorners: what the agent looks at, what it knows, and changing its mind"
+    return page_of(folder, title=title).save(folder / "report.html")
 
 
 def drawings(found: Findings) -> dict[str, Drawing]:
-    """The figures by name."""
-    curves, response = found.curves, found.response
-    concepts = {
-        f"{name} ({role})": {network: curves[f"probe.{name}.{network}"] for network in ("trained", "untrained")}
-        for name, role in CONCEPTS.items()
-    }
-    seen = {network: one["lights"].tolist() for network, one in found.saliency.items()}
-    lights = {f"light {light + 1}": {network: seen[network][light] for network in seen} for light in range(4)}
-    other = response.intervals("other")
-    steered = {"random": response.rates["other"][1:], "outcome": "P(the other corner)"}
+    """The figures of the page by name."""
+    response = found.response
     return {
-        "learning": probe_curves(
-            concepts,
-            {"success": curves["success"]},
-            of="episodes",
+        "1_learning": probe_curves(
+            _concepts(found),
+            {"success": found.behaviour},
+            title="Two concepts, always in the same states",
+            of="groups of states",
             caption="Success of the agent as it trains, and how well two concepts can be read from its second hidden "
-            "layer, in states of the day, on held-out episodes and states; dashed, from the network before training.",
+            "layer, always in the same states (of random behaviour), on held-out episodes and states. The concept that "
+            "the task needs rises above the untrained network, which is the first point of each curve; the one that it "
+            "does not need falls below.",
         ),
-        "saliency_lights": grouped_bars(
-            lights,
-            unit="mean |gradient| of the chosen logit",
-            title="What it looks at",
+        "2_lights": grouped_bars(
+            _lights(found),
+            unit=GRADIENT,
+            title="Four lights, of which two matter",
             matters=NEEDED,
+            of="episodes",
             caption="Only the first two lights decide which corner pays.",
         ),
-        "saliency_maps": attribution_maps(
-            found.saliency["trained"]["planes"],
+        "3_maps": attribution_maps(
+            found.planes,
             ("agent", "goals", "lights (row 1)"),
             unit="mean |gradient|",
             caption="The same gradient for every cell of the three planes of the observation.",
         ),
-        "steering": dose_curve(
+        "4_steering": dose_curve(
             response.alphas,
-            other,
-            competence={"the corner that pays": response.intervals("cued")},
+            response.intervals("other"),
+            random=response.rates["other"][1:],
+            competence={"P(the corner that pays)": response.intervals("cued")},
+            outcome="P(the other corner)",
             caption=f"Adding alpha times the difference vector of {found.vector.path} towards the corner that does not "
             "pay, in episodes from the same starts with the same noise; random vectors have equal norm.",
-            **steered,
-        ),
-        "overview": overview(
-            lights,
-            concepts,
-            response.alphas,
-            other,
-            random=steered["random"],
-            matters=NEEDED,
-            units=("mean |gradient| of the chosen logit", "held-out probe accuracy", "P(the other corner)"),
         ),
     }
+
+
+def three_questions(found: Findings) -> Drawing:
+    """The figure of the README."""
+    response = found.response
+    return overview(
+        _lights(found),
+        _concepts(found),
+        response.alphas,
+        response.intervals("other"),
+        behaviour={"success of the agent": found.behaviour},
+        random=response.rates["other"][1:],
+        matters=NEEDED,
+        units=(GRADIENT, "probe accuracy (held-out states)", "P(the other corner)"),
+    )
+
+
+def _lights(found: Findings) -> dict[str, dict[str, Interval]]:
+    return {light: {network: values[at] for network, values in found.lights.items()} for at, light in enumerate(LIGHTS)}
+
+
+def _concepts(found: Findings) -> dict[str, dict[str, list[tuple[int, Interval]]]]:
+    """The trained network over training; the untrained one is what the curves begin with."""
+    return {
+        CALLED[name]: {
+            "trained": curve,
+            "untrained": [(frames, curve[0][1]) for frames in (curve[0][0], curve[-1][0])],
+        }
+        for name, curve in found.known.items()
+    }
+
+
+def _finding(
+    question: str,
+    measured: str,
+    value: Number,
+    beside: dict[str, Number],
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> Finding:
+    expected = f"at least {low:g}" if math.isfinite(low) else f"at most {high:g}"
+    return Finding(
+        question=question,
+        measured=measured,
+        value=value,
+        beside=beside,
+        words=f"expected: {expected}",
+        met=low <= float(value) <= high,
+    )

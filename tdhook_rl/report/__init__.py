@@ -31,7 +31,6 @@ from tdhook_rl.report.sinks import (
     TensorboardSink,
     WandbSink,
     new_folder,
-    open_sinks,
     open_wandb,
 )
 
@@ -61,7 +60,6 @@ __all__ = [
     "TensorboardSink",
     "WandbSink",
     "new_folder",
-    "open_sinks",
     "open_wandb",
     "page_of",
     "player",

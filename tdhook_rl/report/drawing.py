@@ -52,6 +52,10 @@ _STYLE = {
 }
 
 
+#: What an SVG of matplotlib consists of.
+_ELEMENTS = {"svg", "g", "defs", "path", "use", "text", "tspan", "clipPath", "rect", "image", "circle"}
+
+
 @contextmanager
 def house_style() -> Iterator[None]:
     """How our figures look, whatever a user has set; what they set is as before afterwards."""
@@ -145,6 +149,20 @@ class Drawing:
             f'<figure style="margin:0;overflow-x:auto"><strong>{html.escape(self.title)}</strong><br>{self.svg()}'
             f"<figcaption>{caption}</figcaption></figure>"
         )
+
+
+def as_drawn(content: bytes) -> str | None:
+    """A saved drawing as a page takes it, where that is what it is: other SVG may hold code.
+
+    Example:
+        >>> as_drawn(b"<svg><script>alert(1)</script></svg>") is None
+        True
+    """
+    text = content.decode(errors="replace")
+    known = text.startswith('<svg role="img"') and text.rstrip().endswith("</svg>")
+    names = set(re.findall(r"<([a-zA-Z][^\s/>]*)", text))
+    code = re.search(r"\son\w+\s*=|javascript:", text, re.IGNORECASE)
+    return text if known and names <= _ELEMENTS and not code else None
 
 
 def plain(value: Any) -> Any:

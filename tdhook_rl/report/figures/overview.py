@@ -19,6 +19,7 @@ def overview(
     strengths: Sequence[float],
     response: Sequence[Number],
     *,
+    behaviour: Mapping[str, Curve] | None = None,
     random: Any = None,
     matters: Collection[str] = (),
     chance: float | None = 0.5,
@@ -31,7 +32,7 @@ def overview(
 
     Args:
         features, matters: as of :func:`grouped_bars`.
-        concepts, chance: as of :func:`probe_curves`; at most four concepts.
+        concepts, behaviour, chance: as of :func:`probe_curves`; at most four concepts.
         strengths, response, random: as of :func:`dose_curve`.
         units: of the three.
         title, of, caption: as there.
@@ -44,27 +45,29 @@ def overview(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12.6, 3.7), layout="constrained")
+    figure = Figure(figsize=(12.6, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3)
     drawings = [
         grouped_bars(features, unit=units[0], matters=matters, most=8, of=of),
-        probe_curves(concepts, chance=chance, unit=units[1], of=of),
+        probe_curves(concepts, behaviour, chance=chance, unit=units[1], of=of),
         dose_curve(strengths, response, random=random, outcome=units[2], of=of),
     ]
     features = {name: features[name] for name in drawings[0].data["bars"]}
     concepts = {name: concepts[name] for name in drawings[1].data["concepts"]}
     entries = [
         fill_bars(axes[0], features, unit=units[0], matters=matters),
-        fill_probes(axes[1], concepts, chance=chance, unit=units[1], steps="environment frames"),
+        fill_probes(axes[1], concepts, behaviour, chance=chance, unit=units[1], steps="environment frames"),
         fill_doses(axes[2], strengths, response, random=None if random is None else array(random)),
     ]
     axes[2].set(xlabel="alpha (in units of the vector)", ylabel=units[2])
     questions = ("What is it looking at?", "What does it know?", "Can I change its mind?")
-    axes[1].set_ylim(bottom=min(0, axes[1].get_ylim()[0]))  # room for what the lines are
-    for axis, question, entry, at in zip(axes, questions, entries, ("best", "lower left", "best"), strict=True):
+    for axis, question, entry in zip(axes, questions, entries, strict=True):
         axis.set_title(question, fontsize=12, pad=8)
-        axis.legend(list(entry.values()), list(entry), loc=at, handlelength=2.6)
+        axis.legend(
+            list(entry.values()), list(entry), loc="upper center", bbox_to_anchor=(0.45, -0.16),
+            ncols=2 if len(entry) > 3 else max(1, len(entry)), handlelength=2.4, columnspacing=1.2,
+        )  # fmt: skip
     return Drawing(
         figure=figure,
         title=title,

@@ -129,16 +129,34 @@ def probe_curves(
 
 
 def fill_probes(
-    axis: Any, concepts: Mapping[str, Mapping[str, Curve]], *, chance: float | None, unit: str, steps: str
+    axis: Any,
+    concepts: Mapping[str, Mapping[str, Curve]],
+    behaviour: Mapping[str, Curve] | None = None,
+    *,
+    chance: float | None,
+    unit: str,
+    steps: str,
 ) -> dict[str, Any]:
-    """All concepts in one panel, a colour for each; returns the entries of a legend."""
+    """All concepts in one panel, a colour for each and a line for who is read; returns the entries of a legend."""
+    from matplotlib.lines import Line2D
+
     entries: dict[str, Any] = {}
-    for (name, curves), colour, marker in zip(concepts.items(), (BLUE, ORANGE, GREEN, PURPLE), MARKERS, strict=False):
+    others: dict[str, Any] = {}
+    for (name, curves), colour, marker in zip(concepts.items(), (BLUE, ORANGE, PURPLE, GREY), MARKERS, strict=False):
         for one, curve in curves.items():
             _, style, _, width = _SERIES[one]
-            entries[f"{label(name, 34)}, {one}"] = drawn(
+            line = drawn(
                 axis, points(curve), colour=colour, style=style, marker=marker if one == "trained" else "", width=width
             )
+            if one == "trained":
+                entries[label(name, 34)] = line
+            else:
+                others[one] = Line2D([], [], color=INK, linestyle=style, linewidth=width)
+    entries |= others
+    for name, curve in (behaviour or {}).items():
+        entries[label(name, 34)] = drawn(
+            axis, points(curve), colour=GREEN, style=STYLES[2], marker=MARKERS[4], width=1.4
+        )
     if chance is not None:
         entries["chance"] = axis.axhline(chance, color=INK, linewidth=0.9, linestyle=(0, (1, 3)))
     axis.set(xlabel=steps, ylabel=unit)

@@ -107,7 +107,9 @@ def fill_doses(
         x = np.asarray(strengths, dtype=float)[order]
         # The range of a few directions may be a line: its edges are drawn, or it would not be seen.
         axis.fill_between(x, shown.min(0), shown.max(0), facecolor=GREY, edgecolor=GREY, alpha=0.3, linewidth=2)
-        (entries["random directions"],) = axis.plot(x, shown.mean(0), color=GREY, linestyle=STYLES[1], linewidth=1.4)
+        (entries[f"{len(random)} random directions"],) = axis.plot(
+            x, shown.mean(0), color=GREY, linestyle=STYLES[1], linewidth=1.4
+        )
     for place, (name, values) in enumerate((competence or {}).items()):
         entries[label(name)] = drawn(
             axis, points(list(zip(strengths, values, strict=True))), colour=GREEN, style=STYLES[2 + place % 3],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tdhook_rl.errors import ArtifactError
-from tdhook_rl.report.drawing import Drawing
+from tdhook_rl.report.drawing import Drawing, as_drawn
 from tdhook_rl.report.page.parts import Figure, Fragment, Gallery
 from tdhook_rl.report.page.place import Place
 from tdhook_rl.report.page.saved import as_json, data_link, embedded
@@ -42,7 +42,9 @@ def figure(part: Figure, place: Place) -> str:
         content = path.read_bytes()
     except OSError as error:
         raise ArtifactError(f"the figure {path} cannot be read: {error.strerror}") from error
-    picture = embedded(content, path.suffix, part.alt or part.caption or part.heading)
+    ours = as_drawn(content) if path.suffix == ".svg" else None
+    picture = _apart(ours, place.id(f"figure {part.heading}")) if ours else None
+    picture = picture or embedded(content, path.suffix, part.alt or part.caption or part.heading)
     return (
         f'{place.heading(part.heading)}<figure><div class="drawing">{picture}</div>{_caption(part.caption)}</figure>\n'
         f"{_beside(part.heading, part.data, place)}"

@@ -5,7 +5,7 @@ from tdhook_rl.report.sinks.file import FileSink
 from tdhook_rl.report.sinks.folder import FolderSink, new_folder
 from tdhook_rl.report.sinks.loggers import TensorboardSink, WandbSink, sink_of
 from tdhook_rl.report.sinks.names import PREFIX
-from tdhook_rl.report.sinks.together import Sink, Sinks, open_sinks, open_wandb, sinks_of
+from tdhook_rl.report.sinks.together import Sink, Sinks, open_wandb, sinks_of
 
 __all__ = [
     "PREFIX",
@@ -17,7 +17,6 @@ __all__ = [
     "TensorboardSink",
     "WandbSink",
     "new_folder",
-    "open_sinks",
     "open_wandb",
     "sink_of",
     "sinks_of",

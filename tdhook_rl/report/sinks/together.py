@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from tdhook_rl.errors import InputError, warn
+from tdhook_rl.errors import warn
 from tdhook_rl.report.media import Media
 from tdhook_rl.report.sinks.base import LoggerSink
 from tdhook_rl.report.sinks.file import FileSink
@@ -18,7 +18,7 @@ from tdhook_rl.report.sinks.names import PREFIX
 from tdhook_rl.report.sinks.patient import Patient
 from tdhook_rl.report.sinks.values import sorted_values
 
-__all__ = ["Sink", "Sinks", "folder_beside", "open_sinks", "open_wandb", "sinks_of"]
+__all__ = ["Sink", "Sinks", "folder_beside", "open_wandb", "sinks_of"]
 
 
 class Sink(Protocol):
@@ -203,14 +203,3 @@ def open_wandb(
     except Exception as error:
         warnings.warn(f"W&B could not start ({type(error).__name__}: {error}); logging to local files only")
         return None
-
-
-def open_sinks(folder: Path, logger: str, name: str, config: Mapping[str, Any]) -> Sinks:
-    """The local files, and the logger asked for: ``"wandb"`` or ``"csv"``.
-
-    Raises:
-        InputError: for another logger.
-    """
-    if logger not in ("wandb", "csv"):
-        raise InputError(f"the logger is 'wandb' or 'csv', got {logger!r}")
-    return Sinks(FolderSink(folder), open_wandb(folder, name, config) if logger == "wandb" else None)
