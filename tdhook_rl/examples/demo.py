@@ -19,22 +19,37 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictSequential
 from torch import Tensor
 from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.modules import ProbabilisticActor
 
-from tdhook_rl import ActivationCaching, Compose, LinearProbe, ProbeReadout, Saliency, SteeringVectors, targets
+from tdhook_rl import (
+    ActivationCaching,
+    Compose,
+    ControlRecord,
+    LinearProbe,
+    ProbeReadout,
+    Saliency,
+    SteeringVectors,
+    targets,
+)
 from tdhook_rl.artifacts import save_artifact
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError
 from tdhook_rl.examples.agent import FC2, PPO, make_actor, make_critic
 from tdhook_rl.examples.steer_at_eval import contrast
 from tdhook_rl.report import DataTable, Monitor, player
-from tdhook_rl.rollout import EPISODE, GroupSplit, NetworkDiagnostics, OnlineProbe, ignore_interrupts, starting_workers
+from tdhook_rl.rollout import (
+    EPISODE,
+    GroupSplit,
+    NetworkDiagnostics,
+    OnlineProbe,
+    alike_episodes,
+    ignore_interrupts,
+    starting_workers,
+)
 from tdhook_rl.statistics import Interval, grouped_mean
 from tdhook_rl.sweeps import DoseResponse, SteeringVector, dose_response, first_episode
-from tdhook_rl.sweeps.dose_response import SharedNoise
 
 ENVS = 128
 BATCH = 2048
@@ -306,25 +321,20 @@ def _away(start: TensorDictBase) -> Tensor:
 
 
 def _play(settings: Settings, actor: ProbabilisticActor, vector: SteeringVector, folder: Path) -> None:
-    """Eight episodes steered and not, from the same starts with the same noise, for the player."""
-    env = CueCorners(batch_size=[8], seed=settings.seed + 30_000)
-    start = env.reset()
-    probe = LinearProbe.load(folder / "probe_xor")
+    """Eight episodes with the vector and without, from the same starts with the same draws, for the player."""
+    env = CueCorners(batch_size=[8])
     method = Compose(
-        SteeringVectors({vector.path: vector.vector}, alpha="strength"),
+        SteeringVectors({vector.path: vector.vector}, alpha=0.0),
+        ControlRecord(["steering.alpha"]),
         ActivationCaching(FC2),
-        ProbeReadout({"xor": probe}),
+        ProbeReadout({"xor": LinearProbe.load(folder / "probe_xor")}),
         Saliency(target=targets.chosen_logit()),
     )
-    played: dict[str, list[TensorDictBase]] = {}
+    played = {}
     with method.prepare(actor) as policy:
-        for name, alpha in (("not steered", 0.0), ("steered", 1.0)):
-            acting = TensorDictSequential(policy, SharedNoise(torch.Generator().manual_seed(settings.seed)))
-            data = start.clone().set("strength", alpha * _away(start))
-            with torch.no_grad():
-                data = env.rollout(env.max_steps, acting, auto_reset=False, tensordict=data, break_when_any_done=False)
-            data = policy.annotate(data, on_mismatch="ignore")
-            played[name] = [row[first] for row, first in zip(data, first_episode(data), strict=True)]
+        for name, alpha in (("not steered", 0.0), ("steered to corner A", 1.0)):
+            policy.controls["steering.alpha"] = alpha
+            played[name] = alike_episodes(policy, env, episodes=8, max_steps=env.max_steps, seed=settings.seed)
         player(played, policy=policy, env=env, title="Eight episodes, steered and not").record(folder)
 
 

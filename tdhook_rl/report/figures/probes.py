@@ -160,7 +160,8 @@ def fill_probes(
     if chance is not None:
         entries["chance"] = axis.axhline(chance, color=INK, linewidth=0.9, linestyle=(0, (1, 3)))
     axis.set(xlabel=steps, ylabel=unit)
-    _shares([axis], [points(curve) for curves in concepts.values() for curve in curves.values()], [chance])
+    everything = [curve for curves in (*concepts.values(), behaviour or {}) for curve in curves.values()]
+    _shares([axis], map(points, everything), [chance])
     tick_numbers(axis)
     return entries
 
