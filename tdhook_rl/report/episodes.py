@@ -115,7 +115,7 @@ def _column(data: TensorDictBase, name: str, count: int) -> np.ndarray | None:
         keys = [("next", *key) for key in inside if isinstance(key, tuple) and key[-1] == name]
     values = [data.get(key, None) for key in keys]
     known = [one for one in values if isinstance(one, Tensor) and one.numel() and one.numel() % count == 0]
-    if not known:
+    if not known or any(one.is_complex() for one in known):
         return None
     rows = torch.cat([one.detach().cpu().reshape(count, -1) for one in known], -1)
     return (rows.any(-1) if rows.dtype == torch.bool else rows.double().mean(-1)).numpy()

@@ -84,6 +84,8 @@ def _bytes(array: np.ndarray) -> np.ndarray:
         low, high = 0.0, 1.0
     elif low >= 0 and 1 < high <= 255:
         low, high = 0.0, 255.0
+    if max(-low, high) > 1e30:  # beyond what differences of float32 reach
+        numbers = numbers.astype(np.float64)
     scaled = (numbers - low) * (255.0 / ((high - low) or 1.0))
     return np.nan_to_num(scaled).round().clip(0, 255).astype(np.uint8)
 

@@ -118,7 +118,8 @@ def _contents(plan: _Plan, head: dict[str, Any], known: dict[tuple[int, int], Pa
         facts = {"kind": track.kind, "name": track.name, "agent": track.agent, **track.facts}
         facts["array"] = add(track, levels, lambda track=track, levels=levels: _packed(track, levels))
         if track.kind in ("attribution", "activation"):
-            facts["scale"] = _digits(robust_scale(track.values))
+            scale = robust_scale(track.values)
+            facts["scale"] = _digits(scale) if np.isfinite(scale) else 1.0
         if track.kind == "attribution":
             facts["signed"] = bool((track.values < 0).any())
             facts["size"] = add(track, -1, lambda track=track: pack_values(_sizes(track.values)))
@@ -156,7 +157,7 @@ def _packed(track: Track, levels: int) -> Packed:
 
 def _sizes(values: np.ndarray) -> np.ndarray:
     """Of each step the sum of absolute values; NaN where nothing was computed."""
-    flat = np.abs(values.reshape(len(values), -1))
+    flat = np.abs(values.reshape(len(values), -1).astype(np.float64))
     return np.where(np.isnan(flat).all(1), np.nan, np.nansum(flat, 1))[:, None]
 
 

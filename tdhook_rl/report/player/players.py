@@ -84,7 +84,8 @@ def player(
         True
     """
     options = Options(policy, env, sites, frames_key, Features(feature_names), action_names)
-    recording = read(rollouts, names, options)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is shown as not there
+        recording = read(rollouts, names, options)
     called = _slug(name or title or "player")
     room = most_bytes - len(code()) - MARGIN
     if room <= 0:
@@ -197,16 +198,17 @@ class Player:
         known = self._contents.head["episodes"]
         if not 0 <= episode < len(known):
             raise InputError(f"there are episodes 0 to {len(known) - 1}, got {episode}")
-        strips = []
+        strips: list[np.ndarray] = []
         for label, part in zip(self._contents.head["sets"], known[episode]["parts"], strict=True):
             if part is not None:
                 words = " · ".join(one for one in (label, known[episode]["name"]) if one)
                 strips.append(self._pictures(part, words))
         longest, height = max(map(len, strips)), max(one.shape[1] for one in strips)
-        sides = []
+        sides: list[np.ndarray] = []
         for one in strips:  # the shorter one stays at its last step
             one = np.concatenate([one, one[-1:].repeat(longest - len(one), 0)])
-            sides.append(np.pad(one, ((0, 0), (0, height - one.shape[1]), (0, 0), (0, 0)), constant_values=255))
+            margins = ((0, 0), (0, height - one.shape[1]), (16 if sides else 0, 0), (0, 0))
+            sides.append(np.pad(one, margins, constant_values=255))
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(Animation(np.concatenate(sides, 2), fps).content())

@@ -141,7 +141,7 @@ def _read_set(name: str, rollouts: Any, options: Options) -> _Set:
         for one in found:
             row = int(one.places[0]) // wide
             nth = seen[row] = seen.get(row, -1) + 1
-            total = None if np.isnan(one.total) else float(one.total)
+            total = float(one.total) if np.isfinite(one.total) else None
             parts[number, row, nth] = Part(start, len(one.places), _end(data, int(one.places[-1])), total)
             start += len(one.places)
         these = Rows(data.detach(), np.concatenate([one.places for one in found]), options)

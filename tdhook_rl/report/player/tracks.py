@@ -39,6 +39,8 @@ RESULTS = (
 VALUE = re.compile(r"(^|_)value(_\d+)?$")
 #: Vectors with more entries are not listed one by one, and of sites with more units some are left out.
 MOST = 512
+#: More agents than this are not looked at one by one.
+AGENTS = 16
 
 
 @dataclass(eq=False)
@@ -95,7 +97,10 @@ class Rows:
     def __init__(self, data: TensorDictBase, places: np.ndarray, options: Options) -> None:
         self.data, self.places, self.options = data, torch.from_numpy(places), options
         leaves = [key_parts(key) for key in data.keys(True, True)]
-        self.keys: list[Key] = [key for key in leaves if isinstance(data.get(key), Tensor)]
+        tensors = {key: value for key in leaves if isinstance(value := data.get(key), Tensor) and value.numel()}
+        for key in [key for key, value in tensors.items() if value.is_complex()]:
+            options.note(f"{'.'.join(key)!r} is complex: it is not shown")
+        self.keys: list[Key] = [key for key, value in tensors.items() if not value.is_complex()]
         self.attributions, self.activations = self._results()
         roots = {key[0] for key in (*self.attributions, *self.activations)}
         self.plain = [key for key in self.keys if key[0] not in (*RESULTS, *roots)]
@@ -104,8 +109,8 @@ class Rows:
     def of(self, key: NestedKey) -> np.ndarray:
         """The rows of an entry: ``(rows, *features)``."""
         value = self.data.get(key).detach()
-        batch = self.data.ndim
-        return as_array(value.reshape(-1, *value.shape[batch:])[self.places.to(value.device)])
+        rows = value.reshape(self.data.numel(), *value.shape[self.data.ndim :])
+        return as_array(rows[self.places.to(value.device)])
 
     def result(self, key: Key) -> np.ndarray:
         """The rows of a result as floats, NaN where it was not computed."""
@@ -136,7 +141,9 @@ class Rows:
         if not count or values.ndim < 2 or values.shape[1] != count:
             yield None, values
             return
-        for agent in range(count):
+        if count > AGENTS:
+            self.options.note(f"of {count} agents the first {AGENTS} are shown")
+        for agent in range(min(count, AGENTS)):
             yield agent, values[:, agent]
 
     # ------------------------------------------------------------------ inner
@@ -204,7 +211,7 @@ def _activations(rows: Rows) -> Iterator[Track]:
             units = values.reshape(len(values), -1)
             note = ""
             if values.ndim == 4 and units.shape[1] > 64:
-                units, note = values.mean((2, 3)), f"means of {values.shape[1]} channels"
+                units, note = values.mean((2, 3), dtype=np.float64), f"means of {values.shape[1]} channels"
             if units.shape[1] > MOST:
                 every = -(-units.shape[1] // MOST)
                 units, note = units[:, ::every], f"every {every}th of {units.shape[1]} units"
@@ -221,7 +228,7 @@ def number_tracks(rows: Rows) -> list[Track]:
                 flat = values.reshape(len(values), -1)
                 if flat.shape[1] > 1:
                     rows.options.note(f"the reward of {flat.shape[1]} parts is shown as their sum")
-                found.append(Track("number", "reward", flat.sum(1), agent, {"role": "reward"}))
+                found.append(Track("number", "reward", flat.astype(np.float64).sum(1), agent, {"role": "reward"}))
     for key in rows.plain:
         if VALUE.search(key[-1]) and key[-1] != "action_value":
             for agent, values in rows.agents(key, rows.of(key).astype(np.float32)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,9 +78,9 @@ def layout_of(rows: Rows, key: Key) -> Layout | None:
     shape = tuple(value.shape[rows.data.ndim + (1 if key[0] in rows.groups else 0) :])
     env = rows.options.known.base
     grid = getattr(env, "grid", None)
-    if grid and key == ("observation",) and np.prod(shape) == len(env.planes) * grid[0] * grid[1]:
+    if grid and key == ("observation",) and math.prod(shape) == len(env.planes) * grid[0] * grid[1]:
         return Layout((len(env.planes), *grid), env.planes)
-    if not is_picture(shape) or value.dtype.is_complex:
+    if not is_picture(shape):
         return None
     if len(shape) == 2:
         return Layout((1, *shape), channels=None)
@@ -185,8 +186,9 @@ def attribution_tracks(rows: Rows, found: Sequence[View]) -> Iterator[Track]:
                 over = [view.name for view in found if _overlays(view, source, agent)]
                 facts = facts | {"layout": "map", "over": over, "planes": list(layout.planes)}
                 yield Track("attribution", label, layout.planes_of(values), agent, facts)
-            elif 0 < np.prod(features, dtype=int) <= MOST:
-                names = feature_names(rows, source, features) if source else [str(n) for n in range(np.prod(features))]
+            elif 0 < math.prod(features) <= MOST:
+                numbers = [str(number) for number in range(math.prod(features))]
+                names = feature_names(rows, source, features) if source else numbers
                 facts = facts | {"layout": "features", "names": names}
                 yield Track("attribution", label, values.reshape(len(values), -1), agent, facts)
             else:
@@ -198,7 +200,7 @@ def attribution_tracks(rows: Rows, found: Sequence[View]) -> Iterator[Track]:
 
 def _fits(values: np.ndarray, layout: Layout) -> bool:
     if values.ndim == 2:
-        return values.shape[1] == int(np.prod(layout.shape))
+        return values.shape[1] == math.prod(layout.shape)
     return values.ndim in (3, 4)
 
 
@@ -284,9 +286,9 @@ def _is_minigrid(value: torch.Tensor, shape: tuple[int, ...]) -> bool:
     """Codes of objects, colours and states, of a square of cells, perhaps as floats."""
     if shape[2:] != (3,) or max(shape) > 32 or value.dtype == torch.bool:
         return False
-    most = value.reshape(-1, 3).amax(0).tolist()
-    whole = not value.is_floating_point() or bool((value == value.round()).all())
-    return whole and int(value.min()) >= 0 and 1 < most[0] <= 10 and most[1] <= 5 and most[2] <= 3
+    low, most = float(value.min()), value.reshape(-1, 3).amax(0).tolist()
+    whole = not value.is_floating_point() or bool((value == value.round()).all())  # NaN is not
+    return whole and low >= 0 and 1 < most[0] <= 10 and most[1] <= 5 and most[2] <= 3
 
 
 def _minigrid(codes: np.ndarray, tile: int = 16) -> np.ndarray:
