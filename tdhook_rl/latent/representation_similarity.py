@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
@@ -98,6 +99,45 @@ class CkaEstimator(TensorDictModuleBase):
         return write_results(
             tensordict, {self.out_key: (cross / (own_a.sqrt() * own_b.sqrt())).masked_fill(undefined, math.nan)}
         )
+
+    @checked
+    def matrix(self, clouds: Sequence[Tensor]) -> Tensor:
+        """The similarity of each cloud with each other, from one kernel matrix for each.
+
+        Args:
+            clouds: K representations of the same inputs, each ``(N, D)``.
+
+        Returns:
+            ``(K, K)``; NaN where a cloud is constant.
+
+        Raises:
+            InputError: as of a call, or if there is no cloud.
+
+        Example:
+            >>> a = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+            >>> [[round(x, 3) for x in row] for row in CkaEstimator().matrix([a, 2 * a]).tolist()]
+            [[1.0, 1.0], [1.0, 1.0]]
+        """
+        if not clouds:
+            raise InputError("there is no representation to compare")
+        grams, owns, undefined = [], [], []
+        for place, cloud in enumerate(clouds):
+            key = f"cloud {place}"
+            points = read_points(TensorDict({key: cloud}), key, rows=4 if self.debiased else 2)
+            if points.ndim != 2 or len(points) != len(clouds[0]):
+                raise InputError(
+                    f"{key} has shape {tuple(points.shape)} and the first {tuple(clouds[0].shape)}: a row for each of "
+                    "the same inputs"
+                )
+            points, constant = self._centred(points.double())
+            gram, size = self._gram(points, constant, key)
+            own = gram.square().sum()
+            grams.append(gram.flatten())
+            owns.append(own)
+            undefined.append(constant | (own <= self.eps * size))
+        kernels, sizes, odd = torch.stack(grams), torch.stack(owns), torch.stack(undefined)
+        found = (kernels @ kernels.mT) / (sizes.sqrt()[:, None] * sizes.sqrt())
+        return found.masked_fill(odd[:, None] | odd, math.nan)
 
     def _centred(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Points about their mean and of mean square 1, and whether the cloud is constant."""

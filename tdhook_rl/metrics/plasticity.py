@@ -1,6 +1,8 @@
-"""What a layer has left to learn with: dormant units, ranks of its features, and how much decisions churn."""
+"""What a layer has left to learn with: dormant units, and ranks of its features."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from tdhook_rl.errors import InputError
 
 
 @checked
-def dormant_units(activations: Tensor, tau: float = 0.025, *, axis: int | None = None) -> Tensor:
+def dormant_units(activations: Tensor, tau: float = 0.025, *, axis: int | Sequence[int] | None = None) -> Tensor:
     """Which units of a layer are dormant (Sokar, Agarwal, Castro & Evci 2023, ICML).
 
     The score of a unit is its mean absolute activation over that of the average unit of its layer; at most ``tau``
@@ -20,7 +22,8 @@ def dormant_units(activations: Tensor, tau: float = 0.025, *, axis: int | None =
         activations: ``(rows, ..., units)``, such as ``(rows, agents, units)``; four axes without ``axis`` are
             ``(rows, channels, height, width)``.
         tau: the threshold: 0.025, or 0 for units that never act at all.
-        axis: the one of the units, where it is another: 1 for sequences ``(rows, channels, length)``.
+        axis: the one of the units, where it is another: 1 for sequences ``(rows, channels, length)``; several where
+            each of their places is a unit, ``(1, 2)`` for agents that have networks of their own.
 
     Returns:
         ``(units,)``, bool.
@@ -34,13 +37,66 @@ def dormant_units(activations: Tensor, tau: float = 0.025, *, axis: int | None =
     """
     if tau < 0:
         raise InputError(f"tau= is a share of the average activation, at least 0; got {tau}")
+    return unit_scores(activations, axis=axis) <= tau
+
+
+@checked
+def unit_scores(activations: Tensor, *, axis: int | Sequence[int] | None = None) -> Tensor:
+    """The mean absolute activation of each unit over that of the average unit of its layer: 1 on average.
+
+    Args:
+        activations, axis: as of :func:`dormant_units`.
+
+    Returns:
+        ``(units,)``, float64; 0 throughout for a layer that is silent throughout.
+
+    Raises:
+        InputError: for another shape or axis, no rows, or NaN.
+
+    Example:
+        >>> unit_scores(torch.tensor([[1.0, 0.0, 5.0], [-1.0, 0.0, -5.0]])).tolist()
+        [0.5, 0.0, 2.5]
+    """
     sizes = _checked(activations).abs()
     if axis is None:
         axis = 1 if sizes.ndim == 4 else -1
-    if not -sizes.ndim < axis < sizes.ndim or axis == 0:
+    axes = [axis] if isinstance(axis, int) else list(axis)
+    apart = len({one % sizes.ndim for one in axes}) == len(axes) > 0
+    if not apart or not all(-sizes.ndim < one < sizes.ndim and one for one in axes):
         raise InputError(f"axis={axis} of {tuple(sizes.shape)} does not hold units: axis 0 are the rows")
-    means = sizes.movedim(axis, -1).flatten(0, -2).mean(0)
-    return means <= tau * means.mean()
+    ends = list(range(-len(axes), 0))
+    means = sizes.movedim(axes, ends).flatten(-len(axes)).flatten(0, -2).mean(0)
+    average = means.mean()
+    return means / average if average > 0 else means
+
+
+@checked
+def dormant_overlap(then: Tensor, now: Tensor) -> float:
+    """The share of the units that were dormant then that are dormant now.
+
+    While more and more units are dormant this is the overlap coefficient of Sokar, Agarwal, Castro & Evci 2023 (ICML),
+    the common units over the smaller of both sets; but where units wake up, it falls. Units that are dormant by chance
+    overlap by the share of units that are dormant now.
+
+    Args:
+        then, now: ``(units,)``, bool, as of :func:`dormant_units`.
+
+    Returns:
+        the share; NaN if none was dormant then.
+
+    Raises:
+        InputError: if the two are not of the same units.
+
+    Example:
+        >>> dormant_overlap(torch.tensor([True, True, False]), torch.tensor([True, False, True]))
+        0.5
+    """
+    if then.dtype != torch.bool or now.dtype != torch.bool or then.ndim != 1 or then.shape != now.shape:
+        raise InputError(
+            f"the overlap is of two masks (units,) of the same units, got {tuple(then.shape)} ({then.dtype}) and "
+            f"{tuple(now.shape)} ({now.dtype})"
+        )
+    return float((then & now).sum() / then.sum())
 
 
 @checked
@@ -64,12 +120,7 @@ def effective_rank(activations: Tensor, delta: float = 0.01) -> int:
     """
     if not 0 <= delta < 1:
         raise InputError(f"delta= is a share, at least 0 and below 1; got {delta}")
-    values = torch.linalg.svdvals(_checked(activations).flatten(1))
-    total = values.sum()
-    if total == 0:
-        return 0
-    # Rounding may leave the sum of all a little below what is asked.
-    return min(int((values.cumsum(0) < (1 - delta) * total).sum()) + 1, len(values))
+    return Spectrum(activations).effective_rank(delta)
 
 
 @checked
@@ -91,35 +142,56 @@ def entropy_rank(activations: Tensor) -> float:
         >>> round(entropy_rank(torch.eye(4)), 3)
         4.0
     """
-    values = torch.linalg.svdvals(_checked(activations).flatten(1))
-    if values.sum() == 0:
-        return 0.0
-    return float(torch.special.entr(values / values.sum()).sum().exp())
+    return Spectrum(activations).entropy_rank()
 
 
 @checked
-def action_churn(before: Tensor, after: Tensor) -> float:
-    """In what share of states the greedy action has changed (Schaul, Barreto, Quan & Ostrovski 2022, NeurIPS).
+def stable_rank(activations: Tensor) -> float:
+    """The squared Frobenius norm of the features over their largest squared singular value (Rudelson & Vershynin 2007,
+    J. ACM 54).
+
+    At most the rank, and hardly moved by small singular values, which the other ranks count.
 
     Args:
-        before, after: the greedy actions in the same states: ``(states,)`` of indices, ``(states, actions)`` one-hot,
-            or ``(states, dimensions)`` of a deterministic continuous policy, of which any change counts.
+        activations: ``(rows, ...)``; features are flattened.
 
     Returns:
-        the share.
+        the rank, a real number; 0 for features that are zero throughout.
 
     Raises:
-        InputError: if the two do not pair up, or there are none.
+        InputError: for no rows, or NaN.
 
     Example:
-        >>> action_churn(torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 2, 1]))
-        0.25
+        >>> stable_rank(torch.diag(torch.tensor([2.0, 1.0, 0.0])))
+        1.25
     """
-    if before.shape != after.shape or not before.numel():
-        raise InputError(
-            f"churn compares the actions of the same states, got {tuple(before.shape)} and {tuple(after.shape)}"
-        )
-    return float((before != after).reshape(len(before), -1).any(-1).double().mean())
+    return Spectrum(activations).stable_rank()
+
+
+class Spectrum:
+    """The singular values of the features of a layer, which all ranks are read from.
+
+    Args:
+        activations: ``(rows, ...)``; features are flattened.
+    """
+
+    def __init__(self, activations: Tensor) -> None:
+        self.values = torch.linalg.svdvals(_checked(activations).flatten(1))
+
+    def effective_rank(self, delta: float) -> int:
+        total = self.values.sum()
+        if total == 0:
+            return 0
+        # Rounding may leave the sum of all a little below what is asked.
+        return min(int((self.values.cumsum(0) < (1 - delta) * total).sum()) + 1, len(self.values))
+
+    def entropy_rank(self) -> float:
+        total = self.values.sum()
+        return 0.0 if total == 0 else float(torch.special.entr(self.values / total).sum().exp())
+
+    def stable_rank(self) -> float:
+        largest = self.values.max()
+        return 0.0 if largest == 0 else float((self.values / largest).square().sum())
 
 
 def _checked(activations: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -37,7 +38,7 @@ def untrained_copy(module: nn.Module, *, seed: int = 0) -> Any:
         (True, False)
     """
     own = copy.deepcopy(module)
-    layers = {path: layer for path, layer in own.named_modules() if has_parameters(path, layer)}
+    layers = dict(_owner(own, path, layer) for path, layer in own.named_modules() if has_parameters(path, layer))
     unknown = [
         f"{path or '(root)'} ({type(layer).__name__})" for path, layer in layers.items()
         if not callable(getattr(layer, "reset_parameters", None))
@@ -55,6 +56,15 @@ def untrained_copy(module: nn.Module, *, seed: int = 0) -> Any:
             else:
                 layer.reset_parameters()  # type: ignore[operator]
     return own
+
+
+def _owner(root: nn.Module, path: str, layer: nn.Module) -> tuple[str, nn.Module]:
+    """The module that initialises the parameters: of a TensorDict of them, as TorchRL's multi-agent networks have, the
+    one that holds it."""
+    while isinstance(layer, TensorDictParams) and path:
+        path = path.rpartition(".")[0]
+        layer = root.get_submodule(path)
+    return path, layer
 
 
 def has_parameters(path: str, layer: nn.Module) -> bool:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from tdhook_rl.probes.quantities import Future, Return
 from tdhook_rl.probes.splits import EPISODE, GroupSplit
 from tdhook_rl.rollout.alike import alike_episodes
-from tdhook_rl.rollout.diagnostics import NetworkDiagnostics
+from tdhook_rl.rollout.cka_matrix import CkaMatrix, cka_matrix
+from tdhook_rl.rollout.diagnostics import NetworkDiagnostics, Plasticity
 from tdhook_rl.rollout.guarded import Guarded
 from tdhook_rl.rollout.interrupts import Interruptible, ignore_interrupts, starting_workers
 from tdhook_rl.rollout.live_controls import set_controls
@@ -36,6 +37,7 @@ __all__ = [
     "EPISODE",
     "AnnotateHook",
     "AnnotatedMetrics",
+    "CkaMatrix",
     "Finding",
     "Future",
     "GroupSplit",
@@ -43,11 +45,13 @@ __all__ = [
     "Interruptible",
     "NetworkDiagnostics",
     "OnlineProbe",
+    "Plasticity",
     "ProbeSuite",
     "Report",
     "Return",
     "alike_episodes",
     "check",
+    "cka_matrix",
     "ignore_interrupts",
     "set_controls",
     "starting_workers",

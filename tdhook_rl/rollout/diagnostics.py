@@ -2,30 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.utils import unravel_key
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
-from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from tdhook_rl.arguments.checked import checked
-from tdhook_rl.arguments.keys import required
-from tdhook_rl.calls.passes import effects_of
-from tdhook_rl.calls.real_rows import defined_values, real_rows
-from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
-from tdhook_rl.latent.activation_caching import ActivationCaching
-from tdhook_rl.latent.representation_similarity import CkaEstimator
-from tdhook_rl.metrics.plasticity import action_churn, dormant_units, effective_rank, entropy_rank
-from tdhook_rl.replaying.batching import GeneratorState
+from tdhook_rl.arguments.checked import Checked, checked
+from tdhook_rl.errors import InputError, SiteError, nearest
+from tdhook_rl.metrics.norms import gradient_norms, spectral_norms, weight_norms
+from tdhook_rl.metrics.refitting import random_target_loss
+from tdhook_rl.metrics.untrained import untrained_copy
+from tdhook_rl.rollout.decision_drift import DecisionDrift, ratio_by_state
+from tdhook_rl.rollout.fixed_states import FixedStates
+from tdhook_rl.rollout.site_health import SiteHealth
 from tdhook_rl.sites.unit_axes import UnitAxes, given_axis
+from tdhook_rl.statistics.interval import Interval
+from tdhook_rl.statistics.means import grouped_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plasticity(metaclass=Checked):
+    """How :class:`NetworkDiagnostics` measures plasticity: see :func:`tdhook_rl.metrics.random_target_loss`.
+
+    Args:
+        every: every how many updates; the network is run forward and backward ``steps`` times in each of them.
+        steps, lr, seed, out_key: as there.
+        untrained: the new network that it is compared with, which is fitted once; ``untrained_copy`` unless given.
+    """
+
+    every: int = 10
+    steps: int = 20
+    lr: float = 1e-3
+    seed: int = 0
+    out_key: Any = None
+    untrained: Any = None
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.steps < 1 or self.lr <= 0:
+            raise InputError(
+                f"every= and steps= are at least 1 and lr= positive, got {self.every}, {self.steps} and {self.lr}"
+            )
 
 
 class NetworkDiagnostics:
-    """Dormant units, ranks, drift and churn of a policy or value network, on a fixed set of states.
+    """Dormant units, ranks, norms, drift, churn and plasticity of a policy or value network, on a fixed set of states.
 
     What a network does in the states of the day changes with the states; so it is asked about the same ones at each
     :meth:`update`, in one forward pass without exploration, in eval mode, which moves no random generator. The network
@@ -40,17 +65,30 @@ class NetworkDiagnostics:
         rows: how many states are kept, evenly spread over what was given.
         tau: see :func:`tdhook_rl.metrics.dormant_units`.
         delta: see :func:`tdhook_rl.metrics.effective_rank`.
-        action_key: the key of the action, for churn; by default ``"action"``, where the network has it.
+        action_key: the key of the action, for churn; by default the network's ``"action"``, also beside nested outputs.
+        value_key: the key of the value, for its drift; by default ``"state_value"`` or ``"action_value"``.
         units: which axis of an activation holds its units, by site or one for all; unless given, the modules tell
             (channels of ``Conv1d`` to ``Conv3d``, also where agents or time come first; the last axis of ``Linear``).
+            Agents that share a network share its units; where TorchRL's multi-agent networks do not share, each agent
+            has units of its own.
+        groups: the key of the group of each state, which intervals are by; unless given the episode, where the states
+            have one, and otherwise each state by itself.
+        trajectories: whether whole trajectories are kept (the last dimension is time) and recurrent layers run along
+            them; otherwise they start from the memory that is stored with each state, which an older network wrote.
+            Unless given, whether the network is in recurrent mode.
+        norms: whether weights and gradients are measured.
+        loss: of the states kept a scalar, whose gradients are measured; unless given, those that training left in
+            ``.grad``.
+        plasticity: how to measure it; not at all unless given.
 
     Attributes:
-        states: the states that are looked at, one batch dimension; ``None`` before the first update.
+        states: the states that are looked at, one batch dimension (two for trajectories); ``None`` before the first
+            update.
         last: what the last update returned.
 
     Raises:
         SiteError: if a path names no module.
-        MissingKeyError: if the network has no such action, or the states lack an input.
+        MissingKeyError: if the network has no such action or value, or the states lack an input.
         InputError: for ``rows`` below 1, or no states; at an update, if nothing tells where the units of a site are.
 
     Example:
@@ -68,40 +106,41 @@ class NetworkDiagnostics:
         self,
         policy: nn.Module,
         *,
-        sites: Sequence[str],
+        sites: Sequence[str] | str,
         states: TensorDictBase | None = None,
         rows: int = 512,
         tau: float = 0.025,
         delta: float = 0.01,
         action_key: NestedKey | None = None,
+        value_key: NestedKey | None = None,
         units: int | Mapping[str, int] | None = None,
+        groups: NestedKey | None = None,
+        trajectories: bool | None = None,
+        norms: bool = True,
+        loss: Callable[..., Any] | None = None,
+        plasticity: Plasticity | None = None,
     ) -> None:
-        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
-            raise InputError(f"rows= is a positive integer, got {rows!r}")
-        pattern = [sites] if isinstance(sites, str) else list(sites)
-        self._policy = policy  # the hooked copy knows the original by a weak reference only
-        self._hooked = ActivationCaching(pattern).prepare(policy, return_context=False)
-        for child in self._hooked.modules():
-            child.training = False  # dropout would count as churn
-        self._sites = [key[-1] for key in self._hooked.result_keys if key[0] == "cache"]
+        self._fixed = FixedStates(policy, sites, rows=rows, groups=groups, trajectories=trajectories)
+        known = self._fixed.sites
         self.rows, self.tau, self.delta = rows, tau, delta
-        known = self._hooked.policy_out_keys
-        if action_key is not None and unravel_key(action_key) not in known:
-            raise MissingKeyError(
-                f"churn compares the network's {action_key!r}, which it does not output; {nearest(action_key, known)}"
-            )
-        self._action_key = "action" if action_key is None else unravel_key(action_key)
+        self._drift = DecisionDrift(policy, self._fixed.hooked.policy_out_keys, action_key, value_key)
         self._units = dict(units) if isinstance(units, Mapping) else units
-        if isinstance(self._units, dict) and not set(self._units) <= set(self._sites):
-            unknown = sorted(set(self._units) - set(self._sites))[0]
-            raise SiteError(f"units= names {unknown!r}, which is not looked at; {nearest(unknown, self._sites)}")
-        self._axes: dict[str, int] = {}
-        self._first: dict[str, Tensor] = {}
-        self._actions: Tensor | None = None
-        self.states: TensorDict | None = None
+        if isinstance(self._units, dict) and not set(self._units) <= set(known):
+            unknown = sorted(set(self._units) - set(known))[0]
+            raise SiteError(f"units= names {unknown!r}, which is not looked at; {nearest(unknown, known)}")
+        self._axes: dict[str, int | tuple[int, int]] = {}
+        self._health = {site: SiteHealth(tau, delta) for site in known}
+        self._norms, self._loss, self._plasticity = norms, loss, plasticity
+        self._fresh: Tensor | None = None
+        self._refitted: dict[str, Tensor] = {}
+        self._updates = 0
         self.last: dict[str, float] = {}
         if states is not None:
-            self._keep(states)
+            self._fixed.keep(states)
+
+    @property
+    def states(self) -> TensorDict | None:
+        return self._fixed.states
 
     @checked
     def update(self, data: TensorDictBase | None = None) -> dict[str, float]:
@@ -112,12 +151,21 @@ class NetworkDiagnostics:
 
         Returns:
             for each site ``dormant/`` and ``dead/`` (the shares of its units that hardly or never act),
-            ``effective_rank/``, ``entropy_rank/``, ``norm/`` (mean Euclidean norm of the features) and ``cka_first/``
-            (linear CKA, debiased, with the first update in which the site was finite: 1 where nothing has moved, about
-            0 where nothing is in common; NaN for fewer than 4 states); ``churn`` (the
-            share of states whose greedy action has changed since the last update; NaN at the first) and ``states``,
-            how many were looked at.
-            Where an activation is NaN or infinite, its site has NaN, and ``nonfinite/`` is the share of such rows.
+            ``overlap_first/`` and ``overlap_last/`` (of the units that were dormant at the first update, and at the one
+            before, the share that is dormant now; by chance it is what ``dormant/`` is; NaN where none was),
+            ``effective_rank/``, ``entropy_rank/``, ``stable_rank/``, ``norm/`` (mean Euclidean norm of the features),
+            ``cka_first/`` and ``cka_last/`` (linear CKA, debiased, with the first update in which the site was finite,
+            and with the one before: 1 where nothing has moved, about 0 where nothing is in common; NaN for fewer than 4
+            states). Where an activation is NaN or infinite, its site has NaN, and ``nonfinite/`` is the share of such
+            states.
+
+            Of the network, against the update before (NaN at the first): ``churn`` (the share of states whose greedy
+            action has changed), ``kl_churn`` (KL(before || now) of its action distribution, in nats, where it has one),
+            ``value_drift`` and ``value_drift_relative`` (mean absolute change of its values, and over their mean
+            size), as far as it has these. ``weight_norm``, ``gradient_norm``, and with ``/`` and the path of a module
+            those of its parameters, and ``spectral_norm/`` (see :mod:`tdhook_rl.metrics`); without gradients there are
+            no norms of them. Where it is due, ``plasticity_loss``, ``plasticity_loss_fresh`` of a new network, and
+            ``plasticity_ratio``, above 1 where this one is harder to fit. ``states``: how many were looked at.
 
         Raises:
             InputError: at a first update without states, or for an empty batch.
@@ -126,20 +174,24 @@ class NetworkDiagnostics:
         if self.states is None:
             if data is None:
                 raise InputError("the first update needs a batch to take states from, or give states= beforehand")
-            self._keep(data)
-        follower = None if self._axes else UnitAxes(self._hooked)
+            self._fixed.keep(data)
+        follower = None if self._axes else UnitAxes(self._fixed.hooked)
         with nullcontext() if follower is None else follower.following():
-            outputs = self._run()
-        activations = {site: outputs.get(("cache", site)) for site in self._sites}
+            outputs = self._fixed.run()
+        activations = {site: outputs.get(("cache", site)) for site in self._fixed.sites}
         if follower is not None:
             self._axes = {site: self._axis(follower, site, value) for site, value in activations.items()}
         found: dict[str, float] = {}
         for site, value in activations.items():
-            found |= self._look(site, value)
-        actions = outputs.get(self._action_key, None)
-        if isinstance(actions, Tensor):
-            found["churn"] = float("nan") if self._actions is None else action_churn(self._actions, actions)
-            self._actions = actions.clone()
+            measured = self._health[site].look(value, self._axes[site])
+            found |= {f"{name}/{site}": one for name, one in measured.items()}
+        found |= self._drift.look(outputs)
+        if self._norms:
+            found |= self._measured_norms()
+        self._refitted = {}
+        if self._plasticity is not None and self._updates % self._plasticity.every == 0:
+            found |= self._refit(self._plasticity)
+        self._updates += 1
         self.last = found | {"states": float(len(outputs))}
         return self.stats()
 
@@ -147,60 +199,89 @@ class NetworkDiagnostics:
         """The last findings, as TorchRL's ``LoggerMonitor`` asks for them."""
         return dict(self.last)
 
-    def _keep(self, data: TensorDictBase) -> None:
-        keys = self._hooked.policy_in_keys
-        for key in keys:
-            required(data, key, "the network reads")
-        # What is seen in padding, or was not seen (NaN), is no state.
-        real, seen = real_rows(data), defined_values((data.get(key) for key in keys), data.batch_size)
-        real = seen if real is None else real if seen is None else real & seen.to(real.device)
-        count = data.batch_size.numel() if real is None else int(real.sum())
-        if not count:
-            padding = ", all of it padding or NaN" if data.batch_size.numel() else ""
-            raise InputError(f"there are no states to look at: the batch has shape {tuple(data.batch_size)}{padding}")
-        chosen = data.select(*keys).reshape(-1)
-        if real is not None:
-            chosen = chosen[real.reshape(-1)]
-        spread = torch.linspace(0, len(chosen) - 1, min(self.rows, len(chosen))).round().long()
-        self.states = chosen[spread].detach().clone()
+    @property
+    def intervals(self) -> dict[str, Interval]:
+        """Of the last churn, KL churn, value drift and plasticity: means over states, with intervals by group.
 
-    def _run(self) -> TensorDictBase:
-        assert self.states is not None
-        with self._hooked.disable_context() as original:
-            self._hooked.training = original.training  # or it would warn that the two differ
-        effects = effects_of(self._hooked)
-        before = GeneratorState(self.states.device, others=not effects.watch.idle)
-        try:
-            with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC), effects.watch.scratch():
-                return self._hooked(self.states.clone() if effects.watch.may_write_input else self.states.copy())
-        finally:
-            before.restore()
+        Example:
+            >>> from tdhook_rl.envs import CueCorners
+            >>> from tdhook_rl.examples.agent import FC2, make_actor
+            >>> actor = make_actor()
+            >>> diagnostics = NetworkDiagnostics(actor, sites=[FC2])
+            >>> batch = CueCorners(batch_size=[8]).rollout(20, actor, break_when_any_done=False)
+            >>> found = diagnostics.update(batch), diagnostics.update(batch)
+            >>> diagnostics.intervals["churn"].high < 0.05
+            True
+        """
+        found = self._drift.intervals(self._fixed.groups)
+        return found | {name: grouped_mean(values, self._fixed.groups) for name, values in self._refitted.items()}
 
-    def _axis(self, follower: UnitAxes, site: str, value: Tensor) -> int:
+    @property
+    def kl_samples(self) -> int:
+        """How many actions were drawn in each state for the last ``kl_churn``: 0 where it is in closed form."""
+        return self._drift.samples
+
+    def scores(self, site: str) -> Tensor | None:
+        """How active each unit was at the last update, ``(units,)``, 1 on average: a histogram of them is a figure.
+
+        Raises:
+            SiteError: if the site is not looked at.
+        """
+        return self._of(site).scores
+
+    def dormancy(self, site: str) -> Tensor:
+        """Which units were dormant, ``(updates, units)``: of the last 1000 updates in which the site was finite.
+
+        Raises:
+            SiteError: if the site is not looked at.
+        """
+        return self._of(site).dormancy()
+
+    # ------------------------------------------------------------------ inner
+
+    def _of(self, site: str) -> SiteHealth:
+        if site not in self._health:
+            raise SiteError(f"{site!r} is not looked at; {nearest(site, list(self._health))}")
+        return self._health[site]
+
+    def _axis(self, follower: UnitAxes, site: str, value: Tensor) -> int | tuple[int, int]:
         given = given_axis(self._units, site, value)
-        return follower.of(site, value, rows=1) if given is None else given
+        axis = follower.of(site, value, rows=1) if given is None else given
+        if given is None and value.ndim > 2 and self._fixed.apart(site):
+            return 1 - value.ndim, axis
+        return axis
 
-    def _look(self, site: str, activations: Tensor) -> dict[str, float]:
-        usable = torch.isfinite(activations.flatten(1)).all(-1)
-        if not bool(usable.all()):
-            names = ("dormant", "dead", "effective_rank", "entropy_rank", "norm", "cka_first")
-            share = float((~usable).double().mean())
-            return {f"{name}/{site}": float("nan") for name in names} | {f"nonfinite/{site}": share}
-        first = self._first.setdefault(site, activations.clone())
-        measured: dict[str, Any] = {
-            "dormant": dormant_units(activations, self.tau, axis=self._axes[site]).double().mean(),
-            "dead": dormant_units(activations, 0.0, axis=self._axes[site]).double().mean(),
-            "effective_rank": effective_rank(activations, self.delta),
-            "entropy_rank": entropy_rank(activations),
-            "norm": activations.flatten(1).norm(dim=-1).mean(),
-            "cka_first": _similarity(first, activations),
-        }
-        return {f"{name}/{site}": float(value) for name, value in measured.items()}
+    def _measured_norms(self) -> dict[str, float]:
+        policy, loss = self._fixed.policy, self._loss
+        assert self.states is not None
+        states = self.states
+        with self._fixed.recurrent():
+            gradients = gradient_norms(policy, None if loss is None else lambda: loss(states.clone()))
+        norms = (
+            ("weight_norm", weight_norms(policy)),
+            ("gradient_norm", gradients),
+            ("spectral_norm", spectral_norms(policy)),
+        )
+        return {f"{name}/{path}".rstrip("/"): value for name, by_path in norms for path, value in by_path.items()}
 
+    def _refit(self, how: Plasticity) -> dict[str, float]:
+        if self._fresh is None:
+            fresh = untrained_copy(self._fixed.policy, seed=how.seed) if how.untrained is None else how.untrained
+            self._fresh = self._loss_of(fresh, how)
+        loss = self._loss_of(self._fixed.policy, how)
+        self._refitted = {"plasticity_loss": loss, "plasticity_loss_fresh": self._fresh}
+        ratio = ratio_by_state(loss, self._fresh)
+        if ratio is not None:
+            self._refitted["plasticity_ratio"] = ratio
+        return {name: float(values.mean()) for name, values in self._refitted.items()}
 
-def _similarity(first: Tensor, now: Tensor) -> float:
-    """Debiased linear CKA; NaN where it is not defined: too few states, or features that are the same in all."""
-    if len(now) < 4:
-        return float("nan")
-    pair = TensorDict({"data_a": first.flatten(1).double(), "data_b": now.flatten(1).double()})
-    return float(CkaEstimator(debiased=True)(pair)["cka"])
+    def _loss_of(self, network: nn.Module, how: Plasticity) -> Tensor:
+        hooked = self._fixed.hooked
+        if not isinstance(network, TensorDictModuleBase):
+            network = TensorDictModule(network, hooked.policy_in_keys, hooked.policy_out_keys)
+        assert self.states is not None
+        with self._fixed.recurrent(), torch.inference_mode(False):
+            return random_target_loss(
+                network, self.states, out_key=how.out_key, steps=how.steps, lr=how.lr, seed=how.seed,
+                rows=self._fixed.real,
+            )  # fmt: skip

@@ -1,0 +1,132 @@
+"""Checkpoints by checkpoints and sites by sites: how alike what they make of the same states is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+from tdhook_rl.arguments.checked import checked
+from tdhook_rl.errors import InputError, nearest
+from tdhook_rl.files.checkpoints import load_into
+from tdhook_rl.latent.representation_similarity import CkaEstimator
+from tdhook_rl.rollout.fixed_states import FixedStates
+
+
+@dataclass(frozen=True)
+class CkaMatrix:
+    """Debiased linear CKA of each site of each checkpoint with each other.
+
+    Attributes:
+        checkpoints: their names, C of them.
+        sites: their paths, S of them.
+        values: ``(C, S, C, S)``; NaN where an activation is constant, or not finite.
+        states: how many states it was measured in.
+    """
+
+    checkpoints: list[str]
+    sites: list[str]
+    values: Tensor
+    states: int
+
+    def at(self, site: str, other: str | None = None) -> Tensor:
+        """Checkpoints by checkpoints, ``(C, C)``.
+
+        Args:
+            site: of the rows.
+            other: the site of the columns; the same unless given.
+
+        Raises:
+            InputError: for a site that was not looked at.
+        """
+        one, two = (_place(self.sites, name, "site") for name in (site, site if other is None else other))
+        return self.values[:, one, :, two]
+
+    def within(self, checkpoint: str, other: str | None = None) -> Tensor:
+        """Sites by sites, ``(S, S)``.
+
+        Args:
+            checkpoint: of the rows.
+            other: the checkpoint of the columns; the same unless given.
+
+        Raises:
+            InputError: for a checkpoint that was not looked at.
+        """
+        names = (checkpoint, checkpoint if other is None else other)
+        one, two = (_place(self.checkpoints, name, "checkpoint") for name in names)
+        return self.values[one, :, two]
+
+
+@checked
+def cka_matrix(
+    policy: nn.Module,
+    checkpoints: Mapping[str, Any] | Sequence[Any],
+    sites: Sequence[str] | str,
+    states: TensorDictBase,
+    *,
+    rows: int = 512,
+    trajectories: bool | None = None,
+) -> CkaMatrix:
+    """Compare the layers of checkpoints in the same states: one forward pass of each checkpoint.
+
+    1: equal up to rotation, scale and offset; about 0, and possibly below: nothing in common (Kornblith et al. 2019,
+    debiased as by Nguyen et al. 2020). A kernel matrix of states by states is held for each site of each checkpoint.
+
+    Args:
+        policy: the network whose checkpoints they are; it is copied and not touched.
+        checkpoints: by name, or in a row: state dicts, modules, or files of weights.
+        sites: the layers: paths or patterns.
+        states: to compare them in, of any batch shape, at least 4.
+        rows: how many of them are taken, evenly spread.
+        trajectories: as of :class:`NetworkDiagnostics`.
+
+    Raises:
+        InputError: for fewer than 4 states, no checkpoints, or weights that are not the network's.
+        ArtifactError: for files that hold no weights.
+
+    Example:
+        >>> from tdhook_rl.envs import CueCorners
+        >>> from tdhook_rl.examples.agent import FC2, make_actor
+        >>> first, second = make_actor(), make_actor()
+        >>> states = CueCorners(batch_size=[8]).rollout(20, first, break_when_any_done=False)
+        >>> found = cka_matrix(first, {"one": first, "again": first.state_dict(), "other": second}, [FC2], states)
+        >>> found.at(FC2).shape, bool(found.at(FC2)[0, 1] > 0.999 > found.at(FC2)[0, 2])
+        (torch.Size([3, 3]), True)
+    """
+    named = (
+        dict(checkpoints) if isinstance(checkpoints, Mapping) else {str(n): one for n, one in enumerate(checkpoints)}
+    )
+    if not named:
+        raise InputError("checkpoints= names what is to be compared: there is none")
+    own = copy.deepcopy(policy)
+    fixed = FixedStates(own, sites, rows=rows, trajectories=trajectories)
+    fixed.keep(states)
+    clouds: list[Tensor | None] = []
+    for name, checkpoint in named.items():
+        load_into(own, checkpoint, name)
+        outputs = fixed.run()
+        if len(outputs) < 4:
+            raise InputError(f"CKA without a bias needs 4 states, and there are {len(outputs)}")
+        for site in fixed.sites:
+            value = outputs.get(("cache", site)).flatten(1).double()
+            clouds.append(value.clone() if bool(torch.isfinite(value).all()) else None)
+    count = len(outputs)
+    values = torch.full((len(clouds), len(clouds)), torch.nan, dtype=torch.float64)
+    usable = [place for place, cloud in enumerate(clouds) if cloud is not None]
+    if usable:
+        chosen = torch.tensor(usable)
+        found = CkaEstimator(debiased=True).matrix([clouds[place] for place in usable])  # type: ignore[misc]
+        values[chosen[:, None], chosen] = found.cpu()
+    shape = (len(named), len(fixed.sites)) * 2
+    return CkaMatrix(list(named), fixed.sites, values.reshape(shape), count)
+
+
+def _place(names: list[str], name: str, what: str) -> int:
+    if name not in names:
+        raise InputError(f"the {what} {name!r} was not looked at; {nearest(name, names)}")
+    return names.index(name)

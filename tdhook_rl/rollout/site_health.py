@@ -1,0 +1,87 @@
+"""What one layer shows at an update, beside what it showed at the first and at the last."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from tdhook_rl.latent.representation_similarity import CkaEstimator
+from tdhook_rl.metrics.plasticity import Spectrum, dormant_overlap, unit_scores
+
+#: What is found of each site.
+MEASURES = (
+    "dormant", "dead", "overlap_first", "overlap_last", "effective_rank", "entropy_rank", "stable_rank", "norm",
+    "cka_first", "cka_last",
+)  # fmt: skip
+#: So many masks are kept, of a bit for each unit.
+KEPT = 1000
+
+
+class SiteHealth:
+    """Follows one layer.
+
+    Args:
+        tau: see :func:`tdhook_rl.metrics.dormant_units`.
+        delta: see :func:`tdhook_rl.metrics.effective_rank`.
+
+    Attributes:
+        scores: ``(units,)``, float32: how active each unit was at the last update.
+    """
+
+    def __init__(self, tau: float, delta: float) -> None:
+        self._tau, self._delta = tau, delta
+        self._first: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, Tensor] | None = None
+        self._masks: deque[np.ndarray] = deque(maxlen=KEPT)
+        self.scores: Tensor | None = None
+
+    def look(self, activations: Tensor, axis: int | tuple[int, ...]) -> dict[str, float]:
+        """The measures, by name; where an activation is NaN or infinite, NaN, and the share of such states.
+
+        Args:
+            activations: ``(states, ...)``.
+            axis: the one of the units, or several.
+        """
+        usable = torch.isfinite(activations.flatten(1)).all(-1)
+        if not bool(usable.all()):
+            return dict.fromkeys(MEASURES, float("nan")) | {"nonfinite": float((~usable).double().mean())}
+        scores = unit_scores(activations, axis=axis)
+        dormant = scores <= self._tau
+        first, mask = self._first = self._first or (activations.clone(), dormant)
+        last, before = self._last or (None, None)
+        spectrum = Spectrum(activations)
+        found = {
+            "dormant": float(dormant.double().mean()),
+            "dead": float((scores <= 0).double().mean()),
+            "overlap_first": dormant_overlap(mask, dormant),
+            "overlap_last": float("nan") if before is None else dormant_overlap(before, dormant),
+            "effective_rank": float(spectrum.effective_rank(self._delta)),
+            "entropy_rank": spectrum.entropy_rank(),
+            "stable_rank": spectrum.stable_rank(),
+            "norm": float(activations.flatten(1).norm(dim=-1).mean()),
+            "cka_first": _similarity(first, activations),
+            "cka_last": float("nan") if last is None else _similarity(last, activations),
+        }
+        self._last = (activations.clone(), dormant)
+        self._masks.append(np.packbits(dormant.cpu().numpy()))
+        self.scores = scores.float()
+        return found
+
+    def dormancy(self) -> Tensor:
+        """``(updates, units)``, bool: which units were dormant at each update in which the site was finite."""
+        if self.scores is None:
+            return torch.zeros(0, 0, dtype=torch.bool)
+        masks = [np.unpackbits(one, count=len(self.scores)) for one in self._masks]
+        return torch.from_numpy(np.stack(masks)).bool()
+
+
+def _similarity(first: Tensor, now: Tensor) -> float:
+    """Debiased linear CKA; NaN where it is not defined: too few states, or features that are the same in all."""
+    if len(now) < 4:
+        return float("nan")
+    pair = TensorDict({"data_a": first.flatten(1).double(), "data_b": now.flatten(1).double()})
+    return float(CkaEstimator(debiased=True)(pair)["cka"])
