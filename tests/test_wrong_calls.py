@@ -83,7 +83,13 @@ class Running:
 
 
 #: Functions of the user's, whose own errors stay what they are.
-OWN = {("OnlineProbe", "label", "module"), ("cascading_randomisation", "initialise", "module")}
+OWN = {
+    ("NetworkDiagnostics", "loss", "module"),
+    ("NetworkDiagnostics", "loss", "class"),
+    ("NetworkDiagnostics", "loss", "function"),
+    ("OnlineProbe", "label", "module"),
+    ("cascading_randomisation", "initialise", "module"),
+}
 
 
 def metrics(predicted: Any, labels: Any) -> dict[str, float]:
