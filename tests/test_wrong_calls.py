@@ -89,6 +89,7 @@ OWN = {
     ("NetworkDiagnostics", "loss", "function"),
     ("OnlineProbe", "label", "module"),
     ("cascading_randomisation", "initialise", "module"),
+    ("analyze", "where", "module"),
 }
 
 

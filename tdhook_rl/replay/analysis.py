@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,16 @@ from tdhook_rl.calls.provenance import is_stamp
 from tdhook_rl.errors import ArtifactError, InputError, warn
 from tdhook_rl.files.durable import FolderLock
 from tdhook_rl.replay.manifest import facts_of
+from tdhook_rl.replay.progress import Progress, shown
 from tdhook_rl.replay.reading import Reader
-from tdhook_rl.replay.results import Results, ranges
+from tdhook_rl.replay.results import INDEX, Results, ranges
+from tdhook_rl.replay.selection import Chosen, Selection, Where
 from tdhook_rl.replay.sources import Rows
 from tdhook_rl.replay.transforms import near
 
 #: Entries that are computed again before an analysis goes on, and how far they may differ.
 CHECKED = 32
 OF_LARGEST = 1e-4
-
-Progress = Callable[[int, int], None]
 
 
 @checked
@@ -36,10 +36,15 @@ def analyze(
     folder: str | Path,
     *,
     batch_size: int = 1024,
+    rows: Chosen | None = None,
+    where: Where | None = None,
+    fraction: float | None = None,
+    seed: int = 0,
+    time_budget: float | None = None,
     on_mismatch: OnMismatch = "warn",
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> TensorDict:
-    """Annotate every row of a buffer and keep the results in memory-mapped files beside it.
+    """Annotate the rows of a buffer, all of them or some, and keep the results in memory-mapped files beside it.
 
     Called again with the folder of an analysis that was interrupted, by Ctrl-C or by a machine, it goes on from the
     entry after the last that is on the disk; of one that is finished, it returns the results. In both cases everything
@@ -59,11 +64,20 @@ def analyze(
         folder: where the results go: a new or empty folder, or that of an analysis to go on with.
         batch_size: rows read at once, which changes nothing in the results (see :func:`in_order`); with
             ``horizon="trajectory"``, as many whole trajectories as have so many rows, and at least one.
+        rows: analyse these entries only: a slice, a mask, or their numbers. Results are of them alone, in storage
+            order, and have a key ``"index"`` that says which entry each is of.
+        where: of ``rows`` those only for which this is true: a function of a batch that gives a truth value for each
+            of its entries. It reads everything once more, before.
+        fraction: of what is left such a share, drawn by ``seed``.
+        seed: of ``fraction``.
+        time_budget: seconds, after which it stops with the chunk that it is at, with a warning; the same call goes on.
         on_mismatch: as of ``annotate``: what to do where the stored outputs are not what the policy computes now.
-        progress: called with the entries that are done, and all, before the first batch and after each.
+        progress: called with the entries that are done, and all, before the first batch and after each; ``True`` for a
+            bar with the time that is left, ``False`` for none; a bar on a terminal unless given.
 
     Returns:
-        a memory-mapped TensorDict of the result keys, entry ``i`` for storage entry ``i``; read it again with
+        a memory-mapped TensorDict of the result keys, entry ``i`` for storage entry ``i`` (for the entries that
+        ``"index"`` names, where some were chosen; those that are done, where time was over); read it again with
         :func:`load_results`.
 
     Raises:
@@ -89,54 +103,60 @@ def analyze(
     require_hooked(hooked, "analyze")
     folder = Path(folder)
     reader = Reader(buffer, whole=_explains_trajectories(hooked))
-    with FolderLock(folder, "analysis"):
+    start = time.monotonic()
+    with FolderLock(folder, "analysis"), shown(progress, f"analysing {reader.size:,} entries") as show:
         results = Results.find(folder)
-        work = _Work(hooked, reader, on_mismatch)
+        work = _Work(hooked, reader, Selection.of(reader, rows, where, fraction, seed, batch_size), on_mismatch)
         if results is not None:
             work.go_on(results)
-        done = 0 if results is None else results.done
-        if progress is not None:
-            progress(done, reader.size)
+        done, size = 0 if results is None else results.done, work.selection.size
+        show(done, size)
         try:
-            for first, last in reader.chunks(batch_size, start=done):
+            for first, last in work.selection.chunks(batch_size, start=done):
                 found = work.compute(first, last)
                 if results is None:
-                    results = Results.create(folder, found, reader.size, facts_of(hooked))
+                    results = Results.create(folder, found, size, facts_of(hooked), work.selection.facts)
                 results.write(first, found)
                 results.sync_now_and_then()
-                if progress is not None:
-                    progress(last, reader.size)
+                show(last, size)
+                if time_budget is not None and time.monotonic() - start >= time_budget and last < size:
+                    break
         finally:  # also of an analysis that is interrupted
             if results is not None:
                 results.sync()
         work.report()
     assert results is not None  # there is at least one entry
-    return results.data
+    if results.done < size:
+        warn(
+            f"the {time_budget:g} seconds of time_budget= are over: {results.done} of {size} entries are done; the "
+            "same call goes on from there"
+        )
+    return results.data if results.done == size else results.data[: results.done]
 
 
 class _Work:
     """Computes the results of entries, and goes on with what is there."""
 
-    def __init__(self, hooked: Any, reader: Reader, on_mismatch: OnMismatch) -> None:
+    def __init__(self, hooked: Any, reader: Reader, selection: Selection, on_mismatch: OnMismatch) -> None:
         self.hooked = hooked
+        self.selection = selection
         self.reader = reader
         self.on_mismatch = on_mismatch
         self.written = reader.source.writes()
         self.lacking = 0
 
     def compute(self, first: int, last: int) -> TensorDictBase:
-        """The results of consecutive entries.
+        """The results of consecutive entries among those that are analysed.
 
         Raises:
             InputError: if the buffer has been written to since the analysis began.
         """
-        index = torch.arange(first, last)
-        found, incomplete = self._computed(index, self.on_mismatch)
+        found, incomplete = self._computed(torch.arange(first, last), self.on_mismatch)
         self.lacking += int(incomplete.sum())
         if self.reader.source.writes() != self.written:
             raise InputError(
-                f"the buffer was written to while it was analysed (at entry {first} of {self.reader.size}), so results "
-                "would not belong to its rows: analyse a buffer that rests, or a copy of it"
+                f"the buffer was written to while it was analysed (at entry {first} of {self.selection.size}), so "
+                "results would not belong to its rows: analyse a buffer that rests, or a copy of it"
             )
         return found
 
@@ -161,7 +181,7 @@ class _Work:
             "never reached the disk, or were changed): they are computed again"
         )
         for start, stop in lost:
-            for first, last in self.reader.covering(start, stop):
+            for first, last in self.selection.covering(start, stop):
                 kept = slice(max(start, first) - first, min(stop, last) - first)
                 results.write(max(start, first), self.compute(first, last)[kept])
         results.sync()
@@ -170,19 +190,31 @@ class _Work:
         """Say which rows could not be computed."""
         if self.lacking:
             warn(
-                f"{self.lacking} of {self.reader.size} rows have no results (NaN, and a false mask): "
+                f"{self.lacking} of {self.selection.size} rows have no results (NaN, and a false mask): "
                 f"{self.reader.looking} reads rows before them that were written over, so what the policy saw there is "
                 "no longer known"
             )
 
-    def _computed(self, index: Tensor, on_mismatch: OnMismatch) -> tuple[TensorDictBase, Tensor]:
+    def _computed(self, places: Tensor, on_mismatch: OnMismatch) -> tuple[TensorDictBase, Tensor]:
+        index, wanted = self.selection.read_for(places)
         found = _results_of(self.hooked, self.reader.read(index), on_mismatch)
+        if len(wanted) < len(index):
+            index, found = index[wanted], found[wanted]
         incomplete = self.reader.incomplete(index)
-        return (_without(found, incomplete) if bool(incomplete.any()) else found), incomplete
+        found = _without(found, incomplete) if bool(incomplete.any()) else found
+        if self.selection.facts is not None:
+            found = found.copy().set(INDEX, _beside(index, found.batch_size))
+        return found, incomplete
 
     def _require_same(self, results: Results, lost: list[tuple[int, int]]) -> None:
         """Raise :class:`ArtifactError` if this policy, these methods and this buffer did not give what is stored."""
-        folder, manifest, size = results.folder, results.manifest, self.reader.size
+        folder, manifest, size = results.folder, results.manifest, self.selection.size
+        before, now = manifest.selection, self.selection.facts
+        if (before is None) != (now is None) or (before and now and before["digest"] != now["digest"]):
+            raise ArtifactError(
+                f"the analysis in {folder} is of {_chosen(before, manifest.entries)}, and this one of "
+                f"{_chosen(now, size)}: name a new folder"
+            )
         if manifest.entries != size:
             raise ArtifactError(
                 f"the analysis in {folder} is of a buffer of {manifest.entries} entries, and this one has {size}: name "
@@ -210,10 +242,10 @@ class _Work:
                     f"{key!r} in {folder} is not what this policy computes now: its weights, its methods or the "
                     "buffer have changed since; name a new folder"
                 )
-        now = facts_of(self.hooked)
+        facts = facts_of(self.hooked)
         for name, what in (("methods", "methods or options"), ("weights", "weights, buffers or controls")):
-            before = manifest.facts.get(name)
-            if manifest.has_checksums and None not in (before, now[name]) and before != now[name]:
+            then = manifest.facts.get(name)
+            if manifest.has_checksums and None not in (then, facts[name]) and then != facts[name]:
                 raise ArtifactError(
                     f"the analysis in {folder} was computed with other {what} than this policy has now, though its "
                     "results are near: name a new folder"
@@ -222,7 +254,7 @@ class _Work:
     def _checked_rows(self, done: int) -> Tensor:
         """Some entries that are computed again to be compared: whole trajectories where these are explained."""
         if self.reader.whole:
-            first, last = next(self.reader.chunks(1))
+            first, last = next(self.selection.chunks(1))
             return torch.arange(first, last)
         return torch.linspace(0, done - 1, min(CHECKED, done)).round().long().unique()
 
@@ -267,6 +299,18 @@ def _without(found: TensorDictBase, rows: Tensor) -> TensorDictBase:
     for value in found.values(True, True):
         value[rows] = float("nan") if value.is_floating_point() else 0
     return found
+
+
+def _beside(index: Tensor, batch_size: torch.Size) -> Tensor:
+    """The number of its entry, for each row."""
+    return index.reshape(-1, *[1] * (len(batch_size) - 1)).expand(batch_size).contiguous()
+
+
+def _chosen(selection: dict[str, Any] | None, entries: int) -> str:
+    if selection is None:
+        return f"all of {entries} entries"
+    asked = ", ".join(f"{name}={value}" for name, value in selection.items() if name not in ("of", "digest"))
+    return f"{entries} of {selection['of']} entries ({asked:.200})"
 
 
 def _both(found: TensorDictBase, stored: TensorDictBase, key: tuple[str, ...]) -> Tensor:

@@ -94,6 +94,8 @@ def _version(name: str) -> str | None:
 
 MANIFEST = "analysis.json"
 FORMAT = "tdhook_rl.analysis/2"
+#: Of some of the entries of a source, which it names.
+OF_SOME = "tdhook_rl.analysis/3"
 #: Formats of earlier versions: finished analyses in them are read.
 WITHOUT_CHECKSUMS = "tdhook_rl.analysis/1"
 
@@ -118,6 +120,7 @@ class Manifest:
     block: int = 0  # entries of one checksum; 0 where there are none
     checksums: list[list[int]] = field(default_factory=list)  # of each tensor, block by block up to `done`, CRC-32
     format: str = FORMAT
+    selection: dict[str, Any] | None = None  # by what entries were chosen, of how many, and a digest of their numbers
 
     @property
     def has_checksums(self) -> bool:
@@ -147,6 +150,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     document = asdict(manifest)
     if not manifest.has_checksums:
         del document["block"], document["checksums"]
+    if manifest.selection is None:
+        del document["selection"]
     write_text(folder / MANIFEST, json.dumps(document, indent=1) + "\n")
 
 
@@ -162,7 +167,7 @@ def read_manifest(folder: Path) -> Manifest:
         if not isinstance(document, dict):
             raise ValueError("it is no mapping")
         known = document.get("format")
-        if known not in (FORMAT, WITHOUT_CHECKSUMS):
+        if known not in (FORMAT, OF_SOME, WITHOUT_CHECKSUMS):
             raise ValueError(f"its format is {known!r}, not {FORMAT!r}")
         manifest = _checked(document)
     except ValueError as error:
@@ -173,6 +178,7 @@ def read_manifest(folder: Path) -> Manifest:
 def _checked(document: dict[str, Any]) -> Manifest:
     old = document["format"] == WITHOUT_CHECKSUMS
     names = {"entries", "done", "batch_size", "keys", "facts", "format"} | (set() if old else {"block", "checksums"})
+    names |= {"selection"} if document["format"] == OF_SOME else set()
     if document.keys() != names:
         odd = sorted(document.keys() ^ names)
         raise ValueError(f"it lacks, or has besides what belongs there, {', '.join(map(repr, odd))}")
@@ -194,9 +200,19 @@ def _checked(document: dict[str, Any]) -> Manifest:
     if not old:
         manifest.block = _count(document, "block", at_least=1)
         manifest.checksums = _list(document, "checksums", lambda one: isinstance(one, list) and all(map(_is_crc, one)))
+        manifest.selection = _selection(document, entries) if manifest.format == OF_SOME else None
         if [len(one) for one in manifest.checksums] != [manifest.blocks()] * len(keys):
             raise ValueError("checksums is not one number for each block of each key")
     return manifest
+
+
+def _selection(document: dict[str, Any], entries: int) -> dict[str, Any]:
+    found = document["selection"]
+    if not isinstance(found, dict) or not isinstance(found.get("digest"), str):
+        raise ValueError(f"selection is {str(found)[:80]!r}")
+    if not _is_count(found.get("of")) or found["of"] < entries:
+        raise ValueError(f"selection is {entries} of {str(found.get('of'))[:40]!r} entries")
+    return found
 
 
 def _check_key(entry: dict[str, Any], size: list[int]) -> None:

@@ -110,6 +110,14 @@ class Reader:
             yield first, until
             first = until
 
+    def span(self, entry: int) -> tuple[int, int]:
+        """The first entry of the trajectory of this one, and that after its last; where chunks end with trajectories.
+
+        Raises:
+            InputError: if its rows are not one after the other.
+        """
+        return self._trajectories.begin(entry), self._trajectories.end(entry)
+
     def read(self, index: Tensor) -> TensorDictBase:
         """These entries, collated and transformed.
 

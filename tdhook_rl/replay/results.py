@@ -21,11 +21,13 @@ from tensordict import MemoryMappedTensor, TensorDict, TensorDictBase
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import ArtifactError, listed
 from tdhook_rl.files.durable import require_space, reserve, sync
-from tdhook_rl.replay.manifest import MANIFEST, Manifest, block_of, content_of, read_manifest, write_manifest
+from tdhook_rl.replay.manifest import MANIFEST, OF_SOME, Manifest, block_of, content_of, read_manifest, write_manifest
 
 #: Results are brought to the disk when that has taken no more than this share of the time, and after so many seconds
 #: at the latest: the most that a loss of power, or a kill, can take.
 SHARE, LATEST = 0.02, 10.0
+#: Where results of some entries say which these are.
+INDEX = "index"
 #: Bytes that are read at once for a checksum.
 PIECE = 8 << 20
 
@@ -48,7 +50,14 @@ class Results:
         self._synced, self._cost, self._dirty = time.monotonic(), 0.0, False
 
     @classmethod
-    def create(cls, folder: Path, like: TensorDictBase, entries: int, facts: dict[str, Any]) -> Results:
+    def create(
+        cls,
+        folder: Path,
+        like: TensorDictBase,
+        entries: int,
+        facts: dict[str, Any],
+        selection: dict[str, Any] | None = None,
+    ) -> Results:
         """New files for ``entries`` times what the first entry of ``like`` has, with all the room that they need.
 
         Raises:
@@ -64,6 +73,8 @@ class Results:
         ]
         block = block_of(entries)
         manifest = Manifest(entries, 0, [entries, *like.batch_size[1:]], keys, facts, block, [[] for _ in keys])
+        if selection is not None:
+            manifest.format, manifest.selection = OF_SOME, selection
         require_space(folder, sum(_size(entry) for entry in keys))
         try:
             # Before the files: whoever is killed between leaves a folder that is known for an analysis.
@@ -203,12 +214,16 @@ class Results:
 
 
 @checked
-def load_results(folder: str | Path, *, verify: bool = False) -> TensorDict:
+def load_results(folder: str | Path, *, verify: bool = False, partial: bool = False) -> TensorDict:
     """The finished results that :func:`tdhook_rl.replay.analyze` has written, memory-mapped; nothing is unpickled.
 
     Args:
         folder: the folder of the analysis.
         verify: read everything and compare the checksums; without it, only the manifest and the sizes are looked at.
+        partial: of an analysis that is not finished, what is done.
+
+    Returns:
+        entry ``i`` for entry ``i`` of what was analysed; where a part of it was chosen, ``"index"`` says which.
 
     Raises:
         ArtifactError: if there are none, they are not finished, or a file was damaged.
@@ -217,7 +232,7 @@ def load_results(folder: str | Path, *, verify: bool = False) -> TensorDict:
     if not os.path.lexists(folder / MANIFEST):
         raise ArtifactError(f"{folder} holds no analysis: there is no {MANIFEST} in it")
     manifest = read_manifest(folder)
-    if manifest.done < manifest.entries:
+    if manifest.done < (1 if partial else manifest.entries):
         raise ArtifactError(
             f"the analysis in {folder} has reached {manifest.done} of {manifest.entries} entries: call analyze() with "
             "the same policy, buffer and folder, which goes on from there"
@@ -234,7 +249,7 @@ def load_results(folder: str | Path, *, verify: bool = False) -> TensorDict:
                 f"{ranges(wrong)} of the results in {folder} are not what was written: call analyze() with the same "
                 "policy, buffer and folder, which computes them again"
             )
-    return data
+    return data if manifest.done == manifest.entries else data[: manifest.done]
 
 
 def ranges(found: list[tuple[int, int]]) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tdhook_rl.replay.manifest import MANIFEST
-from tdhook_rl.replay.results import Results
+from tdhook_rl.replay.results import INDEX, Results
 from tdhook_rl.report.media import Histogram
 from tdhook_rl.report.page import Finding
 from tdhook_rl.report.runs.record import Bins, Rows, Run
@@ -51,7 +51,7 @@ def read(path: Path) -> Run:
     rows, features = [], []
     for key, value in data.items(True, True):
         parts = (key,) if isinstance(key, str) else key
-        if parts[0] == "computed":
+        if parts[0] in ("computed", INDEX):
             continue
         mask = data.get(("computed", parts[0]), None)
         name = ".".join(parts)
