@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from tdhook_rl.report.contents.curves import LARGEST
 from tdhook_rl.report.contents.names import probes_of
 from tdhook_rl.report.page.numbers import number
 from tdhook_rl.report.runs import Run
@@ -63,7 +64,7 @@ def _probes(run: Run) -> list[str]:
 def _unfinished(run: Run) -> list[str]:
     odd = {
         # What compares a batch with the one before it has nothing to say of the first.
-        name: sum(not math.isfinite(value) for _, value in (curve if len(curve) == 1 else curve[1:]))
+        name: sum(not abs(value) < LARGEST for _, value in (curve if len(curve) == 1 else curve[1:]))
         for name, curve in run.series.items()
         if not name.endswith(("_low", "_high"))
     }
@@ -73,7 +74,7 @@ def _unfinished(run: Run) -> list[str]:
     ranked = sorted(odd, key=lambda name: -odd[name])
     listed = ", ".join(f"{name!r} ({odd[name]:,} of {len(run.series[name]):,})" for name in ranked[:4])
     more = f" and {len(odd) - 4:,} more" if len(odd) > 4 else ""
-    return [f"Values that are not finite are left out of figures: {listed}{more}."]
+    return [f"Values that are not finite, or larger than any axis, are left out of figures: {listed}{more}."]
 
 
 def _few(found: list[str], what: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ from tdhook_rl.report.runs.record import Series
 
 #: Figures of a page, points of a line, concepts of a probe figure, features.
 MOST, POINTS, CONCEPTS, FEATURES = 36, 400, 4, 12
+#: Beyond these an axis has no ticks.
+LARGEST, LARGEST_STEP = 1e100, 1e18
 #: The subject of dose-responses.
 STEERS = "What steering does"
 #: Names of the controls of probes in figures.
@@ -60,15 +63,20 @@ def sections_of(runs: Sequence[Run]) -> tuple[list[Section], list[str]]:
 
 
 def thinned(curve: Sequence[Any]) -> list[Any]:
-    """So many points as a figure shows, evenly spaced, the last among them.
+    """So many points as a figure shows, evenly spaced, the last among them; numbers that no axis has are NaN.
 
     Example:
-        >>> len(thinned([(step, 0.5) for step in range(1000)])), thinned([(step, 0.5) for step in range(1000)])[-1]
-        (400, (999, 0.5))
+        >>> points = thinned([(step, 0.5) for step in range(1000)])
+        >>> len(points), points[-1], thinned([(0, 1e300), (1, 2.0)])
+        (400, (999, 0.5), [(0, nan), (1, 2.0)])
     """
-    if len(curve) <= POINTS:
-        return list(curve)
-    return [curve[round(place * (len(curve) - 1) / (POINTS - 1))] for place in range(POINTS)]
+    if len(curve) > POINTS:
+        curve = [curve[round(place * (len(curve) - 1) / (POINTS - 1))] for place in range(POINTS)]
+    return [
+        (step, *(value if abs(value) < LARGEST else math.nan for value in values))
+        for step, *values in curve
+        if abs(step) < LARGEST_STEP
+    ]
 
 
 # ------------------------------------------------------------------ one run
