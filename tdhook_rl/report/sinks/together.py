@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +18,10 @@ from tdhook_rl.report.sinks.patient import Patient
 from tdhook_rl.report.sinks.values import sorted_values
 
 __all__ = ["Sink", "Sinks", "folder_beside", "open_wandb", "sinks_of"]
+
+
+#: Seconds that W&B is waited for; its own limit is three times as long.
+LONGEST_START = 30
 
 
 class Sink(Protocol):
@@ -175,7 +178,10 @@ def folder_beside(logger: Any, prefix: str = PREFIX) -> Path:
 def open_wandb(
     folder: str | Path, name: str, config: Mapping[str, Any], mode: str = "offline", group: str | None = None
 ) -> WandbSink | None:
-    """A W&B run in a folder, or ``None`` with one warning where W&B cannot start. Closing the sink ends the run.
+    """A W&B run in a folder. Closing the sink ends the run.
+
+    Where a run cannot be online (no account, another key, no network), it is offline, which is said; ``None`` with a
+    warning where W&B cannot start at all.
 
     Args:
         folder: where the run's files go.
@@ -184,22 +190,30 @@ def open_wandb(
         mode: ``"offline"`` needs no account; upload it later with ``wandb sync``.
         group: the experiment that it is one run of.
     """
-    try:
-        import wandb
-        from torchrl.record.loggers.wandb import WandbLogger
+    for tried in dict.fromkeys((mode, "offline")):
+        try:
+            return _open_wandb(Path(folder), name, config, tried, group)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            other = "local files only" if tried == "offline" else "an offline run, which `wandb sync` uploads later"
+            warn(f"W&B could not start {tried} ({reason}); logging to {other}")
+    return None
 
-        # mode= rather than offline=True, which would leave WANDB_MODE set for the whole process.
-        logger = WandbLogger(
-            exp_name=name,
-            save_dir=str(folder),
-            project="tdhook_rl",
-            mode=mode,
-            group=group,
-            config=dict(config),
-            log_env_packages=False,
-            settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True),
-        )
-        return WandbSink(logger.experiment, owner=logger, finish=True)
-    except Exception as error:
-        warnings.warn(f"W&B could not start ({type(error).__name__}: {error}); logging to local files only")
-        return None
+
+def _open_wandb(folder: Path, name: str, config: Mapping[str, Any], mode: str, group: str | None) -> WandbSink:
+    import wandb
+    from torchrl.record.loggers.wandb import WandbLogger
+
+    # mode= rather than offline=True, which would leave WANDB_MODE set for the whole process.
+    quiet = {"silent": True, "console": "off", "disable_git": True, "x_disable_stats": True}
+    logger = WandbLogger(
+        exp_name=name,
+        save_dir=str(folder),
+        project="tdhook_rl",
+        mode=mode,
+        group=group,
+        config=dict(config),
+        log_env_packages=False,
+        settings=wandb.Settings(**quiet, init_timeout=LONGEST_START),
+    )
+    return WandbSink(logger.experiment, owner=logger, finish=True)
