@@ -13,6 +13,8 @@ from tdhook_rl.envs import CueGrid
 from tdhook_rl.examples.demo import outcomes
 from tdhook_rl.experiments.agents import Agent
 from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained, accuracy, logits, share
+from tdhook_rl.probes import GroupSplit
+from tdhook_rl.replay import probe_grid
 from tdhook_rl.report.drawing import Drawing
 from tdhook_rl.report.figures import probe_curves
 from tdhook_rl.statistics import Interval, paired_difference
@@ -32,31 +34,36 @@ def measure(trained: Trained) -> Findings:
     sites = trained.recipe.sites
     fc2 = sites["fc2"]
     states = _states(20_000 + trained.seed)
-    activations = {name: _seen(agent, states, {"fc2": fc2}) for name, agent in trained.networks.items()}
-    at = {
-        name: {concept: accuracy(seen, ("cache", fc2), concept, "episode") for concept in ("xor", "unneeded_xor")}
-        for name, seen in activations.items()
-    }
-    seen = activations["trained"]
-    control = accuracy(seen, ("cache", fc2), "control_label", "episode")
+    agents = {0: trained.untrained, **trained.snapshots, trained.recipe.frames: trained.agent}
+    table = probe_grid(
+        trained.agent.actor, states, sites=[fc2], untrained=trained.untrained.actor,
+        concepts={name: ("concept", name) for name in ("xor", "unneeded_xor", "control_label")},
+        checkpoints={f"{frames}": agent.actor for frames, agent in agents.items()},
+        split=GroupSplit("episode", held_out=0.3),
+    )  # fmt: skip
+    last = f"{trained.recipe.frames}"
+    needed, unneeded, control = (table[last, fc2, name] for name in ("xor", "unneeded_xor", "control_label"))
+    seen = _seen(trained.agent, states, {"fc2": fc2})
     coin = {
         split: [accuracy(part, ("cache", fc2), "episode_coin", grouping).estimate for part in seen.chunk(OF)[:PARTS]]
         for split, grouping in {"transitions": "row", "trajectories": "episode"}.items()
     }
     leak = paired_difference(coin["trajectories"], coin["transitions"])
-    curves = _curves(trained, states)
+    curves: dict[str, list[tuple[int, Interval]]] = {
+        "behaviour": [(frames, share(_success(agent, trained.seed), EPISODES)) for frames, agent in agents.items()]
+    }
+    for curve, name in (("probe", "xor"), ("unneeded", "unneeded_xor")):
+        curves[curve] = [(frames, table[f"{frames}", fc2, name].trained) for frames in agents]
     first = {name: _reaches(curve, SKILLED) for name, curve in curves.items()}
     steered = {name: _steered(trained, path, states) for name, path in sites.items() if name in ("fc2", "fc3")}
     ratio = {name: _saliency_ratio(agent, states) for name, agent in trained.networks.items()}
-    observation = accuracy(states, "observation", "xor", "episode")
     checks = [
-        Check("probe of the needed XOR at fc2", at["trained"]["xor"], low=0.95,
-              beside=f"observation {observation.estimate:.2f}, untrained {at['untrained']['xor'].estimate:.2f}, "
-              f"random label {control.estimate:.2f}"),
-        Check("probe of the XOR that is not needed", at["trained"]["unneeded_xor"], high=0.60,
-              beside=f"untrained {at['untrained']['unneeded_xor'].estimate:.2f}"),
-        Check("needed XOR, trained minus untrained", at["trained"]["xor"].estimate - at["untrained"]["xor"].estimate,
-              low=0.25),
+        Check("probe of the needed XOR at fc2", needed.trained, low=0.95,
+              beside=f"observation {needed.input:.2f}, untrained {needed.untrained:.2f}, "
+              f"random label {control.trained:.2f}, label dealt out by episode {needed.shuffled:.2f}"),
+        Check("probe of the XOR that is not needed", unneeded.trained, high=0.60,
+              beside=f"untrained {unneeded.untrained:.2f}"),
+        Check("needed XOR, trained minus untrained", needed.gain, low=0.25, beside=f"adjusted p {needed.adjusted:.1g}"),
         Check(f"a coin of the episode: split by transitions minus by trajectories, mean of {PARTS} parts", leak,
               low=0.2, beside=" and ".join(f"{sum(values) / PARTS:.2f}" for values in coin.values())),
         Check("frames until the probe reaches 0.9, of those until the agent does",
@@ -69,7 +76,8 @@ def measure(trained: Trained) -> Findings:
               beside=f"untrained {ratio['untrained']:.2f}"),
         Check("episodes that reach the goal that pays, not steered", curves["behaviour"][-1][1], low=0.9),
     ]  # fmt: skip
-    return Findings(checks, {"curves": curves, "untrained": at["untrained"]})
+    before = {cell.concept: cell.untrained for cell in (needed, unneeded)}
+    return Findings(checks, {"curves": curves, "untrained": before})
 
 
 def plot(findings: Findings) -> list[Drawing]:
@@ -105,19 +113,6 @@ def _states(seed: int) -> TensorDictBase:
 def _seen(agent: Agent, states: TensorDictBase, sites: Mapping[str, str]) -> TensorDictBase:
     with ActivationCaching(list(sites.values())).prepare(agent.actor) as hooked:
         return hooked.annotate(states)
-
-
-def _curves(trained: Trained, states: TensorDictBase) -> dict[str, list[tuple[int, Interval]]]:
-    """Of the probes and of behaviour, by frames of training."""
-    path = trained.recipe.sites["fc2"]
-    agents = {0: trained.untrained, **trained.snapshots, trained.recipe.frames: trained.agent}
-    curves: dict[str, list[tuple[int, Interval]]] = {"behaviour": [], "probe": [], "unneeded": []}
-    for frames, agent in agents.items():
-        seen = _seen(agent, states, {"fc2": path})
-        curves["behaviour"].append((frames, share(_success(agent, trained.seed), EPISODES)))
-        for name, concept in (("probe", "xor"), ("unneeded", "unneeded_xor")):
-            curves[name].append((frames, accuracy(seen, ("cache", path), concept, "episode")))
-    return curves
 
 
 def _success(agent: Agent, seed: int) -> float:
