@@ -68,6 +68,16 @@ def test_numbers_come_back_within_half_a_step(values: np.ndarray, levels: int, b
 
 
 @settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(300, 32_000), st.booleans())
+def test_whole_numbers_are_exact(seed: int, most: int, by_column: bool) -> None:
+    """More of them than are listed: they say which picture is shown, and what was chosen."""
+    values = np.random.default_rng(seed).permutation(np.arange(-most, most))[:600].reshape(300, 2)
+    packed = pack_values(values.astype(float), by_column=by_column)
+    assert packed.spec["code"] == "steps"
+    assert (unpack(packed) == values).all()
+
+
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 400), st.integers(1, 7), st.integers(1, 5), st.integers(0, 2**32 - 1))
 def test_pictures_come_back_as_they_were(colours: int, rows: int, count: int, seed: int) -> None:
     drawn = np.random.default_rng(seed)
@@ -615,6 +625,21 @@ def test_it_is_said_to_those_who_do_not_see_it(both: Page) -> None:
             both.run("document.activeElement.getAttribute('aria-label') || document.activeElement.innerText")
         )
     assert {"Step", "Play", "most uncertain", "Link to this step"} <= set(reached)
+
+
+@needs_chromium
+def test_of_many_pictures_each_is_shown_at_its_step(tmp_path: Path) -> None:
+    pixels = torch.zeros(300, 3, 8, 8)
+    pixels[:, 0] = torch.linspace(0, 1, 300)[:, None, None]  # red says which, and blue breaks the ties
+    pixels[:, 2] = (torch.arange(300) % 2)[:, None, None]
+    shown = player(TensorDict({"pixels": pixels}, 300))
+    with shared().page(shown.save(tmp_path / "page.html"), ready=READY) as page:
+        pixel = "document.querySelector('canvas').getContext('2d').getImageData(0, 0, 1, 1).data"
+        script = f"tdhookPlayers[0].go(step); found.push([...{pixel}].slice(0, 3))"
+        found = page.run(
+            f"(() => {{ const found = []; for (let step = 0; step < 300; step++) {{ {script} }} return found }})()"
+        )
+    assert (torch.tensor(found) == (pixels[:, :, 0, 0] * 255).round()).all()
 
 
 @needs_chromium

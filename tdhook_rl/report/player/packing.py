@@ -72,10 +72,13 @@ def pack_values(values: np.ndarray, *, levels: int = 65_534, by_column: bool = F
         filled = np.where(known, numbers, np.nan)
         low, high = (_columns(pick, filled) for pick in (np.nanmin, np.nanmax))
         step = np.where(high > low, (high - low) / (levels - 1), 1.0)
+        step[(step <= 1) & (np.where(known, numbers, 0) % 1 == 0).all(0)] = 1.0  # whole numbers stay what they are
     else:  # zero is a multiple of the step
         size = float(np.abs(numbers[known]).max(initial=0.0)) or 1.0
         signed = bool((numbers[known] < 0).any())
         step = np.array([size / ((levels - 1) // 2 if signed else levels - 1)])
+        if step[0] <= 1 and (numbers[known] % 1 == 0).all():
+            step[0] = 1.0
         low = np.array([-step[0] * ((levels - 1) // 2) if signed else 0.0])
     codes = np.where(known, np.rint((np.where(known, numbers, 0) - low) / step).clip(0, levels - 1) + 1, 0)
     rows = codes.astype("<u2" if wide else "u1")

@@ -751,7 +751,7 @@
       this.panels.forEach((update) => update());
       this.drawCursor();
       const ends = new Set(this.episode.parts.filter((part) => part && state.step === part.length - 1 && part.end !== "goes on").map((part) => part.end));
-      this.counter.textContent = [`step ${state.step} of ${this.length - 1}`, ...ends].join(" · ");
+      this.counter.replaceChildren(`step ${state.step} of ${this.length - 1}`, make("small", {}, [...ends].join(", ")));
       const spoken = this.sentence();
       this.lanes.setAttribute("aria-valuemax", this.length - 1);
       this.lanes.setAttribute("aria-valuenow", state.step);
