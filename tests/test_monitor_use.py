@@ -26,10 +26,12 @@ from torchrl.record.loggers.csv import CSVLogger
 from torchrl.record.loggers.monitoring import Every, LoggerMonitor
 
 from tdhook_rl import ActivationCaching, Compose, ControlRecord, Saliency, SteeringVectors, targets
+from tdhook_rl.artifacts import load_artifact
 from tdhook_rl.envs import CueCorners, TMaze
 from tdhook_rl.errors import InputError
 from tdhook_rl.examples.agent import FC2, PPO, make_actor, make_critic
 from tdhook_rl.latent import SteeringVector
+from tdhook_rl.latent.probing import ClassStatistics
 from tdhook_rl.probes.probe_table import ProbeCell, ProbeTable
 from tdhook_rl.report import DataTable, FileSink, Monitor, open_wandb
 from tdhook_rl.rollout import GroupSplit, ProbeSuite
@@ -234,6 +236,32 @@ def test_a_vector_is_kept_as_an_artifact(tmp_path: Path) -> None:
     (kept,) = [one for one in saved if one.type == "SteeringVector"]
     assert (kept.name, json.loads(kept.metadata)["effect"]) == ("interp-corner-a", 0.9)
     assert set(kept.aliases) == {"latest", "f80"}
+
+
+def test_whatever_holds_tensors_is_kept(tmp_path: Path) -> None:
+    statistics = ClassStatistics(features=2, classes=2)
+    statistics.add(torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([0, 1]))
+    (tmp_path / "notes.md").write_text("seen")
+    things: dict[str, Any] = {
+        "sums": statistics, "by name": {"x": torch.ones(3)}, "nested": TensorDict({"a": {"b": torch.zeros(2)}}, []),
+        "notes": tmp_path / "notes.md", "net": torch.nn.Linear(2, 3),
+    }  # fmt: skip
+    with METHOD.prepare(make_actor()) as policy, Monitor(policy, tmp_path / "seen") as monitor:
+        monitor.step(batch_of(policy))
+        kept = {name: monitor.save(name, thing, {"seed": 3}) for name, thing in things.items()}
+        for wrong in (3.0, object(), {"a": 1}, torch.nn.Identity()):
+            with pytest.raises(InputError, match=r"'odd' is a .*, which cannot be kept: give something with save"):
+                monitor.save("odd", wrong)
+    tensors, facts = load_artifact(kept["sums"] / "sums", "ClassStatistics")
+    assert tensors["count"].tolist() == [1.0, 1.0]
+    assert torch.equal(tensors["moment"], statistics.moment)
+    assert facts == {"seed": 3}
+    assert load_artifact(kept["by name"] / "by_name", "dict")[0]["x"].tolist() == [1.0] * 3
+    assert list(load_artifact(kept["nested"] / "nested", "TensorDict")[0]) == ["a.b"]
+    assert list(load_artifact(kept["net"] / "net", "Linear")[0]) == ["bias", "weight"]
+    assert (kept["notes"] / "notes.md").read_text() == "seen"
+    for place in kept.values():
+        assert json.loads((place / "artifact.json").read_text())["facts"] == {"seed": 3}
 
 
 @pytest.mark.slow

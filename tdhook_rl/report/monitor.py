@@ -24,7 +24,7 @@ from tdhook_rl.report.look import Look, Tries, Turns
 from tdhook_rl.report.media import Artifact
 from tdhook_rl.report.probes import WatchedProbe, WatchedSuite
 from tdhook_rl.report.readings import Features
-from tdhook_rl.report.results import loggable
+from tdhook_rl.report.results import files_of, loggable
 from tdhook_rl.report.sinks.names import PREFIX
 from tdhook_rl.report.sinks.together import Sinks, sinks_of
 from tdhook_rl.rollout.diagnostics import NetworkDiagnostics
@@ -217,23 +217,23 @@ class Monitor(TrainerHookBase):
         self._closed = True
 
     def save(self, name: str, thing: Any, facts: Mapping[str, Any] | None = None) -> Path:
-        """Keep a probe, a vector, or a file, locally first and then as an artifact of the loggers.
+        """Keep a probe, a vector, statistics or a file, locally first and then as an artifact of the loggers.
 
         Args:
             name: what it is called.
-            thing: something with ``save(path)``, or the path of a file.
+            thing: something with ``save(path)``; the path of a file; or what holds tensors: a mapping, a TensorDict, a
+                module, the statistics of a probe.
             facts: JSON-able facts about it.
 
         Returns:
             where it is.
+
+        Raises:
+            InputError: for anything else.
+            ArtifactError: if there is no room for it.
         """
         with tempfile.TemporaryDirectory() as place:
-            if isinstance(thing, str | Path):
-                kind, files = "file", [Path(thing)]
-            else:
-                safe = "".join(one if one.isalnum() or one in "-_." else "_" for one in name)
-                kind, saved = type(thing).__name__, Path(thing.save(Path(place) / safe))
-                files = [one for one in (saved, saved.with_suffix(".json")) if one.is_file()]
+            kind, files = files_of(name, thing, Path(place), facts or {})
             artifact = Artifact(files, kind, facts or {})
             self._sinks.log({name: artifact}, self.frames)  # copies them before it returns
         if artifact.path is None:

@@ -1,17 +1,23 @@
-"""Results as what can be logged: tables of their rows, pictures of figures."""
+"""Results as what can be logged: tables of their rows, pictures of figures, files of what is kept."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+from tdhook_rl.artifacts import save_artifact
+from tdhook_rl.errors import InputError
 from tdhook_rl.report.media import DataTable, Image
 from tdhook_rl.statistics import Interval
 from tdhook_rl.sweeps.dose_response import DoseResponse
 
-__all__ = ["loggable"]
+__all__ = ["files_of", "loggable"]
 
 
 def loggable(value: Any) -> Any:
@@ -37,6 +43,40 @@ def loggable(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str) and value and all(map(_is_row, value)):
         return _table([row if isinstance(row, Mapping) else _fields(row) for row in value])
     return value
+
+
+def files_of(name: str, thing: Any, place: Path, facts: Mapping[str, Any]) -> tuple[str, list[Path]]:
+    """What a thing is, and its files: its own, or written into a folder by its ``save``, or with the tensors it holds.
+
+    Raises:
+        InputError: for what is no file, cannot be saved and holds no tensors.
+    """
+    if isinstance(thing, str | Path):
+        return "file", [Path(thing)]
+    safe = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
+    kind = type(thing).__name__
+    if callable(getattr(thing, "save", None)) and not isinstance(thing, TensorDictBase):
+        saved = Path(thing.save(place / safe))
+    else:
+        saved = save_artifact(place / safe, kind, _tensors(name, thing), facts)
+    return kind, [one for one in (saved, saved.with_suffix(".json")) if one.is_file()]
+
+
+def _tensors(name: str, thing: Any) -> dict[str, Tensor]:
+    """The tensors of a thing, by name."""
+    if isinstance(thing, TensorDictBase):
+        held: Mapping[Any, Any] = thing.flatten_keys(".")
+    elif isinstance(thing, nn.Module):
+        held = thing.state_dict()
+    else:
+        held = thing if isinstance(thing, Mapping) else getattr(thing, "__dict__", {})
+    found = {str(key): value for key, value in held.items() if isinstance(value, Tensor)}
+    if not found:
+        raise InputError(
+            f"{name!r} is a {type(thing).__name__}, which cannot be kept: give something with save(path), such as a "
+            "probe or a vector, the path of a file, or tensors by name"
+        )
+    return found
 
 
 def _is_row(value: Any) -> bool:
