@@ -50,6 +50,7 @@ def test_the_demo_writes_one_folder(finished: Path) -> None:
         "2_lights.svg",
         "3_maps.svg",
         "4_steering.svg",
+        "5_episode.svg",
     }
     for saved in (finished / "figures").glob("*.json"):
         assert f'<svg role="img" aria-label="{html.escape(json.loads(saved.read_text())["alt"])}"' in report

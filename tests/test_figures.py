@@ -15,7 +15,7 @@ import pytest
 
 from tdhook_rl.errors import InputError
 from tdhook_rl.report import figures
-from tdhook_rl.report.drawing import plain
+from tdhook_rl.report.drawing import as_drawn, plain
 from tests.drawings import MEASURED, NAMES, NAN, ODD, SHAPES, VALUES, interval
 
 
@@ -204,6 +204,21 @@ def test_a_figure_is_saved_with_its_data(tmp_path: Path) -> None:
     assert drawing.save(tmp_path / "bars.svg").read_text() == drawing.svg()
     with pytest.raises(InputError, match=r"\.png or \.svg"):
         drawing.save(tmp_path / "bars.pdf")
+
+
+def test_a_saved_figure_is_a_drawing_again_and_nothing_else_is() -> None:
+    for shape in SHAPES.values():
+        svg = shape(["a"], [0.1, 0.2]).svg()
+        assert as_drawn(svg.encode()) == svg
+    for other in (
+        svg.replace("</svg>", "<script>alert(1)</script></svg>"),
+        svg.replace("<path", "<path onload='alert(1)'", 1),
+        svg.replace("<g>", "<foreignObject>", 1),
+        svg.replace("<g>", '<a href="javascript:alert(1)">', 1),
+        svg.replace('role="img" ', "", 1),
+    ):
+        assert other != svg
+        assert as_drawn(other.encode()) is None
 
 
 def test_figures_share_no_ids_and_no_styles() -> None:

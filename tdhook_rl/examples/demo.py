@@ -95,6 +95,7 @@ class Findings:
         lights: the mean absolute gradient of each light, by network.
         planes: of every cell of the observation, ``(3, 6, 5)``, in the trained network.
         response: to the steering vector.
+        episode: the longest of those that were played without it.
     """
 
     success: Interval | None = None
@@ -104,6 +105,7 @@ class Findings:
     planes: Tensor | None = None
     response: DoseResponse | None = None
     vector: SteeringVector | None = None
+    episode: Any = None
     seconds: float = 0.0
 
     @property
@@ -157,7 +159,7 @@ def run(
             _steer(settings, actor, folder, found, monitor)
             monitor.log(_summary(found))
     progress("playing episodes", settings.frames, settings.frames)
-    _play(settings, actor, found.vector, folder)
+    _play(settings, actor, folder, found)
     save_artifact(folder / "actor", "policy", actor.state_dict(), asdict(settings))
     found.seconds = time.monotonic() - start
     return found
@@ -320,9 +322,9 @@ def _away(start: TensorDictBase) -> Tensor:
     return torch.where(start["concept", "paying_corner"] == 0, -1.0, 1.0)
 
 
-def _play(settings: Settings, actor: ProbabilisticActor, vector: SteeringVector, folder: Path) -> None:
+def _play(settings: Settings, actor: ProbabilisticActor, folder: Path, found: Findings) -> None:
     """Eight episodes with the vector and without, from the same starts with the same draws, for the player."""
-    env = CueCorners(batch_size=[8])
+    env, vector = CueCorners(batch_size=[8]), found.vector
     method = Compose(
         SteeringVectors({vector.path: vector.vector}, alpha=0.0),
         ControlRecord(["steering.alpha"]),
@@ -335,6 +337,7 @@ def _play(settings: Settings, actor: ProbabilisticActor, vector: SteeringVector,
         for name, alpha in (("not steered", 0.0), ("steered to corner A", 1.0)):
             policy.controls["steering.alpha"] = alpha
             played[name] = alike_episodes(policy, env, episodes=8, max_steps=env.max_steps, seed=settings.seed)
+        found.episode = max(played["not steered"], key=len)
         player(played, policy=policy, env=env, title="Eight episodes, steered and not").record(folder)
 
 

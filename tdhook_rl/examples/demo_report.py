@@ -9,7 +9,14 @@ from tdhook_rl.envs import CueCorners
 from tdhook_rl.examples.demo import Findings, Settings
 from tdhook_rl.report import Finding, page_of, save_findings
 from tdhook_rl.report.drawing import Drawing
-from tdhook_rl.report.figures import attribution_maps, dose_curve, grouped_bars, overview, probe_curves
+from tdhook_rl.report.figures import (
+    attribution_maps,
+    attribution_through_episode,
+    dose_curve,
+    grouped_bars,
+    overview,
+    probe_curves,
+)
 from tdhook_rl.report.figures.style import Number
 from tdhook_rl.statistics import Interval
 
@@ -65,7 +72,7 @@ def write(found: Findings, settings: Settings, folder: Path) -> Path:
 
 def drawings(found: Findings) -> dict[str, Drawing]:
     """The figures of the page by name."""
-    response = found.response
+    response, episode = found.response, found.episode
     return {
         "1_learning": probe_curves(
             _concepts(found),
@@ -99,6 +106,18 @@ def drawings(found: Findings) -> dict[str, Drawing]:
             outcome="P(the other corner)",
             caption=f"Adding alpha times the difference vector of {found.vector.path} towards the corner that does not "
             "pay, in episodes from the same starts with the same noise; random vectors have equal norm.",
+        ),
+        "5_episode": attribution_through_episode(
+            episode["attr", "observation"],
+            CueCorners.feature_names,
+            actions=episode["action"],
+            action_names=CueCorners.action_names,
+            rewards=episode["next", "reward"],
+            others={"P(XOR is 1), by its probe": episode["probe", "xor"][:, 1]},
+            unit="gradient",
+            most=10,
+            title="What it looks at in an episode",
+            caption="The gradient of the chosen logit at each step of an episode that was not steered.",
         ),
     }
 

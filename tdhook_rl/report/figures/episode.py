@@ -104,6 +104,9 @@ def attribution_through_episode(
             axis.axhline(0, color=INK, linewidth=0.8)
         else:
             drawn(axis, points(list(enumerate(numbers))), colour=BLUE)
+            known = numbers[np.isfinite(numbers)]
+            if len(known) and known.min() >= 0 and known.max() <= 1:
+                axis.set_ylim(-0.08, 1.08)
         axis.set_title(label(name, 40), loc="left", fontsize=9, pad=2)
         tick_numbers(axis, "y")
     axes[-1, 0].set(xlabel="step", xlim=(-0.5, steps - 0.5))
