@@ -25,7 +25,16 @@ from tdhook_rl.errors import ArgumentError
 from tdhook_rl.latent import SteeringVector, probing
 from tdhook_rl.latent import dimension_estimation as dimensions
 from tdhook_rl.latent.representation_similarity import CkaEstimator, InformationImbalanceEstimator
-from tdhook_rl.replay import analyze, in_order, load_results
+from tdhook_rl.replay import (
+    analyze,
+    by_feature,
+    episodes,
+    in_order,
+    load_results,
+    returns,
+    rows_where,
+    smallest_margins,
+)
 from tdhook_rl.rollout import (
     AnnotatedMetrics,
     AnnotateHook,
@@ -90,6 +99,9 @@ OWN = {
     ("OnlineProbe", "label", "module"),
     ("cascading_randomisation", "initialise", "module"),
     ("analyze", "where", "module"),
+    ("rows_where", "where", "module"),
+    ("by_feature", "where", "module"),
+    ("by_feature", "statistic", "module"),
 }
 
 
@@ -132,6 +144,11 @@ CALLS: dict[str, tuple[Any, Callable[[], dict[str, Any]], Callable[[Any], Any] |
     "set_controls": (set_controls, lambda: {"collector": Running(), "values": {}}, None),
     "check": (check, lambda: {"policy": hooked(), "env": object(), "steps": 2}, None),
     "analyze": (analysed, lambda: {"hooked": hooked(), "buffer": buffer()}, None),
+    "returns": (returns, lambda: {"buffer": episode()}, None),
+    "episodes": (episodes, lambda: {"buffer": episode()}, None),
+    "rows_where": (rows_where, lambda: {"buffer": episode(), "where": lambda batch: torch.ones(len(batch)).bool()}, None),
+    "smallest_margins": (smallest_margins, lambda: {"buffer": episode()}, None),
+    "by_feature": (by_feature, lambda: {"results": TensorDict({"attr": {"f": F}}, len(F)), "buffer": episode()}, None),
     "in_order": (in_order, lambda: {"buffer": buffer()}, list),
     "load_results": (load_results, lambda: {"folder": "nowhere"}, None),
     "ProbeManager": (probing.ProbeManager, lambda: {"estimator_class": probing.LinearEstimator,
@@ -173,6 +190,11 @@ CALLS: dict[str, tuple[Any, Callable[[], dict[str, Any]], Callable[[Any], Any] |
     "annotate": (hooked().annotate, lambda: {"data": rows()}, None),
     "run": (hooked().run, lambda: {"data": rows()}, lambda run: ended(run)),
 }  # fmt: skip
+
+
+def episode() -> TensorDict:
+    ends = torch.arange(len(F))[:, None] % 2 == 1
+    return TensorDict({"logits": F, "next": {"reward": F[:, :1], "done": ends}}, batch_size=len(F))
 
 
 def ended(run: Any) -> None:

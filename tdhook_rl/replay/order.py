@@ -37,6 +37,22 @@ class Written:
     begins: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Courses:
+    """Rows trajectory by trajectory, each in the order of time.
+
+    Attributes:
+        rows: ``(rows,)``, their numbers in the source.
+        stretch: ``(rows,)``, of which trajectory each of these is, ascending from 0.
+        ended, begun: ``(trajectories,)``, whether its end, and its beginning, is there.
+    """
+
+    rows: Tensor
+    stretch: Tensor
+    ended: Tensor
+    begun: Tensor
+
+
 class Trajectories:
     """The trajectories of rows that are stored one by one, by the facts of every row that :meth:`keys` names.
 
@@ -91,6 +107,8 @@ class Trajectories:
         self._end = rows - 1 - _last_true(torch.cat([begun[1:], begun.new_ones(1)]).flip(0)).flip(0)
         self._headless = begun & ~known
         self._looking = looking
+        # Where no ends are told, one has come where something was written after it.
+        self._ended = None if done is None else done[by_line].bool()
 
     @staticmethod
     def keys(written: Written, transforms: Sequence[nn.Module]) -> list[NestedKey]:
@@ -138,6 +156,14 @@ class Trajectories:
                 "after the other in the buffer: store trajectories, one an entry"
             )
         return int(self._entries[low]), int(self._entries[high - 1]) + 1
+
+    def courses(self) -> Courses:
+        """All rows, trajectory by trajectory."""
+        begun = self._first == torch.arange(len(self._first))
+        stretch = begun.long().cumsum(0) - 1
+        last = self._end[begun]
+        ended = self._entries[last] != len(self._entries) - 1 if self._ended is None else self._ended[last]
+        return Courses(self._entries, stretch, ended, ~self._headless[begun])
 
     def incomplete(self, index: Tensor, window: Window) -> Tensor:
         """Which of these entries read rows of their trajectory that are no longer there."""

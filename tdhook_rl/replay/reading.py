@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
-from tdhook_rl.replay.order import Trajectories
+from tdhook_rl.replay.order import Courses, Trajectories
 from tdhook_rl.replay.sources import Rows, source_of
 from tdhook_rl.replay.transforms import Window, followed_by, require_alike, require_at_rest, transform_name, window_of
 
@@ -117,6 +117,14 @@ class Reader:
             InputError: if its rows are not one after the other.
         """
         return self._trajectories.begin(entry), self._trajectories.end(entry)
+
+    def courses(self, looking: str) -> Courses:
+        """All rows trajectory by trajectory, where each entry is a row; ``looking`` is what asks, for messages.
+
+        Raises:
+            InputError: if nothing says where a trajectory ends.
+        """
+        return self._look_up(looking).courses()
 
     def read(self, index: Tensor) -> TensorDictBase:
         """These entries, collated and transformed.

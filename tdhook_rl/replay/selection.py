@@ -58,7 +58,7 @@ class Selection:
         entries = torch.arange(reader.size) if rows is None else _named(rows, reader.size)
         if where is not None and len(entries):
             step = max(1, batch_size // reader.rows)
-            entries = torch.cat([part[_held(where, reader.read(part))] for part in entries.split(step)])
+            entries = torch.cat([part[truth_of(where, reader.read(part))] for part in entries.split(step)])
         if fraction is not None:
             if not 0 < fraction <= 1:
                 raise InputError(f"fraction= is a share above 0, and 1 at most; got {fraction}")
@@ -138,7 +138,12 @@ def _named(rows: Chosen, size: int) -> Tensor:
     return (found % size).unique()
 
 
-def _held(where: Where, batch: TensorDictBase) -> Tensor:
+def truth_of(where: Where, batch: TensorDictBase) -> Tensor:
+    """For each entry of a batch whether it is what is asked for.
+
+    Raises:
+        InputError: if the function gives anything but a truth value for each.
+    """
     found = where(batch)
     mask = torch.as_tensor(found) if found is not None else torch.zeros(0)
     if mask.dtype != torch.bool or mask.numel() != len(batch):

@@ -157,9 +157,10 @@ class _Buffer:
                 "not keep them in the order in which they came"
             )
         full = self.entries == getattr(self._buffer.storage, "max_size", self.entries)
+        ring = full and isinstance(writer, RoundRobinWriter)
         return Written(
             cursor=cursor_of(writer) % self.entries if full else 0,
-            over=full and (written is None or written > self.entries),
+            over=ring and (written is None or written > self.entries),
             number_key=getattr(self._buffer.sampler, "traj_key", None),
         )
 

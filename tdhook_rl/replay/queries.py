@@ -1,0 +1,356 @@
+"""What people ask first of a buffer and the results of its analysis, in one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+
+from tdhook_rl.arguments.checked import checked
+from tdhook_rl.arguments.keys import key_parts
+from tdhook_rl.errors import InputError, MissingKeyError, nearest, warn
+from tdhook_rl.probes.quantities import Trajectory
+from tdhook_rl.replay.joined import Found, Joined, StoredEpisode, results_of
+from tdhook_rl.replay.results import INDEX
+from tdhook_rl.replay.selection import Where, truth_of
+from tdhook_rl.replay.sources import Rows
+from tdhook_rl.statistics import Interval, grouped_mean
+
+#: Where the preferences of a policy for its actions may be, the first that is there.
+PREFERENCES: tuple[NestedKey, ...] = ("action_value", "logits", "probs")
+#: Numbers of a column that are held at once, and groups from which a t interval is as good as a bootstrap.
+BLOCK, MANY_GROUPS = 8_000_000, 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Returns:
+    """Returns of the rows and episodes of a buffer.
+
+    Attributes:
+        rows: ``(rows,)``, float64: the discounted sum of the rewards from here to the end of the episode; NaN where
+            that end is not in the buffer, and for padding.
+        episode: ``(rows,)``, the number of each row's episode, -1 for padding.
+        episodes: in the order in which they are found.
+    """
+
+    rows: Tensor
+    episode: Tensor
+    episodes: list[StoredEpisode]
+
+    def mean(self, confidence: float = 0.95) -> Interval:
+        """The mean over the episodes that are whole, each a group.
+
+        Raises:
+            InputError: if none is.
+        """
+        whole = [one.total for one in self.episodes if one.whole]
+        if not whole:
+            raise InputError(f"none of {len(self.episodes)} episodes is in the buffer from its beginning to its end")
+        return grouped_mean(whole, confidence=confidence)
+
+
+@checked
+def returns(
+    buffer: Rows, *, gamma: float = 1.0, reward: NestedKey = ("next", "reward"), batch_size: int = 16384
+) -> Returns:
+    """The return of each episode of a buffer, and from each of its rows on.
+
+    Args:
+        buffer: what :func:`tdhook_rl.replay.analyze` reads.
+        gamma: the discount.
+        reward: its key; of several columns the mean.
+        batch_size: rows read at once.
+
+    Raises:
+        InputError: if nothing says where episodes end, or the discount is none.
+        MissingKeyError: if there are no rewards.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> done = torch.tensor([0, 0, 1, 0, 1]).bool()[:, None]
+        >>> rows = TensorDict({"next": {"reward": torch.ones(5, 1), "done": done}}, batch_size=5)
+        >>> found = returns(rows, gamma=0.5)
+        >>> found.rows.tolist(), [one.total for one in found.episodes]
+        ([1.75, 1.5, 1.0, 1.5, 1.0], [1.75, 1.5])
+    """
+    return _returns(Joined(buffer), gamma, reward, batch_size)
+
+
+@checked
+def episodes(
+    buffer: Rows,
+    results: Found | None = None,
+    *,
+    order: Literal["worst", "best"] = "worst",
+    k: int = 5,
+    gamma: float = 1.0,
+    reward: NestedKey = ("next", "reward"),
+) -> list[StoredEpisode]:
+    """The episodes with the smallest or the largest returns, each with its rows and their results.
+
+    Episodes that are whole in the buffer are ranked; only where none is, all of them, by what is there, with a warning.
+
+    Args:
+        buffer: what was analysed.
+        results: of its analysis, or their folder; rows that were not analysed have NaN and false masks.
+        order: which are wanted.
+        k: how many, the worst or the best first.
+        gamma, reward: as of :func:`returns`.
+
+    Raises:
+        InputError, MissingKeyError: as of :func:`returns`; if the results are of another buffer.
+
+    Example:
+        >>> from tdhook_rl.envs import CueCorners
+        >>> data = CueCorners(batch_size=[4], seed=0).rollout(40, break_when_any_done=False)
+        >>> [found] = episodes(data, order="best", k=1)
+        >>> found.whole, len(found.rows) == len(found.data)
+        (True, True)
+    """
+    if k < 1:
+        raise InputError(f"k= is how many episodes are wanted, 1 or more; got {k}")
+    joined = Joined(buffer, results)
+    found = _returns(joined, gamma, reward, 16384).episodes
+    ranked = [one for one in found if one.whole]
+    if not ranked:
+        warn(f"none of {len(found)} episodes is whole in the buffer: they are ranked by the rewards that are there")
+        ranked = found
+    ranked = sorted(ranked, key=lambda one: one.total, reverse=order == "best")[:k]
+    return [replace(one, data=joined.rows(one.rows)) for one in ranked]
+
+
+@checked
+def rows_where(
+    buffer: Rows, where: Where, results: Found | None = None, *, most: int = 1000, batch_size: int = 16384
+) -> TensorDictBase:
+    """The rows of which something is true, with their results; ``"index"`` says which they are.
+
+    Args:
+        buffer: what was analysed.
+        where: a function of a batch of rows that gives a truth value for each.
+        results: of the analysis, or their folder; they are seen by ``where`` too.
+        most: the first so many are given.
+        batch_size: rows read at once.
+
+    Returns:
+        ``(rows,)``, in the order in which they lie; none where nothing is true.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> rows = TensorDict({"observation": torch.arange(6.0)[:, None]}, batch_size=6)
+        >>> rows_where(rows, lambda batch: batch["observation"] > 3)["index"].tolist()
+        [4, 5]
+    """
+    joined, found, parts = Joined(buffer, results), 0, []
+    for numbers, _ in joined.chunks(batch_size):
+        rows = joined.rows(numbers)
+        parts.append(rows[truth_of(where, rows)][: most - found])
+        found += len(parts[-1])
+        if found >= most:
+            break
+    return torch.cat(parts)
+
+
+@checked
+def smallest_margins(
+    buffer: Rows,
+    results: Found | None = None,
+    *,
+    k: int = 10,
+    key: NestedKey | None = None,
+    batch_size: int = 16384,
+) -> TensorDictBase:
+    """The states in which the policy prefers its best action to the second by least: where it is undecided.
+
+    Args:
+        buffer: what was analysed.
+        results: of the analysis, or their folder.
+        k: how many.
+        key: what the policy thinks of its actions, ``(..., actions)``, in the buffer or the results: ``action_value``,
+            ``logits`` or ``probs``, the first of these that is there, unless given.
+        batch_size: rows read at once.
+
+    Returns:
+        ``(rows,)``, the smallest margin first, with ``"margin"`` and ``"index"`` and the results; of several decisions
+        in a row, the smallest.
+
+    Raises:
+        MissingKeyError: if nothing says what the policy thinks of its actions.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> rows = TensorDict({"logits": torch.tensor([[0.0, 3.0], [1.0, 0.5], [2.0, 2.1]])}, batch_size=3)
+        >>> smallest_margins(rows, k=2)["index"].tolist()
+        [2, 1]
+    """
+    joined = Joined(buffer, results)
+    margins, places = torch.zeros(0), torch.zeros(0, dtype=torch.long)
+    for numbers, rows in joined.chunks(batch_size):
+        wanted = (key,) if key is not None else PREFERENCES
+        value = _first(rows, wanted)
+        if value is None and results is not None:
+            value = _first(joined.rows(numbers), wanted)
+        if value is None:
+            known = map(str, rows.keys(True, True))
+            raise MissingKeyError(
+                f"a margin is read of {' or '.join(map(repr, wanted))}, which the rows lack; "
+                f"{nearest(str(wanted[0]), known)}: store it, or name it by key="
+            )
+        if value.ndim < 2 or value.shape[-1] < 2:
+            raise InputError(f"a margin is between two actions; {wanted[0]!r} has the shape {tuple(value.shape)}")
+        two = value.detach().float().topk(2, -1).values
+        margin = (two[..., 0] - two[..., 1]).flatten(1).amin(1) if two.ndim > 2 else two[:, 0] - two[:, 1]
+        able = margin.isfinite()
+        margins, places = torch.cat([margins, margin[able].cpu()]), torch.cat([places, numbers[able.cpu()]])
+        few = margins.argsort(stable=True)[:k]
+        margins, places = margins[few], places[few]
+    return joined.rows(places).set("margin", margins)
+
+
+@checked
+def by_feature(
+    results: Found,
+    buffer: Rows,
+    *,
+    key: NestedKey | None = None,
+    names: Sequence[str] | None = None,
+    where: Where | None = None,
+    statistic: Callable[[Tensor], Tensor] | None = None,
+    confidence: float = 0.95,
+) -> dict[str, dict[str, Interval]]:
+    """The mean absolute attribution of each feature over rows, with an interval by episode.
+
+    Args:
+        results: of an analysis, or their folder.
+        buffer: what was analysed; it says which rows are of one episode.
+        key: of the attribution; the first below ``"attr"`` unless given.
+        names: of the features; their numbers unless given.
+        where: over those rows only of which this is true: a function of a batch with its results.
+        statistic: of attributions ``(rows, features)``; the absolute value unless given.
+        confidence: of the intervals.
+
+    Returns:
+        by feature, and the name of the attribution, an interval: what ``report.figures.grouped_bars`` draws.
+
+    Raises:
+        MissingKeyError: if there is no such result.
+        InputError: for another number of names, if no row is left, or nothing says where episodes end.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> done = torch.tensor([0, 1] * 6).bool()[:, None]
+        >>> rows = TensorDict({"next": {"done": done}}, batch_size=12)
+        >>> found = TensorDict({"attr": {"observation": torch.arange(24.0).reshape(12, 2)}}, batch_size=12)
+        >>> by_feature(found, rows, names=["left", "right"])["left"]["attr.observation"].groups
+        6
+    """
+    found = results_of(results)
+    parts = _attribution(found, key)
+    value = found.get(parts)
+    joined = Joined(buffer, found)
+    courses = joined.courses("by_feature")
+    episode = torch.full((joined.count,), -1)
+    episode[courses.rows] = courses.stretch
+    places, groups = _usable(joined, found, parts, episode, where)
+    features = value.shape[found.ndim :].numel()
+    flat = value.reshape(-1, features) if value.is_contiguous() else value.contiguous().reshape(-1, features)
+    named = [str(one) for one in (names if names is not None else range(features))]
+    if len(named) != features or len(set(named)) != features:
+        raise InputError(
+            f"names= has {len(named)} names, and {'.'.join(parts)} {features} features: one each, different"
+        )
+    able = _finite(flat, places)
+    if not bool(able.any()):
+        raise InputError(f"no row is left of which {'.'.join(parts)} is known: {len(places)} are chosen")
+    places, groups = places[able], groups[able]
+    method: Any = "t" if len(np.unique(groups)) > MANY_GROUPS else "auto"
+    means: dict[str, dict[str, Interval]] = {}
+    step = max(1, BLOCK // max(1, len(places)))
+    for start in range(0, features, step):
+        columns = torch.cat([flat[part, start : start + step].double() for part in places.split(1 << 16)])
+        columns = columns.abs() if statistic is None else statistic(columns)
+        for number, name in enumerate(named[start : start + step]):
+            one = grouped_mean(columns[:, number], groups, confidence=confidence, method=method)
+            means[name] = {".".join(parts): one}
+    return means
+
+
+# ---------------------------------------------------------------------- inner
+
+
+def _returns(joined: Joined, gamma: float, reward: NestedKey, batch_size: int) -> Returns:
+    if not 0 <= gamma <= 1:
+        raise InputError(f"a discount lies between 0 and 1, got gamma={gamma!r}")
+    rewards = torch.zeros(joined.count, dtype=torch.float64)
+    for numbers, rows in joined.chunks(batch_size):
+        value = rows.get(reward, None)
+        if not isinstance(value, Tensor):
+            raise MissingKeyError(
+                f"returns are of {reward!r}, which the rows lack; "
+                f"{nearest(str(reward), map(str, rows.keys(True, True)))}: name it by reward="
+            )
+        rewards[numbers] = value.detach().reshape(len(numbers), -1).double().mean(1).cpu()
+    courses = joined.courses("returns")
+    closed = courses.ended[courses.stretch]
+    to_go = Trajectory(courses.stretch, closed).returns(rewards[courses.rows], gamma)
+    found = torch.full((joined.count,), float("nan"), dtype=torch.float64)
+    found[courses.rows] = torch.where(closed, to_go, torch.nan)
+    episode = torch.full((joined.count,), -1)
+    episode[courses.rows] = courses.stretch
+    lengths = courses.stretch.bincount().tolist()
+    parts, at, listed = courses.rows.split(lengths), 0, []
+    for number, part in enumerate(parts):
+        listed.append(
+            StoredEpisode(
+                number=number, rows=part, total=float(to_go[at]), ended=bool(courses.ended[number]),
+                begun=bool(courses.begun[number]),
+            )
+        )  # fmt: skip
+        at += len(part)
+    return Returns(rows=found, episode=episode, episodes=listed)
+
+
+def _first(rows: TensorDictBase, keys: Sequence[NestedKey]) -> Tensor | None:
+    return next((one for key in keys if isinstance(one := rows.get(key, None), Tensor)), None)
+
+
+def _attribution(found: TensorDictBase, key: NestedKey | None) -> tuple[str, ...]:
+    known = [key_parts(one) for one in found.keys(True, True)]
+    if key is not None:
+        parts = key_parts(key)
+        if parts not in known:
+            raise MissingKeyError(f"the results have no {key!r}; {nearest(str(key), map(str, known))}")
+        return parts
+    parts = next((one for one in known if one[0] == "attr"), ())
+    if not parts:
+        raise MissingKeyError(f"the results hold no attribution, only {', '.join(map(str, known))}: name one by key=")
+    return parts
+
+
+def _usable(
+    joined: Joined, found: TensorDictBase, parts: tuple[str, ...], episode: Tensor, where: Where | None
+) -> tuple[Tensor, np.ndarray]:
+    """The places of results that were computed and are wanted, and the episode of each."""
+    rows = joined.reader.rows
+    entries = found.get(INDEX, None)
+    entries = torch.arange(len(found)) if entries is None else entries.reshape(len(found), -1)[:, 0].cpu()
+    numbers = (entries[:, None] * rows + torch.arange(rows)).reshape(-1)
+    able = episode[numbers] >= 0
+    mask = found.get(("computed", parts[0]), None)
+    if mask is not None:
+        able &= mask.reshape(-1).cpu()
+    if where is not None:
+        for places in able.nonzero().flatten().split(1 << 14):
+            able[places] = truth_of(where, joined.rows(numbers[places]))
+    places = able.nonzero().flatten()
+    return places, episode[numbers[places]].numpy()
+
+
+def _finite(flat: Tensor, places: Tensor) -> Tensor:
+    parts = [flat[part].isfinite().all(1) for part in places.split(1 << 16)]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)
