@@ -146,7 +146,7 @@ CALLS: dict[str, tuple[Any, Callable[[], dict[str, Any]], Callable[[Any], Any] |
     "analyze": (analysed, lambda: {"hooked": hooked(), "buffer": buffer()}, None),
     "returns": (returns, lambda: {"buffer": episode()}, None),
     "episodes": (episodes, lambda: {"buffer": episode()}, None),
-    "rows_where": (rows_where, lambda: {"buffer": episode(), "where": lambda batch: torch.ones(len(batch)).bool()}, None),
+    "rows_where": (rows_where, lambda: {"buffer": episode(), "where": lambda one: torch.ones(len(one)) > 0}, None),
     "smallest_margins": (smallest_margins, lambda: {"buffer": episode()}, None),
     "by_feature": (by_feature, lambda: {"results": TensorDict({"attr": {"f": F}}, len(F)), "buffer": episode()}, None),
     "in_order": (in_order, lambda: {"buffer": buffer()}, list),
