@@ -433,12 +433,16 @@ def test_a_recorded_player_is_the_same_player(tmp_path: Path) -> None:
         Player.load(tmp_path, "corner")
     kept = path.with_suffix(".bin").read_bytes()
     path.with_suffix(".bin").write_bytes(kept[:-1])
-    with pytest.raises(ArtifactError, match="not the file that was recorded"):
+    with pytest.raises(ArtifactError, match="not what was recorded"):
         Player.load(tmp_path, "corners")
     path.with_suffix(".bin").write_bytes(kept)
     path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
     with pytest.raises(ArtifactError, match="format 2"):
         Player.load(tmp_path, "corners")
+    for text in ("{}", "[]", "{", path.read_text().replace('"format": 2', '"format": 1').replace("Corners", "Other")):
+        path.write_text(text)
+        with pytest.raises(ArtifactError):
+            Player.load(tmp_path, "corners")
 
 
 @pytest.mark.parametrize("env", [CueCorners(batch_size=[3]), None])

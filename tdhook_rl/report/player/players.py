@@ -139,7 +139,7 @@ class Player:
         data = b"".join(one.data for one in self._contents.arrays)
         (place / f"{self.name}.bin").write_bytes(data)
         sizes = [len(one.data) for one in self._contents.arrays]
-        kept = {"sha256": hashlib.sha256(data).hexdigest(), "sizes": sizes, "head": self._contents.head}
+        kept = {"sha256": _hash(self._contents.head, data), "sizes": sizes, "head": self._contents.head}
         write_text(place / f"{self.name}.json", json.dumps(kept, allow_nan=False))
         return place / f"{self.name}.json"
 
@@ -167,14 +167,13 @@ class Player:
             data = path.with_suffix(".bin").read_bytes()
             if head["format"] != FORMAT:
                 raise ValueError(f"it has format {head['format']}, and this version reads {FORMAT}")
-            if hashlib.sha256(data).hexdigest() != kept["sha256"] or sum(sizes) != len(data):
-                raise ValueError(f"{path.stem}.bin is not the file that was recorded with it")
+            if _hash(head, data) != kept["sha256"] or sum(sizes) != len(data):
+                raise ValueError(f"it and {path.stem}.bin are not what was recorded")
             ends = np.cumsum([0, *sizes]).tolist()
             arrays = [
                 Packed(spec, data[start:end])
                 for spec, start, end in zip(head["arrays"], ends[:-1], ends[1:], strict=True)
             ]
-            str(head["title"]), list(head["notes"]), list(head["episodes"])
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{path} is no recorded player: {error}") from error
         return cls(_slug(name), Contents(head, arrays))
@@ -250,6 +249,10 @@ class Player:
 
 
 _FRAME = "width:100%;height:880px;border:0"
+
+
+def _hash(head: Any, data: bytes) -> str:
+    return hashlib.sha256(json.dumps(head, sort_keys=True).encode() + data).hexdigest()
 
 
 def _slug(text: str) -> str:
