@@ -70,7 +70,7 @@ def attribution_maps(
     signed = bool((shown < 0).any())
     for axis, one, name in zip(axes.flat, shown, names, strict=False):
         image = axis.imshow(one, cmap=colour_map(signed), vmin=-scale * signed, vmax=scale, interpolation="nearest")
-        axis.set_title(label(name, 20), fontsize=9, pad=3)
+        axis.set_title(label(name, int(panel * 13)), fontsize=9, pad=3)  # 13 letters to the inch
     _finish(figure, axes, len(shown), image, shown, scale, unit)
     return _drawing(figure, shown, heat, names, unit, scale, title, caption, "maps")
 
@@ -125,7 +125,7 @@ def overlays(
     for place, (picture, one) in enumerate(zip(fitted(pictures[:most], least=64), shown, strict=True)):
         left, right = axes[place // pairs, 2 * (place % pairs) :][:2]
         left.imshow(picture, interpolation="nearest")
-        left.set_title(label(names[place], 26), fontsize=9, pad=3, loc="left")
+        left.set_title(label(names[place], int(2 * panel * 13)), fontsize=9, pad=3, loc="left")
         area = (-0.5, picture.shape[1] - 0.5, picture.shape[0] - 0.5, -0.5)
         right.imshow(picture.mean(-1) * 0.6 + 60, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         strength = np.clip(np.abs(np.nan_to_num(one)) / scale, 0, 1) * 0.9

@@ -230,7 +230,7 @@ def colour_bar(figure: Any, image: Any, axes: Any, unit: str, **options: Any) ->
 
     bar = figure.colorbar(ScalarMappable(image.norm, image.cmap), ax=axes, **options)
     bar.set_label(unit)
-    bar.solids.set(rasterized=True, edgecolor="face")
+    bar.solids.set(rasterized=True, edgecolor="none", antialiased=False)
     bar.outline.set(color=LINES, linewidth=0.6)
     bar.ax.grid(False)
     return bar
