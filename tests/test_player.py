@@ -225,6 +225,11 @@ def test_continuous_actions_are_shown_where_they_are() -> None:
     assert ((band[..., 2] < band[..., 1]) & (band[..., 1] < band[..., 3])).all()
     assert np.abs(band[..., 1] - middle.numpy()).max() < 1e-3
     assert not shown.notes
+    odd = data.clone()
+    odd["loc"][2], odd["scale"][3], odd["scale"][4] = math.nan, 0.0, math.inf
+    others = track(player(odd, policy=hooked), "continuous", "action")
+    assert np.isnan(others[2:5, :, 1:]).all()
+    assert np.abs(others[5:] - band[5:]).max() < 1e-3
     assert "loc and scale" in player(data).notes[0]
 
 

@@ -121,9 +121,11 @@ def _bands(rows: Rows, loc: Key) -> dict[int | None, np.ndarray]:
     found = {}
     widths = dict(rows.agents(scale, rows.of(scale).astype(np.float64)))
     for agent, centre in rows.agents(loc, rows.of(loc).astype(np.float64)):
-        if widths[agent].shape == centre.shape:
-            flat = (one.reshape(len(one), -1) for one in (centre, widths[agent]))
-            found[agent] = _as_actions(rows, loc, *flat)
+        if agent in widths and widths[agent].shape == centre.shape:
+            mean, width = (one.reshape(len(one), -1) for one in (centre, widths[agent]))
+            known = (np.isfinite(mean) & np.isfinite(width) & (width > 0)).all(1)  # others are no distribution
+            found[agent] = np.full((*mean.shape, 3), np.nan)
+            found[agent][known] = _as_actions(rows, loc, mean[known], width[known])
     return found
 
 
@@ -140,9 +142,11 @@ def _as_actions(rows: Rows, loc: Key, centre: np.ndarray, width: np.ndarray) -> 
             "such as TanhNormal, is known where policy= is given"
         )
         return np.stack([centre, centre - width, centre + width], -1)
-    drawn = found.distribution_class(
-        loc=torch.from_numpy(centre), scale=torch.from_numpy(width), **(found.distribution_kwargs or {})
-    )
+    options = {
+        name: one.cpu() if isinstance(one, torch.Tensor) else one
+        for name, one in (found.distribution_kwargs or {}).items()
+    }
+    drawn = found.distribution_class(loc=torch.from_numpy(centre), scale=torch.from_numpy(width), **options)
     base = drawn.base_dist if hasattr(drawn, "transforms") else drawn
     ends = torch.stack([base.mean, base.mean - base.stddev, base.mean + base.stddev])
     for transform in getattr(drawn, "transforms", []):
