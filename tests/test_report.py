@@ -374,8 +374,48 @@ def _figure() -> Any:
     return figure
 
 
+#: What a document, or a log, may hold that nobody expects.
+ODD: tuple[Any, ...] = (
+    None, True, -1, 1e308, float("nan"), "", "<b>", [], {}, [[1]], 10**400, "\ud800", {"_type": "histogram"}, "x" * 200
+)  # fmt: skip
+ODD_NAMES = (
+    "probe.x.accuracy", "probe.x.accuracy_low", "probe.x.groups", "probe..accuracy", "probe.accuracy", "attr.o",
+    "attr.", "attr.o.f", "mass.o.g", "mass.", "dormant", "dormant/", "dormant.a", "cache.s", "cache.s.std", ".",
+    "/", "a/", "computed.", "nonfinite.x", "success", "control.", "x" * 300, "\u202e", "churn", "probe.x.r2",
+)  # fmt: skip
+
+
 @pytest.mark.usefixtures("few_figures")
-def test_whatever_is_cut_or_damaged_gives_a_page_or_a_named_error(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_whatever_a_folder_says_gives_a_page(tmp_path: Path) -> None:
+    whole, draw = everything(tmp_path / "whole"), random.Random(0)
+
+    def odd(value: Any) -> Any:
+        if draw.random() < 0.15:
+            return draw.choice(ODD)
+        if isinstance(value, dict):
+            return {name: odd(one) for name, one in value.items() if draw.random() < 0.9}
+        return [odd(one) for one in value] if isinstance(value, list) else value
+
+    for number in range(25):
+        folder = tmp_path / str(number)
+        shutil.copytree(whole, folder)
+        for path in [*folder.rglob("*.json"), folder / "histograms.jsonl"]:
+            lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+            documents = [json.loads(line) for line in lines]
+            path.write_text("\n".join(json.dumps(odd(one)) for one in documents), errors="replace")
+        rows = [
+            f"{draw.choice([-5, 0, 1, 2, 100, 10**18, 10**29])},{draw.choice(ODD_NAMES)},"
+            f"{draw.choice(['0.5', 'nan', 'inf', '1e308', '-1e308', '0.0', '5e-324', '2.0'])}\n"
+            for _ in range(draw.randrange(60))
+        ]
+        (folder / "log.csv").write_text("step,name,value\n" + "".join(rows), encoding="utf-8")
+        checked(page_of([folder] * draw.choice([1, 1, 2, 5])))
+
+
+def test_whatever_is_cut_or_damaged_gives_a_page_or_a_named_error(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(curves, "MOST", 0)
     whole = {"ours": everything(tmp_path / "whole"), "wandb": tmp_path / "wandb", **{
         name: runs[name] for name in ("csv", "tensorboard", "analysis")}}  # fmt: skip
     shutil.copytree(runs["wandb"], whole["wandb"], ignore=shutil.ignore_patterns("interp"))

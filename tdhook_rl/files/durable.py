@@ -62,7 +62,7 @@ def write_text(path: Path, text: str) -> None:
     new = path.with_name(f"{path.name}.new")
     # What a kill has left; or a pipe, which would be waited at, or a link to another file, which would be written over.
     new.unlink(missing_ok=True)
-    with new.open("x") as file:
+    with new.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         _sync(file.fileno())

@@ -6,6 +6,7 @@ import math
 
 from tdhook_rl.report.contents.logged_tables import chances_of
 from tdhook_rl.report.contents.names import (
+    LARGEST,
     ProbeSeries,
     behaviour_of,
     features_of,
@@ -40,7 +41,7 @@ def findings_of(run: Run) -> list[Finding]:
 
 def part(curve: Series, at_end: bool) -> Interval | None:
     """The mean of the last, or first, tenth of what is finite, by batch."""
-    known = [value for _, value in curve if math.isfinite(value)]
+    known = [value for _, value in curve if abs(value) < LARGEST]
     if not known:
         return None
     few = max(1, round(len(known) * PART))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tdhook_rl.report.contents.curves import LARGEST
-from tdhook_rl.report.contents.names import probes_of
+from tdhook_rl.report.contents.names import LARGEST, probes_of
 from tdhook_rl.report.page.numbers import number
 from tdhook_rl.report.runs import Run
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tdhook_rl.report.contents.answer import part
 from tdhook_rl.report.contents.logged_tables import chances_of, drawn_tables
-from tdhook_rl.report.contents.names import behaviour_of, features_of, last, probes_of
+from tdhook_rl.report.contents.names import LARGEST, behaviour_of, features_of, last, probes_of
 from tdhook_rl.report.contents.panels import (
     ACHIEVES,
     INSIDE,
@@ -35,8 +35,8 @@ from tdhook_rl.report.runs.record import Series
 
 #: Figures of a page, points of a line, concepts of a probe figure, features.
 MOST, POINTS, CONCEPTS, FEATURES = 36, 400, 4, 12
-#: Beyond these an axis has no ticks.
-LARGEST, LARGEST_STEP = 1e100, 1e18
+#: Beyond this an axis has no ticks.
+_LARGEST_STEP = 1e18
 #: The subject of dose-responses.
 STEERS = "What steering does"
 #: Names of the controls of probes in figures.
@@ -49,17 +49,24 @@ Job = tuple[str, Callable[[], Drawing]]
 def sections_of(runs: Sequence[Run]) -> tuple[list[Section], list[str]]:
     """The figures of some runs, by subject; and what is not drawn."""
     drawn: dict[str, list[Drawing]] = {}
-    left = 0
+    left, said = 0, []
     jobs = _of_one(runs[0]) if len(runs) == 1 else _of_several(runs)
     for subject, make in jobs:
-        if sum(map(len, drawn.values())) < MOST:
-            drawn.setdefault(subject, []).append(make())
-        else:
+        if sum(map(len, drawn.values())) >= MOST:
             left += 1
+            continue
+        try:
+            drawing = make()
+        except Exception as error:  # whatever odd numbers make of it
+            said.append(f"{subject}: a figure cannot be drawn ({type(error).__name__}: {str(error)[:200]})")
+        else:
+            drawn.setdefault(subject, []).append(drawing)
     if ACHIEVES in drawn and KNOWS in drawn:
         drawn = {f"{ACHIEVES}, and what it knows": drawn.pop(ACHIEVES) + drawn.pop(KNOWS)} | drawn
-    said = f"{MOST} figures are drawn; {left:,} more groups of numbers are in the table of all numbers and in the log"
-    return [Section(name, [drawings]) for name, drawings in drawn.items()], [said] if left else []
+    if left:
+        more = f"{left:,} more groups of numbers are in the table of all numbers and in the log"
+        said.append(f"{MOST} figures are drawn; {more}")
+    return [Section(name, [drawings]) for name, drawings in drawn.items()], said
 
 
 def thinned(curve: Sequence[Any]) -> list[Any]:
@@ -75,7 +82,7 @@ def thinned(curve: Sequence[Any]) -> list[Any]:
     return [
         (step, *(value if abs(value) < LARGEST else math.nan for value in values))
         for step, *values in curve
-        if abs(step) < LARGEST_STEP
+        if abs(step) < _LARGEST_STEP
     ]
 
 
@@ -151,7 +158,11 @@ def _health(run: Run, axis: str) -> Iterator[Job]:
 def _histograms(run: Run, axis: str) -> Iterator[Job]:
     for name, listed in run.histograms.items():
         records = [
-            {"step": one.step, "counts": one.counts, "edges": one.edges} for one in listed if one.counts.sum() > 0
+            {"step": one.step, "counts": one.counts, "edges": one.edges}
+            for one in listed
+            if one.counts.sum() > 0
+            and max(abs(one.edges[0]), abs(one.edges[-1])) < LARGEST
+            and abs(one.step) < _LARGEST_STEP
         ]
         unit = "attribution" if "attr." in name else "activation"
         options = {"unit": unit, "axis": axis, "title": f"Distribution of {name.removeprefix('hist.')}"}

@@ -13,6 +13,8 @@ from tdhook_rl.statistics import Interval
 #: Scores of probes, the first that is there is the main one.
 SCORES = ("accuracy", "r2")
 CONTROLS = ("input", "shuffled", "untrained")
+#: Beyond this no axis has ticks, and no mean is one.
+LARGEST = 1e100
 _BEHAVIOUR = re.compile(r"(?:^|[./_ ])(?:return|success|reward|score|solved|won)(?:$|[./_ ])", re.IGNORECASE)
 
 

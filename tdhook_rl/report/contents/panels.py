@@ -48,7 +48,7 @@ def panels_of(series: Mapping[str, Series]) -> list[Panel]:
 
 def measure(name: str) -> str:
     """Which measure of the network's health a name is; empty for none."""
-    return next((kind for kind in HEALTH if re.fullmatch(rf"{kind}(?:[./].*)?", name, flags=re.DOTALL)), "")
+    return next((kind for kind in HEALTH if re.fullmatch(rf"{kind}(?:[./].+)?", name, flags=re.DOTALL)), "")
 
 
 class _Sorting:

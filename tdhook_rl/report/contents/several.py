@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tdhook_rl.report.contents.answer import findings_of
+from tdhook_rl.report.contents.names import LARGEST
 from tdhook_rl.report.page import Finding, Findings, Table
 from tdhook_rl.report.page.numbers import is_number, number
 from tdhook_rl.report.runs import Run
@@ -94,4 +95,6 @@ def _flat(config: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
 
 
 def _figure(value: Any) -> float:
-    return value.estimate if isinstance(value, Interval) else float(value) if is_number(value) else math.nan
+    """The number alone; NaN for words, and for what no mean can be taken of."""
+    found = value.estimate if isinstance(value, Interval) else float(value) if is_number(value) else math.nan
+    return found if abs(found) < LARGEST else math.nan

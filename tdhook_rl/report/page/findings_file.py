@@ -50,7 +50,7 @@ def load_findings(path: str | Path) -> list[Finding]:
         ArtifactError: if the file cannot be read, or holds something else.
     """
     try:
-        rows = json.loads(Path(path).read_text())
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(rows, list):
             raise ValueError("it is no list")
         return [

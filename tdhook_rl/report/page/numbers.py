@@ -10,11 +10,14 @@ from tdhook_rl.statistics import Interval
 
 #: Where there is nothing.
 NOTHING = "-"
+_LARGEST = 10**300
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number; truth values are none."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+    """Whether it is a number; truth values are none, and neither are integers that are no floats."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < _LARGEST
+    return isinstance(value, Real)
 
 
 def number(value: Any) -> str:

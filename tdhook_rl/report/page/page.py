@@ -67,7 +67,7 @@ class Page:
         place = Place(self.command)
         body = "\n".join(written(part, place) for part in self.parts)
         title, lead = html.escape(self.title), html.escape(self.lead)
-        return (
+        text = (
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f"<title>{title}</title>\n<style>\n{_source('style.css')}</style></head>\n<body>\n"
@@ -77,6 +77,7 @@ class Page:
             f'{_contents(place)}<main id="content" tabindex="-1">\n{body}\n</main>\n<footer>{self._end()}</footer>\n'
             f"<script>\n{_source('page.js')}</script>\n</body></html>\n"
         )
+        return text.encode(errors="replace").decode()  # half a pair of surrogates is no letter
 
     def save(self, path: str | Path) -> Path:
         """Write the page; whoever reads meanwhile has the old one or the new one.
@@ -201,4 +202,4 @@ def _contents(place: Place) -> str:
 
 @functools.cache
 def _source(name: str) -> str:
-    return files(__package__).joinpath(name).read_text()
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")

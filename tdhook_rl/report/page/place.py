@@ -25,11 +25,12 @@ class Place:
 
     def id(self, text: str) -> str:
         """An id that nothing else in the page has."""
-        name = file_name(text)
-        self._ids[name] = self._ids.get(name, 0) + 1
-        if self._ids[name] == 1:
-            return name
-        return self.id(f"{name}-{self._ids[name]}")
+        name = one = file_name(text)
+        while one in self._ids:
+            self._ids[name] += 1
+            one = f"{name}-{self._ids[name]}"
+        self._ids[one] = 1
+        return one
 
     def heading(self, text: str) -> str:
         """A heading that can be linked to; nothing without a text."""

@@ -38,10 +38,10 @@ def file_name(text: str) -> str:
 
 def data_link(name: str, content: str, kind: str) -> str:
     """A link that saves a text as a file: it needs neither network nor script."""
-    size = len(content.encode())
+    size = len(content.encode(errors="replace"))
     if size > MOST_BYTES:
         return f'<span class="soft">{kind.upper()} left out: {amount(size)} is more than a page carries</span>'
-    url = f"data:{_KINDS[kind]};charset=utf-8,{quote(content, safe=',.:-_+()*~!/;=@')}"
+    url = f"data:{_KINDS[kind]};charset=utf-8,{quote(content, safe=',.:-_+()*~!/;=@', errors='replace')}"
     file = f"{file_name(name)}.{kind}"
     label = html.escape(f"{name} as {kind.upper()}", quote=True)
     return (

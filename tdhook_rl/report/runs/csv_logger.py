@@ -38,7 +38,7 @@ def read(path: Path) -> Run:
             run.animations.setdefault(name or "video", []).append(Shown(step, file, file.suffix[1:]))
     for file in sorted((path / "texts").rglob("*.txt")):
         name = file.relative_to(path / "texts").with_suffix("").as_posix()
-        text = file.read_text(errors="replace") if file.is_file() else ""
+        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
         if re.fullmatch(r"hparams\d*", name):
             run.config |= dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
         else:

@@ -44,7 +44,7 @@ def read(path: Path) -> Run:
             run.warnings.append(str(error))
     run.players = sorted(one.stem for one in (path / "players").glob("*.json"))
     if (path / NOTES).is_file():
-        run.warnings += (path / NOTES).read_text(errors="replace").splitlines()
+        run.warnings += (path / NOTES).read_text(encoding="utf-8", errors="replace").splitlines()
     if (path / "summary.json").is_file() or (path / FINDINGS).is_file():
         run.ended = True
     elif (path / "config.json").is_file():

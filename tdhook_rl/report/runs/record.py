@@ -203,7 +203,7 @@ def document(run: Run, path: Path) -> Any:
             return None
         if path.stat().st_size > LARGEST:
             raise ValueError(f"it has {path.stat().st_size:,} bytes")
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         run.warnings.append(f"{path.name} cannot be read and is left out: {_reason(error)}")
         return None

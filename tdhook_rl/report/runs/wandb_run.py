@@ -103,7 +103,7 @@ class _Reader:
                 if len(edges) == len(counts) + 1 and np.isfinite(edges).all():
                     run.histograms.setdefault(name, []).append(Bins(step, counts, edges))
             elif kind == "table-file" and (path := self._file(value["path"])) is not None:
-                table = json.loads(path.read_text())
+                table = json.loads(path.read_text(encoding="utf-8"))
                 run.tables.setdefault(name, []).append(Rows(step, list(map(str, table["columns"])), table["data"]))
             elif kind == "images/separated":
                 captions = value.get("captions") or []
