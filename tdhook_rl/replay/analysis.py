@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -18,6 +20,7 @@ from tdhook_rl.errors import ArtifactError, InputError, warn
 from tdhook_rl.files.durable import FolderLock
 from tdhook_rl.replay.manifest import facts_of
 from tdhook_rl.replay.progress import Progress, shown
+from tdhook_rl.replay.ray_engine import ray_results
 from tdhook_rl.replay.reading import Reader
 from tdhook_rl.replay.results import INDEX, Results, ranges
 from tdhook_rl.replay.selection import Chosen, Selection, Where
@@ -43,6 +46,8 @@ def analyze(
     time_budget: float | None = None,
     on_mismatch: OnMismatch = "warn",
     progress: Progress | bool | None = None,
+    engine: Literal["local", "ray"] = "local",
+    workers: int = 2,
 ) -> TensorDict:
     """Annotate the rows of a buffer, all of them or some, and keep the results in memory-mapped files beside it.
 
@@ -74,6 +79,10 @@ def analyze(
         on_mismatch: as of ``annotate``: what to do where the stored outputs are not what the policy computes now.
         progress: called with the entries that are done, and all, before the first batch and after each; ``True`` for a
             bar with the time that is left, ``False`` for none; a bar on a terminal unless given.
+
+        engine: ``"ray"``: a pool of Ray actors computes the chunks, each with the policy and a reader of its own; the
+            results are the same to the bit, and so is the folder. A folder, or what pickles, may be read so.
+        workers: how many actors.
 
     Returns:
         a memory-mapped TensorDict of the result keys, entry ``i`` for storage entry ``i`` (for the entries that
@@ -112,8 +121,10 @@ def analyze(
         done, size = 0 if results is None else results.done, work.selection.size
         show(done, size)
         try:
-            for first, last in work.selection.chunks(batch_size, start=done):
-                found = work.compute(first, last)
+            parts = (
+                work.results(batch_size, done) if engine == "local" else work.on_ray(batch_size, done, buffer, workers)
+            )
+            for first, last, found in parts:
                 if results is None:
                     results = Results.create(folder, found, size, facts_of(hooked), work.selection.facts)
                 results.write(first, found)
@@ -159,6 +170,32 @@ class _Work:
                 "results would not belong to its rows: analyse a buffer that rests, or a copy of it"
             )
         return found
+
+    def results(self, batch_size: int, done: int) -> Iterator[tuple[int, int, TensorDictBase]]:
+        """The results of each chunk from an entry on."""
+        for first, last in self.selection.chunks(batch_size, start=done):
+            yield first, last, self.compute(first, last)
+
+    def on_ray(
+        self, batch_size: int, done: int, buffer: Rows, workers: int
+    ) -> Iterator[tuple[int, int, TensorDictBase]]:
+        """The same from actors.
+
+        Raises:
+            InputError: for a number of workers that is none, or rows that do not pickle.
+        """
+        if isinstance(workers, bool) or workers < 1:
+            raise InputError(f"workers= is a whole number from 1 on, got {workers!r}")
+        chunks = list(self.selection.chunks(batch_size, start=done))
+        if not chunks:
+            return
+        make = partial(
+            _computing, self.hooked, buffer, self.reader.whole, self.selection.chosen, self.selection.facts,
+            self.on_mismatch,
+        )  # fmt: skip
+        for first, last, found, lacking in ray_results(make, chunks, workers=workers):
+            self.lacking += lacking
+            yield first, last, found
 
     def go_on(self, results: Results) -> None:
         """Make sure that what is there is this analysis and whole; what has not arrived is computed again.
@@ -257,6 +294,21 @@ class _Work:
             first, last = next(self.selection.chunks(1))
             return torch.arange(first, last)
         return torch.linspace(0, done - 1, min(CHECKED, done)).round().long().unique()
+
+
+def _computing(
+    hooked: Any, buffer: Rows, whole: bool, chosen: Tensor | None, facts: dict[str, Any] | None, on_mismatch: OnMismatch
+) -> Callable[[int, int], tuple[TensorDictBase, int]]:
+    """What computes chunks in another process."""
+    reader = Reader(buffer, whole=whole)
+    work = _Work(hooked, reader, Selection(reader, chosen, facts), on_mismatch)
+
+    def compute(first: int, last: int) -> tuple[TensorDictBase, int]:
+        before = work.lacking
+        found = work.compute(first, last)
+        return found, work.lacking - before
+
+    return compute
 
 
 def _explains_trajectories(hooked: Any) -> bool:

@@ -73,6 +73,11 @@ class Selection:
         words = {name: str(one) if isinstance(one, slice | range) else described(one) for name, one in asked.items()}
         return cls(reader, entries, words)
 
+    @property
+    def chosen(self) -> Tensor | None:
+        """The entries, where they are not all there are."""
+        return self._entries
+
     def chunks(self, batch_size: int, start: int = 0) -> Iterator[tuple[int, int]]:
         """The places of each chunk: its first, and that after its last."""
         if self._entries is None:

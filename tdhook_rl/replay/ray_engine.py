@@ -1,0 +1,125 @@
+"""An analysis on Ray Data: a pool of actors holds the hooked policy, each chunk is what it is on one machine.
+
+Ray carries the numbers of entries and brings results back, in order; what is a chunk, what is computed of it, and the
+folder and its manifest are the same as without Ray. So the results are the same to the bit, whatever actor computed
+them and however often, and an analysis that was begun here goes on there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+
+from tdhook_rl import errors
+from tdhook_rl.errors import InputError, TdhookError, WorkerError
+
+#: Chunks of which Ray knows at once.
+_BLOCKS = 4096
+
+Compute = Callable[[int, int], tuple[TensorDictBase, int]]
+
+
+def ray_results(
+    make: Callable[[], Compute], chunks: list[tuple[int, int]], *, workers: int
+) -> Iterator[tuple[int, int, TensorDictBase, int]]:
+    """The results of chunks, in their order.
+
+    Args:
+        make: called once in each actor; gives what computes the results of a chunk, and how many rows lack theirs.
+        chunks: the first place of each, and that after its last.
+        workers: how many actors there are.
+
+    Yields:
+        first, last, results, and how many rows lack theirs.
+
+    Raises:
+        InputError: if Ray is not installed.
+        WorkerError: if Ray gives up.
+    """
+    ray = _ray()
+    own = not ray.is_initialized()
+    if own:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    context = ray.data.DataContext.get_current()
+    before = context.execution_options.preserve_order, context.enable_progress_bars
+    context.execution_options.preserve_order, context.enable_progress_bars = True, False
+    try:
+        items = [{"first": first, "last": last} for first, last in chunks]
+        found = ray.data.from_items(items, override_num_blocks=min(len(items), _BLOCKS)).map_batches(
+            _Actor, fn_constructor_args=(make, torch.get_num_threads()), batch_size=1, num_cpus=1,
+            compute=ray.data.ActorPoolStrategy(size=min(workers, len(items))),
+        )  # fmt: skip
+        for row in found.iter_rows():
+            if row["error"]:
+                raise _error(*json.loads(row["error"]))
+            yield row["first"], row["last"], _unpacked(row["content"], row["shape"]), row["lacking"]
+    except (TdhookError, GeneratorExit, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        raise WorkerError(
+            f"Ray has given up on the analysis: {lines[-1] if lines else type(error).__name__}"
+        ) from error
+    finally:
+        context.execution_options.preserve_order, context.enable_progress_bars = before
+        if own:
+            ray.shutdown()
+
+
+class _Actor:
+    """Computes chunks in a process of Ray's."""
+
+    def __init__(self, make: Callable[[], Compute], threads: int) -> None:
+        torch.set_num_threads(threads)  # sums over other parts have other last bits
+        self._compute = make()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        first, last = int(batch["first"][0]), int(batch["last"][0])
+        content, shape, lacking, error = b"", "", 0, ""
+        try:
+            found, lacking = self._compute(first, last)
+            content, shape = _packed(found)
+        except Exception as problem:  # Ray would put pages around it, and perhaps try again
+            error = json.dumps([type(problem).__name__, str(problem)])
+        row = {"first": first, "last": last, "lacking": lacking, "content": content, "shape": shape, "error": error}
+        return {name: [value] for name, value in row.items()}
+
+
+def _packed(found: TensorDictBase) -> tuple[bytes, str]:
+    from safetensors.torch import save
+
+    items = dict(found.items(True, True))
+    names = {json.dumps([key] if isinstance(key, str) else list(key)): value for key, value in items.items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in names.items()}
+    return save(tensors), json.dumps(list(found.batch_size))
+
+
+def _unpacked(content: bytes, shape: str) -> TensorDictBase:
+    from safetensors.torch import load
+
+    tensors = {tuple(json.loads(name)): value for name, value in load(content).items()}
+    found = TensorDict({}, batch_size=json.loads(shape))
+    for key, value in tensors.items():
+        found.set(key, value)
+    return found
+
+
+def _error(kind: str, text: str) -> TdhookError:
+    """What an actor raised: an error of ours as it was there, any other as what a worker ended with."""
+    ours = getattr(errors, kind, None)
+    if isinstance(ours, type) and issubclass(ours, TdhookError):
+        return ours(text)
+    return WorkerError(f"an actor of Ray's ended with {kind}: {text}")
+
+
+def _ray() -> Any:
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise InputError(f"engine='ray' needs Ray Data: pip install 'tdhook_rl[ray]' ({error})") from None
+    return ray

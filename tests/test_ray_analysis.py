@@ -1,0 +1,130 @@
+"""``analyze(engine="ray")``: the same bytes as on one machine, whatever happens to the actors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torchrl.data import LazyMemmapStorage, ReplayBuffer
+
+from tdhook_rl import ActivationCaching, Compose, Saliency
+from tdhook_rl.envs import CueCorners
+from tdhook_rl.errors import InputError, WorkerError
+from tdhook_rl.examples.agent import FC2, make_actor
+from tdhook_rl.replay import analyze, load_results
+from tests.matrix_rows import start_ray, stop_ray
+
+pytest.importorskip("ray.data", reason="Ray Data is not installed: pip install 'tdhook_rl[ray]'")
+pytestmark = [pytest.mark.slow, pytest.mark.limit(300), pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    import ray
+
+    start_ray()
+    yield ray
+    stop_ray()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("buffer")
+    data = CueCorners(batch_size=[50], seed=1).rollout(20, make_actor(), break_when_any_done=False)
+    buffer = ReplayBuffer(storage=LazyMemmapStorage(1000, scratch_dir=base / "scratch"))
+    buffer.extend(data.reshape(-1).detach())
+    buffer.dumps(base / "buffer")
+    return base / "buffer"
+
+
+@pytest.fixture(scope="module")
+def policy() -> Iterator[Any]:
+    torch.manual_seed(0)
+    with Compose(ActivationCaching(FC2), Saliency()).prepare(make_actor()) as hooked:
+        yield hooked
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(one.relative_to(folder)): one.read_bytes() for one in folder.rglob("*.memmap")}
+
+
+@pytest.mark.parametrize("options", [{}, {"fraction": 0.3}, {"rows": slice(100, 400)}], ids=["all", "a share", "some"])
+def test_the_bytes_are_those_of_one_machine(ray: Any, folder: Path, policy: Any, tmp_path: Path, options: Any) -> None:
+    analyze(policy, folder, tmp_path / "here", batch_size=64, **options)
+    analyze(policy, folder, tmp_path / "there", batch_size=64, engine="ray", workers=2, **options)
+    assert files(tmp_path / "here") == files(tmp_path / "there")
+    assert len(files(tmp_path / "here")) > 2
+    load_results(tmp_path / "there", verify=True)
+
+
+def test_actors_that_die_change_nothing(ray: Any, folder: Path, policy: Any, tmp_path: Path) -> None:
+    analyze(policy, folder, tmp_path / "here", batch_size=16)
+    killed: list[int] = []
+    over = threading.Event()
+
+    def kill() -> None:
+        while not over.is_set() and len(killed) < 3:
+            for one in Path("/proc").glob("[0-9]*"):
+                try:
+                    words = (one / "cmdline").read_text()
+                except OSError:
+                    continue
+                if "MapWorker" in words or "_Actor" in words:
+                    os.kill(int(one.name), signal.SIGKILL)
+                    killed.append(int(one.name))
+                    break
+            time.sleep(1.0)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        analyze(policy, folder, tmp_path / "there", batch_size=16, engine="ray", workers=2)
+    finally:
+        over.set()
+        killer.join()
+    assert killed
+    assert files(tmp_path / "here") == files(tmp_path / "there")
+
+
+@pytest.mark.parametrize("first", ["ray", "local"])
+def test_what_one_began_the_other_ends(ray: Any, folder: Path, policy: Any, tmp_path: Path, first: Any) -> None:
+    analyze(policy, folder, tmp_path / "here", batch_size=64)
+    second: Any = "local" if first == "ray" else "ray"
+
+    def stop(done: int, size: int) -> None:
+        if done >= 300:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        analyze(policy, folder, tmp_path / "there", batch_size=64, engine=first, progress=stop)
+    begun: list[int] = []
+    analyze(
+        policy, folder, tmp_path / "there", batch_size=64, engine=second, progress=lambda done, _: begun.append(done)
+    )
+    assert begun[0] >= 300
+    assert files(tmp_path / "here") == files(tmp_path / "there")
+
+
+def test_an_error_in_an_actor_is_that_error(ray: Any, folder: Path, policy: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="workers="):
+        analyze(policy, folder, tmp_path / "a", engine="ray", workers=0)
+
+    def gone(output: Any) -> Any:
+        raise InputError("the rows went away")
+
+    def divided(output: Any) -> Any:
+        return output * (1 / 0)
+
+    bad = ActivationCaching(FC2, callback=divided).prepare(make_actor(), return_context=False)
+    with pytest.raises(WorkerError, match="ended with "):
+        analyze(bad, folder, tmp_path / "c", engine="ray", workers=1)
+    other = ActivationCaching(FC2, callback=gone).prepare(make_actor(), return_context=False)
+    with pytest.raises(InputError, match="the rows went away"):
+        analyze(other, folder, tmp_path / "b", engine="ray", workers=1)
