@@ -64,4 +64,5 @@ def _still(head: dict[str, Any]) -> str:
                 cells = (" · ".join(one for one in (episode["name"], name) if one), part["length"], total, part["end"])
                 rows.append("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>")
     columns = "".join(f"<th>{name}</th>" for name in ("episode", "steps", "return", "end"))
-    return f"<table><tr>{columns}</tr>\n{''.join(rows)}</table><p>The player needs JavaScript.</p>"
+    title = html.escape(head["title"] or "Episodes")
+    return f"<h2>{title}</h2><table><tr>{columns}</tr>\n{''.join(rows)}</table><p>The player needs JavaScript.</p>"

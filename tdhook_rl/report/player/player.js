@@ -328,8 +328,10 @@
         this.labels(part, alone ? side : more);
         this.activations(part, alone && this.view ? side : more);
       });
-      this.stages.style.setProperty("--sets", this.sets.length);
-      this.more.style.setProperty("--sets", this.sets.length);
+      for (const node of [this.stages, this.more]) {
+        node.style.setProperty("--sets", this.sets.length);
+        node.style.setProperty("--few", Math.min(2, this.sets.length));
+      }
       this.stages.classList.toggle("tdp-alone", alone);
       this.more.classList.toggle("tdp-alone", alone);
     }
@@ -658,7 +660,8 @@
           make("line", { x1: left, x2: width - right, y1: bottom, y2: bottom, class: "tdp-rule" }));
         course.series.forEach((series, set) => {
           if (!series) return;
-          const path = course.bars ? ticks(series, x, y, clamp(0, low, high)) : curve(series, x, y);
+          const aside = 3 * (set - (this.sets.length - 1) / 2); // several bars of one step stand beside each other
+          const path = course.bars ? ticks(series, (step) => x(step) + aside, y, clamp(0, low, high)) : curve(series, x, y);
           const gaps = course.bars ? "" : absent(series, x, bottom);
           svg.append(make("path", { d: path, class: `tdp-line tdp-line${this.sets.length > 1 ? set : 9}` }), make("path", { d: gaps, class: "tdp-gap" }));
         });
