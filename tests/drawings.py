@@ -118,13 +118,11 @@ VALUES: dict[str, list[Any]] = {
     "none": [NAN, NAN],
     "gaps": [0.1, NAN, 0.3, NAN, float("inf"), 0.5, 0.6],
     "intervals": [interval(0.5), interval(0.9, NAN), 0.7, interval(NAN, NAN)],
-    "large": [1e9, -3e12, 5.0],
-    "small": [1e-12, 3e-12],
+    "of all sizes": [1e9, -3e12, 5.0, 1e-12],
     "same": [0.25] * 3,
 }
 NAMES: dict[str, Any] = {
     "one": ["a"],
-    "forty": [f"feature {number}" for number in range(40)],
     "thousand": [f"concept.{number}" for number in range(1000)],
     "odd": ODD,
 }
