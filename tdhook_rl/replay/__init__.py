@@ -4,6 +4,9 @@ Knows buffers and hooked policies, and the files that results are kept in; no me
 """
 
 from tdhook_rl.replay.analysis import analyze
+from tdhook_rl.replay.columns import frame
+from tdhook_rl.replay.minari_export import to_minari
+from tdhook_rl.replay.parquet import load_parquet, to_parquet
 from tdhook_rl.replay.probe_grid import probe_grid
 from tdhook_rl.replay.queries import Returns, by_feature, episodes, returns, rows_where, smallest_margins
 from tdhook_rl.replay.reading import in_order
@@ -14,10 +17,14 @@ __all__ = [
     "analyze",
     "by_feature",
     "episodes",
+    "frame",
     "in_order",
+    "load_parquet",
     "load_results",
     "probe_grid",
     "returns",
     "rows_where",
     "smallest_margins",
+    "to_minari",
+    "to_parquet",
 ]

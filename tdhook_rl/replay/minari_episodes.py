@@ -53,7 +53,7 @@ def episodes_of(dataset: Any) -> Iterator[TensorDict]:
         )
         for key, value in _leaves(episode.infos or {}):
             if len(value) in (steps, steps + 1):
-                found.set(("info", *key), torch.from_numpy(np.ascontiguousarray(value[-steps:])))
+                found.set(("info", *key), torch.from_numpy(np.ascontiguousarray(value[:steps])))
         yield found
 
 
