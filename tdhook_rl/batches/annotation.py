@@ -48,12 +48,11 @@ def annotate(
             f"{nearest(str(on_mismatch), ('warn', 'raise', 'ignore'))}"
         )
     policy._hooked.runtime.require_active()
-    kept = set(kept_keys(policy, keep))
-    wanted = [
-        one for one in observers(policy._hooked.bound)
-        if not one.only_in_forward and not kept.isdisjoint(map(key_parts, one.result_keys))
-    ]  # fmt: skip
-    data = only_kept(policy, data, keep)
+    wanted = [one for one in observers(policy._hooked.bound) if not one.only_in_forward]
+    if keep is not None:
+        kept = set(kept_keys(policy, keep))
+        wanted = [one for one in wanted if not kept.isdisjoint(map(key_parts, one.result_keys))]
+        data = only_kept(policy, data, keep)
     if not wanted:
         return shallow_copy(data)
     found = Found(policy, data, wanted)

@@ -48,6 +48,8 @@ def kept_keys(policy: Any, keep: Keep) -> list[Key]:
 
 def only_kept(policy: Any, data: TensorDictBase, keep: Keep) -> TensorDictBase:
     """The batch without the results that are not kept; it is not modified."""
+    if keep is None:
+        return data
     kept = set(kept_keys(policy, keep))
     left_out = [key for key in map(key_parts, policy.result_keys) if key not in kept]
     if not left_out:
