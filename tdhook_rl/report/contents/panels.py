@@ -20,7 +20,12 @@ ACHIEVES, KNOWS, LOOKS, INSIDE, CONTROLS, OTHER = SUBJECTS = (
 #: The measures of a network's health, with their units.
 HEALTH = {
     "dormant": "share of units", "dead": "share of units", "effective_rank": "dimensions", "entropy_rank": "dimensions",
-    "norm": "norm of the features", "cka_first": "CKA", "churn": "share of states",
+    "stable_rank": "dimensions", "norm": "norm of the features", "cka_first": "CKA", "cka_last": "CKA",
+    "churn": "share of states", "overlap_first": "share of units", "overlap_last": "share of units", "kl_churn": "nats",
+    "value_drift": "mean absolute change", "value_drift_relative": "of the values' size",
+    "plasticity_ratio": "of a new network's loss", "plasticity_loss": "squared error",
+    "plasticity_loss_fresh": "squared error", "weight_norm": "norm of the weights",
+    "spectral_norm": "largest singular value", "gradient_norm": "norm of the gradients",
 }  # fmt: skip
 #: Shares of rows are told in words; how much was looked at says nothing of the agent.
 _NOT_DRAWN = re.compile(r"(?:computed|nonfinite|final)\..*|states|episodes\.ended", re.DOTALL)

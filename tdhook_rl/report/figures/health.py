@@ -32,10 +32,17 @@ _PANELS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("share of dormant units", ("dormant", "dead"), True),
     ("effective rank", ("effective_rank", "entropy_rank"), False),
     ("churn: share of states", ("churn",), True),
-    ("similarity to the first (CKA)", ("cka_first",), True),
+    ("similarity to the first (CKA)", ("cka_first", "cka_last"), True),
     ("norm of the features", ("norm",), False),
+    ("overlap of dormant units", ("overlap_first", "overlap_last"), True),
+    ("KL churn (nats)", ("kl_churn",), False),
+    ("value drift, relative", ("value_drift_relative",), False),
+    ("plasticity loss, relative", ("plasticity_ratio",), False),
 )
-_SECOND = {"dead": "dead units", "entropy_rank": "entropy rank"}
+_SECOND = {
+    "dead": "dead units", "entropy_rank": "entropy rank", "cka_last": "similarity to the update before",
+    "overlap_last": "overlap with the update before (solid: with the first)",
+}  # fmt: skip
 
 
 @in_house_style
@@ -98,7 +105,7 @@ def network_health(
         tick_numbers(last)
     legend(figure, entries)
     dashed = [_SECOND[name] for _, names, _ in panels for name in names[1:] if name in found]
-    words = [caption, f"Dashed: {' and '.join(dashed)}." if dashed else ""]
+    words = [caption, f"Dashed: {', '.join(dashed[:-1])}{' and ' if dashed[1:] else ''}{dashed[-1]}." if dashed else ""]
     if len(sites) > len(COLOURS):
         words.append(f"Shown are {len(COLOURS)} of {len(sites)} sites.")
     kept = {name: {site: one for site, one in by.items() if site in shown} for name, by in found.items()}
