@@ -22,6 +22,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.collectors import Collector
 
+from tdhook_rl import statistics as interval_of
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.examples.agent import PPO, make_actor, make_critic
 from tdhook_rl.latent.probing import ClassStatistics
@@ -99,9 +100,11 @@ def grid(repeats: int) -> None:
         return sum(cell.trained.estimate for cell in table) / len(table)
 
     def by_hand() -> float:
-        """Sums, one factorisation for each site and network, and scores; labels of groups shuffled as well."""
+        """Sums, one factorisation for each site and network; of held-out rows hits by group, and scores by group and
+        bin, from which balanced accuracies, areas and their intervals follow. Labels of groups shuffled as well."""
         both = torch.cat([labels, labels[torch.randperm(rows)]], 1)
-        right = []
+        groups, group = data[EPISODE].unique(return_inverse=True)
+        found = []
         with torch.no_grad():
             for network in (net, untrained.module, None):
                 moments: dict[int, Any] = {}
@@ -119,12 +122,24 @@ def grid(repeats: int) -> None:
                                 moment, total = moments.get(place, (0.0, 0.0))
                                 moments[place] = (moment + value.T @ value, total + hot.T @ value)
                             else:
-                                weight, bias = moments[place]
+                                weight, bias, hits, bins = moments[place]
                                 scores = (h.double() @ weight + bias).reshape(len(h), -1, 2)
-                                right.append((scores.argmax(-1) == wanted)[:, :10].double().mean())
+                                right = scores.argmax(-1) == wanted
+                                hot = nn.functional.one_hot(wanted, 2).double()
+                                hits.index_add_(0, group[index], torch.cat([hot * right[..., None], hot], -1))
+                                if network is net:
+                                    margin = (scores[:, :10, 1] - scores[:, :10, 0]).clamp(-8, 8)
+                                    at = ((margin + 8) * 16).round().long() + 257 * wanted[:, :10]
+                                    flat = (group[index][:, None] * 10 + torch.arange(10)) * 514 + at
+                                    bins.view(-1).index_add_(0, flat.reshape(-1), torch.ones(flat.numel()))
                     if part is train:
-                        moments = {place: solved(*sums) for place, sums in moments.items()}
-        return float(torch.stack(right).mean())
+                        moments = {
+                            place: (*solved(*sums), torch.zeros(len(groups), both.shape[1] if network is net else 10, 4)
+                                    .double(), torch.zeros(len(groups) if network is net else 0, 10, 514))
+                            for place, sums in moments.items()
+                        }  # fmt: skip
+                found += [intervals(hits, bins) for _, _, hits, bins in moments.values()]
+        return sum(found) / len(found)
 
     untrained = TensorDictModule(nn.Sequential(*[type(one)(128, one.out_features) if isinstance(one, nn.Linear) else
                                                  nn.ReLU() for one in net]), ["observation"], ["action"])  # fmt: skip
@@ -134,6 +149,17 @@ def grid(repeats: int) -> None:
         f"5 layers x 10 concepts, {rows} rows: {mine:.2f} s; sums by hand {other:.2f} s; {mine / other:.2f} times (1.3)"
     )
     print(f"  mean held-out accuracy {one:.3f}")
+
+
+def intervals(hits: Tensor, bins: Tensor) -> float:
+    """Of every concept, by the same functions."""
+    accuracies = [
+        interval_of.balanced_accuracy(hits[:, place, :2].numpy(), hits[:, place, 2:].numpy())
+        for place in range(hits.shape[1])
+    ]
+    for place in range(bins.shape[1] if len(bins) else 0):
+        interval_of.area_under_curve(bins[:, place, 257:].numpy(), bins[:, place, :257].numpy())
+    return sum(one.estimate for one in accuracies[:10]) / 10
 
 
 def solved(moment: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:

@@ -110,13 +110,13 @@ class ClassBank:
         return count > _FORGOTTEN * count.sum(-1, keepdim=True)
 
     @torch.inference_mode(False)
-    def add(self, features: Tensor, labels: Tensor, halves: Tensor) -> None:
+    def add(self, features: Tensor, labels: Tensor, halves: Tensor | None) -> None:
         """Add training rows.
 
         Args:
             features: ``(rows, features)``, finite.
             labels: ``(rows, concepts)``, int64.
-            halves: ``(rows,)``, 0 or 1.
+            halves: ``(rows,)``, 0 or 1; ``None`` puts all into the first: nothing can be chosen by halves then.
 
         Raises:
             InputError: for labels out of range.
@@ -129,9 +129,8 @@ class ClassBank:
         if features.is_floating_point():
             self.resolution = max(self.resolution, torch.finfo(features.dtype).eps)
         concepts, most = self.count.shape[1:]
-        for half in (0, 1):
-            chosen = halves == half
-            rows, wanted = features[chosen], labels[chosen]
+        for half in (0,) if halves is None else (0, 1):
+            rows, wanted = (one if halves is None else one[halves == half] for one in (features, labels))
             for part, block in blocks_about(self.shift, rows):
                 hot = torch.zeros(len(block), concepts, most, dtype=torch.float64)
                 hot.scatter_(2, wanted[part][..., None], 1.0)

@@ -68,8 +68,10 @@ class Scored(Generic[B]):
 
     def learn(self, rows: Rows) -> None:
         """Add the training rows to the sums."""
-        train, parts = rows.train, (rows.features, rows.labels, rows.halves)
-        self.bank.add(*(parts if bool(train.all()) else (one[train] for one in parts)))
+        train, parts = rows.train, (rows.features, rows.labels, None if self.penalty is not None else rows.halves)
+        if not bool(train.all()):
+            parts = tuple(None if one is None else one[train] for one in parts)  # type: ignore[assignment]
+        self.bank.add(*parts)
         self._learnt += float(train.sum())
 
     def fit(self) -> None:

@@ -83,13 +83,13 @@ class ValueBank:
         return len(self.shift)
 
     @torch.inference_mode(False)
-    def add(self, features: Tensor, values: Tensor, halves: Tensor) -> None:
+    def add(self, features: Tensor, values: Tensor, halves: Tensor | None) -> None:
         """Add training rows.
 
         Args:
             features: ``(rows, features)``, finite.
             values: ``(rows, numbers)``, finite.
-            halves: ``(rows,)``, 0 or 1.
+            halves: ``(rows,)``, 0 or 1; ``None`` puts all into the first.
         """
         if not len(features):
             return
@@ -98,9 +98,8 @@ class ValueBank:
             self.shift, self.target_shift = features[:2048].double().mean(0), values.double().mean(0)
         if features.is_floating_point():
             self.resolution = max(self.resolution, torch.finfo(features.dtype).eps)
-        for half in (0, 1):
-            chosen = halves == half
-            rows, of_rows = features[chosen], values[chosen]
+        for half in (0,) if halves is None else (0, 1):
+            rows, of_rows = (one if halves is None else one[halves == half] for one in (features, values))
             self.rows[half] += len(rows)
             for part, block in blocks_about(self.shift, rows):
                 wanted = of_rows[part].double() - self.target_shift
