@@ -637,6 +637,24 @@ def test_it_is_said_to_those_who_do_not_see_it(both: Page) -> None:
 
 
 @needs_chromium
+def test_what_was_not_computed_is_shown_as_such(tmp_path: Path) -> None:
+    data = corners()[2][:1, :6].clone()
+    data["computed", "attr"] = torch.tensor([[True, False, True, False, False, True]])
+    data["computed", "cache"] = data["computed", "attr"].clone()
+    with shared().page(player(data).save(tmp_path / "page.html"), ready=READY) as page:
+        for step, there in enumerate(data["computed", "attr"][0].tolist()):
+            page.run(f"tdhookPlayers[0].go({step})")
+            words = page.run("document.querySelector('.tdp').innerText")
+            assert ("not computed at this step" not in words) == there
+            lanes, values = (
+                page.run(f"[...document.querySelectorAll('{one}')].map((one) => one.textContent)")
+                for one in (".tdp-lane", ".tdp-value")
+            )
+            assert values[lanes.index("attribution")][0].isdigit() == there
+        assert page.console == []
+
+
+@needs_chromium
 def test_of_many_pictures_each_is_shown_at_its_step(tmp_path: Path) -> None:
     pixels = torch.zeros(300, 3, 8, 8)
     pixels[:, 0] = torch.linspace(0, 1, 300)[:, None, None]  # red says which, and blue breaks the ties

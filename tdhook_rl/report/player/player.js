@@ -494,7 +494,8 @@
       const all = this.attribution, explained = all && all.layout === "features" && all.source === track.name ? all : null;
       const names = track.names, most = 12;
       const spans = names.map((_, index) => this.ends(track, (entry) => entry === index) || [0, 1]);
-      return this.panel(place, track.name, explained ? `value, and attribution of ${explained.name}` : "value, in its range", (body, node) => {
+      const unit = explained ? `value, and attribution of ${explained.name}` : "value, in its range";
+      return this.panel(place, track.name, unit, (body, node) => {
         node.classList.add("tdp-features");
         const list = make("div", {}), rows = [];
         const toggle = make("button", { type: "button", "aria-expanded": "false", click: () => {
@@ -519,6 +520,8 @@
             if (weights) row.set(weights[index], { ends: [explained.signed ? -explained.scale : 0, explained.scale], colour: true });
             else row.set(values[index], { ends: spans[index], range: true });
           });
+          const absent = weights && weights.every(Number.isNaN);
+          node.querySelector("small").textContent = absent ? "value; the attribution was not computed at this step" : unit;
           toggle.textContent = whole ? `show the largest ${most}` : `show all ${names.length}`;
         };
         return update;
@@ -944,13 +947,13 @@
     };
   }
 
+  // A line with gaps where nothing was computed; a step between two gaps is a dot.
   function curve(series, x, y) {
-    let path = "", down = false;
-    series.forEach((value, step) => {
-      if (Number.isFinite(value)) path += `${down ? "L" : "M"}${x(step).toFixed(1)} ${y(value).toFixed(1)}`;
-      down = Number.isFinite(value);
-    });
-    return series.length === 1 ? `${path}h.1` : path;
+    return series.map((value, step) => {
+      if (!Number.isFinite(value)) return "";
+      const [before, after] = [step - 1, step + 1].map((other) => Number.isFinite(series[other]));
+      return `${before ? "L" : "M"}${x(step).toFixed(1)} ${y(value).toFixed(1)}${before || after ? "" : "h.1"}`;
+    }).join("");
   }
 
   function ticks(series, x, y, zero) {
