@@ -10,6 +10,7 @@ batch, and four pictures every 25th. Timed is the command, from its start to the
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import subprocess
 import sys
@@ -40,6 +41,7 @@ def write_run(folder: Path, batches: int, keys: int, seed: int) -> None:
             f"probe.{probe}.groups",
         ]
     names += [f"{what}.net.{layer}" for layer in range(3) for what in ("dormant", "effective_rank", "cka_first")]
+    names.append("attr.observation")
     names += [f"attr.observation.feature {n}" for n in range(max(0, keys - len(names)))]
     curves = draw.normal(size=(batches, len(names[:keys]))).cumsum(0)
     sink = FolderSink(folder)
@@ -62,17 +64,25 @@ def main(batches: int, keys: int, runs: int, repeats: int) -> None:
         for seed, folder in enumerate(folders):
             write_run(folder, batches, keys, seed)
         print(f"{batches} batches of {keys} numbers, {keys // 10} histograms every 5, 4 pictures every 25")
-        print("runs | seconds | allowed | megabytes of the page")
+        print("runs | seconds | of the processor | allowed | megabytes of the page")
         for count in dict.fromkeys((1, runs)):
             command = [sys.executable, "-m", "tdhook_rl.cli", "report", *map(str, folders[:count]), "--out", place]
-            seconds = []
+            seconds, busy = [], []
             for _ in range(repeats):
-                start = time.perf_counter()
+                start, before = time.perf_counter(), _processor()
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
                 seconds.append(time.perf_counter() - start)
+                busy.append(_processor() - before)
             size = (Path(place) / "report.html").stat().st_size / 1e6
             allowed = f"{ALLOWED:.0f}" if count == 1 else "-"
-            print(f"{count:4} | {statistics.median(seconds):7.1f} | {allowed:>7} | {size:.1f}", flush=True)
+            wall, process = statistics.median(seconds), statistics.median(busy)
+            print(f"{count:4} | {wall:7.1f} | {process:16.1f} | {allowed:>7} | {size:.1f}", flush=True)
+
+
+def _processor() -> float:
+    """Seconds that programs which have ended took of the processor: other programs make the clock's longer."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":
