@@ -202,6 +202,9 @@ def test_a_figure_is_saved_with_its_data(tmp_path: Path) -> None:
     assert beside["data"] == drawing.data
     assert beside["alt"] == drawing.alt
     assert drawing.save(tmp_path / "bars.svg").read_text() == drawing.svg()
+    drawing.caption = "<b> & more"
+    assert drawing.svg() in drawing._repr_html_()  # what a notebook shows
+    assert "&lt;b&gt; &amp; more" in drawing._repr_html_()
     with pytest.raises(InputError, match=r"\.png or \.svg"):
         drawing.save(tmp_path / "bars.pdf")
 

@@ -92,7 +92,8 @@ def value_grid(
                  if (row, column) in bold]  # fmt: skip
         axis.scatter(*np.array(spots).reshape(-1, 2).T, marker="o", s=7, color=INK)
     axis.set_title(label(unit, 40), fontsize=9, loc="left")
-    colour_bar(figure, image, axes.ravel().tolist(), "", aspect=18)
+    if not written or len(shown) > 3:  # beside a few rows, which are written out, its numbers have no room
+        colour_bar(figure, image, axes.ravel().tolist(), "", aspect=18)
     left = len(rows) * len(columns) - shown.size
     more = f" {left} more cells are in the data." if left else ""
     return Drawing(
