@@ -13,6 +13,7 @@ from tdhook_rl.batches.annotation import OnMismatch
 from tdhook_rl.calls.bound import observers
 from tdhook_rl.errors import TdhookError, warn
 from tdhook_rl.report.episodes import Episode, episode_table, episodes
+from tdhook_rl.report.media import DataTable
 from tdhook_rl.report.probes import WatchedProbe, WatchedSuite, table_of_probes
 from tdhook_rl.report.readings import Features, Readings
 from tdhook_rl.report.shown import Shown
@@ -93,6 +94,7 @@ class Look:
     diagnostics: NetworkDiagnostics | None = None
     tries: Tries = field(default_factory=Tries)
     seen: int = 0
+    _tabled: int | None = field(default=None, init=False)
 
     def __call__(
         self, batch: TensorDictBase, step: int, on_mismatch: OnMismatch
@@ -130,8 +132,7 @@ class Look:
         if self._is_turn(self.turns.table):
             table = self.tries("episodes", lambda: episode_table(known, readings.by_row(), step))
             found |= {} if table is None else {"episodes": table}
-            table = self.tries("the table of probes", lambda: table_of_probes(self._records(), step))
-            found |= {} if table is None else {"probes": table}
+            found |= self.probe_table(step)
         if self._is_turn(self.turns.animation):
             found |= self.tries("an episode", lambda: shown.animation(known)) or {}
         return found
@@ -142,9 +143,15 @@ class Look:
         if suite is not None:
             self.tries("the suite of probes", lambda: suite.suite.update(data))
 
-    def _records(self) -> list[dict[str, Any]]:
-        found = [probe.record(name) for name, probe in self.probes.items() if probe.probe.scores]
-        return found + ([] if self.suite is None else self.suite.records())
+    def probe_table(self, step: int) -> dict[str, DataTable]:
+        """The table of all probes as they are, unless it was made at this step already, or there are none."""
+        if self._tabled == step:
+            return {}
+        records = [probe.record(name) for name, probe in self.probes.items() if probe.probe.scores]
+        records += [] if self.suite is None else self.suite.records()
+        table = self.tries("the table of probes", lambda: table_of_probes(records, step))
+        self._tabled = step
+        return {} if table is None else {"probes": table}
 
     def _is_turn(self, every: int) -> bool:
         return bool(every) and self.seen % every == 0

@@ -382,7 +382,12 @@ class Monitor(TrainerHookBase):
         self._ended = self.frames
         found = [one for name, probe in self._look.probes.items() for one in probe.fitted(name).items()]
         suite = self._look.suite
-        found += [] if suite is None else [*(self._tries("the suite of probes", suite.fitted) or {}).items()]
+        if suite is not None:
+            self._tries("the suite of probes", suite.numbers)
+            found += (self._tries("the suite of probes", suite.fitted) or {}).items()
+        table = self._look.probe_table(self.frames)
+        if table:
+            self._sinks.log(table, self.frames)
         for name, (probe, scores) in found:
             facts = {**scores, "frames": self.frames}
             self._tries("a probe's file", lambda n=name, p=probe, f=facts: self.save(f"probe.{n}", p, f))
