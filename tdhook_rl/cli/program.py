@@ -6,13 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tdhook_rl.cli import check, demo, experiment, play, probe, report, sites
+from tdhook_rl.cli import analyze, check, demo, experiment, play, probe, report, sites
 from tdhook_rl.cli.interrupts import Stop, leave
 
 __all__ = ["main"]
 
 #: In the order of the help.
-COMMANDS = (demo, experiment, report, check, sites, play, probe)
+COMMANDS = (demo, experiment, report, check, sites, play, analyze, probe)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
