@@ -1,191 +1,46 @@
-"""Reports: one page of any run, however it ended; the answer first, its data inside, for every reader."""
+"""Reports: one page of any run, whoever has written it: the answer first, beside its controls."""
 
 from __future__ import annotations
 
 import csv
-import html.parser
 import io
 import json
-import os
-import random
 import re
-import shutil
-import signal
-import subprocess
-import sys
-import textwrap
-import time
-import warnings
-from collections import Counter
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote
 
 import numpy as np
 import pytest
 import torch
-import wandb
 from PIL import Image as Pillow
-from torch.utils.tensorboard import SummaryWriter
-from torchrl.data import LazyTensorStorage, ReplayBuffer
-from torchrl.record.loggers.csv import CSVLogger
 
-from tdhook_rl import ActivationCaching, Compose, Saliency, targets
 from tdhook_rl.cli import main
-from tdhook_rl.envs import CueCorners
-from tdhook_rl.errors import ArtifactError, InputError, TdhookError
-from tdhook_rl.examples.agent import FC2, make_actor
-from tdhook_rl.replay import analyze, load_results
+from tdhook_rl.errors import ArtifactError, InputError
+from tdhook_rl.examples.agent import FC2
+from tdhook_rl.replay import load_results
 from tdhook_rl.report import (
-    Animation,
-    Artifact,
-    Budgets,
-    Cautions,
     DataTable,
-    Facts,
     FileSink,
-    Finding,
-    Findings,
     FolderSink,
-    Fragment,
-    Histogram,
     Image,
-    Monitor,
-    Page,
-    Section,
-    Table,
     page_of,
-    player,
     read_run,
-    save_findings,
 )
 from tdhook_rl.report.contents import curves, media
-from tdhook_rl.report.contents.cautions import cautions_of
-from tdhook_rl.report.drawing import Drawing
-from tdhook_rl.report.page.findings_file import load_findings
-from tdhook_rl.rollout import GroupSplit, OnlineProbe
-from tdhook_rl.statistics import Interval, grouped_mean, iqm
-from tests.browser import needs_chromium, shared
-from tests.wandb_reader import finished
+from tdhook_rl.statistics import iqm
+from tests.reporting import checked, data_of, make_runs, written
 
-QUIET = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True)
 KINDS = ("local", "wandb", "csv", "tensorboard")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One run, logged by a monitor into everything that a report is made of; and an analysis."""
-    base = tmp_path_factory.mktemp("runs")
-    run = wandb.init(mode="offline", dir=str(base), project="p", settings=QUIET, config={"lr": 0.5})
-    writer, logger = SummaryWriter(str(base / "tensorboard")), CSVLogger("exp", log_dir=str(base / "csv"))
-    torch.manual_seed(0)
-    actor = make_actor()
-    split = GroupSplit("episode", held_out=0.3)
-    probe = OnlineProbe(features=("cache", FC2), label=("concept", "xor"), split=split, decay=0.5)
-    lights = CueCorners.light_features().tolist()
-    method = Compose(ActivationCaching(FC2), Saliency(target=targets.chosen_logit()))
-    with warnings.catch_warnings(), method.prepare(actor) as policy:
-        warnings.simplefilter("ignore")
-        monitor = Monitor(
-            policy, [run, writer, logger], folder=base / "local", media_every=2, table_every=2, seed=3,
-            groups={"needed": lights[:2], "unneeded": lights[2:]}, probes={"the xor": probe},
-        )  # fmt: skip
-        for seed in range(4):
-            data = CueCorners(batch_size=[16], seed=seed).rollout(20, policy, break_when_any_done=False)
-            data["episode"] = torch.arange(16)[:, None].expand(16, 20) + 16 * seed
-            monitor.step(data)
-        monitor.close()
-        buffer = ReplayBuffer(storage=LazyTensorStorage(100))
-        data = CueCorners(batch_size=[5]).rollout(20, actor, break_when_any_done=False)
-        buffer.extend(data.reshape(-1).detach())
-        analyze(policy, buffer, base / "analysis")
-        player(data[:2], policy=policy, title="played <b>").record(base / "local")
-    run.log({"own/loss": 0.25})
-    finished(run)
-    writer.close()
-    logger.log_hparams({"gamma": 0.9})
-    logger.log_scalar("own/loss", 0.25, 7)
-    logger.log_video("played", torch.randint(0, 255, (1, 5, 3, 8, 6), dtype=torch.uint8), 7)
-    del logger
-    wandb_folder = Path(run.settings.sync_dir)
-    return {
-        "local": base / "local", "wandb": wandb_folder, "csv": base / "csv", "tensorboard": base / "tensorboard",
-        "analysis": base / "analysis",
-    }  # fmt: skip
+    return make_runs(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture
 def few_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """One figure of a page is enough where it is not about figures."""
     monkeypatch.setattr(curves, "MOST", 1)
-
-
-class Parsed(html.parser.HTMLParser):
-    """What a page consists of."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.ids: list[str] = []
-        self.headings: list[int] = []
-        self.tags: list[tuple[str, dict[str, str]]] = []
-        self.words: list[str] = []
-        self._open: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, given: list[tuple[str, str | None]]) -> None:
-        attributes = {name: value or "" for name, value in given}
-        self.tags.append((tag, attributes))
-        if "id" in attributes:
-            self.ids.append(attributes["id"])
-        if re.fullmatch(r"h[1-6]", tag):
-            self.headings.append(int(tag[1]))
-        self._open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        while self._open and self._open.pop() != tag:
-            pass
-
-    def handle_data(self, data: str) -> None:
-        if not {"script", "style"} & set(self._open):
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
-
-
-def checked(page: Page, programs: int = 1) -> Parsed:
-    """A page that keeps what every page promises.
-
-    Args:
-        page: to be written.
-        programs: the page's own, and that of the players.
-    """
-    text = page.html()
-    parsed = Parsed(text)
-    twice = [name for name, count in Counter(parsed.ids).items() if count > 1]
-    assert not twice, f"ids that are there twice: {twice[:3]}"
-    assert all(later - earlier <= 1 for earlier, later in zip(parsed.headings, parsed.headings[1:], strict=False))
-    assert parsed.headings[:1] == [1]
-    for tag, given in parsed.tags:
-        if tag == "img":
-            assert given.get("alt"), "a picture without words"
-        if tag == "svg" and "aria-hidden" not in given:
-            assert given.get("aria-label"), "a figure without words"
-        links = [given[name] for name in ("href", "src", "xlink:href") if name in given]
-        assert all(link.startswith(("#", "data:")) for link in links), links
-        for link in links:
-            assert not link.startswith("#") or link[1:] in parsed.ids, f"{link} leads nowhere"
-    assert "url(http" not in text
-    scripts = [given for tag, given in parsed.tags if tag == "script" and given.get("type") != "application/json"]
-    assert len(scripts) == programs, "a script that is not the page's"
-    return parsed
-
-
-def data_of(parsed: Parsed) -> dict[str, str]:
-    """The files within a page."""
-    links = [given for tag, given in parsed.tags if tag == "a" and "download" in given]
-    return {one["download"]: unquote(one["href"].split(",", 1)[1]) for one in links}
 
 
 # ------------------------------------------------------------------ kinds of runs
@@ -269,16 +124,6 @@ def test_a_folder_with_one_run_in_it_is_that_run(kind: str, runs: dict[str, Path
 # ------------------------------------------------------------------ several runs
 
 
-def written(folder: Path, values: dict[str, list[float]], **config: Any) -> Path:
-    sink = FolderSink(folder)
-    sink.describe(config)
-    for step in range(max(map(len, values.values()), default=0)):
-        sink.log({name: curve[step] for name, curve in values.items() if step < len(curve)}, 100 * step)
-    sink.summarise({})
-    sink.close()
-    return folder
-
-
 def test_few_runs_are_all_shown_and_many_have_an_interval(tmp_path: Path) -> None:
     ends = [0.5, 0.7, 0.75, 0.8, 0.85, 0.9]
     folders = [
@@ -307,192 +152,6 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     folders = [written(tmp_path / one / "run", {"success": [0.5, 0.75]}) for one in ("a", "b")]
     table = [*csv.DictReader(io.StringIO(data_of(checked(page_of([*folders, folders[0]])))["every-run.csv"]))]
     assert [row["run"] for row in table] == ["a/run", "b/run", "a/run (2)"]
-
-
-# ------------------------------------------------------------------ runs that crashed
-
-
-def test_a_run_that_was_killed_has_a_report(tmp_path: Path) -> None:
-    script = """
-        import sys, warnings
-        warnings.simplefilter("ignore")
-        from tdhook_rl import Saliency
-        from tdhook_rl.envs import CueCorners
-        from tdhook_rl.examples.agent import make_actor
-        from tdhook_rl.report import Monitor
-        with Saliency().prepare(make_actor()) as policy:
-            monitor = Monitor(policy, sys.argv[1], media_every=1)
-            while True:
-                monitor.step(CueCorners(batch_size=[4]).rollout(10, policy, break_when_any_done=False))
-    """
-    folder = tmp_path / "killed"
-    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), str(folder)])
-    try:
-        deadline = time.monotonic() + 90
-        while not (folder / "log.csv").exists() or len((folder / "log.csv").read_bytes()) < 3000:
-            assert time.monotonic() < deadline
-            assert child.poll() is None
-            time.sleep(0.01)
-    finally:
-        os.kill(child.pid, signal.SIGKILL)
-        child.wait()
-    parsed = checked(page_of(folder))
-    last = max(step for curve in read_run(folder).series.values() for step, _ in curve)
-    assert f"The run did not come to its end, or goes on: the last frame that is there is {last:,}." in parsed.text
-    assert main(["report", str(folder)]) == 0
-    assert (folder / "report.html").exists()
-
-
-def everything(folder: Path) -> Path:
-    """A small run with one of everything."""
-    sink = FolderSink(folder)
-    sink.describe({"seed": 1, "methods": ["Saliency()"]})
-    (folder / "probe.json").write_text("{}")
-    for step in (100, 200, 300):
-        pictures = torch.randint(0, 255, (4, 12, 10, 3), dtype=torch.uint8)
-        sink.log(
-            {
-                "success": step / 400, "hist.cache.fc": Histogram.of([0.0, 1.0, step], bins=4),
-                "overlay": Image(pictures[0]), "episode": Animation(pictures),
-                "episodes": DataTable(["episode", "return"], [[1, 0.5], ["two", None]]),
-                "probe": Artifact([folder / "probe.json"], "probe", {"accuracy": 0.75}),
-            },
-            step,
-        )  # fmt: skip
-    save_findings(folder, [Finding(question="Is it?", measured="share", value=0.5, beside={"chance": 0.25})])
-    Drawing(figure=_figure(), title="A line", alt="It rises.", data={"y": [0, 1]}).save(folder / "figures" / "line.png")
-    sink.summarise({"success": 0.75})
-    sink.close()
-    return folder
-
-
-def _figure() -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure()
-    figure.subplots().plot([0, 1])
-    return figure
-
-
-#: What a document, or a log, may hold that nobody expects.
-ODD: tuple[Any, ...] = (
-    None, True, -1, 1e308, float("nan"), "", "<b>", [], {}, [[1]], 10**400, "\ud800", {"_type": "histogram"}, "x" * 200
-)  # fmt: skip
-ODD_NAMES = (
-    "probe.x.accuracy", "probe.x.accuracy_low", "probe.x.groups", "probe..accuracy", "probe.accuracy", "attr.o",
-    "attr.", "attr.o.f", "mass.o.g", "mass.", "dormant", "dormant/", "dormant.a", "cache.s", "cache.s.std", ".",
-    "/", "a/", "computed.", "nonfinite.x", "success", "control.", "x" * 300, "\u202e", "churn", "probe.x.r2",
-)  # fmt: skip
-
-
-@pytest.mark.usefixtures("few_figures")
-def test_whatever_a_folder_says_gives_a_page(tmp_path: Path) -> None:
-    whole, draw = everything(tmp_path / "whole"), random.Random(0)
-
-    def odd(value: Any) -> Any:
-        if draw.random() < 0.15:
-            return draw.choice(ODD)
-        if isinstance(value, dict):
-            return {name: odd(one) for name, one in value.items() if draw.random() < 0.9}
-        return [odd(one) for one in value] if isinstance(value, list) else value
-
-    for number in range(25):
-        folder = tmp_path / str(number)
-        shutil.copytree(whole, folder)
-        for path in [*folder.rglob("*.json"), folder / "histograms.jsonl"]:
-            lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-            documents = [json.loads(line) for line in lines]
-            path.write_text("\n".join(json.dumps(odd(one)) for one in documents), errors="replace")
-        rows = [
-            f"{draw.choice([-5, 0, 1, 2, 100, 10**18, 10**29])},{draw.choice(ODD_NAMES)},"
-            f"{draw.choice(['0.5', 'nan', 'inf', '1e308', '-1e308', '0.0', '5e-324', '2.0'])}\n"
-            for _ in range(draw.randrange(60))
-        ]
-        (folder / "log.csv").write_text("step,name,value\n" + "".join(rows), encoding="utf-8")
-        checked(page_of([folder] * draw.choice([1, 1, 2, 5])))
-
-
-def test_whatever_is_cut_or_damaged_gives_a_page_or_a_named_error(
-    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(curves, "MOST", 0)
-    whole = {"ours": everything(tmp_path / "whole"), "wandb": tmp_path / "wandb", **{
-        name: runs[name] for name in ("csv", "tensorboard", "analysis")}}  # fmt: skip
-    shutil.copytree(runs["wandb"], whole["wandb"], ignore=shutil.ignore_patterns("interp"))
-    draw = random.Random(0)
-    outcomes: Counter[str] = Counter()
-    for number in range(40):
-        kind = draw.choice(["ours", "ours", "ours", *whole])
-        folder = tmp_path / f"{kind}-{number}"
-        shutil.copytree(whole[kind], folder)
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
-        for path in [draw.choice(files), next(folder.glob("*.wandb"), draw.choice(files))]:
-            _damage(path, draw)
-        try:
-            text = checked(page_of(folder)).text
-        except TdhookError as error:
-            outcomes["named error" if str(folder) in str(error) else str(error)] += 1
-        else:
-            assert len(text) > 100
-            outcomes["page"] += 1
-        shutil.rmtree(folder)
-    assert outcomes.keys() <= {"page", "named error"}
-    assert outcomes["page"] > 25
-
-
-def _damage(path: Path, draw: random.Random) -> None:
-    content = bytearray(path.read_bytes())
-    if draw.random() < 0.6 or not content:
-        content = content[: draw.randrange(len(content) + 1)]
-    else:
-        for _ in range(draw.randrange(1, 8)):
-            content[draw.randrange(len(content))] = draw.randrange(256)
-    path.write_bytes(content)
-
-
-def test_what_is_cut_is_said(tmp_path: Path, few_figures: None) -> None:
-    folder = everything(tmp_path / "run")
-    for name in ("log.csv", "histograms.jsonl", "findings.json", "config.json"):
-        path = folder / name
-        path.write_bytes(path.read_bytes()[:-4])
-    png = folder / "media" / "overlay" / "000000300.png"
-    png.write_bytes(png.read_bytes()[:60])
-    (folder / "summary.json").unlink()
-    text = checked(page_of(folder)).text
-    for words in (
-        "line 4 was cut and left out",
-        "1 of the lines of histograms.jsonl were cut",
-        "findings.json holds no findings that can be read",
-        "config.json cannot be read and is left out: it was cut",
-        "Pictures that were cut or damaged are left out: overlay at 300",
-    ):
-        assert words in text, words
-
-
-def test_what_a_monitor_could_not_log_is_in_its_report(tmp_path: Path) -> None:
-    def breaks(batch: Any) -> Any:
-        if broken:
-            raise RuntimeError("no such concept")
-        return batch["concept", "xor"]
-
-    broken: list[bool] = []
-    probe = OnlineProbe(features=("cache", FC2), label=breaks, split=GroupSplit("episode", held_out=0.3))
-    with warnings.catch_warnings(), Compose(ActivationCaching(FC2), Saliency()).prepare(make_actor()) as policy:
-        warnings.simplefilter("ignore")
-        budgets = Budgets(keys=2, bytes=1000)
-        logger = CSVLogger("exp", log_dir=str(tmp_path / "csv"))
-        monitor = Monitor(policy, logger, folder=tmp_path / "run", probes={"x": probe}, budgets=budgets)
-        for _ in range(2):
-            data = CueCorners(batch_size=[8]).rollout(10, policy, break_when_any_done=False)
-            data["episode"] = torch.arange(8)[:, None].expand(8, 10)
-            monitor.step(data)
-            broken.append(True)
-        monitor.close()
-    del logger
-    lines = "\n".join(cautions_of(read_run(tmp_path / "run")))
-    assert "there are more than 2 names to log (budget)" in lines
-    assert "holds the 1e+03 bytes of media that are allowed (budget): 'bars.observation.0'" in lines
-    assert "Monitor could not log the probe 'x' (RuntimeError: no such concept), from frame 160 on." in lines
 
 
 # ------------------------------------------------------------------ what is no run
@@ -615,176 +274,3 @@ def test_tables_of_results_are_figures_too(tmp_path: Path) -> None:
     row = next(csv.DictReader(io.StringIO(files["steering.csv"])))
     assert [row[name] for name in ("rate", "rate (low)", "rate (high)")] == ["0.2", "0.1", "0.30000000000000004"]
     assert "untrained network 0.600 · chance 0.500" in parsed.text
-
-
-# ------------------------------------------------------------------ pages
-
-
-def interval(estimate: float = 0.5, low: float = 0.25, high: float = 0.75) -> Interval:
-    return Interval(estimate=estimate, low=low, high=high, confidence=0.95, method="t", groups=9, rows=90)
-
-
-def test_findings_come_back_as_they_were(tmp_path: Path) -> None:
-    found = [
-        Finding(
-            question="What?", measured="share", value=interval(), beside={"chance": 0.25, "shuffled": interval()},
-            words="so", met=True,
-        ),
-        Finding(question="How?", measured="in words", value="by looking"),
-        Finding(question="Why?", measured="unknown", value=grouped_mean([1.0])),
-    ]  # fmt: skip
-    back = load_findings(save_findings(tmp_path, found))
-    assert back[:2] == found[:2]
-    assert (back[2].value.words, back[2].value.known) == (found[2].value.words, False)
-    for odd in ("[]x", '[{"question": 1}]', "{}", '[{"question": "a", "measured": "b", "value": {"low": 1}}]'):
-        (tmp_path / "odd.json").write_text(odd)
-        with pytest.raises(ArtifactError, match="holds no findings"):
-            load_findings(tmp_path / "odd.json")
-
-
-def test_a_page_that_is_kept_is_made_again(tmp_path: Path) -> None:
-    found = [Finding(question="What?", measured="share", value=interval(), beside={"chance": 0.25})]
-    drawings = [Drawing(figure=_figure(), title=f"Line {n}", alt="It rises.", data={"y": [0, n]}) for n in range(3)]
-    page = Page(title="t", parts=[Findings(found), drawings[0], Section("more", [drawings[1:]])])
-    assert page.keep(tmp_path / "run") == tmp_path / "run" / "report.html"
-    again = page_of(tmp_path / "run")
-    parsed = checked(again)
-    assert [one.get("alt") for tag, one in parsed.tags if tag == "img"] == ["It rises."] * 3
-    assert json.loads(data_of(parsed)["line-2.json"]) == {"y": [0, 2]}
-    assert next(part for part in again.parts if isinstance(part, Findings)).found == found
-
-
-def test_what_is_no_part_of_a_page_is_refused() -> None:
-    with pytest.raises(InputError, match="a page consists of Cautions, DataTable, Drawing"):
-        Page(title="t", parts=[3]).html()
-    with pytest.raises(InputError, match="a row has 1 cells, and the table 2 columns"):
-        Table("t", ["a", "b"], [["1"]])
-
-
-def test_drawings_of_one_title_do_not_share_ids() -> None:
-    drawings = [Drawing(figure=_figure(), title="same", alt="a line", data={"y": [0, 1]}) for _ in range(3)]
-    page = Page(title="t", parts=[*drawings, Section("same", [drawings[:2]]), Table("same", ["a"], [[1]])])
-    parsed = checked(page)
-    assert sum(tag == "svg" for tag, _ in parsed.tags) == 5
-    assert "iframe" in page._repr_html_()
-
-
-# ------------------------------------------------------------------ in a browser
-
-
-@pytest.fixture(scope="module")
-def shown(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page with everything that a page can hold."""
-    page = page_of(runs["local"])
-    rows = [[f"row {n % 7}", 0.1 * n, "yes" if n % 2 else "no", interval(), None if n == 3 else n] for n in range(40)]
-    parts = [
-        *page.parts, Table("A wide table", ["name", "number", "met", "interval", "gaps " + "and words " * 6], rows),
-        Cautions(["x" * 300], "More to be careful of"), Facts("Facts", {"a" * 200: "b" * 400}),
-        Findings([Finding(question="Is it?", measured="share", value=interval(), met=one) for one in (True, False)]),
-        Fragment("Others", "<p>as it is</p>"),
-    ]  # fmt: skip
-    path = tmp_path_factory.mktemp("page") / "report.html"
-    return Page(title=page.title, lead=page.lead, parts=parts, command="tdhook-rl report " + "x" * 200).save(path)
-
-
-@needs_chromium
-@pytest.mark.parametrize(("width", "dark"), [(1440, False), (1100, True), (390, False), (390, True)])
-def test_a_page_fits_and_can_be_read(width: int, dark: bool, shown: Path) -> None:
-    with shared().page(shown, width=width, dark=dark) as page:
-        assert page.console == []
-        assert all(address.startswith(("file:", "data:")) for address in page.requests)
-        assert page.run("document.documentElement.scrollWidth") <= width
-        cut = page.run(
-            """[...document.querySelectorAll('body *')].filter(one => {
-              const box = one.getBoundingClientRect();
-              const inner = one.closest('.box, .drawing, pre, .skip, svg') || one.closest('nav');
-              return !inner && box.width && box.right > document.documentElement.clientWidth + 1;
-            }).map(one => one.outerHTML.slice(0, 80))"""
-        )
-        assert cut == []
-        assert page.run(CONTRAST) == []
-
-
-#: The texts whose colour is too near to what is behind them.
-CONTRAST = """(() => {
-  const parse = text => text.match(/[\\d.]+/g).map(Number);
-  const light = ([r, g, b]) => [r, g, b].map(one => one / 255)
-    .map(one => one <= .04045 ? one / 12.92 : ((one + .055) / 1.055) ** 2.4)
-    .reduce((sum, one, at) => sum + one * [.2126, .7152, .0722][at], 0);
-  const behind = one => {
-    for (; one; one = one.parentElement) {
-      const colour = parse(getComputedStyle(one).backgroundColor);
-      if (colour.length < 4 || colour[3] > 0) return colour;
-    }
-    return [255, 255, 255];
-  };
-  return [...document.querySelectorAll('body *')].filter(one =>
-    [...one.childNodes].some(node => node.nodeType === 3 && node.textContent.trim()) && one.checkVisibility()
-    && !['SCRIPT', 'STYLE', 'title'].includes(one.tagName)
-  ).map(one => {
-    const look = getComputedStyle(one);
-    const ink = parse(one.closest('svg') && look.fill !== 'none' ? look.fill : look.color);
-    const [high, low] = [light(ink), light(behind(one.closest('svg') ? one.closest('svg').parentElement : one))]
-      .sort((a, b) => b - a);
-    return [(high + .05) / (low + .05), one.tagName, one.textContent.slice(0, 30)];
-  }).filter(([ratio]) => !(ratio >= 4.5));
-})()"""
-
-
-@needs_chromium
-def test_tables_sort_and_themes_turn_by_keys(shown: Path) -> None:
-    column = """(at => [...document.querySelectorAll('#table-a-wide-table tbody tr')].map(
-        row => row.cells[at].textContent))"""
-    with shared().page(shown) as page:
-        head = "document.querySelectorAll('#table-a-wide-table thead th')"
-        assert page.run(f"[...{head}].map(one => one.getAttribute('aria-sort')).join()") == ",".join(["none"] * 5)
-        page.run(f"{head}[4].querySelector('button').focus()")
-        page.press("Enter")
-        numbers = page.run(f"{column}(4)")
-        assert numbers == [*map(str, [n for n in range(40) if n != 3]), "-"]
-        page.press(" ")
-        assert page.run(f"{column}(4)") == [*map(str, [n for n in range(39, -1, -1) if n != 3]), "-"]
-        assert page.run(f"{head}[4].getAttribute('aria-sort')") == "descending"
-        page.run(f"{head}[0].querySelector('button').focus()")
-        page.press("Enter")
-        assert page.run(f"{column}(0)") == sorted(f"row {n % 7}" for n in range(40))
-        page.run("document.querySelector('input.filter[data-table=table-a-wide-table]').focus()")
-        page.press(*"row 3")
-        assert page.run(
-            "[...document.querySelectorAll('#table-a-wide-table tbody tr')].filter(one => !one.hidden).length"
-        ) == sum(n % 7 == 3 for n in range(40))
-        before = page.run("getComputedStyle(document.body).backgroundColor")
-        page.run("document.getElementById('theme').focus()")
-        page.press("Enter")
-        assert page.run("getComputedStyle(document.body).backgroundColor") != before
-        assert page.run("document.getElementById('theme').textContent") == "Light"
-        assert page.console == []
-    with shared().page(shown) as page:
-        page.press("Tab")
-        assert page.run("document.activeElement.className") == "skip"
-        assert page.run("document.activeElement.getBoundingClientRect().left") >= 0
-        page.press("Enter")
-        assert page.run("location.hash") == "#content"
-        assert page.console == []
-
-
-@needs_chromium
-def test_players_of_a_run_play_in_its_page(shown: Path) -> None:
-    with shared().page(shown) as page:
-        step = "document.querySelector('.tdp').innerText.match(/step \\d+ of \\d+/)?.[0]"
-        assert page.wait(step).startswith("step 0 of")
-        page.run("document.querySelector('.tdp').querySelector('button, [tabindex]').focus()")
-        page.press("ArrowRight")
-        assert page.wait(step).startswith("step 1 of")
-        assert page.console == []
-
-
-@needs_chromium
-def test_data_is_saved_from_within_the_page(shown: Path) -> None:
-    with shared().page(shown) as page:
-        text = page.run(
-            "fetch(document.querySelector('a[download=\"a-wide-table.csv\"]').href).then(one => one.text())"
-        )
-    table = [*csv.reader(io.StringIO(text))]
-    assert len(table) == 41
-    assert table[1][:6] == ["row 0", "0.0", "no", "0.5", "0.25", "0.75"]
