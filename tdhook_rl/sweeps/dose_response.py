@@ -42,7 +42,13 @@ class DoseResponse:
         return self.rates[outcome][0]
 
     def intervals(self, outcome: str) -> list[Interval]:
-        """The rate at each alpha under the vector, with its interval over episodes."""
+        """The rate at each alpha under the vector, with its interval over episodes.
+
+        Example:
+            >>> response = DoseResponse((0.0, 1.0), {"won": torch.tensor([[0.0, 0.75], [0.0, 0.25]])}, episodes=8)
+            >>> [(round(one.low, 2), one.estimate, round(one.high, 2), one.groups) for one in response.intervals("won")]
+            [(0.0, 0.0, 0.37, 8), (0.24, 0.75, 0.99, 8)]
+        """
         counts = [round(rate * self.episodes) for rate in self.of_vector(outcome).tolist()]
         return [
             grouped_mean([1.0] * count + [0.0] * (self.episodes - count), bounds=(0.0, 1.0), method="t")
