@@ -22,6 +22,7 @@ from torchrl.modules import (
     IndependentNormal,
     MaskedCategorical,
     MaskedOneHotCategorical,
+    MultiAgentMLP,
     NormalParamExtractor,
     OneHotCategorical,
     TanhNormal,
@@ -41,7 +42,9 @@ from tdhook_rl.metrics import (
     value_drift,
     weight_norms,
 )
-from tdhook_rl.rollout import NetworkDiagnostics, cka_matrix
+from tdhook_rl.rollout import NetworkDiagnostics, Plasticity, cka_matrix
+from tdhook_rl.rollout.decision_drift import ratio_by_state
+from tdhook_rl.statistics import grouped_mean
 
 STATES = 6
 
@@ -314,6 +317,45 @@ def test_a_network_that_can_learn_no_more() -> None:
         random_target_loss(policy, states, steps=-1)
     with pytest.raises(InputError, match="TensorDict module"):
         random_target_loss(policy.module, states)
+
+
+def test_new_networks_of_agents_and_frozen_or_plain_networks() -> None:
+    for shared in (True, False):
+        net = MultiAgentMLP(
+            n_agent_inputs=4, n_agent_outputs=2, n_agents=3, centralized=False, share_params=shared, depth=1,
+            num_cells=8,
+        )  # fmt: skip
+        policy = TensorDictModule(net, [("agents", "observation")], [("agents", "x")])
+        kept, state = [one.clone() for one in policy.parameters()], torch.get_rng_state()
+        new = untrained_copy(policy)
+        assert torch.equal(torch.get_rng_state(), state)
+        for one, other, then in zip(policy.parameters(), new.parameters(), kept, strict=True):
+            assert torch.equal(one, then)
+            assert not torch.equal(one, other)
+        again = untrained_copy(policy)
+        assert all(torch.equal(one, two) for one, two in zip(new.parameters(), again.parameters(), strict=True))
+    plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).requires_grad_(False)
+    with torch.inference_mode():
+        states = TensorDict({"input": torch.randn(16, 4)}, [16])
+        diagnostics = NetworkDiagnostics(plain, sites=["1"], plasticity=Plasticity(every=1, steps=2))
+        found = diagnostics.update(states)
+    assert found["plasticity_loss"] > 0
+    assert "gradient_norm" not in found
+    assert not any(one.requires_grad for one in plain.parameters())
+
+
+def test_the_interval_of_a_ratio_covers_it_by_group() -> None:
+    """Twelve episodes of five alike states each: the true ratio of the means is 0.4."""
+    draws = torch.Generator().manual_seed(0)
+    groups, covered = torch.arange(60) // 5, 0
+    for _ in range(300):
+        size = (1 + torch.rand(12, generator=draws)).repeat_interleave(5)
+        change = size * 0.8 * torch.rand(12, generator=draws).repeat_interleave(5)
+        values = ratio_by_state(change, size)
+        assert float(values.mean()) == pytest.approx(float(change.mean() / size.mean()), rel=1e-5)
+        covered += 0.4 in grouped_mean(values, groups)
+    assert covered / 300 > 0.9
+    assert ratio_by_state(torch.ones(3), torch.zeros(3)) is None
 
 
 # ------------------------------------------------------------------ checkpoints and sites
