@@ -120,24 +120,33 @@ class CkaEstimator(TensorDictModuleBase):
         """
         if not clouds:
             raise InputError("there is no representation to compare")
-        grams, owns, undefined = [], [], []
-        for place, cloud in enumerate(clouds):
-            key = f"cloud {place}"
-            points = read_points(TensorDict({key: cloud}), key, rows=4 if self.debiased else 2)
-            if points.ndim != 2 or len(points) != len(clouds[0]):
-                raise InputError(
-                    f"{key} has shape {tuple(points.shape)} and the first {tuple(clouds[0].shape)}: a row for each of "
-                    "the same inputs"
-                )
-            points, constant = self._centred(points.double())
-            gram, size = self._gram(points, constant, key)
-            own = gram.square().sum()
-            grams.append(gram.flatten())
-            owns.append(own)
-            undefined.append(constant | (own <= self.eps * size))
-        kernels, sizes, odd = torch.stack(grams), torch.stack(owns), torch.stack(undefined)
-        found = (kernels @ kernels.mT) / (sizes.sqrt()[:, None] * sizes.sqrt())
-        return found.masked_fill(odd[:, None] | odd, math.nan)
+        kernels = [self.kernel_matrix(cloud).flatten() for cloud in clouds]
+        if len({len(one) for one in kernels}) > 1:
+            shapes = [tuple(cloud.shape) for cloud in clouds]
+            raise InputError(f"the clouds have a row for each of the same inputs, got {shapes}")
+        stacked = torch.stack(kernels)
+        return stacked @ stacked.mT
+
+    @checked
+    def kernel_matrix(self, cloud: Tensor) -> Tensor:
+        """What the similarity of a cloud with others is read from: the sum of the products of two of these is theirs.
+
+        Args:
+            cloud: ``(N, D)``.
+
+        Returns:
+            ``(N, N)``, float64: the centred kernel matrix over its norm; NaN where the cloud is constant.
+
+        Raises:
+            InputError: as of a call.
+        """
+        points = read_points(TensorDict({"cloud": cloud}), "cloud", rows=4 if self.debiased else 2)
+        if points.ndim != 2:
+            raise InputError(f"a cloud is (N, D), got {tuple(points.shape)}")
+        points, constant = self._centred(points.double())
+        gram, size = self._gram(points, constant, "cloud")
+        own = gram.square().sum()
+        return (gram / own.sqrt()).masked_fill(constant | (own <= self.eps * size), math.nan)
 
     def _centred(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Points about their mean and of mean square 1, and whether the cloud is constant."""

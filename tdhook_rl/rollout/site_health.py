@@ -34,8 +34,8 @@ class SiteHealth:
 
     def __init__(self, tau: float, delta: float) -> None:
         self._tau, self._delta = tau, delta
-        self._first: tuple[Tensor, Tensor] | None = None
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._first: tuple[tuple[bool, Tensor], Tensor] | None = None
+        self._last: tuple[tuple[bool, Tensor], Tensor] | None = None
         self._masks: deque[np.ndarray] = deque(maxlen=KEPT)
         self.scores: Tensor | None = None
 
@@ -51,7 +51,8 @@ class SiteHealth:
             return dict.fromkeys(MEASURES, float("nan")) | {"nonfinite": float((~usable).double().mean())}
         scores = unit_scores(activations, axis=axis)
         dormant = scores <= self._tau
-        first, mask = self._first = self._first or (activations.clone(), dormant)
+        seen = _kept(activations)
+        first, mask = self._first = self._first or (seen, dormant)
         last, before = self._last or (None, None)
         spectrum = Spectrum(activations)
         found = {
@@ -63,10 +64,10 @@ class SiteHealth:
             "entropy_rank": spectrum.entropy_rank(),
             "stable_rank": spectrum.stable_rank(),
             "norm": float(activations.flatten(1).norm(dim=-1).mean()),
-            "cka_first": _similarity(first, activations),
-            "cka_last": float("nan") if last is None else _similarity(last, activations),
+            "cka_first": _similarity(first, seen),
+            "cka_last": float("nan") if last is None else _similarity(last, seen),
         }
-        self._last = (activations.clone(), dormant)
+        self._last = (seen, dormant)
         self._masks.append(np.packbits(dormant.cpu().numpy()))
         self.scores = scores.float()
         return found
@@ -79,9 +80,19 @@ class SiteHealth:
         return torch.from_numpy(np.stack(masks)).bool()
 
 
-def _similarity(first: Tensor, now: Tensor) -> float:
+def _kept(activations: Tensor) -> tuple[bool, Tensor]:
+    """What a later similarity needs: the features, or, where there are more of them than states, their kernel."""
+    flat = activations.flatten(1)
+    if flat.shape[1] > len(flat) >= 4:
+        return True, CkaEstimator(debiased=True).kernel_matrix(flat)
+    return False, flat.clone()
+
+
+def _similarity(one: tuple[bool, Tensor], other: tuple[bool, Tensor]) -> float:
     """Debiased linear CKA; NaN where it is not defined: too few states, or features that are the same in all."""
-    if len(now) < 4:
+    if one[0]:
+        return float((one[1] * other[1]).sum())
+    if len(one[1]) < 4:
         return float("nan")
-    pair = TensorDict({"data_a": first.flatten(1).double(), "data_b": now.flatten(1).double()})
+    pair = TensorDict({"data_a": one[1].double(), "data_b": other[1].double()})
     return float(CkaEstimator(debiased=True)(pair)["cka"])
