@@ -44,7 +44,7 @@ def part(curve: Series, at_end: bool) -> Interval | None:
     known = [value for _, value in curve if abs(value) < LARGEST]
     if not known:
         return None
-    few = max(1, round(len(known) * PART))
+    few = _few(len(known))
     return grouped_mean(known[-few:] if at_end else known[:few], method="t")
 
 
@@ -53,7 +53,7 @@ def _behaviour(run: Run, name: str) -> Finding | None:
     if end is None or start is None:
         return None
     known = [step for step, value in run.series[name] if math.isfinite(value)]
-    few = _batches(max(1, round(len(known) * PART)))
+    few = _batches(_few(len(known)))
     return Finding(
         question="What does it achieve?",
         measured=f"{name}, at the end",
@@ -61,6 +61,11 @@ def _behaviour(run: Run, name: str) -> Finding | None:
         beside={"at first": start.estimate} if len(known) > 1 else {},
         words=f"mean of the last {few}, up to {frames(known[-1])} {run.axis}",
     )
+
+
+def _few(count: int) -> int:
+    """How many batches at an end are taken together: a tenth; in short runs three, where the ends stay apart."""
+    return max(1, round(count * PART), min(3, count // 2))
 
 
 def _batches(count: int) -> str:
