@@ -53,7 +53,7 @@ class Scored(Generic[B]):
     """The base: a bank, its probes as they are now, and the penalties they have.
 
     Args:
-        penalty: of all probes; unless given the groups choose, and choose again when there are half as many rows more.
+        penalty: of all probes; unless given the groups choose, and choose again when there are three times as many rows.
         confidence: of the intervals.
         min_rows: a class with fewer held-out rows is not scored.
     """
@@ -81,7 +81,7 @@ class Scored(Generic[B]):
         if self.penalty is not None:
             penalty = torch.full((self.width,), float(self.penalty), dtype=torch.float64)
         else:
-            if self._chosen is None or self._learnt >= 1.5 * self._chosen_at:
+            if self._chosen is None or self._learnt >= 3 * self._chosen_at:
                 self._chosen, self._chosen_at = self.bank.choose(), self._learnt
             penalty = self._chosen
         self.probes = self.bank.solve(penalty)
