@@ -41,7 +41,7 @@ LIBRARIES = {
     "attributes": ("torch", "tensordict", "torchrl"),
 }
 #: Strings with an underscore that are pieces of our own names; and a module whose objects are no state.
-PIECES = {"_input", "_grad", "_grad_output", "_Bound", "_io"}
+PIECES = {"_input", "_grad", "_grad_output", "_Bound", "_io", "_low", "_high"} | {"_type", "_wandb"}
 
 
 @functools.cache
