@@ -53,7 +53,7 @@ class Scored(Generic[B]):
     """The base: a bank, its probes as they are now, and the penalties they have.
 
     Args:
-        penalty: of all probes; unless given the groups choose, and choose again when there are three times as many rows.
+        penalty: of all probes; unless given the groups choose, and again when there are three times as many rows.
         confidence: of the intervals.
         min_rows: a class with fewer held-out rows is not scored.
     """
