@@ -7,21 +7,25 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image as Pillow
 
+from tdhook_rl import Saliency
 from tdhook_rl.cli import main
+from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import ArtifactError, InputError
-from tdhook_rl.examples.agent import FC2
+from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.replay import load_results
 from tdhook_rl.report import (
     DataTable,
     FileSink,
     FolderSink,
     Image,
+    Monitor,
     page_of,
     read_run,
 )
@@ -274,3 +278,17 @@ def test_tables_of_results_are_figures_too(tmp_path: Path) -> None:
     row = next(csv.DictReader(io.StringIO(files["steering.csv"])))
     assert [row[name] for name in ("rate", "rate (low)", "rate (high)")] == ["0.2", "0.1", "0.30000000000000004"]
     assert "untrained network 0.600 · chance 0.500" in parsed.text
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_run_that_was_stopped_says_so(error: type[BaseException], tmp_path: Path) -> None:
+    """Its monitor was closed in order, and has a summary as if all had been done."""
+
+    def run(policy: Any) -> None:
+        with Monitor(policy, tmp_path / "run") as monitor:
+            monitor.step(CueCorners(batch_size=[4]).rollout(5, policy, break_when_any_done=False))
+            raise error
+
+    with Saliency().prepare(make_actor()) as policy, pytest.raises(error):
+        run(policy)
+    assert f"stopped by {error.__name__} at frame 20" in page_of(read_run(tmp_path / "run")).html()

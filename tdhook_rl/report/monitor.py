@@ -283,6 +283,9 @@ class Monitor(TrainerHookBase):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None and self._opened is not None and not self._closed:
+            # What ends well enough to be closed has a summary, as if all had been done.
+            self._opened.note(f"stopped by {kind.__name__} at frame {self.frames:,}: what follows was never measured")
         self.close()
 
     # ------------------------------------------------------------------ in a trainer
