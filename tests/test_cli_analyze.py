@@ -76,6 +76,7 @@ def test_results_and_a_report(saved: Path, capsys: pytest.CaptureFixture[str]) -
     page = Path("runs/analyze-buffer/report.html").read_text()
     assert "tdhook-rl analyze buffer --policy users_own_agent:plain --method saliency --target chosen_logit" in page
     assert "attr.observation" in page
+    assert "Return of the episodes that are whole in the buffer" in page
     said = capsys.readouterr().out
     assert "the results of 120 entries" in said
     # Again: what is there is held against what the policy computes, and is kept.

@@ -21,6 +21,7 @@ from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import ArtifactError, InputError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.replay import analyze, load_results
+from tdhook_rl.replay.reading import Reader
 from tests.test_buffer_transforms import recurrent, stream
 
 ROWS = 120
@@ -219,3 +220,10 @@ def test_a_bar_where_somebody_looks(
     run(actor, buffer, tmp_path, progress=progress)
     assert ("120/120" in screen.getvalue()) == drawn
     assert ("left" in screen.getvalue()) == drawn
+
+
+@pytest.mark.parametrize(("features", "expected"), [(1, 8192), (1000, 4194), (100_000, 1024)])
+def test_as_many_rows_at_once_as_take_some_megabytes(features: int, expected: int) -> None:
+    rows = TensorDict({"observation": torch.zeros(1, 1).expand(10, features)}, batch_size=10)
+    assert Reader(rows).batch_size() == expected
+    assert Reader(rows.reshape(2, 5)).batch_size() == expected

@@ -14,9 +14,11 @@ from tdhook_rl.cli.setups import EXAMPLE, made, named_function
 from tdhook_rl.cli.showing import seed
 from tdhook_rl.errors import InputError, nearest
 
+#: Inputs of more features are not drawn one by one.
+FEATURES = 256
 #: What a config file may say, and what holds where nobody says anything.
 DEFAULTS: dict[str, Any] = {
-    "policy": EXAMPLE, "method": None, "target": None, "sites": None, "out": None, "batch_size": 1024, "rows": None,
+    "policy": EXAMPLE, "method": None, "target": None, "sites": None, "out": None, "batch_size": None, "rows": None,
     "where": None, "fraction": None, "seed": 0, "time_budget": None, "on_mismatch": "warn", "engine": "local",
     "workers": 2,
 }  # fmt: skip
@@ -43,7 +45,7 @@ def add(commands: Any) -> None:
     analyze.add_argument("--target", metavar="NAME", help="what is explained: chosen_logit, entropy, margin, ...")
     analyze.add_argument("--sites", nargs="+", metavar="PATH", help="of activations: modules, or patterns of them")
     analyze.add_argument("--out", type=Path, metavar="FOLDER", help="for the results (default: runs/analyze-BUFFER)")
-    analyze.add_argument("--batch-size", type=int, help="rows read at once (default: 1024)")
+    analyze.add_argument("--batch-size", type=int, help="rows read at once (default: what takes 16 MB)")
     analyze.add_argument("--rows", metavar="START:STOP:STEP", help="these entries only")
     analyze.add_argument("--where", metavar="MODULE:FUNCTION", help="entries for which this is true, given a batch")
     analyze.add_argument("--fraction", type=float, help="such a share of the entries, drawn by --seed")
@@ -84,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
     for line in dict.fromkeys(str(one.message) for one in caught if not _of_others(one.filename)):
         print(f"tdhook-rl: {line}")
     print(f"  {folder}  the results of {len(found):,} entries (tdhook_rl.replay.load_results)")
-    print(f"  {_report(folder, _command(options))}  the report: open it in a browser")
+    print(f"  {_report(folder, source, found, _command(options))}  the report: open it in a browser")
     return 0
 
 
@@ -243,8 +245,33 @@ def _reached(folder: Path) -> str:
     return f"{results.manifest.done:,} of {results.manifest.entries:,} entries are done"
 
 
-def _report(folder: Path, command: str) -> Path:
+def _report(folder: Path, source: Any, found: Any, command: str) -> Path:
+    """The page of the results, with what the buffer says of its episodes."""
+    from dataclasses import replace
+
     from tdhook_rl.report import page_of
     from tdhook_rl.report.runs import read_run
 
-    return page_of([read_run(folder)], command=command).save(folder / "report.html")
+    page = page_of([read_run(folder)], command=command)
+    first, *others = page.parts
+    return replace(page, parts=[first, *_by_episode(source, found), *others]).save(folder / "report.html")
+
+
+def _by_episode(source: Any, found: Any) -> list[Any]:
+    """Attributions by feature with intervals over episodes, and the returns; or why there are none."""
+    from tdhook_rl.errors import MissingKeyError
+    from tdhook_rl.replay import by_feature, returns
+    from tdhook_rl.report.figures import grouped_bars
+
+    parts: list[Any] = []
+    try:
+        for key, value in found.items(True, True):
+            if key[0] == "attr" and value.shape[found.ndim :].numel() <= FEATURES:
+                name = ".".join(key)
+                means = by_feature(found, source, key=key)
+                parts.append(grouped_bars(means, unit=f"mean |{name}|", title="By feature", of="episodes"))
+        whole = returns(source)
+        parts.append(f"Return of the episodes that are whole in the buffer: {whole.mean()}.")
+    except (InputError, MissingKeyError) as error:
+        parts.append(f"Nothing is said by episode: {error}.")
+    return parts

@@ -38,7 +38,7 @@ def analyze(
     buffer: Rows,
     folder: str | Path,
     *,
-    batch_size: int = 1024,
+    batch_size: int | None = None,
     rows: Chosen | None = None,
     where: Where | None = None,
     fraction: float | None = None,
@@ -67,8 +67,9 @@ def analyze(
             after the other, each a trajectory or a batch: a list, or a function that gives a new iterator over the
             same ones at each call (which is gone through once more to count).
         folder: where the results go: a new or empty folder, or that of an analysis to go on with.
-        batch_size: rows read at once, which changes nothing in the results (see :func:`in_order`); with
-            ``horizon="trajectory"``, as many whole trajectories as have so many rows, and at least one.
+        batch_size: rows read at once, which changes nothing in the results but last digits (see :func:`in_order`): as
+            many as take 16 MB, from 1024 to 8192, unless given; with ``horizon="trajectory"``, as many whole
+            trajectories as have so many rows, and at least one.
         rows: analyse these entries only: a slice, a mask, or their numbers. Results are of them alone, in storage
             order, and have a key ``"index"`` that says which entry each is of.
         where: of ``rows`` those only for which this is true: a function of a batch that gives a truth value for each
@@ -79,7 +80,6 @@ def analyze(
         on_mismatch: as of ``annotate``: what to do where the stored outputs are not what the policy computes now.
         progress: called with the entries that are done, and all, before the first batch and after each; ``True`` for a
             bar with the time that is left, ``False`` for none; a bar on a terminal unless given.
-
         engine: ``"ray"``: a pool of Ray actors computes the chunks, each with the policy and a reader of its own; the
             results are the same to the bit, and so is the folder. A folder, or what pickles, may be read so.
         workers: how many actors.
@@ -112,6 +112,7 @@ def analyze(
     require_hooked(hooked, "analyze")
     folder = Path(folder)
     reader = Reader(buffer, whole=_explains_trajectories(hooked))
+    batch_size = reader.batch_size() if batch_size is None else batch_size
     start = time.monotonic()
     with FolderLock(folder, "analysis"), shown(progress, f"analysing {reader.size:,} entries") as show:
         results = Results.find(folder)

@@ -19,6 +19,8 @@ from tdhook_rl.replay.transforms import Window, followed_by, require_alike, requ
 COMPANY = 4
 #: Rows of which the trajectory is looked up at once.
 LOOKED_UP = 1 << 14
+#: Bytes of a chunk unless its rows are given, and these are no fewer and no more.
+CHUNK_BYTES, LEAST, MOST = 16 << 20, 1024, 8192
 #: Rows that are computed again at once.
 COVERED = 256
 
@@ -87,6 +89,11 @@ class Reader:
             self._window = Window.sum([one for one in windows if one is not None])
         if self.whole or self._window is not None:
             self._trajectories = self._look_up("horizon='trajectory'" if self.whole else self.looking)
+
+    def batch_size(self) -> int:
+        """As many rows as take about so many bytes: enough that what is done once for each chunk costs little."""
+        row = sum(one.nbytes for one in self.source.raw(torch.arange(1)).values(True, True) if isinstance(one, Tensor))
+        return min(max(CHUNK_BYTES * self.rows // max(row, 1), LEAST), MOST)
 
     def chunks(self, batch_size: int, start: int = 0) -> Iterator[tuple[int, int]]:
         """The entries of each chunk of about so many rows: its first, and that after its last."""
