@@ -22,7 +22,7 @@ from tdhook_rl.errors import ArtifactError, InputError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.replay import analyze, load_results
 from tdhook_rl.replay.reading import Reader
-from tests.test_buffer_transforms import recurrent, stream
+from tests.test_buffer_transforms import LENGTHS, recurrent, stream
 
 ROWS = 120
 METHOD = Compose(ActivationCaching(FC2), Saliency(target=targets.chosen_logit()))
@@ -158,6 +158,17 @@ def test_whole_trajectories_are_read_for_some_of_their_rows(tmp_path: Path) -> N
             some = analyze(policy, rows, tmp_path / str(chunk), batch_size=chunk, rows=chosen)
             assert torch.equal(some["index"], chosen)
             torch.testing.assert_close(some["attr", "observation"], every["attr", "observation"][chosen])
+
+
+def test_a_list_of_trajectories_is_explained_through_time(tmp_path: Path) -> None:
+    actor, rows = recurrent(stream())
+    pieces = [one.exclude("next", "trajectory", "step_count") for one in rows.split(LENGTHS)]
+    method = Saliency(target=targets.chosen_logit(), inputs=["observation"], horizon="trajectory")
+    with method.prepare(actor) as policy:
+        expected = torch.cat([policy.annotate(one)["attr", "observation"] for one in pieces])
+        for chunk in (1, 50):
+            found = analyze(policy, lambda: iter(pieces), tmp_path / str(chunk), batch_size=chunk)
+            torch.testing.assert_close(found["attr", "observation"], expected)
 
 
 def test_time_is_over(actor: ProbabilisticActor, buffer: ReplayBuffer, whole: TensorDict, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 from tensordict import NestedKey, TensorDictBase
 
+from tdhook_rl.arguments.checked import fits
 from tdhook_rl.arguments.keys import key_parts
-from tdhook_rl.errors import InputError, nearest
+from tdhook_rl.errors import ArgumentError, InputError, nearest
 
 __all__ = ["Keep", "kept_keys", "only_kept"]
 
@@ -25,11 +26,14 @@ def kept_keys(policy: Any, keep: Keep) -> list[Key]:
         keep: their keys; one that begins several names all of these.
 
     Raises:
+        ArgumentError: for what is no list of keys.
         InputError: for a key that is none of the policy's results.
     """
     results = [key_parts(key) for key in policy.result_keys]
     if keep is None:
         return results
+    if not fits(keep, Sequence[NestedKey] | str):  # type: ignore[arg-type]
+        raise ArgumentError(f"keep= is a list of keys of results, or one key; got {keep!r:.80} ({type(keep).__name__})")
     values = [key for key in results if key[0] != "computed"]
     chosen: set[Key] = set()
     for one in [keep] if isinstance(keep, str) else keep:
