@@ -140,13 +140,12 @@ def default_target(run: Pass) -> Target:
 
     The action of a deterministic policy is explained before exploration noise, summed over its dimensions.
     """
+    # Not by the functions above, which check what a user gives them: this is asked in every pass.
     if drawn_decisions(run):
-        return taken_action_log_prob()
+        return _own("taken_action_log_prob", _LogProb(None))
     values = [key for key in keys_named(run.outputs, "action_value") if action_of(run, key) is not None]
-    if len(values) == 1:
-        return chosen_q(values[0])
     if values:
-        return chosen_q()
+        return _linear("chosen_q", _Chosen(values[0] if len(values) == 1 else "action_value", "action_value"))
     points = [key for drawn in run.distributions for key in drawn.samples]
     for critic, keys in ((False, [*points, *keys_named(run.outputs, "action")]), (True, critic_keys(run))):
         found = [key for key in dict.fromkeys(keys) if key in run.out_keys and _explains(run.outputs.get(key))]
