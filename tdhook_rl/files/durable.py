@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import stat
 import weakref
 from collections.abc import Iterable
@@ -25,6 +26,10 @@ except ImportError:  # pragma: no cover  (not on Windows, which has no locks of 
 
 #: Documents of this library are far smaller.
 LARGEST = 64 << 20
+#: Texts of JSON, which may hold anything, and brackets outside of them.
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+#: No document of ours is nested more deeply.
+_DEEPEST = 100
 
 
 def read_json(path: Path, what: str) -> Any:
@@ -43,10 +48,23 @@ def read_json(path: Path, what: str) -> Any:
             if status.st_size > LARGEST:
                 raise ValueError(f"it has {status.st_size} bytes")
             text = file.read(LARGEST).decode()
+        _require_shallow(text)
         return json.loads(text, parse_constant=_refuse)
     except (ValueError, OSError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise ArtifactError(f"{path} is not {what}: {reason}") from error
+
+
+def _require_shallow(text: str) -> None:
+    """Raise before the parser is out of stack: what is collected there meanwhile cannot end in order.
+
+    (Memory that processes share was found damaged so, by another object's finalizer that was cut short.)
+    """
+    depth = 0
+    for part in _BRACKETS.finditer(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(part[0], 0)
+        if depth > _DEEPEST:
+            raise ValueError("it is nested too deeply")
 
 
 def _refuse(name: str) -> None:
