@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tdhook_rl.errors import ArtifactError
-from tdhook_rl.files.durable import sync, write_text
+from tdhook_rl.files.durable import parse_json, sync, write_text
 
 __all__ = ["load_artifact", "save_artifact"]
 
@@ -81,7 +81,7 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("tdhook_rl", "null")
-            document = json.loads(text)
+            document = parse_json(text)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except RecursionError:
         raise ArtifactError(f"{path} has a header that is nested too deeply") from None

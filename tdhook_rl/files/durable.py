@@ -48,23 +48,27 @@ def read_json(path: Path, what: str) -> Any:
             if status.st_size > LARGEST:
                 raise ValueError(f"it has {status.st_size} bytes")
             text = file.read(LARGEST).decode()
-        _require_shallow(text)
-        return json.loads(text, parse_constant=_refuse)
+        return parse_json(text, parse_constant=_refuse)
     except (ValueError, OSError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise ArtifactError(f"{path} is not {what}: {reason}") from error
 
 
-def _require_shallow(text: str) -> None:
-    """Raise before the parser is out of stack: what is collected there meanwhile cannot end in order.
+def parse_json(text: str, **options: Any) -> Any:
+    """What ``json.loads`` gives, of a text of unknown origin.
 
+    Nesting is counted before: what the garbage collector ends while the parser is out of stack cannot end in order.
     (Memory that processes share was found damaged so, by another object's finalizer that was cut short.)
+
+    Raises:
+        ValueError: if it is no JSON, or nested too deeply.
     """
     depth = 0
     for part in _BRACKETS.finditer(text):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(part[0], 0)
         if depth > _DEEPEST:
             raise ValueError("it is nested too deeply")
+    return json.loads(text, **options)
 
 
 def _refuse(name: str) -> None:

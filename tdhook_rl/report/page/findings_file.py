@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tdhook_rl.errors import ArtifactError
-from tdhook_rl.files.durable import write_text
+from tdhook_rl.files.durable import parse_json, write_text
 from tdhook_rl.report.page.numbers import is_number
 from tdhook_rl.report.page.parts import Finding
 from tdhook_rl.report.page.saved import as_json
@@ -50,7 +50,7 @@ def load_findings(path: str | Path) -> list[Finding]:
         ArtifactError: if the file cannot be read, or holds something else.
     """
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows = parse_json(Path(path).read_text(encoding="utf-8"))
         if not isinstance(rows, list):
             raise ValueError("it is no list")
         return [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tdhook_rl.errors import ArtifactError
+from tdhook_rl.files.durable import parse_json
 from tdhook_rl.report.page.findings_file import FINDINGS, load_findings
 from tdhook_rl.report.runs.record import Bins, Drawn, Kept, Rows, Run, Shown, document, noted
 from tdhook_rl.report.sinks.file import FileSink
@@ -68,7 +68,7 @@ def _read_histograms(run: Run, path: Path) -> None:
     with path.open("rb") as file:
         for line in file:
             try:
-                found = json.loads(line)
+                found = parse_json(line.decode())
                 counts, edges = np.asarray(found["counts"], float), np.asarray(found["edges"], float)
                 whole = counts.ndim == edges.ndim == 1 and len(edges) == len(counts) + 1 > 1
                 if not whole or not np.isfinite(edges).all() or not np.isfinite(counts).all():

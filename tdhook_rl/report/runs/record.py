@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tdhook_rl.files.durable import parse_json
 from tdhook_rl.report.page import Finding
 from tdhook_rl.report.sinks.names import PREFIX
 
@@ -203,7 +204,7 @@ def document(run: Run, path: Path) -> Any:
             return None
         if path.stat().st_size > LARGEST:
             raise ValueError(f"it has {path.stat().st_size:,} bytes")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         run.warnings.append(f"{path.name} cannot be read and is left out: {_reason(error)}")
         return None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from tdhook_rl.files.durable import parse_json
 
 BLOCK, HEADER = 32768, 7
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
@@ -72,7 +73,7 @@ def items_of(record: Any) -> dict[str, Any]:
     for item in record:
         keys = list(item.nested_key) or [item.key]
         try:
-            value = json.loads(item.value_json)
+            value = parse_json(item.value_json)
         except (ValueError, RecursionError):
             continue
         place = found

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tdhook_rl.files.durable import parse_json
 from tdhook_rl.report.runs.record import Bins, Kept, Rows, Run, Shown
 from tdhook_rl.report.runs.wandb_records import items_of, records
 
@@ -103,7 +103,7 @@ class _Reader:
                 if len(edges) == len(counts) + 1 and np.isfinite(edges).all():
                     run.histograms.setdefault(name, []).append(Bins(step, counts, edges))
             elif kind == "table-file" and (path := self._file(value["path"])) is not None:
-                table = json.loads(path.read_text(encoding="utf-8"))
+                table = parse_json(path.read_text(encoding="utf-8"))
                 run.tables.setdefault(name, []).append(Rows(step, list(map(str, table["columns"])), table["data"]))
             elif kind == "images/separated":
                 captions = value.get("captions") or []
