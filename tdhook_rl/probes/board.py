@@ -19,6 +19,9 @@ from tdhook_rl.latent.probing.scored import Rows, Scored, ScoredClasses, ScoredV
 from tdhook_rl.probes.probe_table import ProbeCell, ProbeTable
 from tdhook_rl.statistics import Interval
 
+#: Labels that are kept for shuffled ones to be drawn from.
+_DRAWN_FROM = 1024
+
 
 class Source(NamedTuple):
     """Whose features: ``"trained"``, ``"untrained"`` or ``"input"``; and the site, or which rows of an input."""
@@ -52,7 +55,7 @@ class _Column:
 
     name: str
     concept: str
-    shares: Tensor  # from whose quantiles shuffled labels are drawn
+    seen: Tensor  # labels of the first rows, of which shuffled ones are drawn
 
 
 @dataclass
@@ -62,6 +65,16 @@ class _Group:
     numbers: bool
     columns: list[_Column] = field(default_factory=list)
     scored: dict[Source, Scored] = field(default_factory=dict)
+    dropped: dict[Source, int] = field(default_factory=dict)  # rows that were not finite
+
+    def look_at(self, labels: Mapping[str, Tensor]) -> None:
+        """Keep labels to draw from until there are enough; a first batch may have one row, or none."""
+        values = [column for value in labels.values() for column in value.flatten(0, 1).unbind(1)]
+        for column, value in zip(self.columns, values, strict=True):
+            if len(column.seen) < _DRAWN_FROM:
+                known = value[torch.isfinite(value)]
+                spread = torch.linspace(0, max(len(known) - 1, 0), min(len(known), 4 * _DRAWN_FROM)).round().long()
+                column.seen = torch.cat([column.seen, known[spread]])
 
 
 class Board:
@@ -71,9 +84,6 @@ class Board:
         groupings: how many ways there are to group the rows.
         shuffled: whether labels that were dealt out by chance are fitted as well.
         penalty, confidence, min_rows: as of :class:`Scored`.
-
-    Attributes:
-        dropped: by source how many rows were left out as not finite.
     """
 
     def __init__(
@@ -82,7 +92,6 @@ class Board:
         self._options: dict[str, Any] = {"penalty": penalty, "confidence": confidence, "min_rows": min_rows}
         self._groupings, self._shuffled = groupings, shuffled
         self._groups: dict[str, _Group] = {}
-        self.dropped: dict[Source, int] = {}
 
     # ------------------------------------------------------------------ rows
 
@@ -110,6 +119,7 @@ class Board:
             labels: as of :meth:`add`.
         """
         self._groups[group] = _group(labels)
+        self._groups[group].look_at(labels)
 
     def judge(self, group: str, labels: Mapping[str, Tensor], rows: Observed) -> None:
         """Score the held-out rows by the probes as they are."""
@@ -132,22 +142,22 @@ class Board:
     def __add__(self, other: Board) -> Board:
         """What two workers or shards have seen, together."""
         merged = copy.copy(self)
-        merged.dropped = {
-            source: self.dropped.get(source, 0) + other.dropped.get(source, 0)
-            for source in {**self.dropped, **other.dropped}
-        }
-        merged._groups = dict(self._groups)
+        merged._groups = copy.deepcopy(self._groups)
         for name, theirs in other._groups.items():
             own = merged._groups.get(name)
             if own is None:
-                merged._groups[name] = theirs
+                merged._groups[name] = copy.deepcopy(theirs)
                 continue
             if [one.name for one in own.columns] != [one.name for one in theirs.columns]:
-                raise InputError(f"only probes of the same concepts add up: {name!r} has others")
-            scored = dict(own.scored)
+                raise InputError(
+                    f"only probes of the same labels add up: {name!r} has {[one.name for one in own.columns]} and "
+                    f"{[one.name for one in theirs.columns]}"
+                )
+            for source, count in theirs.dropped.items():
+                own.dropped[source] = own.dropped.get(source, 0) + count
             for source, one in theirs.scored.items():
-                scored[source] = _together(scored[source], one) if source in scored else one
-            merged._groups[name] = _Group(own.numbers, own.columns, scored)
+                known = own.scored.get(source)
+                own.scored[source] = copy.deepcopy(one) if known is None else _together(known, one)
         return merged
 
     def _prepared(
@@ -162,6 +172,8 @@ class Board:
             for value in labels.values()
         ], 2)  # fmt: skip
         self._check(group, labels, wanted)
+        if count:
+            group.look_at(labels)
         dealt: Tensor | None = None
         for source, features in rows.features.items():
             shuffled = self._shuffled and source.network == "trained"
@@ -183,7 +195,7 @@ class Board:
             if group.numbers:
                 usable &= torch.isfinite(own).all(-1)
             if count:
-                self.dropped[source] = self.dropped.get(source, 0) + int((~usable).sum())
+                group.dropped[source] = group.dropped.get(source, 0) + int((~usable).sum())
             codes = [code.repeat_interleave(places) if places > 1 else code for code in rows.codes]
             train, held = (
                 (one.repeat_interleave(places) if places > 1 else one) & usable for one in (rows.train, rows.held)
@@ -266,7 +278,7 @@ class Board:
             auc=found.get("auc"), chance=own.chance(place), majority=own.majority(place),
             classes=int(own._enough(place).sum()) if isinstance(own, ScoredClasses) else 1,
             penalty=math.nan if own.probes is None else float(own.probes.penalty[place]),
-            left_out=left_out.get(column.concept, 0) + self.dropped.get(Source("trained", site), 0),
+            left_out=left_out.get(column.concept, 0) + group.dropped.get(Source("trained", site), 0),
             words=own.words(place),
         )  # fmt: skip
 
@@ -288,21 +300,20 @@ def _group(labels: Mapping[str, Tensor]) -> _Group:
         width = value.shape[2]
         for place in range(width):
             name = concept if width == 1 else f"{concept}.{place}"
-            seen = value[..., place].reshape(-1)
-            # So many suffice to draw from.
-            few = torch.linspace(0, max(len(seen) - 1, 0), min(len(seen), 4096)).round().long()
-            found.columns.append(_Column(name, concept, seen[few].clone()))
+            found.columns.append(_Column(name, concept, value.new_empty(0)))
     return found
 
 
 def _dealt(group: _Group, control: Tensor, dtype: torch.dtype) -> Tensor:
-    """Labels that depend on the number of the group alone, as often each as in the first rows: ``(rows, columns)``."""
+    """Labels that depend on the number of the group alone, as often each as in the rows seen: ``(rows, columns)``."""
     columns = []
     for column in group.columns:
         code = (control ^ zlib.crc32(column.name.encode())) * 0x2545F4914F6CDD1D
         code = (code ^ (code >> 29)) * 0x27D4EB2F165667C5
-        place = ((code ^ (code >> 32)) & 0x7FFFFFFF) % max(len(column.shares), 1)
-        columns.append(column.shares[place] if len(column.shares) else torch.zeros_like(control))
+        if not len(column.seen):
+            columns.append(torch.zeros_like(control))
+            continue
+        columns.append(column.seen[((code ^ (code >> 32)) & 0x7FFFFFFF) % len(column.seen)])
     return torch.stack(columns, 1).to(dtype)
 
 

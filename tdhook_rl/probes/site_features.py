@@ -26,7 +26,7 @@ class SiteFeatures:
     """Reads features of a batch.
 
     Args:
-        policy: hooked or not.
+        policy: the network. Of a hooked one that caches all sites, the activations in batches are read where they are.
         sites: paths or patterns.
         untrained: the untrained network; ``None``: a copy that is initialised anew; ``False``: none.
         layout: how an activation with squares or agents is read, by site or for all.
@@ -47,12 +47,16 @@ class SiteFeatures:
         seed: int,
     ) -> None:
         pattern = [sites] if isinstance(sites, str) else list(sites)
+        written: set[Any] = set()
         if isinstance(policy, HookedMixin):
+            written = set(policy.result_keys)
             with policy.disable_context() as original:
                 policy = original
         self._policy = policy  # the hooked copy knows the original by a weak reference only
         self._trained = ActivationCaching(pattern).prepare(policy, return_context=False)
         self.sites = [key[-1] for key in self._trained.result_keys if key[0] == "cache"]
+        # What lies under these keys otherwise may be of other weights, or of another network.
+        self._reads_batch = all(("cache", site) in written for site in self.sites)
         self._untrained: Any = None
         if untrained is not False:
             own = untrained_copy(policy, seed=seed) if untrained is None else untrained
@@ -107,7 +111,7 @@ class SiteFeatures:
 
     def _seen(self, policy: Any, data: TensorDictBase, network: str) -> TensorDictBase:
         keys = [("cache", site) for site in self.sites]
-        if network == "trained" and all(isinstance(data.get(key, None), Tensor) for key in keys):
+        if network == "trained" and self._reads_batch and all(isinstance(data.get(key, None), Tensor) for key in keys):
             return data
         return policy.annotate(data.exclude("cache", "computed", "attr", "probe"), on_mismatch="ignore")
 

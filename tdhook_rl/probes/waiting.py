@@ -40,6 +40,14 @@ class Waiting:
     def __len__(self) -> int:
         return len(self._rows["done"]) if self._rows else 0
 
+    def emptied(self, other: Waiting) -> Waiting:
+        """One without rows, in which those that wait in this one and in another are left out."""
+        found = Waiting(self._asked, self._most)
+        for column, name in enumerate(self._asked):
+            waiting = sum(int(one._rows["open"][:, column].sum()) for one in (self, other) if len(one))
+            found.left_out[name] = self.left_out[name] + other.left_out[name] + waiting
+        return found
+
     def push(self, rows: Mapping[Any, Tensor]) -> dict[str, tuple[dict[Any, Tensor], Tensor]]:
         """Add rows, and take out those that are known now.
 

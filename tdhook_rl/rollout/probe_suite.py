@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,8 +34,8 @@ class ProbeSuite:
     functions of sums, which decay, and add up over workers; no activation is kept.
 
     Args:
-        policy: the policy or network; a hooked one may be given. Where batches have the activations
-            (``("cache", path)``), these are read; otherwise the batch is annotated.
+        policy: the policy or network. Give the hooked policy that collects, where it caches the sites: the activations
+            in its batches are read. Otherwise batches are annotated, whatever lies in them under these keys.
         sites: the modules to read: paths or patterns.
         concepts: by name a key, a function of the batch, a :class:`Future` or a :class:`Return`. Integers from 0 and
             booleans are classes; with one dimension more (that of agents or squares aside) several yes-or-no labels;
@@ -117,6 +118,7 @@ class ProbeSuite:
         asked = {name: one for name, one in concepts.items() if isinstance(one, Future | Return)}
         self._later = Waiting(asked, most_waiting) if asked else None
         self._asked = asked
+        self._names = list(concepts)
         self._board = Board(
             groupings=len(self.split.groupings), shuffled=True, penalty=penalty, confidence=confidence,
             min_rows=max(min_rows, 1e-3),
@@ -185,10 +187,26 @@ class ProbeSuite:
 
     @torch.inference_mode(False)
     def __add__(self, other: ProbeSuite) -> ProbeSuite:
-        """What two workers or shards have seen, together: sums add up, and the probes are solved anew."""
-        merged = object.__new__(ProbeSuite)
-        merged.__dict__.update(self.__dict__)
+        """What two workers or shards have seen, together: sums add up, and the probes are solved anew.
+
+        Neither of the two is changed. Rows that wait in one of them are counted as left out, since trajectories of
+        several workers may have the same numbers; episodes of the same number count as one group.
+
+        Raises:
+            InputError: for suites of other sites, concepts, splits or options.
+        """
+        for what, own, its in (
+            ("sites", self.sites, other.sites),
+            ("concepts", self._names, other._names),
+            ("split", _facts(self.split), _facts(other.split)),
+            ("control", _facts(self._control), _facts(other._control)),
+        ):
+            if own != its:
+                raise InputError(f"only suites of the same {what} add up, got {own} and {its}")
+        merged = copy.copy(self)
         merged._board = self._board + other._board
+        if self._later is not None and other._later is not None:
+            merged._later = self._later.emptied(other._later)
         return merged
 
     # ------------------------------------------------------------------ inner
@@ -250,3 +268,7 @@ class ProbeSuite:
     def _quantity(self, asked: Future | Return, batch: TensorDictBase, rows: Tensor) -> Tensor:
         what = asked.reward if isinstance(asked, Return) else asked.what
         return label_columns(read_label(what, batch), batch)[rows]
+
+
+def _facts(split: GroupSplit | None) -> tuple[Any, ...] | None:
+    return None if split is None else (split.groupings, split.held_out, split.seed)
