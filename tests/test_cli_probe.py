@@ -53,11 +53,16 @@ def test_a_buffer_of_torchrl_becomes_a_table_and_a_page(folder: Path, capsys: py
         "light=my_probe_setup:first_light", "--checkpoints", "later=later.pt", "--out", "out",
     ]  # fmt: skip
     assert main(command) == 0
-    cells = json.loads((folder / "out" / "probes.json").read_text())
+    found = json.loads((folder / "out" / "probes.json").read_text())
+    cells = found["cells"]
+    assert found["command"] == " ".join(["tdhook-rl", *command])
+    assert found["weights"]
+    assert found["versions"]["torch"]
     assert [(cell["checkpoint"], cell["concept"]) for cell in cells] == [("later", "xor"), ("later", "light")]
     assert all(0 <= cell["trained"] <= 1 and cell["groups"] > 3 for cell in cells)
     page = (folder / "out" / "report.html").read_text()
     assert "Can xor be read?" in page
+    assert "--checkpoints later=later.pt" in page
     assert "Which concepts can be read where" in page
     assert "report.html" in capsys.readouterr().out
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensordict import TensorDict
 from torchrl.data import LazyMemmapStorage, ReplayBuffer
 
 from tdhook_rl import ActivationCaching, Compose, Saliency
@@ -115,6 +116,14 @@ def test_what_one_began_the_other_ends(ray: Any, folder: Path, policy: Any, tmp_
 def test_an_error_in_an_actor_is_that_error(ray: Any, folder: Path, policy: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="workers="):
         analyze(policy, folder, tmp_path / "a", engine="ray", workers=0)
+    lock = threading.Lock()
+
+    def rows() -> Iterator[TensorDict]:
+        with lock:
+            yield TensorDict({"observation": torch.zeros(4, 90)}, [4])
+
+    with pytest.raises(InputError, match="does not pickle"):
+        analyze(policy, rows, tmp_path / "d", engine="ray", workers=1)
 
     def gone(output: Any) -> Any:
         raise InputError("the rows went away")

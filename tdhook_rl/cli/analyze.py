@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shlex
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -70,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     source: Any = made(options.buffer) if _is_function(options.buffer) else Path(options.buffer)
     folder = Path(chosen["out"] or Path("runs") / f"analyze-{_name(options.buffer)}")
     context = _prepared(chosen)
-    again = f"the same command goes on: {_command(options)}"
+    again = f"the same command goes on: {options.written}"
     with context as policy, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         try:
@@ -86,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     for line in dict.fromkeys(str(one.message) for one in caught if not _of_others(one.filename)):
         print(f"tdhook-rl: {line}")
     print(f"  {folder}  the results of {len(found):,} entries (tdhook_rl.replay.load_results)")
-    print(f"  {_report(folder, source, found, _command(options))}  the report: open it in a browser")
+    print(f"  {_report(folder, source, found, options.written)}  the report: open it in a browser")
     return 0
 
 
@@ -150,16 +149,6 @@ def _slice(text: Any) -> slice | None:
     if not 2 <= len(parts) <= 3:
         raise InputError(f"rows are START:STOP or START:STOP:STEP, each a number or nothing; got {text!r}")
     return slice(*parts)
-
-
-def _command(options: argparse.Namespace) -> str:
-    """The command as it was written, for whoever wants it again."""
-    words = ["tdhook-rl", "analyze", options.buffer]
-    for name in (*DEFAULTS, "config"):
-        value = getattr(options, name)
-        if value is not None:
-            words += [f"--{name.replace('_', '-')}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return shlex.join(words)
 
 
 # ---------------------------------------------------------------------- the policy and its methods

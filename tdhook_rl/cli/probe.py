@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import Any
 
-from tdhook_rl.cli.setups import EXAMPLE, made
+from tdhook_rl.cli.setups import EXAMPLE, hooked, made
 from tdhook_rl.cli.showing import print_table, seed
 
 
@@ -48,6 +49,7 @@ def run(options: argparse.Namespace) -> int:
     from tdhook_rl.files.durable import write_text
     from tdhook_rl.probes import GroupSplit
     from tdhook_rl.replay import probe_grid
+    from tdhook_rl.replay.manifest import facts_of
     from tdhook_rl.report import new_folder
     from tdhook_rl.report.probe_grids import probe_page
 
@@ -67,11 +69,11 @@ def run(options: argparse.Namespace) -> int:
             batch_size=options.batch_size, seed=options.seed,
             progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
         )  # fmt: skip
-    write_text(folder / "probes.json", table.json() + "\n")
+    document = {"command": options.written, **facts_of(hooked(policy)), "cells": json.loads(table.json())}
+    write_text(folder / "probes.json", json.dumps(document, indent=1) + "\n")
     heads, rows = table.columns()
     print_table(console, "Probes on held-out groups", heads, rows)
-    command = f"tdhook-rl probe {options.data} --policy {options.policy} --sites {' '.join(options.sites)}"
-    page = probe_page(table, command=f"{command} --concepts {' '.join(options.concepts)}").save(folder / "report.html")
+    page = probe_page(table, command=options.written).save(folder / "report.html")
     console.print(f"  {folder / 'probes.json'}  every cell", highlight=False, soft_wrap=True)
     console.print(f"  {page}  the report: open it in a browser", highlight=False, soft_wrap=True)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -39,6 +40,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     options = _parser().parse_args(arguments)
+    options.written = shlex.join(["tdhook-rl", *(sys.argv[1:] if arguments is None else arguments)])
     from tdhook_rl.errors import TdhookError
 
     try:

@@ -57,3 +57,14 @@ def made_with_environment(target: str) -> tuple[Any, ...]:
             f"{target} returned {got}: it must return (hooked policy, environment), or with collector arguments third"
         )
     return found
+
+
+def hooked(policy: Any) -> Any:
+    """A policy as a hooked one, without methods where it was plain; the plain one has to be kept alive."""
+    from tdhook_rl import HookedModule
+    from tdhook_rl.hooking.hooked import HookedMixin
+    from tdhook_rl.method import HookingContext
+
+    if isinstance(policy, HookingContext):
+        return policy.__enter__()
+    return policy if isinstance(policy, HookedMixin) else HookedModule.from_module(policy)

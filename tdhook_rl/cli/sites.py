@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from tdhook_rl.cli.setups import EXAMPLE, made
+from tdhook_rl.cli.setups import EXAMPLE, hooked, made
 
 __all__ = ["add"]
 
@@ -31,18 +31,10 @@ def run(options: argparse.Namespace) -> int:
     import torchrl
     from tensordict import TensorDictBase
 
-    from tdhook_rl import HookedModule
-    from tdhook_rl.hooking.hooked import HookedMixin
-    from tdhook_rl.method import HookingContext
-
     torchrl.logger.setLevel("ERROR")
     found = made(options.target)
     policy, given = (*found, None)[:2] if isinstance(found, tuple) else (found, None)
-    if isinstance(policy, HookingContext):
-        policy = policy.__enter__()
-    elif not isinstance(policy, HookedMixin):
-        policy = HookedModule.from_module(policy)
     if given is not None and not isinstance(given, TensorDictBase):
         given = (given() if not hasattr(given, "reset") else given).reset()
-    print(policy.sites(given))
+    print(hooked(policy).sites(given))
     return 0

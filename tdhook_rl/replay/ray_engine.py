@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import cloudpickle
 import torch
 from tensordict import TensorDict, TensorDictBase
 
@@ -37,10 +38,11 @@ def ray_results(
         first, last, results, and how many rows lack theirs.
 
     Raises:
-        InputError: if Ray is not installed.
+        InputError: if Ray is not installed, or what is sent does not pickle.
         WorkerError: if Ray gives up.
     """
     ray = _ray()
+    content = _pickled(make)
     own = not ray.is_initialized()
     if own:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -50,7 +52,7 @@ def ray_results(
     try:
         items = [{"first": first, "last": last} for first, last in chunks]
         found = ray.data.from_items(items, override_num_blocks=min(len(items), _BLOCKS)).map_batches(
-            _Actor, fn_constructor_args=(make, torch.get_num_threads()), batch_size=1, num_cpus=1,
+            _Actor, fn_constructor_args=(content, torch.get_num_threads()), batch_size=1, num_cpus=1,
             compute=ray.data.ActorPoolStrategy(size=min(workers, len(items))),
         )  # fmt: skip
         for row in found.iter_rows():
@@ -73,9 +75,9 @@ def ray_results(
 class _Actor:
     """Computes chunks in a process of Ray's."""
 
-    def __init__(self, make: Callable[[], Compute], threads: int) -> None:
+    def __init__(self, content: bytes, threads: int) -> None:
         torch.set_num_threads(threads)  # sums over other parts have other last bits
-        self._compute = make()
+        self._compute: Compute = cloudpickle.loads(content)()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         first, last = int(batch["first"][0]), int(batch["last"][0])
@@ -87,6 +89,16 @@ class _Actor:
             error = json.dumps([type(problem).__name__, str(problem)])
         row = {"first": first, "last": last, "lacking": lacking, "content": content, "shape": shape, "error": error}
         return {name: [value] for name, value in row.items()}
+
+
+def _pickled(make: Callable[[], Compute]) -> bytes:
+    try:
+        return cloudpickle.dumps(make)
+    except Exception as error:  # whatever a file, a lock or a user's class raises
+        raise InputError(
+            "engine='ray' sends the policy and what holds the rows to other processes, and one of them does not pickle "
+            f"({type(error).__name__}: {error}): save the rows (buffer.dumps(folder)) and give the folder"
+        ) from error
 
 
 def _packed(found: TensorDictBase) -> tuple[bytes, str]:
