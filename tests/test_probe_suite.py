@@ -21,59 +21,11 @@ from tdhook_rl.errors import InputError, MissingKeyError, SiteError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.metrics import untrained_copy
 from tdhook_rl.probes.board import Source
+from tdhook_rl.replay import probe_grid
 from tdhook_rl.rollout import EPISODE, Future, GroupSplit, OnlineProbe, ProbeSuite, Return
+from tests.walks import Walks, net, suite, sums
 
 STATE = [("concept", "cell"), ("concept", "bits")]
-
-
-class Walks:
-    """Environments whose observation is a counter of each, with noise: what comes later is known."""
-
-    def __init__(self, envs: int, seed: int = 0, length: int = 17) -> None:
-        self.draw = torch.Generator().manual_seed(seed)
-        self.envs, self.length = envs, length
-        self.step, self.trajectory = torch.arange(envs) * 3 % length, torch.arange(envs)
-        self.next = envs
-        self.value = torch.randint(0, 3, (envs,), generator=self.draw)
-
-    def batch(self, steps: int, counted: bool = False) -> TensorDict:
-        found = []
-        for _ in range(steps):
-            done = self.step == self.length - 1
-            reward = torch.rand(self.envs, generator=self.draw)
-            observation = torch.cat([
-                nn.functional.one_hot(self.value, 3).float(), self.step[:, None] / self.length,
-                torch.randn(self.envs, 2, generator=self.draw),
-            ], 1)  # fmt: skip
-            row = {
-                "observation": observation, "value": self.value.clone(),
-                "collector": {"traj_ids": self.trajectory.clone()},
-                "next": {"reward": reward[:, None], "done": done[:, None]},
-            }  # fmt: skip
-            found.append(TensorDict(row | ({"step_count": self.step[:, None].clone()} if counted else {}), [self.envs]))
-            self.step = torch.where(done, 0, self.step + 1)
-            self.trajectory = torch.where(done, self.next + torch.arange(self.envs), self.trajectory)
-            self.next += self.envs
-            self.value = (self.value + (torch.rand(self.envs, generator=self.draw) < 0.2)) % 3
-        return torch.stack(found, 1)
-
-
-def net(width: int = 6, seed: int = 0) -> TensorDictModule:
-    torch.manual_seed(seed)
-    layers = nn.Sequential(nn.Linear(width, 16), nn.Tanh(), nn.Linear(16, 2))
-    return TensorDictModule(layers, ["observation"], ["action"])
-
-
-def suite(policy: nn.Module, concepts: dict[str, Any], **options: Any) -> ProbeSuite:
-    return ProbeSuite(policy, **{"sites": ["module.1"], "concepts": concepts, "split": GroupSplit(EPISODE)} | options)
-
-
-def sums(one: ProbeSuite, group: str, network: str = "trained", site: Any = "module.1") -> dict[str, Tensor]:
-    bank = one._board._groups[group].scored[Source(network, site)].bank
-    moved = type(bank).__add__(bank, bank)
-    found = moved.solve()
-    own = len(found.bias) // (2 if network == "trained" else 1)  # the labels themselves; then the shuffled ones
-    return {"weight": found.weight[:own], "bias": found.bias[:own]}
 
 
 # ------------------------------------------------------------------ against the single probe
@@ -100,81 +52,37 @@ def test_the_scores_are_those_of_the_online_probe() -> None:
     torch.testing.assert_close(one.probe(FC2, "xor").weight, alone.probe.weight, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("hooked", [True, False], ids=["activations in the batch", "annotated"])
-def test_activations_are_taken_from_the_batch_where_it_has_them(hooked: bool) -> None:
-    policy = net()
-    data = Walks(16).batch(40)
-    one = suite(policy, {"value": "value"})
+def test_activations_are_read_of_the_batches_of_the_hooked_policy_that_was_given() -> None:
+    policy, data = net(), Walks(16).batch(40)
     with ActivationCaching("module.1").prepare(policy) as caching:
-        one.update(caching(data.clone()) if hooked else data)
+        one = suite(caching, {"value": "value"})
+        one.update(caching(data.clone()))
+        marked = caching(data.clone())
+        marked["cache", "module.1"].zero_()
+        read = suite(caching, {"value": "value"})
+        read.update(marked)
     other = suite(policy, {"value": "value"})
     other.update(data)
     torch.testing.assert_close(sums(one, "classes"), sums(other, "classes"))
+    assert not sums(read, "classes")["weight"].any()  # what it was given is what it read
 
 
-# ------------------------------------------------------------------ futures
-
-
-@pytest.mark.parametrize("cuts", [[60], [1] * 60, [7, 1, 20, 3, 29]], ids=["one batch", "step by step", "cut"])
-@pytest.mark.parametrize("counted", [True, False], ids=["with step counts", "without"])
-def test_futures_go_on_across_batches(cuts: list[int], counted: bool) -> None:
-    """However the steps are cut into batches, each row gets what came later in its own trajectory."""
-    steps, envs, ahead, gamma = 60, 5, 4, 0.9
-    whole = Walks(envs, seed=2).batch(steps, counted)
-    number, value, reward = (whole[key].reshape(envs, steps) for key in (EPISODE, "value", ("next", "reward")))
-    label, known = torch.zeros_like(value), torch.zeros_like(value, dtype=torch.bool)
-    returns, ended = torch.zeros(envs, steps).double(), torch.zeros_like(known)
-    for env in range(envs):
-        for step in range(steps):
-            if step + ahead < steps and number[env, step + ahead] == number[env, step]:
-                label[env, step], known[env, step] = value[env, step + ahead], True
-            rest = (number[env] == number[env, step]).nonzero().squeeze(-1)
-            rest = rest[rest >= step]
-            ended[env, step] = bool(whole["next", "done"][env, rest[-1]])
-            returns[env, step] = sum(gamma**k * float(reward[env, one]) for k, one in enumerate(rest.tolist()))
-    policy = net()
-    one = suite(policy, {"later": Future("value", ahead), "return": Return(gamma=gamma)})
-    start = 0
-    for cut in cuts:
-        counts = one.update(whole[:, start : start + cut])
-        start += cut
-    flat = whole.reshape(-1).set("label", label.reshape(-1)).set("sum", returns.reshape(-1))
-    by_hand, sums_by_hand = suite(policy, {"later": "label"}), suite(policy, {"return": "sum"})
-    by_hand.update(flat[known.reshape(-1)])
-    sums_by_hand.update(flat[ended.reshape(-1)])
-    torch.testing.assert_close(sums(one, "later"), sums(by_hand, "classes"), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(sums(one, "return"), sums(sums_by_hand, "return"), rtol=1e-4, atol=1e-5)
-    assert one._later is not None
-    assert one._later.left_out == {"later": int((ended & ~known).sum()), "return": 0}
-    assert counts["waiting"] == int((~ended).sum())
-    assert one.table()["module.1", "later"].left_out == int((ended & ~known).sum())
-
-
-def test_rows_that_are_missing_cut_a_trajectory_where_steps_are_counted() -> None:
-    data = Walks(8, length=1000).batch(30, counted=True)
-    one = suite(net(), {"later": Future("value", 2)})
-    one.update(data[:, :10])
-    one.update(data[:, 20:])
-    assert one._later is not None
-    assert one._later.left_out["later"] == 8 * 2  # the two rows before the gap
-
-
-def test_so_many_rows_wait_and_the_oldest_are_left_out() -> None:
-    data = Walks(4, length=10_000).batch(60)
-    one = suite(net(), {"return": Return()}, most_waiting=100)
-    for start in range(0, 60, 20):
-        counts = one.update(data[:, start : start + 20])
-    assert counts["waiting"] == 100
-    assert one._later is not None
-    assert one._later.left_out["return"] == 140
-    assert int(one._later._rows["arrived"].min()) == 140
-
-
-@pytest.mark.parametrize("key", [EPISODE, ("next", "done")])
-def test_a_future_needs_to_know_which_rows_follow(key: Any) -> None:
-    data = Walks(4).batch(10).exclude(key)
-    with pytest.raises(MissingKeyError, match="a future is asked for, and nothing says"):
-        suite(net(), {"later": Future("value", 2)}, split=GroupSplit("value")).update(data)
+@pytest.mark.parametrize("read", ["suite", "grid"])
+def test_activations_of_others_in_a_batch_are_not_believed(read: str) -> None:
+    """Of older weights, or of another network, under the same keys."""
+    policy, data = net(), Walks(60).batch(40)
+    with ActivationCaching("module.1").prepare(net(seed=7)) as other:
+        foreign = other(data.clone())
+    foreign["cache", "module.1"] *= 0
+    found = []
+    for batch in (data, foreign):
+        if read == "suite":
+            one = suite(policy, {"value": "value"})
+            one.update(batch)
+            found.append(one.table())
+        else:
+            found.append(probe_grid(policy, batch, sites="module.1", concepts={"value": "value"}))
+    assert found[0]["module.1", "value"].trained == found[1]["module.1", "value"].trained
 
 
 # ------------------------------------------------------------------ squares, agents, labels
@@ -289,6 +197,40 @@ def test_what_two_workers_saw_adds_up() -> None:
     assert cells[0].rows == cells[1].rows
     assert cells[0].groups == cells[1].groups
     assert merged.scores().keys() == together._board.scores().keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"split": GroupSplit(EPISODE, seed=1)}, "split"),
+        ({"split": GroupSplit("value")}, "split"),
+        ({"control": "value"}, "control"),
+        ({"sites": ["module.0"]}, "sites"),
+        ({"concepts": {"other": "value"}}, "concepts"),
+    ],
+)
+def test_only_suites_of_one_kind_add_up(options: dict[str, Any], what: str) -> None:
+    ones = [suite(net(), {"value": "value"}), suite(net(), options.get("concepts", {"value": "value"}), **{
+        name: value for name, value in options.items() if name != "concepts"
+    })]  # fmt: skip
+    for one in ones:
+        one.update(Walks(16).batch(20))
+    with pytest.raises(InputError, match=f"only suites of the same {what} add up"):
+        ones[0] + ones[1]
+
+
+def test_rows_that_are_not_finite_are_counted_once_for_each_concept() -> None:
+    data = Walks(16).batch(30)
+    data["observation"][:3, :5] = math.nan
+    number = torch.rand(16, 30)
+    number[4, :7] = math.nan
+    one = suite(net(), {"value": "value", "later": Future("value", 1), "number": lambda td: number})
+    one.update(data)
+    found = {cell.concept: cell for cell in one.table()}
+    assert found["value"].left_out == 15
+    assert found["number"].left_out == 15 + 7
+    assert found["number"].shuffled is not None
+    assert found["number"].shuffled.rows == found["number"].trained.rows  # no label that was dealt out is missing
 
 
 def test_a_fitted_probe_reads_out_inline_and_is_pushed() -> None:

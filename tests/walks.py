@@ -1,0 +1,63 @@
+"""Walks whose future is known, a small network, and probes of it: what the tests of probe suites share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+
+from tdhook_rl.probes.board import Source
+from tdhook_rl.rollout import EPISODE, GroupSplit, ProbeSuite
+
+
+class Walks:
+    """Environments whose observation is a counter of each, with noise: what comes later is known."""
+
+    def __init__(self, envs: int, seed: int = 0, length: int = 17) -> None:
+        self.draw = torch.Generator().manual_seed(seed)
+        self.envs, self.length = envs, length
+        self.step, self.trajectory = torch.arange(envs) * 3 % length, torch.arange(envs)
+        self.next = envs
+        self.value = torch.randint(0, 3, (envs,), generator=self.draw)
+
+    def batch(self, steps: int, counted: bool = False) -> TensorDict:
+        found = []
+        for _ in range(steps):
+            done = self.step == self.length - 1
+            reward = torch.rand(self.envs, generator=self.draw)
+            observation = torch.cat([
+                nn.functional.one_hot(self.value, 3).float(), self.step[:, None] / self.length,
+                torch.randn(self.envs, 2, generator=self.draw),
+            ], 1)  # fmt: skip
+            row = {
+                "observation": observation, "value": self.value.clone(),
+                "collector": {"traj_ids": self.trajectory.clone()},
+                "next": {"reward": reward[:, None], "done": done[:, None]},
+            }  # fmt: skip
+            found.append(TensorDict(row | ({"step_count": self.step[:, None].clone()} if counted else {}), [self.envs]))
+            self.step = torch.where(done, 0, self.step + 1)
+            self.trajectory = torch.where(done, self.next + torch.arange(self.envs), self.trajectory)
+            self.next += self.envs
+            self.value = (self.value + (torch.rand(self.envs, generator=self.draw) < 0.2)) % 3
+        return torch.stack(found, 1)
+
+
+def net(width: int = 6, seed: int = 0) -> TensorDictModule:
+    torch.manual_seed(seed)
+    layers = nn.Sequential(nn.Linear(width, 16), nn.Tanh(), nn.Linear(16, 2))
+    return TensorDictModule(layers, ["observation"], ["action"])
+
+
+def suite(policy: nn.Module, concepts: dict[str, Any], **options: Any) -> ProbeSuite:
+    return ProbeSuite(policy, **{"sites": ["module.1"], "concepts": concepts, "split": GroupSplit(EPISODE)} | options)
+
+
+def sums(one: ProbeSuite, group: str, network: str = "trained", site: Any = "module.1") -> dict[str, Tensor]:
+    bank = one._board._groups[group].scored[Source(network, site)].bank
+    moved = type(bank).__add__(bank, bank)
+    found = moved.solve()
+    own = len(found.bias) // (2 if network == "trained" else 1)  # the labels themselves; then the shuffled ones
+    return {"weight": found.weight[:own], "bias": found.bias[:own]}
