@@ -17,7 +17,7 @@ from torch import Tensor
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.probing.class_statistics import NEVER, usual_penalty
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
-from tdhook_rl.latent.probing.moments import blocks_about, raw_bias
+from tdhook_rl.latent.probing.moments import Moments, blocks_about, raw_bias, spread_of
 from tdhook_rl.latent.probing.penalties import PENALTIES, expected_accuracy
 
 #: Below this share of all rows, a class that decays is forgotten.
@@ -60,7 +60,7 @@ class Probes:
         )  # fmt: skip
 
 
-class ClassBank:
+class ClassBank(Moments):
     """Linear discriminants (Fisher 1936) of several concepts from sums, each as :class:`ClassStatistics` solves one.
 
     The training groups are kept as two halves, whose sums are those of all; they serve to choose the penalty.
@@ -87,21 +87,13 @@ class ClassBank:
 
     @torch.inference_mode(False)
     def __init__(self, *, features: int, classes: Sequence[int]) -> None:
-        if features < 1 or not classes or min(classes) < 2:
-            raise InputError(f"a bank has at least 1 feature and concepts of 2 classes, got {features} and {classes}")
+        if not classes or min(classes) < 2:
+            raise InputError(f"a bank is of concepts of at least 2 classes, got {classes}")
+        super().__init__(features=features, parts=(2,))
         self.classes = tuple(classes)
         concepts, most = len(classes), max(classes)
-        self.shift = torch.zeros(features, dtype=torch.float64)
-        self.moment = torch.zeros(2, features, features, dtype=torch.float64)
         self.count = torch.zeros(2, concepts, most, dtype=torch.float64)
         self.total = torch.zeros(2, concepts, most, features, dtype=torch.float64)
-        self.resolution = torch.finfo(torch.float64).eps
-        self._begun = False
-
-    @property
-    def width(self) -> int:
-        """The length of a feature vector."""
-        return len(self.shift)
 
     @property
     def there(self) -> Tensor:
@@ -115,19 +107,12 @@ class ClassBank:
 
         Args:
             features: ``(rows, features)``, finite.
-            labels: ``(rows, concepts)``, int64.
+            labels: ``(rows, concepts)``, int64, the number of a class each.
             halves: ``(rows,)``, 0 or 1; ``None`` puts all into the first: nothing can be chosen by halves then.
-
-        Raises:
-            InputError: for labels out of range.
         """
         if not len(features):
             return
-        if not self._begun:
-            self._begun = True
-            self.shift = features[:2048].double().mean(0)
-        if features.is_floating_point():
-            self.resolution = max(self.resolution, torch.finfo(features.dtype).eps)
+        self._begin(features)
         concepts, most = self.count.shape[1:]
         for half in (0,) if halves is None else (0, 1):
             rows, wanted = (one if halves is None else one[halves == half] for one in (features, labels))
@@ -137,12 +122,6 @@ class ClassBank:
                 self.moment[half].addmm_(block.T, block)
                 self.total[half].view(-1, self.width).addmm_(hot.view(len(block), -1).T, block)
                 self.count[half] += hot.sum(0)
-
-    @torch.inference_mode(False)
-    def decay(self, factor: float) -> None:
-        """Multiply every sum, for features that drift in training."""
-        for name in self._sums:
-            getattr(self, name).mul_(factor)
 
     @torch.inference_mode(False)
     def __add__(self, other: ClassBank) -> ClassBank:
@@ -219,15 +198,11 @@ class _Sums:
         self.rows = float(count[0].sum())
         safe = max(self.rows, 1e-300)
         self.mean = total[0].sum(0) / safe
-        variance = (moment.diagonal() / safe - self.mean.square()).clamp_min(0)
-        rounding = 0.5 * resolution * (self.mean + shift).abs()
-        spread = variance.sqrt()
-        self.live = (spread > rounding.clamp_min(torch.finfo(torch.float64).tiny)).nonzero().squeeze(-1)
+        covariance = moment / safe - torch.outer(self.mean, self.mean)
+        spread = spread_of(self.mean, covariance.diagonal(), shift, resolution)
+        self.live = torch.isfinite(spread).nonzero().squeeze(-1)
         self.spread = spread[self.live]
-        covariance = (moment / safe)[self.live][:, self.live] - torch.outer(self.mean, self.mean)[self.live][
-            :, self.live
-        ]
-        self.covariance = covariance / torch.outer(self.spread, self.spread)
+        self.covariance = covariance[self.live][:, self.live] / torch.outer(self.spread, self.spread)
         self.there = count > _FORGOTTEN * count.sum(-1, keepdim=True)
         self.share = count / count.sum(-1, keepdim=True).clamp_min(1e-300)
         offsets = (total / count.clamp_min(1e-300)[..., None] - self.mean)[..., self.live] / self.spread

@@ -26,10 +26,11 @@ class Moments:
 
     Args:
         features: the length of a feature vector.
+        parts: sums are kept apart for so many parts of the rows, such as halves; ``()`` keeps one.
 
     Attributes:
         shift: ``(features,)``; zeros before the first rows.
-        moment: ``(features, features)``, the sum of ``(x - shift) (x - shift)^T``.
+        moment: ``(*parts, features, features)``, the sum of ``(x - shift) (x - shift)^T``.
         resolution: the relative spacing of the coarsest numbers that were added: spread below it is rounding.
     """
 
@@ -37,11 +38,11 @@ class Moments:
 
     # Sums that were made in inference mode could not be added to outside it.
     @torch.inference_mode(False)
-    def __init__(self, *, features: int) -> None:
+    def __init__(self, *, features: int, parts: tuple[int, ...] = ()) -> None:
         if features < 1:
             raise InputError(f"a probe needs at least 1 feature, got {features}")
         self.shift = torch.zeros(features, dtype=torch.float64)
-        self.moment = torch.zeros(features, features, dtype=torch.float64)
+        self.moment = torch.zeros(*parts, features, features, dtype=torch.float64)
         self.resolution = torch.finfo(torch.float64).eps
         self._begun = False
 
@@ -82,14 +83,19 @@ class Moments:
         """The rows about the shift in float64, a block at a time; the second moments are added up here."""
         if not len(rows):
             return
-        if not self._begun:
-            self._begun = True
-            self.shift = rows[:_BLOCK].double().mean(0)
-        if rows.is_floating_point():
-            self.resolution = max(self.resolution, torch.finfo(rows.dtype).eps)
+        self._begin(rows)
         for part, block in blocks_about(self.shift, rows):
             self.moment.addmm_(block.T, block)
             yield part, block
+
+    def _begin(self, rows: Tensor) -> bool:
+        """Note how fine these rows are, and take the shift of the first ones; whether these are."""
+        first, self._begun = not self._begun, True
+        if first:
+            self.shift = rows[:_BLOCK].double().mean(0)
+        if rows.is_floating_point():
+            self.resolution = max(self.resolution, torch.finfo(rows.dtype).eps)
+        return first
 
     def _merged(self: M, other: M, total: Tensor, rows: Tensor) -> tuple[M, Tensor]:
         """A copy with the moment of another's rows added, about this one's shift; how far the other's shift is away."""
@@ -100,11 +106,15 @@ class Moments:
         return merged, away
 
     def _scale(self, mean: Tensor, variance: Tensor) -> Tensor:
-        """The spread of each feature, infinite where it is constant up to rounding; the mean is about the shift."""
-        spread = variance.clamp_min(0).sqrt()
-        rounding = 0.5 * self.resolution * (mean + self.shift).abs()
-        live = spread > rounding.clamp_min(torch.finfo(torch.float64).tiny)
-        return torch.where(live, spread, torch.inf)
+        return spread_of(mean, variance, self.shift, self.resolution)
+
+
+def spread_of(mean: Tensor, variance: Tensor, shift: Tensor, resolution: float) -> Tensor:
+    """The spread of each feature, infinite where it is constant up to rounding; the mean is about the shift."""
+    spread = variance.clamp_min(0).sqrt()
+    rounding = 0.5 * resolution * (mean + shift).abs()
+    live = spread > rounding.clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.where(live, spread, torch.inf)
 
 
 def blocks_about(shift: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.probing.class_statistics import usual_penalty
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
-from tdhook_rl.latent.probing.moments import blocks_about, raw_bias, solve_symmetric
+from tdhook_rl.latent.probing.moments import Moments, blocks_about, raw_bias, solve_symmetric, spread_of
 from tdhook_rl.latent.probing.penalties import PENALTIES
 
 
@@ -38,7 +38,7 @@ class ValueProbes:
         )  # fmt: skip
 
 
-class ValueBank:
+class ValueBank(Moments):
     """Ridge regressions (Hoerl & Kennard 1970) of several numbers, on features that are scaled to variance 1.
 
     Args:
@@ -66,21 +66,14 @@ class ValueBank:
 
     @torch.inference_mode(False)
     def __init__(self, *, features: int, numbers: int) -> None:
-        if features < 1 or numbers < 1:
-            raise InputError(f"a bank has at least 1 feature and 1 number, got {features} and {numbers}")
-        self.shift, self.target_shift = torch.zeros(features).double(), torch.zeros(numbers).double()
+        if numbers < 1:
+            raise InputError(f"a bank is of at least 1 number, got {numbers}")
+        super().__init__(features=features, parts=(2,))
+        self.target_shift = torch.zeros(numbers).double()
         self.rows = torch.zeros(2).double()
-        self.moment = torch.zeros(2, features, features).double()
         self.total = torch.zeros(2, features).double()
         self.of_targets, self.squares = torch.zeros(2, numbers).double(), torch.zeros(2, numbers).double()
         self.cross = torch.zeros(2, numbers, features).double()
-        self.resolution = torch.finfo(torch.float64).eps
-        self._begun = False
-
-    @property
-    def width(self) -> int:
-        """The length of a feature vector."""
-        return len(self.shift)
 
     @torch.inference_mode(False)
     def add(self, features: Tensor, values: Tensor, halves: Tensor | None) -> None:
@@ -93,11 +86,8 @@ class ValueBank:
         """
         if not len(features):
             return
-        if not self._begun:
-            self._begun = True
-            self.shift, self.target_shift = features[:2048].double().mean(0), values.double().mean(0)
-        if features.is_floating_point():
-            self.resolution = max(self.resolution, torch.finfo(features.dtype).eps)
+        if self._begin(features):
+            self.target_shift = values.double().mean(0)
         for half in (0,) if halves is None else (0, 1):
             rows, of_rows = (one if halves is None else one[halves == half] for one in (features, values))
             self.rows[half] += len(rows)
@@ -108,12 +98,6 @@ class ValueBank:
                 self.of_targets[half] += wanted.sum(0)
                 self.squares[half] += wanted.square().sum(0)
                 self.cross[half].addmm_(wanted.T, block)
-
-    @torch.inference_mode(False)
-    def decay(self, factor: float) -> None:
-        """Multiply every sum, for features that drift in training."""
-        for name in self._sums:
-            getattr(self, name).mul_(factor)
 
     @torch.inference_mode(False)
     def __add__(self, other: ValueBank) -> ValueBank:
@@ -176,9 +160,8 @@ class _Sums:
         self.covariance = moment / safe - torch.outer(self.mean, self.mean)
         self.cross = cross / safe - torch.outer(self.target_mean, self.mean)
         self.variance = squares / safe - self.target_mean.square()
-        spread = self.covariance.diagonal().clamp_min(0).sqrt()
-        rounding = 0.5 * bank.resolution * (self.mean + bank.shift).abs()
-        self.live = (spread > rounding.clamp_min(torch.finfo(torch.float64).tiny)).nonzero().squeeze(-1)
+        spread = spread_of(self.mean, self.covariance.diagonal(), bank.shift, bank.resolution)
+        self.live = torch.isfinite(spread).nonzero().squeeze(-1)
         self.spread = spread[self.live]
         self.scaled = self.covariance[self.live][:, self.live] / torch.outer(self.spread, self.spread)
 
