@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torchrl.record.loggers.csv import CSVLogger
 
 from tdhook_rl import ActivationCaching, Compose, Saliency
@@ -33,6 +34,7 @@ from tdhook_rl.report import (
 )
 from tdhook_rl.report.contents import curves
 from tdhook_rl.report.contents.cautions import cautions_of
+from tdhook_rl.report.drawing import Drawing
 from tdhook_rl.rollout import GroupSplit, OnlineProbe
 from tests.reporting import checked, everything, make_runs
 
@@ -198,3 +200,24 @@ def test_what_a_monitor_could_not_log_is_in_its_report(tmp_path: Path) -> None:
     assert "there are more than 2 names to log (budget)" in lines
     assert "holds the 1e+03 bytes of media that are allowed (budget): 'bars.observation.0'" in lines
     assert "Monitor could not log the probe 'x' (RuntimeError: no such concept), from frame 160 on." in lines
+
+
+def test_two_monitors_of_one_logger_are_both_in_the_report(tmp_path: Path) -> None:
+    logger = CSVLogger("exp", log_dir=str(tmp_path))
+    with Saliency().prepare(make_actor()) as policy, Saliency().prepare(make_actor()) as other:
+        data = CueCorners(batch_size=[4]).rollout(5, policy, break_when_any_done=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Monitor(policy, logger) as one, Monitor(other, logger) as two:
+                one.step(data)
+                two.step(data.exclude("attr", "computed", "logits"))
+                two.log({"mine": 1.0})
+        drawn = Drawing(figure=Figure(), title="Beside", alt="nothing")
+        drawn.save(two.folder / "figures" / "beside.svg")
+    run = read_run(tmp_path)
+    name = "attr.observation"
+    assert (run.series[name], run.series[f"interp2/{name}"]) == ([(20, one.stats()[name])], [(20, two.stats()[name])])
+    assert one.stats()[name] != two.stats()[name]
+    assert run.series["mine"] == [(20, 1.0)]
+    assert [figure.title for figure in run.figures] == ["Beside"]
+    assert [line for line in run.warnings if "are shown as interp2/..." in line]

@@ -149,15 +149,27 @@ class Run:
         return not any(found) and not any((self.artifacts, self.figures, self.players, self.texts, self.findings))
 
     def add(self, other: Run, prefix: str) -> None:
-        """Take in what a monitor has written beside; it knows better what is under its prefix."""
-        for name in [name for name in self.series if name.startswith(f"{prefix}/")]:
-            del self.series[name]
-        for group in ("series", "histograms", "pictures", "animations", "tables"):
+        """Take in what a monitor has written beside; it knows better what is under its prefix.
+
+        What has a name already, of the run or of another monitor, keeps the prefix, in words.
+        """
+        taken: list[str] = []
+        for group in ("series", "histograms", "pictures", "animations", "tables", "texts"):
             mine = getattr(self, group)
             for name in [name for name in mine if name.startswith(f"{prefix}/")]:
                 del mine[name]
-            mine.update(getattr(other, group))
+            clash = [name for name in getattr(other, group) if name in mine]
+            mine.update(
+                {f"{prefix}/{name}" if name in clash else name: one for name, one in getattr(other, group).items()}
+            )
+            taken += clash
+        if taken:
+            more = f" and {len(taken) - 3} more" if len(taken) > 3 else ""
+            self.warnings.append(
+                f"{', '.join(taken[:3])}{more} of {prefix}/ are shown as {prefix}/...: others have these names"
+            )
         self.artifacts = [one for one in self.artifacts if not one.name.startswith(f"{prefix}/")] + other.artifacts
+        self.figures += other.figures
         self.config = {**self.config, **other.config}
         self.config.pop(prefix, None)
         self.findings += other.findings
