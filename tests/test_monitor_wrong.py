@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from tdhook_rl import Saliency, targets
 from tdhook_rl.errors import InputError, MissingKeyError, PreparationError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.report import Budgets, FileSink, Monitor
+from tdhook_rl.report.readings import input_of
 from tdhook_rl.rollout import OnlineProbe
 from tests.monitoring import METHOD, QUIET, batch_of, said
 from tests.wandb_reader import finished
@@ -120,8 +122,14 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "every": ({"every": 0}, "every= is a whole number from 1 on"),
     "a prefix of two levels": ({"prefix": "a/b"}, "names have two levels"),
     "too few names": ({"feature_names": ["a", "b"]}, "feature_names= has 2 names"),
+    "names of no input": ({"feature_names": {"observaton": ["a"] * 90}}, "names 'observaton', which is no input"),
+    "groups of no input": (
+        {"groups": {"observaton": {"lights": [0]}}},
+        "groups= names 'observaton', which is no input",
+    ),
     "names twice": ({"feature_names": ["a"] * 90}, "all different"),
     "a group beyond": ({"groups": {"lights": [90]}}, "names feature 90 of 'observation', which has 90"),
+    "a group before": ({"groups": {"lights": [-1, 2]}}, "names feature -1 of 'observation', which has 90"),
     "a group of floats": ({"groups": {"lights": [0.5]}}, "is a list of indices, or a mask"),
     "frames that are not there": ({"frames_key": "pixels"}, "frames_key= names 'pixels', which the batch lacks"),
 }
@@ -137,6 +145,20 @@ def test_mistakes_show_at_once(name: str, tmp_path: Path) -> None:
             Monitor(policy, tmp_path, **options) as monitor,
         ):
             monitor.step(data)
+
+
+def test_names_of_no_input_leave_nothing_behind(tmp_path: Path) -> None:
+    with METHOD.prepare(make_actor()) as policy:
+        with pytest.raises(InputError, match="no input of this policy; nearest: 'observation'"):
+            Monitor(policy, tmp_path, feature_names={"observaton": ["a"] * 90})
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_an_attribution_is_about_the_longest_input_that_ends_its_key() -> None:
+    policy = SimpleNamespace(policy_in_keys=["observation", ("agents", "observation")])
+    assert input_of(policy, ("attr", "agents", "observation")) == ("agents", "observation")
+    assert input_of(policy, ("attr", "observation")) == "observation"
+    assert input_of(policy, ("attr", "state")) is None
 
 
 def test_a_plain_policy_is_refused(tmp_path: Path) -> None:

@@ -163,10 +163,10 @@ class Monitor(TrainerHookBase):
         self._options: dict[str, Any] = {"prefix": prefix, "resume": resume}
         self._opened: Sinks | None = None
         self._learn_of(env)
-        if logger is not None or folder is not None:
-            self._open(logger, folder)
         if policy is not None:
             self._watch(policy)
+        if logger is not None or folder is not None:
+            self._open(logger, folder)
 
     # ------------------------------------------------------------------ in a loop
 
@@ -331,6 +331,7 @@ class Monitor(TrainerHookBase):
 
     def _watch(self, policy: Any) -> None:
         """Begin to look at what a policy writes."""
+        self._look.features.require_inputs(policy)
         self.policy = self._look.policy = policy
         if self._opened is not None:
             self._opened.describe(facts_of(policy, **self._facts))

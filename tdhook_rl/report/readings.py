@@ -15,7 +15,7 @@ from torch import Tensor
 from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.attribution.base import BoundAttribution
 from tdhook_rl.calls.bound import observers
-from tdhook_rl.errors import InputError
+from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.report.media import Histogram
 from tdhook_rl.rollout.summary import ResultRows, result_rows, summary_of
 
@@ -42,6 +42,22 @@ class Features:
     most: int = 64
     known: Mapping[NestedKey, Sequence[str]] = field(default_factory=dict)
     _masks: dict[tuple[Any, torch.Size], dict[str, Tensor]] = field(default_factory=dict)
+
+    def require_inputs(self, policy: Any) -> None:
+        """Refuse names and groups given by key for what is no input of a policy: nothing would be called so.
+
+        Raises:
+            InputError: that names the first.
+        """
+        inputs = [unravel_key(key) for key in policy.policy_in_keys]
+        by_key = isinstance(self.groups, Mapping) and any(isinstance(one, Mapping) for one in self.groups.values())
+        for option, given in (("feature_names", self.names), ("groups", self.groups if by_key else None)):
+            for name in given if isinstance(given, Mapping) else ():
+                if not isinstance(name, str | tuple) or unravel_key(name) not in inputs:
+                    raise InputError(
+                        f"{option}= names {name!r}, which is no input of this policy; "
+                        f"{nearest(str(name), map(str, inputs))}"
+                    )
 
     def of(self, key: NestedKey, shape: torch.Size) -> list[str] | None:
         """The names of the features of an input; their numbers where there are few and none are given.
@@ -75,10 +91,11 @@ class Features:
                 if one.dtype == torch.bool and one.numel() == shape.numel():
                     mask = one.reshape(-1)
                 elif one.numel() and not one.is_floating_point() and one.dtype != torch.bool:
-                    if not 0 <= int(one.min()) <= int(one.max()) < shape.numel():
+                    beyond = one[(one < 0) | (one >= shape.numel())]
+                    if len(beyond):
                         raise InputError(
-                            f"the group {name!r} names feature {int(one.max())} of {key!r}, which has {shape.numel()}: "
-                            f"0 to {shape.numel() - 1}, counted in the flattened input"
+                            f"the group {name!r} names feature {int(beyond[0])} of {key!r}, which has "
+                            f"{shape.numel()}: 0 to {shape.numel() - 1}, counted in the flattened input"
                         )
                     mask = torch.zeros(shape.numel(), dtype=torch.bool)
                     mask[one.reshape(-1).long()] = True
@@ -103,12 +120,9 @@ def _for_key(given: Any, key: NestedKey, deep: bool = False) -> Any:
 
 
 def input_of(policy: Any, key: tuple[str, ...]) -> NestedKey | None:
-    """The input that an attribution is about: the end of its key is that input's."""
-    for one in policy.policy_in_keys:
-        parts = key_parts(one)
-        if len(key) > len(parts) and key[-len(parts) :] == parts:
-            return unravel_key(one)
-    return None
+    """The input that an attribution is about: the end of its key is that input's, the longest that there is."""
+    inputs = sorted(map(key_parts, policy.policy_in_keys), key=len, reverse=True)
+    return next((unravel_key(one) for one in inputs if len(key) > len(one) and key[-len(one) :] == one), None)
 
 
 class Readings:
