@@ -35,7 +35,7 @@ def with_environment():
     return hooked(), None
 
 def rows():
-    from tdhook_rl.replay.folders import open_folder
+    from tdhook_rl.reading.folders import open_folder
     from pathlib import Path
     return open_folder(Path("buffer"))
 

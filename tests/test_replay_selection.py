@@ -20,8 +20,8 @@ from tdhook_rl import ActivationCaching, Compose, Saliency, targets
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import ArtifactError, InputError
 from tdhook_rl.examples.agent import FC2, make_actor
+from tdhook_rl.reading.reader import Reader
 from tdhook_rl.replay import analyze, load_results
-from tdhook_rl.replay.reading import Reader
 from tests.test_buffer_transforms import LENGTHS, recurrent, stream
 
 ROWS = 120

@@ -156,7 +156,7 @@ def test_a_ring_that_went_round_keeps_its_trajectories(
     frames = CatFrames(N=3, dim=-1, in_keys=["observation"], out_keys=["frames"], padding="same")
     if saved:
         buffer.dumps(tmp_path)
-        from tdhook_rl.replay.folders import open_folder
+        from tdhook_rl.reading.folders import open_folder
 
         again = open_folder(tmp_path)
         assert again.write_count == buffer.write_count
@@ -177,7 +177,7 @@ def test_a_ring_that_went_round_keeps_its_trajectories(
 
 
 def test_pieces_are_trajectories_where_nothing_says_more(data: TensorDict) -> None:
-    from tdhook_rl.replay.reading import Reader
+    from tdhook_rl.reading.reader import Reader
 
     bare = [one.select("observation") for one in data.unbind(0)]
     reader = Reader([bare[0], bare[1][:5], torch.stack(bare[2:4])], whole=True)
@@ -327,7 +327,7 @@ def test_a_writer_that_keeps_no_order_is_kept_from_trajectories(data: TensorDict
     rows = data.reshape(-1).copy().set("rank", torch.rand(ROWS))
     folder = dumped(LazyTensorStorage(ROWS), rows, tmp_path, writer=TensorDictMaxValueWriter(rank_key="rank"))
     assert sum(len(batch) for _, batch in in_order(folder, 50)) == ROWS
-    from tdhook_rl.replay.reading import Reader
+    from tdhook_rl.reading.reader import Reader
 
     with pytest.raises(InputError, match="MaxValueWriter of the buffer does not keep them"):
         Reader(folder, whole=True)

@@ -18,14 +18,14 @@ from tdhook_rl.calls.preconditions import require_hooked
 from tdhook_rl.calls.provenance import is_stamp
 from tdhook_rl.errors import ArtifactError, InputError, warn
 from tdhook_rl.files.durable import FolderLock
+from tdhook_rl.reading.reader import Reader
+from tdhook_rl.reading.sources import Rows
+from tdhook_rl.reading.transforms import near
 from tdhook_rl.replay.manifest import facts_of
 from tdhook_rl.replay.progress import Progress, shown
 from tdhook_rl.replay.ray_engine import ray_results
-from tdhook_rl.replay.reading import Reader
 from tdhook_rl.replay.results import INDEX, Results, ranges
 from tdhook_rl.replay.selection import Chosen, Selection, Where
-from tdhook_rl.replay.sources import Rows
-from tdhook_rl.replay.transforms import near
 
 #: Entries that are computed again before an analysis goes on, and how far they may differ.
 CHECKED = 32

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.errors import ArgumentError, InputError, MissingKeyError, nearest
+from tdhook_rl.reading.order import Courses
+from tdhook_rl.reading.sources import Rows
 from tdhook_rl.replay.joined import Found, Joined, results_of
-from tdhook_rl.replay.order import Courses
 from tdhook_rl.replay.results import INDEX
-from tdhook_rl.replay.sources import Rows
 
 #: Of ``next`` what says how a step went; the observation is that of the row after.
 _OUTCOMES = ("reward", "done", "terminated", "truncated")

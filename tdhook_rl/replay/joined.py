@@ -13,10 +13,10 @@ from torch import Tensor
 
 from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.errors import InputError
-from tdhook_rl.replay.order import Courses
-from tdhook_rl.replay.reading import Reader
+from tdhook_rl.reading.order import Courses
+from tdhook_rl.reading.reader import Reader
+from tdhook_rl.reading.sources import Rows
 from tdhook_rl.replay.results import INDEX, load_results
-from tdhook_rl.replay.sources import Rows
 from tdhook_rl.sites.missing import missing_value
 
 #: Results of an analysis: as they are returned, or their folder.

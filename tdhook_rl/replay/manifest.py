@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from tdhook_rl.errors import ArtifactError
+from tdhook_rl.files.digests import content_of, digest_of
 from tdhook_rl.files.durable import read_json, write_text
+from tdhook_rl.reading.folders import MANIFEST
 
 #: Longer texts and longer lists are cut.
 LONGEST = 200
@@ -37,12 +39,7 @@ def facts_of(hooked: Any) -> dict[str, Any]:
 
 def fingerprint(hooked: Any) -> str:
     """A number of the parameters, buffers and controls of a hooked policy, to the last bit."""
-    summed = hashlib.blake2b(digest_size=16)
-    named = [*hooked.named_parameters(), *hooked.named_buffers(), *hooked.controls.items()]
-    for name, tensor in sorted(named, key=lambda pair: pair[0]):
-        summed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        summed.update(content_of(tensor))
-    return summed.hexdigest()
+    return digest_of([*hooked.named_parameters(), *hooked.named_buffers(), *hooked.controls.items()])
 
 
 def described(value: Any, depth: int = 6) -> Any:
@@ -79,12 +76,6 @@ def described(value: Any, depth: int = 6) -> Any:
     )
 
 
-def content_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, in the order of its entries."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview((flat if flat.dtype == torch.uint8 else flat.view(torch.uint8)).numpy())
-
-
 def _version(name: str) -> str | None:
     try:
         return version(name)
@@ -92,7 +83,6 @@ def _version(name: str) -> str | None:
         return None
 
 
-MANIFEST = "analysis.json"
 FORMAT = "tdhook_rl.analysis/2"
 #: Of some of the entries of a source, which it names.
 OF_SOME = "tdhook_rl.analysis/3"

@@ -13,10 +13,10 @@ from torch import Tensor
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.errors import ArgumentError, ArtifactError, MissingKeyError, nearest
+from tdhook_rl.reading.sources import Rows
 from tdhook_rl.replay.columns import plain
 from tdhook_rl.replay.joined import Found, Joined, results_of
 from tdhook_rl.replay.results import INDEX
-from tdhook_rl.replay.sources import Rows
 
 
 @checked

@@ -17,9 +17,9 @@ from tdhook_rl.arguments.checked import checked
 from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.errors import ArgumentError, ArtifactError, MissingKeyError, nearest
 from tdhook_rl.files.durable import write_text
+from tdhook_rl.reading.sources import Rows
 from tdhook_rl.replay.columns import Columns, column_name, episode_columns, plain
 from tdhook_rl.replay.joined import Found
-from tdhook_rl.replay.sources import Rows
 
 #: What a file says of its columns, below this name in its metadata.
 KEYS = b"tdhook_rl.keys"

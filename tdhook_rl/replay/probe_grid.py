@@ -21,8 +21,8 @@ from tdhook_rl.probes.probe_table import ProbeCell, ProbeTable
 from tdhook_rl.probes.quantities import Future, Return, Trajectory, course_of, label_columns, read_label
 from tdhook_rl.probes.site_features import Layout, SiteFeatures
 from tdhook_rl.probes.splits import GroupSplit
-from tdhook_rl.replay.reading import Reader
-from tdhook_rl.replay.sources import Rows
+from tdhook_rl.reading.reader import Reader
+from tdhook_rl.reading.sources import Rows
 from tdhook_rl.statistics import benjamini_hochberg
 
 Progress = Callable[[str, int, int], None]

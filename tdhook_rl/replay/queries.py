@@ -15,10 +15,10 @@ from tdhook_rl.arguments.checked import checked
 from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.errors import InputError, MissingKeyError, nearest, warn
 from tdhook_rl.probes.quantities import Trajectory
+from tdhook_rl.reading.sources import Rows
 from tdhook_rl.replay.joined import Found, Joined, StoredEpisode, results_of
 from tdhook_rl.replay.results import INDEX
 from tdhook_rl.replay.selection import Where, truth_of
-from tdhook_rl.replay.sources import Rows
 from tdhook_rl.statistics import Interval, grouped_mean
 
 #: Where the preferences of a policy for its actions may be, the first that is there.

@@ -20,8 +20,9 @@ from tensordict import MemoryMappedTensor, TensorDict, TensorDictBase
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import ArtifactError, listed
+from tdhook_rl.files.digests import content_of
 from tdhook_rl.files.durable import require_space, reserve, sync
-from tdhook_rl.replay.manifest import MANIFEST, OF_SOME, Manifest, block_of, content_of, read_manifest, write_manifest
+from tdhook_rl.replay.manifest import MANIFEST, OF_SOME, Manifest, block_of, read_manifest, write_manifest
 
 #: Results are brought to the disk when that has taken no more than this share of the time, and after so many seconds
 #: at the latest: the most that a loss of power, or a kill, can take.

@@ -11,8 +11,8 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.errors import InputError
+from tdhook_rl.reading.reader import COVERED, Reader
 from tdhook_rl.replay.manifest import described
-from tdhook_rl.replay.reading import COVERED, Reader
 
 Chosen = slice | range | Tensor | Sequence[int]
 #: Of a batch: which of its entries.

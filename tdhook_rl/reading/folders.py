@@ -19,8 +19,9 @@ from tdhook_rl.errors import ArtifactError, InputError, warn
 from tdhook_rl.files.durable import read_json
 from tdhook_rl.internals.tensordict_names import file_stem
 from tdhook_rl.internals.torchrl_names import set_written
-from tdhook_rl.replay.manifest import MANIFEST
 
+#: What the folder of an analysis has, which holds no rows.
+MANIFEST = "analysis.json"
 _STORAGE, _TENSORDICT = "storage_metadata.json", "meta.json"
 #: What is in a folder that cannot be mapped, and what to do with it.
 _OTHERS = {

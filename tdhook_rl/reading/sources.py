@@ -18,10 +18,10 @@ from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter, RoundRob
 
 from tdhook_rl.errors import InputError
 from tdhook_rl.internals.torchrl_names import collate_fn, cursor_of, read_lock, time_first
-from tdhook_rl.replay.folders import open_folder
-from tdhook_rl.replay.minari_episodes import episodes_of, is_minari, require_loaded
-from tdhook_rl.replay.order import Written
-from tdhook_rl.replay.transforms import applied_transforms, rows_are_known
+from tdhook_rl.reading.folders import open_folder
+from tdhook_rl.reading.minari_episodes import episodes_of, is_minari, require_loaded
+from tdhook_rl.reading.order import Written
+from tdhook_rl.reading.transforms import applied_transforms, rows_are_known
 
 #: What :func:`tdhook_rl.replay.analyze` reads.
 KINDS = (

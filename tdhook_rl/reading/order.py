@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.errors import InputError
-from tdhook_rl.replay.transforms import Window
+from tdhook_rl.reading.transforms import Window
 
 #: Where the number of a row's trajectory may be, where its steps are counted, and where its first step is marked.
 NUMBERS: tuple[NestedKey, ...] = (("collector", "traj_ids"), "traj_ids", "trajectory", "episode")

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
-from tdhook_rl.replay.order import Courses, Trajectories
-from tdhook_rl.replay.sources import Rows, source_of
-from tdhook_rl.replay.transforms import Window, followed_by, require_alike, require_at_rest, transform_name, window_of
+from tdhook_rl.reading.order import Courses, Trajectories
+from tdhook_rl.reading.sources import Rows, source_of
+from tdhook_rl.reading.transforms import Window, followed_by, require_alike, require_at_rest, transform_name, window_of
 
 #: A chunk is read again together with so many entries before and after it, if its transforms are not known.
 COMPANY = 4
