@@ -19,7 +19,7 @@ from tdhook_rl import ActivationCaching, Compose, Saliency
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError, WorkerError
 from tdhook_rl.examples.agent import FC2, make_actor
-from tdhook_rl.replay import analyze, load_results
+from tdhook_rl.replay import analyze, load_results, to_parquet
 from tests.matrix_rows import start_ray, stop_ray
 
 pytest.importorskip("ray.data", reason="Ray Data is not installed: pip install 'tdhook_rl[ray]'")
@@ -63,6 +63,15 @@ def test_the_bytes_are_those_of_one_machine(ray: Any, folder: Path, policy: Any,
     assert files(tmp_path / "here") == files(tmp_path / "there")
     assert len(files(tmp_path / "here")) > 2
     load_results(tmp_path / "there", verify=True)
+
+
+def test_parquet_is_read_by_each_actor(ray: Any, folder: Path, policy: Any, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    nothing = TensorDict({"attr": {"other": torch.zeros(1000)}}, [1000])
+    to_parquet(nothing, tmp_path / "set", folder, ["observation", "action", "logits"], chunk=200)
+    analyze(policy, folder, tmp_path / "here", batch_size=64, on_mismatch="ignore")
+    analyze(policy, tmp_path / "set", tmp_path / "there", batch_size=64, engine="ray", on_mismatch="ignore")
+    assert files(tmp_path / "here") == files(tmp_path / "there")
 
 
 def test_actors_that_die_change_nothing(ray: Any, folder: Path, policy: Any, tmp_path: Path) -> None:

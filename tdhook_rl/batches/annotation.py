@@ -18,7 +18,7 @@ from tdhook_rl.batches.found import Found
 from tdhook_rl.batches.keeping import Keep, kept_keys, only_kept
 from tdhook_rl.batches.mismatch import Mismatch
 from tdhook_rl.calls.bound import BoundMethod, observers
-from tdhook_rl.calls.passes import Call, effects_of, stored_inputs
+from tdhook_rl.calls.passes import Call, effects_of, require_inputs, stored_inputs
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.real_rows import PADDING
 from tdhook_rl.calls.repeatable import require_repeatable
@@ -72,6 +72,7 @@ def _require_computable(policy: HookedPolicy, data: TensorDictBase) -> None:
     """Raise if there are no rows, or they do not hold what the policy saw."""
     if data.batch_size.numel() == 0:
         raise InputError(f"there is nothing to annotate: the batch has no rows, its shape is {tuple(data.batch_size)}")
+    require_inputs(policy, data)  # of all entries: what is computed with has only those that are read
     if policy._hooked.noise:
         for key in masks_needed(policy):
             if data.get(key, None) is None:

@@ -23,7 +23,7 @@ from tdhook_rl.calls.chains import Record
 from tdhook_rl.calls.chunks import all_decide
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.writing import get_entry, set_tensor
-from tdhook_rl.errors import InputError, SiteError, own_cause
+from tdhook_rl.errors import InputError, MissingKeyError, SiteError, own_cause
 from tdhook_rl.internals.tensordict_names import new_unsafe
 from tdhook_rl.policies.draws import given_beside
 from tdhook_rl.replaying.batching import shallow_copy
@@ -293,6 +293,18 @@ def run_root(policy: HookedPolicy, forward: Callable[..., Any], args: tuple, kwa
             runtime.rows.update(rows)
 
 
+def require_inputs(policy: HookedPolicy, data: TensorDictBase) -> None:
+    """Raise :class:`MissingKeyError` if the data lacks what :func:`stored_inputs` takes, and name what is near it."""
+    for key in policy._hooked_read_keys():
+        if key not in policy._hooked.made and key not in policy._hooked.overwrites and get_entry(data, key) is None:
+            raise _lacking(policy, data, key)
+
+
+def _lacking(policy: HookedPolicy, data: TensorDictBase, key: NestedKey) -> MissingKeyError:
+    hint = ". Name the module's inputs with prepare(module, in_keys=[...], out_keys=[...])"
+    return missing(data, key, "the policy reads", hint if policy._hooked.wraps else "")
+
+
 def stored_inputs(
     policy: HookedPolicy, data: TensorDictBase, given: Mapping[NestedKey, Tensor] | None = None
 ) -> dict[NestedKey, Tensor]:
@@ -315,8 +327,7 @@ def stored_inputs(
         if value is None and key in policy._hooked.overwrites:
             continue
         if value is None:
-            hint = ". Name the module's inputs with prepare(module, in_keys=[...], out_keys=[...])"
-            raise missing(data, key, "the policy reads", hint if policy._hooked.wraps else "")
+            raise _lacking(policy, data, key)
         inputs[key] = value if policy._hooked.chunks is None else all_decide(policy, key, value)
     return inputs
 

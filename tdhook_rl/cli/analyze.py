@@ -32,7 +32,9 @@ def add(commands: Any) -> None:
         "their own; the same command goes on where it was stopped.",
     )
     analyze.add_argument(
-        "buffer", metavar="BUFFER", help="a folder (of buffer.dumps, or of memory-mapped rows), or MODULE:FUNCTION"
+        "buffer",
+        metavar="BUFFER",
+        help="a folder (of buffer.dumps, of memory-mapped rows, of Parquet files), a Parquet file, or MODULE:FUNCTION",
     )
     analyze.add_argument(
         "--policy", metavar="MODULE:FUNCTION", help=f"returns the policy, plain or hooked (default: {EXAMPLE})"

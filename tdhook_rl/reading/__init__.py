@@ -1,4 +1,4 @@
-"""Rows of buffers, folders, TensorDicts and lists of them, read in order.
+"""Rows of buffers, folders, Parquet files, TensorDicts and lists of them, read in order.
 
 Knows what holds rows and how trajectories lie in it; no policies.
 """

@@ -56,8 +56,8 @@ def open_folder(path: Path) -> ReplayBuffer:
     if (path / _TENSORDICT).exists():
         return ReplayBuffer(storage=TensorStorage(_mapped(path)), writer=ImmutableDatasetWriter())
     raise ArtifactError(
-        f"{path} holds neither a buffer ({_STORAGE}) nor a TensorDict ({_TENSORDICT}): name the folder that "
-        "buffer.dumps(), or memmap() of a TensorDict, wrote"
+        f"{path} holds neither a buffer ({_STORAGE}), nor a TensorDict ({_TENSORDICT}), nor Parquet files: name the "
+        "folder that buffer.dumps(), or memmap() of a TensorDict, wrote"
     )
 
 

@@ -1,4 +1,4 @@
-"""What rows come from, in the shape that a reader needs: buffers, folders, TensorDicts, iterables of TensorDicts."""
+"""What rows come from, in the shape that a reader needs: buffers, folders, files, TensorDicts, iterables of those."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from tdhook_rl.internals.torchrl_names import collate_fn, cursor_of, read_lock, 
 from tdhook_rl.reading.folders import open_folder
 from tdhook_rl.reading.minari_episodes import episodes_of, is_minari, require_loaded
 from tdhook_rl.reading.order import Written
+from tdhook_rl.reading.parquet_rows import ParquetRows, holds_parquet
 from tdhook_rl.reading.transforms import applied_transforms, rows_are_known
 
 #: What :func:`tdhook_rl.replay.analyze` reads.
 KINDS = (
-    "a ReplayBuffer, the folder of one (buffer.dumps) or of a memory-mapped TensorDict, a TensorDict, a Minari "
-    "dataset, a list of TensorDicts, or a function that gives an iterator over TensorDicts"
+    "a ReplayBuffer, the folder of one (buffer.dumps) or of a memory-mapped TensorDict, Parquet files, a TensorDict, a "
+    "Minari dataset, a list of TensorDicts, or a function that gives an iterator over TensorDicts"
 )
 
 
@@ -66,7 +67,7 @@ def source_of(given: Any) -> Source:
 
     Raises:
         InputError: if it is empty, none of :data:`KINDS`, or cannot be read twice.
-        ArtifactError: for a folder, as of :func:`open_folder`.
+        ArtifactError: for a folder, as of :func:`open_folder`; for Parquet, as of :class:`ParquetRows`.
     """
     if isinstance(given, ReplayBufferEnsemble):
         raise InputError("an ensemble of buffers has no storage order: analyse each of its buffers, ensemble[i]")
@@ -74,7 +75,8 @@ def source_of(given: Any) -> Source:
         require_loaded(given)
         return _Buffer(given)
     if isinstance(given, str | Path):
-        return _Buffer(open_folder(Path(given)))
+        path = Path(given)
+        return ParquetRows(path) if holds_parquet(path) else _Buffer(open_folder(path))
     if isinstance(given, Storage):
         return _Buffer(ReplayBuffer(storage=given, writer=ImmutableDatasetWriter()))
     if is_tensor_collection(given):

@@ -63,9 +63,11 @@ def analyze(
         hooked: a hooked policy; its configured methods are computed.
         buffer: what holds the rows; it is only read, in storage order: a TorchRL buffer (offline datasets such as
             ``MinariExperienceReplay`` too), as its ``sample`` gives rows; a folder that ``buffer.dumps`` or ``memmap``
-            of a TensorDict wrote, mapped without unpickling, rows as they are stored; a TensorDict; or TensorDicts one
-            after the other, each a trajectory or a batch: a list, or a function that gives a new iterator over the
-            same ones at each call (which is gone through once more to count).
+            of a TensorDict wrote, mapped without unpickling, rows as they are stored; Parquet, a file, a folder of
+            files or a data set as LeRobot has them, a key for each column of numbers (``next.done`` is
+            ``("next", "done")``, ``episode_index`` tells trajectories); a TensorDict; or TensorDicts one after the
+            other, each a trajectory or a batch: a list, or a function that gives a new iterator over the same ones at
+            each call (which is gone through once more to count).
         folder: where the results go: a new or empty folder, or that of an analysis to go on with.
         batch_size: rows read at once, which changes nothing in the results but last digits (see :func:`in_order`): as
             many as take 16 MB, from 1024 to 8192, unless given; with ``horizon="trajectory"``, as many whole
@@ -81,7 +83,7 @@ def analyze(
         progress: called with the entries that are done, and all, before the first batch and after each; ``True`` for a
             bar with the time that is left, ``False`` for none; a bar on a terminal unless given.
         engine: ``"ray"``: a pool of Ray actors computes the chunks, each with the policy and a reader of its own; the
-            results are the same to the bit, and so is the folder. A folder, or what pickles, may be read so.
+            results are the same to the bit, and so is the folder. A path, or what pickles, may be read so.
         workers: how many actors.
 
     Returns:
@@ -92,6 +94,7 @@ def analyze(
     Raises:
         ArtifactError: if the folder holds something else, cannot be written, has no room, was written by another
             analysis, or another is under way in it.
+        MissingKeyError: if the rows lack what the policy reads.
         InputError: if there are no rows or no TensorDicts; for an ensemble, a collector or an iterator; if a buffer is
             written to meanwhile, or an iterable gives other rows; if a transform of a buffer, or a method, gives a row
             other values when other rows are read with it.

@@ -17,12 +17,20 @@ from tdhook_rl.arguments.checked import checked
 from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.errors import ArgumentError, ArtifactError, MissingKeyError, nearest
 from tdhook_rl.files.durable import write_text
+from tdhook_rl.reading.parquet_rows import (
+    KEYS,
+    Column,
+    columns_of,
+    opened,
+    parquet_files,
+    reading,
+    require_pyarrow,
+    row_tensors,
+)
 from tdhook_rl.reading.sources import Rows
 from tdhook_rl.replay.columns import Columns, column_name, episode_columns, plain
 from tdhook_rl.replay.joined import Found
 
-#: What a file says of its columns, below this name in its metadata.
-KEYS = b"tdhook_rl.keys"
 VERSION = "v3.0"
 _FILE = "chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _FIRST = _FILE.format(chunk_index=0, file_index=0)
@@ -71,7 +79,7 @@ def to_parquet(
         ...     load_parquet(to_parquet(found, f"{folder}/found.parquet"))["attr", "observation"].shape
         torch.Size([3, 2])
     """
-    _pyarrow()
+    require_pyarrow()
     path = Path(path)
     single = path.suffix == ".parquet"
     if not single and buffer is None:
@@ -119,70 +127,20 @@ def load_parquet(path: str | Path, keys: Sequence[NestedKey] | None = None) -> T
         ArtifactError: if it is none, or holds a column that is no numbers of one shape.
         MissingKeyError: for a key of which the file has no column.
     """
-    _pyarrow()
-    import pyarrow.parquet as pq
-    from pyarrow import ArrowException
-
-    path = Path(path)
-    files = sorted((path / "data").rglob("*.parquet")) if path.is_dir() else [path]
-    if not files:
-        raise ArtifactError(f"{path} holds no data set: there is no Parquet file in {path / 'data'}")
     parts: list[TensorDict] = []
-    for file in files:
-        try:
-            schema = pq.read_schema(file)
-            known = _known(schema)
-            wanted = known if keys is None else {_column_of(key, known, file): key_parts(key) for key in keys}
-            table = pq.read_table(file, columns=list(wanted))
-            found = {tuple(key): _tensor(table[name], known[name]) for name, key in wanted.items()}
-        except (ArrowException, OSError, ValueError, TypeError) as error:
-            if isinstance(error, ArtifactError | MissingKeyError):
-                raise
-            raise ArtifactError(f"cannot read {file}: {error}") from error
-        one = TensorDict({}, batch_size=[table.num_rows])
-        for key, value in found.items():
-            one.set(key, value)
-        if "episode_index" in wanted:
-            one.set(("collector", "traj_ids"), one["episode_index"].clone())
-        parts.append(one)
+    for file in parquet_files(Path(path)):
+        whole = opened(file)
+        known = columns_of(file, whole.schema_arrow)
+        names = [*known] if keys is None else [_column_of(key, known, file) for key in keys]
+        with reading(file):
+            parts.append(row_tensors(whole.read(columns=names), {name: known[name] for name in names}))
     return torch.cat(parts)
 
 
 # ---------------------------------------------------------------------- inner
 
 
-def _pyarrow() -> None:
-    try:
-        import pyarrow  # noqa: F401
-    except ModuleNotFoundError:
-        raise ArgumentError(
-            "Parquet is written by pyarrow, which is not installed: pip install 'tdhook_rl[parquet]'"
-        ) from None
-
-
-class _Key(tuple):
-    """The parts of a key, with the shape of a row."""
-
-    shape: list[int] | None = None
-
-
-def _known(schema: Any) -> dict[str, Any]:
-    told = json.loads((schema.metadata or {}).get(KEYS, b"{}"))
-    found: dict[str, Any] = {}
-    for name in schema.names:
-        key = _Key(told[name]["key"] if name in told else name.split("."))
-        key.shape = told[name]["shape"] if name in told else None
-        found[name] = key
-    # Where a name is the beginning of another, that stays whole.
-    for name, key in [*found.items()]:
-        if any(other != key and key[: len(other)] == other for other in found.values()):
-            whole = _Key((name,))
-            whole.shape = key.shape
-            found[name] = whole
-    return found
-
-
-def _column_of(key: NestedKey, known: dict[str, Any], file: Path) -> str:
+def _column_of(key: NestedKey, known: dict[str, Column], file: Path) -> str:
     parts = key_parts(key)
     name = next((name for name, one in known.items() if tuple(one) == parts), None)
     if name is None:
@@ -190,25 +148,6 @@ def _column_of(key: NestedKey, known: dict[str, Any], file: Path) -> str:
     if name is None:
         raise MissingKeyError(f"{file} has no column of {key!r}; {nearest('.'.join(parts), known)}")
     return name
-
-
-def _tensor(column: Any, key: Any) -> torch.Tensor:
-    import pyarrow as pa
-
-    rows = column.combine_chunks()
-    if rows.null_count:
-        raise ArtifactError(f"the column {'.'.join(key)!r} has {rows.null_count} rows without a value")
-    if pa.types.is_list(rows.type) or pa.types.is_fixed_size_list(rows.type) or pa.types.is_large_list(rows.type):
-        flat = rows.flatten().to_numpy(zero_copy_only=False)
-        if len(rows) and len(flat) % len(rows):
-            raise ArtifactError(f"the rows of the column {'.'.join(key)!r} differ in length")
-        values = flat.reshape(len(rows), -1)
-    else:
-        values = rows.to_numpy(zero_copy_only=False)
-    if values.dtype.kind not in "biuf":
-        raise ArtifactError(f"the column {'.'.join(key)!r} holds {rows.type}, which is no number")
-    made = torch.from_numpy(np.array(values))
-    return made if key.shape is None else made.reshape(len(rows), *key.shape)
 
 
 def _write(path: Path, columns: Columns, beside: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, Any]]:
