@@ -131,7 +131,8 @@ def checked(function: F) -> F:
         if not declared:
             declared.append(_declared(function))
         args, kwargs = _plain_arguments(declared[0], args, kwargs)
-        name = f"{type(args[0]).__name__}.{own_name}" if owner and args else own_name  # of a subclass too
+        owned = args[0] if owner and args and isinstance(args[0], type) else type(args[0]) if args else None
+        name = f"{owned.__name__}.{own_name}" if owner and owned else own_name  # of a subclass too
         if own_name == "__init__":
             return _made(function, declared[0], type(args[0]).__name__, args, kwargs)
         given = _check(declared[0], name, args, kwargs)

@@ -7,7 +7,9 @@ from tdhook_rl.latent.activation_addition import ActivationAddition
 from tdhook_rl.latent.activation_caching import ActivationCaching
 from tdhook_rl.latent.activation_patching import ActivationPatching
 from tdhook_rl.latent.control_record import ControlRecord
+from tdhook_rl.latent.cosines import Cosines, cosines
 from tdhook_rl.latent.directions import DirectionalAblation, DirectionClamping
+from tdhook_rl.latent.principal_directions import principal_directions
 from tdhook_rl.latent.steering_vector import SteeringVector
 from tdhook_rl.latent.steering_vectors import SteeringVectors
 
@@ -16,8 +18,11 @@ __all__ = [
     "ActivationCaching",
     "ActivationPatching",
     "ControlRecord",
+    "Cosines",
     "DirectionClamping",
     "DirectionalAblation",
     "SteeringVector",
     "SteeringVectors",
+    "cosines",
+    "principal_directions",
 ]

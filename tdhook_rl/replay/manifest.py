@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from tdhook_rl.errors import ArtifactError
 from tdhook_rl.files.digests import content_of, digest_of
 from tdhook_rl.files.durable import read_json, write_text
+from tdhook_rl.files.versions import versions
 from tdhook_rl.reading.folders import MANIFEST
 
 #: Longer texts and longer lists are cut.
@@ -32,7 +32,7 @@ def facts_of(hooked: Any) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in hooked.parameters()),
         "methods": None if methods is None else [described(one) for one in methods],
         "weights": fingerprint(hooked),
-        "versions": {name: _version(name) for name in ("tdhook_rl", "torch", "torchrl", "tensordict")},
+        "versions": versions("tdhook_rl", "torch", "torchrl", "tensordict"),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
@@ -74,13 +74,6 @@ def described(value: Any, depth: int = 6) -> Any:
     return (
         {"method": type(value).__name__, **held} if type(value).__module__.startswith("tdhook_rl") else str(type(value))
     )
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 FORMAT = "tdhook_rl.analysis/2"

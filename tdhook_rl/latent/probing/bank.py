@@ -37,6 +37,7 @@ class Probes:
         penalty: ``(concepts,)``, what each was fitted with.
         middle, spread: ``(concepts,)``, of the difference of the scores of classes 1 and 0: halfway between the means
             of the two, and within them.
+        apart: ``(concepts,)``, how far the means of the two lie from each other along the direction of that difference.
     """
 
     weight: Tensor
@@ -45,6 +46,7 @@ class Probes:
     penalty: Tensor
     middle: Tensor
     spread: Tensor
+    apart: Tensor
 
     def scores(self, features: Tensor) -> Tensor:
         """``(rows, concepts, classes)`` of rows, in float64; for each row its block of concepts."""
@@ -54,9 +56,10 @@ class Probes:
 
     def one(self, concept: int, classes: int, path: str, facts: dict[str, float]) -> LinearProbe:
         """The probe of one concept, to read out, to push and to save."""
+        apart = {"means_apart": float(self.apart[concept])} if classes == 2 else {}
         return LinearProbe(
             weight=self.weight[concept, :classes].clone(), bias=self.bias[concept, :classes].clone(), kind="lda",
-            path=path, facts={**facts, "penalty": float(self.penalty[concept])},
+            path=path, facts={**facts, **apart, "penalty": float(self.penalty[concept])},
         )  # fmt: skip
 
 
@@ -228,8 +231,7 @@ class _Sums:
         )
         bias = torch.where(self.there, bias.reshape(concepts, most) + at_mean, NEVER)
         stored = stored.reshape(concepts, most, width)
-        middle, spread = self._margins(stored, bias)
-        return Probes(stored, bias, self.there, penalty, middle, spread)
+        return Probes(stored, bias, self.there, penalty, *self._margins(stored, bias))
 
     def expected(self, probes: Probes) -> Tensor:
         """How well the probes of others tell the classes of these rows apart; see :func:`expected_accuracy`."""
@@ -300,10 +302,12 @@ class _Sums:
         of_all = weight @ self.covariance @ weight.transpose(1, 2)
         return of_all - (between * self.share[:, None, :]) @ between.transpose(1, 2)
 
-    def _margins(self, stored: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the difference of classes 1 and 0: the score halfway between their means, and its spread within."""
+    def _margins(self, stored: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the difference of classes 1 and 0: the score halfway between their means, its spread within them, and how
+        far apart they lie along its direction."""
         weight = (stored[:, 1] - stored[:, 0]).double()
         scaled = weight[:, self.live] * self.spread
         halfway = self.offsets[:, :2].mean(1)
         middle = (scaled * halfway).sum(-1) + weight @ (self.mean + self.shift) + bias[:, 1] - bias[:, 0]
-        return middle, self._within_scores(scaled[:, None])[:, 0, 0].clamp_min(0).sqrt()
+        apart = (scaled * (self.offsets[:, 1] - self.offsets[:, 0])).sum(-1) / weight.norm(dim=-1).clamp_min(1e-300)
+        return middle, self._within_scores(scaled[:, None])[:, 0, 0].clamp_min(0).sqrt(), apart

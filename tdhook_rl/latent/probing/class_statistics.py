@@ -141,7 +141,16 @@ class ClassStatistics(Moments):
             stored, bias = self._ridge(RIDGE if penalty is None else penalty)
         else:
             stored, bias = self._discriminant(penalty, priors, there)
-        return LinearProbe(weight=stored, bias=bias, kind=kind, path=path, facts={"rows": float(self.count.sum())})
+        facts = {"rows": float(self.count.sum())}
+        if len(self.count) == 2:
+            facts["means_apart"] = self.apart(stored[1] - stored[0], 1, 0)
+        return LinearProbe(weight=stored, bias=bias, kind=kind, path=path, facts=facts)
+
+    def apart(self, direction: Tensor, positive: int, negative: int) -> float:
+        """How far the means of two classes lie from each other along a direction, ``(features,)``; 0 along none."""
+        centres, _ = self._within()
+        along = direction.double().cpu()
+        return float((centres[positive] - centres[negative]) @ along / along.norm().clamp_min(1e-300))
 
     def margin(self, probe: LinearProbe) -> tuple[float, float]:
         """Of two classes, the difference of scores halfway between their means, and its spread within classes."""

@@ -149,6 +149,13 @@ class TargetStatistics(Moments):
             facts={"rows": float(self.rows)},
         )  # fmt: skip
 
+    def apart(self, direction: Tensor, label: int) -> float:
+        """How far the means of the two classes of a label lie from each other along a direction, ``(features,)``."""
+        share = (self.of_targets[label] / self.rows).clamp(1e-12, 1 - 1e-12)
+        between = (self.cross[label] / self.rows - share * self.total / self.rows) / (share * (1 - share))
+        along = direction.double().cpu()
+        return float(between @ along / along.norm().clamp_min(1e-300))
+
     def margins(self, probe: LinearProbe) -> tuple[Tensor, Tensor]:
         """For each label the score halfway between the means of its two classes, and its spread within them."""
         share = (self.of_targets / self.rows).clamp(1e-12, 1 - 1e-12)
