@@ -15,6 +15,7 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 
+from tdhook_rl.arguments.checked import require_counts
 from tdhook_rl.arguments.keys import required
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.passes import Call
@@ -71,8 +72,7 @@ class Scheduled(Method):
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method) or len(self.method._methods()) != 1:
             raise InputError(f"Scheduled takes one method, such as Saliency(); got {self.method!r}")
-        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
-            raise InputError(f"every= is a positive number of calls, got {self.every!r}")
+        require_counts(every=self.every)
         if not 0 < self.fraction <= 1:
             raise InputError(f"fraction= is above 0 and at most 1, got {self.fraction!r}")
         if self.every == 1 and self.fraction == 1 and self.where is None:

@@ -163,7 +163,7 @@ METHODS: Sequence[MethodInfo] = (
         },
         {
             NO_GRADIENT: lambda case: IntegratedGradients(target=INTEGER, baseline=0.0),
-            "n_steps is a positive integer": lambda case: IntegratedGradients(n_steps=0),
+            "n_steps= is a positive integer": lambda case: IntegratedGradients(n_steps=0),
         },
     ),
     MethodInfo(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,8 @@ from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors, err
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InactiveError, InputError, KeyCollisionError, PreparationError
 from tdhook_rl.examples.agent import FC2, make_actor
-from tdhook_rl.rollout import check
+from tdhook_rl.metrics import dormant_units, effective_rank
+from tdhook_rl.rollout import GroupSplit, NetworkDiagnostics, check, summarise
 
 
 def collected(policy: Any, postproc: Any = None) -> list[TensorDict]:
@@ -176,3 +178,31 @@ def test_a_warning_is_about_the_callers_line(home: str) -> None:
     with pytest.warns(UserWarning, match="so it is") as told:
         names["called"](errors.warn)  # type: ignore[operator]
     assert (told[0].filename, told[0].lineno) == ("/a/file/of/the/callers.py", 2)
+
+
+@pytest.mark.parametrize("option", [{"tau": -1.0}, {"delta": -0.1}, {"delta": 1.0}])
+def test_thresholds_of_diagnostics_are_those_of_the_measures(option: dict[str, float]) -> None:
+    measure = dormant_units if "tau" in option else effective_rank
+    with pytest.raises(InputError) as said:
+        measure(torch.rand(8, 4), **option)
+    with pytest.raises(InputError, match=re.escape(str(said.value))):
+        NetworkDiagnostics(make_actor(), sites=[FC2], **option)
+
+
+@pytest.mark.parametrize("grouping", [[], (), "", [""], [3], 3, [["cell", 3]]])
+def test_a_split_by_nothing_is_refused(grouping: Any) -> None:
+    with pytest.raises(InputError, match="a grouping of GroupSplit is a key, or a list of keys"):
+        GroupSplit("episode", grouping)
+
+
+def test_groupings_are_read_from_any_list() -> None:
+    keys = ["episode", ("concept", "cell")]
+    for same in (keys, iter(keys), dict.fromkeys(keys), ["episode", ["concept", "cell"]]):
+        assert GroupSplit(same).groupings == [keys]
+
+
+def test_a_summary_of_what_holds_entries_names_them() -> None:
+    data = TensorDict({"cache": {"fc": torch.ones(3, 2)}}, batch_size=3)
+    for asked in (["cache"], ("cache", "fc")):  # the second would be two keys
+        with pytest.raises(InputError, match=r"'cache' is no entry but holds entries: .* \('cache', 'fc'\)"):
+            summarise(data, asked)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.data import LazyTensorStorage, ReplayBuffer
 
 from tdhook_rl import ActivationCaching, Compose, Saliency, targets
 from tdhook_rl.envs import CueCorners
@@ -126,6 +127,10 @@ def test_a_data_frame(data: TensorDict, results: TensorDict) -> None:
     assert found.groupby("episode_index").size().sum() == ROWS
     with pytest.raises(InputError, match=r"2 names of 'attr\.observation', which has 90"):
         frame(results, names={"attr.observation": ["a", "b"]})
+    with pytest.raises(InputError, match=r"is 'observation'; nearest: 'attr\.observation'"):
+        frame(results, names={"observation": ["a", "b"]})
+    with pytest.raises(ArgumentError, match=r"frame\(results=...\) takes"):  # the two turned round
+        frame(ReplayBuffer(storage=LazyTensorStorage(4)), results)
 
 
 def test_a_minari_dataset(

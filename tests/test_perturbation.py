@@ -20,7 +20,7 @@ from tdhook_rl.attribution.perturbation import SARFA, Occlusion, PerturbationSal
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, TargetError
 from tdhook_rl.examples.agent import make_trained_actor
-from tests.policies import ACTIONS, CASES, FEATURES, actor_value, categorical, mlp, one_hot, pixels, q_value
+from tests.policies import ACTIONS, CASES, FEATURES, categorical, mlp, one_hot, pixels, q_value
 
 F64 = torch.float64
 BATCHES = [(), (6,), (2, 3)]
@@ -385,7 +385,7 @@ def test_settings_that_cannot_be_met_are_refused() -> None:
         (lambda: PerturbationSaliency(sigma=0.0), InputError, "sigma is a positive"),
         (lambda: ActivationMaximisation(), TargetError, "needs one of"),
         (lambda: ActivationMaximisation("0", target=targets.entropy()), TargetError, "needs one of"),
-        (lambda: ActivationMaximisation("0", n_steps=0), InputError, "n_steps is a positive integer"),
+        (lambda: ActivationMaximisation("0", n_steps=0), InputError, "n_steps= is a positive integer"),
         (lambda: ActivationMaximisation("0", min_value=1.0, max_value=0.0), InputError, "larger than max_value"),
         (lambda: ActivationMaximisation("0", input_modules=["0"]), InputError, "moves inputs"),
         (lambda: Occlusion(groups={"inpt": [[0]]}).prepare(mlp()).__enter__(), InputError, "nearest: 'input'"),
@@ -401,7 +401,6 @@ def test_data_that_does_not_fit_is_refused() -> None:
     data = actor(data).detach()
     wrong = data.clone().set(("baseline", "observation"), torch.zeros(3, 2))
     value = CASES["value"].build()
-    both = actor_value().get_policy_operator()
     for policy, method, given, error, message in (
         (actor, Occlusion(groups=[[0, 6]]), data, InputError, "index 6.*0 to 5"),
         (actor, Occlusion(groups=[[-1]]), data, InputError, "index -1"),
@@ -419,7 +418,6 @@ def test_data_that_does_not_fit_is_refused() -> None:
         (value, SARFA(), data, TargetError, "'logits' or 'action_value', which the policy does not output"),
         (value, SARFA(key="state_value"), data, TargetError, "two or more discrete actions"),
         (actor, PerturbationSaliency(), data, InputError, r"images of \(channels, rows, columns\).*\(6,\)"),
-        (both, PerturbationSaliency(inputs=["observatio"]), data, InputError, "nearest: 'observation'"),
     ):
         with method.prepare(policy) as hooked, pytest.raises(error, match=message):
             hooked.annotate(given)

@@ -172,6 +172,8 @@ def test_a_list_of_trajectories_is_explained_through_time(tmp_path: Path) -> Non
 
 
 def test_time_is_over(actor: ProbabilisticActor, buffer: ReplayBuffer, whole: TensorDict, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="time_budget= is a number of seconds, got -1"):
+        run(actor, buffer, tmp_path, fraction=0.5, time_budget=-1.0)
     with pytest.warns(UserWarning, match="seconds of time_budget= are over: 16 of 60 entries are done"):
         first = run(actor, buffer, tmp_path, fraction=0.5, time_budget=0.0)
     assert len(first) == 16

@@ -23,7 +23,15 @@ from tdhook_rl.attribution import (
     IntegratedGradients,
     Occlusion,
 )
-from tdhook_rl.errors import ArgumentError, ContextError, InputError, PreparationError, TargetError, TdhookError
+from tdhook_rl.errors import (
+    ArgumentError,
+    ContextError,
+    InputError,
+    KeyCollisionError,
+    PreparationError,
+    TargetError,
+    TdhookError,
+)
 from tdhook_rl.latent import (
     ActivationCaching,
     ActivationPatching,
@@ -92,6 +100,33 @@ def test_every_argument_of_every_method(method: type, name: str) -> None:
                 hooked.annotate(data(), on_mismatch="ignore")
 
         works_or_is_told(run)
+
+
+@pytest.mark.parametrize("name", ["inputs", "baseline", "groups"])
+@pytest.mark.parametrize("method", [cls for cls in INFO if "inputs" in inspect.signature(cls).parameters])
+def test_inputs_are_known_when_a_policy_is_prepared(method: type, name: str) -> None:
+    """What a batch is needed for to be found wrong is found after hours; what names nothing explains nothing."""
+    if name not in inspect.signature(method).parameters or method is GradCAM:
+        return
+    wrong = {"inputs": ["input", "inptu"], "baseline": {"input": 0.0, "inptu": 0.0}, "groups": {"inptu": [[0]]}}
+    with pytest.raises(InputError, match=f"{name}= names 'inptu', which is not .*; nearest: 'input'"):
+        changed(method, **{name: wrong[name]}).prepare(net()).__enter__()
+
+
+@pytest.mark.parametrize("method", [Saliency, IntegratedGradients, LRP])
+def test_what_is_named_twice_is_explained_once_and_nothing_not_at_all(method: type) -> None:
+    with pytest.raises(InputError, match=r"inputs=\[\] explains no input"):
+        changed(method, inputs=[]).prepare(net()).__enter__()
+    with changed(method, inputs=["input", ("input",)], input_modules=["0", r"0$"]).prepare(net()) as hooked:
+        assert hooked.result_keys[:2] == [("attr", "input"), ("attr", "0")]
+
+
+@pytest.mark.parametrize("method", list(INFO))
+def test_roots_are_not_empty(method: type) -> None:
+    for name in inspect.signature(method).parameters:
+        if name in ("attribution_key", "cache_key", "probe_key"):
+            with pytest.raises(KeyCollisionError, match="has an empty part"):
+                changed(method, **{name: ""}).prepare(net()).__enter__()
 
 
 @pytest.mark.parametrize("method", list(INFO))

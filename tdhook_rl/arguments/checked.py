@@ -24,7 +24,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from tdhook_rl.arguments.plain import is_config, plain, with_keys
-from tdhook_rl.errors import ArgumentError, TargetError, TdhookError, nearest
+from tdhook_rl.errors import ArgumentError, InputError, TargetError, TdhookError, nearest
 from tdhook_rl.internals.python_names import is_protocol
 
 #: What a class that is called does not return.
@@ -305,6 +305,20 @@ def _is_array(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(isinstance(one, Real) or _is_array(one) for one in value)
     return hasattr(value, "__array__") and not isinstance(value, (nn.Module, type))
+
+
+def require_counts(**counts: Any) -> None:
+    """Refuse what is not a positive integer, by the name of its argument.
+
+    Example:
+        >>> require_counts(every=0)
+        Traceback (most recent call last):
+            ...
+        tdhook_rl.errors.InputError: every= is a positive integer, got 0
+    """
+    for name, value in counts.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{name}= is a positive integer, got {value!r}")
 
 
 def require_target(given: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor
 
+from tdhook_rl.arguments.checked import require_counts
 from tdhook_rl.attribution.base import BoundAttribution, GradientAttribution
 from tdhook_rl.attribution.gradients import gradients
 from tdhook_rl.attribution.question import Attributed, Question, TargetFunction
@@ -118,8 +119,7 @@ class ActivationMaximisation(GradientAttribution):
             object.__setattr__(self, "target_modules", (*self.target_modules, *self.paths))
         elif bool(self.paths) == (self.target is not None):
             raise TargetError("ActivationMaximisation needs one of modules_to_maximise=[path, ...] and target=")
-        if not isinstance(self.n_steps, int) or self.n_steps < 1:
-            raise InputError(f"n_steps is a positive integer, got {self.n_steps!r}")
+        require_counts(n_steps=self.n_steps)
         if self.min_value is not None and self.max_value is not None and self.min_value > self.max_value:
             raise InputError(f"min_value={self.min_value} is larger than max_value={self.max_value}")
 

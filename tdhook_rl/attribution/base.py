@@ -15,13 +15,13 @@ from torch import Tensor
 from tdhook_rl.arguments.checked import require_target
 from tdhook_rl.arguments.keys import key_parts, required
 from tdhook_rl.attribution.baselines import Baselines
-from tdhook_rl.attribution.explainable import explainable_inputs
+from tdhook_rl.attribution.explainable import explainable_inputs, require_inputs
 from tdhook_rl.attribution.gradients import is_linear
 from tdhook_rl.attribution.question import Attributed, Question, TargetFunction
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.passes import Call, Pass, with_batch
 from tdhook_rl.calls.real_rows import real_rows
-from tdhook_rl.errors import InputError, TargetError, nearest
+from tdhook_rl.errors import InputError, TargetError
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.replaying.batching import in_recurrent_mode
 from tdhook_rl.sites.hooks import Portable
@@ -131,13 +131,16 @@ class BoundAttribution(BoundMethod):
     beside: str | None = None  # the root of what is written beside: one number for each row and target
 
     def __init__(self, config: GradientAttribution, binder: Binder) -> None:
-        sites = [site for path in config.input_modules for site in binder.sites(path, runs=True)]
+        sites = binder.sites(config.input_modules, runs=True) if config.input_modules else []
         self.when = config.when or config.default_when(binder.policy)
         self.horizon = config.horizon
         self.root = config.attribution_key
         self.inputs: list[NestedKey] | None = None
         if config.inputs is not None:
-            self.inputs = [unravel_key(key) for key in config.inputs]
+            self.inputs = list(dict.fromkeys(unravel_key(key) for key in config.inputs))
+            require_inputs("inputs= names", self.inputs, binder.policy.in_keys)
+            if not self.inputs and not sites and config.init_attr_inputs is None:
+                raise InputError("inputs=[] explains no input, and input_modules= names no module: name one of them")
         elif sites and config.init_attr_inputs is None:
             self.inputs = []
         self.leaves = {binder.leaf(site, config.missing == "nan"): site.name for site in sites}
@@ -148,7 +151,7 @@ class BoundAttribution(BoundMethod):
             self._partly = {slot: (binder.capture_partly(binder.root, site), site.path) for slot, site in kept}
             self.exclusive = bool(self._partly)
         self._absent = Absent()
-        watched = [site for path in config.target_modules for site in binder.sites(path, runs=True)]
+        watched = binder.sites(config.target_modules, runs=True) if config.target_modules else []
         self.watched = {binder.watch(site): site.name for site in watched}
         self.declared = binder.observed if self.inputs is None else self.inputs
         self.names = list(config.target) if isinstance(config.target, Mapping) else [None]
@@ -252,12 +255,7 @@ class BoundAttribution(BoundMethod):
         chosen = function(TensorDict(dict(call.inputs), batch_size=call.batch_size), self.additional(call))
         _require_tensordict(chosen, "init_attr_inputs")
         keys = [key if len(key_parts(key)) > 1 else key_parts(key)[0] for key in chosen.keys(True, True)]
-        unknown = [key for key in keys if key not in call.policy.policy_in_keys]
-        if unknown:
-            raise InputError(
-                f"init_attr_inputs returned {unknown[0]!r}, which is not an input of the policy; "
-                f"{nearest(unknown[0], call.policy.policy_in_keys)}"
-            )
+        require_inputs("init_attr_inputs returned", keys, call.policy.policy_in_keys)
         return {key: chosen.get(key) for key in keys}
 
     def _function(self, target: TargetFunction | None, call: Call) -> TargetFunction:

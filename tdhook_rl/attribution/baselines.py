@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -13,6 +13,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor
 
 from tdhook_rl.arguments.keys import key_parts, required
+from tdhook_rl.attribution.explainable import require_inputs
 from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import InputError, nearest
 
@@ -28,12 +29,21 @@ class Baselines:
         given: as :func:`check_baseline` returns it; ``None`` for baselines that are read from the data.
         root: where they lie in the data: under ``(root, key)`` that of input ``key``.
         as_input: whether one in the data has to be of the dtype of its input, or else of any that this can hold.
+        known: the inputs of the policy.
+
+    Raises:
+        InputError: if one is given for what is no input.
     """
 
     method: str
     given: Any
     root: str
     as_input: bool
+    known: Sequence[NestedKey]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.given, Mapping):
+            require_inputs("baseline= names", self.given, self.known)
 
     def key_of(self, key: NestedKey) -> tuple[str, ...]:
         """Where the baseline of an input lies in the data."""

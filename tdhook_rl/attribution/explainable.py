@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from tensordict import NestedKey
@@ -12,21 +12,25 @@ from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 
 
+def require_inputs(what: str, keys: Iterable[NestedKey], known: Sequence[NestedKey], kind: str = "an input") -> None:
+    """Refuse a key that an argument names and that is no input of the policy."""
+    for key in keys:
+        if key not in known:
+            raise InputError(f"{what} {key!r}, which is not {kind} of the policy; {nearest(key, known)}")
+
+
 def explainable_inputs(call: Call, keys: Sequence[NestedKey] | None) -> dict[NestedKey, Tensor]:
     """The inputs to explain, as floats: those asked for, else every input that is not boolean, if there is one.
 
     Raises:
-        InputError: if a key is not an input, an integer input cannot be explained as floats, or one is complex.
+        InputError: if an integer input cannot be explained as floats, or one is complex.
     """
-    own = call.policy.policy_in_keys
     if keys is None:
         noise = call.policy._hooked.noise
-        known = {key: call.inputs.get(key) for key in own if key not in noise}
+        known = {key: call.inputs.get(key) for key in call.policy.policy_in_keys if key not in noise}
         tensors = {key: value for key, value in known.items() if isinstance(value, Tensor)}
         # Booleans beside other inputs are masks; a policy that sees nothing else decides by them.
         keys = [key for key, value in tensors.items() if value.dtype != torch.bool] or list(tensors)
-    elif unknown := [key for key in keys if key not in own]:
-        raise InputError(f"{unknown[0]!r} is not an input of the policy; {nearest(unknown[0], own)}")
     chosen = {}
     for key in keys:
         value = call.inputs.get(key)

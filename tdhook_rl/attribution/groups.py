@@ -112,7 +112,7 @@ def _members(group: Any, number: int, shape: torch.Size, key: NestedKey) -> Tens
                 f"shape {tuple(shape)}; masks that differ between rows are read from the data: groups='key'"
             )
         found = found.reshape(-1).nonzero().squeeze(-1)
-    if found is None or (found.is_floating_point() and found.numel()) or found.is_complex():
+    if found is None or not found.ndim or (found.is_floating_point() and found.numel()) or found.is_complex():
         raise InputError(f"group {number} of {key!r} is a list of indices or a boolean mask, got {group!r}")
     indices = found.reshape(-1).long().cpu().unique()
     if not len(indices):

@@ -22,6 +22,7 @@ from tdhook_rl.internals.torch_names import function_of
 from tdhook_rl.method import Binder
 from tdhook_rl.replaying.batching import GeneratorState
 from tdhook_rl.sites.containers import first_tensor
+from tdhook_rl.sites.known import own_class
 from tdhook_rl.sites.paths import Site
 from tdhook_rl.sites.runtime import Runtime, vmap_level
 
@@ -211,7 +212,7 @@ class _BoundGuidedBackpropagation(_BoundSaliency):
             if not self._skipped and any("Relu" in look.unguided for look in looks):
                 raise SiteError(
                     "GuidedBackpropagation met a ReLU that it cannot guide, in compiled code or an autograd function "
-                    f"of {type(self._root).__name__}: write it as nn.ReLU or torch.relu, or use Saliency"
+                    f"of {own_class(self._root).__name__}: write it as nn.ReLU or torch.relu, or use Saliency"
                 )
             return found
 
@@ -229,8 +230,8 @@ class _BoundGuidedBackpropagation(_BoundSaliency):
 
     def _none(self) -> SiteError:
         return SiteError(
-            f"GuidedBackpropagation found no ReLU in {type(self._root).__name__}: it changes the gradient of ReLUs, "
-            "of which other activations have none; use Saliency"
+            f"GuidedBackpropagation found no ReLU in {own_class(self._root).__name__}: it changes the gradient of "
+            "ReLUs, of which other activations have none; use Saliency"
         )
 
 

@@ -14,6 +14,7 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor
 
+from tdhook_rl.arguments.checked import require_counts
 from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.attribution.base import BoundAttribution, GradientAttribution
 from tdhook_rl.attribution.baselines import Baseline, Baselines, check_baseline
@@ -68,7 +69,8 @@ class _BoundIntegratedGradients(BoundAttribution):
         self._points, self._weights = quadrature(config.method, config.n_steps)
         self._one_pass: tuple[tuple, list[tuple[Tensor, Tensor]]] = ((), [])  # the last schedule of a single pass
         self.is_product = config.multiply_by_inputs
-        self.baselines = Baselines("IntegratedGradients", config.baseline, config.baseline_key, as_input=True)
+        given, root = config.baseline, config.baseline_key
+        self.baselines = Baselines("IntegratedGradients", given, root, as_input=True, known=binder.policy.in_keys)
         self._chunk_size = config.chunk_size
         self.beside = config.delta_key if config.compute_convergence_delta else None
         self._deltas: dict[tuple[str, ...], Tensor] = {}
@@ -311,8 +313,7 @@ class IntegratedGradients(GradientAttribution):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "baseline", check_baseline(self.baseline))
-        if not isinstance(self.n_steps, int) or self.n_steps < 1:
-            raise InputError(f"n_steps is a positive integer, got {self.n_steps!r}")
+        require_counts(n_steps=self.n_steps)
         if self.method not in get_args(Quadrature):
             raise InputError(f"no quadrature is named {self.method!r}; {nearest(self.method, get_args(Quadrature))}")
         if self.chunk_size is not None and self.chunk_size < 1:

@@ -17,6 +17,7 @@ from torch import Tensor
 from tdhook_rl.arguments.keys import missing
 from tdhook_rl.attribution.base import BoundAttribution
 from tdhook_rl.attribution.baselines import Baseline, Baselines, check_baseline
+from tdhook_rl.attribution.explainable import require_inputs
 from tdhook_rl.attribution.groups import Groups, each_feature, group_features, groups_of_rows
 from tdhook_rl.attribution.perturbation_base import (
     Blurred,
@@ -41,16 +42,12 @@ class _BoundOcclusion(BoundPerturbation):
     def __init__(self, config: Occlusion, binder: Binder) -> None:
         super().__init__(config, binder)
         self._name = type(config).__name__
-        self.baselines = Baselines(self._name, config.baseline, config.baseline_key, as_input=False)
+        known = binder.policy.in_keys
+        self.baselines = Baselines(self._name, config.baseline, config.baseline_key, as_input=False, known=known)
         self._groups = config.groups
         if isinstance(self._groups, Mapping):
             self._groups = {unravel_key(key): groups for key, groups in self._groups.items()}
-            unknown = [key for key in self._groups if key not in self.declared]
-            if unknown:
-                raise InputError(
-                    f"groups= names {unknown[0]!r}, which is not an explained input of the policy; "
-                    f"{nearest(unknown[0], self.declared)}"
-                )
+            require_inputs("groups= names", self._groups, self.declared, "an explained input")
         if config.baseline is None:
             self.reads = [*self.reads, *(self.baselines.key_of(key) for key in binder.policy.in_keys)]
         listed = self._groups.values() if isinstance(self._groups, Mapping) else [self._groups]

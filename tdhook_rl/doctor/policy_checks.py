@@ -19,6 +19,7 @@ from tdhook_rl.errors import TieError
 from tdhook_rl.internals.dynamo_names import TorchDynamoException
 from tdhook_rl.policies.draws import draws
 from tdhook_rl.replaying.batching import in_recurrent_mode
+from tdhook_rl.sites.known import own_class
 
 _ELSEWHERE = "build and prepare the policy inside a function and give it to the collector as policy_factory="
 
@@ -190,7 +191,7 @@ def _modules(policy: Any) -> Iterator[Finding]:
             "collect with set_recurrent_mode off, so that each step is read at its stored hidden state",
         )
     exploring = [
-        f"{type(module)._base.__name__ if hasattr(type(module), '_base') else type(module).__name__} at {path!r}"
+        f"{own_class(module).__name__} at {path!r}"
         for path, module in policy.named_modules()
         if draws(module) and not isinstance(module, ProbabilisticTensorDictModule)
     ]

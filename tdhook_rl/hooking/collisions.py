@@ -87,6 +87,8 @@ def check_collisions(policy: TensorDictModuleBase, bound: list[BoundMethod], rea
                     f"the result key {key!r} starts with {key[0]!r}, which holds entries of TorchRL or the masks of "
                     "results: give the method another root (attribution_key=, cache_key=, probe_key=)"
                 )
+            if not all(key):
+                raise KeyCollisionError(f"the result key {key!r} has an empty part: give every root and name letters")
             if any(part.startswith("_") for part in key):
                 raise KeyCollisionError(f"the result key {key!r} starts with an underscore, which collectors drop")
             seen[key] = one

@@ -9,8 +9,8 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.arguments.checked import checked
-from tdhook_rl.metrics.scoring import ScoreDirection, Scorer, flat, require_count, score
+from tdhook_rl.arguments.checked import checked, require_counts
+from tdhook_rl.metrics.scoring import ScoreDirection, Scorer, flat, score
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,7 @@ def deletion_insertion(
         >>> bool((found.deletion < found.random).all()), bool((found.insertion > found.random).all())
         (True, True)
     """
-    require_count("n_steps", n_steps)
-    require_count("n_random", n_random)
+    require_counts(n_steps=n_steps, n_random=n_random)
     generator = torch.Generator().manual_seed(seed)
     seen: list[Tensor] = []
 

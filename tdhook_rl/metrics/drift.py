@@ -9,7 +9,7 @@ from tensordict.nn import CompositeDistribution
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
-from tdhook_rl.arguments.checked import checked
+from tdhook_rl.arguments.checked import checked, require_counts
 from tdhook_rl.errors import InputError
 from tdhook_rl.metrics.untrained import own_generators
 
@@ -74,8 +74,7 @@ def policy_divergence(before: Distribution, after: Distribution, *, samples: int
         >>> round(policy_divergence(even, sure).values.item(), 4)
         0.5108
     """
-    if samples < 1:
-        raise InputError(f"samples= is a number of actions, at least 1; got {samples}")
+    require_counts(samples=samples)
     if isinstance(before, CompositeDistribution) and isinstance(after, CompositeDistribution):
         if before.dists.keys() != after.dists.keys():
             raise InputError(f"one distribution is of {list(before.dists)}, the other of {list(after.dists)}")

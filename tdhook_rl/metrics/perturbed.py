@@ -15,9 +15,9 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.arguments.checked import Checked, checked
+from tdhook_rl.arguments.checked import Checked, checked, require_counts
 from tdhook_rl.errors import InputError, nearest
-from tdhook_rl.metrics.scoring import ScoreDirection, Scorer, flat, require_count, require_floats, score
+from tdhook_rl.metrics.scoring import ScoreDirection, Scorer, flat, require_floats, score
 
 #: From ``torch.rand`` or ``torch.randn`` and a tensor to numbers of its shape, by the generator of the metric.
 Draw = Callable[[Callable[..., Tensor], Tensor], Tensor]
@@ -36,7 +36,7 @@ class PerturbedMetric(metaclass=Checked):
     score_direction: ClassVar[ScoreDirection] = ScoreDirection.LOWER
 
     def __post_init__(self) -> None:
-        require_count("n_perturb_samples", self.n_perturb_samples)
+        require_counts(n_perturb_samples=self.n_perturb_samples)
 
     @checked
     def __call__(self, hooked: Any, data: TensorDictBase) -> Tensor:

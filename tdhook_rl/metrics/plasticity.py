@@ -12,6 +12,14 @@ from tdhook_rl.errors import InputError
 
 
 @checked
+def check_thresholds(*, tau: float = 0.0, delta: float = 0.0) -> None:
+    """Refuse what is no ``tau`` of :func:`dormant_units` or no ``delta`` of :func:`effective_rank`."""
+    if not tau >= 0:
+        raise InputError(f"tau= is a share of the average activation, at least 0; got {tau}")
+    if not 0 <= delta < 1:
+        raise InputError(f"delta= is a share, at least 0 and below 1; got {delta}")
+
+
 def dormant_units(activations: Tensor, tau: float = 0.025, *, axis: int | Sequence[int] | None = None) -> Tensor:
     """Which units of a layer are dormant (Sokar, Agarwal, Castro & Evci 2023, ICML).
 
@@ -35,8 +43,7 @@ def dormant_units(activations: Tensor, tau: float = 0.025, *, axis: int | Sequen
         >>> dormant_units(torch.tensor([[1.0, 0.0, 2.0], [-1.0, 0.0, 0.0]]))
         tensor([False,  True, False])
     """
-    if tau < 0:
-        raise InputError(f"tau= is a share of the average activation, at least 0; got {tau}")
+    check_thresholds(tau=tau)
     return unit_scores(activations, axis=axis) <= tau
 
 
@@ -118,8 +125,7 @@ def effective_rank(activations: Tensor, delta: float = 0.01) -> int:
         >>> effective_rank(torch.diag(torch.tensor([4.0, 4.0, 0.01])))
         2
     """
-    if not 0 <= delta < 1:
-        raise InputError(f"delta= is a share, at least 0 and below 1; got {delta}")
+    check_thresholds(delta=delta)
     return Spectrum(activations).effective_rank(delta)
 
 

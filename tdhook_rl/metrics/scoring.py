@@ -237,12 +237,6 @@ def flat(parts: Mapping[Any, Tensor], batch: torch.Size) -> Tensor:
     return torch.cat([value.reshape(*batch, -1) for value in parts.values()], -1)
 
 
-def require_count(name: str, value: int) -> None:
-    """Refuse what is not a positive integer."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name} is a positive integer, got {value!r}")
-
-
 def find_attribution(hooked: Any, attribution_key: str | None) -> BoundAttribution:
     """The attribution method of a hooked policy.
 

@@ -9,7 +9,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.arguments.checked import Checked
+from tdhook_rl.arguments.checked import Checked, require_counts
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.probes.splits import EPISODE
 
@@ -35,8 +35,7 @@ class Future(metaclass=Checked):
     steps: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise InputError(f"a future lies at least 1 step ahead, got steps={self.steps!r}")
+        require_counts(steps=self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)

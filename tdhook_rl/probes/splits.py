@@ -7,7 +7,7 @@ if all of its groups are training groups, as held out only if all are held out; 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.arguments.keys import required
+from tdhook_rl.arguments.plain import with_keys
 from tdhook_rl.errors import InputError
 from tdhook_rl.replaying.batching import row_vectors
 
@@ -46,8 +47,7 @@ class GroupSplit:
     def __init__(self, *groupings: NestedKey | Sequence[NestedKey], held_out: float = 0.25, seed: int = 0) -> None:
         if not 0 < held_out < 1:
             raise InputError(f"held_out is a share between 0 and 1, got {held_out}")
-        chosen = groupings or (EPISODE,)
-        self.groupings = [[unravel_key(key) for key in (one if isinstance(one, list) else [one])] for one in chosen]
+        self.groupings = [_keys(one) for one in groupings or (EPISODE,)]
         self.held_out = held_out
         self.seed = seed
 
@@ -87,6 +87,14 @@ class GroupSplit:
             for column in row_vectors(value, data.batch_size).long().unbind(-1):
                 code = _mix(code ^ _mix(column.to(code.device) + 1))
         return code
+
+
+def _keys(grouping: NestedKey | Iterable[NestedKey]) -> list[NestedKey]:
+    keys = [grouping] if isinstance(grouping, (str, tuple)) or not isinstance(grouping, Iterable) else [*grouping]
+    keys = with_keys(keys)
+    if not keys or not all(isinstance(key, NestedKey) and len(key) for key in keys):
+        raise InputError(f"a grouping of GroupSplit is a key, or a list of keys, got {grouping!r:.80}")
+    return [unravel_key(key) for key in keys]
 
 
 def _mix(code: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDictBase, is_tensor_collection
 from torch import Tensor
 
-from tdhook_rl.arguments.checked import checked
+from tdhook_rl.arguments.checked import checked, require_counts
 from tdhook_rl.errors import InputError
 from tdhook_rl.reading.order import Courses, Trajectories
 from tdhook_rl.reading.sources import Rows, source_of
@@ -97,8 +97,7 @@ class Reader:
 
     def chunks(self, batch_size: int, start: int = 0) -> Iterator[tuple[int, int]]:
         """The entries of each chunk of about so many rows: its first, and that after its last."""
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise InputError(f"batch_size= is a positive integer, got {batch_size!r}")
+        require_counts(batch_size=batch_size)
         step = max(1, batch_size // self.rows)
         first = start
         while first < self.size:

@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.arguments.checked import checked
+from tdhook_rl.arguments.checked import checked, require_counts
 from tdhook_rl.batches.annotation import OnMismatch
 from tdhook_rl.calls.preconditions import require_hooked
 from tdhook_rl.calls.provenance import is_stamp
@@ -113,6 +113,8 @@ def analyze(
         torch.Size([100, 90])
     """
     require_hooked(hooked, "analyze")
+    if time_budget is not None and time_budget < 0:
+        raise InputError(f"time_budget= is a number of seconds, got {time_budget}")
     folder = Path(folder)
     reader = Reader(buffer, whole=_explains_trajectories(hooked))
     batch_size = reader.batch_size() if batch_size is None else batch_size
@@ -188,8 +190,7 @@ class _Work:
         Raises:
             InputError: for a number of workers that is none, or rows that do not pickle.
         """
-        if isinstance(workers, bool) or workers < 1:
-            raise InputError(f"workers= is a whole number from 1 on, got {workers!r}")
+        require_counts(workers=workers)
         chunks = list(self.selection.chunks(batch_size, start=done))
         if not chunks:
             return

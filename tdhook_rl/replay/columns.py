@@ -11,6 +11,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
+from tdhook_rl.arguments.checked import checked
 from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.errors import ArgumentError, InputError, MissingKeyError, nearest
 from tdhook_rl.reading.order import Courses
@@ -136,6 +137,7 @@ def column_name(parts: Sequence[str]) -> str:
     return "observation.state" if tuple(parts) == ("observation",) else ".".join(parts)
 
 
+@checked
 def frame(
     results: Found,
     buffer: Rows | None = None,
@@ -168,17 +170,23 @@ def frame(
         ) from None
     columns = Columns.of(results, buffer, keys, 1 << 14)
     parts: dict[str, list[np.ndarray]] = {}
+    wide: dict[str, None] = {}
     for _, chunk in columns.chunks():
         for key, value in chunk.items():
             name, array = column_name(key), plain(value)
             if array.ndim == 1:
                 parts.setdefault(name, []).append(array)
                 continue
+            wide[name] = None
             named = (names or {}).get(name, range(array.shape[1]))
             if len(named) != array.shape[1]:
                 raise InputError(f"names= has {len(named)} names of {name!r}, which has {array.shape[1]} features")
             for number, one in enumerate(named):
                 parts.setdefault(f"{name}.{one}", []).append(array[:, number])
+    if unknown := [name for name in names or {} if name not in wide]:
+        raise InputError(
+            f"names= is by column, of which none with features is {unknown[0]!r}; {nearest(unknown[0], wide)}"
+        )
     beside = {} if columns.courses is None else episode_columns(columns.courses, 1.0)
     kept = ("episode_index", "frame_index", "buffer_index")
     data = {name: beside[name] for name in kept if name in beside}

@@ -11,7 +11,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 
-from tdhook_rl.arguments.checked import checked
+from tdhook_rl.arguments.checked import checked, require_counts
 from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.errors import InputError
 from tdhook_rl.files.checkpoints import load_into
@@ -128,8 +128,7 @@ class _Source:
     """Rows of a buffer or of a TensorDict by their number."""
 
     def __init__(self, data: Rows, batch_size: int) -> None:
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise InputError(f"batch_size= is a positive integer, got {batch_size!r}")
+        require_counts(batch_size=batch_size)
         if isinstance(data, TensorDictBase) and not data.batch_size.numel():
             raise InputError(f"there is no row to read: the batch has shape {tuple(data.batch_size)}")
         self._reader = None if isinstance(data, TensorDictBase) else Reader(data)

@@ -11,7 +11,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.arguments.checked import checked
+from tdhook_rl.arguments.checked import checked, require_counts
 from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.errors import InputError, MissingKeyError, nearest, warn
 from tdhook_rl.probes.quantities import Trajectory
@@ -112,8 +112,7 @@ def episodes(
         >>> found.whole, len(found.rows) == len(found.data)
         (True, True)
     """
-    if k < 1:
-        raise InputError(f"k= is how many episodes are wanted, 1 or more; got {k}")
+    require_counts(k=k)
     joined = Joined(buffer, results)
     found = _returns(joined, gamma, reward, 16384).episodes
     ranked = [one for one in found if one.whole]
@@ -146,6 +145,7 @@ def rows_where(
         >>> rows_where(rows, lambda batch: batch["observation"] > 3)["index"].tolist()
         [4, 5]
     """
+    require_counts(most=most)
     joined, found, parts = Joined(buffer, results), 0, []
     for numbers, _ in joined.chunks(batch_size):
         rows = joined.rows(numbers)
@@ -188,6 +188,7 @@ def smallest_margins(
         >>> smallest_margins(rows, k=2)["index"].tolist()
         [2, 1]
     """
+    require_counts(k=k)
     joined = Joined(buffer, results)
     margins, places = torch.zeros(0), torch.zeros(0, dtype=torch.long)
     for numbers, rows in joined.chunks(batch_size):
@@ -202,7 +203,9 @@ def smallest_margins(
                 f"{nearest(str(wanted[0]), known)}: store it, or name it by key="
             )
         if value.ndim < 2 or value.shape[-1] < 2:
-            raise InputError(f"a margin is between two actions; {wanted[0]!r} has the shape {tuple(value.shape)}")
+            raise InputError(
+                f"a margin is between two actions; {' or '.join(map(repr, wanted))} is {tuple(value.shape)}"
+            )
         two = value.detach().float().topk(2, -1).values
         margin = (two[..., 0] - two[..., 1]).flatten(1).amin(1) if two.ndim > 2 else two[:, 0] - two[:, 1]
         able = margin.isfinite()

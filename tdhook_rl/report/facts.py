@@ -8,6 +8,8 @@ import platform
 from collections.abc import Mapping
 from typing import Any
 
+from tdhook_rl.sites.known import own_class
+
 __all__ = ["facts_of"]
 
 _PACKAGES = ("tdhook_rl", "torch", "torchrl", "tensordict", "wandb")
@@ -39,7 +41,7 @@ def facts_of(policy: Any, *, seed: int | None, experiment: str | None, config: M
         "targets": ["(default)" if one is None else getattr(one, "name", repr(one)) for one in listed],
         "sites": sites,
         "results": [name for name in results if not name.endswith(".stamp")],
-        "policy": type(policy).__name__.removeprefix("Hooked"),
+        "policy": own_class(policy).__name__,
         "parameters": sum(one.numel() for one in policy.parameters()),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
         "config": dict(config),

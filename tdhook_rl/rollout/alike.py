@@ -9,9 +9,8 @@ from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from tdhook_rl.arguments.checked import checked
+from tdhook_rl.arguments.checked import checked, require_counts
 from tdhook_rl.calls.preconditions import require_hooked
-from tdhook_rl.errors import InputError
 
 
 @checked
@@ -53,8 +52,7 @@ def alike_episodes(
         [True, True]
     """
     require_hooked(policy, "alike_episodes")
-    if episodes < 1 or max_steps < 1:
-        raise InputError(f"at least one episode of one step is rolled out, got {episodes} of {max_steps}")
+    require_counts(episodes=episodes, max_steps=max_steps)
     found: list[TensorDictBase] = []
     how = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
     with torch.random.fork_rng(), set_exploration_type(how), torch.no_grad():

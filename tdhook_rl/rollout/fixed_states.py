@@ -13,6 +13,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 
+from tdhook_rl.arguments.checked import require_counts
 from tdhook_rl.arguments.keys import required
 from tdhook_rl.calls.passes import effects_of
 from tdhook_rl.calls.real_rows import defined_values, real_rows
@@ -49,8 +50,7 @@ class FixedStates:
         groups: NestedKey | None = None,
         trajectories: bool | None = None,
     ) -> None:
-        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
-            raise InputError(f"rows= is a positive integer, got {rows!r}")
+        require_counts(rows=rows)
         self.policy = policy
         self.hooked: Any = ActivationCaching([sites] if isinstance(sites, str) else list(sites)).prepare(
             policy, return_context=False

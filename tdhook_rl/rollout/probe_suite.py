@@ -10,7 +10,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 
-from tdhook_rl.arguments.checked import checked
+from tdhook_rl.arguments.checked import checked, require_counts
 from tdhook_rl.calls.preconditions import require_data
 from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.errors import InputError, nearest
@@ -102,8 +102,7 @@ class ProbeSuite:
             raise InputError(f"a decay factor lies between 0 and 1, got {decay}")
         if penalty is not None and not 0 <= penalty < float("inf"):
             raise InputError(f"a penalty is a number that is not negative, got {penalty}")
-        if isinstance(every, bool) or every < 1:
-            raise InputError(f"every= is a whole number from 1 on, got {every!r}")
+        require_counts(every=every)
         if most_waiting < 0:
             raise InputError(f"most_waiting= is a number of rows, got {most_waiting}")
         self.every = every

@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from tdhook_rl.latent.representation_similarity import CkaEstimator
-from tdhook_rl.metrics.plasticity import Spectrum, dormant_overlap, unit_scores
+from tdhook_rl.metrics.plasticity import Spectrum, check_thresholds, dormant_overlap, unit_scores
 
 #: What is found of each site.
 MEASURES = (
@@ -33,6 +33,7 @@ class SiteHealth:
     """
 
     def __init__(self, tau: float, delta: float) -> None:
+        check_thresholds(tau=tau, delta=delta)
         self._tau, self._delta = tau, delta
         self._first: tuple[tuple[bool, Tensor], Tensor] | None = None
         self._last: tuple[tuple[bool, Tensor], Tensor] | None = None

@@ -16,6 +16,7 @@ from tdhook_rl.batches.annotation import OnMismatch
 from tdhook_rl.calls.preconditions import require_hooked
 from tdhook_rl.calls.provenance import is_stamp, stamp_key
 from tdhook_rl.calls.real_rows import real_rows, row_mask, surely_finite
+from tdhook_rl.errors import InputError, listed
 
 
 @checked
@@ -111,8 +112,14 @@ def result_rows(data: TensorDictBase, key: NestedKey) -> ResultRows:
 
 
 def _tensor_keys(data: TensorDictBase, keys: Sequence[NestedKey]) -> list[tuple[str, ...]]:
-    listed = [key_parts(key) for key in keys]
-    return [parts for parts in listed if not is_stamp(parts) and isinstance(data.get(parts, None), Tensor)]
+    named = [key_parts(key) for key in keys]
+    for parts in named:
+        if isinstance(node := data.get(parts, None), TensorDictBase):
+            inside = [(*parts, *key_parts(key)) for key in node.keys(True, True)]
+            raise InputError(
+                f"{'.'.join(parts)!r} is no entry but holds entries: name each, such as {listed(inside, 3)}"
+            )
+    return [parts for parts in named if not is_stamp(parts) and isinstance(data.get(parts, None), Tensor)]
 
 
 def _mean(rows: Tensor) -> float:

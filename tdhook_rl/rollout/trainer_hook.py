@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tensordict import TensorDictBase, is_tensor_collection
 from torchrl.trainers import TrainerHookBase
 
-from tdhook_rl.arguments.checked import checked
+from tdhook_rl.arguments.checked import checked, require_counts
 from tdhook_rl.batches.annotation import OnMismatch
 from tdhook_rl.batches.blank import Forms, forms_of, known_forms, without_results
 from tdhook_rl.batches.keeping import Keep, kept_keys, only_kept
@@ -65,9 +65,7 @@ class AnnotateHook(TrainerHookBase):
         on_mismatch: OnMismatch = "ignore",
         keep: Keep = None,
     ) -> None:
-        for name, value in (("every", every), ("rows", rows)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{name}= is a positive integer, got {value!r}")
+        require_counts(every=every, rows=rows)
         if policy is not None:
             require_hooked(policy, "AnnotateHook")
             kept_keys(policy, keep)

@@ -84,7 +84,7 @@ def request_sites(hooked: HookedPolicy, key: str, relative: bool, acts: bool = F
             than is meant, or a run is counted from the last.
     """
     root = hooked.hooked_root if relative else hooked
-    sites = find_sites(root, key, type(root).__name__, runs=True)
+    sites = find_sites(root, key, runs=True)
     if acts:
         require_apart(root, key, sites)
         require_counted(sites)

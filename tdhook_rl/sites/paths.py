@@ -35,6 +35,7 @@ from typing import Literal
 from torch import nn
 
 from tdhook_rl.errors import SiteError, listed, nearest
+from tdhook_rl.sites.known import own_class
 
 #: Which run of a module in one call: its number (negative ones count from the last), all, or not said.
 Run = int | Literal["all"] | None
@@ -87,22 +88,19 @@ def resolve(root: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def find_sites(
-    root: nn.Module, pattern: str | Sequence[str], owner: str | None = None, *, runs: bool = False
-) -> list[Site]:
+def find_sites(root: nn.Module, pattern: str | Sequence[str], *, runs: bool = False) -> list[Site]:
     """The sites that a pattern, or each of several patterns, names.
 
     Args:
         root: the module that paths start from.
         pattern: one pattern or a sequence of patterns.
-        owner: how error messages call the root; its class name by default.
         runs: a pattern may name single runs of modules (``"act@0"``).
 
     Raises:
         SiteError: if a pattern matches nothing, a literal path names a container that never runs, or a run is named
             where the module as such is meant.
     """
-    owner = owner or type(root).__name__
+    owner = own_class(root).__name__
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     if not patterns:
         raise SiteError(f"no module of {owner} was named: give at least one path or pattern")
@@ -144,9 +142,9 @@ def require_apart(root: nn.Module, pattern: str, sites: Sequence[Site], *, neste
         return
     meant = next(iter(holders.values()))
     raise SiteError(
-        f"the pattern {pattern!r} of an intervention catches {len(found)} modules of {type(root).__name__}, among them "
-        f"{next(iter(holders))!r} along with {meant!r}, so that what is done would be done there more than once or "
-        f"elsewhere than meant: {listed(map(repr, found), 40)}. A pattern is matched from the start of a path "
+        f"the pattern {pattern!r} of an intervention catches {len(found)} modules of {own_class(root).__name__}, among "
+        f"them {next(iter(holders))!r} along with {meant!r}, so that what is done would be done there more than once "
+        f"or elsewhere than meant: {listed(map(repr, found), 40)}. A pattern is matched from the start of a path "
         f"(re.match): write {re.escape(meant) + '$'!r}, or the path {meant!r}, for that module alone"
     )
 

@@ -16,6 +16,7 @@ from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.policies.tying import named_tensors, put_back, replace_tensors
 from tdhook_rl.sites.hooks import Portable
+from tdhook_rl.sites.known import own_class
 from tdhook_rl.sites.runtime import Runtime
 from tdhook_rl.weights.computed import computed_weights
 
@@ -123,8 +124,8 @@ class _Arithmetic:
                 value = nn.Parameter(value, requires_grad=tensor.requires_grad)
             if not torch.equal(new.setdefault(id(tensor), value), value):
                 raise InputError(
-                    f"{name!r} is tied to another weight of {type(self._root).__name__}, but the vectors change the "
-                    "two differently: fine-tune with the weights tied"
+                    f"{name!r} is tied to another weight of {own_class(self._root).__name__}, but the vectors change "
+                    "the two differently: fine-tune with the weights tied"
                 )
         with self._runtime.lock:  # not in the middle of a collector's forward
             replaced = replace_tensors(self._policy, new)
