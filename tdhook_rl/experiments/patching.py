@@ -12,10 +12,10 @@ from tdhook_rl import ActivationCaching
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError
 from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained, logits
-from tdhook_rl.latent import ActivationPatching
 from tdhook_rl.report.drawing import Drawing
 from tdhook_rl.report.figures import grouped_bars
 from tdhook_rl.statistics import grouped_mean
+from tdhook_rl.sweeps import patch_sites
 
 CONTROLS = 32
 
@@ -23,23 +23,23 @@ CONTROLS = 32
 def measure(trained: Trained) -> Findings:
     """Full and one-dimensional patches, in states where switching a light changes what the agent does."""
     actor, sites = trained.agent.actor, trained.recipe.sites
-    clean, corrupt = _decisions(actor)
-    outputs = {name: logits(actor, one) for name, one in (("clean", clean), ("corrupt", corrupt))}
-    full = {name: _patched(actor, path, clean, corrupt, None) for name, path in sites.items()}
-    gap = max(float((one - outputs["corrupt"]).abs().max()) for one in full.values())
+    off, on = _decisions(actor)
+    # On states with the light off, with activations as they are with the light on.
+    patched = partial(patch_sites, actor, off, on, list(sites.values()), way="noising", controls=0)
+    gap = max(float((cell.shares - 1).abs().max()) for cell in patched())
+    differences = {path: _activations(actor, path, on) - _activations(actor, path, off) for path in sites.values()}
+    towards_b = torch.where(off["concept", "paying_corner"] == 0, 1.0, -1.0)
+    lights = patched(
+        direction={path: one.mean(0) for path, one in differences.items()}, controls=CONTROLS, seed=trained.seed
+    )
+    corners = patched(direction={path: (towards_b[:, None] * one).mean(0) for path, one in differences.items()})
     light, corner, random, size = {}, {}, {}, {}
-    draws = torch.Generator().manual_seed(trained.seed)
-    towards_b = torch.where(clean["concept", "paying_corner"] == 0, 1.0, -1.0)
     for name, path in sites.items():
-        difference = _activations(actor, path, corrupt) - _activations(actor, path, clean)
-        recovered = partial(_recovered, actor, path, clean, corrupt, outputs)
-        light[name], size[name] = recovered(difference.mean(0)), recovered(difference.mean(0), size=True)
-        corner[name] = recovered((towards_b[:, None] * difference).mean(0))
-        noise = torch.randn(CONTROLS, difference.shape[-1], generator=draws)
-        random[name] = [recovered(one, size=True) for one in noise]
-    share = len(clean) / len(CueCorners().paired_states(0)[0])
+        light[name], corner[name] = lights[path].median, corners[path].median
+        size[name], random[name] = lights[path].size, lights[path].at_random.abs().median(-1).values.tolist()
+    share = len(off) / len(CueCorners().paired_states(0)[0])
     checks = [
-        Check("all of a layer patched (exact): largest change of a logit against the corrupted run", gap, high=0.0,
+        Check("all of a layer patched (exact): largest distance of the share from 1", gap, high=0.0,
               beside=f"at {', '.join(sites)}"),
         Check("fc2: share of the logit difference that the corner's direction recovers", corner["fc2"], low=0.9,
               beside=f"the light's {light['fc2']:.2f} ({size['fc2']:.2f} in size)"),
@@ -80,43 +80,6 @@ def _decisions(actor: nn.Module) -> tuple[TensorDict, TensorDict]:
 def _activations(actor: nn.Module, path: str, states: TensorDictBase) -> Tensor:
     with ActivationCaching(path).prepare(actor) as hooked:
         return hooked.annotate(states)["cache", path]
-
-
-def _patched(
-    actor: nn.Module, path: str, clean: TensorDictBase, corrupt: TensorDictBase, direction: Tensor | None
-) -> Tensor:
-    """The logits on clean inputs with activations of the corrupted run: all of them, or their part in a direction."""
-    function = None if direction is None else partial(_along, direction=direction / direction.norm())
-    data = corrupt.clone().set(("patched", "observation"), clean["observation"])
-    with torch.no_grad(), ActivationPatching([path], patch_fn=function).prepare(actor) as hooked:
-        return hooked(data)["patched", "logits"]
-
-
-def _along(path: str, here: Tensor, first: Tensor, direction: Tensor) -> Tensor:
-    component = ((first - here) * direction).sum(-1, keepdim=True)
-    return here + component * direction
-
-
-def _recovered(
-    actor: nn.Module,
-    path: str,
-    clean: TensorDictBase,
-    corrupt: TensorDictBase,
-    outputs: dict[str, Tensor],
-    direction: Tensor,
-    size: bool = False,
-) -> float:
-    """The median share (or its size) of the change of logit difference between two actions; 1: the corrupted run."""
-    actions = torch.stack([outputs["clean"].argmax(-1), outputs["corrupt"].argmax(-1)], -1)
-
-    def difference(logits: Tensor) -> Tensor:
-        first, second = logits.gather(-1, actions).unbind(-1)
-        return second - first
-
-    start, end = difference(outputs["clean"]), difference(outputs["corrupt"])
-    reached = difference(_patched(actor, path, clean, corrupt, direction))
-    share = (reached - start) / (end - start)
-    return float((share.abs() if size else share).median())
 
 
 EXPERIMENT = Experiment(agent="cue_corners", title="Which activations carry the decision?", measure=measure, plot=plot)

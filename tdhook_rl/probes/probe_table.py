@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.statistics import Interval
+from tdhook_rl.statistics.cells import Cells, shown
 
 #: The scores of a cell that are intervals, in the order of the table.
 SCORES = ("trained", "untrained", "input", "shuffled", "gain", "selectivity", "auc")
@@ -81,7 +80,7 @@ class ProbeCell:
         return found | {"groups": self.trained.groups, "rows": self.trained.rows, "words": self.words}
 
 
-class ProbeTable(Sequence[ProbeCell]):
+class ProbeTable(Cells[ProbeCell]):
     """Cells, one for each site and concept.
 
     Args:
@@ -94,15 +93,6 @@ class ProbeTable(Sequence[ProbeCell]):
         (0.9, 1)
     """
 
-    def __init__(self, cells: Sequence[ProbeCell]) -> None:
-        self._cells = list(cells)
-
-    def __len__(self) -> int:
-        return len(self._cells)
-
-    def __iter__(self) -> Iterator[ProbeCell]:
-        return iter(self._cells)
-
     def __getitem__(self, key: Any) -> Any:
         """The cell of ``(site, concept)``, or ``(checkpoint, site, concept)``; or cells by number.
 
@@ -110,54 +100,23 @@ class ProbeTable(Sequence[ProbeCell]):
             InputError: for a site and concept that are not in the table.
         """
         if not isinstance(key, tuple):
-            return self._cells[key]
+            return super().__getitem__(key)
         for cell in self._cells:
             if (cell.checkpoint, cell.site, cell.concept)[-len(key) :] == key:
                 return cell
         known = [", ".join((cell.checkpoint, cell.site, cell.concept)[-len(key) :]) for cell in self._cells]
         raise InputError(f"the table has no cell {key!r}; {nearest(', '.join(map(str, key)), known)}")
 
-    def records(self) -> list[dict[str, Any]]:
-        """A row of numbers and words for each cell."""
-        return [cell.numbers() for cell in self._cells]
-
-    def frame(self) -> Any:
-        """A pandas DataFrame, a row for each cell.
-
-        Raises:
-            InputError: without pandas.
-        """
-        try:
-            import pandas
-        except ModuleNotFoundError:
-            raise InputError("a DataFrame needs pandas: pip install pandas; .records() are the same rows") from None
-        return pandas.DataFrame(self.records())
-
-    def json(self) -> str:
-        """The same rows as JSON; what is not known is ``null``."""
-        rows = [
-            {name: None if isinstance(one, float) and not math.isfinite(one) else one for name, one in row.items()}
-            for row in self.records()
-        ]
-        return json.dumps(rows, indent=1)
-
-    def __str__(self) -> str:
-        columns, rows = self.columns()
-        widths = [max(len(row[place]) for row in [columns, *rows]) for place in range(len(columns))]
-        lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-                 for row in [columns, *rows]]  # fmt: skip
-        return "\n".join(lines)
-
     def columns(self) -> tuple[list[str], list[list[str]]]:
         """The heads, and the rows as they are shown."""
-        shown = [name for name in SCORES if any(getattr(cell, name) is not None for cell in self._cells)]
+        present = [name for name in SCORES if any(getattr(cell, name) is not None for cell in self._cells)]
         several = any(cell.checkpoint for cell in self._cells)
         marked = any(not math.isnan(cell.adjusted) for cell in self._cells)
-        heads = ["site", "concept", "score", *shown, "chance", "majority", "groups", "rows", "words"]
+        heads = ["site", "concept", "score", *present, "chance", "majority", "groups", "rows", "words"]
         heads = ["checkpoint"] * several + heads[:3] + ["adjusted p"] * marked + heads[3:]
         rows = []
         for cell in self._cells:
-            scores = [_shown(getattr(cell, name)) for name in shown]
+            scores = [shown(getattr(cell, name)) for name in present]
             counts = [f"{cell.trained.groups}", f"{cell.trained.rows:.0f}"]
             words = "; ".join(dict.fromkeys(one for one in (cell.words, cell.trained.words) if one))
             shares = [f"{cell.chance:.2f}", f"{cell.majority:.2f}"]
@@ -165,19 +124,3 @@ class ProbeTable(Sequence[ProbeCell]):
             names = [cell.checkpoint] * several + [cell.site, cell.concept, cell.score]
             rows.append([*names, *mark, *scores, *shares, *counts, words])
         return heads, rows
-
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        heads, rows = self.columns()
-        head = "".join(f"<th>{escape(one)}</th>" for one in heads)
-        body = "".join("<tr>" + "".join(f"<td>{escape(one)}</td>" for one in row) + "</tr>" for row in rows)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _shown(one: Interval | None) -> str:
-    if one is None:
-        return "-"
-    if math.isnan(one.estimate):
-        return "none"
-    return f"{one.estimate:.3f}" + (f" [{one.low:.3f}, {one.high:.3f}]" if one.known else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -123,7 +124,8 @@ def bootstrap(
         return none(estimate, f"only {len(means)} groups: a bootstrap covers too little below {FEW_GROUPS}", **shape)
     if np.ptp(means) == 0:
         return none(estimate, f"all {len(means)} groups are alike", **shape)
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # which is said below
         found = stats.bootstrap(
             (means,), statistic, confidence_level=confidence, n_resamples=resamples, method="BCa",
             rng=np.random.default_rng(seed),

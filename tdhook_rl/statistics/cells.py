@@ -1,0 +1,90 @@
+"""A table of figures: rows as numbers and words, as a frame, as JSON, as text, in a notebook."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+from tdhook_rl.errors import InputError
+from tdhook_rl.statistics.interval import Interval
+
+
+class Cell(Protocol):
+    """One row of a table."""
+
+    def numbers(self) -> dict[str, Any]:
+        """All of it as numbers and words."""
+        ...
+
+
+C = TypeVar("C", bound=Cell)
+
+
+class Cells(Sequence[C], Generic[C]):
+    """Rows of figures, each of which says its numbers; a subclass says which columns are shown."""
+
+    def __init__(self, cells: Sequence[C]) -> None:
+        self._cells = list(cells)
+
+    def __len__(self) -> int:
+        return len(self._cells)
+
+    def __iter__(self) -> Iterator[C]:
+        return iter(self._cells)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._cells[key]
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row of numbers and words for each cell."""
+        return [cell.numbers() for cell in self._cells]
+
+    def frame(self) -> Any:
+        """A pandas DataFrame, a row for each cell.
+
+        Raises:
+            InputError: without pandas.
+        """
+        try:
+            import pandas
+        except ModuleNotFoundError:
+            raise InputError("a DataFrame needs pandas: pip install pandas; .records() are the same rows") from None
+        return pandas.DataFrame(self.records())
+
+    def json(self) -> str:
+        """The same rows as JSON; what is not known is ``null``."""
+        rows = [
+            {name: None if isinstance(one, float) and not math.isfinite(one) else one for name, one in row.items()}
+            for row in self.records()
+        ]
+        return json.dumps(rows, indent=1)
+
+    def columns(self) -> tuple[list[str], list[list[str]]]:
+        """The heads, and the rows as they are shown."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        columns, rows = self.columns()
+        widths = [max(len(row[place]) for row in [columns, *rows]) for place in range(len(columns))]
+        lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+                 for row in [columns, *rows]]  # fmt: skip
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        heads, rows = self.columns()
+        head = "".join(f"<th>{escape(one)}</th>" for one in heads)
+        body = "".join("<tr>" + "".join(f"<td>{escape(one)}</td>" for one in row) + "</tr>" for row in rows)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def shown(one: Interval | None) -> str:
+    """An interval as it stands in a table."""
+    if one is None:
+        return "-"
+    if math.isnan(one.estimate):
+        return "none"
+    return f"{one.estimate:.3f}" + (f" [{one.low:.3f}, {one.high:.3f}]" if one.known else "")

@@ -1,0 +1,221 @@
+"""How much of the difference of two runs a patch brings over, by state, with intervals and beside random directions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdhook_rl.errors import InputError, nearest
+from tdhook_rl.statistics import Interval, bootstrap, grouped_mean
+from tdhook_rl.statistics.cells import Cells, shown
+from tdhook_rl.statistics.interval import none
+
+#: Below so many units of rounding of the larger metric there is no difference of two runs to be brought over.
+ROUNDING = 64
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PatchCell:
+    """One patch.
+
+    Args:
+        site: the path of the module; ``"sender -> receiver"`` of a path.
+        patch: what was put in: ``"all"``, ``"direction"``, ``"rank 2"``, ``"path"``.
+        median: the median share over groups of states: 0 nothing changes, 1 it is as in the run that the activation is
+            from.
+        mean: the mean share over states.
+        size: the median of the size of the share, whatever its sign, which random directions are compared by.
+        random: that of random directions (subspaces) of equal dimension, its mean over them; ``None`` without.
+        p: the share of random directions that do as much, the direction counted as one.
+        pooled: all of the change over all of the difference: the mean share, weighted by the size of the difference.
+        shares: ``(states,)``, the share in each state that was given; NaN where it was left out.
+        at_random: ``(controls, states)``, the same for random directions.
+        left_out: states without a share.
+        words: why, and what else one has to know.
+        checkpoint: the name of the weights, where there are several.
+    """
+
+    site: str
+    patch: str
+    median: Interval
+    mean: Interval
+    size: float
+    pooled: float
+    random: Interval | None = None
+    p: float = math.nan
+    shares: Tensor = field(repr=False)
+    at_random: Tensor | None = field(default=None, repr=False)
+    left_out: int = 0
+    words: str = ""
+    checkpoint: str = ""
+
+    def numbers(self) -> dict[str, Any]:
+        """All of it as numbers and words; intervals with their limits."""
+        found: dict[str, Any] = {"checkpoint": self.checkpoint} if self.checkpoint else {}
+        found |= {"site": self.site, "patch": self.patch}
+        for name in ("median", "mean", "random"):
+            one = getattr(self, name)
+            if one is not None:
+                found |= {name: one.estimate, f"{name}_low": one.low, f"{name}_high": one.high}
+        found |= {"size": self.size, "pooled": self.pooled, "p": self.p, "left_out": self.left_out}
+        return found | {"groups": self.mean.groups, "states": int(self.mean.rows), "words": self.words}
+
+
+class PatchTable(Cells[PatchCell]):
+    """Patches, one in each row.
+
+    Args:
+        cells: the rows.
+        way: ``"denoising"`` or ``"noising"``.
+        metric: what shares are of, in words.
+
+    Attributes:
+        way, metric: as given.
+    """
+
+    def __init__(self, cells: Sequence[PatchCell], way: str, metric: str) -> None:
+        super().__init__(cells)
+        self.way = way
+        self.metric = metric
+
+    def __getitem__(self, key: Any) -> Any:
+        """The cell of a site, of ``(site, patch)``, of ``(checkpoint, site, patch)``; or cells by number.
+
+        Raises:
+            InputError: for one that is not in the table.
+        """
+        if isinstance(key, (int, slice)):
+            return super().__getitem__(key)
+        asked = key if isinstance(key, tuple) else (key,)
+        for cell in self:
+            names = (cell.checkpoint, cell.site, cell.patch)
+            if asked in (names, names[1:], (cell.site,)):
+                return cell
+        known = [cell.site for cell in self]
+        raise InputError(f"the table has no patch {key!r}; {nearest(', '.join(map(str, asked)), known)}")
+
+    def columns(self) -> tuple[list[str], list[list[str]]]:
+        """The heads, and the rows as they are shown."""
+        several, controlled = any(cell.checkpoint for cell in self), any(cell.random is not None for cell in self)
+        heads = ["checkpoint"] * several + ["site", "patch", "median share", "mean share"]
+        heads += ["size", "random directions", "p"] * controlled + ["groups", "left out", "words"]
+        rows = []
+        for cell in self:
+            row = [cell.checkpoint] * several + [cell.site, cell.patch, shown(cell.median), shown(cell.mean)]
+            if controlled:
+                row += [_number(cell.size), shown(cell.random), _number(cell.p)]
+            rows.append([*row, str(cell.mean.groups), str(cell.left_out), cell.words])
+        return heads, rows
+
+    def __str__(self) -> str:
+        how = {
+            "denoising": "runs on corrupt states with activations of the clean ones put in",
+            "noising": "runs on clean states with activations of the corrupt ones put in",
+        }[self.way]
+        return f"{self.way}: {how}; share of: {self.metric}\n{super().__str__()}"
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3g}"
+
+
+@dataclass(frozen=True)
+class Gap:
+    """What there is to be brought over.
+
+    Args:
+        base: ``(states,)``, the metric of the run that is patched.
+        source: of the run that the activations are from.
+    """
+
+    base: Tensor
+    source: Tensor
+
+    @property
+    def known(self) -> Tensor:
+        """Where there is a difference that is no rounding, and a number."""
+        size = torch.maximum(self.base.abs(), self.source.abs())
+        gap = self.source - self.base
+        return torch.isfinite(gap) & (gap.abs() > ROUNDING * torch.finfo(torch.float32).eps * size)
+
+    def shares(self, reached: Tensor) -> Tensor:
+        """``(..., states)``: of the metric that patched runs reach; NaN where there is nothing to share."""
+        share = (reached - self.base) / (self.source - self.base)
+        return torch.where(self.known & torch.isfinite(share), share, torch.nan)
+
+    def pooled(self, reached: Tensor) -> Tensor:
+        """``(...)``: all of the change, towards the source, over all of the difference."""
+        gap = self.source - self.base
+        share = self.shares(reached)
+        usable = torch.isfinite(share)
+        weight = torch.where(usable, gap.abs(), 0.0)
+        return (torch.where(usable, share, 0.0) * weight).sum(-1) / weight.sum(-1)
+
+    def left_out(self, reached: Tensor) -> str:
+        """How many states are left out and why, in words."""
+        gap = self.source - self.base
+        odd = ~torch.isfinite(gap) | (self.known & ~torch.isfinite(reached))
+        same = ~self.known & ~odd
+        parts = [f"{int(same.sum())} with no difference between the two runs"] if bool(same.any()) else []
+        parts += [f"{int(odd.sum())} with a metric that is not finite"] if bool(odd.any()) else []
+        return f"left out of {len(gap)} states: {', '.join(parts)}" if parts else ""
+
+
+def summed_up(
+    site: str,
+    patch: str,
+    gap: Gap,
+    reached: Tensor,
+    groups: Tensor | None,
+    *,
+    among: Any = None,
+    at_random: Tensor | None = None,
+    checkpoint: str = "",
+    words: str = "",
+) -> PatchCell:
+    """The row of a patch.
+
+    Args:
+        site, patch: what was put in where.
+        gap: what there is to be brought over.
+        reached: ``(states,)``, the metric of the patched run.
+        groups: of the states.
+        among: gives the values of these states among all that were given.
+        at_random: ``(controls, states)``, the metric with random directions.
+        checkpoint: the name of the weights.
+        words: what else is to be said.
+    """
+    shares = gap.shares(reached)
+    usable = torch.isfinite(shares)
+    kept, own = shares[usable], None if groups is None else groups[usable]
+    said = [words, gap.left_out(reached)]
+    random, p, others = None, math.nan, None
+    if not len(kept):
+        said.append("no state is left")
+        shape = {"confidence": 0.95, "groups": 0, "rows": 0}
+        median = mean = none(math.nan, "no state is left", **shape)
+        size = math.nan
+    else:
+        median, mean = bootstrap(np.median, kept, own), grouped_mean(kept, own)
+        size = float(np.median(kept.abs().numpy()))
+        said += [one.words for one in (mean, median) if not one.known]
+    if at_random is not None:
+        others = gap.shares(at_random)
+        sizes = np.nanmedian(others[:, usable].abs().numpy(), -1) if len(kept) else np.array([math.nan])
+        if np.isfinite(sizes).all():
+            random = grouped_mean(sizes)
+            p = (1 + int((sizes >= size).sum())) / (1 + len(sizes))
+    among = (lambda values: values) if among is None else among
+    everywhere = among(shares)
+    return PatchCell(
+        site=site, patch=patch, median=median, mean=mean, size=size, pooled=float(gap.pooled(reached)), random=random,
+        p=p, shares=everywhere, at_random=None if others is None else among(others),
+        left_out=int((~torch.isfinite(everywhere)).sum()), words="; ".join(dict.fromkeys(one for one in said if one)),
+        checkpoint=checkpoint,
+    )  # fmt: skip

@@ -1,0 +1,119 @@
+"""Subspaces of an activation: along a direction, spanned by the differences of pairs, and at random."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from tdhook_rl.errors import InputError, SiteError, nearest
+from tdhook_rl.latent.steering_vector import SteeringVector
+from tdhook_rl.sites.vectors import placed_shape
+from tdhook_rl.sweeps.causal.bench import Bench
+from tdhook_rl.sweeps.causal.edits import vectors_last
+
+#: A steering vector, a tensor, or one of these for each site.
+Direction: TypeAlias = SteeringVector | Tensor | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """A subspace of what a site gives.
+
+    Args:
+        basis: orthonormal, ``(vectors, size)``, in float64.
+        dims: the dimensions of the activation that its vectors have, from the end.
+    """
+
+    basis: Tensor
+    dims: tuple[int, ...]
+
+    def said(self, rank: int | None) -> str:
+        """Where it has not as many dimensions as were asked for, in words."""
+        if not bool(self.basis.any()):
+            return "the pairs do not differ here"
+        found = len(self.basis)
+        return "" if rank is None or found >= rank else f"the pairs differ in {found} dimension{'s' * (found > 1)} only"
+
+    def random_alike(self, count: int, generator: torch.Generator) -> Tensor:
+        """Random subspaces of as many dimensions, ``(count, vectors, size)``."""
+        noise = torch.randn(count, self.basis.shape[1], self.basis.shape[0], generator=generator, dtype=torch.float64)
+        return torch.linalg.qr(noise).Q.transpose(1, 2)
+
+
+def directions_by_site(direction: Direction, sites: Sequence[str]) -> dict[str, Tensor]:
+    """The direction at each site.
+
+    Raises:
+        SiteError: if one is for another site, or a site has none.
+    """
+    if isinstance(direction, SteeringVector):
+        direction = {direction.path: direction}
+    if not isinstance(direction, Mapping):
+        return {site: torch.as_tensor(direction) for site in sites}
+    found = {
+        path: one.vector if isinstance(one, SteeringVector) else torch.as_tensor(one) for path, one in direction.items()
+    }
+    for path in found:
+        if path not in sites:
+            raise SiteError(f"direction= is for {path!r}, which is not patched; {nearest(path, sites)}")
+    lacking = [site for site in sites if site not in found]
+    if lacking:
+        raise SiteError(f"direction= has none for {lacking[0]!r}; it is for {', '.join(map(repr, found))}")
+    return found
+
+
+def along(direction: Tensor, site: str, activation: Tensor, bench: Bench) -> Subspace:
+    """The line along a direction.
+
+    Args:
+        direction: of the shape of the features, or of the channels of maps (a component in each place).
+        site: where.
+        activation: what the site gives, ``(states, ...)``.
+        bench: of the policy.
+
+    Raises:
+        InputError: if it does not fit, is zero or not finite.
+    """
+    norm = direction.detach().double().norm()
+    if not bool(torch.isfinite(norm)) or float(norm) == 0:
+        raise InputError(f"the direction at {site!r} must be finite and not zero; its norm is {float(norm)}")
+    hooked = bench.hooked
+    runtime = hooked._hooked.runtime
+    previous, runtime.batch = runtime.batch, activation.shape[:1]
+    try:
+        module = hooked.hooked_root.get_submodule(bench.paths[site])
+        shape = placed_shape(direction.shape, activation, module._hooked_features, runtime, site, "direction")
+    finally:
+        runtime.batch = previous
+    placed = direction.detach().double().cpu().reshape(shape)
+    size = activation.shape[activation.ndim - len(shape) :]
+    dims = tuple(place - len(shape) for place, (one, own) in enumerate(zip(shape, size, strict=True)) if one == own)
+    return Subspace((placed / norm.cpu()).reshape(1, -1), dims)
+
+
+def of_differences(moments: Tensor, rank: int, axis: int) -> Subspace:
+    """The subspace that holds most of the differences of pairs: their first principal components, about zero.
+
+    It has fewer dimensions than are asked for where the differences have no more, and one, which is a point, where
+    there are none.
+
+    Args:
+        moments: the sum of outer products of the differences, ``(units, units)``.
+        rank: of how many dimensions.
+        axis: of the units.
+    """
+    values, vectors = torch.linalg.eigh(moments)
+    known = int((values > 1e-10 * values.max().clamp_min(1e-300)).sum())
+    if not known:
+        return Subspace(torch.zeros(1, len(moments), dtype=torch.float64), (axis,))
+    return Subspace(vectors.flip(1)[:, : min(rank, known)].T.contiguous(), (axis,))
+
+
+def outer_products(clean: Tensor, corrupt: Tensor, axis: int) -> Tensor:
+    """The sum of the outer products of the differences of two activations along the axis of the units."""
+    difference = vectors_last((clean - corrupt).detach().double().cpu(), [axis]).flatten(0, -2)
+    return difference.T @ difference
