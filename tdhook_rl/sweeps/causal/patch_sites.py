@@ -20,7 +20,14 @@ from tdhook_rl.sweeps.causal.edits import Put, PutPart
 from tdhook_rl.sweeps.causal.metrics import Metric, Reading
 from tdhook_rl.sweeps.causal.pairs import Pairs, Way, base_and_source, pairs_of, require_way
 from tdhook_rl.sweeps.causal.patch_table import Gap, PatchCell, PatchTable, summed_up
-from tdhook_rl.sweeps.causal.subspaces import Subspace, along, directions_by_site, of_differences, outer_products
+from tdhook_rl.sweeps.causal.subspaces import (
+    Subspace,
+    along,
+    directions_by_site,
+    of_differences,
+    outer_products,
+    own_path,
+)
 
 
 @checked
@@ -84,7 +91,7 @@ def patch_sites(
         >>> net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
         >>> clean, corrupt = (TensorDict({"input": torch.randn(20, 3)}, batch_size=20) for _ in range(2))
         >>> table = patch_sites(net, clean, corrupt, ["0", "1"], metric=lambda out: out["output"][:, 0])
-        >>> table["1"].mean.estimate, table["1"].mean.rows
+        >>> table["1"].mean.estimate, table["1"].mean.groups
         (1.0, 20)
     """
     require_way(way)
@@ -96,7 +103,7 @@ def patch_sites(
         raise InputError(f"controls= is a number of random directions, got {controls}")
     if sites is None:
         if isinstance(direction, SteeringVector):
-            sites = [direction.path]
+            sites = [own_path(direction)]
         elif isinstance(direction, Mapping):
             sites = list(direction)
         else:

@@ -44,6 +44,17 @@ class Subspace:
         return torch.linalg.qr(noise).Q.transpose(1, 2)
 
 
+def own_path(vector: SteeringVector) -> str:
+    """The module of a steering vector.
+
+    Raises:
+        SiteError: for one of an entry that a module writes.
+    """
+    if not isinstance(vector.path, str):
+        raise SiteError(f"direction= is for the entry {vector.path!r}; the outputs of modules are patched: name one")
+    return vector.path
+
+
 def directions_by_site(direction: Direction, sites: Sequence[str]) -> dict[str, Tensor]:
     """The direction at each site.
 
@@ -51,7 +62,7 @@ def directions_by_site(direction: Direction, sites: Sequence[str]) -> dict[str, 
         SiteError: if one is for another site, or a site has none.
     """
     if isinstance(direction, SteeringVector):
-        direction = {direction.path: direction}
+        direction = {own_path(direction): direction}
     if not isinstance(direction, Mapping):
         return {site: torch.as_tensor(direction) for site in sites}
     found = {
