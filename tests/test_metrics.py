@@ -14,7 +14,7 @@ from torch import nn
 from tdhook_rl import Compose, IntegratedGradients, Saliency, SteeringVectors, targets
 from tdhook_rl.attribution import LRP
 from tdhook_rl.envs import CueCorners
-from tdhook_rl.errors import InactiveError, InputError, MissingKeyError, SiteError, TargetError
+from tdhook_rl.errors import InactiveError, InputError, MissingKeyError, PreparationError, SiteError, TargetError
 from tdhook_rl.examples.agent import make_trained_actor
 from tdhook_rl.latent import ActivationCaching
 from tdhook_rl.metrics import (
@@ -332,7 +332,7 @@ def test_what_cannot_be_scored_is_refused() -> None:
     net = mlp().double()
     data = rows(3)
     metric = InfidelityMetric()
-    with pytest.raises(InputError, match="takes a hooked policy, got a Sequential"):
+    with pytest.raises(PreparationError, match="takes a hooked policy, got a plain Sequential"):
         metric(net, data)
     with ActivationCaching("1").prepare(net) as hooked, pytest.raises(InputError, match="hooked without one"):
         metric(hooked, data)

@@ -23,6 +23,7 @@ from tdhook_rl.attribution import (
     IntegratedGradients,
     Occlusion,
 )
+from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import (
     ArgumentError,
     ContextError,
@@ -38,6 +39,10 @@ from tdhook_rl.latent import (
     SteeringVectors,
 )
 from tdhook_rl.method import Method
+from tdhook_rl.metrics import InfidelityMetric
+from tdhook_rl.replay import analyze
+from tdhook_rl.report import Monitor
+from tdhook_rl.rollout import AnnotatedMetrics, AnnotateHook, alike_episodes
 from tests.method_table import METHODS
 from tests.policies import Case
 
@@ -225,6 +230,33 @@ def test_a_context_is_not_the_hooked_policy() -> None:
         hooked(data())
         with context.disable_hooks():
             assert "attr" not in hooked(data()).keys()
+
+
+TAKE_A_POLICY: dict[str, Callable[[Any], Any]] = {
+    "Monitor": lambda policy: Monitor(policy, folder="never made"),
+    "Monitor(untrained=...)": lambda policy: Monitor(untrained=policy, folder="never made"),
+    "AnnotateHook": AnnotateHook,
+    "AnnotatedMetrics": AnnotatedMetrics,
+    "alike_episodes": lambda policy: alike_episodes(policy, CueCorners(), episodes=1, max_steps=1),
+    "analyze": lambda policy: analyze(policy, data(), "never made"),
+    "a metric": lambda policy: InfidelityMetric()(policy, data()),
+}
+
+
+@pytest.mark.parametrize("name", TAKE_A_POLICY)
+def test_what_takes_a_hooked_policy_says_what_it_got_and_how_one_is_made(name: str) -> None:
+    wrong = {
+        "a plain Sequential": net(),
+        "a context that was not entered": Saliency().prepare(net()),
+        "the class Sequential": nn.Sequential,
+    }
+    for got, policy in wrong.items():
+        with pytest.raises(PreparationError) as found:
+            TAKE_A_POLICY[name](policy)
+        text = str(found.value)
+        assert text.startswith(f"{name} takes a hooked policy, got {got}: ")
+        assert "with Saliency().prepare(policy) as hooked" in text
+        assert "return_context=False" in text
 
 
 @pytest.mark.parametrize("annotate", [False, True])

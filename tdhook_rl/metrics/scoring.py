@@ -18,9 +18,8 @@ from tdhook_rl.arguments.keys import key_parts, required
 from tdhook_rl.attribution.base import BoundAttribution
 from tdhook_rl.attribution.baselines import filled
 from tdhook_rl.calls.passes import Call, effects_of, stored_inputs
-from tdhook_rl.calls.preconditions import require_rows
+from tdhook_rl.calls.preconditions import require_hooked, require_rows
 from tdhook_rl.errors import InputError, TargetError, nearest
-from tdhook_rl.hooking.hooked import HookedMixin
 from tdhook_rl.policies.draws import action_keys
 from tdhook_rl.replaying.batching import (
     PassNoise,
@@ -241,13 +240,10 @@ def find_attribution(hooked: Any, attribution_key: str | None) -> BoundAttributi
     """The attribution method of a hooked policy.
 
     Raises:
+        PreparationError: for a policy that is not hooked.
         InputError: if there is none, or several and none is named.
     """
-    if not isinstance(hooked, HookedMixin):
-        raise InputError(
-            f"a metric takes a hooked policy, got a {type(hooked).__name__}: "
-            "`with Saliency().prepare(policy) as hooked:`"
-        )
+    require_hooked(hooked, "a metric")
     hooked._hooked.runtime.require_open()
     found: list[Any] = [one for one in hooked._hooked.bound if isinstance(one, BoundAttribution)]
     if not found:
