@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,8 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.collectors import Collector
-from torchrl.envs import GymEnv, InitTracker, ParallelEnv, SerialEnv, StepCounter, TransformedEnv
+from torchrl.envs import Compose as EnvCompose
+from torchrl.envs import GymEnv, InitTracker, ParallelEnv, RewardSum, SerialEnv, StepCounter, TransformedEnv
 from torchrl.modules import ProbabilisticActor
 
 from tdhook_rl import Saliency, targets
@@ -94,6 +96,36 @@ def test_episodes_are_found_by_number_by_end_and_without_padding() -> None:
     ]  # fmt: skip
     data["next", "episode_reward"] = torch.full((2, 4, 1), 0.5)
     assert {one.total for one in episodes(data)} == {0.5}
+
+
+@pytest.mark.parametrize("told_by", ["RewardSum", "StepCounter", "InitTracker", "all", "nothing"])
+@pytest.mark.parametrize("frames", [10, 20, 50, 100])
+def test_returns_and_lengths_are_of_episodes_and_not_of_their_parts_in_a_batch(told_by: str, frames: int) -> None:
+    """A collector cuts episodes at the ends of its batches; what was cut off is counted, or nothing is said of it."""
+    adds = {"RewardSum": RewardSum, "StepCounter": StepCounter, "InitTracker": InitTracker}
+    made = [add() for name, add in adds.items() if told_by in (name, "all")]
+    env = TransformedEnv(CueCorners(batch_size=[5]), EnvCompose(*made))
+    env.set_seed(0)
+    options = {"frames_per_batch": frames, "total_frames": 400, "auto_register_policy_transforms": False}
+    batches = list(Collector(env, **options))
+    whole = torch.cat(batches, 1)
+    expected = [(float(whole["next", "reward"].reshape(-1)[one.places].sum()), len(one.places))
+                for one in episodes(whole.select(("next", "done"))) if one.ended]  # fmt: skip
+    assert len(expected) > 1
+    found = [one for batch in batches for one in episodes(batch) if one.ended]
+    totals, steps = [one.total for one in found], [one.steps for one in found]
+    assert len(found) == len(expected)
+    if told_by in ("RewardSum", "all"):
+        assert sorted(totals) == pytest.approx(sorted(total for total, _ in expected), abs=1e-5)
+    if told_by in ("StepCounter", "all"):
+        assert sorted(steps) == sorted(length for _, length in expected)
+    if told_by in ("StepCounter", "InitTracker"):  # of those that lie in one batch alone
+        known = [value for value in totals if value == value]
+        assert len(known) < len(found)
+        counts = Counter(round(total, 4) for total, _ in expected)
+        assert not Counter(round(value, 4) for value in known) - counts
+    if told_by == "InitTracker":
+        assert not Counter(value for value in steps if value == value) - Counter(length for _, length in expected)
 
 
 @pytest.mark.parametrize("make", [CueCorners, CueGrid, TMaze, KnownValue, Cheese, KeyDoor])

@@ -27,13 +27,16 @@ class Episode:
         places: its rows in order of time, counted through all dimensions of the batch.
         ended: whether its end is in the batch.
         total: its return: ``("next", "episode_reward")`` at its last row, or else the sum of the rewards in the batch;
-            of several agents the mean.
+            of several agents the mean. NaN where it is of a part alone: ``step_count`` or ``is_init`` says that the
+            episode had begun before.
+        steps: how many it has had: ``("next", "step_count")`` at its last row, or else its rows; NaN likewise.
     """
 
     number: int
     places: np.ndarray
     ended: bool
     total: float
+    steps: float
 
 
 def episodes(data: TensorDictBase) -> list[Episode]:
@@ -49,9 +52,10 @@ def episodes(data: TensorDictBase) -> list[Episode]:
     count = data.batch_size.numel()
     if not count:
         return []
-    done = _column(data, "done", count)
+    after = data.get("next", TensorDict({}, data.batch_size))
+    done = _column(after, "done", count)
     ended = np.zeros(count, dtype=bool) if done is None else done.astype(bool)
-    reward, total = _column(data, "reward", count), _column(data, "episode_reward", count)
+    reward, total = _column(after, "reward", count), _column(after, "episode_reward", count)
     ids = data.get(EPISODE, None)
     steps = data.batch_size[-1] if data.ndim else 1
     if isinstance(ids, Tensor) and ids.numel() == count:
@@ -68,13 +72,19 @@ def episodes(data: TensorDictBase) -> list[Episode]:
     starts = np.concatenate([[0], np.diff(numbers[order]).nonzero()[0] + 1])
     stops = np.append(starts[1:], len(order))
     lasts = order[stops - 1]
-    whole = np.full(len(starts), np.nan)
+    before = _before(data, order[starts], count)
+    returns = np.full(len(starts), np.nan)
     if total is not None:
-        whole = total[lasts]
+        returns = total[lasts]
     elif reward is not None:
-        whole = np.add.reduceat(reward[order], starts)
-    columns = (numbers[lasts].tolist(), starts.tolist(), stops.tolist(), ended[lasts].tolist(), whole.tolist())
-    return [Episode(one, order[i:j], end, value) for one, i, j, end, value in zip(*columns, strict=True)]
+        returns = np.where(before, np.nan, np.add.reduceat(reward[order], starts))
+    lengths = np.where(before, np.nan, stops - starts)
+    counted = _column(after, "step_count", count)
+    if counted is not None:
+        lengths = counted[lasts]
+    columns = (numbers[lasts], starts, stops, ended[lasts], returns, lengths)
+    rows = zip(*(one.tolist() for one in columns), strict=True)
+    return [Episode(one, order[i:j], end, value, length) for one, i, j, end, value, length in rows]
 
 
 def episode_table(found: list[Episode], readings: Mapping[str, Tensor], step: int, most: int = 5) -> DataTable | None:
@@ -100,19 +110,27 @@ def episode_table(found: list[Episode], readings: Mapping[str, Tensor], step: in
     chosen = [("worst", one) for one in ranked[:few]]
     chosen += [("best", one) for one in ranked[::-1][:few] if len(ranked) > 1]
     rows = [
-        [step, rank, one.number, one.total, len(one.places), "yes" if one.ended else "no"]
+        [step, rank, one.number, one.total, one.steps, "yes" if one.ended else "no"]
         + [float(values[torch.from_numpy(one.places)].nanmean()) for values in readings.values()]
         for rank, one in chosen
     ]
     return DataTable(["frames", "rank", "episode", "return", "steps", "ended", *readings], rows)
 
 
+def _before(data: TensorDictBase, firsts: np.ndarray, count: int) -> np.ndarray:
+    """Whether the data says of a row that its episode had begun before it."""
+    root = data.exclude("next")
+    counted, begins = _column(root, "step_count", count), _column(root, "is_init", count)
+    if counted is not None:
+        return counted[firsts] > 0
+    return np.zeros(len(firsts), dtype=bool) if begins is None else ~begins[firsts].astype(bool)
+
+
 def _column(data: TensorDictBase, name: str, count: int) -> np.ndarray | None:
-    """One number for each row, of ``("next", name)`` or of the groups of agents that have it: the mean, or any."""
-    keys: list[Any] = [("next", name)]
-    if data.get(keys[0], None) is None:
-        inside = data.get("next", TensorDict({}, data.batch_size)).keys(True, True)
-        keys = [("next", *key) for key in inside if isinstance(key, tuple) and key[-1] == name]
+    """One number for each row, of this name or of the groups of agents that have it: the mean, or any."""
+    keys: list[Any] = [name]
+    if data.get(name, None) is None:
+        keys = [key for key in data.keys(True, True) if isinstance(key, tuple) and key[-1] == name]
     values = [data.get(key, None) for key in keys]
     known = [one for one in values if isinstance(one, Tensor) and one.numel() and one.numel() % count == 0]
     if not known or any(one.is_complex() for one in known):

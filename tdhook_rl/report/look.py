@@ -165,10 +165,11 @@ class Look:
         return self.policy.annotate(batch, on_mismatch=on_mismatch)
 
 
-def _returns(known: list[Episode]) -> dict[str, float]:
-    ended = [one for one in known if one.ended]
+def _returns(found_in: list[Episode]) -> dict[str, float]:
+    ended = [one for one in found_in if one.ended]
     found = {"episodes.ended": float(len(ended))}
-    if ended:
-        found["episodes.return"] = sum(one.total for one in ended) / len(ended)
-        found["episodes.steps"] = sum(len(one.places) for one in ended) / len(ended)
+    for name, values in (("return", [one.total for one in ended]), ("steps", [one.steps for one in ended])):
+        known = [value for value in values if value == value]
+        if known:
+            found[f"episodes.{name}"] = sum(known) / len(known)
     return found
