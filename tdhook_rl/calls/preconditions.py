@@ -18,27 +18,21 @@ def require_hooked(policy: Any, what: str) -> None:
     Raises:
         PreparationError: for a plain policy, a context that was not entered, or no policy at all.
     """
+    got = f"a plain {type(policy).__name__}"
     if isinstance(policy, type):
         got = f"the class {policy.__name__}"
-    elif hasattr(policy, "annotate") and hasattr(policy, "result_keys"):
-        return
     else:
-        got = "a context that was not entered" if _is_context(policy) else f"a plain {type(policy).__name__}"
+        try:
+            _ = policy.annotate, policy.result_keys
+            return
+        except ContextError:  # what it answers whatever it is asked
+            got = "a context that was not entered"
+        except AttributeError:
+            pass
     raise PreparationError(
-        f"{what} takes a hooked policy, got {got}: with Saliency().prepare(policy) as hooked: ... gives one, and so does "
-        "Saliency().prepare(policy, return_context=False), which stays hooked without a block"
+        f"{what} takes a hooked policy, got {got}: with Saliency().prepare(policy) as hooked: ... gives one, and so "
+        "does Saliency().prepare(policy, return_context=False), which stays hooked without a block"
     )
-
-
-def _is_context(policy: Any) -> bool:
-    """Whether this is what ``prepare`` gives to be entered; it says so itself of whatever it is asked."""
-    try:
-        policy.annotate
-    except ContextError:
-        return True
-    except AttributeError:
-        return False
-    return False
 
 
 def require_data(data: Any, what: str) -> None:
