@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
+from torch.distributions import Categorical
 
 from tdhook_rl.rollout import NetworkDiagnostics, Plasticity, cka_matrix
 from tests.diagnosed import KINDS, debiased_cka, divergence, dormant, ranks
@@ -176,3 +178,38 @@ def test_agents_padding_and_groups_along_trajectories() -> None:
     assert (diagnostics.intervals["kl_churn"].groups, diagnostics.intervals["kl_churn"].rows) == (3, 21)
     few = NetworkDiagnostics(made.policy, sites=[made.site], trajectories=True, rows=10)
     assert few.update(made.states)["states"] == 8
+
+
+@pytest.mark.parametrize("changed", [("wolf",), ("sheep",), ("wolf", "sheep")])
+def test_groups_of_agents_are_all_followed(changed: tuple[str, ...]) -> None:
+    """What one group does anew is churn, whichever comes first: each by its key, and together without."""
+    torch.manual_seed(2)
+    heads = {group: nn.Linear(4, 4) for group in ("wolf", "sheep")}
+    steps: list[nn.Module] = []
+    for group, head in heads.items():
+        steps += [
+            TensorDictModule(head, [(group, "observation")], [(group, "logits")]),
+            ProbabilisticTensorDictModule(
+                in_keys={"logits": (group, "logits")}, out_keys=[(group, "action")], distribution_class=Categorical
+            ),
+            TensorDictModule(lambda x: x.sum(-1, True), [(group, "logits")], [(group, "state_value")]),
+        ]
+    policy = TensorDictSequential(*steps)
+    states = TensorDict({group: TensorDict(observation=torch.randn(64, 4)) for group in heads}, [64])
+    every: dict[str | None, NetworkDiagnostics] = {
+        group: NetworkDiagnostics(
+            policy, sites=["module.0"], states=states, norms=False,
+            action_key=group and (group, "action"), value_key=group and (group, "state_value"),
+        )
+        for group in (None, *heads)
+    }  # fmt: skip
+    for one in every.values():
+        one.update()
+    for group in changed:
+        nn.init.normal_(heads[group].weight)
+    found = {group: one.update() for group, one in every.items()}
+    for group in heads:
+        assert (found[group]["churn"] > 0) is (found[group]["value_drift"] > 0) is (group in changed)
+    assert found[None]["churn"] >= max(found[group]["churn"] for group in heads)
+    assert found[None]["kl_churn"] == pytest.approx(sum(found[group]["kl_churn"] for group in heads))
+    assert found[None]["value_drift"] == pytest.approx(sum(found[group]["value_drift"] for group in heads) / 2)

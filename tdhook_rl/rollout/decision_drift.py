@@ -13,8 +13,9 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.errors import MissingKeyError, nearest
-from tdhook_rl.metrics.drift import Divergence, policy_divergence, without_density
+from tdhook_rl.metrics.drift import policy_divergence, without_density
 from tdhook_rl.policies.actors import supports
 from tdhook_rl.policies.draws import action_keys
 from tdhook_rl.statistics.interval import Interval, none
@@ -24,7 +25,7 @@ _VALUES = ("state_value", "action_value", "state_action_value")
 
 
 class DecisionDrift:
-    """Follows what a network decides and what it takes states to be worth.
+    """Follows what a network decides and what it takes states to be worth: of groups of agents all together.
 
     Args:
         policy: the network.
@@ -49,15 +50,16 @@ class DecisionDrift:
                 raise MissingKeyError(
                     f"{what} compares the network's {key!r}, which it does not output; {nearest(key, known)}"
                 )
-        values = [key for name in _VALUES for key in known if (key if isinstance(key, str) else key[-1]) == name]
-        self._value = next(iter(values), None) if value_key is None else unravel_key(value_key)
-        self._support = None if self._value is None else supports(policy).get(self._value)
+        named = ([key for key in known if key_parts(key)[-1] == name] for name in _VALUES)
+        self._values = next(filter(None, named), []) if value_key is None else [unravel_key(value_key)]
+        self._supports = supports(policy)
         drawing = {one: [unravel_key(key) for key in one.dist_sample_keys] for one in policy.modules()
                    if isinstance(one, ProbabilisticTensorDictModule)}  # fmt: skip
         actions = [key for key in action_keys(known) if key in known] if action_key is None else [action_key]
         # Without an action by that name, whatever is drawn last is one, such as the parts of a composite.
-        self._actions = [unravel_key(key) for key in actions[:1]] or next(reversed(drawing.values()), [])
-        self._drawing = next((one for one in reversed(drawing) if set(self._actions) & set(drawing[one])), None)
+        self._actions = [unravel_key(key) for key in actions] or next(reversed(drawing.values()), [])
+        last = {key: one for one, keys in drawing.items() for key in keys}  # the one whose draw stays
+        self._drawing = list(dict.fromkeys(last[key] for key in self._actions if key in last))
         self._last: dict[str, Any] = {}
         self._by_state: dict[str, Tensor] = {}
         self.samples = 0
@@ -73,7 +75,7 @@ class DecisionDrift:
         self._by_state = {}
         if "action" in now:
             self._note("churn", found, self._churn(now))
-        if "distribution" in now:
+        if "distributions" in now:
             self._note("kl_churn", found, self._divergence(now))
         if "value" in now:
             found |= self._drift(now)
@@ -95,24 +97,33 @@ class DecisionDrift:
         actions = [outputs.get(key, None) for key in self._actions]
         if actions and all(isinstance(action, Tensor) for action in actions):
             found["action"] = torch.cat([action.reshape(len(action), -1).double() for action in actions], -1)
-        if self._drawing is not None:
-            keys = self._drawing.in_keys
-            if all(outputs.get(key, None) is not None for key in keys):
-                # In float64: what is left of a small divergence in float32 is rounding.
-                known = TensorDict({}, outputs.batch_size)
-                for key in keys:
-                    value = outputs.get(key)
-                    known.set(key, value.double() if value.is_floating_point() else value.clone())
-                distribution = self._drawing.get_dist(known)
-                if not without_density(distribution):
-                    found["distribution"] = distribution
-        value = None if self._value is None else outputs.get(self._value, None)
-        if isinstance(value, Tensor):
-            value = value.double()
-            if self._support is not None:  # log-probabilities of returns
-                value = (value.exp() * self._support.to(value)[:, None]).sum(-2)
-            found["value"] = value.reshape(len(value), -1)
+        distributions = [self._distribution(one, outputs) for one in self._drawing]
+        if distributions and None not in distributions:
+            found["distributions"] = distributions
+        values = [self._value(key, outputs) for key in self._values]
+        if values and all(value is not None for value in values):
+            found["value"] = torch.cat(values, -1)  # type: ignore[arg-type]
         return found
+
+    def _distribution(self, drawing: ProbabilisticTensorDictModule, outputs: TensorDictBase) -> Distribution | None:
+        known = TensorDict({}, outputs.batch_size)
+        for key in drawing.in_keys:
+            value = outputs.get(key, None)
+            if value is None:
+                return None
+            # In float64: what is left of a small divergence in float32 is rounding.
+            known.set(key, value.double() if value.is_floating_point() else value.clone())
+        distribution = drawing.get_dist(known)
+        return None if without_density(distribution) else distribution
+
+    def _value(self, key: NestedKey, outputs: TensorDictBase) -> Tensor | None:
+        value = outputs.get(key, None)
+        if not isinstance(value, Tensor):
+            return None
+        value = value.double()
+        if (support := self._supports.get(key)) is not None:  # log-probabilities of returns
+            value = (value.exp() * support.to(value)[:, None]).sum(-2)
+        return value.reshape(len(value), -1)
 
     def _note(self, name: str, found: dict[str, float], values: Tensor | None) -> None:
         if values is None:
@@ -128,12 +139,12 @@ class DecisionDrift:
         return (before != now["action"]).any(-1).double()
 
     def _divergence(self, now: Mapping[str, Any]) -> Tensor | None:
-        before: Distribution | None = self._last.get("distribution")
+        before: list[Distribution] | None = self._last.get("distributions")
         if before is None:
             return None
-        found: Divergence = policy_divergence(before, now["distribution"])
-        self.samples = found.samples
-        return found.values
+        found = [policy_divergence(*both) for both in zip(before, now["distributions"], strict=True)]
+        self.samples = max(one.samples for one in found)
+        return torch.stack([one.values for one in found]).sum(0)
 
     def _drift(self, now: Mapping[str, Any]) -> dict[str, float]:
         before = self._last.get("value")

@@ -65,8 +65,10 @@ class NetworkDiagnostics:
         rows: how many states are kept, evenly spread over what was given.
         tau: see :func:`tdhook_rl.metrics.dormant_units`.
         delta: see :func:`tdhook_rl.metrics.effective_rank`.
-        action_key: the key of the action, for churn; by default the network's ``"action"``, also beside nested outputs.
-        value_key: the key of the value, for its drift; by default ``"state_value"`` or ``"action_value"``.
+        action_key: the key of the action, for churn; by default the network's ``"action"``, also beside nested outputs;
+            of groups of agents those of all: any may change, and their divergences add up.
+        value_key: the key of the value, for its drift; by default ``"state_value"`` or ``"action_value"``;
+            of groups all of that name.
         units: which axis of an activation holds its units, by site or one for all; unless given, the modules tell
             (channels of ``Conv1d`` to ``Conv3d``, also where agents or time come first; the last axis of ``Linear``).
             Agents that share a network share its units; where TorchRL's multi-agent networks do not share, each agent
