@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tensordict import TensorDict
-from torch import nn
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+from torchrl.data import LazyTensorStorage, ReplayBuffer
 
-from tdhook_rl.errors import ArtifactError, InputError
-from tdhook_rl.latent import SteeringVector
+from tdhook_rl import ActivationAddition, LinearProbe, SteeringVectors
+from tdhook_rl.errors import ArtifactError, InputError, MissingKeyError, SiteError
+from tdhook_rl.latent import SteeringVector, cosines, principal_directions
+from tdhook_rl.latent.vectors.dealing import Dealer
+from tdhook_rl.rollout import GroupSplit, OnlineProbe, ProbeSuite
+from tdhook_rl.sites.paths import resolve
+from tests.policies import HIDDEN, POLICIES, Case, recurrent
 
 
 def mlp() -> nn.Module:
@@ -25,26 +36,331 @@ def states(*batch: int, seed: int = 0) -> TensorDict:
     return TensorDict({"input": torch.randn(*batch, 4, generator=generator)}, batch)
 
 
-def norms(vectors: torch.Tensor) -> torch.Tensor:
+def norms(vectors: Tensor) -> Tensor:
     return vectors.double().flatten(1).norm(dim=1)
 
 
+def computed(policy: nn.Module, path: str, data: TensorDictBase, read: Callable[[Any], Tensor] | None = None) -> Tensor:
+    """What a module computes for each row, ``(rows, *features)``, by a hook of torch on a copy in float64."""
+    twin, seen = copy.deepcopy(policy).double().eval(), []
+    read = read or (lambda output: output[0] if isinstance(output, tuple) else output)
+    module = resolve(twin, path)[0][1]
+    module.register_forward_hook(lambda _, args, output: seen.append(read(output).clone()))  # type: ignore[misc]
+    torch.set_default_dtype(torch.float64)  # of what is made inside a forward
+    try:
+        with torch.no_grad():
+            rows = data.reshape(-1).apply(lambda one: one.double() if one.is_floating_point() else one)
+            twin(rows if isinstance(twin, TensorDictModuleBase) else rows["input"])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return seen[0].reshape(data.numel(), *seen[0].shape[1:])
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one.double(), other.double(), atol=2e-6, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- pairs and contrast sets
+
+
+@pytest.mark.parametrize("batch", [(5,), (2, 3), (1,), (70,)])
+@pytest.mark.parametrize("name", POLICIES)
+def test_pairs_of_every_policy(name: str, batch: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    case = POLICIES[name]
+    policy, positive, negative = case.build(), case.data(*batch), case.data(*batch)
+    torch_state, before = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]
+    found = SteeringVector.from_pairs(policy, case.site, positive, negative, shuffles=3)
+    assert torch.equal(torch_state, torch.get_rng_state())
+    assert np.array_equal(before, np.random.get_state()[1])  # type: ignore[index]
+    apart = computed(policy, case.site, positive) - computed(policy, case.site, negative)
+    assert found.vector.shape == case.features
+    assert found.vector.dtype == torch.float32
+    assert close(found.vector, apart.mean(0))
+    assert found.facts["norm"] == pytest.approx(float(apart.mean(0).norm()), rel=1e-4, abs=1e-5)
+    assert found.facts["positive_states"] == found.facts["negative_states"] == positive.numel()
+    assert found.check(policy) == "same"
+    assert not any(one._forward_hooks for one in policy.modules())
+    if len(batch) == 1 and batch[0] < min(8, apart[0].numel()):
+        weights = _weights(apart, found.shuffled) * len(apart)
+        assert torch.allclose(weights.abs(), torch.ones(()).double(), atol=1e-2)
+
+
+def _weights(rows: Tensor, sums: Tensor | None) -> Tensor:
+    """Of which multiples of rows, fewer than features, sums of them are made, ``(rows, sums)``."""
+    assert sums is not None
+    return torch.linalg.lstsq(rows.flatten(1).T, sums.double().flatten(1).T).solution
+
+
+@pytest.mark.parametrize("kind", ["TensorDict", "two dimensions", "buffer", "list", "folder", "function"])
+@pytest.mark.parametrize("name", ["categorical", "pixels", "multi_agent", "recurrent", "tuples", "bytes", "batch_norm"])
+def test_contrast_sets_of_every_source(name: str, kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    case, rows = POLICIES[name], 24
+    policy, data = case.build(), case.data(rows)
+    data["door"] = torch.arange(rows) % 3  # labels 0, 1, 2
+    source = _source(kind, data, tmp_path)
+    made = [
+        SteeringVector.from_contrast(policy, case.site, source, "door", batch_size=size, shuffles=4)
+        for size in (5, None)
+    ]
+    values, door = computed(policy, case.site, data), data["door"]
+    expected = values[door == 1].mean(0) - values[door == 0].mean(0)
+    for found in made:
+        assert close(found.vector, expected)
+        assert found.facts["positive_rows"] == found.facts["negative_rows"] == found.facts["other_rows"] == 8
+    assert made[0].facts["data"] == made[1].facts["data"]
+    assert made[0].shuffled is not None
+    assert close(made[0].shuffled, made[1].shuffled)
+    against_all = SteeringVector.from_contrast(policy, case.site, source, lambda batch: batch["door"] == 1)
+    rest = SteeringVector.from_contrast(policy, case.site, source, "door", negative=None)
+    assert close(against_all.vector, values[door == 1].mean(0) - values[door != 1].mean(0))
+    assert close(rest.vector, against_all.vector)
+
+
+def _source(kind: str, data: TensorDict, folder: Path) -> Any:
+    if kind == "TensorDict":
+        return data
+    if kind == "two dimensions":
+        return data.reshape(4, 6)
+    if kind == "list":
+        return list(data.split(7))
+    if kind == "function":
+        return lambda: iter(data.split(7))
+    buffer = ReplayBuffer(storage=LazyTensorStorage(100))
+    buffer.extend(data)
+    if kind == "folder":
+        buffer.dumps(folder / "buffer")
+        return folder / "buffer"
+    return buffer
+
+
+def test_shuffled_contrasts_are_permutations_of_the_labels() -> None:
+    case = POLICIES["categorical"]
+    torch.manual_seed(2)
+    policy, data = case.build(), case.data(9)
+    data["door"] = torch.tensor([1, 0, 0, 1, 2, 0, 0, 1, 0], dtype=torch.int32)
+    kept = data["door"] < 2
+    found = SteeringVector.from_contrast(policy, case.site, data, "door", shuffles=20, seed=5)
+    weights = _weights(computed(policy, case.site, data)[kept], found.shuffled).T
+    assert torch.allclose(weights.sort(1).values, torch.tensor([-1 / 5] * 5 + [1 / 3] * 3).double(), atol=1e-3)
+    assert len({tuple((row > 0).tolist()) for row in weights}) > 10
+    other = SteeringVector.from_contrast(policy, case.site, data, "door", shuffles=20, seed=6)
+    assert not torch.equal(found.shuffled, other.shuffled)  # type: ignore[arg-type]
+    assert torch.equal(found.vector, other.vector)
+
+
+def test_labels_are_dealt_as_a_permutation_would() -> None:
+    rows, positive, draws = 2600, 300, 400  # of several blocks
+    dealer = Dealer(draws=draws, positive=positive, rows=rows, seed=0)
+    dealt = torch.cat([dealer.next(size) for size in (1, 999, 1000, 600)], 1).double()
+    assert dealt.sum(1).unique().tolist() == [positive]
+    share = positive / rows
+    assert abs(float(dealt.mean(0).std()) / (share * (1 - share) / draws) ** 0.5 - 1) < 0.1
+    # The number in the first half is hypergeometric, whose spread a dealer of independent labels would exceed.
+    spread = (rows / 2 * share * (1 - share) * (rows / 2) / (rows - 1)) ** 0.5
+    assert abs(float(dealt[:, : rows // 2].sum(1).std()) / spread - 1) < 0.15
+    with pytest.raises(InputError, match="more rows than labels"):
+        dealer.next(1)
+
+
+def test_sets_of_different_sizes_are_no_pairs() -> None:
+    net, positive, negative = mlp(), states(2, seed=1), states(3, seed=2)
+    found = SteeringVector.from_pairs(net, "1", positive, negative, shuffles=20)
+    rows = torch.cat([computed(net, "1", one) for one in (positive, negative)])
+    assert close(found.vector, rows[:2].mean(0) - rows[2:].mean(0))
+    weights = _weights(rows, found.shuffled).T
+    assert torch.allclose(weights.sort(1).values, torch.tensor([-1 / 3] * 3 + [1 / 2] * 2).double(), atol=1e-3)
+
+
+# -------------------------------------------------------------------------------------------------- other sources
+
+
+def test_states_of_recurrent_policies() -> None:
+    torch.manual_seed(0)
+    policy, case = recurrent(), POLICIES["recurrent"]
+    place = ("module.0.module.0", ("next", "recurrent_state"))
+    positive, negative = case.data(6), case.data(6)
+    found = SteeringVector.from_pairs(policy, place, positive, negative)
+    read = lambda output: output["next", "recurrent_state"]  # noqa: E731
+    apart = computed(policy, place[0], positive, read) - computed(policy, place[0], negative, read)
+    assert close(found.vector, apart.mean(0))
+    assert found.vector.shape == (1, HIDDEN)
+    with SteeringVectors(found, alpha=3.0).prepare(policy) as hooked:
+        steered, plain = hooked(positive.clone()), policy(positive.clone())
+    moved = steered["next", "recurrent_state"] - plain["next", "recurrent_state"]
+    assert close(moved.mean(0), 3 * found.vector)
+    with pytest.raises(SiteError, match="does not write"):
+        SteeringVector.from_pairs(policy, (place[0], "recurrent"), positive, negative)
+
+
+class Last(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(4, 5, num_layers=2, batch_first=True), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[1][0][-1])
+
+
+def test_last_states_of_recurrent_modules() -> None:
+    torch.manual_seed(0)
+    net = Last()
+    one, other = (TensorDict({"input": torch.randn(6, 3, 4)}, batch_size=6) for _ in range(2))
+    found = SteeringVector.from_pairs(net, ("lstm", "h_n"), one, other)
+    expected = [net.lstm(batch["input"])[1][0].movedim(0, 1).mean(0) for batch in (one, other)]
+    assert close(found.vector, expected[0] - expected[1])
+    with SteeringVectors(found).prepare(net) as hooked:
+        moved = hooked(other.clone())["output"] - net(other["input"])
+    assert close(moved, (found.vector[-1] @ net.head.weight.T).expand(6, 2))
+
+
+def test_activation_addition_and_any_tensor() -> None:
+    net, positive, negative = mlp(), states(5, seed=1), states(5, seed=2)
+    with ActivationAddition(["1"]).prepare(net) as hooked:
+        data = hooked(TensorDict({"positive": positive, "negative": negative}, batch_size=5))
+    found = SteeringVector.from_addition(net, "1", data)
+    assert close(found.vector, SteeringVector.from_pairs(net, "1", positive, negative).vector)
+    assert found.check(net) == "same"
+    mixed = data.clone()
+    mixed["steer", "1"][2] += 1
+    with pytest.raises(InputError, match="not one vector"):
+        SteeringVector.from_addition(net, "1", mixed)
+    with pytest.raises(MissingKeyError, match="steer"):
+        SteeringVector.from_addition(net, "0", data)
+    given = SteeringVector.from_tensor(net, "1", [1, 2, 3, 4, 5, 6], facts={"frames": 7})  # type: ignore[arg-type]
+    assert given.vector.tolist() == [1, 2, 3, 4, 5, 6]
+    assert (given.facts["frames"], given.facts["source"]) == (7, "tensor")
+
+
+def planted(classes: int, rows: int = 400) -> TensorDict:
+    """Labels that shift features of very different scales."""
+    generator = torch.Generator().manual_seed(0)
+    label = torch.arange(rows) % classes
+    x = torch.randn(rows, 6, generator=generator)
+    x[:, 0] += label
+    x[:, 3] -= (label == 1) * 2
+    x *= torch.tensor([1.0, 100.0, 1.0, 1e-3, 1.0, 1.0])
+    many = torch.stack([label == 0, label == 1], 1).long()
+    return TensorDict({"cache": {"1": x}, "label": label, "many": many, "row": torch.arange(rows)}, batch_size=rows)
+
+
+@pytest.mark.parametrize("kind", ["lda", "ridge"])
+@pytest.mark.parametrize(("classes", "pair"), [(2, (1, 0)), (2, (0, 1)), (3, (2, 1)), (0, (1, None))])
+def test_probes_in_units_of_the_activations(classes: int, pair: tuple[int, int | None], kind: Any) -> None:
+    data, net = planted(classes or 2), mlp()
+    probe = OnlineProbe(
+        features=("cache", "1"), label="label" if classes else "many", classes=classes or 2, kind=kind,
+        split=GroupSplit("row", held_out=0.25),
+    )  # fmt: skip
+    probe.update(data)
+    assert probe.probe is not None
+    train = probe.split(data)[0]
+    x = data["cache", "1"][train].double()
+    sides = [data["label"][train] == one for one in pair if one is not None]
+    sides = sides if len(sides) == 2 else [data["many"][train][:, 1] == 1, data["many"][train][:, 1] == 0]
+    apart = x[sides[0]].mean(0) - x[sides[1]].mean(0)
+    weight = probe.probe.weight.double()
+    along = weight[pair[0]] - (0 if pair[1] is None else weight[pair[1]])
+    options = dict(zip(("positive", "negative"), pair, strict=True))
+    unit = SteeringVector.from_probe(net, probe, **options)
+    assert close(unit.vector, along / along.norm())
+    means = SteeringVector.from_probe(net, probe, scale="means", **options)
+    assert close(means.vector, along * (apart @ along) / along.square().sum())
+    # Added to a row, it moves the scores as far as the mean of one class is from that of the other.
+    moved = probe.probe.scores(x[:1] + means.vector) - probe.probe.scores(x[:1])
+    gained = moved[0, pair[0]] - (0 if pair[1] is None else moved[0, pair[1]])
+    assert float(gained) == pytest.approx(float(apart @ along), rel=1e-3)
+    assert unit.facts["scale"] == "the norm is 1"
+    assert unit.facts["score"] == probe.scores["accuracy"].estimate
+    assert unit.facts["score_interval"][0] < unit.facts["score"] <= unit.facts["score_interval"][1]
+    if classes == 2:  # a saved probe knows it too
+        again = SteeringVector.from_probe(net, probe.probe, scale="means", **options)
+        assert torch.allclose(again.vector, means.vector, rtol=1e-4)
+
+
+def test_cells_of_a_suite() -> None:
+    net = mlp()
+    data = states(300)
+    data["door"] = (data["input"][:, 0] > 0).long()
+    data["row"] = torch.arange(300)
+    suite = ProbeSuite(net, sites=["1"], concepts={"door": "door"}, split=GroupSplit("row"))
+    suite.update(data)
+    probe = suite.probe("1", "door")
+    found = SteeringVector.from_probe(net, probe, scale="means")
+    assert probe is not None
+    x, train = computed(net, "1", data), suite.split(data)[0]
+    apart = x[train & (data["door"] == 1)].mean(0) - x[train & (data["door"] == 0)].mean(0)
+    along = (probe.weight[1] - probe.weight[0]).double()
+    assert close(found.vector, along * (apart @ along) / along.square().sum())
+    assert found.path == "1"
+    assert found.facts["score"] == pytest.approx(suite.table()["1", "door"].trained.estimate)
+
+
+def test_probes_that_give_no_direction() -> None:
+    net, eye = mlp(), LinearProbe(weight=torch.eye(2, 6), bias=torch.zeros(2), path="1")
+    make = SteeringVector.from_probe
+    for probe, options, words in (
+        (OnlineProbe(features="f", label="y"), {}, "no probe yet"),
+        (None, {}, "no probe yet"),
+        ("probe", {}, "LinearProbe"),
+        (eye, {"positive": 2}, "positive=2"),
+        (eye, {"positive": 0}, "both class 0"),
+        (eye, {"negative": -1}, "negative=-1"),
+        (eye, {"scale": "means"}, "not known"),
+        (eye, {"shape": (2, 2)}, "4 features"),
+        (LinearProbe(weight=torch.ones(2, 6), bias=torch.zeros(2), path="1"), {}, "the same"),
+        (LinearProbe(weight=torch.eye(2, 6), bias=torch.zeros(2)), {}, "which module"),
+        (LinearProbe(weight=torch.eye(2, 5), bias=torch.zeros(2), path="1"), {}, "features"),
+        (
+            LinearProbe(weight=torch.eye(2, 6), bias=torch.zeros(2), path="1", concept="labels"),
+            {"negative": 1},
+            "alone",
+        ),
+    ):
+        with pytest.raises(InputError, match=words):
+            make(net, probe, **options)
+    with pytest.raises(InputError, match="scale"):
+        make(net, eye, scale="mean")  # type: ignore[arg-type]
+
+
+def test_flat_probes_of_maps() -> None:
+    case: Case = POLICIES["pixels"]
+    policy, data = case.build(), case.data(3)
+    probe = LinearProbe(weight=torch.randn(2, 144), bias=torch.zeros(2), path=case.site)
+    with pytest.raises(InputError, match="channels"):
+        SteeringVector.from_probe(policy, probe)
+    found = SteeringVector.from_probe(policy, probe, shape=(4, 6, 6))
+    assert found.random_like(2).shape == found.vector.expand(2, 4, 6, 6).shape
+    pooled = SteeringVector.from_probe(policy, LinearProbe(weight=torch.eye(2, 4), bias=torch.zeros(2), path=case.site))
+    for one in (found, pooled):
+        with SteeringVectors(one).prepare(policy) as hooked:
+            hooked(data.clone())
+
+
+@pytest.mark.parametrize("name", ["categorical", "pixels", "multi_agent"])
+def test_principal_directions(name: str) -> None:
+    torch.manual_seed(3)
+    case = POLICIES[name]
+    policy, positive, negative = case.build(), case.data(40), case.data(40)
+    found = principal_directions(policy, case.site, positive, negative, rank=3)
+    apart = (computed(policy, case.site, positive) - computed(policy, case.site, negative)).flatten(1).numpy()
+    spectrum, axes = np.linalg.eigh(apart.T @ apart)
+    for place, one in enumerate(found):
+        axis = axes[:, -1 - place] * np.sign(apart.mean(0) @ axes[:, -1 - place])
+        expected = torch.from_numpy(axis * (spectrum[-1 - place] / 40) ** 0.5).reshape(case.features)
+        assert torch.allclose(one.vector.double(), expected, atol=1e-4)
+        assert one.facts["explained"] == pytest.approx(spectrum[-1 - place] / spectrum.sum(), rel=1e-4)
+        assert one.facts["explained_by_chance"] == 1 / apart.shape[1]
+    with pytest.raises(InputError, match="rank="):
+        principal_directions(policy, case.site, positive, negative, rank=41)
+    with pytest.raises(InputError, match="not pairs"):
+        principal_directions(policy, case.site, positive, negative[:3])
+    with pytest.raises(InputError, match="0 directions"):
+        principal_directions(policy, case.site, positive, positive)
+
+
 # ------------------------------------------------------------------------------------------------ the shuffled control
-
-
-def test_shuffled_extractions_exchange_the_two_of_a_pair() -> None:
-    net, positive, negative = mlp(), states(3, seed=1), states(3, seed=2)
-    found = SteeringVector.from_pairs(net, "1", positive, negative, shuffles=5, seed=3)
-    assert found.shuffled is not None
-    apart = (net[:2](positive["input"]) - net[:2](negative["input"])).double()
-    # Three differences of six features: which multiples of them one is made of is known.
-    signs = torch.linalg.lstsq(apart.T, 3 * found.shuffled.double().T).solution
-    assert torch.allclose(signs.abs(), torch.ones(()).double(), atol=1e-4)
-    again = SteeringVector.from_pairs(net, "1", positive, negative, shuffles=5, seed=3)
-    other = SteeringVector.from_pairs(net, "1", positive, negative, shuffles=5, seed=4)
-    assert torch.equal(found.shuffled, again.shuffled)
-    assert not torch.equal(found.shuffled, other.shuffled)
-    assert SteeringVector.from_pairs(net, "1", positive, negative, shuffles=0).shuffled is None
 
 
 def test_shuffled_directions_are_as_long_as_the_vector(tmp_path: Path) -> None:
@@ -52,27 +368,262 @@ def test_shuffled_directions_are_as_long_as_the_vector(tmp_path: Path) -> None:
     found.save(tmp_path / "vector")
     for vector in (found, SteeringVector.load(tmp_path / "vector")):
         assert vector.shuffled_like().shape == (10, 6)
-        assert torch.allclose(norms(vector.shuffled_like(3)), vector.vector.double().norm().expand(3))
-    assert torch.equal(SteeringVector.load(tmp_path / "vector").shuffled, found.shuffled)
+        assert torch.allclose(norms(vector.shuffled_like(3)), torch.tensor(vector.norm).double().expand(3))
+    assert found.facts["score"] == pytest.approx(found.norm / float(norms(found.shuffled).mean()))
     with pytest.raises(InputError, match=r"11 shuffled extractions .* has 10"):
         found.shuffled_like(11)
     with pytest.raises(InputError, match="has 0"):
-        SteeringVector(vector=torch.ones(3), path="1").shuffled_like()
+        SteeringVector.from_pairs(mlp(), "1", states(7), states(7), shuffles=0).shuffled_like()
+    with pytest.raises(InputError, match="alike"):
+        SteeringVector.from_pairs(mlp(), "1", states(7), states(7)).shuffled_like()
 
 
 @pytest.mark.parametrize("wrong", [torch.ones(2, 4), torch.ones(3), torch.ones(0, 3), torch.full((2, 3), torch.nan)])
-def test_shuffled_extractions_of_other_features(wrong: torch.Tensor, tmp_path: Path) -> None:
+def test_shuffled_extractions_of_other_features(wrong: Tensor, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="shuffled="):
         SteeringVector(vector=torch.ones(3), path="1", shuffled=wrong)
-    document = '{"format": "tdhook_rl/1", "kind": "steering_vector", "facts": {"module_path": "1"}}'
-    save_file(
-        {"vector": torch.ones(3), "shuffled": wrong}, tmp_path / "x.safetensors", metadata={"tdhook_rl": document}
-    )
     with pytest.raises(ArtifactError):
-        SteeringVector.load(tmp_path / "x")
+        SteeringVector.load(_written(tmp_path, {"vector": torch.ones(3), "shuffled": wrong}))
 
 
 @pytest.mark.parametrize("wrong", [1.0, torch.ones(0), [[]], torch.tensor([1j]), [torch.inf, 1], "no numbers"])
 def test_vectors_that_are_none(wrong: Any) -> None:
     with pytest.raises(InputError):
         SteeringVector(vector=wrong, path="1")
+
+
+# ---------------------------------------------------------------------------------------------------------- arithmetic
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 4), (2, 3, 3)])
+def test_arithmetic(shape: tuple[int, ...], tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (
+        SteeringVector(
+            vector=torch.randn(shape, generator=generator), path="1", facts={"source": source, "weights": "w"},
+            shuffled=torch.randn(count, *shape, generator=generator),
+        )
+        for source, count in (("pairs", 4), ("probe", 3))
+    )  # fmt: skip
+    x, y = a.vector.double(), b.vector.double()
+    for made, expected, parts in (
+        (a + b, x + y, [1, 1]), (a - b, x - y, [1, -1]), (-a, -x, [-1]), (2 * a / 4 - b * 3, x / 2 - 3 * y, [0.5, -3]),
+        (sum([a, b, b]), x + 2 * y, [1, 1, 1]), (a * torch.tensor(0.5), x / 2, [0.5]), (a * np.float32(2), 2 * x, [2]),
+        ((a - (a - b)) * 2, 2 * y, [2, -2, 2]),
+    ):  # fmt: skip
+        assert close(made.vector, expected)
+        assert [one["times"] for one in made.facts["terms"]] == parts
+        assert made.facts["terms"][0]["of"] == {"source": "pairs", "weights": "w"}
+        assert made.facts["weights"] == "w"
+        assert made.facts["norm"] == pytest.approx(float(expected.norm()), abs=1e-6)
+        made.save(tmp_path / "sum")
+        assert SteeringVector.load(tmp_path / "sum").facts == made.facts
+    assert torch.allclose((a - 2 * b).shuffled, a.shuffled[:3] - 2 * b.shuffled)  # type: ignore[index, operator, arg-type]
+    assert (a + SteeringVector(vector=a.vector, path="1")).shuffled is None
+
+
+def test_arithmetic_that_means_nothing() -> None:
+    a = SteeringVector(vector=torch.ones(3), path="1")
+    elsewhere, wider = SteeringVector(vector=torch.ones(3), path="2"), SteeringVector(vector=torch.ones(4), path="1")
+    for other in (elsewhere, wider, SteeringVector(vector=torch.ones(3), path=("1", "h"))):
+        with pytest.raises(InputError, match="at one place"):
+            a + other
+        with pytest.raises(InputError, match="at one place"):
+            a - other
+    for factor in (torch.nan, torch.inf, "2", None, True, torch.ones(3), a, 1e300):
+        with pytest.raises(InputError):
+            a * factor * 1e300
+    for divisor in (0, 0.0, torch.nan, a, False, 1e-320):
+        with pytest.raises(InputError):
+            a / divisor
+    for odd in (1, "b", None, torch.ones(3)):
+        with pytest.raises(TypeError):
+            a + odd
+        with pytest.raises(TypeError):
+            a - odd
+
+
+def test_a_table_of_cosines() -> None:
+    generator = torch.Generator().manual_seed(0)
+    vectors = {name: SteeringVector(vector=torch.randn(5, generator=generator), path="fc2") for name in "abc"}
+    x = torch.stack([one.vector.double() for one in vectors.values()])
+    vectors["other"] = SteeringVector(vector=torch.ones(5), path="fc1")
+    vectors["zero"] = SteeringVector(vector=torch.zeros(5), path="fc2")
+    table = cosines(vectors)
+    expected = x @ x.T / torch.outer(x.norm(dim=1), x.norm(dim=1))
+    assert torch.allclose(table.values[:3, :3], expected)
+    assert table["a", "b"] == pytest.approx(float(expected[0, 1]))
+    for name in "abc":
+        assert np.isnan(table[name, "other"])
+        assert np.isnan(table[name, "zero"])
+    assert table.frame().loc["b", "c"] == table["b", "c"]
+    drawn = torch.nn.functional.normalize(torch.randn(20_000, 2, 5, generator=generator), dim=2).prod(1).sum(1).abs()
+    assert abs(float((drawn < table.chance["fc2 (5)"]).double().mean()) - 0.95) < 0.005
+    assert str(table).splitlines()[1].split() == ["a", "fc2", "(5)", *(f"{one:.2f}" for one in expected[0]), "-", "-"]
+    assert "<td>-</td>" in table._repr_html_()
+    with pytest.raises(InputError, match="nearest"):
+        table["a", "d"]
+    with pytest.raises(InputError, match="none"):
+        cosines({})
+    huge = cosines({name: SteeringVector(vector=torch.full((2,), size), path="1") for name, size in
+                    (("large", 1e30), ("small", 1e-30))})  # fmt: skip
+    assert huge["large", "small"] == pytest.approx(1)
+
+
+# --------------------------------------------------------------------------------------------------- what it is put on
+
+
+def test_other_weights_are_known() -> None:
+    net = mlp()
+    found = SteeringVector.from_pairs(net, "1", states(4, seed=1), states(4, seed=2))
+    assert found.check(net) == found.check(copy.deepcopy(net)) == "same"
+    with SteeringVectors(found).prepare(net) as hooked:
+        assert found.check(hooked) == "same"
+        inside = SteeringVector.from_pairs(hooked, "1", states(4, seed=1), states(4, seed=2))
+    assert torch.equal(inside.vector, found.vector)  # steering does not act where directions are extracted
+    with torch.no_grad():
+        net[0].weight[0, 0] += 1e-6
+    assert found.check(net) == "others"
+    assert (found * 2).check(net) == "others"
+    assert SteeringVector(vector=found.vector, path="1").check(net) == "unknown"
+
+
+def test_what_does_not_fit_a_policy() -> None:
+    net, vector = mlp(), SteeringVector(vector=torch.ones(6), path="1")
+    with pytest.raises(SiteError, match=r"nearest"):
+        SteeringVector(vector=torch.ones(6), path="layer.1").check(net)
+    with pytest.raises(InputError, match=r"'2'.*such features|of such features are '0', '1'"):
+        SteeringVector(vector=torch.ones(6), path="2").check(net)
+    with pytest.raises(InputError, match="no module has such"):
+        SteeringVector(vector=torch.ones(7), path="1").check(net)
+    assert vector.check(net) == "unknown"
+    maps = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
+    for shape in ((8,), (8, 6, 6), (8, 1, 1), (1, 6, 6), (1, 1)):
+        SteeringVector(vector=torch.ones(shape), path="1").check(maps)
+    for shape in ((7,), (7, 6, 6), (288,)):
+        with pytest.raises(InputError, match="8 channels"):
+            SteeringVector(vector=torch.ones(shape), path="1").check(maps)
+    with pytest.raises(SiteError, match="writes no entries"):
+        SteeringVector(vector=torch.ones(6), path=("1", "hidden")).check(net)
+
+
+# ---------------------------------------------------------------------------------------------------------- wrong input
+
+
+def test_pairs_without_a_mean() -> None:
+    net, good = mlp(), states(3)
+    make = SteeringVector.from_pairs
+    for empty in (good[:0], TensorDict({"input": torch.zeros(4)})):
+        with pytest.raises(InputError, match="at least one"):
+            make(net, "1", empty, good)
+        with pytest.raises(InputError, match="at least one"):
+            make(net, "1", good, empty)
+    broken = good.clone()
+    broken["input"][1] = torch.nan
+    with pytest.raises(InputError, match="not finite in 1 of 3 negative states"):
+        make(net, "1", good, broken)
+    with pytest.raises(SiteError, match="nearest"):
+        make(net, "one", good, good)
+    with pytest.raises(InputError, match="names 3 modules"):
+        make(net, ".*", good, good)
+    with pytest.raises(MissingKeyError):
+        make(net, "1", good.rename_key_("input", "other"), states(3))
+    for wrong in (True, -1, 1.5):
+        with pytest.raises(InputError, match="shuffles"):
+            make(net, "1", states(3), states(3), shuffles=wrong)  # type: ignore[arg-type]
+
+
+def test_contrasts_without_two_classes() -> None:
+    net, data = mlp(), states(12)
+    data["door"] = torch.full((12,), 2)
+    data["door"][:4] = 5
+    make = SteeringVector.from_contrast
+    with pytest.raises(InputError, match=r"0 rows have the label 1 .*labels of 'door' are 2 \(8 rows\), 5 \(4 rows\)"):
+        make(net, "1", data, "door")
+    with pytest.raises(InputError, match="0 rows have the label 1"):
+        make(net, "1", data, lambda batch: batch["door"] > 9)
+    with pytest.raises(InputError, match="0 have the label 0"):
+        make(net, "1", data, lambda batch: batch["door"] > 0)
+    with pytest.raises(InputError, match="one class"):
+        make(net, "1", data, "door", positive=2, negative=2)
+    with pytest.raises(MissingKeyError, match="nearest: 'door'"):
+        make(net, "1", data, "doors")
+    for where in (lambda batch: batch["input"], lambda _: True, lambda _: "yes", lambda batch: batch["door"] * 1j, 3):
+        with pytest.raises(InputError, match="where"):
+            make(net, "1", data, where)  # type: ignore[arg-type]
+    with pytest.raises(SiteError, match="nearest"):
+        make(net, "one", data, "door", positive=2, negative=5)
+    flags = iter([torch.arange(12) < 6, torch.arange(12) < 5])
+    with pytest.raises(InputError, match="the second time"):
+        make(net, "1", data, lambda _: next(flags))
+
+
+def test_rows_that_are_left_out_are_counted() -> None:
+    net, data = mlp(), states(12)
+    data["door"] = torch.tensor([0.0, 1.0] * 6)
+    data["door"][3] = torch.nan
+    data["mask"] = torch.arange(12) != 5
+    data["input"][5] = torch.nan  # padding
+    data["input"][0] = torch.nan
+    with pytest.warns(UserWarning, match="1 of 10 rows are left out"):
+        found = SteeringVector.from_contrast(net, "1", data, "door")
+    facts = found.facts
+    assert [facts[f"{name}_rows"] for name in ("positive", "negative", "other", "not_finite")] == [4, 5, 1, 1]
+    values = computed(net, "1", data)
+    expected = values[[1, 7, 9, 11]].mean(0) - values[[2, 4, 6, 8, 10]].mean(0)
+    assert close(found.vector, expected)
+    data["input"][1::2] = torch.nan
+    with pytest.raises(InputError, match="finite in 0 positive and 5 negative rows"):
+        SteeringVector.from_contrast(net, "1", data, "door")
+
+
+def test_facts_say_what_it_was_found_in() -> None:
+    net, one, other = mlp(), states(4, seed=1), states(4, seed=2)
+    make = SteeringVector.from_pairs
+    found = make(net, "1", one, other, facts={"frames": 3})
+    assert found.facts["frames"] == 3
+    assert found.facts["versions"]["torch"] == torch.__version__
+    json.dumps(dict(found.facts))
+    assert found.facts["data"] == make(net, "1", one.clone(), other.reshape(2, 2), seed=9).facts["data"]
+    assert found.facts["data"] != make(net, "1", other, one).facts["data"]
+    changed = one.clone()
+    changed["input"][0, 0] += 1e-6
+    assert found.facts["data"] != make(net, "1", changed, other).facts["data"]
+    assert repr(found) == f"SteeringVector(6 at '1', norm {found.norm:.4g}, from pairs, 10 shuffled)"
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def _written(folder: Path, tensors: dict[str, Tensor], **facts: Any) -> Path:
+    document = {"format": "tdhook_rl/1", "kind": "steering_vector", "facts": {"module_path": "1", **facts}}
+    save_file(tensors, folder / "x.safetensors", metadata={"tdhook_rl": json.dumps(document)})
+    return folder / "x"
+
+
+@pytest.mark.parametrize("path", ["1", ("0", "hidden"), ("0", ("next", "hidden")), ("lstm", "h_n")])
+def test_places_come_back(path: Any, tmp_path: Path) -> None:
+    made = SteeringVector(vector=torch.randn(2, 3), path=path, facts={"frames": 3}, shuffled=torch.randn(4, 2, 3))
+    made.save(tmp_path / "vector")
+    again = SteeringVector.load(tmp_path / "vector")
+    assert (again.path, again.facts) == (path, {"frames": 3})
+    assert torch.equal(again.vector, made.vector)
+    assert torch.equal(again.shuffled, made.shuffled)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("entry", [3, True, {"a": 1}, [], ["a", 3], [["a"]], "", [""], 1.5])
+def test_entries_that_are_none(entry: Any, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError):
+        SteeringVector.load(_written(tmp_path, {"vector": torch.ones(3)}, entry=entry))
+
+
+@pytest.mark.parametrize("facts", [
+    {"source": "sum", "terms": 3}, {"source": "sum", "terms": [{"times": "x", "of": {}}]}, {"source": "sum"},
+    {"source": ["sum"], "weights": 5, "norm": "x"}, {"terms": [1], "weights": {"a": 1}},
+    {"source": "sum", "terms": [{"times": 1.0, "of": {"weights": ["x"]}}]},
+])  # fmt: skip
+def test_facts_from_anybody_do_no_harm(facts: dict[str, Any], tmp_path: Path) -> None:
+    found = SteeringVector.load(_written(tmp_path, {"vector": torch.ones(6)}, **facts))
+    assert found.check(mlp()) == "unknown"
+    assert torch.equal((2 * found + found).vector, torch.full((6,), 3.0))
+    repr(found)

@@ -35,10 +35,10 @@ def combined(parts: Sequence[tuple[float, Mapping[str, Any]]]) -> dict[str, Any]
         [{'times': 0.5, 'of': {'source': 'pairs', 'seed': 0}}, {'times': -1.0, 'of': {'source': 'probe'}}]
     """
     terms = [{**one, "times": one["times"] * factor} for factor, facts in parts for one in terms_of(facts)]
-    weights = {one["of"].get("weights") for one in terms}
+    weights = {str(one["of"].get("weights")) for one in terms}
     found: dict[str, Any] = {"source": "sum", "terms": terms[:MOST]}
     if len(terms) > MOST:
         found["terms_left_out"] = len(terms) - MOST
-    if len(weights) == 1:
+    if len(weights) == 1 and "None" not in weights:
         found["weights"] = weights.pop()
     return found

@@ -98,7 +98,7 @@ def _may_fit(said: tuple[int, int] | None, shape: torch.Size) -> bool:
 
 def weights_against(facts: Mapping[str, Any], policy: nn.Module) -> Weights:
     """Whether a policy has the weights that a direction was found in; of a sum, that all of its parts were found in."""
-    known = {one["of"].get("weights") for one in terms_of(facts)}
-    if not known or not all(isinstance(one, str) for one in known):
+    known = [one["of"].get("weights") for one in terms_of(facts)]
+    if not all(isinstance(one, str) for one in known):
         return "unknown"
-    return "same" if known == {weights_of(policy)} else "others"
+    return "same" if set(known) == {weights_of(policy)} else "others"

@@ -33,7 +33,8 @@ def path_and_entry(place: Any, what: str) -> tuple[str, NestedKey | None]:
         return place, None
     if isinstance(place, tuple) and len(place) == 2 and isinstance(place[0], str):
         path, entry = place
-        if isinstance(entry, str) or (isinstance(entry, tuple) and all(isinstance(part, str) for part in entry)):
+        parts = entry if isinstance(entry, tuple) else (entry,)
+        if parts and all(isinstance(part, str) and part for part in parts):
             return path, entry
     raise InputError(
         f"{what} {place!r:.200}: it takes a module path, or a pair of a path and a TensorDict key such as "
