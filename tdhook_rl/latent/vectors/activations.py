@@ -10,7 +10,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 
-from tdhook_rl.calls.real_rows import real_rows
+from tdhook_rl.calls.real_rows import real_rows, surely_finite
 from tdhook_rl.errors import InputError, listed
 from tdhook_rl.hooking.hooked import HookedMixin
 from tdhook_rl.latent.activation_caching import ActivationCaching
@@ -61,9 +61,10 @@ class Activations:
                 raise InputError(f"the activations of {self.name!r} are complex, and directions are real numbers")
             if values.ndim == 1:
                 values = values[:, None]
-            finite = torch.isfinite(values.flatten(1)).all(1)
+            known = torch.ones(len(values), dtype=torch.bool, device=values.device)
+            known = known if surely_finite(values) else torch.isfinite(values.flatten(1)).all(1)
             real = real_rows(seen, self._key)
-            yield rows, values, finite if real is None else finite & real.to(finite.device)
+            yield rows, values, known if real is None else known & real.to(known.device)
             self._size = max(_FIRST, _BYTES // max(values[0].numel() * 8, 1))
 
 

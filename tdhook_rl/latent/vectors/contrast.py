@@ -65,19 +65,21 @@ def _summed(
         for rows, side, _ in labelled.parts():
             which = (side >= 0).nonzero().flatten()
             seen += int((side == 1).sum())
-            if not len(which):
-                continue
-            chosen_rows, sides, first = rows[which.to(rows.device or "cpu")], side[which] == 1, 0
-            for piece, values, usable in site.pieces(chosen_rows):
-                here = sides[first : first + len(piece)]
+            if len(which) < len(rows):
+                rows, side = rows[which.to(rows.device or "cpu")], side[which]
+            first = 0
+            for piece, values, usable in site.pieces(rows):
+                here = side[first : first + len(piece)] == 1
                 first += len(piece)
                 add_inputs(digest, "rows", piece, site)
                 digest.add("side", here)
                 dealt = dealer.next(len(piece))
-                lacking += int((~usable).sum())
-                if bool(usable.any()):
+                if not bool(usable.all()):
                     kept = usable.cpu()
-                    sums.add(values[usable], here[kept], dealt[:, kept])
+                    lacking += int((~kept).sum())
+                    values, here, dealt = values[usable], here[kept], dealt[:, kept]
+                if len(values):
+                    sums.add(values, here, dealt)
         name = site.name
     counts = sums.counts()
     if seen != numbers["positive"] or sum(counts) + lacking != chosen:
