@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from tdhook_rl.latent.probing import ClassStatistics
 from tdhook_rl.latent.probing.bank import ClassBank
 from tdhook_rl.latent.probing.held_out import HitTally, ScoreHistograms
 from tdhook_rl.latent.probing.penalties import PENALTIES
-from tdhook_rl.latent.probing.scored import Rows, ScoredClasses
+from tdhook_rl.latent.probing.rows import Parts, Rows, usable_rows
+from tdhook_rl.latent.probing.scored import ScoredClasses, ScoredValues
 from tdhook_rl.latent.probing.value_bank import ValueBank
+from tdhook_rl.statistics import Interval
 
 
 def rows_of(seed: int, rows: int, features: int, classes: list[int], offset: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -30,6 +33,11 @@ def rows_of(seed: int, rows: int, features: int, classes: list[int], offset: flo
         x[:, place % features] += labels[:, place]
     mixed = x @ torch.randn(features, features, generator=draw, dtype=torch.float64) + offset
     return mixed.float(), labels
+
+
+def halves_of(numbers: Tensor) -> list[Tensor]:
+    """The rows of each half, of the number of the half of each row."""
+    return [(numbers == half).nonzero().squeeze(-1) for half in (0, 1)]
 
 
 @settings(max_examples=25, deadline=None)
@@ -47,11 +55,11 @@ def test_each_concept_has_the_probe_that_it_would_have_alone(
         x[:, -1] = 7.0
     if absent and classes[0] > 2:
         labels[:, 0].clamp_(max=classes[0] - 2)
-    bank, halves = ClassBank(features=features, classes=classes), torch.arange(600) % 2
+    bank = ClassBank(sources=1, features=features, classes=classes)
     for part in range(0, 600, 200):
-        bank.add(*(one[part : part + 200] for one in (x, labels, halves)))
-    probes = bank.solve(None if penalty is None else torch.full((len(classes),), penalty).double(), priors)
-    found = probes.scores(x)
+        bank.add([x[part : part + 200]], labels[part : part + 200], halves_of(torch.arange(200) % 2))
+    probes = bank.solve(None if penalty is None else torch.full((1, len(classes)), penalty).double(), priors)
+    found = probes.scores([x])[:, 0]
     for place, count in enumerate(classes):
         alone = ClassStatistics(features=features, classes=count)
         for part in range(0, 600, 200):
@@ -64,8 +72,64 @@ def test_each_concept_has_the_probe_that_it_would_have_alone(
         assert (found[:, place, :count] - expected)[:, there].abs().max() < 1e-5 * scale * (1 + offset)
         if count == 2:
             middle, spread = alone.margin(probe)
-            assert math.isclose(float(probes.spread[place]), spread, rel_tol=1e-4, abs_tol=1e-6)
-            assert abs(float(probes.middle[place]) - middle) < 1e-4 * (1 + offset) * (1 + spread)
+            assert math.isclose(float(probes.spread[0, place]), spread, rel_tol=1e-4, abs_tol=1e-6)
+            assert abs(float(probes.middle[0, place]) - middle) < 1e-4 * (1 + offset) * (1 + spread)
+            apart = probe.facts["means_apart"]
+            assert math.isclose(float(probes.apart[0, place]), apart, rel_tol=1e-4, abs_tol=1e-5 * (1 + offset))
+
+
+@pytest.mark.parametrize("kind", ["classes", "values"])
+@pytest.mark.parametrize("lost", [None, "some", "all"])
+@pytest.mark.parametrize("penalty", [None, 1e-2])
+def test_sources_that_learn_together_find_what_each_finds_alone(
+    kind: str, lost: str | None, penalty: float | None
+) -> None:
+    x, labels = rows_of(4, 900, 7, [2, 3], offset=20.0)
+    wanted = labels if kind == "classes" else torch.stack([x[:, 0] * 3 + 100, x[:, 1] ** 2], 1)
+    sources = [x, torch.tanh(x - 20), torch.randn(900, 7, generator=torch.Generator().manual_seed(0))]
+    sources[1][:, 2] = 5.0  # constant in one of them
+    if lost is not None:
+        sources[2][slice(100 if lost == "all" else 30)] = torch.nan  # "all" of the first batch
+    codes = [torch.arange(900) // 9, torch.arange(900) % 40]
+    options = {"groupings": 2, "penalty": penalty, "confidence": 0.95, "min_rows": 5}
+
+    def found(chosen: list[Tensor]) -> list[dict[str, Any]]:
+        one: Any = (
+            ScoredClasses(sources=len(chosen), features=7, classes=[2, 3], areas=2, **options)  # type: ignore[arg-type]
+            if kind == "classes"
+            else ScoredValues(sources=len(chosen), features=7, numbers=2, **options)  # type: ignore[arg-type]
+        )
+        for start, stop in ((0, 100), (100, 500), (500, 900)):
+            part = [code[start:stop] for code in codes]
+            held = part[0] % 4 == 0
+            features = [one[start:stop] for one in chosen]
+            usable = usable_rows(features, wanted[start:stop])
+            one.learn(Rows(features, wanted[start:stop], Parts(part, ~held, held), usable))
+            one.fit()
+            one.judge(Rows(features, wanted[start:stop], Parts(part, ~held, held), usable))
+            one.decay(0.9)
+        return [
+            {
+                "weight": one.probe(source, place, "", {}).weight, "penalty": one.probes.penalty[source, place],
+                **one.found(source, place), "majority": one.majority(source, place),
+            }
+            for source in range(len(chosen)) for place in (0, 1)
+        ]  # fmt: skip
+
+    together = found(sources)
+    alone = [cell for source in sources for cell in found([source])]
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one.pop("weight"), other.pop("weight"), rtol=1e-4, atol=1e-5)
+        assert float(one.pop("penalty")) == float(other.pop("penalty"))
+        for name, value in one.items():
+            if isinstance(value, Interval):
+                assert value.rows == pytest.approx(other[name].rows)
+                assert value.groups == other[name].groups
+                assert [value.low, value.estimate, value.high] == pytest.approx(
+                    [other[name].low, other[name].estimate, other[name].high], abs=1e-6
+                )
+            else:
+                assert value == pytest.approx(other[name])
 
 
 @pytest.mark.parametrize("kind", ["classes", "values"])
@@ -75,15 +139,17 @@ def test_the_sums_of_workers_add_up(kind: str, order: tuple[int, ...]) -> None:
     wanted = labels if kind == "classes" else torch.stack([x[:, 0] * 2 + 1000, x[:, 1] ** 2], 1)
 
     def bank() -> ClassBank | ValueBank:
-        return ClassBank(features=8, classes=[2, 4]) if kind == "classes" else ValueBank(features=8, numbers=2)
+        if kind == "classes":
+            return ClassBank(sources=2, features=8, classes=[2, 4])
+        return ValueBank(sources=2, features=8, numbers=2)
 
-    halves = torch.arange(900) % 3 % 2
+    halves, other = torch.arange(900) % 3 % 2, x.square()
     whole, parts = bank(), []
-    whole.add(x, wanted, halves)
+    whole.add([x, other], wanted, halves_of(halves))
     for number in order:
         part = bank()
         chosen = torch.arange(900) // 300 == number
-        part.add(x[chosen], wanted[chosen], halves[chosen])
+        part.add([x[chosen], other[chosen]], wanted[chosen], halves_of(halves[chosen]))
         parts.append(part)
     merged = bank()
     for part in parts:
@@ -102,10 +168,10 @@ def test_numbers_are_those_of_scikit_learn(penalty: float, offset: float) -> Non
 
     x, _ = rows_of(1, 500, 6, [2], offset)
     values = torch.stack([x[:, 0] - x[:, 1] + torch.randn(500), x[:, 2] * 30 + 7], 1)
-    bank = ValueBank(features=6, numbers=2)
-    bank.add(x[:100], values[:100], torch.zeros(100, dtype=torch.long))
-    bank.add(x[100:], values[100:], torch.ones(400, dtype=torch.long))
-    found = bank.solve(torch.full((2,), penalty).double()).predict(x).numpy()
+    bank = ValueBank(sources=1, features=6, numbers=2)
+    bank.add([x[:100]], values[:100], [torch.arange(100), torch.arange(0)])
+    bank.add([x[100:]], values[100:], [torch.arange(0), torch.arange(400)])
+    found = bank.solve(torch.full((1, 2), penalty).double()).predict([x])[:, 0].numpy()
     other = make_pipeline(StandardScaler(), Ridge(alpha=penalty * 500)).fit(x.double().numpy(), values.double().numpy())
     np.testing.assert_allclose(found, other.predict(x.double().numpy()), rtol=1e-4, atol=1e-3)
 
@@ -116,8 +182,8 @@ def test_the_penalty_is_the_best_across_halves(rows: int, features: int, mixed: 
     if not mixed:
         x = torch.randn(rows, features, generator=torch.Generator().manual_seed(1)) + labels
     halves = torch.arange(rows) % 2
-    bank = ClassBank(features=features, classes=[2])
-    bank.add(x, labels, halves)
+    bank = ClassBank(sources=1, features=features, classes=[2])
+    bank.add([x], labels, halves_of(halves))
     chosen = float(bank.choose())
     assert mixed or chosen >= 0.1  # features that are independent, and hardly more rows: the nearest mean is better
 
@@ -139,8 +205,8 @@ def test_the_penalty_of_numbers_is_the_best_across_halves() -> None:
     x = torch.randn(60, 50, generator=draw)
     for noise, least in ((5.0, 0.1), (0.0, 0.0)):
         values = x[:, :1] + noise * torch.randn(60, 1, generator=draw)
-        bank = ValueBank(features=50, numbers=1)
-        bank.add(x, values, torch.arange(60) % 2)
+        bank = ValueBank(sources=1, features=50, numbers=1)
+        bank.add([x], values, halves_of(torch.arange(60) % 2))
         assert (float(bank.choose()) >= 0.1) == (least > 0)
 
 
@@ -149,12 +215,14 @@ def test_a_class_that_comes_late_widens_its_concept() -> None:
     codes = [torch.arange(1200) % 40]
     held = codes[0] % 4 == 0
     late, whole = (
-        ScoredClasses(features=5, classes=classes, groupings=1, areas=2, penalty=1e-3, confidence=0.95, min_rows=5)
+        ScoredClasses(
+            sources=1, features=5, classes=classes, groupings=1, areas=2, penalty=1e-3, confidence=0.95, min_rows=5
+        )
         for classes in ([2, 2], [2, 4])
     )
     few = labels[:, 1] < 2
     for chosen in (few, ~few):
-        part = Rows(x[chosen], labels[chosen], [codes[0][chosen]], ~held[chosen], held[chosen])
+        part = Rows([x[chosen]], labels[chosen], Parts([codes[0][chosen]], ~held[chosen], held[chosen]))
         if chosen is not few:
             late.widen(1, 4)
         for one in (late, whole):
@@ -162,10 +230,10 @@ def test_a_class_that_comes_late_widens_its_concept() -> None:
             one.fit()
             one.judge(part)
     for concept in (0, 1):
-        assert late.found(concept)["accuracy"] == whole.found(concept)["accuracy"]
-    assert "auc" in late.found(0)
-    assert "auc" not in late.found(1)
-    assert late.found(0)["auc"] == whole.found(0)["auc"]
+        assert late.found(0, concept)["accuracy"] == whole.found(0, concept)["accuracy"]
+    assert "auc" in late.found(0, 0)
+    assert "auc" not in late.found(0, 1)
+    assert late.found(0, 0)["auc"] == whole.found(0, 0)["auc"]
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.9])
@@ -255,19 +323,19 @@ def test_intervals_of_planted_concepts_cover_or_say_that_there_is_none(prevalenc
     x, label, group = rows_of_groups(2000)
     none, all_rows = torch.zeros(len(group), dtype=torch.bool), torch.ones(len(group), dtype=torch.bool)
     fitted = ScoredClasses(
-        features=2, classes=[2], groupings=1, areas=0, penalty=1e-3, confidence=0.95, min_rows=4
+        sources=1, features=2, classes=[2], groupings=1, areas=0, penalty=1e-3, confidence=0.95, min_rows=4
     )  # fmt: skip
-    fitted.learn(Rows(x, label, [group], all_rows, none))
+    fitted.learn(Rows([x], label, Parts([group], all_rows, none)))
     fitted.fit()
     assert fitted.probes is not None
     truth_x, truth, _ = rows_of_groups(20_000)
-    right = fitted.probes.scores(truth_x)[:, 0].argmax(-1) == truth[:, 0]
+    right = fitted.probes.scores([truth_x])[:, 0, 0].argmax(-1) == truth[:, 0]
     expected = sum(float(right[truth[:, 0] == side].double().mean()) for side in (0, 1)) / 2
     for _ in range(tries):
         one = copy.deepcopy(fitted)
         x, label, group = rows_of_groups(groups)
-        one.judge(Rows(x, label, [group], torch.zeros_like(group).bool(), torch.ones_like(group).bool()))
-        score = one.score(0)
+        one.judge(Rows([x], label, Parts([group], torch.zeros_like(group).bool(), torch.ones_like(group).bool())))
+        score = one.score(0, 0)
         known += score.known
         covered += score.known and expected in score
         assert score.known or score.words

@@ -107,7 +107,7 @@ def test_each_square_has_features_and_a_label_of_its_own() -> None:
     assert cell.input.estimate > 0.9  # the square's own pixels show it
     pooled = ProbeSuite(policy, sites=["module.1"], concepts={"any": "any"}, layout={"module.1": "pooled"})
     pooled.update(data)
-    assert pooled._board._groups["classes"].scored[Source("trained", "module.1")].bank.width == 8
+    assert pooled._board._groups["classes"].find(Source("trained", "module.1"))[0].bank.width == 8  # type: ignore[index]
     with pytest.raises(InputError, match=r"the labels of marked have 20 places a row and the activation .* has 1"):
         ProbeSuite(policy, sites=["module.1"], concepts={"marked": "marked"}).update(data)
 

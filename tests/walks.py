@@ -56,8 +56,9 @@ def suite(policy: nn.Module, concepts: dict[str, Any], **options: Any) -> ProbeS
 
 
 def sums(one: ProbeSuite, group: str, network: str = "trained", site: Any = "module.1") -> dict[str, Tensor]:
-    bank = one._board._groups[group].scored[Source(network, site)].bank
-    moved = type(bank).__add__(bank, bank)
+    scored, place = one._board._groups[group].find(Source(network, site))  # type: ignore[misc]
+    moved = type(scored.bank).__add__(scored.bank, scored.bank)
     found = moved.solve()
-    own = len(found.bias) // (2 if network == "trained" else 1)  # the labels themselves; then the shuffled ones
-    return {"weight": found.weight[:own], "bias": found.bias[:own]}
+    weight, bias = found.weight[place], found.bias[place]
+    own = len(bias) // (2 if network == "trained" else 1)  # the labels themselves; then the shuffled ones
+    return {"weight": weight[:own], "bias": bias[:own]}

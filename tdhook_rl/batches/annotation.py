@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
+from torch import Tensor
 
 from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.batches.found import Found
@@ -29,7 +30,7 @@ from tdhook_rl.policies.draws import action_keys, masks_needed
 from tdhook_rl.replaying.batching import PassNoise, conv_chunk, in_recurrent_mode, map_chunks, shallow_copy
 from tdhook_rl.sites.runtime import vmap_level
 
-__all__ = ["OnMismatch", "annotate"]
+__all__ = ["OnMismatch", "annotate", "computed"]
 
 OnMismatch = Literal["warn", "raise", "ignore"]
 
@@ -57,15 +58,38 @@ def annotate(
         return shallow_copy(data)
     found = Found(policy, data, wanted)
     if found.missing:
-        _require_computable(policy, data)
-        mismatch = Mismatch(policy, on_mismatch)
-        selected = _select(policy, data, found.missing)
-        effects = effects_of(policy)
-        noise = PassNoise(data.device or effects.device, others=not effects.watch.idle)
-        for part, run, size in _parts(found.missing, data, chunk_size):
-            found.add(run(policy, selected, _Analysis(policy, part, mismatch, noise), size))
-        mismatch.report(data)
+        for results in _computed(policy, data, found.missing, chunk_size, on_mismatch):
+            found.add(results)
     return only_kept(policy, found.together(shallow_copy(data)), keep)
+
+
+def computed(policy: HookedPolicy, data: TensorDictBase) -> dict[NestedKey, Tensor]:
+    """By key the results of every row, as :func:`annotate` computes them, whatever the batch holds.
+
+    For who reads them and puts them away: nothing says which rows have one, and whose they are.
+    """
+    policy._hooked.runtime.require_active()
+    wanted = [one for one in observers(policy._hooked.bound) if not one.only_in_forward]
+    parts = _computed(policy, data, wanted, None, "ignore")
+    return {key: value for results in parts for key, value in results.items(True, True)}
+
+
+def _computed(
+    policy: HookedPolicy,
+    data: TensorDictBase,
+    missing: Sequence[BoundMethod],
+    chunk_size: int | None,
+    on_mismatch: OnMismatch,
+) -> Iterator[TensorDictBase]:
+    """The results of methods, of some of them at a time."""
+    _require_computable(policy, data)
+    mismatch = Mismatch(policy, on_mismatch)
+    selected = _select(policy, data, missing)
+    effects = effects_of(policy)
+    noise = PassNoise(data.device or effects.device, others=not effects.watch.idle)
+    for part, run, size in _parts(missing, data, chunk_size):
+        yield run(policy, selected, _Analysis(policy, part, mismatch, noise), size)
+    mismatch.report(data)
 
 
 def _require_computable(policy: HookedPolicy, data: TensorDictBase) -> None:

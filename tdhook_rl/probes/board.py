@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
-from tdhook_rl.latent.probing.scored import Rows, Scored, ScoredClasses, ScoredValues
+from tdhook_rl.latent.probing.rows import Parts, Rows, usable_rows
+from tdhook_rl.latent.probing.scored import Scored, ScoredClasses, ScoredValues
 from tdhook_rl.probes.probe_table import ProbeCell, ProbeTable
 from tdhook_rl.statistics import Interval
 
@@ -47,6 +47,15 @@ class Observed:
     train: Tensor
     held: Tensor
     control: Tensor
+    _parts: dict[int, Parts] = field(default_factory=dict, compare=False)
+
+    def parts(self, places: int) -> Parts:
+        """Which rows train and which are held out, of activations with so many places."""
+        if places not in self._parts:
+            each = [*self.codes, self.train, self.held]
+            *codes, train, held = each if places == 1 else (one.repeat_interleave(places) for one in each)
+            self._parts[places] = Parts(codes, train, held)
+        return self._parts[places]
 
 
 @dataclass
@@ -59,13 +68,38 @@ class _Column:
 
 
 @dataclass
+class _Stack:
+    """Sources of one network with as many features, which learn together."""
+
+    sources: list[Source]
+    scored: Any = None  # a Scored; what it is of is known with the first labels
+
+
+@dataclass
 class _Group:
     """Concepts whose labels are known for the same rows, so that they share the moments of the features."""
 
     numbers: bool
     columns: list[_Column] = field(default_factory=list)
-    scored: dict[Source, Scored] = field(default_factory=dict)
+    stacks: list[_Stack] = field(default_factory=list)
     dropped: dict[Source, int] = field(default_factory=dict)  # rows that were not finite
+
+    def find(self, source: Source) -> tuple[Any, int] | None:
+        """What learns from a source, and which of its sources that is."""
+        for stack in self.stacks:
+            if source in stack.sources:
+                return stack.scored, stack.sources.index(source)
+        return None
+
+    def stack(self, features: Mapping[Source, Tensor]) -> list[_Stack]:
+        """All stacks, new ones for sources that were not seen before."""
+        known = {source for stack in self.stacks for source in stack.sources}
+        new: dict[Any, list[Source]] = {}
+        for source, value in features.items():
+            if source not in known:
+                new.setdefault((source.network, value.shape[1:], value.dtype), []).append(source)
+        self.stacks += map(_Stack, new.values())
+        return self.stacks
 
     def look_at(self, labels: Mapping[str, Tensor]) -> None:
         """Keep labels to draw from until there are enough; a first batch may have one row, or none."""
@@ -129,15 +163,15 @@ class Board:
     def fit(self) -> None:
         """Solve for all probes."""
         for group in self._groups.values():
-            for one in group.scored.values():
-                one.fit()
+            for stack in group.stacks:
+                stack.scored.fit()
 
     def decay(self, factor: float) -> None:
         """Let rows of before count for less."""
         if factor < 1:
             for group in self._groups.values():
-                for one in group.scored.values():
-                    one.decay(factor)  # type: ignore[attr-defined]
+                for stack in group.stacks:
+                    stack.scored.decay(factor)
 
     def __add__(self, other: Board) -> Board:
         """What two workers or shards have seen, together."""
@@ -155,9 +189,13 @@ class Board:
                 )
             for source, count in theirs.dropped.items():
                 own.dropped[source] = own.dropped.get(source, 0) + count
-            for source, one in theirs.scored.items():
-                known = own.scored.get(source)
-                own.scored[source] = copy.deepcopy(one) if known is None else _together(known, one)
+            known = {tuple(stack.sources): stack for stack in own.stacks}
+            for stack in theirs.stacks:
+                same = known.get(tuple(stack.sources))
+                if same is None:
+                    own.stacks.append(copy.deepcopy(stack))
+                else:
+                    same.scored = _together(same.scored, stack.scored)
         return merged
 
     def _prepared(
@@ -175,53 +213,58 @@ class Board:
         if count:
             group.look_at(labels)
         dealt: Tensor | None = None
-        for source, features in rows.features.items():
-            shuffled = self._shuffled and source.network == "trained"
-            if shuffled and dealt is None:
-                dealt = _dealt(group, rows.control, wanted.dtype)
-            places = features.shape[1]
-            if wanted.shape[1] not in (1, places):
-                raise InputError(
-                    f"the labels of {', '.join(labels)} have {wanted.shape[1]} places a row and the activation of "
-                    f"{source.site!r} has {places}: squares or agents have a label each, or one for all"
-                )
+        for stack in group.stack(rows.features):
+            features = [rows.features[source] for source in stack.sources]
+            places = features[0].shape[1]
+            self._check_stack(stack, features, labels, wanted.shape[1])
             own = wanted.expand(-1, places, -1).flatten(0, 1)
-            if shuffled and dealt is not None:
+            if self._shuffled and stack.sources[0].network == "trained":
+                if dealt is None:
+                    dealt = _dealt(group, rows.control, wanted.dtype)
                 own = torch.cat([own, dealt[:, None].expand(-1, places, -1).flatten(0, 1)], 1)
-            flat = features.flatten(0, 1)
-            usable = torch.ones(len(flat), dtype=torch.bool)
-            if flat.is_floating_point() and not surely_finite(flat):
-                usable = torch.isfinite(flat).all(-1)
-            if group.numbers:
-                usable &= torch.isfinite(own).all(-1)
-            if count:
-                group.dropped[source] = group.dropped.get(source, 0) + int((~usable).sum())
-            codes = [code.repeat_interleave(places) if places > 1 else code for code in rows.codes]
-            train, held = (
-                (one.repeat_interleave(places) if places > 1 else one) & usable for one in (rows.train, rows.held)
-            )
-            yield Rows(flat, own, codes, train, held), self._scored(group, source, flat.shape[1], own)
+            flat = [one.flatten(0, 1) for one in features]
+            usable = usable_rows(flat, own)
+            if count and usable is not None:
+                for source, bad in zip(stack.sources, (~usable).sum(1).tolist(), strict=True):
+                    group.dropped[source] = group.dropped.get(source, 0) + bad
+            yield Rows(flat, own, rows.parts(places), usable), self._scored(group, stack, flat[0].shape[1], own)
 
-    def _scored(self, group: _Group, source: Source, width: int, labels: Tensor) -> Any:
-        one = group.scored.get(source)
+    def _scored(self, group: _Group, stack: _Stack, width: int, labels: Tensor) -> Any:
+        one = stack.scored
         if one is not None:
-            if one.bank.width != width:
-                raise InputError(
-                    f"a row of {source.site!r} had {one.bank.width} features before, and has {width} in this batch"
-                )
             if isinstance(one, ScoredClasses) and len(labels):
                 for place, most in enumerate((labels.amax(0) + 1).tolist()):
                     if most > one.bank.classes[place]:
                         one.widen(place, most)
             return one
+        shape = {"sources": len(stack.sources), "features": width, "groupings": self._groupings}
         if group.numbers:
-            one = ScoredValues(features=width, numbers=labels.shape[1], groupings=self._groupings, **self._options)
+            stack.scored = ScoredValues(numbers=labels.shape[1], **shape, **self._options)
         else:
             most = [max(int(one) + 1, 2) for one in labels.amax(0)] if len(labels) else [2] * labels.shape[1]
-            areas = len(group.columns) if source.network == "trained" else 0
-            one = ScoredClasses(features=width, classes=most, groupings=self._groupings, areas=areas, **self._options)
-        group.scored[source] = one
-        return one
+            areas = len(group.columns) if stack.sources[0].network == "trained" else 0
+            stack.scored = ScoredClasses(classes=most, areas=areas, **shape, **self._options)
+        return stack.scored
+
+    def _check_stack(self, stack: _Stack, features: list[Tensor], labels: Mapping[str, Tensor], places: int) -> None:
+        """Raise unless the activations have the shape that they had before, and the labels' places."""
+        for source, value in zip(stack.sources, features, strict=True):
+            own, width = value.shape[1:]
+            if places not in (1, own):
+                raise InputError(
+                    f"the labels of {', '.join(labels)} have {places} places a row and the activation of "
+                    f"{source.site!r} has {own}: squares or agents have a label each, or one for all"
+                )
+            if own != features[0].shape[1]:
+                raise InputError(
+                    f"the activations of {stack.sources[0].site!r} and {source.site!r} had as many places before, and "
+                    f"have {features[0].shape[1]} and {own} in this batch"
+                )
+            if stack.scored is not None and stack.scored.bank.width != width:
+                raise InputError(
+                    f"a row of {source.site!r} had {stack.scored.bank.width} features before, and has {width} in this "
+                    "batch"
+                )
 
     def _check(self, group: _Group, labels: Mapping[str, Tensor], wanted: Tensor) -> None:
         if wanted.shape[2] != len(group.columns):
@@ -239,11 +282,12 @@ class Board:
         """The probe of a concept at a source."""
         for group in self._groups.values():
             for place, column in enumerate(group.columns):
-                if column.name == concept and source in group.scored:
-                    scored: Any = group.scored[source]
-                    found = scored.found(place)
+                known = group.find(source) if column.name == concept else None
+                if known is not None:
+                    scored, number = known
+                    found = scored.found(number, place)
                     facts: dict[str, Any] = {name: one.estimate for name, one in found.items() if one.known}
-                    return scored.probe(place, path, facts | {"groups": next(iter(found.values())).groups})
+                    return scored.probe(number, place, path, facts | {"groups": next(iter(found.values())).groups})
         return None
 
     def table(self, sites: Mapping[Any, Any], left_out: Mapping[str, int]) -> ProbeTable:
@@ -256,37 +300,34 @@ class Board:
         return ProbeTable([
             self._cell(group, place, site, inputs, left_out)
             for site, inputs in sites.items() for group in self._groups.values() for place in range(len(group.columns))
-            if Source("trained", site) in group.scored
+            if group.find(Source("trained", site)) is not None
         ])  # fmt: skip
 
     def _cell(self, group: _Group, place: int, site: Any, inputs: Any, left_out: Mapping[str, int]) -> ProbeCell:
-        column = group.columns[place]
-        own: Any = group.scored[Source("trained", site)]
-        untrained: Any = group.scored.get(Source("untrained", site))
-        given: Any = group.scored.get(Source("input", inputs))
-        found = own.found(place)
+        column, trained = group.columns[place], Source("trained", site)
+        own, at = group.find(trained)  # type: ignore[misc]
+        others = [group.find(Source("untrained", site)), group.find(Source("input", inputs))]
+        untrained, given = (None if one is None else one[0].score(one[1], place) for one in others)
+        found = own.found(at, place)
         score = next(iter(found))
         dealt = place + len(group.columns) if self._shuffled else None
-        shuffled = None if dealt is None else own.score(dealt)
         return ProbeCell(
-            site=str(site), concept=column.name, score=score, trained=found[score],
-            untrained=None if untrained is None else untrained.score(place),
-            input=None if given is None else given.score(place),
-            shuffled=shuffled,
-            gain=None if untrained is None else own.difference(untrained, place, place),
-            selectivity=None if dealt is None else own.difference(own, place, dealt),
-            auc=found.get("auc"), chance=own.chance(place), majority=own.majority(place),
-            classes=int(own._enough(place).sum()) if isinstance(own, ScoredClasses) else 1,
-            penalty=math.nan if own.probes is None else float(own.probes.penalty[place]),
-            left_out=left_out.get(column.concept, 0) + group.dropped.get(Source("trained", site), 0),
-            words=own.words(place),
+            site=str(site), concept=column.name, score=score, trained=found[score], untrained=untrained, input=given,
+            shuffled=None if dealt is None else own.score(at, dealt),
+            gain=None if others[0] is None else own.difference(at, place, others[0][0], (others[0][1], place)),
+            selectivity=None if dealt is None else own.difference(at, place, own, (at, dealt)),
+            auc=found.get("auc"), chance=own.chance(at, place), majority=own.majority(at, place),
+            classes=own.classes(at, place),
+            penalty=math.nan if own.probes is None else float(own.probes.penalty[at, place]),
+            left_out=left_out.get(column.concept, 0) + group.dropped.get(trained, 0), words=own.words(at, place),
         )  # fmt: skip
 
     def scores(self) -> dict[tuple[str, str], Interval]:
         """The main score of each concept at each site of the trained network."""
         return {
-            (str(source.site), column.name): scored.score(place)  # type: ignore[attr-defined]
-            for group in self._groups.values() for source, scored in group.scored.items() if source.network == "trained"
+            (str(source.site), column.name): stack.scored.score(at, place)
+            for group in self._groups.values() for stack in group.stacks
+            for at, source in enumerate(stack.sources) if source.network == "trained"
             for place, column in enumerate(group.columns)
         }  # fmt: skip
 
@@ -306,15 +347,13 @@ def _group(labels: Mapping[str, Tensor]) -> _Group:
 
 def _dealt(group: _Group, control: Tensor, dtype: torch.dtype) -> Tensor:
     """Labels that depend on the number of the group alone, as often each as in the rows seen: ``(rows, columns)``."""
-    columns = []
-    for column in group.columns:
-        code = (control ^ zlib.crc32(column.name.encode())) * 0x2545F4914F6CDD1D
-        code = (code ^ (code >> 29)) * 0x27D4EB2F165667C5
-        if not len(column.seen):
-            columns.append(torch.zeros_like(control))
-            continue
-        columns.append(column.seen[((code ^ (code >> 32)) & 0x7FFFFFFF) % len(column.seen)])
-    return torch.stack(columns, 1).to(dtype)
+    drawn = [column.seen if len(column.seen) else column.seen.new_zeros(1) for column in group.columns]
+    lengths = torch.tensor(list(map(len, drawn)))
+    code = (
+        control[:, None] ^ torch.tensor([zlib.crc32(one.name.encode()) for one in group.columns])
+    ) * 0x2545F4914F6CDD1D
+    code = (code ^ (code >> 29)) * 0x27D4EB2F165667C5
+    return torch.cat(drawn)[((code ^ (code >> 32)) & 0x7FFFFFFF) % lengths + lengths.cumsum(0) - lengths].to(dtype)
 
 
 def _together(first: Scored, second: Scored) -> Scored:

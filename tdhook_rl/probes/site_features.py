@@ -9,6 +9,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 
+from tdhook_rl.batches.annotation import computed
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest, warn
 from tdhook_rl.hooking.hooked import HookedMixin
 from tdhook_rl.latent.activation_caching import ActivationCaching
@@ -96,7 +97,7 @@ class SiteFeatures:
                 continue
             seen = self._seen(policy, data, network)
             for site in self.sites:
-                flat = _rows(seen["cache", site], data, None if whole else rows)
+                flat = _rows(seen[site], data, None if whole else rows)
                 if network == "trained":
                     self._find_axis(data, site, flat)
                 found[Source(network, site)] = self._laid_out(site, flat)
@@ -109,11 +110,13 @@ class SiteFeatures:
                     found[Source("input", places)] = own
         return found
 
-    def _seen(self, policy: Any, data: TensorDictBase, network: str) -> TensorDictBase:
-        keys = [("cache", site) for site in self.sites]
-        if network == "trained" and self._reads_batch and all(isinstance(data.get(key, None), Tensor) for key in keys):
-            return data
-        return policy.annotate(data.exclude("cache", "computed", "attr", "probe"), on_mismatch="ignore")
+    def _seen(self, policy: Any, data: TensorDictBase, network: str) -> dict[str, Tensor]:
+        if network == "trained" and self._reads_batch:
+            held = {site: data.get(("cache", site), None) for site in self.sites}
+            if all(isinstance(value, Tensor) for value in held.values()):
+                return held
+        found = computed(policy, data)
+        return {site: found["cache", site] for site in self.sites}
 
     def _laid_out(self, site: str, value: Tensor) -> Tensor:
         kind = self._layout[site]

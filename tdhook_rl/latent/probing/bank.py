@@ -1,6 +1,6 @@
-"""Many concepts of one site at once: their rows, their sums and their probes share what they have in common.
+"""Many concepts of several sources at once: their rows, their sums and their probes share what they have in common.
 
-The second moments of the features are those of all concepts, so that one factorisation serves all probes of a site.
+The second moments of the features are those of all concepts, so that one factorisation serves all probes of a source.
 What is kept is a sum: it streams, decays, and adds up over workers and shards.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,27 +16,27 @@ from torch import Tensor
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.probing.class_statistics import NEVER, usual_penalty
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
-from tdhook_rl.latent.probing.moments import Moments, blocks_about, raw_bias, spread_of
+from tdhook_rl.latent.probing.moments import raw_bias
 from tdhook_rl.latent.probing.penalties import PENALTIES, expected_accuracy
+from tdhook_rl.latent.probing.stacked import Scaled, StackedMoments, of_halves
 
 #: Below this share of all rows, a class that decays is forgotten.
 _FORGOTTEN = 1e-9
-#: So many penalties are solved for one by one.
-_FEW = 3
 
 
 @dataclass(frozen=True)
 class Probes:
-    """The probes of all concepts of a bank.
+    """The probes of all sources and concepts of a bank.
 
     Attributes:
-        weight: ``(concepts, classes, features)``, float32.
-        bias: ``(concepts, classes)``, float64.
-        there: ``(concepts, classes)``, which classes had training rows.
-        penalty: ``(concepts,)``, what each was fitted with.
-        middle, spread: ``(concepts,)``, of the difference of the scores of classes 1 and 0: halfway between the means
-            of the two, and within them.
-        apart: ``(concepts,)``, how far the means of the two lie from each other along the direction of that difference.
+        weight: ``(sources, concepts, classes, features)``, float32.
+        bias: ``(sources, concepts, classes)``, float64.
+        there: ``(sources, concepts, classes)``, which classes had training rows.
+        penalty: ``(sources, concepts)``, what each was fitted with.
+        middle, spread: ``(sources, concepts)``, of the difference of the scores of classes 1 and 0: halfway between
+            the means of the two, and within them.
+        apart: ``(sources, concepts)``, how far the means of the two lie from each other along the direction of that
+            difference.
     """
 
     weight: Tensor
@@ -48,103 +47,108 @@ class Probes:
     spread: Tensor
     apart: Tensor
 
-    def scores(self, features: Tensor) -> Tensor:
-        """``(rows, concepts, classes)`` of rows, in float64; for each row its block of concepts."""
-        concepts, classes, width = self.weight.shape
-        flat = self.weight.double().reshape(-1, width)
-        return torch.addmm(self.bias.reshape(-1), features.double(), flat.T).reshape(-1, concepts, classes)
+    def scores(self, features: Sequence[Tensor]) -> Tensor:
+        """``(rows, sources, concepts, classes)`` of the rows of each source, in float64."""
+        flat = self.weight.double().flatten(1, 2)
+        found = torch.empty(len(features[0]), *self.bias.shape, dtype=torch.float64)
+        for source, rows in enumerate(features):
+            torch.addmm(self.bias[source].flatten(), rows.double(), flat[source].T, out=found[:, source].flatten(1, 2))
+        return found
 
-    def one(self, concept: int, classes: int, path: str, facts: dict[str, float]) -> LinearProbe:
+    def one(self, source: int, concept: int, classes: int, path: str, facts: dict[str, float]) -> LinearProbe:
         """The probe of one concept, to read out, to push and to save."""
-        apart = {"means_apart": float(self.apart[concept])} if classes == 2 else {}
+        apart = {"means_apart": float(self.apart[source, concept])} if classes == 2 else {}
         return LinearProbe(
-            weight=self.weight[concept, :classes].clone(), bias=self.bias[concept, :classes].clone(), kind="lda",
-            path=path, facts={**facts, **apart, "penalty": float(self.penalty[concept])},
+            weight=self.weight[source, concept, :classes].clone(), bias=self.bias[source, concept, :classes].clone(),
+            kind="lda", path=path, facts={**facts, **apart, "penalty": float(self.penalty[source, concept])},
         )  # fmt: skip
 
 
-class ClassBank(Moments):
+class ClassBank(StackedMoments):
     """Linear discriminants (Fisher 1936) of several concepts from sums, each as :class:`ClassStatistics` solves one.
 
     The training groups are kept as two halves, whose sums are those of all; they serve to choose the penalty.
 
     Args:
-        features: the length of a feature vector.
+        sources, features: as of :class:`StackedMoments`.
         classes: for each concept how many classes it has.
 
     Attributes:
-        shift: ``(features,)``, the mean of the first rows; everything is kept about it, in float64.
-        moment: ``(2, features, features)``, the sum of ``(x - shift) (x - shift)^T`` of each half.
-        count: ``(2, concepts, classes)``, rows.
-        total: ``(2, concepts, classes, features)``, the sums of ``x - shift``.
+        shift, moment: as of :class:`StackedMoments`.
+        count: ``(sources, 2, concepts, classes)``, rows.
+        total: ``(sources, 2, concepts, classes, features)``, the sums of ``x - shift``.
 
     Example:
         >>> x = torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
-        >>> bank = ClassBank(features=3, classes=[2, 2])
-        >>> bank.add(x, torch.stack([x[:, 0] > 0, x[:, 1] > 0], 1).long(), torch.arange(400) % 2)
-        >>> bank.solve().scores(x).argmax(-1).eq(torch.stack([x[:, 0] > 0, x[:, 1] > 0], 1)).double().mean() > 0.9
+        >>> bank = ClassBank(sources=1, features=3, classes=[2, 2])
+        >>> bank.add([x], torch.stack([x[:, 0] > 0, x[:, 1] > 0], 1).long(), torch.arange(400).chunk(2))
+        >>> right = bank.solve().scores([x])[:, 0].argmax(-1) == torch.stack([x[:, 0] > 0, x[:, 1] > 0], 1)
+        >>> right.double().mean() > 0.9
         tensor(True)
     """
 
     _sums = ("moment", "count", "total")
 
     @torch.inference_mode(False)
-    def __init__(self, *, features: int, classes: Sequence[int]) -> None:
+    def __init__(self, *, sources: int, features: int, classes: Sequence[int]) -> None:
         if not classes or min(classes) < 2:
             raise InputError(f"a bank is of concepts of at least 2 classes, got {classes}")
-        super().__init__(features=features, parts=(2,))
+        super().__init__(sources=sources, features=features)
         self.classes = tuple(classes)
         concepts, most = len(classes), max(classes)
-        self.count = torch.zeros(2, concepts, most, dtype=torch.float64)
-        self.total = torch.zeros(2, concepts, most, features, dtype=torch.float64)
+        self.count = torch.zeros(sources, 2, concepts, most, dtype=torch.float64)
+        self.total = torch.zeros(sources, 2, concepts, most, features, dtype=torch.float64)
 
     @property
     def there(self) -> Tensor:
-        """Which classes have rows, ``(concepts, classes)``."""
-        count = self.count.sum(0)
+        """Which classes have rows, ``(sources, concepts, classes)``."""
+        count = self.count.sum(1)
         return count > _FORGOTTEN * count.sum(-1, keepdim=True)
 
     @torch.inference_mode(False)
-    def add(self, features: Tensor, labels: Tensor, halves: Tensor | None) -> None:
+    def add(
+        self, features: Sequence[Tensor], labels: Tensor, halves: Sequence[Tensor], usable: Tensor | None = None
+    ) -> None:
         """Add training rows.
 
         Args:
-            features: ``(rows, features)``, finite.
+            features: for each source ``(rows, features)``.
             labels: ``(rows, concepts)``, int64, the number of a class each.
-            halves: ``(rows,)``, 0 or 1; ``None`` puts all into the first: nothing can be chosen by halves then.
+            halves: the numbers of the training rows of each half, ascending; with one half only, nothing can be chosen.
+            usable: ``(sources, rows)``, which rows are finite and count; all unless given.
         """
-        if not len(features):
+        if not sum(map(len, halves)):
             return
-        self._begin(features)
-        concepts, most = self.count.shape[1:]
-        for half in (0,) if halves is None else (0, 1):
-            rows, wanted = (one if halves is None else one[halves == half] for one in (features, labels))
-            for part, block in blocks_about(self.shift, rows):
-                hot = torch.zeros(len(block), concepts, most, dtype=torch.float64)
-                hot.scatter_(2, wanted[part][..., None], 1.0)
-                self.moment[half].addmm_(block.T, block)
-                self.total[half].view(-1, self.width).addmm_(hot.view(len(block), -1).T, block)
-                self.count[half] += hot.sum(0)
+        self._start(features, halves, usable)
+        concepts, most = self.count.shape[2:]
+        for half, part, sources in self._halves(features, halves, usable):
+            hot = torch.zeros(len(part), concepts, most, dtype=torch.float64)
+            hot = hot.scatter_(2, labels[part][..., None], 1.0).flatten(1)
+            rows = hot.sum(0)
+            for source, block, counts in sources:
+                self.total[source, half].flatten(0, 1).addmm_(hot.T, block)
+                own = rows if counts is None else counts.double() @ hot
+                self.count[source, half] += own.view(concepts, most)
 
     @torch.inference_mode(False)
     def __add__(self, other: ClassBank) -> ClassBank:
-        if self.classes != other.classes or self.width != other.width:
+        if self.classes != other.classes or self.shift.shape != other.shift.shape:
             raise InputError(
-                f"sums of {self.classes} classes of {self.width} features and of {other.classes} of {other.width} do "
-                "not add"
+                f"sums of {self.classes} classes of {tuple(self.shift.shape)} (sources, features) and of "
+                f"{other.classes} of {tuple(other.shift.shape)} do not add"
             )
         if not other._begun:
             return copy.deepcopy(self)
         if not self._begun:
             return copy.deepcopy(other)
         merged = copy.deepcopy(self)
-        away = other.shift - self.shift
-        rows = other.count[:, 0].sum(-1)  # of each half: every row has a class of every concept
-        crossed = other.total[:, 0].sum(1)[:, :, None] * away
-        merged.moment += other.moment + crossed + crossed.transpose(1, 2)
-        merged.moment += rows[:, None, None] * torch.outer(away, away)
+        away = (other.shift - self.shift)[:, None, None]  # (sources, 1, 1, features)
+        rows = other.count[:, :, 0].sum(-1)  # of each half: every row has a class of every concept
+        crossed = other.total[:, :, 0].sum(2)[..., None] * away
+        merged.moment += other.moment + crossed + crossed.mT
+        merged.moment += rows[..., None, None] * away.mT * away
         merged.count += other.count
-        merged.total += other.total + other.count[..., None] * away
+        merged.total += other.total + other.count[..., None] * away[:, None]
         merged.resolution = max(self.resolution, other.resolution)
         return merged
 
@@ -160,95 +164,87 @@ class ClassBank(Moments):
         """The probes of all concepts.
 
         Args:
-            penalty: ``(concepts,)``, added to the diagonal of the covariance of scaled features; by default what
-                :func:`usual_penalty` says.
+            penalty: ``(sources, concepts)``, added to the diagonal of the covariance of scaled features; by default
+                what :func:`usual_penalty` says.
             priors: ``"equal"`` or ``"rows"``.
         """
-        return self._parts((0, 1)).solve(penalty, priors)
+        return self._of((0, 1)).probes(penalty, priors)
 
     def choose(self) -> Tensor:
-        """The penalty of each concept that does best across the two halves, ``(concepts,)``.
+        """The penalty of each concept that does best across the two halves, ``(sources, concepts)``.
 
         The usual one where a half lacks classes, or nothing can be told apart.
         """
-        halves = [self._parts((half,)) for half in (0, 1)]
-        usual = usual_penalty(self.width, float(self.count[:, 0].sum()))
-        chosen = torch.full((len(self.classes),), usual, dtype=torch.float64)
-        if any(one.rows <= 1 for one in halves):
+        halves = [self._of((half,)) for half in (0, 1)]
+        sources, concepts = self.count.shape[0], self.count.shape[2]
+        usual = [usual_penalty(self.width, max(rows, 1.0)) for rows in self.count[:, :, 0].sum((1, 2)).tolist()]
+        chosen = torch.tensor(usual, dtype=torch.float64)[:, None].expand(sources, concepts)
+        enough = torch.stack([one.rows > 1 for one in halves]).all(0)
+        if not bool(enough.any()):
             return chosen
-        # Every penalty as if it were a concept more: one factorisation of each half, and one pass of small products.
-        tried = torch.tensor(PENALTIES, dtype=torch.float64).repeat_interleave(len(chosen))
-        repeated = [one.repeated(len(PENALTIES)) for one in halves]
-        found = sum(
-            judging.expected(fitted.solve(tried, "equal")) for fitted, judging in (repeated, repeated[::-1])
-        ).reshape(len(PENALTIES), -1)  # type: ignore[union-attr]
-        known = torch.isfinite(found).all(0)
+        # Every penalty as if it were a concept more: one pass of small products.
+        tried = torch.tensor(PENALTIES, dtype=torch.float64)
+        repeated = [one.repeated(len(tried)) for one in halves]
+        asked = tried.repeat_interleave(concepts).expand(sources, -1)
+        first, second = repeated
+        found = (first.expected(second, asked) + second.expected(first, asked)).view(sources, len(tried), concepts)
         # Of those that do as well the largest: what the data do not tell apart, the simpler probe has.
-        good = found >= found.amax(0) - 2e-4
-        largest = len(PENALTIES) - 1 - good.flip(0).long().argmax(0)
-        return torch.where(known, torch.tensor(PENALTIES, dtype=torch.float64)[largest], chosen)
+        good = found >= found.amax(1, keepdim=True) - 2e-4
+        largest = len(tried) - 1 - good.flip(1).long().argmax(1)
+        return torch.where(torch.isfinite(found).all(1) & enough[:, None], tried[largest], chosen)
 
-    def _parts(self, halves: tuple[int, ...]) -> _Sums:
-        moment, count, total = (getattr(self, name)[list(halves)].sum(0) for name in self._sums)
+    def _of(self, halves: tuple[int, ...]) -> _Sums:
+        moment, count, total = (of_halves(getattr(self, name), halves) for name in self._sums)
         return _Sums(moment, count, total, self.shift, self.resolution)
 
 
-class _Sums:
-    """What is solved: sums of some of the rows, as means and covariances of scaled features."""
+class _Sums(Scaled):
+    """What is solved: sums of some of the rows."""
 
     def __init__(self, moment: Tensor, count: Tensor, total: Tensor, shift: Tensor, resolution: float) -> None:
-        self.count, self.shift = count, shift
-        self.rows = float(count[0].sum())
-        safe = max(self.rows, 1e-300)
-        self.mean = total[0].sum(0) / safe
-        covariance = moment / safe - torch.outer(self.mean, self.mean)
-        spread = spread_of(self.mean, covariance.diagonal(), shift, resolution)
-        self.live = torch.isfinite(spread).nonzero().squeeze(-1)
-        self.spread = spread[self.live]
-        self.covariance = covariance[self.live][:, self.live] / torch.outer(self.spread, self.spread)
+        super().__init__(moment, total[:, 0].sum(1), count[:, 0].sum(1), shift, resolution)
         self.there = count > _FORGOTTEN * count.sum(-1, keepdim=True)
         self.share = count / count.sum(-1, keepdim=True).clamp_min(1e-300)
-        offsets = (total / count.clamp_min(1e-300)[..., None] - self.mean)[..., self.live] / self.spread
+        offsets = (total / count.clamp_min(1e-300)[..., None] - self.mean[:, None, None]) / self.spread[:, None, None]
         self.offsets = torch.where(self.there[..., None], offsets, 0.0)
-        self._eigen: Any = None
 
-    def solve(self, penalty: Tensor | None, priors: str) -> Probes:
-        concepts, most = self.count.shape
-        width = len(self.mean)
+    def probes(self, penalty: Tensor | None, priors: str) -> Probes:
         if penalty is None:
-            penalty = torch.full((concepts,), usual_penalty(len(self.live), self.rows), dtype=torch.float64)
-        found = self._found(penalty)
+            usual = map(usual_penalty, self.live.sum(1).tolist(), self.rows.clamp_min(1).tolist())
+            penalty = torch.tensor(list(usual), dtype=torch.float64)[:, None].expand(self.there.shape[:2])
+        found, weight = self.weights(penalty)
         number = self.there.sum(-1, keepdim=True).clamp_min(1)
-        # What all classes have in common decides nothing; without it, scores stay small far from the mean.
-        centred = torch.where(self.there[..., None], found - (found.sum(1) / number)[:, None], 0.0)
-        weight = torch.zeros(concepts, most, width, dtype=torch.float64)
-        weight[..., self.live] = centred / self.spread
         priors_of = torch.where(self.there, self.share, 1.0).log() if priors == "rows" else torch.zeros_like(self.share)
         at_mean = priors_of - 0.5 * (found * self.offsets).sum(-1)
         at_mean = at_mean - ((at_mean * self.there).sum(-1, keepdim=True) / number)
-        stored, bias = raw_bias(
-            weight.reshape(-1, width), self.mean + self.shift, torch.zeros(concepts * most).double()
-        )
-        bias = torch.where(self.there, bias.reshape(concepts, most) + at_mean, NEVER)
-        stored = stored.reshape(concepts, most, width)
+        stored, bias = raw_bias(weight.flatten(1, 2), self.mean + self.shift, torch.zeros(()).double())
+        bias = torch.where(self.there, bias.view_as(at_mean) + at_mean, NEVER)
+        stored = stored.view_as(weight)
         return Probes(stored, bias, self.there, penalty, *self._margins(stored, bias))
 
-    def expected(self, probes: Probes) -> Tensor:
+    def weights(self, penalty: Tensor) -> tuple[Tensor, Tensor]:
+        """Of scaled features as they are solved for, and of the features, ``(sources, concepts, classes, features)``.
+
+        What all classes have in common decides nothing; without it, scores stay small far from the mean.
+        """
+        found = self._found(penalty)
+        number = self.there.sum(-1, keepdim=True).clamp_min(1)
+        centred = torch.where(self.there[..., None], found - (found.sum(2) / number)[:, :, None], 0.0)
+        return found, centred / self.spread[:, None, None]
+
+    def expected(self, other: _Sums, penalty: Tensor) -> Tensor:
         """How well the probes of others tell the classes of these rows apart; see :func:`expected_accuracy`."""
-        weight = probes.weight.double()[..., self.live] * self.spread
-        outside = probes.weight.double().clone()
-        outside[..., self.live] = 0
-        within = self._within_scores(weight)
-        return torch.where(
-            (outside == 0).all(-1).all(-1), expected_accuracy(weight, self.offsets, within, self.there & probes.there),
-            torch.nan,
-        )  # fmt: skip
+        _, weight = other.weights(penalty)
+        scaled = weight * self.finite[:, None, None]
+        outside = ((weight != 0) & ~self.live[:, None, None]).flatten(2).any(-1)
+        parts = scaled, self.offsets, self._within_scores(scaled), self.there & other.there
+        return expected_accuracy(*(one.flatten(0, 1) for one in parts)).view_as(penalty).masked_fill(outside, torch.nan)
 
     def repeated(self, times: int) -> _Sums:
         """The same sums, of so many times the concepts."""
         other = copy.copy(self)
-        other.count, other.there, other.share, other.offsets = (
-            one.repeat(times, *(1,) * (one.ndim - 1)) for one in (self.count, self.there, self.share, self.offsets)
+        other.there, other.share, other.offsets = (
+            one.repeat(1, times, *(1,) * (one.ndim - 2)) for one in (self.there, self.share, self.offsets)
         )
         return other
 
@@ -258,56 +254,32 @@ class _Sums:
         ``W`` is the covariance of all rows less a product of rank ``classes``, so that one factorisation of that serves
         all concepts (Sherman, Morrison & Woodbury 1950).
         """
-        offsets, share = self.offsets, self.share
-        solved = self._solved(penalty)
-        gram = offsets @ solved.transpose(1, 2)
-        root = share.sqrt()
+        offsets = self.offsets
+        solved = self.solved(offsets, penalty)
+        gram = offsets @ solved.mT
+        root = self.share.sqrt()
         one = torch.eye(gram.shape[-1], dtype=gram.dtype)
-        left = one - root[:, :, None] * gram * root[:, None, :]
-        values, vectors = torch.linalg.eigh((left + left.transpose(1, 2)) / 2)
-        inverse = vectors @ ((1 / values.clamp_min(1e-9))[..., None] * vectors.transpose(1, 2))
+        left = one - root[..., None] * gram * root[..., None, :]
+        values, vectors = torch.linalg.eigh((left + left.mT) / 2)
+        inverse = (vectors / values.clamp_min(1e-9)[..., None, :]) @ vectors.mT
         # offsets^T root (left)^-1 root^-1, written so that no class without rows divides by zero
-        more = root[:, :, None] * (inverse - one)
+        more = root[..., None] * (inverse - one)
         scale = torch.where(root > 0, 1 / root.clamp_min(1e-150), 0.0)
-        return solved + (more * scale[:, None, :]).transpose(1, 2) @ solved
-
-    def _solved(self, penalty: Tensor) -> Tensor:
-        """``(covariance + penalty)^-1`` of the offsets, ``(concepts, classes, features)``."""
-        offsets, values = self.offsets, penalty.unique()
-        if not offsets.shape[-1]:
-            return offsets
-        if len(values) <= _FEW and self._eigen is None:
-            found = torch.empty_like(offsets)
-            for value in values:
-                chosen = penalty == value
-                matrix = self.covariance.clone()
-                matrix.diagonal().add_(value)
-                factor, failed = torch.linalg.cholesky_ex(matrix)
-                diagonal = factor.diagonal()
-                if bool(failed) or not bool(diagonal.min() > 1e-7 * diagonal.max()):
-                    break
-                right = offsets[chosen].flatten(0, 1)
-                found[chosen] = torch.cholesky_solve(right.T, factor).T.reshape(-1, *offsets.shape[1:])
-            else:
-                return found
-        if self._eigen is None:
-            self._eigen = tuple(torch.linalg.eigh(self.covariance))
-        spectrum, vectors = self._eigen
-        inverse = 1 / (spectrum + penalty[:, None]).clamp_min(1e-9)
-        return ((offsets @ vectors) * inverse[:, None]) @ vectors.T
+        return solved + (more * scale[..., None, :]).mT @ solved
 
     def _within_scores(self, weight: Tensor) -> Tensor:
-        """``(concepts, classes, classes)``, of scores within classes; the weight is of scaled features."""
-        between = weight @ self.offsets.transpose(1, 2)
-        of_all = weight @ self.covariance @ weight.transpose(1, 2)
-        return of_all - (between * self.share[:, None, :]) @ between.transpose(1, 2)
+        """``(sources, concepts, k, k)``, of scores within classes; the weight is of scaled features."""
+        between = weight @ self.offsets.mT
+        of_all = (weight.flatten(1, 2) @ self.covariance).view_as(weight) @ weight.mT
+        return of_all - (between * self.share[:, :, None]) @ between.mT
 
     def _margins(self, stored: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of the difference of classes 1 and 0: the score halfway between their means, its spread within them, and how
         far apart they lie along its direction."""
-        weight = (stored[:, 1] - stored[:, 0]).double()
-        scaled = weight[:, self.live] * self.spread
-        halfway = self.offsets[:, :2].mean(1)
-        middle = (scaled * halfway).sum(-1) + weight @ (self.mean + self.shift) + bias[:, 1] - bias[:, 0]
-        apart = (scaled * (self.offsets[:, 1] - self.offsets[:, 0])).sum(-1) / weight.norm(dim=-1).clamp_min(1e-300)
-        return middle, self._within_scores(scaled[:, None])[:, 0, 0].clamp_min(0).sqrt(), apart
+        weight = (stored[:, :, 1:2] - stored[:, :, :1]).double()
+        scaled = weight * self.finite[:, None, None]
+        first, second = self.offsets[:, :, 0], self.offsets[:, :, 1]
+        halfway = scaled[:, :, 0] * (first + second) / 2 + weight[:, :, 0] * (self.mean + self.shift)[:, None]
+        spread = self._within_scores(scaled).flatten(2).squeeze(-1).clamp_min(0).sqrt()
+        apart = (scaled[:, :, 0] * (second - first)).sum(-1) / weight.norm(dim=(2, 3)).clamp_min(1e-300)
+        return halfway.sum(-1) + bias[..., 1] - bias[..., 0], spread, apart

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +19,23 @@ _NOTHING = 1e-6
 _REACH, _BINS = 8.0, 257
 #: Numbers that the histograms of one grouping may take.
 _ENTRIES = 600_000
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Rows by group.
+
+    Attributes:
+        numbers: ``(groups,)``, the numbers of the groups, each once.
+        where: ``(rows,)``, which of them each row is of.
+    """
+
+    numbers: Tensor
+    where: Tensor
+
+    @classmethod
+    def of(cls, codes: Tensor) -> Grouped:
+        return cls(*codes.unique(return_inverse=True))
 
 
 class Tally:
@@ -52,28 +70,34 @@ class Tally:
 
     @property
     def sums(self) -> Tensor:
-        found = self._table[: len(self._rows)]
+        return self.of(slice(None))
+
+    def of(self, columns: Tensor | slice) -> Tensor:
+        """``(groups, columns)``, some of the sums."""
+        found = self._table[: len(self._rows), columns]
         return found if self._unit == 1 else found * self._unit
 
-    def add(self, codes: Tensor, values: Tensor) -> None:
+    def add(self, codes: Tensor | Grouped, values: Tensor) -> None:
         """Add rows.
 
         Args:
-            codes: ``(rows,)``, the number of the group of each.
+            codes: ``(rows,)``, the number of the group of each; or the groups.
             values: ``(rows, width)``.
         """
-        self._put(self._folded(codes), values.double() / self._unit)
+        values = values.double()
+        self._put(codes, values if self._unit == 1 else values / self._unit)
         self._bound()
 
-    def add_at(self, codes: Tensor, columns: Tensor) -> None:
+    def add_at(self, codes: Tensor | Grouped, columns: Tensor, counted: Tensor | None = None) -> None:
         """Add one to some entries of the group of each row.
 
         Args:
-            codes: ``(rows,)``.
+            codes: as of :meth:`add`.
             columns: ``(rows, k)``, which entries.
+            counted: ``(rows, k)``, whether it is added; always unless given.
         """
-        width = self._table.shape[1]
-        flat = (self._places(self._folded(codes))[:, None] * width + columns).reshape(-1)
+        flat = self._places(codes)[:, None] * self._table.shape[1] + columns
+        flat = flat.reshape(-1) if counted is None else flat[counted]
         ones = torch.full((len(flat),), 1 / self._unit, dtype=torch.float64)
         self._table.view(-1).index_add_(0, flat, ones)
         self._bound()
@@ -83,23 +107,24 @@ class Tally:
             self._settle()
         if len(self._rows) > self._most:
             self._merged = True
-            self._rebuild(self._folded(self.codes), self.sums)
+            self._rebuild(self.codes, self.sums)
 
-    def _put(self, codes: Tensor, values: Tensor) -> None:
+    def _put(self, codes: Tensor | Grouped, values: Tensor) -> None:
         places = self._places(codes)
         self._table.index_add_(0, places, values)
 
-    def _places(self, codes: Tensor) -> Tensor:
+    def _places(self, codes: Tensor | Grouped) -> Tensor:
         """Where the group of each row is in the table; new ones come at its end."""
-        groups, where = codes.unique(return_inverse=True)
+        groups = codes if isinstance(codes, Grouped) else Grouped.of(codes)
+        numbers = groups.numbers.remainder(self._most) if self._merged else groups.numbers
         places = torch.tensor(
-            [self._rows.setdefault(code, len(self._rows)) for code in groups.tolist()], dtype=torch.long
+            [self._rows.setdefault(code, len(self._rows)) for code in numbers.tolist()], dtype=torch.long
         )
         if len(self._rows) > len(self._table):  # twice as long, so that growing costs little in all
             grown = torch.zeros(2 * len(self._rows), self._table.shape[1], dtype=torch.float64)
             grown[: len(self._table)] = self._table
             self._table = grown
-        return places[where]
+        return places[groups.where]
 
     def decay(self, factor: float) -> None:
         """Multiply all sums; groups of which nothing is left are forgotten now and then."""
@@ -125,7 +150,7 @@ class Tally:
         """Add the sums of another; where one has put groups together, both have."""
         if other._merged and not self._merged:
             self._merged = True
-            self._rebuild(self._folded(self.codes), self.sums)
+            self._rebuild(self.codes, self.sums)
         self.add(other.codes, other.sums)
 
     @property
@@ -139,16 +164,19 @@ class Tally:
 
     def _settle(self) -> None:
         """Forget the groups of which nothing is left."""
-        sums = self.sums
-        left = sums.abs().sum(1) > _NOTHING
-        self._rebuild(self.codes[left], sums[left])
+        table = self._table[: len(self._rows)]
+        left = torch.linalg.vector_norm(table, 1, dim=1) * self._unit > _NOTHING
+        kept = left.nonzero().squeeze(-1)
+        if len(kept) < len(table):
+            self._rows = {code: place for place, code in enumerate(self.codes[kept].tolist())}
+            self._table = torch.zeros(2 * len(kept), table.shape[1], dtype=torch.float64)
+            torch.index_select(table, 0, kept, out=self._table[: len(kept)])
+        self._table.mul_(self._unit)
+        self._unit = 1.0
 
     def _rebuild(self, codes: Tensor, sums: Tensor) -> None:
         self._rows, self._table, self._unit = {}, torch.zeros(0, sums.shape[1], dtype=torch.float64), 1.0
         self._put(codes, sums)
-
-    def _folded(self, codes: Tensor) -> Tensor:
-        return codes.remainder(self._most) if self._merged else codes
 
 
 class HitTally:
@@ -158,7 +186,7 @@ class HitTally:
         self._columns = columns
         self._tallies = [Tally(width=2 * columns) for _ in range(groupings)]
 
-    def add(self, codes: Sequence[Tensor], of_class: Tensor, right: Tensor) -> None:
+    def add(self, codes: Sequence[Tensor | Grouped], of_class: Tensor, right: Tensor) -> None:
         """Add rows.
 
         Args:
@@ -205,17 +233,25 @@ class HitTally:
     @property
     def rows(self) -> Tensor:
         """``(columns,)``: how many rows of each class there are."""
-        return self._tallies[0].sums[:, self._columns :].sum(0)
+        return self.rows_of(slice(None))
+
+    def rows_of(self, columns: slice) -> Tensor:
+        """The same, of some columns."""
+        start, stop, _ = columns.indices(self._columns)
+        return self._tallies[0].of(slice(self._columns + start, self._columns + stop)).sum(0)
 
     def accuracy(self, chosen: Tensor, confidence: float) -> Interval:
         """Balanced accuracy over the chosen columns; of several groupings, the widest interval."""
-        parts = (self.counts(tally.sums, chosen) for tally in self._tallies)
-        return widest([statistics.balanced_accuracy(*one, confidence=confidence) for one in parts])
+        columns = self.columns(chosen)
+        parts = (tally.of(columns).numpy() for tally in self._tallies)
+        return widest([
+            statistics.balanced_accuracy(*np.split(one, 2, axis=1), confidence=confidence) for one in parts
+        ])  # fmt: skip
 
-    def counts(self, sums: Tensor, chosen: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Of the sums of groups how many rows of the chosen columns are right, and how many there are."""
+    def columns(self, chosen: Tensor) -> Tensor:
+        """Where the tables have how many rows of the chosen columns are right, and then how many there are."""
         columns = chosen.nonzero().squeeze(-1)
-        return sums[:, columns].numpy(), sums[:, self._columns + columns].numpy()
+        return torch.cat([columns, self._columns + columns])
 
 
 class ScoreHistograms:
@@ -225,26 +261,33 @@ class ScoreHistograms:
     today's probe and yesterday's go together and the resolution, a sixteenth of a spread, is the same for all.
     """
 
-    def __init__(self, *, labels: int, groupings: int) -> None:
-        self._labels = labels
+    def __init__(self, *, labels: int, groupings: int, sources: int = 1) -> None:
+        self._labels, self._sources = labels, sources
         width = labels * 2 * _BINS
         most = max(_ENTRIES // width, 32)
-        self._tallies = [Tally(width=width, groups=most) for _ in range(groupings)]
+        self._tallies = [Tally(width=sources * width, groups=most) for _ in range(groupings)]
 
-    def add(self, codes: Sequence[Tensor], scores: Tensor, labels: Tensor, middle: Tensor, spread: Tensor) -> None:
+    def add(
+        self, codes: Sequence[Tensor | Grouped], scores: Tensor, labels: Tensor, middle: Tensor, spread: Tensor,
+        usable: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Add rows.
 
         Args:
             codes: for each grouping ``(rows,)``, the group of each row.
-            scores: ``(rows, labels)``, float64.
+            scores: ``(rows, sources, labels)``, float64; with one source ``(rows, labels)``.
             labels: ``(rows, labels)``, bool.
-            middle, spread: ``(labels,)``, of the scores.
+            middle, spread: ``(sources, labels)``, of the scores.
+            usable: ``(rows, sources)``, which scores count; all unless given.
         """
+        scores = scores.view(len(scores), self._sources, self._labels)
         scaled = (scores - middle) / spread.clamp_min(1e-9 * middle.abs()).clamp_min(1e-300)
         bins = ((scaled.clamp(-_REACH, _REACH) + _REACH) * (_BINS - 1) / (2 * _REACH)).round().long()
-        column = torch.arange(self._labels) * 2 * _BINS + labels.long() * _BINS + bins
+        first = torch.arange(self._sources * self._labels).view(self._sources, self._labels) * 2 * _BINS
+        column = (bins + (labels.long() * _BINS)[:, None] + first).flatten(1)
+        counted = None if usable is None else usable.repeat_interleave(self._labels, 1)
         for tally, code in zip(self._tallies, codes, strict=True):
-            tally.add_at(code, column)
+            tally.add_at(code, column, counted)
 
     def decay(self, factor: float) -> None:
         """Let what was scored before count for less."""
@@ -253,12 +296,14 @@ class ScoreHistograms:
 
     def without(self, label: int) -> ScoreHistograms:
         """The histograms of the other labels."""
-        fewer = ScoreHistograms(labels=self._labels - 1, groupings=len(self._tallies))
-        width = 2 * _BINS
-        places = torch.arange(self._labels * width)
-        places = torch.where(places // width > label, places - width, places)
-        places[label * width : (label + 1) * width] = -1
-        fewer._tallies = [tally.spread(places, (self._labels - 1) * width) for tally in self._tallies]
+        fewer = ScoreHistograms(labels=self._labels - 1, groupings=len(self._tallies), sources=self._sources)
+        kept = torch.arange(self._labels) != label
+        places = torch.full((self._sources, self._labels, 2 * _BINS), -1)
+        places[:, kept] = torch.arange(self._sources * (self._labels - 1) * 2 * _BINS).view(
+            self._sources, self._labels - 1, -1
+        )
+        width = self._sources * (self._labels - 1) * 2 * _BINS
+        fewer._tallies = [tally.spread(places.flatten(), width) for tally in self._tallies]
         return fewer
 
     def merge(self, other: ScoreHistograms) -> None:
@@ -266,11 +311,12 @@ class ScoreHistograms:
         for tally, its in zip(self._tallies, other._tallies, strict=True):
             tally.merge(its)
 
-    def area(self, label: int, confidence: float) -> Interval:
+    def area(self, label: int, confidence: float, source: int = 0) -> Interval:
         """The area under the curve of one label; of several groupings, the widest interval."""
+        start = (source * self._labels + label) * 2 * _BINS
         found = []
         for tally in self._tallies:
-            negative, positive = tally.sums.numpy().reshape(-1, self._labels, 2, _BINS)[:, label].swapaxes(0, 1)
+            negative, positive = tally.of(slice(start, start + 2 * _BINS)).numpy().reshape(-1, 2, _BINS).swapaxes(0, 1)
             found.append(statistics.area_under_curve(positive, negative, confidence=confidence))
         return widest(found)
 

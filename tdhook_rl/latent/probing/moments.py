@@ -15,7 +15,7 @@ from tdhook_rl.errors import InputError
 M = TypeVar("M", bound="Moments")
 
 #: Rows that are held in float64 at once.
-_BLOCK = 2048
+BLOCK = 2048
 
 
 class Moments:
@@ -26,11 +26,11 @@ class Moments:
 
     Args:
         features: the length of a feature vector.
-        parts: sums are kept apart for so many parts of the rows, such as halves; ``()`` keeps one.
+        sources, parts: sums are kept apart for each of so many sources of features, and parts of their rows.
 
     Attributes:
-        shift: ``(features,)``; zeros before the first rows.
-        moment: ``(*parts, features, features)``, the sum of ``(x - shift) (x - shift)^T``.
+        shift: ``(*sources, features)``; zeros before the first rows.
+        moment: ``(*sources, *parts, features, features)``, the sum of ``(x - shift) (x - shift)^T``.
         resolution: the relative spacing of the coarsest numbers that were added: spread below it is rounding.
     """
 
@@ -38,18 +38,18 @@ class Moments:
 
     # Sums that were made in inference mode could not be added to outside it.
     @torch.inference_mode(False)
-    def __init__(self, *, features: int, parts: tuple[int, ...] = ()) -> None:
+    def __init__(self, *, features: int, sources: tuple[int, ...] = (), parts: tuple[int, ...] = ()) -> None:
         if features < 1:
             raise InputError(f"a probe needs at least 1 feature, got {features}")
-        self.shift = torch.zeros(features, dtype=torch.float64)
-        self.moment = torch.zeros(*parts, features, features, dtype=torch.float64)
+        self.shift = torch.zeros(*sources, features, dtype=torch.float64)
+        self.moment = torch.zeros(*sources, *parts, features, features, dtype=torch.float64)
         self.resolution = torch.finfo(torch.float64).eps
         self._begun = False
 
     @property
     def width(self) -> int:
         """The length of a feature vector."""
-        return len(self.shift)
+        return self.shift.shape[-1]
 
     # So that sum() of the statistics of workers works, which begins with 0.
     def __radd__(self: M, other: object) -> M:
@@ -92,7 +92,7 @@ class Moments:
         """Note how fine these rows are, and take the shift of the first ones; whether these are."""
         first, self._begun = not self._begun, True
         if first:
-            self.shift = rows[:_BLOCK].double().mean(0)
+            self.shift = rows[:BLOCK].double().mean(0)
         if rows.is_floating_point():
             self.resolution = max(self.resolution, torch.finfo(rows.dtype).eps)
         return first
@@ -119,10 +119,10 @@ def spread_of(mean: Tensor, variance: Tensor, shift: Tensor, resolution: float) 
 
 def blocks_about(shift: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Rows minus a vector in float64, a block at a time, each in the memory of the one before."""
-    memory = torch.empty(min(len(rows), _BLOCK), rows.shape[1], dtype=torch.float64)
-    for start in range(0, len(rows), _BLOCK):
-        block = memory[: min(len(rows) - start, _BLOCK)]
-        block.copy_(rows[start : start + _BLOCK]).sub_(shift)
+    memory = torch.empty(min(len(rows), BLOCK), rows.shape[1], dtype=torch.float64)
+    for start in range(0, len(rows), BLOCK):
+        block = memory[: min(len(rows) - start, BLOCK)]
+        block.copy_(rows[start : start + BLOCK]).sub_(shift)
         yield slice(start, start + len(block)), block
 
 
@@ -157,9 +157,9 @@ def raw_bias(weight: Tensor, centre: Tensor, at_centre: Tensor) -> tuple[Tensor,
     every score.
 
     Args:
-        weight: ``(outputs, features)``.
-        centre: ``(features,)``.
-        at_centre: ``(outputs,)``, the scores there.
+        weight: ``(*sources, outputs, features)``.
+        centre: ``(*sources, features)``.
+        at_centre: ``(*sources, outputs)``, the scores there.
     """
     stored = weight.float()
-    return stored, at_centre - stored.double() @ centre
+    return stored, at_centre - (stored.double() @ centre[..., None]).squeeze(-1)

@@ -1,11 +1,10 @@
-"""Probes of a bank with what they score on held-out rows, batch by batch."""
+"""Probes of a bank with what they score on held-out rows, batch by batch; for each source and concept of the bank."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -17,36 +16,13 @@ from tdhook_rl.errors import listed
 from tdhook_rl.latent.probing.bank import ClassBank, Probes
 from tdhook_rl.latent.probing.held_out import HitTally, ScoreHistograms, Tally, widest
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
+from tdhook_rl.latent.probing.rows import Rows
 from tdhook_rl.latent.probing.value_bank import ValueBank, ValueProbes
 from tdhook_rl.statistics import Interval
 from tdhook_rl.statistics.interval import none
 
 B = TypeVar("B")
 S = TypeVar("S", bound="Scored")
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of one site whose labels are known.
-
-    Attributes:
-        features: ``(rows, features)``.
-        labels: ``(rows, concepts)``.
-        codes: for each grouping ``(rows,)``, the number of the group of each row.
-        train, held: ``(rows,)``: which the probes are fitted on, and which they are scored on.
-    """
-
-    features: Tensor
-    labels: Tensor
-    codes: Sequence[Tensor]
-    train: Tensor
-    held: Tensor
-
-    @property
-    def halves(self) -> Tensor:
-        """Which half of the training groups a row is of, by the number of its first group."""
-        code = self.codes[0]
-        return ((code ^ (code >> 17)) >> 5) & 1
 
 
 class Scored(Generic[B]):
@@ -68,18 +44,17 @@ class Scored(Generic[B]):
 
     def learn(self, rows: Rows) -> None:
         """Add the training rows to the sums."""
-        train, parts = rows.train, (rows.features, rows.labels, None if self.penalty is not None else rows.halves)
-        if not bool(train.all()):
-            parts = tuple(None if one is None else one[train] for one in parts)  # type: ignore[assignment]
-        self.bank.add(*parts)
-        self._learnt += float(train.sum())
+        parts, usable = rows.parts, rows.usable
+        halves = parts.halves if self.penalty is None else (parts.trained,)
+        self.bank.add(rows.features, rows.labels, halves, usable)
+        self._learnt += len(parts.trained) if usable is None else float(usable[:, parts.trained].any(0).sum())
 
     def fit(self) -> None:
         """Solve for the probes."""
         if not self._ready():
             return
         if self.penalty is not None:
-            penalty = torch.full((self.width,), float(self.penalty), dtype=torch.float64)
+            penalty = torch.full((len(self.bank.shift), self.width), float(self.penalty), dtype=torch.float64)
         else:
             if self._chosen is None or self._learnt >= 3 * self._chosen_at:
                 self._chosen, self._chosen_at = self.bank.choose(), self._learnt
@@ -88,7 +63,7 @@ class Scored(Generic[B]):
 
     @property
     def width(self) -> int:
-        """How many penalties there are."""
+        """How many penalties each source has."""
         raise NotImplementedError
 
     def _ready(self) -> bool:
@@ -111,6 +86,7 @@ class ScoredClasses(Scored[ClassBank]):
     """Discriminants of several concepts, their balanced accuracies and areas under the curve.
 
     Args:
+        sources: of how many sources.
         features: the length of a feature vector.
         classes: for each concept how many classes it has.
         groupings: how many ways there are to group the rows.
@@ -120,13 +96,17 @@ class ScoredClasses(Scored[ClassBank]):
 
     probes: Probes | None
 
-    def __init__(self, *, features: int, classes: Sequence[int], groupings: int, areas: int, **options: Any) -> None:
+    def __init__(
+        self, *, sources: int, features: int, classes: Sequence[int], groupings: int, areas: int, **options: Any
+    ) -> None:
         super().__init__(**options)
-        self.bank = ClassBank(features=features, classes=classes)
+        self.bank = ClassBank(sources=sources, features=features, classes=classes)
         self._most = max(classes)
-        self._hits = HitTally(columns=len(classes) * self._most, groupings=groupings)
+        self._hits = HitTally(columns=sources * len(classes) * self._most, groupings=groupings)
         self._binary = [index for index, count in enumerate(classes[:areas]) if count == 2]
-        self._areas = ScoreHistograms(labels=len(self._binary), groupings=groupings) if self._binary else None
+        self._areas: ScoreHistograms | None = None
+        if self._binary:
+            self._areas = ScoreHistograms(labels=len(self._binary), groupings=groupings, sources=sources)
 
     @property
     def width(self) -> int:
@@ -146,8 +126,9 @@ class ScoredClasses(Scored[ClassBank]):
         self.bank.widen(concept, classes)
         self._most = max(self.bank.classes)
         self.probes = None
-        columns = torch.arange(self.width)[:, None] * self._most + torch.arange(most)
-        self._hits = self._hits.spread(columns.reshape(-1), self.width * self._most)
+        lines = len(self.bank.shift) * self.width
+        columns = torch.arange(lines)[:, None] * self._most + torch.arange(most)
+        self._hits = self._hits.spread(columns.reshape(-1), lines * self._most)
         if before[concept] == 2 and concept in self._binary and self._areas is not None:
             place = self._binary.index(concept)
             self._binary.remove(concept)
@@ -161,30 +142,33 @@ class ScoredClasses(Scored[ClassBank]):
 
     def judge(self, rows: Rows) -> None:
         """Score the held-out rows by the probes as they are now."""
-        if self.probes is None or not bool(rows.held.any()):
+        if self.probes is None or not len(rows.parts.judged):
             return
-        parts = [rows.labels, rows.features, *rows.codes]
-        labels, features, *codes = parts if bool(rows.held.all()) else [one[rows.held] for one in parts]
+        features, labels, usable = rows.held
         scores = self.probes.scores(features)
-        of_class = torch.zeros(scores.shape, dtype=torch.bool).scatter_(2, labels[..., None], True)
-        right = (scores.argmax(-1) == labels)[..., None] & of_class
-        self._hits.add(codes, of_class.flatten(1), right.flatten(1))
+        of_class = torch.zeros(len(labels), *scores.shape[2:], dtype=torch.bool).scatter_(2, labels[..., None], True)
+        right = (scores.argmax(-1) == labels[:, None])[..., None]
+        counted = of_class[:, None].expand(scores.shape)
+        if usable is not None:
+            counted = counted & usable.T[..., None, None]
+        self._hits.add(rows.parts.groups, counted.flatten(1), right.expand(scores.shape).flatten(1))
         if self._areas is not None:
             binary = self._binary
-            margins = (scores[..., 1] - scores[..., 0])[:, binary]
+            margins = (scores[..., 1] - scores[..., 0])[..., binary]
             self._areas.add(
-                codes, margins, labels[:, binary] == 1, self.probes.middle[binary], self.probes.spread[binary]
-            )
+                rows.parts.groups, margins, labels[:, binary] == 1, self.probes.middle[:, binary],
+                self.probes.spread[:, binary], None if usable is None else usable.T,
+            )  # fmt: skip
 
-    def score(self, concept: int) -> Interval:
+    def score(self, source: int, concept: int) -> Interval:
         """The balanced accuracy of one concept."""
-        return self._hits.accuracy(self._columns(concept, self._enough(concept)), self.confidence)
+        return self._hits.accuracy(self._columns(source, concept), self.confidence)
 
-    def found(self, concept: int) -> dict[str, Interval]:
+    def found(self, source: int, concept: int) -> dict[str, Interval]:
         """The scores of one concept: ``"accuracy"`` (balanced), and ``"auc"`` of two classes."""
-        enough, found = self._enough(concept), {"accuracy": self.score(concept)}
+        enough, found = self._enough(source, concept), {"accuracy": self.score(source, concept)}
         if self._areas is not None and concept in self._binary:
-            area = self._areas.area(self._binary.index(concept), self.confidence)
+            area = self._areas.area(self._binary.index(concept), self.confidence, source)
             if not bool(enough[:2].all()):  # what is too little for one is too little for the other
                 area = none(
                     math.nan, "too few rows of a class", confidence=self.confidence, groups=area.groups, rows=area.rows
@@ -192,9 +176,10 @@ class ScoredClasses(Scored[ClassBank]):
             found["auc"] = area
         return found
 
-    def words(self, concept: int) -> str:
+    def words(self, source: int, concept: int) -> str:
         """Why there is no score, or what was left out of it."""
-        there, rows, enough = self.bank.there[concept], self._rows(concept), self._enough(concept)
+        there, rows = self.bank.there[source, concept], self._rows(source, concept)
+        enough = self._enough(source, concept)
         if int(there.sum()) < 2:
             return "no probe yet: the training rows hold one class or none"
         if not bool((rows > 0).any()):
@@ -204,36 +189,39 @@ class ScoredClasses(Scored[ClassBank]):
         said = [f"left out, fewer than {self.min_rows:g} held-out rows: class {listed(few, 6)}"] if few else []
         return "; ".join(said + ([f"wrong, without a training row: class {listed(unseen, 6)}"] if unseen else []))
 
-    def difference(self, other: ScoredClasses, concept: int, others: int) -> Interval:
-        """The balanced accuracy of a concept minus that of one of another bank, by group."""
+    def difference(self, source: int, concept: int, other: ScoredClasses, at: tuple[int, int]) -> Interval:
+        """The balanced accuracy of a concept minus that of one of another bank, of a source there, by group."""
         found = []
-        own = self._columns(concept, self._enough(concept))
-        theirs = other._columns(others, other._enough(others))
+        own, theirs = self._hits.columns(self._columns(source, concept)), other._hits.columns(other._columns(*at))
         for mine, its in zip(self._hits.tables, other._hits.tables, strict=True):
-            codes, first, second = _aligned(mine, its)
-            if codes is None:
+            parts = _aligned(mine, own, its, theirs)
+            if parts is None:
                 return none(
                     math.nan, "the two were grouped in other ways", confidence=self.confidence, groups=0, rows=0.0
                 )
-            parts = self._hits.counts(first, own), other._hits.counts(second, theirs)
-            found.append(statistics.accuracy_difference(*parts[0], *parts[1], confidence=self.confidence))
+            counts = [half for part in parts for half in np.split(part, 2, axis=1)]
+            found.append(statistics.accuracy_difference(*counts, confidence=self.confidence))
         return widest(found)
 
-    def majority(self, concept: int) -> float:
+    def majority(self, source: int, concept: int) -> float:
         """The share of the most frequent class among the held-out rows."""
-        rows = self._rows(concept)
+        rows = self._rows(source, concept)
         return float(rows.max() / rows.sum()) if float(rows.sum()) else math.nan
 
-    def chance(self, concept: int) -> float:
+    def classes(self, source: int, concept: int) -> int:
+        """How many classes are scored."""
+        return int(self._enough(source, concept).sum())
+
+    def chance(self, source: int, concept: int) -> float:
         """The balanced accuracy of a guess."""
-        count = int(self._enough(concept).sum())
+        count = self.classes(source, concept)
         return 1 / count if count > 1 else math.nan
 
-    def probe(self, concept: int, path: str, facts: dict[str, float]) -> LinearProbe | None:
+    def probe(self, source: int, concept: int, path: str, facts: dict[str, float]) -> LinearProbe | None:
         """The probe of one concept."""
-        if self.probes is None or int(self.probes.there[concept].sum()) < 2:
+        if self.probes is None or int(self.probes.there[source, concept].sum()) < 2:
             return None
-        return self.probes.one(concept, self.bank.classes[concept], path, facts)
+        return self.probes.one(source, concept, self.bank.classes[concept], path, facts)
 
     def _merge_scores(self, other: ScoredClasses) -> None:
         self._hits.merge(other._hits)
@@ -243,22 +231,25 @@ class ScoredClasses(Scored[ClassBank]):
     def _ready(self) -> bool:
         return bool((self.bank.there.sum(-1) > 1).any())
 
-    def _rows(self, concept: int) -> Tensor:
-        return self._hits.rows.reshape(-1, self._most)[concept]
+    def _rows(self, source: int, concept: int) -> Tensor:
+        start = (source * self.width + concept) * self._most
+        return self._hits.rows_of(slice(start, start + self._most))
 
-    def _enough(self, concept: int) -> Tensor:
-        return self._rows(concept) > self.min_rows - 1e-6
+    def _enough(self, source: int, concept: int) -> Tensor:
+        return self._rows(source, concept) > self.min_rows - 1e-6
 
-    def _columns(self, concept: int, classes: Tensor) -> Tensor:
-        columns = torch.zeros(self.width, self._most, dtype=torch.bool)
-        columns[concept] = classes
-        return columns.reshape(-1)
+    def _columns(self, source: int, concept: int) -> Tensor:
+        """Which columns hold the classes that are scored."""
+        columns = torch.zeros(len(self.bank.shift), self.width, self._most, dtype=torch.bool)
+        columns[source, concept] = self._enough(source, concept)
+        return columns.flatten()
 
 
 class ScoredValues(Scored[ValueBank]):
     """Ridge regressions of several numbers, and the shares of variance that they explain.
 
     Args:
+        sources: of how many sources.
         features: the length of a feature vector.
         numbers: how many numbers a row has.
         groupings: how many ways there are to group the rows.
@@ -267,10 +258,10 @@ class ScoredValues(Scored[ValueBank]):
 
     probes: ValueProbes | None
 
-    def __init__(self, *, features: int, numbers: int, groupings: int, **options: Any) -> None:
+    def __init__(self, *, sources: int, features: int, numbers: int, groupings: int, **options: Any) -> None:
         super().__init__(**options)
-        self.bank = ValueBank(features=features, numbers=numbers)
-        self._sums = [Tally(width=4 * numbers) for _ in range(groupings)]
+        self.bank = ValueBank(sources=sources, features=features, numbers=numbers)
+        self._sums = [Tally(width=4 * sources * numbers) for _ in range(groupings)]
         self._about: Tensor | None = None
 
     @property
@@ -284,59 +275,70 @@ class ScoredValues(Scored[ValueBank]):
 
     def judge(self, rows: Rows) -> None:
         """Score the held-out rows by the probes as they are now."""
-        if self.probes is None or not bool(rows.held.any()):
+        if self.probes is None or not len(rows.parts.judged):
             return
-        labels = rows.labels[rows.held].double()
-        wrong = self.probes.predict(rows.features[rows.held]) - labels
+        features, labels, usable = rows.held
+        wrong = self.probes.predict(features) - labels[:, None]
         if self._about is None:
             self._about = self.bank.target_shift.clone()
-        about = labels - self._about
-        values = torch.stack([torch.ones_like(about), about, about.square(), wrong.square()], -1).flatten(1)
-        for tally, code in zip(self._sums, rows.codes, strict=True):
-            tally.add(code[rows.held], values)
+        about = (labels - self._about)[:, None].expand(wrong.shape)
+        values = torch.stack([torch.ones_like(about), about, about.square(), wrong.square()], -1)
+        ready = self._ready_sources()
+        if usable is not None or not bool(ready.all()):
+            counted = ready.expand(len(labels), -1) if usable is None else usable.T & ready
+            values = torch.where(counted[..., None, None], values, 0.0)
+        for tally, groups in zip(self._sums, rows.parts.groups, strict=True):
+            tally.add(groups, values.flatten(1))
 
-    def score(self, concept: int) -> Interval:
+    def score(self, source: int, concept: int) -> Interval:
         """The share of variance of one number that is explained."""
+        columns = self._columns(source, concept)
         return widest([
-            statistics.r_squared(self._of(tally.sums, concept), confidence=self.confidence) for tally in self._sums
+            statistics.r_squared(tally.of(columns).numpy(), confidence=self.confidence) for tally in self._sums
         ])  # fmt: skip
 
-    def found(self, concept: int) -> dict[str, Interval]:
+    def found(self, source: int, concept: int) -> dict[str, Interval]:
         """The score of one number, ``"r2"``."""
-        return {"r2": self.score(concept)}
+        return {"r2": self.score(source, concept)}
 
-    def words(self, concept: int) -> str:
+    def words(self, source: int, concept: int) -> str:
         """Why there is no score."""
-        if not self._ready():
+        if not bool(self._ready_sources()[source]):
             return "no probe yet: there are no two training rows"
-        if not float(self._of(self._sums[0].sums, concept)[:, 0].sum()):
+        if not float(self._sums[0].of(self._columns(source, concept))[:, 0].sum()):
             return "no held-out row yet: the split has held out no group of these rows"
         return ""
 
-    def difference(self, other: ScoredValues, concept: int, others: int) -> Interval:
-        """The share of variance explained minus that of a number of another bank, by group."""
+    def difference(self, source: int, concept: int, other: ScoredValues, at: tuple[int, int]) -> Interval:
+        """The share of variance explained minus that of a number of another bank, of a source there, by group."""
         found = []
+        own, theirs = self._columns(source, concept), other._columns(*at)
         for mine, its in zip(self._sums, other._sums, strict=True):
-            codes, first, second = _aligned(mine, its)
-            if codes is None:
+            parts = _aligned(mine, own, its, theirs)
+            if parts is None:
                 return none(
                     math.nan, "the two were grouped in other ways", confidence=self.confidence, groups=0, rows=0.0
                 )
-            parts = self._of(first, concept), other._of(second, others)
             found.append(statistics.r_squared_difference(*parts, confidence=self.confidence))
         return widest(found)
 
-    def majority(self, concept: int) -> float:
+    def classes(self, source: int, concept: int) -> int:
+        """One number."""
+        return 1
+
+    def majority(self, source: int, concept: int) -> float:
         """What the mean explains."""
         return 0.0
 
-    def chance(self, concept: int) -> float:
+    def chance(self, source: int, concept: int) -> float:
         """What the mean explains."""
         return 0.0
 
-    def probe(self, concept: int, path: str, facts: dict[str, float]) -> LinearProbe | None:
+    def probe(self, source: int, concept: int, path: str, facts: dict[str, float]) -> LinearProbe | None:
         """The probe of one number."""
-        return None if self.probes is None else self.probes.one(slice(concept, concept + 1), path, facts)
+        if self.probes is None or not bool(self._ready_sources()[source]):
+            return None
+        return self.probes.one(source, concept, path, facts)
 
     def _merge_scores(self, other: ScoredValues) -> None:
         if other._about is None:
@@ -345,25 +347,32 @@ class ScoredValues(Scored[ValueBank]):
             self._about = other._about
         apart = other._about - self._about
         for tally, its in zip(self._sums, other._sums, strict=True):
-            rows, values, squares, errors = its.sums.reshape(-1, self.width, 4).unbind(-1)
+            rows, values, squares, errors = its.sums.reshape(-1, len(self.bank.shift), self.width, 4).unbind(-1)
             moved = [rows, values + rows * apart, squares + 2 * apart * values + rows * apart.square(), errors]
             tally.add(its.codes, torch.stack(moved, -1).flatten(1))
 
     def _ready(self) -> bool:
-        return float(self.bank.rows.sum()) > 1
+        return bool(self._ready_sources().any())
 
-    def _of(self, sums: Tensor, concept: int) -> np.ndarray:
-        return sums.reshape(-1, self.width, 4)[:, concept].numpy()
+    def _ready_sources(self) -> Tensor:
+        return self.bank.rows.sum(1) > 1
+
+    def _columns(self, source: int, concept: int) -> slice:
+        start = 4 * (source * self.width + concept)
+        return slice(start, start + 4)
 
 
-def _aligned(first: Tally, second: Tally) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The groups of two tallies, and their sums in the same order."""
+def _aligned(
+    first: Tally, own: Tensor | slice, second: Tally, theirs: Tensor | slice
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Some sums of two tallies, a row for each group of either, in the same order."""
     if first.folded != second.folded:
-        return None, first.sums, second.sums
+        return None
     codes = torch.cat([first.codes, second.codes]).unique()
     found = []
-    for tally in (first, second):
-        sums = torch.zeros(len(codes), tally.sums.shape[1], dtype=torch.float64)
-        sums[torch.searchsorted(codes, tally.codes)] = tally.sums
-        found.append(sums)
-    return codes, found[0], found[1]
+    for tally, columns in ((first, own), (second, theirs)):
+        part = tally.of(columns)
+        sums = torch.zeros(len(codes), part.shape[1], dtype=torch.float64)
+        sums[torch.searchsorted(codes, tally.codes)] = part
+        found.append(sums.numpy())
+    return found[0], found[1]
