@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tdhook_rl.arguments.checked import require_counts
 from tdhook_rl.arguments.keys import required
-from tdhook_rl.calls.bound import BoundMethod
+from tdhook_rl.calls.bound import PATIENCE, BoundMethod
 from tdhook_rl.calls.passes import Call
 from tdhook_rl.calls.real_rows import without_other_rows
 from tdhook_rl.calls.repeatable import coupled
@@ -26,9 +26,6 @@ from tdhook_rl.method import Binder, Method
 from tdhook_rl.sites.missing import missing_value
 
 __all__ = ["Scheduled"]
-
-#: Calls without a selected row after which a schedule is reported as one that never fires.
-PATIENCE = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,11 +76,11 @@ class Scheduled(Method):
             raise InputError("Scheduled leaves nothing out: give every=, fraction= or where=")
 
     def bind(self, binder: Binder) -> _BoundScheduled:
-        bound = self.method.bind(binder)
+        bound = self.method.bind(binder) if self.method.observes else None
         if bound is None or not bound.result_keys:
             raise InputError(
                 f"{type(self.method).__name__} writes no results, so there is nothing to schedule; an intervention is "
-                "switched by its controls or by a per-row key"
+                "switched by its controls, or row by row with when="
             )
         return _BoundScheduled(self, bound, binder.owner())
 

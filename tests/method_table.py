@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from benchmarks import oracle_rows_attribution as attribution
@@ -122,6 +122,16 @@ def ablation(case: Case) -> Method:
 
 def clamping(case: Case) -> Method:
     return DirectionClamping(vector(case), value=1.0)
+
+
+def some(case: Case, rows: TensorDictBase) -> Tensor:
+    """Some of the rows, by what the policy sees in each."""
+    value = rows[case.key].double()
+    return value.sum(tuple(range(rows.ndim, value.ndim))) > 0
+
+
+def some_of(case: Case) -> Callable[[TensorDictBase], Tensor]:
+    return lambda rows: some(case, rows)
 
 
 def steering(case: Case) -> Method:
@@ -297,12 +307,18 @@ METHODS: Sequence[MethodInfo] = (
     ),
     MethodInfo(
         SteeringVectors,
-        "adds `alpha * vector` to modules or to the state a policy carries, or applies a function",
-        (),
+        "adds `alpha * vector` to modules or to the state a policy carries, or applies a function; at some steps, or "
+        "where a key, a function or a probe says so",
+        (("steered", "name"),),
         [latent.steering_function, latent.steering_rows],
         {
             "": Sample(steering),
             "at rest": Sample(lambda case: AtRest(vector(case), alpha=0.0)),
+            "in some rows": Sample(
+                lambda case: SteeringVectors(
+                    vector(case), alpha=lambda rows: some(case, rows) * 0.5, when=some_of(case)
+                )
+            ),
             "function": Sample(lambda case: SteeringVectors(modules_to_steer=[case.site], steer_fn=one_more)),
         },
         {NOWHERE: elsewhere(steering), "has the shape of the features": narrow(SteeringVectors)},

@@ -192,7 +192,11 @@ def _select(policy: HookedPolicy, data: TensorDictBase, missing: Sequence[BoundM
     keys: list[NestedKey] = [*policy.in_keys, *policy.policy_out_keys, *action_keys(policy.policy_out_keys), *PADDING]
     for one in missing:
         keys += one.reads
-    selected = data.select(*keys, strict=False)
+    records = [record.key for record in policy._hooked.records]
+    if all(data.get(key, None) is not None for key in records):
+        selected = data.select(*keys, *records, strict=False)
+    else:  # what functions of the rows read is not known
+        selected = data
     plans = [one.plan for one in missing if one.plan is not None]
     if plans:
         selected = shallow_copy(selected)

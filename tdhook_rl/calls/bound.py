@@ -8,6 +8,9 @@ from typing import Any, Literal
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
+#: Calls in a row in which a schedule selects no row, or a condition never holds, after which that is said.
+PATIENCE = 100
+
 
 class BoundMethod:
     """Base of bound methods: what ``Method.bind`` returns if the method computes results.

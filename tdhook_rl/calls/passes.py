@@ -260,7 +260,6 @@ def run_root(policy: HookedPolicy, forward: Callable[..., Any], args: tuple, kwa
     rows = None
     if runtime.row_hook is not None:
         rows = dict(runtime.rows) if runtime.depth else None  # a callback of the user's calls the policy on other data
-        runtime.row_hook.before(policy, args, kwargs)
     checks_sites = runtime.checks_sites()
     if checks_sites:
         runtime.fired = set()
@@ -271,6 +270,8 @@ def run_root(policy: HookedPolicy, forward: Callable[..., Any], args: tuple, kwa
         forward = _BARE if not torch.compiler.is_compiling() and not skip_existing() else forward
     previous = runtime.begin(args, kwargs, root=True)
     try:
+        if runtime.row_hook is not None:
+            runtime.row_hook.before(policy, args, kwargs)
         if runtime.cores and not torch.compiler.is_compiling():
             with watching(runtime):
                 output = forward(policy, *args, **kwargs)
@@ -329,7 +330,17 @@ def stored_inputs(
         if value is None:
             raise _lacking(policy, data, key)
         inputs[key] = value if policy._hooked.chunks is None else all_decide(policy, key, value)
+    for record in policy._hooked.records:  # of an earlier call, unless the data was collected: see `recorded`
+        value = given[record.key] if given and record.key in given else get_entry(data, record.key)
+        if value is not None:
+            inputs[record.key] = value
     return inputs
+
+
+def recorded(policy: HookedPolicy, output: TensorDictBase) -> dict[NestedKey, Tensor]:
+    """How interventions acted in the forward that has just run: passes over its rows act where it did."""
+    slots = policy._hooked.runtime.slots
+    return {record.key: record.find(output, slots) for record in policy._hooked.records}
 
 
 def for_samples(inputs: dict[NestedKey, Tensor], batch: torch.Size, output: TensorDictBase) -> dict[NestedKey, Tensor]:

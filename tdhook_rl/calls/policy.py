@@ -18,6 +18,7 @@ from tdhook_rl.policies.draws import Draw
 from tdhook_rl.policies.tying import Tie
 from tdhook_rl.replaying.batching import Traits
 from tdhook_rl.replaying.traceable import TraceRisk
+from tdhook_rl.sites.row_values import Record
 from tdhook_rl.sites.runtime import Runtime
 
 
@@ -39,6 +40,7 @@ class HookedState:
         shares: its own forward may be explained, without a second pass. Read by calls.
         is_chain: it may be a chain of known layers. Read by the pass that needs no graph.
         reads: keys that methods read beside the policy's own. Read by ``in_keys``.
+        records: what is written of how interventions acted. Read by replays.
         overwrites: its inputs that it writes over. Read by replays and by stamps.
         made: its input keys of which it writes the entries itself. Read by replays.
         noise: its inputs that hold noise, and are drawn where they are absent. Read by replays.
@@ -62,6 +64,7 @@ class HookedState:
     shares: bool
     is_chain: bool
     reads: list[NestedKey]
+    records: list[Record]
     overwrites: list[NestedKey]
     made: list[NestedKey]
     noise: list[NestedKey]

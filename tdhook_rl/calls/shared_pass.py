@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.chains import Record, Steps, chain_layers
-from tdhook_rl.calls.passes import Call, Pass, effects_of, run_root, stored_inputs
+from tdhook_rl.calls.passes import Call, Pass, effects_of, recorded, run_root, stored_inputs
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.writing import get_entry, set_tensor
 from tdhook_rl.internals.tensordict_names import new_unsafe
@@ -109,6 +109,8 @@ def graph_pass(
                 for holder in (data,) if output is data else (data, output):
                     if holder.get(key, None) is tensor:
                         set_tensor(holder, key, inputs[key])
+        if policy._hooked.records:
+            inputs |= recorded(policy, output)
         if given is not points:
             before, inputs = inputs, inputs | {key: point.detach().clone() for key, point in points.items()}
             effects.keeps_input = _hand_on(given, points, before)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.calls.provenance import is_stamp
 from tdhook_rl.doctor.dry_run import Deadline, device_of
-from tdhook_rl.sites.hooks import RowHook
+from tdhook_rl.sites.row_values import RowHook
 from tdhook_rl.sites.runtime import vmap_level
 
 #: Steps that are made at most to see a schedule select a row.

@@ -15,11 +15,12 @@ from tdhook_rl.errors import InputError, PreparationError, SiteError
 from tdhook_rl.policies.draws import made_inside, noise_keys
 from tdhook_rl.policies.tying import Tie, replace_tensors
 from tdhook_rl.sites.controls import Controls
-from tdhook_rl.sites.hooks import CaptureHook, ChangeHook, InputCaptureHook, LeafHook, ReadHook, RowHook, WatchHook
+from tdhook_rl.sites.hooks import CaptureHook, ChangeHook, InputCaptureHook, LeafHook, ReadHook, WatchHook
 from tdhook_rl.sites.inplace import hand_on_in_place
 from tdhook_rl.sites.missing import RowsHook, place_rows_hook
 from tdhook_rl.sites.paths import Run, Site, find_sites, require_apart, require_counted
 from tdhook_rl.sites.repeats import RunHook
+from tdhook_rl.sites.row_values import Record, RowFunction, RowHook, portable_rows
 from tdhook_rl.sites.rows import note_intervention
 from tdhook_rl.sites.runtime import Runtime
 from tdhook_rl.sites.states import StateHook
@@ -34,6 +35,7 @@ class Binder:
         runtime: what the hooks share.
         tie: holds the tensors of the user's policy and of the clone together.
         reads: per-row keys that interventions read.
+        records: what is written of how interventions acted, which explanations of that call read back.
         made: input keys of which the policy writes the entries itself.
         noise: input keys that hold noise, see :func:`tdhook_rl.policies.draws.noise_keys`.
         routes: what one site hands to another during a call; each has ``close(complete)``, called at its end.
@@ -45,9 +47,13 @@ class Binder:
         self.runtime = runtime
         self.tie = tie
         self.reads: list[NestedKey] = []
+        self.records: list[Record] = []
         self.made = made_inside(policy)
         self.noise = noise_keys(policy)
         self.routes: list[Any] = []
+        self._rows: list[NestedKey] = []
+        self._finite: list[NestedKey] = []
+        self._functions: list[RowFunction] = []
         self._slots = 0
         self._cores: dict[str, nn.Module] = {}
 
@@ -185,12 +191,36 @@ class Binder:
             return hook
         return RunHook(self.runtime, self.slot(site), site.name, site.run, hook, observes)
 
-    def read_row(self, key: NestedKey) -> NestedKey:
-        """Declare a key that an intervention reads from each TensorDict."""
+    def read_row(self, key: NestedKey, *, finite: bool = False) -> NestedKey:
+        """Declare a key that an intervention reads from each TensorDict; ``finite``: it must hold such numbers."""
         key = unravel_key(key)
         if key not in self.reads and key not in self.policy.in_keys:
             self.reads.append(key)
+        if key not in self._rows:
+            self._rows.append(key)
+        if finite:
+            self._finite.append(key)
         return key
+
+    def read_rows(
+        self, function: Callable[..., Any], what: str, *, truths: bool, found: str, reads: Sequence[NestedKey] = ()
+    ) -> str:
+        """Declare a function of each TensorDict that an intervention reads; returns the slot of what it finds.
+
+        Args:
+            function: called with a TensorDict once in each call of the policy; it travels to workers.
+            what: how messages call it.
+            truths: whether it says yes or no for each row; else it gives a number.
+            found: the slot of the record that stands in its place where a call is explained.
+            reads: the entries that it reads, where they are known.
+        """
+        for key in reads:
+            self.read_row(key)
+        self._slots += 1
+        slot = f"{self._slots}:rows"
+        known = tuple(map(unravel_key, reads))
+        self._functions.append(RowFunction(slot, what, portable_rows(function, what), truths, known, found))
+        return slot
 
     def place_state_hooks(self) -> None:
         """Behind all other hooks of recurrent modules, so that a first forward shows whether these act."""
@@ -201,9 +231,9 @@ class Binder:
 
     def place_row_hooks(self) -> None:
         """Lend the declared keys to the hooks, at the root and at every TensorDict-level module below it."""
-        if not self.reads:
+        if not (self._rows or self._functions or self.records):
             return
-        hook = RowHook(self.runtime, tuple(self.reads))
+        hook = RowHook(self.runtime, self._rows, self._finite, self._functions, self.records)
         self.runtime.row_hook = hook
         for child in self.policy.modules():
             if child is not self.policy and isinstance(child, TensorDictModuleBase):

@@ -46,6 +46,8 @@ def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
         if checks_sites:
             runtime.fired = set()
         try:
+            if runtime.row_hook is not None:
+                runtime.row_hook.decide(self, args, kwargs)
             if runtime.cores and not torch.compiler.is_compiling():
                 with watching(runtime):
                     found = method(self, *args, **kwargs)

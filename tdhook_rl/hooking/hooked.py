@@ -20,7 +20,7 @@ from tdhook_rl.batches.annotating_mixin import AnnotatingMixin
 from tdhook_rl.batches.tensorclasses import call_on_fields
 from tdhook_rl.calls.bound import BoundMethod, observers
 from tdhook_rl.calls.chunks import in_deciding_rows
-from tdhook_rl.calls.passes import Call, drawn_noise, effects_of, for_samples, run_root, stored_inputs
+from tdhook_rl.calls.passes import Call, drawn_noise, effects_of, for_samples, recorded, run_root, stored_inputs
 from tdhook_rl.calls.preconditions import another_dtype_or_device, other_keys, require_data
 from tdhook_rl.calls.repeatable import require_repeatable
 from tdhook_rl.calls.shared_pass import chain_pass, graph_pass, sharing
@@ -236,6 +236,7 @@ class HookedMixin(AnnotatingMixin, Swapped):
             if start is not None:
                 start.forward_over(given, inputs)
             inputs |= drawn_noise(self, output) if replays and self._hooked.noise else {}
+            inputs |= recorded(self, output) if replays and self._hooked.records else {}
             if output.ndim > data.ndim:  # several samples of each row
                 inputs, data = for_samples(inputs, data.batch_size, output), output
             call = Call(self, forward, output, inputs, data, start).of_step(runtime.drawn if replays else {})

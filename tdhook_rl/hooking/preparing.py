@@ -102,6 +102,7 @@ def hooked_clone(
         shares=can_share(clone, traits) and not drawn and chunked_by(clone) is None,
         is_chain=is_chain(clone),
         reads=binder.reads,
+        records=binder.records,
         overwrites=overwrites,
         made=binder.made,
         noise=binder.noise,

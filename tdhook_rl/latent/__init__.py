@@ -9,6 +9,7 @@ from tdhook_rl.latent.activation_patching import ActivationPatching
 from tdhook_rl.latent.control_record import ControlRecord
 from tdhook_rl.latent.cosines import Cosines, cosines
 from tdhook_rl.latent.directions import DirectionalAblation, DirectionClamping
+from tdhook_rl.latent.gates import AtSteps, ProbeGate, RowFunction
 from tdhook_rl.latent.principal_directions import principal_directions
 from tdhook_rl.latent.steering_vector import SteeringVector
 from tdhook_rl.latent.steering_vectors import SteeringVectors
@@ -17,10 +18,13 @@ __all__ = [
     "ActivationAddition",
     "ActivationCaching",
     "ActivationPatching",
+    "AtSteps",
     "ControlRecord",
     "Cosines",
     "DirectionClamping",
     "DirectionalAblation",
+    "ProbeGate",
+    "RowFunction",
     "SteeringVector",
     "SteeringVectors",
     "cosines",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.steering_vector import SteeringVector, as_vectors
+from tdhook_rl.latent.strength import BoundSteered, Strength, place_strength, require_conditions
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.sites.rows import rows_of, with_rows
 from tdhook_rl.sites.runtime import Runtime
@@ -23,9 +24,13 @@ class DirectionalAblation(Method):
 
     Args:
         directions: for each module path a vector of the shape of the module's features, or of the channels of maps,
-        which have a component in each place; its length does not matter. Or one :class:`SteeringVector` or more,
-        which know their paths.
+            which have a component in each place; its length does not matter. Or one :class:`SteeringVector` or more,
+            which know their paths.
         name: the prefix of the controls ``"<name>.<path>"`` (the unit vectors).
+        when: in which rows it acts, as of :class:`SteeringVectors`.
+        steered_key: the root of the result key.
+
+    With ``when=`` it writes ``(steered_key, name)``: in which rows it acted (batch, bool).
 
     Raises:
         InputError: if a direction is zero, not finite, or does not fit the module's features.
@@ -43,12 +48,15 @@ class DirectionalAblation(Method):
 
     directions: Mapping[str, Tensor | SteeringVector] | SteeringVector | Sequence[SteeringVector]
     name: str = "ablation"
+    when: Any = None
+    steered_key: str = "steered"
 
     def __post_init__(self) -> None:
+        require_conditions(self.when)
         object.__setattr__(self, "directions", as_vectors(self.directions, "directions"))
 
-    def bind(self, binder: Binder) -> None:
-        _place(binder, self.directions, self.name, binder.control(f"{self.name}.value", 0.0))
+    def bind(self, binder: Binder) -> BoundSteered | None:
+        return _place(binder, self, binder.control(f"{self.name}.value", 0.0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +67,10 @@ class DirectionClamping(Method):
         directions: as of :class:`DirectionalAblation`.
         value: the component, in units of the unit vector; the control ``"<name>.value"`` changes it while running.
         name: the prefix of the controls.
+        when: in which rows it acts, as of :class:`SteeringVectors`.
+        steered_key: the root of the result key.
+
+    With ``when=`` it writes ``(steered_key, name)``: in which rows it acted (batch, bool).
 
     Raises:
         InputError: if a direction is zero, not finite, or does not fit the module's features.
@@ -77,15 +89,20 @@ class DirectionClamping(Method):
     directions: Mapping[str, Tensor | SteeringVector] | SteeringVector | Sequence[SteeringVector]
     value: float
     name: str = "clamping"
+    when: Any = None
+    steered_key: str = "steered"
 
     def __post_init__(self) -> None:
+        require_conditions(self.when)
         object.__setattr__(self, "directions", as_vectors(self.directions, "directions"))
 
-    def bind(self, binder: Binder) -> None:
-        _place(binder, self.directions, self.name, binder.control(f"{self.name}.value", float(self.value)))
+    def bind(self, binder: Binder) -> BoundSteered | None:
+        return _place(binder, self, binder.control(f"{self.name}.value", float(self.value)))
 
 
-def _place(binder: Binder, directions: Any, name: str, value: str) -> None:
+def _place(binder: Binder, method: DirectionalAblation | DirectionClamping, value: str) -> BoundSteered | None:
+    strength, bound = place_strength(binder, method.name, method.when, method.steered_key)
+    directions: Mapping[str, Any] = method.directions  # type: ignore[assignment]
     for path, direction in directions.items():
         direction = torch.as_tensor(direction)
         if not direction.is_floating_point():
@@ -94,22 +111,25 @@ def _place(binder: Binder, directions: Any, name: str, value: str) -> None:
         if not bool(torch.isfinite(norm)) or float(norm) == 0:
             raise InputError(f"the direction for {path!r} must be finite and not zero; its norm is {float(norm)}")
         for site in binder.intervention_sites(path):
-            control = binder.control(f"{name}.{site.name}", (direction.double() / norm).to(direction.dtype))
-            binder.on_output(site, _ComponentHook(binder.runtime, site.name, control, value))
+            unit = (direction.double() / norm).to(direction.dtype)
+            control = binder.control(f"{method.name}.{site.name}", unit)
+            binder.on_output(site, _ComponentHook(binder.runtime, site.name, control, value, strength))
+    return bound
 
 
 class _ComponentHook:
     """Forward hook that sets the component of an output along a unit vector."""
 
-    def __init__(self, runtime: Runtime, site: str, direction: str, value: str) -> None:
+    def __init__(self, runtime: Runtime, site: str, direction: str, value: str, strength: Strength) -> None:
         self.runtime = runtime
         self.site = site
         self.direction = direction
         self.value = value
+        self.strength = strength
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         self.runtime.intervene_at(self.site)
-        tensor, disguise = rows_of(output, module, self.site, self.runtime, exact=False)
+        tensor, disguise = rows_of(output, module, self.site, self.runtime, exact=self.strength.by_row)
         unit = self.runtime.controls[self.direction].to(tensor.device, tensor.dtype)
         wanted = self.runtime.controls[self.value].to(tensor.device, tensor.dtype)
         features: int | None = module._hooked_features  # type: ignore[assignment]
@@ -117,4 +137,5 @@ class _ComponentHook:
         # What it does not tell apart, such as the places of a map, has a component each.
         dims = [dim for dim in range(-unit.ndim, 0) if unit.shape[dim] == tensor.shape[dim]]
         component = (tensor * unit).sum(dims, keepdim=True)
-        return with_rows(output, tensor + (wanted - component) * unit, module, disguise)
+        changed = self.strength.changed(tensor, tensor + (wanted - component) * unit, self.site)
+        return with_rows(output, changed, module, disguise)

@@ -12,8 +12,10 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
 from tdhook_rl.arguments.callbacks import takes_keywords
-from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
+from tdhook_rl.errors import InputError, SiteError, nearest
+from tdhook_rl.latent.gates import RowFunction
 from tdhook_rl.latent.steering_vector import as_vectors
+from tdhook_rl.latent.strength import BoundSteered, Source, Strength, is_key, place_strength, require_conditions
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.replaying.batching import in_recurrent_mode
 from tdhook_rl.sites.hooks import Portable
@@ -40,23 +42,36 @@ class SteeringVectors(Method):
             ``TensorDictModule`` writes: the state that a recurrent policy carries to its next step.
             ``("lstm", "h_n")`` steers the last state that an ``nn.LSTM`` (or ``GRU``, ``RNN``) returns, of shape
             layers + features.
-        alpha: the strength, one for all rows. A number becomes the control ``"<name>.alpha"``, which may be changed
-            while the policy runs; a TensorDict key gives each row of a batched environment its own (batch-shaped).
+        alpha: the strength. A number is for all rows, and becomes the control ``"<name>.alpha"``, which may be changed
+            while the policy runs; a TensorDict key gives each row of a batched environment its own (batch-shaped), and
+            so does a function of the TensorDict of the rows, such as a schedule over the episode,
+            ``lambda rows: 1 - rows["step_count"] / 100``.
         modules_to_steer: for the function form, the module paths.
         steer_fn: ``steer_fn(module_key, output)``, called with keywords where it has those parameters; it
             returns a tensor of the same shape as ``output``, which is the first tensor of a module that returns a
             tuple or a mapping.
+        when: in which rows it acts, in all by default: a boolean key of each row; a function of the TensorDict of the
+            rows, called once in each call of the policy; :class:`AtSteps`; :class:`ProbeGate`; or a list of them, which
+            must hold together.
+        steered_key: the root of the result keys.
         name: the prefix of the controls: ``"<name>.alpha"`` and ``"<name>.<path>"`` for each vector
             (``"<name>.<path>:<key>"`` for an entry, nested keys joined by dots).
 
-    Where alpha is 0 the output is untouched, bit for bit. Steering acts wherever the policy is entered:
-    ``forward``, ``get_dist``, ``log_prob``.
+    Where alpha is 0, or a condition does not hold, the output is untouched, bit for bit. Steering acts wherever the
+    policy is entered: ``forward``, ``get_dist``, ``log_prob``.
+
+    With ``when=``, or an alpha by row, it writes ``(steered_key, name)``: in which rows it acted (batch, bool; agents
+    after the batch where they are told apart). With an alpha that is a function also ``(steered_key, "<name>.alpha")``,
+    the strength (batch, float). Attributions of collected rows are of the policy as these say that it was steered.
 
     Raises:
         SiteError: if a path matches nothing, an entry is not one that the module writes, or the network reads only
             the last state of a recurrent module whose sequence is steered.
         InputError: if a vector does not fit the module's features.
-        MissingKeyError: if a per-row key is absent.
+        MissingKeyError: if a per-row key, or what a function reads, is absent.
+
+    Warns:
+        UserWarning: once, if the conditions have not held in any row of the first 100 calls.
 
     Example:
         >>> from tensordict import TensorDict
@@ -75,6 +90,8 @@ class SteeringVectors(Method):
     modules_to_steer: str | Sequence[str] | None = None
     steer_fn: Callable[..., Tensor] | None = None
     name: str = "steering"
+    when: Any = None
+    steered_key: str = "steered"
 
     def __post_init__(self) -> None:
         if self.modules_to_steer is None and _are_paths(self.vectors):  # by position, as in tdhook
@@ -83,6 +100,7 @@ class SteeringVectors(Method):
             if self.steer_fn is None and callable(self.alpha):
                 object.__setattr__(self, "steer_fn", self.alpha)
                 object.__setattr__(self, "alpha", 1.0)
+        require_conditions(self.when)
         if (self.vectors is None) == (self.steer_fn is None):
             raise InputError(
                 "SteeringVectors takes either vectors={path: vector} or modules_to_steer=[...] with steer_fn="
@@ -97,29 +115,28 @@ class SteeringVectors(Method):
         if not isinstance(self.alpha, float) or self.alpha != 1.0:
             raise InputError(f"alpha= is the strength of vectors=; steer_fn= does as it likes, but got {self.alpha!r}")
 
-    def bind(self, binder: Binder) -> None:
+    def bind(self, binder: Binder) -> BoundSteered | None:
+        alpha = self.alpha if self.steer_fn is None else None
+        strength, bound = place_strength(binder, self.name, self.when, self.steered_key, alpha)
         if self.steer_fn is not None:
             keywords = takes_keywords(self.steer_fn, _ARGUMENTS, "steer_fn")
             function = Portable(self.steer_fn)
             for site in binder.intervention_sites(self.modules_to_steer):
-                binder.on_output(site, FunctionHook(binder.runtime, site.name, function, keywords))
-            return
-        if isinstance(self.alpha, (str, tuple)):
-            alpha = _Source(binder.runtime, row=binder.read_row(self.alpha))
-        else:
-            alpha = _Source(binder.runtime, control=binder.control(f"{self.name}.alpha", float(self.alpha)))
+                binder.on_output(site, FunctionHook(binder.runtime, site.name, function, keywords, strength))
+            return bound
         for steered, vector in self.vectors.items():
             path, entry = _path_and_entry(steered)
             for site in binder.intervention_sites(path):
                 key = None if entry is None else written_entry(site, entry)
                 name = site.name if key is None else f"{site.name}:{key if isinstance(key, str) else '.'.join(key)}"
                 if isinstance(vector, (str, tuple)):
-                    source = _Source(binder.runtime, row=binder.read_row(vector))
+                    source = Source(binder.runtime, "vector", row=binder.read_row(vector))
                 else:
-                    source = _Source(binder.runtime, control=self._vector_control(binder, name, vector))
+                    source = Source(binder.runtime, "vector", control=self._vector_control(binder, name, vector))
                 entry_hook = StateAdditionHook if key in state_names(site.module) else EntryAdditionHook
                 kind = AdditionHook if key is None else entry_hook
-                binder.on_output(site, kind(binder.runtime, site.name, source, alpha, key))
+                binder.on_output(site, kind(binder.runtime, site.name, source, strength, key))
+        return bound
 
     def _vector_control(self, binder: Binder, path: str, vector: Any) -> str:
         try:
@@ -141,8 +158,8 @@ def _are_paths(given: Any) -> bool:
 
 
 def _strength(alpha: Any) -> Any:
-    """One finite number as a float, or a TensorDict key."""
-    if isinstance(alpha, str) or (isinstance(alpha, tuple) and isinstance(alpha, NestedKey)):
+    """One finite number as a float, or what gives each row its own."""
+    if is_key(alpha) or isinstance(alpha, RowFunction) or (callable(alpha) and not isinstance(alpha, (Tensor, type))):
         return alpha
     try:
         number = torch.as_tensor(alpha, dtype=torch.float64).detach()
@@ -154,7 +171,9 @@ def _strength(alpha: Any) -> Any:
             'strength for each row into the data, data["alpha"] = ..., and give its key, alpha="alpha"'
         )
     if number.numel() != 1 or not bool(torch.isfinite(number)):
-        raise InputError(f"alpha= is a finite number, or the TensorDict key of one for each row, got {alpha!r:.80}")
+        raise InputError(
+            f"alpha= is a finite number, or the TensorDict key or a function of one for each row, got {alpha!r:.80}"
+        )
     return float(number)
 
 
@@ -171,38 +190,19 @@ def _path_and_entry(steered: Any) -> tuple[str, NestedKey | None]:
     )
 
 
-class _Source:
-    """Where a hook finds a tensor at run time: a control, or a per-row key of the TensorDict."""
-
-    def __init__(self, runtime: Runtime, *, control: str | None = None, row: NestedKey | None = None) -> None:
-        self.runtime = runtime
-        self.control = control
-        self.row = row
-
-    def read(self, site: str) -> Tensor:
-        if self.control is not None:
-            return self.runtime.controls[self.control]
-        value = self.runtime.rows.get(self.row, None)
-        if value is None:
-            raise MissingKeyError(
-                f"steering {site!r} reads the per-row key {self.row!r}: call the policy with a TensorDict that has it"
-            )
-        return value
-
-
 class AdditionHook:
     """Forward hook: ``output + alpha * vector`` where alpha is not 0."""
 
-    def __init__(self, runtime: Runtime, site: str, vector: _Source, alpha: _Source, key: Any = None) -> None:
+    def __init__(self, runtime: Runtime, site: str, vector: Source, strength: Strength, key: Any = None) -> None:
         self.runtime = runtime
         self.site = site
         self.vector = vector
-        self.alpha = alpha
+        self.strength = strength
         self.key = key  # of an entry or state
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         self.runtime.intervene_at(self.site)
-        exact = self.alpha.row is not None or self.vector.row is not None
+        exact = self.strength.by_row or self.vector.by_row
         value, disguise = rows_of(output, module, self.site, self.runtime, exact)
         steered = self.steered(value, module._hooked_features)  # type: ignore[arg-type]
         return with_rows(output, steered, module, disguise)
@@ -210,28 +210,14 @@ class AdditionHook:
     def steered(self, value: Tensor, features: int | None) -> Tensor:
         """The rows after the addition; ``features`` says where the vector belongs (see ``layouts.survey_features``)."""
         vector = self.vector.read(self.site).to(value.device, value.dtype)
-        alpha = self.alpha.read(self.site).to(value.device, value.dtype)
-        if self.alpha.row is not None:
-            alpha = self._per_row(alpha, value)
-        if self.vector.row is not None:
+        alpha, acts = self.strength.at(value, self.site)
+        if self.vector.by_row:
             vector = self._vectors_per_row(vector, value, features)
         else:
             shape = placed_shape(vector.shape, value, features, self.runtime, self.site, "steering vector")
             vector = vector if shape == vector.shape else vector.reshape(shape)
         # where, not a product: 0 * inf is NaN, and x + 0 turns -0.0 into 0.0.
-        return torch.where(alpha != 0, value + alpha * vector, value)
-
-    def _per_row(self, alpha: Tensor, value: Tensor) -> Tensor:
-        if alpha.ndim > 1 and alpha.shape[-1] == 1 and alpha.shape != value.shape[: alpha.ndim]:
-            alpha = alpha.squeeze(-1)
-        if alpha.shape != value.shape[: alpha.ndim] and alpha.ndim and value.shape[0] == alpha.numel():
-            alpha = alpha.reshape(-1)  # convolutional nets flatten the leading dimensions
-        if alpha.shape != value.shape[: alpha.ndim]:
-            raise InputError(
-                f"the per-row alpha {self.alpha.row!r} has shape {tuple(alpha.shape)}, which does not start the shape "
-                f"{tuple(value.shape)} of {self.site!r}: give one number for each row of the batch"
-            )
-        return alpha.reshape((*alpha.shape, *(1,) * (value.ndim - alpha.ndim)))
+        return torch.where(acts, value + alpha * vector, value)  # type: ignore[arg-type, operator]
 
     def _vectors_per_row(self, vectors: Tensor, value: Tensor, features: int | None) -> Tensor:
         batch = self.runtime.batch
@@ -310,11 +296,12 @@ def written_entry(site: Site, key: NestedKey) -> NestedKey:
 class FunctionHook:
     """Forward hook: the user's ``steer_fn(module_key, output)``."""
 
-    def __init__(self, runtime: Runtime, site: str, function: Portable, keywords: bool) -> None:
+    def __init__(self, runtime: Runtime, site: str, function: Portable, keywords: bool, strength: Strength) -> None:
         self.runtime = runtime
         self.site = site
         self.function = function
         self.keywords = keywords
+        self.strength = strength
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         self.runtime.intervene_at(self.site)
@@ -328,4 +315,4 @@ class FunctionHook:
             raise InputError(
                 f"steer_fn must return a tensor of shape {tuple(value.shape)} for {self.site!r}, got {got}"
             )
-        return with_rows(output, steered, module, disguise)
+        return with_rows(output, self.strength.changed(value, steered, self.site), module, disguise)

@@ -11,16 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.arguments.keys import missing
 from tdhook_rl.errors import InputError
 from tdhook_rl.sites.containers import first_input
 from tdhook_rl.sites.inner_calls import require_whole_batch, step_of_batch
 from tdhook_rl.sites.paths import Run
 from tdhook_rl.sites.repeats import added, part_of, several_runs
-from tdhook_rl.sites.rows import as_leaf, entry_rows, rows_of, with_rows
+from tdhook_rl.sites.rows import as_leaf, rows_of, with_rows
 from tdhook_rl.sites.runtime import Runtime
 
 
@@ -124,33 +122,6 @@ class LeafHook:
             kept = given
         runtime.slots[self.slot] = kept
         return with_rows(output, value.clone(), module, disguise)
-
-
-class RowHook:
-    """Pre-hook and hook of a TensorDict-level module: lends per-row keys to the hooks inside it.
-
-    It sits on the modules below the root because ``get_dist`` skips the root's hooks.
-    """
-
-    def __init__(self, runtime: Runtime, keys: tuple[NestedKey, ...]) -> None:
-        self.runtime = runtime
-        self.keys = keys
-
-    def before(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        data = args[0] if args else kwargs.get("tensordict")
-        if not isinstance(data, TensorDictBase):
-            return
-        for key in self.keys:
-            value = data.get(key, None)
-            if value is None:
-                remedy = ". Set it on every step (a TensorDictPrimer adds a key to an environment) or give a number"
-                raise missing(data, key, "a steered policy reads the per-row key", remedy)
-            self.runtime.rows[key] = entry_rows(value, module, self.runtime)
-
-    def after(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
-        # Inside a root call the root takes the rows back; after get_dist nobody else would.
-        if not self.runtime.depth:
-            self.runtime.rows.clear()
 
 
 class Portable:

@@ -80,6 +80,8 @@ class Runtime:
         self.said: set[str] = set()  # what is said once
         self.fired: set[str] = set()
         self.rows: dict[NestedKey, Tensor] = {}
+        # Of the call under way: what functions and probes have found of its rows, by slot.
+        self.decided: dict[str, Any] | None = None
         self.lock = TurnLock()
         survive_forks(self)
 
@@ -106,7 +108,7 @@ class Runtime:
         self.level, self.batch, self.time, self.replay, self.explaining = -1, None, None, None, None
         self.slots, self.drawn, self.leaves, self.rows, self.added = {}, {}, {}, {}, frozenset()
         self.runs, self.totals, self.reads = None, {}, None
-        self.inner, self.source, self.around = (), None, {}
+        self.inner, self.source, self.around, self.decided = (), None, {}, None
 
     def begin(self, args: tuple, kwargs: dict[str, Any], root: bool = False) -> tuple[Any, ...]:
         """Note what the policy is about to run on; returns what :meth:`end` puts back.
@@ -116,9 +118,12 @@ class Runtime:
             root: it is called as a whole, and not by a method of its own such as ``get_dist``.
         """
         data = args[0] if args else kwargs.get("tensordict")
-        previous = self.level, self.batch, self.runs, self.time, self.source
+        previous = self.level, self.batch, self.runs, self.time, self.source, self.decided
+        batch = data.batch_size if isinstance(data, TensorDictBase) else None
+        if root or self.decided is None or batch != self.batch:
+            self.decided = {}
         self.source = data
-        self.level, self.batch = vmap_level(), data.batch_size if isinstance(data, TensorDictBase) else None
+        self.level, self.batch = vmap_level(), batch
         if root and self.replay is not None and self.depth == 1:
             self.runs = self.replay.runs
         elif root or self.runs is None:
@@ -126,7 +131,7 @@ class Runtime:
         return previous
 
     def end(self, previous: tuple[Any, ...]) -> None:
-        self.level, self.batch, self.runs, self.time, self.source = previous
+        self.level, self.batch, self.runs, self.time, self.source, self.decided = previous
 
     def run_of(self, key: str) -> int:
         """Count one more run of the hook of this name in the call under way; which run it is, from 0."""
@@ -202,6 +207,7 @@ class Runtime:
             "around": {},
             "runs": None,
             "reads": None,
+            "decided": None,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:

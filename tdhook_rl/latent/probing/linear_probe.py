@@ -77,7 +77,7 @@ class LinearProbe(metaclass=Checked):
 
     def scores(self, features: Tensor) -> Tensor:
         """``(..., classes)`` from ``(..., features)``."""
-        return _cast(_scores(features, self.weight, self.bias, self.path), features)
+        return _cast(probe_columns(features, self.weight, self.bias, self.path), features)
 
     def probabilities(self, features: Tensor) -> Tensor:
         """``(..., classes)``: softmax for lda; scores clipped to [0, 1] and normalised for ridge. Of labels: the
@@ -88,11 +88,13 @@ class LinearProbe(metaclass=Checked):
         """
         if self.concept == "values":
             raise InputError("a probe of numbers has no probabilities: ask for predict(features)")
-        return _cast(_read(_scores(features, self.weight, self.bias, self.path), self.kind, self.concept), features)
+        return _cast(
+            _read(probe_columns(features, self.weight, self.bias, self.path), self.kind, self.concept), features
+        )
 
     def predict(self, features: Tensor) -> Tensor:
         """The class of each row, ``(...)``; of labels 0 or 1, of numbers their values, ``(..., targets)``."""
-        scores = _scores(features, self.weight, self.bias, self.path)
+        scores = probe_columns(features, self.weight, self.bias, self.path)
         if self.concept == "values":
             return _cast(scores, features)
         if self.concept == "labels":
@@ -233,8 +235,8 @@ class _BoundReadout(BoundMethod):
         for key, one in self._readings.items():
             value = call.captured(one.slot, one.site)
             features = row_vectors(value, call.batch_size)
-            scores = _scores(features, controls[one.weight], controls[one.bias], one.site)
-            results[key] = _cast(_by_code(scores, controls[one.kind]), features)
+            scores = probe_columns(features, controls[one.weight], controls[one.bias], one.site)
+            results[key] = _cast(read_columns(scores, controls[one.kind]), features)
         return results
 
 
@@ -244,7 +246,8 @@ def check_kind(kind: str) -> None:
         raise InputError(f"a probe is 'lda' or 'ridge', got {kind!r}; {nearest(str(kind).lower(), _KINDS, count=1)}")
 
 
-def _scores(features: Tensor, weight: Tensor, bias: Tensor, path: str) -> Tensor:
+def probe_columns(features: Tensor, weight: Tensor, bias: Tensor, path: str) -> Tensor:
+    """The scores of a probe with these weights, ``(..., classes)``, in float64 where the device has it."""
     if features.shape[-1] != weight.shape[1]:
         raise InputError(
             f"the probe of {path!r} reads {weight.shape[1]} features, but got {features.shape[-1]}: "
@@ -273,7 +276,7 @@ def _read(scores: Tensor, kind: str, concept: str) -> Tensor:
     return clipped / clipped.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
 
 
-def _by_code(scores: Tensor, code: Tensor) -> Tensor:
+def read_columns(scores: Tensor, code: Tensor) -> Tensor:
     """:func:`_read` by the number of concept and kind, which another process may change at any time."""
     if not torch.compiler.is_compiling():
         concept, kind = divmod(int(code), len(_KINDS))
