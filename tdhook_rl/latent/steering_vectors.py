@@ -15,7 +15,15 @@ from tdhook_rl.arguments.callbacks import takes_keywords
 from tdhook_rl.errors import InputError, SiteError, nearest
 from tdhook_rl.latent.gates import RowFunction
 from tdhook_rl.latent.steering_vector import as_vectors
-from tdhook_rl.latent.strength import BoundSteered, Source, Strength, is_key, place_strength, require_conditions
+from tdhook_rl.latent.strength import (
+    BoundSteered,
+    Source,
+    Strength,
+    is_function,
+    is_key,
+    place_strength,
+    require_conditions,
+)
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.replaying.batching import in_recurrent_mode
 from tdhook_rl.sites.hooks import Portable
@@ -159,7 +167,7 @@ def _are_paths(given: Any) -> bool:
 
 def _strength(alpha: Any) -> Any:
     """One finite number as a float, or what gives each row its own."""
-    if is_key(alpha) or isinstance(alpha, RowFunction) or (callable(alpha) and not isinstance(alpha, (Tensor, type))):
+    if is_key(alpha) or isinstance(alpha, RowFunction) or is_function(alpha):
         return alpha
     try:
         number = torch.as_tensor(alpha, dtype=torch.float64).detach()

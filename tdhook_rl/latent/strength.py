@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdhook_rl.arguments.keys import required
 from tdhook_rl.calls.bound import PATIENCE, BoundMethod
@@ -256,6 +256,11 @@ def is_key(given: Any) -> bool:
     )
 
 
+def is_function(given: Any) -> bool:
+    """Whether it may be a function of rows. A module has weights, which would not follow those of the policy."""
+    return callable(given) and not isinstance(given, (type, nn.Module))
+
+
 def _conditions(when: When) -> list[Any]:
     if when is None:
         return []
@@ -274,9 +279,7 @@ def require_conditions(when: When) -> None:
     if isinstance(when, (list, tuple)) and not when:
         raise InputError("when=[] has no condition: leave it out to act in every row")
     for one in _conditions(when):
-        if not is_key(one) and (
-            isinstance(one, type) or not (callable(one) or isinstance(one, (ProbeGate, RowFunction)))
-        ):
+        if not (is_key(one) or isinstance(one, (ProbeGate, RowFunction)) or is_function(one)):
             raise InputError(
                 "when= is a boolean key of each row, a function of the TensorDict of the rows, AtSteps(...), "
                 f"ProbeGate(...), or a list of them that must hold together; got {one!r:.80}"
