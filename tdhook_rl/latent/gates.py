@@ -35,7 +35,7 @@ class RowFunction(metaclass=Checked):
         >>> from tensordict import TensorDict
         >>> from tdhook_rl import SteeringVectors
         >>> late = RowFunction(lambda rows: rows["step_count"] > 10, reads=["step_count"])
-        >>> with SteeringVectors({"": torch.ones(2)}, when=late).prepare(nn.Linear(4, 2)) as hooked:
+        >>> with SteeringVectors({"0": torch.ones(2)}, when=late).prepare(nn.Sequential(nn.Linear(4, 2))) as hooked:
         ...     hooked.in_keys
         ['input', 'step_count']
     """
@@ -63,7 +63,8 @@ class AtSteps(metaclass=Checked):
         >>> from tensordict import TensorDict
         >>> from tdhook_rl import SteeringVectors
         >>> data = TensorDict({"input": torch.zeros(3, 4), "step_count": torch.tensor([[3], [4], [5]])}, batch_size=3)
-        >>> with SteeringVectors({"": torch.ones(2)}, when=AtSteps({0, 4, 8})).prepare(nn.Linear(4, 2)) as hooked:
+        >>> net = nn.Sequential(nn.Linear(4, 2))
+        >>> with SteeringVectors({"0": torch.ones(2)}, when=AtSteps({0, 4, 8})).prepare(net) as hooked:
         ...     hooked(data)["steered", "steering"]
         tensor([False,  True, False])
     """

@@ -271,10 +271,7 @@ def require_conditions(when: When) -> None:
     """Raise :class:`InputError` for what is no condition.
 
     Example:
-        >>> require_conditions(0.5)
-        Traceback (most recent call last):
-            ...
-        tdhook_rl.errors.InputError: when= is a boolean key of each row, a function of the TensorDict of the rows, ...
+        >>> require_conditions(["open", lambda rows: rows["step_count"] < 10])
     """
     if isinstance(when, (list, tuple)) and not when:
         raise InputError("when=[] has no condition: leave it out to act in every row")
