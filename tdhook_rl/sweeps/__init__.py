@@ -4,15 +4,39 @@ Knows steering vectors, and any environment whose state is in the TensorDict; no
 """
 
 from tdhook_rl.latent.steering_vector import SteeringVector
-from tdhook_rl.sweeps.causal import PatchCell, PatchTable, patch_sites
+from tdhook_rl.sweeps.causal import (
+    Agreement,
+    Circuit,
+    CurvePoint,
+    PatchCell,
+    PatchTable,
+    UnitCell,
+    UnitTable,
+    attribution_patching,
+    faithfulness,
+    find_circuit,
+    patch_paths,
+    patch_sites,
+    patch_units,
+)
 from tdhook_rl.sweeps.dose_response import DoseResponse, dose_response, first_episode
 
 __all__ = [
+    "Agreement",
+    "Circuit",
+    "CurvePoint",
     "DoseResponse",
     "PatchCell",
     "PatchTable",
     "SteeringVector",
+    "UnitCell",
+    "UnitTable",
+    "attribution_patching",
     "dose_response",
+    "faithfulness",
+    "find_circuit",
     "first_episode",
+    "patch_paths",
     "patch_sites",
+    "patch_units",
 ]

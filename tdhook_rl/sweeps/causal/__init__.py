@@ -3,7 +3,25 @@
 Knows how a policy is hooked and run, targets and statistics; no environments but the one that an ablation is given.
 """
 
+from tdhook_rl.sweeps.causal.attribution import attribution_patching, patch_units
+from tdhook_rl.sweeps.causal.circuits import Circuit, CurvePoint, faithfulness, find_circuit
 from tdhook_rl.sweeps.causal.patch_sites import patch_sites
 from tdhook_rl.sweeps.causal.patch_table import PatchCell, PatchTable
+from tdhook_rl.sweeps.causal.paths import patch_paths
+from tdhook_rl.sweeps.causal.unit_table import Agreement, UnitCell, UnitTable
 
-__all__ = ["PatchCell", "PatchTable", "patch_sites"]
+__all__ = [
+    "Agreement",
+    "Circuit",
+    "CurvePoint",
+    "PatchCell",
+    "PatchTable",
+    "UnitCell",
+    "UnitTable",
+    "attribution_patching",
+    "faithfulness",
+    "find_circuit",
+    "patch_paths",
+    "patch_sites",
+    "patch_units",
+]

@@ -22,7 +22,7 @@ from tdhook_rl.latent.patch_hooks import other_count
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.replaying.batching import GeneratorState, conv_chunk, in_recurrent_mode, repeat_rows
 from tdhook_rl.sites.containers import other_tensors, with_other_tensors
-from tdhook_rl.sites.paths import Site
+from tdhook_rl.sites.paths import Site, find_sites
 from tdhook_rl.sites.repeats import Several, several_runs
 from tdhook_rl.sites.rows import as_leaf, rows_of, with_batch, with_rows, without_vmap
 from tdhook_rl.sites.runtime import Runtime
@@ -216,6 +216,10 @@ class Bench:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def named(self, patterns: str | Sequence[str]) -> list[str]:
+        """The sites that patterns name, which are among those of the bench."""
+        return [site.name for site in find_sites(self.hooked.hooked_root, patterns, runs=True)]
 
     @property
     def reads(self) -> list[NestedKey]:

@@ -1,0 +1,337 @@
+"""The smallest set of components that keeps what a policy does: found by attribution patching, verified by patching."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor, nn
+
+from tdhook_rl.arguments.checked import checked
+from tdhook_rl.errors import InputError
+from tdhook_rl.statistics import Interval, grouped_mean
+from tdhook_rl.statistics.cells import shown
+from tdhook_rl.sweeps.causal.attribution import Effects
+from tdhook_rl.sweeps.causal.bench import Bench
+from tdhook_rl.sweeps.causal.components import Components
+from tdhook_rl.sweeps.causal.metrics import Metric
+from tdhook_rl.sweeps.causal.pairs import pairs_of
+from tdhook_rl.sweeps.causal.patch_table import Gap
+from tdhook_rl.sweeps.causal.unit_table import pooled
+
+#: Sizes at which the faithfulness of the most important components is shown, and which are tried at once.
+SIZES = 16
+#: Components that are tried one by one for whether the set does without them.
+TRIED = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """So many of the most important components.
+
+    Args:
+        size: how many.
+        faithfulness: what they keep of the difference between the two runs, all others as in the corrupt run.
+        random: of random sets with as many components of each site, the mean over sets; ``None`` of all or none.
+    """
+
+    size: int
+    faithfulness: Interval
+    random: Interval | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Circuit:
+    """A set of components that keeps what a policy does.
+
+    Args:
+        units: by site the numbers of its components; sites without any are left out.
+        faithfulness: what it keeps: 1 all, 0 nothing, of the difference between the clean and the corrupt run.
+        random: of random sets with as many components of each site, the mean over sets.
+        beyond: the share of random sets that keep as much.
+        without: what all other components keep without it.
+        nothing: what is kept where all components are as in the corrupt run: what passes beside the sites.
+        size, of: how many components it has, of how many.
+        curve: the most important components, by size, with random sets beside.
+        importance: by site what each component was estimated to keep.
+        metric: what is kept, in words.
+        words: what one has to know.
+    """
+
+    units: Mapping[str, list[int]]
+    faithfulness: Interval
+    random: Interval | None
+    beyond: float
+    without: Interval
+    nothing: Interval
+    size: int
+    of: int
+    curve: Sequence[CurvePoint]
+    importance: Mapping[str, Tensor] = field(repr=False)
+    metric: str
+    words: str = ""
+
+    def records(self) -> list[dict[str, Any]]:
+        """The faithfulness curve, a row for each size."""
+        rows = []
+        for point in self.curve:
+            row: dict[str, Any] = {"size": point.size}
+            for name, one in (("faithfulness", point.faithfulness), ("random", point.random)):
+                values = (math.nan,) * 3 if one is None else (one.estimate, one.low, one.high)
+                row |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
+            rows.append(row)
+        return rows
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.size} of {self.of} components keep {shown(self.faithfulness)} of: {self.metric}",
+            f"random sets of as many at each site keep {shown(self.random)}; as much: {100 * self.beyond:.0f}% of them",
+            f"all others without it keep {shown(self.without)}; with none of them {shown(self.nothing)} is kept",
+        ]
+        lines += [f"  {site}: {', '.join(map(str, numbers))}" for site, numbers in self.units.items()]
+        return "\n".join([*lines, *([self.words] if self.words else [])])
+
+
+@checked
+def find_circuit(
+    policy: nn.Module,
+    clean: TensorDictBase,
+    corrupt: TensorDictBase,
+    sites: str | Sequence[str],
+    *,
+    keep: float = 0.9,
+    metric: Metric = None,
+    parts: Mapping[str, int] | None = None,
+    controls: int = 32,
+    groups: NestedKey | Tensor | None = None,
+    units: int | Mapping[str, int] | None = None,
+    chunk_size: int | None = None,
+    seed: int = 0,
+) -> Circuit:
+    """Find few components that keep a share of the behaviour (Wang et al. 2023; Syed, Rager & Conmy 2023).
+
+    A set is judged by patching: the policy runs on the clean states, with every component outside of the set as it is
+    in the run on the corrupt ones. What is left of the difference between the two runs is its faithfulness. Components
+    are ordered by attribution patching (the mean of the gradients in the two runs, times the difference), the shortest
+    run from the top that keeps enough is taken, and components which it can do without are taken out again, one by one,
+    until none is left that it can do without. Such a set is minimal, though there may be a smaller one.
+
+    Args:
+        policy, clean, corrupt, metric, groups, units, chunk_size: as of :func:`patch_sites`; the metric has to have a
+            gradient.
+        sites: module paths or patterns; nested ones, and single runs (``"act@0"``), too.
+        keep: the share to keep.
+        parts: by site, into how many components its units are divided; each unit (channel) by itself unless given.
+        controls: how many random sets, with as many components of each site, stand beside.
+        seed: of the random sets.
+
+    Returns:
+        the circuit, with its faithfulness curve. It is reported on the states that it was found on: look at others with
+        :func:`faithfulness`.
+
+    Raises:
+        InputError: if ``keep`` is no share, or nothing differs between the two runs.
+        TargetError, SiteError, InputError: as of :func:`attribution_patching`.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
+        >>> with torch.no_grad():
+        ...     _ = net[0].weight.copy_(torch.eye(4)), net[2].weight.copy_(torch.tensor([[0.0, 3.0, 0.0, -2.0]]))
+        >>> clean, corrupt = (TensorDict({"input": torch.randn(20, 4)}, batch_size=20) for _ in range(2))
+        >>> find_circuit(net, clean, corrupt, "1", keep=0.99).units
+        {'1': [1, 3]}
+    """
+    if not 0 < keep <= 1:
+        raise InputError(f"keep= is a share of the behaviour, above 0 and up to 1; got {keep!r}")
+    if controls < 0:
+        raise InputError(f"controls= is a number of random sets, got {controls}")
+    with Bench(policy, sites, units=units, chunk_size=chunk_size) as bench:
+        pairs = pairs_of(bench, clean, corrupt, groups)
+        search = _Search(Effects(bench, pairs, metric, "noising", parts), pairs.groups, controls, seed)
+        importance = search.importance(Effects(bench, pairs, metric, "denoising", parts))
+        return search.found(importance, keep)
+
+
+@checked
+def faithfulness(
+    policy: nn.Module,
+    clean: TensorDictBase,
+    corrupt: TensorDictBase,
+    circuit: Circuit | Mapping[str, Sequence[int]],
+    sites: str | Sequence[str] | None = None,
+    *,
+    metric: Metric = None,
+    parts: Mapping[str, int] | None = None,
+    groups: NestedKey | Tensor | None = None,
+    units: int | Mapping[str, int] | None = None,
+    chunk_size: int | None = None,
+) -> Interval:
+    """What a set of components keeps of the difference between two runs, such as a circuit on states it has not seen.
+
+    Args:
+        policy, clean, corrupt, metric, groups, units, chunk_size, parts: as of :func:`find_circuit`.
+        circuit: what was found, or by site the numbers of components.
+        sites: all sites, of which the components outside of the set are as in the corrupt run; those of the circuit
+            unless given.
+
+    Raises:
+        InputError: for a component that there is not.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
+        >>> clean, corrupt = (TensorDict({"input": torch.randn(20, 4)}, batch_size=20) for _ in range(2))
+        >>> round(faithfulness(net, clean, corrupt, {"1": [0, 1, 2, 3]}), 3)
+        1.0
+    """
+    chosen = dict(circuit.units if isinstance(circuit, Circuit) else circuit)
+    if sites is None:
+        sites = list(circuit.importance) if isinstance(circuit, Circuit) else list(chosen)
+    with Bench(policy, sites, units=units, chunk_size=chunk_size) as bench:
+        pairs = pairs_of(bench, clean, corrupt, groups)
+        search = _Search(Effects(bench, pairs, metric, "noising", parts).look(), pairs.groups, 0, 0)
+        return search.interval(search.effects.measured(~_as_row(search.effects.components, chosen)[None]))
+
+
+def _as_row(components: Components, chosen: Mapping[str, Sequence[int]]) -> Tensor:
+    names = {name: place for place, name in enumerate(components.names)}
+    row = torch.zeros(len(components), dtype=torch.bool)
+    for site, numbers in chosen.items():
+        for number in numbers:
+            if (site, number) not in names:
+                raise InputError(
+                    f"there is no component {number!r} of {site!r}: there are "
+                    f"{', '.join(f'{count} of {one!r}' for one, count in components.parts.items())}"
+                )
+            row[names[site, number]] = True
+    return row
+
+
+class _Search:
+    """The search for a circuit; a set of components is a boolean row over all of them, those that are kept clean."""
+
+    def __init__(self, effects: Effects, groups: Tensor | None, controls: int, seed: int) -> None:
+        self.effects = effects
+        self._groups = groups
+        self._controls = controls
+        self._draws = torch.Generator().manual_seed(seed)
+
+    def importance(self, other: Effects) -> Tensor:
+        """``(components,)``: what each keeps, to first order, by the mean of the slopes in the two runs."""
+        # Putting a corrupt activation into the clean run takes away what it keeps; a clean one into the other adds it.
+        changes = other.estimated() - self.effects.estimated()
+        known = self.gap.known
+        if not bool(known.any()):
+            raise InputError(
+                "nothing differs between the run on clean states and that on corrupt ones: "
+                f"{self.gap.left_out(self.gap.source)}"
+            )
+        along = changes[:, known] * torch.sign(other.gap.source - other.gap.base)[known]
+        return along.nan_to_num(0.0).sum(-1) / (2 * self._size[known].sum())
+
+    @property
+    def gap(self) -> Gap:
+        """Between the clean run, which is patched, and the corrupt one."""
+        return self.effects.gap
+
+    @property
+    def _size(self) -> Tensor:
+        return (self.gap.source - self.gap.base).abs()
+
+    def kept(self, sets: Tensor) -> Tensor:
+        """``(sets,)``: the faithfulness of sets."""
+        known = self.gap.known
+        lost = self.effects.measured(~sets)[:, known] * torch.sign(self.gap.source - self.gap.base)[known]
+        return 1 - lost.sum(-1) / self._size[known].sum()
+
+    def interval(self, changes: Tensor) -> Interval:
+        """The faithfulness of one set, from how it changes the metric, ``(1, states)``."""
+        # What is left is the difference minus what is lost of it.
+        left = (self.gap.source - self.gap.base) - changes
+        (found,) = pooled(left, self.gap, self._groups)
+        assert found is not None
+        return found
+
+    def found(self, importance: Tensor, keep: float) -> Circuit:
+        components = self.effects.components
+        count = len(components)
+        order = importance.argsort(descending=True, stable=True)
+        rank = torch.empty(count, dtype=torch.long)
+        rank[order] = torch.arange(count)
+        chosen = self._without_needless(self._shortest(rank, keep), importance, keep)
+        size = int(chosen.sum())
+        several = torch.stack([chosen, ~chosen, torch.zeros_like(chosen)])
+        own, without, nothing = (self.interval(one[None]) for one in self.effects.measured(~several))
+        steps = torch.linspace(0, 1, SIZES // 2).tolist()
+        sizes = sorted({0, size, *(round(count**step) for step in steps), *(round(count * step) for step in steps)})
+        tops = torch.stack([rank < one for one in sizes])
+        changes = self.effects.measured(~tops)
+        curve = [
+            CurvePoint(size=one, faithfulness=self.interval(change[None]), random=self._at_random(top)[0])
+            for one, top, change in zip(sizes, tops, changes, strict=True)
+        ]
+        random, values = self._at_random(chosen)
+        words = [self.effects.words, self.gap.left_out(self.gap.source)]
+        if not size:
+            words.append("these sites do not carry it: enough passes beside them")
+        return Circuit(
+            units={
+                site: part.nonzero().squeeze(-1).tolist()
+                for site, part in components.split(chosen).items()
+                if bool(part.any())
+            },
+            faithfulness=own, random=random, without=without, nothing=nothing, size=size, of=count, curve=curve,
+            beyond=float((values >= own.estimate).double().mean()) if len(values) else math.nan,
+            importance={site: one.clone() for site, one in components.split(importance).items()},
+            metric=self.effects.metric, words="; ".join(one for one in words if one),
+        )  # fmt: skip
+
+    def _shortest(self, rank: Tensor, keep: float) -> Tensor:
+        """The shortest run of components from the most important on that keeps enough, found by few sizes at once."""
+        low, high = -1, len(rank)  # the largest size tried that is too small, and one that is not
+        while high - low > 1:
+            sizes = torch.linspace(low, high, min(high - low + 1, SIZES + 2)).round().long()[1:-1].unique()
+            enough = self.kept(rank[None] < sizes[:, None]) >= keep
+            place = int(enough.long().argmax()) if bool(enough.any()) else len(sizes)
+            high = int(sizes[place]) if place < len(sizes) else high
+            low = int(sizes[place - 1]) if place else low
+        return rank < high
+
+    def _without_needless(self, chosen: Tensor, importance: Tensor, keep: float) -> Tensor:
+        """The same set without components that it keeps enough without: those it misses least first."""
+        while bool(chosen.any()):
+            members = chosen.nonzero().squeeze(-1)
+            tried = members[importance[members].abs().argsort()][:TRIED]
+            fewer = chosen[None].repeat(len(tried), 1)
+            fewer[torch.arange(len(tried)), tried] = False
+            kept = self.kept(fewer)
+            able = tried[kept.argsort(descending=True)][: int((kept >= keep).sum())]
+            if not len(able):
+                return chosen
+            # As many of them at once as it still keeps enough without, at least the first.
+            at_once = torch.tensor(sorted({1, len(able), *(2**power for power in range(10) if 2**power < len(able))}))
+            taken = chosen[None].repeat(len(at_once), 1)
+            for place, number in enumerate(at_once.tolist()):
+                taken[place, able[:number]] = False
+            enough = (self.kept(taken) >= keep).nonzero().squeeze(-1)
+            chosen = taken[int(enough[-1]) if len(enough) else 0]
+        return chosen
+
+    def _at_random(self, chosen: Tensor) -> tuple[Interval | None, Tensor]:
+        """The mean faithfulness of random sets with as many components of each site, and that of each."""
+        if not self._controls or not bool(chosen.any()) or bool(chosen.all()):
+            return None, torch.zeros(0)
+        sets = torch.zeros(self._controls, len(chosen), dtype=torch.bool)
+        for one in sets:
+            parts = [
+                torch.randperm(len(part), generator=self._draws) < int(part.sum())
+                for part in self.effects.components.split(chosen).values()
+            ]
+            one.copy_(torch.cat(parts))
+        values = self.kept(sets)
+        return grouped_mean(values), values

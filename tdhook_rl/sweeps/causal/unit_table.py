@@ -1,0 +1,212 @@
+"""What single components do, as estimated and as measured, with intervals by group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdhook_rl.errors import InputError
+from tdhook_rl.statistics import FEW_GROUPS, Interval
+from tdhook_rl.statistics.cells import Cells, shown
+from tdhook_rl.statistics.interval import limits, none, pair_up
+from tdhook_rl.sweeps.causal.components import Components
+from tdhook_rl.sweeps.causal.patch_table import Gap
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitCell:
+    """One component.
+
+    Args:
+        site: the path of the module.
+        unit: its number there: of the unit, the channel, or the part.
+        estimated: the share by attribution patching; ``None`` where there is none.
+        measured: the share by patching it; ``None`` where that was not done.
+    """
+
+    site: str
+    unit: int
+    estimated: Interval | None = None
+    measured: Interval | None = None
+
+    @property
+    def share(self) -> float:
+        """The measured share, or else the estimated one."""
+        found = self.measured or self.estimated
+        return math.nan if found is None else found.estimate
+
+    def numbers(self) -> dict[str, Any]:
+        """All of it as numbers; intervals with their limits."""
+        found: dict[str, Any] = {"site": self.site, "unit": self.unit}
+        for name in ("estimated", "measured"):
+            one: Interval | None = getattr(self, name)
+            values = (math.nan,) * 3 if one is None else (one.estimate, one.low, one.high)
+            found |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How far estimates are from what was measured.
+
+    Args:
+        measured: of how many components.
+        of: how many there are.
+        correlation: Pearson's, of the shares; NaN where all are alike.
+        error: the mean distance of the two shares, over the mean size of the measured ones.
+        largest: the largest distance of the two shares.
+    """
+
+    measured: int
+    of: int
+    correlation: float
+    error: float
+    largest: float
+
+    def __str__(self) -> str:
+        return (
+            f"estimates against patching {self.measured} of {self.of} components: correlation {self.correlation:.3f}, "
+            f"mean error {100 * self.error:.1f}% of the mean size, largest {self.largest:.3g}"
+        )
+
+
+class UnitTable(Cells[UnitCell]):
+    """Components, one in each row, from the largest share on.
+
+    Shares are pooled over states: all of the change of the metric, towards the other run, over all of the difference
+    between the two.
+
+    Args:
+        components: which there are.
+        gap: between the two runs.
+        estimates: ``(components, states)``, changes of the metric; ``None`` without.
+        changes: ``(components, states)``, as measured; NaN where it was not.
+        groups: of the states.
+        way, metric: as of :class:`PatchTable`.
+        words: what one has to know.
+
+    Attributes:
+        agreement: of the two, where there are both.
+    """
+
+    def __init__(
+        self,
+        components: Components,
+        gap: Gap,
+        estimates: Tensor | None,
+        changes: Tensor | None,
+        groups: Tensor | None,
+        *,
+        way: str,
+        metric: str,
+        words: str = "",
+    ) -> None:
+        self.components, self.gap, self.way, self.metric = components, gap, way, metric
+        self.estimates, self.changes = estimates, changes
+        self.words = "; ".join(one for one in (words, gap.left_out(gap.source)) if one)
+        sides = [None if one is None else pooled(one, gap, groups) for one in (estimates, changes)]
+        cells = []
+        for place, (site, unit) in enumerate(components.names):
+            own = [None if side is None else side[place] for side in sides]
+            cells.append(UnitCell(site=site, unit=unit, estimated=own[0], measured=own[1]))
+        self._of = {(cell.site, cell.unit): cell for cell in cells}
+        self.agreement = _agreement(cells) if estimates is not None and changes is not None else None
+        super().__init__(sorted(cells, key=lambda cell: -abs(cell.share) if cell.share == cell.share else 1.0))
+
+    def __getitem__(self, key: Any) -> Any:
+        """The cell of ``(site, unit)``; or cells by number, from the largest on.
+
+        Raises:
+            InputError: for a component that there is not.
+        """
+        if isinstance(key, (int, slice)):
+            return super().__getitem__(key)
+        if key not in self._of:
+            known = ", ".join(f"{site!r} (0 to {count - 1})" for site, count in self.components.parts.items())
+            raise InputError(f"there is no component {key!r}; there are {known}")
+        return self._of[key]
+
+    def grid(self, site: str, measured: bool = False) -> Tensor:
+        """The shares of all components of a site, ``(components,)``.
+
+        Args:
+            site: its path.
+            measured: as measured, NaN where that was not done; else the measured or the estimated share.
+        """
+        cells = [self[site, unit] for unit in range(self.components.parts.get(site, 0))]
+        if not cells:
+            self[site, 0]  # raises
+        return torch.tensor(
+            [(cell.measured.estimate if cell.measured else math.nan) if measured else cell.share for cell in cells]
+        )
+
+    def columns(self) -> tuple[list[str], list[list[str]]]:
+        """The heads, and the rows as they are shown: the 20 largest."""
+        both = [name for name in ("estimated", "measured") if any(getattr(cell, name) for cell in self)]
+        heads = ["site", "unit", *(f"{name} share" for name in both)]
+        return heads, [
+            [cell.site, str(cell.unit), *(shown(getattr(cell, name)) for name in both)] for cell in self[:20]
+        ]
+
+    def __str__(self) -> str:
+        said = [f"{self.way}, one component at a time; share of: {self.metric}"]
+        said += [str(self.agreement)] if self.agreement is not None else []
+        said += [self.words] if self.words else []
+        more = [f"and {len(self) - 20} more"] if len(self) > 20 else []
+        return "\n".join([*said, super().__str__(), *more])
+
+
+def pooled(changes: Tensor, gap: Gap, groups: Tensor | None) -> list[Interval | None]:
+    """For each row of changes its share of the difference, pooled over states, with an interval by group.
+
+    Args:
+        changes: ``(rows, states)``, of the metric; a row of NaN has no share.
+        gap: what there is to be brought over.
+        groups: of the states.
+    """
+    known = gap.known
+    count = int(known.sum())
+    shape = {"confidence": 0.95, "rows": count}
+    if not count:
+        return [none(math.nan, "no state is left", groups=0, **shape)] * len(changes)
+    size = (gap.source - gap.base)[known].abs()
+    along = changes[:, known].double() * torch.sign(gap.source - gap.base)[known]
+    shares = along.sum(-1) / size.sum()
+    numbers = torch.from_numpy(pair_up(count, None if groups is None else groups[known]))
+    held = int(numbers.max()) + 1
+    residuals = (along - shares[:, None] * size) / size.sum()
+    sums = torch.zeros(len(changes), held, dtype=torch.float64).index_add_(1, numbers, residuals)
+    variances = sums.square().sum(-1) * held / max(held - 1, 1)
+    weights = torch.zeros(held, dtype=torch.float64).index_add_(0, numbers, size)
+    freedom = max(min(float(weights.sum() ** 2 / weights.square().sum()), held) - 1, 1.0)
+    words = f"only {held} groups: a t interval by group" if held < FEW_GROUPS else ""
+    found: list[Interval | None] = []
+    for share, variance in zip(shares.tolist(), variances.tolist(), strict=True):
+        if math.isnan(share):
+            found.append(None)
+        elif held < 2:
+            found.append(none(share, "one group only: nothing says how much groups differ", groups=held, **shape))
+        else:
+            found.append(limits(share, variance, freedom=freedom, groups=held, words=words, **shape))
+    return found
+
+
+def _agreement(cells: Sequence[UnitCell]) -> Agreement | None:
+    pairs = [(one.estimated.estimate, one.measured.estimate) for one in cells if one.estimated and one.measured]
+    if not pairs:
+        return None
+    estimated, measured = np.array(pairs).T
+    far = np.abs(estimated - measured)
+    size = np.abs(measured).mean()
+    alike = min(np.ptp(estimated), np.ptp(measured)) == 0
+    return Agreement(
+        measured=len(pairs), of=len(cells), largest=float(far.max()),
+        correlation=math.nan if alike or len(pairs) < 2 else float(np.corrcoef(estimated, measured)[0, 1]),
+        error=float(far.mean() / size) if size > 0 else math.nan,
+    )  # fmt: skip
