@@ -21,13 +21,15 @@ import torch
 from matplotlib.figure import Figure
 from torchrl.record.loggers.csv import CSVLogger
 
-from tdhook_rl import ActivationCaching, Compose, Saliency
+from tdhook_rl import ActivationCaching, Compose, Saliency, targets
 from tdhook_rl.cli import main
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import TdhookError
 from tdhook_rl.examples.agent import FC2, make_actor
+from tdhook_rl.replay import analyze
 from tdhook_rl.report import (
     Budgets,
+    DataTable,
     Monitor,
     page_of,
     read_run,
@@ -221,3 +223,24 @@ def test_two_monitors_of_one_logger_are_both_in_the_report(tmp_path: Path) -> No
     assert run.series["mine"] == [(20, 1.0)]
     assert [figure.title for figure in run.figures] == ["Beside"]
     assert [line for line in run.warnings if "are shown as interp2/..." in line]
+
+
+def test_names_that_look_like_numbers_are_names(tmp_path: Path) -> None:
+    cells = ["1_2", "--5", "²", "-", "1-2", -3, 0.5, 1e-300, None]
+    (tmp_path / "log.csv").write_text("step,name,value\n")
+    folder = tmp_path / "media" / "cells"
+    folder.mkdir(parents=True)
+    for name in ("7", "--5", "²", "1_2", "-"):
+        (folder / f"{name}.csv").write_bytes(DataTable(["cell"], [[cell] for cell in cells]).content())
+    (found,) = read_run(tmp_path).tables["cells"]  # the others are of no step
+    assert (found.step, [row[0] for row in found.rows if row]) == (7, cells[: len(found.rows)])
+
+
+def test_rows_of_an_analysis_are_those_that_are_looked_at(tmp_path: Path) -> None:
+    actor = make_actor()
+    rows = CueCorners(batch_size=[4]).rollout(5, actor, break_when_any_done=False).detach()
+    rows["observation"][0] = float("nan")
+    with Saliency(target=targets.chosen_logit()).prepare(actor) as policy:
+        analyze(policy, rows, tmp_path, on_mismatch="ignore")  # entries of 5 rows, one of them without attributions
+    (found,) = read_run(tmp_path).findings
+    assert "half of 15 rows lie" in found.words

@@ -63,7 +63,7 @@ def read(path: Path) -> Run:
             run.histograms[name] = [Bins(manifest.done, bins.counts, bins.edges)]
             if parts[0] == "attr" and flat.ndim > 1:
                 features += (found := _features(name, flat))
-                run.findings.append(_finding(name, found, len(data)))
+                run.findings.append(_finding(name, found))
     columns = ["result", "shape of a row", "dtype", "share computed", "share finite of these", "mean |.|", "mean",
                "standard deviation", "smallest", "largest"]  # fmt: skip
     run.tables["results"] = [Rows(manifest.done, columns, rows)]
@@ -73,8 +73,8 @@ def read(path: Path) -> Run:
     return run
 
 
-def _finding(name: str, features: list[list[Any]], rows: int) -> Finding:
-    _, feature, mean, median, low, high, _ = features[0]
+def _finding(name: str, features: list[list[Any]]) -> Finding:
+    _, feature, mean, median, low, high, rows = features[0]
     return Finding(
         question="What does it look at?",
         measured=f"mean |.| of {name}, its largest feature",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tdhook_rl.report.sinks.file import FileSink
 KIND = "a folder of tdhook_rl"
 #: What tells such a folder.
 LOG, HISTOGRAMS, NOTES = "log.csv", "histograms.jsonl", "notes.txt"
+_STEP = re.compile(r"-?[0-9]{1,30}")
 PICTURES, ANIMATIONS = (".png", ".jpg", ".jpeg", ".webp"), (".gif", ".mp4", ".webm")
 
 
@@ -113,8 +115,10 @@ def read_table(run: Run, path: Path, step: int) -> Rows | None:
 def _cell(text: str) -> Any:
     if not text:
         return None
+    if "_" in text:  # which Python takes for a number, 1_2 for 12
+        return text
     try:
-        return int(text) if text.lstrip("-").isdigit() else float(text)
+        return int(text) if _STEP.fullmatch(text) else float(text)
     except ValueError:
         return text
 
@@ -150,7 +154,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _step(text: str) -> int | None:
-    return int(text) if text.lstrip("-").isdigit() and text.isascii() and len(text) <= 30 else None
+    return int(text) if _STEP.fullmatch(text) else None
 
 
 def _mapping(value: Any) -> dict[str, Any]:
