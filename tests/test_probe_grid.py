@@ -183,6 +183,19 @@ def test_what_means_nothing(options: dict[str, Any], error: type[Exception], mes
         probe_grid(small(), data, **given)
 
 
+@pytest.mark.parametrize("probes", [ProbeSuite, probe_grid])
+@pytest.mark.parametrize("kind", [None, Future, Return])
+def test_what_is_no_concept(probes: Any, kind: Any) -> None:
+    def wrapped(what: Any) -> Any:
+        return what if kind is None else Future(what, steps=1) if kind is Future else Return(reward=what)
+
+    options: dict[str, Any] = {"data": wandered(20)} if probes is probe_grid else {}
+    given = [{"": wrapped("value")}, *({"c": wrapped(what)} for what in (3, None, "", (), ["concept", "xor"], {"a"}))]
+    for concepts in given:
+        with pytest.raises(InputError, match="concepts= has a key, a function of the batch"):
+            probes(policy=small(), sites="module.1", concepts=concepts, split=GroupSplit(EPISODE), **options)
+
+
 def test_hostile_and_corrupt_checkpoints(tmp_path: Path) -> None:
     import pickle
 

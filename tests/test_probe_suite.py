@@ -367,6 +367,7 @@ def test_what_cannot_be_scored_says_so(spoil: Callable[[TensorDict], None], word
         ({"every": 0}, InputError, "every="),
         ({"most_waiting": -1}, InputError, "most_waiting="),
         ({"layout": {"nowhere": "flat"}}, SiteError, "layout= names 'nowhere'"),
+        ({"units": {"nowhere": -1}}, SiteError, "units= names 'nowhere'"),
         ({"layout": {"module.1": "round"}}, InputError, "layout= is"),
         ({"confidence": 2.0}, InputError, "confidence"),
     ],

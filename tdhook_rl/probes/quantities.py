@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,23 @@ class Return(metaclass=Checked):
     def __post_init__(self) -> None:
         if not 0 <= self.gamma <= 1:
             raise InputError(f"a discount lies between 0 and 1, got gamma={self.gamma!r}")
+
+
+def require_concepts(concepts: Mapping[str, Any]) -> None:
+    """Refuse concepts of which there are none, without a name, or of what is no key and no function.
+
+    Raises:
+        InputError: that names it.
+    """
+    if not concepts:
+        raise InputError("concepts= names what is to be read: there is none")
+    for name, one in concepts.items():
+        what = one.what if isinstance(one, Future) else one.reward if isinstance(one, Return) else one
+        if not name or not (callable(what) or (isinstance(what, NestedKey) and len(what))):
+            raise InputError(
+                "concepts= has a key, a function of the batch, a Future or a Return under each name, and "
+                f"{what!r:.80} under {name!r}"
+            )
 
 
 def read_label(what: Any, data: TensorDictBase) -> Tensor:

@@ -10,12 +10,12 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 
 from tdhook_rl.batches.annotation import computed
-from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest, warn
+from tdhook_rl.errors import InputError, MissingKeyError, nearest, warn
 from tdhook_rl.hooking.hooked import HookedMixin
 from tdhook_rl.latent.activation_caching import ActivationCaching
 from tdhook_rl.metrics.untrained import untrained_copy
 from tdhook_rl.probes.board import Source
-from tdhook_rl.sites.unit_axes import UnitAxes, given_axis
+from tdhook_rl.sites.unit_axes import UnitAxes, given_axis, require_looked_at
 
 Layout = Literal["flat", "pooled", "each"]
 
@@ -70,11 +70,7 @@ class SiteFeatures:
         self._layout = {
             site: layout.get(site, "flat") if isinstance(layout, Mapping) else layout for site in self.sites
         }
-        unknown = set(layout) - set(self.sites) if isinstance(layout, Mapping) else set()
-        if unknown:
-            raise SiteError(
-                f"layout= names {min(unknown)!r}, which is not looked at; {nearest(min(unknown), self.sites)}"
-            )
+        require_looked_at(self.sites, layout=layout, units=units)
         for kind in self._layout.values():
             if kind not in ("flat", "pooled", "each"):
                 raise InputError(f"layout= is 'flat', 'pooled' or 'each', got {kind!r}")

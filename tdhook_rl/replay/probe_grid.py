@@ -18,7 +18,15 @@ from tdhook_rl.files.checkpoints import load_into
 from tdhook_rl.hooking.hooked import HookedMixin
 from tdhook_rl.probes.board import Board, Observed
 from tdhook_rl.probes.probe_table import ProbeCell, ProbeTable
-from tdhook_rl.probes.quantities import Future, Return, Trajectory, course_of, label_columns, read_label
+from tdhook_rl.probes.quantities import (
+    Future,
+    Return,
+    Trajectory,
+    course_of,
+    label_columns,
+    read_label,
+    require_concepts,
+)
 from tdhook_rl.probes.site_features import Layout, SiteFeatures
 from tdhook_rl.probes.splits import GroupSplit
 from tdhook_rl.reading.reader import Reader
@@ -81,8 +89,7 @@ def probe_grid(
         >>> table[FC2, "xor"].score
         'accuracy'
     """
-    if not concepts:
-        raise InputError("concepts= names what is to be read: there is none")
+    require_concepts(concepts)
     if isinstance(policy, HookedMixin):
         with policy.disable_context() as original:
             policy = original

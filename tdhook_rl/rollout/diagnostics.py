@@ -20,7 +20,7 @@ from tdhook_rl.metrics.untrained import untrained_copy
 from tdhook_rl.rollout.decision_drift import DecisionDrift, ratio_by_state
 from tdhook_rl.rollout.fixed_states import FixedStates
 from tdhook_rl.rollout.site_health import SiteHealth
-from tdhook_rl.sites.unit_axes import UnitAxes, given_axis
+from tdhook_rl.sites.unit_axes import UnitAxes, given_axis, require_looked_at
 from tdhook_rl.statistics.interval import Interval
 from tdhook_rl.statistics.means import grouped_mean
 
@@ -127,9 +127,7 @@ class NetworkDiagnostics:
         self.rows, self.tau, self.delta = rows, tau, delta
         self._drift = DecisionDrift(policy, self._fixed.hooked.policy_out_keys, action_key, value_key)
         self._units = dict(units) if isinstance(units, Mapping) else units
-        if isinstance(self._units, dict) and not set(self._units) <= set(known):
-            unknown = sorted(set(self._units) - set(known))[0]
-            raise SiteError(f"units= names {unknown!r}, which is not looked at; {nearest(unknown, known)}")
+        require_looked_at(known, units=units)
         self._axes: dict[str, int | tuple[int, int]] = {}
         self._health = {site: SiteHealth(tau, delta) for site in known}
         self._norms, self._loss, self._plasticity = norms, loss, plasticity

@@ -17,7 +17,7 @@ from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
 from tdhook_rl.probes.board import Board, Observed, Source
 from tdhook_rl.probes.probe_table import ProbeTable
-from tdhook_rl.probes.quantities import Future, Return, course_of, label_columns, read_label
+from tdhook_rl.probes.quantities import Future, Return, course_of, label_columns, read_label, require_concepts
 from tdhook_rl.probes.site_features import Layout, SiteFeatures
 from tdhook_rl.probes.splits import GroupSplit
 from tdhook_rl.probes.waiting import Waiting
@@ -96,8 +96,7 @@ class ProbeSuite:
         seed: int = 0,
     ) -> None:
         check_confidence(confidence)
-        if not concepts:
-            raise InputError("concepts= names what is to be read: there is none")
+        require_concepts(concepts)
         if not 0 <= decay <= 1:
             raise InputError(f"a decay factor lies between 0 and 1, got {decay}")
         if penalty is not None and not 0 <= penalty < float("inf"):

@@ -8,13 +8,13 @@ the axis of what they were given.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from tdhook_rl.errors import InputError
+from tdhook_rl.errors import InputError, SiteError, nearest
 from tdhook_rl.sites.paths import find_sites
 
 _LAST = (
@@ -164,6 +164,14 @@ def _tensors(values: Any) -> Iterator[Tensor]:
     elif isinstance(values, (tuple, list)):
         for one in values:
             yield from _tensors(one)
+
+
+def require_looked_at(sites: Sequence[str], **given: Any) -> None:
+    """Refuse an argument that is by site and names one that is not looked at."""
+    for name, by_site in given.items():
+        for site in by_site if isinstance(by_site, Mapping) else ():
+            if site not in sites:
+                raise SiteError(f"{name}= names {site!r}, which is not looked at; {nearest(site, sites)}")
 
 
 def given_axis(units: Any, site: str, activation: Tensor) -> int | None:
