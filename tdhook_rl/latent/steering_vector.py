@@ -147,7 +147,8 @@ class SteeringVector(Arithmetic, metaclass=Checked):
             negative: the label of those without; ``None``: any other label. Rows of neither, and rows whose label is
                 NaN, are left out, and counted in ``other_rows``; those of which the activation is not finite in
                 ``not_finite_rows``. Padding is no row.
-            shuffles: how often to extract it again with the labels of all rows permuted.
+            shuffles: how often to extract it again with the labels of all rows permuted, those of one episode too: the
+                score takes rows for independent of each other.
             seed: of these.
             batch_size: rows read at once.
             facts: more that is to be known of it.
