@@ -19,7 +19,7 @@ from torchrl.data import LazyTensorStorage, ReplayBuffer
 
 from tdhook_rl import ActivationAddition, LinearProbe, SteeringVectors
 from tdhook_rl.errors import ArtifactError, InputError, MissingKeyError, SiteError
-from tdhook_rl.latent import SteeringVector, cosines, principal_directions
+from tdhook_rl.latent import DirectionalAblation, DirectionClamping, SteeringVector, cosines, principal_directions
 from tdhook_rl.latent.vectors.dealing import Dealer
 from tdhook_rl.rollout import GroupSplit, OnlineProbe, ProbeSuite
 from tdhook_rl.sites.paths import resolve
@@ -80,6 +80,7 @@ def test_pairs_of_every_policy(name: str, batch: tuple[int, ...]) -> None:
     assert found.facts["norm"] == pytest.approx(float(apart.mean(0).norm()), rel=1e-4, abs=1e-5)
     assert found.facts["positive_states"] == found.facts["negative_states"] == positive.numel()
     assert found.check(policy) == "same"
+    SteeringVectors(found, alpha=0.0).prepare(policy, return_context=False).restore()  # and warns of nothing
     assert not any(one._forward_hooks for one in policy.modules())
     if len(batch) == 1 and batch[0] < min(8, apart[0].numel()):
         weights = _weights(apart, found.shuffled) * len(apart)
@@ -505,6 +506,43 @@ def test_what_does_not_fit_a_policy() -> None:
             SteeringVector(vector=torch.ones(shape), path="1").check(maps)
     with pytest.raises(SiteError, match="writes no entries"):
         SteeringVector(vector=torch.ones(6), path=("1", "hidden")).check(net)
+
+
+def test_methods_check_the_vectors_that_they_are_given() -> None:
+    net = mlp()
+    found = SteeringVector.from_pairs(net, "1", states(4, seed=1), states(4, seed=2))
+    other = mlp()
+    other[0].bias.data += 1
+    for method in (SteeringVectors, DirectionalAblation, lambda one: DirectionClamping(one, value=1.0)):
+        vector = found + found * 0.5  # said once for each
+        vector = SteeringVector(vector=vector.vector, path="1", facts=dict(vector.facts, weights=str(method)))
+        with pytest.warns(UserWarning, match="other weights"):
+            method(vector).prepare(other, return_context=False).restore()
+        method(vector).prepare(other, return_context=False).restore()
+        method({"1": vector.vector}).prepare(other, return_context=False).restore()
+        for wrong, words in (
+            (SteeringVector(vector=torch.ones(6), path="2"), "'2' of Sequential gives 2"),
+            ({"0": vector}, "was found at '1', which the policy has too"),
+        ):
+            with pytest.raises(InputError, match=words):
+                method(wrong).prepare(net, return_context=False)
+        with pytest.raises(SiteError, match="nearest"):
+            method(SteeringVector(vector=torch.ones(6), path="layer")).prepare(net, return_context=False)
+    # Where paths are other ones, as around a wrapped network, the key of the mapping says where.
+    wrapped = nn.Sequential(nn.Identity(), net)
+    SteeringVectors({"1.1": SteeringVector(vector=found.vector, path="net.1")}).prepare(wrapped, return_context=False)
+    with pytest.raises(InputError, match="path alone"):
+        DirectionalAblation(SteeringVector(vector=found.vector, path=("1", "h"))).prepare(net, return_context=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_vectors_are_cast_where_they_are_used(dtype: torch.dtype) -> None:
+    net, data = mlp(), states(3)
+    vector = SteeringVector(vector=torch.tensor([1.0, 2, 3, 4, 5, 6], dtype=dtype), path="1")
+    with SteeringVectors(vector).prepare(net) as hooked:
+        steered = hooked(data.clone())["output"]
+    assert close(steered, net[2](net[:2](data["input"]) + vector.vector.float()))
+    assert (vector + SteeringVector(vector=torch.ones(6), path="1")).vector[0] == 2
 
 
 # ---------------------------------------------------------------------------------------------------------- wrong input

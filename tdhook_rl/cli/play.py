@@ -106,13 +106,15 @@ def _steering(policy: Any, vector: SteeringVector | None) -> str:
         )
     if vector is None:
         return next(iter(places.values()))
-    found = next((one for one, name in places.items() if one == f"{name}.{vector.path}"), None)
+    found = next((one for one, name in places.items() if one == f"{name}.{vector.site}"), None)
     if found is None:
         paths = [one.removeprefix(f"{name}.") for one, name in places.items()]
         raise InputError(
-            f"the vector acts at {vector.path!r}, where the policy is not steered; {nearest(vector.path, paths)}: add "
+            f"the vector acts at {vector.site!r}, where the policy is not steered; {nearest(vector.site, paths)}: add "
             f"SteeringVectors({{{vector.path!r}: vector}}, alpha=0.0) to its methods"
         )
+    vector.check(policy)  # raises
+    vector.say_other_weights(policy)
     policy.controls[found] = vector.vector
     return places[found]
 

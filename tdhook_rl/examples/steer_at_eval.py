@@ -37,7 +37,7 @@ def steer(folder: Path, seed: int = 0, actor: ProbabilisticActor | None = None) 
     vector = SteeringVector.load(folder / "corner_a")
     alphas = [0.0, 0.5, 1.0]
     towards_a: dict[str, list[float]] = {"rollout": [], "collector": []}
-    with SteeringVectors({vector.path: vector.vector}, alpha=0.0).prepare(actor) as policy:
+    with SteeringVectors(vector, alpha=0.0).prepare(actor) as policy:
         env = CueCorners(batch_size=[64], seed=seed)
         for alpha in alphas:
             policy.controls["steering.alpha"] = alpha

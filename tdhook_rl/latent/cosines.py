@@ -11,7 +11,6 @@ from torch import Tensor
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.latent.steering_vector import SteeringVector
-from tdhook_rl.latent.vectors.places import path_and_entry, place_name
 
 
 class Cosines:
@@ -125,7 +124,7 @@ def cosines(vectors: Mapping[str, SteeringVector]) -> Cosines:
 
 def _place(vector: SteeringVector) -> str:
     shape = " x ".join(map(str, vector.vector.shape))
-    return f"{place_name(*path_and_entry(vector.path, 'path= is'))} ({shape})"
+    return f"{vector.site} ({shape})"
 
 
 def _by_chance(features: int) -> float:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.latent.steering_vector import SteeringVector, as_vectors
+from tdhook_rl.latent.placed_vectors import PlacedVectors, as_vectors
+from tdhook_rl.latent.steering_vector import SteeringVector
 from tdhook_rl.latent.strength import BoundSteered, Strength, place_strength, require_conditions
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.sites.rows import rows_of, with_rows
@@ -102,7 +103,14 @@ class DirectionClamping(Method):
 
 def _place(binder: Binder, method: DirectionalAblation | DirectionClamping, value: str) -> BoundSteered | None:
     strength, bound = place_strength(binder, method.name, method.when, method.steered_key)
-    directions: Mapping[str, Any] = method.directions  # type: ignore[assignment]
+    directions: PlacedVectors = method.directions  # type: ignore[assignment]
+    for path in directions:
+        if not isinstance(path, str):
+            raise InputError(
+                f"directions= names {path!r}: a direction is taken out or held in what a module returns, so give its "
+                "path alone"
+            )
+    directions.require_fit(binder.root)
     for path, direction in directions.items():
         direction = torch.as_tensor(direction)
         if not direction.is_floating_point():

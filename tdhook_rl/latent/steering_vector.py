@@ -16,7 +16,7 @@ from tdhook_rl.arguments.keys import required
 from tdhook_rl.artifacts import load_artifact, save_artifact
 from tdhook_rl.errors import ArtifactError, InputError, warn
 from tdhook_rl.files.stored import module_path, tensors_named
-from tdhook_rl.latent.vectors.activations import unhooked
+from tdhook_rl.latent.vectors.activations import root_of, unhooked
 from tdhook_rl.latent.vectors.arithmetic import Arithmetic, floats
 from tdhook_rl.latent.vectors.contrast import Where, contrast
 from tdhook_rl.latent.vectors.extracted import Extracted, chance_score
@@ -84,6 +84,11 @@ class SteeringVector(Arithmetic, metaclass=Checked):
     def norm(self) -> float:
         """Its length."""
         return float(self.vector.double().norm())
+
+    @property
+    def site(self) -> str:
+        """Its place as one word, as controls name it: ``"gru:next.recurrent_state"`` for an entry."""
+        return place_name(*path_and_entry(self.path, "path= is"))
 
     @classmethod
     @checked
@@ -325,14 +330,14 @@ class SteeringVector(Arithmetic, metaclass=Checked):
             SiteError: if the policy has no such module, or the module writes no such entry.
             InputError: if the module has other features.
         """
-        policy = unhooked(policy)
-        require_fit(policy, *path_and_entry(self.path, "path= is"), self.vector.shape)
-        return weights_against(self.facts, policy)
+        root = root_of(policy)
+        require_fit(root, *path_and_entry(self.path, "path= is"), self.vector.shape)
+        return weights_against(self.facts, root)
 
     def say_other_weights(self, policy: nn.Module) -> None:
         """Warn, once for each direction, if the policy has other weights than those in which it was found."""
-        named = (place_name(*path_and_entry(self.path, "path= is")), str(self.facts.get("weights")))
-        if named not in _SAID and weights_against(self.facts, policy) == "others":
+        named = (self.site, str(self.facts.get("weights")))
+        if named not in _SAID and weights_against(self.facts, root_of(policy)) == "others":
             _SAID.add(named)
             warn(
                 f"the direction at {named[0]!r} was found in other weights than the policy has now: in another "
@@ -340,9 +345,8 @@ class SteeringVector(Arithmetic, metaclass=Checked):
             )
 
     def __repr__(self) -> str:
-        path, entry = path_and_entry(self.path, "path= is")
         shape = " x ".join(map(str, self.vector.shape))
-        parts = [f"{shape} at {place_name(path, entry)!r}", f"norm {self.norm:.4g}"]
+        parts = [f"{shape} at {self.site!r}", f"norm {self.norm:.4g}"]
         if isinstance(self.facts.get("source"), str):
             parts.append(f"from {self.facts['source']:.40}")
         if self.shuffled is not None:
@@ -379,22 +383,3 @@ class SteeringVector(Arithmetic, metaclass=Checked):
             return cls(vector=vector, path=place, facts=facts, shuffled=shuffled[0] if both else None)
         except InputError as error:
             raise ArtifactError(f"{path} is no steering vector: {error}") from None
-
-
-def as_vectors(given: Any, what: str) -> dict[Any, Any]:
-    """Vectors by path, from a mapping, of which the values may be steering vectors, or from these alone.
-
-    Raises:
-        InputError: for what is none of these, an empty mapping, or two vectors for one module.
-    """
-    if isinstance(given, SteeringVector):
-        given = [given]
-    if isinstance(given, Sequence) and given and all(isinstance(one, SteeringVector) for one in given):
-        paths = [one.path for one in given]
-        twice = next((path for path in paths if paths.count(path) > 1), None)
-        if twice is not None:
-            raise InputError(f"{what}= has two vectors for {twice!r}: add them up, or use one method for each")
-        given = dict(zip(paths, given, strict=True))
-    if not isinstance(given, Mapping) or len(given) == 0:
-        raise InputError(f"{what}= is {{path: vector}}, one SteeringVector or a list of them, got {given!r:.80}")
-    return {path: one.vector if isinstance(one, SteeringVector) else one for path, one in given.items()}

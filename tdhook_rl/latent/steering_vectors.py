@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensordict import NestedKey
-from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
 from tdhook_rl.arguments.callbacks import takes_keywords
 from tdhook_rl.errors import InputError, SiteError, nearest
 from tdhook_rl.latent.gates import RowFunction
-from tdhook_rl.latent.steering_vector import as_vectors
+from tdhook_rl.latent.placed_vectors import as_vectors
 from tdhook_rl.latent.strength import (
     BoundSteered,
     Source,
@@ -24,10 +22,10 @@ from tdhook_rl.latent.strength import (
     place_strength,
     require_conditions,
 )
+from tdhook_rl.latent.vectors.places import path_and_entry, place_name, written_entry
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.replaying.batching import in_recurrent_mode
 from tdhook_rl.sites.hooks import Portable
-from tdhook_rl.sites.paths import Site
 from tdhook_rl.sites.rows import feature_dims, rows_of, with_rows, without_vmap
 from tdhook_rl.sites.runtime import Runtime
 from tdhook_rl.sites.states import state_names, state_of, with_state
@@ -132,11 +130,12 @@ class SteeringVectors(Method):
             for site in binder.intervention_sites(self.modules_to_steer):
                 binder.on_output(site, FunctionHook(binder.runtime, site.name, function, keywords, strength))
             return bound
+        self.vectors.require_fit(binder.root)
         for steered, vector in self.vectors.items():
-            path, entry = _path_and_entry(steered)
+            path, entry = path_and_entry(steered, "vectors= names")
             for site in binder.intervention_sites(path):
                 key = None if entry is None else written_entry(site, entry)
-                name = site.name if key is None else f"{site.name}:{key if isinstance(key, str) else '.'.join(key)}"
+                name = place_name(site.name, key)
                 if isinstance(vector, (str, tuple)):
                     source = Source(binder.runtime, "vector", row=binder.read_row(vector))
                 else:
@@ -183,19 +182,6 @@ def _strength(alpha: Any) -> Any:
             f"alpha= is a finite number, or the TensorDict key or a function of one for each row, got {alpha!r:.80}"
         )
     return float(number)
-
-
-def _path_and_entry(steered: Any) -> tuple[str, NestedKey | None]:
-    if isinstance(steered, str):
-        return steered, None
-    if isinstance(steered, tuple) and len(steered) == 2 and isinstance(steered[0], str):
-        path, entry = steered
-        if isinstance(entry, str) or (isinstance(entry, tuple) and all(isinstance(part, str) for part in entry)):
-            return path, entry
-    raise InputError(
-        f"vectors= names {steered!r}: it takes a module path, or a pair of a path and a TensorDict key such as "
-        '("module.0", ("next", "recurrent_state"))'
-    )
 
 
 class AdditionHook:
@@ -274,31 +260,6 @@ class StateAdditionHook(AdditionHook):
         rows = self.steered(rows, 0)
         rows = rows if back is None else back(rows)
         return with_state(output, self.key, rows.movedim(1, 0) if layered else rows)
-
-
-def written_entry(site: Site, key: NestedKey) -> NestedKey:
-    """The key as the module at a site writes it.
-
-    Raises:
-        SiteError: if the module is not TensorDict-level, or writes no such entry.
-    """
-    if key in state_names(site.module):
-        if site.module._hooked_layout.recurrent:  # type: ignore[union-attr]
-            raise SiteError(
-                f"{site.name!r} is the core of a recurrent module, whose state is an entry of the TensorDict: give the "
-                "path of that module and the key of the state"
-            )
-        return key
-    written = getattr(site.module, "out_keys", None)
-    if written is None:
-        raise SiteError(
-            f"{site.name!r} is a {type(site.module).__name__}, which writes no entries of a TensorDict: give its path "
-            "alone to steer what it returns, or the path of the TensorDictModule around it"
-        )
-    key = unravel_key(key)
-    if key not in [unravel_key(one) for one in written]:
-        raise SiteError(f"{site.name!r} does not write {key!r}; {nearest(key, written)}")
-    return key
 
 
 class FunctionHook:

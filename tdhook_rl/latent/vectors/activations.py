@@ -98,6 +98,11 @@ def unhooked(policy: nn.Module) -> nn.Module:
     return policy
 
 
+def root_of(policy: nn.Module) -> nn.Module:
+    """The module that paths start from, of a hooked policy too, whether its original is at hand or not."""
+    return policy.hooked_root if isinstance(policy, HookedMixin) else policy  # type: ignore[return-value]
+
+
 class _EntryOf:
     """Takes an entry out of what a module returns, rows first."""
 
