@@ -24,8 +24,8 @@ from tdhook_rl import Saliency, targets
 from tdhook_rl.attribution import PerturbationSaliency
 from tdhook_rl.envs import Cheese, CueCorners, CueGrid, KeyDoor, KnownValue, TMaze
 from tdhook_rl.examples.agent import make_actor
-from tdhook_rl.report import Budgets, Monitor
-from tdhook_rl.report.episodes import episodes
+from tdhook_rl.report import Budgets, FileSink, Monitor
+from tdhook_rl.report.episodes import episodes, running_of
 from tdhook_rl.report.known_env import known_of
 from tdhook_rl.report.pictures import bars, overlays
 from tests.monitoring import METHOD
@@ -98,7 +98,7 @@ def test_episodes_are_found_by_number_by_end_and_without_padding() -> None:
     assert {one.total for one in episodes(data)} == {0.5}
 
 
-@pytest.mark.parametrize("told_by", ["RewardSum", "StepCounter", "InitTracker", "all", "nothing"])
+@pytest.mark.parametrize("told_by", ["RewardSum", "StepCounter", "InitTracker", "all", "batches before"])
 @pytest.mark.parametrize("frames", [10, 20, 50, 100])
 def test_returns_and_lengths_are_of_episodes_and_not_of_their_parts_in_a_batch(told_by: str, frames: int) -> None:
     """A collector cuts episodes at the ends of its batches; what was cut off is counted, or nothing is said of it."""
@@ -112,12 +112,15 @@ def test_returns_and_lengths_are_of_episodes_and_not_of_their_parts_in_a_batch(t
     expected = [(float(whole["next", "reward"].reshape(-1)[one.places].sum()), len(one.places))
                 for one in episodes(whole.select(("next", "done"))) if one.ended]  # fmt: skip
     assert len(expected) > 1
-    found = [one for batch in batches for one in episodes(batch) if one.ended]
+    found, running = [], {}
+    for batch in batches:
+        found += [one for one in episodes(batch, running) if one.ended]
+        running = running_of(batch, running) if told_by == "batches before" else {}
     totals, steps = [one.total for one in found], [one.steps for one in found]
     assert len(found) == len(expected)
-    if told_by in ("RewardSum", "all"):
+    if told_by in ("RewardSum", "all", "batches before"):
         assert sorted(totals) == pytest.approx(sorted(total for total, _ in expected), abs=1e-5)
-    if told_by in ("StepCounter", "all"):
+    if told_by in ("StepCounter", "all", "batches before"):
         assert sorted(steps) == sorted(length for _, length in expected)
     if told_by in ("StepCounter", "InitTracker"):  # of those that lie in one batch alone
         known = [value for value in totals if value == value]
@@ -126,6 +129,25 @@ def test_returns_and_lengths_are_of_episodes_and_not_of_their_parts_in_a_batch(t
         assert not Counter(round(value, 4) for value in known) - counts
     if told_by == "InitTracker":
         assert not Counter(value for value in steps if value == value) - Counter(length for _, length in expected)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_monitor_knows_returns_and_lengths_without_any_transform(every: int, tmp_path: Path) -> None:
+    env = TransformedEnv(CueCorners(batch_size=[5]), EnvCompose(RewardSum(), StepCounter()))
+    env.set_seed(0)
+    options = {"frames_per_batch": 35, "total_frames": 420, "auto_register_policy_transforms": False}
+    with METHOD.prepare(make_actor()) as policy:
+        transforms = ("step_count", "episode_reward")
+        told, alone = (Monitor(policy, tmp_path / name, every=every, media_every=0) for name in ("told", "alone"))
+        for batch in Collector(env, policy, **options):
+            told.step(batch)
+            alone.step(batch.exclude(*transforms, *(("next", key) for key in transforms)))
+        told.close()
+        alone.close()
+        logs = [FileSink.read(one.folder / "log.csv") for one in (told, alone)]
+    for name in ("episodes.ended", "episodes.return", "episodes.steps"):
+        assert len(logs[0][name]) >= 2
+        assert logs[1][name] == [(step, pytest.approx(value, abs=1e-5)) for step, value in logs[0][name]]
 
 
 @pytest.mark.parametrize("make", [CueCorners, CueGrid, TMaze, KnownValue, Cheese, KeyDoor])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,10 @@ from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.probes.splits import EPISODE
 from tdhook_rl.report.media import DataTable
 
-__all__ = ["Episode", "episode_table", "episodes"]
+__all__ = ["Episode", "Running", "episode_table", "episodes", "running_of"]
+
+#: Return and steps so far of episodes, by the collector's numbers.
+Running = Mapping[int, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Episode:
         number: as the collector counts them, or in the order in which they are found.
         places: its rows in order of time, counted through all dimensions of the batch.
         ended: whether its end is in the batch.
-        total: its return: ``("next", "episode_reward")`` at its last row, or else the sum of the rewards in the batch;
+        total: its return: ``("next", "episode_reward")`` at its last row, or else the sum of its rewards;
             of several agents the mean. NaN where it is of a part alone: ``step_count`` or ``is_init`` says that the
             episode had begun before.
         steps: how many it has had: ``("next", "step_count")`` at its last row, or else its rows; NaN likewise.
@@ -39,8 +43,19 @@ class Episode:
     steps: float
 
 
-def episodes(data: TensorDictBase) -> list[Episode]:
+def running_of(data: TensorDictBase, running: Running) -> Running:
+    """What is known of the episodes that the next batch may go on with, by the collector's numbers."""
+    if not isinstance(data.get(EPISODE, None), Tensor):
+        return {}
+    return {one.number: (one.total, one.steps) for one in episodes(data, running) if not one.ended}
+
+
+def episodes(data: TensorDictBase, running: Running = MappingProxyType({})) -> list[Episode]:
     """The episodes of a batch whose last dimension is time; padding is left out.
+
+    Args:
+        data: the batch.
+        running: returns and steps so far of episodes that began in batches before, by the collector's numbers.
 
     Example:
         >>> from tensordict import TensorDict
@@ -72,13 +87,16 @@ def episodes(data: TensorDictBase) -> list[Episode]:
     starts = np.concatenate([[0], np.diff(numbers[order]).nonzero()[0] + 1])
     stops = np.append(starts[1:], len(order))
     lasts = order[stops - 1]
-    before = _before(data, order[starts], count)
+    running = running if isinstance(ids, Tensor) else {}
+    earlier = np.array([running.get(one, (0.0, 0.0)) for one in numbers[lasts].tolist()])
+    before = _before(data, order[starts], count) & ~np.isin(numbers[lasts], list(running))
+    earlier[before] = np.nan
     returns = np.full(len(starts), np.nan)
     if total is not None:
         returns = total[lasts]
     elif reward is not None:
-        returns = np.where(before, np.nan, np.add.reduceat(reward[order], starts))
-    lengths = np.where(before, np.nan, stops - starts)
+        returns = earlier[:, 0] + np.add.reduceat(reward[order], starts)
+    lengths = earlier[:, 1] + stops - starts
     counted = _column(after, "step_count", count)
     if counted is not None:
         lengths = counted[lasts]

@@ -199,12 +199,14 @@ class Monitor(TrainerHookBase):
             self.frames += batch.batch_size.numel() if real is None else int(real.sum())
         if data is None or not data.batch_size.numel():
             return None
-        if not due:
+        found = None
+        if due:
+            found = self._tries("a batch", lambda: self._logged(data, self._mismatch[batch is None]))
+            self._look.seen += 1
+            self._tries.strict = False
+        else:
             self._look.show(data)
-            return None
-        found = self._tries("a batch", lambda: self._logged(data, self._mismatch[batch is None]))
-        self._look.seen += 1
-        self._tries.strict = False
+        self._look.follow(batch)
         return found
 
     def close(self) -> None:
