@@ -30,7 +30,7 @@ def text(path: Path | str, facts: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def module_path(path: Path | str, facts: Mapping[str, Any], name: str = "module_path") -> str:
+def module_path(path: Path | str, facts: Mapping[str, Any]) -> str:
     """A module path or pattern that was stored, of which it is sure that looking for it comes to an end.
 
     Raises:
@@ -40,9 +40,9 @@ def module_path(path: Path | str, facts: Mapping[str, Any], name: str = "module_
         >>> module_path("probe", {"module_path": "module.0.module.1"})
         'module.0.module.1'
     """
-    value = text(path, facts, name)
+    value = text(path, facts, "module_path")
     if len(value) > LONGEST:
-        raise ArtifactError(f"{path}: {name} has {len(value)} characters, more than the path of any module")
+        raise ArtifactError(f"{path}: module_path has {len(value)} characters, more than the path of any module")
     try:
         repeats = _repeats(parser.parse(value), inside=False)
     except re.error:
@@ -50,12 +50,12 @@ def module_path(path: Path | str, facts: Mapping[str, Any], name: str = "module_
     except (RecursionError, OverflowError, MemoryError, _Nested) as error:
         reason = "repetitions within repetitions" if isinstance(error, _Nested) else type(error).__name__
         raise ArtifactError(
-            f"{path}: {name} is {value[:80]!r}, a regular expression ({reason}) that may take for ever to match"
+            f"{path}: module_path is {value[:80]!r}, a regular expression ({reason}) that may take for ever to match"
         ) from None
     if repeats > MOST_REPEATS:
         raise ArtifactError(
-            f"{path}: {name} is {value[:80]!r}, a regular expression of {repeats} repetitions, which may take for ever "
-            "to match"
+            f"{path}: module_path is {value[:80]!r}, a regular expression of {repeats} repetitions, which may take "
+            "for ever to match"
         )
     return value
 

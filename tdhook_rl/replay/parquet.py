@@ -34,8 +34,6 @@ from tdhook_rl.replay.joined import Found
 VERSION = "v3.0"
 _FILE = "chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _FIRST = _FILE.format(chunk_index=0, file_index=0)
-#: What LeRobot's data sets have of each row beside its features.
-BOOKS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 
 
 @checked

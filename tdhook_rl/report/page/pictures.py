@@ -14,17 +14,16 @@ from tdhook_rl.report.page.place import Place
 from tdhook_rl.report.page.saved import as_json, data_link, embedded
 
 
-def drawing(part: Drawing, place: Place, heading: bool = True) -> str:
+def drawing(part: Drawing, place: Place) -> str:
     """A figure as SVG, whose texts are text and whose ink is the page's."""
     one = place.id(f"figure {part.title}")
     try:
         svg = _apart(part.svg(), one)
     except Exception as error:  # numbers that a figure cannot show are in its data nevertheless
         svg = f'<p class="soft">It cannot be drawn ({html.escape(f"{type(error).__name__}: {error}"[:200])}).</p>'
-    title = place.heading(part.title) if heading else ""
     label = html.escape(part.title or "Figure", quote=True)
     return (
-        f'{title}<figure><div class="drawing" tabindex="0" role="group" aria-label="{label}">'
+        f'{place.heading(part.title)}<figure><div class="drawing" tabindex="0" role="group" aria-label="{label}">'
         f"{svg}</div>{_caption(part.caption)}</figure>\n{_beside(part.title, part.data, place)}"
     )
 
