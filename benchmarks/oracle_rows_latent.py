@@ -20,7 +20,9 @@ from tdhook_rl.latent import (
     ControlRecord,
     DirectionalAblation,
     DirectionClamping,
+    MapPatch,
     SteeringVectors,
+    UnitValues,
 )
 from tdhook_rl.weights import Adapters, Pruning, TaskVectors
 from tests.oracles import row_gradients
@@ -160,6 +162,29 @@ def clamping() -> Case:
         net[2:](net[:2](x) @ away + 2 * unit),
         lambda: result(DirectionClamping({"1": direction}, value=2.0), net, x, "output"),
     )
+
+
+@row("UnitValues", "units put into the layers by hand")
+def unit_values() -> Case:
+    net, x = mlp().double(), inputs()
+    hidden = net[:2](x).clone()
+    hidden[:, 2], hidden[:, 5] = 0.25, -1.5
+    return Case(net[2:](hidden), lambda: result(UnitValues({"1": {2: 0.25, 5: -1.5}}), net, x, "output"))
+
+
+@row("MapPatch, a square for each row", "the square put into the maps by hand")
+def map_patch() -> Case:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).double()
+    x, squares = torch.randn(ROWS, 3, 8, 8).double(), torch.randint(6, (ROWS, 2))
+    maps = net[:2](x).clone()
+    for one, (across, down) in enumerate(squares.tolist()):
+        maps[one, 1, across, down] = 5.5
+
+    def ours() -> Tensor:
+        with MapPatch("1", square="square", value=5.5, channels=[1]).prepare(net) as hooked:
+            return hooked(TensorDict({"input": x, "square": squares}, batch_size=ROWS))["output"]
+
+    return Case(net[2:](maps), ours)
 
 
 @row("ProbeReadout", "softmax of the layers by hand")

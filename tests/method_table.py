@@ -35,6 +35,8 @@ from tdhook_rl.latent import (
     ControlRecord,
     DirectionalAblation,
     DirectionClamping,
+    MapPatch,
+    UnitValues,
 )
 from tdhook_rl.latent.probing import Probing
 from tdhook_rl.method import Method
@@ -47,6 +49,7 @@ __all__ = ["DIRECTIONS", "METHODS", "SAMPLES", "pairs", "probe"]
 
 RELU = ("relu", "inplace_relu", "batch_norm", "batch_norm_eval", "bytes")
 TENSORS = [name for name in POLICIES if name != "tuples"]  # whose site returns a tensor
+MAPS = ["pixels", "bytes"]
 DISCRETE = [name for name in POLICIES if name not in ("tanh_normal", "value", "multi_agent")]
 INTEGER = Target("an integer", lambda run: run.outputs["action"].long())
 DIRECTIONS = ["fwd", "fwd_pre", "bwd", "bwd_pre"]
@@ -340,6 +343,38 @@ METHODS: Sequence[MethodInfo] = (
         [latent.clamping],
         {"": Sample(clamping)},
         {NOWHERE: elsewhere(clamping), "has the shape of the features": narrow(DirectionClamping, value=1.0)},
+        "changes the action",
+    ),
+    MethodInfo(
+        UnitValues,
+        "sets units, or channels of maps, to values: ablates them, or holds them at a mean",
+        (("steered", "name"),),
+        [latent.unit_values],
+        {
+            "": Sample(lambda case: UnitValues({case.site: [0, 2]})),
+            "in some rows": Sample(lambda case: UnitValues({case.site: {1: 0.5}}, when=some_of(case))),
+        },
+        {
+            NOWHERE: elsewhere(lambda case: UnitValues({case.site: [0]})),
+            "unit 99 of .* is set, but": lambda case: UnitValues({case.site: [99]}),
+        },
+        "changes the action",
+    ),
+    MethodInfo(
+        MapPatch,
+        "sets a square of a convolution's maps, for channels that say where something is",
+        (("steered", "name"),),
+        [latent.map_patch],
+        {
+            "": Sample(lambda case: MapPatch(case.site, square=(1, 2), value=5.5, channels=[1]), policies=MAPS),
+            "mean in some rows": Sample(
+                lambda case: MapPatch(case.site, square=(1, 2), value="mean", when=some_of(case)), policies=MAPS
+            ),
+        },
+        {
+            NOWHERE: elsewhere(lambda case: MapPatch(case.site, square=(0, 0), value=1.0)),
+            "no maps of rows and columns": lambda case: MapPatch("module.0.module.1", square=(0, 0), value=1.0),
+        },
         "changes the action",
     ),
     MethodInfo(

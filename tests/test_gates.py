@@ -21,7 +21,7 @@ from tdhook_rl import Compose, LinearProbe, Saliency, Scheduled, SteeringVectors
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError
 from tdhook_rl.examples.agent import FC2, make_actor
-from tdhook_rl.latent import AtSteps, DirectionalAblation, DirectionClamping, ProbeGate, RowFunction
+from tdhook_rl.latent import ActivationPatching, AtSteps, DirectionalAblation, DirectionClamping, ProbeGate, RowFunction
 from tests.policies import CASES, HIDDEN, POLICIES, Case, categorical, mlp, recurrent
 
 CASE = CASES["categorical"]
@@ -33,6 +33,12 @@ def by_case(function: Callable[[Case, tuple[int, ...]], None]) -> Callable[..., 
     """On every policy, at every batch shape."""
     mark = pytest.mark.parametrize("batch", BATCHES, ids=str)
     return mark(pytest.mark.parametrize("case", POLICIES.values(), ids=list(POLICIES))(function))
+
+
+def some_batch(case: Case, batch: tuple[int, ...]) -> None:
+    """Skip batch shapes that the policy itself does not take."""
+    if case in [POLICIES[name] for name in ("batch_norm", "batch_norm_eval", "bytes")] and len(batch) != 1:
+        pytest.skip("the policy takes one batch dimension")
 
 
 def positive(case: Case, rows: TensorDictBase) -> Tensor:
@@ -75,8 +81,7 @@ def require_equal(found: TensorDictBase, expected: TensorDictBase, keys: Any) ->
 def test_conditions_and_schedules_are_what_hooks_by_hand_do(case: Case, batch: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     policy, vector = case.build(), torch.randn(case.features)
-    if case in [POLICIES[name] for name in ("batch_norm", "batch_norm_eval", "bytes")] and len(batch) != 1:
-        pytest.skip("the policy takes one batch dimension")
+    some_batch(case, batch)
     data = case.data(*batch)
     rows, strength = positive(case, data), ramp(case, data).to(vector)
     by_key = data.clone().set("open", rows).set("strength", strength)
@@ -496,3 +501,48 @@ def test_bad_gates_are_refused() -> None:
     with SteeringVectors({"1": torch.ones(HIDDEN)}, when="open").prepare(mlp()) as hooked:
         with pytest.raises(MissingKeyError, match="open"):
             hooked(input=torch.zeros(2, 6))
+
+
+# ---------------------------------------------------------------------- functions that see the rows
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda module_key, output, rows: output * (rows["goal"] > 2)[..., None],
+        lambda output, module_key, *, rows: output * (rows["goal"] > 2)[..., None],
+        lambda k, o, rows: o * (rows["goal"] > 2)[..., None],
+    ],
+)
+@pytest.mark.parametrize("batch", BATCHES, ids=str)
+def test_functions_may_see_the_rows_they_act_on(function: Callable, batch: tuple[int, ...]) -> None:
+    net = mlp().double()
+    x, goal = torch.randn(*batch, 6).double(), torch.randint(0, 5, batch)
+    data = TensorDict({"input": x, "goal": goal, ("patched", "input"): -x}, batch_size=batch)
+    method = Compose(SteeringVectors(modules_to_steer=["1"], steer_fn=function), Saliency(when="step"))
+    with method.prepare(net) as hooked:
+        found = hooked(data.clone())
+        with pytest.raises(InputError, match="steer_fn takes the rows at '1'"):
+            hooked(input=x)
+    point = x.clone().requires_grad_()
+    expected = net[2:](net[:2](point) * (goal > 2)[..., None])
+    torch.testing.assert_close(found["output"], expected)
+    torch.testing.assert_close(found["attr", "input"], torch.autograd.grad(expected.sum(), point)[0])
+
+    def half(key: str, here: Tensor, first: Tensor, rows: TensorDictBase) -> Tensor:
+        assert torch.equal(rows["input"], -x)
+        return torch.where((rows["goal"] > 2)[..., None], first, here)
+
+    with ActivationPatching(["1"], patch_fn=half).prepare(net) as hooked:
+        patched = hooked(data.clone())["patched", "output"]
+    torch.testing.assert_close(patched, net[2:](torch.where((goal > 2)[..., None], net[:2](x), net[:2](-x))))
+
+
+def test_what_functions_see_is_read_only() -> None:
+    def writes(k: str, o: Tensor, rows: TensorDictBase) -> Tensor:
+        rows["observation"] = o
+        return o
+
+    with SteeringVectors(modules_to_steer=SITE, steer_fn=writes).prepare(categorical()) as hooked:
+        with pytest.raises(RuntimeError, match="locked"):
+            hooked(CASE.data(3))

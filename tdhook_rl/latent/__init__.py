@@ -10,9 +10,11 @@ from tdhook_rl.latent.control_record import ControlRecord
 from tdhook_rl.latent.cosines import Cosines, cosines
 from tdhook_rl.latent.directions import DirectionalAblation, DirectionClamping
 from tdhook_rl.latent.gates import AtSteps, ProbeGate, RowFunction
+from tdhook_rl.latent.map_patch import MapPatch
 from tdhook_rl.latent.principal_directions import principal_directions
 from tdhook_rl.latent.steering_vector import SteeringVector
 from tdhook_rl.latent.steering_vectors import SteeringVectors
+from tdhook_rl.latent.unit_values import UnitValues
 
 __all__ = [
     "ActivationAddition",
@@ -23,10 +25,12 @@ __all__ = [
     "Cosines",
     "DirectionClamping",
     "DirectionalAblation",
+    "MapPatch",
     "ProbeGate",
     "RowFunction",
     "SteeringVector",
     "SteeringVectors",
+    "UnitValues",
     "cosines",
     "principal_directions",
 ]

@@ -10,7 +10,7 @@ from tensordict import NestedKey
 from tensordict.nn import ProbabilisticTensorDictModule
 from torch import Tensor
 
-from tdhook_rl.arguments.callbacks import takes_keywords
+from tdhook_rl.arguments.callbacks import has_parameter, takes_keywords
 from tdhook_rl.arguments.keys import key_parts, required
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.passes import Call
@@ -22,7 +22,7 @@ from tdhook_rl.sites.hooks import Portable
 from tdhook_rl.sites.paths import Site
 
 PatchFunction = Callable[..., Tensor | None]
-_ARGUMENTS = ("module_key", "output", "output_to_patch")
+_ARGUMENTS, _BESIDE = ("module_key", "output", "output_to_patch"), ("rows",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +41,9 @@ class ActivationPatching(Method):
         patch_fn: ``patch_fn(module_key, output, output_to_patch)`` returns the value to put in: ``output`` is what the
             module computes in the second run, the one that is patched, and ``output_to_patch`` what it computed in
             the first. ``None``, as no function at all, puts all of ``output_to_patch`` in. Called with keywords where
-            it has these parameters, else by position. Of a module that gives several tensors it decides on the first;
-            without a function all are put in.
+            it has these parameters, else by position. Where it has a parameter ``rows`` it is also given the TensorDict
+            of the rows, locked, with the second inputs in the place of the data's own. Of a module that gives several
+            tensors it decides on the first; without a function all are put in.
 
     Reads ``(patch_key, in_key)``, of the shape of the input. Writes ``(patch_key, out_key)``.
 
@@ -73,7 +74,7 @@ class ActivationPatching(Method):
     patch_key: str = "patched"
 
     def __post_init__(self) -> None:
-        if self.patch_fn is not None and takes_keywords(self.patch_fn, _ARGUMENTS, "patch_fn"):
+        if self.patch_fn is not None and takes_keywords(self.patch_fn, _ARGUMENTS, "patch_fn", _BESIDE):
             warn(
                 "patch_fn(module_key, output, output_to_patch): as in tdhook, `output` is of the run that is patched, "
                 "`output_to_patch` is of the first run (the data's own inputs), and None puts the latter in. In "
@@ -84,14 +85,15 @@ class ActivationPatching(Method):
 
     def bind(self, binder: Binder) -> _BoundPatching:
         owner = binder.owner()
-        function, keywords = None, False
+        function, keywords, beside = None, False, False
         if self.patch_fn is not None:
-            function, keywords = Portable(self.patch_fn), takes_keywords(self.patch_fn, _ARGUMENTS, "patch_fn")
+            keywords = takes_keywords(self.patch_fn, _ARGUMENTS, "patch_fn", _BESIDE)
+            function, beside = Portable(self.patch_fn), has_parameter(self.patch_fn, "rows")
         slots = {}
         for site in binder.changed_sites(self.modules_to_patch):
             slot = binder.slot(site)
             binder.on_output(site, KeepHook(binder.runtime, slot))
-            binder.on_output(site, PatchHook(binder.runtime, owner, slot, site, function, keywords))
+            binder.on_output(site, PatchHook(binder.runtime, owner, slot, site, function, keywords, beside))
             slots[slot] = replace(site, module=None)  # the clone owns the module
         drawn: set[NestedKey] = set()
         for child in binder.policy.modules():

@@ -12,6 +12,7 @@ from tdhook_rl.sites.containers import other_tensors, with_other_tensors
 from tdhook_rl.sites.hooks import CaptureHook, Portable
 from tdhook_rl.sites.paths import Site
 from tdhook_rl.sites.repeats import Several, added, several_runs
+from tdhook_rl.sites.row_values import rows_under_way
 from tdhook_rl.sites.rows import rows_of, with_rows, without_vmap
 from tdhook_rl.sites.runtime import Runtime
 
@@ -43,7 +44,14 @@ class PatchHook:
     """
 
     def __init__(
-        self, runtime: Runtime, owner: str, slot: str, site: Site, function: Portable | None, keywords: bool
+        self,
+        runtime: Runtime,
+        owner: str,
+        slot: str,
+        site: Site,
+        function: Portable | None,
+        keywords: bool,
+        beside: bool,
     ) -> None:
         self.runtime = runtime
         self.owner = owner
@@ -53,6 +61,7 @@ class PatchHook:
         self.function = function
         self.acts_on_states = function is None
         self.keywords = keywords
+        self.beside = beside  # the function takes the rows, too
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         runtime = self.runtime
@@ -67,10 +76,11 @@ class PatchHook:
         original = self._kept(self.slot, number)
         value, disguise = rows_of(output, module, self.site, runtime)
         patch = None
+        beside = {"rows": rows_under_way(runtime, self.site, "patch_fn")} if self.beside else {}
         if self.function is not None and self.keywords:
-            patch = self.function(module_key=self.site, output=value, output_to_patch=original)
+            patch = self.function(module_key=self.site, output=value, output_to_patch=original, **beside)
         elif self.function is not None:
-            patch = self.function(self.site, value, original)
+            patch = self.function(self.site, value, original, **beside)
         if patch is None:
             patch = original
         self._require_shape(patch, value)

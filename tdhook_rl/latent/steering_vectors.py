@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdhook_rl.arguments.callbacks import takes_keywords
+from tdhook_rl.arguments.callbacks import has_parameter, takes_keywords
 from tdhook_rl.errors import InputError, SiteError, nearest
 from tdhook_rl.latent.gates import RowFunction
 from tdhook_rl.latent.placed_vectors import as_vectors
@@ -26,12 +26,13 @@ from tdhook_rl.latent.vectors.places import path_and_entry, place_name, written_
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.replaying.batching import in_recurrent_mode
 from tdhook_rl.sites.hooks import Portable
+from tdhook_rl.sites.row_values import rows_under_way
 from tdhook_rl.sites.rows import feature_dims, rows_of, with_rows, without_vmap
 from tdhook_rl.sites.runtime import Runtime
 from tdhook_rl.sites.states import state_names, state_of, with_state
 from tdhook_rl.sites.vectors import placed_shape
 
-_ARGUMENTS = ("module_key", "output")
+_ARGUMENTS, _BESIDE = ("module_key", "output"), ("rows",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,7 @@ class SteeringVectors(Method):
         modules_to_steer: for the function form, the module paths.
         steer_fn: ``steer_fn(module_key, output)``, called with keywords where it has those parameters; it
             returns a tensor of the same shape as ``output``, which is the first tensor of a module that returns a
-            tuple or a mapping.
+            tuple or a mapping. Where it has a parameter ``rows`` it is also given the TensorDict of the rows, locked.
         when: in which rows it acts, in all by default: a boolean key of each row; a function of the TensorDict of the
             rows, called once in each call of the policy; :class:`AtSteps`; :class:`ProbeGate`; or a list of them, which
             must hold together.
@@ -117,7 +118,7 @@ class SteeringVectors(Method):
             object.__setattr__(self, "vectors", as_vectors(self.vectors, "vectors"))
             object.__setattr__(self, "alpha", _strength(self.alpha))
             return
-        takes_keywords(self.steer_fn, _ARGUMENTS, "steer_fn")  # raises
+        takes_keywords(self.steer_fn, _ARGUMENTS, "steer_fn", _BESIDE)  # raises
         if not isinstance(self.alpha, float) or self.alpha != 1.0:
             raise InputError(f"alpha= is the strength of vectors=; steer_fn= does as it likes, but got {self.alpha!r}")
 
@@ -125,10 +126,11 @@ class SteeringVectors(Method):
         alpha = self.alpha if self.steer_fn is None else None
         strength, bound = place_strength(binder, self.name, self.when, self.steered_key, alpha)
         if self.steer_fn is not None:
-            keywords = takes_keywords(self.steer_fn, _ARGUMENTS, "steer_fn")
-            function = Portable(self.steer_fn)
+            keywords = takes_keywords(self.steer_fn, _ARGUMENTS, "steer_fn", _BESIDE)
+            function, beside = Portable(self.steer_fn), has_parameter(self.steer_fn, "rows")
             for site in binder.intervention_sites(self.modules_to_steer):
-                binder.on_output(site, FunctionHook(binder.runtime, site.name, function, keywords, strength))
+                hook = FunctionHook(binder.runtime, site.name, function, keywords, beside, strength)
+                binder.on_output(site, hook)
             return bound
         self.vectors.require_fit(binder.root)
         for steered, vector in self.vectors.items():
@@ -263,22 +265,26 @@ class StateAdditionHook(AdditionHook):
 
 
 class FunctionHook:
-    """Forward hook: the user's ``steer_fn(module_key, output)``."""
+    """Forward hook: the user's ``steer_fn``."""
 
-    def __init__(self, runtime: Runtime, site: str, function: Portable, keywords: bool, strength: Strength) -> None:
+    def __init__(
+        self, runtime: Runtime, site: str, function: Portable, keywords: bool, beside: bool, strength: Strength
+    ) -> None:
         self.runtime = runtime
         self.site = site
         self.function = function
         self.keywords = keywords
+        self.beside = beside  # it takes the rows, too
         self.strength = strength
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         self.runtime.intervene_at(self.site)
         value, disguise = rows_of(output, module, self.site, self.runtime)
+        beside = {"rows": rows_under_way(self.runtime, self.site, "steer_fn")} if self.beside else {}
         if self.keywords:
-            steered = self.function(module_key=self.site, output=value)
+            steered = self.function(module_key=self.site, output=value, **beside)
         else:
-            steered = self.function(self.site, value)
+            steered = self.function(self.site, value, **beside)
         if not isinstance(steered, Tensor) or steered.shape != value.shape:
             got = tuple(steered.shape) if isinstance(steered, Tensor) else type(steered).__name__
             raise InputError(

@@ -19,7 +19,7 @@ from tdhook_rl.arguments.keys import missing
 from tdhook_rl.errors import InputError, MissingKeyError, TdhookError, nearest
 from tdhook_rl.internals.functorch_names import is_batchedtensor
 from tdhook_rl.sites.hooks import Portable
-from tdhook_rl.sites.inner_calls import step_of_batch
+from tdhook_rl.sites.inner_calls import require_whole_batch, step_of_batch
 from tdhook_rl.sites.repeats import added
 from tdhook_rl.sites.rows import entry_rows
 from tdhook_rl.sites.runtime import Runtime
@@ -171,6 +171,26 @@ class RowHook:
             self.runtime.rows.clear()
         if self.runtime.runs is None:  # outside of any call of the policy
             self.runtime.decided = None
+
+
+def rows_under_way(runtime: Runtime, site: str, what: str) -> TensorDictBase:
+    """The rows that the policy is running on, for a function of the user's: a locked copy.
+
+    In a pass that explains a call, the inputs are those of the pass and other entries those of the call.
+
+    Raises:
+        InputError: if it was not called with a TensorDict, or is called with a part of the rows.
+    """
+    source, replay = runtime.source, runtime.replay
+    if not isinstance(source, TensorDictBase):
+        raise InputError(f"{what} takes the rows at {site!r}: call the policy with a TensorDict")
+    require_whole_batch(runtime, site)
+    rows = source.copy()
+    if replay is not None and replay.stored.batch_size == source.batch_size:
+        rows = replay.stored.copy()
+        for key, value in source.items(True, True):
+            rows.set(key, value)
+    return rows if torch.compiler.is_compiling() else rows.lock_()
 
 
 def keep(runtime: Runtime, slot: str, value: Tensor) -> None:

@@ -64,3 +64,21 @@ def _maps(said: int | None, dims: int, features: torch.Size, count: int, runtime
         f"which: the module may have maps, with channels first. Give it the shape (n{ones}) for channels or "
         f"({ones[2:]}, n) for the last dimension, or name the convolution before the module"
     )
+
+
+def unit_axis(value: Tensor, said: int | None, runtime: Runtime, site: str, what: str) -> int:
+    """The dimension of units (channels, where the module has maps), counted from the last.
+
+    Args:
+        value: what the module computed, rows first.
+        said: where the module has its features, see :func:`tdhook_rl.sites.layouts.survey_features`.
+        runtime: what the hooks share.
+        site, what: how messages call the module and what is done to it.
+
+    Raises:
+        InputError: if nothing says which it is.
+    """
+    dims = feature_dims(value, runtime.batch)
+    if dims <= 1:
+        return -1
+    return -1 - _maps(said, dims, value.shape[value.ndim - dims :], 1, runtime, site, what)
