@@ -5,6 +5,8 @@ Knows steering vectors, and any environment whose state is in the TensorDict; no
 
 from tdhook_rl.latent.steering_vector import SteeringVector
 from tdhook_rl.sweeps.causal import (
+    AblationCell,
+    AblationTable,
     Agreement,
     Circuit,
     CurvePoint,
@@ -12,6 +14,7 @@ from tdhook_rl.sweeps.causal import (
     PatchTable,
     UnitCell,
     UnitTable,
+    ablate_units,
     attribution_patching,
     faithfulness,
     find_circuit,
@@ -22,6 +25,8 @@ from tdhook_rl.sweeps.causal import (
 from tdhook_rl.sweeps.dose_response import DoseResponse, dose_response, first_episode
 
 __all__ = [
+    "AblationCell",
+    "AblationTable",
     "Agreement",
     "Circuit",
     "CurvePoint",
@@ -31,6 +36,7 @@ __all__ = [
     "SteeringVector",
     "UnitCell",
     "UnitTable",
+    "ablate_units",
     "attribution_patching",
     "dose_response",
     "faithfulness",
