@@ -23,7 +23,7 @@ from tdhook_rl.probes.probe_table import ProbeCell, ProbeTable
 from tdhook_rl.report import DataTable, FileSink, Monitor
 from tdhook_rl.rollout import GroupSplit, OnlineProbe, ProbeSuite
 from tdhook_rl.statistics import Interval
-from tdhook_rl.sweeps import DoseResponse
+from tdhook_rl.sweeps import Condition, SweepResult
 from tests.monitoring import METHOD, QUIET, batch_of
 from tests.wandb_reader import finished, records
 
@@ -45,27 +45,30 @@ def test_more_is_logged_on_the_same_axis(tmp_path: Path) -> None:
 
 
 def test_results_become_tables_and_figures_pictures(tmp_path: Path) -> None:
-    """Into the folder and W&B: a dose-response, a table of probes, dataclasses with intervals, a figure."""
+    """Into the folder and W&B: a sweep, a table of probes, dataclasses with intervals, a figure."""
     from matplotlib.figure import Figure
 
-    rates = torch.tensor([[0.25, 0.75], [0.0, 0.5], [0.5, 0.5]])
+    played = [Condition(), Condition(draw=1), Condition("to A", 1.0)]
+    played += [Condition("to A", 1.0, "random", draw) for draw in range(2)]
+    shares = torch.tensor([0.25, 0.25, 0.75, 0.25, 0.5])
+    reached = (torch.arange(40) < 40 * shares[:, None]).double()
     one = Interval(estimate=0.9, low=0.8, high=0.95, confidence=0.95, method="t", groups=20, rows=400)
     cells = ProbeTable([ProbeCell(site="fc2", concept="door", score="accuracy", trained=one, chance=0.5)])
     run = wandb.init(mode="offline", dir=str(tmp_path), project="p", settings=QUIET)
     with METHOD.prepare(make_actor()) as policy, Monitor(policy, run, folder=tmp_path / "local") as monitor:
         monitor.log(
             {
-                "dose": DoseResponse((0.0, 1.0), {"to A": rates}, 40), "probes": cells, "cells": [cells[0]],
-                "figure": Figure(figsize=(3, 2)),
+                "dose": SweepResult(conditions=played, values={"reached": reached}), "probes": cells,
+                "cells": [cells[0]], "figure": Figure(figsize=(3, 2)),
             }
         )  # fmt: skip
     (row,) = [one for one in finished(run) if "interp/dose/path" in one]
     dose = rows_in(tmp_path / "local" / "media" / "dose" / "000000000.csv")
-    assert [(line["outcome"], float(line["alpha"]), float(line["rate"])) for line in dose] == [
-        ("to A", 0.0, 0.25), ("to A", 1.0, 0.75)
-    ]  # fmt: skip
-    assert [(float(line["random_low"]), float(line["random_high"])) for line in dose] == [(0.0, 0.5), (0.5, 0.5)]
-    assert all(float(line["rate_low"]) < float(line["rate"]) < float(line["rate_high"]) for line in dose)
+    (line,) = dose
+    names = ("alpha", "baseline", "mean", "effect", "random", "random_low", "random_high")
+    assert [float(line[name]) for name in names] == [1.0, 0.25, 0.75, 0.5, 0.125, 0.0, 0.25]
+    assert (line["vector"], line["outcome"]) == ("to A", "reached")
+    assert float(line["effect_low"]) < 0.5 < float(line["effect_high"])
     for name in ("probes", "cells"):
         (line,) = rows_in(tmp_path / "local" / "media" / name / "000000000.csv")
         assert (line["site"], line["concept"], float(line["trained_low"])) == ("fc2", "door", 0.8)

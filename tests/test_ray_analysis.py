@@ -20,9 +20,7 @@ from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError, WorkerError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.replay import analyze, load_results, to_parquet
-from tdhook_rl.rollout import EPISODE
 from tests.matrix_rows import start_ray, stop_ray
-from tests.walks import fitted, require_one_pass
 
 pytest.importorskip("ray.data", reason="Ray Data is not installed: pip install 'tdhook_rl[ray]'")
 pytestmark = [pytest.mark.slow, pytest.mark.limit(300), pytest.mark.filterwarnings("ignore")]
@@ -74,19 +72,6 @@ def test_parquet_is_read_by_each_actor(ray: Any, folder: Path, policy: Any, tmp_
     analyze(policy, folder, tmp_path / "here", batch_size=64, on_mismatch="ignore")
     analyze(policy, tmp_path / "set", tmp_path / "there", batch_size=64, engine="ray", on_mismatch="ignore")
     assert files(tmp_path / "here") == files(tmp_path / "there")
-
-
-def test_each_actor_computes_with_one_thread(ray: Any, folder: Path, tmp_path: Path) -> None:
-    def threads(output: Any) -> Any:
-        return torch.full_like(output, torch.get_num_threads())
-
-    torch.set_num_threads(2)
-    try:
-        with ActivationCaching(FC2, callback=threads).prepare(make_actor()) as hooked:
-            found = analyze(hooked, folder, tmp_path / "there", engine="ray", workers=2, on_mismatch="ignore")
-    finally:
-        torch.set_num_threads(1)
-    assert bool((found["cache", FC2] == 1).all())
 
 
 def test_actors_that_die_change_nothing(ray: Any, folder: Path, policy: Any, tmp_path: Path) -> None:
@@ -161,13 +146,3 @@ def test_an_error_in_an_actor_is_that_error(ray: Any, folder: Path, policy: Any,
     other = ActivationCaching(FC2, callback=gone).prepare(make_actor(), return_context=False)
     with pytest.raises(InputError, match="the rows went away"):
         analyze(other, folder, tmp_path / "b", engine="ray", workers=1)
-
-
-def test_suites_that_remote_tasks_fitted_add_up_to_one_pass(ray: Any) -> None:
-    policy = make_actor()
-    data = CueCorners(batch_size=[16], seed=2).rollout(80, policy, break_when_any_done=False).detach()
-    ended = data["next", "done"][..., 0].long()
-    data[EPISODE] = torch.arange(16)[:, None] * 80 + ended.cumsum(1) - ended
-    weights, task = policy.state_dict(), ray.remote(fitted)
-    first, second = ray.get([task.remote(weights, data[:8]), task.remote(weights, data[8:])])
-    require_one_pass(first, second, fitted(weights, data))

@@ -258,8 +258,19 @@ def test_pictures_keep_to_their_budget(tmp_path: Path) -> None:
 def test_tables_of_results_are_figures_too(tmp_path: Path) -> None:
     sink = FolderSink(tmp_path)
     doses = DataTable(
-        ["outcome", "alpha", "rate", "rate_low", "rate_high", "random", "random_low", "random_high", "controls"],
-        [["other corner", alpha, alpha, alpha - 0.1, alpha + 0.1, 0.1, 0.0, 0.2, 8] for alpha in (0.2, 0.5, 0.8)],
+        [
+            "vector",
+            "outcome",
+            "alpha",
+            "baseline",
+            "mean",
+            "mean_low",
+            "mean_high",
+            "random",
+            "random_low",
+            "random_high",
+        ],
+        [["up", "other corner", at, 0.05, at, at - 0.1, at + 0.1, 0.05, -0.05, 0.15] for at in (0.2, 0.5, 0.8)],
     )
     probes = DataTable(
         ["site", "concept", "trained", "untrained", "chance"],
@@ -271,12 +282,12 @@ def test_tables_of_results_are_figures_too(tmp_path: Path) -> None:
     parsed = checked(page_of(tmp_path))
     files = data_of(parsed)
     drawn = json.loads(files["steering-other-corner.json"])["curves"]
-    assert drawn["steered"]["y"] == [0.2, 0.5, 0.8]
-    assert drawn["random directions"]["high"] == [0.2] * 3
+    assert drawn["up"]["y"] == [0.05, 0.2, 0.5, 0.8]
+    assert drawn["random directions"]["high"] == [0.05, 0.2, 0.2, 0.2]
     grid = next(json.loads(text) for name, text in files.items() if name.startswith("which-concepts"))
     assert "door" in json.dumps(grid)
     row = next(csv.DictReader(io.StringIO(files["steering.csv"])))
-    assert [row[name] for name in ("rate", "rate (low)", "rate (high)")] == ["0.2", "0.1", "0.30000000000000004"]
+    assert [row[name] for name in ("mean", "mean (low)", "mean (high)")] == ["0.2", "0.1", "0.30000000000000004"]
     assert "untrained network 0.600 · chance 0.500" in parsed.text
 
 

@@ -21,6 +21,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.collectors import Collector, MultiSyncCollector
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ProbabilisticActor
 
 from tdhook_rl import (
@@ -38,7 +39,7 @@ from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError
 from tdhook_rl.examples.agent import FC2, PPO, make_actor, make_critic
 from tdhook_rl.examples.steer_at_eval import contrast
-from tdhook_rl.report import DataTable, Monitor, player
+from tdhook_rl.report import Monitor, player
 from tdhook_rl.rollout import (
     EPISODE,
     GroupSplit,
@@ -49,7 +50,7 @@ from tdhook_rl.rollout import (
     starting_workers,
 )
 from tdhook_rl.statistics import Interval, grouped_mean
-from tdhook_rl.sweeps import DoseResponse, SteeringVector, dose_response, first_episode
+from tdhook_rl.sweeps import SteeringVector, SweepResult, first_episode, steering_sweep
 
 ENVS = 128
 BATCH = 2048
@@ -103,7 +104,7 @@ class Findings:
     known: dict[str, Known] = field(default_factory=dict)
     lights: dict[str, list[Interval]] = field(default_factory=dict)
     planes: Tensor | None = None
-    response: DoseResponse | None = None
+    response: SweepResult | None = None
     vector: SteeringVector | None = None
     episode: Any = None
     seconds: float = 0.0
@@ -275,7 +276,7 @@ def _examine(
     env = CueCorners(batch_size=[EPISODES], seed=settings.seed + 10_001)
     with torch.no_grad():
         played = env.rollout(env.max_steps, actor, break_when_any_done=False)
-    won = outcomes(played, first_episode(played))["cued"]
+    won = outcomes(played)["cued"]
     found.success = grouped_mean(won.double(), bounds=(0.0, 1.0), method="t")
     method = Compose(ActivationCaching(FC2), Saliency(target=targets.chosen_logit()))
     for network, policy in (("trained", actor), ("untrained", untrained)):
@@ -298,23 +299,12 @@ def _steer(settings: Settings, actor: ProbabilisticActor, folder: Path, found: F
     vector.save(folder / "vector_corner_a")
     monitor.save("vector.corner_a", vector)
     found.vector = vector
-    found.response = dose_response(
-        actor,
-        CueCorners(),
-        vector,
-        outcomes=outcomes,
-        sign=_away,
-        controls=8,
-        episodes=512,
-        max_steps=30,
-        seed=settings.seed + 20_000,
-    )
-    columns = ["alpha", "P(other corner)", "low", "high", "most of 8 random vectors", "P(corner that pays)"]
-    response = found.response
-    steered = zip(response.alphas, response.intervals("other"), response.best_control("other").tolist(),
-                  response.of_vector("cued").tolist(), strict=True)  # fmt: skip
-    rows = [[alpha, one.estimate, one.low, one.high, random, cued] for alpha, one, random, cued in steered]
-    monitor.log({"dose_response": DataTable(columns, rows)})
+    with set_exploration_type(ExplorationType.RANDOM):
+        found.response = steering_sweep(
+            actor, CueCorners(), vector, outcomes=outcomes, sign=_away, controls=8, episodes=512, max_steps=30,
+            seed=settings.seed + 20_000, progress=False,
+        )  # fmt: skip
+    monitor.log({"steering": found.response})
 
 
 def _away(start: TensorDictBase) -> Tensor:
@@ -345,12 +335,12 @@ def _summary(found: Findings) -> dict[str, float]:
     numbers = {"final.success": float(found.success), "final.saliency_ratio": found.saliency_ratio}
     numbers |= {f"final.probe.{name}": float(curve[-1][1]) for name, curve in found.known.items()}
     for outcome in ("other", "cued"):
-        rates = found.response.of_vector(outcome).tolist()
-        numbers |= {f"final.steer.{outcome}.{a}": rate for a, rate in zip(found.response.alphas, rates, strict=True)}
+        rates = zip(found.response.alphas(), found.response.response(outcome), strict=True)
+        numbers |= {f"final.steer.{outcome}.{alpha}": rate.estimate for alpha, rate in rates}
     return numbers
 
 
-def outcomes(rollout: TensorDictBase, first: Tensor) -> dict[str, Tensor]:
+def outcomes(rollout: TensorDictBase) -> dict[str, Tensor]:
     """Whether the first episode of each row ended at the goal that pays, or at the other."""
-    reward = rollout["next", "reward"].squeeze(-1)
+    reward, first = rollout["next", "reward"].squeeze(-1), first_episode(rollout)
     return {"cued": ((reward > 0.5) & first).any(-1), "other": ((reward < -0.5) & first).any(-1)}

@@ -30,7 +30,7 @@ GRADIENT = "mean |gradient| of the chosen logit"
 def answers(found: Findings) -> list[Finding]:
     """Each finding with its interval, its controls, and what is known of the environment."""
     response = found.response
-    other, control = response.intervals("other"), float(response.best_control("other")[-1])
+    other, control = response.response("other"), float(response.control_response("other")[:, -1].max())
     ratio = sum(map(float, found.lights["untrained"][:2])) / sum(map(float, found.lights["untrained"][2:]))
     ends = {name: (curve[-1][1], curve[0][1]) for name, curve in found.known.items()}
     return [
@@ -99,10 +99,10 @@ def drawings(found: Findings) -> dict[str, Drawing]:
             caption="The same gradient for every cell of the three planes of the observation.",
         ),
         "4_steering": dose_curve(
-            response.alphas,
-            response.intervals("other"),
-            random=response.rates["other"][1:],
-            competence={"P(the corner that pays)": response.intervals("cued")},
+            response.alphas(),
+            response.response("other"),
+            random=response.control_response("other"),
+            competence={"P(the corner that pays)": response.response("cued")},
             outcome="P(the other corner)",
             caption=f"Adding alpha times the difference vector of {found.vector.path} towards the corner that does not "
             "pay, in episodes from the same starts with the same noise; random vectors have equal norm.",
@@ -128,10 +128,10 @@ def three_questions(found: Findings) -> Drawing:
     return overview(
         _lights(found),
         _concepts(found),
-        response.alphas,
-        response.intervals("other"),
+        response.alphas(),
+        response.response("other"),
         behaviour={"success of the agent": found.behaviour},
-        random=response.rates["other"][1:],
+        random=response.control_response("other"),
         matters=NEEDED,
         units=(GRADIENT, "probe accuracy (held-out states)", "P(the other corner)"),
     )

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictSequential
-from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from tdhook_rl import ActivationCaching, SteeringVectors
+from tdhook_rl import ActivationCaching
 from tdhook_rl.experiments.agents import Agent
 from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained, accuracy, share
+from tdhook_rl.latent.gates import AtSteps
 from tdhook_rl.report.drawing import Drawing
 from tdhook_rl.report.figures import lines
 from tdhook_rl.statistics import Interval, grouped_mean, r_squared
+from tdhook_rl.sweeps import SweepResult, steering_sweep
 
 EPISODES = 1024
 LAST = 8  # the step at which the agent chooses
 TIMES = (0, 4, 8)
 ALPHAS = (0.25, 0.5, 1.0)
 CONTROLS = 8
+LOST = "lost"
 
 
 def measure(trained: Trained) -> Findings:
@@ -42,18 +43,8 @@ def measure(trained: Trained) -> Findings:
         for name, data in played.items()
     }
     data = played["trained"]
-    cue = data["concept", "cue"][:, LAST]
     right = float((data["next", "reward"][:, LAST] > 0).float().mean())
-    flips, by_alpha, controls = {}, {}, {}
-    draws = torch.Generator().manual_seed(trained.seed)
-    for step in TIMES:
-        hidden = data["cache", site][:, step]
-        vector = hidden[cue == 1].mean(0) - hidden[cue == 0].mean(0)
-        by_alpha[step] = [_flipped(trained.agent, env, site, data, vector, step, alpha) for alpha in ALPHAS]
-        flips[step] = by_alpha[step][-1]
-        noise = torch.randn(CONTROLS, len(vector), generator=draws)
-        noise = noise / noise.norm(dim=1, keepdim=True) * vector.norm()
-        controls[step] = [_flipped(trained.agent, env, site, data, one, step, 1.0) for one in noise]
+    flips = {step: _steered(trained, env, site, data, step) for step in TIMES}
     last = {name: one["cue"][LAST] for name, one in explained.items()}
     checks = [
         Check("episodes won", share(right, EPISODES), low=0.95, beside="chance 0.5"),
@@ -63,10 +54,11 @@ def measure(trained: Trained) -> Findings:
         Check("share of the state's variance at the last step that the cue explains", last["trained"], low=0.8,
               beside=f"the second cue {explained['trained']['unneeded_cue'][LAST].estimate:.3f}"),
         Check("... in the untrained network", last["untrained"], high=0.05, beside="what its probe reads all the same"),
-        *[Check(f"steering the state at step {step} flips the last action", share(flips[step], EPISODES), low=0.95,
-                beside=f"alpha 0.5: {by_alpha[step][1]:.2f}") for step in TIMES],
-        *[Check(f"random directions at step {step}, mean of {CONTROLS}", grouped_mean(controls[step], method="t"),
-                high=0.10, beside=f"most {max(controls[step]):.3f}") for step in TIMES],
+        *[Check(f"steering the state at step {step} flips the last action", one.mean(LOST, alpha=1.0), low=0.95,
+                beside=f"alpha 0.5: {one.mean(LOST, alpha=0.5):.2f}") for step, one in flips.items()],
+        *[Check(f"random directions at step {step}, mean of {CONTROLS}",
+                grouped_mean(one.control_response(LOST)[:, -1], method="t"), high=0.10,
+                beside=f"most {float(one.control_response(LOST)[:, -1].max()):.3f}") for step, one in flips.items()],
     ]  # fmt: skip
     return Findings(checks, {"explained": explained})
 
@@ -99,7 +91,6 @@ def _play(agent: Agent, env: EnvBase, site: str, seed: int) -> TensorDictBase:
     data["episode"] = torch.arange(EPISODES)[:, None].expand(data.batch_size)
     order = torch.randperm(EPISODES, generator=torch.Generator().manual_seed(seed))
     data["concept", "shuffled"] = data["concept", "cue"][order]
-    data["seed"] = torch.full(data.batch_size, 50_000 + seed)
     return data
 
 
@@ -115,28 +106,18 @@ def _cached(rows: TensorDictBase) -> NestedKey:
     return next(key for key in rows.keys(True, True) if key[0] == "cache")
 
 
-class _At:
-    """The strength of steering in each row: away from the cue, at one step."""
-
-    def __init__(self, step: int, alpha: float) -> None:
-        self.step = step
-        self.alpha = alpha
-
-    def __call__(self, elapsed: Tensor, cue: Tensor) -> Tensor:
-        return torch.where(elapsed == self.step, self.alpha * (1.0 - 2.0 * cue), 0.0)
-
-
-def _flipped(
-    agent: Agent, env: EnvBase, site: str, plain: TensorDictBase, vector: Tensor, step: int, alpha: float
-) -> float:
-    """The share of episodes whose last action changes when the state is steered at one step."""
-    env.set_seed(int(plain["seed"][0, 0]))
-    strength = TensorDictModule(_At(step, alpha), in_keys=["elapsed", ("concept", "cue")], out_keys=["strength"])
-    # What the GRU returns now, and what it carries to the next step.
-    method = SteeringVectors({site: vector, (site, ("next", "recurrent_state")): vector[None]}, alpha="strength")
-    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC), method.prepare(agent.actor) as steered:
-        data = env.rollout(LAST + 1, TensorDictSequential(strength, steered), break_when_any_done=False)
-    return float((data["action"][:, LAST] != plain["action"][:, LAST]).float().mean())
+def _steered(trained: Trained, env: EnvBase, site: str, plain: TensorDictBase, step: int) -> SweepResult:
+    """The state steered away from the cue at one step: what the GRU returns, and what it carries on."""
+    hidden, cue = plain["cache", site][:, step], plain["concept", "cue"][:, LAST]
+    vector = hidden[cue == 1].mean(0) - hidden[cue == 0].mean(0)
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        return steering_sweep(
+            trained.agent.actor, env, {"cue": {site: vector, (site, ("next", "recurrent_state")): vector[None]}},
+            alphas=ALPHAS, controls=CONTROLS, episodes=EPISODES, max_steps=LAST + 1, progress=False,
+            outcomes={LOST: lambda data: (data["next", "reward"][:, LAST] <= 0).squeeze(-1)},
+            sign=lambda start: 1.0 - 2.0 * start["concept", "cue"], when=AtSteps([step], key="elapsed"),
+            seed=50_000 + trained.seed,
+        )  # fmt: skip
 
 
 EXPERIMENT = Experiment(

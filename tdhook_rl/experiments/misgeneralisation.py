@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
 
 from tdhook_rl import ActivationCaching, SteeringVectors
@@ -12,7 +13,6 @@ from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained,
 from tdhook_rl.report.drawing import Drawing
 from tdhook_rl.report.figures import grouped_bars
 from tdhook_rl.sweeps import first_episode
-from tdhook_rl.sweeps.dose_response import SharedNoise
 
 EPISODES = 1024
 CHEESE = 1  # its plane of the observation
@@ -62,11 +62,27 @@ CONDITIONS: dict[str, dict] = {"corner": {}, "elsewhere": {"region": "outside"},
 def _success(actor: nn.Module, seed: int, **options: object) -> float:
     """The share of first episodes in which the cheese is reached; the same noise of actions in all conditions."""
     env = Cheese(batch_size=[EPISODES], seed=20_000 + seed, **options)  # type: ignore[arg-type]
-    acting = TensorDictSequential(actor, SharedNoise(torch.Generator().manual_seed(seed)))
+    acting = TensorDictSequential(actor, _SharedNoise(torch.Generator().manual_seed(seed)))
     with torch.no_grad():
         played = env.rollout(env.max_steps, acting, break_when_any_done=False)
     reached = played["next", "reward"].squeeze(-1) > 0.5
     return float((reached & first_episode(played)).any(-1).float().mean())
+
+
+class _SharedNoise(TensorDictModuleBase):
+    """Sample actions from logits by the Gumbel-max trick, with one noise for all conditions."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.in_keys = ["logits"]
+        self.out_keys = ["action"]
+        self._generator = generator
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        logits = tensordict["logits"]
+        uniform = torch.rand(logits.shape[1:], generator=self._generator, dtype=torch.float64)
+        noise = -(-uniform.clamp_min(1e-300).log()).log()
+        return tensordict.set("action", (logits + noise).argmax(-1))
 
 
 def _hide(observation: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from tdhook_rl import ActivationCaching, Saliency, targets
 from tdhook_rl.envs import CueGrid
@@ -18,7 +19,7 @@ from tdhook_rl.replay import probe_grid
 from tdhook_rl.report.drawing import Drawing
 from tdhook_rl.report.figures import probe_curves
 from tdhook_rl.statistics import Interval, paired_difference
-from tdhook_rl.sweeps import DoseResponse, SteeringVector, dose_response, first_episode
+from tdhook_rl.sweeps import SteeringVector, SweepResult, steering_sweep
 
 #: States that 1024 agents reach by random moves in 32 steps: 3,000 episodes of a few steps each, so that the standard
 #: error of an accuracy on the held-out ones is below .02.
@@ -69,8 +70,8 @@ def measure(trained: Trained) -> Findings:
         Check("frames until the probe reaches 0.9, of those until the agent does",
               first["probe"] / max(first["behaviour"], 1.0), low=0.01, high=0.75,
               beside=f"{first['probe']:,.0f} and {first['behaviour']:,.0f}"),
-        *[Check(f"P(other goal) at alpha 1, mean-difference vector at {name}",
-                share(float(one.of_vector("other")[-1]), EPISODES), high=0.12, beside=_beside(one))
+        *[Check(f"P(other goal) at alpha 1, mean-difference vector at {name}", one.mean("other", alpha=1.0), high=0.12,
+                beside=_beside(one))
           for name, one in steered.items()],
         Check("saliency of the chosen logit, lights that matter over lights that do not", ratio["trained"], low=4.0,
               beside=f"untrained {ratio['untrained']:.2f}"),
@@ -120,7 +121,7 @@ def _success(agent: Agent, seed: int) -> float:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         played = env.rollout(env.max_steps, agent.actor, break_when_any_done=False)
-    return float(outcomes(played, first_episode(played))["cued"].float().mean())
+    return float(outcomes(played)["cued"].float().mean())
 
 
 def _reaches(curve: list[tuple[int, Interval]], level: float) -> float:
@@ -128,22 +129,27 @@ def _reaches(curve: list[tuple[int, Interval]], level: float) -> float:
     return next((float(frames) for frames, value in curve if value.estimate >= level), float("nan"))
 
 
-def _steered(trained: Trained, path: str, states: TensorDictBase) -> DoseResponse:
+def _steered(trained: Trained, path: str, states: TensorDictBase) -> SweepResult:
     """The mean difference of goal A paying and goal B paying, added away from the goal that pays."""
     env = CueGrid()
     before, after = env.paired("paying_goal", states=states)
     a, b = _swapped(before["concept", "paying_goal"] == 0, before.select("observation"), after.select("observation"))
     vector = SteeringVector.from_pairs(trained.agent.actor, path, a, b)
-    return dose_response(
-        trained.agent.actor, env, vector, outcomes=outcomes, alphas=(0.0, 1.0), controls=8, episodes=EPISODES,
-        sign=lambda start: 1.0 - 2.0 * (start["concept", "paying_goal"] == 0), max_steps=30, seed=40_000 + trained.seed,
-    )  # fmt: skip
+    with set_exploration_type(ExplorationType.RANDOM):
+        return steering_sweep(
+            trained.agent.actor, env, vector, outcomes=outcomes, alphas=(1.0,), controls=8, episodes=EPISODES,
+            sign=lambda start: 1.0 - 2.0 * (start["concept", "paying_goal"] == 0), max_steps=30,
+            seed=40_000 + trained.seed, progress=False,
+        )  # fmt: skip
 
 
-def _beside(response: DoseResponse) -> str:
-    other, won = response.of_vector("other"), response.of_vector("cued")
-    control = float(response.best_control("other")[-1])
-    return f"alpha 0: {other[0]:.3f}, best of 8 random {control:.3f}; P(goal that pays) {won[0]:.2f} to {won[-1]:.2f}"
+def _beside(response: SweepResult) -> str:
+    won = response.response("cued")
+    control = float(response.control_response("other")[:, -1].max())
+    return (
+        f"alpha 0: {response.mean('other'):.3f}, best of 8 random {control:.3f}; P(goal that pays) {won[0]:.2f} to "
+        f"{won[-1]:.2f}"
+    )
 
 
 def _swapped(first: Tensor, before: TensorDictBase, after: TensorDictBase) -> tuple[TensorDictBase, TensorDictBase]:

@@ -13,6 +13,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.arguments.checked import checked, require_counts
+from tdhook_rl.arguments.progress import Progress, shown
 from tdhook_rl.batches.annotation import OnMismatch
 from tdhook_rl.calls.preconditions import require_hooked
 from tdhook_rl.calls.provenance import is_stamp
@@ -22,7 +23,6 @@ from tdhook_rl.reading.reader import Reader
 from tdhook_rl.reading.sources import Rows
 from tdhook_rl.reading.transforms import near
 from tdhook_rl.replay.manifest import facts_of
-from tdhook_rl.replay.progress import Progress, shown
 from tdhook_rl.replay.ray_engine import ray_results
 from tdhook_rl.replay.results import INDEX, Results, ranges
 from tdhook_rl.replay.selection import Chosen, Selection, Where
@@ -83,9 +83,7 @@ def analyze(
         progress: called with the entries that are done, and all, before the first batch and after each; ``True`` for a
             bar with the time that is left, ``False`` for none; a bar on a terminal unless given.
         engine: ``"ray"``: a pool of Ray actors computes the chunks, each with the policy and a reader of its own; the
-            results are those of one machine to the bit, and so is the folder. Each has one torch thread; where sums
-            depend on how many there are, so has one machine after ``torch.set_num_threads(1)``. A path, or what
-            pickles, may be read so.
+            results are the same to the bit, and so is the folder. A path, or what pickles, may be read so.
         workers: how many actors.
 
     Returns:

@@ -15,7 +15,6 @@ from tdhook_rl.artifacts import save_artifact
 from tdhook_rl.errors import InputError
 from tdhook_rl.report.media import DataTable, Image
 from tdhook_rl.statistics import Interval
-from tdhook_rl.sweeps.dose_response import DoseResponse
 
 __all__ = ["files_of", "loggable"]
 
@@ -23,15 +22,13 @@ __all__ = ["files_of", "loggable"]
 def loggable(value: Any) -> Any:
     """What a sink takes, of a result; anything else as it is.
 
-    A dose-response, whatever has ``records()`` (a table of probes) or ``frame()``, a DataFrame, and a list of mappings
-    or dataclasses become tables; a matplotlib figure becomes a picture.
+    Whatever has ``records()`` (a table of probes, a sweep) or ``frame()``, a DataFrame, and a list of mappings or
+    dataclasses become tables; a matplotlib figure becomes a picture.
 
     Example:
         >>> loggable([{"alpha": 0.0, "rate": 0.1}, {"alpha": 1.0, "rate": 0.9}]).rows
         [[0.0, 0.1], [1.0, 0.9]]
     """
-    if isinstance(value, DoseResponse):
-        return _table(_doses(value))
     if callable(getattr(value, "savefig", None)):
         return _picture(value)
     for name in ("records", "frame"):
@@ -100,20 +97,6 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> DataTable:
         flat.append(cells)
     columns = list(dict.fromkeys(name for row in flat for name in row))
     return DataTable(columns, [[row.get(name) for name in columns] for row in flat])
-
-
-def _doses(result: DoseResponse) -> list[dict[str, Any]]:
-    """A row for each outcome and strength: under the vector, and under random ones of equal norm."""
-    found = []
-    for outcome, rates in result.rates.items():
-        for place, (alpha, one) in enumerate(zip(result.alphas, result.intervals(outcome), strict=True)):
-            row: dict[str, Any] = {"outcome": outcome, "alpha": alpha, "rate": one}
-            if len(rates) > 1:
-                random = rates[1:, place]
-                row |= {"random": float(random.mean()), "random_low": float(random.min()),
-                        "random_high": float(random.max())}  # fmt: skip
-            found.append(row | {"controls": len(rates) - 1, "episodes": result.episodes})
-    return found
 
 
 def _picture(figure: Any) -> Image:

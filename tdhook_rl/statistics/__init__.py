@@ -9,7 +9,13 @@ bootstraps are not used: at a nominal .95 they cover .51 of the time with 2 grou
 from tdhook_rl.statistics.claims import benjamini_hochberg, holm, minimum_detectable_effect, probability_of_improvement
 from tdhook_rl.statistics.differences import accuracy_difference, r_squared_difference
 from tdhook_rl.statistics.interval import FEW_GROUPS, Interval
-from tdhook_rl.statistics.means import grouped_mean, p_value, paired_difference
+from tdhook_rl.statistics.means import (
+    grouped_mean,
+    p_value,
+    paired_difference,
+    ratio_of_means,
+    unpaired_difference,
+)
 from tdhook_rl.statistics.robust import bootstrap, iqm
 from tdhook_rl.statistics.scores import area_under_curve, balanced_accuracy, r_squared
 
@@ -30,4 +36,6 @@ __all__ = [
     "probability_of_improvement",
     "r_squared",
     "r_squared_difference",
+    "ratio_of_means",
+    "unpaired_difference",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -103,6 +104,68 @@ def paired_difference(first: Any, second: Any, groups: Any = None, **options: An
     if len(before) != len(after):
         raise InputError(f"pairs have one value on each side, got {len(before)} and {len(after)}")
     return grouped_mean(after - before, groups, **options)
+
+
+def unpaired_difference(first: Any, second: Any, *, confidence: float = 0.95) -> Interval:
+    """The mean of ``second`` minus that of ``first``, of values that do not pair up (Welch 1947).
+
+    Args:
+        first, second: ``(rows,)``, each row its own group.
+        confidence: of the interval.
+
+    Returns:
+        the interval, with the p-value that there is no difference; none for a single row.
+
+    Example:
+        >>> found = unpaired_difference([1.0, 2.0, 3.0], [2.0, 3.0, 4.5, 4.0])
+        >>> found.estimate, round(found.p, 2)
+        (1.375, 0.15)
+    """
+    from scipy import stats
+
+    check_confidence(confidence)
+    samples = [array(one, "values") for one in (first, second)]
+    if not all(map(len, samples)):
+        raise InputError("there are no rows to take a mean of")
+    count = sum(map(len, samples))
+    estimate = float(samples[1].mean() - samples[0].mean())
+    shape = {"confidence": confidence, "groups": count, "rows": count}
+    if min(map(len, samples)) < 2:
+        return none(estimate, "one row only: nothing says how much rows differ", **shape)
+    parts = [one.var(ddof=1) / len(one) for one in samples]
+    variance = float(sum(parts))
+    if variance <= 0:
+        return replace(limits(estimate, 0.0, freedom=1, words="all rows are alike", **shape), p=float(estimate == 0))
+    freedom = variance**2 / sum(part**2 / (len(one) - 1) for part, one in zip(parts, samples, strict=True))
+    p = float(2 * stats.t.sf(abs(estimate) / math.sqrt(variance), freedom))
+    return replace(limits(estimate, variance, freedom=freedom, **shape), p=p)
+
+
+def ratio_of_means(above: Any, below: Any, groups: Any = None, *, confidence: float = 0.95) -> Interval:
+    """The mean of ``above`` over that of ``below``, pair by pair, by the linear term of its error (Cochran 1977).
+
+    Args:
+        above, below: ``(rows,)``, a pair in each row.
+        groups: the group of each pair.
+        confidence: of the interval.
+
+    Returns:
+        the interval; infinite, and none, where ``below`` is 0 on the mean.
+
+    Example:
+        >>> ratio_of_means([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]).estimate
+        2.0
+    """
+    top, bottom = array(above, "values"), array(below, "values")
+    if len(top) != len(bottom):
+        raise InputError(f"pairs have one value on each side, got {len(top)} and {len(bottom)}")
+    divisor = float(bottom.mean())
+    if divisor == 0:
+        shape = {"confidence": confidence, "groups": len(set(pair_up(len(top), groups))), "rows": len(top)}
+        ratio = math.nan if top.mean() == 0 else math.copysign(math.inf, top.mean())
+        return none(ratio, "what it is divided by is 0 on the mean", **shape)
+    ratio = float(top.mean()) / divisor
+    return grouped_mean(ratio + (top - ratio * bottom) / divisor, groups, confidence=confidence, method="t")
 
 
 def p_value(values: Any, groups: Any = None, *, null: float = 0.0) -> float:

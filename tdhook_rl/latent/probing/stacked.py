@@ -13,9 +13,6 @@ from torch import Tensor
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.probing.moments import BLOCK, Moments, spread_of
 
-#: Numbers in the matrices that are factorised at once.
-_AT_ONCE = 2**22
-
 
 class StackedMoments(Moments):
     """The base of banks of probes: second moments for each source and each half of the rows.
@@ -81,7 +78,7 @@ class StackedMoments(Moments):
 
 def of_halves(sums: Tensor, halves: tuple[int, ...]) -> Tensor:
     """Of ``(sources, 2, ...)`` the sums of one half, or of both."""
-    return sums[:, halves[0]] if len(halves) == 1 else sums[:, 0] + sums[:, 1]
+    return sums[:, halves[0]] if len(halves) == 1 else sums.sum(1)
 
 
 class Scaled:
@@ -121,34 +118,24 @@ class Scaled:
             right: ``(sources, concepts, k, features)``.
             penalty: ``(sources, concepts)``.
         """
-        values, which = penalty.unique(return_inverse=True)
-        sources = torch.arange(len(penalty))[:, None]
-        pairs, where = (which + len(values) * sources).unique(return_inverse=True)
-        found = self._of_pairs(pairs // len(values), values[pairs % len(values)], right)
-        return found[where, torch.arange(right.shape[1])]
+        found = torch.empty_like(right)
+        for value in penalty.unique().tolist():
+            chosen = penalty == value
+            asked = chosen.any(0).nonzero().squeeze(-1)  # concepts that some source solves for with this penalty
+            wanted = right[:, asked]
+            solved = self._at(wanted.flatten(1, 2), value).view_as(wanted)
+            found[:, asked] = torch.where(chosen[:, asked, None, None], solved, found[:, asked])
+        return found
 
-    def with_each(self, penalties: Tensor, right: Tensor) -> Tensor:
-        """The same with each of some penalties, ``(penalties, sources, concepts, k, features)``."""
-        sources = torch.arange(len(right))
-        found = self._of_pairs(sources.repeat(len(penalties)), penalties.repeat_interleave(len(sources)), right)
-        return found.view(len(penalties), *right.shape)
-
-    def _of_pairs(self, sources: Tensor, penalties: Tensor, right: Tensor) -> Tensor:
-        """For pairs of a source and a penalty, ``(pairs, concepts, k, features)``."""
-        flat, at_once = right.flatten(1, 2), max(1, _AT_ONCE // self.covariance[0].numel())
-        parts = zip(sources.split(at_once), penalties[:, None].split(at_once), strict=True)
-        found = torch.cat([self._solved(which, flat[which], penalty) for which, penalty in parts])
-        return found.view(len(sources), *right.shape[1:])
-
-    def _solved(self, sources: Tensor, right: Tensor, penalty: Tensor) -> Tensor:
+    def _at(self, right: Tensor, penalty: float) -> Tensor:
         if self._eigen is None:
-            matrices = self.covariance[sources]
-            matrices.diagonal(dim1=1, dim2=2).add_(penalty)
-            factors, failed = torch.linalg.cholesky_ex(matrices)
-            diagonal = factors.diagonal(dim1=1, dim2=2)
+            matrix = self.covariance.clone()
+            matrix.diagonal(dim1=1, dim2=2).add_(penalty)
+            factor, failed = torch.linalg.cholesky_ex(matrix)
+            diagonal = factor.diagonal(dim1=1, dim2=2)
             if not bool(failed.any()) and bool((diagonal.amin(1) > 1e-7 * diagonal.amax(1)).all()):
-                return torch.cholesky_solve(right.mT, factors).mT
+                return torch.cholesky_solve(right.mT, factor).mT.contiguous()
             self._eigen = tuple(torch.linalg.eigh(self.covariance))
-        spectrum, vectors = (one[sources] for one in self._eigen)
+        spectrum, vectors = self._eigen
         inverse = 1 / (spectrum + penalty).clamp_min(1e-9)
         return ((right @ vectors) * inverse[:, None]) @ vectors.mT

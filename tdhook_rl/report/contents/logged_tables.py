@@ -13,7 +13,7 @@ from tdhook_rl.report.runs import Rows, Run
 from tdhook_rl.statistics import Interval
 
 #: Columns that make a table one of probes, or a dose-response.
-_PROBES, _DOSES = {"site", "concept", "trained"}, {"outcome", "alpha", "rate"}
+_PROBES, _DOSES = {"site", "concept", "trained"}, {"outcome", "alpha", "vector", "mean"}
 _ENDS = ("_low", "_high")
 #: Outcomes of a dose-response that are drawn.
 _MOST = 4
@@ -80,12 +80,19 @@ def _grid(rows: Sequence[dict[str, Any]]) -> Drawing:
 
 
 def _doses(rows: Sequence[dict[str, Any]], outcome: str, name: str) -> Drawing:
-    curves = {"steered": [(row["alpha"], *_limits(row, "rate")) for row in rows]}
-    caption = ""
-    if any(is_number(row.get("random")) for row in rows):
-        curves["random directions"] = [(row["alpha"], *_limits(row, "random")) for row in rows]
-        count = rows[0].get("controls")
-        caption = f"The band of random directions is the range of {count or 'all'} of them."
+    """A curve for each vector, from what is not steered on, and the band of the random directions of the first."""
+    curves: dict[str, list[tuple[float, ...]]] = {}
+    for row in rows:
+        start = [(0.0, *_limits(row, "baseline"))] if is_number(row.get("baseline")) else []
+        curves.setdefault(str(row["vector"]), start).append((row["alpha"], *_limits(row, "mean")))
+    first, caption = next(iter(curves)), ""
+    band = [row for row in rows if str(row["vector"]) == first and is_number(row.get("random"))]
+    if band:
+        levels = [(row["alpha"], *(row["baseline"] + one for one in _limits(row, "random"))) for row in band]
+        curves["random directions"] = [(0.0, *(band[0]["baseline"],) * 3), *levels]
+        count = band[0].get("random_draws")
+        caption = f"The band of random directions of equal norm is the range of {count or 'all'} of them."
+    curves = {label: sorted(points) for label, points in curves.items()}
     return lines(curves, unit=outcome, axis="alpha", title=f"{name}: {outcome}", caption=caption)
 
 

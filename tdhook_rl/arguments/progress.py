@@ -1,4 +1,4 @@
-"""How far an analysis is: a bar with the time that is left on a terminal, a function of the caller's, or nothing."""
+"""What `progress=` takes: a bar with the time that is left on a terminal, a function of the caller's, or nothing."""
 
 from __future__ import annotations
 

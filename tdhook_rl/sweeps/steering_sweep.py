@@ -1,0 +1,215 @@
+"""What steering does: vectors at many strengths beside controls of equal norm, in any environment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrl.envs import EnvBase, SerialEnv
+from torchrl.envs.utils import exploration_type
+
+from tdhook_rl.arguments.checked import checked
+from tdhook_rl.arguments.progress import Progress, shown
+from tdhook_rl.errors import InputError, warn
+from tdhook_rl.latent import SteeringVectors
+from tdhook_rl.sweeps.conditions import (
+    REPEATED,
+    Condition,
+    Direction,
+    Place,
+    conditions_of,
+    directions_of,
+)
+from tdhook_rl.sweeps.episodes import ALPHA, Blocks, Rows, Setting, Sign, Steered, seed_env, takes_rows, vector_key
+from tdhook_rl.sweeps.outcomes import LENGTH, RETURN, Outcomes
+from tdhook_rl.sweeps.sweep_file import UNFINISHED, Kept
+from tdhook_rl.sweeps.sweep_result import SweepResult
+
+#: Of a function that makes environments, so many are stepped together.
+TOGETHER = 32
+
+
+@checked
+def steering_sweep(
+    policy: nn.Module,
+    env: EnvBase | Callable[[], EnvBase],
+    vectors: Any,
+    *,
+    alphas: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
+    controls: int = 10,
+    episodes: int = 64,
+    outcomes: Any = (RETURN, LENGTH),
+    max_steps: int = 1000,
+    sign: Sign | None = None,
+    when: Any = None,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    progress: Progress | bool | None = None,
+) -> SweepResult:
+    """Play the same episodes under every vector, strength and control.
+
+    All conditions have the same starts and the same noise of actions (common random numbers), so that a difference
+    between two of them is due to the steering. Alpha 0 is played twice: where the two are not equal to the bit, the
+    environment draws by itself, and conditions are played one by one from the same seeds; where they still differ the
+    result is unpaired, which is said.
+
+    Args:
+        policy: the policy, not hooked; of any kind of action. It acts by the
+            :class:`~torchrl.envs.utils.set_exploration_type` in force, as in ``env.rollout``.
+        env: an environment, or a function that makes one, of which up to 32 are then stepped together. One that is
+            not batch-locked and has an empty batch plays all conditions as rows of one rollout.
+        vectors: a :class:`~tdhook_rl.latent.SteeringVector`, several, or ``{name: vector}``, where a vector may also be
+            several that act together, or ``{path: tensor}`` with places as of
+            :class:`~tdhook_rl.latent.SteeringVectors`.
+        alphas: the strengths, in units of the vector; 0 is always played.
+        controls: how many random vectors of equal norm stand beside each vector, and as many of labels dealt out by
+            chance where the vector has them.
+        episodes: of each condition.
+        outcomes: ``"return"``, ``"length"``, or functions, best by name, that map episodes ``(episodes, time)`` to one
+            number for each, such as ``lambda data: data["next", "reward"].sum((-1, -2)) > 1``. Episodes are zero after
+            their last step; ``"mask"`` says where.
+        max_steps: the longest an episode may last; those that are longer are counted in ``facts["unfinished"]``.
+        sign: for each start state +1 or -1, where the direction that is wanted depends on the state.
+        when: where it acts, as of :class:`~tdhook_rl.latent.SteeringVectors`.
+        seed: of the starts, the noise and the random vectors.
+        folder: where the result is kept as it grows; the same call goes on from there.
+        progress: a function of what is done and all, ``True`` for a bar, ``False`` for nothing.
+
+    Raises:
+        InputError: for no episodes, no strength but 0, NaN, a vector that does not fit, outcomes of a wrong shape, or
+            a folder with another sweep.
+
+    Warns:
+        UserWarning: for episodes that did not end, conditions that could not be paired, an environment that cannot
+            be seeded.
+
+    Reference: Turner et al. 2023; common random numbers: Glasserman & Yao 1992, Management Science 38.
+
+    Example:
+        >>> from tdhook_rl.envs import CueCorners
+        >>> from tdhook_rl.examples.agent import make_trained_actor
+        >>> from tdhook_rl.examples.steer_at_eval import contrast
+        >>> actor = make_trained_actor(seed=0)
+        >>> found = steering_sweep(actor, CueCorners(), contrast(actor), alphas=[1.0], controls=2, episodes=8)
+        >>> found.paired, found.values["return"].shape
+        (True, torch.Size([5, 8]))
+    """
+    if controls < 0 or episodes < 1 or max_steps < 1:
+        raise InputError(f"there is nothing to play: controls={controls}, episodes={episodes}, max_steps={max_steps}")
+    directions = directions_of(vectors, controls, seed)
+    conditions = conditions_of(directions, alphas)
+    with _made(env, episodes) as made:
+        unseeded = seed_env(made, seed)
+        if unseeded:
+            warn(f"the environment cannot be seeded ({unseeded}): episodes played one by one begin anew each time")
+        measured = Outcomes(outcomes, made.reward_keys)
+        setting = Setting(env=made, episodes=episodes, max_steps=max_steps, seed=seed, sign=sign, keys=measured.keys)
+        sweep = _Sweep(policy, setting, measured, directions, when)
+        facts = {
+            "alphas": sorted({one.alpha for one in conditions}), "controls": controls, "episodes": episodes,
+            "max_steps": max_steps, "seed": seed, "exploration": str(exploration_type()),
+            "environment": repr(made)[:200],
+            "vectors": {name: {"places": [str(place) for place in one.places], "norm": one.norm}
+                        for name, one in directions.items()},
+        }  # fmt: skip
+        kept = Kept(folder, conditions, facts, policy, directions)
+        try:
+            with shown(progress, "conditions") as show:
+                sweep.run(kept, show)
+        finally:
+            kept.write()
+    values = {name: found for name, found in kept.values.items() if name != UNFINISHED}
+    return SweepResult(conditions=conditions, values=values, facts=kept.facts())
+
+
+class _Sweep:
+    """The conditions of one call, played in the first layout in which alpha 0 repeats itself."""
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        setting: Setting,
+        outcomes: Outcomes,
+        directions: Mapping[str, Direction],
+        when: Any,
+    ) -> None:
+        self._policy = policy
+        self._setting = setting
+        self._outcomes = outcomes
+        self._directions = directions
+        self._when = {} if when is None else {"when": when}
+
+    def run(self, kept: Kept, show: Progress) -> None:
+        kinds: list[type[Rows | Blocks]] = [Rows, Blocks] if takes_rows(self._setting.env) else [Blocks]
+        players = [kind(self._setting) for kind in kinds if kept.layout in ("", kind.words)]
+        with torch.no_grad():
+            for last, player in ((one is players[-1], one) for one in players):
+                if self._play_all(player, kept, show, last):
+                    return
+
+    def _play_all(self, player: Rows | Blocks, kept: Kept, show: Progress, last: bool) -> bool:
+        """Play what is not there yet; false if the two baselines differ and another layout is left."""
+        known = next(iter(self._directions.values()))
+        groups: dict[tuple[Place, ...], list[Condition]] = {}
+        for condition in kept.missing():
+            places = self._directions.get(condition.vector, known).places
+            groups.setdefault(places, []).append(condition)
+        for places, conditions in groups.items():
+            vectors = {place: vector_key(number) for number, place in enumerate(places)}
+            with SteeringVectors(vectors, alpha=ALPHA, **self._when).prepare(self._policy) as hooked:
+                for part in _parts(conditions, player.at_once()):
+                    kept.add(part, self._measured(player, hooked, places, part), player.words)
+                    if REPEATED in part and not kept.repeated() and not last:
+                        kept.forget()
+                        return False
+                    show(*kept.done())
+        return True
+
+    def _measured(
+        self, player: Rows | Blocks, hooked: Any, places: Sequence[Place], conditions: Sequence[Condition]
+    ) -> dict[str, Tensor]:
+        """``(conditions, episodes)`` of each outcome, and of those that did not end."""
+        like = next(iter(self._directions.values()))
+        of = [self._directions.get(one.vector, like) for one in conditions]
+        steered = Steered(
+            vectors={
+                place: torch.stack([one.part(condition, place) for one, condition in zip(of, conditions, strict=True)])
+                for place in places
+            },
+            alphas=torch.tensor([one.alpha for one in conditions]),
+        )
+        found: list[dict[str, Tensor]] = []
+        for episodes, unfinished in player.play(hooked, steered):
+            found.append({**self._outcomes.of(episodes), UNFINISHED: unfinished.double().cpu()})
+        return {name: torch.cat([one[name] for one in found]).reshape(len(conditions), -1) for name in found[0]}
+
+
+def _parts(conditions: Sequence[Condition], size: int) -> Iterator[Sequence[Condition]]:
+    """So many at once; the two baselines are in the first part, if they fit."""
+    for start in range(0, len(conditions), size):
+        yield conditions[start : start + size]
+
+
+@contextmanager
+def _made(env: EnvBase | Callable[[], EnvBase], episodes: int) -> Iterator[EnvBase]:
+    """The environment, or some of those that a function makes, which are closed afterwards."""
+    if isinstance(env, EnvBase):
+        yield env
+        return
+    one = env()
+    if not isinstance(one, EnvBase):
+        raise InputError(f"env= makes a {type(one).__name__}; it must make a TorchRL environment")
+    if takes_rows(one) or one.batch_size:
+        made = one
+    else:
+        one.close()
+        blocks = -(-episodes // TOGETHER)
+        made = SerialEnv(-(-episodes // blocks), env)
+    try:
+        yield made
+    finally:
+        made.close()

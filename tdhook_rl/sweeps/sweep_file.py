@@ -1,0 +1,186 @@
+"""A sweep as it grows: what is played, what is missing, and the file from which the same call goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdhook_rl.artifacts import load_artifact, save_artifact
+from tdhook_rl.errors import ArtifactError, InputError, warn
+from tdhook_rl.files.digests import digest_of
+from tdhook_rl.sweeps.conditions import BASELINE, REPEATED, Condition, Direction
+
+KIND = "steering_sweep"
+#: The name of the file in its folder.
+FILE = "sweep"
+#: Seconds between two writes while conditions are played.
+BETWEEN = 5.0
+#: Beside the outcomes: whether an episode was cut at the longest that it may last.
+UNFINISHED = "unfinished"
+
+
+class Kept:
+    """The values of the conditions played so far.
+
+    Args:
+        folder: where they are kept; ``None``: in memory only.
+        conditions: all of the sweep.
+        facts: what was asked, in JSON.
+        policy: the policy.
+        directions: the vectors and controls.
+
+    Raises:
+        InputError: if the folder holds another sweep.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None,
+        conditions: Sequence[Condition],
+        facts: Mapping[str, Any],
+        policy: nn.Module,
+        directions: Mapping[str, Direction],
+    ) -> None:
+        self.conditions = list(conditions)
+        self.layout = ""
+        self.values: dict[str, Tensor] = {}
+        self._facts = {**facts, "digest": _digest(policy, directions)}
+        self._path = None if folder is None else Path(folder) / FILE
+        self._done = torch.zeros(len(self.conditions), dtype=torch.bool)
+        self._written = time.monotonic()
+        if self._path is not None and self._path.with_suffix(".safetensors").exists():
+            self._resume()
+
+    def missing(self) -> list[Condition]:
+        """The conditions that are not played yet."""
+        return [one for one, done in zip(self.conditions, self._done.tolist(), strict=True) if not done]
+
+    def done(self) -> tuple[int, int]:
+        """How many conditions are played, and all."""
+        return int(self._done.sum()), len(self.conditions)
+
+    def add(self, conditions: Sequence[Condition], values: Mapping[str, Tensor], layout: str) -> None:
+        """Take ``(conditions, episodes)`` of each outcome in."""
+        self.layout = layout
+        if self.values and self.values.keys() != values.keys():
+            raise InputError(
+                f"the outcomes are {sorted(values)} now and were {sorted(self.values)}: functions must give the same "
+                "names every time"
+            )
+        place = {one: number for number, one in enumerate(self.conditions)}
+        rows = torch.tensor([place[one] for one in conditions])
+        for name, found in values.items():
+            full = self.values.setdefault(name, torch.zeros(len(self.conditions), found.shape[1], dtype=torch.float64))
+            full[rows] = found
+        self._done[rows] = True
+        if time.monotonic() - self._written > BETWEEN:
+            self.write()
+
+    def repeated(self) -> bool:
+        """Whether alpha 0 gave the same twice."""
+        first, again = (self.conditions.index(one) for one in (BASELINE, REPEATED))
+        return all(torch.equal(values[first], values[again]) for values in self.values.values())
+
+    def forget(self) -> None:
+        """Begin again."""
+        self.values.clear()
+        self._done[:] = False
+        self.layout = ""
+
+    def write(self) -> None:
+        """Write what is there, if there is a folder."""
+        if self._path is not None and self.values:
+            write_sweep(self._path, self.conditions, self.values, {**self._facts, "layout": self.layout}, self._done)
+            self._written = time.monotonic()
+
+    def facts(self) -> dict[str, Any]:
+        """What the result says of itself."""
+        cut = self.values[UNFINISHED]
+        found = {**self._facts, "layout": self.layout, "unfinished": float(cut.mean()), "paired": self.repeated()}
+        if cut.any():
+            warn(
+                f"{int(cut.sum())} of {cut.numel()} episodes did not end within max_steps={found['max_steps']}; they "
+                "count as they were then"
+            )
+        if not found["paired"]:
+            warn(
+                "alpha 0 played twice from the same seeds differs: the environment draws by itself, so that conditions "
+                "are not paired and intervals are wider"
+            )
+        return found
+
+    def _resume(self) -> None:
+        assert self._path is not None
+        conditions, values, facts, done = read_sweep(self._path)
+        for name, asked in self._facts.items():
+            if facts.get(name) != asked:
+                raise InputError(
+                    f"{self._path.parent} holds a sweep with another {name} ({facts.get(name)!r:.80}, asked "
+                    f"{asked!r:.80}): give another folder=, or ask for the same"
+                )
+        if conditions != self.conditions:
+            raise InputError(f"{self._path.parent} holds a sweep of other conditions: give another folder=")
+        self.values, self._done, self.layout = values, done, str(facts.get("layout", ""))
+
+
+def write_sweep(
+    path: Path, conditions: Sequence[Condition], values: Mapping[str, Tensor], facts: Mapping[str, Any], done: Tensor
+) -> Path:
+    """Write a sweep, or what is there of it, as safetensors and JSON."""
+    tensors = {f"outcome/{name}": found for name, found in values.items()} | {"done": done}
+    document = {**facts, "conditions": [list(astuple(one)) for one in conditions], "outcomes": list(values)}
+    return save_artifact(path, KIND, tensors, document)
+
+
+def read_sweep(path: Path) -> tuple[list[Condition], dict[str, Tensor], dict[str, Any], Tensor]:
+    """The conditions, outcomes and facts of a file, and which conditions are played.
+
+    Raises:
+        ArtifactError: if it is no sweep.
+    """
+    tensors, facts = load_artifact(path, KIND)
+    conditions = _conditions(path, facts.pop("conditions", None))
+    values, done = _values(path, tensors, facts.pop("outcomes", None), len(conditions))
+    return conditions, values, facts, done
+
+
+def _conditions(path: Path, rows: Any) -> list[Condition]:
+    found = []
+    for row in rows if isinstance(rows, list) else []:
+        kinds = (str, (int, float), str, int)
+        if not isinstance(row, list) or len(row) != len(kinds) or not all(map(isinstance, row, kinds)):
+            raise ArtifactError(f"{path} has a condition that is none: {row!r:.80}")
+        found.append(Condition(row[0], float(row[1]), row[2], row[3]))
+    if not {BASELINE, REPEATED} <= set(found):
+        raise ArtifactError(f"{path} lacks the conditions of a sweep, of which two are alpha 0")
+    return found
+
+
+def _values(path: Path, tensors: Mapping[str, Tensor], names: Any, conditions: int) -> tuple[dict[str, Tensor], Tensor]:
+    done = tensors.get("done")
+    if not isinstance(names, list) or not isinstance(done, Tensor) or done.shape != (conditions,):
+        raise ArtifactError(f"{path} lacks its outcomes, or which of {conditions} conditions are played")
+    found = {}
+    for name in names:
+        values = tensors.get(f"outcome/{name}")
+        if values is None or values.ndim != 2 or len(values) != conditions or values.dtype != torch.float64:
+            raise ArtifactError(f"{path} lacks the outcome {str(name)[:80]!r} of {conditions} conditions")
+        found[str(name)] = values
+    if len({values.shape for values in found.values()}) != 1:
+        raise ArtifactError(f"{path} has no outcome, or outcomes of different numbers of episodes")
+    return found, done.bool()
+
+
+def _digest(policy: nn.Module, directions: Mapping[str, Direction]) -> str:
+    """Of the weights and of every vector, to the last bit."""
+    tensors = [*policy.named_parameters(), *policy.named_buffers()]
+    for one in directions.values():
+        for kind, parts in {"": one.parts, **one.controls}.items():
+            tensors += [(f"{one.name} {kind} {place}", part) for place, part in parts.items()]
+    return digest_of(tensors)
