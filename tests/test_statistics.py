@@ -200,6 +200,24 @@ def test_scores_from_sums_by_group_are_scikit_learns() -> None:
     assert statistics.r_squared(sums).estimate == pytest.approx(r2_score(values.ravel(), scores.ravel()))
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), groups=st.integers(2, 40), weight=st.floats(1e-3, 1.0), right=st.booleans())
+def test_last_digits_do_not_move_the_interval_of_scores_that_are_faultless(
+    seed: int, groups: int, weight: float, right: bool
+) -> None:
+    """A decay and another order of groups round sums in another way: 1 - 3e-16 is 1."""
+    draws = np.random.default_rng(seed)
+    sides = [np.zeros((groups, 20)) for _ in range(2)]
+    for place, side in enumerate(sides):
+        side[:, 10 * place : 10 * place + 10] = draws.integers(1, 4, (groups, 10))
+    lower, upper = sides if right else sides[::-1]
+    order = draws.permutation(groups)
+    one = statistics.area_under_curve(upper, lower)
+    other = statistics.area_under_curve(upper[order] * weight, lower[order] * weight)
+    assert one.estimate == other.estimate == float(right)
+    assert [one.low, one.high] == pytest.approx([other.low, other.high], abs=1e-9)
+
+
 def test_scores_that_cannot_be_had_say_why() -> None:
     for found, words in (
         (statistics.balanced_accuracy(np.zeros((0, 2)), np.zeros((0, 2))), "nothing to tell apart"),

@@ -84,8 +84,9 @@ class GroupSplit:
                 raise InputError(f"the split groups rows by {key!r}, which is {found}: groups are integers")
             if value.shape[: len(data.batch_size)] != data.batch_size:
                 raise InputError(f"the split groups rows by {key!r}, {tuple(value.shape)}: give each row its group")
-            for column in row_vectors(value, data.batch_size).long().unbind(-1):
-                code = _mix(code ^ _mix(column.to(code.device) + 1))
+            columns = row_vectors(value, data.batch_size).long().to(code.device)
+            for column in _mix(columns + 1).unbind(-1):
+                code = _mix(code ^ column)
         return code
 
 

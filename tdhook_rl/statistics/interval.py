@@ -123,6 +123,9 @@ def limits(
         reach = _t(confidence, freedom) * math.sqrt(variance)
         return Interval(estimate=estimate, low=estimate - reach, high=estimate + reach, method="t by group", **known)
     lowest, highest = bounds
+    for bound in bounds:  # at a bound, but for the last digits of a sum, is at it
+        if math.isclose(estimate, bound, rel_tol=0, abs_tol=1e-12 * (highest - lowest)):
+            estimate = bound
     share = min(max((estimate - lowest) / (highest - lowest), 0.0), 1.0)
     scaled = variance / (highest - lowest) ** 2
     spread = share * (1 - share)
