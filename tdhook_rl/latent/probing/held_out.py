@@ -121,7 +121,7 @@ class Tally:
             [self._rows.setdefault(code, len(self._rows)) for code in numbers.tolist()], dtype=torch.long
         )
         if len(self._rows) > len(self._table):  # twice as long, so that growing costs little in all
-            grown = torch.zeros(2 * len(self._rows), self._table.shape[1], dtype=torch.float64)
+            grown = _blank(2 * len(self._rows), self._table.shape[1])
             grown[: len(self._table)] = self._table
             self._table = grown
         return places[groups.where]
@@ -169,14 +169,19 @@ class Tally:
         kept = left.nonzero().squeeze(-1)
         if len(kept) < len(table):
             self._rows = {code: place for place, code in enumerate(self.codes[kept].tolist())}
-            self._table = torch.zeros(2 * len(kept), table.shape[1], dtype=torch.float64)
+            self._table = _blank(2 * len(kept), table.shape[1])
             torch.index_select(table, 0, kept, out=self._table[: len(kept)])
-        self._table.mul_(self._unit)
+        self._table[: len(kept)].mul_(self._unit)
         self._unit = 1.0
 
     def _rebuild(self, codes: Tensor, sums: Tensor) -> None:
         self._rows, self._table, self._unit = {}, torch.zeros(0, sums.shape[1], dtype=torch.float64), 1.0
         self._put(codes, sums)
+
+
+def _blank(rows: int, width: int) -> Tensor:
+    """Zeros, of which only the rows that are written take memory, and the time to get it."""
+    return torch.from_numpy(np.zeros((rows, width)))
 
 
 class HitTally:
