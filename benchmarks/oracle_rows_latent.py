@@ -21,6 +21,7 @@ from tdhook_rl.latent import (
     DirectionalAblation,
     DirectionClamping,
     MapPatch,
+    StateSubtraction,
     SteeringVectors,
     UnitValues,
 )
@@ -185,6 +186,14 @@ def map_patch() -> Case:
             return hooked(TensorDict({"input": x, "square": squares}, batch_size=ROWS))["output"]
 
     return Case(net[2:](maps), ours)
+
+
+@row("StateSubtraction", "the layers by hand, run twice")
+def subtraction() -> Case:
+    net, x = mlp().double(), inputs()
+    here, there = net[:2](x), net[:2](x.cos())
+    method = StateSubtraction("1", lambda rows: rows.set("input", rows["input"].cos()), alpha=1.5)
+    return Case(net[2:](here + 1.5 * (there - here)), lambda: result(method, net, x, "output"))
 
 
 @row("ProbeReadout", "softmax of the layers by hand")

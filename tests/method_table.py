@@ -36,6 +36,7 @@ from tdhook_rl.latent import (
     DirectionalAblation,
     DirectionClamping,
     MapPatch,
+    StateSubtraction,
     UnitValues,
 )
 from tdhook_rl.latent.probing import Probing
@@ -131,6 +132,16 @@ def some(case: Case, rows: TensorDictBase) -> Tensor:
     """Some of the rows, by what the policy sees in each."""
     value = rows[case.key].double()
     return value.sum(tuple(range(rows.ndim, value.ndim))) > 0
+
+
+def elsewhere_seen(case: Case, rows: TensorDictBase) -> TensorDictBase:
+    """A counterfactual: what the policy sees, turned over."""
+    value = rows[case.key]
+    return rows.set(case.key, 255 - value if value.dtype == torch.uint8 else -value)
+
+
+def subtraction(case: Case) -> Method:
+    return StateSubtraction(case.site, lambda rows: elsewhere_seen(case, rows))
 
 
 def some_of(case: Case) -> Callable[[TensorDictBase], Tensor]:
@@ -375,6 +386,22 @@ METHODS: Sequence[MethodInfo] = (
             NOWHERE: elsewhere(lambda case: MapPatch(case.site, square=(0, 0), value=1.0)),
             "no maps of rows and columns": lambda case: MapPatch("module.0.module.1", square=(0, 0), value=1.0),
         },
+        "changes the action",
+    ),
+    MethodInfo(
+        StateSubtraction,
+        "takes out, in each state, what a counterfactual input has not, or puts its activation in (a live patch)",
+        (("steered", "name"),),
+        [latent.subtraction],
+        {
+            "": Sample(subtraction),
+            "in some rows": Sample(
+                lambda case: StateSubtraction(
+                    case.site, lambda rows: elsewhere_seen(case, rows), alpha=0.5, when=some_of(case)
+                )
+            ),
+        },
+        {NOWHERE: elsewhere(subtraction)},
         "changes the action",
     ),
     MethodInfo(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from tdhook_rl import ActivationCaching, Compose
-from tdhook_rl.errors import InputError, MissingKeyError
-from tdhook_rl.latent import MapPatch, UnitValues
-from tests.policies import CASES, POLICIES, Case, mlp
+from tdhook_rl import ActivationCaching, Compose, Saliency
+from tdhook_rl.errors import InputError, MissingKeyError, SiteError
+from tdhook_rl.latent import MapPatch, StateSubtraction, UnitValues
+from tests.policies import CASES, POLICIES, Case, actor, mlp
 from tests.test_gates import acting, by_case, by_hand, positive, require_equal, some_batch
+from tests.test_invariants import assert_at_rest
 
 MAPS = {name: POLICIES[name] for name in ("pixels", "bytes")}
 
@@ -129,3 +133,143 @@ def test_bad_units_and_squares_are_refused() -> None:
             hooked(data.clone())
     with UnitValues({"0": [0]}).prepare(nn.Sequential(nn.Linear(4, 2))) as hooked:
         assert hooked(input=torch.randn(3, 4))[:, 0].tolist() == [0.0] * 3  # with tensors too
+
+
+# ---------------------------------------------------------------------- activations of other inputs
+
+
+def negated(case: Case, rows: TensorDict) -> TensorDict:
+    """The counterfactual of the tests."""
+    value = rows[case.key]
+    return rows.set(case.key, 255 - value if value.dtype == torch.uint8 else -value)
+
+
+@by_case
+def test_activations_of_the_counterfactual_are_put_in_as_by_hand(case: Case, batch: tuple[int, ...]) -> None:
+    some_batch(case, batch)
+    if case is POLICIES["batch_norm"]:
+        pytest.skip("by hand, the statistics would be updated twice")
+    policy, data = case.build(), case.data(*batch)
+    kept: list[Tensor] = []
+    keeping = by_hand(policy, case, lambda value, spread: kept.append(value.detach().clone()) or value, batch)
+    acting(keeping, negated(case, data.clone()))
+    rows = positive(case, data)
+    for method, change in (
+        ({}, lambda value, spread: kept[0].clone()),
+        ({"alpha": 1.5}, lambda value, spread: value + 1.5 * (kept[0] - value)),
+        (
+            {"alpha": lambda rows: -0.5 * positive(case, rows), "when": lambda rows: positive(case, rows)},
+            lambda value, spread: torch.where(spread(rows), value - 0.5 * (kept[0] - value), value),
+        ),
+    ):
+        subtraction = StateSubtraction(case.site, lambda rows: negated(case, rows), **method)
+        with subtraction.prepare(policy) as hooked:
+            found, expected = acting(hooked, data), acting(by_hand(policy, case, change, batch), data)
+            require_equal(found, expected, policy.out_keys)
+            assert torch.equal(found[case.key], data[case.key])
+            if callable(getattr(policy, "log_prob", None)) and case is not POLICIES["actor_value"]:
+                log_prob = by_hand(policy, case, change, batch).log_prob(found.clone())
+                torch.testing.assert_close(hooked.log_prob(found.clone()), log_prob)
+            if method:
+                assert torch.equal(hooked(data.clone()).get(("steered", "subtraction"), rows), rows)
+            assert_at_rest(hooked)
+
+
+def test_gradients_pass_through_both_runs_and_annotate_says_the_same() -> None:
+    net = mlp().double()
+    x = torch.randn(5, 6).double()
+    data = TensorDict({"input": x, "shift": torch.randn(5, 6).double()}, batch_size=5)
+    method = Compose(
+        ActivationCaching("3"),
+        StateSubtraction("1", lambda rows: rows.set("input", rows["input"].cos() + rows["shift"]), alpha=0.5),
+        Saliency(when="step", attribution_key="live"),
+        Saliency(),
+        Saliency(input_modules=["1"], attribution_key="inner"),
+    )
+    with method.prepare(net) as hooked:
+        found = hooked.annotate(hooked(data.clone()))
+        with pytest.raises(MissingKeyError, match="shift"):
+            hooked(data.select("input"))
+    point = x.clone().requires_grad_()
+    hidden = torch.lerp(net[:2](point), net[:2](point.cos() + data["shift"]), 0.5)
+    hidden.retain_grad()
+    net[2:](hidden).sum().backward()
+    torch.testing.assert_close(found["cache", "3"], net[2:4](hidden))
+    for root in ("live", "attr"):
+        torch.testing.assert_close(found[root, "input"], point.grad)
+    torch.testing.assert_close(found["inner", "1"], hidden.grad)
+
+
+def test_the_second_run_draws_nothing_and_leaves_the_state() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return x
+
+    policy = actor(Counts(), nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 4))
+    case = Case(lambda: policy, "module.0.module.1", (8,))
+    with StateSubtraction(case.site, lambda rows: negated(case, rows), alpha=0.0).prepare(policy) as hooked:
+        for step in range(4):
+            data = case.data(3)
+            twin = copy.deepcopy(policy)
+            torch.manual_seed(step)
+            expected, state = twin(data.clone()), torch.get_rng_state()
+            torch.manual_seed(step)
+            found = hooked(data.clone())
+            assert torch.equal(found["logits"], expected["logits"])
+            assert torch.equal(found["action"], expected["action"])
+            assert torch.equal(torch.get_rng_state(), state)
+            assert float(policy.get_submodule("module.0.module.0").calls) == step + 1
+
+
+def test_copies_compiled_and_functional_calls_subtract_too() -> None:
+    case = CASES["categorical"]
+    policy, data = case.build(), case.data(4)
+    with StateSubtraction(case.site, lambda rows: negated(case, rows), alpha=0.7).prepare(policy) as hooked:
+        expected = hooked(data.clone())["logits"]
+        for twin in (copy.deepcopy(hooked), pickle.loads(pickle.dumps(hooked))):
+            torch.testing.assert_close(twin(data.clone())["logits"], expected)
+        params = TensorDict.from_module(policy).data.expand(2).clone()
+
+        def call(params: TensorDict) -> Tensor:
+            with params.to_module(hooked):
+                return hooked.get_dist(data.clone()).logits
+
+        stacked = torch.vmap(call)(params)
+        torch.testing.assert_close(stacked[1], expected.log_softmax(-1))
+        with torch.no_grad():
+            compiled = torch.compile(hooked.get_dist, fullgraph=True, backend="eager")(data.clone())
+        torch.testing.assert_close(compiled.logits, expected.log_softmax(-1))
+
+
+def test_two_subtractions_do_not_act_in_each_others_runs() -> None:
+    net, data = mlp(), TensorDict({"input": torch.randn(4, 6)}, batch_size=4)
+    x = data["input"]
+    method = Compose(
+        StateSubtraction("1", lambda rows: rows.set("input", -rows["input"]), name="one"),
+        StateSubtraction("3", lambda rows: rows.set("input", 2 * rows["input"]), alpha=0.5, name="two"),
+    )
+    with method.prepare(net) as hooked:
+        found = hooked(data)["output"]
+    hidden = torch.lerp(net[2:4](net[:2](-x)), net[:4](2 * x), 0.5)
+    torch.testing.assert_close(found, net[4](hidden))
+
+
+def test_bad_counterfactuals_are_refused() -> None:
+    net, data = mlp(), TensorDict({"input": torch.randn(4, 6)}, batch_size=4)
+    for function, said in (
+        (lambda rows: rows["input"], "it returned one of Tensor"),
+        (lambda rows: rows[:2], r"one of batch \(2,\)"),
+        (lambda rows: rows.exclude("input"), "reads 'input'"),
+    ):
+        error = MissingKeyError if "reads" in said else InputError
+        with StateSubtraction("1", function).prepare(net) as hooked, pytest.raises(error, match=said):
+            hooked(data.clone())
+    with pytest.raises(InputError, match="takes a function of"):
+        StateSubtraction("1", lambda: data).prepare(net).__enter__()
+    with StateSubtraction("1", lambda rows: rows).prepare(net) as hooked, pytest.raises(SiteError, match="TensorDict"):
+        hooked(input=data["input"])

@@ -193,7 +193,7 @@ def _select(policy: HookedPolicy, data: TensorDictBase, missing: Sequence[BoundM
     for one in missing:
         keys += one.reads
     records = [record.key for record in policy._hooked.records]
-    if all(data.get(key, None) is not None for key in records):
+    if not policy._hooked.passes and all(data.get(key, None) is not None for key in records):
         selected = data.select(*keys, *records, strict=False)
     else:  # what functions of the rows read is not known
         selected = data

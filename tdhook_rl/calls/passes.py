@@ -108,6 +108,11 @@ class Call:
             self._keep(drawn)
         return self
 
+    def of_other_inputs(self) -> Call:
+        """The same call, of inputs that the policy did not act on: nothing was drawn there."""
+        self._learned = True
+        return self
+
     def learn(self) -> None:
         """Find, once, what the data does not hold: samples that were written over later, the noise behind latents.
 
@@ -272,6 +277,8 @@ def run_root(policy: HookedPolicy, forward: Callable[..., Any], args: tuple, kwa
     try:
         if runtime.row_hook is not None:
             runtime.row_hook.before(policy, args, kwargs)
+        for one in policy._hooked.passes:
+            one.run(policy, forward, runtime.source)
         if runtime.cores and not torch.compiler.is_compiling():
             with watching(runtime):
                 output = forward(policy, *args, **kwargs)

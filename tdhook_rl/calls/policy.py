@@ -41,6 +41,7 @@ class HookedState:
         is_chain: it may be a chain of known layers. Read by the pass that needs no graph.
         reads: keys that methods read beside the policy's own. Read by ``in_keys``.
         records: what is written of how interventions acted. Read by replays.
+        passes: what runs before it, each time. Read by whatever runs the policy.
         overwrites: its inputs that it writes over. Read by replays and by stamps.
         made: its input keys of which it writes the entries itself. Read by replays.
         noise: its inputs that hold noise, and are drawn where they are absent. Read by replays.
@@ -65,6 +66,7 @@ class HookedState:
     is_chain: bool
     reads: list[NestedKey]
     records: list[Record]
+    passes: list[Any]
     overwrites: list[NestedKey]
     made: list[NestedKey]
     noise: list[NestedKey]

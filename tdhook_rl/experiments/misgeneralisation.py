@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
 
-from tdhook_rl import ActivationCaching, SteeringVectors
 from tdhook_rl.envs import Cheese
 from tdhook_rl.experiments.findings import Check, Experiment, Findings, Trained, share
+from tdhook_rl.latent import StateSubtraction
 from tdhook_rl.report.drawing import Drawing
 from tdhook_rl.report.figures import grouped_bars
 from tdhook_rl.sweeps import first_episode
@@ -93,18 +93,8 @@ def _hide(observation: Tensor) -> Tensor:
 
 def _without_cheese(actor: nn.Module, path: str) -> nn.Module:
     """The policy with, in each state, what the cheese adds to one layer taken out again."""
-    key = ("cache", path)
-    caching = ActivationCaching(path)
-    seen, unseen = caching.prepare(actor, return_context=False), caching.prepare(actor, return_context=False)
-    steered = SteeringVectors({path: "cheese"}, alpha=-1.0).prepare(actor, return_context=False)
-    return TensorDictSequential(
-        seen,
-        TensorDictModule(lambda cached: cached, in_keys=[key], out_keys=["seen"]),
-        TensorDictModule(lambda o: (o, _hide(o)), in_keys=["observation"], out_keys=["kept", "observation"]),
-        unseen,
-        TensorDictModule(lambda a, b, o: (a - b, o), in_keys=["seen", key, "kept"], out_keys=["cheese", "observation"]),
-        steered,
-    )
+    unseen = StateSubtraction(path, lambda rows: rows.set("observation", _hide(rows["observation"])))
+    return unseen.prepare(actor, return_context=False)
 
 
 def _logit_gap(actor: nn.Module, path: str, seed: int) -> float:

@@ -36,6 +36,7 @@ class Binder:
         tie: holds the tensors of the user's policy and of the clone together.
         reads: per-row keys that interventions read.
         records: what is written of how interventions acted, which explanations of that call read back.
+        passes: what runs before the policy, each time: ``run(policy, forward, data)``.
         made: input keys of which the policy writes the entries itself.
         noise: input keys that hold noise, see :func:`tdhook_rl.policies.draws.noise_keys`.
         routes: what one site hands to another during a call; each has ``close(complete)``, called at its end.
@@ -48,6 +49,7 @@ class Binder:
         self.tie = tie
         self.reads: list[NestedKey] = []
         self.records: list[Record] = []
+        self.passes: list[Any] = []
         self.made = made_inside(policy)
         self.noise = noise_keys(policy)
         self.routes: list[Any] = []

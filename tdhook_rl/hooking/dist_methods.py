@@ -48,6 +48,8 @@ def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             if runtime.row_hook is not None:
                 runtime.row_hook.decide(self, args, kwargs)
+            for one in self._hooked.passes:
+                one.run(self, type(self)._base.forward, runtime.source)
             if runtime.cores and not torch.compiler.is_compiling():
                 with watching(runtime):
                     found = method(self, *args, **kwargs)

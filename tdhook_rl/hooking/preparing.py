@@ -103,6 +103,7 @@ def hooked_clone(
         is_chain=is_chain(clone),
         reads=binder.reads,
         records=binder.records,
+        passes=binder.passes,
         overwrites=overwrites,
         made=binder.made,
         noise=binder.noise,

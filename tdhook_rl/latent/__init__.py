@@ -12,6 +12,7 @@ from tdhook_rl.latent.directions import DirectionalAblation, DirectionClamping
 from tdhook_rl.latent.gates import AtSteps, ProbeGate, RowFunction
 from tdhook_rl.latent.map_patch import MapPatch
 from tdhook_rl.latent.principal_directions import principal_directions
+from tdhook_rl.latent.state_subtraction import StateSubtraction
 from tdhook_rl.latent.steering_vector import SteeringVector
 from tdhook_rl.latent.steering_vectors import SteeringVectors
 from tdhook_rl.latent.unit_values import UnitValues
@@ -28,6 +29,7 @@ __all__ = [
     "MapPatch",
     "ProbeGate",
     "RowFunction",
+    "StateSubtraction",
     "SteeringVector",
     "SteeringVectors",
     "UnitValues",

@@ -11,14 +11,12 @@ from torch import Tensor, nn
 
 from tdhook_rl.arguments.callbacks import has_parameter, takes_keywords
 from tdhook_rl.errors import InputError, SiteError, nearest
-from tdhook_rl.latent.gates import RowFunction
 from tdhook_rl.latent.placed_vectors import as_vectors
 from tdhook_rl.latent.strength import (
     BoundSteered,
     Source,
     Strength,
-    is_function,
-    is_key,
+    as_strength,
     place_strength,
     require_conditions,
 )
@@ -116,7 +114,7 @@ class SteeringVectors(Method):
             raise InputError("modules_to_steer= and steer_fn= go together")
         if self.steer_fn is None:
             object.__setattr__(self, "vectors", as_vectors(self.vectors, "vectors"))
-            object.__setattr__(self, "alpha", _strength(self.alpha))
+            object.__setattr__(self, "alpha", as_strength(self.alpha))
             return
         takes_keywords(self.steer_fn, _ARGUMENTS, "steer_fn", _BESIDE)  # raises
         if not isinstance(self.alpha, float) or self.alpha != 1.0:
@@ -164,26 +162,6 @@ def _are_paths(given: Any) -> bool:
     return isinstance(given, str) or (
         isinstance(given, (list, tuple)) and bool(given) and all(isinstance(one, str) for one in given)
     )
-
-
-def _strength(alpha: Any) -> Any:
-    """One finite number as a float, or what gives each row its own."""
-    if is_key(alpha) or isinstance(alpha, RowFunction) or is_function(alpha):
-        return alpha
-    try:
-        number = torch.as_tensor(alpha, dtype=torch.float64).detach()
-    except (TypeError, ValueError, RuntimeError):
-        number = torch.full((), torch.nan)
-    if number.numel() > 1:
-        raise InputError(
-            f"alpha= holds {number.numel()} numbers, but it is one strength for every row of every batch: put a "
-            'strength for each row into the data, data["alpha"] = ..., and give its key, alpha="alpha"'
-        )
-    if number.numel() != 1 or not bool(torch.isfinite(number)):
-        raise InputError(
-            f"alpha= is a finite number, or the TensorDict key or a function of one for each row, got {alpha!r:.80}"
-        )
-    return float(number)
 
 
 class AdditionHook:

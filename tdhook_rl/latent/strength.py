@@ -267,6 +267,30 @@ def _conditions(when: When) -> list[Any]:
     return list(when) if isinstance(when, (list, tuple)) and not is_key(when) else [when]
 
 
+def as_strength(alpha: Any) -> Any:
+    """A strength as one finite number, or what gives each row its own.
+
+    Raises:
+        InputError: for what is neither.
+    """
+    if is_key(alpha) or isinstance(alpha, RowFunction) or is_function(alpha):
+        return alpha
+    try:
+        number = torch.as_tensor(alpha, dtype=torch.float64).detach()
+    except (TypeError, ValueError, RuntimeError):
+        number = torch.full((), torch.nan)
+    if number.numel() > 1:
+        raise InputError(
+            f"alpha= holds {number.numel()} numbers, but it is one strength for every row of every batch: put a "
+            'strength for each row into the data, data["alpha"] = ..., and give its key, alpha="alpha"'
+        )
+    if number.numel() != 1 or not bool(torch.isfinite(number)):
+        raise InputError(
+            f"alpha= is a finite number, or the TensorDict key or a function of one for each row, got {alpha!r:.80}"
+        )
+    return float(number)
+
+
 def require_conditions(when: When) -> None:
     """Raise :class:`InputError` for what is no condition.
 

@@ -110,9 +110,10 @@ def disabled_hooks(hooked: HookedPolicy) -> Iterator[HookedPolicy]:
     runtime = hooked._hooked.runtime
     stores: list[tuple[Mapping[int, Any], dict[int, Any], dict[int, Any]]] = []
     # No key is read for them, and that they do not act is meant.
-    kept = runtime.row_hook, runtime.expected, hooked._hooked.reads
+    state = hooked._hooked
+    kept = runtime.row_hook, runtime.expected, state.reads, state.passes
     try:
-        runtime.row_hook, runtime.expected, hooked._hooked.reads = None, [], []
+        runtime.row_hook, runtime.expected, state.reads, state.passes = None, [], [], []
         with runtime.lock:
             for module in hooked.modules():
                 for store in (module._forward_hooks, module._forward_pre_hooks):
@@ -124,7 +125,7 @@ def disabled_hooks(hooked: HookedPolicy) -> Iterator[HookedPolicy]:
         with without_methods(hooked):
             yield hooked
     finally:
-        runtime.row_hook, runtime.expected, hooked._hooked.reads = kept
+        runtime.row_hook, runtime.expected, state.reads, state.passes = kept
         with runtime.lock:
             for store, before, taken in stores:
                 now = {**store, **taken}  # others may have come and gone

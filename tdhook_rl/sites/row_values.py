@@ -47,22 +47,7 @@ class RowFunction:
 
     def __call__(self, data: TensorDictBase) -> Tensor:
         rows = data.select(*self.reads, strict=False) if self.reads else data.copy()
-        if torch.compiler.is_compiling():
-            return self._checked(self.function(rows), data.batch_size)
-        try:
-            value = self.function(rows)
-        except TdhookError:
-            raise
-        except KeyError as error:
-            key = _absent(error)
-            if key is None:
-                raise
-            raise MissingKeyError(
-                f"{self.what} is a function that reads {key!r}, which the rows lack; "
-                f"{nearest(key, data.keys(True, True))}. Losses and servers hand on the policy's in_keys only: "
-                "RowFunction(function, reads=[...]) makes what it reads one of these"
-            ) from error
-        value = self._checked(value, data.batch_size)
+        value = self._checked(asked(self.function, rows, self.what), data.batch_size)
         if not self.truths:
             require_finite(value, self.what)
         return value
@@ -81,6 +66,27 @@ class RowFunction:
                 f"{tuple(value.shape)}"
             )
         return value if self.truths or value.is_floating_point() else value.to(torch.get_default_dtype())
+
+
+def asked(function: Callable[[TensorDictBase], Any], rows: TensorDictBase, what: str) -> Any:
+    """What a function of the user's makes of rows.
+
+    Raises:
+        MissingKeyError: if it reads what they lack.
+    """
+    if torch.compiler.is_compiling():
+        return function(rows)
+    try:
+        return function(rows)
+    except KeyError as error:
+        key = None if isinstance(error, TdhookError) else _absent(error)
+        if key is None:
+            raise
+        raise MissingKeyError(
+            f"{what} is a function that reads {key!r}, which the rows lack; {nearest(key, rows.keys(True, True))}. "
+            "Some losses and servers hand on the policy's in_keys only: RowFunction(function, reads=[...]) makes what "
+            "a condition or a strength reads one of these"
+        ) from error
 
 
 @dataclass(frozen=True)
