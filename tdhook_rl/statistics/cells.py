@@ -25,6 +25,8 @@ C = TypeVar("C", bound=Cell)
 class Cells(Sequence[C], Generic[C]):
     """Rows of figures, each of which says its numbers; a subclass says which columns are shown."""
 
+    _cells: Sequence[C]
+
     def __init__(self, cells: Sequence[C]) -> None:
         self._cells = list(cells)
 

@@ -13,7 +13,6 @@ from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError, TargetError
 from tdhook_rl.sweeps.causal.bench import Bench, Ran
 from tdhook_rl.sweeps.causal.components import Components, components_of, run_sets
-from tdhook_rl.sweeps.causal.edits import vectors_last
 from tdhook_rl.sweeps.causal.metrics import Metric, Reading
 from tdhook_rl.sweeps.causal.pairs import Pairs, Way, base_and_source, pairs_of, require_way
 from tdhook_rl.sweeps.causal.patch_table import Gap
@@ -151,8 +150,11 @@ def _compared(estimates: Tensor | None, found: Effects, compare: int | str, seed
     if estimates is None or compare == "all" or int(compare) >= count:
         return torch.ones(count, dtype=torch.bool)
     chosen = torch.zeros(count, dtype=torch.bool)
-    largest = (estimates * torch.sign(found.gap.source - found.gap.base)).nansum(-1).abs().argsort(descending=True)
-    chosen[largest[: int(compare) // 2]] = True
+    if not compare:
+        return chosen
+    sign = torch.sign(found.gap.source - found.gap.base).to(estimates)
+    largest = (estimates * sign).nansum(-1).abs().argsort(descending=True)
+    chosen[largest[: int(compare) // 2].cpu()] = True
     others = (~chosen).nonzero().squeeze(-1)
     draws = torch.Generator().manual_seed(seed)
     chosen[others[torch.randperm(len(others), generator=draws)[: int(compare) - int(chosen.sum())]]] = True
@@ -200,7 +202,7 @@ class Effects:
         return self
 
     def estimated(self) -> Tensor:
-        """``(components, states)``: to first order."""
+        """``(components, states)``: to first order, where the policy computes."""
         parts, ends = [], []
         reached: set[str] = set()
         for some in self.pairs.parts(self._rows):
@@ -220,7 +222,7 @@ class Effects:
         if lacking:
             self.words = f"no gradient reaches {', '.join(map(repr, lacking[:4]))}, which are estimated to do nothing"
         self.gap = Gap(*torch.cat(ends, -1))
-        return torch.cat(parts, -1).double().cpu()
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).T
 
     def measured(self, sets: Tensor) -> Tensor:
         """``(sets, states)``: the change of the metric where sets of components are put in.
@@ -255,7 +257,7 @@ class Effects:
         return base, source, reading
 
     def _first_order(self, base: Ran, source: Ran, slopes: Mapping[str, Sequence[Tensor | None]]) -> Tensor:
-        """``(components, rows)``: slopes times differences, summed over runs, places and the units of a component."""
+        """``(rows, components)``: slopes times differences, summed over runs, places and the units of a component."""
         rows = base.result.outputs.batch_size.numel()
         found = []
         for site in self.bench.sites:
@@ -265,13 +267,14 @@ class Effects:
                 if slope is None:
                     continue
                 product = slope * (there - here.detach())
-                product = vectors_last(product, [self.components.axes[site]])
-                product = product if product.ndim == 2 else product.flatten(1, -2).sum(1)
+                own = product.ndim + self.components.axes[site]
+                if others := [dim for dim in range(1, product.ndim) if dim != own]:
+                    product = product.sum(others)
                 total = product if total is None else total + product
             if total is None:
                 total = torch.zeros(rows, self.components.units[site])
-            found.append(self.components.of_units(total, site).T)
-        return torch.cat(found)
+            found.append(self.components.of_units(total, site))
+        return torch.cat(found, -1)
 
 
 def _slopes(value: Tensor, base: Ran, sites: Sequence[str]) -> dict[str, list[Tensor | None]]:

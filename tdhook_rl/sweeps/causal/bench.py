@@ -206,6 +206,7 @@ class Bench:
         self._units = dict(units) if isinstance(units, Mapping) else units
         self._chunk = chunk_size
         self._axes: dict[str, int] = {}
+        self._follower: UnitAxes | None = None
 
     def close(self) -> None:
         """End the hooking."""
@@ -364,11 +365,11 @@ class Bench:
         if axis is None and activation.ndim <= 2:
             axis = -1
         if axis is None:
-            follower = UnitAxes(self.hooked.hooked_root)
-            few = states[:2]
-            with follower.following():
-                seen = self.look(few, [name]).kept[name][0]
-            axis = follower.of(name, seen, rows=1)
+            if self._follower is None:  # one pass for all sites
+                self._follower = UnitAxes(self.hooked.hooked_root)
+                with self._follower.following():
+                    self._followed = self.look(states[:2])
+            axis = self._follower.of(name, self._followed.kept[name][0], rows=1)
         if activation.ndim < 2 or not activation.shape[axis]:
             raise InputError(f"{name!r} gives {tuple(activation.shape)} and has no units: name a module with features")
         self._axes[name] = axis
@@ -379,5 +380,7 @@ def flat_states(states: TensorDictBase, keys: Sequence[NestedKey]) -> TensorDict
     """What a policy reads, as one batch dimension, on tensors that autograd may work with."""
     chosen = states.select(*keys)
     chosen = chosen.unsqueeze(0) if chosen.ndim == 0 else chosen.reshape(-1)
+    if not any(value.is_inference() for value in chosen.values(True, True)):
+        return chosen
     with torch.inference_mode(False):
         return chosen.clone()

@@ -224,7 +224,7 @@ class _Search:
     def importance(self, other: Effects) -> Tensor:
         """``(components,)``: what each keeps, to first order, by the mean of the slopes in the two runs."""
         # Putting a corrupt activation into the clean run takes away what it keeps; a clean one into the other adds it.
-        changes = other.estimated() - self.effects.estimated()
+        changes = (other.estimated() - self.effects.estimated()).double().cpu()
         known = self.gap.known
         if not bool(known.any()):
             raise InputError(

@@ -49,6 +49,8 @@ class Components:
 
     def of_units(self, values: Tensor, site: str) -> Tensor:
         """Sums over the units of each component: ``(..., units)`` to ``(..., components)``."""
+        if self.parts[site] == self.units[site]:
+            return values
         return values.unflatten(-1, (self.parts[site], -1)).sum(-1)
 
     def in_units(self, chosen: Tensor, site: str) -> Tensor:

@@ -11,7 +11,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.arguments.keys import required
-from tdhook_rl.calls.real_rows import defined_values, real_rows
+from tdhook_rl.calls.real_rows import defined_values, real_rows, surely_finite
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.policies.draws import action_keys
 from tdhook_rl.replaying.batching import row_vectors
@@ -98,7 +98,8 @@ def pairs_of(
     usable = torch.ones(count, dtype=torch.bool)
     for states, side in zip((clean, corrupt), sides, strict=True):
         real = real_rows(states)
-        finite = defined_values((side.get(key) for key in bench.reads), side.batch_size)
+        odd = (value for key in bench.reads if not surely_finite(value := side.get(key)))
+        finite = defined_values(odd, side.batch_size)
         for mask in (real, finite):
             if mask is not None:
                 usable &= mask.reshape(-1).cpu()

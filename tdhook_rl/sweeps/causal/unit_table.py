@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,7 @@ class UnitTable(Cells[UnitCell]):
         words: what one has to know.
 
     Attributes:
-        agreement: of the two, where there are both.
+        components, gap, changes, way, metric, words: as given.
     """
 
     def __init__(
@@ -108,16 +109,33 @@ class UnitTable(Cells[UnitCell]):
         words: str = "",
     ) -> None:
         self.components, self.gap, self.way, self.metric = components, gap, way, metric
-        self.estimates, self.changes = estimates, changes
+        self.changes = changes
+        self._estimates, self._groups = estimates, groups
         self.words = "; ".join(one for one in (words, gap.left_out(gap.source)) if one)
-        sides = [None if one is None else pooled(one, gap, groups) for one in (estimates, changes)]
-        cells = []
-        for place, (site, unit) in enumerate(components.names):
+
+    @cached_property
+    def estimates(self) -> Tensor | None:
+        """``(components, states)``: changes of the metric to first order; ``None`` where nothing was estimated."""
+        return None if self._estimates is None else self._estimates.double().cpu()
+
+    @cached_property
+    def _of(self) -> dict[tuple[str, int], UnitCell]:
+        # Made when they are looked at: of many units in many states intervals cost more than the passes.
+        sides = [None if one is None else pooled(one, self.gap, self._groups) for one in (self.estimates, self.changes)]
+        found = {}
+        for place, (site, unit) in enumerate(self.components.names):
             own = [None if side is None else side[place] for side in sides]
-            cells.append(UnitCell(site=site, unit=unit, estimated=own[0], measured=own[1]))
-        self._of = {(cell.site, cell.unit): cell for cell in cells}
-        self.agreement = _agreement(cells) if estimates is not None and changes is not None else None
-        super().__init__(sorted(cells, key=lambda cell: -abs(cell.share) if cell.share == cell.share else 1.0))
+            found[site, unit] = UnitCell(site=site, unit=unit, estimated=own[0], measured=own[1])
+        return found
+
+    @cached_property
+    def _cells(self) -> list[UnitCell]:  # type: ignore[override]
+        return sorted(self._of.values(), key=lambda cell: -abs(cell.share) if cell.share == cell.share else 1.0)
+
+    @cached_property
+    def agreement(self) -> Agreement | None:
+        """How far estimates are from what was measured, where there are both."""
+        return None if self._estimates is None or self.changes is None else _agreement(list(self._of.values()))
 
     def __getitem__(self, key: Any) -> Any:
         """The cell of ``(site, unit)``; or cells by number, from the largest on.
@@ -175,14 +193,19 @@ def pooled(changes: Tensor, gap: Gap, groups: Tensor | None) -> list[Interval | 
     shape = {"confidence": 0.95, "rows": count}
     if not count:
         return [none(math.nan, "no state is left", groups=0, **shape)] * len(changes)
-    size = (gap.source - gap.base)[known].abs()
-    along = changes[:, known].double() * torch.sign(gap.source - gap.base)[known]
-    shares = along.sum(-1) / size.sum()
-    numbers = torch.from_numpy(pair_up(count, None if groups is None else groups[known]))
+    gaps = gap.source - gap.base
+    if count < len(known):
+        changes, gaps, groups = changes[:, known], gaps[known], None if groups is None else groups[known]
+    size = gaps.abs()
+    total = size.sum()
+    along = changes.double() * (torch.sign(gaps) / total)
+    shares = along.sum(-1)
+    numbers = torch.from_numpy(pair_up(count, groups))
     held = int(numbers.max()) + 1
-    residuals = (along - shares[:, None] * size) / size.sum()
-    sums = torch.zeros(len(changes), held, dtype=torch.float64).index_add_(1, numbers, residuals)
-    variances = sums.square().sum(-1) * held / max(held - 1, 1)
+    residuals = torch.addr(along, shares, size / total, alpha=-1)
+    if held < count:
+        residuals = torch.zeros(len(changes), held, dtype=torch.float64).index_add_(1, numbers, residuals)
+    variances = torch.linalg.vecdot(residuals, residuals) * (held / max(held - 1, 1))
     weights = torch.zeros(held, dtype=torch.float64).index_add_(0, numbers, size)
     freedom = max(min(float(weights.sum() ** 2 / weights.square().sum()), held) - 1, 1.0)
     words = f"only {held} groups: a t interval by group" if held < FEW_GROUPS else ""
