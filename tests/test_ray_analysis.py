@@ -74,6 +74,19 @@ def test_parquet_is_read_by_each_actor(ray: Any, folder: Path, policy: Any, tmp_
     assert files(tmp_path / "here") == files(tmp_path / "there")
 
 
+def test_each_actor_computes_with_one_thread(ray: Any, folder: Path, tmp_path: Path) -> None:
+    def threads(output: Any) -> Any:
+        return torch.full_like(output, torch.get_num_threads())
+
+    torch.set_num_threads(2)
+    try:
+        with ActivationCaching(FC2, callback=threads).prepare(make_actor()) as hooked:
+            found = analyze(hooked, folder, tmp_path / "there", engine="ray", workers=2, on_mismatch="ignore")
+    finally:
+        torch.set_num_threads(1)
+    assert bool((found["cache", FC2] == 1).all())
+
+
 def test_actors_that_die_change_nothing(ray: Any, folder: Path, policy: Any, tmp_path: Path) -> None:
     analyze(policy, folder, tmp_path / "here", batch_size=16)
     killed: list[int] = []

@@ -52,7 +52,7 @@ def ray_results(
     try:
         items = [{"first": first, "last": last} for first, last in chunks]
         found = ray.data.from_items(items, override_num_blocks=min(len(items), _BLOCKS)).map_batches(
-            _Actor, fn_constructor_args=(content, torch.get_num_threads()), batch_size=1, num_cpus=1,
+            _Actor, fn_constructor_args=(content,), batch_size=1, num_cpus=1,
             compute=ray.data.ActorPoolStrategy(size=min(workers, len(items))),
         )  # fmt: skip
         for row in found.iter_rows():
@@ -75,8 +75,9 @@ def ray_results(
 class _Actor:
     """Computes chunks in a process of Ray's."""
 
-    def __init__(self, content: bytes, threads: int) -> None:
-        torch.set_num_threads(threads)  # sums over other parts have other last bits
+    def __init__(self, content: bytes) -> None:
+        # Actors would take each other's cores; and sums over other parts, by other machines' threads, other last bits.
+        torch.set_num_threads(1)
         self._compute: Compute = cloudpickle.loads(content)()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
