@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,28 @@ def test_a_buffer_of_torchrl_becomes_a_table_and_a_page(folder: Path, capsys: py
     assert "--checkpoints later=later.pt" in page
     assert "Which concepts can be read where" in page
     assert "report.html" in capsys.readouterr().out
+
+
+def test_checkpoints_are_compared_beside_an_untrained_network(folder: Path) -> None:
+    weights = make_actor().state_dict()
+    broken = {name: torch.full_like(value, torch.nan) if ".2." in name else value for name, value in weights.items()}
+    for name, state in (("one", weights), ("again", weights), ("broken", broken)):
+        torch.save(state, folder / f"{name}.pt")
+    command = ["probe", "buffer", "--policy", "my_probe_setup:actor", "--sites", "module.0.module.1", SITE]
+    command += ["--concepts", "xor=concept/xor", "--out", "out", "--checkpoints", "one=one.pt", "again=again.pt"]
+    assert main([*command, "broken=broken.pt"]) == 0
+    found = json.loads((folder / "out" / "probes.json").read_text())["similarity"]
+    assert found["states"] == 512
+    assert found["checkpoints"] == ["untrained", "one", "again", "broken"]
+    first, second = (torch.tensor([[math.nan if one is None else one for one in line] for line in found["sites"][site]])
+                     for site in ("module.0.module.1", SITE))  # fmt: skip
+    assert first[1, 2] > 0.999 > first[0, 1] > -0.1
+    assert first[1, 3] > 0.999  # before the layer that is broken
+    assert second[3].isnan().all()
+    assert second[1, 2] > 0.999
+    page = (folder / "out" / "report.html").read_text()
+    assert f"How alike checkpoints are at {SITE}" in page
+    assert "in 512 states" in page
 
 
 @pytest.mark.parametrize(

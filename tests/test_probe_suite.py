@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
@@ -23,7 +25,7 @@ from tdhook_rl.metrics import untrained_copy
 from tdhook_rl.probes.board import Source
 from tdhook_rl.replay import probe_grid
 from tdhook_rl.rollout import EPISODE, Future, GroupSplit, OnlineProbe, ProbeSuite, Return
-from tests.walks import Walks, net, suite, sums
+from tests.walks import Walks, fitted, net, require_one_pass, suite, sums
 
 STATE = [("concept", "cell"), ("concept", "bits")]
 
@@ -197,6 +199,22 @@ def test_what_two_workers_saw_adds_up() -> None:
     assert cells[0].rows == cells[1].rows
     assert cells[0].groups == cells[1].groups
     assert merged.scores().keys() == together._board.scores().keys()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_suites_of_other_processes_add_up_to_one_pass() -> None:
+    policy = make_actor()
+    collector = MultiSyncCollector(
+        [lambda: CueCorners(batch_size=[8])] * 2, policy, frames_per_batch=2560, total_frames=2560, cat_results="stack"
+    )
+    try:
+        data = next(iter(collector)).clone()
+    finally:
+        collector.shutdown()
+    weights, shards = policy.state_dict(), list(data.unbind(0))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        first, second = pool.map(fitted, [weights] * 2, shards)
+    require_one_pass(first, second, fitted(weights, data.flatten(0, 1)))
 
 
 @pytest.mark.parametrize(

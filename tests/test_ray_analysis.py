@@ -20,7 +20,9 @@ from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError, WorkerError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.replay import analyze, load_results, to_parquet
+from tdhook_rl.rollout import EPISODE
 from tests.matrix_rows import start_ray, stop_ray
+from tests.walks import fitted, require_one_pass
 
 pytest.importorskip("ray.data", reason="Ray Data is not installed: pip install 'tdhook_rl[ray]'")
 pytestmark = [pytest.mark.slow, pytest.mark.limit(300), pytest.mark.filterwarnings("ignore")]
@@ -159,3 +161,14 @@ def test_an_error_in_an_actor_is_that_error(ray: Any, folder: Path, policy: Any,
     other = ActivationCaching(FC2, callback=gone).prepare(make_actor(), return_context=False)
     with pytest.raises(InputError, match="the rows went away"):
         analyze(other, folder, tmp_path / "b", engine="ray", workers=1)
+
+
+def test_suites_that_remote_tasks_fitted_add_up_to_one_pass(ray: Any) -> None:
+    policy = make_actor()
+    data = CueCorners(batch_size=[16], seed=2).rollout(80, policy, break_when_any_done=False).detach()
+    data[EPISODE] = torch.arange(16)[:, None] * 80 + data["next", "done"][..., 0].cumsum(1)
+    weights = policy.state_dict()
+    first, second = ray.get(
+        [ray.remote(fitted).remote(weights, data[:8]), ray.remote(fitted).remote(weights, data[8:])]
+    )
+    require_one_pass(first, second, fitted(weights, data))

@@ -9,8 +9,9 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
+from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.probes.board import Source
-from tdhook_rl.rollout import EPISODE, GroupSplit, ProbeSuite
+from tdhook_rl.rollout import EPISODE, Future, GroupSplit, ProbeSuite
 
 
 class Walks:
@@ -62,3 +63,28 @@ def sums(one: ProbeSuite, group: str, network: str = "trained", site: Any = "mod
     weight, bias = found.weight[place], found.bias[place]
     own = len(bias) // (2 if network == "trained" else 1)  # the labels themselves; then the shuffled ones
     return {"weight": weight[:own], "bias": bias[:own]}
+
+
+def fitted(weights: dict[str, Tensor], shard: TensorDict) -> ProbeSuite:
+    """What a process makes of what one worker collected."""
+    policy = make_actor()
+    policy.load_state_dict(weights)
+    concepts = {"xor": ("concept", "xor"), "next": Future(("concept", "xor"), 1)}
+    one = ProbeSuite(policy, sites=[FC2], concepts=concepts, split=GroupSplit(EPISODE), seed=3)
+    for part in shard.split(4):
+        one.update(part)
+    return one
+
+
+def require_one_pass(first: ProbeSuite, second: ProbeSuite, whole: ProbeSuite) -> None:
+    """Two suites of :func:`fitted` add up to that of all rows: the sums, and what was scored."""
+    together = first + second
+    for group in ("classes", "next"):
+        for network in ("trained", "untrained"):
+            one, other = (sums(suite, group, network, FC2) for suite in (together, whole))
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    for concept in ("xor", "next"):
+        cells = [suite.table()[FC2, concept].trained for suite in (first, second, together, whole)]
+        rows, groups = [round(cell.rows) for cell in cells], [cell.groups for cell in cells]
+        assert rows[0] + rows[1] == rows[2] == rows[3] > 100
+        assert groups[0] + groups[1] == groups[2] == groups[3]

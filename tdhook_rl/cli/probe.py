@@ -11,6 +11,9 @@ from typing import Any
 from tdhook_rl.cli.setups import EXAMPLE, hooked, made
 from tdhook_rl.cli.showing import print_table, seed
 
+#: States in which checkpoints are compared, and what the network that was never trained is called beside them.
+STATES, UNTRAINED = 512, "untrained"
+
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
@@ -52,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
     from tdhook_rl.replay.manifest import facts_of
     from tdhook_rl.report import new_folder
     from tdhook_rl.report.probe_grids import probe_page
+    from tdhook_rl.report.similarity import similarity_document, similarity_grids
 
     torchrl.logger.setLevel("ERROR")
     torch.manual_seed(options.seed)
@@ -70,13 +74,38 @@ def run(options: argparse.Namespace) -> int:
             progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
         )  # fmt: skip
     document = {"command": options.written, **facts_of(hooked(policy)), "cells": json.loads(table.json())}
+    alike: list[Any] = []
+    if len(checkpoints or {}) > 1:
+        with console.status("comparing checkpoints"):
+            compared = _compared(policy, checkpoints, options)
+        document["similarity"] = similarity_document(compared)
+        alike = similarity_grids(compared, untrained=UNTRAINED)
     write_text(folder / "probes.json", json.dumps(document, indent=1) + "\n")
     heads, rows = table.columns()
     print_table(console, "Probes on held-out groups", heads, rows)
-    page = probe_page(table, command=options.written).save(folder / "report.html")
+    page = probe_page(table, command=options.written, beside=alike).save(folder / "report.html")
     console.print(f"  {folder / 'probes.json'}  every cell", highlight=False, soft_wrap=True)
     console.print(f"  {page}  the report: open it in a browser", highlight=False, soft_wrap=True)
     return 0
+
+
+def _compared(policy: Any, checkpoints: Any, options: argparse.Namespace) -> Any:
+    """The similarity of checkpoints, and of an untrained network, in states from all of the buffer."""
+    import torch
+
+    from tdhook_rl.hooking.hooked import HookedMixin
+    from tdhook_rl.metrics import untrained_copy
+    from tdhook_rl.reading.reader import Reader
+    from tdhook_rl.rollout import cka_matrix
+
+    if isinstance(policy, HookedMixin):
+        with policy.disable_context() as original:
+            policy = original
+    reader = Reader(options.data)
+    entries = torch.linspace(0, reader.size - 1, min(reader.size, max(4, STATES // reader.rows))).long().unique()
+    states = reader.read(entries)
+    compared = {UNTRAINED: untrained_copy(policy, seed=options.seed)} | checkpoints
+    return cka_matrix(policy, compared, options.sites, states, rows=STATES)
 
 
 def _bar(console: Any) -> Any:

@@ -83,9 +83,9 @@ def analyze(
         progress: called with the entries that are done, and all, before the first batch and after each; ``True`` for a
             bar with the time that is left, ``False`` for none; a bar on a terminal unless given.
         engine: ``"ray"``: a pool of Ray actors computes the chunks, each with the policy and a reader of its own; the
-            results are those of one machine to the bit, and so is the folder. Each computes with one torch thread: where
-            sums depend on the number of threads, compare with ``torch.set_num_threads(1)``. A path, or what pickles,
-            may be read so.
+            results are those of one machine to the bit, and so is the folder. Each has one torch thread; where sums
+            depend on how many there are, so has one machine after ``torch.set_num_threads(1)``. A path, or what
+            pickles, may be read so.
         workers: how many actors.
 
     Returns:

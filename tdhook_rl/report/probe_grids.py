@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tdhook_rl.probes.probe_table import ProbeCell, ProbeTable
@@ -61,13 +61,16 @@ def probe_grids(table: ProbeTable, *, level: float = LEVEL) -> list[Drawing]:
     return drawings
 
 
-def probe_page(table: ProbeTable, *, title: str = "What the network knows", command: str = "") -> Page:
+def probe_page(
+    table: ProbeTable, *, title: str = "What the network knows", command: str = "", beside: Sequence[Drawing] = ()
+) -> Page:
     """A page of a table: each concept where it is read best, with its controls; heatmaps; every cell.
 
     Args:
         table: as of :func:`probe_grids`.
         title: of the page.
         command: what makes it again.
+        beside: drawings that come after those of the table.
     """
     marked = [cell for cell in table if cell.adjusted <= LEVEL]
     concepts = list(dict.fromkeys(cell.concept for cell in table))
@@ -90,7 +93,7 @@ def probe_page(table: ProbeTable, *, title: str = "What the network knows", comm
     parts: list[Any] = [Findings(found, text="Scores are of held-out groups; intervals are over groups, 95%.")]
     if lines:
         parts.append(Cautions(lines[:40] + ([f"and {len(lines) - 40} more"] if len(lines) > 40 else [])))
-    parts += [*probe_grids(table), Table("Every cell", heads, rows)]
+    parts += [*probe_grids(table), *beside, Table("Every cell", heads, rows)]
     return Page(title=title, lead=lead, parts=parts, command=command)
 
 
