@@ -166,9 +166,8 @@ def test_an_error_in_an_actor_is_that_error(ray: Any, folder: Path, policy: Any,
 def test_suites_that_remote_tasks_fitted_add_up_to_one_pass(ray: Any) -> None:
     policy = make_actor()
     data = CueCorners(batch_size=[16], seed=2).rollout(80, policy, break_when_any_done=False).detach()
-    data[EPISODE] = torch.arange(16)[:, None] * 80 + data["next", "done"][..., 0].cumsum(1)
-    weights = policy.state_dict()
-    first, second = ray.get(
-        [ray.remote(fitted).remote(weights, data[:8]), ray.remote(fitted).remote(weights, data[8:])]
-    )
+    ended = data["next", "done"][..., 0].long()
+    data[EPISODE] = torch.arange(16)[:, None] * 80 + ended.cumsum(1) - ended
+    weights, task = policy.state_dict(), ray.remote(fitted)
+    first, second = ray.get([task.remote(weights, data[:8]), task.remote(weights, data[8:])])
     require_one_pass(first, second, fitted(weights, data))
