@@ -10,6 +10,7 @@ from torchrl.data import LazyTensorStorage, ReplayBuffer
 from tdhook_rl import ActivationCaching, Compose, ControlRecord, ProbeReadout, Saliency, SteeringVectors
 from tdhook_rl.attribution import IntegratedGradients
 from tdhook_rl.envs import CueCorners
+from tdhook_rl.latent import SteeringVector
 from tests.method_table import probe
 from tests.policies import CASES
 
@@ -49,6 +50,29 @@ def test_cuda_equals_cpu(name: str) -> None:
         if isinstance(key, tuple) and key[0] in ("attr", "path", "cache", "probe"):
             assert found[key].device.type == inline[key].device.type == "cuda"
             torch.testing.assert_close(found[key].cpu(), expected[key], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_directions_are_extracted_where_the_policy_is(where: str) -> None:
+    case = CASES["categorical"]
+    policy, positive, negative = case.build(), case.data(70), case.data(70)
+    pairs = SteeringVector.from_pairs(policy, case.site, positive, negative)
+    both = torch.cat([positive, negative])
+    both["door"] = torch.arange(140) < 70
+    contrast = SteeringVector.from_contrast(policy, case.site, both, "door")
+    policy.to("cuda")
+    moved = [one.to(where) for one in (positive, negative, both)] if where == "cuda" else [positive, negative, both]
+    for found, expected in (
+        (SteeringVector.from_pairs(policy, case.site, *moved[:2]), pairs),
+        (SteeringVector.from_contrast(policy, case.site, moved[2], "door"), contrast),
+    ):
+        assert found.check(policy) == expected.check(policy) == "same"
+        torch.testing.assert_close(found.vector.cpu(), expected.vector, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found.shuffled.cpu(), expected.shuffled, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close((found + expected).vector.cpu(), 2 * expected.vector, atol=1e-4, rtol=1e-4)
+        assert found.facts["data"] == expected.facts["data"]
+        with SteeringVectors(expected).prepare(policy) as hooked:
+            hooked(positive.to("cuda"))
 
 
 def test_a_policy_on_the_device_and_an_environment_on_the_cpu() -> None:

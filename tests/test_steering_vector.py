@@ -165,6 +165,36 @@ def test_labels_are_dealt_as_a_permutation_would() -> None:
         dealer.next(1)
 
 
+def test_labels_are_dealt_to_groups() -> None:
+    case = POLICIES["categorical"]
+    torch.manual_seed(2)
+    policy, data = case.build(), case.data(12)
+    data["episode"] = torch.tensor([30, 30, 30, 1, 1, 1, 2, 2, 2, 7, 7, 7])
+    data["door"] = torch.tensor([1, 1, 1, 0, 0, 0, 1, 1, 1, 0, 0, 0])
+    make = SteeringVector.from_contrast
+    found = make(policy, case.site, data, "door", groups="episode", shuffles=20, batch_size=5)
+    weights = _weights(computed(policy, case.site, data), found.shuffled).T.reshape(20, 4, 3)
+    assert torch.allclose(weights, weights[..., :1].expand_as(weights), atol=1e-3)
+    assert torch.allclose(weights[..., 0].sort(1).values, torch.tensor([-1, -1, 1, 1]).double() / 6, atol=1e-3)
+    by_row = make(policy, case.site, data, "door", shuffles=20)
+    assert torch.equal(found.vector, by_row.vector)
+    assert found.facts["groups"] == 4
+    whole = make(policy, case.site, data.reshape(2, 6), "door", groups=lambda rows: rows["episode"], shuffles=20)
+    assert close(whole.shuffled, found.shuffled)  # type: ignore[arg-type]
+    # A concept that is one for each episode stands out among rows and not among episodes, of which six are two and two.
+    repeated = data[torch.arange(12) // 3 * 3]
+    scores = [make(policy, case.site, repeated, "door", groups=one).facts["score"] for one in (None, "episode")]
+    assert scores[0] > scores[1]
+    for wrong, words in ((lambda _: torch.zeros(12), "whole numbers"), (lambda rows: rows["door"] * 0, "of one")):
+        with pytest.raises(InputError, match=words):
+            make(policy, case.site, data, "door", groups=wrong)
+    with pytest.raises(MissingKeyError, match="nearest: 'episode'"):
+        make(policy, case.site, data, "door", groups="episodes")
+    codes = iter([data["episode"], data["episode"] + 1])
+    with pytest.raises(InputError, match="other groups the second time"):
+        make(policy, case.site, data, "door", groups=lambda _: next(codes))
+
+
 def test_sets_of_different_sizes_are_no_pairs() -> None:
     net, positive, negative = mlp(), states(2, seed=1), states(3, seed=2)
     found = SteeringVector.from_pairs(net, "1", positive, negative, shuffles=20)
@@ -514,11 +544,11 @@ def test_methods_check_the_vectors_that_they_are_given() -> None:
     other = mlp()
     other[0].bias.data += 1
     for method in (SteeringVectors, DirectionalAblation, lambda one: DirectionClamping(one, value=1.0)):
-        vector = found + found * 0.5  # said once for each
-        vector = SteeringVector(vector=vector.vector, path="1", facts=dict(vector.facts, weights=str(method)))
+        vector = SteeringVector(vector=found.vector, path="1", facts={"weights": str(method)})  # said once for each
         with pytest.warns(UserWarning, match="other weights"):
             method(vector).prepare(other, return_context=False).restore()
         method(vector).prepare(other, return_context=False).restore()
+        method(vector + vector).prepare(other, return_context=False).restore()
         method({"1": vector.vector}).prepare(other, return_context=False).restore()
         for wrong, words in (
             (SteeringVector(vector=torch.ones(6), path="2"), "'2' of Sequential gives 2"),

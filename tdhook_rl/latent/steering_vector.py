@@ -18,16 +18,18 @@ from tdhook_rl.errors import ArtifactError, InputError, warn
 from tdhook_rl.files.stored import module_path, tensors_named
 from tdhook_rl.latent.vectors.activations import root_of, unhooked
 from tdhook_rl.latent.vectors.arithmetic import Arithmetic, floats
-from tdhook_rl.latent.vectors.contrast import Where, contrast
+from tdhook_rl.latent.vectors.combining import terms_of
+from tdhook_rl.latent.vectors.contrast import contrast
 from tdhook_rl.latent.vectors.extracted import Extracted, chance_score
 from tdhook_rl.latent.vectors.fitting import Weights, require_fit, weights_against
+from tdhook_rl.latent.vectors.labels import Asked
 from tdhook_rl.latent.vectors.origins import DataDigest, origin_of
 from tdhook_rl.latent.vectors.pairs import mean_difference
 from tdhook_rl.latent.vectors.places import Place, path_and_entry, place_name
 from tdhook_rl.latent.vectors.probes import probe_direction
 
 #: Of which directions it was said that they were found in other weights.
-_SAID: set[tuple[str, str]] = set()
+_SAID: set[tuple[str, ...]] = set()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -129,10 +131,11 @@ class SteeringVector(Arithmetic, metaclass=Checked):
         policy: nn.Module,
         path: Place,
         data: Any,
-        where: Where,
+        where: Asked,
         *,
         positive: float = 1,
         negative: float | None = 0,
+        groups: Asked | None = None,
         shuffles: int = 10,
         seed: int = 0,
         batch_size: int | None = None,
@@ -152,8 +155,9 @@ class SteeringVector(Arithmetic, metaclass=Checked):
             negative: the label of those without; ``None``: any other label. Rows of neither, and rows whose label is
                 NaN, are left out, and counted in ``other_rows``; those of which the activation is not finite in
                 ``not_finite_rows``. Padding is no row.
-            shuffles: how often to extract it again with the labels of all rows permuted, those of one episode too: the
-                score takes rows for independent of each other.
+            groups: rows that are no evidence of their own, such as those of an episode, ``("collector", "traj_ids")``:
+                a key of whole numbers, or a function of a batch. Shuffled labels are dealt out to groups then.
+            shuffles: how often to extract it again with the labels of all rows permuted, or dealt out to groups.
             seed: of these.
             batch_size: rows read at once.
             facts: more that is to be known of it.
@@ -173,8 +177,8 @@ class SteeringVector(Arithmetic, metaclass=Checked):
             (torch.Size([64]), 160)
         """
         found = contrast(
-            policy, path, data, where, positive=positive, negative=negative, shuffles=shuffles, seed=seed,
-            batch_size=batch_size,
+            policy, path, data, where, positive=positive, negative=negative, groups=groups, shuffles=shuffles,
+            seed=seed, batch_size=batch_size,
         )  # fmt: skip
         return cls._of(policy, path, found, facts, seed=seed)
 
@@ -336,11 +340,11 @@ class SteeringVector(Arithmetic, metaclass=Checked):
 
     def say_other_weights(self, policy: nn.Module) -> None:
         """Warn, once for each direction, if the policy has other weights than those in which it was found."""
-        named = (self.site, str(self.facts.get("weights")))
-        if named not in _SAID and weights_against(self.facts, root_of(policy)) == "others":
-            _SAID.add(named)
+        said = (self.site, *sorted({str(one["of"].get("weights")) for one in terms_of(self.facts)}))
+        if said not in _SAID and weights_against(self.facts, root_of(policy)) == "others":
+            _SAID.add(said)
             warn(
-                f"the direction at {named[0]!r} was found in other weights than the policy has now: in another "
+                f"the direction at {self.site!r} was found in other weights than the policy has now: in another "
                 "checkpoint it may mean something else. Extract it anew, or compare the two with cosines({...})"
             )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -71,3 +73,46 @@ class Dealer:
             self._left[draw] -= here
         self._rows -= size
         return found
+
+
+class GroupDealer:
+    """Deals labels out to whole groups: in an order of chance, until about as many rows as wanted are positive.
+
+    Args:
+        draws: how many times, independent of each other.
+        positive: how many rows are positive.
+        rows: of each group, by its number, how many rows it has.
+        seed: which orders.
+
+    Raises:
+        InputError: for fewer than two groups.
+
+    Example:
+        >>> dealer = GroupDealer(draws=3, positive=4, rows={7: 2, 8: 2, 9: 2, 10: 2}, seed=0)
+        >>> dealt = dealer.of(torch.tensor([7, 7, 8, 8, 9, 9, 10, 10]))
+        >>> dealt.sum(1).tolist(), torch.equal(dealt[:, ::2], dealt[:, 1::2])
+        ([4, 4, 4], True)
+    """
+
+    def __init__(self, *, draws: int, positive: int, rows: Mapping[int, int], seed: int) -> None:
+        if len(rows) < 2:
+            raise InputError("labels are dealt out to groups, and all rows are of one: leave groups= out")
+        self._codes = torch.tensor(sorted(rows))
+        sizes = np.array([rows[code] for code in self._codes.tolist()])
+        generator = np.random.default_rng(seed)
+        self._sides = np.zeros((draws, len(sizes)), dtype=bool)
+        for draw in range(draws):
+            order = generator.permutation(len(sizes))
+            away = np.abs(sizes[order].cumsum()[:-1] - positive)  # both sides have a group
+            self._sides[draw, order[: int(away.argmin()) + 1]] = True
+
+    def of(self, groups: Tensor) -> Tensor:
+        """Which rows of these groups are positive, ``(draws, rows)``, bool.
+
+        Raises:
+            InputError: for a group that was not there when rows were counted.
+        """
+        places = torch.searchsorted(self._codes, groups).clamp_max(len(self._codes) - 1)
+        if not torch.equal(self._codes[places], groups):
+            raise InputError("groups= gave other groups the second time: its answer may depend on nothing but the rows")
+        return torch.from_numpy(self._sides[:, places.numpy()])

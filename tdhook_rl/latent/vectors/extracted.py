@@ -11,7 +11,7 @@ from torch import Tensor
 from tdhook_rl.errors import InputError
 
 #: What :func:`chance_score` is, in words.
-SCORE = "the norm, over the mean norm of its shuffled extractions (1: chance, were rows independent of each other)"
+SCORE = "the norm, over the mean norm of its shuffled extractions (1: chance)"
 
 
 @dataclass
