@@ -176,22 +176,18 @@ class ClassBank(StackedMoments):
         The usual one where a half lacks classes, or nothing can be told apart.
         """
         halves = [self._of((half,)) for half in (0, 1)]
-        sources, concepts = self.count.shape[0], self.count.shape[2]
         usual = [usual_penalty(self.width, max(rows, 1.0)) for rows in self.count[:, :, 0].sum((1, 2)).tolist()]
-        chosen = torch.tensor(usual, dtype=torch.float64)[:, None].expand(sources, concepts)
+        chosen = torch.tensor(usual, dtype=torch.float64)[:, None].expand(-1, len(self.classes))
         enough = torch.stack([one.rows > 1 for one in halves]).all(0)
         if not bool(enough.any()):
             return chosen
-        # Every penalty as if it were a concept more: one pass of small products.
         tried = torch.tensor(PENALTIES, dtype=torch.float64)
-        repeated = [one.repeated(len(tried)) for one in halves]
-        asked = tried.repeat_interleave(concepts).expand(sources, -1)
-        first, second = repeated
-        found = (first.expected(second, asked) + second.expected(first, asked)).view(sources, len(tried), concepts)
+        first, second = halves
+        found = first.expected(second, tried) + second.expected(first, tried)  # (penalties, sources, concepts)
         # Of those that do as well the largest: what the data do not tell apart, the simpler probe has.
-        good = found >= found.amax(1, keepdim=True) - 2e-4
-        largest = len(tried) - 1 - good.flip(1).long().argmax(1)
-        return torch.where(torch.isfinite(found).all(1) & enough[:, None], tried[largest], chosen)
+        good = found >= found.amax(0) - 2e-4
+        largest = len(tried) - 1 - good.flip(0).long().argmax(0)
+        return torch.where(torch.isfinite(found).all(0) & enough[:, None], tried[largest], chosen)
 
     def _of(self, halves: tuple[int, ...]) -> _Sums:
         moment, count, total = (of_halves(getattr(self, name), halves) for name in self._sums)
@@ -212,8 +208,8 @@ class _Sums(Scaled):
         if penalty is None:
             usual = map(usual_penalty, self.live.sum(1).tolist(), self.rows.clamp_min(1).tolist())
             penalty = torch.tensor(list(usual), dtype=torch.float64)[:, None].expand(self.there.shape[:2])
-        found, weight = self.weights(penalty)
-        number = self.there.sum(-1, keepdim=True).clamp_min(1)
+        found = self._within(self.solved(self.offsets, penalty))
+        weight, number = self._weights(found), self.there.sum(-1, keepdim=True).clamp_min(1)
         priors_of = torch.where(self.there, self.share, 1.0).log() if priors == "rows" else torch.zeros_like(self.share)
         at_mean = priors_of - 0.5 * (found * self.offsets).sum(-1)
         at_mean = at_mean - ((at_mean * self.there).sum(-1, keepdim=True) / number)
@@ -222,41 +218,37 @@ class _Sums(Scaled):
         stored = stored.view_as(weight)
         return Probes(stored, bias, self.there, penalty, *self._margins(stored, bias))
 
-    def weights(self, penalty: Tensor) -> tuple[Tensor, Tensor]:
-        """Of scaled features as they are solved for, and of the features, ``(sources, concepts, classes, features)``.
+    def expected(self, other: _Sums, penalties: Tensor) -> Tensor:
+        """How well the probes of others, with each penalty, tell the classes of these rows apart.
+
+        Returns:
+            ``(penalties, sources, concepts)``, of :func:`expected_accuracy`.
+        """
+        weight = other._weights(other._within(other.with_each(penalties, other.offsets)))
+        scaled = weight * self.finite[:, None, None]
+        outside = ((weight != 0) & ~self.live[:, None, None]).flatten(3).any(-1)
+        found = expected_accuracy(scaled, self.offsets, self._within_scores(scaled), self.there & other.there)
+        return found.masked_fill(outside, torch.nan)
+
+    def _weights(self, found: Tensor) -> Tensor:
+        """Of scaled features to features, ``(..., sources, concepts, classes, features)``.
 
         What all classes have in common decides nothing; without it, scores stay small far from the mean.
         """
-        found = self._found(penalty)
-        number = self.there.sum(-1, keepdim=True).clamp_min(1)
-        centred = torch.where(self.there[..., None], found - (found.sum(2) / number)[:, :, None], 0.0)
-        return found, centred / self.spread[:, None, None]
+        number = self.there.sum(-1)[..., None, None].clamp_min(1)
+        centred = torch.where(self.there[..., None], found - found.sum(-2, keepdim=True) / number, 0.0)
+        return centred / self.spread[:, None, None]
 
-    def expected(self, other: _Sums, penalty: Tensor) -> Tensor:
-        """How well the probes of others tell the classes of these rows apart; see :func:`expected_accuracy`."""
-        _, weight = other.weights(penalty)
-        scaled = weight * self.finite[:, None, None]
-        outside = ((weight != 0) & ~self.live[:, None, None]).flatten(2).any(-1)
-        parts = scaled, self.offsets, self._within_scores(scaled), self.there & other.there
-        return expected_accuracy(*(one.flatten(0, 1) for one in parts)).view_as(penalty).masked_fill(outside, torch.nan)
-
-    def repeated(self, times: int) -> _Sums:
-        """The same sums, of so many times the concepts."""
-        other = copy.copy(self)
-        other.there, other.share, other.offsets = (
-            one.repeat(1, times, *(1,) * (one.ndim - 2)) for one in (self.there, self.share, self.offsets)
-        )
-        return other
-
-    def _found(self, penalty: Tensor) -> Tensor:
+    def _within(self, solved: Tensor) -> Tensor:
         """``(W + penalty)^-1`` of the offsets, ``W`` the covariance within the classes of each concept.
 
         ``W`` is the covariance of all rows less a product of rank ``classes``, so that one factorisation of that serves
         all concepts (Sherman, Morrison & Woodbury 1950).
+
+        Args:
+            solved: the same of the covariance of all rows, ``(..., sources, concepts, classes, features)``.
         """
-        offsets = self.offsets
-        solved = self.solved(offsets, penalty)
-        gram = offsets @ solved.mT
+        gram = self.offsets @ solved.mT
         root = self.share.sqrt()
         one = torch.eye(gram.shape[-1], dtype=gram.dtype)
         left = one - root[..., None] * gram * root[..., None, :]
@@ -268,9 +260,9 @@ class _Sums(Scaled):
         return solved + (more * scale[..., None, :]).mT @ solved
 
     def _within_scores(self, weight: Tensor) -> Tensor:
-        """``(sources, concepts, k, k)``, of scores within classes; the weight is of scaled features."""
+        """``(..., sources, concepts, k, k)``, of scores within classes; the weight is of scaled features."""
         between = weight @ self.offsets.mT
-        of_all = (weight.flatten(1, 2) @ self.covariance).view_as(weight) @ weight.mT
+        of_all = (weight.flatten(-3, -2) @ self.covariance).view_as(weight) @ weight.mT
         return of_all - (between * self.share[:, :, None]) @ between.mT
 
     def _margins(self, stored: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,19 +17,19 @@ def expected_accuracy(weight: Tensor, centres: Tensor, within: Tensor, there: Te
     """How often two classes are told apart by the best threshold, if scores were normal, as a mean over pairs.
 
     Args:
-        weight: ``(concepts, classes, features)`` of the probes.
-        centres: ``(concepts, classes, features)``, the means of the classes in other groups.
-        within: ``(concepts, classes, classes)``, the covariance of the scores within classes there.
-        there: ``(concepts, classes)``, which classes have rows.
+        weight: ``(..., classes, features)`` of the probes.
+        centres: ``(..., classes, features)``, the means of the classes in other groups.
+        within: ``(..., classes, classes)``, the covariance of the scores within classes there.
+        there: ``(..., classes)``, which classes have rows.
 
     Returns:
-        ``(concepts,)``; NaN where there is no pair.
+        ``(...)``; NaN where there is no pair.
     """
-    means = weight @ centres.transpose(1, 2)  # (concepts, weight of, mean of)
-    own = means.diagonal(dim1=1, dim2=2)
-    apart = own[:, :, None] + own[:, None, :] - means - means.transpose(1, 2)
-    variances = within.diagonal(dim1=1, dim2=2)
-    spread = (variances[:, :, None] + variances[:, None, :] - within - within.transpose(1, 2)).clamp_min(0).sqrt()
+    means = weight @ centres.mT  # (..., weight of, mean of)
+    own = means.diagonal(dim1=-2, dim2=-1)
+    apart = own[..., :, None] + own[..., None, :] - means - means.mT
+    variances = within.diagonal(dim1=-2, dim2=-1)
+    spread = (variances[..., :, None] + variances[..., None, :] - within - within.mT).clamp_min(0).sqrt()
     accuracy = torch.special.ndtr(apart / (2 * spread.clamp_min(1e-150)))
-    pairs = (there[:, :, None] & there[:, None, :]).triu(1)
-    return (accuracy * pairs).sum((1, 2)) / pairs.sum((1, 2))
+    pairs = (there[..., :, None] & there[..., None, :]).triu(1)
+    return (accuracy * pairs).sum((-2, -1)) / pairs.sum((-2, -1))

@@ -13,6 +13,9 @@ from torch import Tensor
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.probing.moments import BLOCK, Moments, spread_of
 
+#: Numbers in the matrices that are factorised at once.
+_AT_ONCE = 2**22
+
 
 class StackedMoments(Moments):
     """The base of banks of probes: second moments for each source and each half of the rows.
@@ -78,7 +81,7 @@ class StackedMoments(Moments):
 
 def of_halves(sums: Tensor, halves: tuple[int, ...]) -> Tensor:
     """Of ``(sources, 2, ...)`` the sums of one half, or of both."""
-    return sums[:, halves[0]] if len(halves) == 1 else sums.sum(1)
+    return sums[:, halves[0]] if len(halves) == 1 else sums[:, 0] + sums[:, 1]
 
 
 class Scaled:
@@ -118,24 +121,30 @@ class Scaled:
             right: ``(sources, concepts, k, features)``.
             penalty: ``(sources, concepts)``.
         """
-        found = torch.empty_like(right)
-        for value in penalty.unique().tolist():
-            chosen = penalty == value
-            asked = chosen.any(0).nonzero().squeeze(-1)  # concepts that some source solves for with this penalty
-            wanted = right[:, asked]
-            solved = self._at(wanted.flatten(1, 2), value).view_as(wanted)
-            found[:, asked] = torch.where(chosen[:, asked, None, None], solved, found[:, asked])
-        return found
+        values, which = penalty.unique(return_inverse=True)
+        found = self.with_each(values, right)
+        if len(values) == 1:
+            return found[0]
+        sources, concepts = (torch.arange(count) for count in penalty.shape)
+        return found[which, sources[:, None], concepts]
 
-    def _at(self, right: Tensor, penalty: float) -> Tensor:
+    def with_each(self, penalties: Tensor, right: Tensor) -> Tensor:
+        """The same with each of some penalties, ``(penalties, sources, concepts, k, features)``."""
+        flat = right.flatten(1, 2)
+        at_once = max(1, _AT_ONCE // self.covariance.numel())
+        found = torch.cat([self._with_some(some, flat) for some in penalties.split(at_once)])
+        return found.view(len(penalties), *right.shape)
+
+    def _with_some(self, penalties: Tensor, right: Tensor) -> Tensor:
         if self._eigen is None:
-            matrix = self.covariance.clone()
-            matrix.diagonal(dim1=1, dim2=2).add_(penalty)
-            factor, failed = torch.linalg.cholesky_ex(matrix)
-            diagonal = factor.diagonal(dim1=1, dim2=2)
-            if not bool(failed.any()) and bool((diagonal.amin(1) > 1e-7 * diagonal.amax(1)).all()):
-                return torch.cholesky_solve(right.mT, factor).mT.contiguous()
+            matrices = self.covariance.expand(len(penalties), *self.covariance.shape).clone()
+            matrices.diagonal(dim1=2, dim2=3).add_(penalties[:, None, None])
+            factors, failed = torch.linalg.cholesky_ex(matrices)
+            diagonal = factors.diagonal(dim1=2, dim2=3)
+            if not bool(failed.any()) and bool((diagonal.amin(2) > 1e-7 * diagonal.amax(2)).all()):
+                wanted = right.mT.expand(len(penalties), *right.mT.shape)
+                return torch.cholesky_solve(wanted, factors).mT.contiguous()
             self._eigen = tuple(torch.linalg.eigh(self.covariance))
         spectrum, vectors = self._eigen
-        inverse = 1 / (spectrum + penalty).clamp_min(1e-9)
-        return ((right @ vectors) * inverse[:, None]) @ vectors.mT
+        inverse = 1 / (spectrum + penalties[:, None, None]).clamp_min(1e-9)
+        return ((right @ vectors) * inverse[:, :, None]) @ vectors.mT

@@ -146,8 +146,7 @@ class ValueBank(StackedMoments):
             return chosen
         tried = torch.tensor(PENALTIES, dtype=torch.float64)
         first, second = halves
-        every = [torch.full_like(chosen, penalty) for penalty in PENALTIES]
-        found = torch.stack([first.error(second.probes(one)) + second.error(first.probes(one)) for one in every])
+        found = first.error(second, tried) + second.error(first, tried)  # (penalties, sources, numbers)
         good = found <= found.amin(0) * (1 + 1e-4)
         largest = len(tried) - 1 - good.flip(0).long().argmax(0)
         return torch.where(torch.isfinite(found).all(0) & enough[:, None], tried[largest], chosen)
@@ -172,14 +171,22 @@ class _Sums(Scaled):
         if penalty is None:
             usual = map(usual_penalty, self.live.sum(1).tolist(), self.rows.clamp_min(1).tolist())
             penalty = torch.tensor(list(usual), dtype=torch.float64)[:, None].expand(self.cross.shape[:2])
-        spread = self.spread[:, None]
-        weight = self.solved((self.cross / spread)[:, :, None], penalty)[:, :, 0] / spread
+        weight = self.solved(self._right, penalty)[:, :, 0] / self.spread[:, None]
         return ValueProbes(*raw_bias(weight, self.mean + self.shift, self.target_mean), penalty)
 
-    def error(self, probes: ValueProbes) -> Tensor:
-        """The mean squared error of the probes of others in these rows, ``(sources, numbers)``."""
-        weight = probes.weight.double()
-        at_mean = (weight @ (self.mean + self.shift)[..., None]).squeeze(-1) + probes.bias
+    def error(self, other: _Sums, penalties: Tensor) -> Tensor:
+        """The mean squared error that the probes of others, with each penalty, have in these rows.
+
+        Returns:
+            ``(penalties, sources, numbers)``.
+        """
+        weight = other.with_each(penalties, other._right)[:, :, :, 0] / other.spread[:, None]
+        at_mean = other.target_mean + (weight @ (self.mean - other.mean)[..., None]).squeeze(-1)
         scaled = weight * self.finite[:, None]
         explained = (scaled @ self.covariance * scaled).sum(-1) - 2 * (weight * self.cross).sum(-1)
         return self.variance + explained + (at_mean - self.target_mean).square()
+
+    @property
+    def _right(self) -> Tensor:
+        """``(sources, numbers, 1, features)``, the products of numbers and scaled features."""
+        return (self.cross / self.spread[:, None])[:, :, None]
