@@ -124,11 +124,12 @@ class ClassBank(StackedMoments):
         for half, part, sources in self._halves(features, halves, usable):
             hot = torch.zeros(len(part), concepts, most, dtype=torch.float64)
             hot = hot.scatter_(2, labels[part][..., None], 1.0).flatten(1)
-            rows = hot.sum(0)
+            if usable is None:
+                self.count[:, half] += hot.sum(0).view(concepts, most)
             for source, block, counts in sources:
                 self.total[source, half].flatten(0, 1).addmm_(hot.T, block)
-                own = rows if counts is None else counts.double() @ hot
-                self.count[source, half] += own.view(concepts, most)
+                if counts is not None:
+                    self.count[source, half] += (counts.double() @ hot).view(concepts, most)
 
     @torch.inference_mode(False)
     def __add__(self, other: ClassBank) -> ClassBank:

@@ -122,29 +122,33 @@ class Scaled:
             penalty: ``(sources, concepts)``.
         """
         values, which = penalty.unique(return_inverse=True)
-        found = self.with_each(values, right)
-        if len(values) == 1:
-            return found[0]
-        sources, concepts = (torch.arange(count) for count in penalty.shape)
-        return found[which, sources[:, None], concepts]
+        sources = torch.arange(len(penalty))[:, None]
+        pairs, where = (which + len(values) * sources).unique(return_inverse=True)
+        found = self._of_pairs(pairs // len(values), values[pairs % len(values)], right)
+        return found[where, torch.arange(right.shape[1])]
 
     def with_each(self, penalties: Tensor, right: Tensor) -> Tensor:
         """The same with each of some penalties, ``(penalties, sources, concepts, k, features)``."""
-        flat = right.flatten(1, 2)
-        at_once = max(1, _AT_ONCE // self.covariance.numel())
-        found = torch.cat([self._with_some(some, flat) for some in penalties.split(at_once)])
+        sources = torch.arange(len(right))
+        found = self._of_pairs(sources.repeat(len(penalties)), penalties.repeat_interleave(len(sources)), right)
         return found.view(len(penalties), *right.shape)
 
-    def _with_some(self, penalties: Tensor, right: Tensor) -> Tensor:
+    def _of_pairs(self, sources: Tensor, penalties: Tensor, right: Tensor) -> Tensor:
+        """For pairs of a source and a penalty, ``(pairs, concepts, k, features)``."""
+        flat, at_once = right.flatten(1, 2), max(1, _AT_ONCE // self.covariance[0].numel())
+        parts = zip(sources.split(at_once), penalties[:, None].split(at_once), strict=True)
+        found = torch.cat([self._solved(which, flat[which], penalty) for which, penalty in parts])
+        return found.view(len(sources), *right.shape[1:])
+
+    def _solved(self, sources: Tensor, right: Tensor, penalty: Tensor) -> Tensor:
         if self._eigen is None:
-            matrices = self.covariance.expand(len(penalties), *self.covariance.shape).clone()
-            matrices.diagonal(dim1=2, dim2=3).add_(penalties[:, None, None])
+            matrices = self.covariance[sources]
+            matrices.diagonal(dim1=1, dim2=2).add_(penalty)
             factors, failed = torch.linalg.cholesky_ex(matrices)
-            diagonal = factors.diagonal(dim1=2, dim2=3)
-            if not bool(failed.any()) and bool((diagonal.amin(2) > 1e-7 * diagonal.amax(2)).all()):
-                wanted = right.mT.expand(len(penalties), *right.mT.shape)
-                return torch.cholesky_solve(wanted, factors).mT.contiguous()
+            diagonal = factors.diagonal(dim1=1, dim2=2)
+            if not bool(failed.any()) and bool((diagonal.amin(1) > 1e-7 * diagonal.amax(1)).all()):
+                return torch.cholesky_solve(right.mT, factors).mT
             self._eigen = tuple(torch.linalg.eigh(self.covariance))
-        spectrum, vectors = self._eigen
-        inverse = 1 / (spectrum + penalties[:, None, None]).clamp_min(1e-9)
-        return ((right @ vectors) * inverse[:, :, None]) @ vectors.mT
+        spectrum, vectors = (one[sources] for one in self._eigen)
+        inverse = 1 / (spectrum + penalty).clamp_min(1e-9)
+        return ((right @ vectors) * inverse[:, None]) @ vectors.mT
