@@ -83,10 +83,10 @@ class Cells(Sequence[C], Generic[C]):
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def shown(one: Interval | None) -> str:
+def shown(one: Interval | None, digits: str = ".3f") -> str:
     """An interval as it stands in a table."""
     if one is None:
         return "-"
     if math.isnan(one.estimate):
         return "none"
-    return f"{one.estimate:.3f}" + (f" [{one.low:.3f}, {one.high:.3f}]" if one.known else "")
+    return f"{one:{digits}}" + (f" [{one.low:{digits}}, {one.high:{digits}}]" if one.known else "")

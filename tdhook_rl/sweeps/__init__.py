@@ -5,6 +5,8 @@ Knows steering vectors and environments; no collectors.
 
 from tdhook_rl.latent.steering_vector import SteeringVector
 from tdhook_rl.sweeps.causal import (
+    AblationCell,
+    AblationTable,
     Agreement,
     Circuit,
     CurvePoint,
@@ -12,6 +14,7 @@ from tdhook_rl.sweeps.causal import (
     PatchTable,
     UnitCell,
     UnitTable,
+    ablate_units,
     attribution_patching,
     faithfulness,
     find_circuit,
@@ -26,6 +29,8 @@ from tdhook_rl.sweeps.sweep_result import SweepResult
 from tdhook_rl.sweeps.sweep_table import SweepRow, SweepTable
 
 __all__ = [
+    "AblationCell",
+    "AblationTable",
     "Agreement",
     "Circuit",
     "Condition",
@@ -38,6 +43,7 @@ __all__ = [
     "SweepTable",
     "UnitCell",
     "UnitTable",
+    "ablate_units",
     "attribution_patching",
     "faithfulness",
     "find_circuit",

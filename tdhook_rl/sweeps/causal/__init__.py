@@ -3,6 +3,7 @@
 Knows how a policy is hooked and run, targets and statistics; no environments but the one that an ablation is given.
 """
 
+from tdhook_rl.sweeps.causal.ablation import AblationCell, AblationTable, ablate_units
 from tdhook_rl.sweeps.causal.attribution import attribution_patching, patch_units
 from tdhook_rl.sweeps.causal.circuits import Circuit, CurvePoint, faithfulness, find_circuit
 from tdhook_rl.sweeps.causal.patch_sites import patch_sites
@@ -11,6 +12,8 @@ from tdhook_rl.sweeps.causal.paths import patch_paths
 from tdhook_rl.sweeps.causal.unit_table import Agreement, UnitCell, UnitTable
 
 __all__ = [
+    "AblationCell",
+    "AblationTable",
     "Agreement",
     "Circuit",
     "CurvePoint",
@@ -18,6 +21,7 @@ __all__ = [
     "PatchTable",
     "UnitCell",
     "UnitTable",
+    "ablate_units",
     "attribution_patching",
     "faithfulness",
     "find_circuit",

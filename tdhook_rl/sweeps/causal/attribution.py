@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError, TargetError
 from tdhook_rl.sweeps.causal.bench import Bench, Ran
-from tdhook_rl.sweeps.causal.components import Components, components_of, run_sets
+from tdhook_rl.sweeps.causal.components import Components, components_of, passes
 from tdhook_rl.sweeps.causal.metrics import Metric, Reading
 from tdhook_rl.sweeps.causal.pairs import Pairs, Way, base_and_source, pairs_of, require_way
 from tdhook_rl.sweeps.causal.patch_table import Gap
@@ -234,7 +234,8 @@ class Effects:
         for some in self.pairs.parts(self._rows):
             _, source, reading = self._looks(some)
             states, _ = base_and_source(self.way, some.clean, some.corrupt)
-            values = run_sets(self.bench, states, self.components, sets, source.kept, reading.read)
+            ran = passes(self.bench, states, self.components, sets, source.kept)
+            values = torch.cat([reading.read(one) for one in ran])
             found.append(values - self.look().gap.base[place : place + len(some)])
             place += len(some)
         return torch.cat(found, -1)

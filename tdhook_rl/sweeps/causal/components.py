@@ -5,7 +5,7 @@ Every set is one copy of the states in a batched pass: as many sets as one likes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,33 +95,29 @@ def components_of(
     return Components(axes, units, {site: parts[site] for site in bench.sites})
 
 
-def run_sets(
+def passes(
     bench: Bench,
     states: TensorDictBase,
     components: Components,
     sets: Tensor,
     values: Mapping[str, Sequence[Tensor]],
-    read: Callable[[Ran], Tensor],
-) -> Tensor:
-    """Run a policy with sets of components put in.
+) -> Iterator[Ran]:
+    """Run a policy with sets of components put in, several sets in one pass.
 
     Args:
         bench: of the policy.
         states: ``(rows,)``.
         components: of its sites.
         sets: boolean, ``(sets, components)``.
-        values: by site, of each of its runs, what is put in, ``(rows, ...)``.
-        read: what is read from a pass over copies of the states: ``(copies, ...)``.
+        values: by site, of each of its runs, what is put in, ``(rows, ...)``, or one row for all.
 
     Returns:
-        what was read, set by set.
+        the passes, each over a copy of the states for each of its sets.
     """
-    found = []
     for some in sets.split(max(1, bench.rows_at_once(states) // len(states))):
         changes = {
             site: PutUnits(site, values[site], components.axes[site], components.in_units(chosen, site))
             for site, chosen in components.split(some).items()
             if bool(chosen.any())
         }
-        found.append(read(bench.run(states, changes, copies=len(some))))
-    return torch.cat(found)
+        yield bench.run(states, changes, copies=len(some))

@@ -123,6 +123,11 @@ class Reading:
         return moved, "component of the action along the difference of the two runs'"
 
 
+def greedy_actions(run: Pass) -> dict[NestedKey, Tensor]:
+    """The greedy actions of a run, by key."""
+    return _reference(run)
+
+
 class _Reference(dict[NestedKey, Tensor]):
     """The greedy actions of a run, by key, and the run."""
 
