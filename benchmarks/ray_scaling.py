@@ -193,7 +193,7 @@ def _said(cost: dict[str, float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--chunks", type=int, default=48, help="of 8192 rows")
+    parser.add_argument("--chunks", type=int, default=32, help="of 8192 rows")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
     options = parser.parse_args()
     import ray

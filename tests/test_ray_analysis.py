@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -16,10 +17,11 @@ from tensordict import TensorDict
 from torchrl.data import LazyMemmapStorage, ReplayBuffer
 
 from tdhook_rl import ActivationCaching, Compose, Saliency
+from tdhook_rl.cli import main
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError, WorkerError
 from tdhook_rl.examples.agent import FC2, make_actor
-from tdhook_rl.replay import analyze, load_results, to_parquet
+from tdhook_rl.replay import analysis, analyze, load_results, to_parquet
 from tdhook_rl.rollout import EPISODE
 from tests.matrix_rows import start_ray, stop_ray
 from tests.walks import fitted, require_one_pass
@@ -89,6 +91,46 @@ def test_each_actor_computes_with_one_thread(ray: Any, folder: Path, tmp_path: P
     assert bool((found["cache", FC2] == 1).all())
 
 
+AGENT = """
+import torch
+from tensordict.nn import TensorDictModule
+from torch import nn
+from tdhook_rl import ActivationCaching
+
+class Net(nn.Module):  # of a module that only the command knows
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(90, 4)
+
+    def forward(self, observation):
+        return self.fc(observation).tanh()
+
+def hooked():
+    torch.manual_seed(0)
+    return ActivationCaching("module.fc").prepare(TensorDictModule(Net(), ["observation"], ["logits"]))
+"""
+
+
+def test_the_command_goes_on(
+    ray: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "agent_of_a_command.py").write_text(AGENT)
+    (tmp_path / "ray.json").write_text(json.dumps({"engine": "ray", "workers": 2}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    command = ["analyze", str(folder), "--policy", "agent_of_a_command:hooked", "--batch-size", "64"]
+    command += ["--on-mismatch", "ignore"]
+    assert main([*command, "--engine", "ray", "--workers", "2", "--out", "there", "--time-budget", "0"]) == 0
+    assert "of 1000 entries are done" in capsys.readouterr().out
+    assert main([*command, "--config", "ray.json", "--out", "there"]) == 0
+    assert "the results of 1,000 entries" in capsys.readouterr().out
+    assert (tmp_path / "there" / "report.html").exists()
+    assert main([*command, "--out", "here"]) == 0
+    assert files(tmp_path / "here") == files(tmp_path / "there")
+    assert main([*command, "--engine", "ray", "--workers", "0", "--out", "none"]) == 1
+    assert "workers= is a positive integer, got 0" in capsys.readouterr().err
+
+
 def test_actors_that_die_change_nothing(ray: Any, folder: Path, policy: Any, tmp_path: Path) -> None:
     analyze(policy, folder, tmp_path / "here", batch_size=16)
     killed: list[int] = []
@@ -137,7 +179,9 @@ def test_what_one_began_the_other_ends(ray: Any, folder: Path, policy: Any, tmp_
     assert files(tmp_path / "here") == files(tmp_path / "there")
 
 
-def test_an_error_in_an_actor_is_that_error(ray: Any, folder: Path, policy: Any, tmp_path: Path) -> None:
+def test_an_error_in_an_actor_is_that_error(
+    ray: Any, folder: Path, policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(InputError, match="workers="):
         analyze(policy, folder, tmp_path / "a", engine="ray", workers=0)
     lock = threading.Lock()
@@ -155,6 +199,16 @@ def test_an_error_in_an_actor_is_that_error(ray: Any, folder: Path, policy: Any,
     def divided(output: Any) -> Any:
         return output * (1 / 0)
 
+    # What is not where actors run.
+    TensorDict({"observation": torch.zeros(4, 90)}, [4]).memmap(tmp_path / "rows")
+
+    def away(*arguments: Any) -> Any:
+        raise ModuleNotFoundError("No module named 'my_agent'")
+
+    with monkeypatch.context() as patch, ActivationCaching(FC2).prepare(make_actor()) as hooked:
+        patch.setattr(analysis, "_computing", away)
+        with pytest.raises(WorkerError, match=r"'my_agent'.*runtime_env"):
+            analyze(hooked, tmp_path / "rows", tmp_path / "e", engine="ray", workers=1, on_mismatch="ignore")
     bad = ActivationCaching(FC2, callback=divided).prepare(make_actor(), return_context=False)
     with pytest.raises(WorkerError, match="ended with "):
         analyze(bad, folder, tmp_path / "c", engine="ray", workers=1)

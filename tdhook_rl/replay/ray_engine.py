@@ -8,6 +8,8 @@ them and however often, and an analysis that was begun here goes on there.
 from __future__ import annotations
 
 import json
+import logging
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -46,13 +48,17 @@ def ray_results(
     own = not ray.is_initialized()
     if own:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    # What a Ray of the user's own says is the user's to choose.
+    levels = {name: logging.getLogger(name).level for name in (("ray", "ray.data") if own else ())}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     before = context.execution_options.preserve_order, context.enable_progress_bars
     context.execution_options.preserve_order, context.enable_progress_bars = True, False
     try:
         items = [{"first": first, "last": last} for first, last in chunks]
         found = ray.data.from_items(items, override_num_blocks=min(len(items), _BLOCKS)).map_batches(
-            _Actor, fn_constructor_args=(content,), batch_size=1, num_cpus=1,
+            _Actor, fn_constructor_args=(content, sys.path), batch_size=1, num_cpus=1,
             compute=ray.data.ActorPoolStrategy(size=min(workers, len(items))),
         )  # fmt: skip
         for row in found.iter_rows():
@@ -68,6 +74,8 @@ def ray_results(
         ) from error
     finally:
         context.execution_options.preserve_order, context.enable_progress_bars = before
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
         if own:
             ray.shutdown()
 
@@ -75,10 +83,12 @@ def ray_results(
 class _Actor:
     """Computes chunks in a process of Ray's."""
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, paths: list[str]) -> None:
         # Actors would take each other's cores; and sums over other parts, by other machines' threads, other last bits.
         torch.set_num_threads(1)
-        self._compute: Compute = cloudpickle.loads(content)()
+        # Ray tells its processes where modules are as it starts, which may have been long ago.
+        sys.path += [path for path in paths if path not in sys.path]
+        self._compute: Compute = _begun(content)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         first, last = int(batch["first"][0]), int(batch["last"][0])
@@ -90,6 +100,24 @@ class _Actor:
             error = json.dumps([type(problem).__name__, str(problem)])
         row = {"first": first, "last": last, "lacking": lacking, "content": content, "shape": shape, "error": error}
         return {name: [value] for name, value in row.items()}
+
+
+def _begun(content: bytes) -> Compute:
+    """What computes chunks; where it cannot be had, what raises the reason, as Ray would begin again and again."""
+    try:
+        return cloudpickle.loads(content)()  # type: ignore[no-any-return]
+    except ImportError as error:
+        lacking: TdhookError = WorkerError(
+            f"an actor of Ray's lacks what the policy or its methods are made of ({error}): install it where actors "
+            "run, or name its folder, ray.init(runtime_env={'working_dir': ...})"
+        )
+    except Exception as error:  # whatever a file or a user's class raises
+        lacking = _error(type(error).__name__, str(error))
+
+    def compute(first: int, last: int) -> tuple[TensorDictBase, int]:
+        raise lacking
+
+    return compute
 
 
 def _pickled(make: Callable[[], Compute]) -> bytes:
