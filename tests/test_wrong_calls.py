@@ -22,7 +22,7 @@ from tdhook_rl import Compose, LinearProbe, Saliency
 from tdhook_rl import metrics as of_attributions
 from tdhook_rl.attribution import DimsConfig, windows
 from tdhook_rl.errors import ArgumentError
-from tdhook_rl.latent import SteeringVector, probing
+from tdhook_rl.latent import SteeringVector, cosines, principal_directions, probing
 from tdhook_rl.latent import dimension_estimation as dimensions
 from tdhook_rl.latent.representation_similarity import CkaEstimator, InformationImbalanceEstimator
 from tdhook_rl.replay import (
@@ -97,6 +97,8 @@ OWN = {
     ("NetworkDiagnostics", "loss", "class"),
     ("NetworkDiagnostics", "loss", "function"),
     ("OnlineProbe", "label", "module"),
+    ("from_contrast", "where", "module"),
+    ("from_contrast", "groups", "module"),
     ("cascading_randomisation", "initialise", "module"),
     ("analyze", "where", "module"),
     ("rows_where", "where", "module"),
@@ -166,6 +168,22 @@ CALLS: dict[str, tuple[Any, Callable[[], dict[str, Any]], Callable[[Any], Any] |
     "ClassStatistics": (probing.ClassStatistics, lambda: {"classes": 2, "features": 4}, None),
     "TargetStatistics": (probing.TargetStatistics, lambda: {"targets": 2, "features": 4}, None),
     "SteeringVector": (SteeringVector, lambda: {"vector": torch.zeros(8), "path": "1"}, None),
+    "from_pairs": (SteeringVector.from_pairs, lambda: {"policy": net(), "path": "1", "positive": rows(),
+                                                       "negative": rows()}, None),
+    "from_contrast": (SteeringVector.from_contrast, lambda: {"policy": net(), "path": "1", "data": rows(),
+                                                             "where": "y"}, None),
+    "from_probe": (SteeringVector.from_probe, lambda: {
+        "policy": net(), "probe": LinearProbe(weight=torch.eye(2, 8), bias=torch.zeros(2), path="1")}, None),
+    "from_tensor": (SteeringVector.from_tensor, lambda: {"policy": net(), "path": "1", "vector": torch.ones(8)}, None),
+    "from_addition": (SteeringVector.from_addition, lambda: {
+        "policy": net(), "path": "1", "data": TensorDict({"steer": {"1": torch.ones(2, 8)}}, 2)}, None),
+    "check of a vector": (SteeringVector(vector=torch.ones(8), path="1").check, lambda: {"policy": net()}, None),
+    "shuffled_like": (SteeringVector(vector=torch.ones(2), path="1", shuffled=torch.ones(3, 2)).shuffled_like,
+                      lambda: {}, None),
+    "random_like": (SteeringVector(vector=torch.ones(2), path="1").random_like, lambda: {"count": 2}, None),
+    "principal_directions": (principal_directions, lambda: {"policy": net(), "path": "1", "positive": rows(),
+                                                            "negative": ROWS[torch.arange(6).roll(1)]}, None),
+    "cosines": (cosines, lambda: {"vectors": {"a": SteeringVector(vector=torch.ones(8), path="1")}}, None),
     "DimsConfig": (DimsConfig, lambda: {}, None),
     "windows": (windows, lambda: {"shape": (4, 4), "size": (2, 2)}, None),
     "CkaEstimator": (CkaEstimator, lambda: {}, read),

@@ -13,7 +13,7 @@ from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.steering_vector import SteeringVector
 from tdhook_rl.latent.vectors.activations import reading, unhooked
-from tdhook_rl.latent.vectors.origins import DataDigest, origin_of
+from tdhook_rl.latent.vectors.origins import DataDigest, facts_given, origin_of
 from tdhook_rl.latent.vectors.pairs import check_sets, paired
 from tdhook_rl.latent.vectors.places import Place
 
@@ -97,6 +97,8 @@ def principal_directions(
         vector = (directions[place] * towards[place] * norm).reshape(features)
         own = {"component": place + 1, "explained": float(squares[place] / squares.sum()), "norm": norm}
         made.append(
-            SteeringVector(vector=vector.to(like.device, dtype), path=path, facts={**common, **own, **(facts or {})})
+            SteeringVector(
+                vector=vector.to(like.device, dtype), path=path, facts={**common, **own, **facts_given(facts)}
+            )
         )
     return made

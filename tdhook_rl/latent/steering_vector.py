@@ -23,7 +23,7 @@ from tdhook_rl.latent.vectors.contrast import contrast
 from tdhook_rl.latent.vectors.extracted import Extracted, chance_score
 from tdhook_rl.latent.vectors.fitting import Weights, require_fit, weights_against
 from tdhook_rl.latent.vectors.labels import Asked
-from tdhook_rl.latent.vectors.origins import DataDigest, origin_of
+from tdhook_rl.latent.vectors.origins import DataDigest, facts_given, origin_of
 from tdhook_rl.latent.vectors.pairs import mean_difference
 from tdhook_rl.latent.vectors.places import Place, path_and_entry, place_name
 from tdhook_rl.latent.vectors.probes import probe_direction
@@ -283,19 +283,22 @@ class SteeringVector(Arithmetic, metaclass=Checked):
         more: Mapping[str, Any] | None,
         seed: int | None = None,
     ) -> SteeringVector:
+        made = cls(vector=found.vector, path=path, shuffled=found.shuffled)  # raises
         policy = unhooked(policy)
-        require_fit(policy, *path_and_entry(path, "path= is"), found.vector.shape)
-        score = {} if seed is None else {"seed": seed, **chance_score(found.vector, found.shuffled)}
-        norm = float(found.vector.double().norm())
-        facts = {**found.facts, **score, "norm": norm, **origin_of(policy), **(more or {})}
-        return cls(vector=found.vector, path=path, facts=facts, shuffled=found.shuffled)
+        require_fit(policy, *path_and_entry(path, "path= is"), made.vector.shape)
+        score = {} if seed is None else {"seed": seed, **chance_score(made.vector, made.shuffled)}
+        own = {**found.facts, **score, "norm": made.norm, **origin_of(policy)}
+        return cls(vector=made.vector, path=path, facts=own | facts_given(more), shuffled=made.shuffled)
 
+    @checked
     def random_like(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Random directions of equal norm, ``(count, *features)``: the control of a steering experiment."""
+        _require_count(count)
         noise = torch.randn(count, *self.vector.shape, generator=generator)
         norms = noise.reshape(count, -1).norm(dim=1).reshape(count, *(1,) * self.vector.ndim)
         return noise / norms * self.vector.norm().to(noise)
 
+    @checked
     def shuffled_like(self, count: int | None = None) -> Tensor:
         """What the extraction finds with shuffled labels, at equal norm, ``(count, *features)``: the other control.
 
@@ -307,6 +310,7 @@ class SteeringVector(Arithmetic, metaclass=Checked):
         Raises:
             InputError: if there are none, or fewer, or they are zero.
         """
+        _require_count(count)
         there = 0 if self.shuffled is None else len(self.shuffled)
         if self.shuffled is None or (count or 0) > there:
             raise InputError(
@@ -319,6 +323,7 @@ class SteeringVector(Arithmetic, metaclass=Checked):
             raise InputError("what shuffled labels give is zero: all the states that it is extracted from are alike")
         return (found / norms.reshape(-1, *(1,) * self.vector.ndim) * self.norm).to(self.vector)
 
+    @checked
     def check(self, policy: nn.Module) -> Weights:
         """Whether it fits a policy, and whether that has the weights in which it was found.
 
@@ -387,3 +392,8 @@ class SteeringVector(Arithmetic, metaclass=Checked):
             return cls(vector=vector, path=place, facts=facts, shuffled=shuffled[0] if both else None)
         except InputError as error:
             raise ArtifactError(f"{path} is no steering vector: {error}") from None
+
+
+def _require_count(count: int | None) -> None:
+    if count is not None and count < 0:
+        raise InputError(f"count= is how many directions, from 0 on, got {count}")

@@ -97,9 +97,9 @@ def source_of(given: Any) -> Source:
         )
     if isinstance(given, Sequence):
         return _Pieces(given.__iter__, given)
-    if isinstance(given, Iterable):
+    if isinstance(given, Iterable) and not isinstance(given, Tensor):
         return _Pieces(given.__iter__, None)
-    if callable(given):
+    if callable(given) and not issubclass(given if isinstance(given, type) else type(given), nn.Module):
         return _Pieces(given, None)
     raise InputError(f"what is analysed is {KINDS}; got {given!r:.80} ({type(given).__name__})")
 

@@ -130,9 +130,9 @@ def _name(asked: Asked) -> str:
 
 def _read(asked: Asked, batch: TensorDictBase, argument: str, what: str) -> Tensor:
     """What is said of each row, ``(rows,)``, on the CPU."""
-    found = (
-        asked(batch) if callable(asked) else required(batch, asked, f"SteeringVector.from_contrast, {argument}, reads")
-    )
+    if isinstance(asked, tuple | list) and not asked:
+        raise InputError(f"{argument} is a key, or a function of a batch: it is empty")
+    found = asked(batch) if callable(asked) else required(batch, asked, f"{argument} of from_contrast reads")
     try:
         found = torch.as_tensor(found).detach().cpu()
     except (TypeError, ValueError, RuntimeError):

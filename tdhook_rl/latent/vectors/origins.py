@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tdhook_rl.errors import InputError
 from tdhook_rl.files.digests import content_of, digest_of
 from tdhook_rl.files.versions import versions
 
@@ -33,6 +36,25 @@ def weights_of(policy: nn.Module) -> str | None:
 def origin_of(policy: nn.Module) -> dict[str, Any]:
     """The facts of every direction: the weights, and the versions of what computed it."""
     return {"weights": weights_of(policy), "versions": versions("tdhook_rl", "torch")}
+
+
+def facts_given(facts: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the caller adds to the facts.
+
+    Raises:
+        InputError: for what a file cannot hold, or names of where a direction lives.
+    """
+    if facts is None:
+        return {}
+    try:
+        found = dict(facts)
+        json.dumps(found, allow_nan=False)
+        odd = next((name for name in found if not isinstance(name, str) or name in ("module_path", "entry")), None)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"facts= is a mapping of what JSON can hold: {error}") from None
+    if odd is not None:
+        raise InputError(f"facts= has the name {odd!r}, which a file has for where the direction lives, or is no text")
+    return found
 
 
 class DataDigest:
