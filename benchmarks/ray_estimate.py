@@ -95,7 +95,8 @@ def knees(costs: Costs) -> list[list[str]]:
         line = [f"{seconds:.2g} s"]
         for megabytes in (0.1, costs.returned, 16.0, 128.0):
             bound, most = min((rate, what) for what, rate in costs.most(megabytes).items())[::-1]
-            line.append(f"{_two(most * seconds):,} ({bound})")
+            busy = _two(most * seconds)
+            line.append(f"{busy:,} ({bound})" if busy else f"less than one ({bound})")
         found.append(line)
     return found
 
@@ -110,80 +111,81 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *rows])
 
 
-def page(costs: Costs, *, wanted: float) -> str:
-    """The page, in Markdown."""
-    most = costs.most(costs.returned)
-    first = min(most.values())
-    by = ", ".join(f"{1e3 * cost:.1f} ms with {workers}" for workers, cost in sorted(costs.by_workers.items()))
-    merged = table(["suites", "one after the other", "in pairs, on the workers"], [
-        [f"{many:,}", f"{many * costs.merge:.2g} s", f"{math.ceil(math.log2(many)) * costs.merge:.2g} s"]
-        for many in (10, 100, 1000)
-    ])  # fmt: skip
-    return f"""# `analyze(engine="ray")`: from two workers to a thousand
+PAGE = """# `analyze(engine="ray")`: from two workers to a thousand
 
-Written by `python -m benchmarks.ray_scaling --write` on {os.cpu_count()} cores, with Ray {version("ray")} and torch
-{version("torch")}.
+Written by `python -m benchmarks.ray_scaling --write` on {cores} cores, with Ray {ray} and torch {torch}.
 
 ## Two workers, measured
 
-Chunks of {costs.chunk_rows:,} rows, of which the network takes {
-        costs.worker:.2g} s; one torch thread an actor; the start
-of actors ({costs.start:.1f} s) excluded. Median of {len(costs.ratios)} turns (the least and the most).
+Chunks of {rows:,} rows, of which the network takes {worker:.2g} s; one torch thread an actor; the start of actors
+({start:.1f} s) excluded. Median of {turns} turns (the least and the most). Where two processes without Ray fall short
+of 2, other programs had the cores, and wall time says as little of Ray.
 
-{
-        table(
-            ["two workers against one", "times as fast"],
-            [
-                [f"`analyze` with Ray, wall time (wanted: {wanted})", spread(costs.ratios)],
-                ["two processes without Ray, at the same time: what the machine gives", spread(costs.without)],
-                ["by CPU time: what two cores without other programs would give", spread(costs.by_cpu)],
-            ],
-        )
-    }
+{measured}
 
 ## What a chunk costs, measured
 
 | what | measured |
 | --- | --- |
-| sent to an actor, once | the policy, {costs.policy:.1f} MB; rows are read by the actor, from the folder |
+| sent to an actor, once | the policy, {policy:.1f} MB; rows are read by the actor, from the folder |
 | sent with a chunk | two numbers |
-| sent back by a chunk | {costs.returned:.1f} MB: {1e6 * costs.returned / costs.chunk_rows:.0f} bytes a row |
-| worker | {1e3 * costs.worker:.0f} ms |
-| driver: of which for Ray's bookkeeping | {1e3 * costs.per_chunk:.1f} ms |
-| driver: of which for each MB of results (unpacking, checksums, files) | {1e3 * costs.per_megabyte:.2f} ms |
+| sent back by a chunk | {returned:.1f} MB: {per_row:.0f} bytes a row |
+| worker | {worker_ms:.0f} ms |
+| driver: of which for Ray's bookkeeping | {per_chunk:.1f} ms |
+| driver: of which for each MB of results (unpacking, checksums, files) | {per_megabyte:.2f} ms |
 | driver, by the number of workers | {by} |
-| merging a suite of probes, 3 sites by 4 concepts | {costs.shard:.1f} MB, {1e3 * costs.merge:.0f} ms |
+| merging a suite of probes, 3 sites by 4 concepts | {shard:.1f} MB, {merge:.0f} ms |
 
 ## A thousand workers, on paper
 
 Nothing below was run. Assumed: a chunk costs what it costs here, whatever the number of workers (it was measured up to
-{
-        max(costs.by_workers)
-    }; Ray's scheduler looks at all actors in each round, so that a thousand will cost more); one driver
-collects and writes, by one core; its network takes {NETWORK:,.0f} MB/s (10 Gbit/s) and its disk {
-        DISK:,.0f} MB/s; workers
-read rows from a file system that gives each what it asks for; no worker is slower than another.
+{most}; Ray's scheduler looks at all actors in each round, so that a thousand will cost more); one driver collects and
+writes, by one core; its network takes {network:,.0f} MB/s (10 Gbit/s) and its disk {disk:,.0f} MB/s; workers read rows
+from a file system that gives each what it asks for; no worker is slower than another.
 
-This network ({costs.worker:.2g} s and {costs.returned:.1f} MB a chunk):
+This network ({worker:.2g} s and {returned:.1f} MB a chunk):
 
-{
-        table(
-            ["workers", "chunks/s", "rows/s", "of the workers' time", "bound by"],
-            rows_of(costs, costs.worker, costs.returned),
-        )
-    }
+{scaled}
 
-The knee is at {
-        _two(first * costs.worker):,} workers. How many are kept busy where a chunk costs more or sends back more:
+The knee is at {knee:,} workers. How many are kept busy where a chunk costs more or sends back more:
 
-{table(["a chunk costs a worker", "0.1 MB", f"{costs.returned:.1f} MB", "16 MB", "128 MB"], knees(costs))}
+{knees}
 
-So a thousand workers pay where a chunk takes a worker about {1000 / first:.2g} s or longer: dear methods (integrated
-gradients, perturbations, large networks), or larger chunks (`batch_size=`), which cost the driver as much for its
-bookkeeping as small ones. Where results are large, their bytes bound it, and it takes several analyses, each of a part
-of the buffer (`rows=`).
+So a thousand workers pay where a chunk takes a worker about {pays:.2g} s or longer: dear methods (integrated gradients,
+perturbations, large networks). Where results are small, larger chunks (`batch_size=`) do as well, since bookkeeping is
+by the chunk; where they are large, their bytes bound it, and it takes several analyses, each of a part of the buffer
+(`rows=`).
 
 Suites of probes are merged once, at the end:
 
 {merged}
 """
+
+
+def page(costs: Costs, *, wanted: float) -> str:
+    """The page, in Markdown."""
+    first = min(costs.most(costs.returned).values())
+    measured = [
+        [f"`analyze` with Ray, wall time (wanted: {wanted})", spread(costs.ratios)],
+        ["two processes without Ray, by turns with it: what the machine gives", spread(costs.without)],
+        ["by CPU time: what two cores without other programs would give", spread(costs.by_cpu)],
+    ]
+    merged = [
+        [f"{many:,}", f"{many * costs.merge:.2g} s", f"{math.ceil(math.log2(many)) * costs.merge:.2g} s"]
+        for many in (10, 100, 1000)
+    ]
+    by = ", ".join(f"{1e3 * cost:.1f} ms with {workers}" for workers, cost in sorted(costs.by_workers.items()))
+    return PAGE.format(
+        cores=os.cpu_count(), ray=version("ray"), torch=version("torch"), rows=costs.chunk_rows, worker=costs.worker,
+        start=costs.start, turns=len(costs.ratios), policy=costs.policy, returned=costs.returned,
+        measured=table(["two workers against one", "times as fast"], measured),
+        per_row=1e6 * costs.returned / costs.chunk_rows, worker_ms=1e3 * costs.worker, per_chunk=1e3 * costs.per_chunk,
+        per_megabyte=1e3 * costs.per_megabyte, by=by, shard=costs.shard, merge=1e3 * costs.merge,
+        most=max(costs.by_workers), network=NETWORK, disk=DISK, knee=_two(first * costs.worker), pays=1000 / first,
+        scaled=table(
+            ["workers", "chunks/s", "rows/s", "of the workers' time", "bound by"],
+            rows_of(costs, costs.worker, costs.returned),
+        ),
+        knees=table(["a chunk costs a worker", "0.1 MB", f"{costs.returned:.1f} MB", "16 MB", "128 MB"], knees(costs)),
+        merged=table(["suites", "one after the other", "in pairs, on the workers"], merged),
+    )  # fmt: skip
