@@ -117,7 +117,8 @@ class Provenance:
             return
         # In a compiled graph, and inside vmap, rows are nobody's: what is read of them later is computed again.
         traced = torch.compiler.is_compiling() or policy._hooked.runtime.level >= 0
-        trace = self.trace(source) if not traced and self.note_weights(policy) else None
+        stamps = any(self.marks[key[0]][1] is not None for key in results if key[0] != "computed")
+        trace = self.trace(source) if stamps and not traced and self.note_weights(policy) else None
         by_root: dict[str, list[Tensor]] = {}
         for key, value in results.items():
             if key[0] != "computed":

@@ -55,6 +55,8 @@ def row_mask(data: TensorDictBase, key: NestedKey) -> Tensor | None:
 
 def surely_finite(value: Tensor) -> bool:
     """Whether the sum says so, which costs a tenth of looking at each entry; other devices would be waited for."""
+    if not (value.is_floating_point() or value.is_complex()):
+        return True
     return value.is_cpu and math.isfinite((value.sum() if value.ndim else value).item())
 
 

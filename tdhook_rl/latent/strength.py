@@ -151,19 +151,24 @@ class Strength:
 
     def opened(self, data: TensorDictBase, slots: Mapping[str, Any]) -> Tensor:
         """In a forward that has just run: the rows in which all conditions held."""
-        found = torch.ones(data.batch_size, dtype=torch.bool, device=data.device)
+        found = None
         for one in self.conditions:
             truths = one.in_call(data, slots)
-            found = _both(found, torch.zeros_like(found) if truths is None else truths)
-        return found
+            truths = torch.zeros(data.batch_size, dtype=torch.bool) if truths is None else truths
+            found = truths if found is None else _both(found, truths)
+        return torch.ones(data.batch_size, dtype=torch.bool) if found is None else found
 
     def acted(self, data: TensorDictBase, slots: Mapping[str, Any]) -> Tensor:
         """In a forward that has just run: the rows in which it acted."""
-        found = self.opened(data, slots)
-        if self.alpha is not None:
-            alpha = self.alpha.in_call(data, slots)
-            found = _both(found, torch.zeros_like(found) if alpha is None else alpha != 0)
-        return found if self.ran in slots else torch.zeros_like(found)
+        alpha = None if self.alpha is None else self.alpha.in_call(data, slots)
+        if self.ran not in slots or (alpha is None and self.alpha is not None):
+            return torch.zeros(data.batch_size, dtype=torch.bool, device=data.device)
+        opened = self.opened(data, slots) if self.conditions else None
+        if opened is None:
+            found: Tensor = alpha != 0  # type: ignore[assignment, operator]
+        else:
+            found = opened.clone() if alpha is None else _both(opened, alpha != 0)  # a key's own entry stays its own
+        return found if data.device is None else found.to(data.device)
 
     def strength(self, data: TensorDictBase, slots: Mapping[str, Any]) -> Tensor:
         """In a forward that has just run: the strength in each row, where that is a function of the rows."""
