@@ -519,6 +519,11 @@ def test_other_weights_are_known() -> None:
     assert SteeringVector(vector=found.vector, path="1").check(net) == "unknown"
 
 
+class Doubled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).repeat_interleave(2, -1)
+
+
 def test_what_does_not_fit_a_policy() -> None:
     net, vector = mlp(), SteeringVector(vector=torch.ones(6), path="1")
     with pytest.raises(SiteError, match=r"nearest"):
@@ -534,6 +539,10 @@ def test_what_does_not_fit_a_policy() -> None:
     for shape in ((7,), (7, 6, 6), (288,)):
         with pytest.raises(InputError, match="8 channels"):
             SteeringVector(vector=torch.ones(shape), path="1").check(maps)
+    act = nn.Tanh()  # what comes before it differs from run to run
+    twice = nn.Sequential(nn.Linear(4, 6), act, nn.Linear(6, 3), act)
+    SteeringVector(vector=torch.ones(3), path="3@1").check(twice)
+    SteeringVector(vector=torch.ones(8), path="0").check(nn.Sequential(Doubled(4, 4)))
     with pytest.raises(SiteError, match="writes no entries"):
         SteeringVector(vector=torch.ones(6), path=("1", "hidden")).check(net)
 

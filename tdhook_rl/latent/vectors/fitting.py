@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,6 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from tdhook_rl.errors import InputError, listed
-from tdhook_rl.internals.torch_names import ConvNd
 from tdhook_rl.latent.vectors.combining import terms_of
 from tdhook_rl.latent.vectors.origins import weights_of
 from tdhook_rl.latent.vectors.places import written_entry
@@ -19,7 +18,17 @@ from tdhook_rl.sites.paths import find_sites
 
 Weights = Literal["same", "others", "unknown"]
 
-#: Modules of torch that say how many features they give, and how many dimensions follow these (``None``: any number).
+#: Modules that say how many features they give, and how many dimensions follow these.
+_SAYS: dict[type[nn.Module], Callable[[Any], tuple[int, int]]] = {
+    **dict.fromkeys((nn.Linear, nn.Bilinear), lambda module: (module.out_features, 0)),
+    **dict.fromkeys(
+        (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+        lambda module: (module.out_channels, len(module.kernel_size)),
+    ),
+    **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), lambda module: (module.normalized_shape[-1], 0)),
+    nn.Embedding: lambda module: (module.embedding_dim, 0),
+}
+#: Modules that give as many as they are given.
 _KEEPS = (nn.ReLU, nn.Tanh, nn.ELU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.LeakyReLU, nn.Mish, nn.Dropout, nn.Identity)
 #: Modules that are named as nearest.
 _NEAREST = 4
@@ -65,25 +74,32 @@ def features_said(root: nn.Module, module: nn.Module) -> tuple[int, int] | None:
     """
     if type(module) is TensorDictModule and isinstance(module.module, nn.Module) and len(module.out_keys) == 1:
         return features_said(root, module.module)
-    if isinstance(module, nn.Sequential):
+    if type(module) is nn.Sequential:
         return features_said(module, module[-1]) if len(module) else None
-    if isinstance(module, nn.Linear | nn.Bilinear):
-        return module.out_features, 0
-    if isinstance(module, ConvNd):
-        return module.out_channels, len(module.kernel_size)
-    if isinstance(module, nn.Embedding):
-        return module.embedding_dim, 0
-    if isinstance(module, nn.GRUCell | nn.LSTMCell | nn.RNNCell):
-        return module.hidden_size, 0
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        return module.normalized_shape[-1], 0
-    if type(module) in _KEEPS:
-        for chain in root.modules():
-            children = list(chain.children()) if isinstance(chain, nn.Sequential) else []
-            place = next((place for place, one in enumerate(children) if one is module), 0)
-            if place:
-                return features_said(chain, children[place - 1])
-    return None
+    for kind, said in _SAYS.items():
+        # A class of the user's that computes something else says nothing.
+        if isinstance(module, kind) and type(module).forward is kind.forward:
+            return said(module)
+    return _before(root, module) if type(module) in _KEEPS else None
+
+
+def _before(root: nn.Module, module: nn.Module) -> tuple[int, int] | None:
+    """What the modules say that come before one in chains; ``None`` unless they agree."""
+    # Where a module stands twice in a chain, children() gives it once.
+    chains = [list(one._modules.values()) for one in root.modules() if _is_chain(one)]
+    found = {
+        features_said(root, chain[place - 1]) if place else None  # type: ignore[arg-type]
+        for chain in chains
+        for place, one in enumerate(chain)
+        if one is module
+    }
+    return found.pop() if len(found) == 1 else None
+
+
+def _is_chain(module: nn.Module) -> bool:
+    """Whether children run one after the other; TorchRL's networks reshape what goes in and comes out."""
+    known = type(module).forward is nn.Sequential.forward or type(module).__module__.startswith("torchrl.")
+    return isinstance(module, nn.Sequential) and known
 
 
 def _may_fit(said: tuple[int, int] | None, shape: torch.Size) -> bool:
