@@ -78,7 +78,7 @@ def test_episodes_of_a_gymnasium_environment_start_alike() -> None:
         assert torch.equal(one["observation"], other["observation"])
     assert not torch.equal(found[0]["observation"][0], found[1]["observation"][0])
     for wrong in ({"episodes": 0}, {"max_steps": 0}):
-        with pytest.raises(InputError, match="at least one episode"):
+        with pytest.raises(InputError, match="positive integer"):
             alike_episodes(policy, env, **wrong)
 
 
@@ -112,7 +112,7 @@ def test_two_are_played_side_by_side(compare: str) -> None:
         (["users_players:unsteered", "--alpha", "nan"], "finite"),
         (["--vector", "elsewhere"], r"nearest: 'module\.0\.module\.3'"),
         (["--vector", "absent"], "no artifact"),
-        (["--episodes", "0"], "at least one episode"),
+        (["--episodes", "0"], "positive integer"),
         (["users_players:unstered"], "nearest: 'unsteered'"),
     ],
 )
