@@ -401,12 +401,17 @@ def test_shuffled_directions_are_as_long_as_the_vector(tmp_path: Path) -> None:
         assert vector.shuffled_like().shape == (10, 6)
         assert torch.allclose(norms(vector.shuffled_like(3)), torch.tensor(vector.norm).double().expand(3))
     assert found.facts["score"] == pytest.approx(found.norm / float(norms(found.shuffled).mean()))
+    cosine = (found.shuffled_like().double() @ found.vector.double() / found.norm**2).abs().mean()
+    assert found.facts["shuffled_cosine"] == pytest.approx(float(cosine), rel=1e-4)
     with pytest.raises(InputError, match=r"11 shuffled extractions .* has 10"):
         found.shuffled_like(11)
     with pytest.raises(InputError, match="has 0"):
         SteeringVector.from_pairs(mlp(), "1", states(7), states(7), shuffles=0).shuffled_like()
     with pytest.raises(InputError, match="alike"):
         SteeringVector.from_pairs(mlp(), "1", states(7), states(7)).shuffled_like()
+    moved = states(7).apply(lambda one: one + torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    with pytest.raises(InputError, match="direction itself"):
+        SteeringVector.from_pairs(mlp(), "0", moved, states(7)).shuffled_like()
 
 
 @pytest.mark.parametrize("wrong", [torch.ones(2, 4), torch.ones(3), torch.ones(0, 3), torch.full((2, 3), torch.nan)])

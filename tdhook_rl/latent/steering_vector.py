@@ -20,7 +20,7 @@ from tdhook_rl.latent.vectors.activations import root_of, unhooked
 from tdhook_rl.latent.vectors.arithmetic import Arithmetic, floats
 from tdhook_rl.latent.vectors.combining import terms_of
 from tdhook_rl.latent.vectors.contrast import contrast
-from tdhook_rl.latent.vectors.extracted import Extracted, chance_score
+from tdhook_rl.latent.vectors.extracted import Extracted, as_long_as, chance_score
 from tdhook_rl.latent.vectors.fitting import Weights, require_fit, weights_against
 from tdhook_rl.latent.vectors.labels import Asked
 from tdhook_rl.latent.vectors.origins import DataDigest, facts_given, origin_of
@@ -302,13 +302,16 @@ class SteeringVector(Arithmetic, metaclass=Checked):
     def shuffled_like(self, count: int | None = None) -> Tensor:
         """What the extraction finds with shuffled labels, at equal norm, ``(count, *features)``: the other control.
 
-        Unlike random directions these lie where the activations vary.
+        Unlike random directions these lie where the activations vary, which is also along the concept: a part of each
+        is the vector itself, with a sign of chance (``facts["shuffled_cosine"]`` says how much). ``shuffled`` has them
+        as long as they were found.
 
         Args:
             count: how many; all that there are unless given.
 
         Raises:
-            InputError: if there are none, or fewer, or they are zero.
+            InputError: if there are none, or fewer; if they are zero, or the vector itself up to their length, as of
+                pairs that all differ in one direction.
         """
         _require_count(count)
         there = 0 if self.shuffled is None else len(self.shuffled)
@@ -317,11 +320,7 @@ class SteeringVector(Arithmetic, metaclass=Checked):
                 f"{'' if count is None else f'{count} '}shuffled extractions were asked for and this vector has {there}"
                 ": extract it by from_pairs or from_contrast with shuffles=, or use random_like"
             )
-        found = self.shuffled[:count].double()
-        norms = found.flatten(1).norm(dim=1)
-        if not bool((norms > 0).all()):
-            raise InputError("what shuffled labels give is zero: all the states that it is extracted from are alike")
-        return (found / norms.reshape(-1, *(1,) * self.vector.ndim) * self.norm).to(self.vector)
+        return as_long_as(self.vector, self.shuffled[:count])
 
     @checked
     def check(self, policy: nn.Module) -> Weights:

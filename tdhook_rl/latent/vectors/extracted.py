@@ -10,6 +10,8 @@ from torch import Tensor
 
 from tdhook_rl.errors import InputError
 
+#: A direction that is alike to this cosine is the same one.
+_SAME = 0.99
 #: What :func:`chance_score` is, in words.
 SCORE = "the norm, over the mean norm of its shuffled extractions (1: chance)"
 
@@ -108,7 +110,41 @@ def chance_score(vector: Tensor, shuffled: Tensor | None) -> dict[str, Any]:
         2.5
     """
     by_chance = 0.0 if shuffled is None else float(shuffled.double().flatten(1).norm(dim=1).mean())
-    return {"score": float(vector.double().norm()) / by_chance, "score_is": SCORE} if by_chance > 0 else {}
+    if shuffled is None or by_chance == 0:
+        return {}
+    alike = _cosines(vector, shuffled)
+    return {
+        "score": float(vector.double().norm()) / by_chance,
+        "score_is": SCORE,
+        **({} if alike is None else {"shuffled_cosine": float(alike.mean())}),
+    }
+
+
+def as_long_as(vector: Tensor, shuffled: Tensor) -> Tensor:
+    """Shuffled extractions at the norm of the vector.
+
+    Raises:
+        InputError: if one is zero, or all are the vector itself, up to their length.
+    """
+    norms = shuffled.double().flatten(1).norm(dim=1)
+    if not bool((norms > 0).all()):
+        raise InputError("what shuffled labels give is zero: all the states that it is extracted from are alike")
+    alike = _cosines(vector, shuffled)
+    if alike is not None and len(alike) and float(alike.min()) > _SAME:
+        raise InputError(
+            f"what shuffled labels give is the direction itself (cosines from {float(alike.min()):.3f} on): the pairs "
+            "differ in one direction alone, and means of their differences with any signs lie in it. At the norm of "
+            "the vector they are no control: use random_like, or shuffled as long as they are"
+        )
+    scaled = shuffled.double() / norms.reshape(-1, *(1,) * vector.ndim) * vector.double().norm()
+    return scaled.to(vector)
+
+
+def _cosines(vector: Tensor, shuffled: Tensor) -> Tensor | None:
+    """The sizes of the cosines of a vector and its shuffled extractions; ``None`` if one of them is zero."""
+    unit, rows = vector.double().flatten(), shuffled.double().flatten(1)
+    norms = unit.norm() * rows.norm(dim=1)
+    return (rows @ unit / norms).abs() if bool((norms > 0).all()) else None
 
 
 def _double(values: Tensor) -> Tensor:
