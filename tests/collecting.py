@@ -31,6 +31,7 @@ from tdhook_rl.envs import CueCorners
 from tdhook_rl.examples.agent import FC2, make_actor
 
 ALPHA = 0.5
+LIGHT = 61
 VECTOR = torch.linspace(-1, 1, 64)
 PROBES = [
     LinearProbe(weight=torch.linspace(-1, 1, 128).reshape(2, 64) * scale, bias=torch.zeros(2), path=FC2)
@@ -38,12 +39,17 @@ PROBES = [
 ]
 
 
+def lit(rows: TensorDictBase) -> Tensor:
+    """Whether one of the lights is on, which is when the policy is steered."""
+    return rows["observation"][..., LIGHT] > 0.5
+
+
 def everything() -> Compose:
     return Compose(
         ActivationCaching(FC2),
         Saliency(target=targets.taken_action_log_prob(), when="step", attribution_key="live"),
         ProbeReadout({"x": PROBES[0]}),
-        SteeringVectors({FC2: VECTOR}, alpha=ALPHA),
+        SteeringVectors({FC2: VECTOR}, alpha=ALPHA, when=lit),
         ControlRecord(),
         Saliency(target=targets.taken_action_log_prob()),
     )
@@ -87,8 +93,8 @@ class Learner:
 def logits_of(net: nn.Sequential, data: TensorDictBase) -> tuple[Tensor, Tensor]:
     """The hidden activation, and the logits as steered by what the row says was in force."""
     hidden = net[:4](data["observation"])
-    alpha = data["control", "steering.alpha"].unsqueeze(-1)
-    return hidden, net[4:](hidden + alpha * VECTOR)
+    alpha = data["control", "steering.alpha"] * data["steered", "steering"]
+    return hidden, net[4:](hidden + alpha.unsqueeze(-1) * VECTOR)
 
 
 def version_of(data: TensorDictBase, versions: list[nn.Sequential]) -> Tensor:
@@ -103,7 +109,7 @@ def version_of(data: TensorDictBase, versions: list[nn.Sequential]) -> Tensor:
 def expected(data: TensorDictBase, net: nn.Sequential) -> dict[str, Tensor]:
     """What a version computes from the observations of the rows: activation, probe, gradient."""
     observation = data["observation"].clone().requires_grad_()
-    rows = data.select("action", "control").set("observation", observation)
+    rows = data.select("action", "control", "steered").set("observation", observation)
     hidden, logits = logits_of(net, rows)
     chosen = logits.log_softmax(-1).gather(-1, data["action"].unsqueeze(-1)).sum()
     (gradient,) = torch.autograd.grad(chosen, observation)
@@ -143,7 +149,9 @@ def check(data: TensorDictBase, versions: list[nn.Sequential], what: str, allowe
     """
     which = version_of(data, versions)
     assert int((which < 0).sum()) <= allowed, f"{int((which < 0).sum())} rows were computed by no version"
-    assert bool((data["control", "steering.alpha"] != 0).any())
+    steered = (data["control", "steering.alpha"] != 0) & lit(data)
+    assert bool(steered.any())
+    assert torch.equal(data["steered", "steering"], steered)
     if what == "steering":
         return
     name, key = RESULTS[what]

@@ -116,7 +116,7 @@ def test_random_frames_have_results_that_are_not_computed(where: str) -> None:
     keys = [*learner.policy._step_keys(), "observation", "action"]
     rows = torch.cat([batch.to_tensordict().select(*keys) for batch in batches])
     random, acted = rows[:32], rows[32:]
-    for root in ("cache", "live", "probe", "control"):
+    for root in ("cache", "live", "probe", "control", "steered"):
         assert not bool(random["computed", root].any())
         assert bool(acted["computed", root].all())
     assert float(random["cache", FC2].abs().sum()) == 0.0
