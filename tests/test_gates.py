@@ -12,15 +12,18 @@ import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
-from torchrl.collectors import Collector, Evaluator, MultiAsyncCollector, MultiSyncCollector
+from torchrl.collectors import Collector, Evaluator, MultiSyncCollector
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.envs import Compose as EnvCompose
 from torchrl.envs import InitTracker, StepCounter, TransformedEnv
+from torchrl.modules import set_recurrent_mode
+from torchrl.objectives import ClipPPOLoss
+from torchrl.objectives.value import GAE
 
 from tdhook_rl import Compose, LinearProbe, Saliency, Scheduled, SteeringVectors, targets
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError
-from tdhook_rl.examples.agent import FC2, make_actor
+from tdhook_rl.examples.agent import FC2, make_actor, make_critic
 from tdhook_rl.latent import ActivationPatching, AtSteps, DirectionalAblation, DirectionClamping, ProbeGate, RowFunction
 from tests.policies import CASES, HIDDEN, POLICIES, Case, categorical, mlp, recurrent
 
@@ -344,7 +347,6 @@ COLLECTORS = {
         counted(2), policy, replay_buffer=ReplayBuffer(storage=LazyTensorStorage(64, ndim=2), batch_size=8), **options
     ),
     "MultiSync": lambda policy, **options: MultiSyncCollector(makers(1), policy, cat_results="stack", **options),
-    "MultiAsync": lambda policy, **options: MultiAsyncCollector(makers(1), policy, **options),
 }
 
 
@@ -546,3 +548,50 @@ def test_what_functions_see_is_read_only() -> None:
     with SteeringVectors(modules_to_steer=SITE, steer_fn=writes).prepare(categorical()) as hooked:
         with pytest.raises(RuntimeError, match="locked"):
             hooked(CASE.data(3))
+
+
+# ---------------------------------------------------------------------- agents, trajectories, losses
+
+
+def test_agents_may_be_steered_one_by_one() -> None:
+    case = POLICIES["multi_agent"]
+    policy, data, vector = case.build(), case.data(4), torch.randn(3, HIDDEN)
+    which = data[case.key].sum(-1) > 0
+    method = SteeringVectors({case.site: vector}, when=lambda rows: rows[case.key].sum(-1) > 0)
+    with Compose(method, Saliency(target=targets.entropy())).prepare(policy) as hooked:
+        found = hooked(data.clone())
+        hooked.annotate(found, on_mismatch="raise")
+    plain = by_hand(policy, case, lambda value, spread: torch.where(which[..., None], value + vector, value), (4,))
+    torch.testing.assert_close(found[case.logits], plain(data.clone())[case.logits])
+    assert torch.equal(found["steered", "steering"], which)
+
+
+def test_whole_trajectories_are_steered_at_their_steps() -> None:
+    actor, case = recurrent(), POLICIES["recurrent"]
+    data = case.data(3, 5).set("step_count", torch.arange(5).expand(3, 5).unsqueeze(-1).clone())
+    vector = torch.randn(4)
+    with SteeringVectors({"module.0.module.1": vector}, when=AtSteps({1, 3})).prepare(actor) as hooked:
+        with set_recurrent_mode(True):
+            found, plain = hooked(data.clone()), actor(data.clone())
+    acts = torch.tensor([False, True, False, True, False])
+    torch.testing.assert_close(found["logits"], plain["logits"] + acts[:, None] * vector)
+    assert torch.equal(found["steered", "steering"], acts.expand(3, 5))
+    carried = {("module.0.module.0", ("next", "recurrent_state")): torch.randn(HIDDEN)}
+    with SteeringVectors(carried, when=AtSteps({1})).prepare(actor) as hooked:
+        with set_recurrent_mode(True), pytest.raises(SiteError, match="call it step by step"):
+            hooked(data.clone())
+
+
+def test_a_loss_over_steered_data_sees_the_steered_policy() -> None:
+    actor, critic = make_actor(), make_critic()
+    with gated().prepare(actor) as hooked:
+        with torch.no_grad():
+            data = counted(4).rollout(6, hooked, break_when_any_done=False)
+        loss = ClipPPOLoss(hooked, critic)
+        GAE(gamma=0.9, lmbda=0.9, value_network=critic)(data)
+        found = loss(data)
+        unsteered = ClipPPOLoss(actor, critic)(data)
+    assert float(found["kl_approx"].abs()) < 1e-6  # the policy of the loss is the one that acted
+    assert float(unsteered["kl_approx"].abs()) > 1e-4
+    found["loss_objective"].backward()
+    assert all(parameter.grad is not None for parameter in actor.parameters())

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torchrl.collectors import MultiSyncCollector
 
 from tdhook_rl import ActivationCaching, Compose, Saliency
+from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError
+from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.latent import MapPatch, StateSubtraction, UnitValues
 from tests.policies import CASES, POLICIES, Case, actor, mlp
 from tests.test_gates import acting, by_case, by_hand, positive, require_equal, some_batch
@@ -273,3 +277,17 @@ def test_bad_counterfactuals_are_refused() -> None:
         StateSubtraction("1", lambda: data).prepare(net).__enter__()
     with StateSubtraction("1", lambda rows: rows).prepare(net) as hooked, pytest.raises(SiteError, match="TensorDict"):
         hooked(input=data["input"])
+
+
+def test_subtraction_travels_to_workers() -> None:
+    actor, env = make_actor(), partial(CueCorners, batch_size=[2], max_steps=4)
+    with StateSubtraction(FC2, lambda rows: rows.set("observation", 1 - rows["observation"])).prepare(actor) as hooked:
+        collector = MultiSyncCollector([env], hooked, frames_per_batch=32, total_frames=64)
+        for data in collector:
+            expected = actor.get_dist(data.select("observation").set("observation", 1 - data["observation"])).logits
+            torch.testing.assert_close(data["logits"].log_softmax(-1), expected, rtol=1e-4, atol=1e-4)
+            with torch.no_grad():
+                for parameter in actor.parameters():
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+            collector.update_policy_weights_()
+        collector.shutdown()
