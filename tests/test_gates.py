@@ -25,6 +25,8 @@ from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError
 from tdhook_rl.examples.agent import FC2, make_actor, make_critic
 from tdhook_rl.latent import ActivationPatching, AtSteps, DirectionalAblation, DirectionClamping, ProbeGate, RowFunction
+from tdhook_rl.metrics import deletion_insertion
+from tdhook_rl.rollout import check
 from tests.policies import CASES, HIDDEN, POLICIES, Case, categorical, mlp, recurrent
 
 CASE = CASES["categorical"]
@@ -595,3 +597,21 @@ def test_a_loss_over_steered_data_sees_the_steered_policy() -> None:
     assert float(unsteered["kl_approx"].abs()) > 1e-4
     found["loss_objective"].backward()
     assert all(parameter.grad is not None for parameter in actor.parameters())
+
+
+def test_metrics_and_the_doctor_are_of_the_policy_as_it_was_steered() -> None:
+    actor, env = make_actor(), counted(4)
+    steering = SteeringVectors({FC2: torch.randn(64)}, when=lambda rows: rows["step_count"] % 2 == 0)
+    with Compose(steering, Saliency(target=targets.chosen_logit())).prepare(actor) as hooked:
+        with torch.no_grad():
+            data = env.rollout(6, hooked, break_when_any_done=False)
+        assert check(hooked, env, {"postproc": hooked.annotate}).ok
+
+        def score(data: TensorDictBase) -> Tensor:
+            return deletion_insertion(hooked, data, n_steps=3, n_random=1).deletion
+
+        score_of = score(hooked.annotate(data))
+        torch.testing.assert_close(score(hooked.annotate(data).exclude("step_count")), score_of)  # the record is enough
+        turned = hooked.annotate(data)
+        turned["steered", "steering"] = ~turned["steered", "steering"]
+        assert not torch.allclose(score(turned), score_of)

@@ -19,7 +19,7 @@ from tdhook_rl.batches.found import Found
 from tdhook_rl.batches.keeping import Keep, kept_keys, only_kept
 from tdhook_rl.batches.mismatch import Mismatch
 from tdhook_rl.calls.bound import BoundMethod, observers
-from tdhook_rl.calls.passes import Call, effects_of, require_inputs, stored_inputs
+from tdhook_rl.calls.passes import Call, effects_of, require_inputs, rows_read, stored_inputs
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.real_rows import PADDING
 from tdhook_rl.calls.repeatable import require_repeatable
@@ -192,11 +192,7 @@ def _select(policy: HookedPolicy, data: TensorDictBase, missing: Sequence[BoundM
     keys: list[NestedKey] = [*policy.in_keys, *policy.policy_out_keys, *action_keys(policy.policy_out_keys), *PADDING]
     for one in missing:
         keys += one.reads
-    records = [record.key for record in policy._hooked.records]
-    if not policy._hooked.passes and all(data.get(key, None) is not None for key in records):
-        selected = data.select(*keys, *records, strict=False)
-    else:  # what functions of the rows read is not known
-        selected = data
+    selected = rows_read(policy, data, keys)
     plans = [one.plan for one in missing if one.plan is not None]
     if plans:
         selected = shallow_copy(selected)

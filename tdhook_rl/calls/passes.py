@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -342,6 +342,16 @@ def stored_inputs(
         if value is not None:
             inputs[record.key] = value
     return inputs
+
+
+def rows_read(policy: HookedPolicy, data: TensorDictBase, keys: Iterable[NestedKey]) -> TensorDictBase:
+    """Of a batch, what passes over it read: these entries, and how interventions acted (or what would say so)."""
+    state = policy._hooked
+    records = [record.key for record in state.records]
+    asks = state.passes or any(not one.reads for one in getattr(state.runtime.row_hook, "functions", ()))
+    if asks and (state.passes or any(data.get(key, None) is None for key in records)):
+        return data  # what functions read is not known
+    return data.select(*dict.fromkeys([*keys, *records]), strict=False)
 
 
 def recorded(policy: HookedPolicy, output: TensorDictBase) -> dict[NestedKey, Tensor]:

@@ -210,9 +210,12 @@ class _Examination:
             return True
         self.deadline.waiting_for = "annotate() of what was collected"
         stored = rollout.batch()
-        annotated, failed = self._attempt(
-            lambda: rollout.policy.annotate(stored.exclude(*rollout.results), on_mismatch="ignore")
-        )
+        # Where interventions acted is no result that is computed again, but what results are computed by.
+        acted = {record.key[0] for record in rollout.policy._hooked.records}
+        again = [
+            key for key in rollout.results if key[0] not in acted and not (key[0] == "computed" and key[1] in acted)
+        ]
+        annotated, failed = self._attempt(lambda: rollout.policy.annotate(stored.exclude(*again), on_mismatch="ignore"))
         if failed is None:
             yield from batch_findings(rollout, stored, annotated)
         else:
@@ -222,8 +225,7 @@ class _Examination:
     def _modules(self, rollout: RecordedRollout) -> Iterator[Finding]:
         """The head of the table of modules."""
         self.deadline.waiting_for = "a call that lists the modules"
-        data = rollout.data[0].select(*rollout.policy.in_keys, strict=False)
-        table, failed = self._attempt(lambda: site_table(rollout.policy, rollout.moved(data)))
+        table, failed = self._attempt(lambda: site_table(rollout.policy, rollout.given()))
         if failed is not None:
             yield failed
             return
@@ -256,8 +258,7 @@ class _Examination:
     def _compile(self, rollout: RecordedRollout, fullgraph: bool) -> Iterator[Finding]:
         def compiled() -> list[Finding]:
             with torch.no_grad():
-                data = rollout.moved(rollout.data[0].select(*rollout.policy.in_keys))
-                return list(compile_findings(self.policy, data, self.deadline, fullgraph=fullgraph))
+                return list(compile_findings(self.policy, rollout.given(), self.deadline, fullgraph=fullgraph))
 
         found, failed = self._attempt(compiled)
         yield from [failed] if failed is not None else found

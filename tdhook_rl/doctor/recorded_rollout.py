@@ -114,6 +114,11 @@ class RecordedRollout:
         device = device_of(self.policy)
         return data if device is None or all(value.device == device for _, value in leaves(data)) else data.to(device)
 
+    def given(self) -> TensorDictBase:
+        """The first stored step, as the policy was given it."""
+        own = {as_tuple(key) for key in self.policy.in_keys}
+        return self.moved(self.data[0].exclude(*(key for key in self.policy.out_keys if as_tuple(key) not in own)))
+
     def batch(self) -> TensorDictBase:
         """What the policy read and wrote in the stored steps, with time as the last batch dimension."""
         wanted = {as_tuple(key) for key in (*self.policy.in_keys, *self.policy.out_keys)}

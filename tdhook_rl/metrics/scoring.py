@@ -17,7 +17,7 @@ from torch import Tensor
 from tdhook_rl.arguments.keys import key_parts, required
 from tdhook_rl.attribution.base import BoundAttribution
 from tdhook_rl.attribution.baselines import filled
-from tdhook_rl.calls.passes import Call, effects_of, stored_inputs
+from tdhook_rl.calls.passes import Call, effects_of, rows_read, stored_inputs
 from tdhook_rl.calls.preconditions import require_hooked, require_rows
 from tdhook_rl.errors import InputError, TargetError, nearest
 from tdhook_rl.policies.draws import action_keys
@@ -209,7 +209,7 @@ def score(
     keys += ["baseline", ("computed", bound.root), *action_keys(hooked.policy_out_keys)]
     # Out of inference mode, whose tensors have no gradients: those that come from it are copied.
     with torch.inference_mode(False), torch.no_grad():
-        chosen = data.select(*dict.fromkeys(keys), strict=False)
+        chosen = rows_read(hooked, data, keys)
         if any(value.is_inference() for value in chosen.values(True, True) if isinstance(value, Tensor)):
             chosen = chosen.clone()
         results = map_chunks(chosen, analyse, chunk_size)

@@ -85,8 +85,8 @@ def asked(function: Callable[[TensorDictBase], Any], rows: TensorDictBase, what:
             raise
         raise MissingKeyError(
             f"{what} is a function that reads {key!r}, which the rows lack; {nearest(key, rows.keys(True, True))}. "
-            "Some losses and servers hand on the policy's in_keys only: RowFunction(function, reads=[...]) makes what "
-            "a condition or a strength reads one of these"
+            "StepCounter() counts steps, a TensorDictPrimer adds any key to an environment; losses and servers that "
+            "hand on the policy's in_keys only are told of it by RowFunction(function, reads=[...])"
         ) from error
 
 
