@@ -22,7 +22,7 @@ from torchrl.objectives.value import GAE
 
 from tdhook_rl import Compose, LinearProbe, Saliency, Scheduled, SteeringVectors, targets
 from tdhook_rl.envs import CueCorners
-from tdhook_rl.errors import InputError, MissingKeyError, SiteError
+from tdhook_rl.errors import InputError, KeyCollisionError, MissingKeyError, SiteError
 from tdhook_rl.examples.agent import FC2, make_actor, make_critic
 from tdhook_rl.latent import ActivationPatching, AtSteps, DirectionalAblation, DirectionClamping, ProbeGate, RowFunction
 from tdhook_rl.metrics import deletion_insertion
@@ -615,3 +615,19 @@ def test_metrics_and_the_doctor_are_of_the_policy_as_it_was_steered() -> None:
         turned = hooked.annotate(data)
         turned["steered", "steering"] = ~turned["steered", "steering"]
         assert not torch.allclose(score(turned), score_of)
+
+
+def test_several_interventions_each_say_where_they_acted() -> None:
+    data, first, second = CASE.data(4), torch.tensor([1, 0, 1, 0]).bool(), torch.tensor([0, 0, 1, 1]).bool()
+    data["first"], data["second"] = first, second
+    vectors = {SITE: torch.randn(HIDDEN)}
+    both = Compose(SteeringVectors(vectors, when="first"), DirectionalAblation(vectors, when=["first", "second"]))
+    with both.prepare(categorical()) as hooked:
+        found = hooked(data.clone())
+    assert torch.equal(found["steered", "steering"], first)
+    assert torch.equal(found["steered", "ablation"], first & second)
+    found["steered", "steering"].zero_()
+    assert torch.equal(found["first"], first)  # the key is the data's own
+    twice = Compose(SteeringVectors({SITE: "first"}, alpha="first"), SteeringVectors({SITE: "first"}, alpha="second"))
+    with pytest.raises(KeyCollisionError, match=r"two methods write .*another name="):
+        twice.prepare(categorical()).__enter__()

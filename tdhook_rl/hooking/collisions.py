@@ -80,7 +80,7 @@ def check_collisions(policy: TensorDictModuleBase, bound: list[BoundMethod], rea
             if key in seen or key in nodes or above & set(seen):
                 raise KeyCollisionError(
                     f"two methods write {key!r}, or one writes a tensor where the other needs a node: give one "
-                    "another root (attribution_key=, cache_key=, probe_key=)"
+                    "another root (attribution_key=, cache_key=, probe_key=), or an intervention another name="
                 )
             if key[0] in RESERVED:
                 raise KeyCollisionError(
