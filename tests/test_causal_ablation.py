@@ -12,7 +12,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.distributions import Categorical, Normal, kl_divergence
 from torchrl.data import Categorical as CategoricalSpec
-from torchrl.modules import ProbabilisticActor, QValueActor
+from torchrl.modules import Actor, ProbabilisticActor, QValueActor
 
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError
@@ -44,9 +44,9 @@ def without(net: nn.Sequential, x: Tensor, units: list[int], by: str, other: Ten
 
 
 @pytest.mark.parametrize("by", ["zero", "mean"])
-@pytest.mark.parametrize("kind", ["discrete", "continuous", "values", "critic"])
+@pytest.mark.parametrize("kind", ["discrete", "continuous", "deterministic", "values", "critic"])
 def test_what_changes_is_what_changes_by_hand(kind: str, by: str) -> None:
-    net = layers({"discrete": 4, "continuous": 2, "values": 4, "critic": 1}[kind])
+    net = layers({"discrete": 4, "continuous": 2, "deterministic": 2, "values": 4, "critic": 1}[kind])
     policy: Any
     if kind == "discrete":
         policy = ProbabilisticActor(
@@ -56,6 +56,8 @@ def test_what_changes_is_what_changes_by_hand(kind: str, by: str) -> None:
         both = nn.Sequential(net, Spread())
         module = TensorDictModule(both, ["seen"], ["loc", "scale"])
         policy = ProbabilisticActor(module, ["loc", "scale"], distribution_class=Normal)
+    elif kind == "deterministic":
+        policy = Actor(net, in_keys=["seen"])
     elif kind == "values":
         policy = QValueActor(net, in_keys=["seen"], spec=CategoricalSpec(4))
     else:
@@ -77,6 +79,9 @@ def test_what_changes_is_what_changes_by_hand(kind: str, by: str) -> None:
                 expected = kl_divergence(Normal(whole, 0.5), Normal(now, 0.5)).sum(-1)
                 torch.testing.assert_close(changes["kl"], expected, rtol=1e-6, atol=1e-12)
                 assert "changed" not in changes  # any change of a real number is one
+            elif kind == "deterministic":
+                torch.testing.assert_close(changes["moved"], (now - whole).norm(dim=-1))
+                assert float(cell.moved) == pytest.approx(float(changes["moved"].mean()))
             else:
                 action = (
                     whole.argmax(-1, keepdim=True) if kind == "values" else torch.zeros(STATES, 1, dtype=torch.long)
@@ -87,7 +92,7 @@ def test_what_changes_is_what_changes_by_hand(kind: str, by: str) -> None:
                 switched = now.argmax(-1).ne(whole.argmax(-1)).double()
                 torch.testing.assert_close(changes["changed"], switched)
                 assert float(cell.changed) == pytest.approx(float(switched.mean()))
-    measure = {"discrete": "kl", "continuous": "kl", "values": "changed", "critic": "value"}[kind]
+    measure = {"deterministic": "moved", "values": "changed", "critic": "value"}.get(kind, "kl")
     assert table.ranked == measure
     sizes = [cell.size for cell in table]
     assert sizes == sorted(sizes, reverse=True)

@@ -26,7 +26,7 @@ from tdhook_rl.sweeps.causal.returns import Held, returns_of
 Replacement = Literal["zero", "mean", "resample"]
 REPLACEMENTS = ("zero", "mean", "resample")
 #: The columns, in the order by which components are ranked where the policy has several.
-MEASURES = ("metric", "kl", "changed", "value", "returned")
+MEASURES = ("metric", "kl", "moved", "changed", "value", "returned")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,7 @@ class AblationCell:
         site: the path of the module.
         unit: its number there: of the unit, the channel, or the part.
         kl: the divergence of the action distribution from that of the whole policy, in nats.
+        moved: how far a deterministic action of real numbers moves.
         changed: the share of states in which the greedy action is another one.
         value: the change of the value (of a Q-network: of the whole policy's greedy action).
         metric: the change of the metric that was given.
@@ -47,6 +48,7 @@ class AblationCell:
     site: str
     unit: int
     kl: Interval | None = None
+    moved: Interval | None = None
     changed: Interval | None = None
     value: Interval | None = None
     metric: Interval | None = None
@@ -157,8 +159,9 @@ def ablate_units(
 ) -> AblationTable:
     """Take every unit of every site out, one at a time, and rank them by what changes.
 
-    Measured is what the policy has: the divergence of its action distribution, in how many states its greedy action is
-    another one, the change of its value; and, with ``env``, the change of the return of the components that rank first.
+    Measured is what the policy has: the divergence of its action distribution, how far a deterministic action moves, in
+    how many states the greedy one is another, the change of its value; and, with ``env``, the change of the return,
+    without each of the components that rank first.
 
     Args:
         policy: the policy, a value or Q-network, or any module; not hooked. It is run in eval mode and not touched.

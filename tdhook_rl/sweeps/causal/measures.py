@@ -44,8 +44,12 @@ class Measures:
         if self._decisions:
             drawing = [one.module for one in run.distributions]
             require_own_parameters(drawing, "the divergence of policies")
-        self._actions = {key: one for key, one in greedy_actions(run).items() if not one.is_floating_point()}
-        if not self._readings and not self._decisions and not self._actions:
+        actions = greedy_actions(run)
+        self._actions = {key: one for key, one in actions.items() if not one.is_floating_point()}
+        # What is drawn is compared by its distribution.
+        self._points = {key: one for key, one in actions.items() if one.is_floating_point()}
+        self._points = {key: one for key, one in self._points.items() if key not in self._decisions}
+        if not self._readings and not self._decisions and not actions:
             raise InputError(
                 f"the network puts out {', '.join(map(repr, run.out_keys))}, which is neither a decision nor a value: "
                 "say with metric= what is compared"
@@ -57,13 +61,14 @@ class Measures:
         shape = (ran.copies, -1)
         if self._decisions:
             found["kl"] = self._divergence(ran).cpu().reshape(shape)
+        rows = ran.result.outputs.batch_size.numel()
+        now = greedy_actions(ran.result) if self._actions or self._points else {}
         if self._actions:
-            now, rows = greedy_actions(ran.result), ran.result.outputs.batch_size.numel()
-            other = torch.zeros(rows, dtype=torch.bool, device=next(iter(self._actions.values())).device)
-            for key, before in self._actions.items():
-                same = before.repeat(ran.copies, *(1,) * (before.ndim - 1)) == now[key]
-                other |= ~same.reshape(rows, -1).all(-1)
-            found["changed"] = other.double().cpu().reshape(shape)
+            others = [~(_copied(one, ran) == now[key]).reshape(rows, -1).all(-1) for key, one in self._actions.items()]
+            found["changed"] = torch.stack(others).any(0).double().cpu().reshape(shape)
+        if self._points:
+            ways = [(now[key] - _copied(one, ran)).double().reshape(rows, -1) for key, one in self._points.items()]
+            found["moved"] = torch.cat(ways, -1).norm(dim=-1).cpu().reshape(shape)
         return found
 
     def _divergence(self, ran: Ran) -> Tensor:
@@ -79,6 +84,10 @@ class Measures:
                 for key in self._decisions & sides[0].keys():
                     total = total + policy_divergence(sides[0][key], sides[1][key]).values.to(total)
             return total
+
+
+def _copied(value: Tensor, ran: Ran) -> Tensor:
+    return value.repeat(ran.copies, *(1,) * (value.ndim - 1))
 
 
 def _value(run: Pass) -> Target | None:

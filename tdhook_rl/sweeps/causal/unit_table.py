@@ -222,6 +222,7 @@ def pooled(changes: Tensor, gap: Gap, groups: Tensor | None) -> list[Interval | 
 
 def _agreement(cells: Sequence[UnitCell]) -> Agreement | None:
     pairs = [(one.estimated.estimate, one.measured.estimate) for one in cells if one.estimated and one.measured]
+    pairs = [pair for pair in pairs if np.isfinite(pair).all()]
     if not pairs:
         return None
     estimated, measured = np.array(pairs).T
