@@ -21,6 +21,7 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
 from tdhook_rl import Compose, LinearProbe, Saliency, Scheduled, SteeringVectors, targets
+from tdhook_rl.attribution import IntegratedGradients, Occlusion
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError, KeyCollisionError, MissingKeyError, SiteError
 from tdhook_rl.examples.agent import FC2, make_actor, make_critic
@@ -631,3 +632,57 @@ def test_several_interventions_each_say_where_they_acted() -> None:
     twice = Compose(SteeringVectors({SITE: "first"}, alpha="first"), SteeringVectors({SITE: "first"}, alpha="second"))
     with pytest.raises(KeyCollisionError, match=r"two methods write .*another name="):
         twice.prepare(categorical()).__enter__()
+
+
+def test_a_record_of_an_earlier_call_decides_nothing() -> None:
+    """Neither where the policy acts again on the same TensorDict, nor where its own forward is explained."""
+    net, vector = mlp().double(), torch.randn(HIDDEN).double()
+    data = TensorDict({"input": torch.randn(4, 6).double(), "t": torch.arange(4)}, batch_size=4)
+    asked = []
+
+    def even(rows: TensorDictBase) -> Tensor:
+        asked.append(1)
+        return rows["t"] % 2 == 0
+
+    methods = Compose(
+        SteeringVectors({"1": vector}, alpha=lambda rows: 1.0 + rows["t"], when=even),
+        Saliency(when="step"),
+        IntegratedGradients(baseline=0.0, n_steps=200, when="step", attribution_key="path"),
+    )
+    for first in (0, 1):
+        with methods.prepare(net) as hooked:
+            for start in (first, 1 - first, first):
+                data["t"] = torch.arange(start, start + 4)
+                asked.clear()
+                data = hooked(data)
+                assert len(asked) == 1
+                strength = torch.where(data["t"] % 2 == 0, 1.0 + data["t"], 0)[:, None]
+                point, blank = data["input"].clone().requires_grad_(), torch.zeros(4, 6).double()
+                outputs = [net[2:](net[:2](x) + strength * vector).sum(-1) for x in (point, blank)]
+                torch.testing.assert_close(data["output"].sum(-1), outputs[0])
+                torch.testing.assert_close(data["attr", "input"], torch.autograd.grad(outputs[0].sum(), point)[0])
+                change = (outputs[0] - outputs[1]).detach()
+                torch.testing.assert_close(data["path", "input"].sum(-1), change, atol=1e-3, rtol=1e-3)
+
+
+def test_paths_and_perturbations_keep_what_was_decided_for_the_row() -> None:
+    net, vector = mlp().double(), torch.randn(HIDDEN).double()
+    data = TensorDict({"input": torch.randn(6, 6).double()}, batch_size=6)
+    acts = data["input"].sum(-1) > 0
+    method = Compose(
+        SteeringVectors({"1": vector}, when=lambda rows: rows["input"].sum(-1) > 0),
+        IntegratedGradients(baseline=0.0, n_steps=200, attribution_key="path"),
+        Occlusion(attribution_key="occlusion"),
+    )
+    with method.prepare(net) as hooked:
+        recorded, unrecorded = hooked.annotate(hooked(data.clone())), hooked.annotate(data)
+    outputs = [
+        net[2:](net[:2](x) + acts[:, None] * vector).sum(-1).detach() for x in (data["input"], data["input"] * 0)
+    ]
+    gone = [
+        net[2:](net[:2](data["input"].index_fill(1, torch.tensor([one]), 0)) + acts[:, None] * vector).sum(-1).detach()
+        for one in range(6)
+    ]
+    for found in (recorded, unrecorded):
+        torch.testing.assert_close(found["path", "input"].sum(-1), outputs[0] - outputs[1], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(recorded["occlusion", "input"], outputs[0][:, None] - torch.stack(gone, -1))

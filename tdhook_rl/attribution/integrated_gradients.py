@@ -184,10 +184,12 @@ class _BoundIntegratedGradients(BoundAttribution):
 
     def _not_repeated(self, call: Call, inputs: Mapping[NestedKey, Tensor]) -> frozenset[str]:
         """What no pass reads of the stored data: baselines, results of an earlier call, inputs that are replaced."""
-        if self.reads_inputs:  # a target of the user's may read anything
+        records = [record.key for record in call.policy._hooked.records]
+        # A target of the user's may read anything, and so may what decides where interventions act.
+        if self.reads_inputs or any(key not in call.inputs for key in records):
             return self._unread
         if self._results is None:
-            read = [*call.policy._hooked_read_keys(), *self._read_by_targets]
+            read = [*call.policy._hooked_read_keys(), *records, *self._read_by_targets]
             roots = {key_parts(key)[0] for key in read}
             self._results = frozenset(key[0] for key in call.policy.result_keys) - roots
         replaced = {key for key in inputs if isinstance(key, str)} - self._read_by_targets

@@ -75,10 +75,11 @@ class Call:
         self.policy = policy
         self._start = start
         self.data = data
-        if policy._hooked.overwrites and inputs:
+        told = [*policy._hooked.overwrites, *(record.key for record in policy._hooked.records)]
+        if told and inputs:
             # Passes over more rows than the call's read the inputs from here.
             self.data = shallow_copy(data)
-            for key in policy._hooked.overwrites:
+            for key in told:
                 if key in inputs:
                     self.data.set(key, inputs[key])
                 elif self.data.get(key, None) is not None:

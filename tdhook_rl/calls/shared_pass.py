@@ -94,7 +94,7 @@ def graph_pass(
     # A leaf cannot be worked on in place: until a forward was seen to leave its inputs alone, it is given copies.
     effects = effects_of(policy)
     given = points if effects.keeps_input else {key: point.clone() for key, point in points.items()}
-    replay = Replay(data)
+    replay = Replay(data, is_forward=True)
     slots = [slot for one in shared for slot in one.leaves]
     previous, output = runtime.replay, data
     runtime.replay, runtime.leaves = replay, dict.fromkeys(slots)

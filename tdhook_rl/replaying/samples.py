@@ -45,6 +45,7 @@ class Replay:
     runs: dict[str, int] = field(default_factory=dict)  # how often the hooks that count ran
     # What a deterministic policy decided before exploration noise was added.
     decided: dict[NestedKey, Tensor] = field(default_factory=dict)
+    is_forward: bool = False  # the policy's own forward is explained, without a second pass
     # What was found, by slot.
     learned: dict[str, Tensor] = field(default_factory=dict)
 

@@ -156,7 +156,7 @@ class RowHook:
             runtime.decided = {}
         decided, replay, batch = runtime.decided, runtime.replay, data.batch_size
         known = decided.get("rows")
-        if known is None and replay is not None:
+        if known is None and replay is not None and not replay.is_forward:
             for key, slot in self.recorded:
                 value = data.get(key, None)
                 if value is not None:
