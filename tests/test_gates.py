@@ -685,4 +685,4 @@ def test_paths_and_perturbations_keep_what_was_decided_for_the_row() -> None:
     ]
     for found in (recorded, unrecorded):
         torch.testing.assert_close(found["path", "input"].sum(-1), outputs[0] - outputs[1], atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(recorded["occlusion", "input"], outputs[0][:, None] - torch.stack(gone, -1))
+        torch.testing.assert_close(found["occlusion", "input"], outputs[0][:, None] - torch.stack(gone, -1))
