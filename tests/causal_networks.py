@@ -7,9 +7,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-__all__ = ["NETWORKS", "Attention", "Network", "edited", "states_of"]
+from tests.zoo_entry import Entry
+
+__all__ = ["NETWORKS", "PAIRS", "Attention", "Network", "edited", "states_of", "zoo_states"]
+
+PAIRS = 5
+
+
+def zoo_states(entry: Entry, policy: nn.Module, seed: int) -> TensorDictBase:
+    """Inputs of a policy of the zoo, without what it puts out."""
+    torch.manual_seed(seed)
+    found = entry.env(policy, PAIRS, seed=seed).rollout(2, break_when_any_done=False)[:, -1]
+    return found.exclude("next", *(key for key in policy.out_keys if key not in policy.in_keys))
 
 
 class Attention(nn.Module):

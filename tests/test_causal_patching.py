@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.distributions import Categorical, Normal
@@ -19,17 +19,8 @@ from tdhook_rl import targets
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError
 from tdhook_rl.latent import SteeringVector
 from tdhook_rl.sweeps import PatchTable, patch_sites
-from tests.causal_networks import NETWORKS, edited, states_of
-from tests.zoo import ZOO, Entry
-
-PAIRS = 5
-
-
-def zoo_states(entry: Entry, policy: nn.Module, seed: int) -> TensorDictBase:
-    """Inputs of a policy of the zoo, without what it puts out."""
-    torch.manual_seed(seed)
-    found = entry.env(policy, PAIRS, seed=seed).rollout(2, break_when_any_done=False)[:, -1]
-    return found.exclude("next", *(key for key in policy.out_keys if key not in policy.in_keys))
+from tests.causal_networks import NETWORKS, PAIRS, edited, states_of, zoo_states
+from tests.zoo import ZOO
 
 
 # By hand, these say it otherwise: a critic that judges the action of an actor before it, noise that is added, no keys.

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from tdhook_rl import targets
 from tdhook_rl.errors import InputError, SiteError, TargetError
-from tdhook_rl.sweeps import attribution_patching, patch_paths, patch_units
-from tests.causal_networks import NETWORKS, edited, states_of
+from tdhook_rl.sweeps import attribution_patching, patch_paths, patch_sites, patch_units
+from tests.causal_networks import NETWORKS, edited, states_of, zoo_states
+from tests.zoo import ZOO
 
 PAIRS = 5
 
@@ -105,6 +106,22 @@ def test_estimates_are_exact_where_the_network_is_linear() -> None:
     # The runs together do what they do by themselves, and the convolution does it all.
     torch.testing.assert_close(table.grid("mix@all"), table.grid("mix@0") + table.grid("mix@1"))
     assert float(table.grid("conv").sum()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", ["actor_value", "gru", "lstm", "agents_shared", "agents_separate", "agents_q"])
+def test_estimates_are_exact_in_policies_that_are_linear_behind_the_site(name: str) -> None:
+    """Recurrent steps and agents in a vmap: the units of all agents together; one by one they add up to the patch."""
+    entry = ZOO[name]
+    torch.manual_seed(3)
+    policy = entry.build()
+    clean, corrupt = (zoo_states(entry, policy, seed) for seed in (1, 2))
+    logits = next(key for key in entry.rest(policy, entry.first(policy, clean), clean))
+    metric = {"metric": lambda outputs: outputs[logits].flatten(1) @ torch.arange(outputs[logits][0].numel()).float()}
+    table = attribution_patching(policy, clean, corrupt, entry.site, compare="all", **metric)
+    torch.testing.assert_close(table.estimates, table.changes, rtol=1e-4, atol=1e-5)
+    whole = patch_sites(policy, clean, corrupt, entry.site, **metric)[entry.site]
+    torch.testing.assert_close(table.changes.sum(0), table.gap.source - table.gap.base, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(whole.pooled, float(table.grid(entry.site).sum()), rtol=1e-3, atol=1e-4)
 
 
 def test_how_far_estimates_are_off_is_measured() -> None:
