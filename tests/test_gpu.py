@@ -11,6 +11,7 @@ from tdhook_rl import ActivationCaching, Compose, ControlRecord, ProbeReadout, S
 from tdhook_rl.attribution import IntegratedGradients
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.latent import SteeringVector
+from tdhook_rl.sweeps import ablate_units, attribution_patching, faithfulness, find_circuit, patch_sites
 from tests.method_table import probe
 from tests.policies import CASES
 
@@ -50,6 +51,24 @@ def test_cuda_equals_cpu(name: str) -> None:
         if isinstance(key, tuple) and key[0] in ("attr", "path", "cache", "probe"):
             assert found[key].device.type == inline[key].device.type == "cuda"
             torch.testing.assert_close(found[key].cpu(), expected[key], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_causal_tests_find_the_same_on_the_device(name: str) -> None:
+    case = CASES[name]
+    policy, pair = case.build(), [case.data(12), case.data(12)]
+    circuit = find_circuit(policy, *pair, case.site, controls=0)
+    found = {}
+    for device in ("cpu", "cuda"):
+        own, clean, corrupt = policy.to(device), pair[0].to(device), pair[1].to(device)
+        patched = patch_sites(own, clean, corrupt, case.site, rank=1, controls=2)[0].shares
+        estimates = attribution_patching(own, clean, corrupt, case.site, compare=4).estimates
+        kept = faithfulness(own, clean, corrupt, circuit).estimate  # another may be as small
+        assert find_circuit(own, clean, corrupt, case.site, controls=2).faithfulness.estimate > 0.89
+        needed = ablate_units(own, clean, case.site, by="resample")
+        found[device] = [patched, estimates, torch.tensor(kept), needed.changes[needed.ranked]]
+    for cpu, cuda in zip(*found.values(), strict=True):
+        torch.testing.assert_close(cpu, cuda, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 @pytest.mark.parametrize("where", ["cpu", "cuda"])

@@ -273,7 +273,7 @@ class Effects:
                     product = product.sum(others)
                 total = product if total is None else total + product
             if total is None:
-                total = torch.zeros(rows, self.components.units[site])
+                total = torch.zeros(rows, self.components.units[site], device=base.kept[site][0].device)
             found.append(self.components.of_units(total, site))
         return torch.cat(found, -1)
 
