@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from tensordict import TensorDict
 from torch import nn
+from torchrl.collectors import Collector
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from benchmarks.pairs import compare, measure
@@ -110,8 +111,19 @@ def step(rounds: int) -> None:
 
         return play
 
+    def collecting(policy: nn.Module) -> Callable[[], None]:
+        collector = Collector(
+            env, policy, frames_per_batch=128 * STEPS, total_frames=-1, auto_register_policy_transforms=False
+        )
+        batches = iter(collector)
+        return lambda: next(batches)
+
+    print("a step of 128 environments in a collector")
+    collected = {"plain": collecting(actor), "steered": collecting(number)}
+    for ratio in compare(collected, {"steered": ["plain"]}, rounds * 8)[1]:
+        line(f"  {ratio.name}, of the time without", 1 / ratio.median, 1.05)
     runs = {"plain": playing(actor), "steered": playing(number), "steered by row": playing(by_row, True)}
-    print("a step of 128 environments")
+    print("a step of 128 environments in env.rollout")
     for ratio in compare(runs, {name: ["plain"] for name in runs if name != "plain"}, rounds * 8)[1]:
         line(f"  {ratio.name}, of the time without", 1 / ratio.median, 1.05)
 
