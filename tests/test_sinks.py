@@ -182,7 +182,7 @@ def test_tensorboard_reads_back(tmp_path: Path) -> None:
         sinks.log({**some_media(tmp_path)}, 4096)
     sinks.close()
     assert sorted(str(one.message).split(":")[0] for one in told) == [
-        f"TensorboardLogger shows no {kind}" for kind in ("animation", "artifact", "datatable")
+        f"TensorboardLogger shows no {kind}" for kind in ("animation", "artifact", "table")
     ]
     logger.shutdown()
     events = EventAccumulator(str(tmp_path / "run")).Reload()

@@ -32,6 +32,8 @@ class Media:
     path: Path | None = field(default=None, init=False, repr=False)
 
     ending = ""
+    #: What one is called in a message.
+    called = ""
 
     def content(self) -> bytes:
         """What the local file holds."""
@@ -52,6 +54,7 @@ class Histogram(Media):
     edges: np.ndarray
 
     ending = ".json"
+    called = "histogram"
 
     @classmethod
     def of(cls, values: Any, bins: int = 64) -> Histogram:
@@ -95,6 +98,7 @@ class Image(Media):
     caption: str = ""
 
     ending = ".png"
+    called = "picture"
 
     def __post_init__(self) -> None:
         self.pixels = as_frames(as_array(self.pixels)[None])[0]
@@ -118,6 +122,7 @@ class Animation(Media):
     caption: str = ""
 
     ending = ".gif"
+    called = "animation"
 
     def __post_init__(self) -> None:
         if not 0 < self.fps <= 50:
@@ -152,6 +157,7 @@ class DataTable(Media):
     rows: Sequence[Sequence[Any]]
 
     ending = ".csv"
+    called = "table"
 
     def __post_init__(self) -> None:
         self.columns = list(self.columns)
@@ -177,6 +183,8 @@ class Artifact(Media):
         facts: JSON-able facts about them.
         aliases: further names of this version; ``"latest"`` always is one.
     """
+
+    called = "artifact"
 
     files: Sequence[str | Path]
     kind: str = "artifact"

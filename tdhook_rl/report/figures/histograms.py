@@ -81,6 +81,8 @@ def histograms_over_time(
         )
     panel.set(xlabel=axis, ylabel=label(unit, 34), xlim=(sides[0], sides[-1]), ylim=(bottom, top))
     framed(panel)
+    if len(steps) == 1:  # the column is as wide as the panel: other ticks would say nothing
+        panel.set_xticks(steps)
     tick_numbers(panel)
     tick_numbers(panel, "y")
     most = float(shares.max())

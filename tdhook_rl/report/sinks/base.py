@@ -74,7 +74,7 @@ class LoggerSink:
         if not isinstance(value, self.shows) and type(value) not in self._said:
             self._said.add(type(value))
             place = f"in {value.path.parent}" if value.path is not None else "left out"
-            self._say(f"{self.name} shows no {type(value).__name__.lower()}: {name!r} and others like it are {place}")
+            self._say(f"{self.name} shows no {value.called}: {name!r} and others like it are {place}")
         return False
 
     def _say(self, words: str) -> None:
