@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, OneHotCategorical
 from torchrl.data import Categorical as CategoricalSpec
 from torchrl.data import Composite, Unbounded
-from torchrl.envs import EnvBase, GymEnv
+from torchrl.envs import EnvBase, GymEnv, GymWrapper
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import MLP, NormalParamExtractor, ProbabilisticActor, QValueActor, TanhNormal
 
@@ -53,6 +53,28 @@ def pendulum_actor() -> nn.Module:
     )
 
 
+class OfPictures(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(147, 16), nn.ReLU(), nn.Linear(16, 7))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.layers(pixels.flatten(-3).float() / 10)
+
+
+def door_actor() -> nn.Module:
+    module = TensorDictModule(OfPictures(), ["pixels"], ["logits"])
+    return ProbabilisticActor(module, in_keys=["logits"], distribution_class=OneHotCategorical)
+
+
+def door_env() -> EnvBase:
+    import gymnasium
+    import minigrid  # noqa: F401
+    from minigrid.wrappers import ImgObsWrapper
+
+    return GymWrapper(ImgObsWrapper(gymnasium.make("MiniGrid-DoorKey-5x5-v0")))
+
+
 def corners_actor() -> nn.Module:
     return make_actor()
 
@@ -75,6 +97,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], Any, tuple[in
     "Gymnasium": (cart_actor, lambda: GymEnv("CartPole-v1"), "module.0.module.2", (16,), "one condition"),
     "a function": (cart_actor, lambda: partial(GymEnv, "CartPole-v1"), "module.0.module.2", (16,), "one condition"),
     "Q-values": (cart_q, lambda: GymEnv("CartPole-v1"), "module.0.module.2", (16,), "one condition"),
+    "MiniGrid": (door_actor, door_env, "module.0.module.layers.1", (16,), "one condition"),
     "continuous": (pendulum_actor, lambda: GymEnv("Pendulum-v1"), "module.0.module.0.2", (16,), "one condition"),
 }  # fmt: skip
 
