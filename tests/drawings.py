@@ -109,7 +109,13 @@ SHAPES: dict[str, Callable[[Any, Any], Drawing]] = {
     "probe_curves": probes,
     "lines": lambda names, values: figures.lines({name: curve(values) for name in list(names)[:5]}, unit="share"),
     "dose_curve": lambda names, values: figures.dose_curve(
-        range(len(values)), values, competence={next(iter(names)): values}, random=np.full((3, len(values)), 0.1)
+        range(len(values)),
+        values,
+        competence={next(iter(names)): values},
+        random=np.full((3, len(values)), 0.1),
+        shuffled=np.full((2, len(values)), 0.2),
+        runs={"run 1": numbers(values)},
+        half=values[0],
     ),
 }
 VALUES: dict[str, list[Any]] = {

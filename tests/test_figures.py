@@ -118,9 +118,9 @@ def test_what_is_beside_a_figure_is_what_was_drawn(name: str) -> None:
         if key in ("edges", "x", "step", "strengths", "chance"):
             continue
         expected = AS_DRAWN.get(key, lambda one: one)(numbers_of)
-        parts = list(expected) if key in ("values", "random") else [expected]
+        parts = list(expected) if key in ("values", "random", "shuffled") else [expected]
         # Limits are edges of a band, whose path goes there and back; rewards and actions are of bars and dots.
-        whole = key not in ("low", "high", "random")
+        whole = key not in ("low", "high", "random", "shuffled")
         assert all(is_among(part, artists, whole) for part in parts), where
         compared += 1
     if name == "grouped_bars":

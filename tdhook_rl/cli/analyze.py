@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tdhook_rl.cli.options import chosen_options, printed_warnings
 from tdhook_rl.cli.setups import EXAMPLE, made, named_function
 from tdhook_rl.cli.showing import seed
 from tdhook_rl.errors import InputError, nearest
@@ -67,69 +67,30 @@ def run(options: argparse.Namespace) -> int:
     from tdhook_rl.replay import analyze
 
     torchrl.logger.setLevel("ERROR")
-    chosen = _chosen(options)
+    chosen = chosen_options(
+        options, DEFAULTS, {"batch_size": int, "workers": int, "seed": int, "fraction": float, "time_budget": float}
+    )
     source: Any = made(options.buffer) if _is_function(options.buffer) else Path(options.buffer)
     folder = Path(chosen["out"] or Path("runs") / f"analyze-{_name(options.buffer)}")
     context = _prepared(chosen)
     again = f"the same command goes on: {options.written}"
-    with context as policy, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        try:
+    try:
+        with context as policy, printed_warnings():
             found = analyze(
                 policy, source, folder, batch_size=chosen["batch_size"], rows=_slice(chosen["rows"]),
                 where=None if chosen["where"] is None else named_function(chosen["where"]),
                 fraction=chosen["fraction"], seed=chosen["seed"], time_budget=chosen["time_budget"],
                 on_mismatch=chosen["on_mismatch"], engine=chosen["engine"], workers=chosen["workers"],
             )  # fmt: skip
-        except KeyboardInterrupt:
-            print(f"tdhook-rl: stopped; {_reached(folder)}; {again}")
-            return 130
-    for line in dict.fromkeys(str(one.message) for one in caught if not _of_others(one.filename)):
-        print(f"tdhook-rl: {line}")
+    except KeyboardInterrupt:
+        print(f"tdhook-rl: stopped; {_reached(folder)}; {again}")
+        return 130
     print(f"  {folder}  the results of {len(found):,} entries (tdhook_rl.replay.load_results)")
     print(f"  {_report(folder, source, found, options.written)}  the report: open it in a browser")
     return 0
 
 
 # ---------------------------------------------------------------------- options
-
-
-def _chosen(options: argparse.Namespace) -> dict[str, Any]:
-    """What flags say, or the config file, or nobody."""
-    told = {} if options.config is None else _config(options.config)
-    for name in told:
-        if name not in DEFAULTS:
-            raise InputError(f"{options.config} has no option {name!r}; {nearest(name, DEFAULTS)}")
-    given = {name: getattr(options, name) for name in DEFAULTS if getattr(options, name) is not None}
-    chosen = {**DEFAULTS, **told, **given}
-    for name, kind in (
-        ("batch_size", int),
-        ("workers", int),
-        ("seed", int),
-        ("fraction", float),
-        ("time_budget", float),
-    ):
-        value = chosen[name]
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | kind)):
-            raise InputError(f"{name} is a number, got {value!r}")
-    return chosen
-
-
-def _config(path: Path) -> dict[str, Any]:
-    from tdhook_rl.files.durable import read_json
-
-    if path.suffix in (".yaml", ".yml"):
-        import yaml
-
-        try:
-            found = yaml.safe_load(path.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"{path} is no config in YAML: {error}") from error
-    else:
-        found = read_json(path, "a config in JSON")
-    if not isinstance(found, Mapping):
-        raise InputError(f"{path} is no config: it has no options by name, but {found!r:.60}")
-    return {str(name).replace("-", "_"): value for name, value in found.items()}
 
 
 def _is_function(text: str) -> bool:
@@ -217,10 +178,6 @@ def _some(kinds: Mapping[str, Callable[..., Any]] | Sequence[str]) -> str:
 
 
 # ---------------------------------------------------------------------- the end
-
-
-def _of_others(file: str) -> bool:
-    return not {"torch", "torchrl", "tensordict"}.isdisjoint(Path(file).parts)
 
 
 def _reached(folder: Path) -> str:

@@ -7,13 +7,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from tdhook_rl.cli import analyze, check, demo, experiment, play, probe, report, sites
+from tdhook_rl.cli import analyze, check, demo, experiment, play, probe, report, sites, steer
 from tdhook_rl.cli.interrupts import Stop, leave
 
 __all__ = ["main"]
 
 #: In the order of the help.
-COMMANDS = (demo, experiment, report, check, sites, play, analyze, probe)
+COMMANDS = (demo, experiment, report, check, sites, play, analyze, probe, steer)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,6 +20,12 @@ def made(target: str) -> Any:
     return named_function(target)()
 
 
+def is_function(text: str) -> bool:
+    """Whether it is written as ``MODULE:FUNCTION``, of names that Python takes."""
+    module, _, name = text.partition(":")
+    return name.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
 def named_function(target: str) -> Any:
     """The function that ``MODULE:FUNCTION`` names.
 

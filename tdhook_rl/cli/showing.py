@@ -20,11 +20,11 @@ def seed(text: str) -> int:
     return number
 
 
-def progress_bar(console: Any) -> Any:
+def progress_bar(console: Any, unit: str = "frames") -> Any:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} frames"),
+        TextColumn("{task.description}"), BarColumn(), TextColumn(f"{{task.completed}}/{{task.total}} {unit}"),
         TimeElapsedColumn(), console=console,
     )  # fmt: skip
 

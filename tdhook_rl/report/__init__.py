@@ -33,6 +33,7 @@ from tdhook_rl.report.sinks import (
     new_folder,
     open_wandb,
 )
+from tdhook_rl.report.sweep_pages import sweep_page
 
 __all__ = [
     "Animation",
@@ -65,5 +66,6 @@ __all__ = [
     "player",
     "read_run",
     "save_findings",
+    "sweep_page",
     "write_report",
 ]

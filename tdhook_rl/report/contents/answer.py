@@ -19,6 +19,7 @@ from tdhook_rl.report.page import Finding
 from tdhook_rl.report.page.numbers import frames, number
 from tdhook_rl.report.runs import Run
 from tdhook_rl.report.runs.record import Series
+from tdhook_rl.report.sweep_pages import chosen_outcomes, sweep_findings
 from tdhook_rl.statistics import Interval, grouped_mean
 
 #: The share of batches at the end, and at the beginning, that are taken together; and how many answers of a kind.
@@ -29,6 +30,8 @@ def findings_of(run: Run) -> list[Finding]:
     """The answers, those that the run has written down first."""
     if run.findings:
         return run.findings
+    if run.sweep is not None:
+        return sweep_findings(run.sweep, *chosen_outcomes(run.sweep))
     found = [_behaviour(run, name) for name in behaviour_of(run.series)[:2]]
     probes = sorted(probes_of(run.series).values(), key=lambda one: -_or(last(one.main), -math.inf))
     chances = chances_of(run)

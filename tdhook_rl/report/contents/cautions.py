@@ -7,6 +7,7 @@ import math
 from tdhook_rl.report.contents.names import LARGEST, probes_of
 from tdhook_rl.report.page.numbers import number
 from tdhook_rl.report.runs import Run
+from tdhook_rl.report.sweep_pages import chosen_outcomes, sweep_cautions
 
 #: Lines of one kind that are shown.
 MOST = 6
@@ -20,6 +21,7 @@ def cautions_of(run: Run) -> list[str]:
         where = "nothing was logged" if step is None else f"the last {run.axis[:-1]} that is there is {step:,}"
         found.append(f"The run did not come to its end, or goes on: {where}.")
     found += [_sentence(one) for one in run.warnings]
+    found += [] if run.sweep is None else sweep_cautions(run.sweep, chosen_outcomes(run.sweep)[0])
     found += _computed(run) + _probes(run) + _unfinished(run)
     return list(dict.fromkeys(found))
 

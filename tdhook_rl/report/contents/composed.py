@@ -14,6 +14,7 @@ from tdhook_rl.report.contents.cautions import cautions_of
 from tdhook_rl.report.contents.curves import sections_of
 from tdhook_rl.report.contents.media import files_of, pictures_of, players_of, tables_of
 from tdhook_rl.report.contents.several import differences, findings_over, runs_table
+from tdhook_rl.report.contents.sweeps import sweep_drawings_of, sweeps_of
 from tdhook_rl.report.page import Cautions, Facts, Figure, Findings, Page, Section, Table
 from tdhook_rl.report.page.numbers import frames
 from tdhook_rl.report.runs import Run, read_run
@@ -75,8 +76,8 @@ def _parts(runs: Sequence[Run], most_bytes: float) -> list[Any]:
         Figure(one.title if not several else f"{one.title} ({run.name})", one.path, one.caption, one.alt, one.data)
         for run in runs for one in run.figures
     ]  # fmt: skip
-    parts += [players, *saved, *figures, gallery]
-    tables = tables_of(runs)
+    parts += [players, *sweep_drawings_of(runs), *saved, *figures, gallery]
+    tables = sweeps_of(runs) + tables_of(runs)
     if tables:
         parts.append(Section("Tables", tables))
     parts += [_numbers(runs), files_of(runs)]

@@ -1,4 +1,4 @@
-"""Folders of ours: of a monitor, of the demo, of experiments. What a kill has cut is left out, and said."""
+"""Folders of ours: of a monitor, the demo, experiments, sweeps. What a kill has cut is left out, and said."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from tdhook_rl.files.durable import parse_json
 from tdhook_rl.report.page.findings_file import FINDINGS, load_findings
 from tdhook_rl.report.runs.record import Bins, Drawn, Kept, Rows, Run, Shown, document, noted
 from tdhook_rl.report.sinks.file import FileSink
+from tdhook_rl.sweeps import SweepResult
 
 KIND = "a folder of tdhook_rl"
 #: What tells such a folder.
-LOG, HISTOGRAMS, NOTES = "log.csv", "histograms.jsonl", "notes.txt"
+LOG, HISTOGRAMS, NOTES, SWEEP = "log.csv", "histograms.jsonl", "notes.txt", "sweep.safetensors"
 _STEP = re.compile(r"-?[0-9]{1,30}")
 PICTURES, ANIMATIONS = (".png", ".jpg", ".jpeg", ".webp"), (".gif", ".mp4", ".webm")
 
 
 def is_one(path: Path) -> bool:
     """Whether a folder is one."""
-    marks = (LOG, HISTOGRAMS, FINDINGS)
+    marks = (LOG, HISTOGRAMS, FINDINGS, SWEEP)
     return any((path / name).is_file() for name in marks) or any((path / "figures").glob("*.json"))
 
 
@@ -42,6 +43,11 @@ def read(path: Path) -> Run:
     if (path / FINDINGS).is_file():
         try:
             run.findings = load_findings(path / FINDINGS)
+        except ArtifactError as error:
+            run.warnings.append(str(error))
+    if (path / SWEEP).is_file():
+        try:
+            run.sweep = SweepResult.load(path)
         except ArtifactError as error:
             run.warnings.append(str(error))
     run.players = sorted(one.stem for one in (path / "players").glob("*.json"))

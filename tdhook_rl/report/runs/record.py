@@ -16,6 +16,7 @@ import numpy as np
 from tdhook_rl.files.durable import parse_json
 from tdhook_rl.report.page import Finding
 from tdhook_rl.report.sinks.names import PREFIX
+from tdhook_rl.sweeps import SweepResult
 
 #: Steps and values, in the order in which they were logged.
 Series = list[tuple[int, float]]
@@ -110,6 +111,7 @@ class Run:
         artifacts: files that were kept.
         figures: figures that were saved.
         players: names of the episode players that were recorded.
+        sweep: what steering was found to do, if that was tried.
         texts: by name.
         findings: answers that were written down.
         ended: whether it came to its end; ``None`` where nothing says so.
@@ -129,6 +131,7 @@ class Run:
     artifacts: list[Kept] = field(default_factory=list)
     figures: list[Drawn] = field(default_factory=list)
     players: list[str] = field(default_factory=list)
+    sweep: SweepResult | None = None
     texts: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     ended: bool | None = None
@@ -146,7 +149,8 @@ class Run:
     def empty(self) -> bool:
         """Whether there is nothing in it."""
         found = (self.series, self.histograms, self.pictures, self.animations, self.tables)
-        return not any(found) and not any((self.artifacts, self.figures, self.players, self.texts, self.findings))
+        others = (self.artifacts, self.figures, self.players, self.texts, self.findings)
+        return not any(found) and not any(others) and self.sweep is None
 
     def add(self, other: Run, prefix: str) -> None:
         """Take in what a monitor has written beside; it knows better what is under its prefix.
