@@ -94,7 +94,7 @@ def test_everything_is_written_and_says_the_same(folder: Path, capsys: pytest.Ca
     rows = list(csv.DictReader(io.StringIO((out / "effects.csv").read_text())))
     (row,) = [one for one in rows if one["outcome"] == "up" and float(one["alpha"]) == 2]
     assert float(row["effect"]) == pytest.approx(effect.estimate)
-    assert float(row["effect_low"]) == pytest.approx(effect.low)
+    assert float(row["effect (low)"]) == pytest.approx(effect.low)
     kept = json.loads((out / "steering.json").read_text())
     assert kept["rows"][1]["effect"] == pytest.approx(effect.estimate)
     assert kept["command"] == " ".join(["tdhook-rl", *command])
@@ -108,7 +108,8 @@ def test_everything_is_written_and_says_the_same(folder: Path, capsys: pytest.Ca
     assert curve["random"] == result.control_response("up").tolist()
     assert set(curve["competence"]) == {"return", "length"}
     for words in ("one at alpha 2 changes up by", "Does one change up?", "What does one cost?", "data-player",
-                  "actions drawn, from the same starts with the same noise", "not steered", kept["command"]):  # fmt: skip
+                  "actions drawn, from the same starts with the same noise", "not steered",
+                  kept["command"]):  # fmt: skip
         assert words in page, words
     assert "one at alpha 2 changes up by" in " ".join(said.split())
     assert sorted(one.name for one in (out / "players").iterdir()) == ["steered.bin", "steered.json"]

@@ -469,3 +469,19 @@ def test_agents_are_steered_together() -> None:
     # Each agent is paid for its pulls until the last has pulled: one at least.
     assert float(found.values["return"].min()) >= 1 - 1e-9
     assert found.values["length"].shape == (5, 12)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.9])
+def test_effects_on_shares_cover_and_agree_with_their_p(share: float) -> None:
+    """Of episodes that are lost a share is won; the interval holds it, and 0 where the p-value does not reject it."""
+    covered = []
+    for seed in range(200):
+        draws = torch.Generator().manual_seed(seed)
+        base = (torch.rand(96, generator=draws) < 0.05).double()
+        won = torch.maximum(base, (torch.rand(96, generator=draws) < share).double())
+        played = [Condition(), Condition(draw=1), Condition("up", 1.0)]
+        found = SweepResult(conditions=played, values={"won": torch.stack([base, base, won])})
+        effect = found.effect("won")
+        covered.append(0.95 * share in effect)
+        assert (0.0 in effect) == (effect.p > 0.05)
+    assert np.mean(covered) > 0.9

@@ -161,8 +161,8 @@ def _env(text: str) -> Any:
         gymnasium.spec(text)
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
         raise InputError(
-            f"--env {text!r} is no environment of Gymnasium ({error}); {nearest(text, gymnasium.registry)}; your own is "
-            "MODULE:FUNCTION"
+            f"--env {text!r} is no environment of Gymnasium ({error}); {nearest(text, gymnasium.registry)}; your own "
+            "is MODULE:FUNCTION"
         ) from None
     return partial(GymEnv, text)
 

@@ -33,6 +33,7 @@ from tdhook_rl.report.sinks import (
     new_folder,
     open_wandb,
 )
+from tdhook_rl.report.steering import steering_curve, sweep_grid
 from tdhook_rl.report.sweep_pages import sweep_page
 
 __all__ = [
@@ -66,6 +67,8 @@ __all__ = [
     "player",
     "read_run",
     "save_findings",
+    "steering_curve",
+    "sweep_grid",
     "sweep_page",
     "write_report",
 ]

@@ -96,7 +96,7 @@ def steering_sweep(
         >>> actor = make_trained_actor(seed=0)
         >>> found = steering_sweep(actor, CueCorners(), contrast(actor), alphas=[1.0], controls=2, episodes=8)
         >>> found.paired, found.values["return"].shape
-        (True, torch.Size([5, 8]))
+        (True, torch.Size([7, 8]))
     """
     if controls < 0 or episodes < 1 or max_steps < 1:
         raise InputError(f"there is nothing to play: controls={controls}, episodes={episodes}, max_steps={max_steps}")

@@ -153,9 +153,15 @@ class SweepResult:
         values, base = self.of(outcome, vector, self._strength(vector, alpha)), self.of(outcome)
         if not self.paired and self._groups() is None:
             return unpaired_difference(base, values)
-        bounds = None if self._bounds(outcome) is None else (-1.0, 1.0)
-        found = paired_difference(base, values, self._groups(), bounds=bounds)
-        return replace(found, p=p_value(values - base, self._groups()))
+        change, groups = values - base, self._groups()
+        shares = self._bounds(outcome) is not None
+        # Where all change alike, their spread says nothing; that they are shares does.
+        alike = shares and bool((change == change[0]).all())
+        options = {"bounds": (-1.0, 1.0)} if alike else {"method": "t"} if shares else {}
+        found = paired_difference(base, values, groups, **options)
+        if shares and found.known:
+            found = replace(found, low=max(found.low, -1.0), high=min(found.high, 1.0))
+        return replace(found, p=p_value(change, groups))
 
     def control_effects(
         self, outcome: str, vector: str | None = None, alpha: float | None = None, control: str = RANDOM
