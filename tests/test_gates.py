@@ -155,7 +155,9 @@ def clamped(value: Tensor, direction: Tensor, wanted: float) -> Tensor:
 # ---------------------------------------------------------------------- what is not reached is not changed
 
 
-@pytest.mark.parametrize("case", [CASES["categorical"], CASES["pixels"], POLICIES["recurrent"]], ids=str)
+@pytest.mark.parametrize(
+    "case", [CASES["categorical"], CASES["pixels"], POLICIES["recurrent"]], ids=["categorical", "pixels", "recurrent"]
+)
 def test_closed_gates_and_strengths_of_0_keep_every_bit_and_the_generator(case: Case) -> None:
     policy = case.build()
     closed = lambda rows: torch.zeros(rows.batch_size, dtype=torch.bool)  # noqa: E731

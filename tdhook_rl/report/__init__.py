@@ -34,6 +34,7 @@ from tdhook_rl.report.sinks import (
     open_wandb,
 )
 from tdhook_rl.report.steering import steering_curve, sweep_grid
+from tdhook_rl.report.sweep_hook import SweepHook
 from tdhook_rl.report.sweep_pages import sweep_page
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "Player",
     "Section",
     "Sinks",
+    "SweepHook",
     "Table",
     "TensorboardSink",
     "WandbSink",
