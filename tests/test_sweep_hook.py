@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import random
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torchrl.collectors import Collector
@@ -76,3 +81,66 @@ def test_the_schedule_goes_on_and_wrong_sweeps_are_refused(tmp_path: Path) -> No
         assert other.step() is None
         with pytest.raises(InputError):
             SweepHook(monitor, lambda: 3, every=0)
+
+
+def played() -> Any:
+    actor, vector = make_actor(), SteeringVector(vector=torch.linspace(-2, 2, 64), path=FC2)
+    return steering_sweep(
+        actor, CueCorners(max_steps=4), vector, alphas=[1.0], controls=2, episodes=4, max_steps=4, progress=False
+    )
+
+
+def drawn() -> tuple[float, ...]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+@pytest.mark.filterwarnings("ignore:.*did not end")
+def test_whatever_a_sweep_draws_is_not_drawn_for_training_and_a_later_failure_is_said_once(tmp_path: Path) -> None:
+    def careless() -> Any:
+        drawn()
+        torch.manual_seed(3)
+        np.random.seed(3)
+        random.seed(3)
+        return played()
+
+    def seeded(hook: SweepHook | None) -> list[tuple[float, ...]]:
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        found = []
+        for _ in range(3):
+            if hook is not None:
+                hook.step()
+            found.append(drawn())
+        return found
+
+    sweeps: list[Callable[[], Any]] = [careless]
+    with Monitor(folder=tmp_path) as monitor:
+        hook = SweepHook(monitor, lambda: sweeps[0](), every=2)
+        assert seeded(hook) == seeded(None)
+        assert hook.last is not None
+        sweeps[0] = lambda: 1 / 0
+        with pytest.warns(UserWarning, match="ZeroDivisionError.*training goes on") as caught:
+            assert [hook.step() for _ in range(6)] == [None] * 6
+        assert len(caught) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*did not end")
+def test_no_more_time_is_spent_than_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result, clock = played(), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def slow() -> Any:
+        clock[0] += 10.0
+        return result
+
+    with Monitor(folder=tmp_path) as monitor:
+        hook = SweepHook(monitor, slow, every=1, share=0.25)
+        when = []
+        for _ in range(100):
+            clock[0] += 1.0
+            if hook.step() is not None:
+                when.append(clock[0])
+        assert when == [11.0, 50.0, 90.0, 130.0]  # 10 s of each 40
+        with pytest.raises(InputError, match="share="):
+            SweepHook(monitor, slow, share=0.0)
