@@ -79,8 +79,12 @@ def test_a_page_opens_with_the_answer_and_says_what_to_be_careful_of() -> None:
     result = known()
     page = sweep_page(result, "score", command="again")
     assert page.lead.startswith("up at alpha ")
+    assert "this is more than random directions of equal norm (adjusted p" in page.lead
     assert "It does most of 2 vectors." in page.lead
-    up, cost, idle, _ = sweep_findings(result, "score", ["return"])
+    found = sweep_findings(result, "score", ["return"])
+    assert sorted(one.measured[-2:].strip() for one in found) == ["-1"] * 4 + ["1"] * 4  # to either side
+    up, cost = next(found[at : at + 2] for at in (0, 2) if found[at].measured.endswith(" 1"))
+    idle = found[4]
     assert up.value == result.effect("score", "up", 1.0)
     assert "more than random directions" in up.words
     assert "not surely anything" not in up.words

@@ -109,6 +109,12 @@ def strongest(result: SweepResult, vector: str) -> float:
     return max(result.alphas(vector), key=lambda alpha: (abs(alpha), alpha))
 
 
+def ends(result: SweepResult, vector: str) -> list[float]:
+    """The largest strengths of a vector to either side, as far as it was played there."""
+    alphas = result.alphas(vector)
+    return [alpha for alpha in (alphas[0], alphas[-1]) if alpha]
+
+
 def half_of(result: SweepResult, outcome: str, vector: str | None) -> Interval | None:
     """The strength at which half of the effect is reached; ``None`` where none is above 0."""
     return result.alpha_50(outcome, vector) if max(result.alphas(vector)) > 0 else None

@@ -11,7 +11,7 @@ from torch import Tensor
 from tdhook_rl.report.drawing import Drawing
 from tdhook_rl.report.page import Cautions, Facts, Finding, Findings, Fragment, Page, Section, Table
 from tdhook_rl.report.page.numbers import shown
-from tdhook_rl.report.steering import LEVEL, half_of, runs_of, steering_curve, strongest, sweep_grid
+from tdhook_rl.report.steering import LEVEL, ends, half_of, runs_of, steering_curve, sweep_grid
 from tdhook_rl.sweeps import SweepResult, SweepRow
 
 #: So many vectors have a curve of their own; more are in the grid and the table.
@@ -122,14 +122,14 @@ def sweep_cautions(result: SweepResult, outcome: str) -> list[str]:
             lines.append(f"{row.vector} stands beside {len(row.random)} random directions only.")
         half = half_of(result, outcome, row.vector)
         lines += [f"{row.vector}: {one.words}." for one in (row.effect, half) if one is not None and not one.known]
-    return lines[:40]
+    return list(dict.fromkeys(lines))[:40]
 
 
 def sweep_drawings(result: SweepResult, outcome: str, competence: Sequence[str] = ()) -> list[Drawing]:
     """The curves of those that do most, and of several vectors the grid."""
-    rows = _strongest_rows(result, outcome)[:MOST]
+    names = list(dict.fromkeys(row.vector for row in _strongest_rows(result, outcome)))[:MOST]
     grid = [sweep_grid(result, outcome)] if len(result.vectors) > 1 else []
-    return grid + [steering_curve(result, outcome, row.vector, competence=competence[:COSTS]) for row in rows]
+    return grid + [steering_curve(result, outcome, name, competence=competence[:COSTS]) for name in names]
 
 
 def sweep_rows(result: SweepResult) -> Table:
@@ -150,9 +150,9 @@ def sweep_rows(result: SweepResult) -> Table:
 
 
 def _strongest_rows(result: SweepResult, outcome: str) -> list[SweepRow]:
-    """Each vector at its strongest, those that do most first."""
+    """Each vector at its strongest to either side, those that do most first."""
     table = result.table(outcome)
-    rows = [one for one in table if one.alpha == strongest(result, one.vector)]
+    rows = [one for one in table if one.alpha in ends(result, one.vector)]
     return sorted(rows, key=lambda one: -abs(one.effect.estimate))
 
 
@@ -164,7 +164,8 @@ def _lead(result: SweepResult, outcome: str, competence: Sequence[str], row: Swe
         for name, effects in (("random directions of equal norm", row.random), ("of shuffled labels", row.shuffled))
         if len(effects)
     ]
-    told = ["; ".join([first, *beside])]
+    verdict = _verdict(row)
+    told = ["; ".join([first, *beside, f"this is {verdict}" if len(row.random) else verdict])]
     half = _half(result, row)
     told += [half[:1].upper() + half[1:]] if half else []
     costs = [result.row(one, row.vector, row.alpha) for one in competence[:COSTS]]
@@ -199,7 +200,7 @@ def _verdict(row: SweepRow) -> str:
 
 
 def _half(result: SweepResult, row: SweepRow) -> str:
-    half = half_of(result, row.outcome, row.vector)
+    half = half_of(result, row.outcome, row.vector) if row.alpha > 0 else None
     return f"half of it is reached at alpha {shown(half)}" if half is not None and half.known else ""
 
 
