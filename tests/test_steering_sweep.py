@@ -485,3 +485,18 @@ def test_effects_on_shares_cover_and_agree_with_their_p(share: float) -> None:
         covered.append(0.95 * share in effect)
         assert (0.0 in effect) == (effect.p > 0.05)
     assert np.mean(covered) > 0.9
+
+
+@pytest.mark.filterwarnings("ignore:.*did not end")
+def test_vectors_are_checked_against_the_policy_before_anything_is_played() -> None:
+    torch.manual_seed(3)
+    actor, other = make_actor(), make_actor()
+    found = contrast(actor)
+    play = partial(steering_sweep, alphas=[1.0], controls=2, episodes=4, max_steps=3, progress=False)
+    for given in (found, {"corner": found}, {"corner": {FC2: found}}):
+        result = play(actor, CueCorners(), given)
+        assert result.draws(control="shuffled") == 2
+    with pytest.warns(UserWarning, match="found in other weights"):
+        play(other, CueCorners(), found)
+    with pytest.raises(InputError, match="16"):
+        play(cart_actor(), GymEnv("CartPole-v1"), SteeringVector(vector=torch.ones(64), path="module.0.module.2"))

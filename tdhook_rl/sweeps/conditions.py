@@ -49,11 +49,13 @@ class Direction:
         name: of the vector.
         parts: the tensor of each place; all are added together.
         controls: of each kind, for each place ``(draws, *features)``.
+        given: the steering vectors that it consists of, where it does.
     """
 
     name: str
     parts: Mapping[Place, Tensor]
     controls: Mapping[str, Mapping[Place, Tensor]]
+    given: Sequence[SteeringVector] = ()
 
     @property
     def places(self) -> tuple[Place, ...]:
@@ -96,7 +98,8 @@ def directions_of(vectors: Any, controls: int, seed: int) -> dict[str, Direction
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         kinds = {RANDOM: _random(parts, controls, generator)} if controls else {}
         shuffled = _shuffled(parts, given, controls)
-        found[name] = Direction(name=name, parts=parts, controls=kinds | ({SHUFFLED: shuffled} if shuffled else {}))
+        kinds |= {SHUFFLED: shuffled} if shuffled else {}
+        found[name] = Direction(name=name, parts=parts, controls=kinds, given=given)
     return found
 
 
@@ -143,7 +146,8 @@ def _parts(name: str, given: Any) -> tuple[dict[Place, Tensor], list[SteeringVec
     if isinstance(given, Mapping) and given:
         parts = {place: one.vector if isinstance(one, SteeringVector) else one for place, one in given.items()}
         if all(isinstance(part, Tensor) for part in parts.values()):
-            return {place: part.detach() for place, part in parts.items()}, []
+            found = [one for one in given.values() if isinstance(one, SteeringVector)]
+            return {place: part.detach() for place, part in parts.items()}, found if len(found) == len(parts) else []
     if isinstance(given, Sequence) and given and all(isinstance(one, SteeringVector) for one in given):
         if len({one.path for one in given}) == len(given):
             return {one.path: one.vector.detach() for one in given}, list(given)

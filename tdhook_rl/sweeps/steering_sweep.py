@@ -85,7 +85,7 @@ def steering_sweep(
 
     Warns:
         UserWarning: for episodes that did not end, conditions that could not be paired, an environment that cannot
-            be seeded.
+            be seeded, and vectors that were found in other weights.
 
     Reference: Turner et al. 2023; common random numbers: Glasserman & Yao 1992, Management Science 38.
 
@@ -101,6 +101,9 @@ def steering_sweep(
     if controls < 0 or episodes < 1 or max_steps < 1:
         raise InputError(f"there is nothing to play: controls={controls}, episodes={episodes}, max_steps={max_steps}")
     directions = directions_of(vectors, controls, seed)
+    for vector in (one for direction in directions.values() for one in direction.given):
+        vector.check(policy)
+        vector.say_other_weights(policy)
     conditions = conditions_of(directions, alphas)
     with _made(env, episodes) as made:
         unseeded = seed_env(made, seed)

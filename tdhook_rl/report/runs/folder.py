@@ -15,6 +15,7 @@ from tdhook_rl.files.durable import parse_json
 from tdhook_rl.report.page.findings_file import FINDINGS, load_findings
 from tdhook_rl.report.runs.record import Bins, Drawn, Kept, Rows, Run, Shown, document, noted
 from tdhook_rl.report.sinks.file import FileSink
+from tdhook_rl.report.sinks.names import PREFIX
 from tdhook_rl.sweeps import SweepResult
 
 KIND = "a folder of tdhook_rl"
@@ -32,7 +33,9 @@ def is_one(path: Path) -> bool:
 
 def read(path: Path) -> Run:
     """All that is in it."""
-    run = Run(name=path.resolve().name, path=path, kind=KIND)
+    place = path.resolve()
+    # Beside what another logger writes, a monitor's folder is called after the prefix: the run is the folder around.
+    run = Run(name=place.parent.name if place.name == PREFIX else place.name, path=path, kind=KIND)
     run.config = _mapping(document(run, path / "config.json"))
     with noted(run):
         _read_log(run, path / LOG)
