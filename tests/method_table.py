@@ -135,9 +135,8 @@ def some(case: Case, rows: TensorDictBase) -> Tensor:
 
 
 def elsewhere_seen(case: Case, rows: TensorDictBase) -> TensorDictBase:
-    """A counterfactual: what the policy sees, turned over."""
-    value = rows[case.key]
-    return rows.set(case.key, 255 - value if value.dtype == torch.uint8 else -value)
+    """A counterfactual: what the policy sees, in reverse; of bytes the same as of floats."""
+    return rows.set(case.key, rows[case.key].flip(-1))
 
 
 def subtraction(case: Case) -> Method:

@@ -32,7 +32,7 @@ from tdhook_rl.report.figures.style import (
 from tdhook_rl.statistics import Interval
 
 #: What stands in for the vector: how it is called, its colour and line.
-_CONTROLS = {"random": ("random directions", GREY, STYLES[1]), "shuffled": ("shuffled labels", PURPLE, STYLES[2])}
+_CONTROLS = {"random": ("random directions", GREY, STYLES[1]), "shuffled": ("shuffled labels", PURPLE, ":")}
 
 
 @in_house_style
