@@ -248,6 +248,9 @@ def test_an_interrupted_sweep_goes_on_and_equals_one_that_was_not(tmp_path: Path
     for changed in ({"controls": 3}, {"episodes": 4}, {"seed": 1}, {"max_steps": 3}):
         with pytest.raises(InputError, match="holds a sweep with another"):
             play(**{"controls": 2, "episodes": 8, **changed}, folder=tmp_path)
+    for changed in ({"sign": lambda start: -torch.ones(len(start))}, {"outcomes": {"return": total}}, {"when": "done"}):
+        with pytest.raises(InputError, match=r"another (sign|measured|when)"):
+            play(controls=2, episodes=8, folder=tmp_path, **changed)
     next(actor.parameters()).data[0] += 1
     with pytest.raises(InputError, match="another digest"):
         play(controls=2, episodes=8, folder=tmp_path)

@@ -58,6 +58,10 @@ class Outcomes:
             return None
         return [("next", *((key,) if isinstance(key, str) else key)) for key in self._rewards]
 
+    def described(self, words: Callable[[Any], str]) -> list[str]:
+        """Each by its name and what it is."""
+        return [f"{name}: {words(one)}" for name, one in self._pairs]
+
     def of(self, episodes: TensorDictBase) -> dict[str, Tensor]:
         """Every outcome, ``(episodes,)`` in float64.
 

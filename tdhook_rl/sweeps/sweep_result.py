@@ -350,4 +350,5 @@ class SweepResult:
         raise InputError(f"there is no vector {vector!r}; {nearest(vector, names)}")
 
     def _strength(self, vector: str | None, alpha: float | None) -> float:
-        return self.alphas(vector)[-1] if alpha is None else float(alpha)
+        """The strength that is asked for; the largest in size unless one is."""
+        return max(self.alphas(vector), key=lambda one: (abs(one), one)) if alpha is None else float(alpha)
