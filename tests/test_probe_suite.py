@@ -201,7 +201,6 @@ def test_what_two_workers_saw_adds_up() -> None:
     assert merged.scores().keys() == together._board.scores().keys()
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_suites_of_other_processes_add_up_to_one_pass() -> None:
     policy = make_actor()
     collector = MultiSyncCollector(
@@ -212,7 +211,7 @@ def test_suites_of_other_processes_add_up_to_one_pass() -> None:
     finally:
         collector.shutdown()
     weights, shards = policy.state_dict(), list(data.unbind(0))
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         first, second = pool.map(fitted, [weights] * 2, shards)
     require_one_pass(first, second, fitted(weights, data.flatten(0, 1)))
 
