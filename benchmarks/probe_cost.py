@@ -210,7 +210,7 @@ def main(repeats: int, frames: int) -> None:
     warnings.simplefilter("ignore")
     fitting(repeats)
     grid(repeats)
-    for every in (1, 5):
+    for every in (1, 5, 10):
         suite(frames, repeats, every)
 
 

@@ -53,7 +53,7 @@ class ProbeSuite:
         input_key: of the raw observation; the first input of the policy unless given.
         every: every how many batches are looked at. A look at the agent of the examples takes a tenth of its PPO
             update, half of which is what the same sums cost by hand (``benchmarks/probe_cost.py``): where the network
-            is that small, every fifth batch adds 2 to 3%. Where a future is asked for, all are looked at, and the
+            is that small, every tenth batch adds 2%. Where a future is asked for, all are looked at, and the
             probes are solved for and scored in so many.
         most_waiting: how many rows may wait for their future.
         min_rows: a class with fewer held-out rows is not scored.
