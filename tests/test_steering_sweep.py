@@ -503,3 +503,15 @@ def test_vectors_are_checked_against_the_policy_before_anything_is_played() -> N
         play(other, CueCorners(), found)
     with pytest.raises(InputError, match="16"):
         play(cart_actor(), GymEnv("CartPole-v1"), SteeringVector(vector=torch.ones(64), path="module.0.module.2"))
+
+
+@pytest.mark.filterwarnings("ignore:.*did not end")
+def test_a_loaded_sweep_says_what_the_first_said(tmp_path: Path) -> None:
+    vector = SteeringVector(vector=torch.ones(64), path=FC2)
+    played = steering_sweep(make_actor(), CueCorners(), vector, alphas=[1.0], episodes=4, max_steps=2, folder=tmp_path)
+    assert played.facts["unfinished"] > 0
+    assert {"tdhook_rl", "torch"} <= set(played.facts["versions"])
+    loaded = SweepResult.load(tmp_path)
+    assert {**loaded.facts, "paired": loaded.paired} == played.facts
+    again = SweepResult.load(loaded.save(tmp_path / "again").parent)
+    assert again.facts == loaded.facts

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tdhook_rl.artifacts import load_artifact, save_artifact
 from tdhook_rl.errors import ArtifactError, InputError, warn
 from tdhook_rl.files.digests import digest_of
+from tdhook_rl.files.versions import versions
 from tdhook_rl.sweeps.conditions import BASELINE, REPEATED, Condition, Direction
 
 KIND = "steering_sweep"
@@ -102,7 +103,8 @@ class Kept:
     def facts(self) -> dict[str, Any]:
         """What the result says of itself."""
         cut = self.values[UNFINISHED]
-        found = {**self._facts, "layout": self.layout, "unfinished": float(cut.mean()), "paired": self.repeated()}
+        found = {"versions": _versions(), **self._facts, "layout": self.layout, "unfinished": float(cut.mean())}
+        found["paired"] = self.repeated()
         if cut.any():
             warn(
                 f"{int(cut.sum())} of {cut.numel()} episodes did not end within max_steps={found['max_steps']}; they "
@@ -134,7 +136,12 @@ def write_sweep(
 ) -> Path:
     """Write a sweep, or what is there of it, as safetensors and JSON."""
     tensors = {f"outcome/{name}": found for name, found in values.items()} | {"done": done}
-    document = {**facts, "conditions": [list(astuple(one)) for one in conditions], "outcomes": list(values)}
+    document = {
+        "versions": _versions(),
+        **facts,
+        "conditions": [list(astuple(one)) for one in conditions],
+        "outcomes": list(values),
+    }
     return save_artifact(path, KIND, tensors, document)
 
 
@@ -175,6 +182,10 @@ def _values(path: Path, tensors: Mapping[str, Tensor], names: Any, conditions: i
     if len({values.shape for values in found.values()}) != 1:
         raise ArtifactError(f"{path} has no outcome, or outcomes of different numbers of episodes")
     return found, done.bool()
+
+
+def _versions() -> dict[str, str | None]:
+    return versions("tdhook_rl", "torch", "torchrl", "tensordict")
 
 
 def _digest(policy: nn.Module, directions: Mapping[str, Direction]) -> str:

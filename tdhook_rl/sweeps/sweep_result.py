@@ -83,7 +83,8 @@ class SweepResult:
                 f"the sweep in {folder} is at {int(done.sum())} of {len(done)} conditions: the same call of "
                 "steering_sweep goes on from there"
             )
-        values = {name: found for name, found in values.items() if name != UNFINISHED}
+        cut = values.pop(UNFINISHED, None)
+        facts |= {} if cut is None else {"unfinished": float(cut.mean())}
         return cls(conditions=conditions, values=values, facts=facts)
 
     def save(self, folder: str | Path) -> Path:
@@ -235,7 +236,8 @@ class SweepResult:
         """The p-value that it does something, and more than a random direction of equal norm.
 
         The larger of two: of the change against alpha 0 by episode, and of a control doing as much, by the t
-        distribution of what one more control would do.
+        distribution of what one more control would do. With fewer than two controls, or such as all do the same, it is
+        the first alone.
         """
         from scipy import stats
 

@@ -101,12 +101,7 @@ class AblationTable(Cells[AblationCell]):
         Raises:
             InputError: for a component that there is not.
         """
-        if isinstance(key, (int, slice)):
-            return super().__getitem__(key)
-        if key not in self._of:
-            known = ", ".join(f"{site!r} (0 to {count - 1})" for site, count in self.components.parts.items())
-            raise InputError(f"there is no component {key!r}; there are {known}")
-        return self._of[key]
+        return super().__getitem__(key) if isinstance(key, (int, slice)) else self.components.cell(self._of, key)
 
     def ranking(self, measure: str) -> list[AblationCell]:
         """The cells from the one that changes a measure most on, by the mean size over states (of a return: the mean).

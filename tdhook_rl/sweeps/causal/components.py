@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from tensordict import TensorDictBase
@@ -15,6 +16,8 @@ from torch import Tensor
 from tdhook_rl.errors import InputError, SiteError, nearest
 from tdhook_rl.sweeps.causal.bench import Bench, Ran
 from tdhook_rl.sweeps.causal.edits import PutUnits
+
+Cell = TypeVar("Cell")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,17 @@ class Components:
     @property
     def sites(self) -> list[str]:
         return list(self.parts)
+
+    def cell(self, cells: Mapping[tuple[str, int], Cell], key: Any) -> Cell:
+        """What there is of a component, ``(site, number)``.
+
+        Raises:
+            InputError: for a component that there is not.
+        """
+        if key not in cells:
+            known = ", ".join(f"{site!r} (0 to {count - 1})" for site, count in self.parts.items())
+            raise InputError(f"there is no component {key!r}; there are {known}")
+        return cells[key]
 
     def split(self, row: Tensor) -> dict[str, Tensor]:
         """By site its part of something that is last in ``(..., components)``."""

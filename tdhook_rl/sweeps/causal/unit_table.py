@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tdhook_rl.errors import InputError
 from tdhook_rl.statistics import FEW_GROUPS, Interval
 from tdhook_rl.statistics.cells import Cells, shown
 from tdhook_rl.statistics.interval import limits, none, pair_up
@@ -143,12 +142,7 @@ class UnitTable(Cells[UnitCell]):
         Raises:
             InputError: for a component that there is not.
         """
-        if isinstance(key, (int, slice)):
-            return super().__getitem__(key)
-        if key not in self._of:
-            known = ", ".join(f"{site!r} (0 to {count - 1})" for site, count in self.components.parts.items())
-            raise InputError(f"there is no component {key!r}; there are {known}")
-        return self._of[key]
+        return super().__getitem__(key) if isinstance(key, (int, slice)) else self.components.cell(self._of, key)
 
     def grid(self, site: str, measured: bool = False) -> Tensor:
         """The shares of all components of a site, ``(components,)``.
