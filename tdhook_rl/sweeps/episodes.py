@@ -159,9 +159,6 @@ class Blocks:
         # These leave out environments whose episode is over; others play on, and what follows is not looked at.
         inner = setting.env.base_env if isinstance(setting.env, TransformedEnv) else setting.env
         self._partial = isinstance(inner, BatchedEnvBase)
-        if not self._free:  # the first reset of some vectorised environments does not heed the seed
-            seed_env(setting.env, setting.seed)
-            setting.env.reset()
 
     def at_once(self) -> int:
         """One condition."""
