@@ -1,4 +1,4 @@
-"""One figure of a benchmark: what it took beside what it is compared with, the budget of that ratio, and if it is met."""
+"""One figure of a benchmark: what it took beside what it is compared with, and the budget of that ratio."""
 
 from __future__ import annotations
 
