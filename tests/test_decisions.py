@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -98,6 +99,22 @@ def test_a_decision_that_has_no_probability_is_named() -> None:
     policy = TensorDictSequential(drawn, TensorDictModule(mlp(2), ["x"], ["action"]))
     with Saliency(when="step").prepare(policy) as hooked, pytest.warns(UserWarning, match="leaves out 'action'"):
         hooked(TensorDict({"x": torch.randn(ROWS, 4)}, [ROWS]))
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_an_action_made_of_a_decision_alone_is_the_same_decision(steps: int) -> None:
+    """Brought into bounds under a key of its own, say: nothing else is decided there, so nothing is left out."""
+    net = TensorDictModule(mlp(3), ["x"], ["logits"])
+    drawn = ProbabilisticActor(net, ["logits"], ["drawn_action"], distribution_class=D.Categorical)
+    keys = ["drawn_action", *(["between"] if steps == 2 else []), "action"]
+    moves = [TensorDictModule(lambda x: x + 1, [one], [other]) for one, other in pairwise(keys)]
+    with Saliency(when="step").prepare(TensorDictSequential(drawn, *moves)) as hooked, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = hooked(TensorDict({"x": torch.randn(5, 4)}, [5]))
+    expected = gradient(
+        lambda x: net.module(x).log_softmax(-1).gather(-1, found["drawn_action"][:, None]).squeeze(-1), found["x"]
+    )
+    torch.testing.assert_close(found["attr", "x"], expected)
 
 
 TABLE = torch.tensor([2, 0, 1])

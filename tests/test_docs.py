@@ -26,7 +26,11 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), fl
 
 
 #: Of an extra, what the examples of a module need.
-NEEDED = {"tdhook_rl.replay.columns": "pandas", "tdhook_rl.replay.parquet": "pyarrow"}
+NEEDED = {
+    "tdhook_rl.replay.columns": "pandas",
+    "tdhook_rl.replay.parquet": "pyarrow",
+    "tdhook_rl.adapters.sb3": "stable_baselines3",
+}
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -19,6 +19,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 import tdhook_rl
+import tests.contracts_sb3
 import tests.contracts_torch
 import tests.contracts_torchrl
 from tdhook_rl import internals
@@ -38,6 +39,7 @@ LIBRARIES = {
     "dynamo_names": ("torch",),
     "tensordict_names": ("tensordict",),
     "torchrl_names": ("torchrl",),
+    "sb3_names": ("stable_baselines3",),
     "attributes": ("torch", "tensordict", "torchrl"),
 }
 #: Strings with an underscore that are pieces of our own names; and a module whose objects are no state.

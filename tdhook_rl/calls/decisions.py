@@ -16,7 +16,7 @@ from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.calls.passes import Pass
 from tdhook_rl.calls.writing import get_entry
 from tdhook_rl.errors import TargetError, nearest, warn
-from tdhook_rl.policies.draws import meets, sample_keys
+from tdhook_rl.policies.draws import Draw, meets, sample_keys
 from tdhook_rl.replaying.samples import Drawn, components, is_point
 
 Keys: TypeAlias = NestedKey | list[NestedKey] | None
@@ -84,6 +84,9 @@ def warn_left_out(run: Pass, chosen: Sequence[Decision], name: str) -> None:
     if torch.compiler.is_compiling():
         return
     keys = {one.key for one in chosen}
+    for drawn in run.distributions:  # what is made of a decision alone is the same decision
+        if (draw := _draw_of(drawn)) is not None and keys & {one.key for one in _parts(drawn)}:
+            keys.update(draw.becomes)
     left = [one.key for drawn in run.distributions if not _is_latent(drawn) for one in _parts(drawn) if _is_point(one)]
     left += [key for key in keys_named(run.outputs, "action") if key in run.out_keys]
     # No gradient passes the draw of a choice, so as a latent it would not be explained at all.
@@ -98,8 +101,9 @@ def warn_left_out(run: Pass, chosen: Sequence[Decision], name: str) -> None:
     if left and (message := f"{name}:{left}") not in run.warned:
         run.warned.add(message)
         warn(
-            f"{name} is of {', '.join(map(repr, keys))}; it leaves out {', '.join(map(repr, left))}, which the policy "
-            "decides as well. Name what is meant with key=, or explain several targets: target={name: target, ...}"
+            f"{name} is of {', '.join(repr(one.key) for one in chosen)}; it leaves out {', '.join(map(repr, left))}, "
+            "which the policy decides as well. Name what is meant with key=, or explain several targets: "
+            "target={name: target, ...}"
         )
 
 
@@ -207,8 +211,12 @@ def _parts(drawn: Drawn) -> list[Decision]:
 
 
 def _is_latent(drawn: Drawn) -> bool:
-    draw: Any = getattr(drawn.module, "_hooked_draw", None)
+    draw = _draw_of(drawn)
     return draw is not None and draw.latent
+
+
+def _draw_of(drawn: Drawn) -> Draw | None:
+    return getattr(drawn.module, "_hooked_draw", None)
 
 
 def _is_point(one: Decision) -> bool:

@@ -38,6 +38,7 @@ class Draw:
         rewriters: by key, the later modules that write over a sample, in order.
         kept_under: by key, where the policy itself keeps samples as they were drawn.
         opaque: the module runs inside one whose forward is its own, which may change samples unseen.
+        becomes: the actions that later modules make of a sample alone, as where it is clipped or scaled to bounds.
     """
 
     latent: bool = False
@@ -45,6 +46,7 @@ class Draw:
     rewriters: Mapping[NestedKey, tuple[nn.Module, ...]] = field(default_factory=dict)
     opaque: bool = False
     kept_under: Mapping[NestedKey, NestedKey] = field(default_factory=dict)
+    becomes: tuple[NestedKey, ...] = ()
 
     @property
     def wanted(self) -> set[str]:
@@ -100,10 +102,11 @@ def survey_draws(policy: nn.Module) -> dict[nn.Module, Draw]:
             found[step.module] = Draw(kept_under={key: kept[key] for key in keys if key in kept})
             continue
         opaque = step.opaque and draws(step.module)
-        if not latent and not rewriters and not opaque:
+        becomes = () if latent or not draws(step.module) else _becomes(keys, later)
+        if not latent and not rewriters and not opaque and not becomes:
             continue
         slots = {key: _slot(key, later) for key in keys if latent or opaque or key in rewriters}
-        found[step.module] = Draw(latent, slots, rewriters, opaque)
+        found[step.module] = Draw(latent, slots, rewriters, opaque, becomes=becomes)
     return found
 
 
@@ -226,6 +229,15 @@ def _rewriters(key: NestedKey, later: list[_Step]) -> tuple[nn.Module, ...]:
         if not draws(step.module):
             found.append(step.module)
     return tuple(found)
+
+
+def _becomes(keys: list[NestedKey], later: list[_Step]) -> tuple[NestedKey, ...]:
+    """The actions under other keys that are computed from samples and from nothing else."""
+    made = list(keys)
+    for step in later:
+        if not draws(step.module) and step.reads and all(read in made for read in step.reads):
+            made += step.writes
+    return tuple(key for key in dict.fromkeys(made) if key not in keys and _is_action(key))
 
 
 def _slot(key: NestedKey, later: list[_Step]) -> str:

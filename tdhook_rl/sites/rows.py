@@ -73,7 +73,7 @@ def attach_layouts(policy: nn.Module, runtime: Runtime) -> None:
         parent, above = policy, policy
         for name in path.split(".") if path else ():
             agents = getattr(above, "n_agents", 0) if lends_weights(above) else agents
-            flat = flat or isinstance(above, DecisionTransformer)
+            flat = flat or isinstance(above, DecisionTransformer) or getattr(type(above), "flat_rows", False)
             if isinstance(above, VmapModule):
                 mapped = -1 if above.vmap_dim is None else above.vmap_dim
             time_first = takes_time_first(above, time_first) and is_transformer(above)

@@ -1,0 +1,152 @@
+"""The action distributions of other libraries, with the same numbers, as distributions of torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributions as D
+
+
+class DiagonalNormal(D.Independent):
+    """Independent normal distributions of the dimensions of an action, ``loc`` and ``scale`` of ``(*batch, actions)``.
+
+    Example:
+        >>> DiagonalNormal(torch.zeros(3, 2), torch.ones(3, 2)).log_prob(torch.zeros(3, 2)).shape
+        torch.Size([3])
+    """
+
+    def __init__(self, loc: Tensor, scale: Tensor, validate_args: bool | None = None) -> None:
+        super().__init__(D.Normal(loc, scale, validate_args=validate_args), 1, validate_args=validate_args)
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        return self.mean
+
+
+class SquashedNormal(D.Distribution):
+    """A :class:`DiagonalNormal` behind a ``tanh``, with the density of Stable-Baselines3.
+
+    Its logarithm is that of the normal density less ``log(1 - action**2 + epsilon)``, by which actions at the bounds
+    stay finite.
+
+    Args:
+        loc: of ``(*batch, actions)``, before the ``tanh``.
+        scale: likewise.
+        epsilon: what keeps the logarithm finite.
+
+    Example:
+        >>> squashed = SquashedNormal(torch.zeros(3, 2), torch.ones(3, 2))
+        >>> squashed.log_prob(squashed.sample()).shape, squashed.deterministic_sample.abs().max().item()
+        (torch.Size([3]), 0.0)
+    """
+
+    has_rsample = True
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012  (as torch declares it)
+
+    def __init__(self, loc: Tensor, scale: Tensor, epsilon: float = 1e-6, validate_args: bool | None = None) -> None:
+        self.base = DiagonalNormal(loc, scale, validate_args=validate_args)
+        self.epsilon = epsilon
+        super().__init__(self.base.batch_shape, self.base.event_shape, validate_args=False)
+
+    @property
+    def loc(self) -> Tensor:
+        return self.base.base_dist.loc
+
+    @property
+    def scale(self) -> Tensor:
+        return self.base.base_dist.scale
+
+    @property
+    def mode(self) -> Tensor:
+        """The action at the mode of the normal distribution, which is what these libraries call deterministic."""
+        return self.loc.tanh()
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        return self.mode
+
+    @property
+    def support(self) -> D.constraints.Constraint:
+        return D.constraints.independent(D.constraints.interval(-1.0, 1.0), 1)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> SquashedNormal:
+        shape = (*batch_shape, *self.event_shape)
+        return SquashedNormal(self.loc.expand(shape), self.scale.expand(shape), self.epsilon)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        return self.base.rsample(torch.Size(sample_shape)).tanh()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        edge = 1.0 - torch.finfo(value.dtype).eps
+        inner = value.clamp(-edge, edge)
+        before = 0.5 * (inner.log1p() - (-inner).log1p())
+        return self.base.log_prob(before) - torch.log(1 - value**2 + self.epsilon).sum(-1)
+
+
+class MultiCategorical(D.Distribution):
+    """Several choices at once: logits one after the other, and an index for each choice.
+
+    Args:
+        logits: of ``(*batch, sum of sizes)``.
+        sizes: among how many each choice is.
+
+    Example:
+        >>> several = MultiCategorical(torch.zeros(5, 7), sizes=(3, 4))
+        >>> several.sample().shape, several.log_prob(several.sample()).shape
+        (torch.Size([5, 2]), torch.Size([5]))
+    """
+
+    has_rsample = False
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012  (as torch declares it)
+
+    def __init__(self, logits: Tensor, sizes: tuple[int, ...], validate_args: bool | None = None) -> None:
+        self.sizes = tuple(sizes)
+        self.logits = logits
+        self.parts = [
+            D.Categorical(logits=one, validate_args=validate_args) for one in logits.split(list(self.sizes), -1)
+        ]
+        super().__init__(logits.shape[:-1], torch.Size([len(self.sizes)]), validate_args=False)
+
+    @property
+    def mode(self) -> Tensor:
+        return torch.stack([one.probs.argmax(-1) for one in self.parts], -1)
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        return self.mode
+
+    @property
+    def support(self) -> D.constraints.Constraint:
+        return D.constraints.independent(D.constraints.nonnegative_integer, 1)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> MultiCategorical:
+        return MultiCategorical(self.logits.expand(*batch_shape, self.logits.shape[-1]), self.sizes)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return torch.stack([one.sample(torch.Size(sample_shape)) for one in self.parts], -1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return torch.stack([one.log_prob(taken) for one, taken in zip(self.parts, value.unbind(-1), strict=True)]).sum(
+            0
+        )
+
+    def entropy(self) -> Tensor:
+        return torch.stack([one.entropy() for one in self.parts]).sum(0)
+
+
+class Bits(D.Independent):
+    """Independent choices between 0 and 1, by logits of ``(*batch, bits)``.
+
+    Example:
+        >>> Bits(torch.tensor([[2.0, -1.0]])).deterministic_sample
+        tensor([[1., 0.]])
+    """
+
+    def __init__(self, logits: Tensor, validate_args: bool | None = None) -> None:
+        super().__init__(D.Bernoulli(logits=logits, validate_args=validate_args), 1, validate_args=validate_args)
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        return self.base_dist.probs.round()

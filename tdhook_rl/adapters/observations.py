@@ -1,0 +1,172 @@
+"""What a policy from elsewhere makes of observations before its first layer, with one dimension of rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tdhook_rl.errors import InputError
+
+
+class Part:
+    """One entry of the observation: its shape, and what becomes of it.
+
+    Args:
+        shape: of the entry, without the batch.
+        name: for messages.
+        image: it is a picture of bytes, scaled to 0 to 1, and may come with the channels last.
+        sizes: it consists of indices among so many each, which become one-hot.
+        one_hot: these come as one-hot already.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        name: str = "observation",
+        *,
+        image: bool = False,
+        sizes: tuple[int, ...] = (),
+        one_hot: bool = False,
+    ) -> None:
+        self.shape, self.name, self.image = shape, name, image
+        self.sizes, self.one_hot = sizes, one_hot
+        self.given = (sum(sizes),) if one_hot else shape
+
+    def batch_of(self, value: Tensor) -> torch.Size:
+        """The batch shape of a tensor.
+
+        Raises:
+            InputError: if it does not end in the shape of the entry.
+        """
+        if value.shape[value.ndim - len(self.given) :] == self.given or self._channels_last(value):
+            return value.shape[: value.ndim - len(self.given)]
+        turned = f", or {(*self.shape[1:], self.shape[0])} with its channels last" if len(self.shape) == 3 else ""
+        raise InputError(
+            f"the policy was trained on {self.name!r} of shape {self.given}{turned}; the data has "
+            f"{tuple(value.shape)}, batch included"
+        )
+
+    def rows(self, value: Tensor) -> Tensor:
+        """The entry with its batch in one dimension, and its channels first."""
+        batch = self.batch_of(value)
+        if value.shape[len(batch) :] != self.given:
+            value = value.movedim(-1, -3)
+        return value.reshape(-1, *self.given) if self.given else value.reshape(-1)
+
+    def prepared(self, rows: Tensor) -> Tensor:
+        """What the first layer reads."""
+        if not self.sizes:
+            return rows.float() / 255.0 if self.image else rows.float()
+        if self.one_hot:
+            return rows.float()
+        parts = rows.reshape(len(rows), -1).long().unbind(-1)
+        return torch.cat([F.one_hot(one, size) for one, size in zip(parts, self.sizes, strict=True)], -1).float()
+
+    def _channels_last(self, value: Tensor) -> bool:
+        turns = len(self.shape) == 3 and not self.sizes
+        return turns and tuple(value.shape[-3:]) == (*self.shape[1:], self.shape[0])
+
+
+class Observation(nn.Module):
+    """Prepares all entries: a tensor of rows, or a dictionary of them where the observation is one.
+
+    Args:
+        parts: the entries by the name that the network knows; under ``""`` if there is only one, without a name.
+        normalise: what is done to an entry before, by name.
+    """
+
+    def __init__(self, parts: Mapping[str, Part], normalise: Mapping[str, nn.Module] | None = None) -> None:
+        super().__init__()
+        self.parts = dict(parts)
+        self.normalise = nn.ModuleDict({f"of_{name}": one for name, one in (normalise or {}).items()})
+
+    def forward(self, *values: Tensor) -> Any:
+        found = {}
+        for (name, part), value in zip(self.parts.items(), values, strict=True):
+            rows = part.rows(value)
+            if f"of_{name}" in self.normalise:
+                rows = self.normalise[f"of_{name}"](rows)
+            found[name] = part.prepared(rows)
+        return found[""] if "" in found else found
+
+    def batch_of(self, *values: Tensor) -> torch.Size:
+        """The batch shape, which all entries share.
+
+        Raises:
+            InputError: if one has another shape than the policy was trained on, or another batch.
+        """
+        batches = {part.name: part.batch_of(value) for part, value in zip(self.parts.values(), values, strict=True)}
+        first = next(iter(batches.values()))
+        if any(batch != first for batch in batches.values()):
+            raise InputError(f"the entries of an observation have different batch shapes: {batches}")
+        return first
+
+
+class Rows(nn.Sequential):
+    """Modules one after the other, of which the first prepares the observation, over one dimension of rows.
+
+    What comes from other libraries knows batches of one dimension; here they may have any number, none included. The
+    modules keep the names that they have where they come from.
+    """
+
+    #: The modules inside see exactly one dimension of rows, also where the batch has none.
+    flat_rows = True
+
+    def forward(self, *values: Tensor) -> Any:  # type: ignore[override]
+        prepare, *modules = self._modules.values()
+        batch = prepare.batch_of(*values)  # type: ignore[union-attr, operator]
+        x = prepare(*values)  # type: ignore[misc]
+        for module in modules:
+            x = module(x)  # type: ignore[misc]
+        if isinstance(x, tuple):
+            return tuple(unfolded(one, batch) for one in x)
+        return unfolded(x, batch)
+
+
+class Branch(nn.Module):
+    """Holds one module under the name that it has in the module it was taken from, so that its path stays."""
+
+    def __init__(self, **module: nn.Module) -> None:
+        super().__init__()
+        [(self.name, one)] = module.items()
+        self.add_module(self.name, one)
+
+    def forward(self, x: Any) -> Any:
+        return self._modules[self.name](x)  # type: ignore[misc]
+
+
+class Through(nn.Module):
+    """Calls a module by one of its methods."""
+
+    def __init__(self, module: nn.Module, method: str) -> None:
+        super().__init__()
+        self.module = module
+        self.method = method
+
+    def forward(self, *x: Any) -> Any:
+        return getattr(self.module, self.method)(*x)
+
+
+class Features(nn.Module):
+    """Stands where :class:`Observation` would, for a network that reads features of one dimension."""
+
+    def forward(self, *values: Tensor) -> Tensor:
+        return values[0].reshape(-1, values[0].shape[-1])
+
+    def batch_of(self, *values: Tensor) -> torch.Size:
+        return values[0].shape[:-1]
+
+
+def unfolded(rows: Tensor, batch: torch.Size) -> Tensor:
+    """Rows of one dimension in the shape of the batch."""
+    if len(rows) != math.prod(batch):
+        raise InputError(
+            f"a network from elsewhere gave {tuple(rows.shape)} for {math.prod(batch)} rows: its first dimension is to "
+            "be the rows"
+        )
+    return rows.reshape(*batch, *rows.shape[1:])
