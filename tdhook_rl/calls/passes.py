@@ -6,7 +6,6 @@ where the policy would draw an action, the stored one is used and the distributi
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModule, skip_existing
 from torch import Tensor
 
 from tdhook_rl.arguments.keys import missing
@@ -26,16 +24,13 @@ from tdhook_rl.calls.writing import get_entry, set_tensor
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, own_cause
 from tdhook_rl.internals.tensordict_names import new_unsafe
 from tdhook_rl.policies.draws import given_beside
+from tdhook_rl.policies.undecorated import undecorated
 from tdhook_rl.replaying.batching import shallow_copy
 from tdhook_rl.replaying.samples import Drawn, Replay, require_unchanged
 from tdhook_rl.replaying.start import ForwardEffects, Start
 from tdhook_rl.sites.repeats import Several
 from tdhook_rl.sites.rows import with_batch
 from tdhook_rl.sites.states import watching
-
-# Given a TensorDict, and unless existing entries are skipped, the decorators of this forward only take time.
-_DECORATED = TensorDictModule.forward
-_BARE = inspect.unwrap(_DECORATED)
 
 
 @dataclass
@@ -272,8 +267,7 @@ def run_root(policy: HookedPolicy, forward: Callable[..., Any], args: tuple, kwa
     if not torch.compiler.is_compiling():
         runtime.caller = threading.get_ident()  # before the depth: other threads read both
     runtime.depth += 1
-    if forward is _DECORATED and len(args) == 1 and not kwargs and isinstance(args[0], TensorDictBase):
-        forward = _BARE if not torch.compiler.is_compiling() and not skip_existing() else forward
+    forward = undecorated(forward, args)
     previous = runtime.begin(args, kwargs, root=True)
     try:
         if runtime.row_hook is not None:

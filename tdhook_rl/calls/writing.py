@@ -6,6 +6,7 @@ every call: about 30 us, more than everything else that a hooked policy adds. A 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.errors import KeyCollisionError
 from tdhook_rl.internals.tensordict_names import get_str, has_names, new_unsafe, set_str, written_by
+from tdhook_rl.policies.undecorated import is_decorated, undecorated
 from tdhook_rl.sites.classes import Swapped
 
 
@@ -37,9 +39,21 @@ def write_tensors(
 
 
 class WritingMixin(Swapped):
-    """A module below the root of a hooked policy, with :func:`write_tensors`."""
+    """A module below the root of a hooked policy, with :func:`write_tensors` and without idle decorators."""
 
     _write_to_tensordict = write_tensors
+
+    @classmethod
+    def _namespace(cls, base: type[nn.Module]) -> dict[str, Any]:
+        decorated = base.forward
+        if not is_decorated(decorated):
+            return {}
+
+        @functools.wraps(decorated)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return undecorated(decorated, args)(self, *args, **kwargs)
+
+        return {"forward": forward}
 
 
 def writes_by_default(cls: type[nn.Module]) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 
 from tdhook_rl.calls.untraced import traced_whole, uncompiled
 from tdhook_rl.sites.classes import own_code
+from tdhook_rl.sites.runtime import vmap_level
 from tdhook_rl.sites.states import watching
 
 
@@ -24,6 +25,9 @@ def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
     @own_code
     @functools.wraps(method)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        runtime = self._hooked.runtime
+        if args and args[0] is runtime.source and runtime.inside() and runtime.level == vmap_level():
+            return method(self, *args, **kwargs)  # a step of the call under way, on what that is of
         return whole(self, args, kwargs)
 
     @traced_whole

@@ -20,6 +20,7 @@ from tdhook_rl.latent.strength import (
     is_function,
     place_strength,
     require_conditions,
+    where_it_acts,
 )
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.replaying.batching import GeneratorState
@@ -185,4 +186,4 @@ class SubtractionHook:
             )
         alpha, acts = self.strength.at(value, self.site)
         moved = torch.lerp(value, other.to(value.dtype), alpha)  # type: ignore[arg-type]
-        return with_rows(output, torch.where(acts, moved, value), module, disguise)  # type: ignore[arg-type]
+        return with_rows(output, where_it_acts(acts, moved, value), module, disguise)

@@ -17,8 +17,10 @@ from tdhook_rl.latent.strength import (
     Source,
     Strength,
     as_strength,
+    matching,
     place_strength,
     require_conditions,
+    where_it_acts,
 )
 from tdhook_rl.latent.vectors.places import path_and_entry, place_name, written_entry
 from tdhook_rl.method import Binder, Method
@@ -172,26 +174,27 @@ class AdditionHook:
         self.site = site
         self.vector = vector
         self.strength = strength
+        self.exact = strength.by_row or vector.by_row
         self.key = key  # of an entry or state
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         self.runtime.intervene_at(self.site)
-        exact = self.strength.by_row or self.vector.by_row
-        value, disguise = rows_of(output, module, self.site, self.runtime, exact)
+        value, disguise = rows_of(output, module, self.site, self.runtime, self.exact)
         steered = self.steered(value, module._hooked_features)  # type: ignore[arg-type]
         return with_rows(output, steered, module, disguise)
 
     def steered(self, value: Tensor, features: int | None) -> Tensor:
         """The rows after the addition; ``features`` says where the vector belongs (see ``layouts.survey_features``)."""
-        vector = self.vector.read(self.site).to(value.device, value.dtype)
+        vector = matching(self.vector.read(self.site), value)
         alpha, acts = self.strength.at(value, self.site)
         if self.vector.by_row:
             vector = self._vectors_per_row(vector, value, features)
         else:
             shape = placed_shape(vector.shape, value, features, self.runtime, self.site, "steering vector")
             vector = vector if shape == vector.shape else vector.reshape(shape)
-        # where, not a product: 0 * inf is NaN, and x + 0 turns -0.0 into 0.0.
-        return torch.where(acts, value + alpha * vector, value)  # type: ignore[arg-type, operator]
+        if acts is False:
+            return value
+        return where_it_acts(acts, value + alpha * vector, value)  # type: ignore[operator]
 
     def _vectors_per_row(self, vectors: Tensor, value: Tensor, features: int | None) -> Tensor:
         batch = self.runtime.batch

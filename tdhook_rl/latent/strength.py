@@ -104,6 +104,23 @@ class Source:
         return value.detach()
 
 
+def matching(tensor: Tensor, value: Tensor) -> Tensor:
+    """A tensor in the dtype and on the device of what a site computed, where it mostly is."""
+    if tensor.dtype is value.dtype and tensor.is_cpu and value.is_cpu:
+        return tensor
+    return tensor.to(value.device, value.dtype)
+
+
+def where_it_acts(acts: Tensor | bool, new: Tensor, value: Tensor) -> Tensor:
+    """``new`` where an intervention acts (everywhere, nowhere, or by row), and ``value``, bit for bit, elsewhere.
+
+    Not a product: 0 * inf is NaN, and x + 0 turns -0.0 into 0.0.
+    """
+    if isinstance(acts, bool):
+        return new if acts else value
+    return torch.where(acts, new, value)
+
+
 class Strength:
     """The strength of one intervention in the call under way, and the rows in which it acts."""
 
@@ -120,18 +137,19 @@ class Strength:
     def by_row(self) -> bool:
         return bool(self.conditions) or (self.alpha is not None and self.alpha.by_row)
 
-    def at(self, value: Tensor, site: str) -> tuple[Tensor | None, Tensor | None]:
-        """The strength, and where it acts, to be broadcast over what a site computed.
-
-        Returns:
-            ``None`` for the strength of an intervention that has none, and where it acts in every row.
-        """
-        alpha, acts = None, None
+    def at(self, value: Tensor, site: str) -> tuple[Tensor | None, Tensor | bool]:
+        """The strength (``None`` for an intervention that has none), and where it acts, see :func:`where_it_acts`."""
+        alpha: Tensor | None = None
+        acts: Tensor | bool = True
         if self.alpha is not None:
-            alpha = self.alpha.read(site).to(value.device, value.dtype)
-            if self.alpha.by_row:
-                alpha = spread(alpha, value, self.alpha.what, site)
-            acts = alpha != 0
+            alpha = self.alpha.read(site)
+            # A traced call does not ask: each number would be compiled for.
+            by_row = self.alpha.by_row or torch.compiler.is_compiling()
+            acts = True if by_row else alpha.to(value.dtype).item() != 0
+            alpha = matching(alpha, value)
+            if by_row:
+                alpha = spread(alpha, value, self.alpha.what, site) if self.alpha.by_row else alpha
+                acts = alpha != 0
         if self.conditions:
             found = (self.runtime.decided or {}).get(self.slot, None)
             for one in self.conditions if found is None else [None]:
@@ -139,15 +157,14 @@ class Strength:
                 if truths.dtype != torch.bool:
                     raise InputError(f"{one.what if one else self.name} is {truths.dtype}; it must be boolean")
                 truths = spread(truths.to(value.device), value, one.what if one else self.name, site)
-                acts = truths if acts is None else acts & truths
+                acts = truths if acts is True else truths & acts
         if self.recorded and self.runtime.recording:
             self.runtime.slots[self.ran] = True
         return alpha, acts
 
     def changed(self, value: Tensor, new: Tensor, site: str) -> Tensor:
         """``new`` where an intervention without a strength acts, and ``value``, bit for bit, elsewhere."""
-        _, acts = self.at(value, site)
-        return new if acts is None else torch.where(acts, new, value)
+        return where_it_acts(self.at(value, site)[1], new, value)
 
     def opened(self, data: TensorDictBase, slots: Mapping[str, Any]) -> Tensor:
         """In a forward that has just run: the rows in which all conditions held."""

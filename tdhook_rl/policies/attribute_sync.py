@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import dis
 import types
+from collections.abc import Callable
 from functools import cache
+from operator import itemgetter
 from typing import Any
 
 from tensordict.nn import TensorDictParams
@@ -42,6 +44,7 @@ class AttributeSync:
         self._theirs = [vars(child) for _, child, _ in pairs]
         self._own = [vars(own) for _, _, own in pairs]
         self._then = [dict(theirs) for theirs in self._theirs]
+        self._note_values()
         self._given = [dict(own) for own in self._own]  # what the clone has without a forward of its own
         self._children = [child._modules for _, child, _ in pairs]
         self._children_then = [dict(children) for children in self._children]
@@ -61,15 +64,30 @@ class AttributeSync:
         Raises:
             TieError: if a module was replaced, added or removed.
         """
-        try:
-            same = self._theirs == self._then and self._children == self._children_then
-        except Exception:  # two different tensors have no one answer
-            same = False
-        if not same:
+        if self._changed():
             self._follow_attributes()
         for (index, name), inside in list(self._inside.items()):
             if inside.changed():
                 self._hand_on(index, name)
+
+    def _changed(self) -> bool:
+        """Whether an attribute was set, removed or added, or a module replaced. Asked at every call, so it is brief."""
+        if self._children != self._children_then or [len(theirs) for theirs in self._theirs] != self._counts:
+            return True
+        try:
+            return any(read(theirs) != then for theirs, read, then in self._values)
+        except Exception:  # one is gone, or two different tensors have no one answer
+            return True
+
+    def _note_values(self) -> None:
+        """Note of each module how many attributes it has, and the values of those that are not torch's own."""
+        self._counts = [len(then) for then in self._then]
+        self._values: list[tuple[dict[str, Any], Callable[[Any], Any], Any]] = []
+        for theirs, then in zip(self._theirs, self._then, strict=True):
+            names = [name for name in then if name not in INTERNAL]
+            if names:
+                read = itemgetter("training", *names)  # of two or more it makes a tuple, which compares by identity
+                self._values.append((theirs, read, read(then)))
 
     def _follow_attributes(self) -> None:
         for path, children, then in zip(self._paths, self._children, self._children_then, strict=True):
@@ -81,6 +99,7 @@ class AttributeSync:
                 if name not in INTERNAL and not _equal(theirs.get(name, _ABSENT), then.get(name, _ABSENT)):
                     self._hand_on(index, name)
             self._then[index] = dict(theirs)
+        self._note_values()
 
     def _hand_on(self, index: int, name: str) -> None:
         theirs, own, given = self._theirs[index], self._own[index], self._given[index]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError
 from tdhook_rl.policies.draws import Draw, sample_keys
+from tdhook_rl.policies.undecorated import undecorated
 from tdhook_rl.replaying.samples import Drawn, Replay, components, decided_action, is_point, latent_samples, samples
 from tdhook_rl.replaying.start import Start
 from tdhook_rl.sites.classes import Swapped
@@ -21,8 +22,16 @@ from tdhook_rl.sites.runtime import Runtime
 class ReplayMixin(Swapped):
     """A module that draws: in a replay it hands on the stored sample and draws nothing."""
 
+    _hooked_own_forward: Callable[..., Any]
     _hooked_runtime: Runtime
     _hooked_draw: Draw
+
+    @classmethod
+    def _namespace(cls, base: type[nn.Module]) -> dict[str, Any]:
+        return {"_hooked_own_forward": base.forward}
+
+    def _hooked_draws(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return undecorated(type(self)._hooked_own_forward, args)(self, *args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         runtime, draw = self._hooked_runtime, self._hooked_draw
@@ -30,7 +39,7 @@ class ReplayMixin(Swapped):
         data = args[0] if args else kwargs.get("tensordict")
         start: Start | None = runtime.start
         if replay is None or not isinstance(data, TensorDictBase):
-            output = super().forward(*args, **kwargs)
+            output = self._hooked_draws(args, kwargs)
             if start is not None:
                 start.note_draw(self)
             if draw.slots and runtime.recording:
@@ -53,14 +62,14 @@ class ReplayMixin(Swapped):
             if draw.latent:
                 again = latent_samples(self, draw, components(self, distribution), stored, replay)
                 if again is None:
-                    return super().forward(*args, **kwargs)
+                    return self._hooked_draws(args, kwargs)
                 stored = again
         else:
             stored = {key: replay.stored.get(draw.slots.get(key, key), None) for key in sample_keys(self)}
             replay.decided.update({key: data.get(key) for key in stored if data.get(key).is_floating_point()})
         if any(value is None for value in stored.values()):
             with set_interaction_type(InteractionType.DETERMINISTIC):
-                data = super().forward(*args, **kwargs)
+                data = self._hooked_draws(args, kwargs)
         else:
             for key, value in stored.items():
                 data.set(key, value)
