@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all matrix house lint format bench bench-peers clean
+.PHONY: demo test test-all matrix house docs docs-figures lint format bench bench-peers clean
 
 demo: $(READY)
 	$(BIN)/tdhook-rl demo $(DEMO)
@@ -24,6 +24,15 @@ matrix: $(READY)
 # Draws docs/house.svg: the rooms of the package and their arrows.
 house: $(READY)
 	$(BIN)/python -m tests.house
+
+# One static site in site/, which needs no network to be read; a warning is an error.
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+# Runs every page, and writes what it prints and the figures that it shows.
+docs-figures: $(READY)
+	$(BIN)/python -m tests.pages
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -56,4 +65,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

@@ -39,78 +39,153 @@ __all__ = [
 
 
 class TdhookError(Exception):
-    """Base of every error that tdhook_rl raises on purpose."""
+    """Base of every error that tdhook_rl raises on purpose.
+
+    What to do: read the message, which says what was asked, what was found, and what to do; catch this class for
+    all.
+    """
 
 
 class SiteError(TdhookError, LookupError):
-    """A module path or pattern names nothing, or names a module that never ran."""
+    """A module path or pattern names nothing, or names a module that never ran.
+
+    What to do: ``hooked.sites(data)`` lists every path, with what it puts out and how often it runs in a call; the
+    message names the nearest. Paths start at the policy that was prepared. A module that is there and never runs is
+    called by another way (a function, or ``child.forward``), or not in this mode.
+    """
 
 
 class TargetError(TdhookError, ValueError):
-    """The scalar to explain cannot be computed, or no gradient reaches it."""
+    """The scalar to explain cannot be computed, or no gradient reaches it.
+
+    What to do: choose a target that the policy has (``targets.chosen_logit()`` needs logits, ``state_value()`` a
+    critic) and that depends on what is explained: nothing may be detached, rounded or sampled in between.
+    Perturbations (``Occlusion``) need no gradient.
+    """
 
 
 class InputError(TdhookError, ValueError):
-    """A tensor has a shape, dtype or value that the method cannot use."""
+    """A tensor has a shape, dtype or value that the method cannot use.
+
+    What to do: the message names the argument or the key, what it takes and what it got. Indices and tokens have no
+    gradient: explain what an embedding puts out, with ``input_modules=``.
+    """
 
 
 class ArgumentError(InputError, TypeError):
-    """An argument has a name or a type that the function does not take."""
+    """An argument has a name or a type that the function does not take.
+
+    What to do: the message names the nearest argument, what it takes, and for names of tdhook what stands in their
+    place.
+    """
 
 
 class InPlaceError(InputError, RuntimeError):
-    """A forward changes in place what its derivatives need, so that no gradient can be taken."""
+    """A forward changes in place what its derivatives need, so that no gradient can be taken.
+
+    What to do: write the layer that the message is about with ``inplace=False``, or the statement as one that makes
+    a new tensor.
+    """
 
 
 class KeyCollisionError(TdhookError, ValueError):
-    """A result key is already a key of the policy or of another method."""
+    """A result key is already a key of the policy or of another method.
+
+    What to do: give the method another root (``attribution_key=``, ``cache_key=``, ``probe_key=``), or an
+    intervention another ``name=``.
+    """
 
 
 class MissingKeyError(TdhookError, KeyError):
-    """A TensorDict lacks a key that a configured method reads."""
+    """A TensorDict lacks a key that a configured method reads.
+
+    What to do: put the key into the data, or have the environment or collector write it; the message names the
+    nearest key that there is. A baseline, a label, a strength by row, a stored action and a hidden state are such
+    keys.
+    """
 
     # KeyError prints the repr of its argument, which would show the message in quotes.
     __str__ = Exception.__str__
 
 
 class PreparationError(TdhookError, RuntimeError):
-    """The module cannot be hooked as it is (compiled, lazy, scripted, not copyable)."""
+    """The module cannot be hooked as it is (compiled, lazy, scripted, not copyable).
+
+    What to do: prepare it before ``torch.compile``, and after lazy layers have seen data; write a scripted module
+    as Python. What cannot be copied is named: keep it outside of the policy, or build the policy in the worker
+    (``policy_factory``).
+    """
 
 
 class ContextError(PreparationError, AttributeError):
-    """A context was used as the hooked policy that it gives when it is entered."""
+    """A context was used as the hooked policy that it gives when it is entered.
+
+    What to do: ``with method.prepare(policy) as hooked:`` and use ``hooked``; or ``prepare(policy,
+    return_context=False)``.
+    """
 
 
 class TieError(TdhookError, RuntimeError):
-    """The hooked policy and the user's policy no longer hold the same tensors."""
+    """The hooked policy and the user's policy no longer hold the same tensors.
+
+    What to do: load, move and cast the plain policy before it is prepared, or prepare it again:
+    ``load_state_dict(assign=True)`` and ``.to(...)`` replace tensors.
+    """
 
 
 class InactiveError(TdhookError, RuntimeError):
-    """A hooked policy was called after its context had ended."""
+    """A hooked policy was called after its context had ended.
+
+    What to do: keep the ``with`` block open as long as a collector runs, or prepare with ``return_context=False``
+    and call ``.restore()`` at the end.
+    """
 
 
 class MismatchError(TdhookError, RuntimeError):
-    """A batch would be explained by another policy than the one that collected it."""
+    """A batch would be explained by another policy than the one that collected it.
+
+    What to do: annotate a batch before the update, with the interventions that were on; or say
+    ``on_mismatch="ignore"`` where the present policy is what you ask about.
+    """
 
 
 class CheckError(TdhookError, RuntimeError):
-    """A dry run of a hooked policy found what would fail, or be wrong in silence, in training."""
+    """A dry run of a hooked policy found what would fail, or be wrong in silence, in training.
+
+    What to do: each line of the message has its remedy; ``print(report)`` shows what was looked at.
+    """
 
 
 class WorkerError(TdhookError, RuntimeError):
-    """A worker of a collector died, does not answer in time, or cannot be reached."""
+    """A worker of a collector died, does not answer in time, or cannot be reached.
+
+    What to do: the message says how it ended. Where memory ran out, fewer workers or smaller batches; where it
+    hangs, ``Guarded(collector, timeout=...)`` ends the wait; where it takes no controls, give the collector the
+    hooked policy instead of ``policy_factory``.
+    """
 
 
 class ArtifactError(TdhookError, ValueError):
-    """A saved probe, vector or result cannot be read or written."""
+    """A saved probe, vector or result cannot be read or written.
+
+    What to do: the message names the file and what is wrong with it: damaged, of another kind, or of other data,
+    weights or methods. An analysis goes on only in a folder that it began: take another one.
+    """
 
 
 class ConceptError(TdhookError, LookupError):
-    """An environment has no concept of this name, or the concept cannot be changed alone."""
+    """An environment has no concept of this name, or the concept cannot be changed alone.
+
+    What to do: ``env.concepts`` has the names; what can be changed alone has ``moves``.
+    """
 
 
 class ConformanceError(TdhookError, AssertionError):
-    """A method or a hooked policy does not keep what the library promises; ``check`` names what failed."""
+    """A method or a hooked policy does not keep what the library promises; ``check`` names what failed.
+
+    What to do: run that one check (``check_method(factory, only=...)``); a check that cannot hold is waived by
+    name, with the reason.
+    """
 
     def __init__(self, message: str, check: str = "") -> None:
         super().__init__(message)
@@ -118,7 +193,10 @@ class ConformanceError(TdhookError, AssertionError):
 
 
 class EnvCheckError(TdhookError, AssertionError):
-    """An environment's specs, labels, pairs or Gymnasium face are not what it declares."""
+    """An environment's specs, labels, pairs or Gymnasium face are not what it declares.
+
+    What to do: the report in the message names the part, and the first state in which it differs.
+    """
 
 
 def nearest(asked: object, known: Iterable[object], count: int = 3) -> str:

@@ -17,7 +17,7 @@ from torchrl.modules import ProbabilisticActor
 from tdhook_rl import Compose, SteeringVectors, targets
 from tdhook_rl.attribution import IntegratedGradients, Saliency
 from tdhook_rl.attribution.integrated_gradients import quadrature, repeat_rows
-from tdhook_rl.errors import InputError, MissingKeyError, TargetError
+from tdhook_rl.errors import InputError, KeyCollisionError, MissingKeyError, TargetError
 from tests.oracles import row_gradients
 from tests.policies import ACTIONS, FEATURES, categorical, mlp
 
@@ -96,6 +96,22 @@ def test_the_delta_of_the_default_target() -> None:
             again = hooked(data.clone())
     assert float(found["convergence_delta"].abs().max()) < 1e-8
     torch.testing.assert_close(again["convergence_delta"], found["convergence_delta"], rtol=0, atol=1e-12)
+
+
+def test_a_batch_that_brings_its_delta_is_annotated_all_the_same() -> None:
+    """A result that is a tensor at the top is told from the user's own entry of that name."""
+    method = IntegratedGradients(compute_convergence_delta=True, n_steps=4, baseline=0.0)
+    with method.prepare(mlp().double()) as hooked:
+        data = TensorDict({"input": torch.randn(5, FEATURES, dtype=torch.float64)}, batch_size=5)
+        inline = hooked(data.clone())
+        kept = hooked.annotate(inline)
+        assert torch.equal(kept["convergence_delta"], inline["convergence_delta"])
+        moved = inline.set("input", inline["input"] + 1)  # its results are stale now
+        anew = hooked.annotate(TensorDict({"input": moved["input"]}, batch_size=5))
+        again = hooked.annotate(moved, on_mismatch="ignore")
+        torch.testing.assert_close(again["convergence_delta"], anew["convergence_delta"])
+        with pytest.raises(KeyCollisionError, match="'convergence_delta'"):
+            hooked.annotate(data.clone().set("convergence_delta", torch.zeros(5)))
 
 
 def test_the_snippet_of_the_seed_without_a_batch_size() -> None:

@@ -10,11 +10,15 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torch.distributions import Categorical
+from torchrl import data as spec
+from torchrl.data import Unbounded
+from torchrl.envs import InitTracker, TransformedEnv, transforms
 from torchrl.modules import GRUModule, LSTMModule, ProbabilisticActor, set_recurrent_mode
 
 from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors, targets
 from tdhook_rl.attribution import DimsConfig, GradCAM, IntegratedGradients, Occlusion
-from tdhook_rl.errors import InputError, SiteError
+from tdhook_rl.errors import InputError, MismatchError, SiteError
+from tests.mock_env import MockEnv
 from tests.policies import categorical
 
 
@@ -106,6 +110,29 @@ def test_the_trajectory_horizon_runs_through_time_and_stops_at_resets(kind: str,
     if reset_at is not None:  # nothing decided after the reset rests on what was seen before it
         late = torch.autograd.grad(unroll(x, is_init)[1, reset_at:].sum(), x)[0][1]
         assert float(late[:reset_at].abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_whole_trajectories_of_a_rollout_are_those_of_the_policy_that_acted(kind: str) -> None:
+    """What is carried from step to step is compared where it is known; other weights are told all the same."""
+    actor, _ = recurrent_pair(kind)
+    actor = actor.float()
+    core = next(one for one in actor.modules() if isinstance(one, GRUModule | LSTMModule))
+    env = MockEnv(
+        {"observation": Unbounded(shape=(4,))},
+        {"action": spec.Categorical(3, shape=(), dtype=torch.long)},
+        batch_size=(2,),
+        length=5,
+    )
+    env = TransformedEnv(env, transforms.Compose(InitTracker(), core.make_tensordict_primer()))
+    method = Saliency(target=targets.chosen_logit(), inputs=["observation"], horizon="trajectory")
+    with method.prepare(actor) as hooked:
+        data = env.rollout(5, hooked, break_when_any_done=False)
+        assert hooked.annotate(data.clone(), on_mismatch="raise")["computed", "attr"].all()
+        with torch.no_grad():
+            next(actor.parameters()).add_(1.0)
+        with pytest.raises(MismatchError):
+            hooked.annotate(data, on_mismatch="raise")
 
 
 def recurrent_pair(kind: str):

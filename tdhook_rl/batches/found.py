@@ -52,8 +52,11 @@ class Found:
 
     def _roots(self) -> list[str]:
         roots = list(dict.fromkeys(key[0] for one in self._wanted for key in one.result_keys))
+        leaves = {key[0] for one in self._wanted for key in one.result_keys if len(key) == 1}
         for root in roots:
-            require_room(self._data.get(root, None), root)
+            # A result without a node of its own, such as the convergence delta, is told from the user's by its stamp.
+            if root not in leaves or self._data.get(stamp_key(root), None) is None:
+                require_room(self._data.get(root, None), root)
         require_room(self._data.get("computed", None), "computed")
         return roots
 
