@@ -9,13 +9,18 @@ Process CPU time on one thread: where other programs want the processors as well
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.collectors import Collector
+from torchrl.envs import EnvBase, GymEnv, SerialEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import OneHotCategorical, ProbabilisticActor
 
 from benchmarks.pairs import compare, measure
 from tdhook_rl import SteeringVectors
@@ -94,37 +99,54 @@ def rows(rounds: int) -> None:
 
 
 def step(rounds: int) -> None:
-    """A step of policy and environment, 128 environments, with steering and without."""
+    """A step of policy and 128 environments, with steering and without: vectorised ones, and Gymnasium's."""
     actor, path = make_actor(), SITES[1]
     vector = vectors()[path].vector
-    number = SteeringVectors({path: vector}, alpha=0.5).prepare(actor, return_context=False)
-    by_row = SteeringVectors({path: vector}, alpha="alpha").prepare(actor, return_context=False)
-    env = CueCorners(batch_size=[128], max_steps=STEPS)
+    by_hand = copy.deepcopy(actor)
+    by_hand.get_submodule(path).register_forward_hook(lambda module, args, output: output + 0.5 * vector)
+    policies = {
+        "plain": actor,
+        "by hand": by_hand,
+        "steered": SteeringVectors({path: vector}, alpha=0.5).prepare(actor, return_context=False),
+        "steered by row": SteeringVectors({path: vector}, alpha="alpha").prepare(actor, return_context=False),
+    }
+    corners = CueCorners(batch_size=[128], max_steps=STEPS)
 
-    def playing(policy: nn.Module, strengths: bool = False) -> Callable[[], None]:
+    def playing(policy: nn.Module) -> Callable[[], None]:
         def play() -> None:
-            start = env.reset()
-            if strengths:
-                start["alpha"] = torch.full((128,), 0.5)
+            start = corners.reset()
+            start["alpha"] = torch.full((128,), 0.5)
             with torch.no_grad():
-                env.rollout(STEPS, policy, auto_reset=False, tensordict=start, break_when_any_done=False)
+                corners.rollout(STEPS, policy, auto_reset=False, tensordict=start, break_when_any_done=False)
 
         return play
 
-    def collecting(policy: nn.Module) -> Callable[[], None]:
-        collector = Collector(
-            env, policy, frames_per_batch=128 * STEPS, total_frames=-1, auto_register_policy_transforms=False
-        )
-        batches = iter(collector)
-        return lambda: next(batches)
+    show("in env.rollout of CueCorners", {name: playing(one) for name, one in policies.items()}, rounds * 8)
+    del policies["steered by row"]
+    runs = {name: collecting(corners, policy) for name, policy in policies.items()}
+    show("in a collector of CueCorners", runs, rounds * 8)
+    net = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+    cart_actor = ProbabilisticActor(
+        TensorDictModule(net, in_keys=["observation"], out_keys=["logits"]), in_keys=["logits"],
+        distribution_class=OneHotCategorical, return_log_prob=True,
+    )  # fmt: skip
+    carts = SerialEnv(128, partial(GymEnv, "CartPole-v1"))
+    steered = SteeringVectors({"module.0.module.3": vector}, alpha=0.5).prepare(cart_actor, return_context=False)
+    runs = {"plain": collecting(carts, cart_actor), "steered": collecting(carts, steered)}
+    show("in a collector of CartPole", runs, rounds * 3)
 
-    print("a step of 128 environments in a collector")
-    collected = {"plain": collecting(actor), "steered": collecting(number)}
-    for ratio in compare(collected, {"steered": ["plain"]}, rounds * 8)[1]:
-        line(f"  {ratio.name}, of the time without", 1 / ratio.median, 1.05)
-    runs = {"plain": playing(actor), "steered": playing(number), "steered by row": playing(by_row, True)}
-    print("a step of 128 environments in env.rollout")
-    for ratio in compare(runs, {name: ["plain"] for name in runs if name != "plain"}, rounds * 8)[1]:
+
+def collecting(env: EnvBase, policy: nn.Module) -> Callable[[], object]:
+    collector = Collector(
+        env, policy, frames_per_batch=128 * STEPS, total_frames=-1, auto_register_policy_transforms=False
+    )
+    batches = iter(collector)
+    return lambda: next(batches)
+
+
+def show(where: str, runs: dict[str, Callable[[], object]], rounds: int) -> None:
+    print(f"a step of 128 environments {where}")
+    for ratio in compare(runs, {name: ["plain"] for name in runs if name != "plain"}, rounds)[1]:
         line(f"  {ratio.name}, of the time without", 1 / ratio.median, 1.05)
 
 
