@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tdhook_rl.errors import ArtifactError
-from tdhook_rl.files.durable import parse_json, sync, write_text
+from tdhook_rl.files.durable import parse_json, put
 
 __all__ = ["load_artifact", "save_artifact"]
 
@@ -35,7 +35,7 @@ def save_artifact(
     Raises:
         ArtifactError: if the folder cannot be written or a fact is not JSON.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path = _with_ending(path)
     document = {"format": FORMAT, "kind": kind, "facts": dict(facts or {})}
@@ -43,21 +43,13 @@ def save_artifact(
         text = json.dumps(document, indent=2)
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"the facts of {path.name!r} are not JSON: {error}") from None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Whoever loses power meanwhile has the old file or the new one, whole.
-        new = path.with_name(f"{path.name}.new")
-        new.unlink(missing_ok=True)  # a pipe would be waited at, and a link written through
-        save_file(
-            {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
-            new,
-            metadata={"tdhook_rl": json.dumps(document)},
-        )
-        sync([new])
-        new.replace(path)
-        write_text(path.with_suffix(".json"), text + "\n")
-    except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
+    # Not save_file, which says of a full disk that something could not be serialized.
+    content = save(
+        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
+        metadata={"tdhook_rl": json.dumps(document)},
+    )
+    put(path, content)
+    put(path.with_suffix(".json"), text + "\n")
     return path
 
 

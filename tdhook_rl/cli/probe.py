@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     import torchrl
     from rich.console import Console
 
-    from tdhook_rl.files.durable import write_text
+    from tdhook_rl.files.durable import put
     from tdhook_rl.probes import GroupSplit
     from tdhook_rl.replay import probe_grid
     from tdhook_rl.replay.manifest import facts_of
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
             compared = _compared(policy, checkpoints, options)
         document["similarity"] = similarity_document(compared)
         alike = similarity_grids(compared, untrained=UNTRAINED)
-    write_text(folder / "probes.json", json.dumps(document, indent=1) + "\n")
+    put(folder / "probes.json", json.dumps(document, indent=1) + "\n")
     heads, rows = table.columns()
     print_table(console, "Probes on held-out groups", heads, rows)
     page = probe_page(table, command=options.written, beside=alike).save(folder / "report.html")

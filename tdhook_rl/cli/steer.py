@@ -220,7 +220,7 @@ def _folder(chosen: Mapping[str, Any], vectors: Mapping[str, Any], policy: Any, 
         InputError: if the folder has a sweep that was asked for with other options, or other files.
     """
     from tdhook_rl.cli.setups import hooked
-    from tdhook_rl.files.durable import read_json, write_text
+    from tdhook_rl.files.durable import put, read_json
     from tdhook_rl.replay.manifest import facts_of
 
     where = chosen["env"] or chosen["policy"]
@@ -241,8 +241,7 @@ def _folder(chosen: Mapping[str, Any], vectors: Mapping[str, Any], policy: Any, 
     if folder.exists() and (not folder.is_dir() or inside - {file.name}):
         raise InputError(f"{folder} exists and holds no sweep: give another --out")
     facts = {"command": command, "options": asked, **facts_of(hooked(policy))}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(facts, indent=1, default=str) + "\n")
+    put(file, json.dumps(facts, indent=1, default=str) + "\n")
     return folder
 
 
@@ -298,15 +297,15 @@ def _summary(result: Any) -> list[list[str]]:
 
 def _write(folder: Path, result: Any, player: Any, command: str) -> str:
     """All files; returns the answer in words."""
-    from tdhook_rl.files.durable import write_text
+    from tdhook_rl.files.durable import put
     from tdhook_rl.report import sweep_page
     from tdhook_rl.report.page.saved import as_csv
     from tdhook_rl.report.sweep_pages import sweep_rows
 
     table = sweep_rows(result)
-    write_text(folder / "effects.csv", as_csv(table.columns, table.rows))
+    put(folder / "effects.csv", as_csv(table.columns, table.rows))
     document = {"command": command, **result.facts, "rows": json.loads(result.table().json())}
-    write_text(folder / "steering.json", json.dumps(document, indent=1) + "\n")
+    put(folder / "steering.json", json.dumps(document, indent=1) + "\n")
     if player is not None:
         player.record(folder)
     page = sweep_page(result, player=player, command=command)

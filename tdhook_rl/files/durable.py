@@ -79,17 +79,45 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file at once: whoever loses power meanwhile has the old one or the new one, whole.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if it cannot be written; the old one is there then.
+    """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """As :func:`write_text`.
+
+    Raises:
+        OSError: if it cannot be written; the old one is there then.
     """
     new = path.with_name(f"{path.name}.new")
     # What a kill has left; or a pipe, which would be waited at, or a link to another file, which would be written over.
     new.unlink(missing_ok=True)
-    with new.open("x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        _sync(file.fileno())
-    new.replace(path)
+    try:
+        with new.open("xb") as file:
+            file.write(content)
+            file.flush()
+            _sync(file.fileno())
+        new.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise
     sync([path.parent])
+
+
+def put(path: Path, content: str | bytes) -> Path:
+    """As :func:`write_bytes`, of a text too, in a folder that is made.
+
+    Raises:
+        ArtifactError: if it cannot be written; the old one is there then.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
+    return path
 
 
 def sync(paths: Iterable[Path]) -> None:

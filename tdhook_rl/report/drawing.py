@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.files.durable import write_text
+from tdhook_rl.files.durable import put
 
 #: The colours that follow the page: of text and axes, and of grids. In a file of its own they are these.
 INK, LINES = "#1d232b", "#d5dae1"
@@ -100,18 +100,20 @@ class Drawing:
 
         Raises:
             InputError: for a name with another ending.
+            ArtifactError: if it cannot be written.
         """
         path = Path(path)
         if path.suffix not in (".png", ".svg"):
             raise InputError(f"a figure is saved as .png or .svg, got {path.name!r}")
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".svg":
-            write_text(path, self.svg())
+            put(path, self.svg())
         else:
+            content = io.BytesIO()
             with house_style():
-                self.figure.savefig(path, dpi=160, bbox_inches="tight", facecolor=PAPER)
+                self.figure.savefig(content, format="png", dpi=160, bbox_inches="tight", facecolor=PAPER)
+            put(path, content.getvalue())
         facts = {"title": self.title, "alt": self.alt, "caption": self.caption, "data": self.data}
-        write_text(path.with_suffix(".json"), json.dumps(facts, indent=1, allow_nan=False) + "\n")
+        put(path.with_suffix(".json"), json.dumps(facts, indent=1, allow_nan=False) + "\n")
         return path
 
     def svg(self) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tdhook_rl.errors import ArtifactError
-from tdhook_rl.files.durable import parse_json, write_text
+from tdhook_rl.files.durable import parse_json, put
 from tdhook_rl.report.page.numbers import is_number
 from tdhook_rl.report.page.parts import Finding
 from tdhook_rl.report.page.saved import as_json
@@ -33,14 +33,8 @@ def save_findings(folder: str | Path, found: Sequence[Finding]) -> Path:
         >>> load_findings(path)[0].value
         0.5
     """
-    path = Path(folder) / FINDINGS
     rows = [{**asdict(one), "value": _plain(one.value), "beside": _named(one)} for one in found]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(json.loads(as_json(rows)), indent=1) + "\n")
-    except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
-    return path
+    return put(Path(folder) / FINDINGS, json.dumps(json.loads(as_json(rows)), indent=1) + "\n")
 
 
 def load_findings(path: str | Path) -> list[Finding]:

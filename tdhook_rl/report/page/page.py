@@ -11,8 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from tdhook_rl.errors import ArtifactError, InputError
-from tdhook_rl.files.durable import write_text
+from tdhook_rl.errors import InputError
+from tdhook_rl.files.durable import put
 from tdhook_rl.report.drawing import Drawing
 from tdhook_rl.report.media import DataTable, Image
 from tdhook_rl.report.page import answers, pictures, tables
@@ -85,13 +85,7 @@ class Page:
         Raises:
             ArtifactError: if it cannot be written.
         """
-        path = Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, self.html())
-        except OSError as error:
-            raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
-        return path
+        return put(Path(path), self.html())
 
     def keep(self, folder: str | Path) -> Path:
         """Write ``report.html`` into the folder of a run; its findings and drawings lie beside it then as files.
@@ -111,11 +105,8 @@ class Page:
                 drawings[file_name(part.title)] = part
         if found:
             save_findings(folder, found)
-        try:
-            for name, drawing in drawings.items():
-                drawing.save(folder / "figures" / f"{name}.png")
-        except OSError as error:
-            raise ArtifactError(f"cannot write {folder / 'figures'}: {error.strerror or error}") from error
+        for name, drawing in drawings.items():
+            drawing.save(folder / "figures" / f"{name}.png")
         return self.save(folder / "report.html")
 
     def _repr_html_(self) -> str:

@@ -15,7 +15,7 @@ from tensordict import NestedKey
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import ArtifactError, InputError, nearest
-from tdhook_rl.files.durable import read_json, write_text
+from tdhook_rl.files.durable import put, read_json
 from tdhook_rl.report.media import Animation
 from tdhook_rl.report.pictures import bars, overlays, robust_scale
 from tdhook_rl.report.player.budget import FORMAT, Contents, packed_within
@@ -121,27 +121,22 @@ class Player:
         """Write one page that needs nothing else.
 
         Raises:
-            OSError: if it cannot be written.
+            ArtifactError: if it cannot be written.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page(self.name, self._contents), encoding="utf-8")
-        return path
+        return put(Path(path), page(self.name, self._contents))
 
     def record(self, folder: str | Path) -> Path:
         """Keep it in a run's folder, as ``players/NAME.json`` and ``players/NAME.bin``; returns the former.
 
         Raises:
-            OSError: if it cannot be written.
+            ArtifactError: if it cannot be written.
         """
         place = Path(folder) / "players"
-        place.mkdir(parents=True, exist_ok=True)
         data = b"".join(one.data for one in self._contents.arrays)
-        (place / f"{self.name}.bin").write_bytes(data)
+        put(place / f"{self.name}.bin", data)
         sizes = [len(one.data) for one in self._contents.arrays]
         kept = {"sha256": _hash(self._contents.head, data), "sizes": sizes, "head": self._contents.head}
-        write_text(place / f"{self.name}.json", json.dumps(kept, allow_nan=False))
-        return place / f"{self.name}.json"
+        return put(place / f"{self.name}.json", json.dumps(kept, allow_nan=False))
 
     @classmethod
     def load(cls, folder: str | Path, name: str | None = None) -> Player:
@@ -192,6 +187,7 @@ class Player:
             fps: how many steps are shown in a second.
 
         Raises:
+            ArtifactError: if it cannot be written.
             InputError: for an episode that is not there, or if nothing of it can be looked at.
         """
         known = self._contents.head["episodes"]
@@ -208,10 +204,7 @@ class Player:
             one = np.concatenate([one, one[-1:].repeat(longest - len(one), 0)])
             margins = ((0, 0), (0, height - one.shape[1]), (16 if sides else 0, 0), (0, 0))
             sides.append(np.pad(one, margins, constant_values=255))
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(Animation(np.concatenate(sides, 2), fps).content())
-        return path
+        return put(Path(path), Animation(np.concatenate(sides, 2), fps).content())
 
     def _pictures(self, part: Mapping[str, Any], words: str) -> np.ndarray:
         head, steps = self._contents.head, slice(part["start"], part["start"] + part["length"])

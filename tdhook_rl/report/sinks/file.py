@@ -85,8 +85,11 @@ class FileSink:
             raise
 
     def close(self) -> None:
-        """Finish; what was logged stays readable."""
-        self._file.close()
+        """Finish; what was logged stays readable. Where a disk says only now that something is lost, it warns."""
+        try:
+            self._file.close()
+        except OSError as error:
+            warn(f"{self.path} could not be closed ({error.strerror}): the last of what was logged may not be in it")
 
     @staticmethod
     def read(path: str | Path) -> dict[str, list[tuple[int, float]]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,13 @@ class FolderSink:
         content = (json.dumps(line) + "\n").encode()
         with path.open("ab", buffering=0) as file:
             start = file.tell()
-            if file.write(content) != len(content):
-                file.truncate(start)
-                raise OSError(28, "No space left on device")
+            try:
+                if file.write(content) != len(content):
+                    raise OSError(28, "No space left on device")
+            except OSError:
+                with contextlib.suppress(OSError):
+                    file.truncate(start)
+                raise
         return path
 
     def _keep(self, name: str, value: Media, step: int) -> Path | None:
@@ -113,7 +118,7 @@ class FolderSink:
                 return None
             folder.mkdir(parents=True, exist_ok=True)
             for file in sources:
-                shutil.copyfile(file, folder / file.name)
+                _place(folder / file.name, partial(shutil.copyfile, file))
             facts = {"kind": value.kind, "aliases": list(value.aliases), "facts": dict(value.facts)}
             write_text(folder / "artifact.json", json.dumps(facts, indent=1, default=str) + "\n")
             return folder
@@ -122,14 +127,7 @@ class FolderSink:
             return None
         path = self.path / self._tags[name] / f"{step:09d}{value.ending}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(f"{path.name}.new")
-        try:
-            new.write_bytes(content)
-            new.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                new.unlink(missing_ok=True)
-            raise
+        _place(path, lambda new: new.write_bytes(content))
         return path
 
     def _room(self, size: int, name: str) -> bool:
@@ -144,6 +142,22 @@ class FolderSink:
             self._told = True
             self.note(f"the folder {why}: {name!r}, and what follows without room, is left out")
             warn(f"{self.path} {why}: {name!r}, and what follows without room, is left out; numbers go on")
+
+
+def _place(path: Path, write: Callable[[Path], object]) -> None:
+    """Have a file written beside its place, and put there when it is whole.
+
+    Raises:
+        OSError: if it cannot be written; nothing is left then.
+    """
+    new = path.with_name(f"{path.name}.new")
+    try:
+        write(new)
+        new.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise
 
 
 def new_folder(path: str | Path) -> Path:
