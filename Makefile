@@ -5,16 +5,27 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all matrix house docs docs-figures lint format bench bench-peers clean
+.PHONY: demo test test-all faults mutants matrix house docs docs-figures lint format bench bench-peers clean
 
 demo: $(READY)
 	$(BIN)/tdhook-rl demo $(DEMO)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not matrix" $(TEST)
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not matrix and not faults" $(TEST)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest $(TEST)
+
+# Disks that fail, kills, callbacks that raise, hostile files: every one, and docs/reliability.md, which says how each
+# kind ended.
+faults: $(READY)
+	$(BIN)/python -m pytest -m faults tests/faults
+	$(BIN)/python -m tests.faults
+
+# Small changes of the code, and whether a test notices: some hours. It goes on where it was stopped.
+mutants: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt coverage
+	$(BIN)/python -m tests.mutation
 
 # Runs every cell and writes docs/compatibility.md: about ten minutes on two cores.
 matrix: $(READY)

@@ -1,0 +1,71 @@
+"""What a fault is, and how it may end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+#: The result is what it would have been; or the same call goes on from what is there; or it is said by name, as an
+#: error of the library, the caller's own error as it was raised, or a warning, and nothing is damaged.
+WHOLE, RESUMABLE, NAMED = "whole", "resumable", "named error"
+ENDINGS = (WHOLE, RESUMABLE, NAMED)
+#: Seconds after which a fault counts as one that hangs.
+LONGEST = 60
+
+
+class Wrong(AssertionError):
+    """A fault that ended in none of these ways."""
+
+
+class Planned(Exception):
+    """The error that a callback raises here."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault.
+
+    Attributes:
+        name: what fails, and where.
+        run: brings it about in an empty folder; returns how it ended, or raises :class:`Wrong`.
+    """
+
+    name: str
+    run: Callable[[Path], str]
+
+    def ending(self, folder: Path) -> str:
+        """How it ends; ``"FAULT: ..."`` where in none of the ways that are allowed."""
+        try:
+            # Nothing waits for a real disk here: what was brought to it, and what was not, is for `disk` to say.
+            with in_time(), warnings.catch_warnings(), mock.patch.object(os, "fsync", return_value=None):
+                warnings.simplefilter("ignore")
+                found = self.run(folder)
+        except Exception as error:
+            return f"FAULT: {type(error).__name__}: {error}"
+        return found if found in ENDINGS else f"FAULT: {found}"
+
+
+#: Of a kind of fault, a function that makes all of them in a folder for what they share.
+Kind = Callable[[Path], Iterator[Fault]]
+
+
+@contextmanager
+def in_time(seconds: float = LONGEST) -> Iterator[None]:
+    """What takes longer raises :class:`Wrong`."""
+
+    def late(*_: object) -> None:
+        raise Wrong(f"it takes more than {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, late)
+    left = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *left)
+        signal.signal(signal.SIGALRM, previous)

@@ -1,0 +1,8 @@
+"""All kinds of faults, by name."""
+
+from __future__ import annotations
+
+from tests.faults import crashes, writing
+from tests.faults.fault import Kind
+
+KINDS: dict[str, Kind] = {**writing.kinds(), **crashes.kinds()}
