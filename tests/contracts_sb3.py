@@ -31,6 +31,16 @@ def methods_that_numbers_come_from() -> None:
     assert not hasattr(DeterministicActor, "get_action_dist_params")
 
 
+@contract("ended_last")
+def episodes_that_ended_with_the_rollout() -> None:
+    pytest.importorskip("stable_baselines3", reason=MISSING)
+    from tests.sb3_agents import make_agent
+
+    agent = make_agent("PPO", n_steps=7)  # an episode is as long
+    agent.learn(7)
+    assert names.ended_last(agent).tolist() == [True]
+
+
 @contract("kept_as_given")
 def observations_before_they_were_normalised() -> None:
     pytest.importorskip("stable_baselines3", reason=MISSING)

@@ -83,7 +83,9 @@ def make_agent(name: str, observation: str = "vector", action: str = "", envs: i
     from stable_baselines3.common.vec_env import DummyVecEnv
 
     env = DummyVecEnv([lambda: Endless(observation, action)] * envs)
-    size = {"n_steps": 8} if name in ("PPO", "A2C") else {"buffer_size": 200, "learning_starts": 4}
+    size = (
+        {"n_steps": kwargs.pop("n_steps", 8)} if name in ("PPO", "A2C") else {"buffer_size": 200, "learning_starts": 4}
+    )
     size |= {"batch_size": 8} if name != "A2C" else {}
     net = {"net_arch": [16, 16], **kwargs.pop("policy_kwargs", {})}
     with warnings.catch_warnings():
@@ -102,7 +104,11 @@ def observations(agent: Any, rows: int = 6) -> tuple[Any, TensorDict]:
         given = {name: np.stack([one[name] for one in drawn]) for name in space.spaces}
         return given, TensorDict({name: torch.as_tensor(value) for name, value in given.items()}, [rows])
     stacked = np.stack(drawn)
-    return stacked, TensorDict({"observation": torch.as_tensor(stacked)}, [rows])
+    return stacked, TensorDict({key_of(space): torch.as_tensor(stacked)}, [rows])
+
+
+def key_of(space: spaces.Space) -> str:
+    return "pixels" if len(space.shape or ()) == 3 else "observation"
 
 
 def tensors(agent: Any, given: Any) -> Any:

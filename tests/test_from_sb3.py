@@ -15,7 +15,7 @@ pytest.importorskip("stable_baselines3", reason="the adapters are tested against
 from tdhook_rl import Saliency
 from tdhook_rl.adapters import from_sb3
 from tdhook_rl.errors import InputError, PreparationError
-from tests.sb3_agents import ACTIONS, OBSERVATIONS, make_agent, observations, odd_extractor, own_score, tensors
+from tests.sb3_agents import ACTIONS, OBSERVATIONS, key_of, make_agent, observations, odd_extractor, own_score, tensors
 
 #: Algorithm, observation, action, and what else it is made with.
 CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
@@ -111,7 +111,7 @@ def test_explanations_are_gradients_of_the_agents_own_code(case: str) -> None:
     leaf = (observed["speed"] if seen == "dict" else observed).float().requires_grad_()
     score = own_score(agent, given, batch)({**observed, "speed": leaf} if seen == "dict" else leaf)
     [expected] = torch.autograd.grad(score.sum(), leaf)
-    got = found["attr", "speed" if seen == "dict" else "observation"]
+    got = found["attr", "speed" if seen == "dict" else key_of(agent.observation_space)]
     torch.testing.assert_close(got.to(expected.dtype), expected, rtol=1e-4, atol=1e-5)
     assert expected.abs().sum() > 0
 
@@ -140,13 +140,13 @@ def test_one_hot_is_what_gymenv_gives_unless_told_otherwise(seen: str) -> None:
 def test_pictures_may_have_their_channels_last() -> None:
     agent = make_agent("PPO", "pixels")
     _, data = observations(agent)
-    assert data["observation"].shape[1:] == (3, 36, 40)
-    turned = TensorDict({"observation": data["observation"].movedim(1, -1)}, [6])
+    assert data["pixels"].shape[1:] == (3, 36, 40)
+    turned = TensorDict({"pixels": data["pixels"].movedim(1, -1)}, [6])
     actor = from_sb3(agent)
     assert torch.equal(actor(turned)["logits"], actor(data)["logits"])
     with Saliency().prepare(actor) as policy:
         found = policy.annotate(actor(turned).detach())
-    assert found["attr", "observation"].shape == (6, 36, 40, 3)
+    assert found["attr", "pixels"].shape == (6, 36, 40, 3)
 
 
 @pytest.mark.parametrize("name", ["PPO", "SAC"])
