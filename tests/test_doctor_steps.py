@@ -9,8 +9,8 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torch.distributions import Categorical
-from torchrl.envs import ParallelEnv
-from torchrl.modules import ProbabilisticActor
+from torchrl.envs import GymEnv, ParallelEnv
+from torchrl.modules import OneHotCategorical, ProbabilisticActor
 
 from tdhook_rl import ActivationCaching, Saliency, SteeringVectors
 from tdhook_rl.calls.passes import Call
@@ -30,6 +30,21 @@ def test_inputs_that_the_environment_does_not_give() -> None:
     assert "observation" in one.remedy
     steered = hooked(make_actor(), SteeringVectors({FC2: torch.ones(64)}, alpha="alpha"))
     assert "an intervention reads it" in found(check(steered, env()), "inputs", "error").remedy
+
+
+def test_numbers_where_the_environment_takes_one_hot_actions() -> None:
+    """TorchRL would take the first action at every step, without a word."""
+    net = TensorDictModule(nn.Linear(4, 2), in_keys=["observation"], out_keys=["logits"])
+    for distribution, fits in ((Categorical, False), (OneHotCategorical, True)):
+        actor = ProbabilisticActor(net, in_keys=["logits"], distribution_class=distribution)
+        report = check(hooked(actor, Saliency()), GymEnv("CartPole-v1"))
+        if fits:
+            assert report.ok, str(report)
+        else:
+            one = found(report, "actions", "error")
+            assert "'action' is () int64" in one.seen
+            assert "categorical_action_encoding=True" in one.remedy
+            assert check(hooked(actor, Saliency()), GymEnv("CartPole-v1", categorical_action_encoding=True)).ok
 
 
 def test_results_that_collide_with_the_environment() -> None:

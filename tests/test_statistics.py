@@ -283,3 +283,8 @@ def test_an_interval_reads_well() -> None:
     assert 0.45 in found
     assert 0.7 not in found
     assert found.half_width == pytest.approx(0.1)
+
+
+def test_numbers_that_come_as_integers_are_floats_in_an_interval() -> None:
+    one = Interval(estimate=1, low=0, high=1, confidence=0.95, method="t", groups=4, rows=8)
+    assert [type(value) for value in (one.estimate, one.low, one.high, float(one), round(one, 2))] == [float] * 5

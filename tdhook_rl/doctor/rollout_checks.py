@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
+from torchrl.data import OneHot
 from torchrl.modules.utils import get_primers_from_module
 
 from tdhook_rl.calls.provenance import is_stamp
@@ -83,6 +84,7 @@ def rollout_findings(rollout: RecordedRollout) -> Iterator[Finding]:
     yield from _keys(rollout)
     yield from _env_keys(rollout)
     yield from _shapes(rollout)
+    yield from _actions(rollout)
     yield from _finite(rollout)
     yield from _values(rollout)
     yield from _schedules(rollout)
@@ -185,6 +187,23 @@ def _shapes(rollout: RecordedRollout) -> Iterator[Finding]:
             )
     if ok:
         yield Finding.ok("shapes", f"every entry has one shape and dtype; the batch shape is {tuple(batch)}")
+
+
+def _actions(rollout: RecordedRollout) -> Iterator[Finding]:
+    batch = len(rollout.env.batch_size)
+    for key, spec in rollout.env.full_action_spec.items(True, True):
+        value = next((value for value in rollout.values(as_tuple(key)) if value is not None), None)
+        if value is None or value.shape[batch:] == spec.shape[batch:]:
+            continue
+        seen = f"{key!r} is {_kind(value, rollout)}, and the environment takes {tuple(spec.shape[batch:])}"
+        if isinstance(spec, OneHot):
+            yield Finding.error(
+                "actions",
+                f"{seen}, one-hot: TorchRL takes a number for the first action, whichever it is",
+                "make the environment with categorical_action_encoding=True, or draw from a OneHotCategorical",
+            )
+        else:
+            yield Finding.warning("actions", seen, "what the environment makes of it is its own: give it that shape")
 
 
 def _finite(rollout: RecordedRollout) -> Iterator[Finding]:

@@ -22,6 +22,10 @@ from tdhook_rl.replaying.batching import row_vectors
 
 #: The key under which TorchRL's collectors number the episodes.
 EPISODE = ("collector", "traj_ids")
+_COLLECTED = (
+    ". Collectors write it, env.rollout does not: collect the rows, or give each the number of its episode and name "
+    "that key, split=GroupSplit('episode')"
+)
 
 
 class GroupSplit:
@@ -78,7 +82,7 @@ class GroupSplit:
         code = torch.full(data.batch_size, self.seed + 1, dtype=torch.long, device=data.device)
         code = _mix(code ^ (name << 24))
         for key in keys:
-            value = required(data, key, "the split groups rows by")
+            value = required(data, key, "the split groups rows by", _COLLECTED if key == EPISODE else "")
             if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
                 found = value.dtype if isinstance(value, Tensor) else type(value).__name__
                 raise InputError(f"the split groups rows by {key!r}, which is {found}: groups are integers")

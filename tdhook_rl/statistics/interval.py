@@ -47,6 +47,10 @@ class Interval:
     words: str = ""
     p: float = math.nan
 
+    def __post_init__(self) -> None:
+        for name in ("estimate", "low", "high"):  # a limit of 1 may come as an integer
+            object.__setattr__(self, name, float(getattr(self, name)))
+
     @property
     def known(self) -> bool:
         """Whether there is an interval."""
