@@ -25,7 +25,9 @@ from tdhook_rl.calls.decisions import (
     choose,
     critic_keys,
     drawn_decisions,
+    has_slope,
     keys_named,
+    one_hot_action,
     outputs_named,
     warn_beside_values,
     warn_left_out,
@@ -63,7 +65,20 @@ class Target:
         return per_row(self.function(run), run.outputs.batch_size, self.name)
 
 
-class LinearTarget(Target):
+class OwnTarget(Target):
+    """A target of this module: it differentiates nothing by itself, and looks at no inputs."""
+
+    def head_slope(self, head: Any) -> Tensor | None:
+        """The derivative with respect to the output of a chain, by what decides behind it; ``None`` if it is not known.
+
+        Args:
+            head: the pass over what stands behind the chain, a :class:`tdhook_rl.calls.heads.HeadPass`.
+        """
+        function = self.function.function  # type: ignore[attr-defined]
+        return function.head_slope(head) if isinstance(function, (_LogProb, _Chosen)) else None
+
+
+class LinearTarget(OwnTarget):
     """A target of this module that is linear in one output, if the policy has one and no distribution over returns."""
 
     def slope(self, run: Pass) -> Tensor | None:
@@ -83,6 +98,11 @@ class DefaultTarget:
         """As of :class:`LinearTarget`, if that is what is chosen."""
         chosen = default_target(run)
         return chosen.slope(run) if isinstance(chosen, LinearTarget) else None
+
+    def head_slope(self, head: Any) -> Tensor | None:
+        """As of :class:`OwnTarget`."""
+        function = _Chosen("action_value", "action_value") if head.values is not None else _LogProb(None)
+        return function.head_slope(head)
 
 
 @checked
@@ -148,7 +168,7 @@ def default_target(run: Pass) -> Target:
         return _linear("chosen_q", _Chosen(values[0] if len(values) == 1 else "action_value", "action_value"))
     points = [key for drawn in run.distributions for key in drawn.samples]
     for critic, keys in ((False, [*points, *keys_named(run.outputs, "action")]), (True, critic_keys(run))):
-        found = [key for key in dict.fromkeys(keys) if key in run.out_keys and _explains(run.outputs.get(key))]
+        found = [key for key in dict.fromkeys(keys) if key in run.out_keys and has_slope(run.outputs.get(key))]
         if found and critic:
             warn_beside_values(run, found)
         if len(found) == 1:
@@ -179,12 +199,15 @@ def _linear(name: str, function: Callable[[Pass], Tensor]) -> Target:
 
 
 def _own(name: str, function: Callable[[Pass], Tensor]) -> Target:
-    return Target(name, function, reads_inputs=False)
+    return OwnTarget(name, function, reads_inputs=False)
 
 
 @dataclass(frozen=True)
 class _LogProb:
     key: Keys
+
+    def head_slope(self, head: Any) -> Tensor | None:
+        return head.log_prob_slope(self.key if self.key is None or isinstance(self.key, list) else [self.key])
 
     def __call__(self, run: Pass) -> Tensor:
         name = "taken_action_log_prob"
@@ -295,6 +318,12 @@ class _Chosen:
             return None
         return one_hot_action(run, found[0][1], found[0][0])
 
+    def head_slope(self, head: Any) -> Tensor | None:
+        key, run = self.key, head.values
+        if run is None or run.out_keys != [key] or action_of(run, key) is None:
+            return None
+        return one_hot_action(run, run.outputs.get(key), key)
+
 
 @dataclass(frozen=True)
 class _Margin:
@@ -333,20 +362,13 @@ class _OutputSum:
 
     @staticmethod
     def _terms(run: Pass) -> list[Tensor]:
-        terms = [value for value in (run.outputs.get(key, None) for key in run.out_keys) if _explains(value)]
+        terms = [value for value in (run.outputs.get(key, None) for key in run.out_keys) if has_slope(value)]
         if not terms:
             raise TargetError(
                 f"none of the outputs {run.out_keys} depends on the explained input through a gradient: "
                 "they are integers, detached or constant; give a target="
             )
         return terms
-
-
-def _explains(value: Any) -> bool:
-    """Whether an output depends on the inputs; where no gradient is recorded, a difference is wanted, and any does."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return False
-    return value.requires_grad or not torch.is_grad_enabled()
 
 
 def _total(run: Pass, terms: list[Tensor]) -> Tensor:
@@ -359,24 +381,6 @@ def _expected(run: Pass, key: NestedKey, values: Tensor) -> Tensor:
     """Logits or values of the actions; of a distributional Q-network the expectations over its atoms."""
     support = run.supports.get(key)
     return values if support is None else (values.exp() * support.to(values).unsqueeze(-1)).sum(-2)
-
-
-def one_hot_action(run: Pass, values: Tensor, key: NestedKey = "logits") -> Tensor:
-    """The stored action in the shape of logits or values, which are under ``key``."""
-    action = action_of(run, key)
-    if action is None:
-        raise TargetError("the target explains the stored action 'action', which the data lacks")
-    if action.shape == values.shape:
-        return action.to(values.dtype)
-    if action.ndim == values.ndim and action.shape[-1] == 1:
-        action = action.squeeze(-1)
-    if action.is_floating_point() or action.shape != values.shape[:-1]:
-        raise TargetError(
-            f"the stored action of shape {tuple(action.shape)} ({action.dtype}) names no entry of values of shape "
-            f"{tuple(values.shape)}: the target is for discrete actions, an index or one-hot"
-        )
-    # Not one_hot, which looks at the values and therefore fails inside vmap.
-    return (action.unsqueeze(-1) == torch.arange(values.shape[-1], device=action.device)).to(values.dtype)
 
 
 def per_row(value: Tensor, batch: torch.Size, name: str) -> Tensor:

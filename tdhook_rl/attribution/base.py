@@ -15,8 +15,8 @@ from torch import Tensor
 from tdhook_rl.arguments.checked import require_target
 from tdhook_rl.arguments.keys import key_parts, required
 from tdhook_rl.attribution.baselines import Baselines
+from tdhook_rl.attribution.chain_gradients import is_linear
 from tdhook_rl.attribution.explainable import explainable_inputs, require_inputs
-from tdhook_rl.attribution.gradients import is_linear
 from tdhook_rl.attribution.question import Attributed, Question, TargetFunction
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.passes import Call, Pass, with_batch
@@ -154,6 +154,7 @@ class BoundAttribution(BoundMethod):
         watched = binder.sites(config.target_modules, runs=True) if config.target_modules else []
         self.watched = {binder.watch(site): site.name for site in watched}
         self.declared = binder.observed if self.inputs is None else self.inputs
+        self._known_keys: tuple[Any, tuple[tuple[str, ...], ...]] = None, ()
         self.names = list(config.target) if isinstance(config.target, Mapping) else [None]
         self._init = {
             name: None if function is None else Portable(function)
@@ -171,12 +172,21 @@ class BoundAttribution(BoundMethod):
         self.reads_inputs = config.init_attr_targets is None and any(
             one is not None and getattr(one, "reads_inputs", True) for one in self._chosen
         )
+        # A function of the user's may draw; ours, and what differentiates them, do not.
+        self.may_draw = self.reads_inputs or any(one is not None for one in self._init.values())
         self.linear = config.init_attr_targets is None and is_linear([one or DefaultTarget() for one in self._chosen])
         self._additional_keys = [unravel_key(key) for key in config.additional_init_keys]
         self.reads = list(self._additional_keys)
 
     @property
     def result_keys(self) -> tuple[tuple[str, ...], ...]:
+        explains, known = self._known_keys
+        if explains != self.declared:
+            known = self._list_keys()
+            self._known_keys = list(self.declared), known
+        return known
+
+    def _list_keys(self) -> tuple[tuple[str, ...], ...]:
         explained = [*map(key_parts, self.declared), *((site,) for site in self.leaves.values())]
         names = [(name,) if name else () for name in self.names]
         keys = tuple((self.root, *name, *key) for name in names for key in explained)

@@ -14,11 +14,12 @@ from tdhook_rl.attribution.base import BoundAttribution, GradientAttribution
 from tdhook_rl.attribution.groups import Groups
 from tdhook_rl.attribution.integrated_gradients import rows_at_once
 from tdhook_rl.attribution.question import Attributed, Question
+from tdhook_rl.calls.decisions import one_hot_action
 from tdhook_rl.calls.passes import Call, Pass
 from tdhook_rl.errors import InputError, TargetError, TdhookError, nearest
 from tdhook_rl.method import Binder
 from tdhook_rl.replaying.batching import repeat_rows, row_vectors, shallow_copy
-from tdhook_rl.targets import Target, default_target, one_hot_action
+from tdhook_rl.targets import Target, default_target
 
 Measure = Callable[[Pass], Tensor]
 

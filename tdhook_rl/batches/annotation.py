@@ -86,7 +86,9 @@ def _computed(
     mismatch = Mismatch(policy, on_mismatch)
     selected = _select(policy, data, missing)
     effects = effects_of(policy)
-    noise = PassNoise(data.device or effects.device, others=not effects.watch.idle)
+    noise = None
+    if not effects.quiet() or any(one.may_draw for one in missing):
+        noise = PassNoise(data.device or effects.device, others=not effects.watch.idle)
     for part, run, size in _parts(missing, data, chunk_size):
         yield run(policy, selected, _Analysis(policy, part, mismatch, noise), size)
     mismatch.report(data)
@@ -136,7 +138,7 @@ class _Analysis:
     """
 
     def __init__(
-        self, policy: HookedPolicy, bound: Sequence[BoundMethod], mismatch: Mismatch, noise: PassNoise
+        self, policy: HookedPolicy, bound: Sequence[BoundMethod], mismatch: Mismatch, noise: PassNoise | None
     ) -> None:
         self.policy = policy
         self.bound = list(bound)
@@ -147,13 +149,13 @@ class _Analysis:
 
     def __call__(self, chunk: TensorDictBase) -> TensorDict:
         policy = self.policy
-        with (
-            policy._hooked.runtime.lock,
-            _recurrent_mode(policy, self.through_time),
-            policy._frozen_statistics(),
-            self.noise.under_way(),
-        ):
-            return self._compute(chunk)
+        traits = policy._hooked.traits
+        with policy._hooked.runtime.lock:
+            if self.noise is None and not traits.recurrent and not traits.batch_statistics:
+                return self._compute(chunk)
+            noise = nullcontext() if self.noise is None else self.noise.under_way()
+            with _recurrent_mode(policy, self.through_time), policy._frozen_statistics(), noise:
+                return self._compute(chunk)
 
     def _compute(self, chunk: TensorDictBase) -> TensorDict:
         policy, runtime = self.policy, self.policy._hooked.runtime

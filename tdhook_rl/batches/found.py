@@ -12,8 +12,8 @@ from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.provenance import is_stamped, stamp_key
 from tdhook_rl.calls.real_rows import real_rows, without_other_rows
-from tdhook_rl.calls.writing import require_room
-from tdhook_rl.internals.tensordict_names import has_names, set_str
+from tdhook_rl.calls.writing import get_entry, require_room, set_tensor
+from tdhook_rl.internals.tensordict_names import has_names, new_unsafe, set_str
 
 Key = tuple[str, ...]
 
@@ -36,11 +36,26 @@ class Found:
         self._computed: dict[Key, Tensor] = {}
         self._own: dict[int, Tensor] = {}  # by method: the rows whose results are its own
         self.missing: list[BoundMethod] = []
+        self._by_root: dict[str, list[BoundMethod]] = {}
+        for one in wanted:
+            for key in one.result_keys:
+                of_root = self._by_root.setdefault(key[0], [])
+                if one not in of_root:
+                    of_root.append(one)
+        self._held = {root: get_entry(data, root) for root in (*self._by_root, "computed")}
+        leaves = {key[0] for one in wanted for key in one.result_keys if len(key) == 1}
+        for root, node in self._held.items():
+            # A result without a node of its own, such as the convergence delta, is told from the user's by its stamp.
+            if root not in leaves or get_entry(data, stamp_key(root)) is None:
+                require_room(node, root)
         own = policy._hooked.provenance
         with policy._hooked.runtime.lock:
             own.forget()
             own.note_weights(policy)
-            by_root = {root: own.own_rows(root, data) for root in self._roots()}
+            if self._held["computed"] is None:  # nobody says that it has computed anything
+                self.missing = list(wanted)
+                return
+            by_root = {root: own.own_rows(root, data) for root in self._by_root}
         # Beside methods that write per step, the stamp of a root is theirs.
         stepping = {key[0] for one in wanted if one.when == "step" for key in one.result_keys}
         for one in wanted:
@@ -49,16 +64,6 @@ class Found:
                 self._own[id(one)] = rows
             if rows is None or not bool((rows if self._real is None else rows | ~self._real).all()):
                 self.missing.append(one)
-
-    def _roots(self) -> list[str]:
-        roots = list(dict.fromkeys(key[0] for one in self._wanted for key in one.result_keys))
-        leaves = {key[0] for one in self._wanted for key in one.result_keys if len(key) == 1}
-        for root in roots:
-            # A result without a node of its own, such as the convergence delta, is told from the user's by its stamp.
-            if root not in leaves or self._data.get(stamp_key(root), None) is None:
-                require_room(self._data.get(root, None), root)
-        require_room(self._data.get("computed", None), "computed")
-        return roots
 
     def _rows(self, one: BoundMethod, by_root: dict[str, Tensor | None], stepping: set[str]) -> Tensor | None:
         batch = self._data.batch_size
@@ -87,7 +92,7 @@ class Found:
         values = {key: self._value(one, key) for one in self._wanted for key in one.result_keys}
         values = {key: value for key, value in values.items() if value is not None}  # boolean inputs drop out
         marks: dict[Key, Tensor] = {}
-        for root in self._roots():
+        for root in self._by_root:
             of_root = {key: value for key, value in values.items() if key[0] == root}
             if not of_root:
                 continue
@@ -115,8 +120,8 @@ class Found:
     def _mask(self, root: str, values: list[Tensor]) -> Tensor:
         provenance = self._policy._hooked.provenance
         chosen = self._computed.get(("computed", root))
-        methods = [one for one in self._wanted if any(key[0] == root for key in one.result_keys)]
-        stored = self._data.get(("computed", root), None)
+        methods = self._by_root[root]
+        stored = get_entry(self._data, ("computed", root))
         if all(one not in self.missing for one in methods):
             mask = stored
         else:
@@ -138,8 +143,12 @@ class Found:
 
     def _read_under(self, root: str) -> TensorDict:
         """What methods read under a root: entries of the user's, as the second inputs of patching are."""
-        read = {key for one in self._wanted for key in one.reads if isinstance(key, tuple) and key[0] == root}
-        return self._data.select(*read, strict=False).get(root, TensorDict({}, batch_size=self._data.batch_size))
+        if self._held.get(root) is not None:
+            read = {key for one in self._wanted for key in one.reads if isinstance(key, tuple) and key[0] == root}
+            found = self._data.select(*read, strict=False).get(root, None)
+            if found is not None:
+                return found
+        return new_unsafe({}, batch_size=self._data.batch_size)
 
     def _set(self, result: TensorDict, entries: dict[Key, Tensor]) -> None:
         """Write entries in nodes of their own; of what the batch had there, results of others do not stay."""
@@ -148,16 +157,20 @@ class Found:
             if len(key) == 1:
                 result.set(key[0], value)
                 continue
-            if key[0] not in nodes:
-                old = self._data.get(key[0], None)
+            node = nodes.get(key[0])
+            if node is None:
+                old = self._held[key[0]]
                 theirs = old is None or (
-                    key[0] != "computed" and self._data.get(("computed", key[0]), None) is not None
+                    key[0] != "computed" and get_entry(self._data, ("computed", key[0])) is not None
                 )
-                nodes[key[0]] = self._read_under(key[0]) if theirs else old.copy()
-            nodes[key[0]].set(key[1:], value)
+                node = nodes[key[0]] = self._read_under(key[0]) if theirs else old.copy()
+            if len(key) == 2:
+                set_tensor(node, key[1], value)
+            else:
+                node.set(key[1:], value)
         plain = type(result) is TensorDict and result.device is None and not has_names(result)
         for root, node in nodes.items():
-            if plain and type(node) is TensorDict and self._data.get(root, None) is None:
+            if plain and type(node) is TensorDict and self._held[root] is None:
                 set_str(result, root, node, inplace=False, validated=True)
             else:
                 result.set(root, node)

@@ -16,6 +16,7 @@ from torch import Tensor
 from tdhook_rl.calls.chunks import deciding_rows
 from tdhook_rl.calls.passes import Call, effects_of
 from tdhook_rl.calls.policy import HookedPolicy
+from tdhook_rl.calls.writing import get_entry
 from tdhook_rl.errors import MismatchError, warn
 from tdhook_rl.replaying.batching import in_recurrent_mode
 
@@ -39,7 +40,7 @@ class Mismatch:
 
     def can_compare(self, data: TensorDictBase) -> bool:
         """Whether anybody would be told, and the data holds outputs to compare with."""
-        return self.wanted and any(isinstance(data.get(key, None), Tensor) for key in self._policy.policy_out_keys)
+        return self.wanted and any(isinstance(get_entry(data, key), Tensor) for key in self._policy.policy_out_keys)
 
     def compare(self, call: Call) -> None:
         """Compare the outputs of the call's own replay, if there was one, with the stored ones."""
@@ -47,9 +48,13 @@ class Mismatch:
         if outputs is None or not self.can_compare(call.data):
             return
         batch = call.batch_size
+        pairs = list(self._pairs(call.data, outputs))
+        if all(_surely_near(found, stored) for _, stored, found in pairs):
+            self._compared = True
+            self._rows += batch.numel()
+            return
         different = torch.zeros(batch, dtype=torch.bool, device=call.data.device)
         written = torch.zeros_like(different)
-        pairs = list(self._pairs(call.data, outputs))
         numbers = any(stored.is_floating_point() for _, stored, _ in pairs)
         # Choices last: whether the policy has acted in a row is seen from its numbers, if it puts any out.
         for key, stored, found in sorted(pairs, key=lambda pair: not pair[1].is_floating_point()):
@@ -81,9 +86,9 @@ class Mismatch:
             # Of carried states TorchRL writes the last of each trajectory only, and zeros before it.
             keys = [key for key in keys if not (isinstance(key, tuple) and key[0] == "next")]
         # An action beside which no other output is stored is what is asked about, and no record of what was chosen.
-        recorded = all(data.get(key, None) is not None for key in keys)
+        recorded = all(get_entry(data, key) is not None for key in keys)
         for key in keys:
-            stored, found = data.get(key, None), outputs.get(key, None)
+            stored, found = get_entry(data, key), get_entry(outputs, key)
             if not isinstance(stored, Tensor) or not isinstance(found, Tensor) or stored is found:
                 continue
             number = stored.is_floating_point()
@@ -137,3 +142,12 @@ class Mismatch:
                 if other.numel():
                     causes.append(f"{name!r} was {other.reshape(-1)[0].item():g} and is {value.item():g}")
         return f" ({'; '.join(causes)})" if causes else ""
+
+
+def _surely_near(found: Tensor, stored: Tensor) -> bool:
+    """Whether a look at the largest difference, a fifth of the cost of one at each entry, shows that no row differs."""
+    if torch.equal(found, stored):
+        return True
+    if not stored.is_floating_point() or not stored.numel():
+        return False
+    return bool((found - stored).abs().max() <= ABSOLUTE)  # not where it is NaN

@@ -24,6 +24,7 @@ class BoundMethod:
             that explain none.
         reads_forward: uses what its hooks captured in the forward pass.
         replays: runs the policy again.
+        may_draw: its own computations, or functions of the user's that it calls, may draw from generators.
         shares_forward: may explain the policy's own forward, without a second pass.
         linear: explains only targets that are linear in one output.
         plan: ``plan(data)`` decides, once for a whole batch, which rows are computed, and the key to hand it on under.
@@ -44,6 +45,7 @@ class BoundMethod:
     declared: list[NestedKey] | None = None
     reads_forward: bool = False
     replays: bool = False
+    may_draw: bool = True
     shares_forward: bool = False
     linear: bool = False
     plan: Callable[[TensorDictBase], tuple[tuple[str, ...], Tensor]] | None = None

@@ -1,7 +1,8 @@
 """Policies that are a chain of known layers, whose derivatives need no graph.
 
-The value and Q-networks of RL are mostly small multilayer perceptrons, in which module calls and autograd's bookkeeping
-take longer than the arithmetic. Where a whole policy is an ``nn.Sequential`` of the layers of :data:`LAYERS`, it may be
+The networks of RL are mostly small multilayer perceptrons, in which module calls and autograd's bookkeeping
+take longer than the arithmetic. Where a whole policy is an ``nn.Sequential`` of the layers of :data:`LAYERS`, or an
+actor that is one and then decides (:mod:`tdhook_rl.calls.heads`), it may be
 run by their functions, and a :class:`Record` of the run applies the operations that autograd would. Where anybody
 listens to a layer, has replaced or changed one, or computes its weights, there is no chain, and all goes its usual way.
 """
@@ -13,13 +14,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from tensordict.nn import TensorDictModule, skip_existing
+from tensordict.nn import NormalParamExtractor, TensorDictModule, skip_existing
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tdhook_rl.calls.policy import HookedPolicy
-from tdhook_rl.internals.tensordict_names import CALL_METHODS, has_options
+from tdhook_rl.internals.tensordict_names import CALL_METHODS, has_options, selects
 from tdhook_rl.internals.torch_names import call_methods, has_any_global_hook
+from tdhook_rl.sites.known import own_class
 
 _aten = torch.ops.aten
 
@@ -112,22 +114,80 @@ class Record:
         return gradient
 
 
-def is_chain(policy: Any) -> bool:
-    """Whether a policy may be a chain: a TensorDictModule that only calls an ``nn.Sequential`` on one input."""
-    if not isinstance(policy, TensorDictModule) or not isinstance(policy.module, nn.Sequential):
+class Chain(NamedTuple):
+    """Where the chain of a policy is, and what stands behind it.
+
+    Attributes:
+        module: the TensorDictModule that calls the ``nn.Sequential``, the policy itself or the first of its modules.
+        splits: the last layer makes the parameters of a distribution of what the others put out.
+        head: the module that decides by its outputs; ``None`` in a policy that is nothing but the chain.
+    """
+
+    module: TensorDictModule
+    splits: bool = False
+    head: nn.Module | None = None
+
+
+def chain_of(policy: Any) -> Chain | None:
+    """The chain that a policy may be: it calls an ``nn.Sequential`` on one input, and may then decide by the output."""
+    if _calls_a_sequence(policy) and len(policy.out_keys) == 1:
+        return Chain(policy)
+    if own_class(policy) not in _actors() or len(policy.module) != 2 or not _is_usual(policy):
+        return None
+    module, head = policy.module
+    if not _calls_a_sequence(module) or own_class(head) not in _heads():
+        return None
+    layers = list(module.module._modules.values())
+    splits = bool(layers) and type(layers[-1]) is NormalParamExtractor
+    read = set(module.out_keys) == set(head.in_keys) and set(module.out_keys) <= set(policy.out_keys)
+    named = all(isinstance(key, str) and key not in ("_", "action") for key in (*module.in_keys, *module.out_keys))
+    fits = read and named and len(module.out_keys) == (2 if splits else 1)
+    return Chain(module, splits, head) if fits else None
+
+
+def _calls_a_sequence(module: Any) -> bool:
+    """Whether a module is a TensorDictModule that only calls an ``nn.Sequential`` on one input."""
+    if not isinstance(module, TensorDictModule) or not isinstance(module.module, nn.Sequential):
         return False
-    kind, own = type(policy), policy.__dict__
+    kind, own = own_class(module), module.__dict__
     usual = all(getattr(kind, name) is getattr(TensorDictModule, name) and name not in own for name in CALL_METHODS)
-    plain = policy.method is None and policy.inplace is True and not has_options(policy)
-    return usual and plain and len(policy.in_keys) == len(policy.out_keys) == 1 and policy.out_keys != ["_"]
+    plain = module.method is None and module.inplace is True and not has_options(module)
+    return usual and plain and len(module.in_keys) == 1 and module.out_keys != ["_"]
+
+
+def _is_usual(policy: Any) -> bool:
+    """Whether a sequence of modules runs them one after the other, on one TensorDict, whatever happens."""
+    return policy.inplace in (True, None) and not policy.partial_tolerant and not selects(policy)
+
+
+@functools.cache
+def _actors() -> frozenset[type]:
+    import torchrl.modules as rl
+    from tensordict.nn import ProbabilisticTensorDictSequential
+
+    safe = rl.SafeProbabilisticTensorDictSequential
+    return frozenset([ProbabilisticTensorDictSequential, safe, rl.ProbabilisticActor, rl.QValueActor])
+
+
+@functools.cache
+def _heads() -> frozenset[type]:
+    import torchrl.modules as rl
+    from tensordict.nn import ProbabilisticTensorDictModule
+
+    return frozenset([ProbabilisticTensorDictModule, rl.SafeProbabilisticModule, rl.QValueModule])
 
 
 def chain_layers(policy: HookedPolicy, x: Any) -> Steps | None:
-    """The layers of a hooked policy for which :func:`is_chain` holds, if it is one for this input and just now."""
-    module, runtime = policy.module, policy._hooked.runtime
-    if type(x) is not Tensor or x.device.type not in _DEVICES or torch.is_autocast_enabled(x.device.type):
+    """The layers of the chain of a hooked policy, if it is one for this input and just now."""
+    chain, runtime = policy._hooked.chain, policy._hooked.runtime
+    if chain is None or type(x) is not Tensor:
+        return None
+    if x.device.type not in _DEVICES or torch.is_autocast_enabled(x.device.type):
         return None
     if runtime.row_hook is not None or runtime.expected or skip_existing():
+        return None
+    module = chain.module.module
+    if chain.head is not None and _has_hook(chain.module.__dict__):
         return None
     kind, own = type(module), module.__dict__
     if kind.forward not in _sequences() or kind.__iter__ is not nn.Sequential.__iter__ or "forward" in own:
@@ -137,7 +197,8 @@ def chain_layers(policy: HookedPolicy, x: Any) -> Steps | None:
     if own.get("out_features", 0).__class__ is not int or has_any_global_hook() or _has_hook(own):
         return None  # torchrl's MLP gives its output a shape where it is asked for several dimensions
     steps: Steps = []
-    for child in module._modules.values():
+    children = list(module._modules.values())
+    for child in children[:-1] if chain.splits else children:
         kind, own = child.__class__, child.__dict__
         layer = LAYERS.get(kind)
         if layer is None or kind.forward is not _FORWARDS[kind] or "forward" in own or own.get("inplace"):

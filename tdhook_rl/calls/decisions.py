@@ -188,6 +188,31 @@ def action_of(run: Pass, values: NestedKey) -> Tensor | None:
     return next((action for action in (_taken(run, key) for key in dict.fromkeys(keys)) if action is not None), None)
 
 
+def one_hot_action(run: Pass, values: Tensor, key: NestedKey = "logits") -> Tensor:
+    """The stored action in the shape of logits or values, which are under ``key``."""
+    action = action_of(run, key)
+    if action is None:
+        raise TargetError("the target explains the stored action 'action', which the data lacks")
+    if action.shape == values.shape:
+        return action.to(values.dtype)
+    if action.ndim == values.ndim and action.shape[-1] == 1:
+        action = action.squeeze(-1)
+    if action.is_floating_point() or action.shape != values.shape[:-1]:
+        raise TargetError(
+            f"the stored action of shape {tuple(action.shape)} ({action.dtype}) names no entry of values of shape "
+            f"{tuple(values.shape)}: the target is for discrete actions, an index or one-hot"
+        )
+    # Not one_hot, which looks at the values and therefore fails inside vmap.
+    return (action.unsqueeze(-1) == torch.arange(values.shape[-1], device=action.device)).to(values.dtype)
+
+
+def has_slope(value: Any) -> bool:
+    """Whether an output depends on the inputs; where no gradient is recorded, a difference is wanted, and any does."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    return value.requires_grad or not torch.is_grad_enabled()
+
+
 def _taken(run: Pass, key: NestedKey) -> Tensor | None:
     for drawn in reversed(run.distributions):
         if drawn.samples.get(key) is not None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.arguments.keys import missing
@@ -22,7 +22,7 @@ from tdhook_rl.calls.chunks import all_decide
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.writing import get_entry, set_tensor
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, own_cause
-from tdhook_rl.internals.tensordict_names import new_unsafe
+from tdhook_rl.internals.tensordict_names import has_names, new_unsafe, set_str
 from tdhook_rl.policies.draws import given_beside
 from tdhook_rl.policies.undecorated import undecorated
 from tdhook_rl.replaying.batching import shallow_copy
@@ -346,7 +346,19 @@ def rows_read(policy: HookedPolicy, data: TensorDictBase, keys: Iterable[NestedK
     asks = state.passes or any(not one.reads for one in getattr(state.runtime.row_hook, "functions", ()))
     if asks and (state.passes or any(data.get(key, None) is None for key in records)):
         return data  # what functions read is not known
-    return data.select(*dict.fromkeys([*keys, *records]), strict=False)
+    keys = dict.fromkeys([*keys, *records])
+    if type(data) is not TensorDict or has_names(data) or not all(type(key) is str or len(key) == 2 for key in keys):
+        return data.select(*keys, strict=False)
+    found = new_unsafe({}, batch_size=data.batch_size, device=data.device)
+    for key in keys:
+        value = get_entry(data, key)
+        if value is None:
+            continue
+        if type(key) is str:
+            set_str(found, key, value, inplace=False, validated=True)
+        else:
+            found.set(key, value)
+    return found
 
 
 def recorded(policy: HookedPolicy, output: TensorDictBase) -> dict[NestedKey, Tensor]:

@@ -38,7 +38,7 @@ class HookedState:
         traits: whether it has memory, batch statistics, convolutions. Read by annotation and by attributions.
         trace_risks: what its code shows of writing and drawing. Read by compiled calls.
         shares: its own forward may be explained, without a second pass. Read by calls.
-        is_chain: it may be a chain of known layers. Read by the pass that needs no graph.
+        chain: where it may be a chain of known layers. Read by the passes that need no graph.
         reads: keys that methods read beside the policy's own. Read by ``in_keys``.
         records: what is written of how interventions acted. Read by replays.
         passes: what runs before it, each time. Read by whatever runs the policy.
@@ -63,7 +63,7 @@ class HookedState:
     traits: Traits
     trace_risks: list[TraceRisk]
     shares: bool
-    is_chain: bool
+    chain: Any
     reads: list[NestedKey]
     records: list[Record]
     passes: list[Any]

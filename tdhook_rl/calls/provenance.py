@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModuleBase, TensorDictParams
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.real_rows import defined_values, reached_values, row_mask, surely_finite
 from tdhook_rl.calls.writing import get_entry, set_entries
 from tdhook_rl.internals.torch_names import is_any_autocast_enabled
+from tdhook_rl.policies.contents import HeldTensors, versions
 from tdhook_rl.policies.draws import action_keys, draws, sample_keys
 
 Key = tuple[str, ...]
-Held = tuple[Mapping[str, Any], str, Tensor]
 
 #: What a root's stamp is called beside its mask: ``("computed", "attr.stamp")``.
 STAMP = ".stamp"
@@ -35,8 +35,6 @@ STAMP = ".stamp"
 RELATIVE = 1e-5
 #: A longer row is projected by numbers that repeat.
 LONGEST = 1 << 16
-#: Of a larger tensor of weights the sum is taken, and every so many entries that as many are left.
-LARGEST = 1 << 20
 #: Calls in a row in which buffers move and weights do not, after which they are taken for a state.
 MOVES = 3
 
@@ -84,8 +82,8 @@ class Provenance:
         self._forget_all()
 
     def _forget_all(self) -> None:
-        self._held: list[Held] | None = None  # the weights, and where they are held
-        self._states: list[Held] = []  # buffers, which are weights unless they drift
+        self._held: HeldTensors | None = None  # the weights, and the buffers, which are weights unless they drift
+        self._doubted = False
         self._seen: tuple[int, int] | None = None  # the versions that the fingerprint is of
         self._moves, self._drifts = 0, False
         self._weights = 0
@@ -135,7 +133,7 @@ class Provenance:
 
     def forget(self) -> None:
         """Look at the weights again before the next call: another process may have changed them in place."""
-        self._held = None
+        self._doubted = True
 
     def note_weights(self, policy: nn.Module) -> bool:
         """Follow the weights, where their versions say that they have changed.
@@ -143,24 +141,28 @@ class Provenance:
         Returns:
             whether the policy runs with weights of its own, not with others that are lent to it for a functional call.
         """
+        if self._doubted:
+            self._doubted, self._seen = False, None
+            if self._held is not None and not self._held.are_in_place():
+                self._held = None
         if self._held is None:
-            self._held, self._states = _tensors(policy)
-            self._seen = None
-        weights, states = _versions(self._held), _versions(self._states)
-        if weights is None or states is None:
+            self._held, self._seen = HeldTensors(policy), None
+        held, states = self._held, [] if self._drifts else self._held.buffers
+        seen = versions(held.parameters), versions(states)
+        if seen[0] is None or seen[1] is None:
             return False
-        if (weights, states) == self._seen and weights >= 0:
+        if seen == self._seen and seen[0] >= 0:
             self._moves = 0
             return True
         # Buffers that move from call to call without the weights are the policy's state, and no weights of it.
-        self._moves = self._moves + 1 if self._seen is not None and weights == self._seen[0] >= 0 else 0
-        if self._moves == MOVES and self._held:
-            self._drifts, self._states, states = True, [], 0
-        found = _fingerprint([tensor for *_, tensor in (*self._held, *([] if self._drifts else self._states))])
+        self._moves = self._moves + 1 if self._seen is not None and seen[0] == self._seen[0] >= 0 else 0
+        if self._moves == MOVES and held.parameters:
+            self._drifts, states, seen = True, [], (seen[0], 0)
+        found = held.number([*held.parameters, *states])
         if found != self._weights:
             self._weights = found
             self._vectors.clear()
-        self._seen = weights, states
+        self._seen = seen  # type: ignore[assignment]
         return True
 
     # ------------------------------------------------------------------ stamps
@@ -264,47 +266,6 @@ class Provenance:
             with torch.inference_mode(False):
                 self._full = torch.ones(batch, dtype=torch.bool, device=device)
         return self._full.clone()  # a third of the time that making one takes
-
-
-def _tensors(policy: nn.Module) -> tuple[list[Held], list[Held]]:
-    """The parameters of a policy, and its buffers; those of what draws do not say what the policy computes."""
-    parameters: dict[int, Held] = {}
-    buffers: dict[int, Held] = {}
-    for child in policy.modules():
-        stores = [(child._parameters, parameters)] + ([] if draws(child) else [(child._buffers, buffers)])
-        if isinstance(child, TensorDictParams):
-            stores = [({str(key): value for key, value in enumerate(child.parameters())}, parameters)]
-        for store, found in stores:
-            found |= {id(value): (store, name, value) for name, value in store.items() if value is not None}
-    return list(parameters.values()), list(buffers.values())
-
-
-def _versions(held: Sequence[Held]) -> int | None:
-    """How often tensors were written to; -1 where inference mode does not count it, ``None`` if others are in place."""
-    found = 0
-    try:
-        for store, name, tensor in held:
-            if store.get(name) is not tensor:
-                return None
-            found += tensor._version
-    except RuntimeError:
-        return -1
-    return found
-
-
-def _fingerprint(tensors: Sequence[Tensor]) -> int:
-    """A number that follows from the content of tensors, the same in every process and on every device."""
-    found = 0
-    for tensor in tensors:
-        if tensor.is_meta:  # which has no content
-            continue
-        flat = tensor.detach().reshape(-1)
-        if flat.numel() > LARGEST:
-            found = zlib.crc32(np.float64(flat.sum(dtype=torch.float64).item()).tobytes(), found)
-            flat = flat[:: flat.numel() // LARGEST + 1]
-        content = flat.contiguous().cpu().view(torch.uint8).numpy()
-        found = zlib.crc32(content.tobytes(), found)
-    return found
 
 
 def _flat(value: Tensor, batch: torch.Size) -> Tensor:

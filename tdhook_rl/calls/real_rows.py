@@ -9,6 +9,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
+from tdhook_rl.calls.writing import get_entry
 from tdhook_rl.sites.missing import missing_value
 
 #: Where ``split_trajectories`` and collectors mark the steps that are not padding.
@@ -46,7 +47,7 @@ def real_rows(data: TensorDictBase, *keys: NestedKey) -> Tensor | None:
 
 def row_mask(data: TensorDictBase, key: NestedKey) -> Tensor | None:
     """A boolean entry with one value for each row; ``None`` where there is no such entry."""
-    value = data.get(key, None)
+    value = get_entry(data, key)
     batch = data.batch_size
     if not isinstance(value, Tensor) or value.dtype != torch.bool or value.shape not in (batch, (*batch, 1)):
         return None

@@ -50,9 +50,13 @@ def sharing(
         if one.shares_forward and all(key not in own and _is_plain_float(get_entry(data, key)) for key in one.declared)  # type: ignore[attr-defined]
     ]
     layers = None
-    if able and policy._hooked.is_chain and all(one.linear for one in able):
+    if able and _is_only_a_chain(policy) and all(one.linear for one in able):
         layers = chain_layers(policy, get_entry(data, policy.policy_in_keys[0]))
     return able if able and (layers is not None or _records_a_graph(policy)) else [], layers
+
+
+def _is_only_a_chain(policy: HookedPolicy) -> bool:
+    return policy._hooked.chain is not None and policy._hooked.chain.head is None
 
 
 def _records_a_graph(policy: HookedPolicy) -> bool:

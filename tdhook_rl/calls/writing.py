@@ -76,11 +76,18 @@ def set_tensor(data: TensorDictBase, key: NestedKey, value: Tensor) -> None:
 
 
 def get_entry(data: TensorDictBase, key: NestedKey) -> Any:
-    """``data.get(key, None)``; a tensor at the top without the detour through nested keys."""
-    if type(key) is str and type(data) is TensorDict:
-        value = get_str(data, key, None)
-        if value is None or type(value) is Tensor:
-            return value
+    """``data.get(key, None)``; a tensor at the top, or one below, without the detour through nested keys."""
+    if type(data) is TensorDict:
+        if type(key) is str:
+            value = get_str(data, key, None)
+            if value is None or type(value) is Tensor:
+                return value
+        elif len(key) == 2:
+            node = get_str(data, key[0], None)
+            if node is None:
+                return None
+            if type(node) is TensorDict:
+                return get_entry(node, key[1])
     return data.get(key, None)
 
 

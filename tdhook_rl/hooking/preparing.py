@@ -10,7 +10,7 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import nn
 
 from tdhook_rl.calls.bound import BoundMethod
-from tdhook_rl.calls.chains import is_chain
+from tdhook_rl.calls.chains import chain_of
 from tdhook_rl.calls.policy import HookedState
 from tdhook_rl.calls.provenance import Provenance
 from tdhook_rl.calls.shared_pass import can_share
@@ -100,7 +100,7 @@ def hooked_clone(
         traits=traits,
         trace_risks=trace_risks(clone) if any(one.replays and one.when == "step" for one in bound) else [],
         shares=can_share(clone, traits) and not drawn and chunked_by(clone) is None,
-        is_chain=is_chain(clone),
+        chain=chain_of(clone),
         reads=binder.reads,
         records=binder.records,
         passes=binder.passes,

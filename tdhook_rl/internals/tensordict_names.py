@@ -47,6 +47,11 @@ def has_options(module: TensorDictModule) -> bool:
     return module._kwargs is not None or bool(module._get_kwargs)
 
 
+def selects(sequence: TensorDictModule) -> bool:
+    """Whether a sequence of modules was made to leave some of its outputs out (``selected_out_keys``)."""
+    return bool(getattr(sequence, "_select_before_return", False))
+
+
 def store_of(data: TensorDict) -> dict[str, Any]:
     """The dictionary in which a TensorDict keeps its entries, to notice and undo that one is put in another's place."""
     return data._tensordict  # type: ignore[attr-defined]

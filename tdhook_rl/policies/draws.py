@@ -6,6 +6,7 @@ writes over it. Both are read off the policy once, from what its modules read an
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,19 +66,22 @@ class _Step:
 
 def draws(module: nn.Module) -> bool:
     """Whether a module adds randomness of its own to the action."""
+    return isinstance(module, _drawing())
+
+
+@functools.cache
+def _drawing() -> tuple[type, ...]:
     from torchrl.modules import AdditiveGaussianModule, EGreedyModule, OrnsteinUhlenbeckProcessModule
 
-    return isinstance(
-        module, (ProbabilisticTensorDictModule, EGreedyModule, AdditiveGaussianModule, OrnsteinUhlenbeckProcessModule)
-    )
+    return ProbabilisticTensorDictModule, EGreedyModule, AdditiveGaussianModule, OrnsteinUhlenbeckProcessModule
 
 
 def sample_keys(module: nn.Module) -> list[NestedKey]:
     """The keys a drawing module writes its samples under."""
-    from torchrl.modules import OrnsteinUhlenbeckProcessModule
-
     if isinstance(module, ProbabilisticTensorDictModule):
         return list(module.dist_sample_keys)
+    from torchrl.modules import OrnsteinUhlenbeckProcessModule
+
     return [module.ou.key if isinstance(module, OrnsteinUhlenbeckProcessModule) else module.action_key]  # type: ignore[union-attr, list-item]
 
 

@@ -27,6 +27,7 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 def _wrappers() -> frozenset[type]:
     import tensordict.nn as td
     import torchrl.modules as rl
+    from tensordict.nn.utils import biased_softplus
 
     names = (
         (td, ("TensorDictModule", "TensorDictSequential", "ProbabilisticTensorDictSequential", "NormalParamExtractor",
@@ -37,7 +38,8 @@ def _wrappers() -> frozenset[type]:
               "DistributionalQValueActor", "MultiAgentMLP", "MultiAgentConvNet", "LSTMModule", "GRUModule",
               "DuelingCnnDQNet", "DdpgMlpActor", "DdpgMlpQNet", "DdpgCnnActor", "DdpgCnnQNet", "Squeeze2dLayer")),
     )  # fmt: skip
-    return frozenset(getattr(home, name) for home, listed in names for name in listed if hasattr(home, name))
+    found = {getattr(home, name) for home, listed in names for name in listed if hasattr(home, name)}
+    return frozenset(found | {biased_softplus})  # what NormalParamExtractor makes scales by
 
 
 def _writes_nothing(module: nn.Module) -> bool:

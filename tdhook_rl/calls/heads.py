@@ -1,0 +1,220 @@
+"""What stands behind the chain of an actor: a module that decides by its output, and explanations of what it decided.
+
+The chain's derivatives need no graph, and the one of what stands behind it is small: its leaf is the chain's output. Of
+the log-probability of common distributions the derivative is known, and there is none but that of what makes their
+parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictModule
+from tensordict.utils import unravel_key
+from torch import Tensor
+from torch import distributions as D
+
+from tdhook_rl.calls.chains import Chain
+from tdhook_rl.calls.passes import Call, Pass
+from tdhook_rl.calls.writing import get_entry, set_tensor
+from tdhook_rl.internals.tensordict_names import new_unsafe
+from tdhook_rl.policies.draws import Draw, sample_keys
+from tdhook_rl.replaying.samples import Drawn, Replay
+
+_PLAIN = Draw()
+
+
+def is_decided_by(call: Call, chain: Chain, stored: TensorDictBase) -> bool:
+    """Whether a call is one that a head may be explained in: what was decided is stored as it was decided."""
+    head, state = chain.head, call.policy._hooked
+    if state.draws or state.records or state.passes or state.noise or state.supports or state.chunks is not None:
+        return False
+    if isinstance(head, ProbabilisticTensorDictModule):
+        keys = sample_keys(head)
+        plain = getattr(head, "_hooked_draw", None) == _PLAIN
+        return plain and len(keys) == 1 and isinstance(get_entry(stored, unravel_key(keys[0])), Tensor)
+    # Of a Q-network its values are compared with those that are stored.
+    return all(get_entry(stored, key) is not None for key in chain.module.out_keys)
+
+
+class HeadPass:
+    """A pass over what stands behind a chain.
+
+    Args:
+        call: the call that is explained.
+        chain: the chain and its head.
+        inputs: the one input.
+        output: what the chain put out.
+        stored: where samples come from.
+    """
+
+    def __init__(
+        self, call: Call, chain: Chain, inputs: Mapping[NestedKey, Tensor], output: Tensor, stored: TensorDictBase
+    ) -> None:
+        self._call, self._chain, self._inputs, self._stored = call, chain, inputs, stored
+        self.leaf = output.detach()
+        self._run: Pass | None = None
+        self._split: TensorDictBase | None = None  # the parameters, where they were made for a slope
+
+    @property
+    def values(self) -> Pass | None:
+        """The values that a Q-network chooses by, and nothing that it chose; ``None`` of other heads."""
+        if isinstance(self._chain.head, ProbabilisticTensorDictModule):
+            return None
+        return self._pass(self._entries(self.leaf.detach()), list(self._chain.module.out_keys), [])
+
+    def run(self) -> Pass:
+        """The pass, whose graph begins at the leaf; the head is called as the policy would."""
+        if self._run is None:
+            self.leaf.requires_grad_()
+            with torch.enable_grad():
+                self._run = self._decide(self._entries(self.leaf))
+        return self._run
+
+    def outputs(self) -> TensorDictBase:
+        """What the policy puts out, for a comparison with what is stored."""
+        outputs = self._entries(self.leaf.detach()) if self._split is None else self._split
+        if not isinstance(self._chain.head, ProbabilisticTensorDictModule):
+            with torch.no_grad():
+                outputs = self._chain.head(outputs)  # type: ignore[misc]
+        return outputs
+
+    def _entries(self, output: Tensor) -> TensorDictBase:
+        chain = self._chain
+        data = new_unsafe({}, batch_size=self._stored.batch_size)
+        for key, value in self._inputs.items():
+            set_tensor(data, key, value)
+        if not chain.splits:
+            set_tensor(data, chain.module.out_keys[0], output)
+            return data
+        layers = list(chain.module.module._modules.values())  # type: ignore[union-attr]
+        for key, value in zip(chain.module.out_keys, layers[-1](output), strict=True):  # type: ignore[misc]
+            set_tensor(data, key, value)
+        return data
+
+    def _decide(self, data: TensorDictBase) -> Pass:
+        policy, state = self._call.policy, self._call.policy._hooked
+        runtime, replay = state.runtime, Replay(self._stored, self._call.in_step)
+        previous = runtime.replay, runtime.recording, runtime.start
+        runtime.replay, runtime.recording, runtime.start = replay, False, None
+        try:
+            outputs = self._chain.head(data)  # type: ignore[misc]
+        finally:
+            runtime.replay, runtime.recording, runtime.start = previous
+        return self._pass(outputs, policy.policy_out_keys, replay.distributions)
+
+    def _pass(self, outputs: TensorDictBase, out_keys: list[NestedKey], distributions: list[Drawn]) -> Pass:
+        state = self._call.policy._hooked
+        return Pass(
+            outputs, self._stored, distributions, out_keys, {}, state.supports,
+            state.slots, state.actions, state.runtime.warned,
+        )  # fmt: skip
+
+    def log_prob_slope(self, keys: Sequence[NestedKey] | None) -> Tensor | None:
+        """The derivative of the log-probability of what was decided.
+
+        Args:
+            keys: the decisions that are meant; ``None`` for all.
+
+        Returns:
+            of the shape of the chain's output; ``None`` where it is not known for what the head draws from, or what is
+            stored is no sample of it: the policy's own way says why.
+        """
+        head: Any = self._chain.head
+        known = _known_slopes().get(getattr(head, "distribution_class", None))
+        if known is None or _has_hooks(head):
+            return None
+        names, slopes = known
+        (key,) = map(unravel_key, sample_keys(head))
+        action = get_entry(self._stored, key)
+        meant = keys is None or list(map(unravel_key, keys)) == [key]
+        if not meant or list(head.dist_keys) != names or type(action) is not Tensor:
+            return None
+        if not self._chain.splits:
+            found = slopes(head, action, self.leaf.detach())
+            return None if found is None else found[0]
+        leaf = self.leaf.detach().requires_grad_()
+        with torch.enable_grad():
+            entries = self._entries(leaf)
+        parameters = [get_entry(entries, key) for key in head.in_keys]
+        for key, value in zip(head.in_keys, parameters, strict=True):
+            set_tensor(entries, key, value.detach())
+        self._split = entries
+        found = slopes(head, action, *(one.detach() for one in parameters))
+        return None if found is None else torch.autograd.grad(parameters, leaf, found)[0]
+
+
+def _has_hooks(module: Any) -> bool:
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
+
+
+Slopes = tuple[Tensor, ...] | None
+
+
+@functools.cache
+def _known_slopes() -> dict[type, tuple[list[str], Callable[..., Slopes]]]:
+    """By distribution the names of its parameters, and the derivatives by them of what is drawn."""
+    import torchrl.modules as rl
+
+    of_choice, of_number = ["logits"], ["loc", "scale"]
+    return {
+        D.Categorical: (of_choice, _index_slope),
+        D.OneHotCategorical: (of_choice, _one_hot_slope),
+        rl.OneHotCategorical: (of_choice, _one_hot_slope),
+        rl.IndependentNormal: (of_number, _normal_slopes),
+        rl.TanhNormal: (of_number, _tanh_normal_slopes),
+    }
+
+
+def _index_slope(head: Any, action: Tensor, logits: Tensor) -> Slopes:
+    if action.shape != logits.shape[:-1] or action.is_floating_point() or head.distribution_kwargs:
+        return None
+    try:
+        chosen = torch.zeros_like(logits).scatter_(-1, action.unsqueeze(-1).long(), 1.0)
+    except RuntimeError:  # an index of no choice
+        return None
+    return (chosen - logits.softmax(-1),)
+
+
+def _one_hot_slope(head: Any, action: Tensor, logits: Tensor) -> Slopes:
+    if action.shape != logits.shape or head.distribution_kwargs:
+        return None
+    action = action.to(logits.dtype)
+    chosen = torch.zeros_like(logits).scatter_(-1, action.argmax(-1, keepdim=True), 1.0)
+    return (chosen - logits.softmax(-1),) if torch.equal(chosen, action) else None
+
+
+#: What TanhNormal takes for a scale, and raises at otherwise.
+_LEAST_SCALE = 1e-6
+
+
+def _normal_slopes(head: Any, drawn: Tensor, loc: Tensor, scale: Tensor) -> Slopes:
+    return None if head.distribution_kwargs else _slopes_of_normal(drawn, loc, scale)
+
+
+def _tanh_normal_slopes(head: Any, action: Tensor, loc: Tensor, scale: Tensor) -> Slopes:
+    bounds = head.distribution_kwargs
+    if not (isinstance(bounds, dict) and {"low", "high"} >= set(bounds)):
+        return None
+    low, high = bounds.get("low", -1.0), bounds.get("high", 1.0)
+    if not isinstance(low, Real) or not isinstance(high, Real):
+        return None
+    edge = 1 - torch.finfo(loc.dtype).resolution
+    middle, half = float(high + low) / 2, float(high - low) / 2
+    inside = action if (middle, half) == (0, 1) else (action - middle) / half
+    return _slopes_of_normal(inside.clamp(-edge, edge).atanh(), loc, scale)
+
+
+def _slopes_of_normal(drawn: Tensor, loc: Tensor, scale: Tensor) -> Slopes:
+    if drawn.shape != loc.shape or drawn.dtype != loc.dtype or not bool(scale.min() > _LEAST_SCALE):
+        return None
+    away = (drawn - loc) / scale
+    return away / scale, (away * away - 1) / scale

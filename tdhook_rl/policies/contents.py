@@ -1,0 +1,129 @@
+"""The weights of a policy as one number that follows from what they hold, fast enough to be looked at in each call."""
+
+from __future__ import annotations
+
+import operator
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict.nn import TensorDictParams
+from torch import Tensor, nn
+
+from tdhook_rl.policies.draws import draws
+
+#: The tensors of a policy, and where they are held: a mapping and the name in it.
+Held = tuple[Mapping[str, Any], str, Tensor]
+
+#: Of a larger tensor of weights the sum is taken, and every so many entries that as many are left.
+LARGEST = 1 << 20
+#: Up to so many bytes a checksum takes less time than the call of a product.
+SHORT = 2048
+#: What is longer is added up by rows and columns of a square, which takes a tenth of the time of a product.
+SIDE = 1024
+_WHOLE = np.dtype(np.int64)
+
+
+class HeldTensors:
+    """The parameters of a policy, and its buffers but for those of what draws, which do not say what it computes.
+
+    Attributes:
+        parameters, buffers: the tensors, and where they are held.
+    """
+
+    def __init__(self, policy: nn.Module) -> None:
+        parameters: dict[int, Held] = {}
+        buffers: dict[int, Held] = {}
+        mappings: list[Mapping[str, Any]] = []
+        self._lists = False  # of tensors in a TensorDict, which are listed anew to be looked at
+        for child in policy.modules():
+            mappings += child._modules, child._parameters, child._buffers
+            stores = [(child._parameters, parameters)] + ([] if draws(child) else [(child._buffers, buffers)])
+            if isinstance(child, TensorDictParams):
+                stores = [({str(key): value for key, value in enumerate(child.parameters())}, parameters)]
+                self._lists = True
+            for store, found in stores:
+                found |= {id(value): (store, name, value) for name, value in store.items() if value is not None}
+        self.parameters, self.buffers = list(parameters.values()), list(buffers.values())
+        self._full = [(mapping, tuple(mapping.values())) for mapping in mappings if mapping]
+        self._empty = [mapping for mapping in mappings if not mapping]
+        self._views: dict[int, tuple[int, np.ndarray]] = {}
+
+    def are_in_place(self) -> bool:
+        """Whether the policy surely has the modules that it had, and these hold what they held."""
+        if self._lists or any(self._empty):
+            return False
+        for mapping, known in self._full:
+            if len(mapping) != len(known) or not all(map(operator.is_, mapping.values(), known)):
+                return False
+        return True
+
+    def number(self, held: Sequence[Held]) -> int:
+        """A number that follows from the content of tensors, the same in every process and on every device."""
+        found = 0
+        for *_, tensor in held:
+            if not tensor.is_meta:  # which has no content
+                found = zlib.crc32(self._digest(tensor), found)
+        return found
+
+    def _digest(self, tensor: Tensor) -> bytes:
+        view = self._view(tensor)
+        if view is not None:
+            return _number(view)
+        flat = tensor.detach().reshape(-1)
+        total = b""
+        if flat.numel() > LARGEST:
+            total = np.float64(flat.sum(dtype=torch.float64).item()).tobytes()
+            flat = flat[:: flat.numel() // LARGEST + 1]
+        return total + _number(_bytes(flat.contiguous().cpu()))
+
+    def _view(self, tensor: Tensor) -> np.ndarray | None:
+        """The bytes of a tensor in memory, where they are all looked at, without a copy."""
+        place = tensor.data_ptr()
+        known = self._views.get(id(tensor))
+        if known is not None and known[0] == place and known[1].nbytes == tensor.nbytes:
+            return known[1]
+        if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.numel() > LARGEST:
+            return None
+        view = _bytes(tensor.detach().reshape(-1))
+        self._views[id(tensor)] = place, view
+        return view
+
+
+def versions(held: Sequence[Held]) -> int | None:
+    """How often tensors were written to; -1 where inference mode does not count it, ``None`` if others are in place."""
+    found = 0
+    try:
+        for store, name, tensor in held:
+            if store.get(name) is not tensor:
+                return None
+            found += tensor._version
+    except RuntimeError:
+        return -1
+    return found
+
+
+def _bytes(flat: Tensor) -> np.ndarray:
+    """A contiguous tensor of one dimension as whole numbers, or as bytes where these do not come out even."""
+    found = flat.view(torch.uint8).numpy()
+    return found.view(_WHOLE) if found.nbytes % _WHOLE.itemsize == 0 else found
+
+
+#: Odd numbers, always the same, by each of which no change of an entry becomes none; and even ones, which keep that.
+_ODD = 2 * np.random.Generator(np.random.PCG64(0)).integers(-(1 << 62), 1 << 62, 4 * SIDE, dtype=np.int64) + 1
+_EVEN = _ODD - 1
+
+
+def _number(view: np.ndarray) -> bytes:
+    """What follows from all that is in memory; a change of one entry always changes it."""
+    if view.nbytes <= SHORT or view.dtype != _WHOLE or len(view) > SIDE * SIDE:
+        return zlib.crc32(view.data).to_bytes(4, "little")
+    if len(view) <= len(_ODD):
+        return np.dot(view, _ODD[: len(view)]).tobytes()
+    rows = len(view) // SIDE
+    square, rest = view[: rows * SIDE].reshape(rows, SIDE), view[rows * SIDE :]
+    parts = (square.sum(0), _ODD[:SIDE]), (square.sum(1), _EVEN[SIDE:]), (rest, _ODD[2 * SIDE :])
+    total = sum(int(np.dot(entries, factors[: len(entries)])) for entries, factors in parts)
+    return (total % (1 << 64)).to_bytes(8, "little")

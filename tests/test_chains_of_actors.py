@@ -1,0 +1,250 @@
+"""Actors that decide by the output of a chain: explained without the graph of the chain, with the numbers of autograd.
+
+What they would be explained by otherwise is the reference: the policy run again, seen by autograd. A module of no known
+class in the place of a layer leaves it to that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import NormalParamExtractor, ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential
+from tensordict.nn import TensorDictModule as Module
+from torch import Tensor, nn
+from torch import distributions as D
+from torchrl.modules import IndependentNormal, MaskedCategorical, ProbabilisticActor, QValueActor, TanhNormal
+from torchrl.modules.distributions import OneHotCategorical
+
+from tdhook_rl import Saliency, targets
+from tdhook_rl.attribution import IntegratedGradients
+from tdhook_rl.calls.chains import Record
+from tests.chains import chain
+
+ROWS = 7
+
+
+class Usual(nn.Tanh):
+    """What is computed by a subclass is not known."""
+
+
+def _net(kind: type[nn.Module], outputs: int) -> nn.Sequential:
+    return nn.Sequential(*chain(kind)[:-1], nn.Linear(16, outputs)).double()
+
+
+def discrete(kind: type[nn.Module], family: Any, **options: Any) -> Any:
+    module = Module(_net(kind, 3), ["observation"], ["logits"])
+    return ProbabilisticActor(module, ["logits"], distribution_class=family, return_log_prob=True, **options)
+
+
+def continuous(kind: type[nn.Module], family: Any, **kwargs: Any) -> Any:
+    net = nn.Sequential(*_net(kind, 4), NormalParamExtractor())
+    module = Module(net, ["observation"], ["loc", "scale"])
+    return ProbabilisticActor(module, ["loc", "scale"], distribution_class=family, distribution_kwargs=kwargs)
+
+
+def plain_sequence(kind: type[nn.Module]) -> Any:
+    module = Module(_net(kind, 3), ["observation"], ["logits"])
+    draw = ProbabilisticTensorDictModule(["logits"], ["chosen"], distribution_class=D.Categorical)
+    return ProbabilisticTensorDictSequential(module, draw)
+
+
+def q_network(kind: type[nn.Module], action_space: str) -> Any:
+    return QValueActor(_net(kind, 3), in_keys=["observation"], action_space=action_space)
+
+
+ACTORS = {
+    "categorical": lambda kind: discrete(kind, D.Categorical),
+    "one-hot of torch": lambda kind: discrete(kind, D.OneHotCategorical),
+    "one-hot": lambda kind: discrete(kind, OneHotCategorical),
+    "one-hot, other gradients": lambda kind: discrete(
+        kind, OneHotCategorical, distribution_kwargs={"grad_method": OneHotCategorical(torch.ones(2)).grad_method}
+    ),
+    "bernoulli": lambda kind: discrete(kind, D.Bernoulli),
+    "another key": plain_sequence,
+    "tanh normal": lambda kind: continuous(kind, TanhNormal),
+    "tanh normal in bounds": lambda kind: continuous(kind, TanhNormal, low=-2.0, high=1.0),
+    "tanh normal in bounds of tensors": lambda kind: continuous(kind, TanhNormal, low=torch.tensor([-2.0, -1.0])),
+    "tanh normal with a tanh": lambda kind: continuous(kind, TanhNormal, tanh_loc=True),
+    "normal": lambda kind: continuous(kind, IndependentNormal),
+    "q": lambda kind: q_network(kind, "one-hot"),
+    "q of indices": lambda kind: q_network(kind, "categorical"),
+}
+TARGETS = {
+    "default": None,
+    "log-prob": targets.taken_action_log_prob(),
+    "entropy": targets.entropy(),
+    "chosen logit": targets.chosen_logit(),
+    "logit": targets.logit(1),
+    "margin": targets.margin(),
+    "chosen q": targets.chosen_q(),
+    "margin of values": targets.margin("action_value"),
+    "sum": targets.output_sum(),
+    "two": {"one": targets.logit(0), "other": targets.margin()},
+}
+
+
+def _both(name: str, method: Any, batch: tuple[int, ...] = (ROWS,)) -> tuple[Any, Any]:
+    """What is found for an actor of known layers, and for the same with one of an unknown class; or the errors."""
+    found = []
+    for kind in (nn.Tanh, Usual):
+        torch.manual_seed(0)
+        actor = ACTORS[name](kind)
+        torch.manual_seed(1)
+        data = TensorDict({"observation": torch.randn(*batch, 6, dtype=torch.double)}, batch_size=batch)
+        with method.prepare(actor) as hooked:
+            with torch.no_grad():
+                data = hooked(data)
+            try:
+                found.append(hooked.annotate(data.exclude("attr", "computed"), on_mismatch="raise")["attr"])
+            except Exception as error:
+                found.append(f"{type(error).__name__}: {error}")
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ACTORS)
+def test_the_numbers_of_autograd(name: str, target: str, records: list[Record]) -> None:
+    for batch in ((ROWS,), (3, 2), ()):
+        ours, usual = _both(name, Saliency(target=TARGETS[target]), batch)
+        if isinstance(usual, str):
+            assert ours == usual
+        else:
+            for key, value in usual.items(True, True):
+                torch.testing.assert_close(ours[key], value, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", [name for name in ACTORS if "q" not in name])
+def test_they_are_explained_by_their_chain(name: str, records: list[Record]) -> None:
+    for form in ("annotate", "step"):
+        records.clear()
+        torch.manual_seed(0)
+        actor = ACTORS[name](nn.Tanh)
+        when = "batch" if form == "annotate" else "step"
+        data = TensorDict({"observation": torch.randn(ROWS, 6, dtype=torch.double)}, batch_size=ROWS)
+        with Saliency(target=TARGETS["log-prob"], when=when).prepare(actor) as hooked, torch.no_grad():
+            data = hooked(data)
+            if form == "annotate":
+                hooked.annotate(data)
+        assert len(records) == 1
+
+
+@pytest.mark.parametrize("name", ["categorical", "one-hot", "tanh normal", "normal", "q", "bernoulli"])
+@pytest.mark.parametrize("target", ["default", "entropy"])
+def test_paths_and_deltas(name: str, target: str, records: list[Record]) -> None:
+    method = IntegratedGradients(target=TARGETS[target], baseline=0.0, n_steps=20, compute_convergence_delta=True)
+    ours, usual = _both(name, method)
+    if isinstance(usual, str):
+        assert ours == usual
+    else:
+        torch.testing.assert_close(ours["observation"], usual["observation"], atol=1e-12, rtol=1e-10)
+        assert records
+
+
+def _spoil_index(data: TensorDict) -> None:
+    data["action"][2] = 5
+
+
+def _spoil_negative(data: TensorDict) -> None:
+    data["action"][2] = -1
+
+
+def _spoil_observation(data: TensorDict) -> None:
+    data["observation"][2] = torch.nan
+
+
+def _spoil_shape(data: TensorDict) -> None:
+    data["action"] = data["action"].unsqueeze(-1).expand(ROWS, 2).contiguous()
+
+
+def _spoil_one_hot(data: TensorDict) -> None:
+    data["action"][2] = data["action"].new_ones(3)
+
+
+def _spoil_missing(data: TensorDict) -> None:
+    del data["action"]
+
+
+SPOILED = [
+    *(("categorical", spoil) for spoil in (_spoil_index, _spoil_negative, _spoil_observation, _spoil_shape)),
+    *(("one-hot of torch", spoil) for spoil in (_spoil_one_hot, _spoil_observation)),
+    ("one-hot", _spoil_one_hot),
+    ("tanh normal", _spoil_observation),
+    ("categorical", _spoil_missing),
+    ("q", _spoil_observation),
+    ("q", _spoil_missing),
+]
+
+
+@pytest.mark.parametrize(("name", "spoil"), SPOILED, ids=lambda one: getattr(one, "__name__", one))
+def test_what_does_not_fit_is_said_as_ever(name: str, spoil: Any) -> None:
+    found: list[Any] = []
+    for kind in (nn.Tanh, Usual):
+        torch.manual_seed(0)
+        actor = ACTORS[name](kind)
+        torch.manual_seed(1)
+        data = TensorDict({"observation": torch.randn(ROWS, 6, dtype=torch.double)}, batch_size=ROWS)
+        with torch.no_grad():
+            data = actor(data)
+        spoil(data)
+        with Saliency().prepare(actor) as hooked:
+            try:
+                found.append(hooked.annotate(data, on_mismatch="ignore"))
+            except Exception as error:
+                found.append(f"{type(error).__name__}: {error}")
+    if isinstance(found[1], str):
+        assert found[0] == found[1]
+        return
+    torch.testing.assert_close(found[0]["attr", "observation"], found[1]["attr", "observation"], equal_nan=True)
+    assert torch.equal(found[0]["computed", "attr"], found[1]["computed", "attr"])
+
+
+def test_changes_of_the_actor_are_seen() -> None:
+    """Hooks on any of its modules, a mask, a layer replaced, weights changed in place past autograd."""
+    torch.manual_seed(0)
+    actor = ACTORS["categorical"](nn.Tanh)
+    data = TensorDict({"observation": torch.randn(ROWS, 6, dtype=torch.double)}, batch_size=ROWS)
+    with Saliency().prepare(actor) as hooked:
+        with torch.no_grad():
+            data = hooked(data)
+        first = hooked.annotate(data)
+        assert hooked.annotate(first)["attr", "observation"] is first["attr", "observation"]
+
+        def again() -> Tensor:
+            return hooked.annotate(data, on_mismatch="ignore")["attr", "observation"]
+
+        places = {
+            "the module": lambda: hooked.module[0].register_forward_hook(lambda _, args, out: _doubled(out)),
+            "a layer": lambda: hooked.module[0].module[2].register_forward_hook(lambda _, args, out: 2 * out),
+            "the draw": lambda: hooked.module[1].register_forward_pre_hook(lambda _, args: (_doubled(args[0]),)),
+        }
+        for place, hook in places.items():
+            handle = hook()
+            assert not torch.allclose(again(), first["attr", "observation"]), place
+            handle.remove()
+        assert torch.equal(again(), first["attr", "observation"])
+        actor.module[0].module[0].weight.data.mul_(2)  # which no version counts
+        assert not torch.allclose(
+            hooked.annotate(first, on_mismatch="ignore")["attr", "observation"], first["attr", "observation"]
+        )
+
+
+def _doubled(data: TensorDict) -> TensorDict:
+    return data.set("logits", 2 * data["logits"])
+
+
+def test_masked_choices_are_left_to_autograd() -> None:
+    net = _net(nn.Tanh, 3)
+    module = Module(net, ["observation"], ["logits"])
+    actor = ProbabilisticActor(module, {"logits": "logits", "mask": "mask"}, distribution_class=MaskedCategorical)
+    mask = torch.tensor([True, True, False]).expand(ROWS, 3)
+    data = TensorDict({"observation": torch.randn(ROWS, 6, dtype=torch.double), "mask": mask}, batch_size=ROWS)
+    with Saliency(inputs=["observation"]).prepare(actor) as hooked:
+        with torch.no_grad():
+            data = hooked(data)
+        found = hooked.annotate(data)["attr", "observation"]
+    x = data["observation"].clone().requires_grad_()
+    taken = net(x)[:, :2].log_softmax(-1).gather(-1, data["action"].unsqueeze(-1))
+    torch.testing.assert_close(found, torch.autograd.grad(taken.sum(), x)[0])
