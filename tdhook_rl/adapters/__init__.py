@@ -6,13 +6,15 @@ nothing below this room knows of them.
 
 from typing import TYPE_CHECKING, Any
 
+from tdhook_rl.adapters.modules import from_module
+from tdhook_rl.adapters.rsl_rl import from_rsl_rl
 from tdhook_rl.adapters.sb3 import from_sb3
 from tdhook_rl.adapters.sb3_data import sb3_data, vec_env_rollout
 
 if TYPE_CHECKING:
     from tdhook_rl.adapters.sb3_callback import ExplainCallback
 
-__all__ = ["ExplainCallback", "from_sb3", "sb3_data", "vec_env_rollout"]
+__all__ = ["ExplainCallback", "from_module", "from_rsl_rl", "from_sb3", "sb3_data", "vec_env_rollout"]
 
 
 def __getattr__(name: str) -> Any:

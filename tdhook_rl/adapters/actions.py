@@ -38,14 +38,15 @@ class ToBounds(nn.Module):
 
 
 class WithScale(nn.Module):
-    """Adds the scale of a normal distribution, whose logarithm is a parameter."""
+    """Adds the scale of a normal distribution, which is a parameter, or whose logarithm is one."""
 
-    def __init__(self, log_std: nn.Parameter) -> None:
+    def __init__(self, log_std: nn.Parameter, *, logarithm: bool = True) -> None:
         super().__init__()
         self.log_std = log_std
+        self.logarithm = logarithm
 
     def forward(self, loc: Tensor) -> tuple[Tensor, Tensor]:
-        return loc, torch.ones_like(loc) * self.log_std.exp()
+        return loc, torch.ones_like(loc) * (self.log_std.exp() if self.logarithm else self.log_std)
 
 
 class TwoHeads(nn.Module):

@@ -35,6 +35,8 @@ class SquashedNormal(D.Distribution):
         loc: of ``(*batch, actions)``, before the ``tanh``.
         scale: likewise.
         epsilon: what keeps the logarithm finite.
+        width: what the action is scaled by afterwards, where its density is to be that of the scaled one (CleanRL):
+            less ``log(width * (1 - action**2) + epsilon)`` then.
 
     Example:
         >>> squashed = SquashedNormal(torch.zeros(3, 2), torch.ones(3, 2))
@@ -45,9 +47,17 @@ class SquashedNormal(D.Distribution):
     has_rsample = True
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012  (as torch declares it)
 
-    def __init__(self, loc: Tensor, scale: Tensor, epsilon: float = 1e-6, validate_args: bool | None = None) -> None:
+    def __init__(
+        self,
+        loc: Tensor,
+        scale: Tensor,
+        epsilon: float = 1e-6,
+        width: Tensor | float = 1.0,
+        validate_args: bool | None = None,
+    ) -> None:
         self.base = DiagonalNormal(loc, scale, validate_args=validate_args)
         self.epsilon = epsilon
+        self.width = width.to(loc.device) if isinstance(width, Tensor) else width
         super().__init__(self.base.batch_shape, self.base.event_shape, validate_args=False)
 
     @property
@@ -73,7 +83,7 @@ class SquashedNormal(D.Distribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> SquashedNormal:
         shape = (*batch_shape, *self.event_shape)
-        return SquashedNormal(self.loc.expand(shape), self.scale.expand(shape), self.epsilon)
+        return SquashedNormal(self.loc.expand(shape), self.scale.expand(shape), self.epsilon, self.width)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         return self.base.rsample(torch.Size(sample_shape)).tanh()
@@ -82,7 +92,7 @@ class SquashedNormal(D.Distribution):
         edge = 1.0 - torch.finfo(value.dtype).eps
         inner = value.clamp(-edge, edge)
         before = 0.5 * (inner.log1p() - (-inner).log1p())
-        return self.base.log_prob(before) - torch.log(1 - value**2 + self.epsilon).sum(-1)
+        return self.base.log_prob(before) - torch.log(self.width * (1 - value**2) + self.epsilon).sum(-1)
 
 
 class MultiCategorical(D.Distribution):

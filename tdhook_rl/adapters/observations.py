@@ -162,6 +162,17 @@ class Features(nn.Module):
         return values[0].shape[:-1]
 
 
+def batch_without(value: Tensor, dims: int) -> torch.Size:
+    """The batch shape of observations of so many dimensions.
+
+    Raises:
+        InputError: if there are fewer.
+    """
+    if value.ndim < dims:
+        raise InputError(f"an observation has {dims} dimensions here, and what was given has {tuple(value.shape)}")
+    return value.shape[: value.ndim - dims]
+
+
 def unfolded(rows: Tensor, batch: torch.Size) -> Tensor:
     """Rows of one dimension in the shape of the batch."""
     if len(rows) != math.prod(batch):

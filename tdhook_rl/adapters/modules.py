@@ -1,0 +1,290 @@
+"""Agents that are plain modules, as in CleanRL's scripts, as TorchRL policies over the same tensors."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from tensordict import NestedKey
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from torch import Tensor, nn
+from torch import distributions as D
+from torchrl.modules import ActorCriticWrapper, ActorValueOperator, ProbabilisticActor, QValueActor, ValueOperator
+
+from tdhook_rl.adapters.actions import WithScale
+from tdhook_rl.adapters.distributions import DiagonalNormal, SquashedNormal
+from tdhook_rl.adapters.observations import Branch, Features, Rows, Through, batch_without
+from tdhook_rl.adapters.sb3_networks import FEATURES, RAW, Piece
+from tdhook_rl.arguments.checked import checked
+from tdhook_rl.errors import InputError, nearest
+from tdhook_rl.policies.tying import tied_clone
+
+Kind = Literal["categorical", "normal", "squashed", "deterministic", "values"]
+
+
+@checked
+def from_module(
+    net: nn.Module,
+    actor: str | None = None,
+    *,
+    kind: Kind = "categorical",
+    value: str | None = None,
+    trunk: str | None = None,
+    log_std: str | None = None,
+    std: str | None = None,
+    action_scale: str | None = None,
+    action_bias: str | None = None,
+    part: Piece = "actor",
+    reads_action: bool = False,
+    divide: float | None = None,
+    observation_dims: int = 1,
+    in_keys: NestedKey = "observation",
+) -> TensorDictModuleBase:
+    """A TorchRL policy of an agent that is a plain module, over the same tensors.
+
+    The pieces are named, each by the path of a module in ``net``, or by a method of it (``"forward"``: the module
+    itself). They run on rows with one dimension, as in the script that they come from, and the policy takes any batch.
+
+    Args:
+        net: the agent.
+        actor: gives, from the observation or what ``trunk`` makes of it, what ``kind`` says.
+        kind: ``"categorical"`` (logits), ``"normal"`` (the mean, with ``log_std`` or ``std``), ``"squashed"`` (mean and
+            logarithm of the scale, for a tanh), ``"deterministic"`` (the action) or ``"values"`` (of each action).
+        value: gives the value of a state; or of a state and an action, with ``reads_action``.
+        trunk: what actor and value share.
+        log_std, std: the path of a parameter, for ``"normal"``.
+        action_scale, action_bias: paths of what a squashed action is scaled by and moved by. What is drawn is then
+            ``"raw_action"``, between -1 and 1, and the score that of the scaled one, as in CleanRL.
+        part: ``"actor"``, ``"value"``, or ``"actor_value"``: one module with both.
+        reads_action: ``value`` is of an observation and ``"action"``: it is called with both, and writes
+            ``"state_action_value"``.
+        divide: what the observation is divided by first, as in ``x / 255.0``.
+        observation_dims: how many dimensions an observation has: 1 for vectors, 3 for pictures.
+        in_keys: where it is.
+
+    Returns:
+        as of :func:`~tdhook_rl.adapters.from_sb3`.
+
+    Raises:
+        InputError: for a name that is not in the module, or pieces that do not fit together.
+
+    Example:
+        PPO, of vectors and of Atari frames:
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.distributions import Categorical
+        >>> class Agent(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.network = nn.Sequential(nn.Linear(4, 64), nn.ReLU())
+        ...         self.actor, self.critic = nn.Linear(64, 2), nn.Linear(64, 1)
+        ...     def get_value(self, x):
+        ...         return self.critic(self.network(x))
+        ...     def get_action_and_value(self, x, action=None):
+        ...         hidden = self.network(x)
+        ...         probs = Categorical(logits=self.actor(hidden))
+        ...         action = probs.sample() if action is None else action
+        ...         return action, probs.log_prob(action), probs.entropy(), self.critic(hidden)
+        >>> agent = Agent()
+        >>> policy = from_module(agent, "actor", value="critic", trunk="network", part="actor_value")
+        >>> from tensordict import TensorDict
+        >>> data = policy(TensorDict({"observation": torch.randn(3, 4)}, [3]))
+        >>> _, log_prob, _, value = agent.get_action_and_value(data["observation"], data["action"])
+        >>> torch.equal(data["action_log_prob"], log_prob), torch.equal(data["state_value"], value)
+        (True, True)
+
+        Others, by their scripts:
+
+        >>> continuous = lambda agent: from_module(agent, "actor_mean", kind="normal", log_std="actor_logstd")
+        >>> atari = lambda agent: from_module(agent, "actor", trunk="network", divide=255.0, observation_dims=3)
+        >>> dqn = lambda q_network: from_module(q_network, "forward", kind="values")
+        >>> ddpg = lambda actor: from_module(actor, "forward", kind="deterministic")
+        >>> sac = lambda actor: from_module(
+        ...     actor, "forward", kind="squashed", action_scale="action_scale", action_bias="action_bias"
+        ... )
+        >>> soft_q = lambda qf1: from_module(qf1, value="forward", part="value", reads_action=True)
+    """
+    pieces = Pieces(net, actor, value, trunk, part)
+    if kind == "normal" and (log_std is None) == (std is None) and part != "value":
+        raise InputError("kind='normal' needs the path of one parameter: log_std= or std=")
+    if (action_scale is None) != (action_bias is None) or (action_scale is not None and kind != "squashed"):
+        raise InputError("action_scale= and action_bias= go together, with kind='squashed'")
+    first = Plain(observation_dims, divide)
+
+    def valued(start: nn.Module, keys: list[NestedKey], **layers: nn.Module) -> ValueOperator:
+        if reads_action:
+            found = WithAction(first, pieces.value)
+            return ValueOperator(found, in_keys=[*keys, "action"], out_keys=["state_action_value"])
+        return ValueOperator(_rows(start, **layers, **pieces.named("value")), in_keys=keys)
+
+    def acting(start: nn.Module, keys: list[NestedKey], **layers: nn.Module) -> Any:
+        layers |= pieces.named("actor")
+        if kind == "normal":
+            parameter = _inside(net, log_std or std or "", "parameter")
+            layers["scale"] = WithScale(parameter, logarithm=std is None)
+        elif kind == "squashed":
+            layers["scale"] = Exponent()
+        rows = _rows(start, **layers)
+        if kind != "squashed" or action_scale is None:
+            return _actor(rows, keys, kind)
+        scale, bias = (_inside(net, one or "", "parameter or buffer") for one in (action_scale, action_bias))
+        return _scaled_actor(rows, keys, scale, bias)
+
+    shared = pieces.named("trunk")
+    if part == "actor":
+        built = acting(first, [in_keys], **shared)
+    elif part == "value":
+        built = valued(first, [in_keys], **shared)
+    elif not shared:
+        built = ActorCriticWrapper(acting(first, [in_keys]), valued(first, [in_keys]))
+    else:
+        built = ActorValueOperator(
+            TensorDictModule(_rows(first, **shared), in_keys=[in_keys], out_keys=[FEATURES]),
+            acting(Features(), [FEATURES]),
+            valued(Features(), [FEATURES]),
+        )
+    return tied_clone(built)
+
+
+class Plain(nn.Module):
+    """An observation of so many dimensions, of which nothing else is known, as rows."""
+
+    def __init__(self, dims: int, divide: float | None) -> None:
+        super().__init__()
+        self.dims, self.divide = dims, divide
+
+    def forward(self, *values: Tensor) -> Tensor:
+        [value] = values
+        rows = value.reshape(-1, *value.shape[value.ndim - self.dims :])
+        if self.divide is not None:
+            return rows / self.divide
+        return rows if rows.is_floating_point() else rows.to(torch.get_default_dtype())
+
+    def batch_of(self, *values: Tensor) -> torch.Size:
+        return batch_without(values[0], self.dims)
+
+
+class Exponent(nn.Module):
+    """Mean and scale, of mean and logarithm of the scale."""
+
+    def forward(self, both: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        loc, log_scale = both
+        return loc, log_scale.exp()
+
+
+class Scale(nn.Module):
+    """A scaled and moved action."""
+
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(self, scale: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+
+    def forward(self, action: Tensor) -> Tensor:
+        return action * self.scale + self.bias
+
+
+class WithAction(nn.Module):
+    """A network of an observation and an action."""
+
+    flat_rows = True
+
+    def __init__(self, observation: Plain, network: nn.Module) -> None:
+        super().__init__()
+        self.observation, self.network = observation, network
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        batch = self.observation.batch_of(observation)
+        found = self.network(self.observation(observation), action.reshape(-1, *action.shape[len(batch) :]))
+        return found.reshape(*batch, *found.shape[1:])
+
+
+class Pieces:
+    """The modules that were named."""
+
+    def __init__(self, net: nn.Module, actor: str | None, value: str | None, trunk: str | None, part: Piece) -> None:
+        needed = {"actor": [actor], "value": [value], "actor_value": [actor, value]}[part]
+        if None in needed:
+            raise InputError(f"part={part!r} needs {part.replace('_', '= and ')}=, the path of a module or a method")
+        self.paths = {"actor": actor, "value": value, "trunk": trunk}
+        self.found = {name: None if path is None else _piece(net, path) for name, path in self.paths.items()}
+
+    @property
+    def value(self) -> nn.Module:
+        found = self.found["value"]
+        assert found is not None
+        return found
+
+    def named(self, name: str) -> dict[str, nn.Module]:
+        """A piece under the path that it has in the agent, or under what it is."""
+        path, found = self.paths[name], self.found[name]
+        if path is None or found is None:
+            return {}
+        steps = path.split(".")
+        if isinstance(found, Through) or path == "forward" or steps[0] in ("observation", "scale"):
+            return {name: found}
+        for step in reversed(steps[1:]):
+            found = Branch(**{step: found})
+        return {steps[0]: found}
+
+
+def _rows(first: nn.Module, **layers: nn.Module) -> Rows:
+    return Rows(OrderedDict({"observation": first, **layers}))
+
+
+def _piece(net: nn.Module, path: str) -> nn.Module:
+    if path == "forward":
+        return net
+    found: Any = net
+    for step in path.split("."):
+        found = getattr(found, step, None)
+    if isinstance(found, nn.Module):
+        return found
+    if callable(found) and "." not in path:
+        return Through(net, path)
+    known = [name for name, _ in net.named_modules() if name]
+    known += [name for name in vars(type(net)) if not name.startswith("_")]
+    raise InputError(f"{path!r} is neither a module in {type(net).__name__} nor a method of it; {nearest(path, known)}")
+
+
+def _inside(net: nn.Module, path: str, what: str) -> Any:
+    found: Any = net
+    for step in path.split("."):
+        found = getattr(found, step, None)
+    if isinstance(found, Tensor):
+        return found
+    known: Sequence[str] = [name for name, _ in (*net.named_parameters(), *net.named_buffers())]
+    raise InputError(f"{path!r} is no {what} in {type(net).__name__}; {nearest(path, known)}")
+
+
+def _actor(rows: Rows, keys: list[NestedKey], kind: Kind) -> TensorDictModuleBase:
+    if kind == "values":
+        return QValueActor(rows, in_keys=keys, action_space="categorical")
+    if kind == "deterministic":
+        return TensorDictModule(rows, in_keys=keys, out_keys=["action"])
+    names = ["logits"] if kind == "categorical" else ["loc", "scale"]
+    return ProbabilisticActor(
+        TensorDictModule(rows, in_keys=keys, out_keys=names),
+        in_keys=names,
+        distribution_class={"categorical": D.Categorical, "normal": DiagonalNormal, "squashed": SquashedNormal}[kind],
+        return_log_prob=True,
+    )
+
+
+def _scaled_actor(rows: Rows, keys: list[NestedKey], scale: Tensor, bias: Tensor) -> TensorDictSequential:
+    actor = ProbabilisticActor(
+        TensorDictModule(rows, in_keys=keys, out_keys=["loc", "scale"]),
+        in_keys=["loc", "scale"],
+        out_keys=[RAW],
+        distribution_class=SquashedNormal,
+        distribution_kwargs={"width": scale},
+        return_log_prob=True,
+        log_prob_key="action_log_prob",
+    )
+    return TensorDictSequential(actor, TensorDictModule(Scale(scale, bias), in_keys=[RAW], out_keys=["action"]))
