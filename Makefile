@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all faults mutants matrix house docs docs-figures lint format bench bench-peers clean
+.PHONY: demo test test-all gpu faults mutants matrix house docs docs-figures lint format bench bench-peers clean
 
 demo: $(READY)
 	$(BIN)/tdhook-rl demo $(DEMO)
@@ -44,6 +44,12 @@ docs: $(READY)
 # Runs every page, and writes what it prints and the figures that it shows.
 docs-figures: $(READY)
 	$(BIN)/python -m tests.pages
+
+# On a machine with a CUDA device, where the pinned torch has a CUDA build: the tests that need one, and a table.
+gpu: $(READY)
+	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "torch sees no CUDA device"'
+	$(BIN)/python -m pytest -m gpu $(TEST)
+	$(BIN)/python -m benchmarks.on_device
 
 lint: $(READY)
 	$(BIN)/ruff check .
