@@ -41,7 +41,8 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
             for room, texts in rooms.items()
         )
         count = sum(map(len, rooms.values()))
-        shown = f'<details class="messages"><summary>{count} messages</summary><ul>{listed}</ul></details>'
+        words = f"{count} messages" if count > 1 else "the message"
+        shown = f'<details class="messages"><summary>{words}</summary><ul>{listed}</ul></details>'
         markdown = re.sub(
             rf"(^## (?:`{kind}`|{kind.title()})\n.*?)(?=\n## |\n<!-- up to here|\Z)",
             lambda one, shown=shown: f"{one[1]}\n\n{shown}\n",
