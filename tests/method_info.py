@@ -12,7 +12,7 @@ from benchmarks.comparison import Row
 from tdhook_rl.method import Method
 from tests.policies import POLICIES, Case
 
-__all__ = ["README", "MethodInfo", "Sample", "readme"]
+__all__ = ["PAGE", "MethodInfo", "Sample", "page"]
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class MethodInfo:
 
     Attributes:
         cls: its class; the package that it is in is its family.
-        does: what it does, in a line of the README.
+        does: what it does, in a line of docs/methods.md.
         writes: the keys that it writes, in words of what stands in their place: ``in_key``, ``out_key``, ``path`` (of
             a module) or ``name``.
         oracles: rows of the oracle table: what it is held against.
         samples: configurations by name; the name of the first may be empty.
         bad: configurations that must be refused, by a pattern of what is said.
-        effect: what comes of it beside keys, for the README.
+        effect: what comes of it beside keys, for docs/methods.md.
     """
 
     cls: type[Method]
@@ -93,16 +93,16 @@ class MethodInfo:
             yield f"{self.name} {name}".strip(), sample
 
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 START, END = "<!-- written by python -m tests.method_table -->\n\n", "\n<!-- up to here -->"
 
 
-def readme(methods: Sequence[MethodInfo]) -> str:
-    """The README, with its table of methods as it should be."""
+def page(methods: Sequence[MethodInfo]) -> str:
+    """docs/methods.md, with its table as it should be."""
     lines = ["| method | what it does | writes | held against |", "|---|---|---|---|"]
     for info in methods:
         keys = ", ".join(f'`("{root}", {place})`' for root, place in info.writes)
         written = "; ".join(filter(None, [keys, info.effect]))
         lines.append(f"| `{info.name}` | {info.does} | {written} | {info.oracles[0].oracle} |")
-    before, rest = README.read_text().split(START)
+    before, rest = PAGE.read_text().split(START)
     return before + START + "\n".join(lines) + "\n" + END + rest.split(END)[1]

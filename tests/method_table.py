@@ -1,6 +1,6 @@
-"""The table of methods: a row for each, of which the hygiene tests, the README's table and the oracle table are made.
+"""The table of methods: a row for each, of which the hygiene tests, docs/methods.md and the oracle table are made.
 
-``python -m tests.method_table`` writes the README's.
+``python -m tests.method_table`` writes that of docs/methods.md.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from tdhook_rl.latent.probing import Probing
 from tdhook_rl.method import Method
 from tdhook_rl.targets import Target
 from tdhook_rl.weights import Adapters, Pruning, TaskVectors
-from tests.method_info import README, MethodInfo, Sample, readme
+from tests.method_info import PAGE, MethodInfo, Sample, page
 from tests.policies import POLICIES, Case
 
 __all__ = ["DIRECTIONS", "METHODS", "SAMPLES", "pairs", "probe"]
@@ -472,4 +472,4 @@ def pairs(policies: Mapping[str, Case], **wanted: bool) -> list[tuple[str, str]]
 
 
 if __name__ == "__main__":
-    README.write_text(readme(METHODS))
+    PAGE.write_text(page(METHODS))

@@ -1,4 +1,4 @@
-"""Every method of the table: what the conformance kit promises of it, what it writes, what it refuses, the README."""
+"""Every method of the table: what the conformance kit promises of it, what it writes, what it refuses, the page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tdhook_rl.attribution.perturbation_base import Perturbation
 from tdhook_rl.errors import TdhookError
 from tdhook_rl.method import Method
 from tdhook_rl.testing import CHECKS, check_method
-from tests.method_info import README, MethodInfo, readme
+from tests.method_info import PAGE, MethodInfo, page
 from tests.method_table import METHODS, SAMPLES, pairs
 from tests.policies import POLICIES, Case
 from tests.test_invariants import assert_at_rest, snapshot
@@ -141,5 +141,5 @@ def test_every_public_method_is_in_the_table() -> None:
     assert all(info.bad and info.samples and info.oracles for info in METHODS)
 
 
-def test_the_readme_has_the_table() -> None:
-    assert README.read_text() == readme(METHODS), "python -m tests.method_table writes it"
+def test_the_page_has_the_table() -> None:
+    assert PAGE.read_text() == page(METHODS), "python -m tests.method_table writes it"
