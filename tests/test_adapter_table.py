@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from itertools import product
-from pathlib import Path
 
 import pytest
 
@@ -35,10 +33,3 @@ def test_the_page_has_the_table() -> None:
     for line in lines[2:]:
         for column, word in zip(COLUMNS, line.split("|")[2:-1], strict=True):
             assert word.strip() == "bit-equal" or (column in NEAR and float(word) <= MOST)
-
-
-def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL):
-        exec(compile(block, PAGE.name, "exec"), {})
-    assert (tmp_path / "seen" / "log.csv").stat().st_size

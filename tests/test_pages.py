@@ -17,9 +17,13 @@ from tests.error_page import PAGE, classes, messages, written
 from tests.pages import DOCS, ROOT, alike, blocks, figures, pages, run
 
 #: Pages that take longer than two seconds.
-SLOW = {"how_to/minigrid.md", "how_to/sb3.md", "how_to/wandb.md"}
+SLOW = {"adapters.md", "how_to/minigrid.md", "how_to/sb3.md", "how_to/wandb.md"}
 #: What a page needs beside the library, by module and extra.
-NEEDED = {"how_to/minigrid.md": "minigrid", "how_to/sb3.md": "stable_baselines3"}
+NEEDED = {
+    "adapters.md": "stable_baselines3",
+    "how_to/minigrid.md": "minigrid",
+    "how_to/sb3.md": "stable_baselines3",
+}
 ALL = sorted(DOCS.rglob("*.md"))
 NAMES = [page.relative_to(DOCS).as_posix() for page in ALL]
 #: The rooms and modules that users import from.
