@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictSequential
 from torch import Tensor
 
 from benchmarks.actors import ACTORS, OBSERVATION, ActorProblem, Score
 from benchmarks.budgeted import Budget, Figure, figures_of, header
 from benchmarks.pairs import measure, repetitions
 from benchmarks.peers import STEPS, Run, installed
-from tdhook_rl import Saliency
+from tdhook_rl import Compose, Saliency, targets
 from tdhook_rl.attribution import IntegratedGradients
 from tdhook_rl.attribution.integrated_gradients import quadrature
 from tdhook_rl.replaying.batching import repeat_rows
@@ -33,6 +34,8 @@ BARE, HAND, CAPTUM = "bare by hand", "by hand through the actor", "captum over t
 CHUNKS = {"IMPALA": (32, 64), "else": (1024, 2048, 4096)}
 #: A measurement of slow runs gets fewer rounds, but not fewer than these.
 SECONDS, LEAST_PAIRS = 20.0, 5
+#: Attributions of one ``Compose``.
+SEVERAL = 8
 
 BATCHES = (1, 32, 64, 1024)
 FRAMES = (1, 32, 64)  # of the convolutional net
@@ -45,7 +48,8 @@ def figures(pairs: int = 20, only: str = "") -> Iterator[Figure]:
         pairs: interleaved rounds of each row.
         only: a part of ``"Saliency Categorical 64"``, say; rows without it are left out.
     """
-    for what, measured in (("Saliency", _saliency), ("IG", _integrated), ("Step", _step)):
+    kinds = (("Saliency", _saliency), ("IG", _integrated), ("Step", _step), ("Compose", _compose))
+    for what, measured in kinds:
         for name, make in ACTORS.items():
             frames = FRAMES if what != "IG" else (8,)
             for batch in frames if name == "IMPALA" else BATCHES:
@@ -59,7 +63,9 @@ def figures(pairs: int = 20, only: str = "") -> Iterator[Figure]:
 def _saliency(problem: ActorProblem, pairs: int) -> list[Figure]:
     batch = len(problem.x)
     with ExitStack() as stack:
-        hooked = stack.enter_context(Saliency(target=problem.target, when="batch").prepare(problem.policy))
+        hooked = stack.enter_context(
+            Saliency(target=problem.target, inputs=[OBSERVATION], when="batch").prepare(problem.policy)
+        )
         runs = {
             "annotate": lambda: hooked.annotate(problem.data)["attr", OBSERVATION],
             BARE: lambda: _gradient(problem.bare, problem.x, problem.data),
@@ -81,7 +87,7 @@ def _integrated(problem: ActorProblem, pairs: int) -> list[Figure]:
     kind = "IMPALA" if problem.name == "IMPALA" else "else"
     sizes = [STEPS * batch, *(size for size in CHUNKS[kind] if batch <= size < STEPS * batch)]
     with ExitStack() as stack:
-        made = IntegratedGradients(target=problem.target, n_steps=STEPS, when="batch")
+        made = IntegratedGradients(target=problem.target, inputs=[OBSERVATION], n_steps=STEPS, when="batch")
         hooked = stack.enter_context(made.prepare(problem.policy))
         runs = {
             "annotate": lambda: hooked.annotate(data)["attr", OBSERVATION],
@@ -107,7 +113,7 @@ def _step(problem: ActorProblem, pairs: int) -> list[Figure]:
         return gradient
 
     with ExitStack() as stack:
-        hooked = stack.enter_context(Saliency(target=problem.target, when="step").prepare(policy))
+        hooked = stack.enter_context(Saliency(target=problem.target, inputs=[OBSERVATION], when="step").prepare(policy))
 
         def ours() -> Tensor:
             with torch.no_grad():
@@ -116,6 +122,46 @@ def _step(problem: ActorProblem, pairs: int) -> list[Figure]:
         runs = {"hooked(td)": ours, "the two passes by hand": by_hand}
         budgets = [Budget("the two passes by hand", 1.25)]
         return _measured("Step", problem, "hooked(td)", runs, budgets, pairs)
+
+
+def _compose(problem: ActorProblem, pairs: int) -> list[Figure]:
+    """Eight saliencies of one policy, beside one forward and eight times backward."""
+    key = {"value": "state_value", "Q": "action_value", "TanhNormal": "loc"}.get(problem.name, "logits")
+    width = problem.data[key].shape[-1]
+    methods = [
+        Saliency(
+            target=targets.logit(index % width, key),
+            inputs=[OBSERVATION],
+            when="batch",
+            attribution_key=f"attr{index}",
+            absolute=index >= width,
+        )
+        for index in range(SEVERAL)
+    ]
+    policy = problem.policy
+    run_to = policy.module[0] if isinstance(policy, TensorDictSequential) else policy
+    reads = [key for key in policy.in_keys if key != OBSERVATION]
+
+    def by_hand() -> Tensor:
+        x = problem.x.detach().requires_grad_()
+        entries = {OBSERVATION: x} | {key: problem.data[key] for key in reads}
+        output = run_to(TensorDict(entries, batch_size=len(x)))[key]
+        found = []
+        for index in range(SEVERAL):
+            explained = output[..., index % width].sum()
+            found.append(torch.autograd.grad(explained, x, retain_graph=index < SEVERAL - 1)[0])
+        return torch.stack([one.abs() if index >= width else one for index, one in enumerate(found)])
+
+    with ExitStack() as stack:
+        hooked = stack.enter_context(Compose(*methods).prepare(policy))
+
+        def ours() -> Tensor:
+            data = hooked.annotate(problem.data)
+            return torch.stack([data[f"attr{index}", OBSERVATION] for index in range(SEVERAL)])
+
+        runs = {"annotate, 8 of them": ours, "one forward, 8 backward": by_hand}
+        budgets = [Budget("one forward, 8 backward", 1.5)]
+        return _measured("Compose", problem, "annotate, 8 of them", runs, budgets, pairs)
 
 
 def _measured(

@@ -26,7 +26,7 @@ from tdhook_rl.method import Binder, Method
 from tdhook_rl.replaying.batching import in_recurrent_mode
 from tdhook_rl.sites.hooks import Portable
 from tdhook_rl.sites.missing import Absent, Missing, PartialCapture, check_missing
-from tdhook_rl.targets import DefaultTarget, Target, per_row
+from tdhook_rl.targets import DefaultTarget, OwnTarget, Target, per_row
 
 Init = Callable[[TensorDictBase, TensorDictBase], TensorDictBase]
 
@@ -172,6 +172,10 @@ class BoundAttribution(BoundMethod):
         self.reads_inputs = config.init_attr_targets is None and any(
             one is not None and getattr(one, "reads_inputs", True) for one in self._chosen
         )
+        # A function of the user's may use the graph up by differentiating itself.
+        self._own_targets = config.init_attr_targets is None and all(
+            one is None or isinstance(one, OwnTarget) for one in self._chosen
+        )
         # A function of the user's may draw; ours, and what differentiates them, do not.
         self.may_draw = self.reads_inputs or any(one is not None for one in self._init.values())
         self.linear = config.init_attr_targets is None and is_linear([one or DefaultTarget() for one in self._chosen])
@@ -211,7 +215,7 @@ class BoundAttribution(BoundMethod):
         results: dict[tuple[str, ...], Tensor] = {}
         attributed: list[Attributed] = [({}, {}) for _ in self.names]
         if inputs or leaves or not self.leaves:
-            attributed = self.attribute(Question(call, inputs, leaves, targets))
+            attributed = self.attribute(Question(call, inputs, leaves, targets, shares=self.shares_pass))
         for name, (of_inputs, of_leaves) in zip(self.names, attributed, strict=True):
             prefix = (self.root, *([name] if name else []))
             for key, value in of_inputs.items():

@@ -25,7 +25,7 @@ def is_linear(targets: Sequence[TargetFunction]) -> bool:
 
 def chain_gradients(question: Question) -> list[Attributed] | None:
     """For each target its gradient with respect to the one input; ``None`` if there is another way only."""
-    call, inputs, sites, targets, _, _, weights = question
+    call, inputs, sites, targets, _, _, weights, _ = question
     chain = call.policy._hooked.chain
     if chain is None or len(inputs) != 1 or sites:
         return None
@@ -64,20 +64,25 @@ def _replayed_chain(question: Question) -> tuple[Pass, Record] | None:
 def _record(question: Question) -> Record | None:
     """A run of the policy's chain on the one input; ``None`` if it is no chain just now."""
     (value,) = question.inputs.values()
-    value = value.detach()
+    value, call = value.detach(), question.call
+    if call.kept_record is not None and question.shares and call.kept_record[0].data_ptr() == value.data_ptr():
+        return call.kept_record[1]
     layers = chain_layers(question.call.policy, value)
     if layers is None:
         return None
     try:
         with torch.no_grad():
-            return Record(layers, value)
+            record = Record(layers, value)
+        if question.shares and len(call.sharers) > 1:
+            call.kept_record = value, record
+        return record
     except RuntimeError:  # which the policy says in its own words
         return None
 
 
 def _actor_gradients(question: Question, chain: Chain) -> list[Attributed] | None:
     """The same of a policy that decides by the output of a chain."""
-    call, inputs, _, targets, _, _, weights = question
+    call, inputs, _, targets, _, _, weights, _ = question
     stored = call.data if question.stored is None else question.stored
     if not all(isinstance(target, (OwnTarget, DefaultTarget)) for target in targets):
         return None  # a function of the user's may differentiate by itself

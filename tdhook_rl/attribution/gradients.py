@@ -28,7 +28,7 @@ from tdhook_rl.targets import no_path
 
 def functional_gradients(question: Question) -> tuple[list[Attributed], dict[str, Tensor]]:
     """For each target its gradients, as of :func:`tdhook_rl.attribution.gradients.gradients`; and the activations."""
-    call, inputs, sites, targets, placed, stored, weights = question
+    call, inputs, sites, targets, placed, stored, weights, _ = question
     runtime = call.policy._hooked.runtime
     inner = placed or (activations(call, sites, inputs, stored) if sites else {})
     # To put what is computed in its own place would cut the inputs off from what follows: there the difference
@@ -122,13 +122,14 @@ def _gradients(question: Question) -> tuple[list[Attributed], dict[str, Tensor]]
         except RuntimeError as error:
             if MODIFIED not in str(error):
                 raise
-            call.chain = None  # it was another policy's: a pass of its own explains this one
+            # It was another policy's: a pass of its own explains this one.
+            call.chain = call.kept = call.kept_record = None
     return _replayed(question)
 
 
 def _outside_inference_mode(question: Question) -> tuple[list[Attributed], dict[str, Tensor]]:
     """By autograd, on copies: tensors of inference mode cannot be saved for a backward pass."""
-    call, inputs, sites, targets, placed, stored, weights = question
+    call, inputs, sites, targets, placed, stored, weights, _ = question
     with torch.inference_mode(False):
         own = []
         for target in targets:
@@ -155,12 +156,28 @@ def _replayed(question: Question) -> tuple[list[Attributed], dict[str, Tensor]]:
 
 def _recorded(question: Question) -> tuple[list[Attributed], dict[str, Tensor]]:
     call, inputs, placed, stored = question.call, question.inputs, question.placed, question.stored
+    if question.shares and len(call.sharers) > 1:
+        return _shared(question)
     given: dict[str, Tensor | None] = dict.fromkeys(question.sites)
     given.update((slot, value.detach().requires_grad_()) for slot, value in placed.items())
     with torch.enable_grad(), as_leaves(call.policy._hooked.runtime, given, totals=call.totals):
         primals = {key: value.detach().requires_grad_() for key, value in inputs.items()}
         run = call.replay(primals, stored, as_it_was=not placed and call.as_it_was(inputs, stored))
         return _backward(question, run, primals, keep=False)
+
+
+def _shared(question: Question) -> tuple[list[Attributed], dict[str, Tensor]]:
+    """The same in a pass for all methods of the call that may share one; its leaves are what any of them explains."""
+    call, inputs = question.call, question.inputs
+    if call.kept is None or any(key not in call.kept[1] for key in inputs):
+        known = {key: call.inputs.get(key) for one in call.sharers for key in one.declared}
+        values = {key: one for key, one in known.items() if isinstance(one, Tensor) and one.is_floating_point()}
+        primals = {key: value.detach().requires_grad_() for key, value in {**values, **inputs}.items()}
+        with torch.enable_grad():
+            call.kept = call.replay(primals, as_it_was=call.as_it_was(primals, None)), primals
+    run, points = call.kept
+    with torch.enable_grad():
+        return _backward(question, run, {key: points[key] for key in inputs}, keep=True)
 
 
 def _backward(

@@ -28,6 +28,7 @@ class Question(NamedTuple):
         placed: values to put in the place of all these activations; by default they are what the policy computes.
         stored: where the other inputs and the samples come from; the call's data by default.
         weights: a weight for each row; ones by default.
+        shares: the pass may be one that other methods explain as well.
     """
 
     call: Call
@@ -37,3 +38,4 @@ class Question(NamedTuple):
     placed: Mapping[str, Tensor] = _NOTHING
     stored: TensorDictBase | None = None
     weights: Tensor | None = None
+    shares: bool = False

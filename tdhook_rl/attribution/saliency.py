@@ -19,6 +19,9 @@ class _BoundSaliency(BoundAttribution):
         self._absolute = config.absolute
         self.is_product = config.multiply_by_inputs
         self.shares_forward = config.init_attr_inputs is None
+        self.shares_pass = (
+            type(self) is _BoundSaliency and self.shares_forward and self._own_targets and not self.leaves
+        )
 
     def attribute(self, question: Question) -> list[Attributed]:
         found, inner = gradients(question)

@@ -19,20 +19,21 @@ from tdhook_rl.batches.found import Found
 from tdhook_rl.batches.keeping import Keep, kept_keys, only_kept
 from tdhook_rl.batches.mismatch import Mismatch
 from tdhook_rl.calls.bound import BoundMethod, observers
+from tdhook_rl.calls.heads import replay_chain
 from tdhook_rl.calls.passes import Call, effects_of, require_inputs, rows_read, stored_inputs
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.real_rows import PADDING
 from tdhook_rl.calls.repeatable import require_repeatable
-from tdhook_rl.calls.writing import set_entries
 from tdhook_rl.errors import InputError, MissingKeyError, TdhookError, nearest
-from tdhook_rl.internals.tensordict_names import new_unsafe
 from tdhook_rl.policies.draws import action_keys, masks_needed
-from tdhook_rl.replaying.batching import PassNoise, conv_chunk, in_recurrent_mode, map_chunks, shallow_copy
+from tdhook_rl.replaying.batching import PassNoise, conv_chunk, in_recurrent_mode, shallow_copy
 from tdhook_rl.sites.runtime import vmap_level
 
 __all__ = ["OnMismatch", "annotate", "computed"]
 
 OnMismatch = Literal["warn", "raise", "ignore"]
+#: By key a value for each row.
+Results = dict[tuple[str, ...], Tensor]
 
 
 def annotate(
@@ -71,7 +72,7 @@ def computed(policy: HookedPolicy, data: TensorDictBase) -> dict[NestedKey, Tens
     policy._hooked.runtime.require_active()
     wanted = [one for one in observers(policy._hooked.bound) if not one.only_in_forward]
     parts = _computed(policy, data, wanted, None, "ignore")
-    return {key: value for results in parts for key, value in results.items(True, True)}
+    return {key if len(key) > 1 else key[0]: value for results in parts for key, value in results.items()}
 
 
 def _computed(
@@ -80,7 +81,7 @@ def _computed(
     missing: Sequence[BoundMethod],
     chunk_size: int | None,
     on_mismatch: OnMismatch,
-) -> Iterator[TensorDictBase]:
+) -> Iterator[Results]:
     """The results of methods, of some of them at a time."""
     _require_computable(policy, data)
     mismatch = Mismatch(policy, on_mismatch)
@@ -119,7 +120,7 @@ def _require_computable(policy: HookedPolicy, data: TensorDictBase) -> None:
 
 def _parts(
     missing: Sequence[BoundMethod], data: TensorDictBase, chunk_size: int | None
-) -> Iterator[tuple[list[BoundMethod], Callable[..., TensorDictBase], int | None]]:
+) -> Iterator[tuple[list[BoundMethod], Callable[..., Results], int | None]]:
     """Methods that are computed together, how, and with how many rows at once."""
     for horizon, run in (("step", _rows), ("trajectory", _trajectories)):
         group = [one for one in missing if one.horizon == horizon]
@@ -147,7 +148,7 @@ class _Analysis:
         self.through_time = False  # whole trajectories, in the recurrent mode
         self.forward: Callable[..., Any] = type(policy)._base.forward
 
-    def __call__(self, chunk: TensorDictBase) -> TensorDict:
+    def __call__(self, chunk: TensorDictBase) -> Results:
         policy = self.policy
         traits = policy._hooked.traits
         with policy._hooked.runtime.lock:
@@ -157,7 +158,7 @@ class _Analysis:
             with _recurrent_mode(policy, self.through_time), policy._frozen_statistics(), noise:
                 return self._compute(chunk)
 
-    def _compute(self, chunk: TensorDictBase) -> TensorDict:
+    def _compute(self, chunk: TensorDictBase) -> Results:
         policy, runtime = self.policy, self.policy._hooked.runtime
         call = Call(policy, self.forward, chunk, stored_inputs(policy, chunk))
         runtime.level = vmap_level()
@@ -166,12 +167,12 @@ class _Analysis:
             if any(one.reads_forward for one in self.bound):
                 with torch.no_grad():
                     call.replay(record=True, as_it_was=True)
-            computed = new_unsafe({}, batch_size=chunk.batch_size)
-            set_entries(computed, policy._compute(self.bound, call))
+            computed = policy._compute(self.bound, call)
             # Paths and perturbations never run the policy on the data as it was.
             if call.replayed is None and runtime.level < 0 and self.mismatch.can_compare(chunk):
                 with torch.no_grad():
-                    call.replay(as_it_was=True)
+                    if not replay_chain(call):
+                        call.replay(as_it_was=True)
             self.mismatch.compare(call)
             return computed
         except RuntimeError as error:
@@ -203,15 +204,29 @@ def _select(policy: HookedPolicy, data: TensorDictBase, missing: Sequence[BoundM
     return selected
 
 
-def _rows(policy: HookedPolicy, data: TensorDictBase, analysis: _Analysis, chunk_size: int | None) -> TensorDictBase:
+def _rows(policy: HookedPolicy, data: TensorDictBase, analysis: _Analysis, chunk_size: int | None) -> Results:
     if chunk_size is None and policy._hooked.traits.convolutional:
         chunk_size = conv_chunk((data.get(key, None) for key in policy.policy_in_keys), data.batch_size)
-    return map_chunks(data, analysis, chunk_size)
+    if data.ndim == 0:
+        return analysis(data)
+    flat = data.reshape(-1) if data.ndim > 1 else data
+    found = _in_parts(flat, chunk_size or len(flat), analysis)
+    batch = data.batch_size
+    return found if data.ndim == 1 else {key: _with_batch(value, batch) for key, value in found.items()}
 
 
-def _trajectories(
-    policy: HookedPolicy, data: TensorDictBase, analysis: _Analysis, chunk_size: int | None
-) -> TensorDictBase:
+def _in_parts(data: TensorDictBase, rows: int, analysis: _Analysis) -> Results:
+    if len(data) <= rows:
+        return analysis(data)
+    parts = [analysis(data[start : start + rows]) for start in range(0, len(data), rows)]
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def _with_batch(value: Tensor, batch: torch.Size) -> Tensor:
+    return value.reshape((*batch, *value.shape[1:]))
+
+
+def _trajectories(policy: HookedPolicy, data: TensorDictBase, analysis: _Analysis, chunk_size: int | None) -> Results:
     if data.ndim == 0:
         raise InputError(
             "horizon='trajectory' explains whole trajectories, but the data has no batch dimension: its last batch "
@@ -221,8 +236,8 @@ def _trajectories(
     flat = data.reshape(-1, steps)
     at_once = len(flat) if chunk_size is None else max(1, chunk_size // steps)
     analysis.through_time = True
-    parts = [analysis(flat[start : start + at_once]) for start in range(0, len(flat), at_once)]
-    return torch.cat(parts).reshape(data.batch_size)
+    found = _in_parts(flat, at_once, analysis)
+    return {key: value.reshape((*data.batch_size, *value.shape[2:])) for key, value in found.items()}
 
 
 def _recurrent_mode(policy: HookedPolicy, mode: bool) -> AbstractContextManager[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -82,10 +82,9 @@ class Found:
             rows = own if rows is None else rows & own
         return rows
 
-    def add(self, results: TensorDictBase) -> None:
+    def add(self, results: Mapping[Key, Tensor]) -> None:
         """Take what was computed, of the batch shape."""
-        for key, value in results.items(True, True):
-            self._computed[key if isinstance(key, tuple) else (key,)] = value
+        self._computed.update(results)
 
     def together(self, result: TensorDict) -> TensorDict:
         """The batch with its results."""

@@ -82,7 +82,7 @@ class Mismatch:
     def _pairs(self, data: TensorDictBase, outputs: TensorDictBase) -> Iterator[tuple[NestedKey, Tensor, Tensor]]:
         """What is stored and what was computed, where they can be compared."""
         keys = self._policy.policy_out_keys
-        if in_recurrent_mode(self._policy):
+        if self._policy._hooked.traits.recurrent and in_recurrent_mode(self._policy):
             # Of carried states TorchRL writes the last of each trajectory only, and zeros before it.
             keys = [key for key in keys if not (isinstance(key, tuple) and key[0] == "next")]
         # An action beside which no other output is stored is what is asked about, and no record of what was chosen.

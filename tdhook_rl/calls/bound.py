@@ -26,6 +26,7 @@ class BoundMethod:
         replays: runs the policy again.
         may_draw: its own computations, or functions of the user's that it calls, may draw from generators.
         shares_forward: may explain the policy's own forward, without a second pass.
+        shares_pass: may explain a pass that others explain as well: it needs a plain graph, and leaves it whole.
         linear: explains only targets that are linear in one output.
         plan: ``plan(data)`` decides, once for a whole batch, which rows are computed, and the key to hand it on under.
         whole_batch: cannot be computed chunk by chunk.
@@ -47,6 +48,7 @@ class BoundMethod:
     replays: bool = False
     may_draw: bool = True
     shares_forward: bool = False
+    shares_pass: bool = False
     linear: bool = False
     plan: Callable[[TensorDictBase], tuple[tuple[str, ...], Tensor]] | None = None
     whole_batch: bool = False

@@ -114,6 +114,13 @@ class Record:
         return gradient
 
 
+def run_chain(steps: Steps, x: Tensor) -> Tensor:
+    """What a chain puts out, without a record."""
+    for (forward, *_), module in steps:
+        x = forward(module, x)
+    return x
+
+
 class Chain(NamedTuple):
     """Where the chain of a policy is, and what stands behind it.
 

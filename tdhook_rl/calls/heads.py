@@ -19,7 +19,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor
 from torch import distributions as D
 
-from tdhook_rl.calls.chains import Chain
+from tdhook_rl.calls.chains import Chain, chain_layers, run_chain
 from tdhook_rl.calls.passes import Call, Pass
 from tdhook_rl.calls.writing import get_entry, set_tensor
 from tdhook_rl.internals.tensordict_names import new_unsafe
@@ -40,6 +40,28 @@ def is_decided_by(call: Call, chain: Chain, stored: TensorDictBase) -> bool:
         return plain and len(keys) == 1 and isinstance(get_entry(stored, unravel_key(keys[0])), Tensor)
     # Of a Q-network its values are compared with those that are stored.
     return all(get_entry(stored, key) is not None for key in chain.module.out_keys)
+
+
+def replay_chain(call: Call) -> bool:
+    """Note what a policy that is a chain, or decides by one, puts out for the inputs of a call; whether it is one."""
+    policy, chain = call.policy, call.policy._hooked.chain
+    if chain is None or len(call.inputs) != 1:
+        return False
+    ((key, value),) = call.inputs.items()
+    layers = chain_layers(policy, value)
+    if layers is None or (chain.head is not None and not is_decided_by(call, chain, call.data)):
+        return False
+    try:
+        output = run_chain(layers, value)
+    except RuntimeError:  # which the policy says in its own words
+        return False
+    if chain.head is not None:
+        call.replayed = HeadPass(call, chain, call.inputs, output, call.data).outputs()
+        return True
+    call.replayed = new_unsafe({}, batch_size=call.batch_size)
+    set_tensor(call.replayed, key, value)
+    set_tensor(call.replayed, policy.policy_out_keys[0], output)
+    return True
 
 
 class HeadPass:

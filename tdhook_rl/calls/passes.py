@@ -85,6 +85,11 @@ class Call:
         # what the policy's one chain recorded.
         self.shared: tuple[Pass, Mapping[NestedKey, Tensor]] | None = None
         self.chain: tuple[Pass, Record] | None = None
+        # The methods that may explain one pass, if there are several; and that pass, with the leaves of its graph, or
+        # the record of its chain and what that was run on.
+        self.sharers: list[Any] = []
+        self.kept: tuple[Pass, Mapping[NestedKey, Tensor]] | None = None
+        self.kept_record: tuple[Tensor, Record] | None = None
         # The outputs of a replay of the call as it is, kept for a comparison with the stored ones.
         self.replayed: TensorDictBase | None = None
         self.in_step = False  # of a forward that has just run

@@ -262,8 +262,10 @@ class HookedMixin(AnnotatingMixin, Swapped):
     @staticmethod
     def _compute(bound: list[BoundMethod], call: Call) -> dict[tuple[str, ...], torch.Tensor]:
         results: dict[tuple[str, ...], torch.Tensor] = {}
+        call.sharers = [one for one in bound if one.shares_pass]
         for one in bound:
             results.update(one.compute(call))
+        call.kept = call.kept_record = None  # their graphs
         chunked = call.policy._hooked.chunks is not None
         return in_deciding_rows(call.policy, call.data, results) if chunked else results
 
