@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,7 +26,13 @@ def methods_that_numbers_come_from() -> None:
     from stable_baselines3.td3.policies import TD3Policy
 
     kinds = (ActorCriticPolicy, ContinuousCritic, DQNPolicy, QNetwork, Actor, SACPolicy, TD3Policy)
-    assert {kind.__name__ for kind in kinds} == set(names.OWN_WAY)
+    contrib = {"RecurrentActorCriticPolicy", "MaskableActorCriticPolicy"}
+    assert {kind.__name__ for kind in kinds} == set(names.OWN_WAY) - contrib
+    if find_spec("sb3_contrib") is not None:
+        from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+        from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+
+        kinds += (MaskableActorCriticPolicy, RecurrentActorCriticPolicy)
     for kind in kinds:
         assert all(callable(getattr(kind, name)) for name in names.OWN_WAY[kind.__name__])
     assert not hasattr(DeterministicActor, "get_action_dist_params")

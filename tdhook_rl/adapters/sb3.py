@@ -25,10 +25,12 @@ def from_sb3(
 ) -> TensorDictModuleBase:
     """The policy of a Stable-Baselines3 agent as a TorchRL policy, over the agent's own tensors.
 
-    PPO, A2C, DQN, SAC, TD3 and DDPG, with vectors, pictures or dictionaries as observations. The network's own modules
-    run (copies of them that hold the same parameters, in evaluation mode, under the paths that they have there):
-    whoever trains the agent on trains this policy, and nothing of the agent is touched. Preparing the observation
-    (scaled pictures, one-hot indices, channels first) and bringing the action into its bounds belong to the policy.
+    PPO, A2C, DQN, SAC, TD3 and DDPG, with vectors, pictures or dictionaries as observations; of sb3-contrib TRPO,
+    MaskablePPO (which reads ``"action_mask"``) and RecurrentPPO (as a recurrent policy of TorchRL, which reads
+    ``"is_init"`` and the states of its memory). The network's own modules run: copies of them that hold the same
+    parameters, in evaluation mode, under the paths that they have there. Whoever trains the agent on trains this
+    policy, and nothing of the agent is touched. Preparing the observation (scaled pictures, one-hot indices, channels
+    first) and bringing the action into its bounds belong to the policy.
 
     Where not sampled, the action is that of ``model.predict(observation, deterministic=True)``, bit for bit; so is the
     value that of ``predict_values``. A continuous action is also written as ``"raw_action"``, as Stable-Baselines3
@@ -118,14 +120,17 @@ def _kind_of(policy: Any) -> str:
     from stable_baselines3.td3.policies import TD3Policy
 
     kinds = (ActorCriticPolicy, DQNPolicy, SACPolicy, TD3Policy)
-    found = next((kind for kind in kinds if isinstance(policy, kind)), None)
+    found = next((kind.__name__ for kind in kinds if isinstance(policy, kind)), None)
+    if any(one.__name__ == "MaskableActorCriticPolicy" for one in type(policy).__mro__):
+        found = "ActorCriticPolicy"  # the same networks
     if found is None:
         raise PreparationError(
-            f"from_sb3 knows the policies of PPO, A2C, DQN, SAC, TD3 and DDPG; {type(policy).__name__} is none of "
-            "them: put its pieces together with tdhook_rl.adapters.from_module"
+            f"from_sb3 knows the policies of PPO, A2C, DQN, SAC, TD3 and DDPG, and of sb3-contrib's TRPO, RecurrentPPO "
+            f"and MaskablePPO; {type(policy).__name__} is none of them: put its pieces together with "
+            "tdhook_rl.adapters.from_module"
         )
     require_usual(policy)
-    return found.__name__
+    return found
 
 
 def _warn_of_forgotten(model: Any, normalize: Any) -> None:

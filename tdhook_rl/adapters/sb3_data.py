@@ -34,7 +34,8 @@ def sb3_data(
         a TensorDict of ``(environments, steps)`` with copies of the observation, ``"action"`` as the environment got
         it (a continuous one also as ``"raw_action"``, as it was drawn), ``("next", "reward")`` and
         ``("next", "done")``. From a rollout buffer also ``"action_log_prob"``, ``"state_value"``, ``"advantage"``,
-        ``"value_target"`` and ``"is_init"``, and its rewards have the value in them with which episodes were cut off;
+        ``"value_target"`` and ``"is_init"`` (of RecurrentPPO the states of its memory too), and its rewards have the
+        value in them with which episodes were cut off;
         from a replay buffer the next observation, ``"terminated"`` and ``"truncated"``. Discrete entries are indices.
 
     Raises:
@@ -86,6 +87,12 @@ def sb3_data(
         data["action_log_prob"] = read("log_probs")
         for key, name in (("state_value", "values"), ("advantage", "advantages"), ("value_target", "returns")):
             data[key] = read(name).unsqueeze(-1)
+        for key, name in (("recurrent_state_h", "hidden_states_pi"), ("recurrent_state_c", "cell_states_pi")):
+            if hasattr(buffer, name):  # of RecurrentPPO: steps, layers, environments, units
+                count, layers, envs, units = buffer.hidden_state_shape
+                stored = getattr(buffer, name)
+                stored = stored.swapaxes(1, 2) if stored.shape == (count, layers, envs, units) else stored
+                data[key] = _read(stored, (layers, units), steps, buffer)
         return data
     done, cut = (read(name).bool().unsqueeze(-1) for name in ("dones", "timeouts"))
     data["next", "done"], data["next", "terminated"], data["next", "truncated"] = done, done & ~cut, done & cut

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,9 @@ from torch import nn
 from torchrl.modules import (
     ActorCriticWrapper,
     ActorValueOperator,
+    LSTMModule,
+    MaskedCategorical,
+    MaskedOneHotCategorical,
     OneHotCategorical,
     ProbabilisticActor,
     QValueActor,
@@ -26,12 +30,16 @@ from tdhook_rl.adapters.observations import Branch, Features, Observation, Rows,
 from tdhook_rl.adapters.sb3_reading import Reading
 from tdhook_rl.errors import InputError, PreparationError
 from tdhook_rl.internals.sb3_names import OWN_WAY
+from tdhook_rl.policies.tying import tied_clone
 
 Piece = Literal["actor", "value", "actor_value"]
 
 #: The action as Stable-Baselines3 draws and stores it, before it is brought into the bounds of the environment.
 RAW = "raw_action"
 FEATURES = "features"
+#: Where TorchRL's environments say which actions there are.
+MASK = "action_mask"
+LIBRARIES = ("stable_baselines3.", "sb3_contrib.")
 #: Limits of the logarithm of the scale in SAC.
 _LIMITS = (-20, 2)
 
@@ -40,6 +48,8 @@ _LIMITS = (-20, 2)
 
 
 def actor_critic(policy: Any, part: Piece, reading: Reading) -> TensorDictModuleBase:
+    if hasattr(policy, "lstm_actor"):
+        return recurrent_actor(policy, part, reading)
     shared = policy.share_features_extractor
     names = ["features_extractor"] * 2 if shared else ["pi_features_extractor", "vf_features_extractor"]
     actor = {names[0]: policy.pi_features_extractor, **_latent(policy.mlp_extractor, "policy_net", "forward_actor")}
@@ -65,6 +75,22 @@ def actor_critic(policy: Any, part: Piece, reading: Reading) -> TensorDictModule
     )
 
 
+def recurrent_actor(policy: Any, part: Piece, reading: Reading) -> TensorDictModuleBase:
+    """Of RecurrentPPO, over TorchRL's module for an LSTM, which keeps its states in the data."""
+    if part != "actor":
+        raise InputError(
+            f"part={part!r} of a recurrent agent: only its actor can be had, because its critic has a memory of its own"
+        )
+    lstm = tied_clone(policy.lstm_actor)
+    lstm.batch_first = True  # how it is called, not what it computes
+    heads, draw = _draw(policy, reading)
+    layers = {**_latent(policy.mlp_extractor, "policy_net", "forward_actor"), **heads}
+    common = _chain(reading.observation(), {"features_extractor": policy.pi_features_extractor})
+    memory = LSTMModule(lstm=lstm, in_key=FEATURES, out_key="latent")
+    before = [TensorDictModule(common, in_keys=reading.keys, out_keys=[FEATURES]), memory]
+    return draw(_chain(Features(), layers), ["latent"], before)
+
+
 def _latent(extractor: Any, name: str, method: str) -> dict[str, nn.Module]:
     """The hidden layers of actor or critic: of the usual extractor only its own, of another by its method."""
     from stable_baselines3.common.torch_layers import MlpExtractor
@@ -80,7 +106,7 @@ def _draw(policy: Any, reading: Reading) -> tuple[dict[str, nn.Module], Any]:
     drawn, net = policy.action_dist, policy.action_net
     if isinstance(drawn, sb3.CategoricalDistribution):
         chosen = D.Categorical if reading.categorical else OneHotCategorical
-        return {"action_net": net}, lambda rows, keys: _discrete(rows, keys, chosen)
+        return {"action_net": net}, partial(_discrete, kind=chosen)
     if isinstance(drawn, sb3.MultiCategoricalDistribution):
         sizes = {"sizes": tuple(int(size) for size in drawn.action_dims)}
         if not reading.categorical:
@@ -88,9 +114,12 @@ def _draw(policy: Any, reading: Reading) -> tuple[dict[str, nn.Module], Any]:
                 f"this agent makes {len(sizes['sizes'])} choices at once (MultiDiscrete), which are given as indices: "
                 "leave categorical_action_encoding=True, and give it to GymEnv"
             )
-        return {"action_net": net}, lambda rows, keys: _discrete(rows, keys, MultiCategorical, sizes)
+        return {"action_net": net}, partial(_discrete, kind=MultiCategorical, kwargs=sizes)
     if isinstance(drawn, sb3.BernoulliDistribution):
-        return {"action_net": net}, lambda rows, keys: _discrete(rows, keys, Bits)
+        return {"action_net": net}, partial(_discrete, kind=Bits)
+    if type(drawn).__name__ == "MaskableCategoricalDistribution":
+        chosen = MaskedCategorical if reading.categorical else MaskedOneHotCategorical
+        return {"action_net": net}, partial(_discrete, kind=chosen, mask=MASK)
     bounds = ToBounds(policy.action_space.low, policy.action_space.high, scaled=policy.squash_output)
     if isinstance(drawn, sb3.StateDependentNoiseDistribution):
         heads: dict[str, nn.Module] = {"heads": StateDependentNoise(net, policy.log_std, drawn)}
@@ -102,22 +131,32 @@ def _draw(policy: Any, reading: Reading) -> tuple[dict[str, nn.Module], Any]:
             f"the action distribution of this policy is a {type(drawn).__name__}, which is none of Stable-Baselines3's "
             "own: put the pieces together with tdhook_rl.adapters.from_module"
         )
-    return heads, lambda rows, keys: _continuous(rows, keys, kind, bounds)
+    return heads, partial(_continuous, kind=kind, bounds=bounds)
 
 
-def _discrete(net: nn.Module, keys: list[NestedKey], kind: Any, kwargs: dict[str, Any] | None = None) -> Any:
+def _discrete(
+    net: nn.Module,
+    keys: list[NestedKey],
+    before: Sequence[Any] = (),
+    *,
+    kind: Any,
+    kwargs: dict[str, Any] | None = None,
+    mask: str | None = None,
+) -> ProbabilisticActor:
     return ProbabilisticActor(
-        TensorDictModule(net, in_keys=keys, out_keys=["logits"]),
-        in_keys=["logits"],
+        _after(before, TensorDictModule(net, in_keys=keys, out_keys=["logits"])),
+        in_keys={"logits": "logits", "mask": mask} if mask else ["logits"],
         distribution_class=kind,
         distribution_kwargs=kwargs,
         return_log_prob=True,
     )
 
 
-def _continuous(net: nn.Module, keys: list[NestedKey], kind: Any, bounds: ToBounds) -> TensorDictSequential:
+def _continuous(
+    net: nn.Module, keys: list[NestedKey], before: Sequence[Any] = (), *, kind: Any, bounds: ToBounds
+) -> TensorDictSequential:
     actor = ProbabilisticActor(
-        TensorDictModule(net, in_keys=keys, out_keys=["loc", "scale"]),
+        _after(before, TensorDictModule(net, in_keys=keys, out_keys=["loc", "scale"])),
         in_keys=["loc", "scale"],
         out_keys=[RAW],
         distribution_class=kind,
@@ -125,6 +164,10 @@ def _continuous(net: nn.Module, keys: list[NestedKey], kind: Any, bounds: ToBoun
         log_prob_key="action_log_prob",
     )
     return TensorDictSequential(actor, TensorDictModule(bounds, in_keys=[RAW], out_keys=["action"]))
+
+
+def _after(before: Sequence[Any], last: TensorDictModule) -> TensorDictModuleBase:
+    return TensorDictSequential(*before, last) if before else last
 
 
 # ---------------------------------------------------------------------- DQN
@@ -176,7 +219,7 @@ def _actor_head(actor: Any, reading: Reading) -> TensorDictSequential:
         layers["heads"] = StateDependentNoise(actor.mu, actor.log_std, actor.action_dist)
     else:
         layers["heads"] = TwoHeads(actor.mu, actor.log_std, _LIMITS)
-    return _continuous(_chain(reading.observation(), layers), reading.keys, SquashedNormal, bounds)
+    return _continuous(_chain(reading.observation(), layers), reading.keys, kind=SquashedNormal, bounds=bounds)
 
 
 class Critic(nn.Module):
@@ -207,26 +250,13 @@ def _chain(first: nn.Module, layers: Mapping[str, nn.Module]) -> Rows:
 
 def require_usual(module: Any) -> None:
     """Refuse classes that override what the numbers come from."""
-    for own in type(module).__mro__:
-        if not own.__module__.startswith("stable_baselines3."):
-            continue
-        names = [name for name in OWN_WAY.get(own.__name__, ()) if hasattr(own, name)]
-        changed = [name for name in names if getattr(type(module), name) is not getattr(own, name)]
-        changed += [name for name in names if name in vars(module)]
-        if changed:
-            raise PreparationError(_refusal(type(module), changed))
-
-
-def _refusal(kind: type, changed: list[str]) -> str:
-    own = f"{kind.__name__} computes in a way of its own ({', '.join(changed)})"
-    if "Recurrent" in kind.__name__:
-        return (
-            f"{own}, with a memory that from_sb3 does not carry: build the policy from TorchRL's LSTMModule over its "
-            "lstm_actor, mlp_extractor.policy_net and action_net"
+    kind = type(module)
+    own = next(one for one in kind.__mro__ if one.__module__.startswith(LIBRARIES) and one.__name__ in OWN_WAY)
+    names = [name for name in OWN_WAY[own.__name__] if hasattr(own, name)]
+    changed = [name for name in names if getattr(kind, name) is not getattr(own, name)]
+    changed += [name for name in names if name in vars(module)]
+    if changed:
+        raise PreparationError(
+            f"{kind.__name__} computes in a way of its own ({', '.join(changed)}), which from_sb3 would leave out: put "
+            "its pieces together with tdhook_rl.adapters.from_module"
         )
-    if "Mask" in kind.__name__:
-        return (
-            f"{own}: of MaskablePPO, build the actor from its modules, with TorchRL's MaskedCategorical and the mask "
-            "of the environment as an input"
-        )
-    return f"{own}, which from_sb3 would leave out: put its pieces together with tdhook_rl.adapters.from_module"

@@ -9,6 +9,12 @@ __all__ = ["OWN_WAY", "ended_last", "kept_as_given"]
 #: By class of Stable-Baselines3, the methods that its numbers come from: ``predict`` calls these, so a user's class
 #: that overrides one computes something else, and nothing public says so.
 OWN_WAY: dict[str, tuple[str, ...]] = {
+    "RecurrentActorCriticPolicy": (
+        "get_distribution", "_get_action_dist_from_latent", "extract_features", "_predict", "predict",
+    ),
+    "MaskableActorCriticPolicy": (
+        "get_distribution", "predict_values", "_get_action_dist_from_latent", "extract_features", "_predict", "predict",
+    ),
     "ActorCriticPolicy": (
         "get_distribution", "predict_values", "_get_action_dist_from_latent", "extract_features", "_predict", "predict",
     ),
