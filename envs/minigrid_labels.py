@@ -6,6 +6,7 @@ environment is made, so that importing this module imports no MiniGrid.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from typing import Any
 
@@ -73,7 +74,10 @@ def register_mission_space() -> None:
     """
     try:
         from minigrid.core.mission import MissionSpace
-    except ImportError:
+    except ImportError as error:
+        there = getattr(sys.modules.get("minigrid"), "__file__", None)
+        if there is not None:  # such as a script of that name
+            raise ImportError(f"{there} is imported as minigrid, and is not MiniGrid: rename it ({error})") from None
         raise ImportError("MiniGrid is not installed: pip install 'tdhook_rl[minigrid]'") from None
     register_gym_spec_conversion(MissionSpace)(_missions)
 

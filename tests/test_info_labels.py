@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,7 +28,7 @@ from tdhook_rl.envs import (
     check_concept_env,
 )
 from tdhook_rl.envs.atari_labels import ATARI_RAM, atari_concepts, make_atari
-from tdhook_rl.envs.minigrid_labels import make_minigrid
+from tdhook_rl.envs.minigrid_labels import make_minigrid, register_mission_space
 from tdhook_rl.errors import InputError, MissingKeyError
 
 EVENT = Concept(role="needed", meaning="", classes=10)
@@ -294,3 +296,13 @@ def test_missing_packages_and_tables_say_what_to_do(monkeypatch: pytest.MonkeyPa
             monkeypatch.setitem(__import__("sys").modules, module, None)
         with pytest.raises(ImportError, match=rf"pip install 'tdhook_rl\[{extra}\]'"):
             build()
+
+
+def test_a_script_in_the_place_of_minigrid_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = types.ModuleType("minigrid")
+    script.__file__ = "/home/somebody/minigrid.py"
+    for name in [one for one in sys.modules if one.startswith("minigrid.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "minigrid", script)
+    with pytest.raises(ImportError, match=r"somebody/minigrid\.py is imported as minigrid.*rename it"):
+        register_mission_space()

@@ -47,7 +47,7 @@ def test_pages_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     page = DOCS / name
     monkeypatch.chdir(tmp_path)
     for block, printed in run(page):
-        assert block.shown is None or alike(block.shown, printed), f"{name}:{block.line} prints\n{printed}"
+        assert block.shown is None or alike(block.shown, printed, block.exact), f"{name}:{block.line} prints\n{printed}"
     for figure in figures(page):
         if figure != "overview.png":  # of the demo
             assert (tmp_path / figure).stat().st_size > 1000
