@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all gpu faults mutants matrix house docs docs-figures lint format bench bench-peers clean
+.PHONY: demo test test-all gpu faults mutants matrix house docs docs-figures lint format bench clean
 
 demo: $(READY)
 	$(BIN)/tdhook-rl demo $(DEMO)
@@ -61,17 +61,12 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Every figure beside pinned peers, and docs/benchmarks.md: under 20 minutes on two quiet cores. zennit comes without what
+# it asks for: torchvision, of which the index has no build that loads beside this torch.
 bench: $(READY)
-	$(BIN)/python -m benchmarks.collector_overhead $(BENCH)
-
-# Beside captum and tdhook, which are installed for this.
-bench-peers: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[peers]'
-	$(BIN)/python -m benchmarks.attribution_speed
-	$(BIN)/python -m benchmarks.prepared_call
-	$(BIN)/python -m benchmarks.ig_memory
-	$(BIN)/python -m benchmarks.collector_cost
-	$(BIN)/python -m benchmarks.oracle_table
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps zennit
+	$(BIN)/python -m benchmarks.all $(BENCH)
 
 # torch first and pinned: an unpinned torch would pull a CUDA build of several gigabytes.
 $(READY): pyproject.toml constraints.txt

@@ -21,7 +21,7 @@ from tensordict.nn import TensorDictSequential
 from torch import Tensor
 
 from benchmarks.actors import ACTORS, OBSERVATION, ActorProblem, Score
-from benchmarks.budgeted import Budget, Figure, figures_of, header
+from benchmarks.budgeted import Budget, Figure, figures_of, show
 from benchmarks.pairs import measure, repetitions
 from benchmarks.peers import STEPS, Run, installed
 from tdhook_rl import Compose, Saliency, targets
@@ -258,11 +258,7 @@ def _captum_path(problem: ActorProblem) -> Run:
 
 def main(pairs: int, only: str, output: Path | None) -> None:
     torch.set_num_threads(1)
-    print(header())
-    found = []
-    for figure in figures(pairs, only):
-        print(figure, flush=True)
-        found.append(figure.as_dict())
+    found = [figure.as_dict() for figure in show(figures(pairs, only))]
     if output is not None:
         output.write_text(json.dumps(found, indent=1))
 

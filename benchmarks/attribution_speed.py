@@ -6,16 +6,16 @@ python -m benchmarks.attribution_speed --pairs 30
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 
+from benchmarks.budgeted import Budget, Figure, figures_of, show
 from benchmarks.nets import Problem, impala, mlp
-from benchmarks.pairs import Median, measure, repetitions
+from benchmarks.pairs import measure, repetitions
 from benchmarks.peers import STEPS, Run, by_hand, captum, installed, ours, tdhook
 
 IG = "IntegratedGradients"
@@ -94,64 +94,36 @@ def require_equal(runs: Mapping[str, Run]) -> None:
         )
 
 
-def report(row: Row, pairs: int) -> list[str]:
-    problem = row.build()
-    with ExitStack() as stack:
-        runs, notes = contenders(row, problem, stack)
-        repeat = max(repetitions(run) for run in (runs["floor"], *(runs[form] for form in FORMS)))
-        once = sum(float(values[0]) for values in measure(runs, 1, repeat).values()) * repeat
-        pairs = min(pairs, max(LEAST_PAIRS, int(ROW_SECONDS / once)))
-        seconds = measure(runs, pairs, repeat)
-    lines = []
-    for form in FORMS:
-        columns = [f"{row.method:20}{problem.name:19}{len(problem.x):>5}  {form:11}"]
-        columns += [_milliseconds(seconds.get(name)) for name in (form, "floor", "captum", "tdhook")]
-        against_floor = Median.of(seconds[form] / seconds["floor"])
-        columns.append(f"  {_interval(against_floor):21}")
-        verdicts = []
-        if row.floor_at_most is not None:
-            verdicts.append(_verdict(f"floor <= {row.floor_at_most:g}", against_floor.median <= row.floor_at_most))
-        for peer, least in (("captum", row.captum_at_least), ("tdhook", 1.0)):
-            if peer not in seconds:
-                columns.append(f"{'not installed':21}")
-                continue
-            ratio = Median.of(seconds[peer] / seconds[form])
-            columns.append(f"{_interval(ratio):21}")
-            verdicts.append(_verdict(f"{peer} > {least:g}", ratio.median > least))
-        lines.append("".join(columns) + ", ".join(verdicts))
-        if "captum tuned" in seconds:
-            ratio = Median.of(seconds["captum tuned"] / seconds[form])
-            size, spent = notes["captum tuned"], _milliseconds(seconds["captum tuned"]).strip()
-            lines.append(
-                f"{'':46}beside captum with internal_batch_size={size} ({spent} ms): captum / ours {_interval(ratio)}"
-                f" {_verdict('> 1', ratio.median > 1)}"
-            )
-    floor = f", rows of a pass of the floor: {notes['floor']}" if "floor" in notes else ""
-    lines.append(f"{'':46}{pairs} pairs of {repeat} calls{floor}")
-    return lines
+def figures(pairs: int = 30, rows: Sequence[Row] = ROWS, seconds: float = ROW_SECONDS) -> Iterator[Figure]:
+    """Measure, row by row.
+
+    Args:
+        pairs: interleaved rounds of each row.
+        rows: which.
+        seconds: of process CPU time that a row may take for more than its least rounds.
+    """
+    for row in rows:
+        problem = row.build()
+        with ExitStack() as stack:
+            runs, notes = contenders(row, problem, stack)
+            repeat = max(repetitions(run) for run in (runs["floor"], *(runs[form] for form in FORMS)))
+            once = sum(float(values[0]) for values in measure(runs, 1, repeat).values()) * repeat
+            spent = measure(runs, min(pairs, max(LEAST_PAIRS, int(seconds / once))), repeat)
+        case, tuned = f"{problem.name}, {len(problem.x)}", notes.get("captum tuned")
+        floor = f"passes of {notes['floor']} rows" if "floor" in notes else ""
+        budgets = [
+            Budget("floor", row.floor_at_most, floor),
+            Budget("captum", 1 / row.captum_at_least),
+            Budget("captum tuned", 1.0, f"internal_batch_size={tuned}"),
+            Budget("tdhook", 1.0),
+        ]
+        for form in FORMS:
+            yield from figures_of(row.method, case, form, spent, budgets)
 
 
 def main(pairs: int, only: str) -> None:
     torch.set_num_threads(1)
-    print(
-        f"{'method':20}{'net':19}{'batch':>5}  {'form':11}{'ours ms':>9}{'floor':>9}{'captum':>9}{'tdhook':>9}"
-        f"  {'ours / floor':21}{'captum / ours':21}{'tdhook / ours':21}accepted"
-    )
-    for row in ROWS:
-        if only in row.method:
-            print("\n".join(report(row, pairs)), flush=True)
-
-
-def _milliseconds(seconds: np.ndarray | None) -> str:
-    return f"{'-':>9}" if seconds is None else f"{float(np.median(seconds)) * 1e3:9.3f}"
-
-
-def _interval(found: Median) -> str:
-    return f"{found.median:.2f} [{found.low:.2f}, {found.high:.2f}]"
-
-
-def _verdict(line: str, holds: bool) -> str:
-    return f"{line}: {'holds' if holds else 'FAILS'}"
+    show(figures(pairs, [row for row in ROWS if only in row.method]))
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ patching it, and to find a circuit.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
@@ -25,10 +26,13 @@ from torch import Tensor, nn
 from torch.distributions import Categorical
 from torchrl.modules import ProbabilisticActor
 
+from benchmarks.budgeted import Budget, Figure, figures_of, show
+from benchmarks.pairs import measure
 from tdhook_rl import ActivationCaching
 from tdhook_rl.sweeps import attribution_patching, find_circuit, patch_units
 
 ALLOWED = 1.5
+OURS, BY_HAND = "attribution_patching", "two passes by hand"
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,10 @@ def conv() -> nn.Sequential:
 
 
 CASES = {
-    "MLP, 3 layers of 512, 2048 states": Case(mlp, (64,), 2048, (1, 3, 5)),
-    "MLP, 3 layers of 512, 256 states": Case(mlp, (64,), 256, (1, 3, 5)),
-    "the DQN's convolutions, 84 x 84, 256 states": Case(conv, (4, 84, 84), 256, (1, 3, 5, 8)),
-    "the DQN's convolutions, 84 x 84, 64 states": Case(conv, (4, 84, 84), 64, (1, 3, 5, 8)),
+    "MLP 3 x 512, 2,048": Case(mlp, (64,), 2048, (1, 3, 5)),
+    "MLP 3 x 512, 256": Case(mlp, (64,), 256, (1, 3, 5)),
+    "DQN's convolutions, 256": Case(conv, (4, 84, 84), 256, (1, 3, 5, 8)),
+    "DQN's convolutions, 64": Case(conv, (4, 84, 84), 64, (1, 3, 5, 8)),
 }
 
 
@@ -87,32 +91,33 @@ def by_hand(net: nn.Sequential, sites: tuple[int, ...], clean: Tensor, corrupt: 
     return [(one.flatten(2).sum(-1) if one.ndim > 2 else one).T for one in products]
 
 
-def measured(case: Case, pairs: int) -> tuple[float, float, float, float, float]:
-    """The medians of both in seconds, of their ratio, the largest difference of their numbers, seconds of hooking."""
-    torch.manual_seed(0)
-    net = case.layers()
-    module = TensorDictModule(net, ["observation"], ["logits"])
-    policy = ProbabilisticActor(module, in_keys=["logits"], distribution_class=Categorical)
-    clean, corrupt = (torch.randn(case.states, *case.shape) for _ in range(2))
-    data = [TensorDict({"observation": one}, case.states) for one in (clean, corrupt)]
-    sites = [f"module.0.module.{place}" for place in case.sites]
-    rows: list[tuple[float, float]] = []
-    hooking = []
-    for _ in range(pairs + 2):  # two to warm up
-        start = time.process_time()
-        hand = by_hand(net, case.sites, clean, corrupt)
-        middle = time.process_time()
-        table = attribution_patching(policy, *data, sites, compare=0, chunk_size=case.states)
-        end = time.process_time()
-        rows.append((middle - start, end - middle))
-        ActivationCaching(sites).prepare(policy, return_context=False).restore()
-        hooking.append(time.process_time() - end)
-    assert table.estimates is not None
-    found = torch.cat(hand).double()
-    gap = float((table.estimates - found).abs().max() / found.abs().max())
-    hand_time, own_time = zip(*rows[2:], strict=True)
-    ratio = statistics.median(own / other for other, own in rows[2:])
-    return statistics.median(hand_time), statistics.median(own_time), ratio, gap, statistics.median(hooking)
+def figures(pairs: int = 15, within: float = float("inf")) -> Iterator[Figure]:
+    """Measure case by case; the numbers of both are checked to be equal.
+
+    Args:
+        pairs: how often each is run, in turn.
+        within: seconds that a case may take for more than five rounds.
+    """
+    for name, case in CASES.items():
+        torch.manual_seed(0)
+        net = case.layers()
+        module = TensorDictModule(net, ["observation"], ["logits"])
+        policy = ProbabilisticActor(module, in_keys=["logits"], distribution_class=Categorical)
+        clean, corrupt = (torch.randn(case.states, *case.shape) for _ in range(2))
+        data = [TensorDict({"observation": one}, case.states) for one in (clean, corrupt)]
+        sites = [f"module.0.module.{place}" for place in case.sites]
+        runs = {
+            BY_HAND: partial(by_hand, net, case.sites, clean, corrupt),
+            OURS: partial(attribution_patching, policy, *data, sites, compare=0, chunk_size=case.states),
+            "to hook": lambda policy=policy, sites=sites: (
+                ActivationCaching(sites).prepare(policy, return_context=False).restore()
+            ),
+        }
+        estimates, expected = runs[OURS]().estimates, torch.cat(runs[BY_HAND]()).double()
+        torch.testing.assert_close(estimates, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+        seconds = measure(runs, pairs, within=within)
+        hooking = f"{1e3 * float(np.median(seconds['to hook'])):.1f} ms of it to hook"
+        yield from figures_of("every unit, every site", name, OURS, seconds, [Budget(BY_HAND, ALLOWED, hooking)])
 
 
 def rest(case: Case) -> tuple[int, float, float]:
@@ -137,15 +142,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=15, help="how often each is run, in turn")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"attribution patching of every unit of every site; at most {ALLOWED} times by hand")
-    for name, case in CASES.items():
-        hand, own, ratio, gap, hooking = measured(case, options.pairs)
-        print(
-            f"{name}: {1000 * hand:.1f} ms by hand, {1000 * own:.1f} ms here ({1000 * hooking:.1f} of them to hook), "
-            f"{ratio:.2f} times; differs by {gap:.0e}",
-            flush=True,
-        )
-    count, units, circuit = rest(CASES["MLP, 3 layers of 512, 256 states"])
+    print("attribution patching of every unit of every site")
+    show(figures(options.pairs))
+    count, units, circuit = rest(CASES["MLP 3 x 512, 256"])
     print(f"64 states: each of {count} units measured in {units:.1f} s, a circuit among them found in {circuit:.1f} s")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,8 @@ from torch.distributions import Categorical
 from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.modules import ProbabilisticActor
 
-from benchmarks.pairs import Median, measure
+from benchmarks.budgeted import Budget, Figure, figures_of, show
+from benchmarks.pairs import measure
 from tdhook_rl import ActivationCaching, LinearProbe, ProbeReadout, Saliency, SteeringVectors, targets
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.method import Method
@@ -35,6 +36,8 @@ PLANES, ACTIONS, WIDTH = (3, 6, 5), 4, 64
 STEPS = {1: 64, 8: 32, 128: 16}
 #: Which entries of each net are the two sites, and the one that is steered and probed.
 SITES = {"mlp": (1, 3), "conv": (2, 6)}
+METHODS = ("caching", "steering", "probe readout", "saliency per step", "saliency per batch")
+PLAIN, BY_HAND = "plain", "by hand"
 
 
 def make_net(kind: str) -> nn.Sequential:
@@ -196,14 +199,16 @@ def batches(contender: Contender, envs: int, workers: int, stack: ExitStack) -> 
     return iter(collector)
 
 
-def measured(kind: str, envs: int, method: str, workers: int, pairs: int) -> tuple[dict[str, np.ndarray], str]:
+def measured(
+    kind: str, envs: int, method: str, workers: int, pairs: int, within: float
+) -> tuple[dict[str, np.ndarray], str]:
     """Seconds of each contender for one batch, and why tdhook does not run where it does not."""
     net = make_net(kind)
     refused = ""
     with ExitStack() as stack:
         contenders: dict[str, Contender] = {
-            "plain": Contender(make_actor(net, ["logits"])),
-            "by hand": by_hand(net, kind, method),
+            PLAIN: Contender(make_actor(net, ["logits"])),
+            BY_HAND: by_hand(net, kind, method),
             "hooked": hooked(net, kind, method, stack),
         }
         runs = {name: batches(contender, envs, workers, stack).__next__ for name, contender in contenders.items()}
@@ -216,50 +221,60 @@ def measured(kind: str, envs: int, method: str, workers: int, pairs: int) -> tup
                 run()
                 runs["tdhook"] = run
         except Exception as error:  # whatever it fails with is the result
-            refused = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
-        return measure(runs, pairs, clock="wall" if workers else "cpu"), refused
+            refused = f"fails with {type(error).__name__}"
+        return measure(runs, pairs, clock="wall" if workers else "cpu", within=within), refused
 
 
-def line(kind: str, envs: int, method: str, workers: int, pairs: int) -> str:
-    seconds, refused = measured(kind, envs, method, workers, pairs)
-    frames = envs * STEPS[envs] * max(workers, 1)
-    cells = [f"{kind:4}", f"{envs:4}", f"{workers or '-':>3}", f"{method:18}"]
-    cells += [f"{frames / np.median(seconds[name]):8.0f}" for name in ("plain", "by hand", "hooked")]
-    for name in ("by hand", "plain"):
-        found = Median.of(seconds[name] / seconds["hooked"])
-        cells.append(f"{found.median:.3f} [{found.low:.3f}, {found.high:.3f}]")
-    if "tdhook" in seconds:
-        found = Median.of(seconds["tdhook"] / seconds["hooked"])
-        cells.append(f"{found.median:.2f} [{found.low:.2f}, {found.high:.2f}]")
-    else:
-        cells.append(refused)
-    return " | ".join(cells)
+def figures(
+    pairs: int = 30,
+    nets: Sequence[str] = ("mlp", "conv"),
+    envs: Sequence[int] = (1, 8, 128),
+    methods: Sequence[str] = METHODS,
+    workers: Sequence[int] = (2,),
+    within: float = float("inf"),
+) -> Iterator[Figure]:
+    """Measure each method at each network and number of environments, then with worker processes.
+
+    Args:
+        pairs: interleaved rounds.
+        nets, envs, methods: which; ``envs`` are batched.
+        workers: of ``MultiSyncCollector``, with 8 environments each.
+        within: seconds that one measurement may take for more than five rounds.
+    """
+    cases = [(net, count, 0) for net in nets for count in envs] + [("mlp", 8, count) for count in workers]
+    for net, count, processes in cases:
+        for method in methods:
+            seconds, refused = measured(net, count, method, processes, pairs, within)
+            case = f"{net}, {count} env{'s' if count > 1 else ''}" + (f", {processes} workers" if processes else "")
+            note = f"tdhook: {refused}" if refused else ""
+            budgets = [*_budgets(net, count, method, note), Budget("tdhook")]
+            yield from figures_of(method, case, "hooked", seconds, budgets)
+
+
+def _budgets(net: str, envs: int, method: str, note: str) -> list[Budget]:
+    """Frames per second may be so many of the other's: time at most one over that."""
+    of_hand, of_plain = {"saliency per step": 0.95, "saliency per batch": 0.95 if net == "conv" else 0.0}, 0.0
+    if method == "saliency per batch" and net == "mlp" and envs > 1:
+        of_plain = 0.85
+    share = of_hand.get(method, 0.97)
+    return [
+        Budget(BY_HAND, 1 / share if share else None, note),
+        Budget(PLAIN, 1 / of_plain if of_plain else None),
+    ]
 
 
 def main(nets: list[str], envs: list[int], methods: list[str], workers: list[int], pairs: int) -> None:
     torch.set_num_threads(1)
     torchrl.logger.setLevel("ERROR")
     warnings.simplefilter("ignore")
-    print(f"frames per second (process CPU time; wall time with workers), medians of {pairs} interleaved rounds")
-    print(
-        "net  | envs | wrk | method             |    plain |  by hand |   hooked | hooked / by hand       "
-        "| hooked / plain         | hooked / tdhook"
-    )
-    for kind in nets:
-        for count in envs:
-            for method in methods:
-                print(line(kind, count, method, 0, pairs), flush=True)
-    for number in workers:
-        for method in methods:
-            print(line("mlp", 8, method, number, pairs), flush=True)
+    show(figures(pairs, nets, envs, methods, workers))
 
 
 if __name__ == "__main__":
-    every = ["caching", "steering", "probe readout", "saliency per step", "saliency per batch"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="*", default=["mlp", "conv"], choices=("mlp", "conv"))
     parser.add_argument("--envs", nargs="*", type=int, default=[1, 8, 128], choices=STEPS)
-    parser.add_argument("--methods", nargs="*", default=every, choices=every)
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
     parser.add_argument("--workers", nargs="*", type=int, default=[2], help="worker counts of MultiSyncCollector")
     parser.add_argument("--pairs", type=int, default=30)
     main(**vars(parser.parse_args()))

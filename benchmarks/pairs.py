@@ -45,8 +45,16 @@ class Ratio:
         )
 
 
+#: Rounds that are run whatever they take.
+LEAST = 5
+
+
 def measure(
-    runs: Mapping[str, Callable[[], Any]], rounds: int, repeat: int = 1, clock: Literal["cpu", "wall"] = "cpu"
+    runs: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    repeat: int = 1,
+    clock: Literal["cpu", "wall"] = "cpu",
+    within: float = float("inf"),
 ) -> dict[str, np.ndarray]:
     """Run every contender in turn, again and again, in alternating order.
 
@@ -55,6 +63,7 @@ def measure(
         rounds: how many samples of each.
         repeat: calls of one sample.
         clock: CPU time of this process, or wall time where others work for it.
+        within: seconds of that clock after which no further round begins, if there were five.
 
     Returns:
         for each contender its seconds per call, one entry a round.
@@ -63,7 +72,10 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
+    began = now()
     for index in range(rounds):
+        if index >= LEAST and now() - began > within:
+            break
         order = list(runs) if index % 2 else list(runs)[::-1]
         for name in order:
             run = runs[name]

@@ -7,10 +7,13 @@ is left out (:func:`installed`).
 from __future__ import annotations
 
 import copy
+import sys
+import types
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -21,7 +24,7 @@ from tdhook_rl import Saliency, targets
 from tdhook_rl.attribution import IntegratedGradients
 from tdhook_rl.attribution.integrated_gradients import quadrature
 
-__all__ = ["STEPS", "Run", "by_hand", "captum", "installed", "ours", "tdhook"]
+__all__ = ["STEPS", "Run", "by_hand", "captum", "installed", "ours", "tdhook", "zennit_composite"]
 
 Run = Callable[[], Tensor]
 STEPS = 50
@@ -116,3 +119,25 @@ def tdhook(method: str, problem: Problem, stack: ExitStack, steps: int = STEPS) 
     hooked = stack.enter_context(made.prepare(copy.deepcopy(problem.net)))
     data = _data(method, problem).clone()
     return lambda: hooked(data)["attr", "input"]
+
+
+def zennit_composite(epsilon: float) -> Any:
+    """Epsilon at every linear layer and convolution.
+
+    zennit imports torchvision for two classes that its canonizers of residual networks look for, and for nothing
+    else; beside a CPU build of torch the index has none that loads, so that stand-ins take its place meanwhile.
+    """
+    names = ("torchvision", "torchvision.models", "torchvision.models.resnet")
+    absent = "zennit" not in sys.modules and not installed("torchvision")
+    if absent:
+        sys.modules.update({name: types.ModuleType(name) for name in names})
+        classes = {name: type(name, (nn.Module,), {}) for name in ("Bottleneck", "BasicBlock")}
+        vars(sys.modules[names[-1]]).update(classes)
+    try:
+        from zennit.composites import LayerMapComposite
+        from zennit.rules import Epsilon
+        from zennit.types import Convolution, Linear
+    finally:
+        for name in names if absent else ():
+            del sys.modules[name]
+    return LayerMapComposite([((Convolution, Linear), Epsilon(epsilon=epsilon))])

@@ -9,12 +9,12 @@ Process CPU time on one thread: where other programs want the processors as well
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torchrl
 from tensordict import TensorDict
@@ -22,6 +22,8 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.collectors import Collector
 
+from benchmarks.budgeted import Budget, Figure, figures_of, show
+from benchmarks.pairs import measure
 from benchmarks.suite_by_hand import ByHand, solved
 from tdhook_rl import statistics as interval_of
 from tdhook_rl.envs import CueCorners
@@ -31,17 +33,8 @@ from tdhook_rl.replay import probe_grid
 from tdhook_rl.rollout import EPISODE, GroupSplit, ProbeSuite
 
 ENVS, BATCH = 128, 2048
+SKLEARN, SUMS, PLAIN = "scikit-learn, logistic", "sums by hand", "PPO alone"
 SITES = ["module.0.module.1", "module.0.module.3", "module.0.module.5"]
-
-
-def seconds(function: Callable[[], Any], repeats: int) -> tuple[float, Any]:
-    """The median process CPU time, and what the function gives; the first call, which imports, is not counted."""
-    found, times = function(), []
-    for _ in range(repeats):
-        start = time.process_time()
-        found = function()
-        times.append(time.process_time() - start)
-    return statistics.median(times), found
 
 
 def classes(rows: int, features: int, count: int) -> tuple[Tensor, Tensor]:
@@ -53,7 +46,7 @@ def classes(rows: int, features: int, count: int) -> tuple[Tensor, Tensor]:
     return (torch.randn(rows, features, generator=draw) + centres[labels]) @ (mix + 0.1 * torch.eye(features)), labels
 
 
-def fitting(repeats: int) -> None:
+def fitting(rounds: int) -> Iterator[Figure]:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -71,13 +64,13 @@ def fitting(repeats: int) -> None:
         model.fit(train.numpy(), known.numpy())
         return float(model.score(held.numpy(), wanted.numpy()))
 
-    mine, one = seconds(ours, repeats)
-    other, two = seconds(theirs, max(repeats // 2, 1))
-    print(f"fitting 100,000 x 256, 5 classes: {mine:.2f} s; scikit-learn {other:.2f} s; {other / mine:.1f} times (3)")
-    print(f"  held-out accuracy {one:.4f}; scikit-learn {two:.4f}; {100 * (one - two):+.2f} points (within .5)")
+    gain = 100 * (ours() - theirs())
+    found = measure({"LDA of sums": ours, SKLEARN: theirs}, rounds)
+    note = f"3 times as fast; held-out accuracy {gain:+.2f} points, within .5: {'met' if gain > -0.5 else 'MISSED'}"
+    yield from figures_of("fitting", "100,000 x 256, 5 classes", "LDA of sums", found, [Budget(SKLEARN, 1 / 3, note)])
 
 
-def grid(repeats: int) -> None:
+def grid(rounds: int) -> Iterator[Figure]:
     """Five layers, ten concepts: the same forwards and sums written by hand."""
     torch.manual_seed(0)
     layers = [layer for _ in range(5) for layer in (nn.Linear(128, 128), nn.ReLU())]
@@ -144,12 +137,8 @@ def grid(repeats: int) -> None:
 
     untrained = TensorDictModule(nn.Sequential(*[type(one)(128, one.out_features) if isinstance(one, nn.Linear) else
                                                  nn.ReLU() for one in net]), ["observation"], ["action"])  # fmt: skip
-    mine, one = seconds(ours, repeats)
-    other, _ = seconds(by_hand, repeats)
-    print(
-        f"5 layers x 10 concepts, {rows} rows: {mine:.2f} s; sums by hand {other:.2f} s; {mine / other:.2f} times (1.3)"
-    )
-    print(f"  mean held-out accuracy {one:.3f}")
+    found = measure({"probe_grid": ours, SUMS: by_hand}, rounds)
+    yield from figures_of("a grid", f"5 layers x 10 concepts, {rows:,}", "probe_grid", found, [Budget(SUMS, 1.3)])
 
 
 def intervals(hits: Tensor, bins: Tensor) -> float:
@@ -169,10 +158,10 @@ def concepts_of() -> dict[str, Any]:
     return {"xor": ("concept", "xor"), "unneeded": ("concept", "unneeded_xor"), **lights}
 
 
-def suite(frames: int, repeats: int, every: int) -> None:
-    """A suite in the demo's PPO, beside the same statistics by hand on the same batches."""
-    shares, looks, floors = [], [], []
-    for seed in range(repeats):
+def suite(frames: int, seeds: int, every: int) -> Iterator[Figure]:
+    """A suite in the demo's PPO, beside the same statistics by hand on the same batches; one round a seed."""
+    spent: dict[str, list[float]] = {name: [] for name in ("suite", "with a suite", SUMS, PLAIN)}
+    for seed in range(seeds):
         torch.manual_seed(seed)
         actor = make_actor()
         ppo = PPO(actor, make_critic())
@@ -196,22 +185,33 @@ def suite(frames: int, repeats: int, every: int) -> None:
             ppo.update(data)
         whole = time.process_time() - start - inside - by_hand
         collector.shutdown()
-        shares.append(inside / whole)
-        looks.append(1000 * inside / -(-(number + 1) // every))
-        floors.append(by_hand / inside)
-    share, look, floor = (statistics.median(one) for one in (shares, looks, floors))
-    print(f"3 sites x 4 concepts in PPO, every {every} batches: adds {share:.1%} (3%); {look:.0f} ms a look")
-    print(f"  by hand {share * floor:.1%}; {1 / floor:.2f} times")
+        for name, value in (("suite", inside), ("with a suite", whole + inside), (SUMS, by_hand), (PLAIN, whole)):
+            spent[name].append(value)
+    found = {name: np.array(values) for name, values in spent.items()}
+    what, case = "3 sites x 4 concepts", f"PPO, every {every} batches"
+    yield from figures_of(what, case, "with a suite", found, [Budget(PLAIN, 1.03)])
+    yield from figures_of(what, case, "suite", found, [Budget(SUMS)])
+
+
+def figures(rounds: int = 3, frames: int = 81_920, every: Sequence[int] = (1, 5, 10)) -> Iterator[Figure]:
+    """Fitting, a grid, and a suite in training.
+
+    Args:
+        rounds: of each; of the suite, seeds.
+        frames: of a training.
+        every: how many batches lie between two looks of the suite.
+    """
+    yield from fitting(rounds)
+    yield from grid(rounds)
+    for batches in every:
+        yield from suite(frames, rounds, batches)
 
 
 def main(repeats: int, frames: int) -> None:
     torch.set_num_threads(1)
     torchrl.logger.setLevel("ERROR")
     warnings.simplefilter("ignore")
-    fitting(repeats)
-    grid(repeats)
-    for every in (1, 5, 10):
-        suite(frames, repeats, every)
+    show(figures(repeats, frames))
 
 
 if __name__ == "__main__":

@@ -11,19 +11,29 @@ from __future__ import annotations
 
 import argparse
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.budgeted import Budget, Figure, figures_of, show
 from tdhook_rl.report import DataTable, FolderSink, Histogram, Image
 
-#: Seconds that the report of one run may take.
-ALLOWED = 10.0
+#: Of the time that it takes to import and parse: ten seconds beside four, for a day's run.
+ALLOWED = 2.5
+PARSING = "to import and parse"
+PARSE = """
+import json, pathlib, sys
+import tdhook_rl.report
+for folder in sys.argv[1:]:
+    for path in pathlib.Path(folder).rglob("*.jsonl"):
+        for line in path.open():
+            json.loads(line)
+"""
 
 
 def write_run(folder: Path, batches: int, keys: int, seed: int) -> None:
@@ -58,25 +68,39 @@ def write_run(folder: Path, batches: int, keys: int, seed: int) -> None:
     sink.close()
 
 
-def main(batches: int, keys: int, runs: int, repeats: int) -> None:
+def figures(rounds: int = 3, batches: int = 1000, keys: int = 60, runs: Sequence[int] = (1, 5)) -> Iterator[Figure]:
+    """The command beside a program that imports the library and parses the same lines; processor and wall.
+
+    Args:
+        rounds: of each.
+        batches, keys: of a run.
+        runs: how many go into one report.
+    """
     with tempfile.TemporaryDirectory() as place:
-        folders = [Path(place) / f"seed{seed}" for seed in range(runs)]
+        folders = [Path(place) / f"seed{seed}" for seed in range(max(runs))]
         for seed, folder in enumerate(folders):
             write_run(folder, batches, keys, seed)
-        print(f"{batches} batches of {keys} numbers, {keys // 10} histograms every 5, 4 pictures every 25")
-        print("runs | seconds | of the processor | allowed | megabytes of the page")
-        for count in dict.fromkeys((1, runs)):
-            command = [sys.executable, "-m", "tdhook_rl.cli", "report", *map(str, folders[:count]), "--out", place]
-            seconds, busy = [], []
-            for _ in range(repeats):
-                start, before = time.perf_counter(), _processor()
-                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-                seconds.append(time.perf_counter() - start)
-                busy.append(_processor() - before)
+        for count in runs:
+            chosen = list(map(str, folders[:count]))
+            commands = {
+                "tdhook-rl report": ["-m", "tdhook_rl.cli", "report", *chosen, "--out", place],
+                PARSING: ["-c", PARSE, *chosen],
+            }
+            wall, busy = ({name: np.zeros(rounds) for name in commands} for _ in range(2))
+            for number in range(rounds):
+                for name, command in commands.items():
+                    start, before = time.perf_counter(), _processor()
+                    subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+                    wall[name][number], busy[name][number] = time.perf_counter() - start, _processor() - before
             size = (Path(place) / "report.html").stat().st_size / 1e6
-            allowed = f"{ALLOWED:.0f}" if count == 1 else "-"
-            wall, process = statistics.median(seconds), statistics.median(busy)
-            print(f"{count:4} | {wall:7.1f} | {process:16.1f} | {allowed:>7} | {size:.1f}", flush=True)
+            note = f"{np.median(wall['tdhook-rl report']):.1f} s by the wall, a page of {size:.1f} MB"
+            budget = Budget(PARSING, ALLOWED if (count, batches) == (1, 1000) else None, note)
+            case = f"{count} x {batches:,} batches, {keys} keys"
+            yield from figures_of("a report, CPU", case, "tdhook-rl report", busy, [budget])
+
+
+def main(batches: int, keys: int, runs: int, repeats: int) -> None:
+    show(figures(repeats, batches, keys, tuple(dict.fromkeys((1, runs)))))
 
 
 def _processor() -> float:

@@ -3,14 +3,15 @@
 python -m benchmarks.sweep_cost
 python -m benchmarks.sweep_cost --rounds 5
 
-Process CPU time on one thread: where other programs want the processors as well, wall time counts them in.
+Process CPU time on one thread: where other programs want the processors as well, wall time counts them in. What common
+noise saves is told in episodes, not in time.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -22,7 +23,8 @@ from torchrl.envs import EnvBase, GymEnv, SerialEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import OneHotCategorical, ProbabilisticActor
 
-from benchmarks.pairs import compare, measure
+from benchmarks.budgeted import Budget, Figure, figures_of, show
+from benchmarks.pairs import measure
 from tdhook_rl import SteeringVectors
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.examples.agent import make_actor
@@ -33,11 +35,7 @@ from tdhook_rl.sweeps import SteeringVector, steering_sweep
 SITES = ["module.0.module.1", "module.0.module.3", "module.0.module.5"]
 ALPHAS = [0.1 * step for step in range(1, 12)]
 CONTROLS, EPISODES, STEPS = 8, 64, 30
-
-
-def line(text: str, ratio: float, budget: float, at_least: bool = False) -> None:
-    kept = ratio >= budget if at_least else ratio <= budget
-    print(f"{text}: {ratio:.2f} ({'at least' if at_least else 'at most'} {budget:g}: {'yes' if kept else 'NO'})")
+LOOPS, ROWS = "loops of rollouts", "plain rows"
 
 
 def vectors() -> dict[str, SteeringVector]:
@@ -45,7 +43,7 @@ def vectors() -> dict[str, SteeringVector]:
     return {path: SteeringVector(vector=torch.randn(64, generator=draw), path=path) for path in SITES}
 
 
-def grid(rounds: int) -> None:
+def grid(rounds: int) -> Iterator[Figure]:
     """3 sites x 11 strengths x 8 controls x 64 episodes, beside a rollout of 64 environments for each condition."""
     actor, directions = make_actor(), vectors()
     conditions = len(SITES) * len(ALPHAS) * (1 + CONTROLS)
@@ -68,13 +66,12 @@ def grid(rounds: int) -> None:
                         env.set_seed(0)
                         env.rollout(STEPS, policy, break_when_any_done=False)
 
-    found = measure({"ours": ours, "loop": loop}, rounds)
-    each = {name: float(torch.tensor(times).median()) for name, times in found.items()}
-    print(f"{conditions} conditions x {EPISODES} episodes: {each['ours']:.2f} s, in loops {each['loop']:.2f} s")
-    line("  times as fast as loops of rollouts", each["loop"] / each["ours"], 8.0, at_least=True)
+    found = measure({"steering_sweep": ours, LOOPS: loop}, rounds)
+    case = f"{conditions} x {EPISODES} episodes"
+    yield from figures_of("a sweep", case, "steering_sweep", found, [Budget(LOOPS, 1 / 8, "8 times as fast")])
 
 
-def rows(rounds: int) -> None:
+def rows(rounds: int) -> Iterator[Figure]:
     """1,000 conditions of 16 episodes, beside as many rows that are not steered."""
     actor = make_actor()
     vector = vectors()[SITES[1]]
@@ -92,13 +89,11 @@ def rows(rounds: int) -> None:
             start = env.reset(resets).exclude("_reset")
             env.rollout(STEPS, actor, auto_reset=False, tensordict=start, break_when_all_done=True)
 
-    found = measure({"ours": ours, "plain": plain}, rounds)
-    each = {name: float(torch.tensor(times).median()) for name, times in found.items()}
-    print(f"1,000 conditions x 16 episodes: {each['ours']:.2f} s, as many plain rows {each['plain']:.2f} s")
-    line("  of the time of plain rows", each["ours"] / each["plain"], 1.2)
+    found = measure({"steering_sweep": ours, ROWS: plain}, rounds)
+    yield from figures_of("a sweep", "1,000 x 16 episodes", "steering_sweep", found, [Budget(ROWS, 1.2)])
 
 
-def step(rounds: int) -> None:
+def step(rounds: int) -> Iterator[Figure]:
     """A step of policy and 128 environments, with steering and without: vectorised ones, and Gymnasium's."""
     actor, path = make_actor(), SITES[1]
     vector = vectors()[path].vector
@@ -121,10 +116,11 @@ def step(rounds: int) -> None:
 
         return play
 
-    show("in env.rollout of CueCorners", {name: playing(one) for name, one in policies.items()}, rounds * 8)
+    runs = {name: playing(one) for name, one in policies.items()}
+    yield from beside_plain("CueCorners, env.rollout", runs, rounds * 8)
     del policies["steered by row"]
     runs = {name: collecting(corners, policy) for name, policy in policies.items()}
-    show("in a collector of CueCorners", runs, rounds * 8)
+    yield from beside_plain("CueCorners, a collector", runs, rounds * 8)
     net = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
     cart_actor = ProbabilisticActor(
         TensorDictModule(net, in_keys=["observation"], out_keys=["logits"]), in_keys=["logits"],
@@ -133,7 +129,7 @@ def step(rounds: int) -> None:
     carts = SerialEnv(128, partial(GymEnv, "CartPole-v1"))
     steered = SteeringVectors({"module.0.module.3": vector}, alpha=0.5).prepare(cart_actor, return_context=False)
     runs = {"plain": collecting(carts, cart_actor), "steered": collecting(carts, steered)}
-    show("in a collector of CartPole", runs, rounds * 3)
+    yield from beside_plain("CartPole, a collector", runs, rounds * 3)
 
 
 def collecting(env: EnvBase, policy: nn.Module) -> Callable[[], object]:
@@ -144,10 +140,18 @@ def collecting(env: EnvBase, policy: nn.Module) -> Callable[[], object]:
     return lambda: next(batches)
 
 
-def show(where: str, runs: dict[str, Callable[[], object]], rounds: int) -> None:
-    print(f"a step of 128 environments {where}")
-    for ratio in compare(runs, {name: ["plain"] for name in runs if name != "plain"}, rounds)[1]:
-        line(f"  {ratio.name}, of the time without", 1 / ratio.median, 1.05)
+def beside_plain(case: str, runs: dict[str, Callable[[], object]], rounds: int) -> Iterator[Figure]:
+    found = measure(runs, rounds)
+    for name in runs:
+        if name.startswith("steered"):
+            budgets = [Budget("plain", 1.05), Budget("by hand")]
+            yield from figures_of("a step of 128", case, name, found, budgets)
+
+
+def figures(rounds: int = 3) -> Iterator[Figure]:
+    """Sweeps beside loops and plain rows, then steps with steering beside those without and with a hook by hand."""
+    for measured in (grid, rows, step):
+        yield from measured(rounds)
 
 
 def noise() -> None:
@@ -177,7 +181,5 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=3)
     rounds_asked = parser.parse_args().rounds
     torch.set_num_threads(1)
-    grid(rounds_asked)
-    rows(rounds_asked)
-    step(rounds_asked)
+    show(figures(rounds_asked))
     noise()
