@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.faults import crashes, writing
+from tests.faults import callbacks, crashes, writing
 from tests.faults.fault import Kind
 
-KINDS: dict[str, Kind] = {**writing.kinds(), **crashes.kinds()}
+KINDS: dict[str, Kind] = {**writing.kinds(), **crashes.kinds(), **callbacks.kinds()}
