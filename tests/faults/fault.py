@@ -15,8 +15,6 @@ from unittest import mock
 #: error of the library, the caller's own error as it was raised, or a warning, and nothing is damaged.
 WHOLE, RESUMABLE, NAMED = "whole", "resumable", "named error"
 ENDINGS = (WHOLE, RESUMABLE, NAMED)
-#: Seconds after which a fault counts as one that hangs.
-LONGEST = 60
 
 
 class Wrong(AssertionError):
@@ -34,16 +32,18 @@ class Fault:
     Attributes:
         name: what fails, and where.
         run: brings it about in an empty folder; returns how it ended, or raises :class:`Wrong`.
+        seconds: after which it counts as one that hangs.
     """
 
     name: str
     run: Callable[[Path], str]
+    seconds: float = 60.0
 
     def ending(self, folder: Path) -> str:
         """How it ends; ``"FAULT: ..."`` where in none of the ways that are allowed."""
         try:
             # Nothing waits for a real disk here: what was brought to it, and what was not, is for `disk` to say.
-            with in_time(), warnings.catch_warnings(), mock.patch.object(os, "fsync", return_value=None):
+            with in_time(self.seconds), warnings.catch_warnings(), mock.patch.object(os, "fsync", return_value=None):
                 warnings.simplefilter("ignore")
                 found = self.run(folder)
         except Exception as error:
@@ -56,7 +56,7 @@ Kind = Callable[[Path], Iterator[Fault]]
 
 
 @contextmanager
-def in_time(seconds: float = LONGEST) -> Iterator[None]:
+def in_time(seconds: float) -> Iterator[None]:
     """What takes longer raises :class:`Wrong`."""
 
     def late(*_: object) -> None:

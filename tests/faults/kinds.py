@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from tests.faults import callbacks, crashes, writing
+from tests.faults import callbacks, crashes, killing, machine, writing
 from tests.faults.fault import Kind
 
-KINDS: dict[str, Kind] = {**writing.kinds(), **crashes.kinds(), **callbacks.kinds()}
+KINDS: dict[str, Kind] = {
+    **writing.kinds(),
+    **crashes.kinds(),
+    **callbacks.kinds(),
+    **killing.kinds(),
+    **machine.kinds(),
+}
