@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tdhook_rl.errors import ArtifactError
+from tdhook_rl.files.digests import digest_of
 from tdhook_rl.files.durable import parse_json, put
 
 __all__ = ["load_artifact", "save_artifact"]
@@ -39,16 +41,14 @@ def save_artifact(
 
     path = _with_ending(path)
     document = {"format": FORMAT, "kind": kind, "facts": dict(facts or {})}
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
+        document["digest"] = _digest(document["facts"], tensors)
         text = json.dumps(document, indent=2)
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"the facts of {path.name!r} are not JSON: {error}") from None
     # Not save_file, which says of a full disk that something could not be serialized.
-    content = save(
-        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
-        metadata={"tdhook_rl": json.dumps(document)},
-    )
-    put(path, content)
+    put(path, save(tensors, metadata={"tdhook_rl": json.dumps(document)}))
     put(path.with_suffix(".json"), text + "\n")
     return path
 
@@ -60,7 +60,7 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[
         its tensors and its facts.
 
     Raises:
-        ArtifactError: if the file is absent, corrupt, holds NaN, or is something else.
+        ArtifactError: if the file is absent, corrupt, was changed, holds NaN, or is something else.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -90,10 +90,18 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[
         raise ArtifactError(f"{path} lacks its kind or its facts, which every artifact has")
     if document["kind"] != kind:
         raise ArtifactError(f"{path} holds a {document['kind'][:80]!r}, not a {kind!r}")
+    if "digest" in document and document["digest"] != _digest(facts, tensors):
+        raise ArtifactError(f"{path} is not what was written: its tensors or facts have changed since")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ArtifactError(f"{path}: the tensor {name!r} has NaN or infinite entries")
     return tensors, facts
+
+
+def _digest(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """By which bytes are known that have changed on a disk."""
+    told = json.dumps(json.loads(json.dumps(facts)), sort_keys=True).encode()
+    return hashlib.blake2b(told + digest_of(tensors.items()).encode(), digest_size=16).hexdigest()
 
 
 def _with_ending(path: str | Path) -> Path:

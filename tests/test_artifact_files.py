@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tdhook_rl.artifacts import load_artifact, save_artifact
 from tdhook_rl.errors import ArtifactError
 from tdhook_rl.experiments import checkpoints
 from tdhook_rl.files import durable
+from tdhook_rl.files.checkpoints import state_of
 from tdhook_rl.files.stored import module_path
 from tdhook_rl.sweeps import SteeringVector
 
@@ -207,3 +209,34 @@ def test_a_disk_that_is_full_leaves_the_old_file(tmp_path: Path, monkeypatch: py
     tensors, facts = load_artifact(tmp_path / "saved", "x")
     assert torch.equal(tensors["vector"], VECTOR["vector"])
     assert facts == {"which": "old"}
+
+
+# ------------------------------------------------------------------ what a disk has changed
+
+
+@pytest.mark.parametrize("bit", range(0, 8 * 60, 37))
+def test_a_bit_of_a_number_or_a_fact_that_has_changed_is_noticed(bit: int, tmp_path: Path) -> None:
+    path = save_artifact(tmp_path / "a", "kind", {"x": torch.arange(15.0)}, {"rows": 12})
+    before = path.read_bytes()
+    content = bytearray(before)
+    content[-1 - bit // 8] ^= 1 << bit % 8  # the numbers come last
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"is not what was written|NaN or infinite"):
+        load_artifact(tmp_path / "a", "kind")
+    assert b'\\"rows\\": 12' in before
+    path.write_bytes(before.replace(b'\\"rows\\": 12', b'\\"rows\\": 13'))
+    with pytest.raises(ArtifactError, match="is not what was written"):
+        load_artifact(tmp_path / "a", "kind")
+
+
+def test_a_key_that_stands_twice_is_no_document(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"entries": 3, "entries": 4}')
+    with pytest.raises(ArtifactError, match="names a key twice"):
+        durable.read_json(tmp_path / "a.json", "a manifest")
+
+
+def test_a_checkpoint_that_unfolds_is_not_read(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "w.pt", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", bytes(10_000_000))
+    with pytest.raises(ArtifactError, match="compressed, which no checkpoint of torch is"):
+        state_of(tmp_path / "w.pt")

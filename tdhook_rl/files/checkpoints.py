@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def state_of(checkpoint: Any, name: str = "checkpoint") -> dict[str, Any]:
             from safetensors.torch import load_file
 
             return dict(load_file(path))
+        _require_stored(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ArtifactError(f"there is no file {path} for {name!r}") from error
@@ -47,6 +49,14 @@ def state_of(checkpoint: Any, name: str = "checkpoint") -> dict[str, Any]:
     if not isinstance(found, Mapping):
         raise ArtifactError(f"{path} holds a {type(found).__name__}, not a state dict")
     return dict(found)
+
+
+def _require_stored(path: Path) -> None:
+    """Raise ``ValueError`` for a file that unfolds to more than it has: ``torch.save`` never compresses."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as parts:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
+                raise ValueError("it is compressed, which no checkpoint of torch is")
 
 
 def load_into(module: nn.Module, checkpoint: Any, name: str = "checkpoint") -> None:

@@ -61,14 +61,21 @@ def parse_json(text: str, **options: Any) -> Any:
     (Memory that processes share was found damaged so, by another object's finalizer that was cut short.)
 
     Raises:
-        ValueError: if it is no JSON, or nested too deeply.
+        ValueError: if it is no JSON, nested too deeply, or names a key twice.
     """
     depth = 0
     for part in _BRACKETS.finditer(text):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(part[0], 0)
         if depth > _DEEPEST:
             raise ValueError("it is nested too deeply")
-    return json.loads(text, **options)
+    return json.loads(text, object_pairs_hook=_once, **options)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("it names a key twice")
+    return found
 
 
 def _refuse(name: str) -> None:

@@ -169,7 +169,7 @@ def opened(file: Path) -> Any:
     import pyarrow.parquet as pq
 
     with reading(file):
-        return pq.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False)
+        return pq.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True)
 
 
 def columns_of(file: Path, schema: Any) -> dict[str, Column]:

@@ -166,7 +166,7 @@ def _write(path: Path, columns: Columns, beside: dict[str, np.ndarray]) -> tuple
             table = pa.table({name: _arrow(value) for name, value in arrays.items()})
             table = table.replace_schema_metadata({KEYS: json.dumps(told).encode()})
             if writer is None:
-                writer = pq.ParquetWriter(path, table.schema)
+                writer = pq.ParquetWriter(path, table.schema, write_page_checksum=True)
                 features = {name: _feature(value) for name, value in arrays.items()}
                 spread = {name: _Spread() for name in arrays}
             writer.write_table(table, row_group_size=max(1, rows))

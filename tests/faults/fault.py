@@ -14,7 +14,9 @@ from unittest import mock
 #: The result is what it would have been; or the same call goes on from what is there; or it is said by name, as an
 #: error of the library, the caller's own error as it was raised, or a warning, and nothing is damaged.
 WHOLE, RESUMABLE, NAMED = "whole", "resumable", "named error"
-ENDINGS = (WHOLE, RESUMABLE, NAMED)
+#: Only of files in formats of others, or lines of text: without checksums, other numbers cannot be told.
+AS_IT_IS = "read as it is"
+ENDINGS = (WHOLE, RESUMABLE, NAMED, AS_IT_IS)
 
 
 class Wrong(AssertionError):

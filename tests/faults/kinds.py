@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from tests.faults import callbacks, crashes, killing, machine, writing
+from tests.faults import callbacks, crashes, hostile, killing, machine, writing
 from tests.faults.fault import Kind
 
-KINDS: dict[str, Kind] = {
-    **writing.kinds(),
-    **crashes.kinds(),
-    **callbacks.kinds(),
-    **killing.kinds(),
-    **machine.kinds(),
-}
+ROOMS = (writing, crashes, callbacks, killing, hostile, machine)
+KINDS: dict[str, Kind] = {name: kind for room in ROOMS for name, kind in room.kinds().items()}

@@ -1,4 +1,4 @@
-"""Random sequences of preparing, calling, setting, copying, loading and restoring, against a plain model of what holds."""
+"""Random sequences of preparing, calling, setting, copying, loading and restoring, against a plain model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tdhook_rl.targets import Target
 from tdhook_rl.testing.subject import require_untouched, snapshot
 from tests.faults.fault import WHOLE, Fault, Kind
 
-SEQUENCES, EACH = 60, 5
+SEQUENCES, EACH = 40, 5
 ALPHAS = st.sampled_from([0.0, 0.5, 1.0, -2.0])
 SEEDS = st.integers(0, 5)
 

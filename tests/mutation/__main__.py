@@ -22,7 +22,7 @@ def chosen(name: str, seed: int) -> list[Mutant]:
     group = GROUPS[name]
     found = [one for path in group.files() for one in mutants_of(path, ROOT)]
     random.Random(f"{name} {seed}").shuffle(found)
-    return found[: group.sample]
+    return [one for one in found if not one.is_words][: group.sample]
 
 
 def main() -> None:

@@ -49,6 +49,11 @@ class Mutant:
     change: str
 
     @property
+    def is_words(self) -> bool:
+        """Whether it changes a text of several words, which is part of a message somewhere."""
+        return self.kind == "constant" and self.change[0] in "'\"" and " " in self.change.split(" -> ")[0]
+
+    @property
     def name(self) -> str:
         """By which it is found again as long as its function has no other node before it."""
         return f"{self.path}:{self.line}:{self.column} {self.where}: {self.change}"
