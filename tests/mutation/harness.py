@@ -35,7 +35,7 @@ HEAVY = ("torch", "tensordict", "torchrl.collectors", "torchrl.data", "torchrl.e
          "safetensors.torch", "gymnasium", "cloudpickle")  # fmt: skip
 #: Seconds of tests, by what they took once, that are run for one change at the most: the shortest ones of those that
 #: run its line.
-MOST = 8.0
+MOST = 40.0
 #: What a change may take beyond that before it counts as noticed, as a program that hangs.
 PATIENCE = 15.0
 
