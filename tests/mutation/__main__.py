@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/mutants"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--again", action="store_true", help="those again that were not noticed")
+    parser.add_argument("--files", nargs="*", default=[], help="with --again: by all tests of these files")
     parser.add_argument("--only", default="", help="changes whose name contains this, again")
     parser.add_argument("--summary", action="store_true")
     asked = parser.parse_args()
@@ -38,14 +39,14 @@ def main() -> None:
     if not asked.summary:
         warm_up()
     for name in asked.groups:
-        _try_all(name, asked.out, asked.seed, asked.only, asked.again, asked.summary)
+        _try_all(name, asked.out, asked.seed, asked)
 
 
-def _try_all(name: str, out: Path, seed: int, only: str, again: bool, summary: bool) -> None:
+def _try_all(name: str, out: Path, seed: int, asked: argparse.Namespace) -> None:
     log = out / f"{name}.jsonl"
     known = _known(log)
     mutants = chosen(name, seed)
-    if not summary:
+    if not asked.summary:
         tests = out / f"{name}_tests.json"
         if not tests.exists():
             note(GROUPS[name], tests)
@@ -59,10 +60,10 @@ def _try_all(name: str, out: Path, seed: int, only: str, again: bool, summary: b
             with log.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
 
-        missed = {one for one, ending in known.items() if ending in ("survived", "error")}
-        wanted = [one for one in mutants if only in one.name and (only or one.name not in known)]
-        wanted = [one for one in mutants if one.name in missed] if again else wanted
-        outcomes(GROUPS[name], wanted, Noted(tests), tell)
+        missed = {one for one, ending in known.items() if ending in ("survived", "error", "not run")}
+        wanted = [one for one in mutants if asked.only in one.name and (asked.only or one.name not in known)]
+        wanted = [one for one in mutants if one.name in missed] if asked.again else wanted
+        outcomes(GROUPS[name], wanted, Noted(tests), tell, asked.files)
         known = _known(log)
     counts = Counter(known[one.name] for one in mutants if one.name in known)
     print(f"{name}: {sum(counts.values())} of {len(mutants)} tried: {dict(counts)}", flush=True)

@@ -18,7 +18,7 @@ import time
 import traceback
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 
 from tests.mutation.mutators import Mutant
-from tests.mutation.plan import ROOT, Group
+from tests.mutation.plan import QUICK, ROOT, Group
 
 #: Imported once; what the package or a test imports besides costs time in every fork.
 HEAVY = ("torch", "tensordict", "torchrl.collectors", "torchrl.data", "torchrl.envs", "torchrl.modules",
@@ -140,6 +140,8 @@ def note(group: Group, into: Path) -> None:
 class Noted:
     """Which tests run a line, shortest first."""
 
+    files: Sequence[str] = ()
+
     def __init__(self, path: Path) -> None:
         found = json.loads(path.read_text())
         self.seconds = {test: seconds for test, seconds in found["seconds"].items() if seconds < MOST}
@@ -166,21 +168,38 @@ class Noted:
         return chosen
 
 
+class _All(Noted):
+    """All tests of some files, whatever they run."""
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self.files, self.seconds = files, dict.fromkeys(files, 60.0)
+
+    def tests(self, mutant: Mutant) -> list[str]:
+        return list(self.files)
+
+
 # ------------------------------------------------------------------ one change
 
 Told = Callable[[Mutant, str], None]
 
 
-def outcomes(group: Group, mutants: list[Mutant], noted: Noted, tell: Told) -> None:
+def outcomes(group: Group, mutants: list[Mutant], noted: Noted, tell: Told, files: Sequence[str] = ()) -> None:
     """Try changes, and tell what each came to: ``"killed"``, ``"timeout"`` (noticed, too), ``"survived"``, or ``"not
-    run"`` by any test."""
+    run"`` by any test.
+
+    Args:
+        files: all tests of these, instead of those that are known to run the line.
+    """
+    if files:
+        noted = _All(files)
     unseen = [one for one in mutants if not noted.tests(one)]
     for mutant in unseen:
         tell(mutant, "not run")
     rest = [one for one in mutants if one not in unseen]
     inside = [one for one in rest if not one.at_import]
     if inside:
-        code = in_fork(lambda: _pytest(["-s", *group.arguments()], [_Trying(inside, noted, tell)]), float("inf"))
+        arguments = [*files, "-m", QUICK] if files else group.arguments()
+        code = in_fork(lambda: _pytest(["-s", *arguments], [_Trying(inside, noted, tell)]), float("inf"))
         if code:
             raise RuntimeError(f"the tests of {group.folder} cannot be collected: {code}")
     for mutant in rest:
@@ -203,7 +222,7 @@ class _Trying:
         items = {item.nodeid: item for item in session.items}
         for mutant in self.mutants:
             names = self.noted.tests(mutant)
-            chosen = [items[name] for name in names if name in items]
+            chosen = session.items if self.noted.files else [items[name] for name in names if name in items]
 
             def run(mutant: Mutant = mutant, chosen: list[pytest.Item] = chosen) -> int:
                 _swap(mutant)
@@ -255,7 +274,7 @@ def _at_import(mutant: Mutant, noted: Noted) -> str:
 
     def run() -> int:
         _change(mutant, mutant.tree(ROOT))
-        return _pytest(["-x", "-o", "addopts=--strict-markers", *tests])
+        return _pytest(["-x", "-o", "addopts=--strict-markers", "-m", QUICK, *tests])
 
     return _word(in_fork(run, 20 + _seconds(tests, noted)))
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+#: What `make test` runs.
+QUICK = "not slow and not gpu and not matrix and not faults"
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,7 @@ class Group:
         modules = [f"tdhook_rl.{self.folder.replace('/', '.')}"]
         modules += [path.removesuffix(".py").replace("/", ".") for path in self.files() if "__init__" not in path]
         examples = [f"tests/test_docs.py::test_docstring_examples[{name}]" for name in modules]
-        quick = " and ".join(f"not {marker}" for marker in ("slow", "gpu", "matrix", "faults"))
-        return [*(f"tests/{name}.py" for name in self.tests), *examples, "-m", quick]
+        return [*(f"tests/{name}.py" for name in self.tests), *examples, "-m", QUICK]
 
 
 GROUPS = {
