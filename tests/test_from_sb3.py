@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.collectors import MultiSyncCollector
+from torchrl.envs import GymWrapper
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 pytest.importorskip("stable_baselines3", reason="the adapters are tested against the real package")
 
-from tdhook_rl import Saliency
+from tdhook_rl import ActivationCaching, Saliency
 from tdhook_rl.adapters import from_sb3
 from tdhook_rl.errors import InputError, PreparationError
-from tests.sb3_agents import ACTIONS, OBSERVATIONS, key_of, make_agent, observations, odd_extractor, own_score, tensors
+from tests.sb3_agents import (
+    ACTIONS,
+    OBSERVATIONS,
+    Endless,
+    key_of,
+    make_agent,
+    observations,
+    odd_extractor,
+    own_score,
+    tensors,
+)
 
 #: Algorithm, observation, action, and what else it is made with.
 CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
@@ -32,6 +46,16 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "SAC together": ("SAC", "dict", "torque", {"policy_kwargs": {"share_features_extractor": True}}),
 }
 
+#: A2C has PPO's networks and DDPG's are TD3's; these are tried with fewer observations unless all are.
+FEW = {"A2C", "TD3"}
+
+
+def cases(*without: str) -> list[Any]:
+    """The cases but for those that begin so, with those marked that are slow because they are many."""
+    kept = [case for case in CASES if not case.startswith(without)] if without else list(CASES)
+    few = {case for case in kept if CASES[case][0] in FEW and CASES[case][1] not in ("vector", "dict")}
+    return [pytest.param(case, marks=pytest.mark.slow) if case in few else case for case in kept]
+
 
 def made(case: str) -> Any:
     name, seen, action, more = CASES[case]
@@ -39,7 +63,7 @@ def made(case: str) -> Any:
     return make_agent(name, seen, action, **kwargs)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cases())
 def test_it_computes_what_the_agent_computes(case: str) -> None:
     """Actions, values and scores of stored actions: to the bit, for any batch shape, before training and after."""
     agent = made(case)
@@ -70,7 +94,7 @@ def test_it_computes_what_the_agent_computes(case: str) -> None:
             assert torch.equal(from_sb3(agent)(data.clone())["action"], actor(data.clone())["action"])
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("DQN")])
+@pytest.mark.parametrize("case", cases("DQN"))
 def test_values_are_those_of_the_agent(case: str) -> None:
     agent = made(case)
     given, data = observations(agent)
@@ -95,7 +119,7 @@ def test_values_are_those_of_the_agent(case: str) -> None:
     assert shared == apart
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not CASES[case][1].startswith("ind")])
+@pytest.mark.parametrize("case", cases(*(case for case in CASES if CASES[case][1].startswith("ind"))))
 def test_explanations_are_gradients_of_the_agents_own_code(case: str) -> None:
     """By autograd through ``evaluate_actions`` and the like, at the stored action, which is not the likeliest one."""
     agent = made(case)
@@ -164,6 +188,54 @@ def test_extractors_of_ones_own_run_as_they_are_used(name: str) -> None:
     assert modes == [one.training for one in agent.policy.modules()]
     assert all(torch.equal(value, before[key]) for key, value in agent.policy.state_dict().items())
     np.testing.assert_array_equal(found["action"].numpy(), agent.predict(given, deterministic=True)[0])
+
+
+@pytest.mark.parametrize("name", ["PPO", "DQN", "SAC"])
+def test_saved_agents_are_those_that_were_saved(name: str, tmp_path: Path) -> None:
+    """And loaded weights reach a policy that was made before."""
+    import stable_baselines3
+
+    agent, other = make_agent(name), make_agent(name)
+    agent.learn(16)
+    agent.save(tmp_path / "agent")
+    _, data = observations(agent)
+    expected = from_sb3(agent)(data.clone())
+    actor = from_sb3(other)
+    with ActivationCaching(r".*\.1$").prepare(actor) as policy:
+        before = policy(data.clone())
+        assert not all(torch.equal(before[key], expected[key]) for key in actor.out_keys)
+        other.set_parameters(tmp_path / "agent", device="cpu")
+        loaded = from_sb3(getattr(stable_baselines3, name).load(tmp_path / "agent", device="cpu"))
+        for one in (actor, policy, loaded):
+            found = one(data.clone())
+            assert all(torch.equal(found[key], expected[key]) for key in actor.out_keys)
+
+
+@pytest.mark.slow
+@pytest.mark.limit(150)
+@pytest.mark.parametrize("seen", ["vector", "dict"])
+def test_workers_of_collectors_are_given_the_policy(seen: str) -> None:
+    """In processes that were spawned, which unpickle it; and it is updated there."""
+    agent = make_agent("PPO", seen)
+    options = {"frames_per_batch": 14, "total_frames": 28, "auto_register_policy_transforms": False}
+    options["exploration_type"] = ExplorationType.DETERMINISTIC
+    with Saliency(inputs=["speed"] if seen == "dict" else None).prepare(from_sb3(agent)) as policy:
+        collector = MultiSyncCollector([partial(environment, seen)] * 2, policy, postproc=policy.annotate, **options)
+        for data in collector:
+            rows = data.reshape(-1)
+            given = {key: rows[key].numpy() for key in policy.in_keys}
+            given = given if seen == "dict" else given["observation"]
+            np.testing.assert_array_equal(rows["action"].numpy(), agent.predict(given, deterministic=True)[0])
+            assert rows["computed", "attr"].all()
+            with torch.no_grad():
+                for one in agent.policy.parameters():
+                    one.mul_(1.5)
+            collector.update_policy_weights_()
+        collector.shutdown()
+
+
+def environment(seen: str) -> GymWrapper:
+    return GymWrapper(Endless(seen, "one"), categorical_action_encoding=True)
 
 
 def test_paths_are_those_of_the_agent() -> None:
