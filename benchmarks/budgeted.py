@@ -76,7 +76,7 @@ class Figure:
 
     def __str__(self) -> str:
         ratio = f"{digits(self.ratio.median):>6} [{digits(self.ratio.low)}, {digits(self.ratio.high)}]"
-        budget = "" if self.most is None else f"at most {digits(self.most)}: {'met' if self.met else 'MISSED'}"
+        budget = "" if self.most is None else f"at most {self.most:.4g}: {'met' if self.met else 'MISSED'}"
         ours, other = (f"{one:10.4g}" for one in self.medians)
         line = (
             f"{self.what:22} {self.case:28} {self.ours:18}{ours}  {self.against:26}{other} {self.unit:4}"

@@ -119,9 +119,9 @@ def as_page(groups: Sequence[Measured], where: dict[str, Any]) -> str:
         _peers_line(),
         *[f"**The group {group.name} ended early: {group.failed}.**" for group in groups if group.failed],
         "## Budgets that are missed",
-        _listed(broken, "None.", lambda one: f"at most {digits(one.most or 0.0)}"),
+        _listed(broken, "None.", lambda one: _kept(f"at most {one.most:.4g}")),
         "## Where others are faster",
-        "Peers do not do the same beside the number: what ours checks and writes costs something at few rows.",
+        "Where the interval of ours over a peer's lies above 1, with a budget or without.",
         _listed(behind, "Nowhere.", lambda one: ""),
     ]
     for group in groups:
@@ -164,7 +164,7 @@ def _listed(figures: list[Figure], none: str, budget: Any) -> str:
     if not figures:
         return none
     rows = [
-        [one.what, one.case, f"{one.ours} / {one.against}", _interval(one.ratio), *filter(None, [budget(one)])]
+        [one.what, _kept(one.case), f"{one.ours} / {one.against}", _interval(one.ratio), *filter(None, [budget(one)])]
         for one in figures
     ]
     heading = ["what", "case", "ours / against", "ratio", "budget"][: len(rows[0])]
@@ -183,22 +183,31 @@ def _tables(figures: list[Figure]) -> list[str]:
         rows = []
         for (case, ours), beside in cells.items():
             one = next(iter(beside.values()))
-            spent = f"{_number(one.medians[0])} {one.unit}<br>{_spread(one.quartiles[0])}"
-            notes = "; ".join(dict.fromkeys(figure.note for figure in beside.values() if figure.note))
-            rows.append([f"{case}<br>{ours}", spent, *(_cell(beside.get(name)) for name in others), notes])
-        heading = [what, "ours", *others, ""]
-        if not any(row[-1] for row in rows):
-            heading, rows = heading[:-1], [row[:-1] for row in rows]
-        found.append(_markdown(heading, rows))
+            spent = _kept(f"{_number(one.medians[0])} {one.unit}<br>{_spread(one.quartiles[0])}")
+            rows.append([f"{_kept(case)}<br>{_kept(ours)}", spent, *(_cell(beside.get(name)) for name in others)])
+        found += [_markdown([what, "ours", *others], rows), *_notes(chosen)]
     return found
+
+
+def _notes(figures: list[Figure]) -> list[str]:
+    """What is said of some cases, once."""
+    cases: dict[tuple[str, str], list[str]] = {}
+    for figure in figures:
+        if figure.note:
+            cases.setdefault((figure.against, figure.note), []).append(figure.case)
+    lines = []
+    for (against, note), named in cases.items():
+        of = "" if len(named) == len({figure.case for figure in figures}) else f" ({'; '.join(dict.fromkeys(named))})"
+        lines.append(f"- {against}{of}: {note}.")
+    return ["\n".join(lines)] if lines else []
 
 
 def _cell(figure: Figure | None) -> str:
     if figure is None:
         return "-"
-    lines = [f"{_number(figure.medians[1])} {figure.unit}", f"**{_interval(figure.ratio)}**"]
+    lines = [_kept(f"{_number(figure.medians[1])} {figure.unit}"), f"**{_interval(figure.ratio)}**"]
     if figure.most is not None:
-        lines.append(f"at most {digits(figure.most)}{'' if figure.met else ': **missed**'}")
+        lines.append(_kept(f"at most {figure.most:.4g}{'' if figure.met else ': **missed**'}"))
     return "<br>".join(lines)
 
 
@@ -213,7 +222,12 @@ def _growth_table(growth: list[Growth]) -> str:
 
 
 def _interval(found: Median) -> str:
-    return f"{digits(found.median)} [{digits(found.low)}, {digits(found.high)}]"
+    return _kept(f"{digits(found.median)} [{digits(found.low)}, {digits(found.high)}]")
+
+
+def _kept(text: str) -> str:
+    """On one line."""
+    return text.replace(" ", "&nbsp;")
 
 
 def _spread(quartiles: tuple[float, float]) -> str:
