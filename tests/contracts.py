@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule, TensorDictParams
+from tensordict.nn import TensorDictModule, TensorDictParams, TensorDictSequential
 from torch import nn
 
 from tdhook_rl.internals import python_names, tensordict_names
@@ -204,7 +204,7 @@ def unchecked_entries() -> None:
     assert names.has_names(names.new_unsafe({}, batch_size=torch.Size([2]), names=["time"]))
 
 
-@contract("tensordict_names", "WRITE", "CALL_METHODS", "written_by", "has_options")
+@contract("tensordict_names", "WRITE", "CALL_METHODS", "written_by", "has_options", "selects")
 def calls_of_a_module() -> None:
     names = tensordict_names
     called: list[str] = []
@@ -222,6 +222,8 @@ def calls_of_a_module() -> None:
     by_name = TensorDictModule(lambda x: x, {"a": "x"}, ["b"])
     padded = TensorDictModule(nn.Linear(2, 2), ["a"], ["b"], get_kwargs={"as_padded_tensor": True})
     assert [names.has_options(one) for one in (plain, by_name, padded)] == [False, True, True]
+    chosen = TensorDictSequential(plain, TensorDictModule(nn.Linear(2, 2), ["b"], ["c"]), selected_out_keys=["c"])
+    assert [names.selects(one) for one in (TensorDictSequential(plain), chosen)] == [False, True]
 
 
 @contract("tensordict_names", "file_stem")
