@@ -19,6 +19,7 @@ from tdhook_rl.attribution.chain_gradients import is_linear
 from tdhook_rl.attribution.explainable import explainable_inputs, require_inputs
 from tdhook_rl.attribution.question import Attributed, Question, TargetFunction
 from tdhook_rl.calls.bound import BoundMethod
+from tdhook_rl.calls.compiled import Compiled
 from tdhook_rl.calls.passes import Call, Pass, with_batch
 from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.errors import InputError, TargetError
@@ -277,6 +278,19 @@ class BoundAttribution(BoundMethod):
         if init is None:
             return target or DefaultTarget()
         return _InitTargets(init, self._init["grads"], self.additional(call), self.watched, self.shows_outputs)
+
+
+def compiled(bound: BoundAttribution, config: Any) -> Compiled | None:
+    """What computes the same by a compiled graph, if the method is told to.
+
+    Raises:
+        InputError: where it cannot be.
+    """
+    if config.compile is False:
+        return None
+    if config.horizon == "trajectory" or config.missing == "nan":
+        raise InputError("compile= is for passes over rows: leave it out with horizon='trajectory' or missing='nan'")
+    return Compiled(bound, type(config).__name__, {} if config.compile is True else config.compile)
 
 
 class _OfRealSteps:

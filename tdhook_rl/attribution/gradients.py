@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from tensordict import NestedKey
@@ -26,6 +27,12 @@ from tdhook_rl.sites.runtime import vmap_level
 from tdhook_rl.targets import no_path
 
 
+def _numbers(run: Pass) -> dict[NestedKey, Tensor]:
+    """The outputs of the policy that are numbers."""
+    found = {key: run.outputs.get(key, None) for key in run.out_keys}
+    return {key: one for key, one in found.items() if isinstance(one, Tensor) and one.is_floating_point()}
+
+
 def functional_gradients(question: Question) -> tuple[list[Attributed], dict[str, Tensor]]:
     """For each target its gradients, as of :func:`tdhook_rl.attribution.gradients.gradients`; and the activations."""
     call, inputs, sites, targets, placed, stored, weights, _ = question
@@ -41,15 +48,16 @@ def functional_gradients(question: Question) -> tuple[list[Attributed], dict[str
     found = []
     for target in targets:
 
-        def total(*values: Tensor, target: TargetFunction = target) -> tuple[Tensor, tuple[Tensor, dict[int, Tensor]]]:
+        def total(*values: Tensor, target: TargetFunction = target) -> tuple[Tensor, tuple[Tensor, dict[Any, Tensor]]]:
             seen = [value + mark.sqrt() for value, mark in zip(values, values[len(points) :], strict=False)] or values
             chosen = dict(zip(inputs, seen, strict=False))
             given = dict(zip(inner, seen[len(inputs) :], strict=True))
             with as_leaves(runtime, given, added, call.totals):
-                value = target(call.replay(chosen, stored))
+                run = call.replay(chosen, stored)
+                value = target(run)
             scalar = (value if weights is None else value * weights.to(value.dtype)).sum()
             if torch.compiler.is_compiling():
-                return scalar, (value, {})
+                return scalar, (value, {} if placed or stored is not None else _numbers(run))
             if not value.requires_grad:
                 raise TargetError(no_path(target, inputs, sites.values()))
             # Zeros from the transform would not tell a slope of zero from an input that no gradient reaches.
@@ -59,6 +67,7 @@ def functional_gradients(question: Question) -> tuple[list[Attributed], dict[str
         argnums = tuple(range(len(points) + len(marks)))
         one, (value, own) = torch.func.grad(total, argnums=argnums, has_aux=True)(*points, *marks)
         if torch.compiler.is_compiling():
+            call.traced_outputs = own
             one = tuple(
                 torch.where(mark == 0, torch.nan, slope) for slope, mark in zip(one, one[len(points) :], strict=False)
             )

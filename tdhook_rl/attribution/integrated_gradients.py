@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tdhook_rl.arguments.checked import require_counts
 from tdhook_rl.arguments.keys import key_parts
-from tdhook_rl.attribution.base import BoundAttribution, GradientAttribution
+from tdhook_rl.attribution.base import BoundAttribution, GradientAttribution, compiled
 from tdhook_rl.attribution.baselines import Baseline, Baselines, check_baseline
 from tdhook_rl.attribution.gradients import gradients
 from tdhook_rl.attribution.leaves import activations
@@ -72,6 +72,7 @@ class _BoundIntegratedGradients(BoundAttribution):
         given, root = config.baseline, config.baseline_key
         self.baselines = Baselines("IntegratedGradients", given, root, as_input=True, known=binder.policy.in_keys)
         self._chunk_size = config.chunk_size
+        self.compiled = compiled(self, config)
         self.beside = config.delta_key if config.compute_convergence_delta else None
         self._deltas: dict[tuple[str, ...], Tensor] = {}
         # The baselines of the inputs are read from the data, also by annotate. Replays need them only where a
@@ -280,6 +281,7 @@ class IntegratedGradients(GradientAttribution):
         delta_key: where that is written, batch-shaped.
         chunk_size: rows (points times batch) of one pass; by default at most 4096, fewer for convolutional nets.
             The memory needed does not grow with ``n_steps`` or the batch.
+        compile: as of :class:`~tdhook_rl.attribution.saliency.Saliency`.
 
     The other arguments are those of :class:`tdhook_rl.attribution.base.GradientAttribution`. With
     ``input_modules`` the path runs between the activations at the baseline and at the input, and the inputs stay as
@@ -309,6 +311,7 @@ class IntegratedGradients(GradientAttribution):
     compute_convergence_delta: bool = False
     delta_key: str = "convergence_delta"
     chunk_size: int | None = None
+    compile: bool | Mapping[str, Any] = False
 
     bound_class: ClassVar[type[BoundAttribution]] = _BoundIntegratedGradients
 

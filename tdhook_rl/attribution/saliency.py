@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tdhook_rl.attribution.base import BoundAttribution, GradientAttribution
+from tdhook_rl.attribution.base import BoundAttribution, GradientAttribution, compiled
 from tdhook_rl.attribution.gradients import gradients
 from tdhook_rl.attribution.question import Attributed, Question
 from tdhook_rl.method import Binder
@@ -19,6 +20,7 @@ class _BoundSaliency(BoundAttribution):
         self._absolute = config.absolute
         self.is_product = config.multiply_by_inputs
         self.shares_forward = config.init_attr_inputs is None
+        self.compiled = compiled(self, config)
         self.shares_pass = (
             type(self) is _BoundSaliency and self.shares_forward and self._own_targets and not self.leaves
         )
@@ -45,6 +47,9 @@ class Saliency(GradientAttribution):
     Args:
         absolute: take the absolute value.
         multiply_by_inputs: multiply by the explained value (gradient times input).
+        compile: compute by a graph of ``torch.compile``, ``True`` or its arguments, such as
+            ``{"backend": "aot_eager"}``: for large batches and networks whose passes are repeated often. What compiling
+            took is logged; what cannot be compiled is computed without, with a warning.
 
     The other arguments are those of :class:`tdhook_rl.attribution.base.GradientAttribution`.
 
@@ -67,6 +72,7 @@ class Saliency(GradientAttribution):
 
     absolute: bool = False
     multiply_by_inputs: bool = False
+    compile: bool | Mapping[str, Any] = False
 
     bound_class: ClassVar[type[BoundAttribution]] = _BoundSaliency
     horizons: ClassVar[tuple[str, ...]] = ("step", "trajectory")

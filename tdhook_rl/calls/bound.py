@@ -34,6 +34,7 @@ class BoundMethod:
         without_forward: can do without the policy's own inputs, and then the policy is not run.
         consumes: does something at each call although it writes nothing.
         exclusive: its mask speaks for its root alone.
+        compiled: computes the same by a compiled graph, if the user asks for that.
         store: the cache of the caller's that it fills.
         last: what its last call captured.
         bound: the method that it schedules.
@@ -56,6 +57,7 @@ class BoundMethod:
     without_forward: bool = False
     consumes: bool = False
     exclusive: bool = False
+    compiled: Any = None
     store: Any = None
     last: Any = None
     bound: BoundMethod | None = None

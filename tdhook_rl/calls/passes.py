@@ -90,6 +90,7 @@ class Call:
         self.sharers: list[Any] = []
         self.kept: tuple[Pass, Mapping[NestedKey, Tensor]] | None = None
         self.kept_record: tuple[Tensor, Record] | None = None
+        self.traced_outputs: dict[NestedKey, Tensor] = {}  # in a trace: those that a pass over the call has met
         # The outputs of a replay of the call as it is, kept for a comparison with the stored ones.
         self.replayed: TensorDictBase | None = None
         self.in_step = False  # of a forward that has just run

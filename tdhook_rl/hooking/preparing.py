@@ -42,6 +42,10 @@ class _Binds(Protocol):
     def bind(self, binder: Binder) -> BoundMethod | None: ...
 
 
+def _may_be_traced(one: BoundMethod) -> bool:
+    return (one.replays and one.when == "step") or one.compiled is not None
+
+
 def hooked_clone(
     module: nn.Module,
     methods: Sequence[_Binds],
@@ -98,7 +102,7 @@ def hooked_clone(
         provenance=Provenance(clone, inputs, bound),
         wraps=wraps,
         traits=traits,
-        trace_risks=trace_risks(clone) if any(one.replays and one.when == "step" for one in bound) else [],
+        trace_risks=trace_risks(clone) if any(map(_may_be_traced, bound)) else [],
         shares=can_share(clone, traits) and not drawn and chunked_by(clone) is None,
         chain=chain_of(clone),
         reads=binder.reads,
