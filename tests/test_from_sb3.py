@@ -16,9 +16,10 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 pytest.importorskip("stable_baselines3", reason="the adapters are tested against the real package")
 
-from tdhook_rl import ActivationCaching, Saliency
+from tdhook_rl import ActivationCaching, Compose, IntegratedGradients, Saliency, SteeringVectors
 from tdhook_rl.adapters import from_sb3
 from tdhook_rl.errors import InputError, PreparationError
+from tdhook_rl.testing import check_hooked_policy, check_method
 from tests.sb3_agents import (
     ACTIONS,
     OBSERVATIONS,
@@ -236,6 +237,47 @@ def test_workers_of_collectors_are_given_the_policy(seen: str) -> None:
 
 def environment(seen: str) -> GymWrapper:
     return GymWrapper(Endless(seen, "one"), categorical_action_encoding=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "seen"),
+    [
+        pytest.param(name, seen, marks=() if (name, seen) == ("PPO", "vector") else pytest.mark.slow)
+        for name in ("PPO", "DQN", "SAC", "TD3")
+        for seen in ("vector", "pixels", "dict", "index")
+    ],
+)
+def test_they_are_policies_that_can_be_hooked(name: str, seen: str) -> None:
+    agent = make_agent(name, seen)
+    action = "one" if name in ("PPO", "DQN") else "torque"
+    world = GymWrapper(Endless(seen, action), categorical_action_encoding=True)
+    caching = ActivationCaching(r".*\d$")
+    explained = {"dict": ["speed"], "index": []}.get(seen)
+    method = caching if seen == "index" else Compose(caching, Saliency(inputs=explained))
+    for part in ("actor", "actor_value")[: 1 if name == "DQN" else 2]:
+        check_hooked_policy(lambda part=part: from_sb3(agent, part), world, method=lambda: method)
+
+
+METHODS: dict[str, Any] = {
+    "saliency": lambda: Saliency(),
+    "saliency, per step": lambda: Saliency(when="step"),
+    "integrated gradients": lambda: IntegratedGradients(baseline=0.0, n_steps=4),
+    "caching": lambda: ActivationCaching(r".*(policy_net|latent_pi)\.\d$"),
+    "steering": lambda: SteeringVectors({r".*(policy_net|latent_pi)\.1$": torch.ones(16)}, alpha=0.5),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["PPO", "SAC"])
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_keep_on_them_what_is_promised(name: str, method: str) -> None:
+    """In any batch shape, empty ones included, in float32 and float64, after errors, pickled."""
+    agent = make_agent(name)
+    check_method(
+        METHODS[method],
+        policy=lambda: from_sb3(agent),
+        data=lambda *batch: TensorDict({"observation": torch.randn(*batch, 5)}, batch),
+    )
 
 
 def test_paths_are_those_of_the_agent() -> None:

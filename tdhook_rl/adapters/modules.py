@@ -15,7 +15,7 @@ from torchrl.modules import ActorCriticWrapper, ActorValueOperator, Probabilisti
 
 from tdhook_rl.adapters.actions import WithScale
 from tdhook_rl.adapters.distributions import DiagonalNormal, SquashedNormal
-from tdhook_rl.adapters.observations import Branch, Features, Rows, Through, batch_without
+from tdhook_rl.adapters.observations import Branch, Features, Rows, Through, batch_without, dtype_of
 from tdhook_rl.adapters.sb3_networks import FEATURES, RAW, Piece
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError, nearest
@@ -156,12 +156,11 @@ class Plain(nn.Module):
         super().__init__()
         self.dims, self.divide = dims, divide
 
-    def forward(self, *values: Tensor) -> Tensor:
+    def forward(self, *values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         [value] = values
         rows = value.reshape(-1, *value.shape[value.ndim - self.dims :])
-        if self.divide is not None:
-            return rows / self.divide
-        return rows if rows.is_floating_point() else rows.to(torch.get_default_dtype())
+        rows = rows if rows.is_floating_point() else rows.to(dtype)
+        return rows if self.divide is None else rows / self.divide
 
     def batch_of(self, *values: Tensor) -> torch.Size:
         return batch_without(values[0], self.dims)
@@ -201,7 +200,9 @@ class WithAction(nn.Module):
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         batch = self.observation.batch_of(observation)
-        found = self.network(self.observation(observation), action.reshape(-1, *action.shape[len(batch) :]))
+        found = self.network(
+            self.observation(observation, dtype=dtype_of(self)), action.reshape(-1, *action.shape[len(batch) :])
+        )
         return found.reshape(*batch, *found.shape[1:])
 
 

@@ -25,7 +25,7 @@ class Statistics:
 
 
 class Normalise(nn.Module):
-    """``(x - mean) / sqrt(var + epsilon)``, clipped, in float64 and then float32 as it is there."""
+    """``(x - mean) / sqrt(var + epsilon)``, clipped, in float64 as it is there."""
 
     def __init__(self, running: Any, epsilon: float, clip: float) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Normalise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         mean, var = (torch.as_tensor(one, device=x.device) for one in self._of_now())
-        return ((x - mean) / (var + self.epsilon).sqrt()).clamp(-self.clip, self.clip).float()
+        return ((x - mean) / (var + self.epsilon).sqrt()).clamp(-self.clip, self.clip)
 
     def _of_now(self) -> tuple[Any, Any]:
         return self.statistics.running.mean, self.statistics.running.var

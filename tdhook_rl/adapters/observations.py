@@ -58,14 +58,14 @@ class Part:
             value = value.movedim(-1, -3)
         return value.reshape(-1, *self.given) if self.given else value.reshape(-1)
 
-    def prepared(self, rows: Tensor) -> Tensor:
-        """What the first layer reads."""
+    def prepared(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the first layer reads, in the dtype of its weights."""
         if not self.sizes:
-            return rows.float() / 255.0 if self.image else rows.float()
+            return rows.to(dtype) / 255.0 if self.image else rows.to(dtype)
         if self.one_hot:
-            return rows.float()
+            return rows.to(dtype)
         parts = rows.reshape(len(rows), -1).long().unbind(-1)
-        return torch.cat([F.one_hot(one, size) for one, size in zip(parts, self.sizes, strict=True)], -1).float()
+        return torch.cat([F.one_hot(one, size) for one, size in zip(parts, self.sizes, strict=True)], -1).to(dtype)
 
     def _channels_last(self, value: Tensor) -> bool:
         turns = len(self.shape) == 3 and not self.sizes
@@ -85,13 +85,13 @@ class Observation(nn.Module):
         self.parts = dict(parts)
         self.normalise = nn.ModuleDict({f"of_{name}": one for name, one in (normalise or {}).items()})
 
-    def forward(self, *values: Tensor) -> Any:
+    def forward(self, *values: Tensor, dtype: torch.dtype = torch.float32) -> Any:
         found = {}
         for (name, part), value in zip(self.parts.items(), values, strict=True):
             rows = part.rows(value)
             if f"of_{name}" in self.normalise:
                 rows = self.normalise[f"of_{name}"](rows)
-            found[name] = part.prepared(rows)
+            found[name] = part.prepared(rows, dtype)
         return found[""] if "" in found else found
 
     def batch_of(self, *values: Tensor) -> torch.Size:
@@ -120,7 +120,7 @@ class Rows(nn.Sequential):
     def forward(self, *values: Tensor) -> Any:  # type: ignore[override]
         prepare, *modules = self._modules.values()
         batch = prepare.batch_of(*values)  # type: ignore[union-attr, operator]
-        x = prepare(*values)  # type: ignore[misc]
+        x = prepare(*values, dtype=dtype_of(self))  # type: ignore[misc]
         for module in modules:
             x = module(x)  # type: ignore[misc]
         if isinstance(x, tuple):
@@ -155,11 +155,16 @@ class Through(nn.Module):
 class Features(nn.Module):
     """Stands where :class:`Observation` would, for a network that reads features of one dimension."""
 
-    def forward(self, *values: Tensor) -> Tensor:
+    def forward(self, *values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         return values[0].reshape(-1, values[0].shape[-1])
 
     def batch_of(self, *values: Tensor) -> torch.Size:
         return values[0].shape[:-1]
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """That of a module's weights, which may have been cast."""
+    return next((one.dtype for one in module.parameters() if one.is_floating_point()), torch.float32)
 
 
 def batch_without(value: Tensor, dims: int) -> torch.Size:

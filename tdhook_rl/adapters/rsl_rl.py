@@ -65,7 +65,7 @@ class Groups(nn.Module):
         super().__init__()
         self.dims = {**dict.fromkeys(vectors, 1), **dict.fromkeys(pictures, 3)}
 
-    def forward(self, *values: Tensor) -> dict[str, Tensor]:
+    def forward(self, *values: Tensor, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         pairs = zip(self.dims.items(), values, strict=True)
         return {name: value.reshape(-1, *value.shape[value.ndim - dims :]) for (name, dims), value in pairs}
 

@@ -26,7 +26,7 @@ from torchrl.modules import (
 
 from tdhook_rl.adapters.actions import StateDependentNoise, ToBounds, TwoHeads, WithScale
 from tdhook_rl.adapters.distributions import Bits, DiagonalNormal, MultiCategorical, SquashedNormal
-from tdhook_rl.adapters.observations import Branch, Features, Observation, Rows, Through
+from tdhook_rl.adapters.observations import Branch, Features, Observation, Rows, Through, dtype_of
 from tdhook_rl.adapters.sb3_reading import Reading
 from tdhook_rl.errors import InputError, PreparationError
 from tdhook_rl.internals.sb3_names import OWN_WAY
@@ -238,7 +238,7 @@ class Critic(nn.Module):
     def forward(self, *values: Any) -> Any:
         *observed, action = values
         batch = self.observation.batch_of(*observed)
-        features = self.features_extractor(self.observation(*observed))
+        features = self.features_extractor(self.observation(*observed, dtype=dtype_of(self)))
         read = torch.cat([features, action.reshape(-1, action.shape[-1])], 1)
         found = tuple(self._modules[f"qf{index}"](read).reshape(*batch, 1) for index in range(self.count))  # type: ignore[misc]
         return found if len(found) > 1 else found[0]
