@@ -191,8 +191,14 @@ def test_a_hooked_policy_is_probed_as_the_plain_one() -> None:
     options: dict[str, Any] = {"sites": "1", "concepts": {"y": "y"}, "split": GroupSplit("episode")}
     with Saliency().prepare(net) as hooked:
         found = probe_grid(hooked, rows, **options)
-    plainly = probe_grid(hooked_root(net), rows, **options)
+    told: list[tuple[str, int, int]] = []
+    # Shuffled labels are dealt out alike, however many rows are read at once.
+    plainly = probe_grid(hooked_root(net), rows, **options, batch_size=64, progress=lambda *one: told.append(one))
     assert found.json() == plainly.json()
+    held = int(GroupSplit("episode")(rows)[1].sum())
+    ends = {what: (done, size) for what, done, size in told}
+    assert ends == {"reading labels": (200, 200), "fitting": (200 - held,) * 2, "scoring": (held, held)}
+    assert [done for what, done, _ in told if what == "reading labels"] == [64, 128, 192, 200]
 
 
 def hooked_root(net: nn.Module) -> nn.Module:

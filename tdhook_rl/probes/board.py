@@ -83,6 +83,7 @@ class _Group:
     columns: list[_Column] = field(default_factory=list)
     stacks: list[_Stack] = field(default_factory=list)
     dropped: dict[Source, int] = field(default_factory=dict)  # rows that were not finite
+    declared: bool = False  # what shuffled labels are drawn from is known, and stays
 
     def find(self, source: Source) -> tuple[Any, int] | None:
         """What learns from a source, and which of its sources that is."""
@@ -154,6 +155,7 @@ class Board:
         """
         self._groups[group] = _group(labels)
         self._groups[group].look_at(labels)
+        self._groups[group].declared = True
 
     def judge(self, group: str, labels: Mapping[str, Tensor], rows: Observed) -> None:
         """Score the held-out rows by the probes as they are."""
@@ -210,7 +212,7 @@ class Board:
             for value in labels.values()
         ], 2)  # fmt: skip
         self._check(group, labels, wanted)
-        if count:
+        if count and not group.declared:
             group.look_at(labels)
         dealt: Tensor | None = None
         for stack in group.stack(rows.features):
