@@ -12,8 +12,8 @@ from tensordict import TensorDict
 from torch import nn
 
 from tdhook_rl import Saliency, targets
-from tdhook_rl.errors import ArtifactError
-from tdhook_rl.replay import analyze, load_results, probe_grid, smallest_margins, to_parquet
+from tdhook_rl.errors import ArtifactError, InputError, MissingKeyError
+from tdhook_rl.replay import analyze, by_feature, load_results, probe_grid, smallest_margins, to_parquet
 from tdhook_rl.replay.columns import plain
 from tdhook_rl.replay.manifest import OF_SOME, WITHOUT_CHECKSUMS, Manifest, described, read_manifest, write_manifest
 from tdhook_rl.replay.results import Results
@@ -206,3 +206,38 @@ def hooked_root(net: nn.Module) -> nn.Module:
     from tensordict.nn import TensorDictModule
 
     return TensorDictModule(net, in_keys=["input"], out_keys=["output"])
+
+
+# ------------------------------------------------------------------ features over episodes
+
+
+def test_rows_without_numbers_take_their_episodes_with_them() -> None:
+    value = torch.rand(ROWS, 2)
+    value[:10] = float("nan")  # all of the first episode
+    value[25] = float("nan")
+    found = by_feature(TensorDict({"attr": {"observation": value}}, [ROWS]), _episodes(), names=["a", "b"])
+    one = found["b"]["attr.observation"]
+    assert (one.groups, one.rows) == (3, 29)
+    assert one.estimate == pytest.approx(float(value[value[:, 1].isfinite(), 1].mean()), abs=1e-6)
+
+
+def test_what_needs_episodes_says_so() -> None:
+    rows = _episodes().exclude(("next", "done"))
+    with pytest.raises((InputError, MissingKeyError), match="by_feature"):
+        by_feature(TensorDict({"attr": {"observation": torch.rand(ROWS, 2)}}, [ROWS]), rows)
+
+
+def test_a_path_that_is_taken(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    found = TensorDict({"attr": {"observation": torch.rand(ROWS, 2)}}, [ROWS])
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("mine")
+    (tmp_path / "a.parquet").mkdir()
+    for name in ("file", "folder", "a.parquet"):
+        with pytest.raises(ArtifactError, match="is there already: name a new one"):
+            to_parquet(found, tmp_path / name, _episodes())
+    assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "file").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    place = to_parquet(found, tmp_path / "empty", _episodes(), fps=10.0)
+    assert '"fps": 10,' in (place / "meta" / "info.json").read_text()
