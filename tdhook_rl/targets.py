@@ -69,11 +69,7 @@ class OwnTarget(Target):
     """A target of this module: it differentiates nothing by itself, and looks at no inputs."""
 
     def head_slope(self, head: Any) -> Tensor | None:
-        """The derivative with respect to the output of a chain, by what decides behind it; ``None`` if it is not known.
-
-        Args:
-            head: the pass over what stands behind the chain, a :class:`tdhook_rl.calls.heads.HeadPass`.
-        """
+        """The derivative by the output of a chain, where it is known of a :class:`tdhook_rl.calls.heads.HeadPass`."""
         function = self.function.function  # type: ignore[attr-defined]
         return function.head_slope(head) if isinstance(function, (_LogProb, _Chosen)) else None
 

@@ -115,6 +115,8 @@ def test_what_cannot_be_compiled_is_said_once_and_computed(net: Any, options: An
 
 
 def test_what_is_refused() -> None:
+    with pytest.raises(InputError, match=r"compile= takes arguments of torch.compile; nearest: 'backend'"):
+        Saliency(compile={"backnd": "aot_eager"}).prepare(critic(plain())).__enter__()
     for method in (
         Saliency(compile=True, horizon="trajectory"),
         Saliency(compile=True, input_modules=["0"], missing="nan"),

@@ -97,7 +97,9 @@ def cases() -> list[Any]:
 
 @pytest.mark.parametrize(("method", "name"), cases())
 def test_every_argument_of_every_method(method: type, name: str) -> None:
-    for wrong in WRONG.values():
+    for kind, wrong in WRONG.items():
+        if name == "compile" and kind in ("bool", "empty dict"):
+            continue  # which are right, take long, and have tests of their own
 
         def run(wrong: Any = wrong) -> None:
             with changed(method, **{name: wrong}).prepare(net()) as hooked:

@@ -22,12 +22,15 @@ from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.compiled import Compiled
 from tdhook_rl.calls.passes import Call, Pass, with_batch
 from tdhook_rl.calls.real_rows import real_rows
-from tdhook_rl.errors import InputError, TargetError
+from tdhook_rl.errors import InputError, TargetError, nearest
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.replaying.batching import in_recurrent_mode
 from tdhook_rl.sites.hooks import Portable
 from tdhook_rl.sites.missing import Absent, Missing, PartialCapture, check_missing
 from tdhook_rl.targets import DefaultTarget, OwnTarget, Target, per_row
+
+#: What ``compile=`` may choose; passes are one graph in any case.
+COMPILE_OPTIONS = ("backend", "mode", "options", "dynamic")
 
 Init = Callable[[TensorDictBase, TensorDictBase], TensorDictBase]
 
@@ -288,9 +291,13 @@ def compiled(bound: BoundAttribution, config: Any) -> Compiled | None:
     """
     if config.compile is False:
         return None
+    options = {} if config.compile is True else config.compile
+    for name in options:
+        if name not in COMPILE_OPTIONS:
+            raise InputError(f"compile= takes arguments of torch.compile; {nearest(str(name), COMPILE_OPTIONS)}")
     if config.horizon == "trajectory" or config.missing == "nan":
         raise InputError("compile= is for passes over rows: leave it out with horizon='trajectory' or missing='nan'")
-    return Compiled(bound, type(config).__name__, {} if config.compile is True else config.compile)
+    return Compiled(bound, type(config).__name__, options)
 
 
 class _OfRealSteps:
