@@ -13,6 +13,7 @@ from tensordict import TensorDict
 from torchrl.collectors import MultiSyncCollector
 from torchrl.envs import GymWrapper
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.objectives import ClipPPOLoss
 
 pytest.importorskip("stable_baselines3", reason="the adapters are tested against the real package")
 
@@ -278,6 +279,25 @@ def test_methods_keep_on_them_what_is_promised(name: str, method: str) -> None:
         policy=lambda: from_sb3(agent),
         data=lambda *batch: TensorDict({"observation": torch.randn(*batch, 5)}, batch),
     )
+
+
+@pytest.mark.parametrize("action", ["one", "torque"])
+def test_losses_of_torchrl_train_the_agent(action: str) -> None:
+    agent = make_agent("PPO", action=action)
+    actor, critic = from_sb3(agent), from_sb3(agent, part="value")
+    _, data = observations(agent)
+    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
+        data = actor(data)
+    data["advantage"], data["value_target"] = torch.randn(6, 1), torch.randn(6, 1)
+    loss = ClipPPOLoss(actor if action == "one" else actor[0], critic)
+    loss.set_keys(action="action" if action == "one" else "raw_action", sample_log_prob="action_log_prob")
+    found = loss(data)
+    torch.testing.assert_close(found["kl_approx"].abs(), torch.zeros(()), atol=1e-6, rtol=0)  # the same scores
+    (found["loss_objective"] + found["loss_critic"]).backward()
+    before = agent.policy.predict_values(tensors(agent, data["observation"].numpy()))
+    assert all(one.grad is not None for one in agent.policy.parameters())
+    torch.optim.SGD(agent.policy.parameters(), 0.1).step()
+    assert not torch.equal(agent.policy.predict_values(tensors(agent, data["observation"].numpy())), before)
 
 
 def test_paths_are_those_of_the_agent() -> None:
