@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -73,17 +74,20 @@ GROUPS: dict[str, Group] = {
     "collectors": Group(
         "Methods in a collector",
         "collector_cost",
-        lambda rounds: collector_cost.figures(rounds, workers=(), within=6.0),
+        lambda rounds: chain(
+            collector_cost.figures(rounds, nets=("mlp",), workers=(), within=5.0),
+            collector_cost.figures(rounds, nets=("conv",), envs=(8,), workers=(), within=5.0),
+        ),
         15,
-        150,
+        130,
     ),
     "attribution": Group(
         "Attributions of a network's output",
         "attribution_speed",
         # Integrated gradients of the convolutional network are among the actors.
-        lambda rounds: attribution_speed.figures(rounds, attribution_speed.ROWS[:-1], seconds=12.0),
-        15,
-        150,
+        lambda rounds: attribution_speed.figures(rounds, attribution_speed.ROWS[:-1], seconds=10.0),
+        11,
+        120,
     ),
     "actors": Group("Attributions of actors", "actor_speed", actor_speed.figures, 7, 220),
     "relevance": Group(
@@ -121,7 +125,7 @@ GROUPS: dict[str, Group] = {
     "environments": Group(
         "Environments", "env_speed", lambda rounds: env_speed.figures(rounds, batches=(1, 128)), 5, 10
     ),
-    "growth": Group("How cost grows", "growth", lambda rounds: growth.figures(rounds, within=8.0), 10, 80),
+    "growth": Group("How cost grows", "growth", lambda rounds: growth.figures(rounds, within=6.0), 10, 70),
 }
 
 

@@ -111,10 +111,10 @@ def as_page(groups: Sequence[Measured], where: dict[str, Any]) -> str:
         f"Written by `make bench` on {where['date']}: {count} ratios, {held} of which are held to a budget; "
         f"{len(broken)} miss theirs. {wall:.0f} minutes, {processor:.0f} of the processor.",
         "Every ratio is ours over another's on equal work, of which the results were checked to be equal where both "
-        "compute the same: below 1 ours is faster. Contenders take turns in interleaved rounds, in process CPU time on "
-        "one thread unless the wall's is named; a ratio is the median over the rounds with its 95 % bootstrap "
-        "interval, a time the median with its quartiles. By hand is what one would write for this case alone, with "
-        "plain torch.",
+        f"compute the same: below 1 ours is faster. Contenders take turns in {_rounds(groups)} interleaved rounds, in "
+        "process CPU time on one thread unless the wall's is named; a ratio is the median over the rounds with its "
+        "95 % bootstrap interval, a time the median with its quartiles. By hand is what one would write for this case "
+        "alone, with plain torch.",
         _machine_line(where),
         _peers_line(),
         *[f"**The group {group.name} ended early: {group.failed}.**" for group in groups if group.failed],
@@ -139,6 +139,11 @@ def as_page(groups: Sequence[Measured], where: dict[str, Any]) -> str:
         "[benchmarks.json](benchmarks.json).",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _rounds(groups: Iterable[Measured]) -> str:
+    counts = sorted({figure.pairs for group in groups for figure in group.figures})
+    return f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else "".join(map(str, counts))
 
 
 def _machine_line(where: dict[str, Any]) -> str:
