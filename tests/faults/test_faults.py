@@ -13,7 +13,7 @@ from tests.faults.kinds import KINDS
 
 #: How many of each kind are tried by `make test`, unless given: `tests/test_workers.py` kills workers there.
 SOME = 7
-SOME_OF: dict[str, int] = {"signals to workers": 0, "signals beside workers": 0, "sequences of operations": 2}
+SOME_OF: dict[str, int] = {"signals to workers": 0, "signals beside workers": 0, "sequences of operations": 1}
 
 
 def _faults(kind: str, folder: Path) -> list[Fault]:
