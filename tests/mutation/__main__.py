@@ -14,7 +14,11 @@ from pathlib import Path
 
 from tests.mutation.harness import Noted, note, outcomes, warm_up
 from tests.mutation.mutators import Mutant, mutants_of
-from tests.mutation.plan import GROUPS, ROOT
+from tests.mutation.plan import GROUPS, ROOT, Group
+from tests.reliability_page import put
+
+#: What was found of changes that no test notices, by name.
+VERDICTS = Path(__file__).with_name("verdicts.json")
 
 
 def chosen(name: str, seed: int) -> list[Mutant]:
@@ -22,7 +26,8 @@ def chosen(name: str, seed: int) -> list[Mutant]:
     group = GROUPS[name]
     found = [one for path in group.files() for one in mutants_of(path, ROOT)]
     random.Random(f"{name} {seed}").shuffle(found)
-    return [one for one in found if not one.is_words][: group.sample]
+    own = [one for one in found if not one.is_words and not one.where.startswith(group.elsewhere or ("-",))]
+    return own[: group.sample]
 
 
 def main() -> None:
@@ -40,6 +45,7 @@ def main() -> None:
         warm_up()
     for name in asked.groups:
         _try_all(name, asked.out, asked.seed, asked)
+    put("mutants", report(asked.out, asked.seed))
 
 
 def _try_all(name: str, out: Path, seed: int, asked: argparse.Namespace) -> None:
@@ -67,6 +73,41 @@ def _try_all(name: str, out: Path, seed: int, asked: argparse.Namespace) -> None
         known = _known(log)
     counts = Counter(known[one.name] for one in mutants if one.name in known)
     print(f"{name}: {sum(counts.values())} of {len(mutants)} tried: {dict(counts)}", flush=True)
+
+
+def report(out: Path, seed: int) -> str:
+    """The score of each group, and what no test notices, in Markdown."""
+    verdicts = json.loads(VERDICTS.read_text())
+    heads = ["part", "changes", "tried", "noticed", "not noticed", "run by no test", "share noticed"]
+    rows = [heads, ["---", *["--:"] * (len(heads) - 1)]]
+    left: list[str] = []
+    for name, group in GROUPS.items():
+        # As the log has them: the sources may have changed since.
+        known = _known(out / f"{name}.jsonl").items()
+        tried = {one: ending for one, ending in known if ending != "error" and _counts(one, group)}
+        counts = Counter(tried.values())
+        seen, missed, unrun = counts["killed"] + counts["timeout"], counts["survived"], counts["not run"]
+        everything = sum(1 for path in group.files() for _ in mutants_of(path, ROOT))
+        rows.append([f"`{group.folder}`", f"{everything:,}", f"{len(tried):,}", f"{seen:,}", f"{missed:,}",
+                     f"{unrun:,}", f"{seen / max(1, len(tried)):.0%}"])  # fmt: skip
+        for one, ending in sorted(tried.items()):
+            if ending in ("survived", "not run"):
+                path, place = one.removeprefix("tdhook_rl/").split(" ", 1)
+                shown = place.replace("|", "\\|")
+                left.append(f"| `{path}` | `{shown}` | {verdicts.get(one, 'open')} |")
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    listed = "\n".join(["| where | change | what it is |", "|---|---|---|", *left])
+    when = time.strftime("%d %B %Y")
+    return f"{table}\n\n*`make mutants`, {when}, seed {seed}.*\n\n### What no test notices\n\n{listed}"
+
+
+def _counts(name: str, group: Group) -> bool:
+    """Whether a change is one that a test of this environment is to notice, and of no words."""
+    path, where, change = name.split(" ", 2)
+    before = change.split(" -> ")[0]
+    words = before[:1] in ("'", '"') and " " in before
+    left_out = Path(path.split(":")[0]).name in group.without or where.startswith(group.elsewhere or ("-",))
+    return not words and not left_out
 
 
 def _known(log: Path) -> dict[str, str]:

@@ -19,12 +19,14 @@ class Group:
         sample: how many of its changes are drawn; all, where ``None``.
         tests: the files whose tests are to notice, and of all examples in docstrings those of the folder.
         without: files whose tests need what is not installed with the others.
+        elsewhere: functions likewise.
     """
 
     folder: str
     sample: int | None
     tests: tuple[str, ...]
     without: tuple[str, ...] = ()
+    elsewhere: tuple[str, ...] = ()
 
     def files(self) -> list[str]:
         """Paths relative to the repository."""
@@ -44,7 +46,7 @@ GROUPS = {
         "test_replay", "test_replay_selection", "test_replay_sources", "test_results_survive", "test_queries",
         "test_parquet", "test_parquet_rows", "test_probe_grid", "test_buffer_transforms", "test_cli_analyze",
         "test_wrong_arguments", "test_wrong_calls", "test_provenance", "faults/test_faults",
-    ), ("ray_engine.py", "minari_export.py")),
+    ), ("ray_engine.py", "minari_export.py"), ("_Work.on_ray", "_computing")),
     "attribution": Group("attribution", 150, (
         "test_saliency", "test_integrated_gradients", "test_lrp", "test_lrp_computed_layers", "test_lrp_functions",
         "test_perturbation", "test_cam_and_guided", "test_guided_functions", "test_default_targets",
