@@ -174,6 +174,20 @@ def default_target(run: Pass) -> Target:
     return output_sum()
 
 
+#: What :func:`log_prob_keys` says of other targets.
+NO_LOG_PROB = object()
+
+
+def log_prob_keys(target: Any) -> Any:
+    """The keys of a target that is a log-probability of this module (``None`` for all of an actor's decisions)."""
+    if type(target) is DefaultTarget:
+        return None
+    function = target.function.function if type(target) is OwnTarget else None  # type: ignore[attr-defined]
+    if not isinstance(function, _LogProb):
+        return NO_LOG_PROB
+    return function.key if function.key is None or isinstance(function.key, list) else [function.key]
+
+
 def no_path(target: Callable[[Pass], Tensor], inputs: Iterable[NestedKey] = (), sites: Iterable[str] = ()) -> str:
     """What is said where no gradient reaches a target from inputs and from the outputs of modules."""
     inputs, sites = list(inputs), list(dict.fromkeys(sites))

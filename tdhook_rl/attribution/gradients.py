@@ -20,11 +20,12 @@ from tdhook_rl.attribution.leaves import activations, as_leaves, in_runs, joined
 from tdhook_rl.attribution.question import Attributed, Question, TargetFunction
 from tdhook_rl.attribution.undefined import defined_rows, warn_unreached, with_nan
 from tdhook_rl.calls.chains import MODIFIED
+from tdhook_rl.calls.heads import TrunkPass, run_trunk
 from tdhook_rl.calls.passes import Pass
 from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.errors import InPlaceError, InputError, TargetError
 from tdhook_rl.sites.runtime import vmap_level
-from tdhook_rl.targets import no_path
+from tdhook_rl.targets import NO_LOG_PROB, log_prob_keys, no_path
 
 
 def _numbers(run: Pass) -> dict[NestedKey, Tensor]:
@@ -171,8 +172,29 @@ def _recorded(question: Question) -> tuple[list[Attributed], dict[str, Tensor]]:
     given.update((slot, value.detach().requires_grad_()) for slot, value in placed.items())
     with torch.enable_grad(), as_leaves(call.policy._hooked.runtime, given, totals=call.totals):
         primals = {key: value.detach().requires_grad_() for key, value in inputs.items()}
-        run = call.replay(primals, stored, as_it_was=not placed and call.as_it_was(inputs, stored))
+        as_it_was = not placed and call.as_it_was(inputs, stored)
+        head = call.policy._hooked.decider
+        if head is not None and (found := _of_trunk(question, TrunkPass(call, head), primals, as_it_was)) is not None:
+            return found
+        run = call.replay(primals, stored, as_it_was=as_it_was)
         return _backward(question, run, primals, keep=False)
+
+
+def _of_trunk(
+    question: Question, trunk: TrunkPass, primals: Mapping[NestedKey, Tensor], as_it_was: bool
+) -> tuple[list[Attributed], dict[str, Tensor]] | None:
+    """The same of log-probabilities whose derivatives are known, without what draws; ``None`` if they are not."""
+    call, targets = question.call, question.targets
+    keys = [log_prob_keys(target) for target in targets]
+    if any(key is NO_LOG_PROB for key in keys) or not trunk.fits():
+        return None
+    run = call.replay(primals, question.stored, as_it_was=as_it_was, forward=run_trunk)
+    known = trunk.targets(run, [getattr(target, "name", "") for target in targets], keys)
+    if known is None:
+        for slot in question.sites:
+            call.slots.pop(slot, None)
+        return None
+    return _backward(question._replace(targets=known), run, primals, keep=False)
 
 
 def _shared(question: Question) -> tuple[list[Attributed], dict[str, Tensor]]:

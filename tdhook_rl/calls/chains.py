@@ -139,7 +139,7 @@ def chain_of(policy: Any) -> Chain | None:
     """The chain that a policy may be: it calls an ``nn.Sequential`` on one input, and may then decide by the output."""
     if _calls_a_sequence(policy) and len(policy.out_keys) == 1:
         return Chain(policy)
-    if own_class(policy) not in _actors() or len(policy.module) != 2 or not _is_usual(policy):
+    if own_class(policy) not in actor_classes() or len(policy.module) != 2 or not is_usual(policy):
         return None
     module, head = policy.module
     if not _calls_a_sequence(module) or own_class(head) not in _heads():
@@ -162,13 +162,13 @@ def _calls_a_sequence(module: Any) -> bool:
     return usual and plain and len(module.in_keys) == 1 and module.out_keys != ["_"]
 
 
-def _is_usual(policy: Any) -> bool:
+def is_usual(policy: Any) -> bool:
     """Whether a sequence of modules runs them one after the other, on one TensorDict, whatever happens."""
     return policy.inplace in (True, None) and not policy.partial_tolerant and not selects(policy)
 
 
 @functools.cache
-def _actors() -> frozenset[type]:
+def actor_classes() -> frozenset[type]:
     import torchrl.modules as rl
     from tensordict.nn import ProbabilisticTensorDictSequential
 

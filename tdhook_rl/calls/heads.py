@@ -14,17 +14,21 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictModule
+from tensordict.nn import ProbabilisticTensorDictModule, skip_existing
 from tensordict.utils import unravel_key
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributions as D
 
-from tdhook_rl.calls.chains import Chain, chain_layers, run_chain
+from tdhook_rl.arguments.keys import key_parts
+from tdhook_rl.calls.chains import Chain, actor_classes, chain_layers, is_usual, run_chain
 from tdhook_rl.calls.passes import Call, Pass
+from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.calls.writing import get_entry, set_tensor
 from tdhook_rl.internals.tensordict_names import new_unsafe
-from tdhook_rl.policies.draws import Draw, sample_keys
+from tdhook_rl.policies.draws import Draw, draws, sample_keys
+from tdhook_rl.replaying.batching import row_vectors
 from tdhook_rl.replaying.samples import Drawn, Replay
+from tdhook_rl.sites.known import own_class
 
 _PLAIN = Draw()
 
@@ -148,18 +152,11 @@ class HeadPass:
             stored is no sample of it: the policy's own way says why.
         """
         head: Any = self._chain.head
-        known = _known_slopes().get(getattr(head, "distribution_class", None))
-        if known is None or _has_hooks(head):
-            return None
-        names, slopes = known
-        (key,) = map(unravel_key, sample_keys(head))
-        action = get_entry(self._stored, key)
-        meant = keys is None or list(map(unravel_key, keys)) == [key]
-        if not meant or list(head.dist_keys) != names or type(action) is not Tensor:
-            return None
         if not self._chain.splits:
-            found = slopes(head, action, self.leaf.detach())
+            found = log_prob_slopes(head, keys, self._stored, [self.leaf.detach()])
             return None if found is None else found[0]
+        if getattr(head, "distribution_class", None) not in _known_slopes():
+            return None
         leaf = self.leaf.detach().requires_grad_()
         with torch.enable_grad():
             entries = self._entries(leaf)
@@ -167,8 +164,95 @@ class HeadPass:
         for key, value in zip(head.in_keys, parameters, strict=True):
             set_tensor(entries, key, value.detach())
         self._split = entries
-        found = slopes(head, action, *(one.detach() for one in parameters))
+        found = log_prob_slopes(head, keys, self._stored, [one.detach() for one in parameters])
         return None if found is None else torch.autograd.grad(parameters, leaf, found)[0]
+
+
+def log_prob_slopes(
+    head: Any, keys: Sequence[NestedKey] | None, stored: TensorDictBase, parameters: Sequence[Tensor]
+) -> tuple[Tensor, ...] | None:
+    """The derivatives of the log-probability of what is stored by the parameters of its distribution.
+
+    Args:
+        head: the module that draws.
+        keys: the decisions that are meant; ``None`` for all.
+        stored: where the sample is.
+        parameters: in the order of the ``in_keys`` of the head.
+
+    Returns:
+        ``None`` where they are not known, or what is stored is no sample of the distribution.
+    """
+    known = _known_slopes().get(getattr(head, "distribution_class", None))
+    if known is None or _has_hooks(head) or list(head.dist_keys) != known[0]:
+        return None
+    (key,) = map(unravel_key, sample_keys(head))
+    action = get_entry(stored, key)
+    if type(action) is not Tensor or not (keys is None or list(map(unravel_key, keys)) == [key]):
+        return None
+    return known[1](head, action, *parameters)
+
+
+def decider_of(policy: Any) -> nn.Module | None:
+    """What draws in an actor, if that is its last module, after one other, and draws from a known distribution."""
+    if own_class(policy) not in actor_classes() or len(policy.module) != 2 or not is_usual(policy):
+        return None
+    trunk, head = policy.module
+    if not isinstance(head, ProbabilisticTensorDictModule) or head.distribution_class not in _known_slopes():
+        return None
+    alone = [child for child in policy.modules() if draws(child)] == [head] and len(sample_keys(head)) == 1
+    actions = [key for key in policy.out_keys if key_parts(key)[-1] == "action"]
+    return head if alone and actions in ([], sample_keys(head)) and set(head.in_keys) <= set(trunk.out_keys) else None
+
+
+class TrunkPass:
+    """The part of an actor before its draw, and the log-probability of what is stored as a function of what it gives.
+
+    Of the common distributions the derivative is known, so that neither the distribution nor its graph is made.
+    """
+
+    def __init__(self, call: Call, head: Any) -> None:
+        self._call, self._head = call, head
+
+    def fits(self) -> bool:
+        """Whether it may stand for the whole in the call."""
+        state = self._call.policy._hooked
+        plain = getattr(self._head, "_hooked_draw", None) == _PLAIN and not skip_existing()
+        lends = state.draws or state.records or state.passes or state.noise or state.chunks is not None
+        return plain and not lends and type(self._call) is Call
+
+    def targets(
+        self, run: Pass, names: Sequence[str], all_keys: Sequence[Any]
+    ) -> list[Callable[[Pass], Tensor]] | None:
+        """Of each target a function that has its derivatives; ``None`` where they are not known."""
+        parameters = [get_entry(run.outputs, key) for key in self._head.in_keys]
+        if not all(type(one) is Tensor and surely_finite(one.detach()) for one in parameters):
+            return None
+        found: list[Callable[[Pass], Tensor]] = []
+        with torch.no_grad():
+            for name, keys in zip(names, all_keys, strict=True):
+                slopes = log_prob_slopes(self._head, keys, run.stored, [one.detach() for one in parameters])
+                if slopes is None:
+                    return None
+                found.append(_Tangent(name, parameters, slopes))
+        return found
+
+
+class _Tangent:
+    """What has, at the parameters, the derivatives of a target."""
+
+    def __init__(self, name: str, parameters: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
+        self.name = name
+        self._parameters, self._slopes = parameters, slopes
+
+    def __call__(self, run: Pass) -> Tensor:
+        batch = run.outputs.batch_size
+        terms = [row_vectors(p * s, batch).sum(-1) for p, s in zip(self._parameters, self._slopes, strict=True)]
+        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+
+def run_trunk(policy: Any, data: TensorDictBase) -> TensorDictBase:
+    """The forward of an actor without its draw."""
+    return policy.module[0](data)
 
 
 def _has_hooks(module: Any) -> bool:

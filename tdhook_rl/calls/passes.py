@@ -207,6 +207,7 @@ class Call:
         record: bool = False,
         as_it_was: bool = False,
         learning: bool = False,
+        forward: Callable[..., Any] | None = None,
     ) -> Pass:
         """Run the policy again, with its interventions and the stored samples.
 
@@ -216,6 +217,7 @@ class Call:
             record: let the capture hooks fill the slots of this call.
             as_it_was: nothing is replaced by other values, so the outputs may be compared with the stored ones.
             learning: keep what is found of what the data does not hold, see :meth:`learn`.
+            forward: what runs in the place of the policy's own, such as a part of it.
         """
         if not self._learned:
             self.learn()
@@ -234,7 +236,7 @@ class Call:
         runtime.replay, runtime.recording, runtime.start = replay, record, start
         try:
             with nullcontext() if start is None else start.passing():
-                outputs = run_root(self.policy, self._forward, (data,), {})
+                outputs = run_root(self.policy, forward or self._forward, (data,), {})
         finally:
             runtime.replay, runtime.recording, runtime.start = previous
         if learning:

@@ -39,6 +39,7 @@ class HookedState:
         trace_risks: what its code shows of writing and drawing. Read by compiled calls.
         shares: its own forward may be explained, without a second pass. Read by calls.
         chain: where it may be a chain of known layers. Read by the passes that need no graph.
+        decider: what draws in it, where the derivatives of that are known. Read by passes of gradients.
         reads: keys that methods read beside the policy's own. Read by ``in_keys``.
         records: what is written of how interventions acted. Read by replays.
         passes: what runs before it, each time. Read by whatever runs the policy.
@@ -64,6 +65,7 @@ class HookedState:
     trace_risks: list[TraceRisk]
     shares: bool
     chain: Any
+    decider: Any
     reads: list[NestedKey]
     records: list[Record]
     passes: list[Any]

@@ -11,6 +11,7 @@ from torch import nn
 
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.chains import chain_of
+from tdhook_rl.calls.heads import decider_of
 from tdhook_rl.calls.policy import HookedState
 from tdhook_rl.calls.provenance import Provenance
 from tdhook_rl.calls.shared_pass import can_share
@@ -105,6 +106,7 @@ def hooked_clone(
         trace_risks=trace_risks(clone) if any(map(_may_be_traced, bound)) else [],
         shares=can_share(clone, traits) and not drawn and chunked_by(clone) is None,
         chain=chain_of(clone),
+        decider=decider_of(clone),
         reads=binder.reads,
         records=binder.records,
         passes=binder.passes,
