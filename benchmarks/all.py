@@ -79,7 +79,7 @@ GROUPS: dict[str, Group] = {
             collector_cost.figures(rounds, nets=("conv",), envs=(8,), workers=(), within=5.0),
         ),
         15,
-        130,
+        90,
     ),
     "attribution": Group(
         "Attributions of a network's output",
@@ -87,9 +87,9 @@ GROUPS: dict[str, Group] = {
         # Integrated gradients of the convolutional network are among the actors.
         lambda rounds: attribution_speed.figures(rounds, attribution_speed.ROWS[:-1], seconds=10.0),
         11,
-        120,
+        100,
     ),
-    "actors": Group("Attributions of actors", "actor_speed", actor_speed.figures, 7, 220),
+    "actors": Group("Attributions of actors", "actor_speed", actor_speed.figures, 7, 280),
     "relevance": Group(
         "Layer-wise relevance propagation",
         "relevance_speed",
@@ -120,12 +120,12 @@ GROUPS: dict[str, Group] = {
         45,
     ),
     "reports": Group("Reports", "report_cost", lambda rounds: report_cost.figures(rounds, runs=(1,)), 3, 50),
-    "sweeps": Group("Steering and sweeps", "sweep_cost", sweep_cost.figures, 3, 120),
-    "causal": Group("Causal tests", "causal_cost", lambda rounds: causal_cost.figures(rounds, within=10.0), 15, 45),
+    "sweeps": Group("Steering and sweeps", "sweep_cost", sweep_cost.figures, 3, 85),
+    "causal": Group("Causal tests", "causal_cost", lambda rounds: causal_cost.figures(rounds, within=10.0), 15, 20),
     "environments": Group(
         "Environments", "env_speed", lambda rounds: env_speed.figures(rounds, batches=(1, 128)), 5, 10
     ),
-    "growth": Group("How cost grows", "growth", lambda rounds: growth.figures(rounds, within=6.0), 10, 70),
+    "growth": Group("How cost grows", "growth", lambda rounds: growth.figures(rounds, within=6.0), 10, 60),
 }
 
 

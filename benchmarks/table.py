@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distributions, version
@@ -61,7 +62,23 @@ def write(groups: Sequence[Measured], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     where = machine()
     (folder / f"{NAME}.md").write_text(as_page(groups, where))
-    (folder / f"{NAME}.json").write_text(json.dumps(as_json(groups, where), indent=1) + "\n")
+    (folder / f"{NAME}.json").write_text(_in_lines(as_json(groups, where)) + "\n")
+
+
+def _in_lines(found: dict[str, Any]) -> str:
+    """JSON with one figure a line, so that two runs can be held side by side."""
+    lines: list[str] = []
+
+    def held(figure: dict[str, Any]) -> str:
+        lines.append(json.dumps(figure))
+        return f"@{len(lines) - 1}@"
+
+    groups = [
+        group | {kind: [held(one) for one in group[kind]] for kind in ("figures", "growth")}
+        for group in found["groups"]
+    ]
+    text = json.dumps(found | {"groups": groups}, indent=1)
+    return re.sub(r'"@(\d+)@"', lambda place: lines[int(place[1])], text)
 
 
 def machine() -> dict[str, Any]:
