@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all gpu faults mutants matrix house docs docs-figures lint format bench clean
+.PHONY: demo test test-all test-newest lock-newest test-oldest package gpu faults mutants matrix house docs docs-figures lint format bench clean
 
 demo: $(READY)
 	$(BIN)/tdhook-rl demo $(DEMO)
@@ -44,6 +44,51 @@ docs: $(READY)
 # Runs every page, and writes what it prints and the figures that it shows.
 docs-figures: $(READY)
 	$(BIN)/python -m tests.pages
+
+# The same tests with the newest releases that go together in CPU builds, and what keeps newer ones away.
+NEWEST := .venv-newest
+test-newest: $(NEWEST)/.ready
+	$(NEWEST)/bin/python -m tests.newest
+	$(NEWEST)/bin/python -m pytest -n 2 -m "not slow and not gpu and not matrix and not faults" $(TEST)
+
+$(NEWEST)/.ready: pyproject.toml constraints-newest.txt
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --constraint constraints-newest.txt torch setuptools
+	$(NEWEST)/bin/python -m pip install --quiet --constraint constraints-newest.txt --editable '.[test]'
+	touch $(NEWEST)/.ready
+
+# Resolves constraints-newest.txt anew: everything but torch, of which the index has one CPU build, is free.
+lock-newest:
+	rm -rf $(NEWEST)
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet $$(grep '^torch==' constraints.txt) setuptools
+	$(NEWEST)/bin/python -m pip install --quiet --editable '.[test]'
+	{ echo "# The newest releases that go together in CPU builds; written by make lock-newest."; \
+	  $(NEWEST)/bin/python -m pip freeze --exclude-editable | sed 's/+cpu//; s/ @ .*//'; } > constraints-newest.txt
+
+# The same tests with the oldest releases that pyproject.toml lets in.
+OLDEST := .venv-oldest
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -n 2 -m "not slow and not gpu and not matrix and not faults" $(TEST)
+
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt torch setuptools
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
+	touch $(OLDEST)/.ready
+
+# Builds the wheel and the sdist, and runs the demo from each in an environment and a folder of its own.
+package: $(READY)
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python -c 'import setuptools.build_meta as build; build.build_sdist("dist")'
+	for kind in dist/*.whl dist/*.tar.gz; do \
+	  rm -rf dist/try && $(PYTHON) -m venv dist/try && \
+	  dist/try/bin/python -m pip install --quiet --constraint constraints.txt torch setuptools && \
+	  dist/try/bin/python -m pip install --quiet --constraint constraints.txt "$$kind[demo]" && \
+	  (cd dist/try && bin/tdhook-rl demo $(DEMO)) || exit 1; \
+	done
+	rm -rf dist/try
 
 # On a machine with a CUDA device, where the pinned torch has a CUDA build: the tests that need one, and a table.
 gpu: $(READY)
