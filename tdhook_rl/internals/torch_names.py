@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.conv import _ConvNd as ConvNd
 from torch.nn.modules.dropout import _DropoutNd as DropoutNd
-from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
+from torch.nn.modules import module as _modules
 from torch.nn.modules.padding import _CircularPadNd as CircularPadNd
 from torch.nn.modules.padding import _ConstantPadNd as ConstantPadNd
 from torch.nn.modules.padding import _ReflectionPadNd as ReflectionPadNd
@@ -48,7 +48,7 @@ __all__ = [
 # `BatchNorm`, `ConvNd`, `DropoutNd`, `...PadNd`: the classes that those of 1, 2 and 3 dimensions, and the lazy ones,
 # have in common; a list of the public ones would miss the next. `pytree`: how torch itself takes nested values apart
 # and puts them together, classes that were registered for it included. `TorchDispatchMode`: documented, under a private
-# path. `has_any_global_hook()`: whether a hook is on all modules, which torch has calls to add and none to ask for.
+# path.
 
 #: Code in which torch functions are not seen by a ``TorchFunctionMode``; the public ``DisableTorchFunctionSubclass``
 #: leaves the modes on.
@@ -65,6 +65,16 @@ is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 #: ``(targets, sources)``: ``copy_`` of many tensors in one call, as torch's optimisers make it.
 copy_all_ = torch._foreach_copy_
+
+
+def has_any_global_hook() -> bool:
+    """Whether a hook is on all modules, which torch has calls to add and none to ask for."""
+    return bool(
+        _modules._global_forward_hooks
+        or _modules._global_forward_pre_hooks
+        or _modules._global_backward_hooks
+        or _modules._global_backward_pre_hooks
+    )
 
 
 def in_forward_ad() -> bool:
