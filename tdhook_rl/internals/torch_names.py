@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, distributions, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node
+from torch.nn.modules import module as _modules
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.conv import _ConvNd as ConvNd
 from torch.nn.modules.dropout import _DropoutNd as DropoutNd
-from torch.nn.modules import module as _modules
 from torch.nn.modules.padding import _CircularPadNd as CircularPadNd
 from torch.nn.modules.padding import _ConstantPadNd as ConstantPadNd
 from torch.nn.modules.padding import _ReflectionPadNd as ReflectionPadNd
