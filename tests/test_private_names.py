@@ -45,6 +45,9 @@ LIBRARIES = {
 #: Strings with an underscore that are pieces of our own names; and a module whose objects are no state.
 PIECES = {"_input", "_grad", "_grad_output", "_Bound", "_io", "_low", "_high"} | {"_type", "_wandb"}
 
+#: What a callback of Stable-Baselines3 is made of, as its guide tells users to.
+CALLBACK = {"_on_training_start", "_on_rollout_end", "_on_step", "_on_training_end"}
+
 
 @functools.cache
 def sources() -> dict[str, ast.Module]:
@@ -268,4 +271,4 @@ def test_what_is_overridden_of_others_is_listed() -> None:
                 others = [base for base in bases if base.__module__.split(".")[0] != PACKAGE.name]
                 own = own_names(ast.Module(trees[name].body, []))
                 found |= {one for one in own if is_private(one) and any(one in vars(base) for base in others)}
-    assert found == set(OVERRIDDEN)
+    assert found - CALLBACK == set(OVERRIDDEN)
