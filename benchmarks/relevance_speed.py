@@ -27,6 +27,7 @@ from tdhook_rl.attribution import LRP
 from tdhook_rl.attribution.lrp_rules import Epsilon, Uniform
 
 EPSILON = 1e-6
+ZENNIT = "torchvision, which it imports and does not use here, may be a stand-in"
 
 
 def convolutions(batch: int) -> Problem:
@@ -111,7 +112,7 @@ def figures(pairs: int = 30, within: float = float("inf")) -> Iterator[Figure]:
             require_equal(runs)
             seconds = measure(runs, pairs, max(repetitions(run) for run in runs.values()), within=within)
         left_out = "" if "captum" in runs else "captum has no rule for Flatten, or is not installed"
-        budgets = [Budget("floor", note=left_out), Budget("zennit"), Budget("captum")]
+        budgets = [Budget("floor", note=left_out), Budget("zennit", note=ZENNIT), Budget("captum")]
         yield from figures_of("LRP, epsilon", f"{problem.name}, {len(problem.x)}", "hooked(td)", seconds, budgets)
 
 
