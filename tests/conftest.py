@@ -14,6 +14,7 @@ import pytest
 import torch
 import torchrl
 from torch import Tensor
+from torchrl.envs.utils import set_exploration_type
 
 if TYPE_CHECKING:
     from tdhook_rl.calls.chains import Record
@@ -26,9 +27,14 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _start() -> None:
-    """One seed, and one thread: collectors leave more when they end, and a forked child waits for the others."""
+    """One seed, one thread, and actions as each policy has it by default, whatever the last test has left.
+
+    Collectors leave more threads when they end, and a forked child waits for the others; one that is left in the middle
+    leaves actions drawn.
+    """
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    set_exploration_type(None).__enter__()
 
 
 @pytest.fixture(autouse=True)
