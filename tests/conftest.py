@@ -29,8 +29,8 @@ torch.set_num_threads(1)
 def _start() -> None:
     """One seed, one thread, and actions as each policy has it by default, whatever the last test has left.
 
-    Collectors leave more threads when they end, and a forked child waits for the others; one that is left in the middle
-    leaves actions drawn.
+    Collectors leave more threads when they end, and a forked child waits for the others; one that is interrupted may
+    leave actions drawn.
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)
