@@ -54,7 +54,7 @@ test-newest: $(NEWEST)/.ready
 $(NEWEST)/.ready: pyproject.toml constraints-newest.txt
 	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --constraint constraints-newest.txt torch setuptools
-	$(NEWEST)/bin/python -m pip install --quiet --constraint constraints-newest.txt --editable '.[test]'
+	$(NEWEST)/bin/python -m pip install --quiet --constraint constraints-newest.txt --editable '.[test,lint]'
 	touch $(NEWEST)/.ready
 
 # Resolves constraints-newest.txt anew: everything but torch, of which the index has one CPU build, is free.
@@ -62,7 +62,7 @@ lock-newest:
 	rm -rf $(NEWEST)
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet $$(grep '^torch==' constraints.txt) setuptools
-	$(NEWEST)/bin/python -m pip install --quiet --editable '.[test]'
+	$(NEWEST)/bin/python -m pip install --quiet --editable '.[test,lint]'
 	{ echo "# The newest releases that go together in CPU builds; written by make lock-newest."; \
 	  $(NEWEST)/bin/python -m pip freeze --exclude-editable | sed 's/+cpu//; s/ @ .*//'; } > constraints-newest.txt
 
@@ -74,7 +74,7 @@ test-oldest: $(OLDEST)/.ready
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt torch setuptools
-	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test,lint]'
 	touch $(OLDEST)/.ready
 
 # Builds the wheel and the sdist, and runs the demo from each in an environment and a folder of its own.
