@@ -42,7 +42,7 @@ CHUNKS = {"IMPALA": (32, 64), "else": (1024, 2048, 4096)}
 SECONDS, LEAST_PAIRS = 20.0, 5
 #: Of the norm. In float32 another order of operations takes the other side of a ReLU or a maximum here and there:
 #: captum's path of IMPALA's network differs by 8e-4, the others by 1e-7.
-EQUAL = 2e-3
+EQUAL = {"IMPALA": 2e-3, "else": 1e-5}
 #: Attributions of one ``Compose``.
 SEVERAL = 8
 
@@ -77,8 +77,8 @@ def _saliency(problem: ActorProblem, pairs: int) -> list[Figure]:
         )
         runs = {
             "annotate": lambda: hooked.annotate(problem.data)["attr", OBSERVATION],
-            BARE: lambda: _gradient(problem.bare, problem.x, problem.data),
-            HAND: lambda: _gradient(problem.through, problem.x, problem.data),
+            BARE: lambda: gradient_by_hand(problem.bare, problem.x, problem.data),
+            HAND: lambda: gradient_by_hand(problem.through, problem.x, problem.data),
         }
         if installed("captum"):
             runs[CAPTUM] = _captum_saliency(problem)
@@ -100,8 +100,8 @@ def _integrated(problem: ActorProblem, pairs: int) -> list[Figure]:
         hooked = stack.enter_context(made.prepare(problem.policy))
         runs = {
             "annotate": lambda: hooked.annotate(data)["attr", OBSERVATION],
-            BARE: _fastest([_path(problem.bare, problem, size) for size in sizes]),
-            HAND: _fastest([_path(problem.through, problem, size) for size in sizes]),
+            BARE: _fastest([path_by_hand(problem.bare, problem, size) for size in sizes]),
+            HAND: _fastest([path_by_hand(problem.through, problem, size) for size in sizes]),
         }
         if installed("captum"):
             runs[CAPTUM] = _captum_path(problem)
@@ -117,7 +117,7 @@ def _step(problem: ActorProblem, pairs: int) -> list[Figure]:
     def by_hand() -> Tensor:
         with torch.no_grad():
             data = policy(given.copy())
-        gradient = _gradient(problem.through, data[OBSERVATION], data)
+        gradient = gradient_by_hand(problem.through, data[OBSERVATION], data)
         data.set(("attr", OBSERVATION), gradient)
         return gradient
 
@@ -176,38 +176,39 @@ def _compose(problem: ActorProblem, pairs: int) -> list[Figure]:
 def _measured(
     what: str, problem: ActorProblem, ours: str, runs: dict[str, Run], budgets: list[Budget], pairs: int
 ) -> list[Figure]:
-    _require_equal(runs)
+    require_equal(runs, problem.name)
     repeat = repetitions(runs[ours])
     once = sum(float(values[0]) for values in measure(runs, 1, repeat).values()) * repeat
     seconds = measure(runs, min(pairs, max(LEAST_PAIRS, int(SECONDS / once))), repeat)
     return figures_of(what, f"{problem.name} {len(problem.x)}", ours, seconds, budgets)
 
 
-def _require_equal(runs: dict[str, Run]) -> None:
-    found = {}
+def require_equal(runs: dict[str, Run], net: str) -> None:
+    """Raise where the contenders do not compute the same, but for the rounding that :data:`EQUAL` allows a network."""
+    found, allowed = {}, EQUAL.get(net, EQUAL["else"])
     for name, run in runs.items():
         torch.manual_seed(0)  # a step draws its action
         found[name] = run().detach()
     expected = next(iter(found.values()))
     for name, value in found.items():
         gap = float((value - expected).norm() / expected.norm())
-        if not gap <= EQUAL:
+        if not gap <= allowed:
             raise AssertionError(f"{name} gives something else: it differs by {gap:.1e} of the norm")
 
 
 # ------------------------------------------------------------------ by hand, and captum
 
 
-def _gradient(score: Score, x: Tensor, data: TensorDict) -> Tensor:
+def gradient_by_hand(score: Score, x: Tensor, data: TensorDict) -> Tensor:
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         return torch.autograd.grad(score(x, data).sum(), x)[0]
 
 
-def _path(score: Score, problem: ActorProblem, size: int) -> Run:
+def path_by_hand(score: Score, problem: ActorProblem, size: int) -> Run:
     """Integrated gradients by hand with so many rows a pass; what the rows are beside is made ready before."""
     x, baseline = problem.x, problem.baseline
-    points, weights = (torch.tensor(values) for values in quadrature("gausslegendre", STEPS))
+    points, weights = (torch.tensor(one, dtype=x.dtype, device=x.device) for one in quadrature("gausslegendre", STEPS))
     at_once = max(1, size // len(x))
     parts = list(zip(points.split(at_once), weights.split(at_once), strict=True))
     rows = {len(alphas): repeat_rows(problem.data, len(alphas)) for alphas, _ in parts}

@@ -9,18 +9,18 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from benchmarks.actor_speed import gradient_by_hand, path_by_hand, require_equal
 from benchmarks.actors import ACTORS, OBSERVATION, ActorProblem
 from benchmarks.budgeted import Budget, Figure, figures_of, header
 from benchmarks.pairs import measure
 from benchmarks.peers import STEPS
 from tdhook_rl import Saliency
 from tdhook_rl.attribution import IntegratedGradients
-from tdhook_rl.attribution.integrated_gradients import quadrature
-from tdhook_rl.replaying.batching import repeat_rows
 
 HAND = "by hand through the actor"
 NAMES = ("Categorical", "TanhNormal", "IMPALA")
@@ -35,55 +35,31 @@ def figures(device: str, pairs: int, batches: Sequence[int]) -> list[Figure]:
         for batch in batches:
             with torch.device(device):
                 problem = ACTORS[name](batch)
-            for what, ours, hand in (
-                ("Saliency", _ours(Saliency(target=problem.target, when="batch"), problem), _saliency(problem)),
-                ("IG", _ours(_path_method(problem), problem), _path(problem)),
+            for what, method, hand in (
+                ("Saliency", Saliency(target=problem.target, when="batch"), partial(_saliency, problem)),
+                ("IG", IntegratedGradients(target=problem.target, n_steps=STEPS, when="batch"), _path(problem)),
             ):
-                runs = {"annotate": _waited(ours, device), HAND: _waited(hand, device)}
-                _require_equal(ours(), hand(), f"{what} {name} {batch}")
+                contenders = {"annotate": _ours(method, problem), HAND: hand}
+                require_equal(contenders, name)
+                runs = {who: _waited(run, device) for who, run in contenders.items()}
                 seconds = measure(runs, pairs, repeat=_repeats(runs["annotate"]), clock="wall")
                 found += figures_of(what, f"{name} {batch}", "annotate", seconds, [Budget(HAND, 1.3)])
                 print(found[-1], flush=True)
     return found
 
 
-def _path_method(problem: ActorProblem) -> IntegratedGradients:
-    return IntegratedGradients(target=problem.target, n_steps=STEPS, when="batch")
+def _saliency(problem: ActorProblem) -> Tensor:
+    return gradient_by_hand(problem.through, problem.x, problem.data)
+
+
+def _path(problem: ActorProblem) -> Callable[[], Tensor]:
+    return path_by_hand(problem.through, problem, ROWS.get(problem.name, STEPS * len(problem.x)))
 
 
 def _ours(method: Saliency | IntegratedGradients, problem: ActorProblem) -> Callable[[], Tensor]:
     hooked = method.prepare(problem.policy, return_context=False)
     data = problem.data.copy().set(("baseline", OBSERVATION), problem.baseline)
     return lambda: hooked.annotate(data)["attr", OBSERVATION]
-
-
-def _saliency(problem: ActorProblem) -> Callable[[], Tensor]:
-    def run() -> Tensor:
-        x = problem.x.detach().requires_grad_()
-        return torch.autograd.grad(problem.through(x, problem.data).sum(), x)[0]
-
-    return run
-
-
-def _path(problem: ActorProblem) -> Callable[[], Tensor]:
-    x, baseline = problem.x, problem.baseline
-    points, weights = (
-        torch.tensor(values, dtype=x.dtype, device=x.device) for values in quadrature("gausslegendre", STEPS)
-    )
-    at_once = max(1, ROWS.get(problem.name, STEPS * len(x)) // len(x))
-    parts = list(zip(points.split(at_once), weights.split(at_once), strict=True))
-    rows = {len(alphas): repeat_rows(problem.data, len(alphas)) for alphas, _ in parts}
-
-    def run() -> Tensor:
-        total = torch.zeros_like(x)
-        for alphas, shares in parts:
-            path = torch.lerp(baseline, x, alphas.reshape(-1, *(1,) * x.ndim)).flatten(0, 1).requires_grad_()
-            outer = shares.repeat_interleave(len(x))
-            gradient = torch.autograd.grad(problem.through(path, rows[len(alphas)]), path, outer)[0]
-            total += gradient.reshape(len(alphas), *x.shape).sum(0)
-        return total * (x - baseline)
-
-    return run
 
 
 def _waited(run: Callable[[], Tensor], device: str) -> Callable[[], None]:
@@ -100,11 +76,6 @@ def _repeats(run: Callable[[], None], seconds: float = 0.02) -> int:
     start = time.perf_counter()
     run()
     return max(1, round(seconds / (time.perf_counter() - start)))
-
-
-def _require_equal(found: Tensor, expected: Tensor, what: str) -> None:
-    scale = float(expected.abs().max())
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * scale, msg=lambda text: f"{what}: {text}")
 
 
 if __name__ == "__main__":
