@@ -32,7 +32,7 @@ from tdhook_rl.calls.decisions import (
     warn_beside_values,
     warn_left_out,
 )
-from tdhook_rl.calls.passes import Pass
+from tdhook_rl.calls.passes import Pass, Slope
 from tdhook_rl.errors import TargetError
 from tdhook_rl.replaying.batching import row_vectors
 from tdhook_rl.sites.hooks import Portable
@@ -77,7 +77,7 @@ class OwnTarget(Target):
 class LinearTarget(OwnTarget):
     """A target of this module that is linear in one output, if the policy has one and no distribution over returns."""
 
-    def slope(self, run: Pass) -> Tensor | None:
+    def slope(self, run: Pass) -> Slope | None:
         """The derivative with respect to that output; ``None`` if the target is not of it."""
         return self.function.function.slope(run)  # type: ignore[attr-defined]
 
@@ -90,7 +90,7 @@ class DefaultTarget:
     def __call__(self, run: Pass) -> Tensor:
         return default_target(run)(run)
 
-    def slope(self, run: Pass) -> Tensor | None:
+    def slope(self, run: Pass) -> Slope | None:
         """As of :class:`LinearTarget`, if that is what is chosen."""
         chosen = default_target(run)
         return chosen.slope(run) if isinstance(chosen, LinearTarget) else None
@@ -269,9 +269,9 @@ class _Entry:
     def __call__(self, run: Pass) -> Tensor:
         return _total(run, [value for _, value in outputs_named(run, self.key, self.name)])
 
-    def slope(self, run: Pass) -> Tensor | None:
-        found = outputs_named(run, self.key, self.name)
-        return torch.ones_like(found[0][1]) if len(found) == 1 and found[0][0] in run.out_keys else None
+    def slope(self, run: Pass) -> Slope | None:
+        (key, value), *others = outputs_named(run, self.key, self.name)
+        return None if others or key not in run.out_keys else Slope(key, torch.ones_like(value))
 
 
 @dataclass(frozen=True)
@@ -290,13 +290,13 @@ class _Indexed:
     def __call__(self, run: Pass) -> Tensor:
         return self._of(_expected(run, *self._one(run)))
 
-    def slope(self, run: Pass) -> Tensor | None:
+    def slope(self, run: Pass) -> Slope | None:
         key, logits = self._one(run)
         if key not in run.out_keys:
             return None
         slope = torch.zeros_like(logits)
         self._of(slope).fill_(1)
-        return slope
+        return Slope(key, slope)
 
     def _one(self, run: Pass) -> tuple[NestedKey, Tensor]:
         found = outputs_named(run, self.key, "logits")
@@ -322,11 +322,9 @@ class _Chosen:
         found = [(key, _expected(run, key, value)) for key, value in outputs_named(run, self.key, self.name)]
         return _total(run, [(value * one_hot_action(run, value, key)).sum(-1) for key, value in found])
 
-    def slope(self, run: Pass) -> Tensor | None:
-        found = outputs_named(run, self.key, self.name)
-        if len(found) > 1 or found[0][0] not in run.out_keys:
-            return None
-        return one_hot_action(run, found[0][1], found[0][0])
+    def slope(self, run: Pass) -> Slope | None:
+        (key, values), *others = outputs_named(run, self.key, self.name)
+        return None if others or key not in run.out_keys else Slope(key, one_hot_action(run, values, key))
 
     def head_slope(self, head: Any) -> Tensor | None:
         key, run = self.key, head.values
@@ -364,15 +362,16 @@ class _Margin:
 class _OutputSum:
     def __call__(self, run: Pass) -> Tensor:
         batch = run.outputs.batch_size
-        return torch.stack([row_vectors(value, batch).sum(-1) for value in self._terms(run)]).sum(0)
+        return torch.stack([row_vectors(value, batch).sum(-1) for value in self._terms(run).values()]).sum(0)
 
-    def slope(self, run: Pass) -> Tensor | None:
-        terms = self._terms(run)
-        return torch.ones_like(terms[0]) if len(terms) == 1 else None
+    def slope(self, run: Pass) -> Slope | None:
+        (key, value), *others = self._terms(run).items()
+        return None if others else Slope(key, torch.ones_like(value))
 
     @staticmethod
-    def _terms(run: Pass) -> list[Tensor]:
-        terms = [value for value in (run.outputs.get(key, None) for key in run.out_keys) if has_slope(value)]
+    def _terms(run: Pass) -> dict[NestedKey, Tensor]:
+        outputs = {key: run.outputs.get(key, None) for key in run.out_keys}
+        terms = {key: value for key, value in outputs.items() if has_slope(value)}
         if not terms:
             raise TargetError(
                 f"none of the outputs {run.out_keys} depends on the explained input through a gradient: "

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations
 
 from tdhook_rl import Saliency, targets
 from tdhook_rl.calls.chains import Record
+from tdhook_rl.calls.passes import Slope
 from tdhook_rl.targets import LinearTarget, Target
 from tests.chains import MODES, SQUARES, by_autograd, chain, data, logit
 
@@ -117,12 +118,13 @@ class Learning:
     def __call__(self, run: object) -> Tensor:
         return run.outputs["output"][..., 1]
 
-    def slope(self, run: object) -> Tensor:
+    def slope(self, run: object) -> Slope:
         if not self.changed:
             self.changed = True
             with torch.no_grad():
                 self.net[0].weight.mul_(2)
-        return nn.functional.one_hot(torch.ones(run.outputs.batch_size).long(), 3).to(run.outputs["output"])
+        ones = nn.functional.one_hot(torch.ones(run.outputs.batch_size).long(), 3)
+        return Slope("output", ones.to(run.outputs["output"]))
 
 
 @pytest.mark.parametrize("how", ["annotate", "no_grad", "grad"])

@@ -18,9 +18,10 @@ from torch import distributions as D
 from torchrl.modules import IndependentNormal, MaskedCategorical, ProbabilisticActor, QValueActor, TanhNormal
 from torchrl.modules.distributions import OneHotCategorical
 
-from tdhook_rl import Saliency, targets
+from tdhook_rl import Compose, Saliency, targets
 from tdhook_rl.attribution import IntegratedGradients
 from tdhook_rl.calls.chains import Record
+from tdhook_rl.errors import TargetError, TdhookError
 from tests.chains import chain
 
 ROWS = 7
@@ -86,6 +87,14 @@ TARGETS = {
 }
 
 
+#: Of what a normal distribution has, which the last layer makes of what the others put out.
+PARAMETERS = {
+    "mean": targets.logit(0, "loc"),
+    "scale": targets.logit(1, "scale"),
+    "other mean": targets.logit(1, "loc"),
+}
+
+
 #: An actor of known layers; one with a layer of an unknown class, whose draw is known; and one of which nothing is.
 VARIANTS = (nn.Tanh, True), (Usual, True), (Usual, False)
 
@@ -110,17 +119,62 @@ def _each(name: str, method: Any, batch: tuple[int, ...] = (ROWS,)) -> list[Any]
     return found
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [*TARGETS, *PARAMETERS])
 @pytest.mark.parametrize("name", ACTORS)
 def test_the_numbers_of_autograd(name: str, target: str, records: list[Record]) -> None:
     for batch in ((ROWS,), (3, 2), ()):
-        *ours, usual = _each(name, Saliency(target=TARGETS[target]), batch)
+        *ours, usual = _each(name, Saliency(target={**TARGETS, **PARAMETERS}[target]), batch)
         for one in ours:
             if isinstance(usual, str):
                 assert one == usual
                 continue
             for key, value in usual.items(True, True):
                 torch.testing.assert_close(one[key], value, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ACTORS)
+def test_several_methods_share_one_run(name: str, records: list[Record]) -> None:
+    """Whatever each explains: what is found is what each finds alone, and the chain runs once."""
+    torch.manual_seed(0)
+    actor = ACTORS[name](nn.Tanh)
+    data = TensorDict({"observation": torch.randn(ROWS, 6, dtype=torch.double)}, batch_size=ROWS)
+    with torch.no_grad():
+        data = actor(data)
+    alone: dict[str, Any] = {}
+    for label, target in [*TARGETS.items(), *PARAMETERS.items()]:
+        with Saliency(target=target).prepare(actor) as hooked:
+            try:
+                alone[label] = hooked.annotate(data)["attr"]
+            except TdhookError:  # of another kind of actor's
+                continue
+    assert len(alone) > 3
+    named = {**TARGETS, **PARAMETERS}
+    for absolute in (False, True):
+        methods = [
+            Saliency(target=named[label], attribution_key=f"by {label}", absolute=absolute and index % 2 == 1)
+            for index, label in enumerate(alone)
+        ]
+        records.clear()
+        with Compose(*methods).prepare(actor) as hooked:
+            found = hooked.annotate(data)
+        assert len(records) == 1
+        for index, (label, expected) in enumerate(alone.items()):
+            for key, value in expected.items(True, True):
+                value = value.abs() if absolute and index % 2 == 1 else value
+                torch.testing.assert_close(found[f"by {label}"][key], value, atol=1e-12, rtol=1e-10)
+
+
+def test_what_one_of_several_methods_asks_wrongly_is_said(records: list[Record]) -> None:
+    actor = ACTORS["categorical"](nn.Tanh)
+    data = TensorDict({"observation": torch.randn(ROWS, 6, dtype=torch.double)}, batch_size=ROWS)
+    with torch.no_grad():
+        data = actor(data)
+    wrong = Saliency(target=targets.logit(7), attribution_key="wrong")
+    with wrong.prepare(actor) as hooked, pytest.raises(TargetError, match="3 entries") as alone:
+        hooked.annotate(data)
+    with Compose(Saliency(), wrong).prepare(actor) as hooked, pytest.raises(TargetError) as together:
+        hooked.annotate(data)
+    assert str(together.value) == str(alone.value)
 
 
 @pytest.mark.parametrize("name", [name for name in ACTORS if "q" not in name])
@@ -186,8 +240,9 @@ SPOILED = [
 ]
 
 
+@pytest.mark.parametrize("target", [None, targets.chosen_logit(), targets.logit(1), targets.logit(1, "loc")])
 @pytest.mark.parametrize(("name", "spoil"), SPOILED, ids=lambda one: getattr(one, "__name__", one))
-def test_what_does_not_fit_is_said_as_ever(name: str, spoil: Any) -> None:
+def test_what_does_not_fit_is_said_as_ever(name: str, spoil: Any, target: Any) -> None:
     found: list[Any] = []
     for kind, is_known in VARIANTS:
         torch.manual_seed(0)
@@ -197,7 +252,7 @@ def test_what_does_not_fit_is_said_as_ever(name: str, spoil: Any) -> None:
         with torch.no_grad():
             data = actor(data)
         spoil(data)
-        with Saliency().prepare(actor) as hooked:
+        with Saliency(target=target).prepare(actor) as hooked:
             if not is_known:
                 hooked._hooked.decider = None
             try:

@@ -24,7 +24,6 @@ from tdhook_rl.calls.passes import Call, Pass, with_batch
 from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.errors import InputError, TargetError, nearest
 from tdhook_rl.method import Binder, Method
-from tdhook_rl.replaying.batching import in_recurrent_mode
 from tdhook_rl.sites.hooks import Portable
 from tdhook_rl.sites.missing import Absent, Missing, PartialCapture, check_missing
 from tdhook_rl.targets import DefaultTarget, OwnTarget, Target, per_row
@@ -172,6 +171,7 @@ class BoundAttribution(BoundMethod):
             one if one is None or hasattr(one, "name") else Target(getattr(one, "__name__", "(a function)"), one)
             for one in (config.target.values() if isinstance(config.target, Mapping) else [config.target])
         ]
+        self._default = DefaultTarget()
         # The callbacks are given outputs; a target of the user's may look at the stored inputs.
         self.reads_inputs = config.init_attr_targets is None and any(
             one is not None and getattr(one, "reads_inputs", True) for one in self._chosen
@@ -201,7 +201,7 @@ class BoundAttribution(BoundMethod):
         return keys if self.beside is None else (*keys, *((self.beside, *name) for name in names))
 
     def compute(self, call: Call) -> dict[tuple[str, ...], Tensor]:
-        if self.horizon == "step" and call.policy._hooked.traits.recurrent and in_recurrent_mode(call.policy):
+        if self.horizon == "step" and call.policy._hooked.traits.read_trajectories(call.policy):
             raise InputError(
                 f"{type(self).__name__.removeprefix('_Bound')} explains rows, but a policy in recurrent mode reads "
                 "trajectories, whose steps would be mixed: collect without it and call annotate on the batch, which "
@@ -213,9 +213,7 @@ class BoundAttribution(BoundMethod):
         inputs = self._explained_inputs(call)
         if any(key not in inputs for key in self.declared):  # boolean inputs drop out
             self.declared = [key for key in self.declared if key in inputs]
-        targets = [self._function(one, call) for one in self._chosen]
-        if self.horizon == "trajectory" and (real := real_rows(call.data)) is not None:
-            targets = [_OfRealSteps(target, real) for target in targets]
+        targets = self.targets_of(call)
         results: dict[tuple[str, ...], Tensor] = {}
         attributed: list[Attributed] = [({}, {}) for _ in self.names]
         if inputs or leaves or not self.leaves:
@@ -235,6 +233,13 @@ class BoundAttribution(BoundMethod):
         if captured is not None:
             results["computed", self.root] = self._captured_rows(call, captured)
         return results
+
+    def targets_of(self, call: Call) -> list[TargetFunction]:
+        """What is explained in a call."""
+        targets = [self._function(one, call) for one in self._chosen]
+        if self.horizon == "trajectory" and (real := real_rows(call.data)) is not None:
+            targets = [_OfRealSteps(target, real) for target in targets]
+        return targets
 
     def _partial_captures(self, call: Call) -> dict[str, PartialCapture] | None:
         """What the explained sites give in this call, by the slot of their leaf; ``None`` where all have to run."""
@@ -279,7 +284,7 @@ class BoundAttribution(BoundMethod):
     def _function(self, target: TargetFunction | None, call: Call) -> TargetFunction:
         init = self._init["targets"]
         if init is None:
-            return target or DefaultTarget()
+            return target or self._default
         return _InitTargets(init, self._init["grads"], self.additional(call), self.watched, self.shows_outputs)
 
 

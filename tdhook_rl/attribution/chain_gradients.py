@@ -1,8 +1,12 @@
-"""Gradients of chains of known layers, without a graph: of what is linear in their output, or decided by it."""
+"""Gradients of chains of known layers, without a graph: of what is linear in their output, or decided by it.
+
+A target has a slope, its derivative by the chain's output. The slopes of all targets of a pass, also those of several
+methods, go back through the layers together.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,11 +15,16 @@ from tdhook_rl.attribution.question import Attributed, Question, TargetFunction
 from tdhook_rl.attribution.undefined import defined_rows, nan_undefined_rows
 from tdhook_rl.calls.chains import Chain, Record, chain_layers
 from tdhook_rl.calls.heads import HeadPass, is_decided_by
-from tdhook_rl.calls.passes import Call, Pass
+from tdhook_rl.calls.passes import Pass, Slope
 from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.calls.writing import set_tensor
+from tdhook_rl.errors import TdhookError
 from tdhook_rl.internals.tensordict_names import new_unsafe
 from tdhook_rl.targets import DefaultTarget, LinearTarget, OwnTarget
+
+#: Rows that go back through the layers at once: those of a batch as often as there are targets. Measured as the rows of
+#: a path are.
+ROWS = 4096
 
 
 def is_linear(targets: Sequence[TargetFunction]) -> bool:
@@ -25,24 +34,37 @@ def is_linear(targets: Sequence[TargetFunction]) -> bool:
 
 def chain_gradients(question: Question) -> list[Attributed] | None:
     """For each target its gradient with respect to the one input; ``None`` if there is another way only."""
-    call, inputs, sites, targets, _, _, weights, _ = question
-    chain = call.policy._hooked.chain
-    if chain is None or len(inputs) != 1 or sites:
+    chain, inputs = question.call.policy._hooked.chain, question.inputs
+    if chain is None or len(inputs) != 1 or question.sites:
         return None
-    if chain.head is not None:
-        return _actor_gradients(question, chain)
+    gradients = _chain_gradients(question) if chain.head is None else _actor_gradients(question, chain)
+    if gradients is None:
+        return None
+    return [(dict.fromkeys(inputs, gradient), {}) for gradient in gradients]
+
+
+def _chain_gradients(question: Question) -> list[Tensor] | None:
+    """Of a policy that is nothing but the chain."""
+    call, targets = question.call, question.targets
     if not is_linear(targets):
         return None
     recorded = call.chain or _replayed_chain(question)
     if recorded is None:
         return None
-    found: list[Attributed] = []
-    for target in targets:
-        gradient = _chain_gradient(call, recorded, target, weights)
-        if gradient is None:
-            return None
-        found.append((dict.fromkeys(inputs, gradient), {}))
-    return found
+    run, record = recorded
+
+    def slopes(targets: Sequence[TargetFunction]) -> list[Tensor | None]:
+        with torch.no_grad():
+            found = [one.slope(run) if is_linear([one]) else None for one in targets]  # type: ignore[attr-defined]
+        return [None if one is None else one.values for one in found]
+
+    gradients = _pulled(question, record, slopes)
+    # Where every output is finite, so is what is linear in them; but a sum may overflow in half precision.
+    if gradients is None or (record.output.dtype.itemsize >= 4 and record.is_finite()):
+        return gradients
+    with torch.no_grad():
+        rows = [defined_rows(call, target(run)) for target in targets]
+        return [nan_undefined_rows(defined, one) for defined, one in zip(rows, gradients, strict=True)]
 
 
 def _replayed_chain(question: Question) -> tuple[Pass, Record] | None:
@@ -73,16 +95,16 @@ def _record(question: Question) -> Record | None:
     try:
         with torch.no_grad():
             record = Record(layers, value)
-        if question.shares and len(call.sharers) > 1:
+        if question.shares and len(call.sharers) > 1 and call.as_it_was(question.inputs, None):
             call.kept_record = value, record
         return record
     except RuntimeError:  # which the policy says in its own words
         return None
 
 
-def _actor_gradients(question: Question, chain: Chain) -> list[Attributed] | None:
-    """The same of a policy that decides by the output of a chain."""
-    call, inputs, _, targets, _, _, weights, _ = question
+def _actor_gradients(question: Question, chain: Chain) -> list[Tensor] | None:
+    """Of a policy that decides by the output of a chain."""
+    call, inputs, targets = question.call, question.inputs, question.targets
     stored = call.data if question.stored is None else question.stored
     if not all(isinstance(target, (OwnTarget, DefaultTarget)) for target in targets):
         return None  # a function of the user's may differentiate by itself
@@ -90,52 +112,109 @@ def _actor_gradients(question: Question, chain: Chain) -> list[Attributed] | Non
         return None
     record = _record(question)
     # Parameters that are no numbers are said by the distribution; masked logits go their own way as well.
-    if record is None or record.output.shape[:-1] != stored.batch_size or not surely_finite(record.output):
+    if record is None or record.output.shape[:-1] != stored.batch_size or not record.is_finite():
         return None
-    head = HeadPass(call, chain, inputs, record.output, stored)
-    found: list[Attributed] = []
-    for target in targets:
-        gradient = _head_gradient(head, record, target, weights)
-        if gradient is None:
-            return None
-        found.append((dict.fromkeys(inputs, gradient), {}))
-    if not call.in_step and call.as_it_was(inputs, question.stored):
+    head = record.head = record.head or HeadPass(call, chain, inputs, record.output, stored)
+    gradients = _pulled(question, record, lambda targets: _slopes(head, targets))
+    if gradients is not None and call.replayed is None and not call.in_step and call.as_it_was(inputs, question.stored):
         call.replayed = head.outputs()
-    return found
+    return gradients
 
 
-def _head_gradient(head: HeadPass, record: Record, target: TargetFunction, weights: Tensor | None) -> Tensor | None:
-    with torch.no_grad():
-        outer = target.head_slope(head)  # type: ignore[attr-defined]
-        if outer is not None and weights is not None:
-            outer = outer * weights.to(outer.dtype).unsqueeze(-1)
-    if outer is None:
-        with torch.enable_grad():
-            value = target(head.run())
-            total = value.sum()
-        if not value.requires_grad or not surely_finite(total.detach()):
+def _pulled(
+    question: Question, record: Record, slopes: Callable[[Sequence[TargetFunction]], list[Tensor | None]]
+) -> list[Tensor] | None:
+    """The gradients of the targets of a question, and beside them of those of the methods that share its pass.
+
+    Args:
+        question: what is explained.
+        record: the run of the chain.
+        slopes: from targets to their derivatives by its output, ``None`` where these are not known.
+
+    Returns:
+        ``None`` if one of the question's is not known.
+    """
+    targets, weights, pulled = question.targets, question.weights, record.pulled
+    passes = question.call.chain, question.call.kept_record  # over the call as it is, for all its methods
+    if any(id(target) not in pulled for target in targets):
+        others = []
+        if not pulled and question.shares and any(kept is not None and kept[1] is record for kept in passes):
+            others = _of_sharers(question)
+        try:
+            asked = [*targets, *others]
+            found = slopes(asked)
+        except TdhookError:  # of another method's, which will meet it itself
+            if not others:
+                raise
+            asked = list(targets)
+            found = slopes(asked)
+        if any(slope is None for slope in found[: len(targets)]):
             return None
-        explained, given = (total, None) if weights is None else (value, weights.to(value.dtype))
-        (outer,) = torch.autograd.grad(explained, head.leaf, given, retain_graph=True, allow_unused=True)
-    if outer is None:
+        known = [(target, slope) for target, slope in zip(asked, found, strict=True) if slope is not None]
+        outer = [slope if weights is None else _weighted(slope, weights) for _, slope in known]
+        with torch.no_grad():
+            for (target, _), gradient in zip(known, _pull(record, outer), strict=True):
+                pulled[id(target)] = target, gradient
+    return [pulled[id(target)][1] for target in targets]
+
+
+def _of_sharers(question: Question) -> list[TargetFunction]:
+    """What the other methods that share the pass of a question ask for."""
+    own = {id(target) for target in question.targets}
+    return [
+        target
+        for one in question.call.sharers
+        if one.compiled is None
+        for target in one.targets_of(question.call)
+        if id(target) not in own and isinstance(target, (OwnTarget, DefaultTarget))
+    ]
+
+
+def _pull(record: Record, slopes: Sequence[Tensor]) -> list[Tensor]:
+    if len(slopes) == 1:
+        return [record.pull(slopes[0])]
+    at_once = max(1, ROWS // max(1, slopes[0].shape[:-1].numel()))
+    if at_once == 1:
+        return [record.pull(slope) for slope in slopes]
+    parts = [record.pull(torch.stack(slopes[start : start + at_once])) for start in range(0, len(slopes), at_once)]
+    return [gradient for part in parts for gradient in part.unbind()]
+
+
+def _slopes(head: HeadPass, targets: Sequence[TargetFunction]) -> list[Tensor | None]:
+    """The derivatives of targets by the output of the chain; ``None`` where they are not to be had without a graph."""
+    with torch.no_grad():
+        found = [target.head_slope(head) for target in targets]  # type: ignore[attr-defined]
+    linear = [place for place, (one, target) in enumerate(zip(found, targets, strict=True)) if _asks(one, target)]
+    if linear:
+        for place, slope in zip(linear, _linear_slopes(head, [targets[place] for place in linear]), strict=True):
+            found[place] = slope
+    return [_differentiated(head, t) if one is None else one for one, t in zip(found, targets, strict=True)]
+
+
+def _asks(known: Tensor | None, target: TargetFunction) -> bool:
+    return known is None and type(target) is LinearTarget
+
+
+def _linear_slopes(head: HeadPass, targets: Sequence[TargetFunction]) -> list[Tensor | None]:
+    """Of what is linear in what the head is given, or gives."""
+    with torch.enable_grad():
+        run = head.run()
+        slopes: list[Slope | None] = [None if run.supports else one.slope(run) for one in targets]  # type: ignore[attr-defined]
+        known = [one for one in slopes if one is not None]
+        found = iter(head.by_leaf(known))
+        return [None if one is None else next(found) for one in slopes]
+
+
+def _differentiated(head: HeadPass, target: TargetFunction) -> Tensor | None:
+    """Of any other target, by the graph that begins behind the chain."""
+    with torch.enable_grad():
+        value = target(head.run())
+        total = value.sum()
+    if not value.requires_grad or not surely_finite(total.detach()):
         return None
-    with torch.no_grad():
-        return record.pull(outer)
-
-
-def _chain_gradient(
-    call: Call, chain: tuple[Pass, Record], target: TargetFunction, weights: Tensor | None
-) -> Tensor | None:
-    """The gradient of a target with respect to the one input; ``None`` if the target is not linear in the output."""
-    run, record = chain
-    with torch.no_grad():
-        outer = target.slope(run)  # type: ignore[attr-defined]
-        if outer is None:
-            return None
-        if weights is not None:
-            outer = outer * weights.to(outer.dtype).reshape((*weights.shape, *(1,) * (outer.ndim - weights.ndim)))
-        found = record.pull(outer)
-        # Where every output is finite, so is what is linear in them; but a sum may overflow in half precision.
-        if outer.dtype.itemsize < 4 or not surely_finite(record.output):
-            found = nan_undefined_rows(defined_rows(call, target(run)), found)
+    (found,) = torch.autograd.grad(total, head.leaf, retain_graph=True, allow_unused=True)
     return found
+
+
+def _weighted(slope: Tensor, weights: Tensor) -> Tensor:
+    return slope * weights.to(slope.dtype).reshape((*weights.shape, *(1,) * (slope.ndim - weights.ndim)))

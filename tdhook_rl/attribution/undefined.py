@@ -11,7 +11,6 @@ from torch import Tensor
 
 from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import TargetError, warn
-from tdhook_rl.replaying.batching import in_recurrent_mode
 from tdhook_rl.sites.runtime import Runtime
 from tdhook_rl.targets import no_path
 
@@ -20,7 +19,7 @@ def defined_rows(call: Call, reached: Tensor) -> Tensor:
     """The rows whose target is finite; in recurrent mode those from whose step on it is, up to the trajectory's end."""
     defined = torch.isfinite(reached)
     policy = call.policy
-    if not policy._hooked.traits.recurrent or not in_recurrent_mode(policy) or defined.shape != call.batch_size:
+    if not policy._hooked.traits.read_trajectories(policy) or defined.shape != call.batch_size:
         return defined
     starts = call.data.get("is_init", torch.zeros_like(defined)).reshape(defined.shape)
     steps = list(defined.unbind(-1))

@@ -26,7 +26,7 @@ from tdhook_rl.calls.real_rows import PADDING
 from tdhook_rl.calls.repeatable import require_repeatable
 from tdhook_rl.errors import InputError, MissingKeyError, TdhookError, nearest
 from tdhook_rl.policies.draws import action_keys, masks_needed
-from tdhook_rl.replaying.batching import PassNoise, conv_chunk, in_recurrent_mode, shallow_copy
+from tdhook_rl.replaying.batching import PassNoise, conv_chunk, shallow_copy
 from tdhook_rl.sites.runtime import vmap_level
 
 __all__ = ["OnMismatch", "annotate", "computed"]
@@ -241,7 +241,7 @@ def _trajectories(policy: HookedPolicy, data: TensorDictBase, analysis: _Analysi
 
 
 def _recurrent_mode(policy: HookedPolicy, mode: bool) -> AbstractContextManager[Any]:
-    if not policy._hooked.traits.recurrent or in_recurrent_mode(policy) is mode:
+    if not policy._hooked.traits.recurrent or policy._hooked.traits.read_trajectories(policy) is mode:
         return nullcontext()
     from torchrl.modules import set_recurrent_mode
 

@@ -35,6 +35,7 @@ class Found:
         self._real = real_rows(data)
         self._computed: dict[Key, Tensor] = {}
         self._own: dict[int, Tensor] = {}  # by method: the rows whose results are its own
+        self._trace: Tensor | None = None  # what the stamps of all roots share
         self.missing: list[BoundMethod] = []
         self._by_root: dict[str, list[BoundMethod]] = {}
         for one in wanted:
@@ -138,7 +139,9 @@ class Found:
         for one in self.missing:
             if one.whole_batch and one.result_keys[0][0] == root:
                 return torch.zeros_like(mask, dtype=torch.float32)  # rows of another batch would have other results
-        return provenance.stamp(root, provenance.trace(data), data)
+        if self._trace is None:
+            self._trace = provenance.trace(data)
+        return provenance.stamp(root, self._trace, data)
 
     def _read_under(self, root: str) -> TensorDict:
         """What methods read under a root: entries of the user's, as the second inputs of patching are."""

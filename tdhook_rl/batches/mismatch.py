@@ -18,7 +18,6 @@ from tdhook_rl.calls.passes import Call, effects_of
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.writing import get_entry
 from tdhook_rl.errors import MismatchError, warn
-from tdhook_rl.replaying.batching import in_recurrent_mode
 
 #: How far outputs may differ: batched and single rows differ in the last bits of the format.
 RELATIVE, ABSOLUTE = 1e-3, 1e-4
@@ -82,7 +81,7 @@ class Mismatch:
     def _pairs(self, data: TensorDictBase, outputs: TensorDictBase) -> Iterator[tuple[NestedKey, Tensor, Tensor]]:
         """What is stored and what was computed, where they can be compared."""
         keys = self._policy.policy_out_keys
-        if self._policy._hooked.traits.recurrent and in_recurrent_mode(self._policy):
+        if self._policy._hooked.traits.read_trajectories(self._policy):
             # Of carried states TorchRL writes the last of each trajectory only, and zeros before it.
             keys = [key for key in keys if not (isinstance(key, tuple) and key[0] == "next")]
         # An action beside which no other output is stored is what is asked about, and no record of what was chosen.

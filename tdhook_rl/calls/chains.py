@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tdhook_rl.calls.policy import HookedPolicy
+from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.internals.tensordict_names import CALL_METHODS, has_options, selects
 from tdhook_rl.internals.torch_names import call_methods, has_any_global_hook
 from tdhook_rl.sites.known import own_class
@@ -80,10 +81,19 @@ Steps = list[tuple[Layer, nn.Module]]
 
 
 class Record:
-    """One run of a chain: its input and output, and what the derivatives of its layers need."""
+    """One run of a chain: its input and output, and what the derivatives of its layers need.
+
+    Attributes:
+        input, output: of the chain.
+        head: the pass over what stands behind it, once somebody has begun one.
+        pulled: by the ``id`` of a target the target, and its gradient.
+    """
 
     def __init__(self, steps: Steps, x: Tensor) -> None:
         self.input = x
+        self.head: Any = None
+        self.pulled: dict[int, tuple[Any, Tensor]] = {}
+        self._finite: bool | None = None
         self._steps = steps
         self._kept: list[Tensor] = []
         self._versions: list[int] = []
@@ -100,8 +110,16 @@ class Record:
                 self._kept.append(x)
         self.output = x
 
+    def is_finite(self) -> bool:
+        """Whether the output surely is."""
+        if self._finite is None:
+            self._finite = surely_finite(self.output)
+        return self._finite
+
     def pull(self, gradient: Tensor) -> Tensor:
         """The gradient with respect to the input, from that with respect to the output; with gradients off.
+
+        There may be several, in dimensions before those of the output.
 
         Raises:
             RuntimeError: as autograd does, if a weight was changed since (by a learner in another thread).

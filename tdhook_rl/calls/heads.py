@@ -21,7 +21,7 @@ from torch import distributions as D
 
 from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.calls.chains import Chain, actor_classes, chain_layers, is_usual, run_chain
-from tdhook_rl.calls.passes import Call, Pass
+from tdhook_rl.calls.passes import Call, Pass, Slope
 from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.calls.writing import get_entry, set_tensor
 from tdhook_rl.internals.tensordict_names import new_unsafe
@@ -87,7 +87,7 @@ class HeadPass:
         self._run: Pass | None = None
         self._split: TensorDictBase | None = None  # the parameters, where they were made for a slope
 
-    @property
+    @functools.cached_property
     def values(self) -> Pass | None:
         """The values that a Q-network chooses by, and nothing that it chose; ``None`` of other heads."""
         if isinstance(self._chain.head, ProbabilisticTensorDictModule):
@@ -99,8 +99,39 @@ class HeadPass:
         if self._run is None:
             self.leaf.requires_grad_()
             with torch.enable_grad():
-                self._run = self._decide(self._entries(self.leaf))
+                entries = self._entries(self.leaf)
+                self._given = {key: get_entry(entries, key) for key in self._chain.module.out_keys}
+                self._run = self._decide(entries)
         return self._run
+
+    def by_leaf(self, slopes: Sequence[Slope]) -> list[Tensor | None]:
+        """The derivatives by the leaf of what has these derivatives by outputs of the pass.
+
+        ``None`` where an output is no number, or may overflow when it is summed.
+        """
+        run = self.run()
+        values = [run.outputs.get(slope.key) for slope in slopes]
+        known = {id(one): one.dtype.itemsize >= 4 and surely_finite(one.detach()) for one in values}
+        found: list[Tensor | None] = [None] * len(slopes)
+        for value in {id(one): one for one in values if known[id(one)]}.values():
+            places = [place for place, one in enumerate(values) if one is value]
+            outer = [slopes[place].values for place in places]
+            for place, one in zip(places, self._through(value, outer), strict=True):
+                found[place] = one
+        return found
+
+    def _through(self, value: Tensor, outer: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """Derivatives by one output as derivatives by the leaf."""
+        if value is self.leaf:
+            return outer
+        key = next((key for key, one in self._given.items() if one is value), None)
+        if key is None or len(outer) == 1:
+            kept = {"retain_graph": True, "allow_unused": True}
+            return [torch.autograd.grad(value, self.leaf, one, **kept)[0] for one in outer]
+        # One of the parameters that the last layer makes of the output, row by row: of all copies of it at once.
+        copies = self.leaf.detach().expand(len(outer), *self.leaf.shape).requires_grad_()
+        made = dict(zip(self._chain.module.out_keys, self._parameters(copies), strict=True))
+        return torch.autograd.grad(made[key], copies, torch.stack(list(outer)))[0].unbind()
 
     def outputs(self) -> TensorDictBase:
         """What the policy puts out, for a comparison with what is stored."""
@@ -118,10 +149,14 @@ class HeadPass:
         if not chain.splits:
             set_tensor(data, chain.module.out_keys[0], output)
             return data
-        layers = list(chain.module.module._modules.values())  # type: ignore[union-attr]
-        for key, value in zip(chain.module.out_keys, layers[-1](output), strict=True):  # type: ignore[misc]
+        for key, value in zip(chain.module.out_keys, self._parameters(output), strict=True):
             set_tensor(data, key, value)
         return data
+
+    def _parameters(self, output: Tensor) -> tuple[Tensor, ...]:
+        """What the last layer makes of the output of the others."""
+        layers = list(self._chain.module.module._modules.values())  # type: ignore[union-attr]
+        return layers[-1](output)  # type: ignore[misc]
 
     def _decide(self, data: TensorDictBase) -> Pass:
         policy, state = self._call.policy, self._call.policy._hooked

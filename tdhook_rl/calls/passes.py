@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -53,6 +53,13 @@ class Pass:
     actions: Mapping[NestedKey, tuple[NestedKey, list[int] | None]] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)  # of what the caller was warned already
     runs: Mapping[str, int] = field(default_factory=dict)  # how often sites ran, by slot
+
+
+class Slope(NamedTuple):
+    """The derivative of a target with respect to one output of a pass, in the shape of that."""
+
+    key: NestedKey
+    values: Tensor
 
 
 class Call:

@@ -89,15 +89,24 @@ class Traits:
     convolutional: bool
     recurrent: bool  # has a TorchRL recurrent module, which may be told to read whole trajectories
     batch_statistics: bool  # normalises by statistics of its batch when it trains
+    cores: tuple[nn.Module, ...] = ()  # these recurrent modules
 
     @classmethod
     def of(cls, module: nn.Module) -> Traits:
         children = list(module.modules())
+        cores = tuple(child for child in children if hasattr(child, "recurrent_mode"))
         return cls(
             convolutional=any(isinstance(child, _CONVOLUTIONS) for child in children),
-            recurrent=any(hasattr(child, "recurrent_mode") for child in children),
+            recurrent=bool(cores),
             batch_statistics=any(may_meet(child) for child in children),
+            cores=cores,
         )
+
+    def read_trajectories(self, policy: nn.Module) -> bool:
+        """Whether the policy reads whole trajectories just now, as :func:`in_recurrent_mode` finds out slowly."""
+        if torch.compiler.is_compiling():  # a trace follows modules by their paths only
+            return self.recurrent and in_recurrent_mode(policy)
+        return any(core.recurrent_mode is True for core in self.cores)
 
 
 @contextmanager
