@@ -209,17 +209,19 @@ class BoundAttribution(BoundMethod):
             )
         call.learn()
         captured = self._partial_captures(call)
-        leaves = {slot: site for slot, site in self.leaves.items() if captured is None or slot in captured}
+        leaves = self.leaves
+        if captured is not None:
+            leaves = {slot: site for slot, site in leaves.items() if slot in captured}
         inputs = self._explained_inputs(call)
         if any(key not in inputs for key in self.declared):  # boolean inputs drop out
             self.declared = [key for key in self.declared if key in inputs]
         targets = self.targets_of(call)
         results: dict[tuple[str, ...], Tensor] = {}
-        attributed: list[Attributed] = [({}, {}) for _ in self.names]
+        attributed: Sequence[Attributed] = [({}, {})] * len(self.names)
         if inputs or leaves or not self.leaves:
             attributed = self.attribute(Question(call, inputs, leaves, targets, shares=self.shares_pass))
         for name, (of_inputs, of_leaves) in zip(self.names, attributed, strict=True):
-            prefix = (self.root, *([name] if name else []))
+            prefix = (self.root, name) if name else (self.root,)
             for key, value in of_inputs.items():
                 results[*prefix, *key_parts(key)] = value
             for slot, value in of_leaves.items():

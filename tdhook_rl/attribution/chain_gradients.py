@@ -37,7 +37,8 @@ def chain_gradients(question: Question) -> list[Attributed] | None:
     chain, inputs = question.call.policy._hooked.chain, question.inputs
     if chain is None or len(inputs) != 1 or question.sites:
         return None
-    gradients = _chain_gradients(question) if chain.head is None else _actor_gradients(question, chain)
+    with torch.no_grad():
+        gradients = _chain_gradients(question) if chain.head is None else _actor_gradients(question, chain)
     if gradients is None:
         return None
     return [(dict.fromkeys(inputs, gradient), {}) for gradient in gradients]
@@ -54,17 +55,15 @@ def _chain_gradients(question: Question) -> list[Tensor] | None:
     run, record = recorded
 
     def slopes(targets: Sequence[TargetFunction]) -> list[Tensor | None]:
-        with torch.no_grad():
-            found = [one.slope(run) if is_linear([one]) else None for one in targets]  # type: ignore[attr-defined]
+        found = [one.slope(run) if is_linear([one]) else None for one in targets]  # type: ignore[attr-defined]
         return [None if one is None else one.values for one in found]
 
     gradients = _pulled(question, record, slopes)
     # Where every output is finite, so is what is linear in them; but a sum may overflow in half precision.
     if gradients is None or (record.output.dtype.itemsize >= 4 and record.is_finite()):
         return gradients
-    with torch.no_grad():
-        rows = [defined_rows(call, target(run)) for target in targets]
-        return [nan_undefined_rows(defined, one) for defined, one in zip(rows, gradients, strict=True)]
+    rows = [defined_rows(call, target(run)) for target in targets]
+    return [nan_undefined_rows(defined, one) for defined, one in zip(rows, gradients, strict=True)]
 
 
 def _replayed_chain(question: Question) -> tuple[Pass, Record] | None:
@@ -76,7 +75,8 @@ def _replayed_chain(question: Question) -> tuple[Pass, Record] | None:
     data = call.data if stored is None else stored
     out_keys = call.policy.policy_out_keys
     outputs = new_unsafe({}, batch_size=data.batch_size)
-    set_tensor(outputs, next(iter(inputs)), record.input)
+    for key in inputs:
+        set_tensor(outputs, key, record.input)
     set_tensor(outputs, out_keys[0], record.output)
     if call.as_it_was(inputs, stored):
         call.replayed = outputs
@@ -93,8 +93,7 @@ def _record(question: Question) -> Record | None:
     if layers is None:
         return None
     try:
-        with torch.no_grad():
-            record = Record(layers, value)
+        record = Record(layers, value)
         if question.shares and len(call.sharers) > 1 and call.as_it_was(question.inputs, None):
             call.kept_record = value, record
         return record
@@ -134,11 +133,15 @@ def _pulled(
     Returns:
         ``None`` if one of the question's is not known.
     """
-    targets, weights, pulled = question.targets, question.weights, record.pulled
-    passes = question.call.chain, question.call.kept_record  # over the call as it is, for all its methods
+    targets, weights, pulled, call = question.targets, question.weights, record.pulled, question.call
+    is_shared = question.shares and len(call.sharers) > 1
+    if not is_shared and len(targets) == 1:
+        (slope,) = slopes(targets)
+        return None if slope is None else [record.pull(slope if weights is None else _weighted(slope, weights))]
+    passes = call.chain, call.kept_record  # over the call as it is, for all its methods
     if any(id(target) not in pulled for target in targets):
         others = []
-        if not pulled and question.shares and any(kept is not None and kept[1] is record for kept in passes):
+        if not pulled and is_shared and any(kept is not None and kept[1] is record for kept in passes):
             others = _of_sharers(question)
         try:
             asked = [*targets, *others]
@@ -152,9 +155,8 @@ def _pulled(
             return None
         known = [(target, slope) for target, slope in zip(asked, found, strict=True) if slope is not None]
         outer = [slope if weights is None else _weighted(slope, weights) for _, slope in known]
-        with torch.no_grad():
-            for (target, _), gradient in zip(known, _pull(record, outer), strict=True):
-                pulled[id(target)] = target, gradient
+        for (target, _), gradient in zip(known, _pull(record, outer), strict=True):
+            pulled[id(target)] = target, gradient
     return [pulled[id(target)][1] for target in targets]
 
 
@@ -182,8 +184,7 @@ def _pull(record: Record, slopes: Sequence[Tensor]) -> list[Tensor]:
 
 def _slopes(head: HeadPass, targets: Sequence[TargetFunction]) -> list[Tensor | None]:
     """The derivatives of targets by the output of the chain; ``None`` where they are not to be had without a graph."""
-    with torch.no_grad():
-        found = [target.head_slope(head) for target in targets]  # type: ignore[attr-defined]
+    found = [target.head_slope(head) for target in targets]  # type: ignore[attr-defined]
     linear = [place for place, (one, target) in enumerate(zip(found, targets, strict=True)) if _asks(one, target)]
     if linear:
         for place, slope in zip(linear, _linear_slopes(head, [targets[place] for place in linear]), strict=True):

@@ -44,10 +44,12 @@ class Found:
                 if one not in of_root:
                     of_root.append(one)
         self._held = {root: get_entry(data, root) for root in (*self._by_root, "computed")}
-        leaves = {key[0] for one in wanted for key in one.result_keys if len(key) == 1}
         for root, node in self._held.items():
+            if node is None:
+                continue
             # A result without a node of its own, such as the convergence delta, is told from the user's by its stamp.
-            if root not in leaves or get_entry(data, stamp_key(root)) is None:
+            leaf = any(key == (root,) for one in wanted for key in one.result_keys)
+            if not leaf or get_entry(data, stamp_key(root)) is None:
                 require_room(node, root)
         own = policy._hooked.provenance
         with policy._hooked.runtime.lock:
@@ -89,27 +91,30 @@ class Found:
 
     def together(self, result: TensorDict) -> TensorDict:
         """The batch with its results."""
-        values = {key: self._value(one, key) for one in self._wanted for key in one.result_keys}
-        values = {key: value for key, value in values.items() if value is not None}  # boolean inputs drop out
+        by_root: dict[str, dict[Key, Tensor]] = {root: {} for root in self._by_root}
+        for one in self._wanted:
+            for key in one.result_keys:
+                value = self._value(one, key)
+                if value is not None:  # boolean inputs drop out
+                    by_root[key[0]][key] = value
+        values: dict[Key, Tensor] = {}
         marks: dict[Key, Tensor] = {}
-        for root in self._by_root:
-            of_root = {key: value for key, value in values.items() if key[0] == root}
+        for root, of_root in by_root.items():
             if not of_root:
                 continue
-            mask = self._mask(root, list(of_root.values()))
-            marks["computed", root] = mask
-            if self._real is not None:
-                values |= without_other_rows(of_root, self._real.to(mask.device))
+            mask_key, stamped = self._policy._hooked.provenance.marks[root]
+            marks[mask_key] = mask = self._mask(root, list(of_root.values()))
+            values |= of_root if self._real is None else without_other_rows(of_root, self._real.to(mask.device))
             stamp = self._stamp(root, mask)
             if stamp is not None:
-                marks[stamp_key(root)] = stamp
+                marks[stamped or stamp_key(root)] = stamp
         self._set(result, values | marks)
         return result
 
     def _value(self, one: BoundMethod, key: Key) -> Tensor | None:
-        computed, own = self._computed.get(key), self._own.get(id(one))
         if one not in self.missing:
             return self._data.get(key)
+        computed, own = self._computed.get(key), self._own.get(id(one))
         if computed is None or own is None:
             return computed
         stored = self._data.get(key)
@@ -126,10 +131,9 @@ class Found:
             mask = stored
         else:
             mask = provenance.mask(root, values, self._data, chosen)
-            own = [self._own.get(id(one)) for one in methods]
-            if all(rows is not None for rows in own):  # of kept rows the mask is kept
-                kept = torch.stack([rows for rows in own if rows is not None]).all(0)
-                mask = torch.where(kept, stored, mask)
+            own = [self._own[id(one)] for one in methods if id(one) in self._own]
+            if len(own) == len(methods):  # of kept rows the mask is kept
+                mask = torch.where(torch.stack(own).all(0), stored, mask)
         return mask if self._real is None else mask & self._real.to(mask.device)
 
     def _stamp(self, root: str, mask: Tensor) -> Tensor | None:

@@ -39,7 +39,8 @@ class Mismatch:
 
     def can_compare(self, data: TensorDictBase) -> bool:
         """Whether anybody would be told, and the data holds outputs to compare with."""
-        return self.wanted and any(isinstance(get_entry(data, key), Tensor) for key in self._policy.policy_out_keys)
+        keys = self._policy._hooked_own_out_keys() if self.wanted else ()
+        return any(isinstance(get_entry(data, key), Tensor) for key in keys)
 
     def compare(self, call: Call) -> None:
         """Compare the outputs of the call's own replay, if there was one, with the stored ones."""
@@ -47,10 +48,10 @@ class Mismatch:
         if outputs is None or not self.can_compare(call.data):
             return
         batch = call.batch_size
+        self._compared = True
+        self._rows += batch.numel()
         pairs = list(self._pairs(call.data, outputs))
         if all(_surely_near(found, stored) for _, stored, found in pairs):
-            self._compared = True
-            self._rows += batch.numel()
             return
         different = torch.zeros(batch, dtype=torch.bool, device=call.data.device)
         written = torch.zeros_like(different)
@@ -72,22 +73,21 @@ class Mismatch:
                 if float(gap.max()) > self._largest:
                     self._largest, self._key = float(gap.max()), key
                 different |= rows
-        self._compared = True
         if self._policy._hooked.chunks is not None:
             different &= deciding_rows(self._policy, call.data)
-        self._rows += batch.numel()
         self._different += int((different & written).sum())
 
     def _pairs(self, data: TensorDictBase, outputs: TensorDictBase) -> Iterator[tuple[NestedKey, Tensor, Tensor]]:
         """What is stored and what was computed, where they can be compared."""
-        keys = self._policy.policy_out_keys
+        keys = self._policy._hooked_own_out_keys()
         if self._policy._hooked.traits.read_trajectories(self._policy):
             # Of carried states TorchRL writes the last of each trajectory only, and zeros before it.
             keys = [key for key in keys if not (isinstance(key, tuple) and key[0] == "next")]
+        all_stored = [get_entry(data, key) for key in keys]
         # An action beside which no other output is stored is what is asked about, and no record of what was chosen.
-        recorded = all(get_entry(data, key) is not None for key in keys)
-        for key in keys:
-            stored, found = get_entry(data, key), get_entry(outputs, key)
+        recorded = all(stored is not None for stored in all_stored)
+        for key, stored in zip(keys, all_stored, strict=True):
+            found = get_entry(outputs, key)
             if not isinstance(stored, Tensor) or not isinstance(found, Tensor) or stored is found:
                 continue
             number = stored.is_floating_point()

@@ -20,7 +20,7 @@ from tdhook_rl.arguments.keys import missing
 from tdhook_rl.calls.chains import Record
 from tdhook_rl.calls.chunks import all_decide
 from tdhook_rl.calls.policy import HookedPolicy
-from tdhook_rl.calls.writing import get_entry, set_tensor
+from tdhook_rl.calls.writing import get_entry, set_entries, set_tensor
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, own_cause
 from tdhook_rl.internals.tensordict_names import has_names, new_unsafe, set_str
 from tdhook_rl.policies.draws import given_beside
@@ -365,6 +365,7 @@ def rows_read(policy: HookedPolicy, data: TensorDictBase, keys: Iterable[NestedK
     if type(data) is not TensorDict or has_names(data) or not all(type(key) is str or len(key) == 2 for key in keys):
         return data.select(*keys, strict=False)
     found = new_unsafe({}, batch_size=data.batch_size, device=data.device)
+    nested: dict[tuple[str, ...], Tensor] = {}
     for key in keys:
         value = get_entry(data, key)
         if value is None:
@@ -372,7 +373,9 @@ def rows_read(policy: HookedPolicy, data: TensorDictBase, keys: Iterable[NestedK
         if type(key) is str:
             set_str(found, key, value, inplace=False, validated=True)
         else:
-            found.set(key, value)
+            nested[key] = value
+    if nested:
+        set_entries(found, nested)
     return found
 
 

@@ -49,7 +49,8 @@ class HeldTensors:
         self.parameters, self.buffers = list(parameters.values()), list(buffers.values())
         self._full = [(mapping, tuple(mapping.values())) for mapping in mappings if mapping]
         self._empty = [mapping for mapping in mappings if not mapping]
-        self._views: dict[int, tuple[int, np.ndarray]] = {}
+        #: By tensor where it is, how long, its bytes, and what these are multiplied by, if their sum tells them.
+        self._views: dict[int, tuple[int, int, np.ndarray, np.ndarray | None]] = {}
 
     def are_in_place(self) -> bool:
         """Whether the policy surely has the modules that it had, and these hold what they held."""
@@ -62,10 +63,15 @@ class HeldTensors:
 
     def number(self, held: Sequence[Held]) -> int:
         """A number that follows from the content of tensors, the same in every process and on every device."""
-        found = 0
-        for *_, tensor in held:
-            if not tensor.is_meta:  # which has no content
-                found = zlib.crc32(self._digest(tensor), found)
+        found, views, checksum = 0, self._views, zlib.crc32  # in each call and for each tensor: calls would cost most
+        for _, _, tensor in held:
+            known = views.get(id(tensor))
+            if known is not None and known[0] == tensor.data_ptr() and known[1] == tensor.nbytes:
+                *_, view, factors = known
+                digest = _number(view) if factors is None else view.dot(factors).tobytes()
+                found = checksum(digest, found)
+            elif not tensor.is_meta:  # which has no content
+                found = checksum(self._digest(tensor), found)
         return found
 
     def _digest(self, tensor: Tensor) -> bytes:
@@ -81,14 +87,10 @@ class HeldTensors:
 
     def _view(self, tensor: Tensor) -> np.ndarray | None:
         """The bytes of a tensor in memory, where they are all looked at, without a copy."""
-        place = tensor.data_ptr()
-        known = self._views.get(id(tensor))
-        if known is not None and known[0] == place and known[1].nbytes == tensor.nbytes:
-            return known[1]
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.numel() > LARGEST:
             return None
         view = _bytes(tensor.detach().reshape(-1))
-        self._views[id(tensor)] = place, view
+        self._views[id(tensor)] = tensor.data_ptr(), tensor.nbytes, view, _factors(view)
         return view
 
 
@@ -112,16 +114,23 @@ def _bytes(flat: Tensor) -> np.ndarray:
 
 
 #: Odd numbers, always the same, by each of which no change of an entry becomes none; and even ones, which keep that.
-_ODD = 2 * np.random.Generator(np.random.PCG64(0)).integers(-(1 << 62), 1 << 62, 4 * SIDE, dtype=np.int64) + 1
+_ODD = 2 * np.random.Generator(np.random.PCG64(0)).integers(-(1 << 62), 1 << 62, 8 * SIDE, dtype=np.int64) + 1
 _EVEN = _ODD - 1
+
+
+def _factors(view: np.ndarray) -> np.ndarray | None:
+    """What a tensor of middle length is multiplied by, the sum of which follows from all of it."""
+    multiplied = view.nbytes > SHORT and view.dtype == _WHOLE and len(view) <= len(_ODD)
+    return _ODD[: len(view)] if multiplied else None
 
 
 def _number(view: np.ndarray) -> bytes:
     """What follows from all that is in memory; a change of one entry always changes it."""
     if view.nbytes <= SHORT or view.dtype != _WHOLE or len(view) > SIDE * SIDE:
-        return zlib.crc32(view.data).to_bytes(4, "little")
-    if len(view) <= len(_ODD):
-        return np.dot(view, _ODD[: len(view)]).tobytes()
+        return zlib.crc32(view).to_bytes(4, "little")
+    factors = _factors(view)
+    if factors is not None:
+        return view.dot(factors).tobytes()
     rows = len(view) // SIDE
     square, rest = view[: rows * SIDE].reshape(rows, SIDE), view[rows * SIDE :]
     parts = (square.sum(0), _ODD[:SIDE]), (square.sum(1), _EVEN[SIDE:]), (rest, _ODD[2 * SIDE :])
