@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import cmath
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -58,7 +58,7 @@ def surely_finite(value: Tensor) -> bool:
     """Whether the sum says so, which costs a tenth of looking at each entry; other devices would be waited for."""
     if not (value.is_floating_point() or value.is_complex()):
         return True
-    return value.is_cpu and math.isfinite((value.sum() if value.ndim else value).item())
+    return value.is_cpu and cmath.isfinite((value.sum() if value.ndim else value).item())
 
 
 def defined_values(values: Iterable[Tensor], batch: torch.Size, infinite: bool = False) -> Tensor | None:

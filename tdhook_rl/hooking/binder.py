@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
@@ -244,7 +243,7 @@ class Binder:
 
     def control(self, name: str, value: Tensor | float) -> str:
         """Create a tensor that may be changed while the policy runs; returns its name."""
-        self.runtime.controls.add(name, torch.as_tensor(value))
+        self.runtime.controls.add(name, value)
         return name
 
     def own_parameters(self, values: Sequence[tuple[nn.Parameter, Tensor]]) -> None:

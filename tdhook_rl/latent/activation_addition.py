@@ -14,6 +14,7 @@ from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import InputError
 from tdhook_rl.method import Binder, Method
+from tdhook_rl.sites.numbers import is_whole
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class _BoundAddition(BoundMethod):
                 )
             # Without a batch size a flat activation is one sample.
             one = not call.batch_size and value.ndim == 1
+            value = value.to(torch.get_default_dtype()) if is_whole(value) else value  # a mean has fractions
             means[slot] = value if one else value.flatten(0, samples - 1).mean(0)
         call.slots.clear()
         call.slots.update(slots)

@@ -14,6 +14,7 @@ from tdhook_rl.latent.placed_vectors import PlacedVectors, as_vectors
 from tdhook_rl.latent.steering_vector import SteeringVector
 from tdhook_rl.latent.strength import BoundSteered, Strength, place_strength, require_conditions
 from tdhook_rl.method import Binder, Method
+from tdhook_rl.sites.numbers import in_dtype, is_whole
 from tdhook_rl.sites.rows import rows_of, with_rows
 from tdhook_rl.sites.runtime import Runtime
 from tdhook_rl.sites.vectors import placed_shape
@@ -113,6 +114,8 @@ def _place(binder: Binder, method: DirectionalAblation | DirectionClamping, valu
     directions.require_fit(binder.root)
     for path, direction in directions.items():
         direction = torch.as_tensor(direction)
+        if direction.is_complex():
+            raise InputError(f"the direction for {path!r} is of real numbers, got {direction.dtype}")
         if not direction.is_floating_point():
             direction = direction.to(torch.get_default_dtype())  # the unit vector has fractions
         norm = direction.double().norm()
@@ -137,13 +140,16 @@ class _ComponentHook:
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         self.runtime.intervene_at(self.site)
-        tensor, disguise = rows_of(output, module, self.site, self.runtime, exact=self.strength.by_row)
-        unit = self.runtime.controls[self.direction].to(tensor.device, tensor.dtype)
-        wanted = self.runtime.controls[self.value].to(tensor.device, tensor.dtype)
+        value, disguise = rows_of(output, module, self.site, self.runtime, exact=self.strength.by_row)
+        # Of whole numbers what comes out may be whole; components of them are not.
+        tensor = value.double() if is_whole(value) else value
+        unit = in_dtype(self.runtime.controls[self.direction], tensor, "the direction", self.site, factor=True)
+        wanted = in_dtype(self.runtime.controls[self.value], tensor, "the component", self.site)
         features: int | None = module._hooked_features  # type: ignore[assignment]
         unit = unit.reshape(placed_shape(unit.shape, tensor, features, self.runtime, self.site, "direction"))
         # What it does not tell apart, such as the places of a map, has a component each.
         dims = [dim for dim in range(-unit.ndim, 0) if unit.shape[dim] == tensor.shape[dim]]
         component = (tensor * unit).sum(dims, keepdim=True)
         changed = self.strength.changed(tensor, tensor + (wanted - component) * unit, self.site)
+        changed = in_dtype(changed, value, "what is left of the output", self.site)
         return with_rows(output, changed, module, disguise)

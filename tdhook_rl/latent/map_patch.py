@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.strength import BoundSteered, Source, Strength, is_key, place_strength, require_conditions
 from tdhook_rl.method import Binder, Method
+from tdhook_rl.sites.numbers import in_dtype, is_whole
 from tdhook_rl.sites.row_values import spread
 from tdhook_rl.sites.rows import rows_of, with_rows
 from tdhook_rl.sites.runtime import Runtime
@@ -126,10 +127,11 @@ class MapHook:
 
     def _value(self, maps: Tensor) -> Tensor:
         if self.value == "mean":
-            return maps.mean((-2, -1), keepdim=True)
+            mean = (maps.double() if is_whole(maps) else maps).mean((-2, -1), keepdim=True)
+            return in_dtype(mean, maps, "the mean of a map", self.site)
         if self.value == "max":
             return maps.amax((-2, -1), keepdim=True)
-        return self.runtime.controls[self.value].to(maps.device, maps.dtype)
+        return in_dtype(self.runtime.controls[self.value], maps, "the value of a square", self.site)
 
     def _at_square(self, maps: Tensor) -> Tensor:
         """Where the square is: rows and columns, after the batch and channels where it differs by row."""

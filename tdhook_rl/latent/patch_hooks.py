@@ -10,6 +10,7 @@ from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import InputError, SiteError
 from tdhook_rl.sites.containers import other_tensors, with_other_tensors
 from tdhook_rl.sites.hooks import CaptureHook, Portable
+from tdhook_rl.sites.numbers import in_dtype
 from tdhook_rl.sites.paths import Site
 from tdhook_rl.sites.repeats import Several, added, several_runs
 from tdhook_rl.sites.row_values import rows_under_way
@@ -84,6 +85,7 @@ class PatchHook:
         if patch is None:
             patch = original
         self._require_shape(patch, value)
+        patch = in_dtype(patch, value, "the patch", self.site)
         patched = with_rows(output, patch, module, disguise)
         return patched if self.function is not None else self._all_patched(patched, module, number)
 
@@ -112,7 +114,8 @@ class PatchHook:
             value, back = without_vmap(tensor, module, self.runtime)
             patch = self._kept(f"{self.slot}+{place}", number)
             self._require_shape(patch, value)
-            values.append(patch if back is None else back(patch))  # type: ignore[arg-type]
+            patch = in_dtype(patch, value, "the patch", self.site)  # type: ignore[arg-type]
+            values.append(patch if back is None else back(patch))
         return with_other_tensors(output, values, module)
 
     def _require_shape(self, patch: Any, value: Tensor) -> None:

@@ -24,6 +24,7 @@ from tdhook_rl.latent.strength import (
 )
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.replaying.batching import GeneratorState
+from tdhook_rl.sites.numbers import in_dtype, is_whole
 from tdhook_rl.sites.repeats import several_runs
 from tdhook_rl.sites.row_values import asked, portable_rows
 from tdhook_rl.sites.rows import rows_of, with_rows
@@ -184,6 +185,8 @@ class SubtractionHook:
                 f"the module {self.site!r} did not run on the counterfactual inputs, so there is nothing to subtract: "
                 "call the policy with a TensorDict, and name a module that runs on every input"
             )
-        alpha, acts = self.strength.at(value, self.site)
-        moved = torch.lerp(value, other.to(value.dtype), alpha)  # type: ignore[arg-type]
-        return with_rows(output, where_it_acts(acts, moved, value), module, disguise)
+        rows = value.double() if is_whole(value) else value  # there is no lerp of whole numbers
+        alpha, acts = self.strength.at(rows, self.site)
+        moved = torch.lerp(rows, in_dtype(other, rows, "the counterfactual", self.site), alpha)  # type: ignore[arg-type]
+        moved = in_dtype(where_it_acts(acts, moved, rows), value, "what the subtraction leaves", self.site)
+        return with_rows(output, moved, module, disguise)

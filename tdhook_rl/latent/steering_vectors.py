@@ -17,7 +17,6 @@ from tdhook_rl.latent.strength import (
     Source,
     Strength,
     as_strength,
-    matching,
     place_strength,
     require_conditions,
     where_it_acts,
@@ -26,6 +25,7 @@ from tdhook_rl.latent.vectors.places import path_and_entry, place_name, written_
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.replaying.batching import in_recurrent_mode
 from tdhook_rl.sites.hooks import Portable
+from tdhook_rl.sites.numbers import in_dtype
 from tdhook_rl.sites.row_values import rows_under_way
 from tdhook_rl.sites.rows import feature_dims, rows_of, with_rows, without_vmap
 from tdhook_rl.sites.runtime import Runtime
@@ -67,6 +67,9 @@ class SteeringVectors(Method):
     Where alpha is 0, or a condition does not hold, the output is untouched, bit for bit. Steering acts wherever the
     policy is entered: ``forward``, ``get_dist``, ``log_prob``.
 
+    An output keeps its dtype: vector and alpha are rounded to it (to bfloat16, say), and what it does not hold is
+    refused, such as fractions on an output of integers, or what is beyond the largest number of float16.
+
     With ``when=``, or an alpha by row, it writes ``(steered_key, name)``: in which rows it acted (batch, bool; agents
     after the batch where they are told apart). With an alpha that is a function also ``(steered_key, "<name>.alpha")``,
     the strength (batch, float). Attributions of collected rows are of the policy as these say that it was steered.
@@ -74,7 +77,7 @@ class SteeringVectors(Method):
     Raises:
         SiteError: if a path matches nothing, an entry is not one that the module writes, or the network reads only
             the last state of a recurrent module whose sequence is steered.
-        InputError: if a vector does not fit the module's features.
+        InputError: if a vector does not fit the module's features, or its dtype does not hold the numbers.
         MissingKeyError: if a per-row key, or what a function reads, is absent.
 
     Warns:
@@ -139,9 +142,9 @@ class SteeringVectors(Method):
                 key = None if entry is None else written_entry(site, entry)
                 name = place_name(site.name, key)
                 if isinstance(vector, (str, tuple)):
-                    source = Source(binder.runtime, "vector", row=binder.read_row(vector))
+                    source = Source(binder.runtime, f"the vector {vector!r}", row=binder.read_row(vector))
                 else:
-                    source = Source(binder.runtime, "vector", control=self._vector_control(binder, name, vector))
+                    source = Source(binder.runtime, "the vector", control=self._vector_control(binder, name, vector))
                 entry_hook = StateAdditionHook if key in state_names(site.module) else EntryAdditionHook
                 kind = AdditionHook if key is None else entry_hook
                 binder.on_output(site, kind(binder.runtime, site.name, source, strength, key))
@@ -157,6 +160,8 @@ class SteeringVectors(Method):
             ) from None
         if not bool(torch.isfinite(vector).all()):
             raise InputError(f"the steering vector for {path!r} has NaN or infinite entries")
+        if not (vector.is_floating_point() or vector.is_complex()):
+            vector = vector.to(torch.get_default_dtype())  # it may be set to fractions while the policy runs
         return binder.control(f"{self.name}.{path}", vector)
 
 
@@ -185,7 +190,7 @@ class AdditionHook:
 
     def steered(self, value: Tensor, features: int | None) -> Tensor:
         """The rows after the addition; ``features`` says where the vector belongs (see ``layouts.survey_features``)."""
-        vector = matching(self.vector.read(self.site), value)
+        vector = in_dtype(self.vector.read(self.site), value, self.vector.what, self.site, factor=True)
         alpha, acts = self.strength.at(value, self.site)
         if self.vector.by_row:
             vector = self._vectors_per_row(vector, value, features)
@@ -194,7 +199,8 @@ class AdditionHook:
             vector = vector if shape == vector.shape else vector.reshape(shape)
         if acts is False:
             return value
-        return where_it_acts(acts, value + alpha * vector, value)  # type: ignore[operator]
+        moved = where_it_acts(acts, value + alpha * vector, value)  # type: ignore[operator]
+        return in_dtype(moved, value, "what steering makes of the output", self.site)
 
     def _vectors_per_row(self, vectors: Tensor, value: Tensor, features: int | None) -> Tensor:
         batch = self.runtime.batch
@@ -271,4 +277,5 @@ class FunctionHook:
             raise InputError(
                 f"steer_fn must return a tensor of shape {tuple(value.shape)} for {self.site!r}, got {got}"
             )
+        steered = in_dtype(steered, value, "what steer_fn returns", self.site)
         return with_rows(output, self.strength.changed(value, steered, self.site), module, disguise)

@@ -19,6 +19,7 @@ from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, warn
 from tdhook_rl.latent.gates import AtSteps, ProbeGate, RowFunction, place_probe
 from tdhook_rl.method import Binder
+from tdhook_rl.sites.numbers import in_dtype
 from tdhook_rl.sites.repeats import Several
 from tdhook_rl.sites.row_values import Record, spread
 from tdhook_rl.sites.runtime import Runtime
@@ -104,13 +105,6 @@ class Source:
         return value.detach()
 
 
-def matching(tensor: Tensor, value: Tensor) -> Tensor:
-    """A tensor in the dtype and on the device of what a site computed, where it mostly is."""
-    if tensor.dtype is value.dtype and tensor.is_cpu and value.is_cpu:
-        return tensor
-    return tensor.to(value.device, value.dtype)
-
-
 def where_it_acts(acts: Tensor | bool, new: Tensor, value: Tensor) -> Tensor:
     """``new`` where an intervention acts (everywhere, nowhere, or by row), and ``value``, bit for bit, elsewhere.
 
@@ -143,10 +137,10 @@ class Strength:
         acts: Tensor | bool = True
         if self.alpha is not None:
             alpha = self.alpha.read(site)
+            alpha = in_dtype(alpha, value, self.alpha.what, site, factor=True)
             # A traced call does not ask: each number would be compiled for.
             by_row = self.alpha.by_row or torch.compiler.is_compiling()
-            acts = True if by_row else alpha.to(value.dtype).item() != 0
-            alpha = matching(alpha, value)
+            acts = True if by_row else alpha.item() != 0
             if by_row:
                 alpha = spread(alpha, value, self.alpha.what, site) if self.alpha.by_row else alpha
                 acts = alpha != 0

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.strength import BoundSteered, Strength, place_strength, require_conditions
 from tdhook_rl.method import Binder, Method
+from tdhook_rl.sites.numbers import in_dtype
 from tdhook_rl.sites.rows import rows_of, with_rows
 from tdhook_rl.sites.runtime import Runtime
 from tdhook_rl.sites.vectors import unit_axis
@@ -114,7 +115,7 @@ class UnitHook:
                 f"{count} units, counted from 0"
             )
         places = torch.tensor(self.units, device=value.device)
-        wanted = self.runtime.controls[self.control].to(value.device, value.dtype)
+        wanted = in_dtype(self.runtime.controls[self.control], value, "the value of a unit", self.site)
         chosen = torch.zeros(count, dtype=torch.bool, device=value.device).index_fill(0, places, True)
         values = torch.zeros(count, dtype=value.dtype, device=value.device).index_copy(0, places, wanted)
         new = torch.where(chosen.reshape(-1, *after), values.reshape(-1, *after), value)

@@ -33,6 +33,7 @@ from tdhook_rl.runs.requests import (
     request_sites,
     without_methods,
 )
+from tdhook_rl.sites.numbers import in_dtype
 from tdhook_rl.sites.repeats import part_of, several_runs
 from tdhook_rl.sites.states import StateHook, watching
 from tdhook_rl.targets import Target
@@ -164,7 +165,7 @@ class HookedModuleRun(Placing):
             if not isinstance(new, Tensor) or new.shape != original.shape:
                 got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
                 raise InputError(f"the {kind} of {key!r} has shape {tuple(original.shape)}, it cannot be set to {got}")
-            return new.to(original.device, original.dtype)
+            return in_dtype(new, original, f"the {kind} that run.set puts", key)
 
         self._place(key, kind, replace, prepend, relative)
         for site in request_sites(self.hooked, key, relative) if kind == "output" else ():

@@ -14,18 +14,24 @@ import torch
 from torch import Tensor
 
 from tdhook_rl.errors import InactiveError, InputError, KeyCollisionError, MissingKeyError, nearest
+from tdhook_rl.sites.numbers import holding
 
 
 def as_value(name: str, value: Any) -> Tensor:
-    """What a control is set to, as a tensor.
+    """What a control is set to, as a tensor; a number with all its places.
 
     Raises:
         InputError: for what is no tensor and no numbers.
     """
     try:
-        return torch.as_tensor(value).detach()
+        return torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float) else None).detach()
     except (RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"control {name!r} is set to numbers or a tensor, got {value!r}: {error}") from error
+
+
+def _held(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers of a control in its dtype, which loses none of them altogether."""
+    return holding(value, dtype, f"control {name!r}", f"it is {dtype}", "give numbers that it holds", factor=True)
 
 
 class Controls(MutableMapping[str, Tensor]):
@@ -49,7 +55,9 @@ class Controls(MutableMapping[str, Tensor]):
         """Create a control; its shape and dtype stay what they are here."""
         if name in self._tensors:
             raise KeyCollisionError(f"there are two controls named {name!r}: give one of the methods another name=")
-        tensor = torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
+        given = as_value(name, value)
+        given = _held(name, given, torch.get_default_dtype()) if isinstance(value, float) else given
+        tensor = given.to("cpu", copy=True).contiguous()
         self._tensors[name] = tensor.share_memory_()
         self._versions[name] = torch.zeros((), dtype=torch.int64).share_memory_()
         return self._tensors[name]
@@ -79,7 +87,7 @@ class Controls(MutableMapping[str, Tensor]):
             )
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise InputError(f"control {name!r} was given NaN or infinite values")
-        return value
+        return _held(name, value, tensor.dtype)
 
     def place(self, prefix: str, site: str, same: Collection[str], modules: Collection[str]) -> None:
         """Note of which site the controls under a prefix are, with all paths of its module and of the policy."""

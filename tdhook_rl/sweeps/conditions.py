@@ -147,7 +147,9 @@ def _parts(name: str, given: Any) -> tuple[dict[Place, Tensor], list[SteeringVec
         parts = {place: one.vector if isinstance(one, SteeringVector) else one for place, one in given.items()}
         if all(isinstance(part, Tensor) for part in parts.values()):
             found = [one for one in given.values() if isinstance(one, SteeringVector)]
-            return {place: part.detach() for place, part in parts.items()}, found if len(found) == len(parts) else []
+            return {place: _fractional(part) for place, part in parts.items()}, found if len(found) == len(
+                parts
+            ) else []
     if isinstance(given, Sequence) and given and all(isinstance(one, SteeringVector) for one in given):
         if len({one.path for one in given}) == len(given):
             return {one.path: one.vector.detach() for one in given}, list(given)
@@ -155,6 +157,12 @@ def _parts(name: str, given: Any) -> tuple[dict[Place, Tensor], list[SteeringVec
     raise InputError(
         f"the vector {name!r} is a SteeringVector, several at different places, or {{path: tensor}}, got {given!r:.80}"
     )
+
+
+def _fractional(part: Tensor) -> Tensor:
+    """A vector in a dtype in which those that it is compared with have their fractions."""
+    part = part.detach()
+    return part if part.is_floating_point() or part.is_complex() else part.to(torch.get_default_dtype())
 
 
 def _random(parts: Mapping[Place, Tensor], count: int, generator: torch.Generator) -> dict[Place, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tdhook_rl.errors import InputError, SiteError
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.sites.hooks import Portable
+from tdhook_rl.sites.numbers import in_dtype
 from tdhook_rl.sites.rows import rows_of, with_rows
 from tdhook_rl.sites.runtime import Runtime
 
@@ -152,4 +153,5 @@ class AdapterHook:
                 f"adapter {self.name!r} must return a tensor of shape {tuple(value.shape)}, that of the output of "
                 f"{self.target!r}, got {got}"
             )
+        adapted = in_dtype(adapted, value, f"what the adapter {self.name!r} returns", self.target)
         return with_rows(output, adapted, module, disguise)

@@ -17,6 +17,7 @@ from tdhook_rl.method import Binder, Method
 from tdhook_rl.policies.tying import named_tensors, put_back, replace_tensors
 from tdhook_rl.sites.hooks import Portable
 from tdhook_rl.sites.known import own_class
+from tdhook_rl.sites.numbers import holding
 from tdhook_rl.sites.runtime import Runtime
 from tdhook_rl.weights.computed import computed_weights
 
@@ -233,7 +234,13 @@ def _matched(given: nn.Module | Weights, base: Weights, what: str) -> dict[str, 
             )
         if not bool(torch.isfinite(weights[name]).all()):
             raise InputError(f"{what}: {name!r} has NaN or infinite entries")
-    return {name: weights[name].detach().to(base[name].device, base[name].dtype) for name in base}
+    remedy = "take weights of the policy's kind and size"
+    return {
+        name: holding(
+            weights[name].detach(), own.dtype, f"{what}: {name!r}", f"the policy's weight is {own.dtype}", remedy
+        ).to(own.device)
+        for name, own in base.items()
+    }
 
 
 def _check_alpha(alpha: Any) -> float:

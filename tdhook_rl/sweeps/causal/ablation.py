@@ -13,6 +13,7 @@ from torchrl.envs import EnvBase
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError, nearest
+from tdhook_rl.sites.numbers import in_dtype, is_whole
 from tdhook_rl.statistics import Interval, grouped_mean, paired_difference
 from tdhook_rl.statistics.cells import Cells, shown
 from tdhook_rl.sweeps.causal.bench import Bench
@@ -270,17 +271,20 @@ class _Replacing:
             rows = slice(place, place + len(some))
             place += len(some)
             measures = Measures(self._bench.look(some.clean, []), metric, some.actions)
-            instead = {site: [self._instead(value, rows) for value in own] for site, own in self._kept.items()}
+            instead = {site: [self._instead(value, rows, site) for value in own] for site, own in self._kept.items()}
             ran = passes(self._bench, some.clean, self.components, single, instead)
             found = [measures(one) for one in ran]
             for name in found[0]:
                 parts.setdefault(name, []).append(torch.cat([one[name] for one in found]))
         return {name: torch.cat(values, -1) for name, values in parts.items()}
 
-    def _instead(self, value: Tensor, rows: slice) -> Tensor:
+    def _instead(self, value: Tensor, rows: slice, site: str) -> Tensor:
         if self._by == "resample":
             return value[self._other[rows]]
-        return torch.zeros_like(value[:1]) if self._by == "zero" else value.mean(0, keepdim=True)
+        if self._by == "zero":
+            return torch.zeros_like(value[:1])
+        mean = (value.double() if is_whole(value) else value).mean(0, keepdim=True)
+        return in_dtype(mean, value, "the mean over states (by='mean')", site)
 
     def held(self, place: int) -> dict[str, Held]:
         """What holds one component while the policy acts."""
@@ -289,5 +293,5 @@ class _Replacing:
         units = self.components.in_units(chosen, site)[0]
         values = self._kept[site]
         if self._by != "resample":
-            values = [self._instead(value, slice(None)) for value in values]
+            values = [self._instead(value, slice(None), site) for value in values]
         return {site: Held(site, values, self.components.axes[site], units, self._seed)}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tdhook_rl.errors import InputError, SiteError
+from tdhook_rl.sites.numbers import in_dtype, is_whole
 
 
 class Put:
@@ -99,12 +100,15 @@ class PutPart(Put):
     def __call__(self, rows: Tensor, index: int) -> Tensor:
         value = self.of_run(rows, index)
         copies = len(self.basis)
-        basis = self.basis.to(rows.device, rows.dtype)
         apart = rows.reshape(copies, len(rows) // copies, *rows.shape[1:])
+        if is_whole(rows):  # whose differences may wrap around
+            value, apart = value.double(), apart.double()
+        basis = self.basis.to(apart)
         difference = vectors_last(value[None] - apart, self.dims)
         flat = difference.reshape(copies, -1, basis.shape[-1])
         part = (flat @ basis.transpose(1, 2)) @ basis
-        return (apart + vectors_back(part.reshape(difference.shape), apart.shape, self.dims)).reshape(rows.shape)
+        moved = apart + vectors_back(part.reshape(difference.shape), apart.shape, self.dims)
+        return in_dtype(moved, rows, "an activation with another part in a subspace", self.site).reshape(rows.shape)
 
     def others(self, index: int) -> Sequence[Tensor]:
         return ()

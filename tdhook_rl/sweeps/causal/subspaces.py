@@ -126,5 +126,5 @@ def of_differences(moments: Tensor, rank: int, axis: int) -> Subspace:
 
 def outer_products(clean: Tensor, corrupt: Tensor, axis: int) -> Tensor:
     """The sum of the outer products of the differences of two activations along the axis of the units."""
-    difference = vectors_last((clean - corrupt).detach().double().cpu(), [axis]).flatten(0, -2)
+    difference = vectors_last((clean.detach().double() - corrupt.detach().double()).cpu(), [axis]).flatten(0, -2)
     return difference.T @ difference
