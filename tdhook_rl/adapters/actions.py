@@ -16,6 +16,8 @@ class ToBounds(nn.Module):
         scaled: the action is between -1 and 1, and is scaled to the bounds; otherwise it is clipped to them.
     """
 
+    writes_nothing = True
+
     low: Tensor
     high: Tensor
 
@@ -40,6 +42,9 @@ class ToBounds(nn.Module):
 class WithScale(nn.Module):
     """Adds the scale of a normal distribution, which is a parameter, or whose logarithm is one."""
 
+    writes_nothing = True
+    gives_parameters = True
+
     def __init__(self, log_std: nn.Parameter, *, logarithm: bool = True) -> None:
         super().__init__()
         self.log_std = log_std
@@ -51,6 +56,9 @@ class WithScale(nn.Module):
 
 class TwoHeads(nn.Module):
     """Mean and scale of a normal distribution by a layer each, the logarithm of the scale held between two limits."""
+
+    writes_nothing = True
+    gives_parameters = True
 
     def __init__(self, mu: nn.Module, log_std: nn.Module, limits: tuple[float, float]) -> None:
         super().__init__()
@@ -68,6 +76,9 @@ class StateDependentNoise(nn.Module):
 
     The variance is that which the noise has over all exploration matrices.
     """
+
+    writes_nothing = True
+    gives_parameters = True
 
     def __init__(self, action_net: nn.Module, log_std: nn.Parameter, noise: Any) -> None:
         super().__init__()

@@ -8,6 +8,24 @@ import torch
 from torch import Tensor
 from torch import distributions as D
 
+from tdhook_rl.calls.heads import slopes_of_normal
+from tdhook_rl.calls.real_rows import surely_finite
+
+
+def _slopes(head: Any, drawn: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, ...] | None:
+    finite = not head.distribution_kwargs and surely_finite(drawn)  # what is no number it would refuse
+    return slopes_of_normal(drawn, loc, scale) if finite else None
+
+
+def _squashed_slopes(head: Any, drawn: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, ...] | None:
+    return slopes_of_normal(_before_tanh(drawn), loc, scale) if surely_finite(drawn) else None
+
+
+def _before_tanh(action: Tensor) -> Tensor:
+    edge = 1.0 - torch.finfo(action.dtype).eps
+    inner = action.clamp(-edge, edge)
+    return 0.5 * (inner.log1p() - (-inner).log1p())
+
 
 class DiagonalNormal(D.Independent):
     """Independent normal distributions of the dimensions of an action, ``loc`` and ``scale`` of ``(*batch, actions)``.
@@ -16,6 +34,8 @@ class DiagonalNormal(D.Independent):
         >>> DiagonalNormal(torch.zeros(3, 2), torch.ones(3, 2)).log_prob(torch.zeros(3, 2)).shape
         torch.Size([3])
     """
+
+    known_slopes = ["loc", "scale"], _slopes
 
     def __init__(self, loc: Tensor, scale: Tensor, validate_args: bool | None = None) -> None:
         super().__init__(D.Normal(loc, scale, validate_args=validate_args), 1, validate_args=validate_args)
@@ -46,6 +66,7 @@ class SquashedNormal(D.Distribution):
 
     has_rsample = True
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012  (as torch declares it)
+    known_slopes = ["loc", "scale"], _squashed_slopes
 
     def __init__(
         self,
@@ -89,10 +110,7 @@ class SquashedNormal(D.Distribution):
         return self.base.rsample(torch.Size(sample_shape)).tanh()
 
     def log_prob(self, value: Tensor) -> Tensor:
-        edge = 1.0 - torch.finfo(value.dtype).eps
-        inner = value.clamp(-edge, edge)
-        before = 0.5 * (inner.log1p() - (-inner).log1p())
-        return self.base.log_prob(before) - torch.log(self.width * (1 - value**2) + self.epsilon).sum(-1)
+        return self.base.log_prob(_before_tanh(value)) - torch.log(self.width * (1 - value**2) + self.epsilon).sum(-1)
 
 
 class MultiCategorical(D.Distribution):

@@ -18,6 +18,7 @@ from tdhook_rl.adapters.distributions import DiagonalNormal, SquashedNormal
 from tdhook_rl.adapters.observations import Branch, Features, Rows, Through, batch_without, dtype_of
 from tdhook_rl.adapters.sb3_networks import FEATURES, RAW, Piece
 from tdhook_rl.arguments.checked import checked
+from tdhook_rl.calls.chains import tells_of
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.policies.tying import tied_clone
 
@@ -152,6 +153,8 @@ def from_module(
 class Plain(nn.Module):
     """An observation of so many dimensions, of which nothing else is known, as rows."""
 
+    writes_nothing = True
+
     def __init__(self, dims: int, divide: float | None) -> None:
         super().__init__()
         self.dims, self.divide = dims, divide
@@ -162,12 +165,18 @@ class Plain(nn.Module):
         rows = rows if rows.is_floating_point() else rows.to(dtype)
         return rows if self.divide is None else rows / self.divide
 
+    @tells_of(forward)
+    def hands_on(self, value: Tensor) -> bool:
+        return self.dims == 1 and self.divide is None and value.is_floating_point()
+
     def batch_of(self, *values: Tensor) -> torch.Size:
         return batch_without(values[0], self.dims)
 
 
 class Exponent(nn.Module):
     """Mean and scale, of mean and logarithm of the scale."""
+
+    writes_nothing = True
 
     def forward(self, both: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         loc, log_scale = both
@@ -176,6 +185,8 @@ class Exponent(nn.Module):
 
 class Scale(nn.Module):
     """A scaled and moved action."""
+
+    writes_nothing = True
 
     scale: Tensor
     bias: Tensor
@@ -191,6 +202,8 @@ class Scale(nn.Module):
 
 class WithAction(nn.Module):
     """A network of an observation and an action."""
+
+    writes_nothing = True
 
     flat_rows = True
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tdhook_rl.calls.chains import is_called_plainly, tells_of
 from tdhook_rl.errors import InputError
 
 
@@ -80,6 +81,8 @@ class Observation(nn.Module):
         normalise: what is done to an entry before, by name.
     """
 
+    writes_nothing = True
+
     def __init__(self, parts: Mapping[str, Part], normalise: Mapping[str, nn.Module] | None = None) -> None:
         super().__init__()
         self.parts = dict(parts)
@@ -93,6 +96,14 @@ class Observation(nn.Module):
                 rows = self.normalise[f"of_{name}"](rows)
             found[name] = part.prepared(rows, dtype)
         return found[""] if "" in found else found
+
+    @tells_of(forward)
+    def hands_on(self, value: Tensor) -> bool:
+        """Whether it gives a tensor of rows as it is, to a network that has its dtype."""
+        part = self.parts.get("")
+        if part is None or len(self.parts) > 1 or len(self.normalise) or part.image or part.sizes or part.one_hot:
+            return False
+        return value.is_floating_point() and value.shape[1:] == part.shape
 
     def batch_of(self, *values: Tensor) -> torch.Size:
         """The batch shape, which all entries share.
@@ -114,6 +125,8 @@ class Rows(nn.Sequential):
     modules keep the names that they have where they come from.
     """
 
+    writes_nothing = True
+
     #: The modules inside see exactly one dimension of rows, also where the batch has none.
     flat_rows = True
 
@@ -127,9 +140,26 @@ class Rows(nn.Sequential):
             return tuple(unfolded(one, batch) for one in x)
         return unfolded(x, batch)
 
+    @tells_of(forward)
+    def runs_in_order(self, x: Tensor) -> list[nn.Module] | None:
+        prepare: Any
+        prepare, *modules = self._modules.values()
+        kind = type(prepare)
+        told = getattr(kind, "hands_on", None)
+        if told is None or told.forward is not kind.forward or not is_called_plainly(prepare):
+            return None
+        # One dimension of rows is what the modules see; weights refuse numbers of another dtype, which it would cast.
+        if x.ndim != 2 or not told(prepare, x):
+            return None
+        if x.dtype != torch.float32 and next(self.parameters(), None) is None:
+            return None
+        return modules  # type: ignore[return-value]
+
 
 class Branch(nn.Module):
     """Holds one module under the name that it has in the module it was taken from, so that its path stays."""
+
+    writes_nothing = True
 
     def __init__(self, **module: nn.Module) -> None:
         super().__init__()
@@ -138,6 +168,10 @@ class Branch(nn.Module):
 
     def forward(self, x: Any) -> Any:
         return self._modules[self.name](x)  # type: ignore[misc]
+
+    @tells_of(forward)
+    def runs_in_order(self, x: Tensor) -> list[nn.Module]:
+        return [self._modules[self.name]]  # type: ignore[list-item]
 
 
 class Through(nn.Module):
@@ -155,8 +189,14 @@ class Through(nn.Module):
 class Features(nn.Module):
     """Stands where :class:`Observation` would, for a network that reads features of one dimension."""
 
+    writes_nothing = True
+
     def forward(self, *values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         return values[0].reshape(-1, values[0].shape[-1])
+
+    @tells_of(forward)
+    def hands_on(self, value: Tensor) -> bool:
+        return True
 
     def batch_of(self, *values: Tensor) -> torch.Size:
         return values[0].shape[:-1]

@@ -61,6 +61,8 @@ def from_rsl_rl(agent: Any, part: Piece = "actor") -> TensorDictModuleBase:
 class Groups(nn.Module):
     """The groups of observations as rows: vectors, and pictures where a network reads them."""
 
+    writes_nothing = True
+
     def __init__(self, vectors: list[str], pictures: list[str]) -> None:
         super().__init__()
         self.dims = {**dict.fromkeys(vectors, 1), **dict.fromkeys(pictures, 3)}
@@ -103,6 +105,9 @@ class Latent(nn.Module):
 
 class Gaussian(nn.Module):
     """Mean and scale as its distributions have them: the scale a parameter, or an output beside the mean."""
+
+    writes_nothing = True
+    gives_parameters = True
 
     def __init__(self, distribution: Any) -> None:
         super().__init__()

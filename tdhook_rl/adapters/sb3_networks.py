@@ -225,6 +225,8 @@ def _actor_head(actor: Any, reading: Reading) -> TensorDictSequential:
 class Critic(nn.Module):
     """The critics of SAC and TD3, of an observation and an action between -1 and 1."""
 
+    writes_nothing = True
+
     flat_rows = True
 
     def __init__(self, observation: Observation, features_extractor: nn.Module, networks: list[nn.Module]) -> None:
@@ -245,7 +247,15 @@ class Critic(nn.Module):
 
 
 def _chain(first: nn.Module, layers: Mapping[str, nn.Module]) -> Rows:
-    return Rows(OrderedDict({"observation": first, **layers}))
+    return Rows(OrderedDict({"observation": first, **{name: _known(one) for name, one in layers.items()}}))
+
+
+def _known(module: nn.Module) -> nn.Module:
+    """What only flattens, as a module of which that is known; any other as it is."""
+    from stable_baselines3.common.torch_layers import FlattenExtractor
+
+    usual = type(module) is FlattenExtractor and "forward" not in vars(module)
+    return Branch(flatten=module.flatten) if usual else module
 
 
 def require_usual(module: Any) -> None:

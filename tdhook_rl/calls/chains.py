@@ -1,20 +1,22 @@
 """Policies that are a chain of known layers, whose derivatives need no graph.
 
 The networks of RL are mostly small multilayer perceptrons, in which module calls and autograd's bookkeeping
-take longer than the arithmetic. Where a whole policy is an ``nn.Sequential`` of the layers of :data:`LAYERS`, or an
-actor that is one and then decides (:mod:`tdhook_rl.calls.heads`), it may be
+take longer than the arithmetic. Where a whole policy is an ``nn.Sequential`` of the layers of :data:`LAYERS`, nested or
+not, or an actor that is one and then decides (:mod:`tdhook_rl.calls.heads`), it may be
 run by their functions, and a :class:`Record` of the run applies the operations that autograd would. Where anybody
 listens to a layer, has replaced or changed one, or computes its weights, there is no chain, and all goes its usual way.
+
+Other modules that only run those that they hold say so: see :func:`tells_of`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from tensordict.nn import NormalParamExtractor, TensorDictModule, skip_existing
+from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential, skip_existing
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -57,6 +59,7 @@ LAYERS: dict[type[nn.Module], Layer] = {
     nn.Linear: Layer(_linear, lambda m, g, w: g.matmul(w), "weight"),
     nn.ReLU: Layer(lambda m, x: torch.relu(x), lambda m, g, y: _aten.threshold_backward.default(g, y, 0), "output"),
     nn.Tanh: Layer(lambda m, x: torch.tanh(x), lambda m, g, y: _aten.tanh_backward.default(g, y), "output"),
+    nn.Identity: Layer(lambda m, x: x, lambda m, g, y: g, "output"),
     nn.Sigmoid: Layer(lambda m, x: torch.sigmoid(x), lambda m, g, y: _aten.sigmoid_backward.default(g, y), "output"),
     nn.ELU: Layer(
         lambda m, x: F.elu(x, m.alpha), lambda m, g, x: _aten.elu_backward.default(g, m.alpha, 1, 1, False, x), "input"
@@ -74,7 +77,7 @@ LAYERS: dict[type[nn.Module], Layer] = {
     ),
 }
 #: What these classes do by themselves; somebody may replace it for a whole class.
-_FORWARDS = {kind: kind.forward for kind in LAYERS}
+_FORWARDS: dict[type[nn.Module], Any] = {**{kind: kind.forward for kind in LAYERS}, nn.Flatten: nn.Flatten.forward}
 _CALLS = call_methods(nn.Module)
 
 Steps = list[tuple[Layer, nn.Module]]
@@ -143,41 +146,76 @@ class Chain(NamedTuple):
     """Where the chain of a policy is, and what stands behind it.
 
     Attributes:
-        module: the TensorDictModule that calls the ``nn.Sequential``, the policy itself or the first of its modules.
+        module: the TensorDictModule that calls the sequence, the policy itself or the first of its modules.
         splits: the last layer makes the parameters of a distribution of what the others put out.
         head: the module that decides by its outputs; ``None`` in a policy that is nothing but the chain.
+        tail: the modules that make something of what was decided.
+        around: where the policy is a sequence that begins with another one, this.
     """
 
     module: TensorDictModule
     splits: bool = False
     head: nn.Module | None = None
+    tail: tuple[nn.Module, ...] = ()
+    around: nn.Module | None = None
 
 
 def chain_of(policy: Any) -> Chain | None:
-    """The chain that a policy may be: it calls an ``nn.Sequential`` on one input, and may then decide by the output."""
+    """The chain that a policy may be: a sequence of modules called on one input, by whose output it may then decide."""
     if _calls_a_sequence(policy) and len(policy.out_keys) == 1:
         return Chain(policy)
-    if own_class(policy) not in actor_classes() or len(policy.module) != 2 or not is_usual(policy):
+    actor, tail, around = policy, (), None
+    if own_class(policy) is TensorDictSequential and is_usual(policy) and len(policy.module) > 1:
+        actor, *rest = policy.module
+        tail, around = tuple(rest), actor
+        if own_class(actor) not in actor_classes() or "forward" in actor.__dict__ or not _only_adds(tail, actor):
+            return None
+    if own_class(actor) not in actor_classes() or len(actor.module) != 2 or not is_usual(actor):
         return None
-    module, head = policy.module
+    module, head = actor.module
     if not _calls_a_sequence(module) or own_class(head) not in _heads():
         return None
     layers = list(module.module._modules.values())
-    splits = bool(layers) and type(layers[-1]) is NormalParamExtractor
+    splits = bool(layers) and gives_parameters(layers[-1])
     read = set(module.out_keys) == set(head.in_keys) and set(module.out_keys) <= set(policy.out_keys)
     named = all(isinstance(key, str) and key not in ("_", "action") for key in (*module.in_keys, *module.out_keys))
     fits = read and named and len(module.out_keys) == (2 if splits else 1)
-    return Chain(module, splits, head) if fits else None
+    return Chain(module, splits, head, tail, around) if fits else None
+
+
+def gives_parameters(layer: Any) -> bool:
+    """Whether a layer makes, row by row, the parameters of a distribution of a tensor.
+
+    A class of others says so by ``gives_parameters = True``; a subclass does not.
+    """
+    return type(layer) is NormalParamExtractor or vars(type(layer)).get("gives_parameters") is True
+
+
+def _only_adds(tail: Sequence[Any], actor: Any) -> bool:
+    """Whether modules after an actor make entries of its outputs, and write over none that is there before."""
+    known = {*actor.in_keys, *actor.out_keys}
+    for one in tail:
+        if not _is_called_by_tensors(one) or not known >= set(one.in_keys) or not known.isdisjoint(one.out_keys):
+            return False
+        known |= set(one.out_keys)
+    return True
 
 
 def _calls_a_sequence(module: Any) -> bool:
-    """Whether a module is a TensorDictModule that only calls an ``nn.Sequential`` on one input."""
-    if not isinstance(module, TensorDictModule) or not isinstance(module.module, nn.Sequential):
+    """Whether a module is a TensorDictModule that only calls a sequence of modules on one input."""
+    if not _is_called_by_tensors(module) or len(module.in_keys) != 1:
+        return False
+    return isinstance(module.module, nn.Sequential) or hasattr(module.module, "runs_in_order")
+
+
+def _is_called_by_tensors(module: Any) -> bool:
+    """Whether a module is a TensorDictModule that calls what it holds on its entries, and writes what that returns."""
+    if not isinstance(module, TensorDictModule):
         return False
     kind, own = own_class(module), module.__dict__
     usual = all(getattr(kind, name) is getattr(TensorDictModule, name) and name not in own for name in CALL_METHODS)
     plain = module.method is None and module.inplace is True and not has_options(module)
-    return usual and plain and len(module.in_keys) == 1 and module.out_keys != ["_"]
+    return usual and plain and "_" not in module.out_keys
 
 
 def is_usual(policy: Any) -> bool:
@@ -211,30 +249,79 @@ def chain_layers(policy: HookedPolicy, x: Any) -> Steps | None:
         return None
     if runtime.row_hook is not None or runtime.expected or skip_existing():
         return None
-    module = chain.module.module
     if chain.head is not None and _has_hook(chain.module.__dict__):
         return None
-    kind, own = type(module), module.__dict__
-    if kind.forward not in _sequences() or kind.__iter__ is not nn.Sequential.__iter__ or "forward" in own:
+    if chain.around is not None and _has_hook(chain.around.__dict__):
         return None
-    if call_methods(kind) != _CALLS:
-        return None
-    if own.get("out_features", 0).__class__ is not int or has_any_global_hook() or _has_hook(own):
-        return None  # torchrl's MLP gives its output a shape where it is asked for several dimensions
     steps: Steps = []
-    children = list(module._modules.values())
-    for child in children[:-1] if chain.splits else children:
+    module: Any = chain.module.module
+    fits = not has_any_global_hook() and _add_layers(module, x, steps, but_last=chain.splits)
+    return steps if fits and steps else None
+
+
+def _add_layers(module: nn.Module, x: Tensor, steps: Steps, but_last: bool = False) -> bool:
+    """Add the layers that a module runs one after the other on an input; whether it does that and nothing else."""
+    children = _in_order(module, x)
+    if children is None:
+        return False
+    for child in children[:-1] if but_last else children:
         kind, own = child.__class__, child.__dict__
         layer = LAYERS.get(kind)
-        if layer is None or kind.forward is not _FORWARDS[kind] or "forward" in own or own.get("inplace"):
-            return None
+        if layer is None:
+            if kind is nn.Flatten and x.ndim == 2 and child.start_dim == 1 and _flattens_plainly(child):
+                continue  # layers keep the dimensions, and rows of vectors it hands on
+            if not _add_layers(child, x, steps):
+                return False
+            continue
+        if kind.forward is not _FORWARDS[kind] or "forward" in own or own.get("inplace"):
+            return False
         # As `_has_hook`, whose call would cost more than what it does: this runs for each layer at each step.
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            return None
+            return False
         if layer.keeps == "weight" and not _is_plain(own["_parameters"]):
-            return None
+            return False
         steps.append((layer, child))
-    return steps or None
+    return True
+
+
+def _flattens_plainly(module: nn.Module) -> bool:
+    return nn.Flatten.forward is _FORWARDS[nn.Flatten] and is_called_plainly(module)
+
+
+def _in_order(module: nn.Module, x: Tensor) -> Sequence[nn.Module] | None:
+    """The modules that a module runs one after the other; ``None`` if it does anything else, or somebody sees it."""
+    kind, own = type(module), module.__dict__
+    if kind.forward in _sequences() and kind.__iter__ is nn.Sequential.__iter__:  # type: ignore[attr-defined]
+        # torchrl's MLP gives its output a shape where it is asked for several dimensions.
+        fits = own.get("out_features", 0).__class__ is int and is_called_plainly(module)
+        return list(module._modules.values()) if fits else None  # type: ignore[arg-type]
+    told = getattr(kind, "runs_in_order", None)
+    if told is None or kind.forward is not told.forward or not is_called_plainly(module):
+        return None
+    return told(module, x)
+
+
+def is_called_plainly(module: nn.Module) -> bool:
+    """Whether a call of a module runs the forward of its class, and nobody listens or has replaced it."""
+    own = module.__dict__
+    return "forward" not in own and not _has_hook(own) and call_methods(type(module)) == _CALLS
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def tells_of(forward: Callable[..., Any]) -> Callable[[Function], Function]:
+    """A decorator of the method ``runs_in_order(self, x)`` of a class of modules, beside its ``forward``.
+
+    It returns the modules that ``forward`` runs on a tensor one after the other, if it does nothing else to it, and
+    otherwise ``None``. It is believed while the class has this very ``forward``.
+    """
+
+    def mark(function: Function) -> Function:
+        function.forward = forward  # type: ignore[attr-defined]
+        return function
+
+    return mark
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
@@ -36,14 +37,21 @@ _PLAIN = Draw()
 def is_decided_by(call: Call, chain: Chain, stored: TensorDictBase) -> bool:
     """Whether a call is one that a head may be explained in: what was decided is stored as it was decided."""
     head, state = chain.head, call.policy._hooked
-    if state.draws or state.records or state.passes or state.noise or state.supports or state.chunks is not None:
+    if state.records or state.passes or state.noise or state.supports or state.chunks is not None:
+        return False
+    if not all(map(_is_plain_draw, state.draws)):
         return False
     if isinstance(head, ProbabilisticTensorDictModule):
         keys = sample_keys(head)
-        plain = getattr(head, "_hooked_draw", None) == _PLAIN
+        plain = _is_plain_draw(getattr(head, "_hooked_draw", None))
         return plain and len(keys) == 1 and isinstance(get_entry(stored, unravel_key(keys[0])), Tensor)
     # Of a Q-network its values are compared with those that are stored.
     return all(get_entry(stored, key) is not None for key in chain.module.out_keys)
+
+
+def _is_plain_draw(draw: Draw | None) -> bool:
+    """Whether samples are stored as they were drawn, whatever is made of them alone."""
+    return draw is not None and (draw == _PLAIN or replace(draw, becomes=()) == _PLAIN)
 
 
 def replay_chain(call: Call) -> bool:
@@ -122,8 +130,8 @@ class HeadPass:
 
     def _through(self, value: Tensor, outer: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Derivatives by one output as derivatives by the leaf."""
-        if value is self.leaf:
-            return outer
+        if value is self.leaf or not value.requires_grad:
+            return outer if value is self.leaf else [None] * len(outer)
         key = next((key for key, one in self._given.items() if one is value), None)
         if key is None or len(outer) == 1:
             kept = {"retain_graph": True, "allow_unused": True}
@@ -165,6 +173,8 @@ class HeadPass:
         runtime.replay, runtime.recording, runtime.start = replay, False, None
         try:
             outputs = self._chain.head(data)  # type: ignore[misc]
+            for one in self._chain.tail:
+                outputs = one(outputs)
         finally:
             runtime.replay, runtime.recording, runtime.start = previous
         return self._pass(outputs, policy.policy_out_keys, replay.distributions)
@@ -190,7 +200,7 @@ class HeadPass:
         if not self._chain.splits:
             found = log_prob_slopes(head, keys, self._stored, [self.leaf.detach()])
             return None if found is None else found[0]
-        if getattr(head, "distribution_class", None) not in _known_slopes():
+        if _slopes_of(getattr(head, "distribution_class", None)) is None:
             return None
         leaf = self.leaf.detach().requires_grad_()
         with torch.enable_grad():
@@ -200,7 +210,11 @@ class HeadPass:
             set_tensor(entries, key, value.detach())
         self._split = entries
         found = log_prob_slopes(head, keys, self._stored, [one.detach() for one in parameters])
-        return None if found is None else torch.autograd.grad(parameters, leaf, found)[0]
+        if found is None:
+            return None
+        reaching = [(one, slope) for one, slope in zip(parameters, found, strict=True) if one.requires_grad]
+        values, slopes = zip(*reaching, strict=True)
+        return torch.autograd.grad(values, leaf, slopes)[0]
 
 
 def log_prob_slopes(
@@ -217,7 +231,7 @@ def log_prob_slopes(
     Returns:
         ``None`` where they are not known, or what is stored is no sample of the distribution.
     """
-    known = _known_slopes().get(getattr(head, "distribution_class", None))
+    known = _slopes_of(getattr(head, "distribution_class", None))
     if known is None or _has_hooks(head) or list(head.dist_keys) != known[0]:
         return None
     (key,) = map(unravel_key, sample_keys(head))
@@ -232,7 +246,7 @@ def decider_of(policy: Any) -> nn.Module | None:
     if own_class(policy) not in actor_classes() or len(policy.module) != 2 or not is_usual(policy):
         return None
     trunk, head = policy.module
-    if not isinstance(head, ProbabilisticTensorDictModule) or head.distribution_class not in _known_slopes():
+    if not isinstance(head, ProbabilisticTensorDictModule) or _slopes_of(head.distribution_class) is None:
         return None
     alone = [child for child in policy.modules() if draws(child)] == [head] and len(sample_keys(head)) == 1
     actions = [key for key in policy.out_keys if key_parts(key)[-1] == "action"]
@@ -300,6 +314,16 @@ def _has_hooks(module: Any) -> bool:
 Slopes = tuple[Tensor, ...] | None
 
 
+def _slopes_of(kind: Any) -> tuple[list[str], Callable[..., Slopes]] | None:
+    """By what the parameters of a distribution are called, and its derivatives by them; a class may say it itself.
+
+    It does by ``known_slopes``, a pair of these names and of a function from the module that draws, what was drawn and
+    the parameters; a subclass does not.
+    """
+    found = _known_slopes().get(kind)
+    return vars(kind).get("known_slopes") if found is None and isinstance(kind, type) else found
+
+
 @functools.cache
 def _known_slopes() -> dict[type, tuple[list[str], Callable[..., Slopes]]]:
     """By distribution the names of its parameters, and the derivatives by them of what is drawn."""
@@ -338,7 +362,7 @@ _LEAST_SCALE = 1e-6
 
 
 def _normal_slopes(head: Any, drawn: Tensor, loc: Tensor, scale: Tensor) -> Slopes:
-    return None if head.distribution_kwargs else _slopes_of_normal(drawn, loc, scale)
+    return None if head.distribution_kwargs else slopes_of_normal(drawn, loc, scale)
 
 
 def _tanh_normal_slopes(head: Any, action: Tensor, loc: Tensor, scale: Tensor) -> Slopes:
@@ -351,10 +375,11 @@ def _tanh_normal_slopes(head: Any, action: Tensor, loc: Tensor, scale: Tensor) -
     edge = 1 - torch.finfo(loc.dtype).resolution
     middle, half = float(high + low) / 2, float(high - low) / 2
     inside = action if (middle, half) == (0, 1) else (action - middle) / half
-    return _slopes_of_normal(inside.clamp(-edge, edge).atanh(), loc, scale)
+    return slopes_of_normal(inside.clamp(-edge, edge).atanh(), loc, scale)
 
 
-def _slopes_of_normal(drawn: Tensor, loc: Tensor, scale: Tensor) -> Slopes:
+def slopes_of_normal(drawn: Tensor, loc: Tensor, scale: Tensor) -> Slopes:
+    """Of the log-probability of samples of normal distributions by their means and scales."""
     if drawn.shape != loc.shape or drawn.dtype != loc.dtype or not bool(scale.min() > _LEAST_SCALE):
         return None
     away = (drawn - loc) / scale

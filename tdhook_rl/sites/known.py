@@ -14,6 +14,10 @@ from torch import nn
 from tdhook_rl.internals.torch_names import BatchNorm, DropoutNd
 from tdhook_rl.sites.classes import Swapped
 
+#: By this attribute, ``True``, a class of modules says that its forward writes nothing and draws nothing, whatever the
+#: modules do that it calls; a subclass, which may have a forward of its own, does not.
+WRITES_NOTHING = "writes_nothing"
+
 
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The class that the user gave a module, where the clone's is one of ours."""
@@ -51,6 +55,8 @@ def _writes_nothing(module: nn.Module) -> bool:
         if isinstance(module, ProbabilisticTensorDictModule):
             return not getattr(module, "cache_dist", False)
         return not isinstance(module, TensorDictModule) or "module" not in own  # it calls no function of the user's
+    if vars(kind).get(WRITES_NOTHING) is True:
+        return True
     return kind.__module__.startswith("torch.nn.modules.") and not module._buffers
 
 
