@@ -1,5 +1,7 @@
 """Saliency and integrated gradients beside the same by hand (the floor), captum and tdhook 0.3.0.
 
+Of integrated gradients also with ``init_attr_targets``, a function of the user's, as tdhook has them.
+
 python -m benchmarks.attribution_speed --pairs 30
 """
 
@@ -18,7 +20,7 @@ from benchmarks.nets import Problem, impala, mlp
 from benchmarks.pairs import measure, repetitions
 from benchmarks.peers import STEPS, Run, by_hand, captum, installed, ours, tdhook
 
-IG = "IntegratedGradients"
+SALIENCY, IG, SEED_IG = "Saliency", "IntegratedGradients", "IG, init_attr_targets"
 FORMS = ("hooked(td)", "annotate")
 #: Rows of one pass that the floor and captum are tried with.
 CHUNKS = {"MLP": (512, 1024, 2048, 4096, 8192, 16384), "IMPALA": (8, 16, 32, 64, 128)}
@@ -37,16 +39,19 @@ class Row:
 
 
 ROWS = (
-    Row("Saliency", partial(mlp, 3, 64, 1)),
-    Row("Saliency", partial(mlp, 3, 64, 32)),
-    Row("Saliency", partial(mlp, 3, 64, 64), floor_at_most=2.2),
-    Row("Saliency", partial(mlp, 3, 64, 1024), floor_at_most=1.4),
-    Row("Saliency", partial(mlp, 10, 100, 100)),
-    Row("Saliency", partial(impala, 8)),
+    Row(SALIENCY, partial(mlp, 3, 64, 1)),
+    Row(SALIENCY, partial(mlp, 3, 64, 32)),
+    Row(SALIENCY, partial(mlp, 3, 64, 64), floor_at_most=2.2),
+    Row(SALIENCY, partial(mlp, 3, 64, 1024), floor_at_most=1.4),
+    Row(SALIENCY, partial(mlp, 10, 100, 100)),
+    Row(SALIENCY, partial(impala, 8)),
     Row(IG, partial(mlp, 3, 64, 1), captum_at_least=2.5),
     Row(IG, partial(mlp, 3, 64, 32), floor_at_most=1.3),
     Row(IG, partial(mlp, 3, 64, 1024), floor_at_most=1.3),
     Row(IG, partial(mlp, 10, 100, 100), floor_at_most=1.3),
+    Row(SEED_IG, partial(mlp, 3, 64, 1), floor_at_most=2.0),
+    Row(SEED_IG, partial(mlp, 3, 64, 32), floor_at_most=1.3),
+    Row(SEED_IG, partial(mlp, 3, 64, 1024), floor_at_most=1.3),
     Row(IG, partial(impala, 8)),
 )
 
@@ -58,12 +63,12 @@ def contenders(row: Row, problem: Problem, stack: ExitStack) -> tuple[dict[str, 
     ``internal_batch_size`` is faster, tuned.
     """
     chunks: tuple[int | None, ...] = (None,)
-    if row.method == IG:
+    if row.method != SALIENCY:
         largest = STEPS * len(problem.x)
         chunks += tuple(size for size in CHUNKS[problem.name.split()[0]] if len(problem.x) <= size < largest)
     runs = dict(zip(FORMS, ours(row.method, problem, stack), strict=True))
     size, runs["floor"] = fastest({size: by_hand(row.method, problem, size) for size in chunks})
-    notes = {"floor": "all" if size is None else str(size)} if row.method == IG else {}
+    notes = {"floor": "all" if size is None else str(size)} if row.method != SALIENCY else {}
     if installed("captum"):
         runs["captum"] = captum(row.method, problem)
         size, tuned = fastest({size: captum(row.method, problem, size) for size in chunks})

@@ -67,14 +67,21 @@ def _integrate_by_hand(problem: Problem, points: tuple[Tensor, ...], weights: tu
 
 def ours(method: str, problem: Problem, stack: ExitStack, steps: int = STEPS) -> tuple[Run, Run]:
     """The hooked policy called, and ``annotate``, with the defaults."""
-    target = targets.logit(CLASS, key="output")
-    made = Saliency(target=target) if method == "Saliency" else IntegratedGradients(target=target, n_steps=steps)
+    explains: dict[str, Any] = {"target": targets.logit(CLASS, key="output")}
+    if method.endswith("init_attr_targets"):
+        explains = {"init_attr_targets": one_output}
+    made = Saliency(**explains) if method == "Saliency" else IntegratedGradients(**explains, n_steps=steps)
     hooked = stack.enter_context(made.prepare(problem.net))
     data, batch = _data(method, problem), _data(method, problem)
     return (
         lambda: hooked(data)["attr", "input"],
         lambda: hooked.annotate(batch)["attr", "input"],
     )
+
+
+def one_output(outputs: TensorDict, _: TensorDict) -> TensorDict:
+    """What is explained, as tdhook is told it."""
+    return TensorDict(out=outputs["output"][..., CLASS], batch_size=outputs.batch_size)
 
 
 def _data(method: str, problem: Problem) -> TensorDict:
@@ -106,14 +113,11 @@ def captum(method: str, problem: Problem, chunk: int | None = None, steps: int =
 def tdhook(method: str, problem: Problem, stack: ExitStack, steps: int = STEPS) -> Run:
     from tdhook import attribution
 
-    def init_attr_targets(outputs: TensorDict, _: TensorDict) -> TensorDict:
-        return TensorDict(out=outputs["output"][..., CLASS], batch_size=outputs.batch_size)
-
     if method == "Saliency":
-        made = attribution.Saliency(init_attr_targets=init_attr_targets)
+        made = attribution.Saliency(init_attr_targets=one_output)
     else:
         made = attribution.IntegratedGradients(
-            init_attr_targets=init_attr_targets, multiply_by_inputs=True, n_steps=steps
+            init_attr_targets=one_output, multiply_by_inputs=True, n_steps=steps
         )
     # It places hooks on the module and switches requires_grad on in the tensors that it is given.
     hooked = stack.enter_context(made.prepare(copy.deepcopy(problem.net)))
