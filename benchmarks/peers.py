@@ -116,9 +116,7 @@ def tdhook(method: str, problem: Problem, stack: ExitStack, steps: int = STEPS) 
     if method == "Saliency":
         made = attribution.Saliency(init_attr_targets=one_output)
     else:
-        made = attribution.IntegratedGradients(
-            init_attr_targets=one_output, multiply_by_inputs=True, n_steps=steps
-        )
+        made = attribution.IntegratedGradients(init_attr_targets=one_output, multiply_by_inputs=True, n_steps=steps)
     # It places hooks on the module and switches requires_grad on in the tensors that it is given.
     hooked = stack.enter_context(made.prepare(copy.deepcopy(problem.net)))
     data = _data(method, problem).clone()

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from tdhook_rl import Saliency, targets
+from tdhook_rl import Compose, Saliency, targets
 from tdhook_rl.attribution import IntegratedGradients
 from tdhook_rl.calls.chains import LAYERS, Record
 from tdhook_rl.errors import TargetError
 from tdhook_rl.targets import LinearTarget, Target
 from tests.chains import SQUARES, by_autograd, chain, data, logit
 
-ACTIVATIONS = [kind for kind in LAYERS if kind is not nn.Linear]
+ACTIVATIONS = [kind for kind in LAYERS if LAYERS[kind].stacks and kind is not nn.Linear]
 
 
 @pytest.mark.parametrize("batch", [(), (5,), (3, 2)])
@@ -44,6 +45,49 @@ def test_a_jacobian_as_oracle(kind: type[nn.Module]) -> None:
         with Saliency(target=targets.logit(index, "output")).prepare(net) as hooked:
             found = hooked.annotate(TensorDict({"input": x}, batch_size=4))
         torch.testing.assert_close(found["attr", "input"], jacobian[:, index])
+
+
+def convolutional(*before: nn.Module, flatten: int = -3, **options: Any) -> nn.Sequential:
+    torch.manual_seed(0)
+    first = before or (nn.Linear(6, 48), nn.Unflatten(-1, (3, 4, 4)))
+    convolutions = nn.Sequential(nn.Conv2d(3, 6, 2, **options), nn.Tanh(), nn.Conv2d(6, 4, 1))
+    sizes = convolutions(torch.zeros(1, 3, 4, 4)).shape
+    return nn.Sequential(*first, convolutions, nn.Flatten(flatten), nn.Linear(sizes.numel(), 3)).double()
+
+
+#: With convolutions that are known and such that are not.
+CONVOLUTIONAL: dict[str, tuple[dict[str, Any], bool]] = {
+    "plain": ({}, True),
+    "all options": ({"stride": (2, 1), "padding": (1, 2), "dilation": 2, "groups": 3, "bias": False}, True),
+    "same": ({"padding": "same"}, False),
+    "reflected": ({"padding": 1, "padding_mode": "reflect"}, False),
+}
+
+
+@pytest.mark.parametrize("batch", [(), (5,)])
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+def test_convolutions(name: str, batch: tuple[int, ...], records: list[Record]) -> None:
+    options, known = CONVOLUTIONAL[name]
+    net, one = convolutional(**options), data(*batch)
+    expected = by_autograd(net, one["input"], logit)
+    methods = [Saliency(target=targets.logit(index, "output"), attribution_key=f"attr{index}") for index in range(3)]
+    with Compose(*methods).prepare(net) as hooked:
+        with torch.no_grad():
+            step = hooked(one.clone())
+        assert torch.equal(step["output"], net(one["input"]))
+        for found in (step, hooked.annotate(one)):
+            assert torch.equal(found["attr1", "input"], expected)
+            last = by_autograd(net, one["input"], lambda y: y[..., 2])
+            torch.testing.assert_close(found["attr2", "input"], last)
+    assert bool(records) is known
+
+
+def test_what_flattens_behind_planes_is_no_vector(records: list[Record]) -> None:
+    """Rows of vectors are handed on by what flattens them; the planes that a layer made of them are not."""
+    net, one = convolutional(nn.Flatten(), nn.Linear(6, 48), nn.Unflatten(-1, (3, 4, 4)), flatten=1), data(5)
+    with Saliency(target=targets.logit(1, "output")).prepare(net) as hooked:
+        assert torch.equal(hooked.annotate(one)["attr", "input"], by_autograd(net, one["input"], logit))
+    assert len(records) == 1
 
 
 LINEAR = {

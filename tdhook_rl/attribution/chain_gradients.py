@@ -176,7 +176,7 @@ def _pull(record: Record, slopes: Sequence[Tensor]) -> list[Tensor]:
     if len(slopes) == 1:
         return [record.pull(slopes[0])]
     at_once = max(1, ROWS // max(1, slopes[0].shape[:-1].numel()))
-    if at_once == 1:
+    if at_once == 1 or not record.stacks():
         return [record.pull(slope) for slope in slopes]
     parts = [record.pull(torch.stack(slopes[start : start + at_once])) for start in range(0, len(slopes), at_once)]
     return [gradient for part in parts for gradient in part.unbind()]

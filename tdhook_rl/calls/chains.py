@@ -41,12 +41,37 @@ class Layer(NamedTuple):
     Attributes:
         forward: ``(module, x) -> y``.
         backward: ``(module, gradient, kept) -> gradient``, with autograd's own operations.
-        keeps: what ``backward`` is given: the layer's ``"input"``, ``"output"``, or ``"weight"``.
+        keeps: what ``backward`` is given: the layer's ``"input"``, ``"output"``, ``"weight"``, or ``"both"``, input and
+            weight.
+        stacks: ``backward`` takes several gradients in dimensions before those of the output.
+        fits: whether it is known of a module, as this is set up.
     """
 
     forward: Callable[[Any, Tensor], Tensor]
     backward: Callable[[Any, Tensor, Tensor], Tensor]
     keeps: str
+    stacks: bool = True
+    fits: Callable[[Any], bool] | None = None
+
+
+#: Where a weight is kept.
+_WEIGHTED = ("weight", "both")
+
+
+def _convolve(module: nn.Conv2d, x: Tensor) -> Tensor:
+    own = module._parameters
+    weight: Any = own["weight"]
+    return F.conv2d(x, weight, own["bias"], module.stride, module.padding, module.dilation, module.groups)
+
+
+def _convolve_back(module: nn.Conv2d, gradient: Tensor, kept: tuple[Tensor, Tensor]) -> Tensor:
+    x, weight = kept
+    one = x.ndim == 3  # without a batch
+    found = _aten.convolution_backward.default(
+        gradient.unsqueeze(0) if one else gradient, x.unsqueeze(0) if one else x, weight, None,
+        module.stride, module.padding, module.dilation, False, [0, 0], module.groups, [True, False, False],
+    )[0]  # fmt: skip
+    return found.squeeze(0) if one else found
 
 
 def _linear(module: nn.Linear, x: Tensor) -> Tensor:
@@ -75,9 +100,26 @@ LAYERS: dict[type[nn.Module], Layer] = {
         lambda m, g, x: _aten.gelu_backward.default(g, x, approximate=m.approximate),
         "input",
     ),
+    nn.Conv2d: Layer(
+        _convolve,
+        _convolve_back,
+        "both",
+        stacks=False,
+        fits=lambda m: m.padding_mode == "zeros" and not isinstance(m.padding, str),
+    ),
+    nn.Flatten: Layer(
+        lambda m, x: x.flatten(m.start_dim, m.end_dim), lambda m, g, x: g.reshape(x.shape), "input", stacks=False
+    ),
+    nn.Unflatten: Layer(
+        lambda m, x: x.unflatten(m.dim, m.unflattened_size),
+        lambda m, g, x: g.reshape(x.shape),
+        "input",
+        stacks=False,
+        fits=lambda m: all(isinstance(one, int) for one in (m.dim, *m.unflattened_size)),
+    ),
 }
 #: What these classes do by themselves; somebody may replace it for a whole class.
-_FORWARDS: dict[type[nn.Module], Any] = {**{kind: kind.forward for kind in LAYERS}, nn.Flatten: nn.Flatten.forward}
+_FORWARDS = {kind: kind.forward for kind in LAYERS}
 _CALLS = call_methods(nn.Module)
 
 Steps = list[tuple[Layer, nn.Module]]
@@ -98,14 +140,14 @@ class Record:
         self.pulled: dict[int, tuple[Any, Tensor]] = {}
         self._finite: bool | None = None
         self._steps = steps
-        self._kept: list[Tensor] = []
+        self._kept: list[Any] = []
         self._versions: list[int] = []
-        for (forward, _, keeps), module in steps:
+        for (forward, _, keeps, *_), module in steps:
             if keeps == "input":
                 self._kept.append(x)
-            elif keeps == "weight":
+            elif keeps in _WEIGHTED:
                 weight: Any = module._parameters["weight"]
-                self._kept.append(weight)
+                self._kept.append(weight if keeps == "weight" else (x, weight))
                 # Before it is used: a learner may change it meanwhile. Those of inference mode do not count.
                 self._versions.append(-1 if weight.is_inference() else weight._version)
             x = forward(module, x)
@@ -122,17 +164,23 @@ class Record:
     def pull(self, gradient: Tensor) -> Tensor:
         """The gradient with respect to the input, from that with respect to the output; with gradients off.
 
-        There may be several, in dimensions before those of the output.
+        There may be several, in dimensions before those of the output, where it :meth:`stacks`.
 
         Raises:
             RuntimeError: as autograd does, if a weight was changed since (by a learner in another thread).
         """
         versions = reversed(self._versions)
-        for ((_, backward, keeps), module), kept in zip(reversed(self._steps), reversed(self._kept), strict=True):
-            if keeps == "weight" and (version := next(versions)) >= 0 and kept._version != version:
-                raise RuntimeError(f"a weight was {MODIFIED} while its policy was explained")
+        for ((_, backward, keeps, *_), module), kept in zip(reversed(self._steps), reversed(self._kept), strict=True):
+            if keeps in _WEIGHTED:
+                weight = kept if keeps == "weight" else kept[1]
+                if (version := next(versions)) >= 0 and weight._version != version:
+                    raise RuntimeError(f"a weight was {MODIFIED} while its policy was explained")
             gradient = backward(module, gradient, kept)
         return gradient
+
+    def stacks(self) -> bool:
+        """Whether it pulls several gradients at once."""
+        return all(layer.stacks for layer, _ in self._steps)
 
 
 def run_chain(steps: Steps, x: Tensor) -> Tensor:
@@ -268,8 +316,6 @@ def _add_layers(module: nn.Module, x: Tensor, steps: Steps, but_last: bool = Fal
         kind, own = child.__class__, child.__dict__
         layer = LAYERS.get(kind)
         if layer is None:
-            if kind is nn.Flatten and x.ndim == 2 and child.start_dim == 1 and _flattens_plainly(child):
-                continue  # layers keep the dimensions, and rows of vectors it hands on
             if not _add_layers(child, x, steps):
                 return False
             continue
@@ -278,14 +324,14 @@ def _add_layers(module: nn.Module, x: Tensor, steps: Steps, but_last: bool = Fal
         # As `_has_hook`, whose call would cost more than what it does: this runs for each layer at each step.
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return False
-        if layer.keeps == "weight" and not _is_plain(own["_parameters"]):
+        if layer.keeps in _WEIGHTED and not _is_plain(own["_parameters"]):
             return False
+        if layer.fits is not None and not layer.fits(child):
+            return False
+        if kind is nn.Flatten and x.ndim == 2 and child.start_dim == 1 and all(one.stacks for one, _ in steps):
+            continue  # the layers before it have kept the dimensions: rows of vectors are handed on
         steps.append((layer, child))
     return True
-
-
-def _flattens_plainly(module: nn.Module) -> bool:
-    return nn.Flatten.forward is _FORWARDS[nn.Flatten] and is_called_plainly(module)
 
 
 def _in_order(module: nn.Module, x: Tensor) -> Sequence[nn.Module] | None:
