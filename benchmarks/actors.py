@@ -18,6 +18,7 @@ from torchrl.modules import GRUModule, ProbabilisticActor, QValueActor, TanhNorm
 
 from benchmarks.nets import CLASSES, FEATURES, FRAME, Impala, mlp
 from tdhook_rl import targets
+from tdhook_rl.adapters import from_module
 
 __all__ = ["ACTORS", "ActorProblem"]
 
@@ -139,6 +140,24 @@ def q_network(batch: int) -> ActorProblem:
     return _problem("Q", actor, batch, targets.chosen_q(), bare, through)
 
 
+class Agent(nn.Module):
+    """As in CleanRL's scripts."""
+
+    def __init__(self, net: nn.Sequential) -> None:
+        super().__init__()
+        self.network, self.actor = net[:-1], net[-1]
+
+
+def adapter(batch: int) -> ActorProblem:
+    net = mlp(3, HIDDEN, 1).net
+    actor = from_module(Agent(net), "actor", trunk="network")
+
+    def bare(x: Tensor, data: TensorDict) -> Tensor:
+        return net(x).log_softmax(-1).gather(-1, data["action"].unsqueeze(-1)).squeeze(-1)
+
+    return _problem("adapter", actor, batch, targets.taken_action_log_prob(), bare, _log_prob_through(actor))
+
+
 def gru(batch: int) -> ActorProblem:
     torch.manual_seed(0)
     core = GRUModule(
@@ -190,6 +209,7 @@ ACTORS: dict[str, Callable[[int], ActorProblem]] = {
     "TanhNormal": tanh_normal,
     "value": value,
     "Q": q_network,
+    "adapter": adapter,
     "GRU": gru,
     "IMPALA": impala,
 }

@@ -29,6 +29,7 @@ from benchmarks import (
     attribution_speed,
     causal_cost,
     collector_cost,
+    compiled_speed,
     env_speed,
     growth,
     ig_memory,
@@ -89,7 +90,8 @@ GROUPS: dict[str, Group] = {
         11,
         100,
     ),
-    "actors": Group("Attributions of actors", "actor_speed", actor_speed.figures, 7, 280),
+    "actors": Group("Attributions of actors", "actor_speed", actor_speed.figures, 7, 300),
+    "compiled": Group("Attributions that are compiled", "compiled_speed", compiled_speed.figures, 9, 90),
     "relevance": Group(
         "Layer-wise relevance propagation",
         "relevance_speed",

@@ -125,8 +125,58 @@ def test_what_is_refused() -> None:
             method.prepare(critic(plain())).__enter__()
 
 
+def _step(hooked: Any, rows: TensorDict) -> Tensor:
+    return hooked(rows.clone())["attr", "observation"]
+
+
+def _annotated(hooked: Any, rows: TensorDict) -> Tensor:
+    return hooked.annotate(rows)["attr", "observation"]
+
+
+def _in_vmap(hooked: Any, rows: TensorDict) -> Tensor:
+    return torch.vmap(lambda row: hooked(row.clone())["attr", "observation"])(rows)
+
+
+@pytest.mark.parametrize(
+    ("net", "mode", "run", "why"),
+    [
+        (
+            lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)),
+            torch.no_grad,
+            _step,
+            "chain of known layers",
+        ),
+        (plain, torch.enable_grad, _step, "gradients are on"),
+        (plain, torch.inference_mode, _step, "inference mode"),
+        (plain, torch.inference_mode, _annotated, "inference mode"),
+        (plain, torch.no_grad, _in_vmap, "inside vmap"),
+    ],
+    ids=["a chain", "a graph", "inference mode", "annotate in inference mode", "vmap"],
+)
+def test_where_it_is_set_aside_that_is_said_once(net: Any, mode: Any, run: Any, why: str) -> None:
+    policy, rows = critic(net()), data()
+    with Saliency().prepare(policy) as hooked, mode():
+        expected = run(hooked, rows)
+    with Saliency(compile=QUICK).prepare(policy) as hooked, mode():
+        with pytest.warns(UserWarning, match=rf"Saliency\(compile=...\) is set aside.*{why}") as said:
+            assert torch.equal(run(hooked, rows), expected)
+        assert len(said) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(run(hooked, rows), expected)
+
+
+def test_a_recurrent_core_that_cannot_be_traced_is_explained_without() -> None:
+    problem = ACTORS["GRU"](ROWS)
+    with Saliency(target=problem.target, inputs=["observation"], when="batch").prepare(problem.policy) as hooked:
+        expected = hooked.annotate(problem.data)["attr", "observation"]
+    method = Saliency(target=problem.target, inputs=["observation"], when="batch", compile=QUICK)
+    with method.prepare(problem.policy) as hooked, pytest.warns(UserWarning, match="goes on uncompiled"):
+        assert torch.equal(hooked.annotate(problem.data)["attr", "observation"], expected)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["Categorical", "OneHot", "TanhNormal", "Q", "GRU"])
+@pytest.mark.parametrize("name", ["Categorical", "OneHot", "TanhNormal", "Q"])
 @pytest.mark.parametrize("method", [Saliency, IntegratedGradients])
 @pytest.mark.parametrize("options", [QUICK, True], ids=["aot_eager", "inductor"])
 def test_every_actor(name: str, method: Any, options: Any) -> None:

@@ -45,6 +45,7 @@ class Compiled:
         self.seconds = 0.0
         self._function: Callable[..., Any] | None = None
         self._failed = False
+        self._said: set[str] = set()
         self._shapes: set[tuple[Any, ...]] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -56,8 +57,13 @@ class Compiled:
 
     def compute(self, call: Call) -> Mapping[tuple[str, ...], Tensor]:
         """The results of one call, by the compiled graph where there can be one."""
-        eager = self._failed or torch.compiler.is_compiling() or vmap_level() >= 0 or torch.is_inference_mode_enabled()
-        if eager or call.shared is not None or call.chain is not None:
+        if self._failed or torch.compiler.is_compiling():
+            return self._method.compute(call)
+        why = _needs_no_graph(call)
+        if why is not None:
+            if why not in self._said:
+                self._said.add(why)
+                warn(f"{self._name}(compile=...) is set aside {why}. The numbers are the same")
             return self._method.compute(call)
         try:
             return self._run(call)
@@ -107,6 +113,19 @@ class Compiled:
         entries = {key: get_entry(call.data, key) for key in dict.fromkeys(keys)}
         given = {key: value for key, value in entries.items() if isinstance(value, Tensor)} | call.inputs
         return TensorDict(given, batch_size=call.batch_size)
+
+
+def _needs_no_graph(call: Call) -> str | None:
+    """Why there is no pass of a call that would be compiled, or that could be."""
+    if call.chain is not None:
+        return (
+            "where the policy is a chain of known layers: its own forward is explained, so there is no pass to compile"
+        )
+    if call.shared is not None:
+        return "where gradients are on: the policy's own forward is explained, so there is no pass to compile"
+    if torch.is_inference_mode_enabled():
+        return "in inference mode, where no graph is compiled: torch.no_grad() takes its place"
+    return "inside vmap, where no graph is compiled" if vmap_level() >= 0 else None
 
 
 def _traced(policy: HookedPolicy, method: BoundMethod, call: Call) -> Callable[[TensorDictBase], Any]:
