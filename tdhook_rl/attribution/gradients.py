@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from tensordict import NestedKey
 from torch import Tensor
 
 from tdhook_rl.attribution.chain_gradients import chain_gradients
+from tdhook_rl.attribution.copies import of_copies
 from tdhook_rl.attribution.leaves import activations, as_leaves, in_runs, joined, require_fired
 from tdhook_rl.attribution.question import Attributed, Question, TargetFunction
 from tdhook_rl.attribution.undefined import defined_rows, warn_unreached, with_nan
@@ -133,7 +135,8 @@ def _gradients(question: Question) -> tuple[list[Attributed], dict[str, Tensor]]
             if MODIFIED not in str(error):
                 raise
             # It was another policy's: a pass of its own explains this one.
-            call.chain = call.kept = call.kept_record = None
+            call.chain = None
+            call.forget_passes()
     return _replayed(question)
 
 
@@ -170,7 +173,8 @@ def _recorded(question: Question) -> tuple[list[Attributed], dict[str, Tensor]]:
         return _shared(question)
     given: dict[str, Tensor | None] = dict.fromkeys(question.sites)
     given.update((slot, value.detach().requires_grad_()) for slot, value in placed.items())
-    with torch.enable_grad(), as_leaves(call.policy._hooked.runtime, given, totals=call.totals):
+    inner = as_leaves(call.policy._hooked.runtime, given, totals=call.totals) if given else nullcontext()
+    with torch.enable_grad(), inner:
         primals = {key: value.detach().requires_grad_() for key, value in inputs.items()}
         as_it_was = not placed and call.as_it_was(inputs, stored)
         head = call.policy._hooked.decider
@@ -200,6 +204,12 @@ def _of_trunk(
 def _shared(question: Question) -> tuple[list[Attributed], dict[str, Tensor]]:
     """The same in a pass for all methods of the call that may share one; its leaves are what any of them explains."""
     call, inputs = question.call, question.inputs
+    if call.kept is None and call.kept_gradients is None:
+        call.kept_gradients = of_copies(question)
+    copies = call.kept_gradients or {}
+    if all(id(target) in copies for target in question.targets):
+        ours = [copies[id(target)][1] for target in question.targets]
+        return [({key: one[key] for key in inputs}, {}) for one in ours], {}
     if call.kept is None or any(key not in call.kept[1] for key in inputs):
         known = {key: call.inputs.get(key) for one in call.sharers for key in one.declared}
         values = {key: one for key, one in known.items() if isinstance(one, Tensor) and one.is_floating_point()}
@@ -218,10 +228,11 @@ def _backward(
     call, sites, targets, weights = question.call, question.sites, question.targets, question.weights
     runtime = call.policy._hooked.runtime
     values = [target(run) for target in targets]
-    require_fired(runtime, sites)
+    if sites:
+        require_fired(runtime, sites)
     inner = {slot: in_runs(runtime.slots[slot], site) for slot, site in sites.items()}
     points = [*primals.values(), *(value for runs in inner.values() for value in runs)]
-    found = []
+    found: list[Attributed] = []
     for index, (target, value) in enumerate(zip(targets, values, strict=True)):
         if not value.requires_grad:
             raise TargetError(no_path(target, primals, sites.values()))
@@ -230,6 +241,9 @@ def _backward(
         explained, outer = (total, None) if weights is None else (value, weights.to(value.dtype))
         more = keep or index + 1 < len(values)
         slopes = _slopes(explained, points, outer, more)
+        if finite and not sites and all(slope is not None for slope in slopes):
+            found.append((dict(zip(primals, slopes, strict=True)), {}))  # type: ignore[arg-type]
+            continue
         one = _beside_others(slopes, points, len(primals), inner.values())
         warn_unreached(runtime, target, one, primals, [sites[slot] for slot, runs in inner.items() for _ in runs])
         defined = None if finite else defined_rows(call, value.detach())
@@ -248,6 +262,8 @@ def _backward(
 def _slopes(explained: Tensor, points: Sequence[Tensor], outer: Tensor | None, more: bool) -> tuple[Tensor | None, ...]:
     """The derivative at each point; ``None`` where there is no path, as at what the policy computes under no_grad."""
     on_graph = [point for point in points if point.requires_grad]
+    if len(on_graph) == len(points):
+        return torch.autograd.grad(explained, on_graph, outer, allow_unused=True, retain_graph=more)
     found = iter(
         torch.autograd.grad(explained, on_graph, outer, allow_unused=True, retain_graph=more) if on_graph else ()
     )

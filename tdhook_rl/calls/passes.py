@@ -97,6 +97,8 @@ class Call:
         self.sharers: list[Any] = []
         self.kept: tuple[Pass, Mapping[NestedKey, Tensor]] | None = None
         self.kept_record: tuple[Tensor, Record] | None = None
+        # The gradients of all their targets, where one pass has given them: by the id of the target that and these.
+        self.kept_gradients: dict[int, tuple[Any, dict[NestedKey, Tensor]]] | None = None
         self.traced_outputs: dict[NestedKey, Tensor] = {}  # in a trace: those that a pass over the call has met
         # The outputs of a replay of the call as it is, kept for a comparison with the stored ones.
         self.replayed: TensorDictBase | None = None
@@ -109,6 +111,10 @@ class Call:
     @property
     def batch_size(self) -> torch.Size:
         return self.data.batch_size
+
+    def forget_passes(self) -> None:
+        """Drop what is kept for several methods, with its graphs."""
+        self.kept = self.kept_record = self.kept_gradients = None
 
     def of_step(self, drawn: Mapping[str, Tensor]) -> Call:
         """The same call, of the forward that has just run, with what was drawn in it."""

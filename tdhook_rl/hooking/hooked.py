@@ -265,7 +265,7 @@ class HookedMixin(AnnotatingMixin, Swapped):
         call.sharers = [one for one in bound if one.shares_pass]
         for one in bound:
             results.update((one.compiled or one).compute(call))
-        call.kept = call.kept_record = None  # their graphs
+        call.forget_passes()
         chunked = call.policy._hooked.chunks is not None
         return in_deciding_rows(call.policy, call.data, results) if chunked else results
 

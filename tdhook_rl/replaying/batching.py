@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tdhook_rl.internals.torch_names import ConvNd
 from tdhook_rl.sites.known import may_meet
@@ -90,6 +91,7 @@ class Traits:
     recurrent: bool  # has a TorchRL recurrent module, which may be told to read whole trajectories
     batch_statistics: bool  # normalises by statistics of its batch when it trains
     cores: tuple[nn.Module, ...] = ()  # these recurrent modules
+    weights: int = 0  # how many numbers its parameters are
 
     @classmethod
     def of(cls, module: nn.Module) -> Traits:
@@ -100,6 +102,7 @@ class Traits:
             recurrent=bool(cores),
             batch_statistics=any(may_meet(child) for child in children),
             cores=cores,
+            weights=sum(one.numel() for one in module.parameters() if not is_lazy(one)),
         )
 
     def read_trajectories(self, policy: nn.Module) -> bool:

@@ -33,6 +33,7 @@ class ForwardEffects:
         watch: looks at what it writes.
         draws_others: it draws from the generators of Python or NumPy.
         keeps_input: its forward was seen to leave what it is given as it was.
+        copies: one pass over copies of the rows may give the gradients of several targets.
         meets: by the training mode, whether an output depends on the other rows, where that had to be found out.
     """
 
@@ -48,6 +49,7 @@ class ForwardEffects:
         self.device = next((one.device for one in tensors if one.device.type == "cuda"), None)
         self.draws_others = False
         self.keeps_input = not self.watch.may_write_input
+        self.copies = True
         self.meets: dict[tuple[bool, ...], bool] = {}
         self.looks = 0
         self.repeats = 0

@@ -1,0 +1,144 @@
+"""Several methods that explain one call together: what each finds is what it finds alone, in fewer passes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule as Module
+from tensordict.nn import TensorDictSequential
+from torch import Tensor, nn
+
+from tdhook_rl import Compose, Saliency, targets
+from tdhook_rl.attribution import copies
+from tdhook_rl.calls.passes import Call
+
+ROWS = 5
+
+
+class Both(nn.Module):
+    """Two outputs, of which the first depends on the first input only."""
+
+    def __init__(self, *between: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 3)
+        self.between = nn.Sequential(*between, nn.Softplus())
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.between(self.first(x))
+        return hidden, hidden * self.second(y)
+
+
+def _module(*between: nn.Module) -> Module:
+    torch.manual_seed(0)
+    return Module(Both(*between).double(), ["x", "y"], ["logits", "values"])
+
+
+def _recurrent() -> TensorDictSequential:
+    from torchrl.modules import GRUModule
+
+    torch.manual_seed(0)
+    core = GRUModule(4, 6, in_keys=["x", "state", "is_init"], out_keys=["hidden", ("next", "state")])
+    return TensorDictSequential(core, Module(nn.Linear(6, 3), ["hidden"], ["logits"])).double()
+
+
+POLICIES: dict[str, tuple[Callable[[], Any], bool]] = {
+    "two inputs": (_module, True),
+    "dropout": (lambda: _module(nn.Dropout(0.5)), False),
+    "batch statistics": (lambda: _module(nn.BatchNorm1d(3)), True),  # which annotate freezes
+    "layer norm": (lambda: _module(nn.LayerNorm(3)), True),
+    "recurrent": (_recurrent, True),
+}
+
+
+def _data(rows: int = ROWS) -> TensorDict:
+    torch.manual_seed(1)
+    more = {"state": torch.randn(rows, 1, 6).double(), "is_init": torch.arange(rows)[:, None] == 2}
+    return TensorDict({"x": torch.randn(rows, 4).double(), "y": torch.randn(rows, 4).double(), **more}, [rows])
+
+
+def _compare(policy: Any, data: TensorDict, asked: list[Any]) -> tuple[list[str], list[str]]:
+    """Compare what methods find together with what each finds alone; the warnings of both."""
+    with warnings.catch_warnings(record=True) as said_alone:
+        warnings.simplefilter("always")
+        alone = []
+        for target in asked:
+            with Saliency(target=target, when="batch").prepare(policy) as hooked:
+                alone.append(hooked.annotate(data))
+    methods = [Saliency(target=one, when="batch", attribution_key=f"a{place}") for place, one in enumerate(asked)]
+    with Compose(*methods).prepare(policy) as hooked, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = hooked.annotate(data)
+    for place, expected in enumerate(alone):
+        for key in ("x", "y"):
+            if ("attr", key) in expected.keys(True):
+                ours = found[f"a{place}", key]
+                torch.testing.assert_close(ours, expected["attr", key], atol=1e-12, rtol=1e-10, equal_nan=True)
+        assert torch.equal(found["computed", f"a{place}"], expected["computed", "attr"])
+    return [str(one.message) for one in said_alone], [str(one.message) for one in said]
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each pass."""
+    rows: list[int] = []
+    replay = Call.replay
+
+    def counted(self: Call, inputs: Any = None, stored: Any = None, *args: Any, **options: Any) -> Any:
+        rows.append((self.data if stored is None else stored).batch_size.numel())
+        return replay(self, inputs, stored, *args, **options)
+
+    monkeypatch.setattr(Call, "replay", counted)
+    return rows
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_in_one_pass_where_rows_do_not_meet(name: str, passes: list[int]) -> None:
+    make, apart = POLICIES[name]
+    policy, data = make(), _data()
+    with torch.no_grad():
+        data = policy(data)
+    asked = [targets.logit(index) for index in range(3)]
+    _compare(policy, data, [*asked, *([targets.logit(1, "values")] if name != "recurrent" else [])])
+    copied = (4 if name != "recurrent" else 3) * ROWS
+    assert (passes.count(copied) == 1) is apart
+
+
+def test_copies_are_left_where_some_target_has_no_gradient(passes: list[int]) -> None:
+    methods = [Saliency(target=targets.logit(place), when="batch", attribution_key=f"a{place}") for place in range(3)]
+    with Compose(*methods).prepare(_module()) as hooked:
+        with pytest.warns(UserWarning, match="no gradient"):
+            hooked.annotate(_data())
+        assert passes.count(3 * ROWS) == 1
+        assert bool(hooked.annotate(_data())["a1", "y"].isnan().all())
+    assert passes.count(3 * ROWS) == 1  # it was tried once
+
+
+def test_what_no_gradient_reaches_is_said_and_not_a_number() -> None:
+    policy, data = _module(), _data()
+    asked = [targets.logit(0), targets.logit(1, "values")]
+    alone, together = _compare(policy, data, asked)
+    assert [one for one in alone if "no gradient" in one] == [one for one in together if "no gradient" in one] != []
+
+
+def test_rows_without_a_number() -> None:
+    policy, data = _module(), _data()
+    data["x"][2] = torch.nan
+    data["y"][3] = torch.inf
+    _compare(policy, data, [targets.logit(0, "values"), targets.logit(1, "values")])
+
+
+@pytest.mark.parametrize("shape", [(), (2, 3)])
+def test_other_batches(shape: tuple[int, ...]) -> None:
+    data = _data(6).reshape(2, 3) if shape else _data(1)[0]
+    _compare(_module(nn.LayerNorm(3)), data, [targets.logit(index, "values") for index in range(3)])
+
+
+def test_much_work_goes_target_by_target(monkeypatch: pytest.MonkeyPatch, passes: list[int]) -> None:
+    monkeypatch.setattr(copies, "WORK", 10)
+    _compare(_module(), _data(), [targets.logit(index, "values") for index in range(3)])
+    assert set(passes) == {ROWS}
