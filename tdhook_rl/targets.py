@@ -18,6 +18,7 @@ from tensordict import NestedKey
 from tensordict.utils import unravel_key
 from torch import Tensor
 
+from tdhook_rl.arguments.callbacks import asked
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.calls.decisions import (
     Keys,
@@ -43,6 +44,12 @@ __all__ = [
     "state_value", "taken_action_log_prob",
 ]  # fmt: skip
 
+#: What to do where a target reads what is not there.
+TARGET_REMEDY = (
+    "A target is given what the policy reads and writes; other entries of the data are given to init_attr_targets=, "
+    "under additional_init_keys="
+)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -62,11 +69,16 @@ class Target:
         object.__setattr__(self, "function", Portable(self.function))
 
     def __call__(self, run: Pass) -> Tensor:
-        return per_row(self.function(run), run.outputs.batch_size, self.name)
+        sees = (run.outputs, run.stored)
+        value = asked(self.function, run, what=f"the target {self.name!r}", sees=sees, remedy=TARGET_REMEDY)
+        return per_row(value, run.outputs.batch_size, self.name)
 
 
 class OwnTarget(Target):
     """A target of this module: it differentiates nothing by itself, and looks at no inputs."""
+
+    def __call__(self, run: Pass) -> Tensor:
+        return per_row(self.function(run), run.outputs.batch_size, self.name)
 
     def head_slope(self, head: Any) -> Tensor | None:
         """The derivative by the output of a chain, where it is known of a :class:`tdhook_rl.calls.heads.HeadPass`."""

@@ -470,7 +470,7 @@ def test_a_gate_that_never_opens_is_reported_once() -> None:
         ({"when": lambda rows: True}, InputError, "when= of 'steering' gives a boolean for each row.*returned True"),
         ({"when": lambda rows: rows["observation"]}, InputError, "gives a boolean .* tensor of torch.float32"),
         ({"when": lambda rows: rows["observation"][:2, 0] > 0}, InputError, r"the batch \(3,\).*shape \(2,\)"),
-        ({"when": lambda rows: rows["nowhere"]}, MissingKeyError, "reads 'nowhere', which the rows lack"),
+        ({"when": lambda rows: rows["nowhere"]}, MissingKeyError, "reads 'nowhere', which is not there"),
         ({"when": "nowhere"}, MissingKeyError, "per-row key 'nowhere'"),
         ({"when": "numbers"}, InputError, "per-row key 'numbers'.*must be boolean"),
         ({"alpha": "infinite"}, InputError, "per-row key 'infinite' has NaN or infinite"),

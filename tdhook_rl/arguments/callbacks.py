@@ -1,14 +1,21 @@
-"""How a function of the user's is called: with keywords where it has the documented parameters, else by position."""
+"""How a function of the user's is called: with which arguments, and what is said where it reads what is not there."""
 
 from __future__ import annotations
 
+import ast
 import inspect
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
+from tensordict import TensorDictBase, is_tensor_collection
 from torch import nn
 
-from tdhook_rl.errors import InputError
+from tdhook_rl.errors import InputError, MissingKeyError, TdhookError, listed, nearest
+
+#: What tensordict says of a key that it lacks.
+_LACKS = re.compile(r'key "(?P<key>.*)" not found in \w+ with keys (?P<keys>\[.*\])', re.DOTALL)
 
 
 def takes_keywords(function: Callable[..., Any], names: Sequence[str], what: str, optional: Sequence[str] = ()) -> bool:
@@ -54,6 +61,78 @@ def has_parameter(function: Callable[..., Any], name: str) -> bool:
     signature = _signature(function)
     found = None if signature is None else signature.parameters.get(name)
     return found is not None and found.kind in (found.POSITIONAL_OR_KEYWORD, found.KEYWORD_ONLY)
+
+
+def asked(
+    function: Callable[..., Any],
+    *given: Any,
+    what: str,
+    sees: Sequence[Any] | None = None,
+    remedy: str = "",
+    **named: Any,
+) -> Any:
+    """What a function of the user's makes of what it is given.
+
+    Args:
+        function: the user's.
+        given, named: what it is called with.
+        what: how messages call it.
+        sees: the TensorDicts that it can read, where they are not among what it is given.
+        remedy: what to do, of an entry that they lack.
+
+    Raises:
+        MissingKeyError: if it reads an entry that these lack; what else it raises is its own.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> try:
+        ...     asked(lambda rows: rows["reward"], TensorDict({"rewards": torch.ones(2)}), what="where=")
+        ... except MissingKeyError as error:
+        ...     print(error)
+        where= is a function that reads 'reward', which is not there; nearest: 'rewards'. It sees 'rewards'
+    """
+    if torch.compiler.is_compiling():
+        return function(*given, **named)
+    try:
+        return function(*given, **named)
+    except KeyError as error:
+        told = None if isinstance(error, TdhookError) else _lacking(error, what, given if sees is None else sees)
+        if told is None:
+            raise
+        raise MissingKeyError(f"{told}. {remedy}" if remedy else told) from error
+
+
+def _lacking(error: KeyError, what: str, sees: Sequence[Any]) -> str | None:
+    """That a function reads what is not there; ``None`` where the error is of something else."""
+    found = _LACKS.fullmatch(str(error.args[0])) if error.args else None
+    if found is None:
+        return None
+    said, places = set(ast.literal_eval(found["keys"])), []
+    for data in sees:
+        for prefix, nested in _within(data):
+            own = set(nested.keys())
+            # A TensorDict of the function's own is its business, unless it is one of these with more entries.
+            if own and found["key"] not in own and own <= said:
+                places.append((len(own), prefix, data))
+    if not places:
+        return None
+    _, prefix, data = max(places, key=lambda place: place[0])
+    key = (*prefix, found["key"]) if prefix else found["key"]
+    known = list(data.keys(True, True))
+    return (
+        f"{what} is a function that reads {key!r}, which is not there; {nearest(key, known)}. It sees "
+        f"{listed(map(repr, known), 8)}"
+    )
+
+
+def _within(data: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """A TensorDict and those inside it, with where they are."""
+    if not is_tensor_collection(data):
+        return
+    for name, value in data.items():
+        if isinstance(value, TensorDictBase):
+            yield from _within(value, (*prefix, name))
+    yield prefix, data
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature | None:

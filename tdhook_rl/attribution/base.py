@@ -12,6 +12,7 @@ from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 
+from tdhook_rl.arguments.callbacks import asked
 from tdhook_rl.arguments.checked import require_target
 from tdhook_rl.arguments.keys import key_parts, required
 from tdhook_rl.attribution.baselines import Baselines
@@ -30,6 +31,9 @@ from tdhook_rl.targets import DefaultTarget, OwnTarget, Target, per_row
 
 #: What ``compile=`` may choose; passes are one graph in any case.
 COMPILE_OPTIONS = ("backend", "mode", "options", "dynamic")
+
+#: What to do where a callback reads what is not there.
+_ADDITIONAL = "Other entries of the data are given to it beside, under additional_init_keys="
 
 Init = Callable[[TensorDictBase, TensorDictBase], TensorDictBase]
 
@@ -277,7 +281,8 @@ class BoundAttribution(BoundMethod):
         function = self._init["inputs"]
         if function is None:
             return explainable_inputs(call, self.inputs)
-        chosen = function(TensorDict(dict(call.inputs), batch_size=call.batch_size), self.additional(call))
+        inputs = TensorDict(dict(call.inputs), batch_size=call.batch_size)
+        chosen = asked(function, inputs, self.additional(call), what="init_attr_inputs=", remedy=_ADDITIONAL)
         _require_tensordict(chosen, "init_attr_inputs")
         keys = [key if len(key_parts(key)) > 1 else key_parts(key)[0] for key in chosen.keys(True, True)]
         require_inputs("init_attr_inputs returned", keys, call.policy.policy_in_keys)
@@ -350,14 +355,14 @@ class _InitTargets:
         if additional.batch_size != batch:  # a path of several points: each point has the rows of the call
             points = batch.numel() // max(additional.batch_size.numel(), 1)
             additional = additional.expand(points, *additional.batch_size).reshape(batch)
-        values = self.targets(outputs, additional)
+        values = asked(self.targets, outputs, additional, what="init_attr_targets=", remedy=_ADDITIONAL)
         _require_tensordict(values, "init_attr_targets")
         keys = list(values.keys(True, True))
         if not keys:
             raise TargetError("init_attr_targets returned an empty TensorDict: it holds the values to explain")
         weights = None
         if self.grads is not None:
-            weights = self.grads(values, additional)
+            weights = asked(self.grads, values, additional, what="init_attr_grads=", remedy=_ADDITIONAL)
             _require_tensordict(weights, "init_attr_grads")
             if set(weights.keys(True, True)) != set(keys):
                 raise TargetError(

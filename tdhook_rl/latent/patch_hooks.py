@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tdhook_rl.arguments.callbacks import asked
 from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import InputError, SiteError
 from tdhook_rl.sites.containers import other_tensors, with_other_tensors
@@ -13,7 +14,7 @@ from tdhook_rl.sites.hooks import CaptureHook, Portable
 from tdhook_rl.sites.numbers import in_dtype
 from tdhook_rl.sites.paths import Site
 from tdhook_rl.sites.repeats import Several, added, several_runs
-from tdhook_rl.sites.row_values import rows_under_way
+from tdhook_rl.sites.row_values import ROWS_REMEDY, rows_under_way
 from tdhook_rl.sites.rows import rows_of, with_rows, without_vmap
 from tdhook_rl.sites.runtime import Runtime
 
@@ -78,10 +79,11 @@ class PatchHook:
         value, disguise = rows_of(output, module, self.site, runtime)
         patch = None
         beside = {"rows": rows_under_way(runtime, self.site, "patch_fn")} if self.beside else {}
-        if self.function is not None and self.keywords:
-            patch = self.function(module_key=self.site, output=value, output_to_patch=original, **beside)
-        elif self.function is not None:
-            patch = self.function(self.site, value, original, **beside)
+        if self.function is not None:
+            given = () if self.keywords else (self.site, value, original)
+            named = {"module_key": self.site, "output": value, "output_to_patch": original} if self.keywords else {}
+            sees, what = list(beside.values()), f"patch_fn at {self.site!r}"
+            patch = asked(self.function, *given, what=what, sees=sees, remedy=ROWS_REMEDY, **named, **beside)
         if patch is None:
             patch = original
         self._require_shape(patch, value)

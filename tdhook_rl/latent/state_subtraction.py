@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from tdhook_rl.arguments.callbacks import asked
 from tdhook_rl.calls.passes import Call, effects_of, stored_inputs
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.errors import InputError, SiteError
@@ -26,7 +27,7 @@ from tdhook_rl.method import Binder, Method
 from tdhook_rl.replaying.batching import GeneratorState
 from tdhook_rl.sites.numbers import in_dtype, is_whole
 from tdhook_rl.sites.repeats import several_runs
-from tdhook_rl.sites.row_values import asked, portable_rows
+from tdhook_rl.sites.row_values import ROWS_REMEDY, portable_rows
 from tdhook_rl.sites.rows import rows_of, with_rows
 from tdhook_rl.sites.runtime import Runtime
 
@@ -125,7 +126,7 @@ class CounterfactualPass:
             rows = replay.stored.copy()
             for key, value in data.items(True, True):
                 rows.set(key, value)
-        other = asked(self.function, rows, f"counterfactual= of {self.name!r}")
+        other = asked(self.function, rows, what=f"counterfactual= of {self.name!r}", remedy=ROWS_REMEDY)
         if not isinstance(other, TensorDictBase) or other.batch_size != data.batch_size:
             got = f"batch {tuple(other.batch_size)}" if isinstance(other, TensorDictBase) else f"{type(other).__name__}"
             raise InputError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdhook_rl.arguments.callbacks import has_parameter, takes_keywords
+from tdhook_rl.arguments.callbacks import asked, has_parameter, takes_keywords
 from tdhook_rl.errors import InputError, SiteError, nearest
 from tdhook_rl.latent.placed_vectors import as_vectors
 from tdhook_rl.latent.strength import (
@@ -26,7 +26,7 @@ from tdhook_rl.method import Binder, Method
 from tdhook_rl.replaying.batching import in_recurrent_mode
 from tdhook_rl.sites.hooks import Portable
 from tdhook_rl.sites.numbers import in_dtype
-from tdhook_rl.sites.row_values import rows_under_way
+from tdhook_rl.sites.row_values import ROWS_REMEDY, rows_under_way
 from tdhook_rl.sites.rows import feature_dims, rows_of, with_rows, without_vmap
 from tdhook_rl.sites.runtime import Runtime
 from tdhook_rl.sites.states import state_names, state_of, with_state
@@ -268,10 +268,10 @@ class FunctionHook:
         self.runtime.intervene_at(self.site)
         value, disguise = rows_of(output, module, self.site, self.runtime)
         beside = {"rows": rows_under_way(self.runtime, self.site, "steer_fn")} if self.beside else {}
-        if self.keywords:
-            steered = self.function(module_key=self.site, output=value, **beside)
-        else:
-            steered = self.function(self.site, value, **beside)
+        given = () if self.keywords else (self.site, value)
+        named = {"module_key": self.site, "output": value} if self.keywords else {}
+        sees, what = list(beside.values()), f"steer_fn at {self.site!r}"
+        steered = asked(self.function, *given, what=what, sees=sees, remedy=ROWS_REMEDY, **named, **beside)
         if not isinstance(steered, Tensor) or steered.shape != value.shape:
             got = tuple(steered.shape) if isinstance(steered, Tensor) else type(steered).__name__
             raise InputError(

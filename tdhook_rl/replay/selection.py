@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdhook_rl.arguments.callbacks import asked
 from tdhook_rl.errors import InputError
 from tdhook_rl.reading.reader import COVERED, Reader
 from tdhook_rl.replay.manifest import described
@@ -149,7 +150,7 @@ def truth_of(where: Where, batch: TensorDictBase) -> Tensor:
     Raises:
         InputError: if the function gives anything but a truth value for each.
     """
-    found = where(batch)
+    found = asked(where, batch, what="where=")
     mask = torch.as_tensor(found) if found is not None else torch.zeros(0)
     if mask.dtype != torch.bool or mask.numel() != len(batch):
         raise InputError(

@@ -12,6 +12,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 
+from tdhook_rl.arguments.callbacks import asked
 from tdhook_rl.arguments.checked import Checked, checked
 from tdhook_rl.errors import InputError, SiteError, nearest
 from tdhook_rl.metrics.norms import gradient_norms, spectral_norms, weight_norms
@@ -256,7 +257,8 @@ class NetworkDiagnostics:
         assert self.states is not None
         states = self.states
         with self._fixed.recurrent():
-            gradients = gradient_norms(policy, None if loss is None else lambda: loss(states.clone()))
+            of_states = None if loss is None else lambda: asked(loss, states.clone(), what="loss=")
+            gradients = gradient_norms(policy, of_states)
         norms = (
             ("weight_norm", weight_norms(policy)),
             ("gradient_norm", gradients),

@@ -11,6 +11,7 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 
+from tdhook_rl.arguments.callbacks import asked
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.arguments.keys import required
 from tdhook_rl.calls.real_rows import real_rows
@@ -223,7 +224,10 @@ class OnlineProbe:
         """Features ``(*batch, features)``, labels, and which rows are usable, on the CPU."""
         batch = data.batch_size
         features = self._entry(data, self.features)
-        labels = self.label(data) if callable(self.label) else self._entry(data, self.label)
+        if callable(self.label):
+            labels = asked(self.label, data, what=f"label= ({self._name()})")
+        else:
+            labels = self._entry(data, self.label)
         if not isinstance(labels, Tensor) or labels.shape[: len(batch)] != batch:
             found = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
             raise InputError(f"label {self._name()} gives {found}, expected a tensor of the batch {tuple(batch)}")

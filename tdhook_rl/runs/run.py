@@ -15,6 +15,7 @@ from tensordict.nn import ProbabilisticTensorDictModule
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tdhook_rl.arguments.callbacks import asked
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.calls.decisions import require_own_parameters
 from tdhook_rl.calls.passes import Pass
@@ -249,7 +250,7 @@ class HookedModuleRun(Placing):
 
     def _call(self) -> None:
         if self._callback is not None:
-            self._callback(self.hooked, self.data)
+            asked(self._callback, self.hooked, self.data, what="run_callback=")
         else:
             self.hooked(self.data)
 
@@ -264,7 +265,7 @@ class HookedModuleRun(Placing):
 
     def _value(self) -> Any:
         if not isinstance(self._target, Target):
-            return self._target(self.data) if callable(self._target) else self._target
+            return asked(self._target, self.data, what="target= of a run") if callable(self._target) else self._target
         # The distributions of this very forward: their parameters are among its outputs.
         hooked, stored = self.hooked, self.data.detach()
         drawing = [child for child in hooked.modules() if isinstance(child, ProbabilisticTensorDictModule)]

@@ -16,14 +16,21 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
+from tdhook_rl.arguments.callbacks import asked
 from tdhook_rl.arguments.keys import missing
-from tdhook_rl.errors import InputError, MissingKeyError, TdhookError, nearest
+from tdhook_rl.errors import InputError
 from tdhook_rl.internals.functorch_names import is_batchedtensor
 from tdhook_rl.sites.hooks import Portable
 from tdhook_rl.sites.inner_calls import require_whole_batch, step_of_batch
 from tdhook_rl.sites.repeats import added
 from tdhook_rl.sites.rows import entry_rows
 from tdhook_rl.sites.runtime import Runtime
+
+#: What to do where a function of rows reads what they lack.
+ROWS_REMEDY = (
+    "StepCounter() counts steps, a TensorDictPrimer adds any key to an environment; losses and servers that hand on "
+    "the policy's in_keys only are told of it by RowFunction(function, reads=[...])"
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class RowFunction:
 
     def __call__(self, data: TensorDictBase) -> Tensor:
         rows = data.select(*self.reads, strict=False) if self.reads else data.copy()
-        value = self._checked(asked(self.function, rows, self.what), data.batch_size)
+        value = self._checked(asked(self.function, rows, what=self.what, remedy=ROWS_REMEDY), data.batch_size)
         if not self.truths:
             require_finite(value, self.what)
         return value
@@ -67,27 +74,6 @@ class RowFunction:
                 f"{tuple(value.shape)}"
             )
         return value if self.truths or value.is_floating_point() else value.to(torch.get_default_dtype())
-
-
-def asked(function: Callable[[TensorDictBase], Any], rows: TensorDictBase, what: str) -> Any:
-    """What a function of the user's makes of rows.
-
-    Raises:
-        MissingKeyError: if it reads what they lack.
-    """
-    if torch.compiler.is_compiling():
-        return function(rows)
-    try:
-        return function(rows)
-    except KeyError as error:
-        key = None if isinstance(error, TdhookError) else _absent(error)
-        if key is None:
-            raise
-        raise MissingKeyError(
-            f"{what} is a function that reads {key!r}, which the rows lack; {nearest(key, rows.keys(True, True))}. "
-            "StepCounter() counts steps, a TensorDictPrimer adds any key to an environment; losses and servers that "
-            "hand on the policy's in_keys only are told of it by RowFunction(function, reads=[...])"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -251,11 +237,3 @@ def portable_rows(function: Callable[..., Any], what: str) -> Callable[[TensorDi
     except ValueError:  # a builtin without a signature
         pass
     return Portable(function)
-
-
-def _absent(error: KeyError) -> str | None:
-    """The key that TensorDict says it does not have."""
-    text = str(error.args[0]) if error.args else ""
-    start, _, rest = text.partition('key "')
-    name, end, _ = rest.partition('" not found in TensorDict')
-    return name if end and not start else None

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.batched_envs import BatchedEnvBase
 
+from tdhook_rl.arguments.callbacks import asked
 from tdhook_rl.errors import InputError
 from tdhook_rl.sweeps.conditions import Place
 from tdhook_rl.sweeps.shared_draws import SharedDraws
@@ -84,7 +85,7 @@ class Setting:
         count = starts.batch_size.numel()
         if self.sign is None:
             return torch.ones(count, device=starts.device)
-        signs = self.sign(starts)
+        signs = asked(self.sign, starts, what="sign=")
         if not isinstance(signs, Tensor) or signs.numel() != count or not bool(torch.isfinite(signs).all()):
             got = tuple(signs.shape) if isinstance(signs, Tensor) else type(signs).__name__
             raise InputError(f"sign= gives {got}; it must give one finite number for each of {count} start states")

@@ -9,7 +9,8 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.errors import InputError, MissingKeyError, nearest
+from tdhook_rl.arguments.callbacks import asked
+from tdhook_rl.errors import InputError, nearest
 
 #: From episodes ``(episodes, time)`` a number for each, or such numbers by name.
 Outcome = Callable[[TensorDictBase], Tensor | Mapping[str, Tensor]]
@@ -86,12 +87,8 @@ class Outcomes:
         return found
 
     def _asked(self, function: Outcome, name: str, episodes: TensorDictBase) -> Mapping[str, Any]:
-        try:
-            given = function(episodes)
-        except KeyError as error:
-            raise MissingKeyError(
-                f"the outcome {name or function!r} reads an entry that the episodes do not have: {error}"
-            ) from error
+        known = name or getattr(function, "__name__", type(function).__name__)
+        given = asked(function, episodes, what=f"the outcome {known!r}")
         if isinstance(given, Mapping):
             return {f"{name}/{label}" if name else str(label): values for label, values in given.items()}
         return {name or getattr(function, "__name__", "outcome"): given}

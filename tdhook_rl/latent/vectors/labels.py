@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdhook_rl.arguments.callbacks import asked
 from tdhook_rl.arguments.keys import required
 from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.errors import InputError, listed
@@ -128,11 +129,12 @@ def _name(asked: Asked) -> str:
     return str(getattr(asked, "__qualname__", type(asked).__name__))
 
 
-def _read(asked: Asked, batch: TensorDictBase, argument: str, what: str) -> Tensor:
+def _read(says: Asked, batch: TensorDictBase, argument: str, what: str) -> Tensor:
     """What is said of each row, ``(rows,)``, on the CPU."""
-    if isinstance(asked, tuple | list) and not asked:
+    if isinstance(says, tuple | list) and not says:
         raise InputError(f"{argument} is a key, or a function of a batch: it is empty")
-    found = asked(batch) if callable(asked) else required(batch, asked, f"{argument} of from_contrast reads")
+    reader = f"{argument} of from_contrast"
+    found = asked(says, batch, what=reader) if callable(says) else required(batch, says, f"{reader} reads")
     try:
         found = torch.as_tensor(found).detach().cpu()
     except (TypeError, ValueError, RuntimeError):

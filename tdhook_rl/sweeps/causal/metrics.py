@@ -15,6 +15,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 from torch.distributions import Distribution
 
+from tdhook_rl.arguments.callbacks import asked
 from tdhook_rl.calls.decisions import action_of, critic_keys, drawn_decisions, keys_named
 from tdhook_rl.calls.passes import Pass
 from tdhook_rl.errors import InputError
@@ -70,7 +71,7 @@ class Reading:
             return lambda run, copies: metric(_deciding(run, self._clean, copies)), str(metric.name)
         if callable(metric):
             name = getattr(metric, "__name__", type(metric).__name__)
-            return lambda run, copies: metric(run.outputs), name
+            return lambda run, copies: asked(metric, run.outputs, what=f"metric= ({name})"), name
         target = state_value(metric)
         return lambda run, copies: target(_deciding(run, self._clean, copies)), f"{metric}"
 
