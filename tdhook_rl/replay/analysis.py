@@ -19,6 +19,7 @@ from tdhook_rl.calls.preconditions import require_hooked
 from tdhook_rl.calls.provenance import is_stamp
 from tdhook_rl.errors import ArtifactError, InputError, warn
 from tdhook_rl.files.durable import FolderLock
+from tdhook_rl.files.functions import untold_in
 from tdhook_rl.reading.reader import Reader
 from tdhook_rl.reading.sources import Rows
 from tdhook_rl.reading.transforms import near
@@ -287,6 +288,8 @@ class _Work:
                     "buffer have changed since; name a new folder"
                 )
         facts = facts_of(self.hooked)
+        for said in untold_in(facts["methods"]):
+            warn(f"{folder} holds an analysis that goes on as the same: {said}")
         for name, what in (("methods", "methods or options"), ("weights", "weights, buffers or controls")):
             then = manifest.facts.get(name)
             if manifest.has_checksums and None not in (then, facts[name]) and then != facts[name]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 from tdhook_rl.errors import ArtifactError
 from tdhook_rl.files.digests import content_of, digest_of
 from tdhook_rl.files.durable import read_json, write_text
+from tdhook_rl.files.functions import named_function, number_of
 from tdhook_rl.files.versions import versions
 from tdhook_rl.reading.folders import MANIFEST
 
@@ -53,27 +54,27 @@ def described(value: Any, depth: int = 6) -> Any:
     if value is None or isinstance(value, (bool, int, float)):
         return value if isinstance(value, (bool, int)) or value is None else repr(value)
     if isinstance(value, str):
-        return value[:LONGEST]
+        return value if len(value) <= LONGEST else f"{value[:LONGEST]}... {number_of(value)}"
     if isinstance(value, Tensor):
         number = hashlib.blake2b(content_of(value), digest_size=8).hexdigest()
         return {"shape": list(value.shape), "dtype": str(value.dtype), "content": number}
     if depth == 0:
-        return type(value).__name__
+        return f"{type(value).__name__} {number_of(value)}"
+    more = [] if not isinstance(value, Collection) or len(value) <= LONGEST else [f"... {number_of(value)}"]
     if isinstance(value, Mapping):
-        return {str(key)[:LONGEST]: described(one, depth - 1) for key, one in list(value.items())[:LONGEST]}
+        shown = {str(key)[:LONGEST]: described(one, depth - 1) for key, one in list(value.items())[:LONGEST]}
+        return shown | {"...": more[0]} if more else shown
     if isinstance(value, (Sequence, set, frozenset)):
-        found = [described(one, depth - 1) for one in list(value)[:LONGEST]]
-        return found if isinstance(value, Sequence) else sorted(found, key=str)
+        if isinstance(value, Sequence):
+            return [described(one, depth - 1) for one in value[:LONGEST]] + more
+        return sorted((described(one, depth - 1) for one in value), key=str)[:LONGEST] + more
     if is_dataclass(value) and not isinstance(value, type):
         options = {one.name: described(getattr(value, one.name, None), depth - 1) for one in fields(value)}
         return {"method": type(value).__name__, **options}
-    name = getattr(value, "__qualname__", None)
-    if name is not None:
-        return f"{getattr(value, '__module__', '')}.{name}"[:LONGEST]
-    held = {str(key): described(one, depth - 1) for key, one in sorted(getattr(value, "__dict__", {}).items())}
-    return (
-        {"method": type(value).__name__, **held} if type(value).__module__.startswith("tdhook_rl") else str(type(value))
-    )
+    if getattr(value, "__qualname__", None) is None and type(value).__module__.startswith("tdhook_rl"):
+        held = {str(key): described(one, depth - 1) for key, one in sorted(getattr(value, "__dict__", {}).items())}
+        return {"method": type(value).__name__, **held}
+    return named_function(value)
 
 
 FORMAT = "tdhook_rl.analysis/2"

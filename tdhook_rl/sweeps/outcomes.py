@@ -61,7 +61,7 @@ class Outcomes:
 
     def described(self, words: Callable[[Any], str]) -> list[str]:
         """Each by its name and what it is."""
-        return [f"{name}: {words(one)}" for name, one in self._pairs]
+        return [f"{name}: {words(one)}" if name else words(one) for name, one in self._pairs]
 
     def of(self, episodes: TensorDictBase) -> dict[str, Tensor]:
         """Every outcome, ``(episodes,)`` in float64.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from torchrl.envs.utils import exploration_type
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.arguments.progress import Progress, shown
 from tdhook_rl.errors import InputError, warn
+from tdhook_rl.files.functions import in_words
 from tdhook_rl.latent import SteeringVectors
 from tdhook_rl.sweeps.conditions import (
     REPEATED,
@@ -117,8 +116,9 @@ def steering_sweep(
         facts = {
             "alphas": sorted({one.alpha for one in conditions}), "controls": controls, "episodes": episodes,
             "max_steps": max_steps, "seed": seed, "exploration": str(exploration_type()),
-            "environment": repr(made)[:200], "sign": _known(sign), "when": _known(when),
-            "measured": measured.described(_known),
+            "environment": repr(made)[:200], "env": "" if isinstance(env, EnvBase) else in_words(env),
+            "sign": in_words(sign), "when": in_words(when),
+            "measured": measured.described(in_words),
             "vectors": {name: {"places": [str(place) for place in one.places], "norm": one.norm}
                         for name, one in directions.items()},
         }  # fmt: skip
@@ -219,17 +219,3 @@ def _made(env: EnvBase | Callable[[], EnvBase], episodes: int) -> Iterator[EnvBa
         yield made
     finally:
         made.close()
-
-
-def _known(given: Any) -> str:
-    """A function, a condition or a key in words that are the same in every process, and other for other code."""
-    code = getattr(given, "__code__", None)
-    if code is not None:
-        said = f"{code.co_code!r} {[one for one in code.co_consts if not hasattr(one, 'co_code')]!r} {code.co_names!r}"
-        return f"{given.__module__}.{given.__qualname__} {zlib.crc32(said.encode()):08x}"
-    if isinstance(given, list | tuple | set | frozenset):
-        return f"[{', '.join(map(_known, given))}]"
-    if is_dataclass(given):
-        return f"{type(given).__qualname__}({', '.join(_known(getattr(given, one.name)) for one in fields(given))})"
-    plain = isinstance(given, str | int | float | range | None)
-    return repr(given) if plain else type(given).__qualname__

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tdhook_rl.artifacts import load_artifact, save_artifact
 from tdhook_rl.errors import ArtifactError, InputError, warn
 from tdhook_rl.files.digests import digest_of
+from tdhook_rl.files.functions import untold_in
 from tdhook_rl.files.versions import versions
 from tdhook_rl.sweeps.conditions import BASELINE, REPEATED, Condition, Direction
 
@@ -126,6 +127,8 @@ class Kept:
                     f"{self._path.parent} holds a sweep with another {name} ({facts.get(name)!r:.80}, asked "
                     f"{asked!r:.80}): give another folder=, or ask for the same"
                 )
+        for said in untold_in(self._facts):
+            warn(f"{self._path.parent} holds a sweep that goes on as the same: {said}")
         if conditions != self.conditions:
             raise InputError(f"{self._path.parent} holds a sweep of other conditions: give another folder=")
         self.values, self._done, self.layout = values, done, str(facts.get("layout", ""))
