@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -14,6 +15,7 @@ from tdhook_rl.calls.provenance import is_stamped, stamp_key
 from tdhook_rl.calls.real_rows import real_rows, without_other_rows
 from tdhook_rl.calls.writing import get_entry, require_room, set_tensor
 from tdhook_rl.internals.tensordict_names import has_names, new_unsafe, set_str
+from tdhook_rl.replaying.batching import shallow_copy
 
 Key = tuple[str, ...]
 
@@ -158,7 +160,7 @@ class Found:
 
     def _set(self, result: TensorDict, entries: dict[Key, Tensor]) -> None:
         """Write entries in nodes of their own; of what the batch had there, results of others do not stay."""
-        nodes: dict[str, TensorDictBase] = {}
+        nodes: dict[str, Any] = {}
         for key, value in entries.items():
             if len(key) == 1:
                 result.set(key[0], value)
@@ -169,7 +171,7 @@ class Found:
                 theirs = old is None or (
                     key[0] != "computed" and get_entry(self._data, ("computed", key[0])) is not None
                 )
-                node = nodes[key[0]] = self._read_under(key[0]) if theirs else old.copy()
+                node = nodes[key[0]] = self._read_under(key[0]) if theirs else shallow_copy(old)
             if len(key) == 2:
                 set_tensor(node, key[1], value)
             else:

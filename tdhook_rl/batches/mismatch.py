@@ -6,7 +6,6 @@ are the same. A replay computes the policy's outputs anyway, so they are compare
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -50,7 +49,7 @@ class Mismatch:
         batch = call.batch_size
         self._compared = True
         self._rows += batch.numel()
-        pairs = list(self._pairs(call.data, outputs))
+        pairs = self._pairs(call.data, outputs)
         if all(_surely_near(found, stored) for _, stored, found in pairs):
             return
         different = torch.zeros(batch, dtype=torch.bool, device=call.data.device)
@@ -77,7 +76,7 @@ class Mismatch:
             different &= deciding_rows(self._policy, call.data)
         self._different += int((different & written).sum())
 
-    def _pairs(self, data: TensorDictBase, outputs: TensorDictBase) -> Iterator[tuple[NestedKey, Tensor, Tensor]]:
+    def _pairs(self, data: TensorDictBase, outputs: TensorDictBase) -> list[tuple[NestedKey, Tensor, Tensor]]:
         """What is stored and what was computed, where they can be compared."""
         keys = self._policy._hooked_own_out_keys()
         if self._policy._hooked.traits.read_trajectories(self._policy):
@@ -85,14 +84,16 @@ class Mismatch:
             keys = [key for key in keys if not (isinstance(key, tuple) and key[0] == "next")]
         all_stored = [get_entry(data, key) for key in keys]
         # An action beside which no other output is stored is what is asked about, and no record of what was chosen.
-        recorded = all(stored is not None for stored in all_stored)
+        recorded = not any(stored is None for stored in all_stored)
+        pairs = []
         for key, stored in zip(keys, all_stored, strict=True):
             found = get_entry(outputs, key)
             if not isinstance(stored, Tensor) or not isinstance(found, Tensor) or stored is found:
                 continue
             number = stored.is_floating_point()
             if stored.shape == found.shape and number == found.is_floating_point() and (number or recorded):
-                yield key, stored.detach(), found.detach().to(stored.dtype)
+                pairs.append((key, stored.detach(), found.detach().to(stored.dtype)))
+        return pairs
 
     def report(self, data: TensorDictBase) -> None:
         """Say so, if rows differ: an error, or a warning once for each hooked policy."""

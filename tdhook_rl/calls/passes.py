@@ -22,7 +22,7 @@ from tdhook_rl.calls.chunks import all_decide
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.writing import get_entry, set_entries, set_tensor
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, own_cause
-from tdhook_rl.internals.tensordict_names import has_names, new_unsafe, set_str
+from tdhook_rl.internals.tensordict_names import has_names, new_unsafe
 from tdhook_rl.policies.draws import given_beside
 from tdhook_rl.policies.undecorated import undecorated
 from tdhook_rl.replaying.batching import shallow_copy
@@ -370,16 +370,17 @@ def rows_read(policy: HookedPolicy, data: TensorDictBase, keys: Iterable[NestedK
     keys = dict.fromkeys([*keys, *records])
     if type(data) is not TensorDict or has_names(data) or not all(type(key) is str or len(key) == 2 for key in keys):
         return data.select(*keys, strict=False)
-    found = new_unsafe({}, batch_size=data.batch_size, device=data.device)
+    entries: dict[str, Any] = {}
     nested: dict[tuple[str, ...], Tensor] = {}
     for key in keys:
         value = get_entry(data, key)
         if value is None:
             continue
         if type(key) is str:
-            set_str(found, key, value, inplace=False, validated=True)
+            entries[key] = value
         else:
             nested[key] = value
+    found = new_unsafe(entries, batch_size=data.batch_size, device=data.device)
     if nested:
         set_entries(found, nested)
     return found
