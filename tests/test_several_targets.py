@@ -14,8 +14,9 @@ from tensordict.nn import TensorDictSequential
 from torch import Tensor, nn
 
 from tdhook_rl import Compose, Saliency, targets
-from tdhook_rl.attribution import copies
+from tdhook_rl.attribution import IntegratedGradients, copies
 from tdhook_rl.calls.passes import Call
+from tdhook_rl.errors import MismatchError
 
 ROWS = 5
 
@@ -142,3 +143,26 @@ def test_much_work_goes_target_by_target(monkeypatch: pytest.MonkeyPatch, passes
     monkeypatch.setattr(copies, "WORK", 10)
     _compare(_module(), _data(), [targets.logit(index, "values") for index in range(3)])
     assert set(passes) == {ROWS}
+
+
+@pytest.mark.parametrize("name", ["two inputs", "layer norm", "recurrent"])
+def test_the_end_of_a_path_is_compared_with_what_is_stored(name: str, passes: list[int]) -> None:
+    """In the pass of the path; what is found is what is found without a comparison."""
+    policy, data = POLICIES[name][0](), _data()
+    data["x"][1] = torch.inf
+    with torch.no_grad():
+        data = policy(data)
+    method = IntegratedGradients(target=targets.logit(1), baseline=0.1, n_steps=3, inputs=["x"], when="batch")
+    with method.prepare(policy) as hooked:
+        for _ in range(4):  # what is looked at in the first calls only is over then
+            expected = hooked.annotate(data, on_mismatch="ignore")
+        passes.clear()
+        found = hooked.annotate(data, on_mismatch="raise")
+        assert passes == [4 * ROWS]
+        torch.testing.assert_close(found["attr", "x"], expected["attr", "x"], atol=1e-12, rtol=1e-10, equal_nan=True)
+        assert torch.equal(found["computed", "attr"], expected["computed", "attr"])
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.neg_()
+        with pytest.raises(MismatchError, match=f"of {ROWS} rows"):
+            hooked.annotate(data, on_mismatch="raise")

@@ -7,17 +7,15 @@ over the rows, and eight take eight times as long. Each copy is explained by a t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from tensordict import NestedKey
 from torch import Tensor
 
 from tdhook_rl.attribution.question import Question, TargetFunction
-from tdhook_rl.calls.passes import Call, Pass, effects_of
+from tdhook_rl.calls.passes import Call, effects_of
 from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.calls.repeatable import coupled
-from tdhook_rl.calls.writing import get_entry
 from tdhook_rl.errors import TdhookError
 from tdhook_rl.replaying.batching import repeat_rows
 
@@ -59,7 +57,8 @@ def of_copies(question: Question) -> Gradients:
     if any(blocks is None for blocks in found.values()):
         effects.copies = False  # that will be so each time
         return {}
-    _keep_outputs(call, run)
+    if call.compares and call.replayed is None:
+        call.keep_last(run.outputs)
     return {
         id(target): (target, {key: blocks[index] for key, blocks in found.items() if blocks is not None})
         for index, target in enumerate(targets)
@@ -91,16 +90,3 @@ def _blocks(slope: Tensor | None, number: int, value: Tensor) -> Sequence[Tensor
     if slope is None or not bool((slope.reshape(number, -1) != 0).any(1).all()):
         return None
     return slope.reshape(number, *value.shape).unbind()
-
-
-def _keep_outputs(call: Call, run: Pass) -> None:
-    """What the policy puts out for the rows themselves, for a comparison with what is stored."""
-    if call.replayed is not None or call.in_step:
-        return
-    rows, batch = call.batch_size.numel(), call.batch_size
-    outputs: Any = call.data.empty()
-    for key in call.policy.policy_out_keys:
-        value = get_entry(run.outputs, key)
-        if isinstance(value, Tensor):
-            outputs.set(key, value.detach()[:rows].reshape(*batch, *value.shape[1:]))
-    call.replayed = outputs

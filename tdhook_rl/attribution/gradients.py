@@ -38,7 +38,7 @@ def _numbers(run: Pass) -> dict[NestedKey, Tensor]:
 
 def functional_gradients(question: Question) -> tuple[list[Attributed], dict[str, Tensor]]:
     """For each target its gradients, as of :func:`tdhook_rl.attribution.gradients.gradients`; and the activations."""
-    call, inputs, sites, targets, placed, stored, weights, _ = question
+    call, inputs, sites, targets, placed, stored, weights, *_ = question
     runtime = call.policy._hooked.runtime
     inner = placed or (activations(call, sites, inputs, stored) if sites else {})
     # To put what is computed in its own place would cut the inputs off from what follows: there the difference
@@ -142,7 +142,7 @@ def _gradients(question: Question) -> tuple[list[Attributed], dict[str, Tensor]]
 
 def _outside_inference_mode(question: Question) -> tuple[list[Attributed], dict[str, Tensor]]:
     """By autograd, on copies: tensors of inference mode cannot be saved for a backward pass."""
-    call, inputs, sites, targets, placed, stored, weights, _ = question
+    call, inputs, sites, targets, placed, stored, weights, *_ = question
     with torch.inference_mode(False):
         own = []
         for target in targets:
@@ -181,6 +181,8 @@ def _recorded(question: Question) -> tuple[list[Attributed], dict[str, Tensor]]:
         if head is not None and (found := _of_trunk(question, TrunkPass(call, head), primals, as_it_was)) is not None:
             return found
         run = call.replay(primals, stored, as_it_was=as_it_was)
+        if question.own:
+            call.keep_last(run.outputs)
         return _backward(question, run, primals, keep=False)
 
 
@@ -198,6 +200,8 @@ def _of_trunk(
         for slot in question.sites:
             call.slots.pop(slot, None)
         return None
+    if question.own:
+        call.keep_last(run.outputs)
     return _backward(question._replace(targets=known), run, primals, keep=False)
 
 

@@ -165,23 +165,34 @@ class _BoundIntegratedGradients(BoundAttribution):
         totals: list[Attributed] = [({}, {}) for _ in question.targets]
         stored = None
         left_out = self._not_repeated(call, inputs)
-        for alphas, weights in self._passes(call, next(iter((*inputs.values(), *(low for low, _ in inner.values()))))):
-            points = len(alphas)
+        passes = self._passes(call, next(iter((*inputs.values(), *(low for low, _ in inner.values())))))
+        ends = len(passes) == 1 and not inner and self._ends_are_compared(call, inputs)
+        for alphas, weights in passes:
+            points = len(alphas) + ends
+            if ends:
+                weights = torch.cat([weights, weights.new_zeros(rows)])
             if stored is None or stored.batch_size[0] != points * rows:
                 stored = repeat_rows(call.data, points, left_out)
             between = question._replace(
-                inputs={key: _between(baselines[key], end, alphas, batch) for key, end in inputs.items()},
+                inputs={key: _between(baselines[key], end, alphas, batch, ends) for key, end in inputs.items()},
                 placed={slot: _between(low, high, alphas, batch) for slot, (low, high) in inner.items()},
                 stored=stored,
                 weights=weights,
+                own=rows if ends else 0,
             )
             found, _ = gradients(between)
             for one, total in zip(found, totals, strict=True):
                 for part, sums, shape in zip(one, total, shapes, strict=True):
                     for key, value in part.items():
-                        value = value.reshape(points, *shape[key]).sum(0)
+                        value = value.reshape(points, *shape[key])[: len(alphas)].sum(0)
                         sums[key] = value if key not in sums else sums[key] + value
         return totals
+
+    def _ends_are_compared(self, call: Call, inputs: Mapping[NestedKey, Tensor]) -> bool:
+        """Whether the end of the path, which is what the policy saw, belongs to the pass: what it puts out there is
+        compared with what is stored, and would take a pass of its own. Of a chain that takes less than to join it."""
+        wanted = call.compares and call.replayed is None and call.as_it_was(inputs, None)
+        return wanted and (call.policy._hooked.chain is None or not self._own_targets)
 
     def _not_repeated(self, call: Call, inputs: Mapping[NestedKey, Tensor]) -> frozenset[str]:
         """What no pass reads of the stored data: baselines, results of an earlier call, inputs that are replaced."""
@@ -349,9 +360,10 @@ def _blocks(call: Call, size: int) -> Iterator[Call]:
         yield Call(call.policy, call._forward, data[block], {key: value[block] for key, value in inputs.items()})
 
 
-def _between(low: Tensor, high: Tensor, alphas: Tensor, batch: torch.Size) -> Tensor:
-    """Points from low to high, ``(points * rows, features)``."""
+def _between(low: Tensor, high: Tensor, alphas: Tensor, batch: torch.Size, ends: bool = False) -> Tensor:
+    """Points from low to high, and with ``ends`` also high itself, ``(points * rows, features)``."""
     path = torch.lerp(low[None], high[None], alphas.to(low).reshape(-1, *(1,) * low.ndim))
+    path = torch.cat([path, high[None]]) if ends else path
     # Convolutional nets flatten the leading dimensions before their layers.
     leading = len(batch) if low.shape[: len(batch)] == batch else 1
     return path.flatten(0, leading) if batch else path

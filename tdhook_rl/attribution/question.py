@@ -29,6 +29,7 @@ class Question(NamedTuple):
         stored: where the other inputs and the samples come from; the call's data by default.
         weights: a weight for each row; ones by default.
         shares: the pass may be one that other methods explain as well.
+        own: so many of its last rows are those of the call as they are: what the policy puts out for them is kept.
     """
 
     call: Call
@@ -39,3 +40,4 @@ class Question(NamedTuple):
     stored: TensorDictBase | None = None
     weights: Tensor | None = None
     shares: bool = False
+    own: int = 0

@@ -164,12 +164,13 @@ class _Analysis:
         runtime.level = vmap_level()
         try:
             require_repeatable(call)
+            call.compares = runtime.level < 0 and self.mismatch.can_compare(chunk)
             if any(one.reads_forward for one in self.bound):
                 with torch.no_grad():
                     call.replay(record=True, as_it_was=True)
             computed = policy._compute(self.bound, call)
             # Paths and perturbations never run the policy on the data as it was.
-            if call.replayed is None and runtime.level < 0 and self.mismatch.can_compare(chunk):
+            if call.replayed is None and call.compares:
                 with torch.no_grad():
                     if not replay_chain(call):
                         call.replay(as_it_was=True)

@@ -102,6 +102,7 @@ class Call:
         self.traced_outputs: dict[NestedKey, Tensor] = {}  # in a trace: those that a pass over the call has met
         # The outputs of a replay of the call as it is, kept for a comparison with the stored ones.
         self.replayed: TensorDictBase | None = None
+        self.compares = False  # whether that will be asked for
         self.in_step = False  # of a forward that has just run
         # How often the sites of all runs, or of one counted from the last, ran in a pass before; by slot.
         self.totals: dict[str, int] = {}
@@ -193,6 +194,15 @@ class Call:
     def as_it_was(self, inputs: Mapping[NestedKey, Tensor], stored: TensorDictBase | None) -> bool:
         """Whether a replay on these inputs computes what the call did."""
         return stored is None and all(value.data_ptr() == self.inputs[key].data_ptr() for key, value in inputs.items())
+
+    def keep_last(self, outputs: TensorDictBase) -> None:
+        """Keep what the policy puts out for the call as it is, which are the last rows of a pass over more."""
+        rows, batch = self.batch_size.numel(), self.batch_size
+        self.replayed = new_unsafe({}, batch_size=batch)
+        for key in self.policy.policy_out_keys:
+            value = get_entry(outputs, key)
+            if isinstance(value, Tensor):
+                set_tensor(self.replayed, key, value.detach()[-rows:].reshape(*batch, *value.shape[1:]))
 
     def captured(self, slot: str, site: str) -> Tensor:
         """The output captured at a site, with the batch shape of the call first.
