@@ -15,6 +15,8 @@ from torch import Tensor
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.dimension_estimation.neighbours import check_keys, distances, read_points, write_results
+from tdhook_rl.latent.similarity_spread import similarity_intervals
+from tdhook_rl.statistics import Interval
 
 
 class CkaEstimator(TensorDictModuleBase):
@@ -126,6 +128,37 @@ class CkaEstimator(TensorDictModuleBase):
             raise InputError(f"the clouds have a row for each of the same inputs, got {shapes}")
         stacked = torch.stack(kernels)
         return stacked @ stacked.mT
+
+    @checked
+    def interval(self, a: Tensor, b: Tensor, groups: Tensor | None = None, *, confidence: float = 0.95) -> Interval:
+        """The similarity of two clouds, with an interval: from what it is without the points of each group.
+
+        Points of a group that are alike in both clouds are alike for no reason of the layers: with few groups of many
+        points, such as a few long episodes, the estimate itself is too high, which no interval tells.
+
+        Args:
+            a, b: two representations of the same inputs, ``(N, D_a)`` and ``(N, D_b)``.
+            groups: the group of each point, such as its episode; each its own unless given.
+            confidence: of the interval.
+
+        Raises:
+            InputError: as of a call; or of an estimator that is not debiased, whose value for independent clouds
+                depends on how many points and features there are.
+
+        Example:
+            >>> a = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+            >>> b = a + torch.randn(100, 8, generator=torch.Generator().manual_seed(1))
+            >>> found = CkaEstimator(debiased=True).interval(a, b)
+            >>> 0 < found.low < found.estimate < found.high < 1
+            True
+        """
+        if not self.debiased:
+            raise InputError(
+                "an interval is about a similarity that is 0 of independent data: CkaEstimator(debiased=True)"
+            )
+        a, b = read_pair(TensorDict({"a": a, "b": b}), "a", "b", rows=4)
+        kernels = [self.kernel_matrix(one) for one in (a, b)]
+        return similarity_intervals(kernels, groups, confidence)[0][1]
 
     @checked
     def kernel_matrix(self, cloud: Tensor) -> Tensor:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.files.checkpoints import load_into
 from tdhook_rl.latent.representation_similarity import CkaEstimator
+from tdhook_rl.latent.similarity_spread import similarity_intervals
 from tdhook_rl.rollout.fixed_states import FixedStates
+from tdhook_rl.statistics import Interval
+from tdhook_rl.statistics.interval import none
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,38 @@ class CkaMatrix:
         sites: their paths, S of them.
         values: ``(C, S, C, S)``; NaN where an activation is constant, or not finite.
         states: how many states it was measured in.
+        low, high: the 95% limits of the values, of the same shape; NaN where there are none.
+        groups: in how many independent groups the states are: episodes, where these are known.
+        words: why a value has no limits, where one has none.
     """
 
     checkpoints: list[str]
     sites: list[str]
     values: Tensor
     states: int
+    low: Tensor | None = None
+    high: Tensor | None = None
+    groups: int = 0
+    words: str = ""
+
+    def interval(self, one: tuple[str, str], other: tuple[str, str]) -> Interval:
+        """The similarity of a layer of a checkpoint with one of another, with its interval.
+
+        Args:
+            one, other: a checkpoint and a site.
+
+        Raises:
+            InputError: for what was not looked at.
+        """
+        place: list[int] = []
+        for checkpoint, site in (one, other):
+            place += [_place(self.checkpoints, checkpoint, "checkpoint"), _place(self.sites, site, "site")]
+        shape = {"confidence": 0.95, "groups": self.groups, "rows": self.states}
+        estimate = float(self.values[tuple(place)])
+        low, high = (torch.nan if part is None else float(part[tuple(place)]) for part in (self.low, self.high))
+        if not math.isfinite(low + high):
+            return none(estimate, self.words or "none was found", **shape)
+        return Interval(estimate=estimate, low=low, high=high, method="jackknife by group", **shape)
 
     def at(self, site: str, other: str | None = None) -> Tensor:
         """Checkpoints by checkpoints, ``(C, C)``.
@@ -70,6 +100,7 @@ def cka_matrix(
     states: TensorDictBase,
     *,
     rows: int = 512,
+    groups: NestedKey | None = None,
     trajectories: bool | None = None,
 ) -> CkaMatrix:
     """Compare the layers of checkpoints in the same states: one forward pass of each checkpoint.
@@ -83,6 +114,8 @@ def cka_matrix(
         sites: the layers: paths or patterns.
         states: to compare them in, of any batch shape, at least 4.
         rows: how many of them are taken, evenly spread.
+        groups: the key of the group of each state, for intervals; the episode, where there is one, unless given. States
+            of few long episodes are alike for no reason of the layers, and similarities of them are too high.
         trajectories: as of :class:`NetworkDiagnostics`.
 
     Raises:
@@ -97,6 +130,8 @@ def cka_matrix(
         >>> found = cka_matrix(first, {"one": first, "again": first.state_dict(), "other": second}, [FC2], states)
         >>> found.at(FC2).shape, bool(found.at(FC2)[0, 1] > 0.999 > found.at(FC2)[0, 2])
         (torch.Size([3, 3]), True)
+        >>> found.interval(("one", FC2), ("other", FC2)).known
+        True
     """
     named = (
         dict(checkpoints) if isinstance(checkpoints, Mapping) else {str(n): one for n, one in enumerate(checkpoints)}
@@ -104,7 +139,7 @@ def cka_matrix(
     if not named:
         raise InputError("checkpoints= names what is to be compared: there is none")
     own = copy.deepcopy(policy)
-    fixed = FixedStates(own, sites, rows=rows, trajectories=trajectories)
+    fixed = FixedStates(own, sites, rows=rows, groups=groups, trajectories=trajectories)
     fixed.keep(states)
     clouds: list[Tensor | None] = []
     for name, checkpoint in named.items():
@@ -116,14 +151,21 @@ def cka_matrix(
             value = outputs.get(("cache", site)).flatten(1).double()
             clouds.append(value.clone() if bool(torch.isfinite(value).all()) else None)
     count = len(outputs)
-    values = torch.full((len(clouds), len(clouds)), torch.nan, dtype=torch.float64)
+    numbers = torch.full((3, len(clouds), len(clouds)), torch.nan, dtype=torch.float64)
     usable = [place for place, cloud in enumerate(clouds) if cloud is not None]
+    held, words = count, ""
     if usable:
-        chosen = torch.tensor(usable)
-        found = CkaEstimator(debiased=True).matrix([clouds[place] for place in usable])  # type: ignore[misc]
-        values[chosen[:, None], chosen] = found.cpu()
+        estimator = CkaEstimator(debiased=True)
+        found = similarity_intervals([estimator.kernel_matrix(clouds[place]) for place in usable], fixed.groups)  # type: ignore[arg-type]
+        for row, of_row in zip(usable, found, strict=True):
+            for column, one in zip(usable, of_row, strict=True):
+                numbers[:, row, column] = torch.tensor([one.estimate, one.low, one.high])
+        held = found[0][0].groups
+        unknown = (one for of_row in found for one in of_row if math.isfinite(one.estimate) and not one.known)
+        words = next((one.words for one in unknown), "")
     shape = (len(named), len(fixed.sites)) * 2
-    return CkaMatrix(list(named), fixed.sites, values.reshape(shape), count)
+    values, low, high = (part.reshape(shape) for part in numbers)
+    return CkaMatrix(list(named), fixed.sites, values, count, low=low, high=high, groups=held, words=words)
 
 
 def _place(names: list[str], name: str, what: str) -> int:

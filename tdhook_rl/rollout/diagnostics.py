@@ -204,6 +204,8 @@ class NetworkDiagnostics:
     def intervals(self) -> dict[str, Interval]:
         """Of the last churn, KL churn, value drift and plasticity: means over states, with intervals by group.
 
+        And of the similarities, ``cka_first/`` and ``cka_last/`` with the site, as of ``CkaEstimator.interval``.
+
         Example:
             >>> from tdhook_rl.envs import CueCorners
             >>> from tdhook_rl.examples.agent import FC2, make_actor
@@ -215,6 +217,8 @@ class NetworkDiagnostics:
             True
         """
         found = self._drift.intervals(self._fixed.groups)
+        for site, health in self._health.items():
+            found |= {f"{name}/{site}": one for name, one in health.intervals(self._fixed.groups).items()}
         return found | {name: grouped_mean(values, self._fixed.groups) for name, values in self._refitted.items()}
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 import numpy as np
@@ -10,7 +11,9 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from tdhook_rl.latent.representation_similarity import CkaEstimator
+from tdhook_rl.latent.similarity_spread import similarity_intervals
 from tdhook_rl.metrics.plasticity import Spectrum, check_thresholds, dormant_overlap, unit_scores
+from tdhook_rl.statistics import Interval
 
 #: What is found of each site.
 MEASURES = (
@@ -37,6 +40,7 @@ class SiteHealth:
         self._tau, self._delta = tau, delta
         self._first: tuple[tuple[bool, Tensor], Tensor] | None = None
         self._last: tuple[tuple[bool, Tensor], Tensor] | None = None
+        self._pairs: dict[str, tuple[tuple[bool, Tensor], tuple[bool, Tensor]]] = {}  # that were compared last
         self._masks: deque[np.ndarray] = deque(maxlen=KEPT)
         self.scores: Tensor | None = None
 
@@ -48,6 +52,7 @@ class SiteHealth:
             axis: the one of the units, or several.
         """
         usable = torch.isfinite(activations.flatten(1)).all(-1)
+        self._pairs = {}
         if not bool(usable.all()):
             return dict.fromkeys(MEASURES, float("nan")) | {"nonfinite": float((~usable).double().mean())}
         scores = unit_scores(activations, axis=axis)
@@ -68,10 +73,20 @@ class SiteHealth:
             "cka_first": _similarity(first, seen),
             "cka_last": float("nan") if last is None else _similarity(last, seen),
         }
+        self._pairs = {"cka_first": (first, seen)} | ({} if last is None else {"cka_last": (last, seen)})
         self._last = (seen, dormant)
         self._masks.append(np.packbits(dormant.cpu().numpy()))
         self.scores = scores.float()
         return found
+
+    def intervals(self, groups: Tensor | None) -> dict[str, Interval]:
+        """Of the similarities of the last update, by the group of each state; none of those that are not defined."""
+        found = {}
+        for name, pair in self._pairs.items():
+            if len(pair[0][1]) >= 4:
+                kernels = [one if is_kernel else _kernel(one) for is_kernel, one in pair]
+                found[name] = similarity_intervals(kernels, groups)[0][1]
+        return {name: one for name, one in found.items() if math.isfinite(one.estimate)}
 
     def dormancy(self) -> Tensor:
         """``(updates, units)``, bool: which units were dormant at each update in which the site was finite."""
@@ -85,8 +100,12 @@ def _kept(activations: Tensor) -> tuple[bool, Tensor]:
     """What a later similarity needs: the features, or, where there are more of them than states, their kernel."""
     flat = activations.flatten(1)
     if flat.shape[1] > len(flat) >= 4:
-        return True, CkaEstimator(debiased=True).kernel_matrix(flat)
+        return True, _kernel(flat)
     return False, flat.clone()
+
+
+def _kernel(flat: Tensor) -> Tensor:
+    return CkaEstimator(debiased=True).kernel_matrix(flat)
 
 
 def _similarity(one: tuple[bool, Tensor], other: tuple[bool, Tensor]) -> float:

@@ -9,6 +9,7 @@ bootstraps are not used: at a nominal .95 they cover .51 of the time with 2 grou
 from tdhook_rl.statistics.claims import benjamini_hochberg, holm, minimum_detectable_effect, probability_of_improvement
 from tdhook_rl.statistics.differences import accuracy_difference, r_squared_difference
 from tdhook_rl.statistics.interval import FEW_GROUPS, Interval
+from tdhook_rl.statistics.left_out import jackknife
 from tdhook_rl.statistics.means import (
     grouped_mean,
     p_value,
@@ -30,6 +31,7 @@ __all__ = [
     "grouped_mean",
     "holm",
     "iqm",
+    "jackknife",
     "minimum_detectable_effect",
     "p_value",
     "paired_difference",
