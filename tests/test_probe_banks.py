@@ -16,6 +16,7 @@ from torch import Tensor
 from tdhook_rl import statistics
 from tdhook_rl.latent.probing import ClassStatistics
 from tdhook_rl.latent.probing.bank import ClassBank
+from tdhook_rl.latent.probing.class_statistics import usual_penalty
 from tdhook_rl.latent.probing.held_out import HitTally, ScoreHistograms
 from tdhook_rl.latent.probing.penalties import PENALTIES
 from tdhook_rl.latent.probing.rows import Parts, Rows, usable_rows
@@ -234,6 +235,140 @@ def test_a_class_that_comes_late_widens_its_concept() -> None:
     assert "auc" in late.found(0, 0)
     assert "auc" not in late.found(0, 1)
     assert late.found(0, 0)["auc"] == whole.found(0, 0)["auc"]
+
+
+def test_a_concept_is_widened_again_and_again() -> None:
+    x, labels = rows_of(4, 900, 4, [5, 2])
+    late, whole = ClassBank(sources=1, features=4, classes=[2, 2]), ClassBank(sources=1, features=4, classes=[5, 2])
+    for least, most in ((0, 2), (2, 3), (3, 5)):
+        chosen = (labels[:, 0] >= least) & (labels[:, 0] < most)
+        if most > 2:
+            late.widen(0, most)
+        for bank in (late, whole):
+            bank.add([x[chosen]], labels[chosen], halves_of(torch.arange(int(chosen.sum())) % 2))
+        assert late.count.shape[-1] == late.total.shape[-2] == most
+    assert late.classes == whole.classes
+    torch.testing.assert_close(late.solve().weight, whole.solve().weight)
+    torch.testing.assert_close(late.solve().bias, whole.solve().bias)
+
+
+def bank_of(kind: str, sources: int, features: int) -> ClassBank | ValueBank:
+    if kind == "classes":
+        return ClassBank(sources=sources, features=features, classes=[2, 3])
+    return ValueBank(sources=sources, features=features, numbers=2)
+
+
+@pytest.mark.parametrize("kind", ["classes", "values"])
+def test_rows_that_a_source_lacks_count_for_nothing_there(kind: str) -> None:
+    x, labels = rows_of(3, 400, 5, [2, 3])
+    wanted = labels if kind == "classes" else labels + 0.5 * x[:, :2].double() + 30
+    usable = torch.rand(2, 400) < 0.6
+    sources = [x.clone(), 2 * x.flip(1) - 7]
+    for one, seen in zip(sources, usable, strict=True):
+        one[~seen] = math.nan
+    halves, both = torch.arange(400) % 2, bank_of(kind, 2, 5)
+    both.add(sources, wanted, halves_of(halves), usable)
+    for source, seen in enumerate(usable):
+        alone = bank_of(kind, 1, 5)
+        alone.add([sources[source][seen]], wanted[seen], halves_of(halves[seen]))
+        torch.testing.assert_close(both.solve().weight[source], alone.solve().weight[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(both.solve().bias[source], alone.solve().bias[0], rtol=1e-5, atol=1e-5)
+        assert torch.equal(both.choose()[source], alone.choose()[0])
+
+
+def scored(kind: str, features: int, penalty: float | None = None) -> ScoredClasses | ScoredValues:
+    options: dict[str, Any] = {"penalty": penalty, "confidence": 0.95, "min_rows": 5}
+    if kind == "classes":
+        return ScoredClasses(sources=1, features=features, classes=[2, 3], groupings=1, areas=1, **options)
+    return ScoredValues(sources=1, features=features, numbers=2, groupings=1, **options)
+
+
+def parts_of(kind: str, seed: int, rows: int, features: int, first: int = 0, usable: Tensor | None = None) -> Rows:
+    """Rows in groups of ten, of which a quarter is held out."""
+    x, labels = rows_of(seed, rows, features, [2, 3])
+    wanted = labels if kind == "classes" else labels + 0.5 * x[:, :2].double() + 30
+    codes = (first + torch.arange(rows) // 10) * 7919 % 100_003
+    held = torch.arange(rows) // 10 % 4 == 0
+    return Rows([x], wanted, Parts([codes], ~held, held), usable)
+
+
+@pytest.mark.parametrize("kind", ["classes", "values"])
+@pytest.mark.parametrize("some", [False, True], ids=["all rows", "some rows"])
+def test_penalties_are_chosen_again_where_there_are_three_times_as_many_rows(
+    kind: str, some: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = scored(kind, 6)
+    chosen_at: list[int] = []
+    choose = type(one.bank).choose
+    monkeypatch.setattr(type(one.bank), "choose", lambda bank: chosen_at.append(number) or choose(bank))
+    for number in range(1, 13):
+        usable = (torch.arange(160) // 10 % 8 < 4)[None] if some and number < 4 else None
+        one.learn(parts_of(kind, number, 160, 6, 16 * number, usable))
+        one.fit()
+    # Batches of 120 rows that train, of which at first 60 are in no source: these are none.
+    assert chosen_at == ([1, 3, 6] if some else [1, 3, 9])
+
+
+@pytest.mark.parametrize("kind", ["classes", "values"])
+def test_workers_together_choose_their_penalty_anew_and_then_as_ever(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = scored(kind, 30), scored(kind, 30)
+    few.learn(parts_of(kind, 1, 80, 30))
+    many.learn(parts_of(kind, 2, 4000, 30, 100))
+    for one in (few, many):
+        one.fit()
+    alone = few.probes.penalty.clone()
+    for merged in (few + many, many + few):
+        assert torch.equal(merged.probes.penalty, merged.bank.choose())
+        assert not torch.equal(merged.probes.penalty, alone)
+    chosen: list[int] = []
+    monkeypatch.setattr(type(few.bank), "choose", lambda bank: chosen.append(1))
+    merged.learn(parts_of(kind, 3, 400, 30, 1000))
+    merged.fit()
+    assert not chosen
+
+
+@pytest.mark.parametrize("kind", ["classes", "values"])
+@pytest.mark.parametrize("penalty", [None, 1e-2])
+def test_what_workers_have_scored_adds_up(kind: str, penalty: float | None) -> None:
+    """By one probe, the scores of parts are those of the whole; a worker that scored nothing changes nothing."""
+    whole = scored(kind, 6, penalty)
+    whole.learn(parts_of(kind, 1, 400, 6))
+    whole.fit()
+    blank, first, second = (copy.deepcopy(whole) for _ in range(3))
+    if kind == "values":
+        second.bank.target_shift = second.bank.target_shift + 5.0  # as of a worker whose first rows were others
+    parts = [parts_of(kind, 2, 200, 6, 500), parts_of(kind, 3, 300, 6, 700)]
+    for one, part in zip((first, second), parts, strict=True):
+        one.judge(part)
+        whole.judge(part)
+    for merged in (first + second, blank + first + second, first + blank + second, second + first + blank):
+        for concept in (0, 1):
+            for name, expected in whole.found(0, concept).items():
+                found = merged.found(0, concept)[name]
+                assert (found.rows, found.groups) == (expected.rows, expected.groups)
+                ends = (expected.low, expected.estimate, expected.high)
+                assert (found.low, found.estimate, found.high) == pytest.approx(ends, abs=1e-6)
+    assert math.isnan((blank + blank).score(0, 0).estimate)
+
+
+@pytest.mark.parametrize("kind", ["classes", "values"])
+def test_words_of_what_is_not_there_yet(kind: str) -> None:
+    one, rows = scored(kind, 6), parts_of(kind, 1, 400, 6)
+    assert "no probe yet" in one.words(0, 1)
+    one.learn(rows)
+    one.fit()
+    assert "no held-out row yet" in one.words(0, 1)
+    one.judge(rows)
+    assert one.words(0, 1) == ""
+
+
+@pytest.mark.parametrize("kind", ["classes", "values"])
+def test_a_row_in_each_half_chooses_nothing(kind: str) -> None:
+    x, labels = rows_of(5, 2, 4, [2, 3])
+    labels[:] = torch.tensor([[0, 0], [1, 1]])
+    bank = bank_of(kind, 1, 4)
+    bank.add([x], labels if kind == "classes" else labels.double(), [torch.tensor([0]), torch.tensor([1])])
+    assert bank.choose().tolist() == [[usual_penalty(4, 2)] * 2]
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.9])

@@ -23,6 +23,7 @@ from tdhook_rl.envs import CueCorners, CueGrid
 from tdhook_rl.errors import ArtifactError, InputError, MissingKeyError
 from tdhook_rl.experiments.checkpoints import load
 from tdhook_rl.replay import probe_grid
+from tdhook_rl.replay.probe_grid import _Facts, _Source
 from tdhook_rl.rollout import EPISODE, Future, GroupSplit, ProbeSuite, Return
 
 
@@ -70,6 +71,62 @@ def test_chunks_and_storages_change_nothing(kind: str, batch_size: int, tmp_path
         assert one.trained.estimate == pytest.approx(other.trained.estimate, abs=2e-3)
         assert one.trained.rows == other.trained.rows
     assert found["module.1", "next light"].left_out > 0
+
+
+@pytest.mark.parametrize("batch_size", [7, 45, 10_000])
+def test_trajectories_as_entries_are_their_rows(batch_size: int) -> None:
+    """Rows that are padding count nowhere, and no more rows are read at once than were asked for."""
+    data, policy = wandered(40), small()
+    real = torch.arange(20) < torch.randint(8, 21, (40, 1))
+    data["collector", "mask"] = real
+    data["observation"] = torch.where(real[..., None], data["observation"].float(), 1e3)
+    buffer = ReplayBuffer(storage=LazyTensorStorage(40))
+    buffer.extend(data)
+    read: list[int] = []
+    policy.module[0].register_forward_hook(lambda module, args, output: read.append(len(args[0])))
+    options: dict[str, Any] = {"sites": ["module.1"], "concepts": CONCEPTS, "split": GroupSplit(EPISODE, held_out=0.4),
+                               "penalty": 1e-3, "untrained": False}  # fmt: skip
+    found = probe_grid(policy, buffer, batch_size=batch_size, **options)
+    assert max(read) <= max(20, batch_size)
+    assert (max(read) > 20) == (batch_size > 40)
+    expected = probe_grid(policy, data, **options)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.concept, one.left_out, one.trained.rows) == (other.concept, other.left_out, other.trained.rows)
+        assert one.trained.estimate == pytest.approx(other.trained.estimate, abs=2e-3)
+        assert one.shuffled.estimate == pytest.approx(other.shuffled.estimate, abs=2e-3)
+    assert found["module.1", "xor"].left_out == 0
+    # The last two steps of each stretch have no later light: of the rows that are real.
+    assert 0 < found["module.1", "next light"].left_out < int(real.sum())
+
+
+def test_what_comes_later_is_told_in_whatever_order_it_lies() -> None:
+    """The future of rows of which the trajectories lie between each other is that of one after the other."""
+    data, policy = wandered(60), small()
+    data["step_count"] = torch.arange(20)[:, None].expand(60, 20, 1)
+    data["collector", "traj_ids"] = data[EPISODE]
+    flat = data.reshape(-1)
+    order = flat[EPISODE] * 100 + flat["step_count"][:, 0]
+    known = {}
+    for name, one in (("in order", flat[order.argsort()]), ("between", flat[flat["step_count"][:, 0].argsort()])):
+        source = _Source(one, 4096)
+        facts = _Facts.of(source, CONCEPTS, GroupSplit(EPISODE), None, lambda *_: None)
+        back = (one[EPISODE] * 100 + one["step_count"][:, 0]).argsort()
+        known[name] = {name: (facts.labels[name][back], facts.known[name][back]) for name in CONCEPTS}
+        assert facts.groups == {"classes": ["xor", "light"], "column": ["column"], "next light": ["next light"],
+                                "return": ["return"]}  # fmt: skip
+        assert facts.left_out["next light"] == int((~facts.known["next light"]).sum()) > 0
+    for name in CONCEPTS:
+        (label, there), (other, also) = known["in order"][name], known["between"][name]
+        assert torch.equal(there, also)
+        assert torch.equal(label[there], other[also])
+    rewards, ended = flat["next", "reward"][:, 0], flat[EPISODE]
+    label, there = known["in order"]["return"]
+    rewards, ended = rewards[order.argsort()], ended[order.argsort()]
+    last = 0.0
+    for row in reversed(range(len(flat))):
+        last = float(rewards[row]) + 0.9 * last * (row + 1 < len(flat) and bool(ended[row] == ended[row + 1]))
+        if there[row]:
+            assert float(label[row, 0, 0]) == pytest.approx(last, abs=1e-5)
 
 
 def test_the_scores_are_those_of_scikit_learn() -> None:

@@ -123,6 +123,22 @@ def test_a_score_that_cannot_be_had_says_why_once() -> None:
         everything.update(batch(x, labels))
 
 
+def test_the_fewest_rows_that_make_a_probe() -> None:
+    """One row has no direction, two have; what is said of few held-out rows is not what is said of none."""
+    for rows in (1, 2):
+        numbers = probe(kind="ridge", split=GroupSplit("episode", held_out=1e-9))
+        quietly(numbers, batch(torch.randn(rows, 3), torch.randn(rows)))
+        assert (numbers.probe is not None) == (rows == 2)
+    labels = torch.arange(400) % 2
+    data = batch(torch.randn(400, 4), labels)
+    train, held = SPLIT(data)
+    each = [int((held & (labels == side)).nonzero()[0]) for side in (0, 1)]
+    one = probe()
+    with pytest.warns(UserWarning, match="class 0, class 1 fewer than min_rows=10|classes 0 and 1|fewer than min_rows"):
+        one.update(torch.cat([data[train], data[each]]))
+    assert one.probe is not None
+
+
 @pytest.mark.parametrize("prevalence", [0.01, 0.05, 0.5])
 @pytest.mark.parametrize("kind", ["lda", "ridge"])
 def test_noise_is_at_chance(prevalence: float, kind: str) -> None:

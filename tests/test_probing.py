@@ -13,7 +13,8 @@ from tensordict import TensorDict
 
 from tdhook_rl import ActivationCaching, LinearProbe, ProbeReadout
 from tdhook_rl.errors import ArtifactError, InputError, MissingKeyError
-from tdhook_rl.latent.probing import ClassStatistics
+from tdhook_rl.latent.probing import ClassStatistics, TargetStatistics
+from tdhook_rl.latent.probing.linear_probe import read_columns
 from tdhook_rl.rollout import GroupSplit, OnlineProbe
 from tests.oracles import ridge
 from tests.policies import mlp
@@ -205,3 +206,41 @@ def test_probes_are_saved_without_code(tmp_path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ArtifactError, match="not a readable"):
         LinearProbe.load(path)
+
+
+@pytest.mark.parametrize("labels", [False, True], ids=["classes", "labels"])
+def test_features_that_stand_twice_change_no_discriminant(labels: bool) -> None:
+    """Without a penalty the covariance has no inverse then; what it does not hold of a direction is left out."""
+    x, y = problem(classes=2)
+    for features in (x, torch.cat([x, x[:, :3]], 1)):
+        if labels:
+            sums = TargetStatistics(features=features.shape[1], targets=1, labels=True)
+            sums.add(features, y[:, None].bool())
+        else:
+            sums = statistics(features, y, classes=2)
+        found = sums.solve(kind="lda", penalty=0.0).scores(features.double())
+        if features is x:
+            expected = found
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_penalties_and_kinds_that_are_not_named() -> None:
+    x, y = problem(rows=30, classes=2)
+    for sums, numbers in (
+        (statistics(x, y, classes=2), False),
+        (TargetStatistics(features=6, targets=1), True),
+    ):
+        if numbers:
+            sums.add(x, y[:, None].double())
+            with pytest.raises(InputError, match="for numbers use kind='ridge'"):
+                sums.solve(kind="lda")
+        assert torch.equal(sums.solve(kind="ridge").weight, sums.solve(kind="ridge", penalty=1e-3).weight)
+        assert not torch.equal(sums.solve(kind="ridge").weight, sums.solve(kind="ridge", penalty=2e-3).weight)
+
+
+def test_a_probe_is_read_alike_where_it_is_compiled() -> None:
+    """By the number of its kind, which another process may change, without a branch on it."""
+    compiled = torch.compile(read_columns, backend="eager", fullgraph=True)
+    scores = torch.randn(5, 3).double() + 0.5
+    for code in range(6):
+        torch.testing.assert_close(compiled(scores, torch.tensor(code)), read_columns(scores, torch.tensor(code)))

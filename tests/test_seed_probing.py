@@ -497,6 +497,7 @@ def test_a_manager_says_what_does_not_fit() -> None:
             (rows(20, step_type="predict"), "was never fitted"),
             (rows(20).set("labels", torch.zeros(20, 3)), r"labels of shape \(20, 3\) do not fit"),
             (rows(20).set("labels", torch.zeros(20, HIDDEN)), r"labels of shape \(20, 16\) do not fit"),
+            (TensorDict({**rows(20), "labels": torch.zeros(1)}, []), r"labels of shape \(1,\) do not fit"),
             (rows(20).set("labels", "red"), "labels are a tensor of numbers"),
             (rows(0), "no rows to probe"),
         ):

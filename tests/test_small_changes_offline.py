@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,26 @@ from torch import nn
 
 from tdhook_rl import Saliency, targets
 from tdhook_rl.errors import ArtifactError, InputError, MissingKeyError
-from tdhook_rl.replay import analyze, by_feature, load_results, probe_grid, smallest_margins, to_parquet
+from tdhook_rl.replay import (
+    analyze,
+    by_feature,
+    frame,
+    load_parquet,
+    load_results,
+    probe_grid,
+    smallest_margins,
+    to_parquet,
+)
 from tdhook_rl.replay.columns import plain
-from tdhook_rl.replay.manifest import OF_SOME, WITHOUT_CHECKSUMS, Manifest, described, read_manifest, write_manifest
+from tdhook_rl.replay.manifest import (
+    DTYPES,
+    OF_SOME,
+    WITHOUT_CHECKSUMS,
+    Manifest,
+    described,
+    read_manifest,
+    write_manifest,
+)
 from tdhook_rl.replay.results import Results
 from tdhook_rl.rollout import GroupSplit
 
@@ -84,6 +102,58 @@ def test_columns_of_numbers_that_numpy_lacks() -> None:
     assert plain(torch.ones(3, 2, dtype=torch.float16)).dtype == "float16"
 
 
+@pytest.mark.parametrize("shape", [(7,), (7, 1), (7, 4), (7, 2, 3)])
+@pytest.mark.parametrize("chunk", [1, 5, 13, 1000])
+def test_rows_of_trajectories_are_rows_of_a_table(shape: tuple[int, ...], chunk: int, tmp_path: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("pandas")
+    value = torch.rand(*shape, 2)
+    found = TensorDict({"attr": {"x": value}, "index": torch.arange(value[..., 0].numel()).reshape(shape)}, shape)
+    again = load_parquet(to_parquet(found, tmp_path / "x.parquet", chunk=chunk))
+    assert torch.equal(again["attr", "x"], value.reshape(-1, 2))
+    assert again["index"].tolist() == list(range(len(again)))
+    # As many entries at once as have so many rows, and one at least.
+    entries = max(1, chunk // value[0, ..., 0].numel())
+    assert pq.ParquetFile(tmp_path / "x.parquet").num_row_groups == -(-7 // entries)
+    table = frame(found)
+    assert table["attr.x.1"].tolist() == value.reshape(-1, 2)[:, 1].tolist()
+    assert load_parquet(tmp_path / "x.parquet", ["index"])["index"].tolist() == again["index"].tolist()
+
+
+def test_columns_of_a_buffer_are_what_one_asks_for(tmp_path: Path) -> None:
+    """Unless keys are named: all but next observations, books, and what results are computed."""
+    pytest.importorskip("pandas")
+    outcome = torch.zeros(ROWS, 1, dtype=torch.bool)
+    rows = _episodes(**{"collector": TensorDict({"traj_ids": torch.arange(ROWS) // 10}, [ROWS]),
+                        "computed": TensorDict({"cache": outcome[:, 0]}, [ROWS]), "one": torch.rand(ROWS, 1),
+                        "attr": TensorDict({"old": torch.zeros(ROWS)}, [ROWS])})  # fmt: skip
+    rows["next", "terminated"], rows["next", "truncated"] = outcome, outcome.clone()
+    rows["next", "observation"] = rows["observation"]
+    found = TensorDict({"attr": {"observation": torch.rand(ROWS, 2)}}, [ROWS])
+    table = frame(found, rows)
+    own = ["attr.observation.0", "attr.observation.1"]
+    outcomes = ["next.done", "next.reward", "next.terminated", "next.truncated"]
+    books = ["buffer_index", "episode_index", "frame_index"]
+    assert sorted(table.columns) == sorted([
+        *books, *own, *outcomes, "observation.state.0", "observation.state.1", "one"])  # fmt: skip
+    assert table["frame_index"].tolist() == [*range(10)] * 4
+    assert sorted(frame(found, rows, ["one"]).columns) == sorted([*books, *own, "one"])
+    again = load_parquet(to_parquet(found, tmp_path / "set", rows), ["observation"])
+    assert torch.equal(again["observation"], rows["observation"])
+
+
+def test_some_trajectories_of_a_buffer_are_a_table_of_their_rows() -> None:
+    pytest.importorskip("pandas")
+    rows = _episodes().reshape(8, 5)
+    kept = torch.tensor([1, 4, 5])
+    index = kept[:, None].expand(3, 5)
+    found = TensorDict({"attr": {"observation": rows["observation"][kept] + 0.5}, "index": index}, [3, 5])
+    table = frame(found, rows)
+    expected = torch.cat([torch.arange(5 * int(one), 5 * int(one) + 5) for one in kept])
+    assert table["buffer_index"].tolist() == expected.tolist()
+    assert table["attr.observation.0"].tolist() == (expected * 2.0 + 0.5).tolist()
+
+
 # ------------------------------------------------------------------ manifests and results
 
 
@@ -100,6 +170,16 @@ def _manifest(**fields: Any) -> Manifest:
         ({"format": OF_SOME, "selection": {"of": 9}}, "selection is \"{'of': 9}\""),
         ({"format": OF_SOME, "selection": {"of": 3, "digest": "x"}}, "selection is 4 of '3' entries"),
         ({"format": OF_SOME, "selection": {"digest": "x"}}, "selection is 4 of 'None' entries"),
+        ({"batch_size": []}, "batch_size is [], of 4 entries"),
+        ({"batch_size": [3]}, "batch_size is [3], of 4 entries"),
+        ({"keys": [{"key": ["", "x"], "shape": [4], "dtype": "float32"}]}, "is no key"),
+        ({"keys": [{"key": [3], "shape": [4], "dtype": "float32"}]}, "is no key"),
+        ({"keys": [{"key": ["x"], "shape": [4], "dtype": "float31"}]}, "the dtype of ['x'] is 'float31'"),
+        ({"keys": [{"key": ["x"], "shape": [4, 1 << 60], "dtype": "int8"}]}, "more than any disk holds"),
+        ({"block": 0}, "block is '0'"),
+        ({"checksums": [[1 << 32]]}, "checksums is"),
+        ({"checksums": [[-1]]}, "checksums is"),
+        ({"checksums": [[0, 0]]}, "checksums is not one number for each block"),
     ],
 )
 def test_manifests_that_are_none(fields: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -117,12 +197,72 @@ def test_a_manifest_without_checksums_has_no_blocks(tmp_path: Path) -> None:
     assert not read_manifest(tmp_path).has_checksums
 
 
-def test_options_that_are_nested_are_named_at_last() -> None:
-    value: Any = 1
-    for _ in range(8):
-        value = [value]
-    assert described(value) == [[[[[["list"]]]]]]
-    assert described({"a": {2, 1}}) == {"a": [1, 2]}
+@dataclass
+class _Options:
+    rate: float
+    inner: Any = None
+
+
+class _Plain:
+    def __init__(self) -> None:
+        self.rate = 1.0
+
+
+X = torch.arange(6).reshape(2, 3)
+DESCRIBED: dict[str, tuple[Any, Any]] = {
+    "nothing": (None, None),
+    "a truth": (True, True),
+    "a count": (7, 7),
+    "a number": (0.1, "0.1"),
+    "a number that JSON lacks": (float("inf"), "inf"),
+    "a long text": ("x" * 300, "x" * 200),
+    "a tensor": (X, {"shape": [2, 3], "dtype": "torch.int64", "content": described(X.clone())["content"]}),
+    "a list as it lies": ([3, "b", None, "a"], [3, "b", None, "a"]),
+    "a long list": (list(range(300)), list(range(200))),
+    "a set in order": ({"b", "a"}, ["a", "b"]),
+    "a mapping": ({1: {"a": 2}}, {"1": {"a": 2}}),
+    "options": (_Options(0.5, [1]), {"method": "_Options", "rate": "0.5", "inner": [1]}),
+    "a class of options": (_Options, f"{__name__}._Options"),
+    "a function": (torch.nn.functional.relu, "torch.nn.functional.relu"),
+    "an object of others": (_Plain(), f"<class '{__name__}._Plain'>"),
+    "an object of ours": (
+        GroupSplit("episode", held_out=0.5),
+        {"method": "GroupSplit", "groupings": [["episode"]], "held_out": "0.5", "seed": 0},
+    ),
+    "what is nested": ([[[[[[[[1]]]]]]]], [[[[[["list"]]]]]]),
+    "options that are nested": (
+        _Options(1.0, _Options(1.0, {"a": [{"b": [[1]]}]})),
+        {"method": "_Options", "rate": "1.0", "inner": {
+            "method": "_Options", "rate": "1.0", "inner": {"a": [{"b": ["list"]}]}}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DESCRIBED)
+def test_how_the_manifest_describes(kind: str) -> None:
+    """So that another option is another analysis, and the same one the same in every process."""
+    value, expected = DESCRIBED[kind]
+    assert described(value) == expected
+    json.dumps(described(value))
+
+
+def test_tensors_are_described_by_what_they_hold() -> None:
+    assert len({described(one)["content"] for one in (X, X + 1, X.float() + 0.5)}) == 3
+    assert len(described(X)["content"]) == 16
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize("name", DTYPES)
+def test_results_of_every_dtype_are_found_again(name: str, tmp_path: Path) -> None:
+    value = torch.arange(8).reshape(4, 2).to(getattr(torch, name))
+    results = Results.create(tmp_path, TensorDict({"x": value[:1]}, [1]), 4, {})
+    results.write(0, TensorDict({"x": value}, [4]))
+    results.sync()
+    found = Results.find(tmp_path)
+    assert found is not None
+    assert found.data["x"].dtype == value.dtype
+    assert torch.equal(found.data["x"].view(torch.uint8), value.view(torch.uint8))
+    assert found.damaged() == []
 
 
 @pytest.mark.parametrize(
@@ -219,6 +359,34 @@ def test_rows_without_numbers_take_their_episodes_with_them() -> None:
     one = found["b"]["attr.observation"]
     assert (one.groups, one.rows) == (3, 29)
     assert one.estimate == pytest.approx(float(value[value[:, 1].isfinite(), 1].mean()), abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(ROWS,), (8, 5)])
+def test_rows_that_were_not_computed_count_for_nothing(shape: tuple[int, ...]) -> None:
+    """Whatever number stands there, and in a mask of whatever shape."""
+    value, computed = torch.rand(ROWS, 2) + 1, torch.rand(ROWS) < 0.5
+    value[~computed] = 1e9
+    rows = _episodes(attr=TensorDict({"observation": value}, [ROWS]), computed=TensorDict({"attr": computed}, [ROWS]))
+    found = rows.select("attr", "computed").reshape(shape)
+    means = by_feature(found, rows.reshape(shape))
+    for feature in range(2):
+        one = means[str(feature)]["attr.observation"]
+        assert (one.rows, one.groups) == (int(computed.sum()), 4 if len(shape) == 1 else 8)
+        assert one.estimate == pytest.approx(float(value[computed, feature].mean()), abs=1e-6)
+    where = by_feature(found, rows.reshape(shape), where=lambda part: part["observation"][..., 0] >= 40)
+    assert where["0"]["attr.observation"].rows == int(computed[20:].sum())
+
+
+def test_results_that_are_no_block_of_memory_are_read_as_they_are() -> None:
+    value = torch.rand(2, ROWS).T
+    assert not value.is_contiguous()
+    rows = _episodes()
+    found, same = (
+        by_feature(TensorDict({"attr": {"observation": one}}, [ROWS]), rows) for one in (value, value.contiguous())
+    )
+    assert found == same
+    with pytest.raises(InputError, match="2 features: one each, different"):
+        by_feature(TensorDict({"attr": {"observation": value}}, [ROWS]), rows, names=["a", "a"])
 
 
 def test_what_needs_episodes_says_so() -> None:

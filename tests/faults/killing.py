@@ -35,8 +35,8 @@ SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGSTOP": sign
 MOMENTS, MOMENTS_OF_WORKERS = 12, 2
 #: Seconds that a fault may take where worker processes have to start.
 SLOW = 240.0
-#: Seconds until processes that lost their parent have to be gone.
-GONE = 30.0
+#: Seconds until workers have started, and until processes that lost their parent have to be gone: of a busy machine.
+STARTED, GONE = 150.0, 60.0
 
 
 def kinds() -> dict[str, Kind]:
@@ -237,7 +237,7 @@ def _worker(number: int, moment: int, folder: Path) -> str:
         collector = _collector()
         ending = "no error"
         try:
-            with Guarded(collector, timeout=60) as guarded:
+            with Guarded(collector, timeout=STARTED) as guarded:
                 for count, _ in enumerate(guarded):
                     guarded.timeout = 4.0
                     if count == at:
@@ -277,14 +277,14 @@ def _beside_workers(number: int, moment: int, folder: Path) -> str:
     def collect() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sink = FileSink(folder / "log.csv")
-        with Guarded(_collector(), timeout=60) as guarded:
+        with Guarded(_collector(), timeout=STARTED) as guarded:
             for count, _ in enumerate(guarded):
                 sink.log({"value": count * 0.5}, count)
                 started.touch()
 
     child = _fork(collect)
     try:
-        end = time.monotonic() + 50
+        end = time.monotonic() + STARTED
         while not started.exists() and time.monotonic() < end:
             time.sleep(0.02)
         if len(_of_session(child)) < 3:

@@ -6,28 +6,36 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import random
 import time
 from collections import Counter
 from pathlib import Path
 
-from tests.mutation.harness import Noted, note, outcomes, warm_up
+from tests.mutation.harness import MOST, Noted, note, outcomes, warm_up
 from tests.mutation.mutators import Mutant, mutants_of
 from tests.mutation.plan import GROUPS, ROOT, Group
 from tests.reliability_page import put
 
 #: What was found of changes that no test notices, by name.
 VERDICTS = Path(__file__).with_name("verdicts.json")
+NOTICED = ("killed", "timeout")
+
+
+def changes(name: str) -> list[Mutant]:
+    """All changes of a group but those that only word something, or run where nothing of this environment runs."""
+    group = GROUPS[name]
+    found = [one for path in group.files() for one in mutants_of(path, ROOT)]
+    return [one for one in found if not one.is_words and not one.where.startswith(group.elsewhere or ("-",))]
 
 
 def chosen(name: str, seed: int) -> list[Mutant]:
-    """The changes of a group, in random order: whatever number of them is tried, it is a random sample."""
-    group = GROUPS[name]
-    found = [one for path in group.files() for one in mutants_of(path, ROOT)]
-    random.Random(f"{name} {seed}").shuffle(found)
-    own = [one for one in found if not one.is_words and not one.where.startswith(group.elsewhere or ("-",))]
-    return own[: group.sample]
+    """The changes of a group that are tried, in random order: whatever number of them is, it is a random sample.
+
+    The order is of digests: what of the code stays as it is stays in the sample.
+    """
+    order = sorted(changes(name), key=lambda one: hashlib.sha256(f"{seed} {one.name} {one.of}".encode()).digest())
+    return order[: GROUPS[name].sample]
 
 
 def main() -> None:
@@ -35,9 +43,10 @@ def main() -> None:
     parser.add_argument("--groups", nargs="*", default=list(GROUPS), choices=list(GROUPS))
     parser.add_argument("--out", type=Path, default=Path("runs/mutants"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=MOST, help="of tests for a change, by what they took once")
     parser.add_argument("--again", action="store_true", help="those again that were not noticed")
     parser.add_argument("--files", nargs="*", default=[], help="with --again: by all tests of these files")
-    parser.add_argument("--only", default="", help="changes whose name contains this, again")
+    parser.add_argument("--only", nargs="*", default=[], help="changes whose names contain one of these, again")
     parser.add_argument("--summary", action="store_true")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -45,75 +54,82 @@ def main() -> None:
         warm_up()
     for name in asked.groups:
         _try_all(name, asked.out, asked.seed, asked)
-    put("mutants", report(asked.out, asked.seed))
+    if asked.groups == list(GROUPS) and not asked.only:
+        put("mutants", report(asked.out, asked.seed))
 
 
 def _try_all(name: str, out: Path, seed: int, asked: argparse.Namespace) -> None:
     log = out / f"{name}.jsonl"
-    known = _known(log)
     mutants = chosen(name, seed)
     if not asked.summary:
         tests = out / f"{name}_tests.json"
         if not tests.exists():
             note(GROUPS[name], tests)
+        noted = Noted(tests, asked.seconds)
+        for entry in _entries(log):
+            if entry["test"]:
+                noted.noticing.add(entry["name"], entry["test"])
         start = time.monotonic()
 
-        def tell(mutant: Mutant, found: str) -> None:
+        def tell(mutant: Mutant, found: str, test: str) -> None:
             nonlocal start
             now = time.monotonic()
-            entry = {"name": mutant.name, "kind": mutant.kind, "outcome": found, "seconds": round(now - start, 1)}
+            entry = {"name": mutant.name, "of": mutant.of, "outcome": found, "test": test, "seed": seed,
+                     "seconds": round(now - start, 1)}  # fmt: skip
             start = now
             with log.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
 
-        missed = {one for one, ending in known.items() if ending in ("survived", "error", "not run")}
-        wanted = [one for one in mutants if asked.only in one.name and (asked.only or one.name not in known)]
-        wanted = [one for one in mutants if one.name in missed] if asked.again else wanted
-        outcomes(GROUPS[name], wanted, Noted(tests), tell, asked.files)
-        known = _known(log)
-    counts = Counter(known[one.name] for one in mutants if one.name in known)
-    print(f"{name}: {sum(counts.values())} of {len(mutants)} tried: {dict(counts)}", flush=True)
+        among = [one for one in changes(name) if any(text in one.name for text in asked.only)] if asked.only else mutants
+        known = _known(log, among)
+        wanted = among if asked.only else [one for one in among if one.name not in known]
+        if asked.again:
+            wanted = [one for one in among if known.get(one.name, ("killed",))[-1] not in NOTICED]
+        outcomes(GROUPS[name], wanted, noted, tell, asked.files)
+        for one in wanted if asked.only else []:
+            print(_known(log, [one])[one.name][-1], one.name)
+    counts = Counter(endings[-1] for endings in _known(log, mutants).values())
+    print(f"{name}: {counts.total()} of {len(mutants)} tried: {dict(counts)}", flush=True)
 
 
 def report(out: Path, seed: int) -> str:
     """The score of each group, and what no test notices, in Markdown."""
     verdicts = json.loads(VERDICTS.read_text())
-    heads = ["part", "changes", "tried", "noticed", "not noticed", "run by no test", "share noticed"]
+    heads = ["part", "changes", "tried", "noticed at first", "noticed now", "not noticed", "of these equivalent"]
     rows = [heads, ["---", *["--:"] * (len(heads) - 1)]]
     left: list[str] = []
     for name, group in GROUPS.items():
-        # As the log has them: the sources may have changed since.
-        known = _known(out / f"{name}.jsonl").items()
-        tried = {one: ending for one, ending in known if ending != "error" and _counts(one, group)}
-        counts = Counter(tried.values())
-        seen, missed, unrun = counts["killed"] + counts["timeout"], counts["survived"], counts["not run"]
-        everything = sum(1 for path in group.files() for _ in mutants_of(path, ROOT))
-        rows.append([f"`{group.folder}`", f"{everything:,}", f"{len(tried):,}", f"{seen:,}", f"{missed:,}",
-                     f"{unrun:,}", f"{seen / max(1, len(tried)):.0%}"])  # fmt: skip
-        for one, ending in sorted(tried.items()):
-            if ending in ("survived", "not run"):
-                path, place = one.removeprefix("tdhook_rl/").split(" ", 1)
-                shown = place.replace("|", "\\|")
-                left.append(f"| `{path}` | `{shown}` | {verdicts.get(one, 'open')} |")
+        sample = chosen(name, seed)
+        known = _known(out / f"{name}.jsonl", sample)
+        missed = [one for one in sample if one.name in known and known[one.name][-1] not in NOTICED]
+        tried = max(1, len(known))
+        at_first = sum(endings[0] in NOTICED for endings in known.values())
+        same = sum(one.name in verdicts for one in missed)
+        rows.append([f"`{group.folder}`", f"{len(changes(name)):,}", f"{len(known):,}",
+                     f"{at_first:,} ({at_first / tried:.1%})",
+                     f"{tried - len(missed):,} ({1 - len(missed) / tried:.1%})", f"{len(missed):,}", f"{same:,}"])  # fmt: skip
+        for one in sorted(missed, key=lambda one: (one.path, one.line, one.column)):
+            shown = f"{one.where}: {one.change}".replace("|", "\\|")
+            path = one.path.removeprefix("tdhook_rl/")
+            left.append(f"| `{path}:{one.line}` | `{shown}` | {verdicts.get(one.name, 'open')} |")
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     listed = "\n".join(["| where | change | what it is |", "|---|---|---|", *left])
     when = time.strftime("%d %B %Y")
     return f"{table}\n\n*`make mutants`, {when}, seed {seed}.*\n\n### What no test notices\n\n{listed}"
 
 
-def _counts(name: str, group: Group) -> bool:
-    """Whether a change is one that a test of this environment is to notice, and of no words."""
-    path, where, change = name.split(" ", 2)
-    before = change.split(" -> ")[0]
-    words = before[:1] in ("'", '"') and " " in before
-    left_out = Path(path.split(":")[0]).name in group.without or where.startswith(group.elsewhere or ("-",))
-    return not words and not left_out
+def _entries(log: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
-def _known(log: Path) -> dict[str, str]:
-    """What each change came to, by name."""
-    lines = log.read_text().splitlines() if log.exists() else []
-    return {entry["name"]: entry["outcome"] for entry in map(json.loads, lines)}
+def _known(log: Path, mutants: list[Mutant]) -> dict[str, list[str]]:
+    """What each change came to at each try, by name, where its function is as it was."""
+    wanted = {one.name: one.of for one in mutants}
+    found: dict[str, list[str]] = {}
+    for entry in _entries(log):
+        if wanted.get(entry["name"]) == entry["of"] and entry["outcome"] != "error":
+            found.setdefault(entry["name"], []).append(entry["outcome"])
+    return found
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ import gc
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import types
@@ -33,11 +35,14 @@ HEAVY = ("torch", "tensordict", "torchrl.collectors", "torchrl.data", "torchrl.e
          "torchrl.objectives", "torchrl.record", "torch._dynamo", "hypothesis", "scipy.stats", "pandas",
          "pyarrow.parquet", "sklearn.linear_model", "sklearn.discriminant_analysis", "captum.attr", "PIL.Image",
          "safetensors.torch", "gymnasium", "cloudpickle")  # fmt: skip
-#: Seconds of tests, by what they took once, that are run for one change at the most: the shortest ones of those that
-#: run its line.
-MOST = 40.0
-#: What a change may take beyond that before it counts as noticed, as a program that hangs.
-PATIENCE = 15.0
+#: Seconds of tests, by what they took once, that are run for one change at the most, unless given: those first that
+#: noticed changes nearby, then the shortest of those that run its line.
+MOST = 15.0
+#: Seconds of the processor that a change may take beyond several times that before it counts as noticed, as a program
+#: that never ends.
+PATIENCE = 10.0
+#: Seconds by the clock for each of the processor: a machine may be busy, and what only waits takes none of these.
+BUSY = 6.0
 
 
 def warm_up() -> None:
@@ -51,12 +56,18 @@ def warm_up() -> None:
 
 
 def in_fork(run: Callable[[], int], seconds: float, log: Path | None = None) -> int | None:
-    """The exit code of a function in a fork that ends with all its children; ``None`` where it took too long."""
+    """The exit code of a function in a fork that ends with all its children; ``None`` where it took too long.
+
+    Args:
+        seconds: of the processor.
+    """
     child = os.fork()
     if child == 0:
         code = 70
         try:
             os.setsid()
+            if seconds < float("inf"):
+                resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 1))
             out = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(out, 1)
             os.dup2(out, 2)
@@ -65,25 +76,28 @@ def in_fork(run: Callable[[], int], seconds: float, log: Path | None = None) -> 
             traceback.print_exc()
         finally:
             os._exit(code)
-    end = time.monotonic() + seconds
+    end = time.monotonic() + BUSY * seconds
     status = None
     while status is None and time.monotonic() < end:
         found, word = os.waitpid(child, os.WNOHANG)
         status = word if found else None
-        time.sleep(0.02)
+        time.sleep(0.01)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
     if status is None:
         os.waitpid(child, 0)
         return None
-    return os.waitstatus_to_exitcode(status)
+    code = os.waitstatus_to_exitcode(status)
+    return None if code in (-signal.SIGXCPU, -signal.SIGKILL) else code
 
 
 def _pytest(arguments: list[str], plugins: list[Any] | None = None) -> int:
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     early = "ignore:Module already imported so cannot be rewritten:pytest.PytestAssertRewriteWarning"
-    return int(pytest.main(["-q", "-p", "no:cacheprovider", "-W", early, *arguments], plugins=plugins))
+    with tempfile.TemporaryDirectory() as folder:
+        own = ["-q", "-p", "no:cacheprovider", "-W", early, "--basetemp", f"{folder}/tests"]
+        return int(pytest.main([*own, *arguments], plugins=plugins))
 
 
 # ------------------------------------------------------------------ which test runs which line
@@ -137,32 +151,55 @@ def note(group: Group, into: Path) -> None:
         raise RuntimeError(f"the tests of {group.folder} ended with {code}: see {into.with_suffix('.log')}")
 
 
+class Noticing:
+    """Which tests have noticed changes of a place: they are likely to notice others there."""
+
+    def __init__(self) -> None:
+        self._of: dict[tuple[str, ...], list[str]] = defaultdict(list)
+
+    def add(self, name: str, test: str) -> None:
+        """Of a change, by name."""
+        path, rest = name.split(" ", 1)
+        for place in ((path, rest.split(": ", 1)[0]), (path,)):
+            known = self._of[place]
+            if test in known:
+                known.remove(test)
+            known.insert(0, test)
+
+    def first(self, mutant: Mutant) -> list[str]:
+        """The last that noticed a change of its function, and then of its file."""
+        return [*self._of[mutant.path, mutant.where], *self._of[mutant.path,]]
+
+
 class Noted:
-    """Which tests run a line, shortest first."""
+    """Which tests run a line, those first that noticed changes nearby, and then the shortest."""
 
     files: Sequence[str] = ()
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, most: float = MOST) -> None:
         found = json.loads(path.read_text())
-        self.seconds = {test: seconds for test, seconds in found["seconds"].items() if seconds < MOST}
+        self.most = most
+        self.seconds = {test: seconds for test, seconds in found["seconds"].items() if seconds < most}
         self.lines = {file: {int(line): names for line, names in lines.items()}
                       for file, lines in found["lines"].items()}  # fmt: skip
+        self.noticing = Noticing()
         self._of_file: dict[str, list[str]] = defaultdict(list)
         for test in self.seconds:
             self._of_file[test.split("::")[0]].append(test)
 
     def tests(self, mutant: Mutant) -> list[str]:
-        """Those for a change, as many as take :data:`MOST` seconds."""
+        """Those for a change, as many as there is time for."""
         lines = self.lines[mutant.path]
         wanted = lines if mutant.lines is None else range(mutant.lines[0], mutant.lines[1] + 1)
         names: set[str] = set()
         for line in wanted:
             for one in lines.get(line, []):
                 names.update(self._of_file[one[6:].split("::")[0]] if one.startswith("setup ") else [one])
+        order = {name: -number for number, name in enumerate(reversed(self.noticing.first(mutant)), 1)}
         chosen, total = [], 0.0
-        for name in sorted(names & self.seconds.keys(), key=lambda one: self.seconds[one]):
+        for name in sorted(names & self.seconds.keys(), key=lambda one: (order.get(one, 0), self.seconds[one])):
             total += self.seconds[name]
-            if total > MOST:
+            if total > self.most:
                 break
             chosen.append(name)
         return chosen
@@ -172,7 +209,7 @@ class _All(Noted):
     """All tests of some files, whatever they run."""
 
     def __init__(self, files: Sequence[str]) -> None:
-        self.files, self.seconds = files, dict.fromkeys(files, 60.0)
+        self.files, self.seconds, self.noticing = files, dict.fromkeys(files, 60.0), Noticing()
 
     def tests(self, mutant: Mutant) -> list[str]:
         return list(self.files)
@@ -180,7 +217,10 @@ class _All(Noted):
 
 # ------------------------------------------------------------------ one change
 
-Told = Callable[[Mutant, str], None]
+#: Functions that were made from a file, by qualified name and line.
+Functions = dict[tuple[str, int], list[types.FunctionType]]
+#: What is told of a change: what it came to, and which test noticed it.
+Told = Callable[[Mutant, str, str], None]
 
 
 def outcomes(group: Group, mutants: list[Mutant], noted: Noted, tell: Told, files: Sequence[str] = ()) -> None:
@@ -194,70 +234,118 @@ def outcomes(group: Group, mutants: list[Mutant], noted: Noted, tell: Told, file
         noted = _All(files)
     unseen = [one for one in mutants if not noted.tests(one)]
     for mutant in unseen:
-        tell(mutant, "not run")
+        tell(mutant, "not run", "")
     rest = [one for one in mutants if one not in unseen]
     inside = [one for one in rest if not one.at_import]
-    if inside:
-        arguments = [*files, "-m", QUICK] if files else group.arguments()
-        code = in_fork(lambda: _pytest(["-s", *arguments], [_Trying(inside, noted, tell)]), float("inf"))
-        if code:
-            raise RuntimeError(f"the tests of {group.folder} cannot be collected: {code}")
-    for mutant in rest:
-        if mutant.at_import:
-            tell(mutant, _at_import(mutant, noted))
+    with tempfile.TemporaryDirectory() as folder:
+        word = Path(folder) / "noticed_by"
+        if inside:
+            arguments = ["-s", *([*files, "-m", QUICK] if files else group.arguments())]
+            trying = _Trying(inside, noted, tell, word)
+            code = in_fork(lambda: _pytest(arguments, [trying]), float("inf"))
+            if code:
+                raise RuntimeError(f"the tests of {group.folder} cannot be collected: {code}")
+        for mutant in rest:
+            if mutant.at_import:
+                _tell(mutant, _at_import(mutant, noted, word), noted, tell, word)
+
+
+def _tell(mutant: Mutant, code: int | None, noted: Noted, tell: Told, word: Path) -> None:
+    test = word.read_text() if word.exists() else ""
+    word.unlink(missing_ok=True)
+    if test:
+        noted.noticing.add(mutant.name, test)
+    tell(mutant, {None: "timeout", 0: "survived", 70: "error"}.get(code, "killed"), test)
 
 
 def _seconds(tests: list[str], noted: Noted) -> float:
-    return PATIENCE + 5 * sum(noted.seconds[one] for one in tests)
+    return PATIENCE + 4 * sum(noted.seconds[one] for one in tests)
 
 
 class _Trying:
     """Instead of running the collected tests once, runs those that may notice, for each change."""
 
-    def __init__(self, mutants: list[Mutant], noted: Noted, tell: Told) -> None:
-        self.mutants, self.noted, self.tell = mutants, noted, tell
+    def __init__(self, mutants: list[Mutant], noted: Noted, tell: Told, word: Path) -> None:
+        self.mutants, self.noted, self.tell, self.word = mutants, noted, tell, word
+        self.sound: set[str] = set()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         items = {item.nodeid: item for item in session.items}
+        functions = _functions({mutant.path for mutant in self.mutants})
+        # What is here is not looked at again by the collector in every fork, which would copy it.
+        gc.collect()
+        gc.freeze()
         for mutant in self.mutants:
-            names = self.noted.tests(mutant)
-            chosen = session.items if self.noted.files else [items[name] for name in names if name in items]
-
-            def run(mutant: Mutant = mutant, chosen: list[pytest.Item] = chosen) -> int:
-                _swap(mutant)
-                for item, after in zip(chosen, [*chosen[1:], None], strict=True):
-                    item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
-                    if session.testsfailed:
-                        return 1
-                return 0
-
-            self.tell(mutant, _word(in_fork(run, _seconds(names, self.noted))))
+            code = self._code(mutant, session, items, functions[mutant.path])
+            _tell(mutant, code, self.noted, self.tell, self.word)
         return True
 
+    def _code(
+        self, mutant: Mutant, session: pytest.Session, items: dict[str, pytest.Item], functions: Functions
+    ) -> int | None:
+        """The exit code of the tests with a change; those that fail without it, too, are not asked any more."""
+        names = self.noted.tests(mutant)
+        chosen = session.items if self.noted.files else [items[name] for name in names if name in items]
 
-def _word(code: int | None) -> str:
-    return {None: "timeout", 0: "survived", 70: "error"}.get(code, "killed")
+        def run(changed: bool) -> int:
+            if changed:
+                _swap(mutant, functions)
+            for item, after in zip(chosen, [*chosen[1:], None], strict=True):
+                item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
+                if session.testsfailed:
+                    self.word.write_text(item.nodeid)
+                    return 1
+            return 0
+
+        seconds = _seconds(names, self.noted)
+        code = in_fork(lambda: run(True), seconds)
+        test = self.word.read_text() if self.word.exists() else ""
+        if not test or test in self.sound:
+            return code
+        self.word.unlink()
+        last = next(number for number, item in enumerate(chosen) if item.nodeid == test)
+        chosen = chosen[: last + 1]
+        if in_fork(lambda: run(False), seconds) == 0:
+            self.sound.add(test)
+            self.word.write_text(test)
+            return code
+        failing = self.word.read_text() if self.word.exists() else test
+        self.word.unlink(missing_ok=True)
+        print(f"fails without a change: {failing}", file=sys.stderr, flush=True)
+        self.noted.seconds.pop(failing, None)
+        items.pop(failing, None)
+        return self._code(mutant, session, items, functions)
 
 
-def _swap(mutant: Mutant) -> None:
+def _functions(paths: set[str]) -> dict[str, Functions]:
+    """All functions that were made from files, by where they are there."""
+    for path in paths:
+        importlib.import_module(_module(path))
+    found: dict[str, Functions] = {path: defaultdict(list) for path in paths}
+    names = {str(ROOT / path): path for path in paths}
+    for one in gc.get_objects():
+        if type(one) is types.FunctionType and one.__code__.co_filename in names:
+            code = one.__code__
+            found[names[code.co_filename]][code.co_qualname, code.co_firstlineno].append(one)
+    return found
+
+
+def _swap(mutant: Mutant, functions: Functions) -> None:
     """Give the function that is changed, and all that are made from the same code, the new code."""
     path = str(ROOT / mutant.path)
-    importlib.import_module(mutant.path.removesuffix(".py").replace("/", ".").removesuffix(".__init__"))
     before = _codes(compile(ast.parse((ROOT / mutant.path).read_text()), path, "exec", dont_inherit=True))
     after = _codes(compile(mutant.tree(ROOT), path, "exec", dont_inherit=True))
-    changed = {key for key, code in after.items() if before.get(key) != code}
-    if not changed:
-        raise LookupError(f"no code differs for {mutant.name}")
-    found = 0
-    for one in gc.get_objects():
-        if type(one) is types.FunctionType and one.__code__.co_filename == path:
-            key = (one.__code__.co_qualname, one.__code__.co_firstlineno)
-            if key in changed and "<module>" not in key:
-                one.__code__ = after[key]
-                found += 1
+    changed = {key for key, code in after.items() if before.get(key) != code and "<module>" not in key}
+    found = [(one, after[key]) for key in changed for one in functions.get(key, [])]
     if not found:
         raise LookupError(f"no function holds the code of {mutant.name}")
+    for one, code in found:
+        one.__code__ = code
+
+
+def _module(path: str) -> str:
+    return path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
 
 
 def _codes(code: types.CodeType) -> dict[tuple[str, int], types.CodeType]:
@@ -269,19 +357,26 @@ def _codes(code: types.CodeType) -> dict[tuple[str, int], types.CodeType]:
     return found
 
 
-def _at_import(mutant: Mutant, noted: Noted) -> str:
+def _at_import(mutant: Mutant, noted: Noted, word: Path) -> int | None:
     tests = noted.tests(mutant)
+
+    class First:
+        """Says which test failed first."""
+
+        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+            if report.failed and not word.exists():
+                word.write_text(report.nodeid)
 
     def run() -> int:
         _change(mutant, mutant.tree(ROOT))
-        return _pytest(["-x", "-o", "addopts=--strict-markers", "-m", QUICK, *tests])
+        return _pytest(["-x", "-o", "addopts=--strict-markers", "-m", QUICK, *tests], [First()])
 
-    return _word(in_fork(run, 20 + _seconds(tests, noted)))
+    return in_fork(run, 20 + _seconds(tests, noted))
 
 
 def _change(mutant: Mutant, tree: ast.Module) -> None:
     """Have the module be the changed one when it is imported."""
-    name, path = mutant.path.removesuffix(".py").replace("/", ".").removesuffix(".__init__"), str(ROOT / mutant.path)
+    name, path = _module(mutant.path), str(ROOT / mutant.path)
     get_code = SourceFileLoader.get_code
 
     def changed(self: SourceFileLoader, fullname: str) -> Any:

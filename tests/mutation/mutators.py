@@ -6,6 +6,8 @@ What only words a message, a type or a documentation is left as it is.
 from __future__ import annotations
 
 import ast
+import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,9 @@ class Mutant:
         node: its number, in the order of ``ast.walk``.
         kind: what sort of change it is.
         change: the code before and after.
+        nth: which one it is of those of its place that read the same.
+        of: a digest of the function that it is in, or of its statement: what was found of it holds as long as this
+            does.
     """
 
     path: str
@@ -47,6 +52,8 @@ class Mutant:
     node: int
     kind: str
     change: str
+    nth: int
+    of: str
 
     @property
     def is_words(self) -> bool:
@@ -55,8 +62,8 @@ class Mutant:
 
     @property
     def name(self) -> str:
-        """By which it is found again as long as its function has no other node before it."""
-        return f"{self.path}:{self.line}:{self.column} {self.where}: {self.change}"
+        """By which it is found again, wherever in its file the function has moved to."""
+        return f"{self.path} {self.where}: {self.change}" + (f" ({self.nth})" if self.nth > 1 else "")
 
     def tree(self, root: Path) -> ast.Module:
         """The changed module."""
@@ -78,6 +85,7 @@ def mutants_of(path: str, root: Path) -> Iterator[Mutant]:
     tree = ast.parse(source)
     parents = _parents(tree)
     lines = source.splitlines()
+    seen: Counter[tuple[str, str]] = Counter()
     for number, node in enumerate(ast.walk(tree)):
         if not hasattr(node, "lineno") or node not in parents or _is_words(node, parents):
             continue
@@ -86,8 +94,10 @@ def mutants_of(path: str, root: Path) -> Iterator[Mutant]:
         for kind, change in _changes(node):
             before, after = _code(node), _code(change())
             if before != after:
-                place, found = _where(node, parents), _lines(node, parents)
-                yield Mutant(path, place, node.lineno, node.col_offset, *found, number, kind, f"{before} -> {after}")
+                place, found, change = _where(node, parents), _lines(node, parents), f"{before} -> {after}"
+                seen[place, change] += 1
+                yield Mutant(path, place, node.lineno, node.col_offset, *found, number, kind, change,
+                             seen[place, change], _digest(node, parents))  # fmt: skip
 
 
 def _changes(node: ast.AST) -> Iterator[tuple[str, Callable[[], ast.AST]]]:
@@ -183,6 +193,14 @@ def _code(node: ast.AST) -> str:
 def _where(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> str:
     named = [one.name for one in _above(node, parents) if isinstance(one, ast.FunctionDef | ast.ClassDef)]
     return ".".join(reversed(named)) or "module"
+
+
+def _digest(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> str:
+    """Of the code of the outermost function that it is in, or else of its statement."""
+    above = list(_above(node, parents))
+    functions = [one for one in above if isinstance(one, ast.FunctionDef)]
+    own = functions[-1] if functions else next(one for one in above if isinstance(one, ast.stmt))
+    return hashlib.sha256(ast.unparse(own).encode()).hexdigest()[:12]
 
 
 def _lines(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> tuple[tuple[int, int] | None, bool]:
