@@ -94,6 +94,7 @@ def test_guided_backpropagation_equals_the_hand_written_pass(inplace: bool) -> N
     data = TensorDict({"input": x}, batch_size=7)
     with GuidedBackpropagation(target=logit(1)).prepare(net) as hooked:
         torch.testing.assert_close(hooked(data.clone())["attr", "input"], expected)
+        assert not hooked._hooked.bound[0]._by_function  # modules are guided without a look at every function
         with torch.inference_mode():
             torch.testing.assert_close(hooked(data.clone())["attr", "input"], expected)
 

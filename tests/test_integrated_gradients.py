@@ -17,7 +17,7 @@ from torchrl.modules import ProbabilisticActor
 from tdhook_rl import Compose, SteeringVectors, targets
 from tdhook_rl.attribution import IntegratedGradients, Saliency
 from tdhook_rl.attribution.integrated_gradients import quadrature, repeat_rows
-from tdhook_rl.errors import InputError, KeyCollisionError, MissingKeyError, TargetError
+from tdhook_rl.errors import InputError, KeyCollisionError, MissingKeyError, SiteError, TargetError
 from tests.oracles import row_gradients
 from tests.policies import ACTIONS, FEATURES, categorical, mlp
 
@@ -381,6 +381,44 @@ def test_a_first_call_in_inference_mode_leaves_nothing_behind() -> None:
             found = hooked(data.clone())["attr", "input"]
     change = (net(data["input"]) - net(data["baseline", "input"]))[:, 1]
     torch.testing.assert_close(found.sum(-1), change, atol=1e-3, rtol=0)
+
+
+class Sometimes(nn.Module):
+    """An expert that runs on rows that are not zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert = nn.Linear(FEATURES, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.expert(x) if bool(x.any()) else x[..., :2]
+
+
+@pytest.mark.parametrize("missing", ["raise", "nan"])
+def test_a_module_that_does_not_run_at_the_baseline(missing: str) -> None:
+    """Said as it is; that NaN cannot be had for it is said to those who ask for NaN."""
+    method = IntegratedGradients(baseline=0.0, input_modules="expert", missing=missing)
+    with method.prepare(Sometimes()) as hooked, pytest.raises(SiteError, match="expert") as error:
+        hooked(TensorDict({"input": torch.ones(3, FEATURES)}, batch_size=3))
+    assert ("missing='nan' cannot be had" in str(error.value)) == (missing == "nan")
+
+
+def test_what_no_pass_reads_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Baselines and results of an earlier call, which may be large."""
+    left_out: list[set] = []
+
+    def repeated(data: TensorDict, points: int, keys: frozenset) -> TensorDict:
+        left_out.append(set(keys))
+        return repeat_rows(data, points, keys)
+
+    monkeypatch.setattr("tdhook_rl.attribution.integrated_gradients.repeat_rows", repeated)
+    actor = categorical()
+    data = actor(TensorDict({"observation": torch.randn(5, FEATURES)}, batch_size=5)).detach()
+    data["baseline", "observation"] = torch.zeros(5, FEATURES)
+    with IntegratedGradients(n_steps=4).prepare(actor) as hooked:
+        hooked.annotate(hooked.annotate(data))
+    assert all({"attr", "baseline"} <= one for one in left_out)
+    assert left_out
 
 
 def test_a_callback_may_read_the_baseline() -> None:

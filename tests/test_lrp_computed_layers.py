@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torchrl.modules import NoisyLinear
 
 from tdhook_rl import LRP
-from tdhook_rl.attribution.lrp_rules import Gamma, Uniform
+from tdhook_rl.attribution.lrp_rules import AlphaBeta, Epsilon, Gamma, Rule, Uniform
 from tdhook_rl.errors import InputError
 from tests.test_lrp_functions import F64, W, exact, gap
 
@@ -51,7 +51,7 @@ class Curved(nn.Linear):
 
 def patched() -> nn.Linear:
     layer = nn.Linear(W, W)
-    layer.forward = lambda x: F.linear(x, layer.weight * 3, layer.bias)
+    layer.forward = lambda x: F.linear(x, layer.weight * torch.arange(1, W + 1), layer.bias)
     return layer
 
 
@@ -132,20 +132,34 @@ def test_a_subclass_that_is_not_linear_is_refused_by_name() -> None:
         hooked(TensorDict({"input": torch.randn(4, W, dtype=F64)}, batch_size=4))
 
 
+class Leaky(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.leaky_relu(x, 0.2))
+
+
+def test_a_subclass_that_is_linear_in_pieces_is_explained_by_the_piece_it_is_in() -> None:
+    net = nn.Sequential(Leaky(W, W, bias=False), nn.ReLU(), nn.Linear(W, 2, bias=False)).double()
+    assert gap(net, torch.randn(4, W, dtype=F64)) < 1e-9
+
+
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.BatchNorm2d])
-def test_a_batch_norm_in_training_mode_is_the_map_by_the_statistics_of_the_batch(norm: type, affine: bool) -> None:
+@pytest.mark.parametrize("rule", [Epsilon(0.0), AlphaBeta(2.0, 1.0, 1e-9), Gamma(0.3, 0.0)], ids=str)
+def test_a_batch_norm_in_training_mode_is_the_map_by_the_statistics_of_the_batch(
+    norm: type, affine: bool, rule: Rule
+) -> None:
+    mapper = Uniform(Epsilon(0.0), names={"1": rule}, epsilon=0.0)
     maps = norm is nn.BatchNorm2d
     first = nn.Conv2d(2, 3, 1) if maps else nn.Linear(W, 3)
     net = nn.Sequential(first, norm(3, affine=affine), nn.ReLU(), nn.Flatten(), nn.LazyLinear(1)).double().train()
     x = torch.randn(5, *((2, 3, 3) if maps else (W,)), dtype=F64)
     net(x)
-    with LRP(rule_mapper=exact()).prepare(net) as hooked:
+    with LRP(rule_mapper=mapper).prepare(net) as hooked:
         found = hooked(TensorDict({"input": x}, batch_size=5))
     plain = copy.deepcopy(net).eval()
     before = net[0](x).transpose(0, 1).flatten(1).detach()
     plain[1].running_mean, plain[1].running_var = before.mean(1), before.var(1, correction=0)
-    with LRP(rule_mapper=exact()).prepare(plain) as hooked:
+    with LRP(rule_mapper=mapper).prepare(plain) as hooked:
         expected = hooked(TensorDict({"input": x}, batch_size=5))
     torch.testing.assert_close(found["output"], expected["output"])
     torch.testing.assert_close(found["attr", "input"], expected["attr", "input"])

@@ -20,6 +20,7 @@ from torchrl.modules import ConvNet, NormalParamExtractor, ProbabilisticActor, T
 from torchrl.modules.models.models import DuelingMlpDQNet
 
 from tdhook_rl import LRP, Compose, SteeringVectors
+from tdhook_rl.attribution.lrp_cuts import LookForCuts
 from tdhook_rl.attribution.lrp_rules import AlphaBeta, Epsilon, Gamma, Pass, Rule, Sum, Uniform, WSquare
 from tdhook_rl.errors import InputError, SiteError
 
@@ -133,6 +134,9 @@ CONSERVED: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "a part in place": in_place(lambda h, x: h[:, :3].relu_()),
     "written into": in_place(lambda h, x: h.__setitem__((slice(None), slice(2)), x[:, 2:4])),
     "buffer": filled,
+    "index_put": lambda net, x: torch.index_put(net.lin(x), (torch.arange(4)[:, None], torch.arange(2)), x[:, 2:4]),
+    "scatter": lambda net, x: net.lin(x).scatter(1, torch.tensor([[0, 4]] * 4), x[:, 2:4]),
+    "select_scatter": lambda net, x: net.lin(x).select_scatter(x[:, 0], 1, 3),
 }
 
 
@@ -254,11 +258,14 @@ def test_a_residual_net_by_hand() -> None:
         torch.testing.assert_close(found[row], expected)
 
 
-def test_plain_networks_are_not_run_function_by_function() -> None:
+def test_plain_networks_are_not_run_function_by_function(monkeypatch: pytest.MonkeyPatch) -> None:
     net = nn.Sequential(nn.Linear(W, W), nn.ReLU(inplace=True), nn.Flatten(), nn.Dropout(0.1), nn.Linear(W, 1)).eval()
     with LRP().prepare(net) as hooked:
         hooked(TensorDict({"input": torch.randn(3, W)}, batch_size=3))
         assert not hooked._hooked.bound[0]._by_function
+        # What is cut off is looked for once.
+        monkeypatch.setattr(LookForCuts, "__torch_function__", lambda *_: pytest.fail("looked for again"))
+        hooked(TensorDict({"input": torch.randn(3, W)}, batch_size=3))
 
 
 def test_networks_of_torchrl() -> None:

@@ -441,3 +441,59 @@ def test_a_trained_agent_looks_at_the_lights_that_matter() -> None:
     for root in ("attr", "sarfa"):
         means = found[root, "observation"][:, lights].abs().mean(0)
         assert float(means[:2].min()) > float(means[2:].max()), (root, means)
+
+
+class Twice(nn.Module):
+    """One activation that runs twice, and an output without a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.act = nn.Linear(3, 4), nn.Linear(4, 2), nn.Tanh()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.two(self.act(self.one(x))))
+
+
+@pytest.mark.parametrize("run", [0, 1])
+def test_one_run_of_a_module_is_maximised(run: int) -> None:
+    net, x = Twice().double(), torch.randn(5, 3, dtype=F64)
+    with ActivationMaximisation(f"act@{run}", n_steps=3, alpha=0.2).prepare(net) as hooked:
+        found = hooked(TensorDict({"input": x}, batch_size=5))["attr", "input"]
+    expected = x.clone()
+    for _ in range(3):
+        expected.requires_grad_()
+        first = net.act(net.one(expected))
+        value = first if run == 0 else net.act(net.two(first))
+        expected = (expected + 0.2 * torch.autograd.grad(value.sum(), expected)[0]).detach()
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_outputs_without_a_gradient_are_compared_all_the_same(batch: tuple[int, ...]) -> None:
+    """Only differences count: nothing is asked of a gradient, where none is on and where there is none to be had."""
+    net = nn.Linear(FEATURES, 2).double()
+    cut = TensorDictModule(lambda x: (net(x).detach().sum(-1), net(x).detach()), ["input"], ["sum", "both"])
+    x = torch.randn(*batch, FEATURES, dtype=F64)
+    with Occlusion(baseline=0.0).prepare(cut) as hooked:
+        found = hooked(TensorDict({"input": x}, batch_size=batch))["attr", "input"]
+    torch.testing.assert_close(found, (2 * net.weight.sum(0) * x).detach())
+
+
+def masks(shape: tuple[int, ...]) -> list[torch.Tensor]:
+    first = torch.zeros(shape, dtype=torch.bool)
+    first[0], second = True, torch.zeros(shape, dtype=torch.bool)
+    second[1, 1:] = True
+    return [first, second]
+
+
+def test_masks_are_the_numbers_of_what_they_are_true_of() -> None:
+    x = torch.randn(4, 2, 3, dtype=F64)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    shaped = masks((2, 3))
+    results = []
+    for groups in (shaped, [one.reshape(-1) for one in shaped], [[0, 1, 2], [4, 5]], [one.tolist() for one in shaped]):
+        with Occlusion(baseline=0.0, groups=groups).prepare(net) as hooked:
+            results.append(hooked(TensorDict({"input": x}, batch_size=4))["attr", "input"])
+    assert all(torch.equal(one, results[0]) for one in results)
+    assert bool((results[0][:, 1, 0] == 0).all())
+    assert bool((results[0][:, 0] != 0).all())

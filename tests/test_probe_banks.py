@@ -310,7 +310,9 @@ def test_penalties_are_chosen_again_where_there_are_three_times_as_many_rows(
 
 
 @pytest.mark.parametrize("kind", ["classes", "values"])
-def test_workers_together_choose_their_penalty_anew_and_then_as_ever(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_together_choose_their_penalty_anew_and_then_as_ever(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     few, many = scored(kind, 30), scored(kind, 30)
     few.learn(parts_of(kind, 1, 80, 30))
     many.learn(parts_of(kind, 2, 4000, 30, 100))

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 from tensordict import TensorDict
-from torch import Tensor
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torch.distributions import Categorical
 from torch.nn import functional as F
+from torchrl.modules import ProbabilisticActor
 
-from tdhook_rl import IntegratedGradients, Saliency
-from tdhook_rl.attribution import GradCAM
+from tdhook_rl import LRP, GuidedBackpropagation, IntegratedGradients, Saliency, targets
+from tdhook_rl.attribution import GradCAM, Occlusion
 from tdhook_rl.attribution.functions import Kind, operation
-from tdhook_rl.errors import InputError
+from tdhook_rl.errors import InputError, TargetError
 from tdhook_rl.latent.probing import ClassStatistics, TargetStatistics
 from tdhook_rl.latent.probing.held_out import ScoreHistograms
 from tdhook_rl.rollout import GroupSplit, OnlineProbe
+from tests.policies import FEATURES
 
 # ------------------------------------------------------------------ histograms of scores
 
@@ -159,6 +166,50 @@ OPERATIONS = {
 def test_what_a_function_does(name: str) -> None:
     function, arguments, options, kind = OPERATIONS[name]
     assert operation(function, arguments, options).kind is kind
+
+
+@pytest.mark.parametrize("name", ["add", "sub", "mul", "truediv", "pow"])
+def test_operators_in_place_are_those_out_of_place(name: str) -> None:
+    value = torch.ones(3)
+    arguments = (value, 2.0)
+    found = operation(getattr(torch.Tensor, f"__i{name}__"), arguments, {})
+    plain = operation(getattr(torch.Tensor, f"__{name}__"), arguments, {})
+    assert found.in_place
+    assert not plain.in_place
+    assert found.kind is plain.kind
+    assert found.kind is not Kind.OTHER
+    target, given, _ = found.out_of_place(arguments, {})
+    assert target is value
+    assert torch.equal(found.base(*given), getattr(torch.ones(3), f"__{name}__")(2.0))
+
+
+# ------------------------------------------------------------------ when, and of what
+@pytest.mark.parametrize(
+    "method",
+    [Saliency(), IntegratedGradients(baseline=0.0), LRP(), Occlusion(baseline=0.0), GuidedBackpropagation()],
+    ids=lambda method: type(method).__name__,
+)
+def test_policies_are_explained_once_a_batch_and_networks_in_every_call(method: Any) -> None:
+    """Unless it is said when: of a policy, each step would cost a second pass."""
+    data = TensorDict({"observation": torch.randn(5, FEATURES)}, batch_size=5)
+    net = TensorDictModule(nn.Sequential(nn.Linear(FEATURES, 4), nn.ReLU(), nn.Linear(4, 2)), ["observation"], ["out"])
+    logits = TensorDictModule(net.module, ["observation"], ["logits"])
+    actor = ProbabilisticActor(logits, in_keys=["logits"], distribution_class=Categorical, return_log_prob=True)
+    for policy, when, steps in ((actor, None, False), (net, None, True), (actor, "step", True), (net, "batch", False)):
+        with replace(method, when=when).prepare(policy) as hooked:
+            called = hooked(data.clone())
+            assert (("attr", "observation") in called.keys(True, True)) == steps
+            assert ("attr", "observation") in hooked.annotate(called).keys(True, True)
+
+
+@pytest.mark.parametrize(
+    "method", [Saliency, partial(IntegratedGradients, baseline=0.0), LRP, GuidedBackpropagation], ids=str
+)
+def test_what_depends_on_nothing_is_no_target(method: Any) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    constant = targets.Target("constant", lambda run: run.outputs["output"].detach().sum(-1))
+    with method(target=constant).prepare(net) as hooked, pytest.raises(TargetError, match="constant"):
+        hooked(TensorDict({"input": torch.randn(5, 3)}, batch_size=5))
 
 
 # ------------------------------------------------------------------ what is refused

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.mutation.harness import MOST, Noted, note, outcomes, warm_up
 from tests.mutation.mutators import Mutant, mutants_of
-from tests.mutation.plan import GROUPS, ROOT, Group
+from tests.mutation.plan import GROUPS, ROOT
 from tests.reliability_page import put
 
 #: What was found of changes that no test notices, by name.
@@ -80,7 +80,9 @@ def _try_all(name: str, out: Path, seed: int, asked: argparse.Namespace) -> None
             with log.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
 
-        among = [one for one in changes(name) if any(text in one.name for text in asked.only)] if asked.only else mutants
+        among = (
+            [one for one in changes(name) if any(text in one.name for text in asked.only)] if asked.only else mutants
+        )
         known = _known(log, among)
         wanted = among if asked.only else [one for one in among if one.name not in known]
         if asked.again:

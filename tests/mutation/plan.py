@@ -53,7 +53,7 @@ GROUPS = {
         "test_perturbation", "test_cam_and_guided", "test_guided_functions", "test_default_targets",
         "test_unreached_inputs", "test_oracle_table", "test_methods", "test_wrong_arguments", "test_against_captum",
         "test_recurrent", "test_decisions", "test_nothing_silent", "test_seed_forms", "test_exact_checks",
-        "test_small_changes",
+        "test_small_changes", "test_own_dtype", "test_repeated_modules", "test_missing_rows", "test_in_place",
     )),
     "probing": Group("latent/probing", 150, (
         "test_probing", "test_probe_banks", "test_probe_scores", "test_probe_suite", "test_probe_sums",
