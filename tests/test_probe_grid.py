@@ -101,7 +101,7 @@ def test_trajectories_as_entries_are_their_rows(batch_size: int) -> None:
 
 def test_what_comes_later_is_told_in_whatever_order_it_lies() -> None:
     """The future of rows of which the trajectories lie between each other is that of one after the other."""
-    data, policy = wandered(60), small()
+    data = wandered(60)
     data["step_count"] = torch.arange(20)[:, None].expand(60, 20, 1)
     data["collector", "traj_ids"] = data[EPISODE]
     flat = data.reshape(-1)

@@ -107,9 +107,11 @@ def report(out: Path, seed: int) -> str:
         tried = max(1, len(known))
         at_first = sum(endings[0] in NOTICED for endings in known.values())
         same = sum(one.name in verdicts for one in missed)
-        rows.append([f"`{group.folder}`", f"{len(changes(name)):,}", f"{len(known):,}",
-                     f"{at_first:,} ({at_first / tried:.1%})",
-                     f"{tried - len(missed):,} ({1 - len(missed) / tried:.1%})", f"{len(missed):,}", f"{same:,}"])  # fmt: skip
+        seen = tried - len(missed)
+        rows.append([
+            f"`{group.folder}`", f"{len(changes(name)):,}", f"{len(known):,}", f"{at_first:,} ({at_first / tried:.1%})",
+            f"{seen:,} ({seen / tried:.1%})", f"{len(missed):,}", f"{same:,}",
+        ])  # fmt: skip
         for one in sorted(missed, key=lambda one: (one.path, one.line, one.column)):
             shown = f"{one.where}: {one.change}".replace("|", "\\|")
             path = one.path.removeprefix("tdhook_rl/")
