@@ -1,9 +1,10 @@
-"""What mutation testing found that no test had noticed in analyses: manifests, results, selections, Parquet."""
+"""What mutation testing found that no test had noticed in analyses: selections, tables, questions, defaults."""
 
 from __future__ import annotations
 
+import inspect
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,18 @@ from tdhook_rl.errors import ArtifactError, InputError, MissingKeyError
 from tdhook_rl.replay import (
     analyze,
     by_feature,
+    episodes,
     frame,
+    in_order,
     load_parquet,
     load_results,
     probe_grid,
+    returns,
+    rows_where,
     smallest_margins,
     to_parquet,
 )
 from tdhook_rl.replay.columns import plain
-from tdhook_rl.replay.manifest import (
-    DTYPES,
-    OF_SOME,
-    WITHOUT_CHECKSUMS,
-    Manifest,
-    described,
-    read_manifest,
-    write_manifest,
-)
-from tdhook_rl.replay.results import Results
 from tdhook_rl.rollout import GroupSplit
 
 ROWS = 40
@@ -152,143 +147,6 @@ def test_some_trajectories_of_a_buffer_are_a_table_of_their_rows() -> None:
     expected = torch.cat([torch.arange(5 * int(one), 5 * int(one) + 5) for one in kept])
     assert table["buffer_index"].tolist() == expected.tolist()
     assert table["attr.observation.0"].tolist() == (expected * 2.0 + 0.5).tolist()
-
-
-# ------------------------------------------------------------------ manifests and results
-
-
-def _manifest(**fields: Any) -> Manifest:
-    keys = [{"key": ["attr", "x"], "shape": [4, 2], "dtype": "float32"}]
-    return Manifest(**{"entries": 4, "done": 4, "batch_size": [4], "keys": keys, "facts": {}, "block": 256,
-                       "checksums": [[0]], **fields})  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"keys": [], "checksums": []}, "keys is empty"),
-        ({"format": OF_SOME, "selection": {"of": 9}}, "selection is \"{'of': 9}\""),
-        ({"format": OF_SOME, "selection": {"of": 3, "digest": "x"}}, "selection is 4 of '3' entries"),
-        ({"format": OF_SOME, "selection": {"digest": "x"}}, "selection is 4 of 'None' entries"),
-        ({"batch_size": []}, "batch_size is [], of 4 entries"),
-        ({"batch_size": [3]}, "batch_size is [3], of 4 entries"),
-        ({"keys": [{"key": ["", "x"], "shape": [4], "dtype": "float32"}]}, "is no key"),
-        ({"keys": [{"key": [3], "shape": [4], "dtype": "float32"}]}, "is no key"),
-        ({"keys": [{"key": ["x"], "shape": [4], "dtype": "float31"}]}, "the dtype of ['x'] is 'float31'"),
-        ({"keys": [{"key": ["x"], "shape": [4, 1 << 60], "dtype": "int8"}]}, "more than any disk holds"),
-        ({"block": 0}, "block is '0'"),
-        ({"checksums": [[1 << 32]]}, "checksums is"),
-        ({"checksums": [[-1]]}, "checksums is"),
-        ({"checksums": [[0, 0]]}, "checksums is not one number for each block"),
-    ],
-)
-def test_manifests_that_are_none(fields: dict[str, Any], words: str, tmp_path: Path) -> None:
-    write_manifest(tmp_path, _manifest())
-    assert read_manifest(tmp_path) == _manifest()
-    write_manifest(tmp_path, _manifest(**fields))
-    with pytest.raises(ArtifactError) as error:
-        read_manifest(tmp_path)
-    assert words in str(error.value)
-
-
-def test_a_manifest_without_checksums_has_no_blocks(tmp_path: Path) -> None:
-    write_manifest(tmp_path, _manifest(format=WITHOUT_CHECKSUMS))
-    assert not {"block", "checksums", "selection"} & json.loads((tmp_path / "analysis.json").read_text()).keys()
-    assert not read_manifest(tmp_path).has_checksums
-
-
-@dataclass
-class _Options:
-    rate: float
-    inner: Any = None
-
-
-class _Plain:
-    def __init__(self) -> None:
-        self.rate = 1.0
-
-
-X = torch.arange(6).reshape(2, 3)
-DESCRIBED: dict[str, tuple[Any, Any]] = {
-    "nothing": (None, None),
-    "a truth": (True, True),
-    "a count": (7, 7),
-    "a number": (0.1, "0.1"),
-    "a number that JSON lacks": (float("inf"), "inf"),
-    "a long text": ("x" * 300, "x" * 200),
-    "a tensor": (X, {"shape": [2, 3], "dtype": "torch.int64", "content": described(X.clone())["content"]}),
-    "a list as it lies": ([3, "b", None, "a"], [3, "b", None, "a"]),
-    "a long list": (list(range(300)), list(range(200))),
-    "a set in order": ({"b", "a"}, ["a", "b"]),
-    "a mapping": ({1: {"a": 2}}, {"1": {"a": 2}}),
-    "options": (_Options(0.5, [1]), {"method": "_Options", "rate": "0.5", "inner": [1]}),
-    "a class of options": (_Options, f"{__name__}._Options"),
-    "a function": (torch.nn.functional.relu, "torch.nn.functional.relu"),
-    "an object of others": (_Plain(), f"<class '{__name__}._Plain'>"),
-    "an object of ours": (
-        GroupSplit("episode", held_out=0.5),
-        {"method": "GroupSplit", "groupings": [["episode"]], "held_out": "0.5", "seed": 0},
-    ),
-    "what is nested": ([[[[[[[[1]]]]]]]], [[[[[["list"]]]]]]),
-    "options that are nested": (
-        _Options(1.0, _Options(1.0, {"a": [{"b": [[1]]}]})),
-        {"method": "_Options", "rate": "1.0", "inner": {
-            "method": "_Options", "rate": "1.0", "inner": {"a": [{"b": ["list"]}]}}},
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", DESCRIBED)
-def test_how_the_manifest_describes(kind: str) -> None:
-    """So that another option is another analysis, and the same one the same in every process."""
-    value, expected = DESCRIBED[kind]
-    assert described(value) == expected
-    json.dumps(described(value))
-
-
-def test_tensors_are_described_by_what_they_hold() -> None:
-    assert len({described(one)["content"] for one in (X, X + 1, X.float() + 0.5)}) == 3
-    assert len(described(X)["content"]) == 16
-
-
-@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-@pytest.mark.parametrize("name", DTYPES)
-def test_results_of_every_dtype_are_found_again(name: str, tmp_path: Path) -> None:
-    value = torch.arange(8).reshape(4, 2).to(getattr(torch, name))
-    results = Results.create(tmp_path, TensorDict({"x": value[:1]}, [1]), 4, {})
-    results.write(0, TensorDict({"x": value}, [4]))
-    results.sync()
-    found = Results.find(tmp_path)
-    assert found is not None
-    assert found.data["x"].dtype == value.dtype
-    assert torch.equal(found.data["x"].view(torch.uint8), value.view(torch.uint8))
-    assert found.damaged() == []
-
-
-@pytest.mark.parametrize(
-    ("found", "words"),
-    [
-        ({"x": torch.zeros(2, 3)}, r"is (2, 3) torch.float32, where (2, 2) torch.float32 is kept"),
-        ({"x": torch.zeros(2, 2).double()}, r"is (2, 2) torch.float64, where (2, 2) torch.float32 is kept"),
-        ({"y": torch.zeros(2, 2)}, "of the entries from 2 on is absent, where"),
-    ],
-)
-def test_results_keep_one_shape(found: dict[str, Any], words: str, tmp_path: Path) -> None:
-    results = Results.create(tmp_path, TensorDict({"x": torch.zeros(2, 2)}, [2]), 4, {})
-    results.write(0, TensorDict({"x": torch.ones(2, 2)}, [2]))
-    with pytest.raises(ArtifactError) as error:
-        results.write(2, TensorDict(found, [2]))
-    assert words in str(error.value)
-
-
-def test_files_that_are_cut_while_they_are_read(tmp_path: Path) -> None:
-    results = Results.create(tmp_path, TensorDict({"x": torch.zeros(2, 2)}, [2]), 4, {})
-    results.write(0, TensorDict({"x": torch.ones(4, 2)}, [4]))
-    results.sync()
-    assert results.damaged() == []
-    (tmp_path / "x.memmap").write_bytes(b"")
-    with pytest.raises(ArtifactError, match=r"cannot read .*x.memmap: it is cut"):
-        results.damaged()
 
 
 # ------------------------------------------------------------------ selections
@@ -409,3 +267,43 @@ def test_a_path_that_is_taken(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     place = to_parquet(found, tmp_path / "empty", _episodes(), fps=10.0)
     assert '"fps": 10,' in (place / "meta" / "info.json").read_text()
+
+
+# ------------------------------------------------------------------ what is meant where nothing is said
+
+DEFAULTS: dict[Callable[..., Any], dict[str, Any]] = {
+    analyze: {"seed": 0, "on_mismatch": "warn", "engine": "local", "workers": 2},
+    by_feature: {"confidence": 0.95},
+    episodes: {"order": "worst", "k": 5, "gamma": 1.0, "reward": ("next", "reward")},
+    in_order: {"batch_size": 1024, "start": 0},
+    load_results: {"verify": False, "partial": False},
+    probe_grid: {"layout": "flat", "batch_size": 4096, "min_rows": 10, "confidence": 0.95, "seed": 0},
+    returns: {"gamma": 1.0, "reward": ("next", "reward"), "batch_size": 16384},
+    rows_where: {"most": 1000, "batch_size": 16384},
+    smallest_margins: {"k": 10, "batch_size": 16384},
+    to_parquet: {"fps": 1.0, "task": "", "chunk": 16384},
+}
+
+
+@pytest.mark.parametrize("function", DEFAULTS, ids=lambda one: one.__name__)
+def test_a_default_is_a_promise(function: Callable[..., Any]) -> None:
+    """Results that are stored were computed with it, and the same call is to go on with them."""
+    given = {name: one.default for name, one in inspect.signature(function).parameters.items()}
+    found = {name: value for name, value in given.items() if value not in (inspect.Parameter.empty, None)}
+    assert {name: value for name, value in found.items() if value != () and value != "observation"} == DEFAULTS[
+        function
+    ]
+
+
+@pytest.mark.parametrize("most", [1, 7, 8, 14, 40, 41])
+def test_of_as_many_as_are_asked_for_the_first(most: int) -> None:
+    """No more is read than it takes."""
+    read: list[int] = []
+
+    def wanted(part: TensorDict) -> torch.Tensor:
+        read.append(len(part))
+        return part["observation"][:, 0] >= 0
+
+    found = rows_where(_episodes(), wanted, most=most, batch_size=7)
+    assert found["index"].tolist() == list(range(min(most, ROWS)))
+    assert len(read) == -(-min(most, ROWS) // 7)

@@ -45,7 +45,7 @@ GROUPS = {
     "replay": Group("replay", None, (
         "test_replay", "test_replay_selection", "test_replay_sources", "test_results_survive", "test_queries",
         "test_parquet", "test_parquet_rows", "test_probe_grid", "test_buffer_transforms", "test_cli_analyze",
-        "test_wrong_arguments", "test_wrong_calls", "test_provenance", "test_small_changes_offline",
+        "test_wrong_arguments", "test_wrong_calls", "test_provenance", "test_small_changes_offline", "test_manifests",
         "test_traceable", "test_report_damage", "faults/test_faults",
     ), ("ray_engine.py", "minari_export.py"), ("_Work.on_ray", "_computing")),
     "attribution": Group("attribution", 150, (
