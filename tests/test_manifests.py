@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tensordict import TensorDict
+from torch import nn
 
+from tdhook_rl import Saliency, targets
 from tdhook_rl.errors import ArtifactError
 from tdhook_rl.replay.manifest import (
     DTYPES,
@@ -18,6 +22,7 @@ from tdhook_rl.replay.manifest import (
     WITHOUT_CHECKSUMS,
     Manifest,
     described,
+    facts_of,
     read_manifest,
     write_manifest,
 )
@@ -157,3 +162,32 @@ def test_files_that_are_cut_while_they_are_read(tmp_path: Path) -> None:
     (tmp_path / "x.memmap").write_bytes(b"")
     with pytest.raises(ArtifactError, match=r"cannot read .*x.memmap: it is cut"):
         results.damaged()
+
+
+def test_the_manifest_says_what_computed_the_results() -> None:
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    with Saliency(target=targets.logit(0)).prepare(net, in_keys=["x"], out_keys=["logits"]) as hooked:
+        facts = facts_of(hooked)
+    assert facts["policy"] == "TensorDictModule"
+    assert facts["parameters"] == 3 * 2 + 2 + 2 + 2
+    assert [one["method"] for one in facts["methods"]] == ["Saliency"]
+    assert facts["versions"].keys() == {"tdhook_rl", "torch", "torchrl", "tensordict"}
+    then = datetime.strptime(facts["time"], "%Y-%m-%dT%H:%M:%S%z")
+    assert abs((datetime.now(UTC) - then).total_seconds()) < 60
+    assert facts.keys() == {"policy", "parameters", "methods", "weights", "versions", "time"}
+
+
+def test_nothing_is_left_of_files_for_which_there_is_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However deep they lie: the same folder can be used again."""
+    like = TensorDict({"attr": {"agents": {"x": torch.zeros(1, 2)}, "y": torch.zeros(1)}, "z": torch.zeros(1)}, [1])
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "new").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("tdhook_rl.replay.results.reserve", full)
+        with pytest.raises(ArtifactError, match="No space left on device"):
+            Results.create(tmp_path / "new", like, 4, {})
+    assert not list((tmp_path / "new").iterdir())
+    Results.create(tmp_path / "new", like, 4, {})

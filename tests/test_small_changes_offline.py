@@ -269,6 +269,42 @@ def test_a_path_that_is_taken(tmp_path: Path) -> None:
     assert '"fps": 10,' in (place / "meta" / "info.json").read_text()
 
 
+@pytest.mark.parametrize("shape", [(ROWS,), (4, 10)])
+@pytest.mark.parametrize("end", ["done", "terminated", "truncated"])
+def test_an_episode_ends_by_whatever_says_so(end: str, shape: tuple[int, ...]) -> None:
+    rows = _episodes()
+    ended = (torch.arange(ROWS) % 10 == 4)[:, None] | rows["next", "done"]
+    rows["next"] = TensorDict({"reward": rows["next", "reward"], end: ended}, [ROWS])
+    found = returns(rows.reshape(shape))
+    assert [one.total for one in found.episodes] == [5.0] * 8
+    assert all(one.ended for one in found.episodes)
+    assert found.rows.tolist() == [5.0, 4.0, 3.0, 2.0, 1.0] * 8
+
+
+def test_preferences_are_the_first_that_are_there() -> None:
+    given = {"action_value": [0.0, 3.0], "logits": [0.0, 2.0], "probs": [0.25, 0.75]}
+    for first, margin in (("action_value", 3.0), ("logits", 2.0), ("probs", 0.5)):
+        rows = TensorDict({key: torch.tensor([value] * 2) for key, value in given.items()}, [2])
+        assert smallest_margins(rows)["margin"].tolist() == [margin] * 2
+        beside = smallest_margins(TensorDict({"x": torch.zeros(2)}, [2]), rows)
+        assert beside["margin"].tolist() == [margin] * 2
+        del given[first]
+    with pytest.raises(InputError, match="a margin is between two actions"):
+        smallest_margins(TensorDict({"logits": torch.zeros(2, 1)}, [2]))
+
+
+def test_what_is_done_of_an_analysis_answers_questions(tmp_path: Path) -> None:
+    net = nn.Linear(2, 2)
+    rows = _episodes()
+    with Saliency(target=targets.logit(0)).prepare(net, in_keys=["observation"], out_keys=["logits"]) as hooked:
+        with pytest.warns(UserWarning, match="time_budget= are over"):
+            analyze(hooked, rows, tmp_path, batch_size=15, time_budget=0.0)
+    assert by_feature(tmp_path, rows)["0"]["attr.observation"].rows == 15
+    assert frame(tmp_path, rows)["buffer_index"].tolist() == list(range(15))
+    best = episodes(rows, tmp_path, k=4)
+    assert [int(one.data["computed", "attr"].sum()) for one in best] == [10, 5, 0, 0]
+
+
 # ------------------------------------------------------------------ what is meant where nothing is said
 
 DEFAULTS: dict[Callable[..., Any], dict[str, Any]] = {

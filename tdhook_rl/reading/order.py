@@ -18,6 +18,8 @@ from tdhook_rl.reading.transforms import Window
 NUMBERS: tuple[NestedKey, ...] = (("collector", "traj_ids"), "traj_ids", "trajectory", "episode")
 COUNTS: tuple[NestedKey, ...] = ("step_count",)
 STARTS: tuple[NestedKey, ...] = ("is_init",)
+#: Below ``next``, any of which says that a trajectory has ended: data sets of others may lack the first.
+ENDS: tuple[str, ...] = ("done", "terminated", "truncated")
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class Trajectories:
     def keys(written: Written, transforms: Sequence[nn.Module]) -> list[NestedKey]:
         """What is read of every row."""
         own = {getattr(one, "done_key", None) for one in transforms if hasattr(one, "done_key")}
-        done = [key for key in {"done", *own} if key is not None]
+        done = [key for key in {*ENDS, *own} if key is not None]
         keys = [written.number_key, *NUMBERS, *COUNTS, *STARTS, *(("next", *key_parts(key)) for key in done)]
         return [key for key in keys if key is not None]
 

@@ -50,12 +50,13 @@ class Columns:
             if keys:
                 raise InputError(f"keys= names {keys[0]!r} of a buffer, and none is given: buffer=")
             return _bare(found, chunk)
-        joined = Joined(buffer, found)
+        joined = Joined(buffer, results)
         courses = joined.courses("an export")
         index = found.get(INDEX, None)
-        if index is not None:  # of the episodes that part which was analysed
+        entries = torch.arange(len(found)) if index is None else index.reshape(len(index), -1)[:, 0]
+        if len(entries) < joined.reader.size:  # of the episodes that part which was analysed
             analysed = torch.zeros(joined.reader.size, dtype=torch.bool)
-            analysed[index.reshape(len(index), -1)[:, 0]] = True
+            analysed[entries] = True
             kept = analysed[courses.rows // joined.reader.rows]
             there, stretch = courses.stretch[kept].unique(return_inverse=True)
             courses = Courses(courses.rows[kept], stretch, courses.ended[there], courses.begun[there])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.errors import InputError
-from tdhook_rl.reading.order import Courses
+from tdhook_rl.reading.order import ENDS, Courses
 from tdhook_rl.reading.reader import Reader
 from tdhook_rl.reading.sources import Rows
 from tdhook_rl.replay.results import INDEX, load_results
@@ -21,7 +21,7 @@ from tdhook_rl.sites.missing import missing_value
 
 #: Results of an analysis: as they are returned, or their folder.
 Found: TypeAlias = TensorDictBase | str | Path
-_DONE = (("next", "done"), ("next", "terminated"), ("next", "truncated"))
+_DONE = tuple(("next", one) for one in ENDS)
 
 
 def results_of(results: Found) -> TensorDictBase:

@@ -255,7 +255,7 @@ def by_feature(
     found = results_of(results)
     parts = _attribution(found, key)
     value = found.get(parts)
-    joined = Joined(buffer, found)
+    joined = Joined(buffer, results)
     courses = joined.courses("by_feature")
     episode = torch.full((joined.count,), -1)
     episode[courses.rows] = courses.stretch
