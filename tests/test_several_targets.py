@@ -12,6 +12,8 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule as Module
 from tensordict.nn import TensorDictSequential
 from torch import Tensor, nn
+from torch.distributions import Categorical
+from torchrl.modules import ProbabilisticActor
 
 from tdhook_rl import Compose, Saliency, targets
 from tdhook_rl.attribution import IntegratedGradients, copies
@@ -47,12 +49,19 @@ def _recurrent() -> TensorDictSequential:
     return TensorDictSequential(core, Module(nn.Linear(6, 3), ["hidden"], ["logits"])).double()
 
 
+def _actor() -> ProbabilisticActor:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)).double()
+    return ProbabilisticActor(Module(net, ["x"], ["logits"]), ["logits"], distribution_class=Categorical)
+
+
 POLICIES: dict[str, tuple[Callable[[], Any], bool]] = {
     "two inputs": (_module, True),
     "dropout": (lambda: _module(nn.Dropout(0.5)), False),
     "batch statistics": (lambda: _module(nn.BatchNorm1d(3)), True),  # which annotate freezes
     "layer norm": (lambda: _module(nn.LayerNorm(3)), True),
     "recurrent": (_recurrent, True),
+    "actor": (_actor, True),
 }
 
 
@@ -104,8 +113,9 @@ def test_in_one_pass_where_rows_do_not_meet(name: str, passes: list[int]) -> Non
     with torch.no_grad():
         data = policy(data)
     asked = [targets.logit(index) for index in range(3)]
-    _compare(policy, data, [*asked, *([targets.logit(1, "values")] if name != "recurrent" else [])])
-    copied = (4 if name != "recurrent" else 3) * ROWS
+    has_values = name not in ("recurrent", "actor")
+    _compare(policy, data, [*asked, *([targets.logit(1, "values")] if has_values else [])])
+    copied = (4 if has_values else 3) * ROWS
     assert (passes.count(copied) == 1) is apart
 
 
@@ -145,11 +155,15 @@ def test_much_work_goes_target_by_target(monkeypatch: pytest.MonkeyPatch, passes
     assert set(passes) == {ROWS}
 
 
-@pytest.mark.parametrize("name", ["two inputs", "layer norm", "recurrent"])
-def test_the_end_of_a_path_is_compared_with_what_is_stored(name: str, passes: list[int]) -> None:
+@pytest.mark.parametrize("shape", [(), (ROWS,), (2, 3)])
+@pytest.mark.parametrize("name", ["two inputs", "layer norm", "recurrent", "actor"])
+def test_the_end_of_a_path_is_compared_with_what_is_stored(name: str, shape: Any, passes: list[int]) -> None:
     """In the pass of the path; what is found is what is found without a comparison."""
-    policy, data = POLICIES[name][0](), _data()
-    data["x"][1] = torch.inf
+    policy = POLICIES[name][0]()
+    rows = torch.Size(shape).numel()
+    data = _data(rows)
+    data["x"][rows // 2 :] = data["x"][rows // 2 :] if name == "actor" or not shape else torch.inf
+    data = data.reshape(shape) if shape else data[0]
     with torch.no_grad():
         data = policy(data)
     method = IntegratedGradients(target=targets.logit(1), baseline=0.1, n_steps=3, inputs=["x"], when="batch")
@@ -158,11 +172,11 @@ def test_the_end_of_a_path_is_compared_with_what_is_stored(name: str, passes: li
             expected = hooked.annotate(data, on_mismatch="ignore")
         passes.clear()
         found = hooked.annotate(data, on_mismatch="raise")
-        assert passes == [4 * ROWS]
+        assert passes == [4 * rows]
         torch.testing.assert_close(found["attr", "x"], expected["attr", "x"], atol=1e-12, rtol=1e-10, equal_nan=True)
         assert torch.equal(found["computed", "attr"], expected["computed", "attr"])
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter.neg_()
-        with pytest.raises(MismatchError, match=f"of {ROWS} rows"):
+        with pytest.raises(MismatchError, match=f"of {rows} rows"):
             hooked.annotate(data, on_mismatch="raise")

@@ -39,6 +39,7 @@ def chain_gradients(question: Question) -> list[Attributed] | None:
         return None
     with torch.no_grad():
         gradients = _chain_gradients(question) if chain.head is None else _actor_gradients(question, chain)
+    question.call.chained = gradients is not None
     if gradients is None:
         return None
     return [(dict.fromkeys(inputs, gradient), {}) for gradient in gradients]

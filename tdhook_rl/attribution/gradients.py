@@ -22,7 +22,7 @@ from tdhook_rl.attribution.leaves import activations, as_leaves, in_runs, joined
 from tdhook_rl.attribution.question import Attributed, Question, TargetFunction
 from tdhook_rl.attribution.undefined import defined_rows, warn_unreached, with_nan
 from tdhook_rl.calls.chains import MODIFIED
-from tdhook_rl.calls.heads import TrunkPass, run_trunk
+from tdhook_rl.calls.heads import Tangent, TrunkPass, run_trunk
 from tdhook_rl.calls.passes import Pass
 from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.errors import InPlaceError, InputError, TargetError
@@ -202,7 +202,27 @@ def _of_trunk(
         return None
     if question.own:
         call.keep_last(run.outputs)
+    if len(primals) == 1 and not question.sites and (found := _of_tangents(question, known, primals)) is not None:
+        return found, {}
     return _backward(question._replace(targets=known), run, primals, keep=False)
+
+
+def _of_tangents(
+    question: Question, tangents: Sequence[Tangent], primals: Mapping[NestedKey, Tensor]
+) -> list[Attributed] | None:
+    """The gradient with respect to one input, of targets whose derivatives are known; ``None`` if one is no number."""
+    known = [tangent.on_graph(question.weights) for tangent in tangents]
+    if any(one is None for one in known):
+        return None
+    found: list[Attributed] = []
+    for index, (tangent, one) in enumerate(zip(tangents, known, strict=True)):
+        values, slopes = one  # type: ignore[misc]
+        more = index + 1 < len(known)
+        (gradient,) = torch.autograd.grad(values, *primals.values(), slopes, retain_graph=more, allow_unused=True)
+        if gradient is None:
+            raise TargetError(no_path(tangent, primals))
+        found.append((dict.fromkeys(primals, gradient), {}))
+    return found
 
 
 def _shared(question: Question) -> tuple[list[Attributed], dict[str, Tensor]]:

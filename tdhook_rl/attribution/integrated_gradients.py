@@ -72,6 +72,7 @@ class _BoundIntegratedGradients(BoundAttribution):
         given, root = config.baseline, config.baseline_key
         self.baselines = Baselines("IntegratedGradients", given, root, as_input=True, known=binder.policy.in_keys)
         self._chunk_size = config.chunk_size
+        self._chained = False  # whether the last call was explained by a chain
         self.compiled = compiled(self, config)
         self.beside = config.delta_key if config.compute_convergence_delta else None
         self._deltas: dict[tuple[str, ...], Tensor] = {}
@@ -181,6 +182,8 @@ class _BoundIntegratedGradients(BoundAttribution):
                 own=rows if ends else 0,
             )
             found, _ = gradients(between)
+            if call.compares:
+                self._chained = call.chained
             for one, total in zip(found, totals, strict=True):
                 for part, sums, shape in zip(one, total, shapes, strict=True):
                     for key, value in part.items():
@@ -191,8 +194,7 @@ class _BoundIntegratedGradients(BoundAttribution):
     def _ends_are_compared(self, call: Call, inputs: Mapping[NestedKey, Tensor]) -> bool:
         """Whether the end of the path, which is what the policy saw, belongs to the pass: what it puts out there is
         compared with what is stored, and would take a pass of its own. Of a chain that takes less than to join it."""
-        wanted = call.compares and call.replayed is None and call.as_it_was(inputs, None)
-        return wanted and (call.policy._hooked.chain is None or not self._own_targets)
+        return call.compares and not self._chained and call.replayed is None and call.as_it_was(inputs, None)
 
     def _not_repeated(self, call: Call, inputs: Mapping[NestedKey, Tensor]) -> frozenset[str]:
         """What no pass reads of the stored data: baselines, results of an earlier call, inputs that are replaced."""

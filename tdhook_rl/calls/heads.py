@@ -269,29 +269,36 @@ class TrunkPass:
         lends = state.draws or state.records or state.passes or state.noise or state.chunks is not None
         return plain and not lends and type(self._call) is Call
 
-    def targets(
-        self, run: Pass, names: Sequence[str], all_keys: Sequence[Any]
-    ) -> list[Callable[[Pass], Tensor]] | None:
+    def targets(self, run: Pass, names: Sequence[str], all_keys: Sequence[Any]) -> list[Tangent] | None:
         """Of each target a function that has its derivatives; ``None`` where they are not known."""
         parameters = [get_entry(run.outputs, key) for key in self._head.in_keys]
         if not all(type(one) is Tensor and surely_finite(one.detach()) for one in parameters):
             return None
-        found: list[Callable[[Pass], Tensor]] = []
+        found: list[Tangent] = []
         with torch.no_grad():
             for name, keys in zip(names, all_keys, strict=True):
                 slopes = log_prob_slopes(self._head, keys, run.stored, [one.detach() for one in parameters])
                 if slopes is None:
                     return None
-                found.append(_Tangent(name, parameters, slopes))
+                found.append(Tangent(name, parameters, slopes))
         return found
 
 
-class _Tangent:
+class Tangent:
     """What has, at the parameters, the derivatives of a target."""
 
     def __init__(self, name: str, parameters: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
         self.name = name
         self._parameters, self._slopes = parameters, slopes
+
+    def on_graph(self, weights: Tensor | None) -> tuple[list[Tensor], list[Tensor]] | None:
+        """The parameters that have a gradient, and the target's by them; ``None`` where one is surely no number."""
+        found = [(p, s) for p, s in zip(self._parameters, self._slopes, strict=True) if p.requires_grad]
+        if not found or not all(surely_finite(slope) for _, slope in found):
+            return None
+        if weights is not None:
+            found = [(p, s * weights.to(s.dtype).reshape(-1, *(1,) * (s.ndim - 1))) for p, s in found]
+        return [p for p, _ in found], [s for _, s in found]
 
     def __call__(self, run: Pass) -> Tensor:
         batch = run.outputs.batch_size

@@ -103,6 +103,7 @@ class Call:
         # The outputs of a replay of the call as it is, kept for a comparison with the stored ones.
         self.replayed: TensorDictBase | None = None
         self.compares = False  # whether that will be asked for
+        self.chained = False  # whether the last gradients were those of a chain
         self.in_step = False  # of a forward that has just run
         # How often the sites of all runs, or of one counted from the last, ran in a pass before; by slot.
         self.totals: dict[str, int] = {}
@@ -202,7 +203,7 @@ class Call:
         for key in self.policy.policy_out_keys:
             value = get_entry(outputs, key)
             if isinstance(value, Tensor):
-                set_tensor(self.replayed, key, value.detach()[-rows:].reshape(*batch, *value.shape[1:]))
+                set_tensor(self.replayed, key, value.detach()[-rows:].reshape((*batch, *value.shape[1:])))
 
     def captured(self, slot: str, site: str) -> Tensor:
         """The output captured at a site, with the batch shape of the call first.
