@@ -216,9 +216,9 @@ def test_the_second_run_draws_nothing_and_leaves_the_state() -> None:
 
     policy = actor(Counts(), nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 4))
     case = Case(lambda: policy, "module.0.module.1", (8,))
-    with StateSubtraction(case.site, lambda rows: negated(case, rows), alpha=0.0).prepare(policy) as hooked:
+    with StateSubtraction(case.site, lambda rows: negated(case, rows), alpha="alpha").prepare(policy) as hooked:
         for step in range(4):
-            data = case.data(3)
+            data = case.data(3).set("alpha", torch.zeros(3))
             twin = copy.deepcopy(policy)
             torch.manual_seed(step)
             expected, state = twin(data.clone()), torch.get_rng_state()
@@ -248,6 +248,38 @@ def test_copies_compiled_and_functional_calls_subtract_too() -> None:
         with torch.no_grad():
             compiled = torch.compile(hooked.get_dist, fullgraph=True, backend="eager")(data.clone())
         torch.testing.assert_close(compiled.logits, expected.log_softmax(-1))
+
+
+def test_at_strength_zero_the_policy_runs_once() -> None:
+    runs: list[int] = []
+
+    class Counted(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            runs.append(len(x))
+            return super().forward(x)
+
+    net, data = nn.Sequential(Counted(4, 3), nn.Tanh()), TensorDict({"input": torch.randn(5, 4)}, [5])
+    expected, opposite = net(data["input"]), net(-data["input"])
+
+    def negative(rows: TensorDict) -> TensorDict:
+        # Set by another process between the two runs: the call under way goes on as it began.
+        hooked.controls["subtraction.alpha"] = 1.0 - hooked.controls["subtraction.alpha"]
+        return rows.set("input", -rows["input"])
+
+    with StateSubtraction("1", negative, alpha=0.0, when=lambda rows: rows["input"][:, 0] < 9).prepare(net) as hooked:
+        runs.clear()
+        found = hooked(data.clone())
+        assert len(runs) == 1
+        assert torch.equal(found["output"], expected)
+        assert not found["steered", "subtraction"].any()
+        hooked.controls["subtraction.alpha"] = 1.0
+        runs.clear()
+        assert torch.equal(hooked(data.clone())["output"], expected)  # it was set to 0 before it acted
+        assert len(runs) == 2
+    with StateSubtraction("1", lambda rows: rows.set("input", -rows["input"]), alpha=0.0).prepare(net) as hooked:
+        hooked(data.clone())
+        hooked.controls["subtraction.alpha"] = 1.0
+        assert torch.equal(hooked(data.clone())["output"], opposite)
 
 
 def test_two_subtractions_do_not_act_in_each_others_runs() -> None:

@@ -49,9 +49,11 @@ class StateSubtraction(Method):
         when: in which rows it acts, as of :class:`SteeringVectors`.
         steered_key: the root of the result keys.
 
-    The policy runs twice at each step. In the run on the counterfactual nothing is drawn, the policy's state stays as
-    it is, and other interventions act; a recurrent policy reads it at the hidden state that it has. Gradients pass
-    through both runs. With ``when=``, or an alpha by row, ``(steered_key, name)`` says in which rows it acted.
+    The policy runs twice at each step, unless alpha is the number 0: one run of the rows of both would give other last
+    bits than the policy gives without the method, and draw other noise. In the run on the counterfactual nothing is
+    drawn, the policy's state stays as it is, and other interventions act; a recurrent policy reads it at the hidden
+    state that it has. Gradients pass through both runs. With ``when=``, or an alpha by row, ``(steered_key, name)``
+    says in which rows it acted.
 
     Raises:
         SiteError: if a path matches nothing, or a module does not run on both inputs.
@@ -93,7 +95,7 @@ class StateSubtraction(Method):
             slots.append(slot)
             binder.on_output(site, SubtractionHook(binder.runtime, site.name, owner, slot, strength))
         function = portable_rows(self.counterfactual, f"counterfactual= of {self.name!r}")
-        binder.passes.append(CounterfactualPass(owner, self.name, function, slots))
+        binder.passes.append(CounterfactualPass(owner, self.name, function, slots, strength))
         return bound
 
 
@@ -104,7 +106,15 @@ COUNTERFACTUAL = "counterfactual:"
 class CounterfactualPass:
     """Runs the policy on its counterfactual inputs, before it runs on its own."""
 
-    def __init__(self, owner: str, name: str, function: Callable[[TensorDictBase], Any], slots: list[str]) -> None:
+    def __init__(
+        self,
+        owner: str,
+        name: str,
+        function: Callable[[TensorDictBase], Any],
+        slots: list[str],
+        strength: Strength,
+    ) -> None:
+        self.strength = strength
         self.owner = owner
         self.name = name
         self.function = function
@@ -120,6 +130,9 @@ class CounterfactualPass:
             or (runtime.explaining or "").startswith(COUNTERFACTUAL)
             or all(slot in decided for slot in self.slots)
         ):
+            return
+        if self.strength.off():
+            decided[self.owner] = True  # in this call: the strength may be set before the hooks read it
             return
         rows = data.copy()
         if replay is not None and replay.stored.batch_size == data.batch_size:
@@ -181,6 +194,8 @@ class SubtractionHook:
             runtime.replay.watched[self.slot] = value.clone()
             return None
         other: Tensor | None = (runtime.decided or {}).get(self.slot, None)
+        if other is None and (runtime.decided or {}).get(self.owner, False):
+            return None
         if other is None:
             raise SiteError(
                 f"the module {self.site!r} did not run on the counterfactual inputs, so there is nothing to subtract: "

@@ -131,6 +131,13 @@ class Strength:
     def by_row(self) -> bool:
         return bool(self.conditions) or (self.alpha is not None and self.alpha.by_row)
 
+    def off(self) -> bool:
+        """Whether it acts nowhere, as its strength is the number 0; a traced call does not ask."""
+        alpha = self.alpha
+        if alpha is None or alpha.control is None or torch.compiler.is_compiling():
+            return False
+        return self.runtime.controls[alpha.control].item() == 0
+
     def at(self, value: Tensor, site: str) -> tuple[Tensor | None, Tensor | bool]:
         """The strength (``None`` for an intervention that has none), and where it acts, see :func:`where_it_acts`."""
         alpha: Tensor | None = None
