@@ -92,7 +92,9 @@ class Mismatch:
                 continue
             number = stored.is_floating_point()
             if stored.shape == found.shape and number == found.is_floating_point() and (number or recorded):
-                pairs.append((key, stored.detach(), found.detach().to(stored.dtype)))
+                found = found.detach() if found.requires_grad else found
+                stored = stored.detach() if stored.requires_grad else stored
+                pairs.append((key, stored, found if found.dtype == stored.dtype else found.to(stored.dtype)))
         return pairs
 
     def report(self, data: TensorDictBase) -> None:

@@ -44,7 +44,7 @@ class Layer(NamedTuple):
         keeps: what ``backward`` is given: the layer's ``"input"``, ``"output"``, ``"weight"``, or ``"both"``, input and
             weight.
         stacks: ``backward`` takes several gradients in dimensions before those of the output.
-        fits: whether it is known of a module, as this is set up.
+        fits: of one that does not stack, whether it is known of a module as this is set up.
     """
 
     forward: Callable[[Any, Tensor], Tensor]
@@ -53,6 +53,8 @@ class Layer(NamedTuple):
     stacks: bool = True
     fits: Callable[[Any], bool] | None = None
 
+
+_TENSORS = (nn.Parameter, Tensor)
 
 #: Where a weight is kept.
 _WEIGHTED = ("weight", "both")
@@ -140,20 +142,21 @@ class Record:
         self.pulled: dict[int, tuple[Any, Tensor]] = {}
         self._finite: bool | None = None
         self._steps = steps
-        self._kept: list[Any] = []
-        self._versions: list[int] = []
-        for (forward, _, keeps, *_), module in steps:
+        kept: list[Any] = []
+        versions: list[int] = []
+        for layer, module in steps:
+            keeps = layer.keeps
             if keeps == "input":
-                self._kept.append(x)
-            elif keeps in _WEIGHTED:
+                kept.append(x)
+            elif keeps != "output":
                 weight: Any = module._parameters["weight"]
-                self._kept.append(weight if keeps == "weight" else (x, weight))
+                kept.append(weight if keeps == "weight" else (x, weight))
                 # Before it is used: a learner may change it meanwhile. Those of inference mode do not count.
-                self._versions.append(-1 if weight.is_inference() else weight._version)
-            x = forward(module, x)
+                versions.append(-1 if weight.is_inference() else weight._version)
+            x = layer.forward(module, x)
             if keeps == "output":
-                self._kept.append(x)
-        self.output = x
+                kept.append(x)
+        self.output, self._kept, self._versions = x, kept, versions
 
     def is_finite(self) -> bool:
         """Whether the output surely is."""
@@ -170,12 +173,12 @@ class Record:
             RuntimeError: as autograd does, if a weight was changed since (by a learner in another thread).
         """
         versions = reversed(self._versions)
-        for ((_, backward, keeps, *_), module), kept in zip(reversed(self._steps), reversed(self._kept), strict=True):
-            if keeps in _WEIGHTED:
-                weight = kept if keeps == "weight" else kept[1]
+        for (layer, module), kept in zip(reversed(self._steps), reversed(self._kept), strict=True):
+            if layer.keeps in _WEIGHTED:
+                weight = kept if layer.keeps == "weight" else kept[1]
                 if (version := next(versions)) >= 0 and weight._version != version:
                     raise RuntimeError(f"a weight was {MODIFIED} while its policy was explained")
-            gradient = backward(module, gradient, kept)
+            gradient = layer.backward(module, gradient, kept)
         return gradient
 
     def stacks(self) -> bool:
@@ -326,10 +329,11 @@ def _add_layers(module: nn.Module, x: Tensor, steps: Steps, but_last: bool = Fal
             return False
         if layer.keeps in _WEIGHTED and not _is_plain(own["_parameters"]):
             return False
-        if layer.fits is not None and not layer.fits(child):
-            return False
-        if kind is nn.Flatten and x.ndim == 2 and child.start_dim == 1 and all(one.stacks for one, _ in steps):
-            continue  # the layers before it have kept the dimensions: rows of vectors are handed on
+        if not layer.stacks:
+            if layer.fits is not None and not layer.fits(child):
+                return False
+            if kind is nn.Flatten and x.ndim == 2 and child.start_dim == 1 and all(one.stacks for one, _ in steps):
+                continue  # the layers before it have kept the dimensions: rows of vectors are handed on
         steps.append((layer, child))
     return True
 
@@ -386,9 +390,7 @@ def _has_hook(own: dict[str, Any]) -> bool:
 
 def _is_plain(parameters: dict[str, Any]) -> bool:
     """Whether weight and bias are tensors that are computed from nothing; others have gradients of their own."""
-    if "bias" not in parameters:
+    weight, bias = parameters.get("weight"), parameters.get("bias", parameters)
+    if weight is None or weight.__class__ not in _TENSORS or not weight.is_leaf:
         return False
-    for value in (parameters.get("weight"), parameters["bias"]):
-        if value is not None and not (value.__class__ in (nn.Parameter, Tensor) and value.is_leaf):
-            return False
-    return parameters.get("weight") is not None
+    return bias is None or (bias.__class__ in _TENSORS and bias.is_leaf)
