@@ -17,7 +17,8 @@ class Group:
     Attributes:
         folder: its files, below ``tdhook_rl``.
         sample: how many of its changes are drawn; all, where ``None``.
-        tests: the files whose tests are to notice, and of all examples in docstrings those of the folder.
+        tests: the files whose tests are to notice, and of all examples in docstrings those of the folder; without the
+            conformance kit, which takes longer than all others.
         without: files whose tests need what is not installed with the others.
         elsewhere: functions likewise.
     """
@@ -51,7 +52,7 @@ GROUPS = {
     "attribution": Group("attribution", 150, (
         "test_saliency", "test_integrated_gradients", "test_lrp", "test_lrp_computed_layers", "test_lrp_functions",
         "test_perturbation", "test_cam_and_guided", "test_guided_functions", "test_default_targets",
-        "test_unreached_inputs", "test_oracle_table", "test_methods", "test_wrong_arguments", "test_against_captum",
+        "test_unreached_inputs", "test_oracle_table", "test_wrong_arguments", "test_against_captum",
         "test_recurrent", "test_decisions", "test_nothing_silent", "test_seed_forms", "test_exact_checks",
         "test_small_changes", "test_own_dtype", "test_repeated_modules", "test_missing_rows", "test_in_place",
     )),
