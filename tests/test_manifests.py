@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -87,25 +88,25 @@ DESCRIBED: dict[str, tuple[Any, Any]] = {
     "a count": (7, 7),
     "a number": (0.1, "0.1"),
     "a number that JSON lacks": (float("inf"), "inf"),
-    "a long text": ("x" * 300, "x" * 200),
+    "a long text": ("x" * 300, "x" * 200 + "... #"),
     "a tensor": (X, {"shape": [2, 3], "dtype": "torch.int64", "content": described(X.clone())["content"]}),
     "a list as it lies": ([3, "b", None, "a"], [3, "b", None, "a"]),
-    "a long list": (list(range(300)), list(range(200))),
+    "a long list": (list(range(300)), [*range(200), "... #"]),
     "a set in order": ({"b", "a"}, ["a", "b"]),
     "a mapping": ({1: {"a": 2}}, {"1": {"a": 2}}),
     "options": (_Options(0.5, [1]), {"method": "_Options", "rate": "0.5", "inner": [1]}),
-    "a class of options": (_Options, f"{__name__}._Options"),
-    "a function": (torch.nn.functional.relu, "torch.nn.functional.relu"),
-    "an object of others": (_Plain(), f"<class '{__name__}._Plain'>"),
+    "a class of options": (_Options, f"{__name__}._Options #"),
+    "a function": (torch.nn.functional.relu, "torch.nn.functional.relu #"),
+    "an object of others": (_Plain(), f"{__name__}._Plain #"),
     "an object of ours": (
         GroupSplit("episode", held_out=0.5),
         {"method": "GroupSplit", "groupings": [["episode"]], "held_out": "0.5", "seed": 0},
     ),
-    "what is nested": ([[[[[[[[1]]]]]]]], [[[[[["list"]]]]]]),
+    "what is nested": ([[[[[[[[1]]]]]]]], [[[[[["list #"]]]]]]),
     "options that are nested": (
         _Options(1.0, _Options(1.0, {"a": [{"b": [[1]]}]})),
         {"method": "_Options", "rate": "1.0", "inner": {
-            "method": "_Options", "rate": "1.0", "inner": {"a": [{"b": ["list"]}]}}},
+            "method": "_Options", "rate": "1.0", "inner": {"a": [{"b": ["list #"]}]}}},
     ),
 }  # fmt: skip
 
@@ -114,8 +115,8 @@ DESCRIBED: dict[str, tuple[Any, Any]] = {
 def test_how_the_manifest_describes(kind: str) -> None:
     """So that another option is another analysis, and the same one the same in every process."""
     value, expected = DESCRIBED[kind]
-    assert described(value) == expected
-    json.dumps(described(value))
+    # What is cut, or has code, ends with a number of all of it.
+    assert json.loads(re.sub(r" [0-9a-f]{16}\"", ' #"', json.dumps(described(value)))) == expected
 
 
 def test_tensors_are_described_by_what_they_hold() -> None:
