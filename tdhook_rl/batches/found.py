@@ -9,11 +9,12 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from tdhook_rl.arguments.keys import get_entry
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.provenance import is_stamped, stamp_key
 from tdhook_rl.calls.real_rows import real_rows, without_other_rows
-from tdhook_rl.calls.writing import get_entry, require_room, set_tensor
+from tdhook_rl.calls.writing import require_room, set_tensor
 from tdhook_rl.internals.tensordict_names import has_names, new_unsafe, set_str
 from tdhook_rl.replaying.batching import shallow_copy
 

@@ -12,10 +12,10 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
+from tdhook_rl.arguments.keys import get_entry
 from tdhook_rl.calls.chunks import deciding_rows
 from tdhook_rl.calls.passes import Call, effects_of
 from tdhook_rl.calls.policy import HookedPolicy
-from tdhook_rl.calls.writing import get_entry
 from tdhook_rl.errors import MismatchError, warn
 
 #: How far outputs may differ: batched and single rows differ in the last bits of the format.

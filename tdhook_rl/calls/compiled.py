@@ -14,10 +14,10 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
+from tdhook_rl.arguments.keys import get_entry
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.passes import Call, stored_inputs
 from tdhook_rl.calls.policy import HookedPolicy
-from tdhook_rl.calls.writing import get_entry
 from tdhook_rl.errors import warn
 from tdhook_rl.policies.draws import action_keys, draws, sample_keys
 from tdhook_rl.replaying.traceable import require_traceable

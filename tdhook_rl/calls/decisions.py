@@ -12,9 +12,8 @@ from tensordict.utils import unravel_key
 from torch import Tensor
 from torch import distributions as D
 
-from tdhook_rl.arguments.keys import key_parts
+from tdhook_rl.arguments.keys import get_entry, key_parts
 from tdhook_rl.calls.passes import Pass
-from tdhook_rl.calls.writing import get_entry
 from tdhook_rl.errors import TargetError, nearest, warn
 from tdhook_rl.policies.draws import Draw, meets, sample_keys
 from tdhook_rl.replaying.samples import Drawn, components, is_point

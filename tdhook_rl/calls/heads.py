@@ -20,11 +20,11 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 from torch import distributions as D
 
-from tdhook_rl.arguments.keys import key_parts
+from tdhook_rl.arguments.keys import get_entry, key_parts
 from tdhook_rl.calls.chains import Chain, actor_classes, chain_layers, is_usual, run_chain
 from tdhook_rl.calls.passes import Call, Pass, Slope
 from tdhook_rl.calls.real_rows import surely_finite
-from tdhook_rl.calls.writing import get_entry, set_tensor
+from tdhook_rl.calls.writing import set_tensor
 from tdhook_rl.internals.tensordict_names import new_unsafe
 from tdhook_rl.policies.draws import Draw, draws, sample_keys
 from tdhook_rl.replaying.batching import row_vectors

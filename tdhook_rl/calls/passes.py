@@ -16,11 +16,11 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.arguments.keys import missing
+from tdhook_rl.arguments.keys import get_entry, missing
 from tdhook_rl.calls.chains import Record
 from tdhook_rl.calls.chunks import all_decide
 from tdhook_rl.calls.policy import HookedPolicy
-from tdhook_rl.calls.writing import get_entry, set_entries, set_tensor
+from tdhook_rl.calls.writing import set_entries, set_tensor
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, own_cause
 from tdhook_rl.internals.tensordict_names import has_names, new_unsafe
 from tdhook_rl.policies.draws import given_beside
@@ -77,8 +77,8 @@ class Call:
         self.policy = policy
         self._start = start
         self.data = data
-        told = [*policy._hooked.overwrites, *(record.key for record in policy._hooked.records)]
-        if told and inputs:
+        told = [*policy._hooked.overwrites, *(record.key for record in policy._hooked.records)] if inputs else ()
+        if told:
             # Passes over more rows than the call's read the inputs from here.
             self.data = shallow_copy(data)
             for key in told:

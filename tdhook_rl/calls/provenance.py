@@ -20,9 +20,10 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
+from tdhook_rl.arguments.keys import get_entry
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.real_rows import defined_values, reached_values, row_mask, surely_finite
-from tdhook_rl.calls.writing import get_entry, set_entries
+from tdhook_rl.calls.writing import set_entries
 from tdhook_rl.internals.torch_names import is_any_autocast_enabled
 from tdhook_rl.policies.contents import HeldTensors, versions
 from tdhook_rl.policies.draws import action_keys, draws, sample_keys
@@ -113,21 +114,24 @@ class Provenance:
         """Write the results of one call (masks of schedules among them), which rows are real, and whose they are."""
         if not results:
             return
+        by_root: dict[str, list[Tensor]] = {}
+        stamps = False
+        for (root, *_), value in results.items():
+            if root != "computed":
+                by_root.setdefault(root, []).append(value)
+                stamps = stamps or root in self._more
         # In a compiled graph, and inside vmap, rows are nobody's: what is read of them later is computed again.
         traced = torch.compiler.is_compiling() or policy._hooked.runtime.level >= 0
-        stamps = any(self.marks[key[0]][1] is not None for key in results if key[0] != "computed")
-        trace = self.trace(source) if stamps and not traced and self.note_weights(policy) else None
-        by_root: dict[str, list[Tensor]] = {}
-        for key, value in results.items():
-            if key[0] != "computed":
-                by_root.setdefault(key[0], []).append(value)
-        marks: dict[Key, Tensor] = {}
+        trace = None
+        if stamps and not traced and self.note_weights(policy):
+            trace = self.trace(source)
+        written = dict(results)
         for root, values in by_root.items():
             mask_key, stamped = self.marks[root]
-            marks[mask_key] = mask = self.mask(root, values, source, results.get(mask_key), traced)
+            written[mask_key] = mask = self.mask(root, values, source, results.get(mask_key), traced)
             if stamped is not None:
-                marks[stamped] = mask.to(torch.float32) * 0 if trace is None else self.stamp(root, trace, output)
-        set_entries(output, {**results, **marks})
+                written[stamped] = mask.to(torch.float32) * 0 if trace is None else self.stamp(root, trace, output)
+        set_entries(output, written)
 
     # ------------------------------------------------------------------ weights
 
@@ -148,7 +152,7 @@ class Provenance:
         if self._held is None:
             self._held, self._seen = HeldTensors(policy), None
         held, states = self._held, [] if self._drifts else self._held.buffers
-        seen = versions(held.parameters), versions(states)
+        seen = versions(held.parameters), versions(states) if states else 0
         if seen[0] is None or seen[1] is None:
             return False
         if seen == self._seen and seen[0] >= 0:
@@ -247,12 +251,12 @@ class Provenance:
         explains, methods = self._judged[root]
         if given is not None and not bool(given.any()):
             return given
-        inputs: list[Any] = []
+        inputs: Sequence[Tensor] = ()
         if explains:
-            inputs = [get_entry(source, key) for one in methods for key in one.declared or ()]
-            inputs = [value for value in inputs if isinstance(value, Tensor)]
+            found = [get_entry(source, key) for one in methods for key in one.declared or ()]
+            inputs = [value for value in found if isinstance(value, Tensor)]
         rows = None
-        if traced or not all(surely_finite(value) for value in (*values, *inputs)):
+        if traced or not (all(map(surely_finite, values)) and all(map(surely_finite, inputs))):
             values = reached_values(values, traced) if explains else values
             rows = defined_values([*values, *inputs], source.batch_size, infinite=not explains)
         if rows is None:

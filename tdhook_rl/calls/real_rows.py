@@ -9,7 +9,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.calls.writing import get_entry
+from tdhook_rl.arguments.keys import get_entry
 from tdhook_rl.sites.missing import missing_value
 
 #: Where ``split_trajectories`` and collectors mark the steps that are not padding.

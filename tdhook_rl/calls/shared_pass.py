@@ -15,11 +15,12 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
 
+from tdhook_rl.arguments.keys import get_entry
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.chains import Record, Steps, chain_layers
 from tdhook_rl.calls.passes import Call, Pass, effects_of, recorded, run_root, stored_inputs
 from tdhook_rl.calls.policy import HookedPolicy
-from tdhook_rl.calls.writing import get_entry, set_tensor
+from tdhook_rl.calls.writing import set_tensor
 from tdhook_rl.internals.tensordict_names import new_unsafe
 from tdhook_rl.policies.draws import draws
 from tdhook_rl.policies.memory import same_values

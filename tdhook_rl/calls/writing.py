@@ -10,6 +10,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_non_tensor
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
@@ -75,26 +76,11 @@ def set_tensor(data: TensorDictBase, key: NestedKey, value: Tensor) -> None:
         data.set(key, value)
 
 
-def get_entry(data: TensorDictBase, key: NestedKey) -> Any:
-    """``data.get(key, None)``; a tensor at the top, or one below, without the detour through nested keys."""
-    if type(data) is TensorDict:
-        if type(key) is str:
-            value = get_str(data, key, None)
-            if value is None or type(value) is Tensor:
-                return value
-        elif len(key) == 2:
-            node = get_str(data, key[0], None)
-            if node is None:
-                return None
-            if type(node) is TensorDict:
-                return get_entry(node, key[1])
-    return data.get(key, None)
-
-
 def set_entries(data: TensorDictBase, entries: Mapping[tuple[str, ...], Tensor]) -> None:
     """Set entries; where their shape and device are right, without TensorDict's conversions and checks.
 
-    Entry by entry: setting a nested TensorDict at once costs several times as much.
+    Entry by entry where a root is there already: setting a nested TensorDict at once costs several times as much. A new
+    root is made with all that belongs to it.
     """
     if type(data) is not TensorDict:
         for key, value in entries.items():
@@ -102,22 +88,42 @@ def set_entries(data: TensorDictBase, entries: Mapping[tuple[str, ...], Tensor])
         return
     batch, device = data.batch_size, data.device
     dims = len(batch)
-    nodes: dict[str, TensorDictBase] = {}
+    new: dict[str, dict[str, Tensor]] = {}
+    others: list[tuple[tuple[str, ...], Tensor]] = []
     for key, value in entries.items():
-        node = None
-        if len(key) > 1:
-            node = nodes.get(key[0])
-            if node is None and _may_hold(data, key[0]):
-                node = nodes[key[0]] = _node(data, key[0])
-        fits = type(value) is Tensor and value.shape[:dims] == batch and (device is None or device == value.device)
-        if not fits or (len(key) > 1 and node is None):
-            data.set(key, value)
-        elif node is None:
-            set_str(data, key[0], value, inplace=False, validated=True)
-        elif len(key) == 2 and type(node) is TensorDict:
-            set_str(node, key[1], value, inplace=False, validated=True)
-        else:
+        if type(value) is Tensor and value.shape[:dims] == batch and (device is None or device == value.device):
+            if len(key) == 1:
+                set_str(data, key[0], value, inplace=False, validated=True)
+                continue
+            if len(key) == 2:
+                root = key[0]
+                if root in new:
+                    new[root][key[1]] = value
+                    continue
+                node = get_str(data, root, None)
+                if node is None:
+                    new[root] = {key[1]: value}
+                    continue
+                if type(node) is TensorDict and node.device is None and not node.is_locked:
+                    set_str(node, key[1], value, inplace=False, validated=True)
+                    continue
+        others.append((key, value))
+    if new:
+        names = data.names if has_names(data) else None
+        for root, held in new.items():
+            set_str(data, root, _new_node(held, batch, names), inplace=False, validated=True)
+    for key, value in others:
+        _set_entry(data, key, value)
+
+
+def _set_entry(data: TensorDict, key: tuple[str, ...], value: Tensor) -> None:
+    if len(key) > 1 and _may_hold(data, key[0]):
+        node = _node(data, key[0])
+        fits = value.shape[: data.ndim] == data.batch_size and data.device in (None, value.device)
+        if type(value) is Tensor and fits:
             node.set(key[1:], value)
+            return
+    data.set(key, value)
 
 
 def _may_hold(data: TensorDict, root: str) -> bool:
@@ -143,19 +149,23 @@ def require_room(found: Any, root: str) -> None:
 
 
 def _node(data: TensorDict, root: str) -> TensorDictBase:
-    """The node of a root, one without a device.
-
-    A collector with ``device=`` looks for the policy's outputs by comparing, among others, the mask
-    ``("computed", "cache")`` with the node ``"cache"``, and raises where both have the same device; one that casts
-    and writes to a buffer cannot stack nodes of which only some have a device.
-    """
+    """The node of a root, one without a device (see :func:`_new_node`)."""
     node = get_str(data, root, None)
     if isinstance(node, TensorDictBase):
         if node.device is None and not node.is_locked:
             return node
         node = node.copy().clear_device_()
     else:
-        names = data.names if has_names(data) else None
-        node = new_unsafe({}, batch_size=data.batch_size, names=names)
+        node = _new_node({}, data.batch_size, data.names if has_names(data) else None)
     set_str(data, root, node, inplace=False, validated=True)
     return node
+
+
+def _new_node(held: dict[str, Tensor], batch: torch.Size, names: Sequence[str] | None) -> TensorDict:
+    """A node for entries of the batch size, without a device.
+
+    A collector with ``device=`` looks for the policy's outputs by comparing, among others, the mask
+    ``("computed", "cache")`` with the node ``"cache"``, and raises where both have the same device; one that casts
+    and writes to a buffer cannot stack nodes of which only some have a device.
+    """
+    return new_unsafe(held, batch_size=batch, names=names)

@@ -16,6 +16,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase, is_tensorclass
 from torch import nn
 
+from tdhook_rl.arguments.keys import is_tensordict
 from tdhook_rl.batches.annotating_mixin import AnnotatingMixin
 from tdhook_rl.batches.tensorclasses import call_on_fields
 from tdhook_rl.calls.bound import BoundMethod, observers
@@ -139,7 +140,7 @@ class HookedMixin(AnnotatingMixin, Swapped):
         runtime = self._hooked.runtime
         runtime.require_active()
         runtime.calls += 1
-        if args and not isinstance(args[0], TensorDictBase) and is_tensorclass(args[0]):
+        if args and not is_tensordict(args[0]) and is_tensorclass(args[0]):
             return call_on_fields(self, args[0], args[1:], kwargs)
         tie = self._hooked.tie
         if tie is not None:
@@ -192,7 +193,7 @@ class HookedMixin(AnnotatingMixin, Swapped):
         runtime = self._hooked.runtime
         data = args[0] if args else kwargs.get("tensordict")
         steps = self._hooked.steps
-        if runtime.depth or not steps or not isinstance(data, TensorDictBase):
+        if runtime.depth or not steps or not is_tensordict(data):
             # Called with tensors, the policy answers with its own outputs, as before.
             return run_root(self, forward, args, kwargs)
         lacking = self._hooked.alone and any(data.get(key, None) is None for key in self._hooked_own_in_keys())

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from tensordict import NestedKey
-from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import nn
 
 from tdhook_rl.calls.bound import BoundMethod
@@ -85,6 +85,10 @@ def hooked_clone(
             child.register_forward_hook(DecidedHook(runtime, drawn[child]))
         if writes_by_default(type(child)):
             swap_class(child, WritingMixin)
+    for child in clone.modules():
+        before_the_draw = getattr(child, "det_part", None)  # a sequence over the same modules, which is no submodule
+        if type(before_the_draw) is TensorDictSequential:
+            swap_class(before_the_draw, WritingMixin)
     bound = [one for one in (method.bind(binder) for method in methods) if one is not None]
     binder.place_row_hooks()
     binder.place_state_hooks()
@@ -104,7 +108,10 @@ def hooked_clone(
         wraps=wraps,
         traits=traits,
         trace_risks=trace_risks(clone) if any(map(_may_be_traced, bound)) else [],
-        shares=can_share(clone, traits) and not drawn and chunked_by(clone) is None,
+        shares=any(one.shares_forward for one in steps)
+        and can_share(clone, traits)
+        and not drawn
+        and chunked_by(clone) is None,
         chain=chain_of(clone),
         decider=decider_of(clone),
         reads=binder.reads,

@@ -160,7 +160,7 @@ class Strength:
                 truths = spread(truths.to(value.device), value, one.what if one else self.name, site)
                 acts = truths if acts is True else truths & acts
         if self.recorded and self.runtime.recording:
-            self.runtime.slots[self.ran] = True
+            self.runtime.slots[self.ran] = True if self.conditions else acts
         return alpha, acts
 
     def changed(self, value: Tensor, new: Tensor, site: str) -> Tensor:
@@ -178,6 +178,9 @@ class Strength:
 
     def acted(self, data: TensorDictBase, slots: Mapping[str, Any]) -> Tensor:
         """In a forward that has just run: the rows in which it acted."""
+        ran = slots.get(self.ran)
+        if isinstance(ran, Tensor) and ran.numel() == data.batch_size.numel() and data.device in (None, ran.device):
+            return ran.reshape(data.batch_size)  # as the hook has found it
         alpha = None if self.alpha is None else self.alpha.in_call(data, slots)
         if self.ran not in slots or (alpha is None and self.alpha is not None):
             return torch.zeros(data.batch_size, dtype=torch.bool, device=data.device)

@@ -66,28 +66,31 @@ class AttributeSync:
         """
         if self._changed():
             self._follow_attributes()
-        for (index, name), inside in list(self._inside.items()):
-            if inside.changed():
-                self._hand_on(index, name)
+        if self._inside:
+            for (index, name), inside in list(self._inside.items()):
+                if inside.changed():
+                    self._hand_on(index, name)
 
     def _changed(self) -> bool:
         """Whether an attribute was set, removed or added, or a module replaced. Asked at every call, so it is brief."""
-        if self._children != self._children_then or [len(theirs) for theirs in self._theirs] != self._counts:
+        if self._children != self._children_then:
             return True
         try:
-            return any(read(theirs) != then for theirs, read, then in self._values)
+            for theirs, count, read, then in self._values:
+                if len(theirs) != count or (read is not None and read(theirs) != then):
+                    return True
         except Exception:  # one is gone, or two different tensors have no one answer
             return True
+        return False
 
     def _note_values(self) -> None:
         """Note of each module how many attributes it has, and the values of those that are not torch's own."""
-        self._counts = [len(then) for then in self._then]
-        self._values: list[tuple[dict[str, Any], Callable[[Any], Any], Any]] = []
+        self._values: list[tuple[dict[str, Any], int, Callable[[Any], Any] | None, Any]] = []
         for theirs, then in zip(self._theirs, self._then, strict=True):
             names = [name for name in then if name not in INTERNAL]
-            if names:
-                read = itemgetter("training", *names)  # of two or more it makes a tuple, which compares by identity
-                self._values.append((theirs, read, read(then)))
+            # Of two names or more it makes a tuple, which compares by identity first.
+            read = itemgetter("training", *names) if names else None
+            self._values.append((theirs, len(then), read, None if read is None else read(then)))
 
     def _follow_attributes(self) -> None:
         for path, children, then in zip(self._paths, self._children, self._children_then, strict=True):

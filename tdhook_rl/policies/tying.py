@@ -131,7 +131,7 @@ class Tie:
 
     def holds_buffers(self) -> bool:
         """Whether the clone holds the buffers of the original; it does not while a loss lends it others."""
-        return all(mapping_is(own, theirs) for own, theirs, _ in self._buffers)
+        return not self._buffers or all(mapping_is(own, theirs) for own, theirs, _ in self._buffers)
 
     def hand_on_buffers(self) -> None:
         """After a forward of the clone that started with the original's buffers: give the original the new ones."""
@@ -162,7 +162,7 @@ class Tie:
     def check(self, clone: nn.Module) -> None:
         """Raise :class:`TieError` if the original was given other tensors; warn if train/eval differ."""
         # While a loss runs, another thread may see the original with target weights swapped in.
-        if threading.current_thread() is not threading.main_thread():
+        if threading.get_ident() != threading.main_thread().ident:
             return
         if self._renewed:
             self._take_buffers()

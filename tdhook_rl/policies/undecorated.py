@@ -1,4 +1,4 @@
-"""The forwards of tensordict's modules without their decorators, where these only take time.
+"""Forwards without tensordict's decorators, where these only take time.
 
 One decorator makes a TensorDict of loose tensors, one skips what is there already. Called with a TensorDict, and unless
 existing entries are skipped, they do nothing, for as long as a small layer takes.
@@ -6,39 +6,38 @@ existing entries are skipped, they do nothing, for as long as a small layer take
 
 from __future__ import annotations
 
-import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
-from tensordict.nn import (
-    ProbabilisticTensorDictModule,
-    ProbabilisticTensorDictSequential,
-    TensorDictModule,
-    TensorDictSequential,
-    skip_existing,
-)
+from tensordict.nn import TensorDictModule, skip_existing
 
-_BARE: dict[Callable[..., Any], Callable[..., Any]] = {
-    cls.forward: inspect.unwrap(cls.forward)
-    for cls in (
-        TensorDictModule,
-        TensorDictSequential,
-        ProbabilisticTensorDictModule,
-        ProbabilisticTensorDictSequential,
-    )
-}
+from tdhook_rl.arguments.keys import is_tensordict
+
+#: The code of the two decorators, which all functions share that are decorated by them.
+_DISPATCH: types.CodeType = TensorDictModule.forward.__code__
+_SKIP: types.CodeType = TensorDictModule.forward.__wrapped__.__code__  # type: ignore[attr-defined]
+
+
+def _bare(forward: Any) -> Any:
+    """What is below the decorators."""
+    while isinstance(forward, types.FunctionType):
+        code = forward.__code__
+        if code is not _DISPATCH and code is not _SKIP:  # a set would hash all of a code object
+            break
+        forward = forward.__wrapped__  # type: ignore[attr-defined]
+    return forward
 
 
 def is_decorated(forward: Callable[..., Any]) -> bool:
-    """Whether a forward is one of tensordict's own."""
-    return forward in _BARE
+    """Whether a forward has these decorators."""
+    return _bare(forward) is not forward
 
 
 def undecorated(forward: Callable[..., Any], args: tuple) -> Callable[..., Any]:
     """The same forward for these arguments, without its decorators where they have nothing to do."""
-    bare = _BARE.get(forward)
-    if bare is None or not args or not isinstance(args[0], TensorDictBase):
+    bare = _bare(forward)
+    if bare is forward or not args or not is_tensordict(args[0]):
         return forward
     return forward if torch.compiler.is_compiling() or skip_existing() else bare

@@ -10,6 +10,7 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, set_interaction_type
 from torch import Tensor, nn
 
+from tdhook_rl.arguments.keys import is_tensordict
 from tdhook_rl.errors import InputError
 from tdhook_rl.policies.draws import Draw, sample_keys
 from tdhook_rl.policies.undecorated import undecorated
@@ -38,7 +39,7 @@ class ReplayMixin(Swapped):
         replay: Replay | None = runtime.replay
         data = args[0] if args else kwargs.get("tensordict")
         start: Start | None = runtime.start
-        if replay is None or not isinstance(data, TensorDictBase):
+        if replay is None or not is_tensordict(data):
             output = self._hooked_draws(args, kwargs)
             if start is not None:
                 start.note_draw(self)

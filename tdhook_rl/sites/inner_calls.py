@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictParams, TensorDictSequential
 from torch import nn
 
+from tdhook_rl.arguments.keys import is_tensordict
 from tdhook_rl.errors import InputError
 from tdhook_rl.sites.runtime import Runtime, vmap_level
 
@@ -25,7 +25,7 @@ class _InnerHook:
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         data = args[0] if args else kwargs.get("tensordict")
-        known = isinstance(data, TensorDictBase) and vmap_level() == self.runtime.level
+        known = is_tensordict(data) and vmap_level() == self.runtime.level
         self.runtime.inner = (*self.runtime.inner, data.batch_size if known else None)  # type: ignore[union-attr]
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:

@@ -17,7 +17,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.arguments.callbacks import asked
-from tdhook_rl.arguments.keys import missing
+from tdhook_rl.arguments.keys import get_entry, is_tensordict, missing
 from tdhook_rl.errors import InputError
 from tdhook_rl.internals.functorch_names import is_batchedtensor
 from tdhook_rl.sites.hooks import Portable
@@ -120,15 +120,18 @@ class RowHook:
 
     def before(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         data = args[0] if args else kwargs.get("tensordict")
-        if not isinstance(data, TensorDictBase):
+        if not is_tensordict(data):
             return
         rows = self.runtime.rows
         for key in self.keys:
-            value = data.get(key, None)
+            value = get_entry(data, key)
             if value is None:
                 remedy = ". Set it on every step: StepCounter() counts steps, a TensorDictPrimer adds any key"
                 raise missing(data, key, "a steered policy reads the per-row key", remedy)
-            if key in self.finite and key not in rows:
+            known = rows.get(key)
+            if known is value:
+                continue
+            if key in self.finite and known is None:
                 require_finite(value, f"the per-row key {key!r}")
             rows[key] = entry_rows(value, module, self.runtime)
         self.decide(module, args, kwargs)
@@ -136,20 +139,21 @@ class RowHook:
     def decide(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Ask the functions, unless they were asked in this call."""
         runtime, data = self.runtime, args[0] if args else kwargs.get("tensordict")
-        if not (self.functions or self.recorded) or not isinstance(data, TensorDictBase):
+        if not (self.functions or self.recorded) or not is_tensordict(data):
             return
         if runtime.decided is None:  # a module of the policy is called by itself
             runtime.decided = {}
         decided, replay, batch = runtime.decided, runtime.replay, data.batch_size
         known = decided.get("rows")
-        if known is None and replay is not None and not replay.is_forward:
+        if known is not None:
+            layout = module._hooked_layout
+            if known.numel() == batch.numel() or (layout is not None and layout.mapped is not None):  # type: ignore[union-attr]
+                return
+        elif replay is not None and not replay.is_forward:
             for key, slot in self.recorded:
                 value = data.get(key, None)
                 if value is not None:
                     decided[slot] = value
-        hidden = module._hooked_layout is not None and module._hooked_layout.mapped is not None  # type: ignore[union-attr]
-        if known is not None and (hidden or known.numel() == batch.numel()):
-            return
         decided["rows"] = batch
         source = data if replay is None or replay.stored.batch_size != batch else replay.stored
         for one in self.functions:

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey
 from torch import Tensor
 
+from tdhook_rl.arguments.keys import is_tensordict
 from tdhook_rl.errors import InactiveError, SiteError
 from tdhook_rl.internals.functorch_names import (
     are_transforms_active,
@@ -119,7 +120,7 @@ class Runtime:
         """
         data = args[0] if args else kwargs.get("tensordict")
         previous = self.level, self.batch, self.runs, self.time, self.source, self.decided
-        batch = data.batch_size if isinstance(data, TensorDictBase) else None
+        batch = data.batch_size if is_tensordict(data) else None
         if root or self.decided is None or batch != self.batch:
             self.decided = {}
         self.source = data

@@ -30,6 +30,8 @@ def placed_shape(
     Raises:
         InputError: if it does not fit, or if nothing says which dimension it is for.
     """
+    if runtime.batch is not None and value.shape == runtime.batch + vector:
+        return vector  # what it mostly is, found at once
     dims, count = feature_dims(value, runtime.batch), len(vector)
     features = value.shape[value.ndim - dims :]
     if vector == features:
