@@ -29,7 +29,9 @@ def in_dtype(given: Tensor, value: Tensor, what: str, site: str, *, factor: bool
         InputError: if the dtype does not hold them: fractions or negative numbers among whole ones, imaginary ones
             among real ones, what is beyond its largest number, or (of a factor) none that is not below its smallest.
     """
-    dtype = torch.int64 if factor and is_whole(value) else value.dtype
+    dtype = value.dtype
+    if factor and not dtype.is_floating_point and is_whole(value):
+        dtype = torch.int64
     if given.dtype is dtype:
         return given if given.is_cpu and value.is_cpu else given.to(value.device)
     what, remedy = f"{what} at {site!r}", "name a module that gives numbers of that kind, or give such as it holds"
