@@ -16,6 +16,7 @@ from torch import Tensor
 from tdhook_rl.errors import InputError
 from tdhook_rl.sites.containers import first_input
 from tdhook_rl.sites.inner_calls import require_whole_batch, step_of_batch
+from tdhook_rl.sites.numbers import in_dtype
 from tdhook_rl.sites.paths import Run
 from tdhook_rl.sites.repeats import added, part_of, several_runs
 from tdhook_rl.sites.rows import as_leaf, rows_of, with_rows
@@ -182,4 +183,5 @@ class ChangeHook:
             raise InputError(
                 f"what changes {self.site!r} is given rows of shape {tuple(rows.shape)} and returned {got}"
             )
+        changed = in_dtype(changed, rows, "what a method puts in", self.site)
         return with_rows(output, changed, module, disguise)
