@@ -22,7 +22,7 @@ faults: $(READY)
 	$(BIN)/python -m pytest -m faults tests/faults
 	$(BIN)/python -m tests.faults
 
-# Small changes of the code, and whether a test notices: some hours. It goes on where it was stopped.
+# Small changes of the code, and whether a test notices: two hours on one core. It goes on where it was stopped.
 mutants: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt coverage
 	$(BIN)/python -m tests.mutation
