@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torch import nn
 
 from tdhook_rl import Saliency, targets
@@ -30,6 +31,7 @@ from tdhook_rl.replay import (
     to_parquet,
 )
 from tdhook_rl.replay.columns import plain
+from tdhook_rl.replay.results import Results
 from tdhook_rl.rollout import GroupSplit
 
 ROWS = 40
@@ -191,19 +193,18 @@ def test_a_hooked_policy_is_probed_as_the_plain_one() -> None:
         found = probe_grid(hooked, rows, **options)
     told: list[tuple[str, int, int]] = []
     # Shuffled labels are dealt out alike, however many rows are read at once.
-    plainly = probe_grid(hooked_root(net), rows, **options, batch_size=64, progress=lambda *one: told.append(one))
+    plainly = probe_grid(
+        TensorDictModule(net, ["input"], ["output"]),
+        rows,
+        **options,
+        batch_size=64,
+        progress=lambda *one: told.append(one),
+    )
     assert found.json() == plainly.json()
     held = int(GroupSplit("episode")(rows)[1].sum())
     ends = {what: (done, size) for what, done, size in told}
     assert ends == {"reading labels": (200, 200), "fitting": (200 - held,) * 2, "scoring": (held, held)}
     assert [done for what, done, _ in told if what == "reading labels"] == [64, 128, 192, 200]
-
-
-def hooked_root(net: nn.Module) -> nn.Module:
-    """The policy that `prepare` makes of a plain module."""
-    from tensordict.nn import TensorDictModule
-
-    return TensorDictModule(net, in_keys=["input"], out_keys=["output"])
 
 
 # ------------------------------------------------------------------ features over episodes
@@ -303,6 +304,61 @@ def test_what_is_done_of_an_analysis_answers_questions(tmp_path: Path) -> None:
     assert frame(tmp_path, rows)["buffer_index"].tolist() == list(range(15))
     best = episodes(rows, tmp_path, k=4)
     assert [int(one.data["computed", "attr"].sum()) for one in best] == [10, 5, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"rows": [-300, -1]}, [0, 299]),
+        ({"rows": torch.tensor([200, 7], dtype=torch.uint8)}, [7, 200]),
+        ({"rows": torch.tensor([299, 7], dtype=torch.int16)}, [7, 299]),
+        ({"rows": slice(290, None, 4), "fraction": 1e-9}, None),
+        ({"rows": range(3), "fraction": 1.0}, [0, 1, 2]),
+    ],
+)
+def test_choices_at_the_edges(options: dict[str, Any], expected: list[int] | None, tmp_path: Path) -> None:
+    """The first by its number from the end, numbers that a byte holds, a share that is less than one entry."""
+    rows = TensorDict({"x": torch.randn(300, 2)}, [300])
+    told: list[tuple[int, int]] = []
+    with Saliency(target=targets.logit(0)).prepare(nn.Linear(2, 2), in_keys=["x"], out_keys=["logits"]) as hooked:
+        found = analyze(hooked, rows, tmp_path, progress=lambda *one: told.append(one), **options)["index"].tolist()
+    assert found == expected if expected is not None else len(found) == 1 and found[0] in (290, 294, 298)
+    assert (told[0], told[-1]) == ((0, len(found)), (len(found), len(found)))
+
+
+def test_an_analysis_of_one_entry_that_is_done_is_read_and_no_file_stays_open(tmp_path: Path) -> None:
+    results = Results.create(tmp_path, TensorDict({"x": torch.zeros(1)}, [1]), 100, {})
+    results.write(0, TensorDict({"x": torch.zeros(1)}, [1]))
+    results.sync()
+    assert len(load_results(tmp_path, partial=True)) == 1
+    if (descriptors := Path("/proc/self/fd")).exists():
+        before = len(list(descriptors.iterdir()))
+        for entry in range(1, 100):
+            results.write(entry, TensorDict({"x": torch.ones(1)}, [1]))
+        assert len(list(descriptors.iterdir())) == before
+
+
+def test_a_byte_of_a_table_that_changed_is_an_error(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    path = to_parquet(TensorDict({"x": torch.rand(2000, 3)}, [2000]), tmp_path / "x.parquet")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError):
+        load_parquet(path)
+
+
+@pytest.mark.parametrize("shape", [(40,), (8, 5), (4, 2, 5)])
+def test_rows_of_entries_of_any_shape(shape: tuple[int, ...]) -> None:
+    """With their results beside them, whichever key of these comes first."""
+    rows, value = _episodes().exclude("next").reshape(shape), torch.rand(ROWS, 2)
+    index = torch.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
+    results = TensorDict({"index": index, "attr": {"x": value.reshape(*shape, 2)}}, shape)
+    found = rows_where(rows, lambda part: part["observation"][:, 0] > 30, results, batch_size=7)
+    assert found["index"].tolist() == list(range(16, ROWS))
+    assert torch.equal(found["attr", "x"], value[16:])
+    with pytest.raises(InputError, match="give the buffer that was analysed"):
+        rows_where(rows, lambda part: part["observation"][:, 0] > 0, results.set("index", index + 1))
 
 
 # ------------------------------------------------------------------ what is meant where nothing is said
