@@ -193,13 +193,8 @@ def test_a_hooked_policy_is_probed_as_the_plain_one() -> None:
         found = probe_grid(hooked, rows, **options)
     told: list[tuple[str, int, int]] = []
     # Shuffled labels are dealt out alike, however many rows are read at once.
-    plainly = probe_grid(
-        TensorDictModule(net, ["input"], ["output"]),
-        rows,
-        **options,
-        batch_size=64,
-        progress=lambda *one: told.append(one),
-    )
+    plain_one = TensorDictModule(net, ["input"], ["output"])
+    plainly = probe_grid(plain_one, rows, **options, batch_size=64, progress=lambda *one: told.append(one))
     assert found.json() == plainly.json()
     held = int(GroupSplit("episode")(rows)[1].sum())
     ends = {what: (done, size) for what, done, size in told}
