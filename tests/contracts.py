@@ -15,8 +15,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from tensordict import TensorDict
-from tensordict.nn import TensorDictModule, TensorDictParams, TensorDictSequential
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import (
+    ProbabilisticTensorDictModule,
+    TensorDictModule,
+    TensorDictModuleBase,
+    TensorDictParams,
+    TensorDictSequential,
+    dispatch,
+    set_skip_existing,
+)
 from torch import nn
 
 from tdhook_rl.internals import python_names, tensordict_names
@@ -224,6 +232,31 @@ def calls_of_a_module() -> None:
     assert [names.has_options(one) for one in (plain, by_name, padded)] == [False, True, True]
     chosen = TensorDictSequential(plain, TensorDictModule(nn.Linear(2, 2), ["b"], ["c"]), selected_out_keys=["c"])
     assert [names.selects(one) for one in (TensorDictSequential(plain), chosen)] == [False, True]
+
+
+@contract("tensordict_names", "DISPATCH", "SKIP")
+def code_of_decorators() -> None:
+    class Doubles(TensorDictModuleBase):
+        in_keys = out_keys = ("x",)
+
+        @dispatch(auto_batch_size=False)
+        def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+            return tensordict.set("x", 2 * tensordict["x"])
+
+    assert Doubles.forward.__code__ is tensordict_names.DISPATCH
+    assert Doubles.forward.__wrapped__.__code__ not in (tensordict_names.DISPATCH, tensordict_names.SKIP)
+    for kind in (TensorDictModule, TensorDictSequential, ProbabilisticTensorDictModule):
+        dispatching, skipping = kind.forward, kind.forward.__wrapped__
+        assert dispatching.__code__ is tensordict_names.DISPATCH, kind
+        assert skipping.__code__ is tensordict_names.SKIP, kind
+        assert not hasattr(skipping.__wrapped__, "__wrapped__"), kind
+    module = TensorDictModule(nn.Identity(), in_keys=["x"], out_keys=["y"])
+    skipping = TensorDictModule.forward.__wrapped__
+    with set_skip_existing(True):
+        found = skipping(module, TensorDict({"x": torch.zeros(2), "y": torch.ones(2)}, 2))
+        assert bool(found["y"].all())  # it was skipped, and that is what this decorator is for
+        found = skipping.__wrapped__(module, TensorDict({"x": torch.zeros(2), "y": torch.ones(2)}, 2))
+    assert not bool(found["y"].any())
 
 
 @contract("tensordict_names", "file_stem")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import (
+    InteractionType,
     ProbabilisticTensorDictModule,
     TensorDictModule,
     TensorDictModuleBase,
@@ -17,6 +18,8 @@ from tensordict.nn import (
 from tensordict.nn import ProbabilisticTensorDictSequential as Sequence
 from torch import nn
 from torch.distributions import Categorical
+from torchrl.data import Categorical as Categories
+from torchrl.modules import ProbabilisticActor, QValueActor
 
 from tdhook_rl import Saliency, SteeringVectors, targets
 
@@ -40,6 +43,23 @@ POLICIES: dict[str, Callable[[], TensorDictModuleBase]] = {
         TensorDictSequential(layer("observation", "a"), layer("a", "hidden")), layer("hidden", "logits", 3)
     ),
     "actor": lambda: Sequence(layer("observation", "hidden"), layer("hidden", "logits", 3), draw()),
+    "TorchRL's actor": lambda: ProbabilisticActor(
+        TensorDictSequential(layer("observation", "hidden"), layer("hidden", "logits", 3)),
+        in_keys=["logits"],
+        distribution_class=Categorical,
+        return_log_prob=True,
+    ),
+    "TorchRL's actor, that draws": lambda: ProbabilisticActor(
+        layer("observation", "logits", 3),
+        in_keys=["logits"],
+        distribution_class=Categorical,
+        return_log_prob=True,
+        default_interaction_type=InteractionType.RANDOM,
+    ),
+    "TorchRL's actor without log-probabilities": lambda: ProbabilisticActor(
+        layer("observation", "logits", 3), in_keys=["logits"], distribution_class=Categorical
+    ),
+    "Q-policy": lambda: QValueActor(layer("observation", "action_value", 3), spec=Categories(3)),
     "actor over a sequence": lambda: Sequence(
         TensorDictSequential(layer("observation", "hidden"), layer("hidden", "logits", 3)), draw()
     ),
@@ -74,8 +94,8 @@ def test_loose_tensors_are_dispatched_as_by_the_policy_itself(name: str) -> None
     torch.manual_seed(0)
     policy = POLICIES[name]()
     observation = torch.randn(ROWS, 4)
-    linear = next(path for path, module in policy.named_modules() if isinstance(module, nn.Linear))
-    with SteeringVectors({linear: torch.zeros(4)}, alpha=0.0).prepare(policy) as hooked:
+    path, linear = next((path, one) for path, one in policy.named_modules() if isinstance(one, nn.Linear))
+    with SteeringVectors({path: torch.zeros(linear.out_features)}, alpha=0.0).prepare(policy) as hooked:
         for call in (lambda one: one(observation), lambda one: one(observation=observation)):
             torch.manual_seed(1)
             expected = call(policy)

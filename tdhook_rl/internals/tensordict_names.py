@@ -30,6 +30,12 @@ WRITE = "_write_to_tensordict"
 #: What a call of a ``TensorDictModule`` passes: where all are its own, it does what tensordict says and nothing else.
 CALL_METHODS = ("forward", "_call_module", WRITE, "__call__")
 
+#: The code of ``dispatch``, which all forwards share that are decorated by it: nothing else tells which are.
+DISPATCH = TensorDictModule.forward.__code__
+
+#: The code of the decorator below it, which skips existing entries.
+SKIP = TensorDictModule.forward.__wrapped__.__code__  # type: ignore[attr-defined]
+
 
 def file_stem(key: str) -> str:
     """The name without its ending of the file that ``memmap`` writes of an entry: nothing public says where a key lies

@@ -23,7 +23,7 @@ from tdhook_rl.internals.dynamo_names import is_compiled
 from tdhook_rl.internals.tensordict_names import params_with
 from tdhook_rl.policies.attribute_sync import AttributeSync
 from tdhook_rl.policies.memory import memory_of
-from tdhook_rl.policies.mutable_state import INTERNAL, find_state
+from tdhook_rl.policies.mutable_state import INTERNAL, MutableState, find_state
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -58,7 +58,7 @@ def tied_clone(module: M) -> M:
             continue
         if any(memory_of(one) in places for one in value.values(True, True)):
             memo[id(value)] = value.clone(recurse=False)  # a TensorDict copies its tensors past the memo
-    detach_graphs(module, memo)
+    _detach_graphs(held, memo)
     seeds = dict(memo)
     try:
         clone = copy.deepcopy(module, memo)
@@ -85,7 +85,11 @@ def detach_graphs(module: nn.Module, memo: dict[int, Any]) -> None:
 
     No tensor with a graph can be deep-copied, in whatever container it is kept.
     """
-    for tensor, _, _ in find_state(list(module.named_modules())).tensors:
+    _detach_graphs(find_state(list(module.named_modules())), memo)
+
+
+def _detach_graphs(held: MutableState, memo: dict[int, Any]) -> None:
+    for tensor, _, _ in held.tensors:
         if tensor.grad_fn is not None and id(tensor) not in memo:
             memo[id(tensor)] = tensor.detach().clone()
 

@@ -11,20 +11,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tensordict.nn import TensorDictModule, skip_existing
+from tensordict.nn import skip_existing
 
 from tdhook_rl.arguments.keys import is_tensordict
-
-#: The code of the two decorators, which all functions share that are decorated by them.
-_DISPATCH: types.CodeType = TensorDictModule.forward.__code__
-_SKIP: types.CodeType = TensorDictModule.forward.__wrapped__.__code__  # type: ignore[attr-defined]
+from tdhook_rl.internals.tensordict_names import DISPATCH, SKIP
 
 
 def _bare(forward: Any) -> Any:
     """What is below the decorators."""
     while isinstance(forward, types.FunctionType):
         code = forward.__code__
-        if code is not _DISPATCH and code is not _SKIP:  # a set would hash all of a code object
+        if code is not DISPATCH and code is not SKIP:  # a set would hash all of a code object
             break
         forward = forward.__wrapped__  # type: ignore[attr-defined]
     return forward
