@@ -18,7 +18,9 @@ from tdhook_rl.arguments.keys import get_entry
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.passes import Call, stored_inputs
 from tdhook_rl.calls.policy import HookedPolicy
+from tdhook_rl.calls.writing import set_tensor
 from tdhook_rl.errors import warn
+from tdhook_rl.internals.tensordict_names import new_unsafe
 from tdhook_rl.policies.draws import action_keys, draws, sample_keys
 from tdhook_rl.replaying.traceable import require_traceable
 from tdhook_rl.sites.classes import own_code
@@ -46,6 +48,7 @@ class Compiled:
         self._function: Callable[..., Any] | None = None
         self._failed = False
         self._said: set[str] = set()
+        self._samples: list[NestedKey] | None = None  # what the policy draws
         self._shapes: set[tuple[Any, ...]] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -82,8 +85,9 @@ class Compiled:
         require_traceable(policy, policy._hooked.trace_risks)
         if self._function is None:
             self._function = torch.compile(_traced(policy, self._method, call), fullgraph=True, **self._options)
-        data = self._read(call)
-        shape = tuple((key, value.shape, value.dtype) for key, value in data.items(True, True))
+        read = self._read(call)
+        shape = tuple((key, value.shape, value.dtype) for key, value in read.items())
+        data = TensorDict(read, batch_size=call.batch_size)  # type: ignore[arg-type]
         is_new = shape not in self._shapes
         started = time.perf_counter()
         with torch.no_grad():
@@ -92,7 +96,9 @@ class Compiled:
             self._shapes.add(shape)
             self._say(time.perf_counter() - started)
         if outputs and not call.in_step:
-            call.replayed = TensorDict(outputs, batch_size=call.batch_size)
+            call.replayed = new_unsafe({}, batch_size=call.batch_size)
+            for key, value in outputs.items():
+                set_tensor(call.replayed, key, value)
         return results
 
     def _say(self, seconds: float) -> None:
@@ -103,16 +109,17 @@ class Compiled:
         self.seconds += seconds
         torchrl.logger.info(f"{self._name}(compile=...): compiling for rows of this shape took {seconds:.1f} s")
 
-    def _read(self, call: Call) -> TensorDictBase:
+    def _read(self, call: Call) -> dict[NestedKey, Tensor]:
         """What the passes read of the call: all, where a function of the user's may."""
         policy = call.policy
         keys: list[NestedKey] = [*policy._hooked_read_keys(), *self._method.reads, *action_keys(policy.policy_out_keys)]
-        keys += [key for child in policy.modules() if draws(child) for key in sample_keys(child)]
+        if self._samples is None:  # to list modules takes as long as a small pass
+            self._samples = [key for child in policy.modules() if draws(child) for key in sample_keys(child)]
+        keys += self._samples
         if getattr(self._method, "reads_inputs", True):
             keys += [key for key in call.data.keys(True, True) if key not in keys]
         entries = {key: get_entry(call.data, key) for key in dict.fromkeys(keys)}
-        given = {key: value for key, value in entries.items() if isinstance(value, Tensor)} | call.inputs
-        return TensorDict(given, batch_size=call.batch_size)
+        return {key: value for key, value in entries.items() if isinstance(value, Tensor)} | call.inputs
 
 
 def _needs_no_graph(call: Call) -> str | None:
