@@ -76,6 +76,8 @@ def _shared_inputs(question: Question) -> dict[NestedKey, Tensor]:
 
 def _pays(call: Call, copies: int) -> bool:
     traits = call.policy._hooked.traits
+    if call.in_step:  # which gives a copy of the policy, that cannot explain its forward itself, the same bits
+        return False
     if traits.convolutional or traits.read_trajectories(call.policy) or not call.batch_size.numel():
         return False
     return call.batch_size.numel() * copies * traits.weights <= WORK
