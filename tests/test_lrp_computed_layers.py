@@ -100,10 +100,17 @@ def test_norms_of_old(wrap: Callable) -> None:
 
 
 def test_a_layer_whose_forward_was_replaced() -> None:
-    layer = patched().double()
+    layer, x = patched().double(), torch.randn(4, W, dtype=F64)
     layer.bias.data.zero_()
     net = nn.Sequential(layer, nn.ReLU(), nn.Linear(W, 2, bias=False)).double()
-    assert gap(net, torch.randn(4, W, dtype=F64)) < 1e-9
+    assert gap(net, x) < 1e-9
+    twin = nn.Sequential(nn.Linear(W, W, bias=False), nn.ReLU(), net[2]).double()
+    twin[0].weight.data = layer.weight.data * torch.arange(1, W + 1)
+    found = []
+    for one in (net, twin):
+        with LRP(rule_mapper=exact()).prepare(one) as hooked:
+            found.append(hooked(TensorDict({"input": x}, batch_size=4))["attr", "input"])
+    torch.testing.assert_close(*found)
 
 
 def test_rules_that_look_at_weights_need_the_layer_to_compute_with_them() -> None:

@@ -11,8 +11,9 @@ import json
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
-from tests.mutation.harness import MOST, Noted, note, outcomes, warm_up
+from tests.mutation.harness import MOST, AllOf, Noted, note, outcomes, warm_up
 from tests.mutation.mutators import Mutant, mutants_of
 from tests.mutation.plan import GROUPS, ROOT
 from tests.reliability_page import put
@@ -60,22 +61,23 @@ def main() -> None:
 
 def _try_all(name: str, out: Path, seed: int, asked: argparse.Namespace) -> None:
     log = out / f"{name}.jsonl"
-    mutants = chosen(name, seed)
+    mutants = _sample(name, log, seed)
+    drawn = {one.name for one in mutants}
     if not asked.summary:
         tests = out / f"{name}_tests.json"
-        if not tests.exists():
+        if not asked.files and not tests.exists():
             note(GROUPS[name], tests)
-        noted = Noted(tests, asked.seconds)
+        noted = AllOf(asked.files) if asked.files else Noted(tests, asked.seconds)
         for entry in _entries(log):
-            if entry["test"]:
+            if entry.get("test"):
                 noted.noticing.add(entry["name"], entry["test"])
         start = time.monotonic()
 
         def tell(mutant: Mutant, found: str, test: str) -> None:
             nonlocal start
             now = time.monotonic()
-            entry = {"name": mutant.name, "of": mutant.of, "outcome": found, "test": test, "seed": seed,
-                     "seconds": round(now - start, 1)}  # fmt: skip
+            entry = {"name": mutant.name, "of": mutant.of, "outcome": found, "test": test,
+                     "drawn": mutant.name in drawn, "seconds": round(now - start, 1)}  # fmt: skip
             start = now
             with log.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
@@ -87,7 +89,7 @@ def _try_all(name: str, out: Path, seed: int, asked: argparse.Namespace) -> None
         wanted = among if asked.only else [one for one in among if one.name not in known]
         if asked.again:
             wanted = [one for one in among if known.get(one.name, ("killed",))[-1] not in NOTICED]
-        outcomes(GROUPS[name], wanted, noted, tell, asked.files)
+        outcomes(GROUPS[name], wanted, noted, tell)
         for one in wanted if asked.only else []:
             print(_known(log, [one])[one.name][-1], one.name)
     counts = Counter(endings[-1] for endings in _known(log, mutants).values())
@@ -101,7 +103,7 @@ def report(out: Path, seed: int) -> str:
     rows = [heads, ["---", *["--:"] * (len(heads) - 1)]]
     left: list[str] = []
     for name, group in GROUPS.items():
-        sample = chosen(name, seed)
+        sample = _sample(name, out / f"{name}.jsonl", seed)
         known = _known(out / f"{name}.jsonl", sample)
         missed = [one for one in sample if one.name in known and known[one.name][-1] not in NOTICED]
         tried = max(1, len(known))
@@ -122,7 +124,14 @@ def report(out: Path, seed: int) -> str:
     return f"{table}\n\n*`make mutants`, {when}, seed {seed}.*\n\n### What no test notices\n\n{listed}"
 
 
-def _entries(log: Path) -> list[dict[str, str]]:
+def _sample(name: str, log: Path, seed: int) -> list[Mutant]:
+    """What is drawn now, and what was before: the code may have been another then, or the seed."""
+    now = chosen(name, seed)
+    before = {entry["name"] for entry in _entries(log) if entry.get("drawn", True)} - {one.name for one in now}
+    return [*now, *(one for one in changes(name) if one.name in before)]
+
+
+def _entries(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 

@@ -205,7 +205,7 @@ class Noted:
         return chosen
 
 
-class _All(Noted):
+class AllOf(Noted):
     """All tests of some files, whatever they run."""
 
     def __init__(self, files: Sequence[str]) -> None:
@@ -223,15 +223,9 @@ Functions = dict[tuple[str, int], list[types.FunctionType]]
 Told = Callable[[Mutant, str, str], None]
 
 
-def outcomes(group: Group, mutants: list[Mutant], noted: Noted, tell: Told, files: Sequence[str] = ()) -> None:
+def outcomes(group: Group, mutants: list[Mutant], noted: Noted, tell: Told) -> None:
     """Try changes, and tell what each came to: ``"killed"``, ``"timeout"`` (noticed, too), ``"survived"``, or ``"not
-    run"`` by any test.
-
-    Args:
-        files: all tests of these, instead of those that are known to run the line.
-    """
-    if files:
-        noted = _All(files)
+    run"`` by any test."""
     unseen = [one for one in mutants if not noted.tests(one)]
     for mutant in unseen:
         tell(mutant, "not run", "")
@@ -240,7 +234,7 @@ def outcomes(group: Group, mutants: list[Mutant], noted: Noted, tell: Told, file
     with tempfile.TemporaryDirectory() as folder:
         word = Path(folder) / "noticed_by"
         if inside:
-            arguments = ["-s", *([*files, "-m", QUICK] if files else group.arguments())]
+            arguments = ["-s", *([*noted.files, "-m", QUICK] if noted.files else group.arguments())]
             trying = _Trying(inside, noted, tell, word)
             code = in_fork(lambda: _pytest(arguments, [trying]), float("inf"))
             if code:
