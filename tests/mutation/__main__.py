@@ -99,7 +99,7 @@ def _try_all(name: str, out: Path, seed: int, asked: argparse.Namespace) -> None
 def report(out: Path, seed: int) -> str:
     """The score of each group, and what no test notices, in Markdown."""
     verdicts = json.loads(VERDICTS.read_text())
-    heads = ["part", "changes", "tried", "noticed at first", "noticed now", "not noticed", "of these equivalent"]
+    heads = ["part", "changes", "tried", "noticed at first", "noticed now", "not noticed", "of these explained"]
     rows = [heads, ["---", *["--:"] * (len(heads) - 1)]]
     left: list[str] = []
     for name, group in GROUPS.items():
