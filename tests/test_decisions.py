@@ -91,12 +91,13 @@ def test_other_targets_are_sums_too(target: targets.Target) -> None:
         torch.testing.assert_close(found["attr", name, "seen"], gradient(value, data[name, "seen"]))
 
 
-def test_a_decision_that_has_no_probability_is_named() -> None:
+@pytest.mark.parametrize("read", [["x"], ["logits"], ["turn_action", "x"]])
+def test_a_decision_that_has_no_probability_is_named(read: list[str]) -> None:
     drawn = ProbabilisticActor(
         TensorDictModule(mlp(3), ["x"], ["logits"]), in_keys=["logits"], out_keys=["turn_action"],
         distribution_class=D.Categorical,
     )  # fmt: skip
-    policy = TensorDictSequential(drawn, TensorDictModule(mlp(2), ["x"], ["action"]))
+    policy = TensorDictSequential(drawn, TensorDictModule(lambda *read: 2 * read[-1], read, ["action"]))
     with Saliency(when="step").prepare(policy) as hooked, pytest.warns(UserWarning, match="leaves out 'action'"):
         hooked(TensorDict({"x": torch.randn(ROWS, 4)}, [ROWS]))
 

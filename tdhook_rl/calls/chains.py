@@ -219,12 +219,12 @@ def chain_of(policy: Any) -> Chain | None:
     if own_class(policy) is TensorDictSequential and is_usual(policy) and len(policy.module) > 1:
         actor, *rest = policy.module
         tail, around = tuple(rest), actor
-        if own_class(actor) not in actor_classes() or "forward" in actor.__dict__ or not _only_adds(tail, actor):
+        if own_class(actor) not in actor_classes() or "forward" in actor.__dict__:
             return None
     if own_class(actor) not in actor_classes() or len(actor.module) != 2 or not is_usual(actor):
         return None
     module, head = actor.module
-    if not _calls_a_sequence(module) or own_class(head) not in _heads():
+    if not _calls_a_sequence(module) or own_class(head) not in _heads() or not _only_makes(tail, actor, head):
         return None
     layers = list(module.module._modules.values())
     splits = bool(layers) and gives_parameters(layers[-1])
@@ -242,13 +242,17 @@ def gives_parameters(layer: Any) -> bool:
     return type(layer) is NormalParamExtractor or vars(type(layer)).get("gives_parameters") is True
 
 
-def _only_adds(tail: Sequence[Any], actor: Any) -> bool:
-    """Whether modules after an actor make entries of its outputs, and write over none that is there before."""
-    known = {*actor.in_keys, *actor.out_keys}
+def _only_makes(tail: Sequence[Any], actor: Any, head: Any) -> bool:
+    """Whether modules after an actor make entries of its decision alone, and write over none that is there before.
+
+    What is made of something else may be another decision, of which a target has to say that it is left out.
+    """
+    known, made = {*actor.in_keys, *actor.out_keys}, set(getattr(head, "dist_sample_keys", head.out_keys[:1]))
     for one in tail:
-        if not _is_called_by_tensors(one) or not known >= set(one.in_keys) or not known.isdisjoint(one.out_keys):
+        if not _is_called_by_tensors(one) or not made >= set(one.in_keys) or not known.isdisjoint(one.out_keys):
             return False
-        known |= set(one.out_keys)
+        made |= set(one.out_keys)
+        known |= made
     return True
 
 
