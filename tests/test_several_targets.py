@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -180,3 +180,24 @@ def test_the_end_of_a_path_is_compared_with_what_is_stored(name: str, shape: Any
                 parameter.neg_()
         with pytest.raises(MismatchError, match=f"of {rows} rows"):
             hooked.annotate(data, on_mismatch="raise")
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_whole_trajectories(padded: bool) -> None:
+    policy, data = _module(nn.LayerNorm(3)), _data(6).reshape(2, 3)
+    data["mask"] = torch.ones(2, 3, dtype=torch.bool)
+    data["mask"][1, 2:] = not padded
+
+    def found(names: Sequence[str]) -> TensorDict:
+        methods = [
+            Saliency(
+                target=targets.logit(int(one), "values"), when="batch", horizon="trajectory", attribution_key=f"a{one}"
+            )
+            for one in names
+        ]
+        with Compose(*methods).prepare(policy) as hooked:
+            return hooked.annotate(data.clone())
+
+    together = found("01")
+    for one in "01":
+        torch.testing.assert_close(together[f"a{one}", "x"], found(one)[f"a{one}", "x"], equal_nan=True)

@@ -30,14 +30,16 @@ def of_copies(question: Question) -> Gradients:
     """The gradients of all targets of the methods that share the pass of a question.
 
     Returns:
-        nothing where the work is too much for copies to pay, rows meet, or it has to be looked at target by target what
-        there is a gradient of.
+        nothing where the work is too much for copies to pay, rows meet or are steps of trajectories, or it has to be
+        looked at target by target what there is a gradient of.
     """
     call = question.call
     targets = [target for one in call.sharers if one.compiled is None for target in one.targets_of(call)]
     inputs = _shared_inputs(question)
     effects = effects_of(call.policy)
     if len(targets) < 2 or not inputs or not effects.copies or not _pays(call, len(targets)) or coupled(call):
+        return {}
+    if any(one.horizon != "step" for one in call.sharers):
         return {}
     number = len(targets)
     primals = {key: _copied(value, number, call.data.ndim).requires_grad_() for key, value in inputs.items()}

@@ -107,6 +107,8 @@ def set_entries(data: TensorDictBase, entries: Mapping[tuple[str, ...], Tensor])
                 if type(node) is TensorDict and node.device is None and not node.is_locked:
                     set_str(node, key[1], value, inplace=False, validated=True)
                     continue
+        if len(key) > 1:
+            _may_hold(data, key[0])  # raises before any part of a root is written
         others.append((key, value))
     if new:
         names = data.names if has_names(data) else None
