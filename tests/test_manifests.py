@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ def _manifest(**fields: Any) -> Manifest:
 def test_manifests_that_are_none(fields: dict[str, Any], words: str, tmp_path: Path) -> None:
     write_manifest(tmp_path, _manifest())
     assert read_manifest(tmp_path) == _manifest()
+    # Others read it, and later versions.
+    assert json.loads((tmp_path / "analysis.json").read_text())["format"] == "tdhook_rl.analysis/2"
     write_manifest(tmp_path, _manifest(**fields))
     with pytest.raises(ArtifactError) as error:
         read_manifest(tmp_path)
@@ -81,6 +84,13 @@ class _Plain:
         self.rate = 1.0
 
 
+def _nested() -> GroupSplit:
+    """One whose grouping goes deeper than is told."""
+    found = GroupSplit.__new__(GroupSplit)
+    found.__dict__["groupings"] = [[[[[[[1]]]]]]]
+    return found
+
+
 X = torch.arange(6).reshape(2, 3)
 DESCRIBED: dict[str, tuple[Any, Any]] = {
     "nothing": (None, None),
@@ -89,20 +99,26 @@ DESCRIBED: dict[str, tuple[Any, Any]] = {
     "a number": (0.1, "0.1"),
     "a number that JSON lacks": (float("inf"), "inf"),
     "a long text": ("x" * 300, "x" * 200 + "... #"),
+    "the longest text": ("x" * 200, "x" * 200),
     "a tensor": (X, {"shape": [2, 3], "dtype": "torch.int64", "content": described(X.clone())["content"]}),
     "a list as it lies": ([3, "b", None, "a"], [3, "b", None, "a"]),
     "a long list": (list(range(300)), [*range(200), "... #"]),
+    "the longest list": (list(range(200)), [*range(200)]),
     "a set in order": ({"b", "a"}, ["a", "b"]),
     "a mapping": ({1: {"a": 2}}, {"1": {"a": 2}}),
+    "a long mapping": (dict.fromkeys(range(201), 1), {**{str(one): 1 for one in range(200)}, "...": "... #"}),
     "options": (_Options(0.5, [1]), {"method": "_Options", "rate": "0.5", "inner": [1]}),
     "a class of options": (_Options, f"{__name__}._Options #"),
     "a function": (torch.nn.functional.relu, "torch.nn.functional.relu #"),
+    "a function of ours": (read_manifest, "tdhook_rl.replay.manifest.read_manifest #"),
     "an object of others": (_Plain(), f"{__name__}._Plain #"),
     "an object of ours": (
         GroupSplit("episode", held_out=0.5),
         {"method": "GroupSplit", "groupings": [["episode"]], "held_out": "0.5", "seed": 0},
     ),
     "what is nested": ([[[[[[[[1]]]]]]]], [[[[[["list #"]]]]]]),
+    "sets that are nested": (reduce(lambda one, _: frozenset({one}), range(8), 1), [[[[[["frozenset #"]]]]]]),
+    "an object of ours that is nested": (_nested(), {"method": "GroupSplit", "groupings": [[[[["list #"]]]]]}),
     "options that are nested": (
         _Options(1.0, _Options(1.0, {"a": [{"b": [[1]]}]})),
         {"method": "_Options", "rate": "1.0", "inner": {

@@ -94,11 +94,16 @@ def test_a_data_set_by_episodes(some: bool, data: TensorDict, results: TensorDic
     info = json.loads((path / "meta" / "info.json").read_text())
     assert (info["total_frames"], info["total_episodes"]) == (len(rows), len(episode))
     assert info["features"]["attr.observation"] == {"dtype": "float32", "shape": [90], "names": None}
+    assert info["features"]["frame_index"] == {"dtype": "int64", "shape": [1], "names": None}
+    written = pq.ParquetFile(path / "data" / "chunk-000" / "file-000.parquet").schema_arrow.names
+    assert set(info["features"]) == set(written) >= {"task_index", "timestamp", "index", "buffer_index"}
     stats = json.loads((path / "meta" / "stats.json").read_text())
     attr = results["attr", "observation"].double()
     np.testing.assert_allclose(stats["attr.observation"]["mean"], attr.mean(0), atol=1e-9)
     np.testing.assert_allclose(stats["attr.observation"]["std"], attr.std(0, correction=0), atol=1e-9)
     np.testing.assert_allclose(stats["attr.observation"]["max"], attr.amax(0), atol=1e-9)
+    np.testing.assert_allclose(stats["attr.observation"]["min"], attr.amin(0), atol=1e-9)
+    assert stats["attr.observation"]["count"] == [len(rows)]
     listed = pq.read_table(path / "meta" / "episodes" / "chunk-000" / "file-000.parquet").to_pydict()
     assert listed["length"] == lengths.tolist()
     assert listed["dataset_to_index"] == lengths.cumsum(0).tolist()
@@ -107,6 +112,23 @@ def test_a_data_set_by_episodes(some: bool, data: TensorDict, results: TensorDic
     with METHOD.prepare(make_actor()) as policy:
         twice = analyze(policy, again, tmp_path / "twice", progress=False)
     torch.testing.assert_close(twice["cache", FC2], again["cache", FC2])
+
+
+def test_tasks_are_the_frame_that_pandas_writes(data: TensorDict, results: TensorDict, tmp_path: Path) -> None:
+    """As which it is read: by name the number of each task, which every row has."""
+    pandas = pytest.importorskip("pandas")
+    path = to_parquet(results, tmp_path / "set", data, task="reach the corner")
+    made = pq.read_table(path / "meta" / "tasks.parquet")
+    tasks = pandas.DataFrame({"task_index": [0]}, index=["reach the corner"])
+    pandas.testing.assert_frame_equal(made.to_pandas(), tasks)
+    numbers = {"pandas_type": "int64", "numpy_type": "int64"}
+    texts = {"pandas_type": "unicode", "numpy_type": "object"}  # of every version of pandas
+    named = zip(made.schema.names, (numbers, texts), strict=True)
+    assert json.loads(made.schema.metadata[b"pandas"]) == {
+        "index_columns": ["__index_level_0__"], "column_indexes": [],
+        "columns": [{"name": name, "field_name": name, **kind} for name, kind in named],
+    }  # fmt: skip
+    assert load_parquet(path)["task_index"].unique().tolist() == [0]
 
 
 def test_keys_of_the_buffer(data: TensorDict, results: TensorDict, tmp_path: Path) -> None:
@@ -195,6 +217,9 @@ def test_a_file_of_others(tmp_path: Path) -> None:
     found = load_parquet(tmp_path / "x.parquet")
     assert found["observation", "state"].tolist() == [[1.0, 2.0]]
     assert found["action"].tolist() == [3]  # though the name of another begins with it
+    # By the name that an observation has elsewhere, too.
+    for key in ("observation", ("observation", "state")):
+        assert load_parquet(tmp_path / "x.parquet", [key])["observation", "state"].tolist() == [[1.0, 2.0]]
 
 
 def test_what_cannot_be_written(data: TensorDict, results: TensorDict, tmp_path: Path) -> None:
@@ -205,6 +230,8 @@ def test_what_cannot_be_written(data: TensorDict, results: TensorDict, tmp_path:
         to_parquet(results, tmp_path / "there.parquet")
     with pytest.raises(ArtifactError, match="cannot write"):
         to_parquet(results, tmp_path / "there.parquet" / "more.parquet")
+    with pytest.raises(ArtifactError, match="cannot write .*: Not a directory"):
+        to_parquet(results, tmp_path / "there.parquet" / "set", data)
     with pytest.raises(MissingKeyError, match=r"keys= names 'actions'.*nearest"):
         to_parquet(results, tmp_path / "set", data, ["actions"])
     with pytest.raises(InputError, match="of a buffer, and none is given"):

@@ -80,6 +80,7 @@ def test_returns(kind: str, gamma: float) -> None:
     expected = torch.tensor(slow_returns(data["next", "reward"][:, 0].tolist(), LENGTHS, gamma)).double()
     real = found.episode >= 0
     assert int(real.sum()) == ROWS
+    assert set(found.episode[~real].tolist()) <= {-1}
     rows = found.rows[real]
     cut = ROWS - LENGTHS[-1]
     torch.testing.assert_close(rows[:cut], expected[:cut], check_dtype=False)
@@ -91,6 +92,24 @@ def test_returns(kind: str, gamma: float) -> None:
     whole = [one.total for one in found.episodes if one.whole]
     assert found.mean().estimate == pytest.approx(sum(whole) / 9)
     assert found.mean().groups == 9
+
+
+@pytest.mark.parametrize("shape", [(12,), (3, 4), (3, 1, 4), (2, 2, 3)], ids=str)
+@pytest.mark.parametrize("agents", [1, 2, 3])
+def test_rewards_and_ends_of_several_agents(agents: int, shape: tuple[int, ...]) -> None:
+    """A step is worth their mean, and an episode ends for all where it does for one, whatever shape entries have."""
+    reward = torch.randn(12, agents).double()
+    done = torch.zeros(12, agents, dtype=torch.bool)
+    ends = torch.arange(12) % shape[-1] == shape[-1] - 1 if len(shape) > 1 else torch.arange(12) % 4 == 3
+    done[ends, -1] = True
+    rows = TensorDict({"next": {"reward": reward, "done": done}, "logits": torch.randn(12, 2)}, [12]).reshape(shape)
+    found = returns(rows, batch_size=5)
+    length = int(ends.nonzero()[0]) + 1
+    totals = [float(one.sum()) for one in reward.mean(1).split(length)]
+    assert [one.total for one in found.episodes] == pytest.approx(totals)
+    assert all(one.whole for one in found.episodes)
+    margins = rows["logits"].reshape(12, 2).diff(dim=1).abs()[:, 0]
+    assert torch.equal(smallest_margins(rows, k=12, batch_size=5)["index"], margins.argsort())
 
 
 def test_a_ring_that_went_round_cuts_an_episode_at_either_end() -> None:
@@ -153,6 +172,18 @@ def test_smallest_margins() -> None:
     again = smallest_margins(data.exclude("logits"), elsewhere, k=5, key=("cache", "head"))
     assert torch.equal(again["index"], order)
     assert smallest_margins(data, k=100)["index"].unique().numel() == ROWS
+    # What the policy thought then, if the results say something else.
+    otherwise = TensorDict({"logits": data["logits"].flip(0)}, ROWS)
+    assert torch.equal(smallest_margins(data, otherwise, k=5)["index"], order)
+    single = data.copy().set("logits", data["logits"][:, None])  # of a group of one agent
+    assert torch.equal(smallest_margins(single, k=5)["index"], order)
+
+
+@pytest.mark.parametrize("batch_size", [7, 10_000])
+def test_of_margins_that_are_the_same_the_first(batch_size: int) -> None:
+    values = torch.tensor([0.5, 0.25]).repeat(500)
+    rows = TensorDict({"logits": torch.stack([values, torch.zeros(1000)], 1)}, [1000])
+    assert smallest_margins(rows, k=20, batch_size=batch_size)["index"].tolist() == list(range(1, 41, 2))
 
 
 @pytest.mark.parametrize("some", [False, True], ids=["all rows", "some rows"])
@@ -180,6 +211,27 @@ def test_attribution_by_feature(kind: str, some: bool) -> None:
     positive = by_feature(results, given, where=lambda rows: rows["observation"][:, 0] > 0)
     able &= data["observation"][:, 0] > 0
     assert positive["1"]["attr.observation"] == grouped_mean(attr[able, 1].abs(), numbers[able])
+
+
+def test_padding_is_no_attribution() -> None:
+    """Though results of all methods are not masked."""
+    attr = torch.rand(ROWS, 3) + 1
+    found = padded(stream().set(("attr", "observation"), attr))
+    found["attr", "observation"][~found["mask"]] = 1e6
+    means = by_feature(found.select(("attr", "observation")), found.exclude("attr"))
+    for feature in range(3):
+        one = means[str(feature)]["attr.observation"]
+        assert (one.rows, one.groups) == (ROWS, len(LENGTHS))
+        assert one.estimate == pytest.approx(float(attr[:, feature].mean()), abs=1e-5)
+
+
+@pytest.mark.parametrize(("groups", "method"), [(200, "auto"), (201, "t"), (300, "t")])
+def test_the_interval_of_many_episodes_is_that_of_t(groups: int, method: Any) -> None:
+    episode, value = torch.arange(2 * groups) // 2, torch.rand(2 * groups, 1)
+    rows = TensorDict({"next": {"done": (torch.arange(2 * groups) % 2 == 1)[:, None]}}, [2 * groups])
+    found = by_feature(TensorDict({"attr": {"x": value}}, [2 * groups]), rows)["0"]["attr.x"]
+    assert found == grouped_mean(value[:, 0], episode, method=method)
+    assert grouped_mean(value[:, 0], episode, method="auto") != grouped_mean(value[:, 0], episode, method="t")
 
 
 def test_what_figures_and_the_player_take(tmp_path: Path) -> None:
