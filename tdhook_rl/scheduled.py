@@ -94,6 +94,9 @@ class _BoundScheduled(BoundMethod):
         self.reads_forward = bound.reads_forward
         self.replays = bound.replays
         self.horizon = bound.horizon
+        self.whole_batch = bound.whole_batch
+        self.only_in_forward = bound.only_in_forward
+        self.without_forward = bound.without_forward
         self._name = type(config.method).__name__
         self._every, self._fraction, self._seed = config.every, config.fraction, config.seed
         self._where = None if config.where is None else unravel_key(config.where)

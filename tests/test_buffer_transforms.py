@@ -198,7 +198,7 @@ def test_a_ring_that_went_round(keys: tuple[str, ...], chunk: int, tmp_path: Pat
     lost[30:33] = True
     with (
         ActivationCaching("1").prepare(net, in_keys=["stack"], out_keys=["logits"]) as hooked,
-        pytest.warns(UserWarning, match="3 of 50 rows have no results.*CatFrames"),
+        pytest.warns(UserWarning, match="^3 of 50 rows have no results.*CatFrames"),
     ):
         found = analyze(hooked, buffer, tmp_path, batch_size=chunk)
     assert torch.equal(found["computed", "cache"], ~lost)
@@ -415,6 +415,8 @@ def test_means_over_a_batch_are_refused(tmp_path: Path) -> None:
     method = Methods(ActivationAddition(["0"]), ActivationCaching("0"))
     with (
         method.prepare(net, in_keys=["observation"], out_keys=["logits"]) as hooked,
-        pytest.raises(InputError, match="are of all rows of a batch together"),
+        pytest.raises(
+            InputError, match=r"the results of ActivationAddition \(.*\) are of all rows of a batch together"
+        ),
     ):
         analyze(hooked, filled(data), tmp_path, batch_size=4)

@@ -144,7 +144,10 @@ def test_an_attribution_in_a_forward_over_trajectories_is_refused(method: str) -
     case, row = ODD["recurrent"], SAMPLES[method]
     actor = case.build()
     with row.make(case).prepare(actor) as hooked, set_recurrent_mode(True):
-        with pytest.raises(InputError, match="explains rows, but a policy in recurrent mode reads trajectories"):
+        name = method.split()[0]
+        with pytest.raises(
+            InputError, match=f"^{name} explains rows, but a policy in recurrent mode reads trajectories"
+        ):
             hooked(row.data(case, 3, 6))
 
 

@@ -230,7 +230,7 @@ def test_what_cannot_be_written(data: TensorDict, results: TensorDict, tmp_path:
         to_parquet(results, tmp_path / "there.parquet")
     with pytest.raises(ArtifactError, match="cannot write"):
         to_parquet(results, tmp_path / "there.parquet" / "more.parquet")
-    with pytest.raises(ArtifactError, match="cannot write .*: Not a directory"):
+    with pytest.raises(ArtifactError, match=r"cannot write .*: Not a directory"):
         to_parquet(results, tmp_path / "there.parquet" / "set", data)
     with pytest.raises(MissingKeyError, match=r"keys= names 'actions'.*nearest"):
         to_parquet(results, tmp_path / "set", data, ["actions"])

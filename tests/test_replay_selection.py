@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
+from torch import nn
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.modules import ProbabilisticActor
 
 from tdhook_rl import ActivationCaching, Compose, Saliency, targets
 from tdhook_rl.envs import CueCorners
-from tdhook_rl.errors import ArtifactError, InputError
+from tdhook_rl.errors import ArtifactError, InputError, MissingKeyError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.reading.reader import Reader
 from tdhook_rl.replay import analyze, load_results
@@ -106,6 +108,22 @@ def test_results_of_some_are_those_of_all(
     assert (manifest["format"], manifest["selection"]["of"]) == ("tdhook_rl.analysis/3", ROWS)
 
 
+@pytest.mark.parametrize("shape", [(30, 4), (11, 11), (5, 3, 2), (3, 3, 3)], ids=str)
+@pytest.mark.parametrize("batch_size", [1, 1000])
+def test_some_entries_that_have_several_rows(batch_size: int, shape: tuple[int, ...], tmp_path: Path) -> None:
+    """The number of its entry stands beside each row."""
+    net = nn.Linear(2, 2)
+    rows = TensorDict({"x": torch.randn(*shape, 2)}, shape)
+    chosen = torch.tensor([0, shape[0] - 1])
+    method = Saliency(target=targets.Target("square", lambda run: run.outputs["logits"].square().sum(-1)))
+    with method.prepare(net, in_keys=["x"], out_keys=["logits"]) as hooked:
+        found = analyze(hooked, rows, tmp_path, rows=chosen, batch_size=batch_size)
+        expected = hooked.annotate(rows)["attr", "x"]
+    assert found.batch_size == (2, *shape[1:])
+    assert torch.equal(found["index"], chosen.reshape(-1, *[1] * (len(shape) - 1)).expand(2, *shape[1:]))
+    torch.testing.assert_close(found["attr", "x"], expected[chosen])
+
+
 def test_choices_are_made_one_after_the_other(
     actor: ProbabilisticActor, buffer: ReplayBuffer, data: TensorDict, tmp_path: Path
 ) -> None:
@@ -127,6 +145,10 @@ def test_another_choice_is_another_analysis(actor: ProbabilisticActor, buffer: R
             run(actor, buffer, tmp_path / "some", **options)
     with pytest.raises(ArtifactError, match="is of all of 120 entries, and this one of 60 of 120 entries"):
         run(actor, buffer, tmp_path / "all", rows=slice(60))
+    where, rows = (lambda batch: batch["concept", "xor"] == 1), slice(None, None, 4)
+    run(actor, buffer, tmp_path / "asked", where=where, rows=rows)
+    with pytest.raises(ArtifactError, match=r"entries \(rows=slice\(None, None, 4\), where=.*lambda.*\), and this one"):
+        run(actor, buffer, tmp_path / "asked")
     # What was chosen is what counts, not how.
     again = run(actor, buffer, tmp_path / "some", rows=load_results(tmp_path / "some")["index"])
     assert len(again) == 60
@@ -183,13 +205,16 @@ def test_time_is_over(actor: ProbabilisticActor, buffer: ReplayBuffer, whole: Te
     assert (part == first).all()
     with pytest.warns(UserWarning, match="32 of 60"):
         run(actor, buffer, tmp_path, fraction=0.5, time_budget=0.0)
-    found = run(actor, buffer, tmp_path, fraction=0.5, time_budget=600.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = run(actor, buffer, tmp_path, fraction=0.5, time_budget=600.0)
+    assert len(found) == 60
     torch.testing.assert_close(found["cache", FC2], whole["cache", FC2][found["index"]])
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "none": ({"rows": []}, "rows= leaves none of 120 entries"),
-    "nothing is true": ({"where": lambda batch: batch["action"] > 9}, "where= leaves none of 120"),
+    "none": ({"rows": []}, "^rows= leaves none of 120 entries"),
+    "nothing is true": ({"where": lambda batch: batch["action"] > 9}, "^where= leaves none of 120"),
     "a mask of another length": ({"rows": MASK[:5]}, r"a mask of shape \(5,\), where there are 120 entries"),
     "an entry that is not there": ({"rows": [3, 120]}, "names entry 120, and there are 120: 0 to 119"),
     "floats": ({"rows": torch.zeros(3)}, "numbers of entries; got"),
@@ -207,6 +232,8 @@ def test_wrong_choices(kind: str, actor: ProbabilisticActor, buffer: ReplayBuffe
     options, message = WRONG[kind]
     with pytest.raises(InputError, match=message):
         run(actor, buffer, tmp_path / "new", **options)
+    with pytest.raises(MissingKeyError, match=r"^where= is a function that reads 'actions', which is not there"):
+        run(actor, buffer, tmp_path / "new", where=lambda batch: batch["actions"])
     assert not (tmp_path / "new").exists()
 
 

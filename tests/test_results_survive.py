@@ -178,6 +178,19 @@ def test_results_are_of_one_policy(name: str, half: Path) -> None:
         run(half, net(), method)
 
 
+@pytest.mark.parametrize("root", ["attr", "zz"])
+def test_every_result_is_compared(root: str, tmp_path: Path) -> None:
+    """Whether its key comes before that of the masks or after it; the last layer is part of no activation before it."""
+    method = Compose(ActivationCaching("1"), Saliency(target=targets.logit(0), attribution_key=root))
+    with pytest.raises(Stop):
+        run(tmp_path, method=method, progress=stopping(600))
+    other = network()
+    with torch.no_grad():
+        other[2].weight += 1
+    with pytest.raises(ArtifactError, match=rf"\('{root}', 'observation'\) in .* is not what this policy computes now"):
+        run(tmp_path, other, method)
+
+
 def test_facts_say_what_computed_them(half: Path) -> None:
     facts = json.loads((half / "analysis.json").read_text())["facts"]
     assert facts["policy"] == "TensorDictModule"
@@ -193,6 +206,7 @@ def test_the_page_follows_what_is_on_the_disk(tmp_path: Path, monkeypatch: pytes
     """At each manifest that is put in place, everything that it says is done was brought to the disk before."""
     monkeypatch.setattr(results, "SHARE", 1e9)  # after each chunk
     synced: dict[str, bytes] = {}
+    folders: set[str] = set()
     at_disk: list[tuple[int, bool]] = []
     fsync, replace = os.fsync, Path.replace
 
@@ -200,6 +214,8 @@ def test_the_page_follows_what_is_on_the_disk(tmp_path: Path, monkeypatch: pytes
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
         if path.is_file():
             synced[str(path)] = path.read_bytes()
+        else:
+            folders.add(str(path))
         fsync(descriptor)
 
     def put(self: Path, target: Path) -> Path:
@@ -209,6 +225,7 @@ def test_the_page_follows_what_is_on_the_disk(tmp_path: Path, monkeypatch: pytes
             path = target.parent.joinpath(*entry["key"][:-1], f"{entry['key'][-1]}.memmap")
             upto = path.stat().st_size // ROWS * done
             at_disk.append((done, synced.get(str(path), b"")[:upto] == path.read_bytes()[:upto]))
+            at_disk.append((done, {str(path.parent), str(target.parent), str(target.parent.parent)} <= folders))
         at_disk.append((done, synced[str(self)] == self.read_bytes()))
         return replace(self, target)
 
@@ -316,6 +333,22 @@ def test_a_folder_is_left_as_it_was_where_nothing_came_of_it(tmp_path: Path) -> 
     with pytest.raises(Stop):
         run(tmp_path / "a" / "b", progress=stopping(0))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(OSError(28, "No space left on device"), "No space left on device"), (RuntimeError("no map"), "no map")],
+)
+def test_files_that_cannot_be_made_say_why(
+    error: Exception, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(TensorDict, "memmap_like", fails)
+    with pytest.raises(ArtifactError) as raised:
+        run(tmp_path / "results")
+    assert str(raised.value) == f"cannot write {tmp_path / 'results'}: {words}"
 
 
 # ------------------------------------------------------------------ full disks
@@ -486,6 +519,9 @@ def test_files_that_are_none(what: str, target: str, finished: Path, in_time: No
         else:
             path.symlink_to("/dev/zero" if what == "device" else "/nowhere")
         refused(finished)
+        if what in ("pipe", "folder", "socket") and target != "analysis.json":
+            with pytest.raises(ArtifactError, match=r"1\.memmap is no regular file"):
+                load_results(finished)
     finally:
         path.rmdir() if what == "folder" else path.unlink()
         path.write_bytes(before)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -23,6 +25,9 @@ from tdhook_rl.attribution import IntegratedGradients, Occlusion
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError, KeyCollisionError, MissingKeyError
 from tdhook_rl.examples.agent import FC2, make_actor
+from tdhook_rl.latent import ActivationAddition
+from tdhook_rl.replay import analyze
+from tests.method_table import SAMPLES
 from tests.policies import CASES, categorical
 
 SITE = CASES["categorical"].site
@@ -67,6 +72,53 @@ def test_a_row_mask(name: str, when: str, batch: tuple[int, ...]) -> None:
         found = found if when == "step" else hooked.annotate(found, chunk_size=3)
         assert results_of(hooked) == keys
     check(found, whole, keys, rows)
+
+
+#: What others ask a bound method before they compute it.
+ASKED = ("result_keys", "when", "horizon", "reads_forward", "replays", "whole_batch", "only_in_forward",
+         "without_forward")  # fmt: skip
+
+
+def test_a_scheduled_method_is_asked_for_as_it_is_by_itself() -> None:
+    case, seen = CASES["categorical"], set()
+    for name, sample in SAMPLES.items():
+        method = sample.make(case)
+        if isinstance(method, Scheduled) or not method.observes or len(method._methods()) != 1:
+            continue
+        with method.prepare(case.build()) as alone:
+            one = next(iter(alone._hooked.bound), None)
+        if one is None or not one.result_keys:
+            continue
+        with Scheduled(method, every=2).prepare(case.build()) as hooked:
+            (scheduled,) = hooked._hooked.bound
+            assert {key: getattr(one, key) for key in ASKED} == {key: getattr(scheduled, key) for key in ASKED}, name
+            seen |= {key for key in ASKED if getattr(one, key) is True}
+    assert seen >= {"reads_forward", "replays", "whole_batch"}
+
+
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_a_scheduled_mean_is_over_all_rows_that_are_chosen(chunk_size: int | None, tmp_path: Path) -> None:
+    net, x = nn.Sequential(nn.Linear(3, 2)), torch.randn(20, 3)
+    data = TensorDict({"input": x, "positive": {"input": x}, "negative": {"input": 2 * x}}, [20])
+    data["hard"] = torch.arange(20) % 3 == 0
+    with Scheduled(ActivationAddition(["0"]), where="hard").prepare(net) as hooked:
+        found = hooked.annotate(data, chunk_size=chunk_size)["steer", "0"]
+        with pytest.raises(InputError, match=r"the results of Scheduled \(.*'steer'.*\) are of all rows of a batch"):
+            analyze(hooked, data, tmp_path, batch_size=4)
+    expected = (net(x[::3]) - net(2 * x[::3])).mean(0).expand(7, 2)
+    torch.testing.assert_close(found[::3], expected)
+
+
+def test_a_scheduled_record_is_not_made_up_afterwards() -> None:
+    """What was in force in a forward that no policy of this kind has made is not known."""
+    record = Scheduled(ControlRecord(), where="hard")
+    data = TensorDict({"input": torch.randn(4, 3), "hard": torch.tensor([True, False, True, True])}, [4])
+    with Compose(SteeringVectors({"0": torch.ones(2)}), record).prepare(nn.Sequential(nn.Linear(3, 2))) as hooked:
+        stored = hooked(data.clone())
+        hooked.controls["steering.alpha"] = 2.0
+        kept = hooked.annotate(stored)["control", "steering.alpha"]
+        assert torch.equal(kept[data["hard"]], torch.ones(3))
+        assert "control" not in hooked.annotate(data)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -154,7 +154,9 @@ def test_some_trajectories_of_a_buffer_are_a_table_of_their_rows() -> None:
 # ------------------------------------------------------------------ selections
 
 
-def test_some_rows_of_whole_trajectories_are_mended(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [100, 300])
+def test_some_rows_of_whole_trajectories_are_mended(place: int, tmp_path: Path) -> None:
+    """In the first block and in the second, in the midst of a trajectory; one is of both."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
     rows = TensorDict({"observation": torch.randn(1200, 4), "trajectory": torch.arange(1200) // 70}, [1200])
@@ -166,7 +168,7 @@ def test_some_rows_of_whole_trajectories_are_mended(tmp_path: Path) -> None:
         right = analyze(hooked, rows, tmp_path / "found", rows=chosen, batch_size=100).clone()
         path = tmp_path / "found" / "attr" / "observation.memmap"
         content = bytearray(path.read_bytes())
-        content[300 * 16 : 303 * 16] = bytes(48)  # in the second block, in the midst of a trajectory
+        content[place * 16 : (place + 3) * 16] = bytes(48)
         path.write_bytes(content)
         with pytest.warns(UserWarning, match="are computed again"):
             found = analyze(hooked, rows, tmp_path / "found", rows=chosen, batch_size=100)

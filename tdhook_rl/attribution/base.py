@@ -138,6 +138,7 @@ class BoundAttribution(BoundMethod):
     beside: str | None = None  # the root of what is written beside: one number for each row and target
 
     def __init__(self, config: GradientAttribution, binder: Binder) -> None:
+        self.method_name = type(config).__name__  # also where another method binds it
         sites = binder.sites(config.input_modules, runs=True) if config.input_modules else []
         self.when = config.when or config.default_when(binder.policy)
         self.horizon = config.horizon
@@ -207,7 +208,7 @@ class BoundAttribution(BoundMethod):
     def compute(self, call: Call) -> dict[tuple[str, ...], Tensor]:
         if self.horizon == "step" and call.policy._hooked.traits.read_trajectories(call.policy):
             raise InputError(
-                f"{type(self).__name__.removeprefix('_Bound')} explains rows, but a policy in recurrent mode reads "
+                f"{self.method_name} explains rows, but a policy in recurrent mode reads "
                 "trajectories, whose steps would be mixed: collect without it and call annotate on the batch, which "
                 "explains each row at its stored hidden state, or the whole trajectory with horizon='trajectory'"
             )

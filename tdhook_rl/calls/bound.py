@@ -38,6 +38,7 @@ class BoundMethod:
         store: the cache of the caller's that it fills.
         last: what its last call captured.
         bound: the method that it schedules.
+        method_name: the class of the method, as messages call it.
     """
 
     result_keys: tuple[tuple[str, ...], ...] = ()
@@ -61,6 +62,7 @@ class BoundMethod:
     store: Any = None
     last: Any = None
     bound: BoundMethod | None = None
+    method_name: str = ""
 
     def compute(self, call: Any) -> Mapping[tuple[str, ...], Tensor]:
         """The results of one call by key, each with the batch shape of the call first.

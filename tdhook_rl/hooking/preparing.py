@@ -89,7 +89,11 @@ def hooked_clone(
         before_the_draw = getattr(child, "det_part", None)  # a sequence over the same modules, which is no submodule
         if type(before_the_draw) is TensorDictSequential:
             swap_class(before_the_draw, WritingMixin)
-    bound = [one for one in (method.bind(binder) for method in methods) if one is not None]
+    bound = []
+    for method in methods:
+        if (one := method.bind(binder)) is not None:
+            one.method_name = type(method).__name__
+            bound.append(one)
     binder.place_row_hooks()
     binder.place_state_hooks()
     speed_up_pooling(clone)

@@ -329,10 +329,9 @@ def _explains_trajectories(hooked: Any) -> bool:
     """
     for one in hooked._hooked.bound:
         if one.whole_batch:
-            name = type(one).__name__.removeprefix("_Bound")
             raise InputError(
-                f"the results of {name} ({', '.join(map(repr, one.result_keys))}) are of all rows of a batch together, "
-                "and a buffer is read in chunks: call annotate with the rows that are meant"
+                f"the results of {one.method_name} ({', '.join(map(repr, one.result_keys))}) are of all rows of a "
+                "batch together, and a buffer is read in chunks: call annotate with the rows that are meant"
             )
     return any(one.horizon == "trajectory" for one in hooked._hooked.bound)
 
