@@ -90,6 +90,8 @@ def test_equals_a_fine_midpoint_rule_and_is_complete(batch: tuple[int, ...], chu
 def test_the_delta_of_the_default_target() -> None:
     net = mlp().double()
     data = pair()
+    with IntegratedGradients(n_steps=32).prepare(net) as hooked:
+        assert "convergence_delta" not in hooked.result_keys
     with IntegratedGradients(compute_convergence_delta=True, n_steps=32).prepare(net) as hooked:
         found = hooked(data.clone())
         with torch.inference_mode():

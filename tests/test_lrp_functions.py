@@ -113,6 +113,7 @@ CONSERVED: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "keyword": lambda net, x: net.lin(input=net.relu(input=x)),
     ".forward": lambda net, x: net.lin.forward(net.relu.forward(x)),
     "F.linear": lambda net, x: F.linear(x, net.lin.weight),
+    "F.linear by keyword": lambda net, x: F.linear(weight=net.lin.weight, input=x),
     "matmul": lambda net, x: x @ net.raw,
     "einsum": lambda net, x: torch.einsum("bi,ij->bj", x, net.raw),
     "F.conv1d": lambda net, x: F.conv1d(x[:, None], net.raw[:1, None, :3], padding=1)[:, 0],
@@ -231,12 +232,12 @@ def test_what_cannot_be_seen_is_refused(middle: Callable) -> None:
 
 
 @pytest.mark.parametrize("rule", [Epsilon(0.0), Gamma(0.3, 0.0), WSquare(), AlphaBeta(2.0, 1.0, 1e-9)])
-@pytest.mark.parametrize("how", ["keyword", ".forward", "F.linear"])
+@pytest.mark.parametrize("how", ["keyword", ".forward", "F.linear", "F.linear by keyword"])
 def test_a_layer_has_its_rule_however_it_is_called(how: str, rule: Rule) -> None:
     found = []
     net = nn.Sequential(Block(CONSERVED[how]), nn.Linear(W, 2)).double()
     x = torch.randn(3, W, dtype=F64)
-    for middle in (CONSERVED[how], lambda net, x: net.lin(x if how == "F.linear" else net.relu(x))):
+    for middle in (CONSERVED[how], lambda net, x: net.lin(x if how.startswith("F.linear") else net.relu(x))):
         net[0].middle = middle
         with LRP(rule_mapper=Uniform(names={"0.lin": rule})).prepare(net) as hooked:
             found.append(hooked(TensorDict({"input": x}, batch_size=3))["attr", "input"])
@@ -354,6 +355,7 @@ CUT: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "sign": lambda net, x: net.lin(x).add_(torch.sign(x)),
     "cut bias": lambda net, x: F.linear(x, net.raw, net.other(x).detach().mean(0)),
     "addmm": lambda net, x: torch.addmm(net.other(x.detach()), x, net.raw),
+    "addmv": lambda net, x: torch.stack([torch.addmv(net.other(row.detach()), net.raw, row) for row in x]),
     "chosen weights": lambda net, x: net.lin(x) + F.embedding(x.argmax(-1), net.raw),
     "module": lambda net, x: net.sum(net.lin(x), net.other(x.detach())),
 }

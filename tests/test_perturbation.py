@@ -16,6 +16,7 @@ from torch import nn
 
 from tdhook_rl import Compose, SteeringVectors, targets
 from tdhook_rl.attribution.activation_maximisation import ActivationMaximisation
+from tdhook_rl.attribution.groups import Disjoint, Overlapping, group_features
 from tdhook_rl.attribution.perturbation import SARFA, Occlusion, PerturbationSaliency
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, TargetError
@@ -371,6 +372,18 @@ def test_configurations_and_hooked_policies_pickle(method) -> None:
     torch.testing.assert_close(found, expected)
     with pickle.loads(pickle.dumps(method)).prepare(actor) as hooked:
         torch.testing.assert_close(hooked.annotate(data)["attr", "observation"], expected)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_groups_lie_apart_where_no_feature_is_in_two(seed: int) -> None:
+    """Whatever their number, one of which everything is in or none."""
+    draw = torch.Generator().manual_seed(seed)
+    features = int(torch.randint(1, 6, (), generator=draw))
+    sizes = torch.randint(1, features + 1, (int(torch.randint(1, 4, (), generator=draw)),), generator=draw).tolist()
+    groups = [torch.randperm(features, generator=draw)[:size].tolist() for size in sizes]
+    found = group_features(groups, torch.Size([features]), "x")
+    apart = sum(sizes) == len({one for group in groups for one in group})
+    assert isinstance(found, Disjoint if apart else Overlapping)
 
 
 def test_settings_that_cannot_be_met_are_refused() -> None:

@@ -12,9 +12,12 @@ from tensordict import TensorDict
 from torch import nn
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.latent.probing import Probing, TargetStatistics
+from tdhook_rl.latent.probing import ClassStatistics, Probing, TargetStatistics
 from tdhook_rl.latent.probing.bank import ClassBank
+from tdhook_rl.latent.probing.class_statistics import usual_penalty
+from tdhook_rl.latent.probing.estimators import LowRankBilinearEstimator, MeanDifferenceClassifier
 from tdhook_rl.latent.probing.held_out import Tally
+from tdhook_rl.latent.probing.penalties import PENALTIES
 from tdhook_rl.latent.probing.rows import Parts, Rows
 from tdhook_rl.latent.probing.scaling import Scale
 from tdhook_rl.latent.probing.scored import ScoredClasses, ScoredValues
@@ -170,11 +173,71 @@ def test_numbers_far_from_zero_are_summed_about_the_mean_of_the_first(offset: fl
 def test_groups_of_which_nothing_is_left_are_forgotten_and_the_others_kept() -> None:
     tally = Tally(width=2)
     tally.add(torch.tensor([3, 7, 3]), torch.tensor([[1.0, 2.0], [5.0, 6.0], [1.0, 1.0]]).double())
+    known = {3: [2.0, 3.0], 7: [5.0, 6.0]}
     for _ in range(200):
         tally.decay(0.5)
         tally.add(torch.tensor([9, 4]), torch.tensor([[1.0, 0.0], [2.0, 4.0]]).double())
+        known = {code: [one / 2 for one in sums] for code, sums in known.items()}
+        for code, (one, other) in {9: (1.0, 0.0), 4: (2.0, 4.0)}.items():
+            before = known.get(code, [0.0, 0.0])
+            known[code] = [before[0] + one, before[1] + other]
+        found = dict(zip(tally.codes.tolist(), tally.sums.tolist(), strict=True))
+        assert all(found.get(code, [0.0, 0.0]) == pytest.approx(sums, abs=1e-5) for code, sums in known.items())
     assert tally.codes.tolist() == [4, 9]
     torch.testing.assert_close(tally.sums, torch.tensor([[4.0, 8.0], [2.0, 0.0]]).double())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_groups_that_are_put_together_in_one_tally_are_in_both(seed: int) -> None:
+    """Also where few were met on either side: a later row of the same group is counted beside its earlier ones."""
+    draw = torch.Generator().manual_seed(seed)
+    one, other = Tally(width=1, groups=4), Tally(width=1, groups=4)
+    known: dict[int, float] = {}
+    parts = [torch.randint(0, 40, (rows,), generator=draw) for rows in (2, 3 + 3 * (seed % 2), 2)]
+    for tally, codes in zip((one, other), parts, strict=False):
+        tally.add(codes, torch.ones(len(codes), 1))
+    folded = one.folded or other.folded
+    one.merge(other)
+    assert one.folded >= folded
+    one.add(parts[2], torch.ones(2, 1))
+    for code in torch.cat(parts).tolist():
+        group = code % 4 if one.folded else code
+        known[group] = known.get(group, 0.0) + 1
+    assert dict(zip(one.codes.tolist(), one.sums[:, 0].tolist(), strict=True)) == known
+
+
+def test_the_largest_penalty_of_those_that_do_as_well() -> None:
+    """Of a single feature none changes what a discriminant tells apart; with one row of a half nothing is chosen."""
+    x, labels = rows_of(3, 400, 1, [2])
+    bank = ClassBank(sources=1, features=1, classes=[2])
+    bank.add([x], labels, halves_of(torch.arange(400) % 2))
+    assert bank.choose().tolist() == [[PENALTIES[-1]]]
+    usual = {}
+    for rows in (2, 4):
+        values = ValueBank(sources=1, features=1, numbers=1)
+        values.add([torch.arange(rows)[:, None].float()], torch.arange(rows)[:, None].double(),
+                   halves_of(torch.arange(rows) % 2))  # fmt: skip
+        usual[rows] = values.choose().item() == usual_penalty(1, float(rows))
+    assert usual == {2: True, 4: False}
+
+
+def test_means_of_large_numbers_are_taken_in_double_precision() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, y = 3e4 + torch.randn(3000, 3, generator=draw), torch.arange(3000) % 2
+    x[:, 0] += y
+    found = MeanDifferenceClassifier(normalize=False).fit(x, y=y).coef_
+    wide = x.double()
+    torch.testing.assert_close(found.double(), wide[y == 1].mean(0) - wide[y == 0].mean(0), rtol=1e-6, atol=1e-6)
+
+
+def test_what_a_probe_says_of_itself_where_nothing_else_was_asked() -> None:
+    x, y = torch.randn(50, 3), torch.arange(50) % 2
+    classes, values = ClassStatistics(features=3, classes=2), TargetStatistics(features=3, targets=1)
+    classes.add(x, y)
+    values.add(x, x[:, :1])
+    for probe in (classes.solve(), values.solve()):
+        assert (probe.path, probe.facts["rows"]) == ("", 50.0)
+    assert LowRankBilinearEstimator(num_classes=2).rank == 8
 
 
 @pytest.mark.parametrize("mean", [1e-3, 1.0, 1e6])

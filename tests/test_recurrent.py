@@ -360,14 +360,17 @@ def test_the_carried_state_is_not_steered_in_recurrent_mode() -> None:
             hooked(data)
 
 
-def test_an_undefined_target_leaves_the_steps_before_it_undefined_as_well() -> None:
-    """A step is explained by the sum of the targets from it on, to the end of its trajectory."""
+@pytest.mark.parametrize("moves", [False, True], ids=["scaled", "moved"])
+def test_an_undefined_target_leaves_the_steps_before_it_undefined_as_well(moves: bool) -> None:
+    """A step is explained by the sum of the targets from it on, to the end of its trajectory; also where the
+    derivative is a number, as of a target that is moved by an infinite one."""
     actor = recurrent_actor()
     data = step_by_step(actor, torch.randn(2, 6, 4, dtype=torch.float64))
     data["is_init"][0, 2] = True
     data["scale"] = torch.ones(2, 6, dtype=torch.float64)
     data["scale"][0, 4] = torch.inf
-    scaled = targets.Target("scaled", lambda run: run.outputs["logits"][..., 0] * run.stored["scale"])
+    change = torch.add if moves else torch.mul
+    scaled = targets.Target("scaled", lambda run: change(run.outputs["logits"][..., 0], run.stored["scale"]))
     method = Saliency(target=scaled, inputs=["observation"], horizon="trajectory", additional_init_keys=["scale"])
     with method.prepare(actor) as hooked:
         found = hooked.annotate(data, on_mismatch="ignore")["attr", "observation"]

@@ -213,6 +213,9 @@ def test_wrong_inputs_sites_and_keys_are_refused() -> None:
     actor = categorical()
     with pytest.raises(InputError, match="nearest: 'observation'"):
         Saliency(inputs=["obs"]).prepare(actor).__enter__()
+    other = Saliency(init_attr_inputs=lambda inputs, _: TensorDict({"obs": inputs["observation"]}, inputs.batch_size))
+    with other.prepare(actor) as hooked, pytest.raises(InputError, match=r"init_attr_inputs returned.*'observation'"):
+        hooked.annotate(hooked(case.data(3)))
     with pytest.raises(SiteError, match="nearest"):
         Saliency(input_modules=["module.0.mlp"]).prepare(actor).__enter__()
     for methods in ((Saliency(), Saliency()), (ActivationCaching(case.site), ActivationCaching(case.site))):
