@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.internals.tensordict_names import CALL_METHODS, has_options, selects
-from tdhook_rl.internals.torch_names import call_methods, has_any_global_hook
+from tdhook_rl.internals.torch_names import call_methods, has_any_global_hook, is_any_autocast_enabled
 from tdhook_rl.sites.known import own_class
 
 _aten = torch.ops.aten
@@ -300,7 +300,10 @@ def chain_layers(policy: HookedPolicy, x: Any) -> Steps | None:
     chain, runtime = policy._hooked.chain, policy._hooked.runtime
     if chain is None or type(x) is not Tensor:
         return None
-    if x.device.type not in _DEVICES or torch.is_autocast_enabled(x.device.type):
+    # Whether autocast is on anywhere is the cheaper question, and mostly answers that of one device.
+    if not x.is_cpu and x.device.type not in _DEVICES:
+        return None
+    if is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         return None
     if runtime.row_hook is not None or runtime.expected or skip_existing():
         return None
