@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -15,6 +14,8 @@ import torch
 import torchrl
 from torch import Tensor
 from torchrl.envs.utils import set_exploration_type
+
+from tests.left_processes import left_behind
 
 if TYPE_CHECKING:
     from tdhook_rl.calls.chains import Record
@@ -64,7 +65,7 @@ def _time_limit(request: pytest.FixtureRequest) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
         faulthandler.cancel_dump_traceback_later()
-        left = multiprocessing.active_children()
+        left = left_behind()
         for process in left:
             process.kill()
         assert not left, f"the test left {left} behind"

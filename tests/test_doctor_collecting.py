@@ -32,6 +32,7 @@ from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.latent.probing import Probing
 from tdhook_rl.rollout import check
 from tests.doctor_set_ups import FEATURES, Acting, Changed, env, found, hooked
+from tests.left_processes import left_behind
 
 
 def test_devices() -> None:
@@ -203,7 +204,7 @@ def test_a_worker_that_hangs_is_named_and_stopped() -> None:
     report = check(hooked(make_actor()), hanging_worker, {"num_workers": 1}, time_limit=4.0)
     assert time.monotonic() - began < 40
     assert "still waited for the start of 1 worker of MultiSyncCollector" in found(report, "time limit", "error").seen
-    assert not multiprocessing.active_children()
+    assert not left_behind()
 
 
 def die(step: int, data: TensorDictBase) -> None:
@@ -215,7 +216,7 @@ def die(step: int, data: TensorDictBase) -> None:
 def test_a_worker_that_dies_is_named() -> None:
     report = check(hooked(make_actor()), functools.partial(Changed, die), {"num_workers": 1})
     assert re.search(r"batch 0 from 1 worker .*worker 0 \(exit code 3\)", found(report, "dry run", "error").seen)
-    assert not multiprocessing.active_children()
+    assert not left_behind()
 
 
 class SetsNewKey:
@@ -227,7 +228,7 @@ def test_a_hook_in_a_worker_whose_keys_are_frozen() -> None:
     report = check(hooked(make_actor()), env, {"num_workers": 1, "post_collect_hook": SetsNewKey()})
     assert found(report, "collector", "ok").seen == "MultiSyncCollector ran with 1 worker, and took weights"
     assert "('extra',) is the same in two batches" in found(report, "frozen", "error").seen
-    assert not multiprocessing.active_children()
+    assert not left_behind()
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -26,6 +25,7 @@ from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.rollout import Guarded, set_controls
 from tdhook_rl.rollout.workers import Caller, descendants, workers_of
 from tests.collecting import PROBES, RESULTS, Learner, check, env_functions, prepared_actor, rows_of, version_of
+from tests.left_processes import left_behind
 
 pytestmark = pytest.mark.limit(150)
 
@@ -106,7 +106,7 @@ def test_a_worker_that_dies_in_the_background_is_noticed() -> None:
         collector.procs[0].join(10)
         with pytest.raises(WorkerError, match=r"worker 0 .* was killed by SIGKILL"):
             guarded.check()
-    assert multiprocessing.active_children() == []
+    assert not left_behind()
 
 
 class Stuck(CueCorners):
@@ -124,7 +124,7 @@ def test_a_worker_that_hangs_is_an_error_after_the_time_limit() -> None:
     guarded = Guarded(MultiSyncCollector([Stuck], policy, frames_per_batch=32, total_frames=-1), timeout=3)
     with pytest.raises(WorkerError, match=r"did not bring a batch within 3 s although worker 0 \(process \d+\) live"):
         next(iter(guarded))
-    assert multiprocessing.active_children() == []
+    assert not left_behind()
 
 
 @pytest.mark.slow
@@ -136,7 +136,7 @@ def test_an_error_in_a_worker_and_one_of_the_users_are_told_apart() -> None:
     collector = MultiSyncCollector(env_functions(1), policy, frames_per_batch=16, total_frames=-1, postproc=fail)
     with Guarded(collector, timeout=60) as guarded, pytest.raises(ZeroDivisionError, match="mine"):
         next(iter(guarded))
-    assert multiprocessing.active_children() == []
+    assert not left_behind()
 
 
 class Renamed(CueCorners):
