@@ -27,6 +27,12 @@ from tdhook_rl.sites.missing import missing_value
 
 __all__ = ["Scheduled"]
 
+#: What others ask of a bound method, and a schedule answers as its method does.
+TAKEN_OVER = (
+    "when", "horizon", "reads_forward", "replays", "may_draw", "whole_batch", "only_in_forward", "without_forward",
+    "consumes", "store", "last",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, eq=False)
 class Scheduled(Method):
@@ -82,6 +88,7 @@ class Scheduled(Method):
                 f"{type(self.method).__name__} writes no results, so there is nothing to schedule; an intervention is "
                 "switched by its controls, or row by row with when="
             )
+        bound.method_name = type(self.method).__name__
         return _BoundScheduled(self, bound, binder.owner())
 
 
@@ -90,14 +97,10 @@ class _BoundScheduled(BoundMethod):
 
     def __init__(self, config: Scheduled, bound: BoundMethod, owner: str) -> None:
         self.bound = bound
-        self.when = bound.when
-        self.reads_forward = bound.reads_forward
-        self.replays = bound.replays
-        self.horizon = bound.horizon
-        self.whole_batch = bound.whole_batch
-        self.only_in_forward = bound.only_in_forward
-        self.without_forward = bound.without_forward
-        self._name = type(config.method).__name__
+        for name in TAKEN_OVER:
+            setattr(self, name, getattr(bound, name))
+        self._method = bound.compiled or bound
+        self._name = bound.method_name
         self._every, self._fraction, self._seed = config.every, config.fraction, config.seed
         self._where = None if config.where is None else unravel_key(config.where)
         self._plan_key = ("tdhook_rl schedule", owner)
@@ -151,7 +154,7 @@ class _BoundScheduled(BoundMethod):
 
     def _learned(self, call: Call, batch_dims: int) -> dict[tuple[str, ...], Tensor]:
         """The results of the method, whose shapes are kept for calls in which it is left out."""
-        found = dict(self.bound.compute(call))
+        found = dict(self._method.compute(call))
         self._forms = {key: (value.shape[batch_dims:], value.dtype) for key, value in found.items()}
         return found
 

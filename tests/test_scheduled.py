@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,11 +23,13 @@ from tdhook_rl import (
     SteeringVectors,
 )
 from tdhook_rl.attribution import IntegratedGradients, Occlusion
+from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError, KeyCollisionError, MissingKeyError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.latent import ActivationAddition
 from tdhook_rl.replay import analyze
+from tdhook_rl.scheduled import TAKEN_OVER
 from tests.method_table import SAMPLES
 from tests.policies import CASES, categorical
 
@@ -74,12 +77,14 @@ def test_a_row_mask(name: str, when: str, batch: tuple[int, ...]) -> None:
     check(found, whole, keys, rows)
 
 
-#: What others ask a bound method before they compute it.
-ASKED = ("result_keys", "when", "horizon", "reads_forward", "replays", "whole_batch", "only_in_forward",
-         "without_forward")  # fmt: skip
+#: What a schedule answers by itself: it reads its mask too, plans, speaks for its root alone, and picks rows, for which
+#: no pass is shared. What explains inputs, and what is compiled, is asked of the method that it holds.
+OWN = {"reads", "plan", "exclusive", "bound", "method_name", "shares_forward", "shares_pass", "linear", "declared",
+       "compiled"}  # fmt: skip
 
 
 def test_a_scheduled_method_is_asked_for_as_it_is_by_itself() -> None:
+    assert set(BoundMethod.__annotations__) == {"result_keys", *TAKEN_OVER, *OWN}
     case, seen = CASES["categorical"], set()
     for name, sample in SAMPLES.items():
         method = sample.make(case)
@@ -91,9 +96,45 @@ def test_a_scheduled_method_is_asked_for_as_it_is_by_itself() -> None:
             continue
         with Scheduled(method, every=2).prepare(case.build()) as hooked:
             (scheduled,) = hooked._hooked.bound
-            assert {key: getattr(one, key) for key in ASKED} == {key: getattr(scheduled, key) for key in ASKED}, name
-            seen |= {key for key in ASKED if getattr(one, key) is True}
-    assert seen >= {"reads_forward", "replays", "whole_batch"}
+            for key in ("result_keys", *TAKEN_OVER):
+                own, theirs = getattr(scheduled, key), getattr(one, key)
+                # A store is of each preparation its own.
+                assert (type(own) is type(theirs)) if key in ("store", "last") else (own == theirs), (name, key)
+            seen |= {key for key in TAKEN_OVER if getattr(one, key)}
+    assert seen >= {"reads_forward", "replays", "whole_batch", "last"}
+
+
+@pytest.mark.parametrize("when", ["step", "batch"])
+@pytest.mark.parametrize("kind", [Saliency, IntegratedGradients])
+def test_a_scheduled_method_is_compiled_where_it_is_told_to(kind: Any, when: str) -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    options = {"when": when} if kind is Saliency else {"when": when, "baseline": 0.0}
+    net, data = (
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)),
+        TensorDict({"input": torch.randn(6, 3)}, [6]),
+    )
+    plain, compiled = kind(**options), kind(**options, compile={"backend": backend})
+    found = []
+    for method in (plain, compiled):
+        with Scheduled(method, fraction=0.5).prepare(net) as hooked:
+            found.append(hooked(data.clone()) if when == "step" else hooked.annotate(data))
+    assert graphs
+    torch.testing.assert_close(found[1]["attr", "input"], found[0]["attr", "input"], equal_nan=True)
+
+
+@pytest.mark.parametrize("caller", [True, False])
+def test_the_cache_of_what_is_scheduled_is_that_of_its_last_call(caller: bool) -> None:
+    net, cache = nn.Sequential(nn.Linear(3, 2)), TensorDict() if caller else None
+    rows = [TensorDict({"input": torch.randn(4, 3)}, [4]) for _ in range(3)]
+    with Scheduled(ActivationCaching("0", cache=cache), every=2).prepare(net) as hooked:
+        for data, computed in zip(rows, (rows[0], rows[0], rows[2]), strict=True):
+            hooked(data.clone())
+            assert torch.equal(hooked.hooking_context.cache["0"], net(computed["input"]))
 
 
 @pytest.mark.parametrize("chunk_size", [None, 4])

@@ -138,7 +138,6 @@ class BoundAttribution(BoundMethod):
     beside: str | None = None  # the root of what is written beside: one number for each row and target
 
     def __init__(self, config: GradientAttribution, binder: Binder) -> None:
-        self.method_name = type(config).__name__  # also where another method binds it
         sites = binder.sites(config.input_modules, runs=True) if config.input_modules else []
         self.when = config.when or config.default_when(binder.policy)
         self.horizon = config.horizon

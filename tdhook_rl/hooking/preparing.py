@@ -44,7 +44,7 @@ class _Binds(Protocol):
 
 
 def _may_be_traced(one: BoundMethod) -> bool:
-    return (one.replays and one.when == "step") or one.compiled is not None
+    return (one.replays and one.when == "step") or (one.bound or one).compiled is not None
 
 
 def hooked_clone(
