@@ -18,7 +18,7 @@ from tdhook_rl.errors import InputError, MissingKeyError, SiteError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.latent import MapPatch, StateSubtraction, UnitValues
 from tests.policies import CASES, POLICIES, Case, actor, mlp
-from tests.test_gates import acting, by_case, by_hand, positive, require_equal, some_batch
+from tests.steered_by_hand import acting, by_case, by_hand, positive, require_equal, some_batch
 from tests.test_invariants import assert_at_rest
 
 MAPS = {name: POLICIES[name] for name in ("pixels", "bytes")}

@@ -59,6 +59,7 @@ GROUPS = {
     "probing": Group("latent/probing", 150, (
         "test_probing", "test_probe_banks", "test_probe_scores", "test_probe_suite", "test_probe_sums",
         "test_probe_features", "test_seed_probing", "test_artifact_files", "test_degenerate_data", "test_gates",
+        "test_gates_in_rollouts",
         "test_wrong_arguments", "test_probe_grid", "test_oracle_table", "test_small_changes", "test_probe_edges",
     )),
 }  # fmt: skip
