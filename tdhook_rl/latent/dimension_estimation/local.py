@@ -22,6 +22,8 @@ from tdhook_rl.latent.dimension_estimation.neighbours import (
     resolve_k,
     write_results,
 )
+from tdhook_rl.latent.dimension_estimation.spread import dimension_interval, read_cloud
+from tdhook_rl.statistics import Interval
 
 
 class LocalDimensionEstimator(TensorDictModuleBase):
@@ -47,6 +49,37 @@ class LocalDimensionEstimator(TensorDictModuleBase):
         points = read_points(tensordict, self.in_key, rows=self.least + self.reserve)
         k = resolve_k(self.k, points, self.in_key, least=self.least, reserve=self.reserve)
         return write_results(tensordict, {self.out_key: self._dimensions(points, k)})
+
+    @checked
+    def interval(self, points: Tensor, groups: Tensor | None = None, *, confidence: float = 0.95) -> Interval:
+        """The mean over the points of a cloud of the dimension around each, with an interval.
+
+        It says how far the mean scatters, not how far it is off: borders, curvature, and neighbourhoods that are wide
+        for a high dimension move it. Of 100 and 300 points on tori of dimension 1 and 2
+        :class:`LocalKnnDimensionEstimator` holds the mean of many such clouds 95 times in 100 or more
+        (``test_dimension_intervals``); of counts, which are the same around most points, the interval may be of no
+        width, and says so. Compare it with that of an untrained network in the same states: dimensions have no level of
+        chance.
+
+        Args:
+            points: ``(N, D)``.
+            groups: the group of each point, such as its episode; each its own unless given. Neighbours are looked for
+                among all points, of the same group too.
+            confidence: of the interval.
+
+        Raises:
+            InputError: as of a call, or for several clouds.
+
+        Example:
+            >>> plane = torch.rand(500, 2, generator=torch.Generator().manual_seed(0)) @ torch.eye(2, 10)
+            >>> found = LocalKnnDimensionEstimator(k=20).interval(plane)
+            >>> bool(1.8 < found.low < found.estimate < found.high < 2)  # the borders of the square lower it
+            True
+        """
+        cloud = read_cloud(points, rows=self.least + self.reserve)
+        k = resolve_k(self.k, cloud, "points", least=self.least, reserve=self.reserve)
+        found = self._dimensions(cloud, k)
+        return dimension_interval(float(found.mean()), found, nearest_neighbours(cloud, k)[1], groups, confidence)
 
     def _dimensions(self, points: Tensor, k: int) -> Tensor:
         """From ``(..., N, D)`` to ``(..., N)``."""

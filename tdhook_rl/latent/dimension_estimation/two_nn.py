@@ -19,6 +19,8 @@ from tdhook_rl.latent.dimension_estimation.neighbours import (
     refuse_duplicates,
     write_results,
 )
+from tdhook_rl.latent.dimension_estimation.spread import dimension_interval, read_cloud
+from tdhook_rl.statistics import Interval
 
 #: How far the distribution of the ratios may be from that of the dimension that is fitted. Curvature, borders, noise
 #: and uneven densities make .06 of it, parts of several dimensions .12, near-duplicates of a tenth of the points .14.
@@ -95,12 +97,57 @@ class TwoNnDimensionEstimator(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the dimension of each cloud."""
         points = read_points(tensordict, self.in_key, rows=3)
-        rows = points.shape[-2]
-        found, _ = nearest_neighbours(points, 2)
+        ratios, _ = self._ratios(points)
+        ratios = ratios.sort(-1).values
+        x, y, dimension = self._fit(ratios)
+        self._require_fit(ratios, dimension)
+        return write_results(tensordict, dict(zip(self.out_keys, (dimension, x, y), strict=False)))
+
+    @checked
+    def interval(self, points: Tensor, groups: Tensor | None = None, *, confidence: float = 0.95) -> Interval:
+        """The dimension of a cloud, with an interval: from what it is when the ratio of each point is left out.
+
+        It says how far the estimate scatters, not how far it is off: borders, curvature and too few points for a high
+        dimension move it, and so do the steps of an episode that are nearest to each other. Of 100 and 300 points on
+        tori of dimension 1 and 2 it holds the dimension 90 to 98 times in 100 where 95 are promised
+        (``test_dimension_intervals``); of dimension 4 the estimate itself is too high at so few points. Compare it with
+        that of an untrained network in the same states: dimensions have no level of chance.
+
+        Args:
+            points: ``(N, D)``.
+            groups: the group of each point, such as its episode; each its own unless given. Neighbours are looked for
+                among all points, of the same group too.
+            confidence: of the interval.
+
+        Raises:
+            InputError: as of a call, or for several clouds.
+
+        Example:
+            >>> plane = torch.rand(500, 2, generator=torch.Generator().manual_seed(0)) @ torch.eye(2, 10)
+            >>> found = TwoNnDimensionEstimator().interval(plane)
+            >>> 2 in found, found.high - found.low < 1
+            (True, True)
+        """
+        cloud = read_cloud(points, rows=4)
+        ratios, neighbours = self._ratios(cloud)
+        ordered = ratios.sort()
+        _, _, dimension = self._fit(ordered.values)
+        self._require_fit(ordered.values, dimension)
+        influences = torch.empty_like(ratios)
+        influences[ordered.indices] = (len(ratios) - 1) * (dimension - self._without_each(ordered.values))
+        return dimension_interval(float(dimension), influences, neighbours, groups, confidence)
+
+    def _ratios(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """The logarithm of the ratio of both distances ``(..., N)``, and the two neighbours ``(..., N, 2)``."""
+        found, neighbours = nearest_neighbours(points, 2)
         spread = (points - points.mean(-2, keepdim=True)).square().sum(-1).mean(-1, keepdim=True).sqrt()
         refuse_duplicates(found[..., 0], self.in_key, tolerance=self.eps * spread, what="another point")
+        return (found[..., 1] / found[..., 0]).log(), neighbours
+
+    def _fit(self, ratios: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The points of the line and its slope, from ratios in order."""
+        rows = ratios.shape[-1]
         kept = max(2, min(rows - 1, int(rows * (1 - self.discard))))
-        ratios = (found[..., 1] / found[..., 0]).log().sort(-1).values
         x = ratios[..., :kept]
         ranks = torch.arange(1, kept + 1, dtype=x.dtype, device=x.device)
         y = (-torch.log1p(-ranks / rows)).expand_as(x)
@@ -110,9 +157,12 @@ class TwoNnDimensionEstimator(TensorDictModuleBase):
                 f"in {self.in_key!r} the two nearest neighbours are equally far from every fitted point, as on a grid: "
                 "the ratio of distances says nothing about the dimension; use LocalPcaDimensionEstimator"
             )
-        dimension = (x * y).sum(-1) / squares
-        self._require_fit(ratios, dimension)
-        return write_results(tensordict, dict(zip(self.out_keys, (dimension, x, y), strict=False)))
+        return x, y, (x * y).sum(-1) / squares
+
+    def _without_each(self, ratios: Tensor) -> Tensor:
+        """The slope without each of the ratios ``(N,)``, which are in order."""
+        place = torch.arange(len(ratios) - 1)
+        return self._fit(ratios[place + (place >= torch.arange(len(ratios))[:, None])])[2]
 
     def _require_fit(self, ratios: Tensor, dimension: Tensor) -> None:
         """Raise if the ratios of a cloud are far from the law of its dimension, as those of near-duplicates are."""

@@ -1,0 +1,69 @@
+"""How sure a dimension is: by group, and by the neighbours that points share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from tdhook_rl.errors import InputError
+from tdhook_rl.latent.dimension_estimation.neighbours import read_points
+from tdhook_rl.statistics import FEW_GROUPS, Interval
+from tdhook_rl.statistics.interval import check_confidence, limits, none, pair_up
+
+
+def read_cloud(points: Tensor, *, rows: int) -> Tensor:
+    """One cloud of finite points, ``(N, D)``, in double precision on the processor.
+
+    Raises:
+        InputError: for another shape or dtype, too few points, NaN or infinite entries.
+    """
+    cloud = read_points(TensorDict({"points": points}), "points", rows=rows)
+    if cloud.ndim != 2:
+        raise InputError(f"an interval is of one cloud, points (N, D), got {tuple(cloud.shape)}: one call for each")
+    return cloud.detach().double().cpu()
+
+
+def dimension_interval(
+    estimate: float, influences: Tensor, neighbours: Tensor, groups: Tensor | None, confidence: float
+) -> Interval:
+    """A t interval of an estimate from what each point adds to it.
+
+    The variance is the sum of the products of influences over pairs of points of one group, and of points of which one
+    is the neighbour of the other: these are estimated from the same distances. Where neighbours make up for each other,
+    as the distances of the k nearest do on a line, that sum is less than over groups alone, and at random far less: the
+    larger of the two is taken.
+
+    Args:
+        estimate: of the cloud.
+        influences: ``(N,)``: what a point moves the estimate by, times N.
+        neighbours: ``(N, k)``, their places.
+        groups: of the points; each its own unless given.
+        confidence: of the interval.
+    """
+    check_confidence(confidence)
+    count = len(influences)
+    numbers = torch.from_numpy(pair_up(count, groups))
+    held = int(numbers.max()) + 1
+    shape = {"confidence": confidence, "groups": held, "rows": count}
+    if held < 2:
+        return none(estimate, "one group only: nothing says how much groups differ", **shape)
+    words = f"only {held} groups: a t interval by group" if held < FEW_GROUPS else ""
+    along = influences - influences.mean()
+    if not bool(along.any()):
+        return limits(estimate, 0.0, freedom=held - 1, words=f"all {count} points say the same", **shape)
+    together = numbers[:, None] == numbers
+    linked = together.clone()
+    linked[torch.arange(count)[:, None], neighbours] = True
+    variance = max(_variance(along, together), _variance(along, linked | linked.mT))
+    found = limits(estimate, variance, freedom=held - 1, words=words, **shape)
+    return replace(found, low=max(found.low, 0.0), method="t by group and neighbours")
+
+
+def _variance(along: Tensor, pairs: Tensor) -> float:
+    """Of the mean: the sum of the products over the pairs; 0 where all points are pairs of each other."""
+    # Values about their own mean sum to zero over all pairs: what that takes away is given back.
+    apart = 1 - float(pairs.double().mean())
+    return float(along @ (pairs.double() @ along)) / len(along) ** 2 / apart if apart > 0 else 0.0
