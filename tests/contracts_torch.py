@@ -133,6 +133,21 @@ def hooks_on_all_modules() -> None:
     assert not torch_names.has_any_global_hook()
 
 
+@contract("torch_names", "take_forward_hooks")
+def hooks_of_one_module() -> None:
+    module = nn.Linear(2, 2)
+    module.register_forward_pre_hook(lambda module, args: None)
+    module.register_forward_pre_hook(lambda module, args, kwargs: None, with_kwargs=True)
+    module.register_forward_hook(lambda module, args, output: None, always_call=True)
+    module.register_forward_hook(lambda module, args, kwargs, output: output + 1, with_kwargs=True, prepend=True)
+    x = torch.ones(1, 2)
+    expected = module(x) - 1
+    before, after = torch_names.take_forward_hooks(module)
+    assert [rest for _, *rest in before] == [[False], [True]]
+    assert [rest for _, *rest in after] == [[True, False], [False, True]]
+    torch.testing.assert_close(module(x), expected)
+
+
 @contract("torch_names", "in_forward_ad")
 def dual_levels() -> None:
     assert not torch_names.in_forward_ad()

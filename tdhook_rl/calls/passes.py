@@ -29,6 +29,7 @@ from tdhook_rl.replaying.batching import shallow_copy
 from tdhook_rl.replaying.samples import Drawn, Replay, require_unchanged
 from tdhook_rl.replaying.start import ForwardEffects, Start
 from tdhook_rl.sites.repeats import Several
+from tdhook_rl.sites.root_hooks import in_root_hooks
 from tdhook_rl.sites.rows import with_batch
 from tdhook_rl.sites.states import watching
 
@@ -299,7 +300,7 @@ def run_root(policy: HookedPolicy, forward: Callable[..., Any], args: tuple, kwa
     if not torch.compiler.is_compiling():
         runtime.caller = threading.get_ident()  # before the depth: other threads read both
     runtime.depth += 1
-    forward = undecorated(forward, args)
+    forward = in_root_hooks(policy, undecorated(forward, args))
     previous = runtime.begin(args, kwargs, root=True)
     try:
         if runtime.row_hook is not None:

@@ -29,6 +29,7 @@ from tdhook_rl.replaying.replay_mixin import DecidedHook, ReplayMixin
 from tdhook_rl.replaying.traceable import trace_risks
 from tdhook_rl.sites.classes import swap_class
 from tdhook_rl.sites.inner_calls import place_inner_hooks
+from tdhook_rl.sites.root_hooks import take_root_hooks
 from tdhook_rl.sites.rows import attach_layouts
 from tdhook_rl.sites.runtime import Runtime
 
@@ -68,6 +69,7 @@ def hooked_clone(
         raise PreparationError(
             f"{type(clone).__name__} has its own attribute {taken[0]!r}, which a hooked policy needs: rename it"
         )
+    has_root_hooks = take_root_hooks(clone)
     runtime = Runtime()
     runtime.methods = tuple(methods)
     attach_layouts(clone, runtime)
@@ -116,8 +118,8 @@ def hooked_clone(
         and can_share(clone, traits)
         and not drawn
         and chunked_by(clone) is None,
-        chain=chain_of(clone),
-        decider=decider_of(clone),
+        chain=None if has_root_hooks else chain_of(clone),
+        decider=None if has_root_hooks else decider_of(clone),
         reads=binder.reads,
         records=binder.records,
         passes=binder.passes,

@@ -43,6 +43,7 @@ __all__ = [
     "pruned_name",
     "pytree",
     "storage_id",
+    "take_forward_hooks",
 ]
 
 # `BatchNorm`, `ConvNd`, `DropoutNd`, `...PadNd`: the classes that those of 1, 2 and 3 dimensions, and the lazy ones,
@@ -75,6 +76,20 @@ def has_any_global_hook() -> bool:
         or _modules._global_backward_hooks
         or _modules._global_backward_pre_hooks
     )
+
+
+def take_forward_hooks(module: nn.Module) -> tuple[list[tuple[Any, bool]], list[tuple[Any, bool, bool]]]:
+    """Take away the hooks of a module, before and after its forward, which torch only gives back one by one.
+
+    With each, whether it is given the keyword arguments; and of those after it whether it is called after an error too.
+    """
+    named, named_after = module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs
+    always = module._forward_hooks_always_called
+    before = [(hook, number in named) for number, hook in module._forward_pre_hooks.items()]
+    after = [(hook, number in named_after, number in always) for number, hook in module._forward_hooks.items()]
+    for store in (module._forward_pre_hooks, module._forward_hooks, named, named_after, always):
+        store.clear()
+    return before, after
 
 
 def in_forward_ad() -> bool:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tdhook_rl.internals.tensordict_names import store_of
 from tdhook_rl.policies.memory import read_tensor, same_values, share_memory, write_tensor
 from tdhook_rl.sites.known import own_class
+from tdhook_rl.sites.root_hooks import hooks_of
 
 #: Attributes of a module that are torch's own business.
 INTERNAL = frozenset(vars(nn.Module()))
@@ -156,9 +157,8 @@ def _of_module(
                     yield inner, f"{dot}{name}{'.' if inner_path else ''}{inner_path}", own_class(inner).__name__
             else:
                 yield value, f"{dot}{name}", owner
-    for store in (module._forward_pre_hooks, module._forward_hooks):
-        for hook in store.values():
-            yield hook, f"{dot}{type(hook).__name__}", owner
+    for hook in hooks_of(module):
+        yield hook, f"{dot}{type(hook).__name__}", owner
 
 
 def _of_object(value: Any, path: str, owner: str, add: Add) -> Iterator[tuple[str, Any]]:

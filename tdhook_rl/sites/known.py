@@ -13,6 +13,7 @@ from torch import nn
 
 from tdhook_rl.internals.torch_names import BatchNorm, DropoutNd
 from tdhook_rl.sites.classes import Swapped
+from tdhook_rl.sites.root_hooks import hooks_of
 
 #: By this attribute, ``True``, a class of modules says that its forward writes nothing and draws nothing, whatever the
 #: modules do that it calls; a subclass, which may have a forward of its own, does not.
@@ -48,8 +49,7 @@ def _wrappers() -> frozenset[type]:
 
 def _writes_nothing(module: nn.Module) -> bool:
     kind, own = own_class(module), module.__dict__
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    if "forward" in own or not all(map(_is_ours, hooks)):
+    if "forward" in own or not all(map(_is_ours, hooks_of(module))):
         return False
     if kind in _wrappers():
         if isinstance(module, ProbabilisticTensorDictModule):
