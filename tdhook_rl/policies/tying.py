@@ -27,6 +27,9 @@ from tdhook_rl.policies.mutable_state import INTERNAL, MutableState, find_state
 
 M = TypeVar("M", bound=nn.Module)
 
+#: What modules hold of torch's own, mostly with nothing in it; and other classes of what is neither tensor nor generator.
+_EMPTIED = frozenset((dict, collections.OrderedDict, set))
+_SIMPLE = _EMPTIED | {bool, int, float, str, type(None), list, tuple}
 #: How deep the attribute that does not copy is looked for.
 DEEP = 6
 
@@ -41,22 +44,29 @@ def tied_clone(module: M) -> M:
     _refuse_uncopyable(module)
     memo: dict[int, Any] = {}
     kept = []  # deepcopy returns memo[id(x)], so whatever is listed here is shared instead of copied
+    tensordicts = []
     for child in module.modules():
         if isinstance(child, TensorDictParams):
-            kept.append(child)
-        kept.extend(child.parameters(recurse=False))
-        kept.extend(child.buffers(recurse=False))
-        # Plain tensor attributes and generators are state of the policy as well.
-        kept.extend(value for value in vars(child).values() if isinstance(value, (Tensor, torch.Generator)))
+            kept += child, *child.parameters(recurse=False), *child.buffers(recurse=False)
+        kept += child._parameters.values()
+        kept += child._buffers.values()
+        for value in vars(child).values():
+            kind = value.__class__
+            if kind in _SIMPLE:
+                if not value and kind in _EMPTIED:  # most are: deepcopy takes long to do the same
+                    memo.setdefault(id(value), kind())
+            elif isinstance(value, (Tensor, torch.Generator)):
+                # Plain tensor attributes and generators are state of the policy as well.
+                kept.append(value)
+            elif isinstance(value, TensorDictBase):
+                tensordicts.append(value)
     held = find_state(list(module.named_modules()))
     places = {memory_of(item) for item in kept if isinstance(item, Tensor)} - {0}
     kept += held.shared  # and views of what is shared, in whatever container
     kept += [tensor for tensor, _, _ in held.tensors if tensor.grad_fn is None and memory_of(tensor) in places]
     memo.update((id(item), item) for item in kept)
-    for value in (value for child in module.modules() for value in vars(child).values()):
-        if not isinstance(value, TensorDictBase) or id(value) in memo:
-            continue
-        if any(memory_of(one) in places for one in value.values(True, True)):
+    for value in tensordicts:
+        if id(value) not in memo and any(memory_of(one) in places for one in value.values(True, True)):
             memo[id(value)] = value.clone(recurse=False)  # a TensorDict copies its tensors past the memo
     _detach_graphs(held, memo)
     seeds = dict(memo)
