@@ -15,8 +15,10 @@ from torch import Tensor
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.dimension_estimation.neighbours import check_keys, distances, read_points, write_results
+from tdhook_rl.latent.dimension_estimation.spread import spread_interval
 from tdhook_rl.latent.similarity_spread import similarity_intervals
 from tdhook_rl.statistics import Interval
+from tdhook_rl.statistics.interval import pair_up
 
 
 class CkaEstimator(TensorDictModuleBase):
@@ -311,6 +313,47 @@ class InformationImbalanceEstimator(TensorDictModuleBase):
             {self.out_key_a_to_b: _imbalance(apart_a, apart_b), self.out_key_b_to_a: _imbalance(apart_b, apart_a)},
         )
 
+    @checked
+    def interval(
+        self, a: Tensor, b: Tensor, groups: Tensor | None = None, *, confidence: float = 0.95
+    ) -> tuple[Interval, Interval]:
+        """The imbalance from a to b and that from b to a, with intervals; by chance both are 1.
+
+        With groups, neighbours are looked for and ranked among the points of other groups: the next step of an episode
+        is near in every representation, so that of few slow episodes unrelated ones have .7 among all points, and 1
+        among those of others. Without, the estimate is that of a call. Of 80 independent points, and of 10 episodes of
+        12 steps, the intervals hold the 1 of unrelated representations 95 times in 100, and the mean of related ones 93
+        to 95 times (``test_imbalance_intervals``).
+
+        Args:
+            a, b: two representations of the same inputs, ``(N, D_a)`` and ``(N, D_b)``.
+            groups: the group of each point, such as its episode; each its own unless given.
+            confidence: of the intervals.
+
+        Raises:
+            InputError: as of a call, or for several clouds.
+
+        Example:
+            >>> a = torch.rand(200, 2, generator=torch.Generator().manual_seed(0))
+            >>> b = torch.rand(200, 2, generator=torch.Generator().manual_seed(1))
+            >>> found, _ = InformationImbalanceEstimator().interval(a, b)
+            >>> 1 in found, found.high - found.low < 0.5
+            (True, True)
+        """
+        first, second = read_pair(TensorDict({"a": a, "b": b}), "a", "b", rows=3)
+        if first.ndim != 2:
+            raise InputError(f"intervals are of two clouds, (N, D) each, got {tuple(a.shape)}: one call for each pair")
+        numbers = torch.from_numpy(pair_up(len(first), groups))
+        apart = [distances(one.detach().double().cpu(), self.p) for one in (first, second)]
+        if int(numbers.max()) > 0:
+            apart = [one.masked_fill(numbers[:, None] == numbers, math.inf) for one in apart]
+        found = []
+        for source, target in (apart, apart[::-1]):
+            near = source == source.amin(-1, keepdim=True)
+            terms, influences = _rank_terms(near, target)
+            found.append(spread_interval(float(terms.mean()), influences, near, groups, confidence))
+        return found[0], found[1]
+
 
 def _imbalance(source: Tensor, target: Tensor) -> Tensor:
     """2 / N times the mean rank in ``target`` of the nearest neighbours in ``source``; both ``(..., N, N)``."""
@@ -320,3 +363,20 @@ def _imbalance(source: Tensor, target: Tensor) -> Tensor:
     ranks = (first + 1 + last).to(source.dtype) / 2
     chosen = (source == source.amin(-1, keepdim=True)).to(source.dtype)
     return (chosen * ranks).sum(-1).div(chosen.sum(-1)).mean(-1) * (2 / source.shape[-1])
+
+
+def _rank_terms(near: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each point the scaled rank in ``target`` of those that are near, and what it adds to the mean, ``(N,)`` each.
+
+    A point adds its own rank, and one to the rank of each point's neighbour that it is nearer than.
+    """
+    ordered, order = target.sort(-1)
+    weights = near.to(target) / near.sum(-1, keepdim=True)
+    sums = torch.nn.functional.pad(weights.gather(-1, order).cumsum(-1), (1, 0))
+    first = sums.gather(-1, torch.searchsorted(ordered, target))
+    last = sums.gather(-1, torch.searchsorted(ordered, target, right=True))
+    below = 1 - (first + last) / 2  # of the neighbours, the share that is further than each point; a tie is a half
+    below = below.masked_fill(target.isinf(), 0)
+    scale = 2 / (target.isfinite().to(target).sum(-1) + 1)
+    terms = scale * (below.sum(-1) + 0.5)
+    return terms, terms + (scale[:, None] * below).sum(0)

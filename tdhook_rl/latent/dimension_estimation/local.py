@@ -22,7 +22,7 @@ from tdhook_rl.latent.dimension_estimation.neighbours import (
     resolve_k,
     write_results,
 )
-from tdhook_rl.latent.dimension_estimation.spread import dimension_interval, read_cloud
+from tdhook_rl.latent.dimension_estimation.spread import places, read_cloud, spread_interval
 from tdhook_rl.statistics import Interval
 
 
@@ -79,7 +79,8 @@ class LocalDimensionEstimator(TensorDictModuleBase):
         cloud = read_cloud(points, rows=self.least + self.reserve)
         k = resolve_k(self.k, cloud, "points", least=self.least, reserve=self.reserve)
         found = self._dimensions(cloud, k)
-        return dimension_interval(float(found.mean()), found, nearest_neighbours(cloud, k)[1], groups, confidence)
+        near = places(nearest_neighbours(cloud, k)[1])
+        return spread_interval(float(found.mean()), found, near, groups, confidence)
 
     def _dimensions(self, points: Tensor, k: int) -> Tensor:
         """From ``(..., N, D)`` to ``(..., N)``."""

@@ -1,4 +1,4 @@
-"""How sure a dimension is: by group, and by the neighbours that points share."""
+"""How sure a figure of near points is: by group, and by the neighbours that points share."""
 
 from __future__ import annotations
 
@@ -26,20 +26,30 @@ def read_cloud(points: Tensor, *, rows: int) -> Tensor:
     return cloud.detach().double().cpu()
 
 
-def dimension_interval(
-    estimate: float, influences: Tensor, neighbours: Tensor, groups: Tensor | None, confidence: float
+def places(neighbours: Tensor) -> Tensor:
+    """Whether a point is among the neighbours ``(N, k)`` of another, ``(N, N)``."""
+    count = len(neighbours)
+    return torch.zeros(count, count, dtype=torch.bool).scatter_(1, neighbours, torch.ones_like(neighbours).bool())
+
+
+def spread_interval(
+    estimate: float, influences: Tensor, near: Tensor, groups: Tensor | None, confidence: float
 ) -> Interval:
-    """A t interval of an estimate from what each point adds to it.
+    """A t interval of an estimate that is not negative, from what each point adds to it.
 
     The variance is the sum of the products of influences over pairs of points of one group, and of points of which one
     is the neighbour of the other: these are estimated from the same distances. Where neighbours make up for each other,
     as the distances of the k nearest do on a line, that sum is less than over groups alone, and at random far less: the
     larger of the two is taken.
 
+    Points are left out one by one with the neighbours of the others as they were, and none is drawn twice: a copy would
+    be the nearest neighbour of itself. Searching neighbours anew without each part of the points gives intervals that
+    are twice as wide as these figures scatter.
+
     Args:
         estimate: of the cloud.
         influences: ``(N,)``: what a point moves the estimate by, times N.
-        neighbours: ``(N, k)``, their places.
+        near: ``(N, N)``: whether a point's figure was read off the distance to another.
         groups: of the points; each its own unless given.
         confidence: of the interval.
     """
@@ -55,9 +65,7 @@ def dimension_interval(
     if not bool(along.any()):
         return limits(estimate, 0.0, freedom=held - 1, words=f"all {count} points say the same", **shape)
     together = numbers[:, None] == numbers
-    linked = together.clone()
-    linked[torch.arange(count)[:, None], neighbours] = True
-    variance = max(_variance(along, together), _variance(along, linked | linked.mT))
+    variance = max(_variance(along, together), _variance(along, together | near | near.mT))
     found = limits(estimate, variance, freedom=held - 1, words=words, **shape)
     return replace(found, low=max(found.low, 0.0), method="t by group and neighbours")
 
@@ -65,5 +73,6 @@ def dimension_interval(
 def _variance(along: Tensor, pairs: Tensor) -> float:
     """Of the mean: the sum of the products over the pairs; 0 where all points are pairs of each other."""
     # Values about their own mean sum to zero over all pairs: what that takes away is given back.
-    apart = 1 - float(pairs.double().mean())
-    return float(along @ (pairs.double() @ along)) / len(along) ** 2 / apart if apart > 0 else 0.0
+    linked = pairs.double()
+    apart = 1 - float(linked.mean())
+    return float(along @ (linked @ along)) / len(along) ** 2 / apart if apart > 0 else 0.0

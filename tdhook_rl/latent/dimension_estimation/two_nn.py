@@ -19,7 +19,7 @@ from tdhook_rl.latent.dimension_estimation.neighbours import (
     refuse_duplicates,
     write_results,
 )
-from tdhook_rl.latent.dimension_estimation.spread import dimension_interval, read_cloud
+from tdhook_rl.latent.dimension_estimation.spread import places, read_cloud, spread_interval
 from tdhook_rl.statistics import Interval
 
 #: How far the distribution of the ratios may be from that of the dimension that is fitted. Curvature, borders, noise
@@ -135,7 +135,7 @@ class TwoNnDimensionEstimator(TensorDictModuleBase):
         self._require_fit(ordered.values, dimension)
         influences = torch.empty_like(ratios)
         influences[ordered.indices] = (len(ratios) - 1) * (dimension - self._without_each(ordered.values))
-        return dimension_interval(float(dimension), influences, neighbours, groups, confidence)
+        return spread_interval(float(dimension), influences, places(neighbours), groups, confidence)
 
     def _ratios(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """The logarithm of the ratio of both distances ``(..., N)``, and the two neighbours ``(..., N, 2)``."""
