@@ -4,12 +4,13 @@ Knows how a policy is hooked and run, targets and statistics; no environments bu
 """
 
 from tdhook_rl.sweeps.causal.ablation import AblationCell, AblationTable, ablate_units
+from tdhook_rl.sweeps.causal.agreement import Agreement
 from tdhook_rl.sweeps.causal.attribution import attribution_patching, patch_units
 from tdhook_rl.sweeps.causal.circuits import Circuit, CurvePoint, faithfulness, find_circuit
 from tdhook_rl.sweeps.causal.patch_sites import patch_sites
 from tdhook_rl.sweeps.causal.patch_table import PatchCell, PatchTable
 from tdhook_rl.sweeps.causal.paths import patch_paths
-from tdhook_rl.sweeps.causal.unit_table import Agreement, UnitCell, UnitTable
+from tdhook_rl.sweeps.causal.unit_table import UnitCell, UnitTable
 
 __all__ = [
     "AblationCell",

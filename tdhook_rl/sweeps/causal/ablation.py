@@ -16,6 +16,7 @@ from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.sites.numbers import in_dtype, is_whole
 from tdhook_rl.statistics import Interval, grouped_mean, paired_difference
 from tdhook_rl.statistics.cells import Cells, shown
+from tdhook_rl.statistics.interval import none
 from tdhook_rl.sweeps.causal.bench import Bench
 from tdhook_rl.sweeps.causal.components import Components, components_of, passes
 from tdhook_rl.sweeps.causal.measures import Measures
@@ -43,7 +44,9 @@ class AblationCell:
         value: the change of the value (of a Q-network: of the whole policy's greedy action).
         metric: the change of the metric that was given.
         returned: the change of the return of episodes, each beside its own of the whole policy.
-        size: the mean size of the change that it is ranked by.
+        size: the mean size of the change that it is ranked by: 0 of one that does nothing, and never below. Of many
+            components the first is also the one that these states favour.
+        size_interval: the same with its interval by group of states.
     """
 
     site: str
@@ -55,13 +58,15 @@ class AblationCell:
     metric: Interval | None = None
     returned: Interval | None = None
     size: float
+    size_interval: Interval | None = None
 
     def numbers(self) -> dict[str, Any]:
         """All of it as numbers; intervals with their limits."""
         found: dict[str, Any] = {"site": self.site, "unit": self.unit, "size": self.size}
-        for name in MEASURES:
+        for name in ("size_interval", *MEASURES):
             one: Interval | None = getattr(self, name)
             if one is not None:
+                name = name.removesuffix("_interval")
                 found |= {name: one.estimate, f"{name}_low": one.low, f"{name}_high": one.high}
         return found
 
@@ -123,7 +128,7 @@ class AblationTable(Cells[AblationCell]):
         """The heads, and the rows as they are shown: the first 20."""
         names = [name for name in MEASURES if any(getattr(cell, name) is not None for cell in self)]
         rows = [
-            [cell.site, str(cell.unit), f"{cell.size:.3g}", *(shown(getattr(cell, name), ".3g") for name in names)]
+            [cell.site, str(cell.unit), _size(cell), *(shown(getattr(cell, name), ".3g") for name in names)]
             for cell in self[:20]
         ]
         return ["site", "unit", "size", *names], rows
@@ -217,8 +222,10 @@ def ablate_units(
         cells = []
         for place, (site, unit) in enumerate(replacing.components.names):
             own = {name: _mean(name, values[place], found.groups) for name, values in changes.items()}
+            size = float(sizes[place])
+            sized = _sized(size, ranked, changes[ranked][place].abs(), found.groups)
             cells.append(
-                AblationCell(site=site, unit=unit, size=float(sizes[place]), returned=returned.get(place), **own)
+                AblationCell(site=site, unit=unit, size=size, size_interval=sized, returned=returned.get(place), **own)
             )
         return AblationTable(
             cells, replaced=by, ranked=ranked, components=replacing.components, words=_left_out(found, changes),
@@ -241,6 +248,16 @@ def _mean(name: str, values: Tensor, groups: Tensor | None) -> Interval:
     if not len(kept):
         raise InputError(f"{name} is finite in none of the {len(values)} states: give metric=")
     return grouped_mean(kept, own, method="t", bounds=(0.0, 1.0) if name == "changed" else None)
+
+
+def _sized(size: float, name: str, sizes: Tensor, groups: Tensor | None) -> Interval:
+    if bool(sizes.isinf().any()):  # it is ranked first by these states, which no mean of the others tells
+        return none(size, "infinite in some states", confidence=0.95, groups=len(sizes), rows=len(sizes))
+    return _mean(name, sizes, groups)
+
+
+def _size(cell: AblationCell) -> str:
+    return f"{cell.size:.3g}" if cell.size_interval is None else shown(cell.size_interval, ".3g")
 
 
 class _Replacing:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from tdhook_rl.statistics import FEW_GROUPS, Interval
 from tdhook_rl.statistics.cells import Cells, shown
 from tdhook_rl.statistics.interval import limits, none, pair_up
+from tdhook_rl.sweeps.causal.agreement import Agreement, agreement_of
 from tdhook_rl.sweeps.causal.components import Components
 from tdhook_rl.sweeps.causal.patch_table import Gap
 
@@ -49,31 +48,6 @@ class UnitCell:
             values = (math.nan,) * 3 if one is None else (one.estimate, one.low, one.high)
             found |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
         return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class Agreement:
-    """How far estimates are from what was measured.
-
-    Args:
-        measured: of how many components.
-        of: how many there are.
-        correlation: Pearson's, of the shares; NaN where all are alike.
-        error: the mean distance of the two shares, over the mean size of the measured ones.
-        largest: the largest distance of the two shares.
-    """
-
-    measured: int
-    of: int
-    correlation: float
-    error: float
-    largest: float
-
-    def __str__(self) -> str:
-        return (
-            f"estimates against patching {self.measured} of {self.of} components: correlation {self.correlation:.3f}, "
-            f"mean error {100 * self.error:.1f}% of the mean size, largest {self.largest:.3g}"
-        )
 
 
 class UnitTable(Cells[UnitCell]):
@@ -134,7 +108,9 @@ class UnitTable(Cells[UnitCell]):
     @cached_property
     def agreement(self) -> Agreement | None:
         """How far estimates are from what was measured, where there are both."""
-        return None if self._estimates is None or self.changes is None else _agreement(list(self._of.values()))
+        if self.estimates is None or self.changes is None:
+            return None
+        return agreement_of(self.estimates, self.changes, self.gap, self._groups)
 
     def __getitem__(self, key: Any) -> Any:
         """The cell of ``(site, unit)``; or cells by number, from the largest on.
@@ -212,19 +188,3 @@ def pooled(changes: Tensor, gap: Gap, groups: Tensor | None) -> list[Interval | 
         else:
             found.append(limits(share, variance, freedom=freedom, groups=held, words=words, **shape))
     return found
-
-
-def _agreement(cells: Sequence[UnitCell]) -> Agreement | None:
-    pairs = [(one.estimated.estimate, one.measured.estimate) for one in cells if one.estimated and one.measured]
-    pairs = [pair for pair in pairs if np.isfinite(pair).all()]
-    if not pairs:
-        return None
-    estimated, measured = np.array(pairs).T
-    far = np.abs(estimated - measured)
-    size = np.abs(measured).mean()
-    alike = min(np.ptp(estimated), np.ptp(measured)) == 0
-    return Agreement(
-        measured=len(pairs), of=len(cells), largest=float(far.max()),
-        correlation=math.nan if alike or len(pairs) < 2 else float(np.corrcoef(estimated, measured)[0, 1]),
-        error=float(far.mean() / size) if size > 0 else math.nan,
-    )  # fmt: skip
