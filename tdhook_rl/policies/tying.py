@@ -27,7 +27,7 @@ from tdhook_rl.policies.mutable_state import INTERNAL, MutableState, find_state
 
 M = TypeVar("M", bound=nn.Module)
 
-#: What modules hold of torch's own, mostly with nothing in it; and other classes of what is neither tensor nor generator.
+#: What modules hold of torch's own, mostly with nothing in it; and other classes that are no tensor and no generator.
 _EMPTIED = frozenset((dict, collections.OrderedDict, set))
 _SIMPLE = _EMPTIED | {bool, int, float, str, type(None), list, tuple}
 #: How deep the attribute that does not copy is looked for.
@@ -43,8 +43,8 @@ def tied_clone(module: M) -> M:
     """
     _refuse_uncopyable(module)
     memo: dict[int, Any] = {}
-    kept = []  # deepcopy returns memo[id(x)], so whatever is listed here is shared instead of copied
-    tensordicts = []
+    kept: list[Any] = []  # deepcopy returns memo[id(x)], so whatever is listed here is shared instead of copied
+    tensordicts: list[TensorDictBase] = []
     for child in module.modules():
         if isinstance(child, TensorDictParams):
             kept += child, *child.parameters(recurse=False), *child.buffers(recurse=False)
