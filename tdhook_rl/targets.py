@@ -30,6 +30,7 @@ from tdhook_rl.calls.decisions import (
     keys_named,
     one_hot_action,
     outputs_named,
+    undrawn_keys,
     warn_beside_values,
     warn_left_out,
 )
@@ -174,8 +175,7 @@ def default_target(run: Pass) -> Target:
     values = [key for key in keys_named(run.outputs, "action_value") if action_of(run, key) is not None]
     if values:
         return _linear("chosen_q", _Chosen(values[0] if len(values) == 1 else "action_value", "action_value"))
-    points = [key for drawn in run.distributions for key in drawn.samples]
-    for critic, keys in ((False, [*points, *keys_named(run.outputs, "action")]), (True, critic_keys(run))):
+    for critic, keys in ((False, undrawn_keys(run)), (True, critic_keys(run))):
         found = [key for key in dict.fromkeys(keys) if key in run.out_keys and has_slope(run.outputs.get(key))]
         if found and critic:
             warn_beside_values(run, found)

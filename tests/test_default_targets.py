@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from tensordict.nn import (
+    InteractionType,
+    NormalParamExtractor,
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictSequential,
+    set_interaction_type,
+)
 from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import Categorical as CategoricalSpec
@@ -15,6 +23,7 @@ from torchrl.modules import (
     Delta,
     DistributionalQValueActor,
     EGreedyModule,
+    IndependentNormal,
     ProbabilisticActor,
 )
 
@@ -70,6 +79,38 @@ def test_a_point_distribution_explains_its_point() -> None:
     with Saliency(when="step").prepare(actor) as hooked:
         found = hooked(TensorDict({"observation": x}, batch_size=4))
     torch.testing.assert_close(found["attr", "observation"], gradient(net.module, x))
+
+
+HEADS = {
+    "clipped": lambda z: z.clamp(-0.3, 0.3),
+    "decoded": nn.Sequential(nn.Linear(CONTROLS, 5), nn.Tanh(), nn.Linear(5, CONTROLS)).double(),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("when", ["step", "batch"])
+@pytest.mark.parametrize("mode", [InteractionType.DETERMINISTIC, InteractionType.RANDOM])
+def test_an_action_made_of_a_latent_is_explained_without_the_latent(
+    head: str, when: str, mode: InteractionType
+) -> None:
+    net = nn.Sequential(mlp(2 * CONTROLS), NormalParamExtractor()).double()
+    policy = ProbabilisticTensorDictSequential(
+        TensorDictModule(net, in_keys=["observation"], out_keys=["loc", "scale"]),
+        ProbabilisticTensorDictModule(["loc", "scale"], ["latent"], distribution_class=IndependentNormal),
+        TensorDictModule(HEADS[head], in_keys=["latent"], out_keys=["action"]),
+    )
+    x = torch.randn(4, FEATURES, dtype=torch.float64)
+    with Saliency(when=when).prepare(policy) as hooked, set_interaction_type(mode):  # type: ignore[arg-type]
+        found = hooked.annotate(hooked(TensorDict({"observation": x}, batch_size=4)))
+    loc, scale = net(x)
+    noise = ((found["latent"] - loc) / scale).detach()
+
+    def action(x: torch.Tensor) -> torch.Tensor:
+        loc, scale = net(x)
+        return HEADS[head](loc + scale * noise)
+
+    torch.testing.assert_close(found["action"], action(x))
+    torch.testing.assert_close(found["attr", "observation"], gradient(action, x))
 
 
 @pytest.mark.parametrize("atoms", [ACTIONS, 7])  # as many atoms as actions: nothing in the shapes tells them apart

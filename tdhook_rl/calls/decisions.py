@@ -39,6 +39,13 @@ def drawn_decisions(run: Pass) -> list[Decision]:
     return [one for drawn in run.distributions if not _is_latent(drawn) for one in _parts(drawn) if not _is_point(one)]
 
 
+def undrawn_keys(run: Pass) -> list[NestedKey]:
+    """Where a policy that draws no decision writes what it decides: no latents on the way either."""
+    points = [one.key for drawn in run.distributions if not _is_latent(drawn) for one in _parts(drawn)]
+    actions = [key for key in keys_named(run.outputs, "action") if key in run.out_keys]
+    return list(dict.fromkeys([*points, *actions]))
+
+
 def choose(run: Pass, key: Keys, name: str) -> list[Decision]:
     """The decisions that a target is of: all, or those that a key, a group or a list of them names.
 

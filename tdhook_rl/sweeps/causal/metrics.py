@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from tdhook_rl.arguments.callbacks import asked
-from tdhook_rl.calls.decisions import action_of, critic_keys, drawn_decisions, keys_named
+from tdhook_rl.calls.decisions import action_of, critic_keys, drawn_decisions, keys_named, undrawn_keys
 from tdhook_rl.calls.passes import Pass
 from tdhook_rl.errors import InputError
 from tdhook_rl.replaying.batching import row_vectors
@@ -100,9 +100,7 @@ class Reading:
     def _movement(self) -> tuple[Callable[[Pass, int], Tensor], str]:
         """Of what is decided without drawing: its component from the corrupt run's towards the clean run's."""
         run = self._clean.seen
-        points = [key for drawn in run.distributions for key in components(drawn.module, drawn.distribution)]
-        actions = [*points, *(key for key in keys_named(run.outputs, "action") if key in run.out_keys)]
-        actions = [key for key in dict.fromkeys(actions) if _is_float(run.outputs.get(key, None))]
+        actions = [key for key in undrawn_keys(run) if _is_float(run.outputs.get(key, None))]
         if not actions:
             critics = [key for key in critic_keys(run) if _is_float(run.outputs.get(key, None)) and key in run.out_keys]
             if critics:
