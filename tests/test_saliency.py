@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchrl.modules import QValueActor
 
-from tdhook_rl import ActivationCaching, Compose, Saliency, targets
+from tdhook_rl import ActivationCaching, Compose, IntegratedGradients, Saliency, targets
 from tdhook_rl.errors import InputError, KeyCollisionError, MissingKeyError, SiteError, TargetError
 from tests.oracles import row_gradients
 from tests.policies import ACTIONS, CASES, FEATURES, actor_value, categorical, mlp, tanh_normal, value
@@ -131,6 +133,52 @@ def test_gradients_inside_callers_that_have_none(mode: str) -> None:
             with getattr(torch, mode)():
                 found = hooked(TensorDict({"observation": x}, batch_size=4))["attr", "observation"]
     torch.testing.assert_close(found, expected)
+
+
+class Odd(nn.Module):
+    """A forward that autograd differentiates, and functorch does not."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.inner, self.outer = nn.Linear(FEATURES, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == "checkpoint":
+            return self.outer(checkpoint(self.inner, x, use_reentrant=False).tanh())
+        if self.how == "save_on_cpu":
+            with torch.autograd.graph.save_on_cpu():
+                return self.outer(self.inner(x).tanh())
+        if self.how == "numpy":
+            scale = torch.from_numpy(np.abs(x.detach().numpy()).sum(-1, keepdims=True))
+            return self.outer(self.inner(x).tanh() * scale)
+        with torch.inference_mode(False), torch.enable_grad():  # a gradient of its own
+            leaf = x.detach().clone().requires_grad_()
+            (slope,) = torch.autograd.grad(self.inner(leaf).tanh().sum(), leaf)
+        return self.outer(self.inner(x + slope).tanh())
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "save_on_cpu", "numpy", "own gradient"])
+@pytest.mark.parametrize("method", [Saliency, IntegratedGradients])
+def test_what_functorch_cannot_differentiate_is_explained_in_inference_mode(how: str, method: type) -> None:
+    net = Odd(how).double()
+    x = torch.randn(4, FEATURES, dtype=F64)
+    data = TensorDict({"input": x, ("baseline", "input"): torch.zeros_like(x)}, batch_size=4)
+    with method(when="step").prepare(net) as hooked:
+        expected = hooked(data.clone())
+        with torch.inference_mode():
+            found = hooked(data.clone())
+    torch.testing.assert_close(found["attr", "input"], expected["attr", "input"])
+    if method is Saliency:
+        x.requires_grad_()
+        torch.testing.assert_close(found["attr", "input"], torch.autograd.grad(net(x).sum(), x)[0])
+
+
+def test_inside_vmap_it_is_refused() -> None:
+    x = torch.randn(4, FEATURES, dtype=F64)
+    with Saliency(when="step").prepare(Odd("checkpoint").double()) as hooked:
+        with pytest.raises(InputError, match=r"hooks on saved tensors .*checkpoint.* inside vmap"):
+            torch.vmap(lambda v: hooked(TensorDict({"input": v}))["attr", "input"])(x)
 
 
 def test_integer_inputs_are_explained_where_floats_give_the_same_outputs() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors, targets
 from tdhook_rl.attribution import IntegratedGradients
 from tdhook_rl.errors import TargetError
+from tdhook_rl.replaying.scratch import LOOKS
 
 
 class Counting(nn.Linear):
@@ -32,6 +35,13 @@ def passes(net: nn.Sequential) -> int:
     return net[0].calls
 
 
+def look(hooked: nn.Module, data: TensorDict) -> None:
+    """Calls after which it is known of a class of the user's that its forward keeps nothing of what it is given."""
+    for _ in range(LOOKS):
+        hooked(data.clone())
+    Counting.calls = 0
+
+
 def data(*batch: int) -> TensorDict:
     return TensorDict({"input": torch.randn(*batch, 6)}, batch_size=batch)
 
@@ -39,6 +49,7 @@ def data(*batch: int) -> TensorDict:
 def test_one_pass_with_gradients_on_and_two_without(net: nn.Sequential) -> None:
     with Saliency(target=targets.logit(1, "output")).prepare(net) as hooked:
         one = data(5)
+        look(hooked, one)
         shared = hooked(one.clone())
         assert passes(net) == 1
         with torch.no_grad():
@@ -96,6 +107,7 @@ def test_several_methods_share_the_pass(net: nn.Sequential) -> None:
     )
     one = data(5)
     with method.prepare(net) as hooked:
+        look(hooked, one)
         found = hooked(one.clone())
         assert passes(net) == 1
     x = one["input"].requires_grad_()
@@ -151,3 +163,42 @@ def test_statistics_of_a_training_batch_move_once() -> None:
     assert torch.equal(found["output"], expected)
     assert int(net[1].num_batches_tracked) == 1
     assert torch.equal(net[1].running_mean, plain[1].running_mean)
+
+
+class Centred(nn.Module):
+    """Subtracts a running mean of its inputs, which it holds, or keeps, as tensors or in an attribute."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.net = nn.Linear(6, 3)
+        self.register_buffer("mean", torch.zeros(6))
+        self.last: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "in place":
+            self.mean.mul_(0.9).add_(0.1 * x.reshape(-1, 6).mean(0))
+        elif self.how == "replaced":
+            self.mean = 0.9 * self.mean + 0.1 * x.reshape(-1, 6).mean(0)
+        elif self.how == "list":
+            self.last.append(x)
+        elif self.training:  # in a mode that comes later
+            self.mean = 0.9 * self.mean + 0.1 * x.reshape(-1, 6).mean(0)
+        return self.net(x - self.mean)
+
+
+@pytest.mark.parametrize("how", ["in place", "replaced", "list", "in training"])
+def test_what_a_forward_keeps_of_its_inputs_has_no_graph_of_ours(how: str) -> None:
+    policy = Centred(how).eval()
+    twin, one = copy.deepcopy(policy), data(5)
+    with Saliency().prepare(policy) as hooked:
+        for training in (False, True):
+            for _ in range(LOOKS + 1):
+                for module in (policy, twin, hooked):
+                    module.train(training)
+                found, expected = hooked(one.clone()), twin(one["input"])
+                assert torch.equal(found["output"], expected)
+                through = 1 if how == "list" or (how == "in training" and not training) else 0.9  # of the mean as well
+                torch.testing.assert_close(found["attr", "input"], through * twin.net.weight.sum(0).expand(5, 6))
+                kept = [hooked.module.mean, policy.mean, *hooked.module.last]
+                assert not any(tensor.requires_grad for tensor in kept)

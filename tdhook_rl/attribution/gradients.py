@@ -82,8 +82,13 @@ def functional_gradients(question: Question) -> tuple[list[Attributed], dict[str
     return found, {slot: value.detach() for slot, value in inner.items()}
 
 
-#: How torch says that a function without ``setup_context`` was met in a functorch transform.
-_OLD_FUNCTION = "setup_context"
+#: What policies do that functorch cannot differentiate, and autograd can, by how torch says so.
+_NOT_FUNCTIONAL = {
+    "setup_context": "a torch.autograd.Function without setup_context",
+    "saved tensor hooks": "hooks on saved tensors (torch.utils.checkpoint, torch.autograd.graph.save_on_cpu)",
+    "requires_grad_()": "requires_grad_(), to differentiate by itself",
+    "retain_grad()": "retain_grad()",
+}
 #: How often a pass is made where a learner in another thread changes the weights between its forward and its backward.
 ATTEMPTS = 5
 
@@ -120,13 +125,15 @@ def _gradients(question: Question) -> tuple[list[Attributed], dict[str, Tensor]]
         try:
             return functional_gradients(question)
         except RuntimeError as error:
-            if _OLD_FUNCTION not in str(error):
-                raise
             if torch.compiler.is_compiling() or vmap_level() >= 0:
+                what = next((words for said, words in _NOT_FUNCTIONAL.items() if said in str(error)), None)
+                if what is None:
+                    raise
                 raise InputError(
-                    "the policy runs a torch.autograd.Function without setup_context, which cannot be differentiated "
-                    "inside vmap or compile: explain it outside, or give the function a setup_context"
+                    f"the policy runs {what}, which cannot be differentiated inside vmap or compile: explain it "
+                    "outside, or write the policy without"
                 ) from error
+        # There is more that functorch cannot and autograd can, such as NumPy; what neither can fails once more.
         return _outside_inference_mode(question)
     for _ in range(ATTEMPTS - 1):
         try:

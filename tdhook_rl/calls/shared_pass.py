@@ -62,7 +62,10 @@ def _is_only_a_chain(policy: HookedPolicy) -> bool:
 
 def _records_a_graph(policy: HookedPolicy) -> bool:
     tie = policy._hooked.tie
-    return torch.is_grad_enabled() and tie is not None and tie.asks_for_gradients()
+    if not torch.is_grad_enabled() or tie is None or not tie.asks_for_gradients():
+        return False
+    # What a forward keeps, such as a running mean of its inputs, would keep the graph of the leaves.
+    return effects_of(policy).watch.writes_nothing()
 
 
 def chain_pass(policy: HookedPolicy, forward: Callable[..., Any], data: TensorDict, layers: Steps) -> Call:

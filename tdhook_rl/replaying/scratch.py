@@ -85,6 +85,13 @@ class WriteWatch:
         self._looks = 0
         self._mode: list[bool] = []
 
+    def writes_nothing(self) -> bool:
+        """Whether forwards and passes in this training mode were looked at often enough, and nothing was written."""
+        if self.idle:
+            return True
+        mode = [module.training for _, module in self.modules]
+        return self._looks >= LOOKS and not self.writes and mode == self._mode
+
     # ------------------------------------------------------------------ the forward that is explained
 
     def begin(self) -> Snapshot:
