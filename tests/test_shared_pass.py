@@ -8,6 +8,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torchrl.modules import MultiAgentMLP
 
 from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors, targets
 from tdhook_rl.attribution import IntegratedGradients
@@ -202,3 +203,38 @@ def test_what_a_forward_keeps_of_its_inputs_has_no_graph_of_ours(how: str) -> No
                 torch.testing.assert_close(found["attr", "input"], through * twin.net.weight.sum(0).expand(5, 6))
                 kept = [hooked.module.mean, policy.mean, *hooked.module.last]
                 assert not any(tensor.requires_grad for tensor in kept)
+
+
+class Transposed(nn.Module):
+    """A product for which torch takes another kernel where its input asks for a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 6, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(lambda weight: (x @ weight).sin(), out_dims=-2)(self.weight).sum(-2)
+
+
+BITS = {
+    "agents apart": lambda: MultiAgentMLP(6, 2, 3, centralized=False, share_params=False, depth=1, num_cells=8),
+    "agents apart who see all": lambda: MultiAgentMLP(
+        6, 2, 3, centralized=True, share_params=False, depth=1, num_cells=8
+    ),
+    "agents alike": lambda: MultiAgentMLP(6, 2, 3, centralized=True, share_params=True, depth=1, num_cells=8),
+    "an ensemble of the user's": Transposed,
+}
+
+
+@pytest.mark.parametrize("name", BITS)
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3)])
+def test_the_outputs_are_the_same_to_the_bit(name: str, batch: tuple) -> None:
+    net = BITS[name]()
+    x = torch.randn(*batch, 3, 6)
+    expected = net(x)
+    with Saliency().prepare(net) as hooked:
+        with torch.no_grad():
+            for _ in range(LOOKS):
+                hooked(TensorDict({"input": x}, batch_size=batch))
+        for _ in range(LOOKS):
+            assert torch.equal(hooked(TensorDict({"input": x}, batch_size=batch))["output"], expected)

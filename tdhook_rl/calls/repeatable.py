@@ -11,6 +11,8 @@ both sides of a difference), and where the policy writes what it reads. There ea
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from tensordict import NestedKey
 from torch import Tensor
@@ -35,7 +37,11 @@ def require_repeatable(call: Call) -> None:
         InputError: if they differ nevertheless.
     """
     effects, start = effects_of(call.policy), call.start
-    if start is None or call.policy._hooked.runtime.level >= 0 or not effects.look_at_repeats():
+    if start is None or call.policy._hooked.runtime.level >= 0:
+        return
+    if call.batch_size not in effects.same_bits and _might_be_shared(call):
+        effects.same_bits[call.batch_size] = _same_bits_with_a_graph(call)
+    if not effects.look_at_repeats():
         return
     with start.wide():
         differs = _differing(call)
@@ -49,6 +55,29 @@ def require_repeatable(call: Call) -> None:
             "file, the time, a variable elsewhere). Keep that state in a buffer or an attribute, or pass it in as an "
             "input"
         )
+
+
+def _has_floats(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.is_floating_point() and not value.is_meta
+
+
+def _might_be_shared(call: Call) -> bool:
+    """Whether the policy's own forward might be explained (see :mod:`tdhook_rl.calls.shared_pass`) in such a call."""
+    tie = call.policy._hooked.tie
+    able = call.policy._hooked.shares and tie is not None and tie.asks_for_gradients() and torch.is_grad_enabled()
+    return able and not any(value.requires_grad for value in call.inputs.values() if isinstance(value, Tensor))
+
+
+def _same_bits_with_a_graph(call: Call) -> bool:
+    """Whether inputs that ask for a gradient leave the outputs as they are; torch may take another kernel for them."""
+    points = {key: value.detach().requires_grad_() for key, value in call.inputs.items() if _has_floats(value)}
+    with torch.enable_grad():
+        found = call.replay(points).outputs
+    for key in call.policy.policy_out_keys:
+        one, other = found.get(key, None), call.data.get(key, None)
+        if _has_floats(one) and _has_floats(other) and not torch.equal(one.nan_to_num(), other.nan_to_num()):
+            return False
+    return True
 
 
 def _differing(call: Call) -> NestedKey | None:

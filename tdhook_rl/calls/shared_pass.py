@@ -26,11 +26,15 @@ from tdhook_rl.policies.draws import draws
 from tdhook_rl.policies.memory import same_values
 from tdhook_rl.replaying.batching import Traits
 from tdhook_rl.replaying.samples import Replay
+from tdhook_rl.sites.known import is_vmapped
 
 
 def can_share(policy: nn.Module, traits: Traits) -> bool:
-    """Whether the forward of a policy may be explained itself: it draws nothing, and rows do not meet in it."""
-    return not traits.batch_statistics and not any(draws(child) for child in policy.modules())
+    """Whether the forward of a policy may be explained itself: it draws nothing, and rows do not meet in it.
+
+    And it gives the same bits where its inputs ask for a gradient, which a product inside ``vmap`` does not.
+    """
+    return not traits.batch_statistics and not any(draws(child) or is_vmapped(child) for child in policy.modules())
 
 
 def sharing(
@@ -53,19 +57,22 @@ def sharing(
     layers = None
     if able and _is_only_a_chain(policy) and all(one.linear for one in able):
         layers = chain_layers(policy, get_entry(data, policy.policy_in_keys[0]))
-    return able if able and (layers is not None or _records_a_graph(policy)) else [], layers
+    return able if able and (layers is not None or _records_a_graph(policy, data.batch_size)) else [], layers
 
 
 def _is_only_a_chain(policy: HookedPolicy) -> bool:
     return policy._hooked.chain is not None and policy._hooked.chain.head is None
 
 
-def _records_a_graph(policy: HookedPolicy) -> bool:
+def _records_a_graph(policy: HookedPolicy, batch: torch.Size) -> bool:
     tie = policy._hooked.tie
     if not torch.is_grad_enabled() or tie is None or not tie.asks_for_gradients():
         return False
     # What a forward keeps, such as a running mean of its inputs, would keep the graph of the leaves.
-    return effects_of(policy).watch.writes_nothing()
+    effects = effects_of(policy)
+    if effects.watch.idle:
+        return True
+    return effects.watch.writes_nothing() and effects.same_bits.get(batch, False) and all(effects.same_bits.values())
 
 
 def chain_pass(policy: HookedPolicy, forward: Callable[..., Any], data: TensorDict, layers: Steps) -> Call:

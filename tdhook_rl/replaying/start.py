@@ -33,6 +33,7 @@ class ForwardEffects:
         watch: looks at what it writes.
         draws_others: it draws from the generators of Python or NumPy.
         keeps_input: its forward was seen to leave what it is given as it was.
+        same_bits: by the batch size, whether its outputs were the same where its inputs asked for a gradient.
         copies: one pass over copies of the rows may give the gradients of several targets.
         meets: by the training mode, whether an output depends on the other rows, where that had to be found out.
     """
@@ -49,6 +50,7 @@ class ForwardEffects:
         self.device = next((one.device for one in tensors if one.device.type == "cuda"), None)
         self.draws_others = False
         self.keeps_input = not self.watch.may_write_input
+        self.same_bits: dict[torch.Size, bool] = {}
         self.copies = True
         self.meets: dict[tuple[bool, ...], bool] = {}
         self.looks = 0

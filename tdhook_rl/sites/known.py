@@ -78,6 +78,13 @@ def writes_input(module: nn.Module) -> bool:
     return getattr(module, "inplace", False) is True
 
 
+def is_vmapped(module: nn.Module) -> bool:
+    """Whether a module of TorchRL runs copies of a network, one for each agent, inside ``vmap``."""
+    from torchrl.modules.models.multiagent import MultiAgentNetBase
+
+    return isinstance(module, MultiAgentNetBase) and not module.share_params
+
+
 def may_draw(module: nn.Module) -> bool:
     """Whether :func:`draws_noise` may be true of a module in some mode."""
     return isinstance(module, (DropoutNd, nn.RNNBase, nn.MultiheadAttention, nn.RReLU))
