@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -12,11 +13,19 @@ from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.representation_similarity import CkaEstimator
-from tdhook_rl.latent.similarity_spread import _of_groups, _without
+from tdhook_rl.latent.similarity_spread import (
+    ByGroup,
+    crossed_hsic,
+    crossed_similarity,
+    own_hsic,
+    similarity_intervals,
+)
 from tdhook_rl.metrics import untrained_copy
 from tdhook_rl.report.similarity import similarity_document, similarity_grids
 from tdhook_rl.rollout import NetworkDiagnostics, cka_matrix
 from tdhook_rl.statistics import grouped_mean, jackknife
+from tests.test_imbalance_intervals import episodes
+from tests.test_representation_similarity import hsic
 
 
 def clouds(rows: int, noise: float, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -26,25 +35,85 @@ def clouds(rows: int, noise: float, seed: int = 0) -> tuple[Tensor, Tensor]:
     return a, a @ turned + noise * torch.randn(rows, 5, generator=numbers, dtype=torch.float64)
 
 
+def hsic_of(sides: list[Tensor], groups: Tensor, kind: str = "kernel") -> Tensor:
+    return crossed_hsic(*(ByGroup(groups, **{kind: side}) for side in sides))[0]
+
+
+def test_of_points_that_are_groups_it_is_the_usual_estimate() -> None:
+    points = clouds(30, 0.5)
+    kernels = [one @ one.mT for one in points]
+    expected = hsic(*(one.numpy() for one in kernels), debiased=True) * 30 * 29 * 28 * 27 / 30**2
+    for kind, sides in (("kernel", kernels), ("features", points)):
+        assert float(hsic_of(sides, torch.arange(30), kind)[-1]) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [[2, 2, 2, 2], [1, 3, 2, 1, 2], [1, 1, 1, 1, 5]])
+def test_it_is_the_sum_over_points_of_different_groups(sizes: list[int]) -> None:
+    groups = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    groups = groups[torch.randperm(len(groups))]
+    points = clouds(len(groups), 0.5)
+    k, m = ((one @ one.mT).tolist() for one in points)
+    number = groups.tolist()
+    for left in (None, *range(len(sizes))):
+        kept = [row for row in range(len(number)) if number[row] != left]
+        total = sum(
+            k[i][j] * (m[i][j] - 2 * m[i][x] + m[x][y])
+            for i, j, x, y in permutations(kept, 4)
+            if len({number[i], number[j], number[x], number[y]}) == 4
+        )
+        for kind, sides in (("kernel", [one @ one.mT for one in points]), ("features", points)):
+            found = hsic_of(sides, groups, kind)[-1 if left is None else left]
+            assert float(found) * len(number) ** 2 == pytest.approx(total, rel=1e-10, abs=1e-9)
+
+
 @pytest.mark.parametrize("kernel", ["linear", "rbf"])
-@pytest.mark.parametrize(
-    "groups", [torch.arange(40), torch.arange(40) // 4, torch.arange(40) % 3, torch.arange(40) // 25]
-)
+@pytest.mark.parametrize("groups", [torch.arange(40), torch.arange(40) // 4, (torch.arange(40) ** 1.2 // 9).long()])
 def test_without_each_group_it_is_what_it_is_of_the_others(kernel: str, groups: Tensor) -> None:
     estimator = CkaEstimator(debiased=True, kernel=kernel)  # type: ignore[arg-type]
     kernels = [estimator.kernel_matrix(one) for one in clouds(40, 0.5)]
-    parts = [_of_groups(one, groups) for one in kernels]
-    for one, other in ((0, 0), (0, 1)):
-        found = _without(kernels[one], kernels[other], parts[one], parts[other], groups)
-        for group, value in enumerate(found):
-            first, second = (kernels[at][groups != group][:, groups != group] for at in (one, other))
-            n = len(first)
-            sums = first.sum() * second.sum() / ((n - 1) * (n - 2)) - 2 * (first @ second).sum() / (n - 2)
-            torch.testing.assert_close(value, (first * second).sum() + sums)
-    if kernel == "linear":
-        left = estimator.matrix([one[groups != 0] for one in clouds(40, 0.5)])[0, 1]
-        own = [_without(kernels[at], kernels[at], parts[at], parts[at], groups)[0] for at in (0, 1)]
-        torch.testing.assert_close(found[0] / (own[0] * own[1]).sqrt(), left)
+    whole = similarity_intervals(kernels, groups)[0][1]
+    sides = [ByGroup(groups, kernel=one) for one in kernels]
+    left = crossed_similarity(crossed_hsic(*sides)[0], [own_hsic(one) for one in sides])
+    assert whole.estimate == pytest.approx(float(left[-1]))
+    for group in range(int(groups.max()) + 1):
+        kept = groups != group
+        numbers = groups[kept].unique(return_inverse=True)[1]
+        # Centred about all points: what that adds depends on one point alone.
+        part = similarity_intervals([one[kept][:, kept] for one in kernels], numbers)[0][1]
+        assert part.estimate == pytest.approx(float(left[group]))
+
+
+@pytest.mark.parametrize("sizes", [[50] * 5, [20] * 10, [5, 60, 20, 40, 10, 30]])
+def test_unrelated_episodes_have_nothing_in_common(sizes: list[int]) -> None:
+    groups = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    estimator, found, plain = CkaEstimator(debiased=True), [], []
+    for seed in range(60):
+        numbers = torch.Generator().manual_seed(seed)
+        a, b = (episodes(len(sizes), max(sizes), 0.9, numbers, 8).reshape(len(sizes), -1, 8) for _ in range(2))
+        a, b = (torch.cat([of[:size] for of, size in zip(side, sizes, strict=True)]) for side in (a, b))
+        found.append(estimator.interval(a, b, groups))
+        plain.append(float(estimator(TensorDict({"data_a": a, "data_b": b}))["cka"]))
+    known = [one for one in found if one.known]
+    assert len(known) > 0.9 * len(found)
+    values = np.array([one.estimate for one in known])
+    assert abs(values.mean()) < 0.04 < 0.08 < np.mean(plain)
+    assert np.sqrt(np.mean(values**2)) < np.sqrt(np.mean(np.square(plain)))
+    assert np.mean([0 in one for one in known]) >= 0.93
+    assert estimator.interval(a, a + 0.5 * b, groups).low > 0
+
+
+def test_below_four_groups_pairs_within_stay_in() -> None:
+    a, b = clouds(24, 0.5)
+    estimator = CkaEstimator(debiased=True)
+    among_all = float(estimator(TensorDict({"data_a": a, "data_b": b}))["cka"])
+    for count, said in ((1, "one group only: below 4"), (3, "only 3 groups: below 4"), (4, "not defined without")):
+        found = estimator.interval(a, b, torch.arange(24) % count)
+        assert not found.known
+        assert said in found.words
+        assert (found.estimate == pytest.approx(among_all)) == (count < 4)
+    # Alike in all groups but one: there are no four of which it is not.
+    a[:18] = a[0]
+    assert np.isnan(estimator.interval(a, b, torch.arange(24) // 6).estimate)
 
 
 def test_of_a_mean_it_is_the_usual_interval() -> None:
@@ -90,7 +159,7 @@ def test_rows_that_are_copies_are_no_evidence() -> None:
         CkaEstimator().interval(a, b)
 
 
-@pytest.mark.parametrize("width", [8, 70])
+@pytest.mark.parametrize("width", [8, 40, 70])
 def test_diagnostics_have_them(width: int) -> None:
     policy = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 2))
     states = TensorDict({"input": torch.randn(60, 4), "collector": {"traj_ids": torch.arange(60) // 6}}, [60])

@@ -135,8 +135,11 @@ class CkaEstimator(TensorDictModuleBase):
     def interval(self, a: Tensor, b: Tensor, groups: Tensor | None = None, *, confidence: float = 0.95) -> Interval:
         """The similarity of two clouds, with an interval: from what it is without the points of each group.
 
-        Points of a group that are alike in both clouds are alike for no reason of the layers: with few groups of many
-        points, such as a few long episodes, the estimate itself is too high, which no interval tells.
+        Points of a group, such as the steps of an episode, are alike in both clouds for no reason of the layers. With
+        groups, only points of different ones are compared: the unbiased HSIC of four points of four groups. Of 5 to 10
+        unrelated slow episodes a call gives .19 to .24 on average, and this 0 within .014, with intervals that hold 0
+        each time (``test_similarity_intervals``). Of four groups there is no interval; of fewer, the estimate is
+        that of a call, too.
 
         Args:
             a, b: two representations of the same inputs, ``(N, D_a)`` and ``(N, D_b)``.

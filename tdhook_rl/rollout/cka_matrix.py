@@ -114,8 +114,9 @@ def cka_matrix(
         sites: the layers: paths or patterns.
         states: to compare them in, of any batch shape, at least 4.
         rows: how many of them are taken, evenly spread.
-        groups: the key of the group of each state, for intervals; the episode, where there is one, unless given. States
-            of few long episodes are alike for no reason of the layers, and similarities of them are too high.
+        groups: the key of the group of each state; the episode, where there is one, unless given. Similarities are of
+            states of different groups, as of :meth:`CkaEstimator.interval`; below four groups of all states, which is
+            too high, without intervals.
         trajectories: as of :class:`NetworkDiagnostics`.
 
     Raises:

@@ -155,8 +155,9 @@ class NetworkDiagnostics:
             ``overlap_first/`` and ``overlap_last/`` (of the units that were dormant at the first update, and at the one
             before, the share that is dormant now; by chance it is what ``dormant/`` is; NaN where none was),
             ``effective_rank/``, ``entropy_rank/``, ``stable_rank/``, ``norm/`` (mean Euclidean norm of the features),
-            ``cka_first/`` and ``cka_last/`` (linear CKA, debiased, with the first update in which the site was finite,
-            and with the one before: 1 where nothing has moved, about 0 where nothing is in common; NaN for fewer than 4
+            ``cka_first/`` and ``cka_last/`` (linear CKA, debiased, of states of different groups where there are four,
+            with the first update in which the site was finite, and with the one before: 1 where nothing has moved,
+            about 0 where nothing is in common; NaN for fewer than 4
             states). Where an activation is NaN or infinite, its site has NaN, and ``nonfinite/`` is the share of such
             states.
 
@@ -184,7 +185,7 @@ class NetworkDiagnostics:
             self._axes = {site: self._axis(follower, site, value) for site, value in activations.items()}
         found: dict[str, float] = {}
         for site, value in activations.items():
-            measured = self._health[site].look(value, self._axes[site])
+            measured = self._health[site].look(value, self._axes[site], self._fixed.groups)
             found |= {f"{name}/{site}": one for name, one in measured.items()}
         found |= self._drift.look(outputs)
         if self._norms:

@@ -11,9 +11,17 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from tdhook_rl.latent.representation_similarity import CkaEstimator
-from tdhook_rl.latent.similarity_spread import similarity_intervals
+from tdhook_rl.latent.similarity_spread import (
+    LEAST_GROUPS,
+    ByGroup,
+    crossed_hsic,
+    crossed_similarity,
+    own_hsic,
+    similarity_intervals,
+)
 from tdhook_rl.metrics.plasticity import Spectrum, check_thresholds, dormant_overlap, unit_scores
 from tdhook_rl.statistics import Interval
+from tdhook_rl.statistics.interval import pair_up
 
 #: What is found of each site.
 MEASURES = (
@@ -44,12 +52,13 @@ class SiteHealth:
         self._masks: deque[np.ndarray] = deque(maxlen=KEPT)
         self.scores: Tensor | None = None
 
-    def look(self, activations: Tensor, axis: int | tuple[int, ...]) -> dict[str, float]:
+    def look(self, activations: Tensor, axis: int | tuple[int, ...], groups: Tensor | None = None) -> dict[str, float]:
         """The measures, by name; where an activation is NaN or infinite, NaN, and the share of such states.
 
         Args:
             activations: ``(states, ...)``.
             axis: the one of the units, or several.
+            groups: of the states, such as their episodes: similarities are of states of different ones.
         """
         usable = torch.isfinite(activations.flatten(1)).all(-1)
         self._pairs = {}
@@ -70,8 +79,8 @@ class SiteHealth:
             "entropy_rank": spectrum.entropy_rank(),
             "stable_rank": spectrum.stable_rank(),
             "norm": float(activations.flatten(1).norm(dim=-1).mean()),
-            "cka_first": _similarity(first, seen),
-            "cka_last": float("nan") if last is None else _similarity(last, seen),
+            "cka_first": _similarity(first, seen, groups),
+            "cka_last": float("nan") if last is None else _similarity(last, seen, groups),
         }
         self._pairs = {"cka_first": (first, seen)} | ({} if last is None else {"cka_last": (last, seen)})
         self._last = (seen, dormant)
@@ -108,8 +117,30 @@ def _kernel(flat: Tensor) -> Tensor:
     return CkaEstimator(debiased=True).kernel_matrix(flat)
 
 
-def _similarity(one: tuple[bool, Tensor], other: tuple[bool, Tensor]) -> float:
-    """Debiased linear CKA; NaN where it is not defined: too few states, or features that are the same in all."""
+def _similarity(one: tuple[bool, Tensor], other: tuple[bool, Tensor], groups: Tensor | None) -> float:
+    """Debiased linear CKA, of states of different groups where there are four.
+
+    NaN where it is not defined: too few states, or features that are the same in all.
+    """
+    usual = _among_all(one, other)
+    if groups is None or not math.isfinite(usual):
+        return usual
+    numbers = torch.from_numpy(pair_up(len(one[1]), groups)).to(one[1].device)
+    count = int(numbers.max()) + 1
+    if not LEAST_GROUPS <= count < len(numbers):
+        return usual
+    sides = [_by_group(side, numbers, count) for side in (one, other)]
+    return float(crossed_similarity(crossed_hsic(*sides)[0], [own_hsic(side) for side in sides])[-1])
+
+
+def _by_group(side: tuple[bool, Tensor], numbers: Tensor, count: int) -> ByGroup:
+    is_kernel, values = side
+    if not is_kernel and count * values.shape[1] ** 2 <= len(values) ** 2:
+        return ByGroup(numbers, features=values.double() - values.double().mean(0))
+    return ByGroup(numbers, kernel=values if is_kernel else _kernel(values))
+
+
+def _among_all(one: tuple[bool, Tensor], other: tuple[bool, Tensor]) -> float:
     if one[0]:
         return float((one[1] * other[1]).sum())
     if len(one[1]) < 4:
