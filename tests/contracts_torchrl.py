@@ -14,7 +14,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.collectors import AsyncBatchedCollector, Collector, Evaluator, MultiSyncCollector
 from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorDictReplayBuffer
-from torchrl.envs import ParallelEnv
+from torchrl.envs import ParallelEnv, TrajCounter, TransformedEnv
 from torchrl.modules import MaskedCategorical, MultiAgentMLP, MultiStepActorWrapper, TanhNormal
 from torchrl.trainers import ReplayBufferTrainer, Trainer
 from torchrl.weight_update import MultiProcessWeightSyncScheme
@@ -207,6 +207,27 @@ def a_trainer() -> None:
         assert hook in names.modules_of(trainer).values()
     assert not names.batch_operations(SimpleNamespace())
     assert not names.modules_of(SimpleNamespace())
+
+
+# ---------------------------------------------------------------------- environments
+
+
+def counted() -> TransformedEnv:
+    return TransformedEnv(CueCorners(), TrajCounter())
+
+
+@contract("lower_done_flags")
+def an_environment_with_workers() -> None:
+    env = ParallelEnv(1, counted, mp_start_method="fork")
+    try:
+        env.reset()
+        env.load_state_dict(env.state_dict())
+        assert list(env._shm_done_flags) == [1], "TorchRL lowers them itself: leave lower_done_flags out"
+        names.lower_done_flags(env)
+        assert list(env._shm_done_flags) == [0]
+        names.lower_done_flags(counted())
+    finally:
+        env.close()
 
 
 # ---------------------------------------------------------------------- modules and distributions

@@ -185,6 +185,17 @@ def modules_of(trainer: Any) -> Mapping[str, Any]:
     return getattr(trainer, "_modules", {})
 
 
+# ---------------------------------------------------------------------- environments
+
+
+def lower_done_flags(env: Any) -> None:
+    """Make a ``ParallelEnv`` wait for its workers again: ``load_state_dict`` leaves the flags raised by which it knows
+    that they are done, and the next step would be read before it is there."""
+    flags: Any = getattr(env, "_shm_done_flags", ())
+    for place in range(len(flags)):
+        flags[place] = 0
+
+
 # ---------------------------------------------------------------------- modules and distributions
 
 

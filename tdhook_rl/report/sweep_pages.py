@@ -106,8 +106,8 @@ def sweep_cautions(result: SweepResult, outcome: str) -> list[str]:
     lines = []
     if not result.paired:
         lines.append(
-            "Alpha 0 played twice from the same seeds differs: the environment draws by itself, so that conditions are "
-            "not paired and intervals are wider."
+            "Alpha 0 played twice from the same seeds differs: the environment draws by itself, or holds something "
+            "from episode to episode, so that conditions are not paired and intervals are wider."
         )
     unfinished = float(result.facts.get("unfinished", 0.0))
     if unfinished:

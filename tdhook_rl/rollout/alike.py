@@ -11,6 +11,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from tdhook_rl.arguments.checked import checked, require_counts
 from tdhook_rl.calls.preconditions import require_hooked
+from tdhook_rl.replaying.environment_state import same_state
 
 
 @checked
@@ -26,7 +27,8 @@ def alike_episodes(
     """Annotated episodes, each from its own seed: of the environment, and of the actions that are drawn.
 
     Called with another policy, or with other controls, they start alike, and differ by the policy alone until it acts
-    otherwise (an environment that cannot be seeded starts as it likes). The global generators are as before.
+    otherwise (an environment that cannot be seeded starts as it likes). The global generators, and what transforms of
+    the environment hold, are as before.
 
     Args:
         policy: the hooked policy.
@@ -55,9 +57,10 @@ def alike_episodes(
     require_counts(episodes=episodes, max_steps=max_steps)
     found: list[TensorDictBase] = []
     how = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
-    with torch.random.fork_rng(), set_exploration_type(how), torch.no_grad():
+    with torch.random.fork_rng(), set_exploration_type(how), torch.no_grad(), same_state(env) as put_back:
         turn = seed
         while len(found) < episodes:
+            put_back()
             torch.manual_seed(turn)
             env.set_seed(turn)
             alone = env.batch_size.numel() == 1

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs import EnvBase
 from torchrl.envs.batched_envs import BatchedEnvBase
 
 from tdhook_rl.arguments.callbacks import asked
-from tdhook_rl.errors import InputError
+from tdhook_rl.errors import InputError, TdhookError
 from tdhook_rl.sweeps.conditions import Place
 from tdhook_rl.sweeps.shared_draws import SharedDraws
 
@@ -27,6 +27,8 @@ RESULTS = ("steered", "computed")
 HELD = 1 << 29
 #: Steps of an episode whose length is not known before.
 GUESS = 128
+#: Steps for which it is tried whether rows meet.
+FEW = 3
 
 Sign = Callable[[TensorDictBase], Tensor]
 
@@ -71,6 +73,7 @@ class Setting:
         seed: of the starts and the noise.
         sign: for each start the sign of the strength.
         keys: the entries of a step that are kept; ``None``: all.
+        put_back: makes environment and policy hold what they held at first.
     """
 
     env: EnvBase
@@ -79,6 +82,7 @@ class Setting:
     seed: int
     sign: Sign | None
     keys: Sequence[NestedKey] | None
+    put_back: Callable[[], None]
 
     def signs(self, starts: TensorDictBase) -> Tensor:
         """One number for each start."""
@@ -113,37 +117,93 @@ class Rows:
     def at_once(self) -> int:
         """How many conditions are played together, from what a step of an episode takes."""
         if not self._width:
-            start = started(self._of.env, self._of.episodes, self._of.seed)
+            start = self._start()
             self._width = 2.0 * start.bytes() / len(start) if self._of.keys is None else 16.0
         steps = min(self._of.max_steps, GUESS)
         return max(2, int(HELD / (self._width * steps * self._of.episodes)))
 
+    def _start(self) -> TensorDictBase:
+        """The first states, ``(episodes,)``."""
+        self._of.put_back()
+        return started(self._of.env, self._of.episodes, self._of.seed)
+
+    def apart(self, policy: Any, alone: Steered, beside: Steered) -> bool:
+        """Whether rows come out as they do without others beside them, of which one leaves, as tried for few steps.
+
+        They do not where a batch has statistics (``VecNorm``, batch normalisation in training), or something keeps as
+        many rows as it began with.
+
+        Args:
+            policy: the steered policy.
+            alone: one condition.
+            beside: the same first, and others.
+        """
+        try:
+            start = self._start()
+            first = padded(self._steps(policy, alone, FEW, start=start)[0], self._of.episodes)
+            again = padded(self._steps(policy, beside, FEW, start=start, leaves=True)[0], len(start) * len(beside))
+        except TdhookError:
+            raise
+        except Exception:  # it takes no rows but its own: what there is to say is said where they are played
+            return False
+        again = again[: self._of.episodes, : first.shape[1]]
+        return again.shape == first.shape and all(
+            key in again.keys(True, True) and alike(value, again[key]) for key, value in first.items(True, True)
+        )
+
     def play(self, policy: Any, steered: Steered) -> Iterator[tuple[TensorDictBase, Tensor]]:
         """Episodes ``(conditions * episodes, time)``, those of a condition together, and which did not end."""
+        steps, alive = self._steps(policy, steered, self._of.max_steps, keep=self._of.kept)
+        rows = self._of.episodes * len(steered)
+        unfinished = torch.zeros(rows, dtype=torch.bool, device=alive.device)
+        unfinished[alive] = True
+        yield padded(steps, rows), unfinished
+
+    def _steps(
+        self,
+        policy: Any,
+        steered: Steered,
+        most: int,
+        *,
+        keep: Callable[[TensorDictBase], TensorDictBase] | None = None,
+        start: TensorDictBase | None = None,
+        leaves: bool = False,
+    ) -> tuple[list[tuple[Tensor, TensorDictBase]], Tensor]:
+        """Which rows were there, and what came of them, step by step; and which are not over.
+
+        Args:
+            policy: the steered policy.
+            steered: what it reads.
+            most: steps at most.
+            keep: what is remembered of a step; ``None``: all that is the environment's and the policy's.
+            start: the states to begin with; ``None``: those that follow from the seed.
+            leaves: whether the last row leaves after the first step.
+        """
         setting, env = self._of, self._of.env
+        steps: list[tuple[Tensor, TensorDictBase]] = []
         with own_draws(setting.seed):
-            start = started(env, setting.episodes, setting.seed)
+            seeded = self._start()
+            start = seeded if start is None else start  # an environment without a seed starts as it likes
             signs = setting.signs(start)
             count = setting.episodes
             episode = torch.arange(count, device=start.device).repeat(len(steered))
             condition = torch.arange(len(steered), device=start.device).repeat_interleave(count)
             alive = torch.arange(len(episode), device=start.device)
             data = start[episode].update(steered.rows(condition, signs[episode]))
-            steps: list[tuple[Tensor, TensorDictBase]] = []
-            for time in range(setting.max_steps):
+            for time in range(most):
                 self._noise.rows_of(episode[alive])
                 with self._noise.seeded(setting.seed * 1_000_003 + time):
                     data = env.step(policy(data))
-                steps.append((alive, setting.kept(data)))
+                steps.append((alive, data.exclude(ROOT, *RESULTS) if keep is None else keep(data)))
                 going = ~ended(data, env)
+                if leaves and time == 0:
+                    going[-1] = False
                 data = env.step_mdp(data)
                 if not bool(going.all()):
                     alive, data = alive[going], data[going]
                 if not len(alive):
                     break
-        unfinished = torch.zeros(len(episode), dtype=torch.bool, device=episode.device)
-        unfinished[alive] = True
-        yield padded(steps, len(episode)), unfinished
+        return steps, alive
 
 
 class Blocks:
@@ -157,9 +217,9 @@ class Blocks:
         self._free = takes_rows(setting.env)
         self._rows = setting.episodes if self._free else max(shape.numel(), 1)
         self._noise = SharedDraws(self._rows)
-        # These leave out environments whose episode is over; others play on, and what follows is not looked at.
-        inner = setting.env.base_env if isinstance(setting.env, TransformedEnv) else setting.env
-        self._partial = isinstance(inner, BatchedEnvBase)
+        # These leave out environments whose episode is over; others play on, and what follows is not looked at. So do
+        # these under transforms, of which some keep as many rows as there are.
+        self._partial = isinstance(setting.env, BatchedEnvBase)
 
     def at_once(self) -> int:
         """One condition."""
@@ -171,6 +231,7 @@ class Blocks:
         left = setting.episodes
         for block in range(-(-setting.episodes // self._rows)):
             seed = setting.seed * 1_000_003 + block
+            setting.put_back()
             with own_draws(seed):
                 if self._free:
                     start = started(env, self._rows, seed)
@@ -248,6 +309,13 @@ def padded(steps: Sequence[tuple[Tensor, TensorDictBase]], rows: int) -> TensorD
             full[alive, time] = step[key]
         found[key] = full
     return found.set("mask", mask)
+
+
+def alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two are equal but for what another batch size does to the last digits."""
+    if one.is_floating_point() or one.is_complex():
+        return torch.allclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True)
+    return torch.equal(one, other)
 
 
 def ended(step: TensorDictBase, env: EnvBase) -> Tensor:

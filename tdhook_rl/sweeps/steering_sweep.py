@@ -17,7 +17,9 @@ from tdhook_rl.arguments.progress import Progress, shown
 from tdhook_rl.errors import InputError, warn
 from tdhook_rl.files.functions import in_words
 from tdhook_rl.latent import SteeringVectors
+from tdhook_rl.replaying.environment_state import same_state
 from tdhook_rl.sweeps.conditions import (
+    BASELINE,
     REPEATED,
     Condition,
     Direction,
@@ -56,7 +58,9 @@ def steering_sweep(
     All conditions have the same starts and the same noise of actions (common random numbers), so that a difference
     between two of them is due to the steering. Alpha 0 is played twice: where the two are not equal to the bit, the
     environment draws by itself, and conditions are played one by one from the same seeds; where they still differ the
-    result is unpaired, which is said.
+    result is unpaired, which is said. Each condition begins with what transforms (statistics of ``VecNorm``, say) and
+    the policy's buffers held at first, and leaves it so; where rows of a batch change each other by these, conditions
+    are played one by one.
 
     Args:
         policy: the policy, not hooked; of any kind of action. It acts by the
@@ -106,12 +110,15 @@ def steering_sweep(
         vector.check(policy)
         vector.say_other_weights(policy)
     conditions = conditions_of(directions, alphas)
-    with _made(env, episodes) as made:
+    with _made(env, episodes) as made, same_state(made, policy) as put_back:
         unseeded = seed_env(made, seed)
         if unseeded:
             warn(f"the environment cannot be seeded ({unseeded}): episodes played one by one begin anew each time")
         measured = Outcomes(outcomes, made.reward_keys)
-        setting = Setting(env=made, episodes=episodes, max_steps=max_steps, seed=seed, sign=sign, keys=measured.keys)
+        setting = Setting(
+            env=made, episodes=episodes, max_steps=max_steps, seed=seed, sign=sign, keys=measured.keys,
+            put_back=put_back,
+        )  # fmt: skip
         sweep = _Sweep(policy, setting, measured, directions, when)
         facts = {
             "alphas": sorted({one.alpha for one in conditions}), "controls": controls, "episodes": episodes,
@@ -167,6 +174,12 @@ class _Sweep:
         for places, conditions in groups.items():
             vectors = {place: vector_key(number) for number, place in enumerate(places)}
             with SteeringVectors(vectors, alpha=ALPHA, **self._when).prepare(self._policy) as hooked:
+                if isinstance(player, Rows) and not last:
+                    strongest = max(conditions, key=lambda one: abs(one.alpha))
+                    both = [self._steered(places, ones) for ones in ([BASELINE], [BASELINE, strongest])]
+                    if not player.apart(hooked, *both):
+                        kept.forget()
+                        return False
                 for part in _parts(conditions, player.at_once()):
                     kept.add(part, self._measured(player, hooked, places, part), player.words)
                     if REPEATED in part and not kept.repeated() and not last:
@@ -179,19 +192,22 @@ class _Sweep:
         self, player: Rows | Blocks, hooked: Any, places: Sequence[Place], conditions: Sequence[Condition]
     ) -> dict[str, Tensor]:
         """``(conditions, episodes)`` of each outcome, and of those that did not end."""
-        like = next(iter(self._directions.values()))
+        found: list[dict[str, Tensor]] = []
+        for episodes, unfinished in player.play(hooked, self._steered(places, conditions)):
+            found.append({**self._outcomes.of(episodes), UNFINISHED: unfinished.double().cpu()})
+        return {name: torch.cat([one[name] for one in found]).reshape(len(conditions), -1) for name in found[0]}
+
+    def _steered(self, places: Sequence[Place], conditions: Sequence[Condition]) -> Steered:
+        """What conditions add, of which all act at these places, or not at all."""
+        like = next(one for one in self._directions.values() if one.places == tuple(places))
         of = [self._directions.get(one.vector, like) for one in conditions]
-        steered = Steered(
+        return Steered(
             vectors={
                 place: torch.stack([one.part(condition, place) for one, condition in zip(of, conditions, strict=True)])
                 for place in places
             },
             alphas=torch.tensor([one.alpha for one in conditions]),
         )
-        found: list[dict[str, Tensor]] = []
-        for episodes, unfinished in player.play(hooked, steered):
-            found.append({**self._outcomes.of(episodes), UNFINISHED: unfinished.double().cpu()})
-        return {name: torch.cat([one[name] for one in found]).reshape(len(conditions), -1) for name in found[0]}
 
 
 def _parts(conditions: Sequence[Condition], size: int) -> Iterator[Sequence[Condition]]:

@@ -113,8 +113,8 @@ class Kept:
             )
         if not found["paired"]:
             warn(
-                "alpha 0 played twice from the same seeds differs: the environment draws by itself, so that conditions "
-                "are not paired and intervals are wider"
+                "alpha 0 played twice from the same seeds differs: the environment draws by itself, or holds something "
+                "from episode to episode, so that conditions are not paired and intervals are wider"
             )
         return found
 

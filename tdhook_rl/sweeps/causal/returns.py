@@ -10,6 +10,7 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from tdhook_rl.replaying.environment_state import same_state
 from tdhook_rl.sweeps.causal.edits import PutUnits
 
 
@@ -53,8 +54,10 @@ def returns_of(
         seed: of the first, one more for each reset.
     """
     found: list[Tensor] = []
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+    how = set_exploration_type(ExplorationType.DETERMINISTIC)
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), how, same_state(env) as put_back:
         while sum(map(len, found)) < episodes:
+            put_back()
             torch.manual_seed(seed + len(found))
             env.set_seed(seed + len(found))
             found.append(_first_returns(env, env.rollout(max_steps, policy, break_when_any_done=not env.batch_size)))

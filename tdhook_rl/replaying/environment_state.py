@@ -1,0 +1,129 @@
+"""What an environment and a policy hold from episode to episode, so that each of several plays starts from the same.
+
+Running statistics of ``VecNorm`` or of batch normalisation, counters, buffers of transforms of the user's own: a play
+moves them, and the next one would start from elsewhere, as would the user's training.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrl.envs import EnvBase, ParallelEnv, TransformedEnv
+from torchrl.envs.transforms import Compose, Transform
+
+from tdhook_rl.internals.torchrl_names import lower_done_flags
+from tdhook_rl.policies.memory import same_values
+
+
+@contextmanager
+def same_state(env: EnvBase, policy: nn.Module | None = None) -> Iterator[Callable[[], None]]:
+    """Inside, a function that puts back what was held at the beginning; afterwards all is as it was then.
+
+    Put back are the state dicts of an environment's transforms and workers, and the buffers of a policy; what is in
+    neither stays as it is. An environment of which something has no state before its first reset is reset once.
+
+    Args:
+        env: the environment.
+        policy: what acts in it.
+
+    Example:
+        >>> from torchrl.envs import GymEnv, TransformedEnv, VecNormV2
+        >>> env = TransformedEnv(GymEnv("CartPole-v1"), VecNormV2(in_keys=["observation"]))
+        >>> with same_state(env) as put_back:
+        ...     _ = env.rollout(3)
+        ...     played = env.transform[0].loc.clone()
+        ...     put_back()
+        ...     bool((env.transform[0].loc == played).any())
+        False
+    """
+    inside = _holders(env)[-1]
+    if isinstance(inside, ParallelEnv):
+        inside.reset()  # a worker that is asked before would end
+    if any(_state_of(one) is None for one in _holders(env)):
+        env.reset()
+    states = [(one, state) for one in _holders(env) if (state := _copied(_state_of(one)))]
+    buffers = [] if policy is None else [(one, one.detach().clone()) for one in policy.buffers() if _has_numbers(one)]
+
+    def put_back() -> None:
+        for holder, then in states:
+            now = _state_of(holder)
+            # Buffers of another shape are of as many rows as were played: a reset begins them.
+            if now is not None and _compared(then, now, _same_shape) and not _compared(then, now, _same):
+                holder.load_state_dict(_copied(then))
+                lower_done_flags(holder)
+        with torch.no_grad():
+            for buffer, numbers in buffers:
+                if buffer.shape == numbers.shape and not same_values(buffer, numbers):
+                    buffer.copy_(numbers)
+
+    try:
+        yield put_back
+    finally:
+        put_back()
+
+
+def _holders(env: EnvBase) -> list[Any]:
+    """Each transform, and the environment inside."""
+    found: list[Any] = []
+    while isinstance(env, TransformedEnv):
+        found += _single(env.transform)
+        env = env.base_env
+    return [*found, env]
+
+
+def _single(transform: Transform) -> list[Transform]:
+    if isinstance(transform, Compose):
+        return [one for inner in transform.transforms for one in _single(inner)]
+    return [transform]
+
+
+def _state_of(holder: Any) -> Any:
+    """The state dict; ``None`` where it is not there yet, or cannot be had."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of statistics that have not begun
+            state = holder.state_dict()
+    except Exception:  # whatever an environment of others raises
+        return None
+    return None if any(leaf is None for leaf in _leaves(state)) else state
+
+
+def _copied(state: Any) -> Any:
+    """With tensors of its own, without the graph that statistics have where a rollout recorded gradients."""
+    if isinstance(state, Mapping):
+        return type(state)((key, _copied(value)) for key, value in state.items())  # type: ignore[call-arg]
+    return state.detach().clone() if isinstance(state, Tensor) else copy.deepcopy(state)
+
+
+def _leaves(state: Any) -> Iterator[Any]:
+    if isinstance(state, Mapping):
+        for value in state.values():
+            yield from _leaves(value)
+    else:
+        yield state
+
+
+def _compared(one: Any, other: Any, alike: Callable[[Any, Any], bool]) -> bool:
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_compared(value, other[key], alike) for key, value in one.items())
+    return alike(one, other)
+
+
+def _same_shape(one: Any, other: Any) -> bool:
+    return not isinstance(one, Tensor) or (isinstance(other, Tensor) and one.shape == other.shape)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return same_values(one, other)
+    return bool(one == other) if isinstance(one, int | float | str | Sequence) else False
+
+
+def _has_numbers(buffer: Tensor) -> bool:
+    return not isinstance(buffer, nn.UninitializedBuffer) and not buffer.is_meta
