@@ -200,11 +200,14 @@ def test_a_matrix_a_figure_and_a_file_have_them() -> None:
     assert not found.interval(("one", "1"), ("silent", "1")).known
     (drawing,) = similarity_grids(found)
     assert "10 groups: episodes, where these are known" in drawing.caption
+    assert "Only states of different groups are compared." in drawing.caption
     assert {(one["row"], one["column"]) for one in drawing.data["intervals"]} >= {("one", "other"), ("other", "one")}
     document = json.loads(json.dumps(similarity_document(found)))
     assert document["low"]["1"][0][1] == pytest.approx(apart.low)
     assert document["high"]["1"][0][2] is None
-    assert cka_matrix(policy, [policy, other], ["1"], states.select("input")).groups == 60
+    without = cka_matrix(policy, [policy, other], ["1"], states.select("input"))
+    assert without.groups == 60
+    assert "different groups" not in similarity_grids(without)[0].caption
     few = cka_matrix(policy, [policy, other], ["1"], states.clone().set(("collector", "traj_ids"), episode * 0))
     assert "one group only" in similarity_grids(few)[0].caption
     assert similarity_document(few)["words"].startswith("one group only")

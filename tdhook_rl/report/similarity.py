@@ -49,9 +49,10 @@ def _reach(found: CkaMatrix) -> str:
     if found.low is None or found.high is None or not bool(torch.isfinite(found.high - found.low).any()):
         return f"There are no intervals: {found.words or 'none were found'}."
     widest = float((found.high - found.low).nan_to_num(0.0).max())
+    between = " Only states of different groups are compared." if found.groups < found.states else ""
     return (
         f"95% intervals by group ({found.groups:,} groups: episodes, where these are known) are in the data; the "
-        f"widest spans {widest:.2f}."
+        f"widest spans {widest:.2f}.{between}"
     )
 
 

@@ -116,7 +116,7 @@ class TwoNnDimensionEstimator(TensorDictModuleBase):
         Args:
             points: ``(N, D)``.
             groups: the group of each point, such as its episode; each its own unless given. Neighbours are looked for
-                among all points, of the same group too.
+                among all points: of other groups alone they are far, and dimensions of few slow episodes come out high.
             confidence: of the interval.
 
         Raises:
