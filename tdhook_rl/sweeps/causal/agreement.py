@@ -27,7 +27,8 @@ class Agreement:
         error: the mean distance of the two shares, over the mean size of the measured ones.
         largest: the largest distance of the two shares.
         intervals: of the three, by their names: from what they are without the states of each group. They are about
-            other states, of the same components.
+            other states, of the same components: of 40 states they hold what 8,000 show 95 to 98 times in 100
+            (``test_causal_intervals``). An error of few states is too high, on average.
     """
 
     measured: int
