@@ -40,8 +40,8 @@ class Cells(Sequence[C], Generic[C]):
         return self._cells[key]
 
     def records(self) -> list[dict[str, Any]]:
-        """A row of numbers and words for each cell."""
-        return [cell.numbers() for cell in self._cells]
+        """A row of numbers for each cell, and in words what has to be known of them."""
+        return [cell.numbers() | {"words": words_of(cell)} for cell in self._cells]
 
     def frame(self) -> Any:
         """A pandas DataFrame, a row for each cell.
@@ -72,7 +72,7 @@ class Cells(Sequence[C], Generic[C]):
         widths = [max(len(row[place]) for row in [columns, *rows]) for place in range(len(columns))]
         lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
                  for row in [columns, *rows]]  # fmt: skip
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._words_below(columns, rows)])
 
     def _repr_html_(self) -> str:
         from html import escape
@@ -80,7 +80,22 @@ class Cells(Sequence[C], Generic[C]):
         heads, rows = self.columns()
         head = "".join(f"<th>{escape(one)}</th>" for one in heads)
         body = "".join("<tr>" + "".join(f"<td>{escape(one)}</td>" for one in row) + "</tr>" for row in rows)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        below = "".join(f"<p>{escape(one)}</p>" for one in self._words_below(heads, rows))
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{below}"
+
+    def _words_below(self, heads: list[str], rows: list[list[str]]) -> list[str]:
+        """What the rows that are shown say in words, where no column has that."""
+        words = "" if "words" in heads else words_of(*self[: len(rows)])
+        return [words] if words else []
+
+
+def words_of(*cells: Cell) -> str:
+    """What cells and their intervals say in words, such as why there are no limits; each thing once."""
+    said: list[str] = []
+    for cell in cells:
+        said.append(getattr(cell, "words", ""))
+        said += [one.words for one in vars(cell).values() if isinstance(one, Interval)]
+    return "; ".join(dict.fromkeys(part for words in said for part in words.split("; ") if part))
 
 
 def shown(one: Interval | None, digits: str = ".3f") -> str:

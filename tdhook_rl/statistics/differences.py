@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.statistics.interval import FEW_GROUPS, Interval, check_confidence, limits, none
+from tdhook_rl.statistics.interval import FEW_GROUPS, ONE_GROUP, Interval, check_confidence, limits, none
 
 
 def accuracy_difference(
@@ -108,7 +108,7 @@ def _difference(parts: list[_Part], *, rows: float, confidence: float) -> Interv
     if math.isnan(first - second):
         return none(math.nan, "one of the two scores cannot be had", **shape)
     if groups < 2:
-        return none(first - second, "one group only: nothing says how much groups differ", **shape)
+        return none(first - second, ONE_GROUP, **shape)
     variance = float(np.square(own - other).sum()) + more + most
     words = f"only {groups} groups: a t interval by group" if groups < FEW_GROUPS else ""
     freedom = max(min(one, two) - 1, 1.0)

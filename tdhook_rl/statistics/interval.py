@@ -13,6 +13,8 @@ from tdhook_rl.errors import InputError
 
 #: Below so many groups nothing is resampled: a t interval by group, or none.
 FEW_GROUPS = 10
+#: Why an estimate has no limits, where all of it is of one group.
+ONE_GROUP = "one group only: nothing says how much groups differ"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.statistics.interval import Interval, check_confidence, limits, none
+from tdhook_rl.statistics.interval import ONE_GROUP, Interval, check_confidence, limits, none
 
 
 def jackknife(
@@ -45,7 +45,7 @@ def jackknife(
     if not math.isfinite(estimate):
         return none(math.nan, "the figure is not defined", **shape)
     if len(left) < 2:
-        return none(estimate, "one group only: nothing says how much groups differ", **shape)
+        return none(estimate, ONE_GROUP, **shape)
     if not np.isfinite(left).all():
         return none(estimate, "the figure is not defined without one of the groups", **shape)
     if correlation and math.isclose(abs(estimate), 1.0, rel_tol=0, abs_tol=1e-9):

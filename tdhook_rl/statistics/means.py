@@ -9,7 +9,16 @@ from typing import Any, Literal
 import numpy as np
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.statistics.interval import FEW_GROUPS, Interval, array, check_confidence, limits, none, pair_up
+from tdhook_rl.statistics.interval import (
+    FEW_GROUPS,
+    ONE_GROUP,
+    Interval,
+    array,
+    check_confidence,
+    limits,
+    none,
+    pair_up,
+)
 
 Method = Literal["auto", "t", "bootstrap"]
 
@@ -65,7 +74,7 @@ def grouped_mean(
     found, shape = len(counts), {"confidence": confidence, "groups": len(counts), "rows": len(rows)}
     estimate = float(rows.mean())
     if found < 2:
-        return none(estimate, "one group only: nothing says how much groups differ", **shape)
+        return none(estimate, ONE_GROUP, **shape)
     if method == "bootstrap" and found < FEW_GROUPS:
         raise InputError(f"a bootstrap of {found} groups covers too little: from {FEW_GROUPS} groups on, or method='t'")
     variance, freedom = _variance(sums, counts, estimate)

@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.statistics.interval import FEW_GROUPS, Interval, array, check_confidence, limits, none, pair_up
+from tdhook_rl.statistics.interval import (
+    FEW_GROUPS,
+    ONE_GROUP,
+    Interval,
+    array,
+    check_confidence,
+    limits,
+    none,
+    pair_up,
+)
 
 
 def iqm(
@@ -120,6 +129,8 @@ def bootstrap(
     means = np.bincount(numbers, rows) / np.bincount(numbers)
     estimate = float(statistic(means, axis=-1))
     shape = {"confidence": confidence, "groups": len(means), "rows": len(rows)}
+    if len(means) == 1:
+        return none(estimate, ONE_GROUP, **shape)
     if len(means) < FEW_GROUPS:
         return none(estimate, f"only {len(means)} groups: a bootstrap covers too little below {FEW_GROUPS}", **shape)
     if np.ptp(means) == 0:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.statistics.interval import FEW_GROUPS, Interval, check_confidence, limits, none
+from tdhook_rl.statistics.interval import FEW_GROUPS, ONE_GROUP, Interval, check_confidence, limits, none
 
 
 def balanced_accuracy(right: Any, rows: Any, *, confidence: float = 0.95) -> Interval:
@@ -151,7 +151,7 @@ def r_squared(sums: Any, *, confidence: float = 0.95) -> Interval:
         return none(math.nan, "the values are all the same: there is nothing to explain", **shape)
     share = float(errors.sum() / total)
     if len(sums) < 2:
-        return none(1 - share, "one group only: nothing says how much groups differ", **shape)
+        return none(1 - share, ONE_GROUP, **shape)
     residuals = (errors - share * about) / total
     variance = float(np.square(residuals).sum() * len(sums) / (len(sums) - 1))
     effective = rows.sum() ** 2 / np.square(rows).sum()

@@ -11,7 +11,7 @@ from torch import Tensor
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.dimension_estimation.neighbours import read_points
 from tdhook_rl.statistics import FEW_GROUPS, Interval
-from tdhook_rl.statistics.interval import check_confidence, limits, none, pair_up
+from tdhook_rl.statistics.interval import ONE_GROUP, check_confidence, limits, none, pair_up
 
 
 def read_cloud(points: Tensor, *, rows: int) -> Tensor:
@@ -59,7 +59,7 @@ def spread_interval(
     held = int(numbers.max()) + 1
     shape = {"confidence": confidence, "groups": held, "rows": count}
     if held < 2:
-        return none(estimate, "one group only: nothing says how much groups differ", **shape)
+        return none(estimate, ONE_GROUP, **shape)
     words = f"only {held} groups: a t interval by group" if held < FEW_GROUPS else ""
     along = influences - influences.mean()
     if not bool(along.any()):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdhook_rl.statistics import FEW_GROUPS, Interval
 from tdhook_rl.statistics.cells import Cells, shown
-from tdhook_rl.statistics.interval import limits, none, pair_up
+from tdhook_rl.statistics.interval import ONE_GROUP, limits, none, pair_up
 from tdhook_rl.sweeps.causal.agreement import Agreement, agreement_of
 from tdhook_rl.sweeps.causal.components import Components
 from tdhook_rl.sweeps.causal.patch_table import Gap
@@ -184,7 +184,7 @@ def pooled(changes: Tensor, gap: Gap, groups: Tensor | None) -> list[Interval | 
         if math.isnan(share):
             found.append(None)
         elif held < 2:
-            found.append(none(share, "one group only: nothing says how much groups differ", groups=held, **shape))
+            found.append(none(share, ONE_GROUP, groups=held, **shape))
         else:
             found.append(limits(share, variance, freedom=freedom, groups=held, words=words, **shape))
     return found
