@@ -30,6 +30,8 @@ from tdhook_rl.calls.decisions import (
     keys_named,
     one_hot_action,
     outputs_named,
+    require_choice,
+    require_drawn_choice,
     undrawn_keys,
     warn_beside_values,
     warn_left_out,
@@ -38,7 +40,6 @@ from tdhook_rl.calls.passes import Pass, Slope
 from tdhook_rl.errors import TargetError
 from tdhook_rl.replaying.batching import row_vectors
 from tdhook_rl.sites.hooks import Portable
-from tdhook_rl.sites.runtime import vmap_level
 
 __all__ = [
     "Target", "chosen_logit", "chosen_q", "default_target", "entropy", "logit", "margin", "output_sum",
@@ -235,12 +236,14 @@ class _LogProb:
         name = "taken_action_log_prob"
         terms = []
         chosen = choose(run, self.key, name)
-        for key, distribution, action in chosen:
+        for one in chosen:
+            key, distribution, action = one
             if action is None:
                 raise TargetError(
                     f"{name} explains the stored action {key!r}, which the data lacks: annotate data that a policy has "
                     "collected, or choose another target"
                 )
+            require_drawn_choice(run, one)
             found = distribution.log_prob(action)
             if found.numel() != distribution.batch_shape.numel():
                 raise TargetError(
@@ -356,16 +359,13 @@ class _Margin:
             chosen = one_hot_action(run, values, key).bool()
             # Several choices at once, one after the other in one vector: each has a margin.
             sizes = run.actions.get(key, (None, None))[1] or [values.shape[-1]]
-            terms += [self._of(*parts) for parts in zip(values.split(sizes, -1), chosen.split(sizes, -1), strict=True)]
+            for part, choice in zip(values.split(sizes, -1), chosen.split(sizes, -1), strict=True):
+                require_choice(run, choice, choice, key, one=True)
+                terms.append(self._of(part, choice))
         return _total(run, terms)
 
     @staticmethod
     def _of(values: Tensor, chosen: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and vmap_level() < 0 and bool((chosen.sum(-1) != 1).any()):
-            raise TargetError(
-                f"margin is of one choice among {values.shape[-1]}, but the stored action has several, or none: only a "
-                "QValueModule with var_nums= says how they are divided"
-            )
         best = values.masked_fill(~chosen, -torch.inf).amax(-1)
         return best - values.masked_fill(chosen, -torch.inf).amax(-1)
 

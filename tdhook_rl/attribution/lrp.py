@@ -70,6 +70,11 @@ class _BoundLRP(BoundAttribution):
                 "afterwards: use Saliency or IntegratedGradients"
             )
         rule = self._mapper(name, module)
+        if rule is not None and (isinstance(rule, type) or not callable(getattr(rule, "share", None))):
+            raise InputError(
+                f"rule_mapper= gave {rule!r} for {name!r} ({type(module).__name__}): it gives a rule of "
+                "tdhook_rl.attribution.lrp_rules, such as Epsilon(), or None for no rule"
+            )
         if rule is not None:
             self._layers.append((name, module, rule))
             computed = type(rule) in BY_WEIGHT and not is_plain(module)

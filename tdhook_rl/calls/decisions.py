@@ -14,9 +14,13 @@ from torch import distributions as D
 
 from tdhook_rl.arguments.keys import get_entry, key_parts
 from tdhook_rl.calls.passes import Pass
+from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.errors import TargetError, nearest, warn
+from tdhook_rl.internals.torchrl_names import is_sparse
 from tdhook_rl.policies.draws import Draw, meets, sample_keys
+from tdhook_rl.policies.inversion import is_one_hot
 from tdhook_rl.replaying.samples import Drawn, components, is_point
+from tdhook_rl.sites.runtime import vmap_level
 
 Keys: TypeAlias = NestedKey | list[NestedKey] | None
 
@@ -200,6 +204,7 @@ def one_hot_action(run: Pass, values: Tensor, key: NestedKey = "logits") -> Tens
     if action is None:
         raise TargetError("the target explains the stored action 'action', which the data lacks")
     if action.shape == values.shape:
+        require_choice(run, action != 0, action, key)
         return action.to(values.dtype)
     if action.ndim == values.ndim and action.shape[-1] == 1:
         action = action.squeeze(-1)
@@ -209,7 +214,62 @@ def one_hot_action(run: Pass, values: Tensor, key: NestedKey = "logits") -> Tens
             f"{tuple(values.shape)}: the target is for discrete actions, an index or one-hot"
         )
     # Not one_hot, which looks at the values and therefore fails inside vmap.
-    return (action.unsqueeze(-1) == torch.arange(values.shape[-1], device=action.device)).to(values.dtype)
+    chosen = action.unsqueeze(-1) == torch.arange(values.shape[-1], device=action.device)
+    require_choice(run, chosen, action, key)
+    return chosen.to(values.dtype)
+
+
+def require_choice(run: Pass, chosen: Tensor, action: Tensor, key: NestedKey, *, one: bool = False) -> None:
+    """Look at what a stored action chooses, in rows that are no padding.
+
+    Args:
+        chosen: by the entries of the last dimension, which ones the action names.
+        action: the stored action, for the message.
+        key: of what is chosen among.
+        one: not more than one, either.
+
+    Raises:
+        TargetError: if it names none of them.
+    """
+    if torch.compiler.is_compiling() or vmap_level() >= 0:
+        return
+    wrong = chosen.sum(-1) != 1 if one else ~chosen.any(-1)
+    if not bool(wrong.any()):
+        return
+    real = real_rows(run.stored)
+    if real is not None:
+        wrong = wrong & real.reshape(*real.shape, *(1,) * (wrong.ndim - real.ndim))
+    if not bool(wrong.any()):
+        return
+    number = chosen.shape[-1]
+    if one and bool(chosen.any(-1)[wrong].any()):
+        raise TargetError(
+            f"margin is of one choice among {number}, but the stored action has several: only a QValueModule with "
+            "var_nums= says how they are divided"
+        )
+    if action.shape == chosen.shape:
+        raise TargetError(
+            f"the stored one-hot action sets none of the {number} entries of {key!r} in some rows, so there is no "
+            "choice to explain"
+        )
+    raise TargetError(
+        f"the stored action {int(action[wrong][0])} names no entry of {key!r}, which has {number}: actions are 0 to "
+        f"{number - 1}"
+    )
+
+
+def require_drawn_choice(run: Pass, decision: Decision) -> None:
+    """As :func:`require_choice`, of the stored action of a distribution over choices."""
+    distribution, action = decision.distribution, decision.action
+    while isinstance(distribution, D.Independent):
+        distribution = distribution.base_dist
+    if action is None or is_sparse(distribution):
+        return
+    if is_one_hot(distribution):
+        require_choice(run, action != 0, action, decision.key)
+    elif isinstance(distribution, D.Categorical) and action.shape == distribution.batch_shape:
+        number = distribution.param_shape[-1]
+        require_choice(run, action.unsqueeze(-1) == torch.arange(number, device=action.device), action, decision.key)
 
 
 def has_slope(value: Any) -> bool:

@@ -109,6 +109,11 @@ class LeafHook:
         if index and self.run is None:
             raise several_runs(self.site)
         value, disguise = rows_of(output, module, self.slot, runtime)
+        if not (value.is_floating_point() or value.is_complex()):
+            raise InputError(
+                f"the output of {self.site!r} is of {value.dtype}, which has no gradient to explain it by: name a "
+                "module that computes with floating-point numbers"
+            )
         given = runtime.leaves[self.slot]
         if given is None:
             if not value.requires_grad and torch.is_grad_enabled():
