@@ -205,7 +205,9 @@ class NetworkDiagnostics:
     def intervals(self) -> dict[str, Interval]:
         """Of the last churn, KL churn, value drift and plasticity: means over states, with intervals by group.
 
-        And of the similarities, ``cka_first/`` and ``cka_last/`` with the site, as of ``CkaEstimator.interval``.
+        With the site: of the similarities, ``cka_first/`` and ``cka_last/``, as of ``CkaEstimator.interval``; of
+        ``entropy_rank/``, ``stable_rank/`` and ``norm/``, for as many other states. Shares of units have none, as there
+        are no other units, nor has ``effective_rank/``, a whole number which leaving groups out hardly moves.
 
         Example:
             >>> from tdhook_rl.envs import CueCorners

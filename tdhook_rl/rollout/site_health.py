@@ -20,6 +20,7 @@ from tdhook_rl.latent.similarity_spread import (
     similarity_intervals,
 )
 from tdhook_rl.metrics.plasticity import Spectrum, check_thresholds, dormant_overlap, unit_scores
+from tdhook_rl.rollout.rank_spread import rank_intervals
 from tdhook_rl.statistics import Interval
 from tdhook_rl.statistics.interval import pair_up
 
@@ -49,6 +50,7 @@ class SiteHealth:
         self._first: tuple[tuple[bool, Tensor], Tensor] | None = None
         self._last: tuple[tuple[bool, Tensor], Tensor] | None = None
         self._pairs: dict[str, tuple[tuple[bool, Tensor], tuple[bool, Tensor]]] = {}  # that were compared last
+        self._features: Tensor | None = None  # of the last update, if all of it was finite
         self._masks: deque[np.ndarray] = deque(maxlen=KEPT)
         self.scores: Tensor | None = None
 
@@ -61,11 +63,12 @@ class SiteHealth:
             groups: of the states, such as their episodes: similarities are of states of different ones.
         """
         usable = torch.isfinite(activations.flatten(1)).all(-1)
-        self._pairs = {}
+        self._pairs, self._features = {}, None
         if not bool(usable.all()):
             return dict.fromkeys(MEASURES, float("nan")) | {"nonfinite": float((~usable).double().mean())}
         scores = unit_scores(activations, axis=axis)
         dormant = scores <= self._tau
+        self._features = activations.detach().flatten(1)
         seen = _kept(activations)
         first, mask = self._first = self._first or (seen, dormant)
         last, before = self._last or (None, None)
@@ -89,8 +92,11 @@ class SiteHealth:
         return found
 
     def intervals(self, groups: Tensor | None) -> dict[str, Interval]:
-        """Of the similarities of the last update, by the group of each state; none of those that are not defined."""
-        found = {}
+        """Of the ranks, norms and similarities of the last update, by the group of each state.
+
+        None of those that are not defined.
+        """
+        found = {} if self._features is None else rank_intervals(self._features, groups)
         for name, pair in self._pairs.items():
             if len(pair[0][1]) >= 4:
                 kernels = [one if is_kernel else _kernel(one) for is_kernel, one in pair]
