@@ -55,6 +55,8 @@ RELUS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "clamp_min": lambda net, h: torch.clamp_min(h, 0.0),
     "threshold": lambda net, h: F.threshold(h, 0, 0),
     "maximum": lambda net, h: torch.maximum(h, torch.zeros(())),
+    "max of zeros like it": lambda net, h: torch.max(torch.zeros_like(h), h),
+    "clamp by a tensor": lambda net, h: h.clamp(min=torch.zeros(h.shape[-1])),
     "in place": lambda net, h: F.relu(h, inplace=True),
     "statement": statement(lambda net, h: net.in_place(h)),
     "statement of a function": statement(lambda net, h: h.relu_()),
@@ -84,15 +86,13 @@ def case(name: str) -> tuple[Net, Tensor, Tensor]:
 def test_the_gradient_is_clamped_at_every_relu(name: str) -> None:
     net, x, expected = case(name)
     torch.testing.assert_close(attribution(net, x), expected)
-    if name == "maximum":
-        return
     with GuidedBackpropagation().prepare(net) as hooked:
         with torch.inference_mode():
             found = hooked(TensorDict({"input": x.clone()}, batch_size=5))["attr", "input"]
         torch.testing.assert_close(found.clone(), expected)
 
 
-@pytest.mark.parametrize("name", ["F.relu", "method", "clamp", "in place"])
+@pytest.mark.parametrize("name", ["F.relu", "method", "clamp", "in place", "maximum", "clamp by a tensor"])
 def test_under_vmap(name: str) -> None:
     net, x, expected = case(name)
     with GuidedBackpropagation().prepare(net) as hooked:
@@ -103,8 +103,12 @@ def test_under_vmap(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("module", "F.relu", "clamp")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("module", "F.relu", "clamp", "maximum", "threshold", "statement of a clamp")
+        ),
         "statement of a function",
+        "clamp by a tensor",
     ],
 )
 def test_under_compile(name: str) -> None:
@@ -113,6 +117,31 @@ def test_under_compile(name: str) -> None:
     with GuidedBackpropagation().prepare(net) as hooked:
         compiled = torch.compile(hooked, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(TensorDict({"input": x}, batch_size=5))["attr", "input"], expected)
+
+
+def bounded(h: Tensor) -> Tensor:
+    return torch.maximum(h, torch.full((), -0.1)) + F.threshold(h, -0.1, -0.1) + h.clamp(min=torch.tensor(-0.1))
+
+
+@pytest.mark.parametrize("mode", ["grad", "inference", "vmap", pytest.param("compile", marks=pytest.mark.slow)])
+def test_other_bounds_are_left_alone(mode: str) -> None:
+    by_hand = Net(lambda net, h: bounded(h))
+    by_hand.relu.forward = Guided.apply
+    net = Net(lambda net, h: bounded(h))
+    net.load_state_dict(by_hand.state_dict())
+    x = torch.randn(5, 4, requires_grad=True)
+    (expected,) = torch.autograd.grad(by_hand(x).sum(), x)
+    data = TensorDict({"input": x.detach()}, batch_size=5)
+    with GuidedBackpropagation().prepare(net) as hooked:
+        if mode == "vmap":
+            found = torch.vmap(lambda row: hooked(TensorDict({"input": row}))["attr", "input"])(x.detach())
+        elif mode == "compile":
+            torch._dynamo.reset()
+            found = torch.compile(hooked, backend="eager")(data)["attr", "input"]
+        else:
+            with torch.inference_mode(mode == "inference"):
+                found = hooked(data)["attr", "input"].clone()
+    torch.testing.assert_close(found, expected)
 
 
 class Left(nn.ReLU):

@@ -18,6 +18,7 @@ from tdhook_rl.attribution.saliency import Saliency, _BoundSaliency
 from tdhook_rl.attribution.watching import WatchedCall, reached
 from tdhook_rl.calls.passes import Pass
 from tdhook_rl.errors import InPlaceError, SiteError, TdhookError
+from tdhook_rl.internals.functorch_names import get_unwrapped, is_wrapped
 from tdhook_rl.internals.torch_names import function_of
 from tdhook_rl.method import Binder
 from tdhook_rl.replaying.batching import GeneratorState
@@ -43,6 +44,25 @@ class _ClampGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient.clamp_min(0)
+
+
+class _ClampGradientIf(torch.autograd.Function):
+    """The same where a condition holds."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, condition: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (condition,) = ctx.saved_tensors
+        return torch.where(condition, gradient.clamp_min(0), gradient), None
 
 
 class _GuideHook:
@@ -80,10 +100,22 @@ class _GuidedFunctions(TorchFunctionMode):
         return target.copy_(guided)
 
 
-#: What a compiler can tell a ReLU by.
-_OUT_OF_PLACE = (F.relu, torch.relu, torch.Tensor.relu)
-_IN_PLACE = (F.relu_, torch.relu_, torch.Tensor.relu_)
-_CLAMPS = (torch.clamp, torch.Tensor.clamp, torch.clip, torch.Tensor.clip, torch.clamp_min, torch.Tensor.clamp_min)
+#: What a compiler can tell a ReLU by: functions, and those that write into their first argument.
+_RELU = (F.relu, torch.relu, torch.Tensor.relu)
+_RELU_ = (torch.relu_, torch.Tensor.relu_)
+_CLAMP = (torch.clamp, torch.Tensor.clamp, torch.clip, torch.Tensor.clip, torch.clamp_min, torch.Tensor.clamp_min)
+_CLAMP_ = (
+    torch.clamp_,
+    torch.Tensor.clamp_,
+    torch.clip_,
+    torch.Tensor.clip_,
+    torch.clamp_min_,
+    torch.Tensor.clamp_min_,
+)
+_THRESHOLD, _THRESHOLD_ = (F.threshold, torch.threshold), (torch.threshold_,)
+_MAXIMUM = (
+    torch.maximum, torch.Tensor.maximum, torch.fmax, torch.Tensor.fmax, torch.max, torch.Tensor.max,
+)  # fmt: skip
 
 
 class _TracedFunctions(TorchFunctionMode):
@@ -91,16 +123,39 @@ class _TracedFunctions(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function in _IN_PLACE or (function is F.relu and kwargs.get("inplace")):
-            return args[0].copy_(_ClampGradient.apply(torch.relu(args[0].clone())))
-        found = function(*args, **kwargs)
-        if function in _OUT_OF_PLACE:
-            return _ClampGradient.apply(found)
-        if function in _CLAMPS and kwargs.get("max") is None and len(args) < 3:
-            low = args[1] if len(args) > 1 else kwargs.get("min")
-            if isinstance(low, (int, float)) and low == 0:
-                return _ClampGradient.apply(found)
-        return found
+        low = _traced_low(function, args, kwargs)
+        if low is None:
+            return function(*args, **kwargs)
+        in_place = function in (*_RELU_, *_CLAMP_, *_THRESHOLD_)
+        if not in_place and not kwargs.get("inplace"):
+            return _guided(function(*args, **kwargs), low)
+        return args[0].copy_(_guided(torch.clamp(args[0].clone(), min=low), low))
+
+
+def _traced_low(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What a call bounds its argument by from below, and only that: 0, or tensors that may be; ``None`` otherwise."""
+    if function in _RELU or function in _RELU_:
+        return 0
+    if function in _THRESHOLD or function in _THRESHOLD_:
+        limits = (*args[1:3], *(kwargs[key] for key in ("threshold", "value") if key in kwargs))
+        return 0 if limits == (0, 0) else None
+    if function in _CLAMP or function in _CLAMP_:
+        low = args[1] if len(args) > 1 else kwargs.get("min")
+        if kwargs.get("max") is not None or len(args) > 2:
+            return None
+        return low if isinstance(low, Tensor) or (isinstance(low, (int, float)) and low == 0) else None
+    if function in _MAXIMUM:
+        pair = (*args, *(kwargs[key] for key in ("other",) if key in kwargs))
+        if len(pair) == 2 and isinstance(pair[0], Tensor) and isinstance(pair[1], Tensor):
+            return pair[0] if pair[1].requires_grad else pair[1]
+    return None
+
+
+def _guided(value: Tensor, low: Any) -> Tensor:
+    """The output of what may be a ReLU, guided where its bound is zero; a compiler cannot look whether it is."""
+    if not isinstance(low, Tensor):
+        return _ClampGradient.apply(value)
+    return _ClampGradientIf.apply(value, (low == 0).all())
 
 
 def _is_relu(called: Operation, args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -123,7 +178,11 @@ def _is_relu(called: Operation, args: tuple, kwargs: dict[str, Any]) -> bool:
 
 def _is_zero(value: Any) -> bool:
     if isinstance(value, Tensor):
-        return not value.requires_grad and vmap_level() < 0 and not bool(value.any())
+        if value.requires_grad:
+            return False
+        while is_wrapped(value):  # in a transform, which hides the numbers
+            value = get_unwrapped(value)
+        return not value.requires_grad and not bool(value.any())
     return isinstance(value, (int, float)) and value == 0
 
 
