@@ -37,9 +37,9 @@ def same_state(env: EnvBase, policy: nn.Module | None = None) -> Iterator[Callab
         >>> env = TransformedEnv(GymEnv("CartPole-v1"), VecNormV2(in_keys=["observation"]))
         >>> with same_state(env) as put_back:
         ...     _ = env.rollout(3)
-        ...     played = env.transform[0].loc.clone()
+        ...     played = env.transform.loc.clone()
         ...     put_back()
-        ...     bool((env.transform[0].loc == played).any())
+        ...     bool((env.transform.loc == played).any())
         False
     """
     inside = _holders(env)[-1]
