@@ -16,6 +16,7 @@ from torchrl.envs.batched_envs import BatchedEnvBase
 from tdhook_rl.arguments.callbacks import asked
 from tdhook_rl.errors import InputError, TdhookError
 from tdhook_rl.sweeps.conditions import Place
+from tdhook_rl.sweeps.ends import before_end, ended, first_steps, own_rewards
 from tdhook_rl.sweeps.shared_draws import SharedDraws
 
 #: The root of what the steered policy reads of each row.
@@ -157,7 +158,7 @@ class Rows:
         rows = self._of.episodes * len(steered)
         unfinished = torch.zeros(rows, dtype=torch.bool, device=alive.device)
         unfinished[alive] = True
-        yield padded(steps, rows), unfinished
+        yield own_rewards(padded(steps, rows), self._of.env), unfinished
 
     def _steps(
         self,
@@ -190,17 +191,19 @@ class Rows:
             condition = torch.arange(len(steered), device=start.device).repeat_interleave(count)
             alive = torch.arange(len(episode), device=start.device)
             data = start[episode].update(steered.rows(condition, signs[episode]))
+            over: Tensor | None = None
             for time in range(most):
                 self._noise.rows_of(episode[alive])
                 with self._noise.seeded(setting.seed * 1_000_003 + time):
                     data = env.step(policy(data))
                 steps.append((alive, data.exclude(ROOT, *RESULTS) if keep is None else keep(data)))
-                going = ~ended(data, env)
+                over = ended(data, env) if over is None else over | ended(data, env)
+                going = ~over.all(-1)
                 if leaves and time == 0:
                     going[-1] = False
                 data = env.step_mdp(data)
                 if not bool(going.all()):
-                    alive, data = alive[going], data[going]
+                    alive, data, over = alive[going], data[going], over[going]
                 if not len(alive):
                     break
         return steps, alive
@@ -249,7 +252,7 @@ class Blocks:
         """Until the first episode of every row is over: ``(*batch, time)``."""
         setting, env = self._of, self._of.env
         steps: list[TensorDictBase] = []
-        over = torch.zeros(data.batch_size, dtype=torch.bool, device=data.device)
+        over = torch.zeros((*data.batch_size, 1), dtype=torch.bool, device=data.device)
         for time in range(setting.max_steps):
             with self._noise.seeded(seed * 1_000_003 + time):
                 data = policy(data.update(rows))
@@ -257,7 +260,7 @@ class Blocks:
             written = data.select(*RESULTS, strict=False)
             data = data.exclude(ROOT, *RESULTS)
             if self._partial and time:
-                data.set("_step", ~over)
+                data.set("_step", ~over.all(-1))
                 step = env.step(data)
                 data = env.step_mdp(step)
             else:
@@ -273,7 +276,7 @@ class Blocks:
 def first_episodes(setting: Setting, played: TensorDictBase) -> tuple[TensorDictBase, Tensor]:
     """``(episodes, time)``, zero after the first episode of each row, with ``"mask"``; and which did not end."""
     done = ended(played, setting.env)
-    mask = before_end(done)
+    mask = first_steps(done)
     kept = setting.kept(played)
     kept = kept.reshape(-1, kept.shape[-1]) if kept.ndim > 1 else kept[None]
     mask = mask.reshape(kept.shape)
@@ -282,17 +285,12 @@ def first_episodes(setting: Setting, played: TensorDictBase) -> tuple[TensorDict
         if isinstance(value, Tensor):
             inside = mask.reshape(*mask.shape, *(1,) * (value.ndim - 2))
             found[key] = torch.where(inside, value, torch.zeros_like(value))
-    return found, ~done.any(-1).reshape(-1)
+    return own_rewards(found, setting.env), ~done.any(-2).all(-1).reshape(-1)
 
 
 def first_episode(rollout: TensorDictBase, done_key: NestedKey = ("next", "done")) -> Tensor:
     """Which steps belong to the first episode of each row: ``batch``, time last."""
     return before_end(rollout[done_key].squeeze(-1))
-
-
-def before_end(done: Tensor) -> Tensor:
-    """Whether no earlier step, along the last dimension, has ended."""
-    return done.long().cumsum(-1) - done.long() == 0
 
 
 def padded(steps: Sequence[tuple[Tensor, TensorDictBase]], rows: int) -> TensorDictBase:
@@ -316,20 +314,6 @@ def alike(one: Tensor, other: Tensor) -> bool:
     if one.is_floating_point() or one.is_complex():
         return torch.allclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True)
     return torch.equal(one, other)
-
-
-def ended(step: TensorDictBase, env: EnvBase) -> Tensor:
-    """Whether the episode of each row is over: its own ``"done"``, else that of all agents."""
-    keys = [key for key in env.done_keys if (key if isinstance(key, str) else key[-1]) == "done"]
-    keys = ["done"] if "done" in keys else keys
-    found = None
-    for key in keys:
-        value = step["next", *((key,) if isinstance(key, str) else key)]
-        value = value.flatten(step.ndim).all(-1) if value.ndim > step.ndim else value
-        found = value if found is None else found & value
-    if found is None:
-        raise InputError(f"the environment writes no 'done', so that its episodes have no end; {list(env.done_keys)}")
-    return found
 
 
 def started(env: EnvBase, episodes: int, seed: int) -> TensorDictBase:

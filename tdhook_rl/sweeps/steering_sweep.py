@@ -76,7 +76,8 @@ def steering_sweep(
         episodes: of each condition.
         outcomes: ``"return"``, ``"length"``, or functions, best by name, that map episodes ``(episodes, time)`` to one
             number for each, such as ``lambda data: data["next", "reward"].sum((-1, -2)) > 1``. Episodes are zero after
-            their last step; ``"mask"`` says where.
+            their last step; ``"mask"`` says where. Where only agents end, an episode lasts until all have ended once,
+            and rewards of an agent are zero after its own end.
         max_steps: the longest an episode may last; those that are longer are counted in ``facts["unfinished"]``.
         sign: for each start state +1 or -1, where the direction that is wanted depends on the state.
         when: where it acts, as of :class:`~tdhook_rl.latent.SteeringVectors`.

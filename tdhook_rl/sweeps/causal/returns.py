@@ -12,6 +12,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from tdhook_rl.replaying.environment_state import same_state
 from tdhook_rl.sweeps.causal.edits import PutUnits
+from tdhook_rl.sweeps.ends import ended, first_steps, own_rewards
 
 
 class Held(PutUnits):
@@ -55,19 +56,20 @@ def returns_of(
     """
     found: list[Tensor] = []
     how = set_exploration_type(ExplorationType.DETERMINISTIC)
+    alone = not env.batch_size and "done" in env.done_keys  # where agents end each for itself, the others go on
     with torch.random.fork_rng(devices=[]), torch.no_grad(), how, same_state(env) as put_back:
         while sum(map(len, found)) < episodes:
             put_back()
             torch.manual_seed(seed + len(found))
             env.set_seed(seed + len(found))
-            found.append(_first_returns(env, env.rollout(max_steps, policy, break_when_any_done=not env.batch_size)))
+            found.append(_first_returns(env, env.rollout(max_steps, policy, break_when_any_done=alone)))
     return torch.cat(found)[:episodes]
 
 
 def _first_returns(env: EnvBase, rollout: TensorDictBase) -> Tensor:
     """Of the first episode of each row, ``(rows,)``."""
-    after = rollout.reshape(-1, rollout.batch_size[-1])["next"]
-    done = torch.stack([after[key].flatten(2).all(-1) for key in env.done_keys]).any(0)
-    first = done.long().cumsum(-1) - done.long() == 0
+    played = rollout.reshape(-1, rollout.batch_size[-1])
+    first = first_steps(ended(played, env))
+    after = own_rewards(played, env)["next"]
     rewards = torch.stack([after[key].double().flatten(2).sum(-1) for key in env.reward_keys])
     return (rewards.sum(0) * first).sum(-1).cpu()
