@@ -6,10 +6,19 @@ import math
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.statistics.interval import FEW_GROUPS, Interval, array, check_confidence, limits, none, pair_up
+from tdhook_rl.statistics.interval import (
+    FEW_GROUPS,
+    Interval,
+    array,
+    check_confidence,
+    limits,
+    none,
+    pair_up,
+    real_numbers,
+    variance_by_group,
+)
 from tdhook_rl.statistics.means import grouped_mean
 
 
@@ -96,9 +105,7 @@ def minimum_detectable_effect(
 
 
 def _checked(p_values: Any) -> tuple[np.ndarray, np.ndarray]:
-    if isinstance(p_values, Tensor):
-        p_values = p_values.detach().cpu().numpy()
-    given = np.array(p_values, dtype=np.float64)
+    given = np.array(real_numbers(p_values, "p-values"))
     made = ~np.isnan(given)
     if ((given[made] < 0) | (given[made] > 1)).any():
         raise InputError(f"p-values lie between 0 and 1, got {given[made].min():g} to {given[made].max():g}")
@@ -145,10 +152,12 @@ def probability_of_improvement(
     parts, freedoms, counts = [], [], []
     for shares, groups in ((above, groups_first), (below, groups_second)):
         numbers = pair_up(len(shares), groups)
-        residuals = np.bincount(numbers, shares - estimate) / len(shares)
-        counts.append(len(residuals))
-        parts.append(float(np.square(residuals).sum()) * len(residuals) / max(len(residuals) - 1, 1))
-        freedoms.append(max(len(residuals) - 1, 1))
+        sizes = np.bincount(numbers).astype(np.float64)
+        counts.append(len(sizes))
+        if len(sizes) > 1:
+            variance, freedom = variance_by_group(np.bincount(numbers, shares), sizes, estimate)
+            parts.append(variance)
+            freedoms.append(freedom)
     shape = {"confidence": confidence, "groups": sum(counts), "rows": len(before) + len(after)}
     fewest = min(counts)
     if fewest < 2:

@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.statistics.interval import FEW_GROUPS, ONE_GROUP, Interval, check_confidence, limits, none
+from tdhook_rl.statistics.interval import (
+    FEW_GROUPS,
+    ONE_GROUP,
+    Interval,
+    check_confidence,
+    limits,
+    none,
+    real_numbers,
+    tables,
+)
 
 
 def accuracy_difference(
@@ -36,7 +45,7 @@ def accuracy_difference(
         (0.367, 3)
     """
     parts = [_accuracy(right, rows), _accuracy(other_right, other_rows)]
-    return _difference(parts, rows=float(np.asarray(rows).sum()), confidence=confidence)
+    return _difference(parts, rows=float(real_numbers(rows, "counts").sum()), confidence=confidence)
 
 
 def r_squared_difference(sums: Any, other_sums: Any, *, confidence: float = 0.95) -> Interval:
@@ -51,7 +60,7 @@ def r_squared_difference(sums: Any, other_sums: Any, *, confidence: float = 0.95
         0.5
     """
     parts = [_explained(sums), _explained(other_sums)]
-    return _difference(parts, rows=float(np.asarray(sums)[:, 0].sum()), confidence=confidence)
+    return _difference(parts, rows=float(real_numbers(sums, "sums")[:, 0].sum()), confidence=confidence)
 
 
 #: A score, what each group adds to it about its mean, variance that the groups do not show, and as how many groups of
@@ -60,9 +69,7 @@ _Part = tuple[float, np.ndarray, float, float]
 
 
 def _accuracy(right: Any, rows: Any) -> _Part:
-    right, rows = np.asarray(right, dtype=np.float64), np.asarray(rows, dtype=np.float64)
-    if right.shape != rows.shape or right.ndim != 2:
-        raise InputError(f"counts are (groups, classes) both, got {right.shape} and {rows.shape}")
+    right, rows = tables(right, rows, "counts", "classes")
     there = rows.sum(0) > 0
     groups = len(rows)
     if there.sum() < 2:
@@ -81,7 +88,7 @@ def _accuracy(right: Any, rows: Any) -> _Part:
 
 
 def _explained(sums: Any) -> _Part:
-    sums = np.asarray(sums, dtype=np.float64)
+    sums = real_numbers(sums, "sums")
     if sums.ndim != 2 or sums.shape[1] != 4:
         raise InputError(f"sums are (groups, 4), got {sums.shape}")
     rows, values, squares, errors = sums.T

@@ -18,6 +18,7 @@ from tdhook_rl.statistics.interval import (
     limits,
     none,
     pair_up,
+    variance_by_group,
 )
 
 Method = Literal["auto", "t", "bootstrap"]
@@ -42,10 +43,10 @@ def grouped_mean(
         values: ``(rows,)`` numbers.
         groups: the group of each row (episode, seed); each row its own unless given.
         confidence: of the interval.
-        method: ``"t"``: the variance between groups, with one degree of freedom less than there are groups, fewer for
-            groups of very unequal size; ``"bootstrap"``: groups are drawn anew and the mean is studentised (Efron
-            1982), which follows skewed values; ``"auto"``: the bootstrap from ten groups on, t below, and t where
-            ``bounds`` are given.
+        method: ``"t"``: how the mean moves where each group is left out, with one degree of freedom less than there are
+            groups, fewer for groups of very unequal size; ``"bootstrap"``: groups are drawn anew and the mean is
+            studentised by the same (Efron 1982), which follows skewed values; ``"auto"``: the bootstrap from ten groups
+            on, t below, and t where ``bounds`` are given.
         bounds: the least and largest value there can be, ``(0, 1)`` for shares; the interval stays inside and does not
             collapse where all values are at a bound.
         resamples: of the bootstrap.
@@ -77,7 +78,7 @@ def grouped_mean(
         return none(estimate, ONE_GROUP, **shape)
     if method == "bootstrap" and found < FEW_GROUPS:
         raise InputError(f"a bootstrap of {found} groups covers too little: from {FEW_GROUPS} groups on, or method='t'")
-    variance, freedom = _variance(sums, counts, estimate)
+    variance, freedom = variance_by_group(sums, counts, estimate)
     words = f"only {found} groups: a t interval by group" if found < FEW_GROUPS else ""
     if math.sqrt(variance) <= 1e-12 * abs(estimate) and bounds is None:
         return limits(estimate, 0.0, freedom=freedom, words=f"all {found} groups are alike", **shape)
@@ -168,6 +169,8 @@ def ratio_of_means(above: Any, below: Any, groups: Any = None, *, confidence: fl
     top, bottom = array(above, "values"), array(below, "values")
     if len(top) != len(bottom):
         raise InputError(f"pairs have one value on each side, got {len(top)} and {len(bottom)}")
+    if not len(top):
+        raise InputError("there are no rows to take a mean of")
     divisor = float(bottom.mean())
     if divisor == 0:
         shape = {"confidence": confidence, "groups": len(set(pair_up(len(top), groups))), "rows": len(top)}
@@ -199,18 +202,10 @@ def p_value(values: Any, groups: Any = None, *, null: float = 0.0) -> float:
     if len(counts) < 2:
         return math.nan
     estimate = float(rows.mean())
-    variance, freedom = _variance(np.bincount(numbers, rows), counts, estimate)
+    variance, freedom = variance_by_group(np.bincount(numbers, rows), counts, estimate)
     if variance <= 0:
         return 1.0 if estimate == null else 0.0
     return float(2 * stats.t.sf(abs(estimate - null) / math.sqrt(variance), freedom))
-
-
-def _variance(sums: np.ndarray, counts: np.ndarray, mean: float) -> tuple[float, float]:
-    """Of the mean over all rows, from the residuals of the groups' sums; and its degrees of freedom."""
-    groups = len(counts)
-    residuals = (sums - mean * counts) / counts.sum()
-    effective = counts.sum() ** 2 / np.square(counts).sum()
-    return float(np.square(residuals).sum() * groups / (groups - 1)), max(min(groups, effective) - 1, 1.0)
 
 
 def _pulls(sums: np.ndarray, counts: np.ndarray, mean: float, resamples: int, seed: int) -> np.ndarray:
@@ -222,8 +217,8 @@ def _pulls(sums: np.ndarray, counts: np.ndarray, mean: float, resamples: int, se
         of_sums, of_counts = sums[picked], counts[picked]
         total = of_counts.sum(1)
         means = of_sums.sum(1) / total
-        squares = np.square(of_sums - means[:, None] * of_counts).sum(1)
-        errors = np.sqrt(squares * groups / (groups - 1)) / total
+        moves = (of_sums - means[:, None] * of_counts) / (total[:, None] - of_counts)  # as in variance_by_group
+        errors = np.sqrt(np.square(moves).sum(1) * (groups - 1) / groups)
         # A resample of one group over and over has no spread: it stands for any.
         pulls = np.divide(means - mean, errors, out=np.zeros_like(means), where=errors > 1e-9 * abs(mean))
         found.append(pulls)

@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.statistics.interval import FEW_GROUPS, ONE_GROUP, Interval, check_confidence, limits, none
+from tdhook_rl.statistics.interval import (
+    FEW_GROUPS,
+    ONE_GROUP,
+    Interval,
+    check_confidence,
+    limits,
+    none,
+    real_numbers,
+    tables,
+)
 
 
 def balanced_accuracy(right: Any, rows: Any, *, confidence: float = 0.95) -> Interval:
@@ -32,9 +41,7 @@ def balanced_accuracy(right: Any, rows: Any, *, confidence: float = 0.95) -> Int
         (0.75, 3)
     """
     check_confidence(confidence)
-    right, rows = np.asarray(right, dtype=np.float64), np.asarray(rows, dtype=np.float64)
-    if right.shape != rows.shape or right.ndim != 2:
-        raise InputError(f"counts are (groups, classes) both, got {right.shape} and {rows.shape}")
+    right, rows = tables(right, rows, "counts", "classes")
     there = rows.sum(0) > 0
     right, rows = right[:, there], rows[:, there]
     held = rows.sum(1) > 0
@@ -85,9 +92,7 @@ def area_under_curve(positive: Any, negative: Any, *, confidence: float = 0.95) 
         0.764
     """
     check_confidence(confidence)
-    positive, negative = np.asarray(positive, dtype=np.float64), np.asarray(negative, dtype=np.float64)
-    if positive.shape != negative.shape or positive.ndim != 2:
-        raise InputError(f"histograms are (groups, bins) both, got {positive.shape} and {negative.shape}")
+    positive, negative = tables(positive, negative, "histograms", "bins")
     sizes = [side.sum(1) for side in (positive, negative)]
     rows = float(sum(size.sum() for size in sizes))
     shape = {"confidence": confidence, "groups": int(((sizes[0] + sizes[1]) > 0).sum()), "rows": rows}
@@ -136,7 +141,7 @@ def r_squared(sums: Any, *, confidence: float = 0.95) -> Interval:
         0.786
     """
     check_confidence(confidence)
-    sums = np.asarray(sums, dtype=np.float64)
+    sums = real_numbers(sums, "sums")
     if sums.ndim != 2 or sums.shape[1] != 4:
         raise InputError(f"sums are (groups, 4), got {sums.shape}")
     sums = sums[sums[:, 0] > 0]
