@@ -174,6 +174,7 @@ def test_an_environment_of_gymnasium(folder: Path) -> None:
     [
         ({"--policy": "steered_agent:actr"}, "nearest: 'actor'"),
         ({"--policy": "steered_agent:hooked"}, "return the plain one"),
+        ({"--policy": "steered_agent:up"}, "called without arguments, but its signature is (data"),
         ({"--env": "CartPole-v9"}, "CartPole"),
         ({"--env": "steered_agent:envi"}, "nearest: 'env'"),
         ({"--vector": "nowhere"}, "nowhere"),

@@ -22,7 +22,7 @@ from torchrl.modules import MLP, NormalParamExtractor, ProbabilisticActor, QValu
 
 from tdhook_rl import SteeringVectors
 from tdhook_rl.envs import Cheese, CueCorners
-from tdhook_rl.errors import ArtifactError, InputError, SiteError
+from tdhook_rl.errors import ArtifactError, InputError, MissingKeyError, SiteError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.examples.steer_at_eval import contrast
 from tdhook_rl.experiments.agents import recipe
@@ -297,6 +297,8 @@ def test_saved_sweeps_are_checked(tmp_path: Path) -> None:
         ({"outcomes": {"a": lambda data: 1.0}}, InputError, "float"),
         ({"sign": lambda start: torch.ones(3)}, InputError, "sign="),
         ({"env": lambda: 3}, InputError, "int"),
+        ({"outcomes": lambda: 1.0}, InputError, r"called with \(episodes\), but its signature is \(\)"),
+        ({"outcomes": {"won": lambda data, goal: data}}, InputError, "the outcome 'won' is called with"),
     ],
 )  # fmt: skip
 def test_bad_input(changed: dict[str, Any], error: type[Exception], words: str) -> None:
@@ -304,6 +306,13 @@ def test_bad_input(changed: dict[str, Any], error: type[Exception], words: str) 
     given |= {"alphas": [1.0], "controls": 1, "episodes": 4, "outcomes": "return", **changed}
     with pytest.raises(error, match=words):
         steering_sweep(make_actor(), given.pop("env"), given.pop("vectors"), **given)
+
+
+@pytest.mark.parametrize("make_env", [lambda: GymEnv("CartPole-v1"), CueCorners, lambda: CueCorners(batch_size=[2])])
+def test_an_environment_that_lacks_what_the_policy_reads(make_env: Callable[[], EnvBase]) -> None:
+    vector = SteeringVector(vector=torch.ones(16), path="module.0.module.layers.1")
+    with pytest.raises(MissingKeyError, match=r"reads 'pixels', which this environment does not write; nearest: '"):
+        steering_sweep(door_actor(), make_env(), vector, alphas=[1.0], controls=0, episodes=2, max_steps=2)
 
 
 def test_questions_that_were_not_played() -> None:

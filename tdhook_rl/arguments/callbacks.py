@@ -51,6 +51,30 @@ def takes_keywords(function: Callable[..., Any], names: Sequence[str], what: str
     raise InputError(f"{what} must accept ({', '.join(names)}), but its signature is {signature}")
 
 
+def require_accepts(function: Callable[..., Any], names: Sequence[str], what: str) -> None:
+    """Raise where a function cannot be called with as many values by position.
+
+    Args:
+        function: the user's, or a class.
+        names: what the values are.
+        what: what the function is.
+
+    Raises:
+        InputError: if it cannot.
+
+    Example:
+        >>> require_accepts(lambda episodes: episodes, ["episodes"], "the outcome 'won'")
+    """
+    signature = _signature(function)
+    if signature is None:
+        return
+    try:
+        signature.bind(*names)
+    except TypeError:
+        given = f"with ({', '.join(names)})" if names else "without arguments"
+        raise InputError(f"{what} is called {given}, but its signature is {signature}") from None
+
+
 def has_parameter(function: Callable[..., Any], name: str) -> bool:
     """Whether a function has a parameter of a name, which can be given by keyword.
 

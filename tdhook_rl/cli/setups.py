@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tdhook_rl.arguments.callbacks import require_accepts
 from tdhook_rl.errors import InputError, nearest
 
 __all__ = ["EXAMPLE", "made", "made_with_environment"]
@@ -17,7 +18,9 @@ EXAMPLE = "tdhook_rl.examples.check:setup"
 
 def made(target: str) -> Any:
     """What the function that ``MODULE:FUNCTION`` names returns."""
-    return named_function(target)()
+    function = named_function(target)
+    require_accepts(function, (), target)
+    return function()
 
 
 def is_function(text: str) -> bool:

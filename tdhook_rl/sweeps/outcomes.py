@@ -9,7 +9,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.arguments.callbacks import asked
+from tdhook_rl.arguments.callbacks import asked, require_accepts
 from tdhook_rl.errors import InputError, nearest
 
 #: From episodes ``(episodes, time)`` a number for each, or such numbers by name.
@@ -46,6 +46,8 @@ class Outcomes:
                     f"outcomes= has {one!r:.60}: it takes 'return', 'length' and functions of the episodes; "
                     + (nearest(one, (RETURN, LENGTH)) if isinstance(one, str) else "by name where there are several")
                 )
+            if callable(one):
+                require_accepts(one, ["episodes"], f"the outcome {name or _name(one)!r}")
         if not pairs:
             raise InputError(
                 f"outcomes= is 'return', 'length', functions of the episodes, or several; got {asked!r:.60}"
@@ -87,8 +89,7 @@ class Outcomes:
         return found
 
     def _asked(self, function: Outcome, name: str, episodes: TensorDictBase) -> Mapping[str, Any]:
-        known = name or getattr(function, "__name__", type(function).__name__)
-        given = asked(function, episodes, what=f"the outcome {known!r}")
+        given = asked(function, episodes, what=f"the outcome {name or _name(function)!r}")
         if isinstance(given, Mapping):
             return {f"{name}/{label}" if name else str(label): values for label, values in given.items()}
         return {name or getattr(function, "__name__", "outcome"): given}
@@ -101,6 +102,10 @@ class Outcomes:
             label = name if len(self._rewards) == 1 else f"{name}/{key if isinstance(key, str) else '.'.join(key[:-1])}"
             found[label] = rewards.flatten(2).mean(-1).sum(-1) if rewards.ndim > 2 else rewards.sum(-1)
         return found
+
+
+def _name(function: Outcome) -> str:
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _checked(name: str, values: Any, episodes: int) -> Tensor:
