@@ -181,6 +181,25 @@ def test_conditions_begin_with_what_transforms_held(transform: str, place: str) 
     env.close()
 
 
+@pytest.mark.filterwarnings("ignore:.*did not end")
+@pytest.mark.parametrize("transform", ["VecNorm", "CatFrames"])
+def test_what_has_never_played_begins_by_the_seed(transform: str) -> None:
+    """Statistics of an environment that is new follow from no generator of the user's, and leave it as it was."""
+    found = []
+    for seed in (1, 2):
+        env = PLACES["of one"](TRANSFORMS[transform])
+        env.set_seed(seed)
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        policy = actor(8 if transform == "CatFrames" else 4)
+        torch.set_rng_state(before)
+        vector = SteeringVector(vector=2 * torch.ones(16), path="module.0")
+        played = steering_sweep(policy, env, vector, alphas=[1.0], controls=1, episodes=2, max_steps=STEPS)
+        assert torch.equal(torch.get_rng_state(), before)
+        found.append(played.values)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
 def counted() -> EnvBase:
     return TransformedEnv(Drift(), VecNormV2(in_keys=["observation"]))
 

@@ -6,10 +6,10 @@ moves them, and the next one would start from elsewhere, as would the user's tra
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,12 +21,13 @@ from tdhook_rl.internals.torchrl_names import lower_done_flags
 from tdhook_rl.policies.memory import same_values
 
 
-@contextmanager
+@contextlib.contextmanager
 def same_state(env: EnvBase, policy: nn.Module | None = None) -> Iterator[Callable[[], None]]:
     """Inside, a function that puts back what was held at the beginning; afterwards all is as it was then.
 
     Put back are the state dicts of an environment's transforms and workers, and the buffers of a policy; what is in
-    neither stays as it is. An environment of which something has no state before its first reset is reset once.
+    neither stays as it is. An environment of which something has no state before its first reset is
+    seeded and reset once.
 
     Args:
         env: the environment.
@@ -42,11 +43,7 @@ def same_state(env: EnvBase, policy: nn.Module | None = None) -> Iterator[Callab
         ...     bool((env.transform.loc == played).any())
         False
     """
-    inside = _holders(env)[-1]
-    if isinstance(inside, ParallelEnv):
-        inside.reset()  # a worker that is asked before would end
-    if any(_state_of(one) is None for one in _holders(env)):
-        env.reset()
+    _reset_what_is_new(env)
     states = [(one, state) for one in _holders(env) if (state := _copied(_state_of(one)))]
     buffers = [] if policy is None else [(one, one.detach().clone()) for one in policy.buffers() if _has_numbers(one)]
 
@@ -66,6 +63,24 @@ def same_state(env: EnvBase, policy: nn.Module | None = None) -> Iterator[Callab
         yield put_back
     finally:
         put_back()
+
+
+def _reset_what_is_new(env: EnvBase) -> None:
+    """By a seed, so that the state it begins with is the same wherever the same is played."""
+    inside = _holders(env)[-1]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if isinstance(inside, ParallelEnv):
+            _seed(inside)
+            inside.reset()  # a worker that is asked before would end
+        if any(_state_of(one) is None for one in _holders(env)):
+            _seed(env)
+            env.reset()
+
+
+def _seed(env: EnvBase) -> None:
+    with contextlib.suppress(Exception):  # whatever an environment of others raises that has no seed
+        env.set_seed(0)
 
 
 def _holders(env: EnvBase) -> list[Any]:
