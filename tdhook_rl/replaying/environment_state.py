@@ -44,7 +44,8 @@ def same_state(env: EnvBase, policy: nn.Module | None = None) -> Iterator[Callab
         False
     """
     _reset_what_is_new(env)
-    states = [(one, state) for one in _holders(env) if (state := _copied(_state_of(one)))]
+    held = [(one, _copied(_state_of(one))) for one in _holders(env)]
+    states = [(one, state) for one, state in held if state is not None and any(True for _ in _leaves(state))]
     buffers = [] if policy is None else [(one, one.detach().clone()) for one in policy.buffers() if _has_numbers(one)]
 
     def put_back() -> None:
