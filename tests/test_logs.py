@@ -73,7 +73,9 @@ def test_numbers_read_back(name: str, wrapped: bool, tmp_path: Path) -> None:
 NONE: dict[str, Any] = {
     "several": torch.zeros(3), "none": torch.zeros(0), "an array of several": np.zeros(2), "complex": 1j,
     "a complex tensor": torch.tensor(1j), "a word": "0.25", "nothing": None, "a list": [0.25], "a mapping": {"a": 1},
-    "larger than any float": 10**400, "a function": len,
+    "larger than any float": 10**400, "a function": len, "masked": np.ma.masked,
+    "a masked array": np.ma.array([1.0], mask=True), "without data": torch.zeros((), device="meta"),
+    "a time": np.timedelta64(1, "s"),
 }  # fmt: skip
 
 
@@ -98,12 +100,25 @@ def test_steps(step: Any, tmp_path: Path) -> None:
     sink.close()
 
 
-@pytest.mark.parametrize("name", ["", "a\nb", "a\rb", "a\0b", 3, None])
+@pytest.mark.parametrize("name", ["", "a\nb", "a\rb", "a\0b", "a\udc80", 3, None])
 def test_names(name: Any, tmp_path: Path) -> None:
     sink = FileSink(tmp_path / "log.csv")
     with pytest.raises(InputError, match="a metric is named by"):
         sink.log({name: 0.5}, 1)
     sink.close()
+
+
+def test_nothing_is_written_over_and_nothing_after_the_end(tmp_path: Path) -> None:
+    first = FileSink(tmp_path / "log.csv")
+    first.log({"loss": 0.5}, 1)
+    second = FileSink(tmp_path / "log.csv", resume=True)  # the first was never closed
+    for step, sink in enumerate((second, first, first, second), start=2):
+        sink.log({"loss": 0.5}, step)
+    first.close()
+    second.close()
+    assert FileSink.read(tmp_path / "log.csv") == {"loss": [(step, 0.5) for step in range(1, 6)]}
+    with pytest.raises(InputError, match="is closed"):
+        first.log({"loss": 0.5}, 6)
 
 
 # ------------------------------------------------------------------ files that were cut

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,15 @@ def test_numbers_become_the_brightness_that_they_mean() -> None:
 
 
 @pytest.mark.parametrize(
-    "odd", [np.zeros(5), np.zeros((2, 3, 4, 5)), np.zeros((0, 4)), np.zeros((3, 3), complex), [[1], [1, 2]]]
+    "odd",
+    [
+        torch.zeros(3, 3, device="meta"),
+        np.zeros(5),
+        np.zeros((2, 3, 4, 5)),
+        np.zeros((0, 4)),
+        np.zeros((3, 3), complex),
+        [[1], [1, 2]],
+    ],
 )
 def test_what_is_no_picture_is_refused(odd: Any) -> None:
     with pytest.raises(InputError):
@@ -78,7 +87,32 @@ def test_histograms_of_odd_ranges(values: list[float]) -> None:
     assert bool((np.diff(found.edges) > 0).all())
 
 
+@pytest.mark.parametrize(
+    "odd", [[1j, 2.0], torch.tensor([1j]), np.ma.array([1.0, 2.0], mask=[0, 1]), [[1], [1, 2]], ["a"],
+            torch.zeros(3, device="meta")],
+)  # fmt: skip
+def test_values_that_have_no_histogram(odd: Any) -> None:
+    with pytest.raises(InputError, match="the values of a histogram"):
+        Histogram.of(odd)
+
+
+@pytest.mark.parametrize(
+    ("counts", "edges"),
+    [([1, 2], [0, 1]), ([-1, 2], [0, 1, 2]), ([1, math.nan], [0, 1, 2]), ([1, 2], [2, 1, 0]), ([], [0]),
+     ([1, 2], [0, 1, math.inf]), ([1, 2], [1, 1, 1]), ([[1, 2]], [0, 1, 2])],
+)  # fmt: skip
+def test_counts_and_edges_that_are_no_histogram(counts: Any, edges: Any) -> None:
+    with pytest.raises(InputError, match="a histogram has"):
+        Histogram(counts, edges)
+
+
+def test_what_is_masked_is_black() -> None:
+    shown = Image(np.ma.array([[1.0, 1.0], [0.5, 1.0]], mask=[[1, 0], [0, 0]])).pixels
+    assert shown[..., 0].tolist() == [[0, 255], [128, 255]]
+
+
 def test_media_that_cannot_be() -> None:
+    assert DataTable(["file"], [["a\udc80"]]).content() == b"file\na\\udc80\n"
     with pytest.raises(InputError, match="needs a finite value"):
         Histogram.of([float("nan")])
     with pytest.raises(InputError, match="a row has 1 cells, and the table 2 columns"):

@@ -21,8 +21,9 @@ from tdhook_rl.latent import SteeringVector
 from tdhook_rl.latent.probing import ClassStatistics
 from tdhook_rl.probes.probe_table import ProbeCell, ProbeTable
 from tdhook_rl.report import DataTable, FileSink, Monitor
+from tdhook_rl.report.figures import lines
 from tdhook_rl.rollout import GroupSplit, OnlineProbe, ProbeSuite
-from tdhook_rl.statistics import Interval
+from tdhook_rl.statistics import Interval, grouped_mean
 from tdhook_rl.sweeps import Condition, SweepResult
 from tests.monitoring import METHOD, QUIET, batch_of
 from tests.wandb_reader import finished, records
@@ -125,6 +126,18 @@ def test_the_last_table_of_probes_is_of_the_end(table_every: int, tmp_path: Path
     (line,) = rows_in(tmp_path / "media" / "probes" / "000001280.csv")
     assert float(line["trained"]) == found["probe.xor.accuracy"]
     assert float(line["rows"]) == found["probe.xor.rows"]
+
+
+def test_our_own_intervals_and_drawings_are_logged(tmp_path: Path) -> None:
+    monitor = Monitor(folder=tmp_path)
+    monitor.log({"return": grouped_mean([1.0, 2.0, 6.0]), "map": lines({"a": [(0, 1.0), (1, 2.0)]}, unit="share")})
+    monitor.close()
+    found = FileSink.read(tmp_path / "log.csv")
+    assert found["return"] == [(0, 3.0)]
+    assert found["return_low"][0][1] < 3.0 < found["return_high"][0][1]
+    assert (tmp_path / "media" / "map" / "000000000.png").is_file()
+    with pytest.raises(InputError, match="is closed"):
+        monitor.log({"return": 1.0})
 
 
 def test_whatever_holds_tensors_is_kept(tmp_path: Path) -> None:

@@ -16,12 +16,14 @@ __all__ = ["as_array", "as_frames", "channel_axis", "fitted", "png"]
 
 def as_array(values: Any) -> np.ndarray:
     """Tensors of any kind and device, and whatever numpy takes."""
-    if isinstance(values, Tensor):
+    if isinstance(values, Tensor) and not values.is_meta:
         values = values.detach().cpu()
         values = (values.float() if values.is_floating_point() else values).numpy()
+    if np.ma.is_masked(values):
+        values = np.ma.filled(values.astype(float), np.nan)
     try:
         return np.asarray(values)
-    except ValueError as error:  # rows of different lengths
+    except (ValueError, NotImplementedError, TypeError) as error:  # rows of different lengths, a tensor without data
         raise InputError(f"this is no array of numbers: {error}") from None
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from tdhook_rl.errors import InputError
 from tdhook_rl.report.frames import as_array, as_frames, png
+from tdhook_rl.statistics.interval import real_numbers
 
 __all__ = ["Animation", "Artifact", "DataTable", "Histogram", "Image", "Media"]
 
@@ -44,6 +44,13 @@ class Media:
 class Histogram(Media):
     """How often values fall into bins.
 
+    Args:
+        counts: ``(bins,)``, from 0 on.
+        edges: ``(bins + 1,)``, from the lowest to the highest.
+
+    Raises:
+        InputError: for counts and edges that are no histogram.
+
     Example:
         >>> found = Histogram.of([0.0, 0.5, 0.6, float("nan")], bins=2)
         >>> found.counts.tolist(), found.edges.tolist()
@@ -56,6 +63,19 @@ class Histogram(Media):
     ending = ".json"
     called = "histogram"
 
+    def __post_init__(self) -> None:
+        self.counts, self.edges = np.asarray(self.counts), real_numbers(self.edges, "the edges of a histogram")
+        counts = real_numbers(self.counts, "the counts of a histogram")
+        whole = np.isfinite(counts).all() and np.isfinite(self.edges).all()
+        if counts.ndim != 1 or not len(counts) or self.edges.shape != (len(counts) + 1,) or not whole:
+            raise InputError(
+                f"a histogram has finite counts and one edge more: got {counts.shape} and {self.edges.shape}"
+            )
+        if (counts < 0).any() or (np.diff(self.edges) <= 0).any():
+            raise InputError(
+                "a histogram has counts from 0 on and edges that rise: np.histogram(values, bins) has them"
+            )
+
     @classmethod
     def of(cls, values: Any, bins: int = 64) -> Histogram:
         """Of numbers of any shape; those that are not finite are left out.
@@ -65,7 +85,7 @@ class Histogram(Media):
         """
         if not 1 <= bins <= 512:
             raise InputError(f"a histogram has 1 to 512 bins, got {bins}")
-        numbers = np.asarray(values.detach().cpu().double() if isinstance(values, Tensor) else values, dtype=float)
+        numbers = real_numbers(values, "the values of a histogram")
         numbers = numbers[np.isfinite(numbers)]
         if not numbers.size:
             raise InputError("a histogram needs a finite value")
@@ -170,7 +190,7 @@ class DataTable(Media):
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerows([self.columns, *self.rows])
-        return text.getvalue().encode()
+        return text.getvalue().encode(errors="backslashreplace")  # a name of a file may be no text
 
 
 @dataclass(eq=False)

@@ -24,7 +24,7 @@ from tdhook_rl.report.look import Look, Tries, Turns
 from tdhook_rl.report.media import Artifact
 from tdhook_rl.report.probes import WatchedProbe, WatchedSuite
 from tdhook_rl.report.readings import Features
-from tdhook_rl.report.results import files_of, loggable
+from tdhook_rl.report.results import files_of, loggable_by_name
 from tdhook_rl.report.sinks.names import PREFIX
 from tdhook_rl.report.sinks.together import Sinks, sinks_of
 from tdhook_rl.rollout.diagnostics import NetworkDiagnostics
@@ -247,11 +247,11 @@ class Monitor(TrainerHookBase):
         """Log more on the same axis, at the frame that was reached.
 
         Args:
-            values: by name numbers, what :mod:`tdhook_rl.report` has beside them (images, tables, ...), and results: a
-                dose-response, a table of probes, rows as mappings or dataclasses, a DataFrame, a matplotlib figure.
+            values: by name numbers, what :mod:`tdhook_rl.report` has beside them (images, tables, ...), and results: an
+                interval, a dose-response, a table of probes, rows as mappings or dataclasses, a DataFrame, a figure.
 
         Raises:
-            InputError: for what is none of these.
+            InputError: for what is none of these, and once it is closed.
 
         Example:
             >>> import tempfile
@@ -263,7 +263,7 @@ class Monitor(TrainerHookBase):
             1.0,0.9
             >>> monitor.close()
         """
-        self._sinks.log({name: loggable(value) for name, value in values.items()}, self.frames)
+        self._sinks.log(loggable_by_name(values), self.frames)
 
     def stats(self) -> dict[str, float]:
         """The last numbers, and ``frames`` where they were logged; TorchRL's ``LoggerMonitor`` asks for them."""

@@ -13,24 +13,37 @@ from torch import Tensor, nn
 
 from tdhook_rl.artifacts import save_artifact
 from tdhook_rl.errors import InputError
+from tdhook_rl.report.drawing import Drawing
 from tdhook_rl.report.media import DataTable, Image
 from tdhook_rl.statistics import Interval
 
-__all__ = ["files_of", "loggable"]
+__all__ = ["files_of", "loggable", "loggable_by_name"]
+
+
+def loggable_by_name(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a sink takes, of results by name; an interval is three numbers, as in tables.
+
+    Example:
+        >>> from tdhook_rl.statistics import grouped_mean
+        >>> list(loggable_by_name({"return": grouped_mean([1.0, 2.0, 4.0]), "loss": 0.5}))
+        ['return', 'return_low', 'return_high', 'loss']
+    """
+    return {name: loggable(value) for name, value in _flat(values).items()}
 
 
 def loggable(value: Any) -> Any:
     """What a sink takes, of a result; anything else as it is.
 
     Whatever has ``records()`` (a table of probes, a sweep) or ``frame()``, a DataFrame, and a list of mappings or
-    dataclasses become tables; a matplotlib figure becomes a picture.
+    dataclasses become tables; a matplotlib figure, and a drawing of one, become pictures.
 
     Example:
         >>> loggable([{"alpha": 0.0, "rate": 0.1}, {"alpha": 1.0, "rate": 0.9}]).rows
         [[0.0, 0.1], [1.0, 0.9]]
     """
-    if callable(getattr(value, "savefig", None)):
-        return _picture(value)
+    figure = value.figure if isinstance(value, Drawing) else value
+    if callable(getattr(figure, "savefig", None)):
+        return _picture(figure)
     for name in ("records", "frame"):
         make = getattr(value, name, None)
         if callable(make):
@@ -86,17 +99,19 @@ def _fields(row: Any) -> dict[str, Any]:
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> DataTable:
     """Columns in the order in which rows name them; an interval is three."""
-    flat = []
-    for row in rows:
-        cells: dict[str, Any] = {}
-        for name, one in row.items():
-            if isinstance(one, Interval):
-                cells |= {name: one.estimate, f"{name}_low": one.low, f"{name}_high": one.high}
-            else:
-                cells[str(name)] = one
-        flat.append(cells)
+    flat = [*map(_flat, rows)]
     columns = list(dict.fromkeys(name for row in flat for name in row))
     return DataTable(columns, [[row.get(name) for name in columns] for row in flat])
+
+
+def _flat(values: Mapping[Any, Any]) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for name, one in values.items():
+        if isinstance(one, Interval):
+            found |= {name: one.estimate, f"{name}_low": one.low, f"{name}_high": one.high}
+        else:
+            found[name] = one
+    return found
 
 
 def _picture(figure: Any) -> Image:

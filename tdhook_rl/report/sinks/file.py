@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tdhook_rl.errors import ArtifactError, warn
+from tdhook_rl.errors import ArtifactError, InputError, warn
 from tdhook_rl.report.sinks.values import scalars
 
 __all__ = ["FileSink"]
@@ -42,7 +42,8 @@ class FileSink:
         if going_on:
             _end_at_a_line(self.path)
         try:
-            self._file = self.path.open("ab" if going_on else "xb", buffering=0)
+            # At the end of what is there, whoever wrote it: a run that goes on in this file loses no line to this one.
+            self._file = open(self.path, "ab" if going_on else "xb", buffering=0, opener=_appending)
         except FileExistsError:
             raise ArtifactError(f"{self.path} exists already: another run is not overwritten") from None
         except OSError as error:
@@ -57,7 +58,13 @@ class FileSink:
             raise ArtifactError(f"cannot write {self.path}: {error.strerror}") from error
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Write scalars; as of :func:`scalars`."""
+        """Write scalars; as of :func:`scalars`.
+
+        Raises:
+            InputError: as of :func:`scalars`; once it is closed.
+        """
+        if self._file.closed:
+            raise InputError(f"{self.path} is closed: open another log, with resume=True to go on in it")
         text = io.StringIO()
         number, values = scalars(metrics, step)
         csv.writer(text, lineterminator="\n").writerows([number, name, repr(value)] for name, value in values.items())
@@ -124,6 +131,10 @@ class FileSink:
             lines = f"line {shown} was" if len(odd) == 1 else f"{len(odd)} lines ({shown}) were"
             warn(f"of {path} {lines} cut and left out; the rest is read")
         return curves
+
+
+def _appending(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_APPEND, 0o666)
 
 
 def _end_at_a_line(path: Path) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
 from tdhook_rl.errors import InputError
 from tdhook_rl.report.media import Media
 
@@ -48,12 +50,22 @@ def scalars(metrics: Mapping[str, Any], step: Any) -> tuple[int, dict[str, float
 
 
 def _require_name(name: Any) -> None:
-    if not isinstance(name, str) or not name or "\n" in name or "\r" in name or "\0" in name:
+    if not isinstance(name, str) or not name or "\n" in name or "\r" in name or "\0" in name or not _is_text(name):
         raise InputError(f"a metric is named by a text of one line, not by {name!r}")
+
+
+def _is_text(name: str) -> bool:
+    """Whether it can be written: halves of a character, as in names of files that are no UTF-8, cannot."""
+    try:
+        return name.isascii() or bool(name.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _number(value: Any, what: str) -> float:
     original = value
+    if getattr(value, "is_meta", False) or np.ma.is_masked(value) or isinstance(value, np.timedelta64):
+        raise InputError(f"{what} is {' '.join(repr(value).split()):.80} ({type(value).__name__}), which has no number")
     if hasattr(value, "numel") or hasattr(value, "size"):  # tensors and arrays
         count = value.numel() if callable(getattr(value, "numel", None)) else value.size
         if count != 1:
@@ -67,4 +79,7 @@ def _number(value: Any, what: str) -> float:
             return float(value)
     except OverflowError:
         pass
-    raise InputError(f"{what} is {str(original)[:80]!r} ({type(original).__name__}), which is no number")
+    raise InputError(
+        f"{what} is {str(original)[:80]!r} ({type(original).__name__}), which is no number: log one, or what "
+        "tdhook_rl.report has beside numbers (Image, Histogram, DataTable, ...)"
+    )
