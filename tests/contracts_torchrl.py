@@ -7,6 +7,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import gymnasium
 import pytest
 import torch
 from tensordict import TensorDict
@@ -14,7 +15,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.collectors import AsyncBatchedCollector, Collector, Evaluator, MultiSyncCollector
 from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorDictReplayBuffer
-from torchrl.envs import ParallelEnv, TrajCounter, TransformedEnv
+from torchrl.envs import GymWrapper, ParallelEnv, TrajCounter, TransformedEnv
 from torchrl.modules import MaskedCategorical, MultiAgentMLP, MultiStepActorWrapper, TanhNormal
 from torchrl.trainers import ReplayBufferTrainer, Trainer
 from torchrl.weight_update import MultiProcessWeightSyncScheme
@@ -228,6 +229,18 @@ def an_environment_with_workers() -> None:
         names.lower_done_flags(counted())
     finally:
         env.close()
+
+
+@contract("forget_last_step")
+def a_vector_of_gymnasium() -> None:
+    mode = gymnasium.vector.AutoresetMode.SAME_STEP
+    env = GymWrapper(gymnasium.vector.SyncVectorEnv([lambda: gymnasium.make("CartPole-v1")] * 2, autoreset_mode=mode))
+    env.set_seed(0)
+    env.rollout(100)
+    assert float(env.reset()["observation"].abs().max()) > 0.05, "TorchRL resets all rows: leave forget_last_step out"
+    names.forget_last_step(env.transform)
+    assert float(env.reset()["observation"].abs().max()) <= 0.05
+    names.forget_last_step(counted())
 
 
 # ---------------------------------------------------------------------- modules and distributions

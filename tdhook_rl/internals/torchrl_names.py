@@ -188,6 +188,14 @@ def modules_of(trainer: Any) -> Mapping[str, Any]:
 # ---------------------------------------------------------------------- environments
 
 
+def forget_last_step(transform: Any) -> None:
+    """Let the next reset of a vector of Gymnasium environments be one of all rows: without a mask it is taken for one
+    of the rows that the last step has ended, and all observations are of that step."""
+    memo: Any = getattr(transform, "_memo", None)
+    if isinstance(memo, dict):
+        memo.clear()
+
+
 def lower_done_flags(env: Any) -> None:
     """Make a ``ParallelEnv`` wait for its workers again: ``load_state_dict`` leaves the flags raised by which it knows
     that they are done, and the next step would be read before it is there."""

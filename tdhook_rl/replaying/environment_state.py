@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchrl.envs import EnvBase, ParallelEnv, TransformedEnv
-from torchrl.envs.transforms import Compose, Transform
+from torchrl.envs.transforms import Compose, Transform, VecGymEnvTransform
 
-from tdhook_rl.internals.torchrl_names import lower_done_flags
+from tdhook_rl.internals.torchrl_names import forget_last_step, lower_done_flags
 from tdhook_rl.policies.memory import same_values
 
 
@@ -26,8 +26,8 @@ def same_state(env: EnvBase, policy: nn.Module | None = None) -> Iterator[Callab
     """Inside, a function that puts back what was held at the beginning; afterwards all is as it was then.
 
     Put back are the state dicts of an environment's transforms and workers, and the buffers of a policy; what is in
-    neither stays as it is. An environment of which something has no state before its first reset is
-    seeded and reset once.
+    neither stays as it is. An environment of which something has no state before its first reset is seeded and reset
+    once. Vectors of Gymnasium environments forget their last step, for which they would take the next reset.
 
     Args:
         env: the environment.
@@ -49,6 +49,9 @@ def same_state(env: EnvBase, policy: nn.Module | None = None) -> Iterator[Callab
     buffers = [] if policy is None else [(one, one.detach().clone()) for one in policy.buffers() if _has_numbers(one)]
 
     def put_back() -> None:
+        for holder in _holders(env):
+            if isinstance(holder, VecGymEnvTransform):
+                forget_last_step(holder)
         for holder, then in states:
             now = _state_of(holder)
             # Buffers of another shape are of as many rows as were played: a reset begins them.
