@@ -204,7 +204,7 @@ def one_hot_action(run: Pass, values: Tensor, key: NestedKey = "logits") -> Tens
     if action is None:
         raise TargetError("the target explains the stored action 'action', which the data lacks")
     if action.shape == values.shape:
-        require_choice(run, action != 0, action, key)
+        require_choice(run, action, action, key)
         return action.to(values.dtype)
     if action.ndim == values.ndim and action.shape[-1] == 1:
         action = action.squeeze(-1)
@@ -223,7 +223,7 @@ def require_choice(run: Pass, chosen: Tensor, action: Tensor, key: NestedKey, *,
     """Look at what a stored action chooses, in rows that are no padding.
 
     Args:
-        chosen: by the entries of the last dimension, which ones the action names.
+        chosen: not zero in the entries of the last dimension that the action names.
         action: the stored action, for the message.
         key: of what is chosen among.
         one: not more than one, either.
@@ -233,9 +233,10 @@ def require_choice(run: Pass, chosen: Tensor, action: Tensor, key: NestedKey, *,
     """
     if torch.compiler.is_compiling() or vmap_level() >= 0:
         return
-    wrong = chosen.sum(-1) != 1 if one else ~chosen.any(-1)
-    if not bool(wrong.any()):
+    right = chosen.sum(-1) == 1 if one else chosen.any(-1)
+    if bool(right.all()):  # asked in each call, so it is brief
         return
+    wrong = ~right
     real = real_rows(run.stored)
     if real is not None:
         wrong = wrong & real.reshape(*real.shape, *(1,) * (wrong.ndim - real.ndim))
@@ -266,7 +267,7 @@ def require_drawn_choice(run: Pass, decision: Decision) -> None:
     if action is None or is_sparse(distribution):
         return
     if is_one_hot(distribution):
-        require_choice(run, action != 0, action, decision.key)
+        require_choice(run, action, action, decision.key)
     elif isinstance(distribution, D.Categorical) and action.shape == distribution.batch_shape:
         number = distribution.param_shape[-1]
         require_choice(run, action.unsqueeze(-1) == torch.arange(number, device=action.device), action, decision.key)
