@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,6 +24,8 @@ from tdhook_rl import (
     targets,
 )
 from tdhook_rl.attribution import Occlusion
+from tdhook_rl.latent import StateSubtraction
+from tdhook_rl.sweeps import attribution_patching, find_circuit
 
 ONE, ROWS = targets.logit(0), 5
 
@@ -217,3 +221,70 @@ def test_observations_scaled_in_place(when: str, nested: bool, guard: str) -> No
             policy(plain)
             expected = plain if when == "step" else TensorDict({key: x}, [ROWS])
             torch.testing.assert_close(data[key], expected[key])
+
+
+class Measured(nn.Module):
+    """A class of the user's over layers of which one saves its statistics for the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 1)
+        self.norm.running_var.uniform_(0.5, 2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x)).tanh())
+
+
+def _slopes(way: str) -> Callable[[nn.Module, list[TensorDict]], list[Tensor]]:
+    def found(net: nn.Module, states: list[TensorDict]) -> list[Tensor]:
+        table = attribution_patching(net, *states, "first", metric="output", way=way, chunk_size=3, compare=0)
+        return [table.estimates]
+
+    def by_hand(net: nn.Module, states: list[TensorDict]) -> list[Tensor]:
+        base, source = (net.first(one["input"]).detach() for one in (states if way == "noising" else states[::-1]))
+        leaf = base.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(net.last(net.norm(leaf).tanh()).sum(), leaf)
+        return [(slope * (source - base)).T]
+
+    found.by_hand = by_hand
+    return found
+
+
+def _circuit(net: nn.Module, states: list[TensorDict]) -> list[Tensor]:
+    return [find_circuit(net, *states, "first", metric="output", chunk_size=3, controls=0).importance["first"]]
+
+
+def _importance(net: nn.Module, states: list[TensorDict]) -> list[Tensor]:
+    lost, gained = (_slopes(way).by_hand(net, states)[0] for way in ("noising", "denoising"))
+    gap = (net(states[0]["input"]) - net(states[1]["input"])).detach().squeeze(-1)
+    return [((gained - lost) * gap.sign()).sum(-1) / (2 * gap.abs().sum())]
+
+
+def _trained(net: nn.Module, states: list[TensorDict]) -> list[Tensor]:
+    method = StateSubtraction("norm", lambda rows: rows.set("input", rows["input"] * 0.5), alpha=0.5)
+    with method.prepare(net) as hooked:
+        sum(hooked(states[0].clone())["output"].sum() for _ in range(6)).backward()
+    return [net.first.weight.grad]
+
+
+def _trained_by_hand(net: nn.Module, states: list[TensorDict]) -> list[Tensor]:
+    own = copy.deepcopy(net)
+    x = states[0]["input"]
+    middle = torch.lerp(own.norm(own.first(x)), own.norm(own.first(x * 0.5)), 0.5)
+    return list(torch.autograd.grad(6 * own.last(middle.tanh()).sum(), own.first.weight))
+
+
+_circuit.by_hand, _trained.by_hand = _importance, _trained_by_hand
+
+
+@pytest.mark.parametrize(
+    "found",
+    [_slopes("noising"), _slopes("denoising"), _circuit, _trained],
+    ids=["noising", "denoising", "circuit", "training"],
+)
+def test_later_passes_leave_what_a_graph_has_saved(found: Any) -> None:
+    """A backward pass may come after other passes: it finds the buffers that its own forward read."""
+    torch.manual_seed(2)
+    net = Measured().double().eval()
+    states = [TensorDict({"input": torch.randn(8, 4, dtype=torch.float64)}, 8) for _ in range(2)]
+    torch.testing.assert_close(found(net, states), found.by_hand(net, states), rtol=1e-9, atol=1e-12)

@@ -41,7 +41,10 @@ class Snapshot:
         held: the mutable things and the tensors.
         contents: of each thing.
         copies: of the tensors that a forward may write in place, by the ``id`` of the tensor.
+        in_graph: a pass has run on the copies themselves while gradients were on, and its graph may hold them.
     """
+
+    in_graph = False
 
     def __init__(self, held: MutableState, copies: dict[int, Tensor], versions: dict[int, int]) -> None:
         self.held = held
@@ -166,6 +169,7 @@ class WriteWatch:
 
     def _own(self, start: Snapshot) -> dict[int, Tensor]:
         """The tensors of one pass. One that is never written needs no copy of its own."""
+        start.in_graph |= torch.is_grad_enabled()
         if self._looks >= LOOKS and not self.writes:
             return start.copies
         kept = {
@@ -216,18 +220,20 @@ def _cloned(tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
 
 def _refresh(last: Snapshot) -> None:
     """Bring the copies up to date: another process, or a write past autograd, leaves the version as it was."""
-    old, new = [], []
+    old: dict[int, Tensor] = {}
     for tensor, _, _ in last.held.tensors:
-        found = last.copies.get(id(tensor))
-        if found is not None:
+        key = id(tensor)
+        if key in last.copies:
             version = _version(tensor)
-            if tensor.numel() <= SMALL or version != last.versions[id(tensor)] or version < 0:
-                old.append(tensor)
-                new.append(found)
-                last.versions[id(tensor)] = version
-    if old:
-        with torch.inference_mode(False), torch.no_grad():
-            copy_all_(new, old)
+            if tensor.numel() <= SMALL or version != last.versions[key] or version < 0:
+                old[key] = tensor
+                last.versions[key] = version
+    with torch.inference_mode(False), torch.no_grad():
+        if last.in_graph:  # a backward pass may be to come, which refuses tensors that were written meanwhile
+            last.copies |= _cloned(old)
+            last.in_graph = False
+        elif old:
+            copy_all_([last.copies[key] for key in old], list(old.values()))
 
 
 def _version(tensor: Tensor) -> int:
