@@ -15,7 +15,7 @@ The protocol, each part of which is checked if it is there and reported as skipp
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +105,8 @@ def check_concept_env(env: EnvBase, *, steps: int = 40, rows: int = 200, seed: i
 
 def _one_line(error: Exception, longest: int = 600) -> str:
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= longest else text[:longest] + " ..."
+    half = longest // 2  # checks of specs begin with the whole spec, and say at the end what is wrong
+    return text if len(text) <= longest else f"{text[:half]} ... {text[-half:]}"
 
 
 def _part(env: EnvBase, name: str) -> Any:
@@ -163,9 +164,14 @@ def _determinism(env: EnvBase, steps: int, seed: int) -> str:
         torch.manual_seed(seed + 1)
         second = env.rollout(steps, replay, break_when_any_done=False)
     for key in first.keys(True, True):
-        if isinstance(first[key], Tensor) and not torch.equal(first[key], second[key]):
+        if isinstance(first[key], Tensor) and not _equal(first[key], second[key]):
             raise AssertionError(f"two rollouts with seed {seed} and the same actions differ in {key!r}")
     return f"{steps} steps"
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same values, NaN being one."""
+    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def _reference(env: EnvBase, steps: int, rows: int, seed: int) -> str:
@@ -182,10 +188,20 @@ def _reference(env: EnvBase, steps: int, rows: int, seed: int) -> str:
 def _compare(states: TensorDictBase, describe: Callable[..., dict[str, Any]], variables: dict[str, Any]) -> None:
     for row in states.unbind(0):
         at = {name: row[key].tolist() for name, key in variables.items()}
-        for name, expected in describe(**at).items():
+        described, declared = describe(**at), set(row["concept"].keys())
+        if not isinstance(described, Mapping):
+            raise AssertionError(f"describe_slowly returns a dictionary of labels by name, got {described!r:.80}")
+        absent, others = declared - described.keys(), described.keys() - declared - {"observation"}
+        if absent or others:
+            raise AssertionError(
+                f"describe_slowly leaves out {sorted(absent)} and describes {sorted(others)}, which are no concepts: "
+                "its dictionary has each declared concept, and may have 'observation'"
+            )
+        for name, expected in described.items():
             value = row["observation"] if name == "observation" else row["concept", name]
             wanted = torch.as_tensor(expected, dtype=torch.float64)
-            if value.shape != wanted.shape or not torch.allclose(value.double(), wanted, rtol=1e-5, atol=1e-5):
+            close = {"rtol": 1e-5, "atol": 1e-5, "equal_nan": True}
+            if value.shape != wanted.shape or not torch.allclose(value.double(), wanted, **close):  # type: ignore[arg-type]
                 raise AssertionError(f"{name} is {value.tolist()}, described as {expected} in the state {at}")
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from tdhook_rl import ActivationCaching, Saliency, SteeringVectors
 from tdhook_rl.envs import CueCorners
-from tdhook_rl.errors import MissingKeyError
+from tdhook_rl.errors import InputError, MissingKeyError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.latent import ActivationPatching, SteeringVector
 from tdhook_rl.latent.gates import RowFunction
@@ -198,3 +198,34 @@ def test_keys_of_nested_entries_are_named_whole() -> None:
         with pytest.raises(MissingKeyError) as told:
             rows_where(data, reads)
         assert f"reads {key!r}, which is not there" in str(told.value), str(told.value)
+
+
+#: What calls a function with the tensors that others go on reading.
+READ_ONLY = [
+    "when", "alpha", "RowFunction", "label", "concept", "where of a contrast", "when of a sweep", "metric",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ_ONLY)
+def test_what_only_reads_does_not_write(name: str, tmp_path: Any) -> None:
+    def scales(rows: TensorDict) -> Any:
+        rows["observation"].div_(255.0)
+        return rows["observation"][..., 0] > 0.5
+
+    with pytest.raises(InputError, match=r"has written to 'observation' in place.*work on a copy"):
+        CALLS[name][0](scales, tmp_path / "results")
+
+
+def test_a_counterfactual_is_written_into_a_copy() -> None:
+    def hides(rows: TensorDict) -> TensorDict:
+        rows["input"][..., 0] = 0.0
+        return rows
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    hidden = x.clone().index_fill_(1, torch.tensor([0]), 0.0)
+    with StateSubtraction("0", hides, alpha=0.5).prepare(net) as hooked:
+        data = hooked(TensorDict({"input": x.clone()}, [5]))
+    assert torch.equal(data["input"], x)
+    torch.testing.assert_close(data["output"], torch.lerp(net[0](x), net[0](hidden), 0.5).tanh())

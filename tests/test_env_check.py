@@ -71,6 +71,21 @@ class Undeclared(TMaze):
         return data
 
 
+class DescribesNothing(TMaze):
+    def describe_slowly(self, **at: Any) -> dict[str, Any]:
+        return {}
+
+
+class DescribesAnother(TMaze):
+    def describe_slowly(self, **at: Any) -> dict[str, Any]:
+        return {**super().describe_slowly(**at), "mood": 1}
+
+
+class DescribesInAList(TMaze):
+    def describe_slowly(self, **at: Any) -> Any:
+        return list(super().describe_slowly(**at).items())
+
+
 class UnboundedFace(TMaze):
     gymnasium_id = "tests/UnboundedFace-v0"
 
@@ -93,6 +108,9 @@ register(UnboundedFace)
         (WrongType, {"specs"}, "dtype|AssertionError"),
         (OutOfRange, {"declared labels", "slow reference"}, "junction: 0 or 1, got 0 to 8"),
         (Undeclared, {"specs", "declared labels"}, r"present but not declared: \['mood'\]"),
+        (DescribesNothing, {"slow reference", "pairs"}, r"leaves out \['cue', .*and describes \[\]"),
+        (DescribesAnother, {"slow reference", "pairs"}, r"leaves out \[\] and describes \['mood'\]"),
+        (DescribesInAList, {"slow reference", "pairs"}, "returns a dictionary of labels by name, got \\["),
         (UnboundedFace, {"Gymnasium's check"}, "infinity"),
     ],
 )

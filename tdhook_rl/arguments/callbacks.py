@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase, is_tensor_collection
-from torch import nn
+from tensordict import TensorDict, TensorDictBase, is_tensor_collection
+from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError, MissingKeyError, TdhookError, listed, nearest
 
@@ -93,6 +93,7 @@ def asked(
     what: str,
     sees: Sequence[Any] | None = None,
     remedy: str = "",
+    reads_only: bool = False,
     **named: Any,
 ) -> Any:
     """What a function of the user's makes of what it is given.
@@ -103,9 +104,11 @@ def asked(
         what: how messages call it.
         sees: the TensorDicts that it can read, where they are not among what it is given.
         remedy: what to do, of an entry that they lack.
+        reads_only: the TensorDicts that it is given hold the tensors of others, which it must leave as they are.
 
     Raises:
         MissingKeyError: if it reads an entry that these lack; what else it raises is its own.
+        InputError: if it only reads, and has written to an entry in place. Of inference tensors nothing tells.
 
     Example:
         >>> from tensordict import TensorDict
@@ -117,13 +120,32 @@ def asked(
     """
     if torch.compiler.is_compiling():
         return function(*given, **named)
+    versions = _versions(given) if reads_only else {}
     try:
-        return function(*given, **named)
+        found = function(*given, **named)
     except KeyError as error:
         told = None if isinstance(error, TdhookError) else _lacking(error, what, given if sees is None else sees)
         if told is None:
             raise
         raise MissingKeyError(f"{told}. {remedy}" if remedy else told) from error
+    for key, (tensor, version) in versions.items():
+        if tensor._version != version:
+            raise InputError(
+                f"{what} is a function that has written to {key!r} in place, and what was there is lost to all who "
+                f"read it after: let it work on a copy, rows[{key!r}].clone()"
+            )
+    return found
+
+
+def _versions(given: Sequence[Any]) -> dict[Any, tuple[Tensor, int]]:
+    """The tensors of TensorDicts by key, and how often each was written to."""
+    return {
+        key: (value, value._version)
+        for data in given
+        if isinstance(data, TensorDict)
+        for key, value in data.items(True, True)
+        if isinstance(value, Tensor) and not value.is_inference()
+    }
 
 
 def _lacking(error: KeyError, what: str, sees: Sequence[Any]) -> str | None:

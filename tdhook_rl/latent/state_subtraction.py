@@ -42,8 +42,8 @@ class StateSubtraction(Method):
 
     Args:
         paths: the modules, by path or pattern.
-        counterfactual: given a copy of the TensorDict of the rows, it returns one with the other inputs, such as
-            ``lambda rows: rows.set("observation", hide(rows["observation"]))``.
+        counterfactual: given a copy of the TensorDict of the rows, which it may write into, it returns one with the
+            other inputs, such as ``lambda rows: rows.set("observation", hide(rows["observation"]))``.
         alpha: the strength, as of :class:`SteeringVectors`.
         name: the prefix of the control ``"<name>.alpha"``.
         when: in which rows it acts, as of :class:`SteeringVectors`.
@@ -139,6 +139,7 @@ class CounterfactualPass:
             rows = replay.stored.copy()
             for key, value in data.items(True, True):
                 rows.set(key, value)
+        rows = rows.clone()  # the function may write in place: rows["observation"][..., 3] = 0
         other = asked(self.function, rows, what=f"counterfactual= of {self.name!r}", remedy=ROWS_REMEDY)
         if not isinstance(other, TensorDictBase) or other.batch_size != data.batch_size:
             got = f"batch {tuple(other.batch_size)}" if isinstance(other, TensorDictBase) else f"{type(other).__name__}"

@@ -84,7 +84,7 @@ def read_label(what: Any, data: TensorDictBase) -> Tensor:
         InputError: for anything but a tensor with the batch shape first.
     """
     name = getattr(what, "__name__", type(what).__name__) if callable(what) else repr(what)
-    value = asked(what, data, what=f"the concept {name}") if callable(what) else data.get(what, None)
+    value = asked(what, data, what=f"the concept {name}", reads_only=True) if callable(what) else data.get(what, None)
     if value is None:
         raise MissingKeyError(
             f"a concept reads {name}, which the batch lacks; {nearest(str(what), map(str, data.keys(True, True)))}"

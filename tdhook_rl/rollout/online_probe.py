@@ -225,7 +225,7 @@ class OnlineProbe:
         batch = data.batch_size
         features = self._entry(data, self.features)
         if callable(self.label):
-            labels = asked(self.label, data, what=f"label= ({self._name()})")
+            labels = asked(self.label, data, what=f"label= ({self._name()})", reads_only=True)
         else:
             labels = self._entry(data, self.label)
         if not isinstance(labels, Tensor) or labels.shape[: len(batch)] != batch:

@@ -55,7 +55,9 @@ class RowFunction:
 
     def __call__(self, data: TensorDictBase) -> Tensor:
         rows = data.select(*self.reads, strict=False) if self.reads else data.copy()
-        value = self._checked(asked(self.function, rows, what=self.what, remedy=ROWS_REMEDY), data.batch_size)
+        value = self._checked(
+            asked(self.function, rows, what=self.what, remedy=ROWS_REMEDY, reads_only=True), data.batch_size
+        )
         if not self.truths:
             require_finite(value, self.what)
         return value

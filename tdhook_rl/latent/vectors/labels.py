@@ -134,7 +134,9 @@ def _read(says: Asked, batch: TensorDictBase, argument: str, what: str) -> Tenso
     if isinstance(says, tuple | list) and not says:
         raise InputError(f"{argument} is a key, or a function of a batch: it is empty")
     reader = f"{argument} of from_contrast"
-    found = asked(says, batch, what=reader) if callable(says) else required(batch, says, f"{reader} reads")
+    found = (
+        asked(says, batch, what=reader, reads_only=True) if callable(says) else required(batch, says, f"{reader} reads")
+    )
     try:
         found = torch.as_tensor(found).detach().cpu()
     except (TypeError, ValueError, RuntimeError):

@@ -71,7 +71,7 @@ class Reading:
             return lambda run, copies: metric(_deciding(run, self._clean, copies)), str(metric.name)
         if callable(metric):
             name = getattr(metric, "__name__", type(metric).__name__)
-            return lambda run, copies: asked(metric, run.outputs, what=f"metric= ({name})"), name
+            return lambda run, copies: asked(metric, run.outputs, what=f"metric= ({name})", reads_only=True), name
         target = state_value(metric)
         return lambda run, copies: target(_deciding(run, self._clean, copies)), f"{metric}"
 
