@@ -112,6 +112,10 @@ class _Group:
                 column.seen = torch.cat([column.seen, known[spread]])
 
 
+#: A step count would become a class for each step, which stops a training run: 2,000 take minutes and gigabytes.
+MOST_CLASSES = 512
+
+
 class Board:
     """Fits and scores probes of concepts from observed rows.
 
@@ -277,6 +281,14 @@ class Board:
         if not group.numbers and wanted.numel() and int(wanted.min()) < 0:
             column = int((wanted.amin((0, 1)) < 0).nonzero()[0])
             raise InputError(f"the classes of {group.columns[column].name!r} are numbers from 0, got {wanted.min()}")
+        if not group.numbers and wanted.numel() and int(wanted.max()) >= MOST_CLASSES:
+            column = int((wanted.amax((0, 1)) >= MOST_CLASSES).nonzero()[0])
+            raise InputError(
+                f"the labels of {group.columns[column].name!r} are integers up to {int(wanted[..., column].max())}, "
+                f"each a class of its own, and there is room for {MOST_CLASSES}: give a quantity as floats (.float()), "
+                "which is scored by the variance explained, and number kinds from 0 (torch.unique(..., "
+                "return_inverse=True))"
+            )
 
     # ------------------------------------------------------------------ what was found
 

@@ -93,6 +93,8 @@ def read_label(what: Any, data: TensorDictBase) -> Tensor:
     if not isinstance(value, Tensor) or value.shape[: len(batch)] != batch or value.is_complex():
         found = f"{tuple(value.shape)} ({value.dtype})" if isinstance(value, Tensor) else type(value).__name__
         raise InputError(f"a concept reads {name}: {found}, expected real numbers for the batch {tuple(batch)}")
+    if not value.shape[len(batch) :].numel():
+        raise InputError(f"a concept reads {name}: {tuple(value.shape)}, which holds no label of a row")
     return value.detach()
 
 

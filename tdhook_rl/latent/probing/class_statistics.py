@@ -87,9 +87,9 @@ class ClassStatistics(Moments):
             raise InputError(f"labels are class numbers, got {labels.dtype}")
         numbers = labels.detach().reshape(-1).to("cpu", torch.long)
         if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < len(self.count):
-            raise InputError(
-                f"labels go from {int(numbers.min())} to {int(numbers.max())}, expected 0 to {len(self.count) - 1}"
-            )
+            low, high = int(numbers.min()), int(numbers.max())
+            do = f"classes={high + 1} has room for them" if low >= 0 else f"number the classes from 0 (labels + {-low})"
+            raise InputError(f"labels go from {low} to {high}, expected 0 to {len(self.count) - 1}: {do}")
         return numbers
 
     @torch.inference_mode(False)

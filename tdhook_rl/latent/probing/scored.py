@@ -121,8 +121,11 @@ class ScoredClasses(Scored[ClassBank]):
             self._hits.forget(new.reshape(-1))
 
     def widen(self, concept: int, classes: int) -> None:
-        """Give a concept more classes than it had: a number was seen that is larger than those before."""
-        before, most = self.bank.classes, self._most
+        """Give a concept more classes than it had: a number was seen that is larger than those before.
+
+        Where there are probes they are solved for again: what is held out may be all that follows.
+        """
+        before, most, fitted = self.bank.classes, self._most, self.probes is not None
         self.bank.widen(concept, classes)
         self._most = max(self.bank.classes)
         self.probes = None
@@ -133,6 +136,8 @@ class ScoredClasses(Scored[ClassBank]):
             place = self._binary.index(concept)
             self._binary.remove(concept)
             self._areas = self._areas.without(place) if self._binary else None
+        if fitted:
+            self.fit()
 
     def decay(self, factor: float) -> None:
         """Let rows of before count for less, in the fit and in the scores."""
