@@ -181,3 +181,19 @@ def test_a_network_whose_features_are_many_stays_within_the_budget(tmp_path: Pat
     assert len(FileSink.read(monitor.folder / "log.csv")) > 3000
     rows = finished(run)
     assert len({name for row in rows for name in row if name.startswith("interp/") and name.count("/") == 1}) <= 101
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"prefix": ".."}, {"prefix": " "}, {"prefix": "a\nb"}, {"feature_names": 3}, {"feature_names": "abcdefgh"},
+     {"groups": {"a": "x"}}, {"groups": {"a": None}}, {"groups": {"a": [[0], [1, 2]]}}],
+    ids=str,
+)  # fmt: skip
+def test_names_and_groups_that_are_none_are_refused_at_once(options: dict[str, Any], tmp_path: Path) -> None:
+    name = next(iter(options)).rstrip("s")
+    with (
+        pytest.raises(InputError, match=f"{name}|the group 'a'"),
+        METHOD.prepare(make_actor()) as policy,
+        Monitor(policy, tmp_path, **options) as monitor,
+    ):
+        monitor.step(batch_of(policy))

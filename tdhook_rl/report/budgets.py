@@ -41,5 +41,5 @@ def require_options(prefix: str, **counts: tuple[int, int]) -> None:
     for name, (value, least) in counts.items():
         if isinstance(value, bool) or value < least:
             raise InputError(f"{name}= is a whole number from {least} on, got {value!r}")
-    if not prefix or "/" in prefix:
+    if not prefix.strip(" .") or "/" in prefix or not prefix.isprintable():
         raise InputError(f"prefix= is one word without a slash, as names have two levels; got {prefix!r}")

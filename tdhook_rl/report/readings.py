@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,10 @@ class Features:
             return [*self.known[key]]
         if names is None:
             return [str(number) for number in range(shape.numel())] if 1 < shape.numel() <= self.most else None
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise InputError(
+                f"feature_names= is a list of names, one for each of {shape.numel()} features; got {names!r}"
+            )
         names = [str(name) for name in names]
         if len(names) != shape.numel() or len(set(names)) != len(names):
             raise InputError(
@@ -87,7 +91,10 @@ class Features:
         if (key, shape) not in self._masks:
             found = {}
             for name, members in (_for_key(self.groups, key, deep=True) or {}).items():
-                one = torch.as_tensor(members)
+                try:
+                    one = torch.as_tensor(members)
+                except (TypeError, ValueError, RuntimeError):
+                    one = torch.empty(0)  # refused below
                 if one.dtype == torch.bool and one.numel() == shape.numel():
                     mask = one.reshape(-1)
                 elif one.numel() and not one.is_floating_point() and one.dtype != torch.bool:
