@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import tdhook_rl
 from tdhook_rl.cli import main
 
 SOURCE = """
@@ -43,6 +44,18 @@ def test_the_example_and_a_users_policy_pass(capsys) -> None:
     shown = capsys.readouterr().out
     assert "0 errors" in shown
     assert "tie" in shown
+
+
+def test_the_version(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"tdhook-rl {tdhook_rl.__version__}\n"
+
+
+def test_a_file_beside_no_run_is_called_a_file(capsys, tmp_path: Path) -> None:
+    assert main(["report", str(tmp_path / "users_own_setup.py")]) == 1
+    assert "users_own_setup.py is a file, and its folder" in capsys.readouterr().err
 
 
 def test_a_broken_set_up_fails_with_the_remedy(capsys) -> None:

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from tdhook_rl import __version__
 from tdhook_rl.cli import analyze, check, demo, experiment, play, probe, report, sites, steer
 from tdhook_rl.cli.interrupts import Stop, leave
 
@@ -57,6 +58,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tdhook-rl", description="Interpretability for TorchRL policies.")
+    parser.add_argument("--version", action="version", version=f"tdhook-rl {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)

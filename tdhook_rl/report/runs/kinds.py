@@ -43,7 +43,8 @@ def read_run(path: str | Path) -> Run:
     if kind is None and asked.is_dir():
         place, kind = _below(asked)
     if kind is None:
-        raise ArtifactError(f"{asked} {_holds(place)} {_known()}")
+        shown = f"{asked}" if asked.is_dir() else f"{asked} is a file, and its folder {place.absolute()}"
+        raise ArtifactError(f"{shown} {_holds(place)} {_known()}")
     try:
         run = kind.read(place)
         beside = [one for one in sorted(place.iterdir()) if one.is_dir() and folder.is_one(one)]
