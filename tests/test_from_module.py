@@ -266,3 +266,96 @@ def test_sites_have_the_shape_of_the_batch(batch: tuple[int, ...]) -> None:
 def test_what_does_not_fit_is_refused_in_words(make: Callable[[], Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         make()
+
+
+class Odd(nn.Module):
+    """What else agents give: distributions, actions with scores, lists of logits, values without a dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.memory, self.head = nn.Linear(5, 4), nn.LSTM(5, 4), nn.Linear(5, 1)
+        self.log_std = nn.Parameter(torch.zeros(4))
+
+    def distribution(self, x: Tensor) -> Categorical:
+        return Categorical(logits=self.body(x))
+
+    def act(self, x: Tensor) -> tuple:
+        drawn = self.distribution(x).sample()
+        return drawn, drawn
+
+    def several(self, x: Tensor) -> list[Tensor]:
+        return list(self.body(x).chunk(2, -1))
+
+    def with_state(self, x: Tensor, state: Tensor) -> Tensor:
+        return self.body(x + state)
+
+    def remembers(self, x: Tensor) -> Tensor:
+        return self.memory(x)[0]
+
+    def flat(self, x: Tensor) -> Tensor:
+        return self.head(x).squeeze(-1)
+
+    def of_action(self, x: Tensor, action: Tensor) -> Tensor:
+        return (self.head(x) * action).flatten()
+
+
+@pytest.mark.filterwarnings("ignore:.*may run a LSTM")
+@pytest.mark.parametrize("rows", [(), (1,), (2,), (2, 3)])
+@pytest.mark.parametrize(
+    ("actor", "kind", "gave"),
+    [
+        ("distribution", "categorical", "one tensor.*gave Categorical"),
+        ("distribution", "deterministic", "one tensor.*gave Categorical"),
+        ("act", "categorical", r"gave a tuple of 2 \(Tensor, Tensor\)"),
+        ("act", "values", r"gave a tuple of 2 \(Tensor, Tensor\)"),
+        ("act", "normal", r"gave a tuple of 2 \(Tensor, Tensor\)"),
+        ("several", "categorical", r"gave a list of 2 \(Tensor, Tensor\)"),
+        ("body", "squashed", "2 tensors, as a tuple.*gave Tensor"),
+    ],
+)
+def test_what_a_piece_gives_is_looked_at(actor: str, kind: str, gave: str, rows: tuple[int, ...]) -> None:
+    policy = from_module(Odd(), actor, kind=kind, log_std="log_std" if kind == "normal" else None)
+    with pytest.raises(InputError, match=gave):
+        policy(TensorDict({"observation": torch.randn(*rows, 5)}, rows))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"actor": "with_state"}, r"actor='with_state' is called with \(the observations\)"),
+        ({"value": "of_action", "part": "value"}, r"value='of_action' is called with \(the observations\)"),
+        ({"actor": "memory"}, "is a LSTM, whose memory"),
+        ({"actor": "body", "trunk": "memory"}, "trunk='memory' is a LSTM"),
+        ({"actor": "body", "log_std": "log_std"}, "for kind='normal', and kind is 'categorical'"),
+        ({"actor": "body", "reads_action": True}, "reads_action= is of value="),
+        ({"actor": "body", "divide": 0.0}, "a number other than 0"),
+        ({"actor": "body", "observation_dims": -1}, "observation_dims= is"),
+    ],
+)
+def test_arguments_that_would_do_nothing_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        from_module(Odd(), **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*may run a LSTM")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.uint8])
+@pytest.mark.parametrize("weights", [torch.float32, torch.float64])
+def test_values_have_a_dimension_and_observations_the_dtype_of_the_weights(
+    dtype: torch.dtype, weights: torch.dtype
+) -> None:
+    net = Odd().to(weights)
+    x, action = torch.randint(9, (3, 2, 5)).to(dtype), torch.randn(3, 2, 1, dtype=weights)
+    data = TensorDict({"observation": x, "action": action}, [3, 2])
+    flat = from_module(net, value="flat", part="value")(data.clone())["state_value"]
+    both = from_module(net, value="of_action", part="value", reads_action=True)(data.clone())["state_action_value"]
+    assert torch.equal(flat, net.head(x.to(weights).flatten(0, 1)).reshape(3, 2, 1))
+    torch.testing.assert_close(both, flat * action)
+    policy = from_module(net, "body")
+    with Saliency(target=targets.logit(0)).prepare(policy) as hooked:
+        found = hooked.annotate(hooked(data.exclude("action")))
+    torch.testing.assert_close(found["attr", "observation"].to(weights), net.body.weight[0].expand(3, 2, 5))
+
+
+def test_a_memory_that_may_mix_rows_is_said() -> None:
+    with pytest.warns(UserWarning, match="actor='remembers' may run a LSTM"):
+        from_module(Odd(), "remembers")

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdhook_rl.adapters.observations import require_tensors
+
 
 class ToBounds(nn.Module):
     """Brings ``(*batch, actions)`` into the bounds of an action space, and into its shape.
@@ -51,6 +53,7 @@ class WithScale(nn.Module):
         self.logarithm = logarithm
 
     def forward(self, loc: Tensor) -> tuple[Tensor, Tensor]:
+        require_tensors(loc, 1)
         return loc, torch.ones_like(loc) * (self.log_std.exp() if self.logarithm else self.log_std)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -15,11 +16,21 @@ from torchrl.modules import ActorCriticWrapper, ActorValueOperator, Probabilisti
 
 from tdhook_rl.adapters.actions import WithScale
 from tdhook_rl.adapters.distributions import DiagonalNormal, SquashedNormal
-from tdhook_rl.adapters.observations import Branch, Features, Rows, Through, batch_without, dtype_of
+from tdhook_rl.adapters.observations import (
+    Branch,
+    Features,
+    Rows,
+    Through,
+    batch_without,
+    dtype_of,
+    require_tensors,
+    unfolded,
+)
 from tdhook_rl.adapters.sb3_networks import FEATURES, RAW, Piece
+from tdhook_rl.arguments.callbacks import require_accepts
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.calls.chains import tells_of
-from tdhook_rl.errors import InputError, nearest
+from tdhook_rl.errors import InputError, nearest, warn
 from tdhook_rl.policies.tying import tied_clone
 
 Kind = Literal["categorical", "normal", "squashed", "deterministic", "values"]
@@ -113,13 +124,24 @@ def from_module(
         raise InputError("kind='normal' needs the path of one parameter: log_std= or std=")
     if (action_scale is None) != (action_bias is None) or (action_scale is not None and kind != "squashed"):
         raise InputError("action_scale= and action_bias= go together, with kind='squashed'")
+    if kind != "normal" and (log_std or std):
+        raise InputError(f"log_std= and std= are for kind='normal', and kind is {kind!r}")
+    if reads_action and (value is None or trunk is not None):
+        raise InputError("reads_action= is of value=, which is called with an observation and an action, and no trunk=")
+    if divide is not None and not (math.isfinite(divide) and divide):
+        raise InputError(f"divide= is what the observation is divided by, a number other than 0; got {divide!r}")
+    if observation_dims < 0:
+        raise InputError(f"observation_dims= is how many dimensions an observation has, got {observation_dims}")
+    pieces.require_called(net, reads_action, observation_dims)
     first = Plain(observation_dims, divide)
 
     def valued(start: nn.Module, keys: list[NestedKey], **layers: nn.Module) -> ValueOperator:
         if reads_action:
             found = WithAction(first, pieces.value)
             return ValueOperator(found, in_keys=[*keys, "action"], out_keys=["state_action_value"])
-        return ValueOperator(_rows(start, **layers, **pieces.named("value")), in_keys=keys)
+        rows = _rows(start, **layers, **pieces.named("value"))
+        rows.column, rows.gives = True, 1
+        return ValueOperator(rows, in_keys=keys)
 
     def acting(start: nn.Module, keys: list[NestedKey], **layers: nn.Module) -> Any:
         layers |= pieces.named("actor")
@@ -129,6 +151,7 @@ def from_module(
         elif kind == "squashed":
             layers["scale"] = Exponent()
         rows = _rows(start, **layers)
+        rows.gives = 2 if kind in ("normal", "squashed") else 1
         if kind != "squashed" or action_scale is None:
             return _actor(rows, keys, kind)
         scale, bias = (_inside(net, one or "", "parameter or buffer") for one in (action_scale, action_bias))
@@ -162,7 +185,7 @@ class Plain(nn.Module):
     def forward(self, *values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         [value] = values
         rows = value.reshape(-1, *value.shape[value.ndim - self.dims :])
-        rows = rows if rows.is_floating_point() else rows.to(dtype)
+        rows = rows.to(dtype)  # as scripts do on the way from the environment
         return rows if self.divide is None else rows / self.divide
 
     @tells_of(forward)
@@ -179,6 +202,7 @@ class Exponent(nn.Module):
     writes_nothing = True
 
     def forward(self, both: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        require_tensors(both, 2)
         loc, log_scale = both
         return loc, log_scale.exp()
 
@@ -213,10 +237,11 @@ class WithAction(nn.Module):
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         batch = self.observation.batch_of(observation)
-        found = self.network(
-            self.observation(observation, dtype=dtype_of(self)), action.reshape(-1, *action.shape[len(batch) :])
-        )
-        return found.reshape(*batch, *found.shape[1:])
+        rows = action.reshape(-1, *action.shape[len(batch) :])
+        found = self.network(self.observation(observation, dtype=dtype_of(self)), rows)
+        require_tensors(found, 1)
+        found = unfolded(found, batch)
+        return found.unsqueeze(-1) if found.shape == batch else found
 
 
 class Pieces:
@@ -234,6 +259,34 @@ class Pieces:
         found = self.found["value"]
         assert found is not None
         return found
+
+    def require_called(self, net: nn.Module, reads_action: bool, dims: int) -> None:
+        """Raise for pieces that take something else, or that have a memory.
+
+        Raises:
+            InputError: says what a piece is called with.
+        """
+        for name, piece in self.found.items():
+            if piece is None:
+                continue
+            path = self.paths[name]
+            if isinstance(piece, nn.RNNBase):
+                raise InputError(
+                    f"{name}={path!r} is a {type(piece).__name__}, whose memory from_module does not carry: build the "
+                    "policy from TorchRL's LSTMModule or GRUModule over it, and the other modules"
+                )
+            given = ["what trunk= gives" if self.paths["trunk"] and name != "trunk" else "the observations"]
+            given += ["the actions"] if reads_action and name == "value" else []
+            require_accepts(
+                getattr(net, piece.method) if isinstance(piece, Through) else piece, given, f"{name}={path!r}"
+            )
+            memory = next((one for one in piece.modules() if isinstance(one, nn.RNNBase)), None)
+            if memory is not None and dims == 1:
+                warn(
+                    f"{name}={path!r} may run a {type(memory).__name__}, which reads rows without a dimension of time as "
+                    "the steps of one sequence, so that a row would depend on those before it: see that it is given "
+                    "one, or build the policy from TorchRL's LSTMModule or GRUModule"
+                )
 
     def named(self, name: str) -> dict[str, nn.Module]:
         """A piece under the path that it has in the agent, or under what it is."""

@@ -130,15 +130,24 @@ class Rows(nn.Sequential):
     #: The modules inside see exactly one dimension of rows, also where the batch has none.
     flat_rows = True
 
+    #: How many tensors they give, where that is known.
+    gives: int | None = None
+
+    #: What they give is one number for each row, in a dimension of its own.
+    column = False
+
     def forward(self, *values: Tensor) -> Any:  # type: ignore[override]
         prepare, *modules = self._modules.values()
         batch = prepare.batch_of(*values)  # type: ignore[union-attr, operator]
         x = prepare(*values, dtype=dtype_of(self))  # type: ignore[misc]
         for module in modules:
             x = module(x)  # type: ignore[misc]
+        if self.gives is not None:
+            require_tensors(x, self.gives)
         if isinstance(x, tuple):
             return tuple(unfolded(one, batch) for one in x)
-        return unfolded(x, batch)
+        found = unfolded(x, batch)
+        return found.unsqueeze(-1) if self.column and found.shape == batch else found
 
     @tells_of(forward)
     def runs_in_order(self, x: Tensor) -> list[nn.Module] | None:
@@ -200,6 +209,23 @@ class Features(nn.Module):
 
     def batch_of(self, *values: Tensor) -> torch.Size:
         return values[0].shape[:-1]
+
+
+def require_tensors(found: Any, count: int) -> None:
+    """Raise unless a network gave so many tensors.
+
+    Raises:
+        InputError: says what it gave.
+    """
+    parts = list(found) if isinstance(found, (tuple, list)) else [found]
+    if len(parts) != count or not all(isinstance(one, Tensor) for one in parts) or (count > 1) is (parts == [found]):
+        wanted = "one tensor" if count == 1 else f"{count} tensors, as a tuple"
+        names = ", ".join(type(one).__name__ for one in parts[:4])
+        got = f"a {type(found).__name__} of {len(parts)} ({names})" if isinstance(found, (tuple, list)) else names
+        raise InputError(
+            f"a network from elsewhere is to give {wanted}, its rows first, and it gave {got}: name a module or a method "
+            "that gives this alone, without distributions, actions or states of a memory"
+        )
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
