@@ -14,7 +14,7 @@ from torch.distributions import Categorical
 from torchrl.modules import ProbabilisticActor
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.sweeps import faithfulness, find_circuit
+from tdhook_rl.sweeps import faithfulness, find_circuit, patch_sites, patch_units
 
 ROWS = 24
 
@@ -138,7 +138,7 @@ def test_the_circuit_that_was_built_is_the_one_that_is_found(name: str) -> None:
     assert found.curve[0].faithfulness.estimate == pytest.approx(found.nothing.estimate)
     again = faithfulness(net, clean, corrupt, found, metric=metric, parts=known.parts)
     assert again.estimate == pytest.approx(found.faithfulness.estimate)
-    others = faithfulness(net, known.states(3), known.states(4), found, metric=metric, parts=known.parts)
+    others = faithfulness(net, known.states(3), known.states(4), found, metric=metric)  # divided as it was found
     assert others.estimate == pytest.approx(1, abs=1e-4)
     assert f"{size} of {found.of} components keep 1.000" in str(found)
 
@@ -228,3 +228,31 @@ def test_wrong_input_is_refused_in_words() -> None:
     assert not one.faithfulness.known
     assert "one group only" in one.faithfulness.words
     assert one.random is None
+
+
+def test_a_circuit_of_parts_is_not_read_as_one_of_units() -> None:
+    known = KNOWN["heads"]
+    net, data = known.build(), [known.states(seed) for seed in (1, 2)]
+    found = find_circuit(net, *data, known.sites, metric="output", parts=known.parts)
+    again = faithfulness(net, *data, found, ["join", "values"], metric="output")
+    assert again.estimate == pytest.approx(found.faithfulness.estimate)
+    with pytest.raises(InputError, match="divides 'join' into 4, and the circuit was found among 2 components"):
+        faithfulness(net, *data, found, metric="output", parts={"join": 4})
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_differences_are_told_from_rounding_in_the_dtype_of_the_policy(offset: float) -> None:
+    """In float64 a difference of a millionth is one; in float32 it is lost in the value itself."""
+    for dtype, known in ((torch.float64, True), (torch.float32, not offset)):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).to(dtype)
+        states = [TensorDict({"input": torch.randn(8, 4, dtype=dtype)}, 8) for _ in range(2)]
+        options = {"metric": lambda out: out["output"] + offset}
+        for table in (patch_units(net, *states, "1", **options), patch_sites(net, *states, "1", **options)):
+            assert ("8 with no difference between the two runs" in str(table)) is not known
+
+
+@pytest.mark.parametrize("chunk_size", [0, -3])
+def test_no_rows_at_once_are_refused(chunk_size: int) -> None:
+    with pytest.raises(InputError, match="chunk_size="):
+        find_circuit(xor(), KNOWN["xor"].states(1), KNOWN["xor"].states(2), "1", chunk_size=chunk_size)

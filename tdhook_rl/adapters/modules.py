@@ -80,7 +80,8 @@ def from_module(
         as of :func:`~tdhook_rl.adapters.from_sb3`.
 
     Raises:
-        InputError: for a name that is not in the module, or pieces that do not fit together.
+        InputError: for a name that is not in the module, for pieces that do not fit together, take or give something
+            else, or have a memory; and for an argument that would do nothing.
 
     Example:
         PPO, of vectors and of Atari frames:
@@ -283,8 +284,8 @@ class Pieces:
             memory = next((one for one in piece.modules() if isinstance(one, nn.RNNBase)), None)
             if memory is not None and dims == 1:
                 warn(
-                    f"{name}={path!r} may run a {type(memory).__name__}, which reads rows without a dimension of time as "
-                    "the steps of one sequence, so that a row would depend on those before it: see that it is given "
+                    f"{name}={path!r} may run a {type(memory).__name__}, which reads rows without a dimension of time "
+                    "as the steps of one sequence, so that a row would depend on those before it: see that it is given "
                     "one, or build the policy from TorchRL's LSTMModule or GRUModule"
                 )
 

@@ -223,8 +223,8 @@ def require_tensors(found: Any, count: int) -> None:
         names = ", ".join(type(one).__name__ for one in parts[:4])
         got = f"a {type(found).__name__} of {len(parts)} ({names})" if isinstance(found, (tuple, list)) else names
         raise InputError(
-            f"a network from elsewhere is to give {wanted}, its rows first, and it gave {got}: name a module or a method "
-            "that gives this alone, without distributions, actions or states of a memory"
+            f"a network from elsewhere is to give {wanted}, its rows first, and it gave {got}: name a module or a "
+            "method that gives this alone, without distributions, actions or states of a memory"
         )
 
 

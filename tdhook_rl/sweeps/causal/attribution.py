@@ -198,7 +198,7 @@ class Effects:
             for some in self.pairs.parts(self._rows):
                 base, source, reading = self._looks(some)
                 ends.append(torch.cat([reading.read(base), reading.read(source)]))
-            self.gap = Gap(*torch.cat(ends, -1))
+            self.gap = Gap(*torch.cat(ends, -1), dtype=reading.dtype)
         return self
 
     def estimated(self) -> Tensor:
@@ -221,7 +221,7 @@ class Effects:
             )
         if lacking:
             self.words = f"no gradient reaches {', '.join(map(repr, lacking[:4]))}, which are estimated to do nothing"
-        self.gap = Gap(*torch.cat(ends, -1))
+        self.gap = Gap(*torch.cat(ends, -1), dtype=reading.dtype)
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).T
 
     def measured(self, sets: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from tdhook_rl.arguments.checked import require_counts
 from tdhook_rl.calls.passes import Call, Pass, effects_of, stored_inputs
 from tdhook_rl.errors import InputError, SiteError
 from tdhook_rl.latent.patch_hooks import other_count
@@ -194,6 +195,8 @@ class Bench:
         units: int | Mapping[str, int] | None = None,
         chunk_size: int | None = None,
     ) -> None:
+        if chunk_size is not None:
+            require_counts(chunk_size=chunk_size)
         self.work = Work()
         self.paths: dict[str, str] = {}
         self._policy = policy  # the hooked copy knows it by a weak reference only

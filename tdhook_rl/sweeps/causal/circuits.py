@@ -175,12 +175,12 @@ def faithfulness(
 
     Args:
         policy, clean, corrupt, metric, groups, units, chunk_size, parts: as of :func:`find_circuit`.
-        circuit: what was found, or by site the numbers of components.
+        circuit: what was found, whose components are divided as they were then; or by site their numbers.
         sites: all sites, of which the components outside of the set are as in the corrupt run; those of the circuit
             unless given.
 
     Raises:
-        InputError: for a component that there is not.
+        InputError: for a component that there is not, or another division than that of the circuit.
 
     Example:
         >>> from tensordict import TensorDict
@@ -190,9 +190,19 @@ def faithfulness(
         1.0
     """
     chosen = dict(circuit.units if isinstance(circuit, Circuit) else circuit)
+    if isinstance(circuit, Circuit):
+        own = {site: len(one) for site, one in circuit.importance.items()}
+        other = next((site for site, count in (parts or {}).items() if own.get(site, count) != count), None)
+        if other is not None:
+            raise InputError(
+                f"parts= divides {other!r} into {(parts or {})[other]}, and the circuit was found among {own[other]} "
+                "components there: leave parts= out, and they are those of the circuit"
+            )
     if sites is None:
         sites = list(circuit.importance) if isinstance(circuit, Circuit) else list(chosen)
     with Bench(policy, sites, units=units, chunk_size=chunk_size) as bench:
+        if isinstance(circuit, Circuit):
+            parts = {site: own[site] for site in own if site in bench.sites} | dict(parts or {})
         pairs = pairs_of(bench, clean, corrupt, groups)
         search = _Search(Effects(bench, pairs, metric, "noising", parts).look(), pairs.groups, 0, 0)
         return search.interval(search.effects.measured(~_as_row(search.effects.components, chosen)[None]))

@@ -39,11 +39,14 @@ class Reading:
 
     Attributes:
         words: what is measured.
+        dtype: float64 where the policy reads and gives that alone, else float32.
     """
 
     def __init__(self, metric: Metric, clean: Pass, corrupt: Pass, actions: TensorDictBase | None = None) -> None:
         self._clean, self._corrupt = _reference(clean), _reference(corrupt)
         self._function, self.words = self._chosen(metric)
+        dtypes = {one.dtype for one in clean.outputs.values(True, True) if _is_float(one)}
+        self.dtype = torch.float64 if dtypes == {torch.float64} else torch.float32
         if metric is not None and actions is not None and len(list(actions.keys())):
             for key, value in actions.items(True, True):
                 self._clean[key] = value

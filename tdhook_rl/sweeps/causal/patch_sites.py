@@ -193,7 +193,7 @@ def _patched(
                 for some_bases in bases.split(max(1, rows // len(some)))
             ]  # fmt: skip
             reached[site].append(torch.cat(parts))
-    gap = Gap(*torch.cat(ends, -1))
+    gap = Gap(*torch.cat(ends, -1), dtype=reading.dtype)
     cells = []
     for site in bench.sites:
         found = torch.cat(reached[site], -1)

@@ -132,17 +132,19 @@ class Gap:
     Args:
         base: ``(states,)``, the metric of the run that is patched.
         source: of the run that the activations are from.
+        dtype: what the policy computes in, whose rounding is no difference.
     """
 
     base: Tensor
     source: Tensor
+    dtype: torch.dtype = torch.float32
 
     @property
     def known(self) -> Tensor:
         """Where there is a difference that is no rounding, and a number."""
         size = torch.maximum(self.base.abs(), self.source.abs())
         gap = self.source - self.base
-        return torch.isfinite(gap) & (gap.abs() > ROUNDING * torch.finfo(torch.float32).eps * size)
+        return torch.isfinite(gap) & (gap.abs() > ROUNDING * torch.finfo(self.dtype).eps * size)
 
     def shares(self, reached: Tensor) -> Tensor:
         """``(..., states)``: of the metric that patched runs reach; NaN where there is nothing to share."""

@@ -102,7 +102,7 @@ def _patched(
                 reached[sender, receiver].append(reading.read(bench.run(states, {receiver: put})))
                 if any(not torch.equal(one, two) for one, two in zip(own, base.kept[receiver], strict=True)):
                     moved.add((sender, receiver))
-    gap = Gap(*torch.cat(ends, -1))
+    gap = Gap(*torch.cat(ends, -1), dtype=reading.dtype)
     cells = [
         summed_up(
             " -> ".join(path), "path", gap, torch.cat(values, -1)[0], pairs.groups, among=pairs.among_all,
