@@ -333,6 +333,19 @@ class KeepsAGraph(_BoundNorm):
 
 
 @broken("declared_keys_are_written")
+class HandsOnTheInput(_BoundNorm):
+    def norm(self, value: Tensor, call: Call) -> Tensor:
+        return call.data["observation"][..., :1]
+
+
+@broken("declared_keys_are_written")
+class GivesInferenceTensors(_BoundNorm):
+    def norm(self, value: Tensor, call: Call) -> Tensor:
+        with torch.inference_mode():
+            return super().norm(value.detach().clone(), call)
+
+
+@broken("declared_keys_are_written")
 class HasNoMaskOfItsShape(_BoundNorm):
     def compute(self, call: Call) -> dict[tuple[str, ...], Tensor]:
         mask = torch.ones(*call.batch_size, 1, dtype=torch.bool)
@@ -538,4 +551,11 @@ class AddsAParameter(Norm):
 class AddsABuffer(Norm):
     def bind(self, binder: Binder) -> BoundMethod:
         binder.policy.register_buffer("count", torch.zeros(()))
+        return super().bind(binder)
+
+
+@broken("is_the_policy")
+class SetsItsOwnEvalMode(Norm):
+    def bind(self, binder: Binder) -> BoundMethod:
+        binder.policy.eval()
         return super().bind(binder)

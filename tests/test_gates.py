@@ -346,6 +346,8 @@ def test_bad_gates_are_refused() -> None:
         (lambda: AtSteps([]), "numbers of steps"),
         (lambda: AtSteps({-1, 2}), "counted from 0"),
         (lambda: ProbeGate(probe), "above= or below="),
+        (lambda: ProbeGate(probe, above=0.9, below=0.1), "between above=0.9 and below=0.1, where nothing is"),
+        (lambda: ProbeGate(probe, above=0.5, below=0.5), "where nothing is"),
         (lambda: ProbeGate(probe, above=0.5), "say which, label="),
         (lambda: ProbeGate(probe, above=0.5, label=3), "has 3, counted from 0"),
         (lambda: ProbeGate(LinearProbe(weight=torch.zeros(1, 2), bias=torch.zeros(1)), above=0.5), "which module"),

@@ -126,6 +126,11 @@ class ProbeGate(metaclass=Checked):
             raise InputError("the probe of a ProbeGate does not say which module it reads: fit it with path=")
         if self.above is None and self.below is None:
             raise InputError("ProbeGate opens above= or below= a value: give one, or both")
+        if self.above is not None and self.below is not None and not self.above < self.below:
+            raise InputError(
+                f"ProbeGate opens between above={self.above:g} and below={self.below:g}, where nothing is: above= is "
+                "the smaller of the two"
+            )
         if self.label is None and columns > 1 and (columns > 2 or self.probe.concept != "classes"):
             raise InputError(
                 f"the probe of {self.probe.path!r} reads {columns} {self.probe.concept}: say which, label="

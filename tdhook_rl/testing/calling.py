@@ -60,7 +60,7 @@ def gradients_are_the_policys(subject: Subject) -> None:
 
 
 def declared_keys_are_written(subject: Subject) -> None:
-    """What is declared is written, and nothing else; with masks, batch-shaped, without a graph."""
+    """What is declared is written, and nothing else; with masks, batch-shaped, no graph, and memory of its own."""
     batch = (3, 2) if subject.takes(3, 2) else (3,)
     with subject.hooked() as hooked:
         own = as_tuples([*hooked.policy_in_keys, *hooked.policy_out_keys])
@@ -253,12 +253,23 @@ def _require_entries(
     missing, extra = declared - written, written - known - declared
     require(not missing, f"{what} does not write {min(missing, default='')!r}, which is declared")
     require(not extra, f"{what} writes {min(extra, default='')!r}, which is not declared")
+    others = {_memory(found[key]): key for key in written - declared if found[key].numel()}
     for key in declared:
         value = found[key]
         require(not value.requires_grad, f"{key!r} carries a graph out of {what}")
+        require(not value.is_inference(), f"{key!r} of {what} is an inference tensor, which no loss can read: clone it")
+        if value.numel() and _memory(value) in others:
+            require(
+                False,
+                f"{key!r} of {what} has the memory of {others[_memory(value)]!r}: what writes to one changes both",
+            )
         require(value.shape[: found.ndim] == found.batch_size, f"{key!r} of {what} is not batch-shaped")
         if key[0] == "computed" and len(key) == 2 and value.dtype == torch.bool:
             require(value.shape == found.batch_size, f"the mask {key!r} has shape {tuple(value.shape)}")
+
+
+def _memory(value: torch.Tensor) -> int:
+    return value.untyped_storage().data_ptr()
 
 
 def _require_close(found: torch.Tensor, expected: torch.Tensor, message: str) -> None:

@@ -32,6 +32,11 @@ def is_the_policy(subject: Subject) -> None:
         require(list(hooked.state_dict()) == list(policy.state_dict()), "the hooked policy's state_dict has other keys")
         ours, theirs = (list(TensorDict.from_module(one).keys(True, True)) for one in (hooked, policy))
         require(ours == theirs, "TensorDict.from_module of the hooked policy has other keys")
+        modes = {name: module.training for name, module in hooked.named_modules()}
+        other = [name for name, module in policy.named_modules() if modes.get(name) is not module.training]
+        require(
+            not other, f"the mode of {(other or [''])[0]!r}, training or eval, is another than in the user's policy"
+        )
         own = list(policy.out_keys)
         require(list(hooked.out_keys)[: len(own)] == own, "the policy's own out_keys do not come first")
         if subject.observes:
