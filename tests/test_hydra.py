@@ -24,7 +24,7 @@ hydra = pytest.importorskip("hydra")
 from hydra.errors import InstantiationException  # noqa: E402
 from hydra.utils import instantiate  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
-from tensordict import NestedKey  # noqa: E402
+from tensordict import NestedKey, TensorDict  # noqa: E402
 
 PLAIN = (str, int, float, bool, type(None))
 
@@ -144,3 +144,19 @@ def test_a_policy_that_is_not_hooked_is_named(make_trainer: Any) -> None:
 
 def test_prepare_is_what_the_file_names() -> None:
     assert Saliency.prepare is Method.prepare
+
+
+STEERED = "{_target_: tdhook_rl.SteeringVectors, vectors: {'0': [1.0, 1.0]}, when: %s}"
+
+
+def test_conditions_in_a_list() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(4, 2))
+    data = TensorDict({"input": torch.randn(3, 4), "step_count": torch.arange(3)}, [3])
+    data["agents", "gate"] = torch.tensor([True, True, False])
+    steps = "{_target_: tdhook_rl.latent.AtSteps, steps: [1, 2]}"
+    for when, acts in (("[[agents, gate]]", [True, True, False]), (f"[[agents, gate], {steps}]", [False, True, False])):
+        config = OmegaConf.create(STEERED % when)
+        with instantiate(config, _convert_="all").prepare(net) as hooked:
+            assert hooked(data.clone())["steered", "steering"].tolist() == acts
+    with pytest.raises(InstantiationException, match="write _convert_: all beside _target_"):
+        instantiate(OmegaConf.create(STEERED % f"[{steps}]"))

@@ -290,7 +290,10 @@ def is_function(given: Any) -> bool:
 def _conditions(when: When) -> list[Any]:
     if when is None:
         return []
-    return list(when) if isinstance(when, (list, tuple)) and not is_key(when) else [when]
+    if not isinstance(when, (list, tuple)) or is_key(when):
+        return [when]
+    # YAML has no tuples: a list inside the list is a nested key.
+    return [tuple(one) if isinstance(one, list) and is_key(tuple(one)) else one for one in when]
 
 
 def as_strength(alpha: Any) -> Any:
@@ -330,6 +333,11 @@ def require_conditions(when: When) -> None:
             raise InputError(
                 "when= is a boolean key of each row, a function of the TensorDict of the rows, AtSteps(...), "
                 f"ProbeGate(...), or a list of them that must hold together; got {one!r:.80}"
+                + (
+                    ". Of a list in Hydra's YAML, write _convert_: all beside _target_"
+                    if isinstance(one, Mapping)
+                    else ""
+                )
             )
 
 
