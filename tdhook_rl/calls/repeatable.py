@@ -40,7 +40,8 @@ def require_repeatable(call: Call) -> None:
     if start is None or call.policy._hooked.runtime.level >= 0:
         return
     if call.batch_size not in effects.same_bits and _might_be_shared(call):
-        effects.same_bits[call.batch_size] = _same_bits_with_a_graph(call)
+        with start.wide():
+            effects.same_bits[call.batch_size] = _same_bits_with_a_graph(call)
     if not effects.look_at_repeats():
         return
     with start.wide():
