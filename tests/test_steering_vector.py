@@ -163,7 +163,7 @@ def test_labels_are_dealt_to_groups() -> None:
     assert torch.allclose(weights, weights[..., :1].expand_as(weights), atol=1e-3)
     assert torch.allclose(weights[..., 0].sort(1).values, torch.tensor([-1, -1, 1, 1]).double() / 6, atol=1e-3)
     by_row = make(policy, case.site, data, "door", shuffles=20)
-    assert torch.equal(found.vector, by_row.vector)
+    assert close(found.vector, by_row.vector)  # other rows at once: the last digits of a product depend on it
     assert found.facts["groups"] == 4
     whole = make(policy, case.site, data.reshape(2, 6), "door", groups=lambda rows: rows["episode"], shuffles=20)
     assert close(whole.shuffled, found.shuffled)  # type: ignore[arg-type]
