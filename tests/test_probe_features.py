@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.linear_model import LogisticRegression, RidgeClassifier
-from sklearn.metrics import balanced_accuracy_score
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
+from sklearn.metrics import balanced_accuracy_score, r2_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tensordict import TensorDict
@@ -115,6 +115,26 @@ def test_the_penalty_of_ridge_is_scikit_learns_alpha(alpha: float) -> None:
     probe = sums.solve(kind="ridge", penalty=alpha)
     margin = (probe.scores(x)[:, 1] - probe.scores(x)[:, 0]).numpy()
     np.testing.assert_allclose(margin, model.decision_function(x.numpy()), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+@pytest.mark.parametrize("name", FEATURES)
+def test_ridge_without_a_penalty_is_as_good_as_on_standardised_features(name: str, numbers: bool) -> None:
+    z, classes = drawn()
+    labels = z[:, 0] - 2 * z[:, 3] + 0.1 * classes if numbers else classes
+    features = FEATURES[name](z)
+    one = OnlineProbe(features="f", label="y", split=GroupSplit("episode"), kind="ridge")
+    data = data_of(features, labels)
+    train, held = GroupSplit("episode")(data)
+    found = one.update(data)
+    if numbers:
+        model = make_pipeline(StandardScaler(), Ridge(alpha=1e-3))
+        model.fit(features[train].double().numpy(), labels[train].numpy())
+        expected = r2_score(labels[held].numpy(), model.predict(features[held].double().numpy()))
+        assert found["r2"] > expected - 0.01
+    else:
+        expected = reference(features, labels, train, held, RidgeClassifier(alpha=1e-3))
+        assert found["accuracy"] > expected - 0.01
 
 
 def test_singular_features_are_solved_as_least_squares() -> None:

@@ -225,17 +225,22 @@ def test_features_that_stand_twice_change_no_discriminant(labels: bool) -> None:
 
 
 def test_penalties_and_kinds_that_are_not_named() -> None:
+    """Without one, ridge has that of features that are scaled to variance 1."""
     x, y = problem(rows=30, classes=2)
-    for sums, numbers in (
-        (statistics(x, y, classes=2), False),
-        (TargetStatistics(features=6, targets=1), True),
-    ):
+    spread = x.double().std(0, correction=0)
+    for numbers in (False, True):
+        raw, scaled = (
+            TargetStatistics(features=6, targets=1) if numbers else ClassStatistics(features=6, classes=2) for _ in "ab"
+        )
+        labels = y[:, None].double() if numbers else y
+        raw.add(x, labels)
+        scaled.add(x / spread, labels)
         if numbers:
-            sums.add(x, y[:, None].double())
             with pytest.raises(InputError, match="for numbers use kind='ridge'"):
-                sums.solve(kind="lda")
-        assert torch.equal(sums.solve(kind="ridge").weight, sums.solve(kind="ridge", penalty=1e-3).weight)
-        assert not torch.equal(sums.solve(kind="ridge").weight, sums.solve(kind="ridge", penalty=2e-3).weight)
+                raw.solve(kind="lda")
+        found, named = raw.solve(kind="ridge").weight, scaled.solve(kind="ridge", penalty=1e-3).weight
+        torch.testing.assert_close(found * spread, named.double(), rtol=1e-5, atol=1e-6, check_dtype=False)
+        assert not torch.equal(found, raw.solve(kind="ridge", penalty=2e-3).weight)
 
 
 def test_a_probe_is_read_alike_where_it_is_compiled() -> None:

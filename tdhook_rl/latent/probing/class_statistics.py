@@ -15,11 +15,11 @@ from torch import Tensor
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.probing.linear_probe import LinearProbe, check_kind
-from tdhook_rl.latent.probing.moments import Moments, raw_bias, solve_symmetric
+from tdhook_rl.latent.probing.moments import Moments, raw_bias, ridge_weights, solve_symmetric
 
 #: The score of a class without rows: it is never chosen, and its probability is zero in every float format.
 NEVER = -1e4
-#: The penalty of ridge, where none is named.
+#: The penalty of ridge on features that are scaled to variance 1, where none is named.
 RIDGE = 1e-3
 #: Below this share of all rows, a class that decays is forgotten.
 _FORGOTTEN = 1e-9
@@ -121,9 +121,10 @@ class ClassStatistics(Moments):
                 one-hot labels (Hoerl & Kennard 1970), intercept unpenalised.
             penalty: for ``"lda"`` what is added to the diagonal of the within-class covariance of features that are
                 scaled to variance 1, so that it means the same at every scale; for ``"ridge"`` the penalty on the
-                weights of the features as they are, as scikit-learn's ``alpha``. Unless given, it is 1e-3 for ridge;
-                for a discriminant 1e-2 times the cube of features per row, at most 1e-2: with few rows it keeps the
-                covariance in check, with many it leaves a concept that lies in a small difference of features as it is.
+                weights of the features as they are, as scikit-learn's ``alpha``. Unless given, it is 1e-3 for ridge, of
+                features that are scaled to variance 1; for a discriminant 1e-2 times the cube of features per row, at
+                most 1e-2: with few rows it keeps the covariance in check, with many it leaves a concept that lies in a
+                small difference of features as it is.
             path: the module path that the features come from.
             priors: of the classes of a discriminant: ``"rows"``: the share of their rows; ``"equal"``: all alike, which
                 is what balanced accuracy asks of a rare class.
@@ -138,7 +139,7 @@ class ClassStatistics(Moments):
             empty = int((~there).nonzero()[0])
             raise InputError(f"cannot fit a probe: class {empty} has no row (rows per class: {self.count.tolist()})")
         if kind == "ridge":
-            stored, bias = self._ridge(RIDGE if penalty is None else penalty)
+            stored, bias = self._ridge(penalty)
         else:
             stored, bias = self._discriminant(penalty, priors, there)
         facts = {"rows": float(self.count.sum())}
@@ -165,14 +166,14 @@ class ClassStatistics(Moments):
         centres = self.total / self.count.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
         return centres, (self.moment - centres.T @ (self.count[:, None] * centres)) / self.count.sum()
 
-    def _ridge(self, penalty: float) -> tuple[Tensor, Tensor]:
+    def _ridge(self, penalty: float | None) -> tuple[Tensor, Tensor]:
         rows = self.count.sum()
         mean = self.total.sum(0) / rows
-        centred = self.moment - rows * torch.outer(mean, mean)
-        # one-hot labels, centred: sum over rows of (x - mean) (y - share)^T
-        cross = (self.total - self.count[:, None] * mean).T
-        centred.diagonal().add_(penalty)
-        weight = solve_symmetric(centred, cross).T
+        covariance = self.moment / rows - torch.outer(mean, mean)
+        # one-hot labels, centred: the mean over rows of (y - share) (x - mean)^T
+        cross = (self.total - self.count[:, None] * mean) / rows
+        spread = self._scale(mean, covariance.diagonal()) if penalty is None else None
+        weight = ridge_weights(covariance, cross, float((RIDGE if penalty is None else penalty) / rows), spread)
         return raw_bias(weight, mean + self.shift, self.count / rows)
 
     def _discriminant(self, penalty: float | None, priors: str, there: Tensor) -> tuple[Tensor, Tensor]:

@@ -150,6 +150,30 @@ def solve_symmetric(matrix: Tensor, right: Tensor, floor: float = 0.0) -> Tensor
     return vectors @ (inverse[:, None] * (vectors.T @ right))
 
 
+def ridge_weights(covariance: Tensor, cross: Tensor, penalty: float, spread: Tensor | None = None) -> Tensor:
+    """Least squares with a penalty on the weights, from covariances.
+
+    Args:
+        covariance: ``(features, features)``; changed in place.
+        cross: ``(outputs, features)``, of outputs with features.
+        penalty: what is added to the diagonal.
+        spread: ``(features,)``, of features that are scaled to variance 1 before; infinite for those that do not vary.
+
+    Returns:
+        ``(outputs, features)``, of the features as they are.
+    """
+    if spread is None:
+        covariance.diagonal().add_(penalty)
+        return solve_symmetric(covariance, cross.T).T
+    live = torch.isfinite(spread)
+    own = spread[live]
+    inner = covariance[live][:, live] / torch.outer(own, own)
+    inner.diagonal().add_(penalty)
+    weight = torch.zeros_like(cross)
+    weight[:, live] = solve_symmetric(inner, (cross[:, live] / own).T).T / own
+    return weight
+
+
 def raw_bias(weight: Tensor, centre: Tensor, at_centre: Tensor) -> tuple[Tensor, Tensor]:
     """The weight as it is stored, in float32, and the bias that gives exactly ``at_centre`` there.
 

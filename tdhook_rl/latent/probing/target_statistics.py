@@ -12,7 +12,7 @@ from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.probing.class_statistics import NEVER, RIDGE, check_solve, usual_penalty
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
-from tdhook_rl.latent.probing.moments import Moments, raw_bias, solve_symmetric
+from tdhook_rl.latent.probing.moments import Moments, raw_bias, ridge_weights, solve_symmetric
 
 
 class TargetStatistics(Moments):
@@ -138,8 +138,8 @@ class TargetStatistics(Moments):
         covariance = self.moment / self.rows - torch.outer(mean, mean)
         cross = self.cross / self.rows - torch.outer(self.of_targets / self.rows, mean)
         if kind == "ridge":
-            covariance.diagonal().add_((RIDGE if penalty is None else penalty) / self.rows)
-            weight = solve_symmetric(covariance, cross.T).T
+            spread = self._scale(mean, covariance.diagonal()) if penalty is None else None
+            weight = ridge_weights(covariance, cross, (RIDGE if penalty is None else penalty) / self.rows, spread)
             at_mean = self.of_targets / self.rows + self.target_shift
             stored, bias = raw_bias(weight, mean + self.shift, at_mean)
         else:
