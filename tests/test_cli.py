@@ -53,6 +53,14 @@ def test_the_version(capsys) -> None:
     assert capsys.readouterr().out == f"tdhook-rl {tdhook_rl.__version__}\n"
 
 
+def test_the_program_starts_without_torch() -> None:
+    """So that Ctrl-C ends it in one line while packages are imported, and help comes at once."""
+    asked = "import sys, tdhook_rl.cli; print(sorted({'torch', 'tensordict', 'numpy'} & set(sys.modules)))"
+    home = Path(tdhook_rl.__file__).parents[1]
+    found = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True, cwd=home)
+    assert found.stdout == "[]\n"
+
+
 def test_a_file_beside_no_run_is_called_a_file(capsys, tmp_path: Path) -> None:
     assert main(["report", str(tmp_path / "users_own_setup.py")]) == 1
     assert "users_own_setup.py is a file, and its folder" in capsys.readouterr().err

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tdhook_rl.arguments.callbacks import require_accepts
 from tdhook_rl.errors import InputError, nearest
 
 __all__ = ["EXAMPLE", "made", "made_with_environment"]
@@ -18,6 +17,8 @@ EXAMPLE = "tdhook_rl.examples.check:setup"
 
 def made(target: str) -> Any:
     """What the function that ``MODULE:FUNCTION`` names returns."""
+    from tdhook_rl.arguments.callbacks import require_accepts
+
     function = named_function(target)
     require_accepts(function, (), target)
     return function()
