@@ -131,4 +131,4 @@ def test_a_size_that_is_infinite_in_a_state_is_no_mean_of_the_others() -> None:
     own = AblationCell(site="a", unit=0, size=2.0)
     made = AblationTable([own], replaced="zero", ranked="kl", changes={}, components=table.components, words="")
     assert made.columns()[1][0][2] == "2"
-    assert own.numbers() == {"site": "a", "unit": 0, "size": 2.0}
+    assert own.numbers() == {"site": "a", "unit": 0, "size": 2.0, "words": ""}

@@ -74,6 +74,7 @@ def test_what_has_no_limits_says_why(name: str, rows: int) -> None:
     lacking = [row for row in table.records() if any(key.endswith("_low") and math.isnan(row[key]) for key in row)]
     assert lacking or rows > 1
     assert all(row["words"] for row in lacking), lacking
+    assert [cell.numbers()["words"] for cell in table] == [row["words"] for row in table.records()]
     assert [row["words"] for row in json.loads(table.json())] == [row["words"] for row in table.records()]
     for row in lacking:
         assert any(words in str(table) for words in row["words"].split("; ")), str(table)

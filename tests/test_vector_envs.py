@@ -1,6 +1,7 @@
 """Vectors of Gymnasium environments: each play begins with the first states of all rows, whatever came before.
 
-A plain reset, after a step that ended some rows, gives the observations of that step (TorchRL 0.11 to 0.13).
+A plain reset, after a step that ended some rows, gives the observations of that step, as ``tests/contracts_torchrl.py``
+shows of the TorchRL that is installed.
 """
 
 from __future__ import annotations

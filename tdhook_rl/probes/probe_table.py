@@ -8,7 +8,7 @@ from typing import Any
 
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.statistics import Interval
-from tdhook_rl.statistics.cells import Cells, shown
+from tdhook_rl.statistics.cells import Cells, shown, words_of
 
 #: The scores of a cell that are intervals, in the order of the table.
 SCORES = ("trained", "untrained", "input", "shuffled", "gain", "selectivity", "auc")
@@ -77,7 +77,7 @@ class ProbeCell:
         found |= {name: getattr(self, name) for name in ("chance", "majority", "classes", "penalty", "left_out")}
         if not math.isnan(self.adjusted):
             found["adjusted"] = self.adjusted
-        return found | {"groups": self.trained.groups, "rows": self.trained.rows, "words": self.words}
+        return found | {"groups": self.trained.groups, "rows": self.trained.rows, "words": words_of(self)}
 
 
 class ProbeTable(Cells[ProbeCell]):

@@ -40,8 +40,8 @@ class Cells(Sequence[C], Generic[C]):
         return self._cells[key]
 
     def records(self) -> list[dict[str, Any]]:
-        """A row of numbers for each cell, and in words what has to be known of them."""
-        return [cell.numbers() | {"words": words_of(cell)} for cell in self._cells]
+        """A row of numbers and words for each cell."""
+        return [cell.numbers() for cell in self._cells]
 
     def frame(self) -> Any:
         """A pandas DataFrame, a row for each cell.

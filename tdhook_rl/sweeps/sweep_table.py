@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tdhook_rl.statistics import Interval
-from tdhook_rl.statistics.cells import Cells, shown
+from tdhook_rl.statistics.cells import Cells, shown, words_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class SweepRow:
             found |= _three("specificity", self.specificity)
         return found | {
             "p": self.p, "adjusted": self.adjusted, "groups": self.mean.groups, "episodes": int(self.mean.rows),
-            "words": self.effect.words,
+            "words": words_of(self),
         }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.sites.numbers import in_dtype, is_whole
 from tdhook_rl.statistics import Interval, grouped_mean, paired_difference
-from tdhook_rl.statistics.cells import Cells, shown
+from tdhook_rl.statistics.cells import Cells, shown, words_of
 from tdhook_rl.statistics.interval import none
 from tdhook_rl.sweeps.causal.bench import Bench
 from tdhook_rl.sweeps.causal.components import Components, components_of, passes
@@ -61,14 +61,14 @@ class AblationCell:
     size_interval: Interval | None = None
 
     def numbers(self) -> dict[str, Any]:
-        """All of it as numbers; intervals with their limits."""
+        """All of it as numbers and words; intervals with their limits."""
         found: dict[str, Any] = {"site": self.site, "unit": self.unit, "size": self.size}
         for name in ("size_interval", *MEASURES):
             one: Interval | None = getattr(self, name)
             if one is not None:
                 name = name.removesuffix("_interval")
                 found |= {name: one.estimate, f"{name}_low": one.low, f"{name}_high": one.high}
-        return found
+        return found | {"words": words_of(self)}
 
 
 class AblationTable(Cells[AblationCell]):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.statistics import Interval, bootstrap, grouped_mean
-from tdhook_rl.statistics.cells import Cells, shown
+from tdhook_rl.statistics.cells import Cells, shown, words_of
 from tdhook_rl.statistics.interval import none
 
 #: Below so many units of rounding of the larger metric there is no difference of two runs to be brought over.
@@ -64,7 +64,7 @@ class PatchCell:
             if one is not None:
                 found |= {name: one.estimate, f"{name}_low": one.low, f"{name}_high": one.high}
         found |= {"size": self.size, "pooled": self.pooled, "p": self.p, "left_out": self.left_out}
-        return found | {"groups": self.mean.groups, "states": int(self.mean.rows), "words": self.words}
+        return found | {"groups": self.mean.groups, "states": int(self.mean.rows), "words": words_of(self)}
 
 
 class PatchTable(Cells[PatchCell]):

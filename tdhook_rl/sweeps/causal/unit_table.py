@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tdhook_rl.statistics import FEW_GROUPS, Interval
-from tdhook_rl.statistics.cells import Cells, shown
+from tdhook_rl.statistics.cells import Cells, shown, words_of
 from tdhook_rl.statistics.interval import ONE_GROUP, limits, none, pair_up
 from tdhook_rl.sweeps.causal.agreement import Agreement, agreement_of
 from tdhook_rl.sweeps.causal.components import Components
@@ -41,13 +41,13 @@ class UnitCell:
         return math.nan if found is None else found.estimate
 
     def numbers(self) -> dict[str, Any]:
-        """All of it as numbers; intervals with their limits."""
+        """All of it as numbers and words; intervals with their limits."""
         found: dict[str, Any] = {"site": self.site, "unit": self.unit}
         for name in ("estimated", "measured"):
             one: Interval | None = getattr(self, name)
             values = (math.nan,) * 3 if one is None else (one.estimate, one.low, one.high)
             found |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
-        return found
+        return found | {"words": words_of(self)}
 
 
 class UnitTable(Cells[UnitCell]):
