@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -129,6 +130,36 @@ def test_returns_and_lengths_are_of_episodes_and_not_of_their_parts_in_a_batch(t
         assert not Counter(round(value, 4) for value in known) - counts
     if told_by == "InitTracker":
         assert not Counter(value for value in steps if value == value) - Counter(length for _, length in expected)
+
+
+@pytest.mark.parametrize("told_by", ["numbers", "StepCounter", "all"])
+@pytest.mark.parametrize("frames", [10, 20, 50])
+def test_batches_of_several_workers_or_collectors_in_turn(told_by: str, frames: int) -> None:
+    """Workers number their episodes together; collectors by themselves, and then what the data says goes before."""
+    adds = {"numbers": [], "StepCounter": [StepCounter], "all": [RewardSum, StepCounter, InitTracker]}[told_by]
+    options = {"frames_per_batch": frames, "total_frames": 400, "auto_register_policy_transforms": False}
+    several = []
+    for worker in range(3):
+        env = TransformedEnv(CueCorners(batch_size=[2]), EnvCompose(*(add() for add in adds)))
+        env.set_seed(worker)
+        batches = list(Collector(env, **options))
+        for batch in batches if told_by == "numbers" else ():
+            batch["collector", "traj_ids"] += 1000 * worker
+        several.append(batches)
+    expected = []
+    for batches in several:
+        whole = torch.cat(batches, 1)
+        expected += [(round(float(whole["next", "reward"].reshape(-1)[one.places].sum()), 4), len(one.places))
+                     for one in episodes(whole.select(("next", "done"))) if one.ended]  # fmt: skip
+    found, running = [], {}
+    for batch in itertools.chain(*zip(*several, strict=True)):
+        found += [one for one in episodes(batch, running) if one.ended]
+        running = running_of(batch, running)
+    assert sorted(one.steps for one in found) == sorted(steps for _, steps in expected)
+    totals = Counter(round(one.total, 4) for one in found if one.total == one.total)
+    assert not totals - Counter(total for total, _ in expected)
+    assert totals.total() == len(expected) or told_by == "StepCounter"
+    assert totals
 
 
 @pytest.mark.parametrize("every", [1, 3])

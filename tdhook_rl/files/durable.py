@@ -195,19 +195,24 @@ def reserve(path: Path, size: int) -> None:
 _locks: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 
 
+class FolderInUse(ArtifactError):
+    """Another is under way in a folder."""
+
+
 class FolderLock:
     """A folder for one at a time, across threads and processes; it is free again when its holder dies.
 
-    The folder is made if it is not there, and removed again if nothing was put into it. ``what`` is done in it is for
-    messages (``"analysis"``).
+    The folder is made if it is not there, and removed again if nothing was put into it. ``what`` is done in it, and
+    what ends that, are for messages (``"analysis"``).
 
     Raises:
-        ArtifactError: if another is under way in it, or it cannot be made.
+        FolderInUse: if another is under way in it.
+        ArtifactError: if it cannot be made.
     """
 
-    def __init__(self, folder: Path, what: str) -> None:
+    def __init__(self, folder: Path, what: str, end: str = "wait for its end") -> None:
         self._folder = folder
-        self._what = what
+        self._what, self._end = what, end
         self._descriptor: int | None = None
         self._made: list[Path] = []
 
@@ -227,9 +232,9 @@ class FolderLock:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 self._made = []
                 self._close()
-                raise ArtifactError(
-                    f"another {self._what} is under way in {self._folder}, in this process or another: wait for its "
-                    "end, or name another folder"
+                raise FolderInUse(
+                    f"another {self._what} is under way in {self._folder}, in this process or another: {self._end}, "
+                    "or name another folder"
                 ) from None
             # Some network file systems know no such lock: there, nothing tells two apart.
         return self

@@ -20,6 +20,8 @@ __all__ = ["Episode", "Running", "episode_table", "episodes", "running_of"]
 
 #: Return and steps so far of episodes, by the collector's numbers.
 Running = Mapping[int, tuple[float, float]]
+#: How many episodes may go on at once.
+MANY = 65_536
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,17 @@ class Episode:
 
 
 def running_of(data: TensorDictBase, running: Running) -> Running:
-    """What is known of the episodes that the next batch may go on with, by the collector's numbers."""
+    """What is known of the episodes that the next batches may go on with, by the collector's numbers.
+
+    Workers take turns: an episode that a batch has nothing of may go on in one of the next.
+    """
     if not isinstance(data.get(EPISODE, None), Tensor):
         return {}
-    return {one.number: (one.total, one.steps) for one in episodes(data, running) if not one.ended}
+    found = episodes(data, running)
+    here = {one.number for one in found}
+    known = {number: one for number, one in running.items() if number not in here}
+    known |= {one.number: (one.total, one.steps) for one in found if not one.ended}
+    return dict(list(known.items())[-MANY:])  # those that are left without an end are the oldest
 
 
 def episodes(data: TensorDictBase, running: Running = MappingProxyType({})) -> list[Episode]:
@@ -88,9 +97,7 @@ def episodes(data: TensorDictBase, running: Running = MappingProxyType({})) -> l
     stops = np.append(starts[1:], len(order))
     lasts = order[stops - 1]
     running = running if isinstance(ids, Tensor) else {}
-    earlier = np.array([running.get(one, (0.0, 0.0)) for one in numbers[lasts].tolist()])
-    before = _before(data, order[starts], count) & ~np.isin(numbers[lasts], list(running))
-    earlier[before] = np.nan
+    earlier = _earlier(data, order[starts], numbers[lasts], running, count)
     returns = np.full(len(starts), np.nan)
     if total is not None:
         returns = total[lasts]
@@ -135,13 +142,21 @@ def episode_table(found: list[Episode], readings: Mapping[str, Tensor], step: in
     return DataTable(["frames", "rank", "episode", "return", "steps", "ended", *readings], rows)
 
 
-def _before(data: TensorDictBase, firsts: np.ndarray, count: int) -> np.ndarray:
-    """Whether the data says of a row that its episode had begun before it."""
+def _earlier(data: TensorDictBase, firsts: np.ndarray, numbers: np.ndarray, running: Running, count: int) -> np.ndarray:
+    """Return and steps of each episode before its first row: 0 where it begins there, NaN where they are not known.
+
+    What the data says of that row goes before the numbers, which several collectors give alike.
+    """
+    found = np.array([running.get(one, (0.0, 0.0)) for one in numbers.tolist()])
     root = data.exclude("next")
     counted, begins = _column(root, "step_count", count), _column(root, "is_init", count)
     if counted is not None:
-        return counted[firsts] > 0
-    return np.zeros(len(firsts), dtype=bool) if begins is None else ~begins[firsts].astype(bool)
+        found[counted[firsts] != found[:, 1]] = np.nan
+        found[counted[firsts] == 0] = 0.0
+    elif begins is not None:
+        found[~begins[firsts].astype(bool) & ~np.isin(numbers, list(running))] = np.nan
+        found[begins[firsts].astype(bool)] = 0.0
+    return found
 
 
 def _column(data: TensorDictBase, name: str, count: int) -> np.ndarray | None:

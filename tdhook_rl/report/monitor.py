@@ -169,13 +169,13 @@ class Monitor(TrainerHookBase):
             self._open(logger, folder)
 
     # ------------------------------------------------------------------ in a loop
-
     @checked
     def step(self, batch: TensorDictBase | None = None) -> dict[str, float] | None:
         """Take notice of a batch, and log what it shows if it is due.
 
         Args:
-            batch: as collected; ``None`` for the newest rows of :attr:`buffer`.
+            batch: as collected (of several collectors, which number episodes alike, with ``StepCounter`` and
+                ``RewardSum``); ``None`` for the newest rows of :attr:`buffer`.
 
         Returns:
             the numbers that were logged, or ``None``.
@@ -349,8 +349,8 @@ class Monitor(TrainerHookBase):
         self._look.features.known, self._look.render = known.names, known.render
 
     def _open(self, logger: Any, folder: str | Path | None = None) -> Sinks:
-        budgets = self.budgets
-        found = sinks_of(logger, folder, **self._options, most_keys=budgets.keys, most_bytes=budgets.bytes)
+        most = {"most_keys": self.budgets.keys, "most_bytes": self.budgets.bytes}
+        found = sinks_of(logger, folder, **self._options, **most)
         if self.policy is not None:
             found.describe(facts_of(self.policy, **self._facts))
         self._opened = found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,13 @@ def _read_log(run: Run, path: Path) -> None:
         run.series = FileSink.read(path)
     except ArtifactError as error:
         run.warnings.append(str(error))
+    pairs = (pair for series in run.series.values() for pair in pairwise(series))
+    back = next(((before, after) for (before, _), (after, _) in pairs if after < before), None)
+    if back is not None:
+        run.warnings.append(
+            f"the log goes back from step {back[0]:,} to {back[1]:,}: the run went on from an earlier state, or two "
+            "wrote into it; what was measured twice is shown twice"
+        )
 
 
 def _read_histograms(run: Run, path: Path) -> None:

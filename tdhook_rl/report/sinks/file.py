@@ -25,7 +25,8 @@ class FileSink:
     """Scalars as ``step,name,value`` lines; each call is written at once, so that a stopped run leaves all it measured.
 
     Where the disk is full, what cannot be written is left out, whole; a warning says so once, and the log goes on as
-    soon as there is room.
+    soon as there is room. Where the file was removed, moved away or replaced meanwhile, which is said once, it goes on
+    in what is at its path, or in a new file.
 
     Args:
         path: a new file.
@@ -37,24 +38,12 @@ class FileSink:
 
     def __init__(self, path: str | Path, *, resume: bool = False) -> None:
         self.path = Path(path)
-        self._told = False
-        going_on = resume and self.path.exists()
-        if going_on:
-            _end_at_a_line(self.path)
+        self._told: set[str] = set()
         try:
-            # At the end of what is there, whoever wrote it: a run that goes on in this file loses no line to this one.
-            self._file = open(self.path, "ab" if going_on else "xb", buffering=0, opener=_appending)
+            self._file = _opened(self.path, resume)
         except FileExistsError:
             raise ArtifactError(f"{self.path} exists already: another run is not overwritten") from None
         except OSError as error:
-            raise ArtifactError(f"cannot write {self.path}: {error.strerror}") from error
-        if going_on and self.path.stat().st_size:
-            return
-        try:
-            self._write(f"{','.join(COLUMNS)}\n")
-        except OSError as error:
-            self._file.close()
-            self.path.unlink(missing_ok=True)
             raise ArtifactError(f"cannot write {self.path}: {error.strerror}") from error
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
@@ -69,27 +58,47 @@ class FileSink:
         number, values = scalars(metrics, step)
         csv.writer(text, lineterminator="\n").writerows([number, name, repr(value)] for name, value in values.items())
         try:
-            self._write(text.getvalue())
-        except OSError as error:
-            if not self._told:
-                self._told = True
-                warn(
-                    f"{self.path} cannot be written ({error.strerror}): what is measured from step {number} on is not "
-                    "in it, until there is room"
-                )
+            if not self._in_place():
+                self._follow(number)
+            _write(self._file, text.getvalue())
+        except (OSError, ArtifactError) as error:
+            self._tell(
+                "written",
+                f"{self.path} cannot be written ({getattr(error, 'strerror', None) or error}): what is measured from "
+                f"step {number} on is not in it, until there is room",
+            )
 
-    def _write(self, text: str) -> None:
-        """Write all of a text or, as far as that is possible, nothing of it."""
-        start = os.fstat(self._file.fileno()).st_size
-        content = memoryview(text.encode())
+    def _in_place(self) -> bool:
+        """Whether what is written is what a reader finds: a file that was removed takes what it is given as before."""
+        here = os.fstat(self._file.fileno())
         try:
-            while len(content):
-                content = content[self._file.write(content) or 0 :]
+            there = self.path.stat()
         except OSError:
-            with contextlib.suppress(OSError):
-                self._file.truncate(start)
-                self._file.seek(start)
-            raise
+            return False
+        return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino) and there.st_size > 0
+
+    def _follow(self, step: int) -> None:
+        """Go on in what is at the path now, or in a new file.
+
+        Raises:
+            OSError: if it cannot be written.
+            ArtifactError: if it is no log.
+        """
+        found = "replaced" if self.path.exists() else "removed or moved"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = _opened(self.path, going_on=True)
+        self._file.close()
+        self._file = file
+        self._tell(
+            "followed",
+            f"{self.path} was {found} while it was written: from step {step} on the log goes on in "
+            f"{'the file that is there now' if found == 'replaced' else 'a new one'}, without what was in it before",
+        )
+
+    def _tell(self, what: str, message: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            warn(message)
 
     def close(self) -> None:
         """Finish; what was logged stays readable. Where a disk says only now that something is lost, it warns."""
@@ -131,6 +140,42 @@ class FileSink:
             lines = f"line {shown} was" if len(odd) == 1 else f"{len(odd)} lines ({shown}) were"
             warn(f"of {path} {lines} cut and left out; the rest is read")
         return curves
+
+
+def _opened(path: Path, going_on: bool) -> io.FileIO:
+    """A log to write to, after its last whole line.
+
+    Raises:
+        OSError: if it cannot be written; FileExistsError where there is one that is not to be gone on with.
+        ArtifactError: if it is to be gone on with, and no log.
+    """
+    going_on = going_on and path.exists()
+    if going_on:
+        _end_at_a_line(path)
+    # At the end of what is there, whoever wrote it: a run that goes on in this file loses no line to this one.
+    file = open(path, "ab" if going_on else "xb", buffering=0, opener=_appending)
+    try:
+        if not (going_on and path.stat().st_size):
+            _write(file, f"{','.join(COLUMNS)}\n")
+    except OSError:
+        file.close()
+        path.unlink(missing_ok=True)
+        raise
+    return file
+
+
+def _write(file: io.FileIO, text: str) -> None:
+    """Write all of a text or, as far as that is possible, nothing of it."""
+    start = os.fstat(file.fileno()).st_size
+    content = memoryview(text.encode())
+    try:
+        while len(content):
+            content = content[file.write(content) or 0 :]
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.truncate(start)
+            file.seek(start)
+        raise
 
 
 def _appending(path: str, flags: int) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tdhook_rl.errors import ArtifactError, warn
-from tdhook_rl.files.durable import write_text
+from tdhook_rl.files.durable import FolderLock, write_text
 from tdhook_rl.report.media import Artifact, Histogram, Media
 from tdhook_rl.report.sinks.file import FileSink
 from tdhook_rl.report.sinks.names import Tags
@@ -24,7 +25,8 @@ class FolderSink:
     """Numbers as lines of ``log.csv``, histograms as lines of ``histograms.jsonl``, and a file for everything else.
 
     Each file is whole whenever there is one, also after a kill. Where the disk is full, or the folder as large as
-    allowed, what has no room is left out with one warning.
+    allowed, what has no room is left out with one warning. A folder is one run's at a time, until it is closed; where
+    it is moved away meanwhile, the rest is in a new one.
 
     Args:
         path: a folder, which is made.
@@ -32,7 +34,7 @@ class FolderSink:
         most_bytes: of media and artifacts; numbers are always written.
 
     Raises:
-        ArtifactError: if there is a log already, or the folder cannot be written.
+        ArtifactError: if there is a log already, another run writes into the folder, or it cannot be written.
 
     Example:
         >>> import tempfile
@@ -46,15 +48,17 @@ class FolderSink:
 
     def __init__(self, path: str | Path, *, resume: bool = False, most_bytes: float = float("inf")) -> None:
         self.path = Path(path)
+        self._lock()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ArtifactError(f"cannot write into {self.path}: {error.strerror}") from error
-        self._file = FileSink(self.path / "log.csv", resume=resume)
+            self._file = FileSink(self.path / "log.csv", resume=resume)
+        except BaseException:
+            self._free()
+            raise
         self._tags = Tags("media", other=r'[<>:"|?*\x00-\x1f]')
         self._most = most_bytes
         self._told = False
         self._written = 0
+        self._config: Mapping[str, Any] | None = None
         if resume:
             found = [one for name in ("media", "artifacts") for one in (self.path / name).rglob("*")]
             self._written = sum(one.stat().st_size for one in found if one.is_file())
@@ -62,6 +66,8 @@ class FolderSink:
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Write values; media have a ``path`` afterwards, unless there was no room."""
         number, values, media = sorted_values(metrics, step)
+        if not self.path.is_dir():
+            self._renew()
         if values:
             self._file.log(values, number)
         for name, one in media.items():
@@ -74,6 +80,7 @@ class FolderSink:
 
     def describe(self, config: Mapping[str, Any]) -> None:
         """Write what the run is, ``config.json``."""
+        self._config = config
         self._document("config.json", config)
 
     def summarise(self, values: Mapping[str, Any]) -> None:
@@ -88,6 +95,21 @@ class FolderSink:
     def close(self) -> None:
         """Finish; what was logged stays readable."""
         self._file.close()
+        self._free()
+
+    def _lock(self) -> None:
+        """Take the folder, which is made; it is free when the sink is closed, or nobody has it any more."""
+        lock = FolderLock(self.path, "log", "close it")
+        lock.__enter__()
+        self._free = weakref.finalize(self, lock.__exit__)
+
+    def _renew(self) -> None:
+        """Make the folder anew, which was removed or moved away; what cannot be made is told by what is written."""
+        self._free()
+        with contextlib.suppress(ArtifactError):
+            self._lock()
+            if self._config is not None:
+                self.describe(self._config)
 
     def _document(self, name: str, content: Mapping[str, Any]) -> None:
         try:

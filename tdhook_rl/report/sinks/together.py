@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from tdhook_rl.errors import warn
+from tdhook_rl.files.durable import FolderInUse
 from tdhook_rl.report.media import Media
 from tdhook_rl.report.sinks.base import LoggerSink
 from tdhook_rl.report.sinks.file import FileSink
@@ -17,7 +19,7 @@ from tdhook_rl.report.sinks.names import PREFIX
 from tdhook_rl.report.sinks.patient import Patient
 from tdhook_rl.report.sinks.values import sorted_values
 
-__all__ = ["Sink", "Sinks", "folder_beside", "open_wandb", "sinks_of"]
+__all__ = ["Sink", "Sinks", "open_wandb", "sinks_of"]
 
 
 #: Seconds that W&B is waited for; its own limit is three times as long.
@@ -144,10 +146,10 @@ def sinks_of(
             local = [FolderSink(path, resume=resume, most_bytes=most_bytes) for path in dict.fromkeys(paths)]
         else:
             first = loggers[0] if loggers else None
-            beside = folder_beside(
+            beside = folders_beside(
                 first.logger if first and first.keeps_files else None, first.prefix if first else prefix
             )
-            local = [FolderSink(beside, resume=True, most_bytes=most_bytes)]
+            local = [_first_free(beside, most_bytes)]
     except Exception:
         for sink in loggers:
             sink.close()  # gives the prefix back
@@ -155,8 +157,11 @@ def sinks_of(
     return Sinks(*local, *loggers, most_keys=most_keys)
 
 
-def folder_beside(logger: Any, prefix: str = PREFIX) -> Path:
-    """Where the local files of a logger go: ``interp`` in the folder that it writes, else a new one in ``runs``."""
+def folders_beside(logger: Any, prefix: str = PREFIX) -> Iterator[Path]:
+    """Where the local files of a logger may go: ``interp`` in the folder that it writes, else a new one in ``runs``.
+
+    Those after the first are for where another run writes into it.
+    """
     run = getattr(logger, "experiment", logger)
     settings = getattr(run, "settings", None)
     known: Iterable[Any] = (
@@ -166,13 +171,26 @@ def folder_beside(logger: Any, prefix: str = PREFIX) -> Path:
     )
     for place in known:
         if isinstance(place, str | Path) and str(place) and Path(place).is_dir():
-            return Path(place) / prefix
+            yield Path(place) / prefix
+            yield from (Path(place) / f"{prefix}{number}" for number in itertools.count(2))
     start = Path("runs") / time.strftime(f"{prefix}-%Y%m%d-%H%M%S")
-    number, path = 1, start
-    while path.exists():
-        number += 1
-        path = start.with_name(f"{start.name}-{number}")
-    return path
+    others = (start.with_name(f"{start.name}-{number}") for number in itertools.count(2))
+    yield from (path for path in itertools.chain([start], others) if not path.exists())
+
+
+def _first_free(places: Iterator[Path], most_bytes: float) -> FolderSink:
+    """The first folder that no other run writes into; where that is another than the first, it is said."""
+    taken: FolderInUse | None = None
+    while True:
+        path = next(places)
+        try:
+            sink = FolderSink(path, resume=True, most_bytes=most_bytes)
+        except FolderInUse as error:
+            taken = taken or error
+            continue
+        if taken is not None:
+            warn(f"{str(taken).partition(': ')[0]}: the local files of this one go to {path}")
+        return sink
 
 
 def open_wandb(
