@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from tdhook_rl import Compose, Saliency, targets
 from tdhook_rl.attribution import IntegratedGradients
-from tdhook_rl.calls.chains import LAYERS, Record
+from tdhook_rl.calls.chains import Record
+from tdhook_rl.calls.layers import LAYERS
 from tdhook_rl.errors import TargetError
 from tdhook_rl.targets import LinearTarget, Target
 from tests.chains import SQUARES, by_autograd, chain, data, logit

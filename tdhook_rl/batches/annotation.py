@@ -20,7 +20,8 @@ from tdhook_rl.batches.keeping import Keep, kept_keys, only_kept
 from tdhook_rl.batches.mismatch import Mismatch
 from tdhook_rl.calls.bound import BoundMethod, observers
 from tdhook_rl.calls.heads import replay_chain
-from tdhook_rl.calls.passes import Call, effects_of, require_inputs, rows_read, stored_inputs
+from tdhook_rl.calls.inputs import require_inputs, rows_read, stored_inputs
+from tdhook_rl.calls.passes import Call, effects_of
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.real_rows import PADDING
 from tdhook_rl.calls.repeatable import require_repeatable

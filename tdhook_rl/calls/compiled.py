@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tdhook_rl.arguments.keys import get_entry
 from tdhook_rl.calls.bound import BoundMethod
-from tdhook_rl.calls.passes import Call, stored_inputs
+from tdhook_rl.calls.inputs import stored_inputs
+from tdhook_rl.calls.passes import Call
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.writing import set_tensor
 from tdhook_rl.errors import warn

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from tdhook_rl.arguments.keys import get_entry
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.chains import Record, Steps, chain_layers
-from tdhook_rl.calls.passes import Call, Pass, effects_of, recorded, run_root, stored_inputs
+from tdhook_rl.calls.inputs import recorded, stored_inputs
+from tdhook_rl.calls.passes import Call, Pass, effects_of, run_root
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.writing import set_tensor
 from tdhook_rl.internals.tensordict_names import new_unsafe

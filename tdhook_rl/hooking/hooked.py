@@ -21,7 +21,8 @@ from tdhook_rl.batches.annotating_mixin import AnnotatingMixin
 from tdhook_rl.batches.tensorclasses import call_on_fields
 from tdhook_rl.calls.bound import BoundMethod, observers
 from tdhook_rl.calls.chunks import in_deciding_rows
-from tdhook_rl.calls.passes import Call, drawn_noise, effects_of, for_samples, recorded, run_root, stored_inputs
+from tdhook_rl.calls.inputs import drawn_noise, for_samples, recorded, stored_inputs
+from tdhook_rl.calls.passes import Call, effects_of, run_root
 from tdhook_rl.calls.preconditions import another_dtype_or_device, other_keys, require_data
 from tdhook_rl.calls.repeatable import require_repeatable
 from tdhook_rl.calls.shared_pass import chain_pass, graph_pass, sharing

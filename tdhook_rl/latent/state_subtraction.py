@@ -11,7 +11,8 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdhook_rl.arguments.callbacks import asked
-from tdhook_rl.calls.passes import Call, effects_of, stored_inputs
+from tdhook_rl.calls.inputs import stored_inputs
+from tdhook_rl.calls.passes import Call, effects_of
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.errors import InputError, SiteError
 from tdhook_rl.latent.strength import (

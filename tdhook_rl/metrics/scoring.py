@@ -17,7 +17,8 @@ from torch import Tensor
 from tdhook_rl.arguments.keys import key_parts, required
 from tdhook_rl.attribution.base import BoundAttribution
 from tdhook_rl.attribution.baselines import filled
-from tdhook_rl.calls.passes import Call, effects_of, rows_read, stored_inputs
+from tdhook_rl.calls.inputs import rows_read, stored_inputs
+from tdhook_rl.calls.passes import Call, effects_of
 from tdhook_rl.calls.preconditions import require_hooked, require_rows
 from tdhook_rl.errors import InputError, TargetError, nearest
 from tdhook_rl.policies.draws import action_keys

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from tdhook_rl.arguments.checked import require_counts
-from tdhook_rl.calls.passes import Call, Pass, effects_of, stored_inputs
+from tdhook_rl.calls.inputs import stored_inputs
+from tdhook_rl.calls.passes import Call, Pass, effects_of
 from tdhook_rl.errors import InputError, SiteError
 from tdhook_rl.latent.patch_hooks import other_count
 from tdhook_rl.method import Binder, Method

@@ -1,0 +1,107 @@
+"""What passes over the rows of a batch read of it, and what a forward has left beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torch import Tensor
+
+from tdhook_rl.arguments.keys import get_entry, missing
+from tdhook_rl.calls.chunks import all_decide
+from tdhook_rl.calls.policy import HookedPolicy
+from tdhook_rl.calls.writing import set_entries
+from tdhook_rl.errors import MissingKeyError
+from tdhook_rl.internals.tensordict_names import has_names, new_unsafe
+from tdhook_rl.policies.draws import given_beside
+
+
+def require_inputs(policy: HookedPolicy, data: TensorDictBase) -> None:
+    """Raise :class:`MissingKeyError` if the data lacks what :func:`stored_inputs` takes, and name what is near it."""
+    for key in policy._hooked_read_keys():
+        if key not in policy._hooked.made and key not in policy._hooked.overwrites and get_entry(data, key) is None:
+            raise _lacking(policy, data, key)
+
+
+def _lacking(policy: HookedPolicy, data: TensorDictBase, key: NestedKey) -> MissingKeyError:
+    hint = ". Name the module's inputs with prepare(module, in_keys=[...], out_keys=[...])"
+    return missing(data, key, "the policy reads", hint if policy._hooked.wraps else "")
+
+
+def stored_inputs(
+    policy: HookedPolicy, data: TensorDictBase, given: Mapping[NestedKey, Tensor] | None = None
+) -> dict[NestedKey, Tensor]:
+    """The entries that the policy reads, of which some may be given.
+
+    What the policy writes over, such as a hidden state or a mask that it draws, it may do without.
+
+    Raises:
+        MissingKeyError: if the data lacks another one.
+    """
+    inputs = {}
+    made = policy._hooked.made
+    for key in policy._hooked_read_keys():
+        value = given[key] if given and key in given else get_entry(data, key)
+        if key in made:
+            inputs.update(given_beside(policy.policy_out_keys, key, value))
+            continue
+        if isinstance(value, TensorDictBase):
+            value = value.copy()  # the policy may write into it
+        if value is None and key in policy._hooked.overwrites:
+            continue
+        if value is None:
+            raise _lacking(policy, data, key)
+        inputs[key] = value if policy._hooked.chunks is None else all_decide(policy, key, value)
+    for record in policy._hooked.records:  # of an earlier call, unless the data was collected: see `recorded`
+        value = given[record.key] if given and record.key in given else get_entry(data, record.key)
+        if value is not None:
+            inputs[record.key] = value
+    return inputs
+
+
+def rows_read(policy: HookedPolicy, data: TensorDictBase, keys: Iterable[NestedKey]) -> TensorDictBase:
+    """Of a batch, what passes over it read: these entries, and how interventions acted (or what would say so)."""
+    state = policy._hooked
+    records = [record.key for record in state.records]
+    asks = state.passes or any(not one.reads for one in getattr(state.runtime.row_hook, "functions", ()))
+    if asks and (state.passes or any(data.get(key, None) is None for key in records)):
+        return data  # what functions read is not known
+    keys = dict.fromkeys([*keys, *records])
+    if type(data) is not TensorDict or has_names(data) or not all(type(key) is str or len(key) == 2 for key in keys):
+        return data.select(*keys, strict=False)
+    entries: dict[str, Any] = {}
+    nested: dict[tuple[str, ...], Tensor] = {}
+    for key in keys:
+        value = get_entry(data, key)
+        if value is None:
+            continue
+        if type(key) is str:
+            entries[key] = value
+        else:
+            nested[key] = value
+    found = new_unsafe(entries, batch_size=data.batch_size, device=data.device)
+    if nested:
+        set_entries(found, nested)
+    return found
+
+
+def recorded(policy: HookedPolicy, output: TensorDictBase) -> dict[NestedKey, Tensor]:
+    """How interventions acted in the forward that has just run: passes over its rows act where it did."""
+    slots = policy._hooked.runtime.slots
+    return {record.key: record.find(output, slots) for record in policy._hooked.records}
+
+
+def for_samples(inputs: dict[NestedKey, Tensor], batch: torch.Size, output: TensorDictBase) -> dict[NestedKey, Tensor]:
+    """The inputs of a call whose output has several samples of each row, in dimensions before those of the batch."""
+    rows = output.batch_size
+    if rows[len(rows) - len(batch) :] != batch:
+        return inputs
+    return {key: value.expand((*rows, *value.shape[len(batch) :])) for key, value in inputs.items()}
+
+
+def drawn_noise(policy: HookedPolicy, output: TensorDictBase) -> dict[NestedKey, Tensor]:
+    """The noise that a forward has used, which is beside its action whether it was given or drawn."""
+    found = {key: output.get(key, None) for key in policy._hooked.noise}
+    return {key: value for key, value in found.items() if isinstance(value, Tensor)}
