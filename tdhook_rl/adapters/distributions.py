@@ -10,6 +10,7 @@ from torch import distributions as D
 
 from tdhook_rl.calls.heads import slopes_of_normal
 from tdhook_rl.calls.real_rows import surely_finite
+from tdhook_rl.errors import InputError
 
 
 def _slopes(head: Any, drawn: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, ...] | None:
@@ -120,6 +121,9 @@ class MultiCategorical(D.Distribution):
         logits: of ``(*batch, sum of sizes)``.
         sizes: among how many each choice is.
 
+    Raises:
+        InputError: if there are more logits or fewer.
+
     Example:
         >>> several = MultiCategorical(torch.zeros(5, 7), sizes=(3, 4))
         >>> several.sample().shape, several.log_prob(several.sample()).shape
@@ -131,6 +135,11 @@ class MultiCategorical(D.Distribution):
 
     def __init__(self, logits: Tensor, sizes: tuple[int, ...], validate_args: bool | None = None) -> None:
         self.sizes = tuple(sizes)
+        if logits.shape[-1] != sum(self.sizes):
+            raise InputError(
+                f"choices among {', '.join(map(str, self.sizes))} have {sum(self.sizes)} logits, one after the other; "
+                f"got {tuple(logits.shape)}, batch included"
+            )
         self.logits = logits
         self.parts = [
             D.Categorical(logits=one, validate_args=validate_args) for one in logits.split(list(self.sizes), -1)

@@ -15,22 +15,20 @@ from torch import distributions as D
 from torchrl.modules import ActorCriticWrapper, ActorValueOperator, ProbabilisticActor, QValueActor, ValueOperator
 
 from tdhook_rl.adapters.actions import WithScale
-from tdhook_rl.adapters.distributions import DiagonalNormal, SquashedNormal
+from tdhook_rl.adapters.distributions import DiagonalNormal, MultiCategorical, SquashedNormal
 from tdhook_rl.adapters.observations import (
-    Branch,
     Features,
     Rows,
-    Through,
     batch_without,
     dtype_of,
     require_tensors,
     unfolded,
 )
+from tdhook_rl.adapters.pieces import Pieces
 from tdhook_rl.adapters.sb3_networks import FEATURES, RAW, Piece
-from tdhook_rl.arguments.callbacks import require_accepts
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.calls.chains import tells_of
-from tdhook_rl.errors import InputError, nearest, warn
+from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.policies.tying import tied_clone
 
 Kind = Literal["categorical", "normal", "squashed", "deterministic", "values"]
@@ -44,6 +42,7 @@ def from_module(
     kind: Kind = "categorical",
     value: str | None = None,
     trunk: str | None = None,
+    sizes: Sequence[int] | None = None,
     log_std: str | None = None,
     std: str | None = None,
     action_scale: str | None = None,
@@ -52,6 +51,7 @@ def from_module(
     reads_action: bool = False,
     divide: float | None = None,
     observation_dims: int = 1,
+    indices: bool | None = None,
     in_keys: NestedKey = "observation",
 ) -> TensorDictModuleBase:
     """A TorchRL policy of an agent that is a plain module, over the same tensors.
@@ -64,8 +64,11 @@ def from_module(
         actor: gives, from the observation or what ``trunk`` makes of it, what ``kind`` says.
         kind: ``"categorical"`` (logits), ``"normal"`` (the mean, with ``log_std`` or ``std``), ``"squashed"`` (mean and
             logarithm of the scale, for a tanh), ``"deterministic"`` (the action) or ``"values"`` (of each action).
-        value: gives the value of a state; or of a state and an action, with ``reads_action``.
+        value: gives the value of a state; or of a state and an action, with ``reads_action``. What a method of that
+            name runs beside it runs for each piece.
         trunk: what actor and value share.
+        sizes: of several choices at once (``MultiDiscrete``), whose logits come one after the other: among how many
+            each is. The action has an index for each.
         log_std, std: the path of a parameter, for ``"normal"``.
         action_scale, action_bias: paths of what a squashed action is scaled by and moved by. What is drawn is then
             ``"raw_action"``, between -1 and 1, and the score that of the scaled one, as in CleanRL.
@@ -73,7 +76,9 @@ def from_module(
         reads_action: ``value`` is of an observation and ``"action"``: it is called with both, and writes
             ``"state_action_value"``.
         divide: what the observation is divided by first, as in ``x / 255.0``.
-        observation_dims: how many dimensions an observation has: 1 for vectors, 3 for pictures.
+        observation_dims: how many dimensions an observation has: 1 for vectors, 3 for pictures, 0 for a single index.
+        indices: whether integers are given to the network as such (int64), rather than cast to the dtype of its
+            weights; unless given, where a piece that reads them has an ``nn.Embedding``.
         in_keys: where it is.
 
     Returns:
@@ -82,6 +87,10 @@ def from_module(
     Raises:
         InputError: for a name that is not in the module, for pieces that do not fit together, take or give something
             else, or have a memory; and for an argument that would do nothing.
+
+    Warns:
+        UserWarning: for a memory that may mix rows, and for weights that actor and value share without ``trunk=``, with
+            ``part="actor_value"``: what holds them runs twice.
 
     Example:
         PPO, of vectors and of Atari frames:
@@ -114,6 +123,7 @@ def from_module(
         >>> continuous = lambda agent: from_module(agent, "actor_mean", kind="normal", log_std="actor_logstd")
         >>> atari = lambda agent: from_module(agent, "actor", trunk="network", divide=255.0, observation_dims=3)
         >>> dqn = lambda q_network: from_module(q_network, "forward", kind="values")
+        >>> several = lambda agent: from_module(agent, "actor", trunk="network", sizes=agent.nvec.tolist())
         >>> ddpg = lambda actor: from_module(actor, "forward", kind="deterministic")
         >>> sac = lambda actor: from_module(
         ...     actor, "forward", kind="squashed", action_scale="action_scale", action_bias="action_bias"
@@ -133,8 +143,14 @@ def from_module(
         raise InputError(f"divide= is what the observation is divided by, a number other than 0; got {divide!r}")
     if observation_dims < 0:
         raise InputError(f"observation_dims= is how many dimensions an observation has, got {observation_dims}")
+    if indices and divide is not None:
+        raise InputError(f"indices= gives integers to the network as they are, and divide={divide!r} makes fractions")
+    _require_sizes(sizes, kind, part)
     pieces.require_called(net, reads_action, observation_dims)
-    first = Plain(observation_dims, divide)
+    if part == "actor_value":
+        pieces.say_shared()
+    looked_up = pieces.looks_up() if indices is None and divide is None else bool(indices)
+    first = Plain(observation_dims, divide, looked_up)
 
     def valued(start: nn.Module, keys: list[NestedKey], **layers: nn.Module) -> ValueOperator:
         if reads_action:
@@ -154,7 +170,7 @@ def from_module(
         rows = _rows(start, **layers)
         rows.gives = 2 if kind in ("normal", "squashed") else 1
         if kind != "squashed" or action_scale is None:
-            return _actor(rows, keys, kind)
+            return _actor(rows, keys, kind, sizes)
         scale, bias = (_inside(net, one or "", "parameter or buffer") for one in (action_scale, action_bias))
         return _scaled_actor(rows, keys, scale, bias)
 
@@ -166,8 +182,10 @@ def from_module(
     elif not shared:
         built = ActorCriticWrapper(acting(first, [in_keys]), valued(first, [in_keys]))
     else:
+        common = _rows(first, **shared)
+        common.gives, common.vectors = 1, True
         built = ActorValueOperator(
-            TensorDictModule(_rows(first, **shared), in_keys=[in_keys], out_keys=[FEATURES]),
+            TensorDictModule(common, in_keys=[in_keys], out_keys=[FEATURES]),
             acting(Features(), [FEATURES]),
             valued(Features(), [FEATURES]),
         )
@@ -179,13 +197,15 @@ class Plain(nn.Module):
 
     writes_nothing = True
 
-    def __init__(self, dims: int, divide: float | None) -> None:
+    def __init__(self, dims: int, divide: float | None, indices: bool = False) -> None:
         super().__init__()
-        self.dims, self.divide = dims, divide
+        self.dims, self.divide, self.indices = dims, divide, indices
 
     def forward(self, *values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         [value] = values
         rows = value.reshape(-1, *value.shape[value.ndim - self.dims :])
+        if self.indices and not value.is_floating_point():
+            return rows.long()  # what tables are looked up by
         rows = rows.to(dtype)  # as scripts do on the way from the environment
         return rows if self.divide is None else rows / self.divide
 
@@ -245,80 +265,8 @@ class WithAction(nn.Module):
         return found.unsqueeze(-1) if found.shape == batch else found
 
 
-class Pieces:
-    """The modules that were named."""
-
-    def __init__(self, net: nn.Module, actor: str | None, value: str | None, trunk: str | None, part: Piece) -> None:
-        needed = {"actor": [actor], "value": [value], "actor_value": [actor, value]}[part]
-        if None in needed:
-            raise InputError(f"part={part!r} needs {part.replace('_', '= and ')}=, the path of a module or a method")
-        self.paths = {"actor": actor, "value": value, "trunk": trunk}
-        self.found = {name: None if path is None else _piece(net, path) for name, path in self.paths.items()}
-
-    @property
-    def value(self) -> nn.Module:
-        found = self.found["value"]
-        assert found is not None
-        return found
-
-    def require_called(self, net: nn.Module, reads_action: bool, dims: int) -> None:
-        """Raise for pieces that take something else, or that have a memory.
-
-        Raises:
-            InputError: says what a piece is called with.
-        """
-        for name, piece in self.found.items():
-            if piece is None:
-                continue
-            path = self.paths[name]
-            if isinstance(piece, nn.RNNBase):
-                raise InputError(
-                    f"{name}={path!r} is a {type(piece).__name__}, whose memory from_module does not carry: build the "
-                    "policy from TorchRL's LSTMModule or GRUModule over it, and the other modules"
-                )
-            given = ["what trunk= gives" if self.paths["trunk"] and name != "trunk" else "the observations"]
-            given += ["the actions"] if reads_action and name == "value" else []
-            require_accepts(
-                getattr(net, piece.method) if isinstance(piece, Through) else piece, given, f"{name}={path!r}"
-            )
-            memory = next((one for one in piece.modules() if isinstance(one, nn.RNNBase)), None)
-            if memory is not None and dims == 1:
-                warn(
-                    f"{name}={path!r} may run a {type(memory).__name__}, which reads rows without a dimension of time "
-                    "as the steps of one sequence, so that a row would depend on those before it: see that it is given "
-                    "one, or build the policy from TorchRL's LSTMModule or GRUModule"
-                )
-
-    def named(self, name: str) -> dict[str, nn.Module]:
-        """A piece under the path that it has in the agent, or under what it is."""
-        path, found = self.paths[name], self.found[name]
-        if path is None or found is None:
-            return {}
-        steps = path.split(".")
-        if isinstance(found, Through) or path == "forward" or steps[0] in ("observation", "scale"):
-            return {name: found}
-        for step in reversed(steps[1:]):
-            found = Branch(**{step: found})
-        return {steps[0]: found}
-
-
 def _rows(first: nn.Module, **layers: nn.Module) -> Rows:
     return Rows(OrderedDict({"observation": first, **layers}))
-
-
-def _piece(net: nn.Module, path: str) -> nn.Module:
-    if path == "forward":
-        return net
-    found: Any = net
-    for step in path.split("."):
-        found = getattr(found, step, None)
-    if isinstance(found, nn.Module):
-        return found
-    if callable(found) and "." not in path:
-        return Through(net, path)
-    known = [name for name, _ in net.named_modules() if name]
-    known += [name for name in vars(type(net)) if not name.startswith("_")]
-    raise InputError(f"{path!r} is neither a module in {type(net).__name__} nor a method of it; {nearest(path, known)}")
 
 
 def _inside(net: nn.Module, path: str, what: str) -> Any:
@@ -331,16 +279,29 @@ def _inside(net: nn.Module, path: str, what: str) -> Any:
     raise InputError(f"{path!r} is no {what} in {type(net).__name__}; {nearest(path, known)}")
 
 
-def _actor(rows: Rows, keys: list[NestedKey], kind: Kind) -> TensorDictModuleBase:
+def _require_sizes(sizes: Sequence[int] | None, kind: Kind, part: Piece) -> None:
+    if sizes is None:
+        return
+    if kind != "categorical" or part == "value":
+        raise InputError(
+            f"sizes= is of an actor of kind='categorical', and here kind={kind!r}, part={part!r}"
+        )
+    if not len(sizes) or any(size < 1 for size in sizes):
+        raise InputError(f"sizes= says among how many each choice is, at least 1; got {list(sizes)}")
+
+
+def _actor(rows: Rows, keys: list[NestedKey], kind: Kind, sizes: Sequence[int] | None) -> TensorDictModuleBase:
     if kind == "values":
         return QValueActor(rows, in_keys=keys, action_space="categorical")
     if kind == "deterministic":
         return TensorDictModule(rows, in_keys=keys, out_keys=["action"])
     names = ["logits"] if kind == "categorical" else ["loc", "scale"]
+    classes = {"categorical": D.Categorical, "normal": DiagonalNormal, "squashed": SquashedNormal}
     return ProbabilisticActor(
         TensorDictModule(rows, in_keys=keys, out_keys=names),
         in_keys=names,
-        distribution_class={"categorical": D.Categorical, "normal": DiagonalNormal, "squashed": SquashedNormal}[kind],
+        distribution_class=classes[kind] if sizes is None else MultiCategorical,
+        distribution_kwargs=None if sizes is None else {"sizes": tuple(map(int, sizes))},
         return_log_prob=True,
     )
 

@@ -136,6 +136,9 @@ class Rows(nn.Sequential):
     #: What they give is one number for each row, in a dimension of its own.
     column = False
 
+    #: What they give is a vector for each row, as :class:`Features` reads it.
+    vectors = False
+
     def forward(self, *values: Tensor) -> Any:  # type: ignore[override]
         prepare, *modules = self._modules.values()
         batch = prepare.batch_of(*values)  # type: ignore[union-attr, operator]
@@ -144,6 +147,11 @@ class Rows(nn.Sequential):
             x = module(x)  # type: ignore[misc]
         if self.gives is not None:
             require_tensors(x, self.gives)
+        if self.vectors and x.ndim != 2:
+            raise InputError(
+                f"what actor and value share is to be a vector for each row, and the trunk gave {tuple(x.shape)}, rows "
+                "included: let it end in an nn.Flatten, or take part='actor' and part='value', each by itself"
+            )
         if isinstance(x, tuple):
             return tuple(unfolded(one, batch) for one in x)
         found = unfolded(x, batch)
