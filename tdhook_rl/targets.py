@@ -151,7 +151,8 @@ def margin(key: NestedKey = "logits") -> Target:
 @checked
 def state_value(key: NestedKey = "state_value") -> Target:
     """The estimated value of the state."""
-    return _linear("state_value", _Entry(unravel_key(key), "state_value"))
+    name = "state_value" if key == "state_value" else f"state_value({key!r})"
+    return _linear(name, _Entry(unravel_key(key), "state_value"))
 
 
 @checked

@@ -283,9 +283,7 @@ def _require_sizes(sizes: Sequence[int] | None, kind: Kind, part: Piece) -> None
     if sizes is None:
         return
     if kind != "categorical" or part == "value":
-        raise InputError(
-            f"sizes= is of an actor of kind='categorical', and here kind={kind!r}, part={part!r}"
-        )
+        raise InputError(f"sizes= is of an actor of kind='categorical', and here kind={kind!r}, part={part!r}")
     if not len(sizes) or any(size < 1 for size in sizes):
         raise InputError(f"sizes= says among how many each choice is, at least 1; got {list(sizes)}")
 

@@ -157,8 +157,10 @@ def keys_named(data: TensorDictBase, name: str) -> list[NestedKey]:
     return [key for key in data.keys(True, True) if key_parts(key)[-1] == name]
 
 
-def outputs_named(run: Pass, key: NestedKey, name: str = "") -> list[tuple[NestedKey, Tensor]]:
-    """The outputs that a key means: itself, the nested ones of this name, or those called ``name`` of a group.
+def outputs_named(
+    run: Pass, key: NestedKey, name: str = "", what: str = "the target"
+) -> list[tuple[NestedKey, Tensor]]:
+    """The outputs that a key means to ``what``: itself, nested ones of this name, or those called ``name`` of a group.
 
     Raises:
         TargetError: if there is none.
@@ -173,7 +175,7 @@ def outputs_named(run: Pass, key: NestedKey, name: str = "") -> list[tuple[Neste
     entries = [(one, value) for one in found if isinstance(value := run.outputs.get(one, None), Tensor)]
     if not entries:
         known = [str(k) for k in run.outputs.keys(True, True)]
-        raise TargetError(f"the target reads {key!r}, which the policy does not output; {nearest(key, known)}")
+        raise TargetError(f"{what} reads {key!r}, which the policy does not output; {nearest(key, known)}")
     return entries
 
 

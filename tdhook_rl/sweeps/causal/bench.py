@@ -328,6 +328,24 @@ class Bench:
             if known != ran and not last:
                 raise other_count(name, known, ran)
 
+    def require_apart(self) -> None:
+        """Raise where two sites are, or share, a run of one module, once they were seen.
+
+        Raises:
+            SiteError: names both.
+        """
+        known: dict[tuple[int, int], str] = {}
+        for name, path in self.paths.items():
+            run, times = self._run(name), self.work.times[name]
+            counted = range(times) if name.endswith("@all") else [run + times if run and run < 0 else run or 0]
+            for index in counted:
+                other = known.setdefault((id(self.hooked.get_submodule(path)), index), name)
+                if other != name:
+                    raise SiteError(
+                        f"{other!r} and {name!r} are one run of a module, or share one, which would count twice: name "
+                        "it once"
+                    )
+
     def _run(self, name: str) -> Any:
         tail = name.rpartition("@")
         try:

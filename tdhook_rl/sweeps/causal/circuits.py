@@ -17,7 +17,7 @@ from tdhook_rl.statistics import Interval, grouped_mean
 from tdhook_rl.statistics.cells import shown
 from tdhook_rl.sweeps.causal.attribution import Effects
 from tdhook_rl.sweeps.causal.bench import Bench
-from tdhook_rl.sweeps.causal.components import Components
+from tdhook_rl.sweeps.causal.components import Components, components_of
 from tdhook_rl.sweeps.causal.metrics import Metric
 from tdhook_rl.sweeps.causal.pairs import pairs_of
 from tdhook_rl.sweeps.causal.patch_table import Gap
@@ -58,6 +58,7 @@ class Circuit:
         size, of: how many components it has, of how many.
         curve: the most important components, by size, with random sets beside.
         importance: by site what each component was estimated to keep.
+        widths: by site how many units it had.
         metric: what is kept, in words.
         words: what one has to know.
     """
@@ -72,6 +73,7 @@ class Circuit:
     of: int
     curve: Sequence[CurvePoint]
     importance: Mapping[str, Tensor] = field(repr=False)
+    widths: Mapping[str, int] = field(repr=False)
     metric: str
     words: str = ""
 
@@ -135,6 +137,7 @@ def find_circuit(
 
     Raises:
         InputError: if ``keep`` is no share, or nothing differs between the two runs.
+        SiteError: where two names are of one run of a module.
         TargetError, SiteError, InputError: as of :func:`attribution_patching`.
 
     Example:
@@ -154,6 +157,7 @@ def find_circuit(
         pairs = pairs_of(bench, clean, corrupt, groups)
         search = _Search(Effects(bench, pairs, metric, "noising", parts), pairs.groups, controls, seed)
         importance = search.importance(Effects(bench, pairs, metric, "denoising", parts))
+        bench.require_apart()
         return search.found(importance, keep)
 
 
@@ -180,7 +184,9 @@ def faithfulness(
             unless given.
 
     Raises:
-        InputError: for a component that there is not, or another division than that of the circuit.
+        InputError: for a component that there is not, another division than that of the circuit, or a network that
+            has other numbers of units.
+        SiteError: where two names are of one run of a module.
 
     Example:
         >>> from tensordict import TensorDict
@@ -204,8 +210,22 @@ def faithfulness(
         if isinstance(circuit, Circuit):
             parts = {site: own[site] for site in own if site in bench.sites} | dict(parts or {})
         pairs = pairs_of(bench, clean, corrupt, groups)
+        if isinstance(circuit, Circuit):
+            few = pairs.clean[:2]
+            _require_as_wide(components_of(bench, bench.look(few), few), circuit)
         search = _Search(Effects(bench, pairs, metric, "noising", parts).look(), pairs.groups, 0, 0)
+        bench.require_apart()
         return search.interval(search.effects.measured(~_as_row(search.effects.components, chosen)[None]))
+
+
+def _require_as_wide(components: Components, circuit: Circuit) -> None:
+    for site, units in components.units.items():
+        if circuit.widths.get(site, units) != units:
+            raise InputError(
+                f"the circuit was found among {circuit.widths[site]} units of {site!r}, and this network has {units} "
+                "there, so that its numbers are of other units: find the circuit of this network, or give the numbers "
+                "that are meant as {site: numbers}"
+            )
 
 
 def _as_row(components: Components, chosen: Mapping[str, Sequence[int]]) -> Tensor:
@@ -298,6 +318,7 @@ class _Search:
             faithfulness=own, random=random, without=without, nothing=nothing, size=size, of=count, curve=curve,
             beyond=float((values >= own.estimate).double().mean()) if len(values) else math.nan,
             importance={site: one.clone() for site, one in components.split(importance).items()},
+            widths=dict(components.units),
             metric=self.effects.metric, words="; ".join(one for one in words if one),
         )  # fmt: skip
 

@@ -16,7 +16,14 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from tdhook_rl.arguments.callbacks import asked
-from tdhook_rl.calls.decisions import action_of, critic_keys, drawn_decisions, keys_named, undrawn_keys
+from tdhook_rl.calls.decisions import (
+    action_of,
+    critic_keys,
+    drawn_decisions,
+    keys_named,
+    outputs_named,
+    undrawn_keys,
+)
 from tdhook_rl.calls.passes import Pass
 from tdhook_rl.errors import InputError
 from tdhook_rl.replaying.batching import row_vectors
@@ -75,8 +82,7 @@ class Reading:
         if callable(metric):
             name = getattr(metric, "__name__", type(metric).__name__)
             return lambda run, copies: asked(metric, run.outputs, what=f"metric= ({name})", reads_only=True), name
-        target = state_value(metric)
-        return lambda run, copies: target(_deciding(run, self._clean, copies)), f"{metric}"
+        return lambda run, copies: _entry(run, metric), f"{metric}"
 
     def _contrast(self) -> tuple[Callable[[Pass, int], Tensor], str]:
         """How much more the policy is for what it does in the clean run than for what it does in the corrupt one."""
@@ -123,6 +129,25 @@ class Reading:
             return torch.stack(terms).sum(0)
 
         return moved, "component of the action along the difference of the two runs'"
+
+
+def _entry(run: Pass, key: NestedKey) -> Tensor:
+    """An output as one number for each row: the sum of its features, and of several of this name.
+
+    Raises:
+        TargetError: if there is none.
+        InputError: if it consists of anything but real numbers.
+    """
+    batch, what, terms = run.outputs.batch_size, f"metric={key!r}", []
+    for one, value in outputs_named(run, key, what=what):
+        if not value.is_floating_point():
+            raise InputError(
+                f"{what} is {value.dtype}, of which sums and differences say little: leave metric= out for what the "
+                "policy decides, name what it decides by, such as its logits, or give a function that makes a number "
+                f"of it, such as lambda outputs: outputs[{one!r}] == 1"
+            )
+        terms.append(per_row(value, batch, what))
+    return torch.stack(terms).sum(0)
 
 
 def greedy_actions(run: Pass) -> dict[NestedKey, Tensor]:

@@ -50,6 +50,7 @@ def patch_paths(
 
     Raises:
         InputError: if a site is held that sends or receives, or sends to itself.
+        SiteError: where two names are of one run of a module.
         SiteError, InputError: as of :func:`patch_sites`.
 
     Example:
@@ -86,6 +87,7 @@ def _patched(
     words = ""
     for some in pairs.parts(bench.rows_at_once(pairs.clean)):
         looks = bench.look(some.clean), bench.look(some.corrupt)
+        bench.require_apart()
         reading = Reading(metric, looks[0].result, looks[1].result, some.actions)
         words = reading.words
         base, source = base_and_source(way, *looks)
