@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase, SerialEnv
 
+from tdhook_rl import SteeringVectors
+from tdhook_rl.rollout import alike_episodes
 from tdhook_rl.sweeps import SteeringVector, steering_sweep
 from tdhook_rl.sweeps.causal.returns import returns_of
 
@@ -132,3 +134,7 @@ def test_every_agent_ends_for_itself(afterwards: str, place: str) -> None:
     summed = 2 * right["return/walkers"] + right["return/birds"]
     options = {"episodes": 4, "max_steps": STEPS, "seed": 0}
     torch.testing.assert_close(returns_of(policy(), make(), **options), summed, rtol=1e-5, atol=1e-5)
+    with SteeringVectors(vector, alpha=0.5).prepare(policy()) as hooked:
+        played = alike_episodes(hooked, make(), episodes=4, max_steps=STEPS)
+    assert [len(one) for one in played] == by_hand(make(), 0.5, seeds)["length"].tolist()
+    assert min(map(len, played)) < STEPS

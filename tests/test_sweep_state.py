@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs import (
     CatFrames,
     EnvBase,
+    ObservationNorm,
     ParallelEnv,
     SerialEnv,
     TimeMaxPool,
@@ -27,8 +30,10 @@ from torchrl.envs import (
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from tdhook_rl import SteeringVectors
+from tdhook_rl.errors import InputError
+from tdhook_rl.replaying.environment_state import same_state
 from tdhook_rl.rollout import alike_episodes
-from tdhook_rl.sweeps import SteeringVector, ablate_units, steering_sweep
+from tdhook_rl.sweeps import SteeringVector, SweepResult, ablate_units, steering_sweep
 
 STEPS, EPISODES = 7, 3
 
@@ -206,13 +211,93 @@ def counted() -> EnvBase:
 
 @pytest.mark.filterwarnings("ignore:.*did not end")
 def test_statistics_in_worker_processes() -> None:
+    """As in the very same environment in this process, and left as they were."""
     vector = SteeringVector(vector=2 * torch.ones(16), path="module.0")
-    env = ParallelEnv(2, counted, mp_start_method="fork")
-    try:
-        found = steering_sweep(actor(4), env, vector, alphas=[1.0], controls=0, episodes=4, max_steps=STEPS)
-        assert found.paired
-    finally:
-        env.close()
+    values = []
+    for kind, options in ((SerialEnv, {}), (ParallelEnv, {"mp_start_method": "fork"})):
+        env = kind(2, counted, **options)
+        try:
+            torch.manual_seed(1)
+            env.set_seed(1)
+            env.rollout(4, break_when_any_done=False)
+            before = copy.deepcopy(env.state_dict())
+            found = steering_sweep(actor(4), env, vector, alphas=[1.0], controls=0, episodes=4, max_steps=STEPS)
+            assert found.paired
+            torch.testing.assert_close(dict(env.state_dict()), dict(before), rtol=0, atol=0)
+            values.append(found.values["return"])
+        finally:
+            env.close()
+    torch.testing.assert_close(values[0], values[1])
+
+
+def test_workers_that_were_never_asked_for_anything() -> None:
+    for transform in ("VecNormV2", "CatFrames"):
+        env = ParallelEnv(1, partial(PLACES["of one"], TRANSFORMS[transform]), mp_start_method="fork")
+        try:
+            with same_state(env) as put_back:
+                before = copy.deepcopy(env.state_dict())
+                env.rollout(3)
+                put_back()
+                torch.testing.assert_close(dict(env.state_dict()), dict(before), rtol=0, atol=0)
+        finally:
+            env.close()
+
+
+def _observed() -> Transform:
+    return ObservationNorm(0.0, 1.0, in_keys=["observation"])
+
+
+@pytest.mark.filterwarnings("ignore:.*did not end")
+@pytest.mark.parametrize(
+    ("transform", "place"),
+    [*((one, "of one") for one in (*TRANSFORMS, "ObservationNorm", "frozen")), ("VecNormV2", "over workers"),
+     ("VecNormV2", "in workers"), ("CatFrames", "in workers")],
+)  # fmt: skip
+def test_a_sweep_goes_on_from_what_was_held(transform: str, place: str, tmp_path: Path) -> None:
+    """What a reset begins anew may differ; statistics may not, also those that play moves no more."""
+    make = {**TRANSFORMS, "ObservationNorm": _observed, "frozen": TRANSFORMS["VecNormV2"]}[transform]
+
+    def made(steps: int) -> EnvBase:
+        env = PLACES[place](make)
+        torch.manual_seed(1)
+        env.set_seed(1)
+        env.rollout(steps, break_when_any_done=False)
+        for one in transforms(env):
+            if transform == "frozen":
+                one.freeze()
+            if transform == "ObservationNorm":
+                one.scale.fill_(float(steps))
+        return env
+
+    def play(env: EnvBase, stops: int = 0) -> SweepResult:
+        def stop(done: int, of: int) -> None:
+            if done == stops:
+                raise KeyboardInterrupt
+
+        return steering_sweep(
+            policy, env, vector, alphas=[1.0], controls=1, episodes=2, max_steps=3, progress=stop, folder=folder
+        )
+
+    folder: Path | None = None
+    policy = actor(made(1).reset()["observation"].shape[-1])
+    vector = SteeringVector(vector=2 * torch.ones(16), path="module.0")
+    whole = play(made(2))
+    folder = tmp_path
+    with pytest.raises(KeyboardInterrupt):
+        play(made(2), stops=2)
+    said = "another environment" if transform == "ObservationNorm" else "as they were when the sweep began"
+    if transform in (*MOVING, "ObservationNorm", "frozen"):
+        with pytest.raises(InputError, match=said):
+            play(made(5))
+    elif transform != "TrajCounter":  # whose count a reset moves on
+        torch.testing.assert_close(play(made(5)).values, whole.values, rtol=0, atol=0)
+    torch.testing.assert_close(play(made(2)).values, whole.values, rtol=0, atol=0)
+
+
+def transforms(env: EnvBase) -> list[Any]:
+    if isinstance(env, SerialEnv):
+        return [one for inner in env._envs for one in transforms(inner)]
+    return [env.transform, *transforms(env.base_env)] if isinstance(env, TransformedEnv) else []
 
 
 @pytest.mark.filterwarnings("ignore:.*did not end")

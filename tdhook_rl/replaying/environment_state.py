@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchrl.envs import EnvBase, ParallelEnv, TransformedEnv
 from torchrl.envs.transforms import Compose, Transform, VecGymEnvTransform
 
+from tdhook_rl.files.digests import digest_of
 from tdhook_rl.internals.torchrl_names import forget_last_step, lower_done_flags
 from tdhook_rl.policies.memory import same_values
 
@@ -27,7 +28,9 @@ def same_state(env: EnvBase, policy: nn.Module | None = None) -> Iterator[Callab
 
     Put back are the state dicts of an environment's transforms and workers, and the buffers of a policy; what is in
     neither stays as it is. An environment of which something has no state before its first reset is seeded and reset
-    once. Vectors of Gymnasium environments forget their last step, for which they would take the next reset.
+    once; so is a ``ParallelEnv`` that shows nothing but zeros yet, because a worker that was never reset cannot be
+    asked for its state. Vectors of Gymnasium environments forget their last step, for which they would take the next
+    reset.
 
     Args:
         env: the environment.
@@ -69,12 +72,60 @@ def same_state(env: EnvBase, policy: nn.Module | None = None) -> Iterator[Callab
         put_back()
 
 
+def state_digest(env: EnvBase, put_back: Callable[[], None], seed: int) -> str:
+    """A digest of what :func:`same_state` puts back: what a reset begins anew as it begins it, all else as it is.
+
+    Args:
+        env: the environment, inside ``same_state``, which is left as at its beginning.
+        put_back: of it.
+        seed: of the resets.
+
+    Returns:
+        nothing where the environment holds nothing.
+    """
+    put_back()
+    before = _numbers_of(env)
+    if not before:
+        return ""
+    resets = []
+    with torch.random.fork_rng():
+        for _ in range(2):
+            torch.manual_seed(seed)
+            _seed(env, seed % (1 << 31))
+            env.reset()
+            resets.append(_numbers_of(env))
+    put_back()
+    first, second = resets
+    begun = {name for name, one in first.items() if name in second and same_values(one, second[name])}
+    return digest_of((name, first[name] if name in begun else one) for name, one in before.items())
+
+
+def _numbers_of(env: EnvBase) -> dict[str, Tensor]:
+    """All that is held, by name; what is no tensor as the bytes of its text."""
+    found: dict[str, Tensor] = {}
+    for number, holder in enumerate(_holders(env)):
+        for name, value in _named_leaves(_state_of(holder), str(number)):
+            if isinstance(value, Tensor):
+                found[name] = value.detach().clone()
+            elif isinstance(value, bool | int | float | str):
+                found[name] = torch.tensor(list(repr(value).encode()), dtype=torch.uint8)
+    return found
+
+
+def _named_leaves(state: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(state, Mapping):
+        for key, value in state.items():
+            yield from _named_leaves(value, f"{name} {key}")
+    elif state is not None:
+        yield name, state
+
+
 def _reset_what_is_new(env: EnvBase) -> None:
     """By a seed, so that the state it begins with is the same wherever the same is played."""
     inside = _holders(env)[-1]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        if isinstance(inside, ParallelEnv):
+        if isinstance(inside, ParallelEnv) and not _were_reset(inside):
             _seed(inside)
             inside.reset()  # a worker that is asked before would end
         if any(_state_of(one) is None for one in _holders(env)):
@@ -82,9 +133,21 @@ def _reset_what_is_new(env: EnvBase) -> None:
             env.reset()
 
 
-def _seed(env: EnvBase) -> None:
+def _were_reset(env: ParallelEnv) -> bool:
+    """Whether workers surely were: what they share with this process is no longer as it was made."""
+    shared = None if env.is_closed else getattr(env, "shared_tensordict_parent", None)
+    if shared is None:
+        return False
+    made = env.fake_tensordict()
+    return any(
+        isinstance(value, Tensor) and isinstance(made.get(key, None), Tensor) and not torch.equal(value, made[key])
+        for key, value in shared.items(True, True)
+    )
+
+
+def _seed(env: EnvBase, seed: int = 0) -> None:
     with contextlib.suppress(Exception):  # whatever an environment of others raises that has no seed
-        env.set_seed(0)
+        env.set_seed(seed)
 
 
 def _holders(env: EnvBase) -> list[Any]:

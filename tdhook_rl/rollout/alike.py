@@ -11,6 +11,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from tdhook_rl.arguments.checked import checked, require_counts
 from tdhook_rl.calls.preconditions import require_hooked
+from tdhook_rl.replaying.ends import ended, first_steps
 from tdhook_rl.replaying.environment_state import same_state
 
 
@@ -39,7 +40,7 @@ def alike_episodes(
         deterministic: whether the likeliest action is taken rather than drawn.
 
     Returns:
-        a TensorDict of shape ``(time,)`` for each episode.
+        a TensorDict of shape ``(time,)`` for each episode. Where only agents end, it lasts until all have ended once.
 
     Raises:
         InputError: for less than one episode or step.
@@ -63,16 +64,11 @@ def alike_episodes(
             put_back()
             torch.manual_seed(turn)
             env.set_seed(turn)
-            alone = env.batch_size.numel() == 1
+            # Where agents end each for itself, the others go on.
+            alone = env.batch_size.numel() == 1 and "done" in env.done_keys
             data = env.rollout(max_steps, policy, break_when_any_done=alone).detach()
             rows = data.reshape(-1, data.shape[-1])
-            found += [_first_episode(row) for row in rows[: episodes - len(found)]]
+            lengths = first_steps(ended(rows, env)).sum(-1).tolist()
+            found += [row[:length] for row, length in zip(rows, lengths, strict=True)][: episodes - len(found)]
             turn += 1
     return [policy.annotate(one) for one in found]
-
-
-def _first_episode(row: TensorDictBase) -> TensorDictBase:
-    """The steps of a row up to its first end."""
-    done = row.get(("next", "done"), None)
-    ends = [] if done is None else done.reshape(len(row), -1).any(-1).nonzero().flatten().tolist()
-    return row[: ends[0] + 1] if ends else row

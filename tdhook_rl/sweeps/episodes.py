@@ -15,8 +15,8 @@ from torchrl.envs.batched_envs import BatchedEnvBase
 
 from tdhook_rl.arguments.callbacks import asked
 from tdhook_rl.errors import InputError, TdhookError
+from tdhook_rl.replaying.ends import before_end, ended, first_steps, own_rewards
 from tdhook_rl.sweeps.conditions import Place
-from tdhook_rl.sweeps.ends import before_end, ended, first_steps, own_rewards
 from tdhook_rl.sweeps.shared_draws import SharedDraws
 
 #: The root of what the steered policy reads of each row.

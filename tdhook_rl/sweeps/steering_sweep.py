@@ -17,7 +17,7 @@ from tdhook_rl.arguments.progress import Progress, shown
 from tdhook_rl.errors import InputError, MissingKeyError, TdhookError, nearest, warn
 from tdhook_rl.files.functions import in_words
 from tdhook_rl.latent import SteeringVectors
-from tdhook_rl.replaying.environment_state import same_state
+from tdhook_rl.replaying.environment_state import same_state, state_digest
 from tdhook_rl.sweeps.conditions import (
     BASELINE,
     REPEATED,
@@ -82,12 +82,13 @@ def steering_sweep(
         sign: for each start state +1 or -1, where the direction that is wanted depends on the state.
         when: where it acts, as of :class:`~tdhook_rl.latent.SteeringVectors`.
         seed: of the starts, the noise and the random vectors.
-        folder: where the result is kept as it grows; the same call goes on from there.
+        folder: where the result is kept as it grows; the same call goes on from there, if the environment holds the
+            same statistics as when it began.
         progress: a function of what is done and all, ``True`` for a bar, ``False`` for nothing.
 
     Raises:
         InputError: for no episodes, no strength but 0, NaN, a vector that does not fit, outcomes of a wrong shape, or
-            a folder with another sweep.
+            a folder with another sweep, or with one that began with other statistics in the environment.
         MissingKeyError: if the policy reads what the environment does not write.
 
     Warns:
@@ -128,6 +129,7 @@ def steering_sweep(
             "environment": repr(made)[:200], "env": "" if isinstance(env, EnvBase) else in_words(env),
             "sign": in_words(sign), "when": in_words(when),
             "measured": measured.described(in_words),
+            "environment_state": "" if folder is None else state_digest(made, put_back, seed),
             "vectors": {name: {"places": [str(place) for place in one.places], "norm": one.norm}
                         for name, one in directions.items()},
         }  # fmt: skip

@@ -23,6 +23,11 @@ KIND = "steering_sweep"
 FILE = "sweep"
 #: Seconds between two writes while conditions are played.
 BETWEEN = 5.0
+#: What else to do where the sweep in a folder has another fact.
+_REMEDIES = {
+    "environment_state": ", with the transforms and workers of env= (running statistics, counters, buffers) as they "
+    "were when the sweep began, by their load_state_dict",
+}
 #: Beside the outcomes: whether an episode was cut at the longest that it may last.
 UNFINISHED = "unfinished"
 
@@ -125,7 +130,7 @@ class Kept:
             if facts.get(name) != asked:
                 raise InputError(
                     f"{self._path.parent} holds a sweep with another {name} ({facts.get(name)!r:.80}, asked "
-                    f"{asked!r:.80}): give another folder=, or ask for the same"
+                    f"{asked!r:.80}): give another folder=, or ask for the same{_REMEDIES.get(name, '')}"
                 )
         for said in untold_in(self._facts):
             warn(f"{self._path.parent} holds a sweep that goes on as the same: {said}")

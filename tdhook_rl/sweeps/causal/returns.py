@@ -10,9 +10,9 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from tdhook_rl.replaying.ends import ended, first_steps, own_rewards
 from tdhook_rl.replaying.environment_state import same_state
 from tdhook_rl.sweeps.causal.edits import PutUnits
-from tdhook_rl.sweeps.ends import ended, first_steps, own_rewards
 
 
 class Held(PutUnits):
