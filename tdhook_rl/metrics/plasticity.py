@@ -207,4 +207,6 @@ def _checked(activations: Tensor) -> Tensor:
         )
     if not bool(torch.isfinite(activations).all()):
         raise InputError("activations hold NaN or infinite entries: leave these rows out")
-    return activations.detach().double()
+    found = activations.detach().double()
+    # Sums of the largest would be infinite; nothing here depends on scale, and a power of two rounds nothing.
+    return torch.ldexp(found, -torch.frexp(found.abs().max()).exponent) if found.numel() else found

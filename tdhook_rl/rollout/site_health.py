@@ -81,7 +81,7 @@ class SiteHealth:
             "effective_rank": float(spectrum.effective_rank(self._delta)),
             "entropy_rank": spectrum.entropy_rank(),
             "stable_rank": spectrum.stable_rank(),
-            "norm": float(activations.flatten(1).norm(dim=-1).mean()),
+            "norm": float(activations.double().flatten(1).norm(dim=-1).mean()),
             "cka_first": _similarity(first, seen, groups),
             "cka_last": float("nan") if last is None else _similarity(last, seen, groups),
         }

@@ -139,7 +139,7 @@ def probability_of_improvement(
         0.889
     """
     check_confidence(confidence)
-    before, after = array(first, "values"), array(second, "values")
+    before, after = (array(one, "values", largest=np.inf) for one in (first, second))  # compared, never squared
     if not len(before) or not len(after):
         raise InputError(f"there is nothing to compare: {len(before)} and {len(after)} rows")
     if paired:

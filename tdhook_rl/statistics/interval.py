@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tdhook_rl.errors import InputError
 
+#: Of larger numbers the third powers, which limits are made of, are none in float64.
+LARGEST = 1e100
 #: Below so many groups nothing is resampled: a t interval by group, or none.
 FEW_GROUPS = 10
 #: Why an estimate has no limits, where all of it is of one group.
@@ -195,15 +197,17 @@ def real_numbers(values: Any, name: str) -> np.ndarray:
     raise InputError(f"{name} are real numbers, got {' '.join(repr(values).split()):.80}")
 
 
-def array(values: Any, name: str) -> np.ndarray:
+def array(values: Any, name: str, largest: float = LARGEST) -> np.ndarray:
     """One-dimensional float64 numbers.
 
     Raises:
-        InputError: for anything else, or NaN.
+        InputError: for anything else, NaN, or numbers whose limits would be none.
     """
     found = real_numbers(values, name).reshape(-1)
     if not np.isfinite(found).all():
         raise InputError(f"{name} hold NaN or infinite values: leave these rows out, and say how many")
+    if len(found) and (reached := np.abs(found).max()) > largest:
+        raise InputError(f"{name} reach {reached:.3g}, whose powers float64 does not hold: divide them first")
     return found
 
 

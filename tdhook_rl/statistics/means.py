@@ -146,7 +146,7 @@ def unpaired_difference(first: Any, second: Any, *, confidence: float = 0.95) ->
     variance = float(sum(parts))
     if variance <= 0:
         return replace(limits(estimate, 0.0, freedom=1, words="all rows are alike", **shape), p=float(estimate == 0))
-    freedom = variance**2 / sum(part**2 / (len(one) - 1) for part, one in zip(parts, samples, strict=True))
+    freedom = 1 / sum((part / variance) ** 2 / (len(one) - 1) for part, one in zip(parts, samples, strict=True))
     p = float(2 * stats.t.sf(abs(estimate) / math.sqrt(variance), freedom))
     return replace(limits(estimate, variance, freedom=freedom, **shape), p=p)
 

@@ -59,7 +59,8 @@ def read_points(data: TensorDictBase, key: NestedKey, *, rows: int) -> Tensor:
     # Squares of entries beyond 1e19 or below 1e-19 leave the range of float32; a power of two rounds nothing.
     exponent = torch.frexp(points.detach().abs().amax((-2, -1), keepdim=True)).exponent
     # Not ldexp(points, ...): with an integer exponent its gradient is rounded to an integer (torch 2.13).
-    return points * torch.ldexp(torch.ones_like(exponent, dtype=points.dtype), -exponent.clamp(-120, 120))
+    most = 120 if points.dtype == torch.float32 else 1020
+    return points * torch.ldexp(torch.ones_like(exponent, dtype=points.dtype), -exponent.clamp(-most, most))
 
 
 def write_results(data: TensorDictBase, results: Mapping[NestedKey, Tensor]) -> TensorDictBase:

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
+from tdhook_rl.latent.probing.moments import require_size
 from tdhook_rl.latent.probing.scaling import Scale
 
 _FACTORS = ("left", "right")
+#: Sums of squares of larger numbers are none in float64.
+LARGEST_SQUARED = 1e150
 
 
 class TorchEstimator:
@@ -92,7 +95,7 @@ class TorchEstimator:
             y: ``(rows,)``: class numbers, or values in a regression.
 
         Raises:
-            InputError: for shapes or labels that do not fit.
+            InputError: for shapes or labels that do not fit, or numbers whose squares float64 does not hold.
         """
         if y is None and len(Xs) == len(self.widths) + 1:
             *Xs, y = Xs  # type: ignore[assignment]
@@ -190,6 +193,8 @@ class TorchEstimator:
                 f"{type(self).__name__} takes {len(widths)} input(s) of shape (rows, features) with features "
                 f"{['any' if width is None else width for width in widths]}, got {[tuple(x.shape) for x in Xs]}"
             )
+        for x in Xs:
+            require_size(x, "inputs", LARGEST_SQUARED)
         dtype = torch.float64 if all(x.dtype == torch.float64 for x in Xs) else torch.float32
         device = Xs[0].device if self.device is None else torch.device(self.device)
         return [x.detach().to(device, dtype, copy=True) for x in Xs]
@@ -199,6 +204,7 @@ class TorchEstimator:
             raise InputError(f"labels of shape {tuple(y.shape)} do not fit inputs of {rows} rows")
         y = y.detach().clone()
         if self.num_classes is None:
+            require_size(y, "values", LARGEST_SQUARED)
             return y
         if y.is_floating_point() and not torch.equal(y, y.round()):
             raise InputError(f"{type(self).__name__} with num_classes fits class numbers, got fractions ({y.dtype})")

@@ -16,6 +16,10 @@ M = TypeVar("M", bound="Moments")
 
 #: Rows that are held in float64 at once.
 BLOCK = 2048
+#: What weights are kept in, which are numbers over features: larger features would leave none of them.
+LARGEST = torch.finfo(torch.float32).max
+#: A feature that varies by less counts as constant: its weight would be infinite.
+SMALLEST = 1e-36
 
 
 class Moments:
@@ -67,7 +71,7 @@ class Moments:
         """``(rows, features)`` on the CPU.
 
         Raises:
-            InputError: for another shape, or NaN.
+            InputError: for another shape, NaN, or features that are too large.
         """
         if features.numel() != rows * self.width:
             raise InputError(
@@ -77,6 +81,7 @@ class Moments:
         found = features.detach().reshape(rows, self.width).cpu()
         if not surely_finite(found) and not bool(torch.isfinite(found).all()):
             raise InputError("features hold NaN or infinite values; drop those rows first")
+        require_size(found, "features")
         return found
 
     def _blocks(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -109,11 +114,27 @@ class Moments:
         return spread_of(mean, variance, self.shift, self.resolution)
 
 
+def require_size(values: Tensor, what: str, largest: float = LARGEST) -> None:
+    """Refuse numbers that are too large to be fitted to; what is not finite is another's to refuse.
+
+    Raises:
+        InputError: that says how large they are.
+    """
+    if values.dtype != torch.float64 or not values.numel():
+        return
+    sizes = torch.nan_to_num(values.detach().abs(), nan=0.0, posinf=0.0)
+    if (found := float(sizes.max())) > largest:
+        raise InputError(
+            f"{what} reach {found:.3g}, and what is fitted here holds up to {largest:.3g}: divide them by a number of "
+            "that size first, or leave those rows out"
+        )
+
+
 def spread_of(mean: Tensor, variance: Tensor, shift: Tensor, resolution: float) -> Tensor:
     """The spread of each feature, infinite where it is constant up to rounding; the mean is about the shift."""
     spread = variance.clamp_min(0).sqrt()
     rounding = 0.5 * resolution * (mean + shift).abs()
-    live = spread > rounding.clamp_min(torch.finfo(torch.float64).tiny)
+    live = spread > rounding.clamp_min(SMALLEST)
     return torch.where(live, spread, torch.inf)
 
 
@@ -184,6 +205,14 @@ def raw_bias(weight: Tensor, centre: Tensor, at_centre: Tensor) -> tuple[Tensor,
         weight: ``(*sources, outputs, features)``.
         centre: ``(*sources, features)``.
         at_centre: ``(*sources, outputs)``, the scores there.
+
+    Raises:
+        InputError: for weights that float32 does not hold.
     """
     stored = weight.float()
+    if not surely_finite(stored) and bool((stored.isinf() & weight.isfinite()).any()):
+        raise InputError(
+            f"the weights of a probe are as large as {float(weight.abs().max()):.3g}, which float32 does not hold: "
+            "features vary too little, or the numbers to predict too much; scale them first"
+        )
     return stored, at_centre - (stored.double() @ centre[..., None]).squeeze(-1)

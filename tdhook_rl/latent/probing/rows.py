@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.latent.probing.held_out import Grouped
+from tdhook_rl.latent.probing.moments import require_size
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,14 @@ class Rows:
 
 
 def usable_rows(features: Sequence[Tensor], labels: Tensor) -> Tensor | None:
-    """Which rows of each source are finite, and their labels: ``(sources, rows)``; ``None`` if all are."""
+    """Which rows of each source are finite, and their labels: ``(sources, rows)``; ``None`` if all are.
+
+    Raises:
+        InputError: for features or labels that are too large.
+    """
+    for one in features:
+        require_size(one, "features")
+    require_size(labels, "labels")
     finite = [_finite_rows(one) for one in features]
     of_labels = _finite_rows(labels)
     if all(one is None for one in (*finite, of_labels)):

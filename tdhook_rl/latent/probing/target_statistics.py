@@ -12,7 +12,7 @@ from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.probing.class_statistics import NEVER, RIDGE, check_solve, usual_penalty
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
-from tdhook_rl.latent.probing.moments import Moments, raw_bias, ridge_weights, solve_symmetric
+from tdhook_rl.latent.probing.moments import Moments, raw_bias, require_size, ridge_weights, solve_symmetric
 
 
 class TargetStatistics(Moments):
@@ -79,13 +79,14 @@ class TargetStatistics(Moments):
         """The targets, ``(rows, targets)``, float64 on the CPU.
 
         Raises:
-            InputError: for another shape, labels other than 0 and 1, NaN.
+            InputError: for another shape, labels other than 0 and 1, NaN, or targets that are too large.
         """
         if targets.ndim != 2 or targets.shape[1] != len(self.of_targets):
             raise InputError(f"targets are (rows, {len(self.of_targets)}), got {tuple(targets.shape)}")
         values = targets.detach().cpu().double()
         if not bool(torch.isfinite(values).all()):
             raise InputError("targets hold NaN or infinite values; drop those rows first")
+        require_size(values, "targets")
         if self.labels and not bool(((values == 0) | (values == 1)).all()):
             raise InputError(f"labels are 0 or 1 in each column, got {values.min():g} to {values.max():g}")
         return values

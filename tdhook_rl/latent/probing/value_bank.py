@@ -147,7 +147,9 @@ class ValueBank(StackedMoments):
         tried = torch.tensor(PENALTIES, dtype=torch.float64)
         first, second = halves
         found = first.error(second, tried) + second.error(first, tried)  # (penalties, sources, numbers)
-        good = found <= found.amin(0) * (1 + 1e-4)
+        # What errs by rounding alone does as well as any: the least error may come out below 0.
+        rounding = 1e-12 * (first.variance + second.variance)
+        good = found <= found.amin(0).clamp_min(0) * (1 + 1e-4) + rounding
         largest = len(tried) - 1 - good.flip(0).long().argmax(0)
         return torch.where(torch.isfinite(found).all(0) & enough[:, None], tried[largest], chosen)
 
