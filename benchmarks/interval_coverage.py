@@ -1,6 +1,6 @@
 """How often the intervals of ``tdhook_rl.statistics`` hold the true value, for 2 to 200 groups.
 
-``python benchmarks/interval_coverage.py`` prints a table; the nominal rate is .95. The last column is the percentile
+``python -m benchmarks.interval_coverage`` prints a table; the nominal rate is .95. The last column is the percentile
 bootstrap of rows, which takes the rows of an episode for independent, for comparison.
 """
 
@@ -35,6 +35,22 @@ def skewed_mean(draws: np.random.Generator, groups: int) -> statistics.Interval:
     return statistics.grouped_mean(draws.exponential(size=groups) - 1)
 
 
+def lognormal_mean(draws: np.random.Generator, groups: int) -> statistics.Interval:
+    """One lognormal return for each group; the truth, taken off, is its mean. The words say where it covers little."""
+    return statistics.grouped_mean(np.exp(draws.normal(size=groups)) - np.exp(0.5))
+
+
+def rare_mean(draws: np.random.Generator, groups: int) -> statistics.Interval:
+    """One hit or none for each group, at a rate of .1, without bounds; the truth, taken off, is .1."""
+    return _shifted(statistics.grouped_mean((draws.random(groups) < 0.1).astype(float)), 0.1)
+
+
+def ratio(draws: np.random.Generator, groups: int) -> statistics.Interval:
+    """What part of lognormal weights values near .5 are; the truth, taken off, is .5."""
+    weights = np.exp(draws.normal(size=groups))
+    return _shifted(statistics.ratio_of_means(weights * (0.5 + 0.3 * draws.normal(size=groups)), weights), 0.5)
+
+
 def share(draws: np.random.Generator, groups: int) -> statistics.Interval:
     """Hits at a rate of .9 that differs between episodes of unequal length; the truth, taken off, is .9."""
     numbers = np.repeat(np.arange(groups), _lengths(draws, groups))
@@ -53,6 +69,12 @@ def interquartile(draws: np.random.Generator, groups: int) -> statistics.Interva
     return statistics.iqm(draws.standard_t(2, groups))
 
 
+def skewed_interquartile(draws: np.random.Generator, groups: int) -> statistics.Interval:
+    """The interquartile mean of lognormal returns; the truth, taken off, is 1.065."""
+    ends = stats.norm.cdf(stats.norm.ppf([0.25, 0.75]) - 1)
+    return _shifted(statistics.iqm(np.exp(draws.normal(size=groups))), 2 * np.exp(0.5) * (ends[1] - ends[0]))
+
+
 def improvement(draws: np.random.Generator, groups: int) -> statistics.Interval:
     """Two normal samples a standard deviation apart, that many groups each; the truth, taken off, is .760."""
     first, second = draws.normal(size=groups), draws.normal(size=groups) + 1
@@ -68,12 +90,16 @@ def _classified(
     return labels, 2 * labels - 1 + 0.6 * draws.normal(size=(groups, 1)) + 0.8 * draws.normal(size=(groups, 20))
 
 
-def _balanced(prevalence: float, by_episode: bool = True) -> Draw:
+def _balanced(prevalence: float, by_episode: bool = True, longest: int = 0) -> Draw:
     def draw(draws: np.random.Generator, groups: int) -> statistics.Interval:
         labels, scores = _classified(draws, groups, prevalence, by_episode)
         rows = np.stack([~labels, labels], -1)
         right = rows & ((scores > 0) == labels)[..., None]
-        return _shifted(statistics.balanced_accuracy(right.sum(1), rows.sum(1)), stats.norm.cdf(1.0))
+        weights = np.ones((groups, 1))
+        weights[0] += longest * groups
+        return _shifted(
+            statistics.balanced_accuracy(right.sum(1) * weights, rows.sum(1) * weights), stats.norm.cdf(1.0)
+        )
 
     return draw
 
@@ -102,13 +128,18 @@ def explained(draws: np.random.Generator, groups: int) -> statistics.Interval:
 CASES: dict[str, Draw] = {
     "mean": normal_mean,
     "mean, skewed": skewed_mean,
+    "mean, lognormal": lognormal_mean,
+    "mean, hits at .1": rare_mean,
     "share of .9": share,
+    "share of lognormal weights": ratio,
     "paired difference": paired,
     "interquartile mean": interquartile,
+    "interquartile mean, lognormal": skewed_interquartile,
     "improvement": improvement,
     "balanced accuracy": _balanced(0.5, by_episode=False),
     "balanced accuracy, concept of the episode": _balanced(0.5),
     "balanced accuracy, 10% of episodes": _balanced(0.1),
+    "balanced accuracy, one episode of most rows": _balanced(0.5, longest=4),
     "area under the curve": _area(0.5, by_episode=False),
     "area, concept of the episode": _area(0.5),
     "area, 10% of episodes": _area(0.1),

@@ -9,7 +9,7 @@ from scipy import stats
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from tdhook_rl.metrics import entropy_rank, stable_rank
+from tdhook_rl.metrics import effective_rank, entropy_rank, stable_rank
 from tdhook_rl.rollout import NetworkDiagnostics
 from tdhook_rl.rollout.rank_spread import rank_intervals
 from tdhook_rl.statistics import grouped_mean
@@ -35,13 +35,37 @@ def test_they_are_from_what_is_left_without_each_group(groups: Tensor) -> None:
         assert (one.groups, one.rows) == (count, 48)
     norm = grouped_mean(features.norm(dim=-1), groups)
     assert (found["norm"].low, found["norm"].high) == (norm.low, norm.high)
-    assert not rank_intervals(features, torch.zeros(48))["stable_rank"].known
+    alone = rank_intervals(features, torch.zeros(48))
+    assert not alone["stable_rank"].known
+    assert "one group only" in alone["effective_rank"].words
+
+
+@pytest.mark.parametrize("delta", [0.01, 0.1, 0.3])
+@pytest.mark.parametrize("groups", [torch.arange(48) // 4, torch.arange(48) % 5])
+def test_an_effective_rank_holds_the_numbers_of_values_that_may_be_enough(groups: Tensor, delta: float) -> None:
+    """A number is too few, or enough, where what is left over without so many values says so by a t test."""
+    features, count = layer(12, 4, 0.5, 0), len(groups.unique())
+    parts = [features, *(features[groups != group] for group in range(count))]
+    values = [np.linalg.svd(one.numpy(), compute_uv=False) for one in parts]
+    may_be = [effective_rank(features, delta)]
+    for rank in range(1, 25):
+        whole, *left = (np.arcsin(np.sqrt(max(1 - one[:rank].sum() / one.sum(), 0.0))) for one in values)
+        reach = stats.t.ppf(0.975, count - 1) * np.sqrt((count - 1) / count * np.square(left - np.mean(left)).sum())
+        if whole - reach <= np.arcsin(np.sqrt(delta)):
+            may_be.append(rank)
+        if whole + reach <= np.arcsin(np.sqrt(delta)):
+            break
+    found = rank_intervals(features, groups, delta)["effective_rank"]
+    assert (found.low, found.estimate, found.high) == (min(may_be), may_be[0], max(may_be))
 
 
 @pytest.mark.parametrize(("count", "steps", "slow"), [(60, 1, 0.0), (20, 8, 0.9)])
 def test_they_cover_the_mean_of_as_many_states(count: int, steps: int, slow: float) -> None:
     groups = torch.arange(count).repeat_interleave(steps)
     found = [rank_intervals(layer(count, steps, slow, seed), groups) for seed in range(60)]
+    whole = [one["effective_rank"] for one in found]
+    assert np.mean([np.median([one.estimate for one in whole]) in one for one in whole]) >= 0.93
+    assert np.mean([one.half_width for one in whole]) < 0.8
     for name in RANKS:
         values = np.array([one[name].estimate for one in found])
         assert np.mean([values.mean() in one[name] for one in found]) >= 0.9

@@ -133,6 +133,9 @@ def test_where_there_is_none_it_says_why(without: list[float], said: str) -> Non
     assert not found.known
     assert said in found.words
     assert not jackknife(float("nan"), [0.1, 0.2], rows=9).known
+    beyond = jackknife(1.02, [0.9, 0.95, 0.97], rows=9, correlation=True)  # a debiased figure may be
+    assert not beyond.known
+    assert "bound" in beyond.words
     with pytest.raises(InputError, match="there are none"):
         jackknife(0.5, [], rows=9)
 

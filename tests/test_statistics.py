@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,56 +42,6 @@ def test_intervals_cover_at_their_rate_or_there_is_none(case: str, least: float,
     assert without == 1.0 or rate >= least - (0.03 if groups == 200 else 0.0)
     if case == "balanced accuracy, 10% of episodes" and groups == 2:
         assert without > 0.9  # a rare class is in one group at most
-
-
-#: Of groups of these sizes, one of which holds most of the rows.
-UNEQUAL = {5: [80, 5, 5, 5, 5], 12: [200, *[5] * 11], 30: [500, *[5] * 29]}
-#: By figure: an interval from the values of groups, whose truth is 0.
-OF_UNEQUAL: dict[str, Callable[..., Interval]] = {
-    "t": lambda values, groups: statistics.grouped_mean(values, groups, method="t"),
-    "auto": lambda values, groups: statistics.grouped_mean(values, groups, resamples=200),
-    "within bounds": lambda values, groups: statistics.grouped_mean(np.tanh(values), groups, bounds=(-1, 1)),
-    "pairs": lambda values, groups: statistics.paired_difference(np.ones(len(values)), 1 + values, groups),
-    "ratio": lambda values, groups: _moved(statistics.ratio_of_means(values, np.ones(len(values)), groups), 0.0),
-    "improvement": lambda values, groups: _moved(
-        statistics.probability_of_improvement(np.linspace(-2, 2, 40), values, groups_second=groups), 0.5
-    ),
-    "improvement on it": lambda values, groups: _moved(
-        statistics.probability_of_improvement(values, np.linspace(-2, 2, 40), groups_first=groups), 0.5
-    ),
-    "improvement in pairs": lambda values, groups: _moved(
-        statistics.probability_of_improvement(np.zeros(len(values)), values, groups_first=groups, paired=True), 0.5
-    ),
-}
-
-
-def _moved(found: Interval, by: float) -> Interval:
-    return replace(found, low=found.low - by, high=found.high - by)
-
-
-@pytest.mark.parametrize("groups", UNEQUAL)
-@pytest.mark.parametrize("figure", OF_UNEQUAL)
-def test_a_group_that_holds_most_rows_is_not_taken_for_all_groups(figure: str, groups: int) -> None:
-    draws, numbers = np.random.default_rng(0), np.repeat(np.arange(groups), UNEQUAL[groups])
-    held = []
-    for _ in range(100):
-        values = draws.normal(size=groups)[numbers] + 0.3 * draws.normal(size=len(numbers))
-        held.append(0.0 in OF_UNEQUAL[figure](values, numbers))
-    assert np.mean(held) >= 0.86  # three standard errors below .95
-
-
-def test_a_t_interval_is_that_of_leaving_groups_out() -> None:
-    draws = np.random.default_rng(0)
-    numbers = np.repeat(np.arange(6), [1, 2, 3, 4, 5, 30])
-    values = draws.normal(size=6)[numbers] + draws.normal(size=len(numbers))
-    without = np.array([values[numbers != one].mean() for one in range(6)])
-    variance = 5 / 6 * np.square(without - values.mean()).sum()
-    freedom = 45**2 / (1 + 4 + 9 + 16 + 25 + 900) - 1
-    found = statistics.grouped_mean(values, numbers, method="t")
-    assert found.half_width == pytest.approx(stats.t.ppf(0.975, freedom) * math.sqrt(variance))
-    assert statistics.p_value(values, numbers) == pytest.approx(
-        2 * stats.t.sf(abs(values.mean()) / math.sqrt(variance), freedom)
-    )
 
 
 def test_a_percentile_bootstrap_would_not_do() -> None:

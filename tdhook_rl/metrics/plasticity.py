@@ -191,6 +191,15 @@ class Spectrum:
         # Rounding may leave the sum of all a little below what is asked.
         return min(int((self.values.cumsum(0) < (1 - delta) * total).sum()) + 1, len(self.values))
 
+    def left_over(self, count: int) -> Tensor:
+        """The share of the sum that is left without the first, the first two, ... of the values, ``(count,)``."""
+        found = torch.zeros(count, dtype=self.values.dtype, device=self.values.device)
+        total = self.values.sum()
+        if total > 0:
+            found[: len(self.values)] = 1 - (self.values.cumsum(0) / total)
+            found[len(self.values) - 1 :] = 0.0  # but for rounding
+        return found.clamp_min(0.0)
+
     def entropy_rank(self) -> float:
         total = self.values.sum()
         return 0.0 if total == 0 else float(torch.special.entr(self.values / total).sum().exp())

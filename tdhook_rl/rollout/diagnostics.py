@@ -206,8 +206,8 @@ class NetworkDiagnostics:
         """Of the last churn, KL churn, value drift and plasticity: means over states, with intervals by group.
 
         With the site: of the similarities, ``cka_first/`` and ``cka_last/``, as of ``CkaEstimator.interval``; of
-        ``entropy_rank/``, ``stable_rank/`` and ``norm/``, for as many other states. Shares of units have none, as there
-        are no other units, nor has ``effective_rank/``, a whole number which leaving groups out hardly moves.
+        ``effective_rank/``, ``entropy_rank/``, ``stable_rank/`` and ``norm/``, for as many other states. Shares of
+        units have none, as there are no other units.
 
         Example:
             >>> from tdhook_rl.envs import CueCorners

@@ -96,7 +96,7 @@ class SiteHealth:
 
         None of those that are not defined.
         """
-        found = {} if self._features is None else rank_intervals(self._features, groups)
+        found = {} if self._features is None else rank_intervals(self._features, groups, self._delta)
         for name, pair in self._pairs.items():
             if len(pair[0][1]) >= 4:
                 kernels = [one if is_kernel else _kernel(one) for is_kernel, one in pair]

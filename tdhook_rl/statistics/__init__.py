@@ -6,9 +6,10 @@ an interval that takes rows for independent is too narrow. Every function here w
 bootstraps are not used: at a nominal .95 they cover .51 of the time with 2 groups, .85 with 5 and .92 with 20.
 """
 
+from tdhook_rl.statistics.cautions import FEW_GROUPS
 from tdhook_rl.statistics.claims import benjamini_hochberg, holm, minimum_detectable_effect, probability_of_improvement
 from tdhook_rl.statistics.differences import accuracy_difference, r_squared_difference
-from tdhook_rl.statistics.interval import FEW_GROUPS, Interval
+from tdhook_rl.statistics.interval import Interval
 from tdhook_rl.statistics.left_out import jackknife
 from tdhook_rl.statistics.means import (
     grouped_mean,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 
 from tdhook_rl.errors import InputError
+from tdhook_rl.statistics.cautions import few_groups
 from tdhook_rl.statistics.interval import (
-    FEW_GROUPS,
     Interval,
     array,
     check_confidence,
@@ -86,8 +87,12 @@ def minimum_detectable_effect(
     """
     from scipy import optimize, stats
 
-    if spread < 0 or not math.isfinite(spread) or groups < 1 or samples not in (1, 2):
-        raise InputError(f"spread is not negative, groups positive, samples 1 or 2: got {spread}, {groups}, {samples}")
+    whole = isinstance(groups, Integral) and groups >= 1
+    if spread < 0 or not math.isfinite(spread) or not whole or samples not in (1, 2):
+        raise InputError(
+            "spread is not negative, groups a whole number from 1 on, samples 1 or 2: "
+            f"got {spread}, {groups}, {samples}"
+        )
     if not (0 < power < 1 and 0 < confidence < 1 and power > 1 - confidence):
         raise InputError(f"power and confidence are shares, power above 1 - confidence; got {power} and {confidence}")
     freedom = samples * (groups - 1)
@@ -166,7 +171,7 @@ def probability_of_improvement(
     freedom = (
         total**2 / sum(part**2 / free for part, free in zip(parts, freedoms, strict=True)) if total else fewest - 1
     )
-    words = f"only {fewest} groups on a side: a t interval by group" if fewest < FEW_GROUPS else ""
+    words = few_groups(fewest, " on a side", bounded=True)
     # A separation without exception says no more than the smaller side.
     return limits(estimate, total, freedom=freedom, bounds=(0.0, 1.0), alike=fewest, words=words, **shape)
 

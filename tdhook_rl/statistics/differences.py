@@ -8,21 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.statistics.interval import (
-    FEW_GROUPS,
-    ONE_GROUP,
-    Interval,
-    check_confidence,
-    limits,
-    none,
-    real_numbers,
-    tables,
-)
+from tdhook_rl.statistics.cautions import ONE_GROUP, few_groups
+from tdhook_rl.statistics.interval import Interval, check_confidence, limits, none, t_test
+from tdhook_rl.statistics.tables import class_in_one_group, hits, sums_of_squares
 
 
 def accuracy_difference(
@@ -44,8 +37,10 @@ def accuracy_difference(
         >>> round(found.estimate, 3), found.groups
         (0.367, 3)
     """
-    parts = [_accuracy(right, rows), _accuracy(other_right, other_rows)]
-    return _difference(parts, rows=float(real_numbers(rows, "counts").sum()), confidence=confidence)
+    first, second = hits(right, rows), hits(other_right, other_rows)
+    return _difference(
+        _accuracy(*first), _accuracy(*second), rows=float(first[1].sum()), confidence=confidence, bounds=(-1.0, 1.0)
+    )
 
 
 def r_squared_difference(sums: Any, other_sums: Any, *, confidence: float = 0.95) -> Interval:
@@ -59,73 +54,75 @@ def r_squared_difference(sums: Any, other_sums: Any, *, confidence: float = 0.95
         >>> r_squared_difference([[2, 0.0, 4.0, 1.0]] * 3, [[2, 0.0, 4.0, 3.0]] * 3).estimate
         0.5
     """
-    parts = [_explained(sums), _explained(other_sums)]
-    return _difference(parts, rows=float(real_numbers(sums, "sums")[:, 0].sum()), confidence=confidence)
+    first, second = (sums_of_squares(one) for one in (sums, other_sums))
+    return _difference(_explained(first), _explained(second), rows=float(first[:, 0].sum()), confidence=confidence)
 
 
-#: A score, what each group adds to it about its mean, variance that the groups do not show, and as how many groups of
-#: one size they count.
-_Part = tuple[float, np.ndarray, float, float]
+class _Part(NamedTuple):
+    """A score, and what its variance is made of."""
+
+    score: float
+    own: np.ndarray  # (groups,), what each group adds to it about its mean
+    unseen: float  # variance that the groups do not show
+    effective: float  # as how many groups of one size they count
+    words: str = ""  # why there is no interval
 
 
-def _accuracy(right: Any, rows: Any) -> _Part:
-    right, rows = tables(right, rows, "counts", "classes")
+def _accuracy(right: np.ndarray, rows: np.ndarray) -> _Part:
     there = rows.sum(0) > 0
     groups = len(rows)
     if there.sum() < 2:
-        return math.nan, np.zeros(groups), 0.0, 0.0
+        return _Part(math.nan, np.zeros(groups), 0.0, 0.0)
     right, rows = right[:, there], rows[:, there]
-    total, counts = rows.sum(0), np.maximum((rows > 0).sum(0), 2)
+    total, counts = rows.sum(0), (rows > 0).sum(0)
     shares = right.sum(0) / total
-    residuals = (right - shares * rows) / total * np.sqrt(counts / (counts - 1))
-    # A class without an error is not one that cannot err; see balanced_accuracy.
+    score = float(shares.mean())
+    if counts.min() < 2:
+        return _Part(score, np.zeros(groups), 0.0, 0.0, class_in_one_group(there, counts))
+    # Its variance, and that of a class without an error, are as of balanced_accuracy.
+    residuals = (right - shares * rows) / (total - rows) * np.sqrt((counts - 1) / counts)
     effective = total**2 / np.square(rows).sum(0)
     smooth = (effective * shares + 1) / (effective + 2)
     faultless = np.minimum(right.sum(0), total - right.sum(0)) < 1
     floor = np.where(faultless, smooth * (1 - smooth) / (effective + 2), 0.0)
     unseen = np.maximum(floor - np.square(residuals).sum(0), 0).sum()
-    return float(shares.mean()), residuals.mean(1), float(unseen) / len(shares) ** 2, float(effective.min())
+    return _Part(score, residuals.mean(1), float(unseen) / len(shares) ** 2, float(effective.min()))
 
 
-def _explained(sums: Any) -> _Part:
-    sums = real_numbers(sums, "sums")
-    if sums.ndim != 2 or sums.shape[1] != 4:
-        raise InputError(f"sums are (groups, 4), got {sums.shape}")
+def _explained(sums: np.ndarray) -> _Part:
     rows, values, squares, errors = sums.T
     groups = int((rows > 0).sum())
     if not groups:
-        return math.nan, np.zeros(len(sums)), 0.0, 0.0
+        return _Part(math.nan, np.zeros(len(sums)), 0.0, 0.0)
     mean = values.sum() / rows.sum()
     about = squares - 2 * mean * values + mean**2 * rows
     total = about.sum()
     if total <= 1e-12 * max(squares.sum(), 1e-300):
-        return math.nan, np.zeros(len(sums)), 0.0, 0.0
+        return _Part(math.nan, np.zeros(len(sums)), 0.0, 0.0)
     share = float(errors.sum() / total)
+    if groups < 2:
+        return _Part(1 - share, np.zeros(len(sums)), 0.0, 0.0, ONE_GROUP)
     effective = float(rows.sum() ** 2 / np.square(rows).sum())
-    return 1 - share, -(errors - share * about) / total * math.sqrt(groups / max(groups - 1, 1)), 0.0, effective
+    moves = -(errors - share * about) / total / (1 - rows / rows.sum()) * math.sqrt((groups - 1) / groups)
+    return _Part(1 - share, moves, 0.0, effective)
 
 
-def _difference(parts: list[_Part], *, rows: float, confidence: float) -> Interval:
+def _difference(
+    first: _Part, second: _Part, *, rows: float, confidence: float, bounds: tuple[float, float] = (-math.inf, math.inf)
+) -> Interval:
     check_confidence(confidence)
-    (first, own, more, one), (second, other, most, two) = parts
-    if len(own) != len(other):
-        raise InputError(f"the two scores are of the same groups, got {len(own)} and {len(other)}")
-    groups = len(own)
+    if len(first.own) != len(second.own):
+        raise InputError(f"the two scores are of the same groups, got {len(first.own)} and {len(second.own)}")
+    groups, estimate = len(first.own), first.score - second.score
     shape = {"confidence": confidence, "groups": groups, "rows": rows}
-    if math.isnan(first - second):
+    if math.isnan(estimate):
         return none(math.nan, "one of the two scores cannot be had", **shape)
     if groups < 2:
-        return none(first - second, ONE_GROUP, **shape)
-    variance = float(np.square(own - other).sum()) + more + most
-    words = f"only {groups} groups: a t interval by group" if groups < FEW_GROUPS else ""
-    freedom = max(min(one, two) - 1, 1.0)
-    found = limits(first - second, variance, freedom=freedom, words=words, **shape)
-    return replace(found, p=_p(first - second, variance, freedom))
-
-
-def _p(estimate: float, variance: float, freedom: float) -> float:
-    from scipy import stats
-
-    if variance <= 0:
-        return 1.0 if estimate == 0 else 0.0
-    return float(2 * stats.t.sf(abs(estimate) / math.sqrt(variance), freedom))
+        return none(estimate, ONE_GROUP, **shape)
+    if first.words or second.words:
+        return none(estimate, first.words or second.words, **shape)
+    variance = float(np.square(first.own - second.own).sum()) + first.unseen + second.unseen
+    freedom = max(min(first.effective, second.effective) - 1, 1.0)
+    found = limits(estimate, variance, freedom=freedom, words=few_groups(groups), **shape)
+    p = t_test(estimate, variance, freedom, least=2.0 ** (1 - groups))
+    return replace(found, p=p, low=max(found.low, bounds[0]), high=min(found.high, bounds[1]))

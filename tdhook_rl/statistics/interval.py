@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,8 @@ from tdhook_rl.errors import InputError
 
 #: Of larger numbers the third powers, which limits are made of, are none in float64.
 LARGEST = 1e100
-#: Below so many groups nothing is resampled: a t interval by group, or none.
-FEW_GROUPS = 10
-#: Why an estimate has no limits, where all of it is of one group.
-ONE_GROUP = "one group only: nothing says how much groups differ"
+#: Differences of so small a share are of rounding.
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +53,8 @@ class Interval:
     def __post_init__(self) -> None:
         for name in ("estimate", "low", "high"):  # a limit of 1 may come as an integer
             object.__setattr__(self, name, float(getattr(self, name)))
+        if self.low > self.high:
+            raise InputError(f"low= is at most high=, got {self.low:g} and {self.high:g}")
 
     @property
     def known(self) -> bool:
@@ -128,7 +129,7 @@ def limits(
 
     known = {"confidence": confidence, "groups": int(groups), "rows": float(rows), "words": words}
     if bounds is None:
-        reach = _t(confidence, freedom) * math.sqrt(variance)
+        reach = t_quantile(confidence, freedom) * math.sqrt(variance)
         return Interval(estimate=estimate, low=estimate - reach, high=estimate + reach, method="t by group", **known)
     lowest, highest = bounds
     for bound in bounds:  # at a bound, but for the last digits of a sum, is at it
@@ -143,7 +144,7 @@ def limits(
     else:
         effective = spread / scaled if scaled > spread / rows else float(rows)
         effective = max(effective, same) if at_bound else effective
-        effective *= (special.ndtri(0.5 + confidence / 2) / _t(confidence, freedom)) ** 2
+        effective *= (special.ndtri(0.5 + confidence / 2) / t_quantile(confidence, freedom)) ** 2
     hits, tail = share * effective, (1 - confidence) / 2
     low = 0.0 if share <= 0 else float(special.betaincinv(hits, effective - hits + 1, tail))
     high = 1.0 if share >= 1 else float(special.betaincinv(hits + 1, effective - hits, 1 - tail))
@@ -151,6 +152,36 @@ def limits(
         estimate=estimate, low=lowest + low * (highest - lowest), high=lowest + high * (highest - lowest),
         method="t by group, within bounds", **known,
     )  # fmt: skip
+
+
+def t_test(off: float, variance: float, freedom: float, least: float, size: float = 0.0) -> float:
+    """The p-value of a two-sided t test that nothing is off.
+
+    Args:
+        off: how far the estimate is off.
+        variance: of the estimate.
+        freedom: its degrees of freedom.
+        least: the p-value where groups are all alike, and their spread says nothing: that of a test by signs or ranks.
+        size: of the estimate; what is less than its rounding is none.
+    """
+    from scipy import special
+
+    if math.sqrt(variance) <= ROUNDING * max(abs(off), size):
+        return 1.0 if abs(off) <= ROUNDING * size else least
+    return float(2 * special.stdtr(freedom, -abs(off) / math.sqrt(variance)))
+
+
+def studentised(errors: np.ndarray, scales: np.ndarray, least: float) -> np.ndarray:
+    """How many standard errors each resample is off; infinitely many where its groups are alike and it is off.
+
+    Args:
+        errors: how far each is off.
+        scales: their standard errors.
+        least: the largest standard error that is none but for rounding.
+    """
+    there = scales > least
+    alike = np.where(np.abs(errors) > least, np.copysign(math.inf, errors), 0.0)
+    return np.where(there, errors / np.where(there, scales, 1.0), alike)
 
 
 def variance_by_group(sums: np.ndarray, counts: np.ndarray, mean: float) -> tuple[float, float]:
@@ -171,7 +202,7 @@ def variance_by_group(sums: np.ndarray, counts: np.ndarray, mean: float) -> tupl
     return float(np.square(moves).sum() * (groups - 1) / groups), max(min(groups, effective) - 1, 1.0)
 
 
-def _t(confidence: float, freedom: float) -> float:
+def t_quantile(confidence: float, freedom: float) -> float:
     """The quantile of Student's distribution that a two-sided interval reaches to."""
     from scipy import special
 
@@ -211,22 +242,6 @@ def array(values: Any, name: str, largest: float = LARGEST) -> np.ndarray:
     return found
 
 
-def tables(first: Any, second: Any, name: str, columns: str) -> tuple[np.ndarray, np.ndarray]:
-    """Two tables of counts of one shape, ``(groups, columns)``.
-
-    Raises:
-        InputError: for anything else, or what cannot be a count.
-    """
-    one, two = (real_numbers(table, name) for table in (first, second))
-    if one.shape != two.shape or one.ndim != 2:
-        raise InputError(f"{name} are (groups, {columns}) both, got {one.shape} and {two.shape}")
-    for table in (one, two):
-        wrong = table[~(np.isfinite(table) & (table >= 0))]
-        if len(wrong):
-            raise InputError(f"{name} are numbers from 0 on, got {wrong[0]:g}")
-    return one, two
-
-
 def pair_up(rows: int, groups: Any) -> np.ndarray:
     """The number of the group of each row, from 0; each row its own group without ``groups``.
 
@@ -262,5 +277,24 @@ def pair_up(rows: int, groups: Any) -> np.ndarray:
 
 def check_confidence(confidence: float) -> None:
     """Raise an ``InputError`` unless it is a share."""
-    if not 0 < confidence < 1:
+    if not isinstance(confidence, Real) or not 0 < confidence < 1:
         raise InputError(f"confidence= is a share between 0 and 1, got {confidence!r}")
+
+
+def check_resamples(resamples: int, confidence: float) -> None:
+    """Raise an ``InputError`` unless there are so many that limits of this confidence can be read off them."""
+    check_confidence(confidence)
+    least = math.ceil(2 / (1 - confidence) - 1e-9)
+    if not isinstance(resamples, Integral) or resamples < least:
+        raise InputError(
+            f"resamples= is a whole number, at least {least} for confidence={confidence:g}; got {resamples!r}"
+        )
+
+
+def check_bounds(bounds: tuple[float, float] | None) -> None:
+    """Raise an ``InputError`` unless they are two numbers, the smaller one first."""
+    if bounds is None:
+        return
+    found = real_numbers(bounds, "bounds").reshape(-1)
+    if len(found) != 2 or not -math.inf < found[0] < found[1] < math.inf:
+        raise InputError(f"bounds= are the least value there can be and the largest, got {bounds!r}")

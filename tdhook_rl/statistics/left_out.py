@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.statistics.interval import ONE_GROUP, Interval, check_confidence, limits, none
+from tdhook_rl.statistics.cautions import ONE_GROUP, few_groups
+from tdhook_rl.statistics.interval import Interval, check_confidence, limits, none
 
 
 def jackknife(
@@ -28,7 +29,7 @@ def jackknife(
         correlation: the figure lies between -1 and 1, and the interval is found on Fisher's scale, within these.
 
     Raises:
-        InputError: for no groups.
+        InputError: for no groups, or fewer rows than none.
 
     Example:
         >>> import numpy as np
@@ -41,6 +42,8 @@ def jackknife(
     left = np.asarray(without, dtype=np.float64).reshape(-1)
     if not len(left):
         raise InputError("without= has the figure without each group: there are none")
+    if not rows >= 0:
+        raise InputError(f"rows= is a number from 0 on, got {rows!r}")
     shape = {"confidence": confidence, "groups": len(left), "rows": rows}
     if not math.isfinite(estimate):
         return none(math.nan, "the figure is not defined", **shape)
@@ -53,11 +56,11 @@ def jackknife(
     scaled, middle = left, estimate
     if correlation:
         with np.errstate(divide="ignore"):
-            scaled, middle = np.arctanh(np.clip(left, -1, 1)), math.atanh(max(-1.0, min(1.0, estimate)))
-    if not np.isfinite(scaled).all():
-        return none(estimate, "the figure is at its bound without one of the groups", **shape)
+            scaled, middle = np.arctanh(np.clip(left, -1, 1)), float(np.arctanh(np.clip(estimate, -1, 1)))
+    if not (np.isfinite(scaled).all() and math.isfinite(middle)):
+        return none(estimate, "the figure is at its bound, or is without one of the groups", **shape)
     variance = (len(left) - 1) / len(left) * float(np.square(scaled - scaled.mean()).sum())
-    found = limits(middle, variance, freedom=len(left) - 1, **shape)
+    found = limits(middle, variance, freedom=len(left) - 1, words=few_groups(len(left)), **shape)
     if not correlation:
         return replace(found, method="jackknife by group")
     return replace(

@@ -9,15 +9,19 @@ from typing import Any, Literal
 import numpy as np
 
 from tdhook_rl.errors import InputError
+from tdhook_rl.statistics.cautions import ALIKE_RESAMPLES, FEW_GROUPS, ONE_GROUP, all_alike, few_groups, skewed_groups
 from tdhook_rl.statistics.interval import (
-    FEW_GROUPS,
-    ONE_GROUP,
+    ROUNDING,
     Interval,
     array,
+    check_bounds,
     check_confidence,
+    check_resamples,
     limits,
     none,
     pair_up,
+    studentised,
+    t_test,
     variance_by_group,
 )
 
@@ -46,7 +50,9 @@ def grouped_mean(
         method: ``"t"``: how the mean moves where each group is left out, with one degree of freedom less than there are
             groups, fewer for groups of very unequal size; ``"bootstrap"``: groups are drawn anew and the mean is
             studentised by the same (Efron 1982), which follows skewed values; ``"auto"``: the bootstrap from ten groups
-            on, t below, and t where ``bounds`` are given.
+            on, t below, and t where ``bounds`` are given. Of lognormal values t covers .8 of the time with 3 to 9
+            groups and the bootstrap .9 with 10 to 50 (``python -m benchmarks.interval_coverage``), at a nominal .95;
+            the words say where that may be.
         bounds: the least and largest value there can be, ``(0, 1)`` for shares; the interval stays inside and does not
             collapse where all values are at a bound.
         resamples: of the bootstrap.
@@ -61,9 +67,10 @@ def grouped_mean(
     Example:
         >>> found = grouped_mean([1.0, 2.0, 3.0, 4.0], groups=[0, 0, 1, 1])
         >>> found.estimate, found.groups, found.method, found.words
-        (2.5, 2, 't by group', 'only 2 groups: a t interval by group')
+        (2.5, 2, 't by group', 'only 2 groups: a t interval by group, too narrow if they are skewed')
     """
-    check_confidence(confidence)
+    check_resamples(resamples, confidence)
+    check_bounds(bounds)
     rows = array(values, "values")
     if not len(rows):
         raise InputError("there are no rows to take a mean of")
@@ -79,20 +86,28 @@ def grouped_mean(
     if method == "bootstrap" and found < FEW_GROUPS:
         raise InputError(f"a bootstrap of {found} groups covers too little: from {FEW_GROUPS} groups on, or method='t'")
     variance, freedom = variance_by_group(sums, counts, estimate)
-    words = f"only {found} groups: a t interval by group" if found < FEW_GROUPS else ""
-    if math.sqrt(variance) <= 1e-12 * abs(estimate) and bounds is None:
-        return limits(estimate, 0.0, freedom=freedom, words=f"all {found} groups are alike", **shape)
+    words = few_groups(found, bounded=bounds is not None)
+    if not words and bounds is None:
+        words = skewed_groups(sums - estimate * counts)
+    if math.sqrt(variance) <= ROUNDING * abs(estimate) and bounds is None:
+        return limits(estimate, 0.0, freedom=freedom, words=all_alike(found, confidence), **shape)
     if method == "t" or (method == "auto" and (found < FEW_GROUPS or bounds is not None)):
         return limits(estimate, variance, freedom=freedom, bounds=bounds, words=words, **shape)
     if method not in ("auto", "bootstrap"):
         raise InputError(f"method= is 'auto', 't' or 'bootstrap', got {method!r}")
     pulls = _pulls(sums, counts, estimate, resamples, seed)
-    lower, upper = np.quantile(pulls, [0.5 + confidence / 2, 0.5 - confidence / 2])
+    with np.errstate(invalid="ignore"):
+        lower, upper = np.quantile(pulls, [0.5 + confidence / 2, 0.5 - confidence / 2])
+    if not np.isfinite([lower, upper]).all():
+        words = "; ".join(filter(None, (ALIKE_RESAMPLES, words)))
+        return limits(estimate, variance, freedom=freedom, bounds=bounds, words=words, **shape)
     error = math.sqrt(variance)
     low, high = estimate - lower * error, estimate - upper * error
     if bounds is not None:
         low, high = max(low, bounds[0]), min(high, bounds[1])
-    return Interval(estimate=estimate, low=float(low), high=float(high), method="studentised bootstrap", **shape)
+    return Interval(
+        estimate=estimate, low=float(low), high=float(high), method="studentised bootstrap", words=words, **shape
+    )
 
 
 def paired_difference(first: Any, second: Any, groups: Any = None, **options: Any) -> Interval:
@@ -131,8 +146,6 @@ def unpaired_difference(first: Any, second: Any, *, confidence: float = 0.95) ->
         >>> found.estimate, round(found.p, 2)
         (1.375, 0.15)
     """
-    from scipy import stats
-
     check_confidence(confidence)
     samples = [array(one, "values") for one in (first, second)]
     if not all(map(len, samples)):
@@ -143,16 +156,21 @@ def unpaired_difference(first: Any, second: Any, *, confidence: float = 0.95) ->
     if min(map(len, samples)) < 2:
         return none(estimate, "one row only: nothing says how much rows differ", **shape)
     parts = [one.var(ddof=1) / len(one) for one in samples]
-    variance = float(sum(parts))
-    if variance <= 0:
-        return replace(limits(estimate, 0.0, freedom=1, words="all rows are alike", **shape), p=float(estimate == 0))
+    variance, size = float(sum(parts)), max(float(np.abs(one).max()) for one in samples)
+    least = 2 / math.comb(count, len(samples[0]))  # two of all ways to deal out the rows set them as far apart
+    if math.sqrt(variance) <= ROUNDING * size:
+        words = f"p is by ranks; {all_alike(min(map(len, samples)), confidence)}"
+        return replace(limits(estimate, 0.0, freedom=1, words=words, **shape), p=t_test(estimate, 0.0, 1, least, size))
+    words = few_groups(min(map(len, samples)), " on a side")
+    if not words:
+        words = "; ".join(dict.fromkeys(filter(None, (skewed_groups(one - one.mean()) for one in samples))))
     freedom = 1 / sum((part / variance) ** 2 / (len(one) - 1) for part, one in zip(parts, samples, strict=True))
-    p = float(2 * stats.t.sf(abs(estimate) / math.sqrt(variance), freedom))
-    return replace(limits(estimate, variance, freedom=freedom, **shape), p=p)
+    p = t_test(estimate, variance, freedom, least, size)
+    return replace(limits(estimate, variance, freedom=freedom, words=words, **shape), p=p)
 
 
 def ratio_of_means(above: Any, below: Any, groups: Any = None, *, confidence: float = 0.95) -> Interval:
-    """The mean of ``above`` over that of ``below``, pair by pair, by the linear term of its error (Cochran 1977).
+    """The mean of ``above`` over that of ``below``, pair by pair, from what it is without each group (Tukey 1958).
 
     Args:
         above, below: ``(rows,)``, a pair in each row.
@@ -160,7 +178,7 @@ def ratio_of_means(above: Any, below: Any, groups: Any = None, *, confidence: fl
         confidence: of the interval.
 
     Returns:
-        the interval; infinite, and none, where ``below`` is 0 on the mean.
+        the interval; infinite, and none, where ``below`` is 0 on the mean; words where it is not told from 0.
 
     Example:
         >>> ratio_of_means([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]).estimate
@@ -171,17 +189,31 @@ def ratio_of_means(above: Any, below: Any, groups: Any = None, *, confidence: fl
         raise InputError(f"pairs have one value on each side, got {len(top)} and {len(bottom)}")
     if not len(top):
         raise InputError("there are no rows to take a mean of")
+    check_confidence(confidence)
     divisor = float(bottom.mean())
+    numbers = pair_up(len(top), groups)
+    sums = np.bincount(numbers, bottom)
+    shape = {"confidence": confidence, "groups": len(sums), "rows": len(top)}
     if divisor == 0:
-        shape = {"confidence": confidence, "groups": len(set(pair_up(len(top), groups))), "rows": len(top)}
         ratio = math.nan if top.mean() == 0 else math.copysign(math.inf, top.mean())
         return none(ratio, "what it is divided by is 0 on the mean", **shape)
     ratio = float(top.mean()) / divisor
-    return grouped_mean(ratio + (top - ratio * bottom) / divisor, groups, confidence=confidence, method="t")
+    if len(sums) < 2:
+        return none(ratio, ONE_GROUP, **shape)
+    with np.errstate(all="ignore"):
+        variance, freedom = variance_by_group(np.bincount(numbers, top), sums, ratio)
+    if not math.isfinite(variance):
+        return none(ratio, "what it is divided by is 0 without one of the groups", **shape)
+    words = [few_groups(len(sums)) or skewed_groups(np.bincount(numbers, top - ratio * bottom))]
+    if 0.0 in grouped_mean(bottom, groups, confidence=confidence, method="t"):
+        words.append("what it is divided by is not told from 0")
+    return limits(ratio, variance, freedom=freedom, words="; ".join(filter(None, words)), **shape)
 
 
 def p_value(values: Any, groups: Any = None, *, null: float = 0.0) -> float:
     """Of a two-sided t test by group that the mean is ``null``; NaN for a single group.
+
+    Groups that are all alike have no spread to go by: of n of them it is that of a sign test, ``2 ** (1 - n)``.
 
     Args:
         values: ``(rows,)``; differences of pairs, for a paired test.
@@ -192,20 +224,18 @@ def p_value(values: Any, groups: Any = None, *, null: float = 0.0) -> float:
         >>> round(p_value([0.1, 0.3, 0.2, 0.25]), 3)
         0.016
     """
-    from scipy import stats
-
     rows = array(values, "values")
     if not len(rows):
         raise InputError("there are no rows to test the mean of")
+    if not math.isfinite(null):
+        raise InputError(f"null= is a number, got {null!r}")
     numbers = pair_up(len(rows), groups)
     counts = np.bincount(numbers).astype(np.float64)
     if len(counts) < 2:
         return math.nan
     estimate = float(rows.mean())
     variance, freedom = variance_by_group(np.bincount(numbers, rows), counts, estimate)
-    if variance <= 0:
-        return 1.0 if estimate == null else 0.0
-    return float(2 * stats.t.sf(abs(estimate - null) / math.sqrt(variance), freedom))
+    return t_test(estimate - null, variance, freedom, 2.0 ** (1 - len(counts)), size=max(abs(estimate), abs(null)))
 
 
 def _pulls(sums: np.ndarray, counts: np.ndarray, mean: float, resamples: int, seed: int) -> np.ndarray:
@@ -219,7 +249,6 @@ def _pulls(sums: np.ndarray, counts: np.ndarray, mean: float, resamples: int, se
         means = of_sums.sum(1) / total
         moves = (of_sums - means[:, None] * of_counts) / (total[:, None] - of_counts)  # as in variance_by_group
         errors = np.sqrt(np.square(moves).sum(1) * (groups - 1) / groups)
-        # A resample of one group over and over has no spread: it stands for any.
-        pulls = np.divide(means - mean, errors, out=np.zeros_like(means), where=errors > 1e-9 * abs(mean))
+        pulls = studentised(means - mean, errors, 1e-9 * abs(mean))
         found.append(pulls)
     return np.concatenate(found)

@@ -10,16 +10,8 @@ from typing import Any
 import numpy as np
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.statistics.interval import (
-    FEW_GROUPS,
-    ONE_GROUP,
-    Interval,
-    array,
-    check_confidence,
-    limits,
-    none,
-    pair_up,
-)
+from tdhook_rl.statistics.cautions import ALIKE_RESAMPLES, FEW_GROUPS, ONE_GROUP, few_groups
+from tdhook_rl.statistics.interval import Interval, array, check_resamples, limits, none, pair_up, studentised
 
 
 def iqm(
@@ -53,7 +45,7 @@ def iqm(
         >>> iqm([0.0, 1.0, 2.0, 100.0]).estimate
         1.5
     """
-    check_confidence(confidence)
+    check_resamples(resamples, confidence)
     rows = array(values, "values")
     if not len(rows):
         raise InputError("there are no rows to take a mean of")
@@ -73,18 +65,19 @@ def iqm(
         return none(estimate, words, **shape) if count < FEW_GROUPS else limits(
             estimate, 0.0, freedom=1, words=words, **shape
         )  # fmt: skip
+    freedom = max(count - 2 * (count // 4) - len(of_layers), 1)
     if count < FEW_GROUPS:
-        freedom = max(count - 2 * (count // 4) - len(of_layers), 1)
-        words = f"only {count} groups: a t interval by group"
-        return limits(estimate, float(variance[0]), freedom=freedom, words=words, **shape)
+        return limits(estimate, float(variance[0]), freedom=freedom, words=few_groups(count), **shape)
     draws = np.random.default_rng(seed)
     picked = np.empty((resamples, count), dtype=np.int64)
     for members in of_layers:
         picked[:, members] = members[draws.integers(len(members), size=(resamples, len(members)))]
     again, spread = _middle(means[picked], layer)
-    errors = np.sqrt(spread)
-    pulls = np.divide(again - estimate, errors, out=np.zeros_like(again), where=errors > 1e-9 * abs(estimate))
-    upper, lower = np.quantile(pulls, [0.5 + confidence / 2, 0.5 - confidence / 2])
+    pulls = studentised(again - estimate, np.sqrt(spread), 1e-9 * abs(estimate))
+    with np.errstate(invalid="ignore"):
+        upper, lower = np.quantile(pulls, [0.5 + confidence / 2, 0.5 - confidence / 2])
+    if not np.isfinite([lower, upper]).all():
+        return limits(estimate, float(variance[0]), freedom=freedom, words=ALIKE_RESAMPLES, **shape)
     error = math.sqrt(variance[0])
     return Interval(
         estimate=estimate, low=float(estimate - upper * error), high=float(estimate - lower * error),
@@ -121,7 +114,7 @@ def bootstrap(
     """
     from scipy import stats
 
-    check_confidence(confidence)
+    check_resamples(resamples, confidence)
     rows = array(values, "values")
     if not len(rows):
         raise InputError("there are no rows to bootstrap")

@@ -11,17 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from tdhook_rl.errors import InputError
-from tdhook_rl.statistics.interval import (
-    FEW_GROUPS,
-    ONE_GROUP,
-    Interval,
-    check_confidence,
-    limits,
-    none,
-    real_numbers,
-    tables,
-)
+from tdhook_rl.statistics.cautions import ONE_GROUP, few_groups
+from tdhook_rl.statistics.interval import Interval, check_confidence, limits, none
+from tdhook_rl.statistics.tables import class_in_one_group, hits, sums_of_squares, two_counts
 
 
 def balanced_accuracy(right: Any, rows: Any, *, confidence: float = 0.95) -> Interval:
@@ -41,7 +33,7 @@ def balanced_accuracy(right: Any, rows: Any, *, confidence: float = 0.95) -> Int
         (0.75, 3)
     """
     check_confidence(confidence)
-    right, rows = tables(right, rows, "counts", "classes")
+    right, rows = hits(right, rows)
     there = rows.sum(0) > 0
     right, rows = right[:, there], rows[:, there]
     held = rows.sum(1) > 0
@@ -55,9 +47,8 @@ def balanced_accuracy(right: Any, rows: Any, *, confidence: float = 0.95) -> Int
     effective = total**2 / np.square(rows).sum(0)
     counts = (rows > 0).sum(0)
     if counts.min() < 2:
-        index = int(np.flatnonzero(there)[counts.argmin()])
-        return none(estimate, f"class {index} is in one group only: nothing says how much groups differ", **shape)
-    residuals = (right - shares * rows) / total * np.sqrt(counts / (counts - 1))
+        return none(estimate, class_in_one_group(there, counts), **shape)
+    residuals = (right - shares * rows) / (total - rows) * np.sqrt((counts - 1) / counts)  # as in variance_by_group
     own = np.square(residuals).sum(0)
     # A class without an error is not one that cannot err: each group counts as one row, one right and one wrong more.
     # What a decay has left of an error of long ago, less than a row, is none.
@@ -69,7 +60,7 @@ def balanced_accuracy(right: Any, rows: Any, *, confidence: float = 0.95) -> Int
     freedom = own_floored.sum() ** 2 / (np.square(own_floored) / np.maximum(effective - 1, 1)).sum()
     freedom = float(max(min(freedom, shape["groups"] - 1), 1.0))
     few = int(counts.min())
-    words = f"a class is in {few} groups only: a t interval by group" if few < FEW_GROUPS else ""
+    words = few_groups(few, " hold a class", bounded=True)
     return limits(
         estimate, float(joint) / classes**2, freedom=freedom, bounds=(0.0, 1.0), alike=few, at_bound=faultless.all(),
         words=words, **shape,
@@ -92,7 +83,7 @@ def area_under_curve(positive: Any, negative: Any, *, confidence: float = 0.95) 
         0.764
     """
     check_confidence(confidence)
-    positive, negative = tables(positive, negative, "histograms", "bins")
+    positive, negative = two_counts(positive, negative, "histograms", "bins")
     sizes = [side.sum(1) for side in (positive, negative)]
     rows = float(sum(size.sum() for size in sizes))
     shape = {"confidence": confidence, "groups": int(((sizes[0] + sizes[1]) > 0).sum()), "rows": rows}
@@ -110,14 +101,14 @@ def area_under_curve(positive: Any, negative: Any, *, confidence: float = 0.95) 
         return none(estimate, f"{absent} rows are in one group only: nothing says how much groups differ", **shape)
     parts = []
     for side, size, share, count in zip((positive, negative), sizes, (over, under), counts, strict=True):
-        parts.append((side @ share - estimate * size) / size.sum() * math.sqrt(count / (count - 1)))
+        parts.append((side @ share - estimate * size) / (size.sum() - size) * math.sqrt((count - 1) / count))
     own = np.array([float(np.square(part).sum()) for part in parts])
     effective = np.array([size.sum() ** 2 / np.square(size).sum() for size in sizes])
     variance = float(np.square(parts[0] + parts[1]).sum())
     freedom = shape["groups"] - 1.0
     if own.sum() > 0:
         freedom = min(freedom, own.sum() ** 2 / (np.square(own) / np.maximum(effective - 1, 1)).sum())
-    words = f"a side is in {few} groups only: a t interval by group" if few < FEW_GROUPS else ""
+    words = few_groups(few, " hold a side", bounded=True)
     beyond = min(estimate, 1 - estimate) * min(float(size.sum()) for size in sizes)
     return limits(
         estimate, variance, freedom=max(freedom, 1.0), bounds=(0.0, 1.0), alike=few, at_bound=beyond < 0.5, words=words,
@@ -141,9 +132,7 @@ def r_squared(sums: Any, *, confidence: float = 0.95) -> Interval:
         0.786
     """
     check_confidence(confidence)
-    sums = real_numbers(sums, "sums")
-    if sums.ndim != 2 or sums.shape[1] != 4:
-        raise InputError(f"sums are (groups, 4), got {sums.shape}")
+    sums = sums_of_squares(sums)
     sums = sums[sums[:, 0] > 0]
     rows, values, squares, errors = sums.T
     shape = {"confidence": confidence, "groups": len(sums), "rows": float(rows.sum())}
@@ -160,7 +149,7 @@ def r_squared(sums: Any, *, confidence: float = 0.95) -> Interval:
     residuals = (errors - share * about) / total
     variance = float(np.square(residuals).sum() * len(sums) / (len(sums) - 1))
     effective = rows.sum() ** 2 / np.square(rows).sum()
-    words = f"only {len(sums)} groups: a t interval by group" if len(sums) < FEW_GROUPS else ""
+    words = few_groups(len(sums))
     # The share that is not explained is positive and skewed: its logarithm is nearer to normal.
     known = max(share, 1e-12)
     found = limits(

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.dimension_estimation.neighbours import read_points
-from tdhook_rl.statistics import FEW_GROUPS, Interval
-from tdhook_rl.statistics.interval import ONE_GROUP, check_confidence, limits, none, pair_up
+from tdhook_rl.statistics import Interval
+from tdhook_rl.statistics.cautions import ONE_GROUP, few_groups
+from tdhook_rl.statistics.interval import check_confidence, limits, none, pair_up
 
 
 def read_cloud(points: Tensor, *, rows: int) -> Tensor:
@@ -60,7 +61,7 @@ def spread_interval(
     shape = {"confidence": confidence, "groups": held, "rows": count}
     if held < 2:
         return none(estimate, ONE_GROUP, **shape)
-    words = f"only {held} groups: a t interval by group" if held < FEW_GROUPS else ""
+    words = few_groups(held)
     along = influences - influences.mean()
     if not bool(along.any()):
         return limits(estimate, 0.0, freedom=held - 1, words=f"all {count} points say the same", **shape)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdhook_rl.statistics import FEW_GROUPS, Interval
+from tdhook_rl.statistics import Interval
+from tdhook_rl.statistics.cautions import ONE_GROUP, few_groups
 from tdhook_rl.statistics.cells import Cells, shown, words_of
-from tdhook_rl.statistics.interval import ONE_GROUP, limits, none, pair_up
+from tdhook_rl.statistics.interval import limits, none, pair_up
 from tdhook_rl.sweeps.causal.agreement import Agreement, agreement_of
 from tdhook_rl.sweeps.causal.components import Components
 from tdhook_rl.sweeps.causal.patch_table import Gap
@@ -175,10 +176,12 @@ def pooled(changes: Tensor, gap: Gap, groups: Tensor | None) -> list[Interval | 
     residuals = torch.addr(along, shares, size / total, alpha=-1)
     if held < count:
         residuals = torch.zeros(len(changes), held, dtype=torch.float64).index_add_(1, numbers, residuals)
-    variances = torch.linalg.vecdot(residuals, residuals) * (held / max(held - 1, 1))
     weights = torch.zeros(held, dtype=torch.float64).index_add_(0, numbers, size)
+    # What the shares are without each group, whose difference may be most of it all; see variance_by_group.
+    moves = residuals / (1 - weights / total)
+    variances = torch.linalg.vecdot(moves, moves) * ((held - 1) / held)
     freedom = max(min(float(weights.sum() ** 2 / weights.square().sum()), held) - 1, 1.0)
-    words = f"only {held} groups: a t interval by group" if held < FEW_GROUPS else ""
+    words = few_groups(held)
     found: list[Interval | None] = []
     for share, variance in zip(shares.tolist(), variances.tolist(), strict=True):
         if math.isnan(share):
