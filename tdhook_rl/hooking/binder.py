@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
@@ -242,7 +243,14 @@ class Binder:
                 child.register_forward_hook(hook.after, always_call=True)
 
     def control(self, name: str, value: Tensor | float) -> str:
-        """Create a tensor that may be changed while the policy runs; returns its name."""
+        """Create a tensor that may be changed while the policy runs; returns its name.
+
+        A number has the default dtype, or that of a policy which computes in float64.
+        """
+        if isinstance(value, float) and any(
+            one.dtype in (torch.float64, torch.complex128) for one in self.policy.parameters()
+        ):
+            value = torch.tensor(value, dtype=torch.float64)
         self.runtime.controls.add(name, value)
         return name
 

@@ -220,13 +220,13 @@ class _Sweep:
         """What conditions add, of which all act at these places, or not at all."""
         like = next(one for one in self._directions.values() if one.places == tuple(places))
         of = [self._directions.get(one.vector, like) for one in conditions]
-        return Steered(
-            vectors={
-                place: torch.stack([one.part(condition, place) for one, condition in zip(of, conditions, strict=True)])
-                for place in places
-            },
-            alphas=torch.tensor([one.alpha for one in conditions]),
-        )
+        vectors = {
+            place: torch.stack([one.part(condition, place) for one, condition in zip(of, conditions, strict=True)])
+            for place in places
+        }
+        double = any(vector.dtype == torch.float64 for vector in vectors.values())
+        dtype = torch.float64 if double else torch.get_default_dtype()
+        return Steered(vectors=vectors, alphas=torch.tensor([one.alpha for one in conditions], dtype=dtype))
 
 
 def _parts(conditions: Sequence[Condition], size: int) -> Iterator[Sequence[Condition]]:
