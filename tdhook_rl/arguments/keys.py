@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeGuard
 
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
 from torch import Tensor
 
 from tdhook_rl.errors import MissingKeyError, nearest
@@ -32,7 +32,10 @@ def key_parts(key: NestedKey) -> tuple[str, ...]:
 
 
 def get_entry(data: TensorDictBase, key: NestedKey) -> Any:
-    """``data.get(key, None)``; a tensor at the top, or one below, without the detour through nested keys."""
+    """``data.get(key, None)``; a tensor at the top, or one below, without the detour through nested keys.
+
+    There is nothing below a tensor, of which ``get`` would say that it is no TensorDict.
+    """
     if type(data) is TensorDict:
         if type(key) is str:
             value = get_str(data, key, None)
@@ -44,6 +47,13 @@ def get_entry(data: TensorDictBase, key: NestedKey) -> Any:
                 return None
             if type(node) is TensorDict:
                 return get_entry(node, key[1])
+    if type(key) is not str:
+        holder: Any = data
+        for step in key[:-1]:
+            holder = holder.get(step, None)
+            if not is_tensor_collection(holder):
+                return None
+        return holder.get(key[-1], None)
     return data.get(key, None)
 
 

@@ -9,7 +9,8 @@ import torch
 from tensordict import TensorDictBase, is_tensor_collection
 from torch import Tensor, nn
 
-from tdhook_rl.errors import ContextError, InputError, PreparationError
+from tdhook_rl.arguments.keys import get_entry, key_parts
+from tdhook_rl.errors import ContextError, InputError, PreparationError, listed
 
 
 def require_hooked(policy: Any, what: str) -> None:
@@ -63,7 +64,7 @@ def require_rows(count: Any, name: str) -> None:
 
 
 def another_dtype_or_device(policy: nn.Module, data: TensorDictBase, error: Exception) -> InputError | None:
-    """What to say of torch's error where inputs have another dtype, or are on another device, than the weights."""
+    """What to say of torch's error where inputs are no tensors, or have another dtype or device than the weights."""
     if not isinstance(error, (RuntimeError, TypeError, ValueError)):
         return None
     weights = [one for one in policy.parameters() if one.is_floating_point()]
@@ -71,7 +72,13 @@ def another_dtype_or_device(policy: nn.Module, data: TensorDictBase, error: Exce
         return None
     dtypes, devices = {one.dtype for one in weights}, {one.device for one in weights}
     for key in policy.policy_in_keys:  # type: ignore[union-attr, operator]
-        value = data.get(key, None)
+        value = get_entry(data, key)
+        if isinstance(value, TensorDictBase):
+            inside = [(*key_parts(key), *key_parts(one)) for one in value.keys(True, True)]
+            return InputError(
+                f"the policy reads {key!r}, and the data has a TensorDict there, of {listed(map(repr, inside), 6)}: "
+                f"give the policy the key of a tensor ({error})"
+            )
         if not isinstance(value, Tensor):
             continue
         if value.device not in devices:

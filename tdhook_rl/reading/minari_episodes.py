@@ -15,6 +15,8 @@ from tdhook_rl.errors import InputError
 
 #: Rows that are looked at first.
 FIRST = 1024
+#: The kinds of arrays that are numbers.
+_NUMBERS = "biuf"
 
 
 def is_minari(given: Any) -> bool:
@@ -30,19 +32,20 @@ def episodes_of(dataset: Any) -> Iterator[TensorDict]:
 
     Yields:
         ``observation`` (nested where it is a dictionary), ``action``, ``("next", ...)`` with observation, reward and
-        ends, ``("collector", "traj_ids")``, and ``info`` where it has an entry for each step or one more; numbers as
-        they are stored.
+        ends, ``("collector", "traj_ids")``, and ``info`` where it has an entry for each step or one more in all
+        episodes; numbers as they are stored. What is no number (text) is left out.
     """
+    common = _common_infos(dataset)
     for episode in dataset.iterate_episodes():
         steps = len(episode)
         terminated, truncated = _column(episode.terminations, steps), _column(episode.truncations, steps)
         found = TensorDict(
             {
-                "action": _nested(episode.actions, slice(0, steps)),
-                "observation": _nested(episode.observations, slice(0, steps)),
+                **_named("action", episode.actions, slice(0, steps)),
+                **_named("observation", episode.observations, slice(0, steps)),
                 "collector": {"traj_ids": torch.full((steps,), int(episode.id))},
                 "next": {
-                    "observation": _nested(episode.observations, slice(1, steps + 1)),
+                    **_named("observation", episode.observations, slice(1, steps + 1)),
                     "reward": _column(episode.rewards, steps),
                     "done": terminated | truncated,
                     "terminated": terminated,
@@ -51,10 +54,31 @@ def episodes_of(dataset: Any) -> Iterator[TensorDict]:
             },
             batch_size=[steps],
         )
-        for key, value in _leaves(episode.infos or {}):
-            if len(value) in (steps, steps + 1):
+        for key, value in _infos(episode).items():
+            if _kind(key, value) in common:
                 found.set(("info", *key), torch.from_numpy(np.ascontiguousarray(value[:steps])))
         yield found
+
+
+def _infos(episode: Any) -> dict[tuple[str, ...], np.ndarray]:
+    """What an episode has beside, with an entry for each step or one more."""
+    steps = len(episode)
+    return {key: value for key, value in _leaves(episode.infos or {}) if len(value) in (steps, steps + 1)}
+
+
+def _kind(key: tuple[str, ...], value: np.ndarray) -> tuple[Any, ...]:
+    return key, value.shape[1:], value.dtype
+
+
+def _common_infos(dataset: Any) -> set[tuple[Any, ...]]:
+    """What all episodes have beside: environments write some of it at the last step only, say, or in some episodes."""
+    found: set[tuple[Any, ...]] | None = None
+    for episode in dataset.iterate_episodes():
+        own = {_kind(key, value) for key, value in _infos(episode).items()}
+        found = own if found is None else found & own
+        if not found:
+            break
+    return found or set()
 
 
 def require_loaded(buffer: Any) -> None:
@@ -84,17 +108,22 @@ def _column(values: Any, steps: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(np.asarray(values)[:steps])).reshape(steps, 1)
 
 
-def _nested(values: Any, rows: slice) -> Any:
-    if isinstance(values, dict):
-        return {name: _nested(one, rows) for name, one in values.items()}
+def _named(name: str, values: Any, rows: slice) -> dict[str, Any]:
+    """An entry under its name, nested where it is a dictionary or a tuple; nothing where it consists of no numbers."""
     if isinstance(values, tuple):
-        return {str(number): _nested(one, rows) for number, one in enumerate(values)}
-    return torch.from_numpy(np.ascontiguousarray(np.asarray(values)[rows]))
+        values = {str(number): one for number, one in enumerate(values)}
+    if isinstance(values, dict):
+        inside: dict[str, Any] = {}
+        for key, one in values.items():
+            inside |= _named(key, one, rows)
+        return {name: inside} if inside else {}
+    array = np.asarray(values)
+    return {name: torch.from_numpy(np.ascontiguousarray(array[rows]))} if array.dtype.kind in _NUMBERS else {}
 
 
 def _leaves(infos: dict[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
     for name, value in infos.items():
         if isinstance(value, dict):
             yield from _leaves(value, (*prefix, name))
-        elif isinstance(value, np.ndarray) and value.ndim and value.dtype.kind in "biuf":
+        elif isinstance(value, np.ndarray) and value.ndim and value.dtype.kind in _NUMBERS:
             yield (*prefix, name), value
