@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -24,6 +25,11 @@ os.environ.setdefault("WANDB_SILENT", "true")
 os.environ["HF_HUB_OFFLINE"] = "1"
 torchrl.logger.setLevel("ERROR")
 torch.set_num_threads(1)
+
+# Workers are forked from a process that has imported what each would take seconds for. What is sent to them is pickled
+# as by TorchRL's own way, "spawn", in which scripts, the demo and tests of "spawned" workers start theirs.
+multiprocessing.set_start_method("forkserver", force=True)
+multiprocessing.set_forkserver_preload(["torchrl.collectors", "torchrl.modules", "tdhook_rl.envs", "tdhook_rl.report"])
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +75,15 @@ def _time_limit(request: pytest.FixtureRequest) -> Iterator[None]:
         for process in left:
             process.kill()
         assert not left, f"the test left {left} behind"
+
+
+@pytest.fixture
+def spawned() -> Iterator[None]:
+    """Workers are started by TorchRL's own way, and write where the test looks."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
 
 
 @pytest.fixture

@@ -103,6 +103,7 @@ def test_a_worker_that_is_stopped_is_an_error_after_the_time_limit() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("spawned")
 def test_workers_do_not_go_on_hooked_after_the_block(capfd: pytest.CaptureFixture[str]) -> None:
     with ActivationCaching(FC2).prepare(make_actor()) as policy:
         inner = collector_of(policy)

@@ -211,7 +211,7 @@ def test_suites_of_other_processes_add_up_to_one_pass() -> None:
     finally:
         collector.shutdown()
     weights, shards = policy.state_dict(), list(data.unbind(0))
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context()) as pool:
         first, second = pool.map(fitted, [weights] * 2, shards)
     require_one_pass(first, second, fitted(weights, data.flatten(0, 1)))
 
