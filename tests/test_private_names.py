@@ -78,21 +78,25 @@ def names_of(file: str) -> list[str]:
     return getattr(module, "__all__", [name for name in defined if not name.startswith("_")])
 
 
+@functools.cache
+def uses() -> dict[tuple[str, str], list[str]]:
+    """By home and name the files that import a name from the room; by ``""`` and name those that speak of one."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for path, tree in sources().items():
+        keys: set[tuple[str, str]] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                keys |= {(node.module, alias.name) for alias in node.names}
+            named = [getattr(node, one, None) for one in ("attr", "name", "id", "value")]
+            keys |= {("", one) for one in named if isinstance(one, str)}
+        for key in keys:
+            found.setdefault(key, []).append(path)
+    return found
+
+
 def users_of(file: str, name: str) -> list[str]:
     """The files that import a name from the room, or use the attribute."""
-    found = []
-    for path, tree in sources().items():
-        for node in ast.walk(tree):
-            if file == "attributes":
-                own = name in (getattr(node, "attr", None), getattr(node, "name", None), getattr(node, "id", None))
-                used = own or (isinstance(node, ast.Constant) and node.value == name)
-            else:
-                home = f"{internals.__name__}.{file}"
-                used = isinstance(node, ast.ImportFrom) and node.module == home and name in [a.name for a in node.names]
-            if used:
-                found.append(path)
-                break
-    return found
+    return uses().get(("" if file == "attributes" else f"{internals.__name__}.{file}", name), [])
 
 
 def sentence_of(file: str, name: str) -> str:
@@ -173,9 +177,14 @@ def own_names(tree: ast.AST) -> set[str]:
             found.add(node.attr)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             found.add(node.id)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).rstrip("_").endswith("setattr"):
+        elif isinstance(node, ast.Call) and called(node).rstrip("_").endswith("setattr"):
             found |= {one.value for one in node.args if isinstance(getattr(one, "value", None), str)}
     return found
+
+
+def called(node: ast.Call) -> str:
+    """The name of what a call calls, without where it is from."""
+    return getattr(node.func, "attr", None) or getattr(node.func, "id", "")
 
 
 def private_uses(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
