@@ -68,16 +68,23 @@ def by_hand(net: nn.Module, x: torch.Tensor, b: torch.Tensor, index: int, steps:
     return total / steps * (x - b)
 
 
+@pytest.fixture(scope="module")
+def fine() -> tuple[nn.Module, TensorDict, torch.Tensor]:
+    """A net, rows with their baselines, and what the fine rule gives for them."""
+    net, rows = mlp().double(), pair()
+    return net, rows, by_hand(net, rows["input"], rows["baseline", "input"], 2)
+
+
 @pytest.mark.parametrize("batch", [(), (5,), (5, 1)])
 @pytest.mark.parametrize("chunk_size", [None, 7])
-def test_equals_a_fine_midpoint_rule_and_is_complete(batch: tuple[int, ...], chunk_size: int | None) -> None:
-    net = mlp().double()
-    rows = pair()
+def test_equals_a_fine_midpoint_rule_and_is_complete(
+    fine: tuple[nn.Module, TensorDict, torch.Tensor], batch: tuple[int, ...], chunk_size: int | None
+) -> None:
+    net, rows, expected = fine
     data = rows.reshape(batch) if batch else rows[0]
     method = IntegratedGradients(target=output(2), n_steps=32, chunk_size=chunk_size, compute_convergence_delta=True)
     with method.prepare(net) as hooked:
         found = hooked(data.clone())
-    expected = by_hand(net, rows["input"], rows["baseline", "input"], 2)
     expected = expected.reshape(*batch, FEATURES) if batch else expected[0]
     torch.testing.assert_close(found["attr", "input"], expected, rtol=1e-4, atol=1e-6)
     change = net(data["input"])[..., 2] - net(data["baseline", "input"])[..., 2]

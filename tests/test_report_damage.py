@@ -52,6 +52,7 @@ def few_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(curves, "MOST", 1)
 
 
+@pytest.mark.usefixtures("few_figures")
 def test_a_run_that_was_killed_has_a_report(tmp_path: Path) -> None:
     script = """
         import sys, warnings
@@ -61,7 +62,7 @@ def test_a_run_that_was_killed_has_a_report(tmp_path: Path) -> None:
         from tdhook_rl.examples.agent import make_actor
         from tdhook_rl.report import Monitor
         with Saliency().prepare(make_actor()) as policy:
-            monitor = Monitor(policy, sys.argv[1], media_every=1)
+            monitor = Monitor(policy, sys.argv[1], media_every=3)
             while True:
                 monitor.step(CueCorners(batch_size=[4]).rollout(10, policy, break_when_any_done=False))
     """
