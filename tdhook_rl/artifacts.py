@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tdhook_rl.errors import ArtifactError
 from tdhook_rl.files.digests import digest_of
-from tdhook_rl.files.durable import parse_json, put
+from tdhook_rl.files.durable import parse_json, put, require_file_name
 
 __all__ = ["load_artifact", "save_artifact"]
 
@@ -80,10 +80,11 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError, MemoryError) as error:
         raise ArtifactError(f"{path} is not a readable safetensors file: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        found = document.get("format") if isinstance(document, dict) else None
+        if not isinstance(document, dict):
+            raise ArtifactError(f"{path} was not written by this library: its header does not say what it holds")
         raise ArtifactError(
-            f"{path} was not written by this version of the library (the format in its header is {str(found)[:80]!r}, "
-            f"not {FORMAT!r})"
+            f"{path} was not written by this version of the library (the format in its header is "
+            f"{str(document.get('format'))[:80]!r}, not {FORMAT!r})"
         )
     facts = document.get("facts")
     if not isinstance(document.get("kind"), str) or not isinstance(facts, dict):
@@ -106,4 +107,5 @@ def _digest(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 def _with_ending(path: str | Path) -> Path:
     path = Path(path)
+    require_file_name(path)
     return path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import tdhook_rl
 from tdhook_rl.cli import main
+from tdhook_rl.errors import ArtifactError
+from tdhook_rl.latent import SteeringVector
+from tdhook_rl.report import Page
 
 SOURCE = """
 from tdhook_rl import ActivationCaching
@@ -28,6 +34,12 @@ def untied():
 
 def nothing():
     return None
+
+def no_environment():
+    return good()[0], None
+
+def no_arguments():
+    return *good(), [64]
 """
 
 
@@ -108,3 +120,48 @@ def test_a_terminal_that_knows_ascii_only(tmp_path: Path) -> None:
         assert b"Traceback" not in done.stderr
         assert (done.stdout if command[0] == "sites" else done.stderr).isascii()
         assert done.returncode == (command[0] == "check")
+
+
+ODD_SET_UPS = {
+    ("users_own_setup.py:good",): "users_own_setup.py is a file: write the module .* 'users_own_setup:good'",
+    ("users_own_setup:no_environment",): "returned None for an environment: return one, or a function that makes one",
+    ("users_own_setup:no_arguments",): r"returned \[64\] third: return the collector's arguments by name, a dict",
+    ("users_own_setup:good", "--workers", "-1"): "num_workers= is a number of processes from 0 on, got -1",
+}
+
+
+@pytest.mark.parametrize("arguments", ODD_SET_UPS, ids=" ".join)
+def test_what_a_set_up_may_not_be(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("check", "play") if len(arguments) == 1 else ("check",):
+        assert main([command, *arguments]) == 1
+        assert re.search(ODD_SET_UPS[arguments], capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("given", ["x=a x=b", "=a", "x=", "a a"])
+def test_concepts_and_checkpoints_have_a_name_each(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for what in ("concepts", "checkpoints"):
+        others = ["--concepts", "b"] if what == "checkpoints" else []
+        assert main(["probe", "nowhere", "--sites", "0", *others, f"--{what}", *given.split()]) == 1
+        assert re.search(rf"--{what} (NAME|are named NAME)", capsys.readouterr().err)
+
+
+class Closed(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+    def flush(self) -> None:
+        raise BrokenPipeError
+
+
+def test_whoever_reads_may_stop_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `head` does: no traceback, and the status of what a signal would have ended."""
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert main(["sites"]) == 141
+
+
+@pytest.mark.parametrize("path", ["", ".", "/", "here/.."])
+def test_a_path_that_names_no_file(path: str) -> None:
+    vector = SteeringVector(vector=torch.zeros(2), path="0")
+    for use in (vector.save, SteeringVector.load, Page(title="a page").save):
+        with pytest.raises(ArtifactError, match=r"names a folder, and no file in it|[Dd]irectory|there is no artifact"):
+            use(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,13 @@ def run(options: argparse.Namespace) -> int:
     torch.manual_seed(options.seed)
     found = made(options.policy)
     policy = found[0] if isinstance(found, tuple) else found
-    concepts = {name: _concept(text) for name, text in map(_named, options.concepts)}
-    checkpoints = {name: Path(text) for name, text in map(_named, options.checkpoints)} or None
+    concepts = {name: _concept(text) for name, text in _named("concepts", options.concepts).items()}
+    checkpoints = {name: Path(text) for name, text in _named("checkpoints", options.checkpoints).items()} or None
     split = GroupSplit(*(_key(one) for one in options.split), held_out=options.held_out, seed=options.seed)
     folder = new_folder(options.out or Path("runs") / time.strftime("probe-%Y%m%d-%H%M%S"))
     console = Console()
     with _bar(console) as bar:
-        task = bar.add_task("reading")
+        task = bar.add_task("reading", total=None)
         table = probe_grid(
             policy, options.data, sites=options.sites, concepts=concepts, checkpoints=checkpoints, split=split,
             batch_size=options.batch_size, seed=options.seed,
@@ -117,9 +118,24 @@ def _bar(console: Any) -> Any:
     )  # fmt: skip
 
 
-def _named(text: str) -> tuple[str, str]:
-    name, sign, rest = text.partition("=")
-    return (name, rest) if sign else (text, text)
+def _named(what: str, texts: Sequence[str]) -> dict[str, str]:
+    """By name what was given as ``NAME=TEXT``, or as its own name.
+
+    Raises:
+        InputError: for a name that is given twice, or none.
+    """
+    from tdhook_rl.errors import InputError
+
+    found: dict[str, str] = {}
+    for text in texts:
+        name, sign, rest = text.partition("=")
+        name, rest = (name, rest) if sign else (text, text)
+        if not name or not rest:
+            raise InputError(f"--{what} are named NAME=VALUE, or by their value; got {text!r}")
+        if name in found:
+            raise InputError(f"two {what} are called {name!r}: name them, --{what} NAME=VALUE")
+        found[name] = rest
+    return found
 
 
 def _key(text: str) -> Any:

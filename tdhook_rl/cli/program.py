@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,14 +20,21 @@ COMMANDS = (demo, experiment, report, check, sites, play, analyze, probe, steer)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status (1 for an error that has a message, 130 for Ctrl-C).
+    """Run a command; returns the exit status: 1 for an error that has a message, 130 for Ctrl-C, 141 where nobody
+    reads what is printed any more.
 
     As a program, Ctrl-C ends it in one line wherever it is: while packages are imported, workers start, or at its end.
     """
     stop = Stop()
     try:
         with stop:
-            return _run(arguments)
+            status = _run(arguments)
+            sys.stdout.flush()
+            return status
+    except BrokenPipeError:  # whoever reads, such as `head`, has read enough
+        with contextlib.suppress(OSError):  # what is written on the way out would end in another
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except BaseException as error:
         # What is interrupted may end in an error of its own: an import, a library's loop.
         if not (stop.requested or isinstance(error, KeyboardInterrupt)) or isinstance(error, SystemExit):

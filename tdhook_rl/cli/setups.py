@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ def named_function(target: str) -> Any:
         InputError: if it names none.
     """
     module_name, _, name = target.partition(":")
+    if module_name.endswith(".py") and Path(module_name).is_file():
+        named = ".".join(Path(module_name).with_suffix("").parts)
+        raise InputError(f"{module_name} is a file: write the module as `import` names it, '{named}:{name or 'setup'}'")
     if not name or not all(part.isidentifier() for part in module_name.split(".")):
         raise InputError(
             f"{target!r} names no function: write MODULE:FUNCTION, such as 'my_agent:setup', with the module as "
@@ -66,6 +70,12 @@ def made_with_environment(target: str) -> tuple[Any, ...]:
         raise InputError(
             f"{target} returned {got}: it must return (hooked policy, environment), or with collector arguments third"
         )
+    env, options = found[1], found[2] if len(found) == 3 else {}
+    several = isinstance(env, Sequence) and not isinstance(env, str)  # of a collector with workers
+    if not (callable(env) or several):
+        raise InputError(f"{target} returned {env!r:.80} for an environment: return one, or a function that makes one")
+    if not isinstance(options, Mapping):
+        raise InputError(f"{target} returned {options!r:.80} third: return the collector's arguments by name, a dict")
     return found
 
 

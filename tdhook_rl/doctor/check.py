@@ -147,6 +147,8 @@ class _Examination:
         from torchrl.collectors import AsyncBatchedCollector, Collector, MultiCollector, MultiSyncCollector
 
         asked = self.options.pop("num_workers", None)
+        if asked is not None and (not isinstance(asked, int) or asked < 0):
+            raise InputError(f"num_workers= is a number of processes from 0 on, got {asked!r:.80}")
         kind = self.collector or (MultiSyncCollector if asked else Collector)
         takes_a_list = issubclass(kind, (MultiCollector, AsyncBatchedCollector))
         if asked and not takes_a_list:

@@ -113,12 +113,19 @@ def write_bytes(path: Path, content: bytes) -> None:
     sync([path.parent])
 
 
+def require_file_name(path: Path) -> None:
+    """Raise :class:`ArtifactError` for a path that names no file, such as that of the folder one is in."""
+    if path.name in ("", ".."):
+        raise ArtifactError(f"{str(path)!r} names a folder, and no file in it: name one")
+
+
 def put(path: Path, content: str | bytes) -> Path:
     """As :func:`write_bytes`, of a text too, in a folder that is made.
 
     Raises:
-        ArtifactError: if it cannot be written; the old one is there then.
+        ArtifactError: if it names no file, or cannot be written; the old one is there then.
     """
+    require_file_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, content.encode() if isinstance(content, str) else content)
@@ -217,8 +224,8 @@ class FolderLock:
         self._made: list[Path] = []
 
     def __enter__(self) -> FolderLock:
-        missing = [one for one in (self._folder, *self._folder.parents) if not one.exists()]
         try:
+            missing = [one for one in (self._folder, *self._folder.parents) if not one.exists()]
             self._folder.mkdir(parents=True, exist_ok=True)
             self._made = missing
             self._descriptor = os.open(self._folder, os.O_RDONLY)
