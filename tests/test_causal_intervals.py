@@ -11,7 +11,9 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from tdhook_rl.sweeps import AblationCell, AblationTable, ablate_units, attribution_patching
+from tdhook_rl.latent import SteeringVector
+from tdhook_rl.statistics import ratio_of_means
+from tdhook_rl.sweeps import AblationCell, AblationTable, ablate_units, attribution_patching, patch_sites
 
 MEASURED = {"metric": "output", "compare": "all"}
 
@@ -64,6 +66,24 @@ def test_an_agreement_is_that_without_each_group(groups: Tensor | None) -> None:
         assert one.low == pytest.approx(low if name == "correlation" else max(low, 0))
     assert f"correlation {whole['correlation']:.3f} [{found.intervals['correlation'].low:.3f}, " in str(found)
     assert f"mean error {whole['error']:.1%} [" in str(table)
+
+
+@pytest.mark.parametrize("groups", [None, torch.arange(30) // 3, torch.arange(30) % 4, torch.arange(30) * 0])
+def test_a_pooled_share_is_a_ratio_by_group(groups: Tensor | None) -> None:
+    """Of weights: the differences of two runs, of which a few may be most."""
+    net, (clean, corrupt) = network(), states(30, 1)
+    clean["input"][:3] *= 5.0
+    direction = SteeringVector(vector=torch.ones(6), path="0")
+    cell = patch_sites(net, clean, corrupt, ["0"], direction=direction, groups=groups, metric="output")[0]
+    base, source = (net(one["input"]).detach().squeeze(-1) for one in (corrupt, clean))
+    gap = source - base
+    above = cell.shares * gap.abs()
+    by_hand = ratio_of_means(above, gap.abs(), torch.arange(30) if groups is None else groups)
+    found = cell.pooled_interval
+    assert found.estimate == pytest.approx(cell.pooled) == pytest.approx(by_hand.estimate)
+    assert (found.low, found.high) == pytest.approx((by_hand.low, by_hand.high), nan_ok=True)
+    assert (found.known, found.groups) == (by_hand.known, by_hand.groups)
+    assert cell.numbers()["pooled_high"] == pytest.approx(found.high, nan_ok=True)
 
 
 def test_they_cover() -> None:

@@ -207,6 +207,7 @@ def test_numbers_are_scored_by_the_variance_explained() -> None:
     both = probe(kind="ridge")
     found = both.update(data.clone().set("y", torch.stack([y, torch.randn(2000)], 1)))
     assert found["r2"] == pytest.approx((found["r2.0"] + found["r2.1"]) / 2)
+    assert found["r2_low"] < found["r2"] < found["r2_high"] <= 1
     assert abs(found["r2.1"]) < 0.05
     assert found["train_r2"] == pytest.approx(found["r2"], abs=0.05)
     with pytest.warns(UserWarning, match="all the same"):

@@ -14,8 +14,8 @@ from scipy import stats
 
 from tdhook_rl import statistics
 from tdhook_rl.statistics import Interval, jackknife
-from tdhook_rl.sweeps.causal.patch_table import Gap
-from tdhook_rl.sweeps.causal.unit_table import pooled
+from tdhook_rl.statistics.differences import mean_r_squared
+from tdhook_rl.sweeps.causal.gap import Gap, pooled_shares
 
 #: Of groups of these sizes, one of which holds most of the rows.
 UNEQUAL = {5: [80, 5, 5, 5, 5], 12: [200, *[5] * 11], 30: [500, *[5] * 29]}
@@ -47,7 +47,7 @@ def shared(values: np.ndarray, groups: np.ndarray, *, by: str) -> Interval:
     if by == "ratio":
         return moved(statistics.ratio_of_means(parts, weights), 0.5)
     gap = Gap(base=torch.zeros(len(weights)).double(), source=torch.from_numpy(weights))
-    (found,) = pooled(torch.from_numpy(parts)[None], gap, None)
+    (found,) = pooled_shares(torch.from_numpy(parts)[None], gap, None)
     assert found is not None
     return moved(found, 0.5)
 
@@ -113,6 +113,26 @@ def test_a_ratio_is_that_without_each_group(signed: bool) -> None:
     whole = above.sum() / below.sum()
     assert found.estimate == pytest.approx(whole)
     assert found.half_width == pytest.approx(reach * math.sqrt(11 / 12 * np.square(without - whole).sum()))
+
+
+@pytest.mark.parametrize("groups", [4, 12, 40])
+def test_a_mean_of_explained_shares_is_of_numbers_that_groups_have_in_common(groups: int) -> None:
+    draws, held = np.random.default_rng(0), []
+    for _ in range(150):
+        values, common = draws.normal(size=(groups, 3, 20)), draws.normal(size=(groups, 1, 1))
+        errors = 0.6 * (0.7 * common + 0.7 * draws.normal(size=values.shape))
+        rows = np.full((groups, 3), 20.0)
+        sums = np.stack([rows, values.sum(2), (values**2).sum(2), (errors**2).sum(2)], 2)
+        found = mean_r_squared(sums)
+        held.append(1 - 0.36 * 0.98 in found)
+        each = [statistics.r_squared(sums[:, one]) for one in range(3)]
+        assert found.estimate == pytest.approx(np.mean([one.estimate for one in each]))
+    assert np.mean(held) >= 0.86
+    alone, same = mean_r_squared(sums[:, :1]), mean_r_squared(sums[:, [0, 0]])
+    assert (alone.low, alone.high) == pytest.approx((each[0].low, each[0].high))
+    assert (same.low, same.high) == pytest.approx((each[0].low, each[0].high))
+    sums[:, 1, 1:3] = 0.0
+    assert "number 1 cannot be scored" in mean_r_squared(sums).words
 
 
 # ------------------------------------------------------------------ what is said in words

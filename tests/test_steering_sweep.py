@@ -375,16 +375,6 @@ def test_what_does_nothing_is_not_claimed() -> None:
     assert all(known(24, effect=0.8, seed=seed).table("score")[1].adjusted < 0.05 for seed in range(20))
 
 
-@pytest.mark.parametrize("episodes", [8, 32, 128])
-def test_alpha_50_covers(episodes: int) -> None:
-    """The truth is a half, on straight lines."""
-    found = [known(episodes, seed=seed, spread=0.4).alpha_50("score") for seed in range(100)]
-    there = [one for one in found if one.known]
-    assert len(there) > 60
-    assert 0.88 <= np.mean([0.5 in one for one in there]) <= 1.0
-    assert np.mean([one.estimate for one in found]) == pytest.approx(0.5, abs=0.06)
-
-
 def test_the_choice_is_made_in_one_half_and_reported_of_the_other() -> None:
     quiet = [known(16, effect=0.0, spread=2.0, seed=seed) for seed in range(60)]
     bests = [max(float(one.effect("score", alpha=alpha)) for alpha in (0.5, 1.0)) for one in quiet]

@@ -1,4 +1,4 @@
-"""Differences of two scores of the same groups: trained and untrained, true labels and shuffled ones.
+"""Differences and means of scores of the same groups: trained and untrained, true labels and shuffled ones.
 
 What the groups have in common cancels, so that the interval of the difference is narrower than those of the scores let
 one think, and may be wider where they disagree.
@@ -15,6 +15,7 @@ import numpy as np
 from tdhook_rl.errors import InputError
 from tdhook_rl.statistics.cautions import ONE_GROUP, few_groups
 from tdhook_rl.statistics.interval import Interval, check_confidence, limits, none, t_test
+from tdhook_rl.statistics.scores import below_1
 from tdhook_rl.statistics.tables import class_in_one_group, hits, sums_of_squares
 
 
@@ -56,6 +57,28 @@ def r_squared_difference(sums: Any, other_sums: Any, *, confidence: float = 0.95
     """
     first, second = (sums_of_squares(one) for one in (sums, other_sums))
     return _difference(_explained(first), _explained(second), rows=float(first[:, 0].sum()), confidence=confidence)
+
+
+def mean_r_squared(sums: np.ndarray, *, confidence: float = 0.95) -> Interval:
+    """The mean over several numbers of the share of variance that is explained, by group.
+
+    Args:
+        sums: ``(groups, numbers, 4)``, as of :func:`r_squared`.
+        confidence: of the interval.
+    """
+    check_confidence(confidence)
+    parts = [_explained(sums_of_squares(one)) for one in sums.swapaxes(0, 1)]
+    groups, estimate = len(sums), sum(part.score for part in parts) / len(parts)
+    shape = {"confidence": confidence, "groups": groups, "rows": float(sums[:, 0, 0].sum())}
+    lacking = [place for place, part in enumerate(parts) if math.isnan(part.score)]
+    if lacking:
+        return none(math.nan, f"number {lacking[0]} cannot be scored", **shape)
+    words = next((part.words for part in parts if part.words), "")
+    if words:
+        return none(estimate, words, **shape)
+    variance = float(np.square(sum(part.own for part in parts) / len(parts)).sum())
+    freedom = max(min(part.effective for part in parts) - 1, 1.0)
+    return below_1(estimate, variance, freedom=freedom, words=few_groups(groups), **shape)
 
 
 class _Part(NamedTuple):

@@ -60,7 +60,7 @@ def jackknife(
     if not (np.isfinite(scaled).all() and math.isfinite(middle)):
         return none(estimate, "the figure is at its bound, or is without one of the groups", **shape)
     variance = (len(left) - 1) / len(left) * float(np.square(scaled - scaled.mean()).sum())
-    found = limits(middle, variance, freedom=len(left) - 1, words=few_groups(len(left)), **shape)
+    found = limits(middle, variance, freedom=len(left) - 1, words=few_groups(len(left), bounded=correlation), **shape)
     if not correlation:
         return replace(found, method="jackknife by group")
     return replace(

@@ -150,11 +150,21 @@ def r_squared(sums: Any, *, confidence: float = 0.95) -> Interval:
     variance = float(np.square(residuals).sum() * len(sums) / (len(sums) - 1))
     effective = rows.sum() ** 2 / np.square(rows).sum()
     words = few_groups(len(sums))
-    # The share that is not explained is positive and skewed: its logarithm is nearer to normal.
-    known = max(share, 1e-12)
+    return below_1(1 - share, variance, freedom=max(min(effective, len(sums)) - 1, 1.0), words=words, **shape)
+
+
+def below_1(
+    score: float, variance: float, *, freedom: float, confidence: float, groups: int, rows: float, words: str
+) -> Interval:
+    """A t interval of a score that is 1 at most, from a variance by group, of the logarithm of what lacks to 1.
+
+    The share that is not explained is positive and skewed: its logarithm is nearer to normal.
+    """
+    lacks = max(1 - score, 1e-12)
     found = limits(
-        math.log(known), variance / known**2, freedom=max(min(effective, len(sums)) - 1, 1.0), words=words, **shape
+        math.log(lacks), variance / lacks**2, freedom=freedom, confidence=confidence, groups=groups, rows=rows,
+        words=words,
     )  # fmt: skip
     with np.errstate(over="ignore"):
         low, high = (float(1 - np.exp(bound)) for bound in (found.high, found.low))
-    return replace(found, estimate=1 - share, low=low, high=high, method="t by group, of the logarithm")
+    return replace(found, estimate=score, low=low, high=high, method="t by group, of the logarithm")

@@ -23,6 +23,7 @@ from tdhook_rl.statistics import (
     ratio_of_means,
     unpaired_difference,
 )
+from tdhook_rl.statistics.interval import pair_up, t_quantile, variance_by_group
 from tdhook_rl.sweeps.conditions import BASELINE, RANDOM, REPEATED, SHUFFLED, Condition
 from tdhook_rl.sweeps.sweep_file import FILE, UNFINISHED, read_sweep, write_sweep
 from tdhook_rl.sweeps.sweep_table import SweepRow, SweepTable
@@ -183,7 +184,8 @@ class SweepResult:
     def specificity(self, outcome: str, vector: str | None = None, alpha: float | None = None) -> Interval | None:
         """The effect over the size of the largest effect of a control; ``None`` without controls.
 
-        Its interval takes the control that did most as given.
+        Its interval takes the control that did most as given. Of several the largest is so by chance in part: where
+        all of what it does may be chance (Bonferroni), the words say so.
         """
         alpha, base = self._strength(vector, alpha), self.of(outcome)
         rivals = [
@@ -194,8 +196,14 @@ class SweepResult:
         if not rivals:
             return None
         largest = max(rivals, key=lambda one: abs(float(one.mean())))
-        change = self.of(outcome, vector, alpha) - base
-        return ratio_of_means(change, largest * (1.0 if float(largest.mean()) >= 0 else -1.0), self._groups())
+        change, groups = self.of(outcome, vector, alpha) - base, self._groups()
+        found = ratio_of_means(change, largest * (1.0 if float(largest.mean()) >= 0 else -1.0), groups)
+        if found.known and 0.0 in grouped_mean(largest, groups, confidence=1 - 0.05 / len(rivals), method="t"):
+            chance = (
+                f"the largest of {len(rivals)} controls may be so by chance: specificity and limits are rather too low"
+            )
+            found = replace(found, words="; ".join(filter(None, (found.words, chance))))
+        return found
 
     def alpha_50(self, outcome: str, vector: str | None = None) -> Interval:
         """The strength at which half of the effect at the largest is reached, on straight lines between strengths.
@@ -214,16 +222,7 @@ class SweepResult:
         grid = np.linspace(alphas[0], alphas[-1], 401)
         means = np.interp(grid, alphas, toward * ahead.mean(1).numpy())
         crossing = int(np.argmax(means >= 0))
-        groups = self._groups()
-        near: list[float] = []
-        for alpha in grid:
-            upper = min(int(np.searchsorted(alphas, alpha)), len(alphas) - 1)
-            lower = max(upper - 1, 0)
-            share = (alpha - alphas[lower]) / (alphas[upper] - alphas[lower]) if upper > lower else 0.0
-            at = ahead[lower] * (1 - share) + ahead[upper] * share
-            found = grouped_mean(at, groups, method="t")
-            if found.known and 0.0 in found:
-                near.append(float(alpha))
+        near = [float(alpha) for alpha in grid[self._may_be_0(alphas, ahead.numpy(), grid)]]
         shape = {"confidence": 0.95, "groups": self._count(), "rows": float(curves.shape[1])}
         if not near or near[0] <= alphas[0] or near[-1] >= alphas[-1] or self.effect(outcome, vector).p > 0.05:
             words = "the effect is too small, or too few episodes tell where half of it is reached"
@@ -231,6 +230,26 @@ class SweepResult:
                 estimate=float(grid[crossing]), low=math.nan, high=math.nan, method="none", words=words, **shape
             )
         return Interval(estimate=float(grid[crossing]), low=near[0], high=near[-1], method="inverted t test", **shape)
+
+    def _may_be_0(self, alphas: list[float], values: np.ndarray, grid: np.ndarray) -> np.ndarray:
+        """At which strengths a mean is not told from 0 by a t test by group, ``(grid,)``.
+
+        Args:
+            alphas: the strengths that were played.
+            values: ``(alphas, episodes)``, on straight lines between.
+            grid: the strengths that are asked for.
+        """
+        numbers = pair_up(values.shape[1], self._groups())
+        counts = np.bincount(numbers).astype(np.float64)
+        if len(counts) < 2:
+            return np.zeros(len(grid), dtype=bool)
+        sums = np.stack([np.bincount(numbers, one) for one in values])
+        found = np.zeros(len(grid), dtype=bool)
+        for place, at in enumerate(np.stack([np.interp(grid, alphas, one) for one in sums.T], 1)):
+            mean = at.sum() / counts.sum()
+            variance, freedom = variance_by_group(at, counts, mean)
+            found[place] = abs(mean) <= t_quantile(0.95, freedom) * math.sqrt(variance)
+        return found
 
     def p(self, outcome: str, vector: str | None = None, alpha: float | None = None) -> float:
         """The p-value that it does something, and more than a random direction of equal norm.

@@ -17,6 +17,7 @@ from tdhook_rl.latent.probing.held_out import HitTally, ScoreHistograms, Tally, 
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
 from tdhook_rl.latent.probing.target_statistics import TargetStatistics
 from tdhook_rl.statistics import Interval
+from tdhook_rl.statistics.differences import mean_r_squared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,10 +274,10 @@ class ValueConcept(Concept):
 
     def found(self) -> dict[str, Interval]:
         count = len(self.statistics.of_targets)
-        each = []
-        for one in range(count):
-            sums = [tally.sums.reshape(-1, count, 4)[:, one].numpy() for tally in self._sums]
-            each.append(widest([statistics.r_squared(part, confidence=self.options.confidence) for part in sums]))
+        sums, confidence = [tally.sums.reshape(-1, count, 4).numpy() for tally in self._sums], self.options.confidence
+        each = [
+            widest([statistics.r_squared(part[:, one], confidence=confidence) for part in sums]) for one in range(count)
+        ]
         self.words = [f"r2: {each[0].words}"] if math.isnan(each[0].estimate) else []
         if self.statistics.rows <= 1:
             self.words = ["there is no probe yet: there are no two training rows"]
@@ -284,12 +285,8 @@ class ValueConcept(Concept):
             self.words = ["there is no held-out row yet: the split has held out no group of these rows"]
         if count == 1:
             return {"r2": each[0]}
-        mean = sum(one.estimate for one in each) / count
-        words = "a mean over several numbers; see that of each"
-        found = {"r2": statistics.interval.none(
-            mean, words, confidence=self.options.confidence, groups=each[0].groups, rows=each[0].rows
-        )}  # fmt: skip
-        return found | {f"r2.{index}": one for index, one in enumerate(each)}
+        whole = widest([mean_r_squared(part, confidence=confidence) for part in sums])
+        return {"r2": whole} | {f"r2.{index}": one for index, one in enumerate(each)}
 
     @property
     def classes(self) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tdhook_rl.statistics import Interval, jackknife
 from tdhook_rl.statistics.cells import shown
 from tdhook_rl.statistics.interval import pair_up
-from tdhook_rl.sweeps.causal.patch_table import Gap
+from tdhook_rl.sweeps.causal.gap import Gap
 
 
 @dataclass(frozen=True, kw_only=True)

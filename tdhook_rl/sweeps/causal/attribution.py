@@ -13,9 +13,9 @@ from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError, TargetError
 from tdhook_rl.sweeps.causal.bench import Bench, Ran
 from tdhook_rl.sweeps.causal.components import Components, components_of, passes
+from tdhook_rl.sweeps.causal.gap import Gap
 from tdhook_rl.sweeps.causal.metrics import Metric, Reading
 from tdhook_rl.sweeps.causal.pairs import Pairs, Way, base_and_source, pairs_of, require_way
-from tdhook_rl.sweeps.causal.patch_table import Gap
 from tdhook_rl.sweeps.causal.unit_table import UnitTable
 
 #: How many components are patched to see how good the estimates are: half of them the largest, half at random.

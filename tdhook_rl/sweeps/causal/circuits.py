@@ -18,10 +18,9 @@ from tdhook_rl.statistics.cells import shown
 from tdhook_rl.sweeps.causal.attribution import Effects
 from tdhook_rl.sweeps.causal.bench import Bench
 from tdhook_rl.sweeps.causal.components import Components, components_of
+from tdhook_rl.sweeps.causal.gap import Gap, pooled_shares
 from tdhook_rl.sweeps.causal.metrics import Metric
 from tdhook_rl.sweeps.causal.pairs import pairs_of
-from tdhook_rl.sweeps.causal.patch_table import Gap
-from tdhook_rl.sweeps.causal.unit_table import pooled
 
 #: Sizes at which the faithfulness of the most important components is shown, and which are tried at once.
 SIZES = 16
@@ -283,7 +282,7 @@ class _Search:
         """The faithfulness of one set, from how it changes the metric, ``(1, states)``."""
         # What is left is the difference minus what is lost of it.
         left = (self.gap.source - self.gap.base) - changes
-        (found,) = pooled(left, self.gap, self._groups)
+        (found,) = pooled_shares(left, self.gap, self._groups)
         assert found is not None
         return found
 

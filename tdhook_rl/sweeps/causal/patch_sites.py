@@ -17,9 +17,10 @@ from tdhook_rl.files.checkpoints import load_into
 from tdhook_rl.latent.steering_vector import SteeringVector
 from tdhook_rl.sweeps.causal.bench import Bench, Ran
 from tdhook_rl.sweeps.causal.edits import Put, PutPart
+from tdhook_rl.sweeps.causal.gap import Gap
 from tdhook_rl.sweeps.causal.metrics import Metric, Reading
 from tdhook_rl.sweeps.causal.pairs import Pairs, Way, base_and_source, pairs_of, require_way
-from tdhook_rl.sweeps.causal.patch_table import Gap, PatchCell, PatchTable, summed_up
+from tdhook_rl.sweeps.causal.patch_table import PatchCell, PatchTable, summed_up
 from tdhook_rl.sweeps.causal.subspaces import (
     Subspace,
     along,

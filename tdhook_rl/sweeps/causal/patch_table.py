@@ -15,9 +15,7 @@ from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.statistics import Interval, bootstrap, grouped_mean
 from tdhook_rl.statistics.cells import Cells, shown, words_of
 from tdhook_rl.statistics.interval import none
-
-#: Below so many units of rounding of the larger metric there is no difference of two runs to be brought over.
-ROUNDING = 64
+from tdhook_rl.sweeps.causal.gap import Gap, pooled_shares
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,6 +32,7 @@ class PatchCell:
         random: that of random directions (subspaces) of equal dimension, its mean over them; ``None`` without.
         p: the share of random directions that do as much, the direction counted as one.
         pooled: all of the change over all of the difference: the mean share, weighted by the size of the difference.
+        pooled_interval: the same with its limits; ``None`` where no state is left.
         shares: ``(states,)``, the share in each state that was given; NaN where it was left out.
         at_random: ``(controls, states)``, the same for random directions.
         left_out: states without a share.
@@ -47,6 +46,7 @@ class PatchCell:
     mean: Interval
     size: float
     pooled: float
+    pooled_interval: Interval | None = None
     random: Interval | None = None
     p: float = math.nan
     shares: Tensor = field(repr=False)
@@ -63,7 +63,10 @@ class PatchCell:
             one = getattr(self, name)
             if one is not None:
                 found |= {name: one.estimate, f"{name}_low": one.low, f"{name}_high": one.high}
-        found |= {"size": self.size, "pooled": self.pooled, "p": self.p, "left_out": self.left_out}
+        whole = self.pooled_interval
+        ends = (math.nan, math.nan) if whole is None else (whole.low, whole.high)
+        found |= {"size": self.size, "pooled": self.pooled, "pooled_low": ends[0], "pooled_high": ends[1]}
+        found |= {"p": self.p, "left_out": self.left_out}
         return found | {"groups": self.mean.groups, "states": int(self.mean.rows), "words": words_of(self)}
 
 
@@ -125,50 +128,6 @@ def _number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.3g}"
 
 
-@dataclass(frozen=True)
-class Gap:
-    """What there is to be brought over.
-
-    Args:
-        base: ``(states,)``, the metric of the run that is patched.
-        source: of the run that the activations are from.
-        dtype: what the policy computes in, whose rounding is no difference.
-    """
-
-    base: Tensor
-    source: Tensor
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def known(self) -> Tensor:
-        """Where there is a difference that is no rounding, and a number."""
-        size = torch.maximum(self.base.abs(), self.source.abs())
-        gap = self.source - self.base
-        return torch.isfinite(gap) & (gap.abs() > ROUNDING * torch.finfo(self.dtype).eps * size)
-
-    def shares(self, reached: Tensor) -> Tensor:
-        """``(..., states)``: of the metric that patched runs reach; NaN where there is nothing to share."""
-        share = (reached - self.base) / (self.source - self.base)
-        return torch.where(self.known & torch.isfinite(share), share, torch.nan)
-
-    def pooled(self, reached: Tensor) -> Tensor:
-        """``(...)``: all of the change, towards the source, over all of the difference."""
-        gap = self.source - self.base
-        share = self.shares(reached)
-        usable = torch.isfinite(share)
-        weight = torch.where(usable, gap.abs(), 0.0)
-        return (torch.where(usable, share, 0.0) * weight).sum(-1) / weight.sum(-1)
-
-    def left_out(self, reached: Tensor) -> str:
-        """How many states are left out and why, in words."""
-        gap = self.source - self.base
-        odd = ~torch.isfinite(gap) | (self.known & ~torch.isfinite(reached))
-        same = ~self.known & ~odd
-        parts = [f"{int(same.sum())} with no difference between the two runs"] if bool(same.any()) else []
-        parts += [f"{int(odd.sum())} with a metric that is not finite"] if bool(odd.any()) else []
-        return f"left out of {len(gap)} states: {', '.join(parts)}" if parts else ""
-
-
 def summed_up(
     site: str,
     patch: str,
@@ -197,7 +156,7 @@ def summed_up(
     usable = torch.isfinite(shares)
     kept, own = shares[usable], None if groups is None else groups[usable]
     said = [words, gap.left_out(reached)]
-    random, p, others = None, math.nan, None
+    random, whole, p, others = None, None, math.nan, None
     if not len(kept):
         said.append("no state is left")
         shape = {"confidence": 0.95, "groups": 0, "rows": 0}
@@ -206,6 +165,8 @@ def summed_up(
     else:
         median, mean = bootstrap(np.median, kept, own), grouped_mean(kept, own)
         size = float(np.median(kept.abs().numpy()))
+        left = Gap(gap.base[usable], gap.source[usable], gap.dtype)
+        (whole,) = pooled_shares((reached - gap.base)[usable][None], left, own)
         said += [one.words for one in (mean, median) if not one.known]
     if at_random is not None:
         others = gap.shares(at_random)
@@ -216,8 +177,9 @@ def summed_up(
     among = (lambda values: values) if among is None else among
     everywhere = among(shares)
     return PatchCell(
-        site=site, patch=patch, median=median, mean=mean, size=size, pooled=float(gap.pooled(reached)), random=random,
-        p=p, shares=everywhere, at_random=None if others is None else among(others),
+        site=site, patch=patch, median=median, mean=mean, size=size, pooled=float(gap.pooled(reached)),
+        pooled_interval=whole, random=random, p=p, shares=everywhere,
+        at_random=None if others is None else among(others),
         left_out=int((~torch.isfinite(everywhere)).sum()), words="; ".join(dict.fromkeys(one for one in said if one)),
         checkpoint=checkpoint,
     )  # fmt: skip

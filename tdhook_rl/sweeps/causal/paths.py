@@ -12,9 +12,10 @@ from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.sweeps.causal.bench import Bench
 from tdhook_rl.sweeps.causal.edits import Put
+from tdhook_rl.sweeps.causal.gap import Gap
 from tdhook_rl.sweeps.causal.metrics import Metric, Reading
 from tdhook_rl.sweeps.causal.pairs import Pairs, Way, base_and_source, pairs_of, require_way
-from tdhook_rl.sweeps.causal.patch_table import Gap, PatchTable, summed_up
+from tdhook_rl.sweeps.causal.patch_table import PatchTable, summed_up
 
 
 @checked

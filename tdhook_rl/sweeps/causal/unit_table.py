@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from tdhook_rl.statistics import Interval
-from tdhook_rl.statistics.cautions import ONE_GROUP, few_groups
 from tdhook_rl.statistics.cells import Cells, shown, words_of
-from tdhook_rl.statistics.interval import limits, none, pair_up
 from tdhook_rl.sweeps.causal.agreement import Agreement, agreement_of
 from tdhook_rl.sweeps.causal.components import Components
-from tdhook_rl.sweeps.causal.patch_table import Gap
+from tdhook_rl.sweeps.causal.gap import Gap, pooled_shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +93,10 @@ class UnitTable(Cells[UnitCell]):
     @cached_property
     def _of(self) -> dict[tuple[str, int], UnitCell]:
         # Made when they are looked at: of many units in many states intervals cost more than the passes.
-        sides = [None if one is None else pooled(one, self.gap, self._groups) for one in (self.estimates, self.changes)]
+        sides = [
+            None if one is None else pooled_shares(one, self.gap, self._groups)
+            for one in (self.estimates, self.changes)
+        ]
         found = {}
         for place, (site, unit) in enumerate(self.components.names):
             own = [None if side is None else side[place] for side in sides]
@@ -149,45 +150,3 @@ class UnitTable(Cells[UnitCell]):
         said += [self.words] if self.words else []
         more = [f"and {len(self) - 20} more"] if len(self) > 20 else []
         return "\n".join([*said, super().__str__(), *more])
-
-
-def pooled(changes: Tensor, gap: Gap, groups: Tensor | None) -> list[Interval | None]:
-    """For each row of changes its share of the difference, pooled over states, with an interval by group.
-
-    Args:
-        changes: ``(rows, states)``, of the metric; a row of NaN has no share.
-        gap: what there is to be brought over.
-        groups: of the states.
-    """
-    known = gap.known
-    count = int(known.sum())
-    shape = {"confidence": 0.95, "rows": count}
-    if not count:
-        return [none(math.nan, "no state is left", groups=0, **shape)] * len(changes)
-    gaps = gap.source - gap.base
-    if count < len(known):
-        changes, gaps, groups = changes[:, known], gaps[known], None if groups is None else groups[known]
-    size = gaps.abs()
-    total = size.sum()
-    along = changes.double() * (torch.sign(gaps) / total)
-    shares = along.sum(-1)
-    numbers = torch.from_numpy(pair_up(count, groups))
-    held = int(numbers.max()) + 1
-    residuals = torch.addr(along, shares, size / total, alpha=-1)
-    if held < count:
-        residuals = torch.zeros(len(changes), held, dtype=torch.float64).index_add_(1, numbers, residuals)
-    weights = torch.zeros(held, dtype=torch.float64).index_add_(0, numbers, size)
-    # What the shares are without each group, whose difference may be most of it all; see variance_by_group.
-    moves = residuals / (1 - weights / total)
-    variances = torch.linalg.vecdot(moves, moves) * ((held - 1) / held)
-    freedom = max(min(float(weights.sum() ** 2 / weights.square().sum()), held) - 1, 1.0)
-    words = few_groups(held)
-    found: list[Interval | None] = []
-    for share, variance in zip(shares.tolist(), variances.tolist(), strict=True):
-        if math.isnan(share):
-            found.append(None)
-        elif held < 2:
-            found.append(none(share, ONE_GROUP, groups=held, **shape))
-        else:
-            found.append(limits(share, variance, freedom=freedom, groups=held, words=words, **shape))
-    return found

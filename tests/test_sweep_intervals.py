@@ -1,0 +1,54 @@
+"""Intervals of what a sweep says: they hold the truth as often as they say, or say why not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tdhook_rl.statistics import grouped_mean
+from tdhook_rl.sweeps import Condition, SweepResult
+from tests.test_steering_sweep import known
+
+
+@pytest.mark.parametrize(("spread", "episodes"), [(0.1, 8), (0.1, 64), (0.5, 8), (0.5, 64)])
+def test_specificity_covers_or_says_that_controls_are_large_by_chance(spread: float, episodes: int) -> None:
+    """Of controls that do little the largest is so by chance, and the figure too low."""
+    held, silent = [], []
+    for seed in range(80):
+        draws = np.random.default_rng(seed)
+        slopes = 0.1 * draws.normal(size=6)
+        common = draws.normal(size=episodes)
+        own = [common + slope + spread * draws.normal(size=episodes) for slope in (0.8, *slopes)]
+        conditions = [Condition(), Condition(draw=1), Condition("up", 1.0)]
+        conditions += [Condition("up", 1.0, "random", draw) for draw in range(6)]
+        values = {"score": torch.from_numpy(np.stack([common, common, *own]))}
+        found = SweepResult(conditions=conditions, values=values).specificity("score")
+        held.append(0.8 / np.abs(slopes).max() in found)
+        silent.append("may be so by chance" not in found.words)
+    assert np.mean(np.array(held)[silent]) >= 0.8 if sum(silent) > 20 else np.mean(held) < 0.93
+
+
+@pytest.mark.parametrize("episodes", [8, 32, 128])
+def test_alpha_50_covers(episodes: int) -> None:
+    """The truth is a half, on straight lines."""
+    found = [known(episodes, seed=seed, spread=0.4).alpha_50("score") for seed in range(100)]
+    there = [one for one in found if one.known]
+    assert len(there) > 60
+    assert 0.88 <= np.mean([0.5 in one for one in there]) <= 1.0
+    assert np.mean([one.estimate for one in found]) == pytest.approx(0.5, abs=0.06)
+
+
+@pytest.mark.parametrize("runs", [1, 4])
+def test_alpha_50_holds_the_strengths_whose_mean_is_not_told_from_half_way(runs: int) -> None:
+    found = SweepResult.together([known(12, effect=0.8 + 0.1 * run, seed=run, spread=0.3) for run in range(runs)])
+    half, groups = found.alpha_50("score"), None if runs == 1 else found.runs
+    ahead = torch.stack([found.of("score", alpha=alpha) for alpha in (0.0, 0.5, 1.0)])
+    ahead = ahead - (ahead[0] + ahead[-1]) / 2
+    held = []
+    for alpha in np.linspace(0, 1, 401):
+        lower, share = divmod(2 * alpha, 1) if alpha < 1 else (1, 1.0)
+        at = ahead[int(lower)] * (1 - share) + ahead[int(lower) + 1] * share
+        held += [alpha] if 0.0 in grouped_mean(at, groups, method="t") else []
+    assert half.known
+    assert (half.low, half.high) == pytest.approx((min(held), max(held)))
