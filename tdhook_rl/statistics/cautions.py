@@ -8,8 +8,8 @@ import numpy as np
 FEW_GROUPS = 10
 #: Why an estimate has no limits, where all of it is of one group.
 ONE_GROUP = "one group only: nothing says how much groups differ"
-#: Why an interval is not resampled, although there are groups enough.
-ALIKE_RESAMPLES = "resamples hold groups that are all alike too often: a t interval by group"
+#: Where resamples do not tell how far they are off.
+ALIKE_RESAMPLES = "resamples hold groups that are all alike too often to tell the limits"
 #: From this skewness of groups on an interval of their mean says that it may be too narrow.
 _SKEWED = 2.0
 

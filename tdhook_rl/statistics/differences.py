@@ -16,7 +16,7 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.statistics.cautions import ONE_GROUP, few_groups
 from tdhook_rl.statistics.interval import Interval, check_confidence, limits, none, t_test
 from tdhook_rl.statistics.scores import below_1
-from tdhook_rl.statistics.tables import class_in_one_group, hits, sums_of_squares
+from tdhook_rl.statistics.tables import TOO_FAR, class_in_one_group, hits, sums_of_squares
 
 
 def accuracy_difference(
@@ -76,9 +76,9 @@ def mean_r_squared(sums: np.ndarray, *, confidence: float = 0.95) -> Interval:
     words = next((part.words for part in parts if part.words), "")
     if words:
         return none(estimate, words, **shape)
-    variance = float(np.square(sum(part.own for part in parts) / len(parts)).sum())
+    moves = np.sum([part.own for part in parts], axis=0) / len(parts)
     freedom = max(min(part.effective for part in parts) - 1, 1.0)
-    return below_1(estimate, variance, freedom=freedom, words=few_groups(groups), **shape)
+    return below_1(estimate, moves, freedom=freedom, words=few_groups(groups), **shape)
 
 
 class _Part(NamedTuple):
@@ -122,7 +122,10 @@ def _explained(sums: np.ndarray) -> _Part:
     total = about.sum()
     if total <= 1e-12 * max(squares.sum(), 1e-300):
         return _Part(math.nan, np.zeros(len(sums)), 0.0, 0.0)
-    share = float(errors.sum() / total)
+    with np.errstate(over="ignore"):
+        share = float(errors.sum() / total)
+    if not math.isfinite(share):
+        return _Part(math.nan, np.zeros(len(sums)), 0.0, 0.0)
     if groups < 2:
         return _Part(1 - share, np.zeros(len(sums)), 0.0, 0.0, ONE_GROUP)
     effective = float(rows.sum() ** 2 / np.square(rows).sum())
@@ -144,7 +147,10 @@ def _difference(
         return none(estimate, ONE_GROUP, **shape)
     if first.words or second.words:
         return none(estimate, first.words or second.words, **shape)
-    variance = float(np.square(first.own - second.own).sum()) + first.unseen + second.unseen
+    with np.errstate(over="ignore"):
+        variance = float(np.square(first.own - second.own).sum()) + first.unseen + second.unseen
+    if not math.isfinite(variance):
+        return none(estimate, TOO_FAR, **shape)
     freedom = max(min(first.effective, second.effective) - 1, 1.0)
     found = limits(estimate, variance, freedom=freedom, words=few_groups(groups), **shape)
     p = t_test(estimate, variance, freedom, least=2.0 ** (1 - groups))

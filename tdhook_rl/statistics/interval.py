@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from tdhook_rl.errors import InputError
+from tdhook_rl.statistics.cautions import ALIKE_RESAMPLES, all_alike
 
 #: Of larger numbers the third powers, which limits are made of, are none in float64.
 LARGEST = 1e100
@@ -130,6 +131,8 @@ def limits(
     known = {"confidence": confidence, "groups": int(groups), "rows": float(rows), "words": words}
     if bounds is None:
         reach = t_quantile(confidence, freedom) * math.sqrt(variance)
+        if reach <= ROUNDING * abs(estimate):
+            known["words"] = all_alike(groups, confidence)
         return Interval(estimate=estimate, low=estimate - reach, high=estimate + reach, method="t by group", **known)
     lowest, highest = bounds
     for bound in bounds:  # at a bound, but for the last digits of a sum, is at it
@@ -169,6 +172,26 @@ def t_test(off: float, variance: float, freedom: float, least: float, size: floa
     if math.sqrt(variance) <= ROUNDING * max(abs(off), size):
         return 1.0 if abs(off) <= ROUNDING * size else least
     return float(2 * special.stdtr(freedom, -abs(off) / math.sqrt(variance)))
+
+
+def studentised_ends(pulls: np.ndarray, confidence: float, freedom: float) -> tuple[float, float, str]:
+    """Between how many standard errors of resamples the truth lies, the lower first; and what has to be known of it.
+
+    Resamples whose groups are all alike are off by no known number of them: if there are too many, by as many as the
+    one that is off most, and as Student's distribution has it at least.
+
+    Args:
+        pulls: of :func:`studentised`.
+        confidence: of the interval.
+        freedom: degrees of freedom of the variance.
+    """
+    ends, words = [0.5 - confidence / 2, 0.5 + confidence / 2], ""
+    with np.errstate(invalid="ignore"):
+        found = np.quantile(pulls, ends)
+    if not np.isfinite(found).all():
+        most = max(np.abs(pulls[np.isfinite(pulls)]).max(initial=0.0), t_quantile(confidence, freedom))
+        found, words = np.quantile(pulls.clip(-most, most), ends), ALIKE_RESAMPLES
+    return float(found[0]), float(found[1]), words
 
 
 def studentised(errors: np.ndarray, scales: np.ndarray, least: float) -> np.ndarray:

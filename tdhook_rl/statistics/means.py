@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.statistics.cautions import ALIKE_RESAMPLES, FEW_GROUPS, ONE_GROUP, all_alike, few_groups, skewed_groups
+from tdhook_rl.statistics.cautions import FEW_GROUPS, ONE_GROUP, few_groups, skewed_groups
 from tdhook_rl.statistics.interval import (
     ROUNDING,
     Interval,
@@ -21,6 +21,7 @@ from tdhook_rl.statistics.interval import (
     none,
     pair_up,
     studentised,
+    studentised_ends,
     t_test,
     variance_by_group,
 )
@@ -90,19 +91,15 @@ def grouped_mean(
     if not words and bounds is None:
         words = skewed_groups(sums - estimate * counts)
     if math.sqrt(variance) <= ROUNDING * abs(estimate) and bounds is None:
-        return limits(estimate, 0.0, freedom=freedom, words=all_alike(found, confidence), **shape)
+        return limits(estimate, 0.0, freedom=freedom, **shape)
     if method == "t" or (method == "auto" and (found < FEW_GROUPS or bounds is not None)):
         return limits(estimate, variance, freedom=freedom, bounds=bounds, words=words, **shape)
     if method not in ("auto", "bootstrap"):
         raise InputError(f"method= is 'auto', 't' or 'bootstrap', got {method!r}")
     pulls = _pulls(sums, counts, estimate, resamples, seed)
-    with np.errstate(invalid="ignore"):
-        lower, upper = np.quantile(pulls, [0.5 + confidence / 2, 0.5 - confidence / 2])
-    if not np.isfinite([lower, upper]).all():
-        words = "; ".join(filter(None, (ALIKE_RESAMPLES, words)))
-        return limits(estimate, variance, freedom=freedom, bounds=bounds, words=words, **shape)
-    error = math.sqrt(variance)
-    low, high = estimate - lower * error, estimate - upper * error
+    lower, upper, alike = studentised_ends(pulls, confidence, freedom)
+    words, error = "; ".join(filter(None, (alike, words))), math.sqrt(variance)
+    low, high = estimate - upper * error, estimate - lower * error
     if bounds is not None:
         low, high = max(low, bounds[0]), min(high, bounds[1])
     return Interval(
@@ -159,8 +156,9 @@ def unpaired_difference(first: Any, second: Any, *, confidence: float = 0.95) ->
     variance, size = float(sum(parts)), max(float(np.abs(one).max()) for one in samples)
     least = 2 / math.comb(count, len(samples[0]))  # two of all ways to deal out the rows set them as far apart
     if math.sqrt(variance) <= ROUNDING * size:
-        words = f"p is by ranks; {all_alike(min(map(len, samples)), confidence)}"
-        return replace(limits(estimate, 0.0, freedom=1, words=words, **shape), p=t_test(estimate, 0.0, 1, least, size))
+        found = limits(estimate, 0.0, freedom=1, **(shape | {"groups": min(map(len, samples))}))
+        words = f"p is by ranks; {found.words}"
+        return replace(found, groups=count, words=words, p=t_test(estimate, 0.0, 1, least, size))
     words = few_groups(min(map(len, samples)), " on a side")
     if not words:
         words = "; ".join(dict.fromkeys(filter(None, (skewed_groups(one - one.mean()) for one in samples))))

@@ -10,8 +10,18 @@ from typing import Any
 import numpy as np
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.statistics.cautions import ALIKE_RESAMPLES, FEW_GROUPS, ONE_GROUP, few_groups
-from tdhook_rl.statistics.interval import Interval, array, check_resamples, limits, none, pair_up, studentised
+from tdhook_rl.statistics.cautions import FEW_GROUPS, ONE_GROUP, few_groups
+from tdhook_rl.statistics.interval import (
+    ROUNDING,
+    Interval,
+    array,
+    check_resamples,
+    limits,
+    none,
+    pair_up,
+    studentised,
+    studentised_ends,
+)
 
 
 def iqm(
@@ -74,14 +84,11 @@ def iqm(
         picked[:, members] = members[draws.integers(len(members), size=(resamples, len(members)))]
     again, spread = _middle(means[picked], layer)
     pulls = studentised(again - estimate, np.sqrt(spread), 1e-9 * abs(estimate))
-    with np.errstate(invalid="ignore"):
-        upper, lower = np.quantile(pulls, [0.5 + confidence / 2, 0.5 - confidence / 2])
-    if not np.isfinite([lower, upper]).all():
-        return limits(estimate, float(variance[0]), freedom=freedom, words=ALIKE_RESAMPLES, **shape)
+    lower, upper, words = studentised_ends(pulls, confidence, freedom)
     error = math.sqrt(variance[0])
     return Interval(
         estimate=estimate, low=float(estimate - upper * error), high=float(estimate - lower * error),
-        method="studentised bootstrap", **shape,
+        method="studentised bootstrap", words=words, **shape,
     )  # fmt: skip
 
 
@@ -126,7 +133,7 @@ def bootstrap(
         return none(estimate, ONE_GROUP, **shape)
     if len(means) < FEW_GROUPS:
         return none(estimate, f"only {len(means)} groups: a bootstrap covers too little below {FEW_GROUPS}", **shape)
-    if np.ptp(means) == 0:
+    if np.ptp(means) <= ROUNDING * np.abs(means).max():
         return none(estimate, f"all {len(means)} groups are alike", **shape)
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # which is said below
@@ -134,7 +141,7 @@ def bootstrap(
             (means,), statistic, confidence_level=confidence, n_resamples=resamples, method="BCa",
             rng=np.random.default_rng(seed),
         ).confidence_interval  # fmt: skip
-    if not np.isfinite([found.low, found.high]).all():
+    if not found.high - found.low > ROUNDING * abs(estimate):  # NaN as well
         return none(estimate, "the statistic does not move when groups are left out", **shape)
     return Interval(estimate=estimate, low=float(found.low), high=float(found.high), method="BCa bootstrap", **shape)
 

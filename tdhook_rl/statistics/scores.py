@@ -13,7 +13,7 @@ import numpy as np
 
 from tdhook_rl.statistics.cautions import ONE_GROUP, few_groups
 from tdhook_rl.statistics.interval import Interval, check_confidence, limits, none
-from tdhook_rl.statistics.tables import class_in_one_group, hits, sums_of_squares, two_counts
+from tdhook_rl.statistics.tables import TOO_FAR, class_in_one_group, hits, sums_of_squares, two_counts
 
 
 def balanced_accuracy(right: Any, rows: Any, *, confidence: float = 0.95) -> Interval:
@@ -143,28 +143,38 @@ def r_squared(sums: Any, *, confidence: float = 0.95) -> Interval:
     total = about.sum()
     if total <= 1e-12 * max(squares.sum(), 1e-300):
         return none(math.nan, "the values are all the same: there is nothing to explain", **shape)
-    share = float(errors.sum() / total)
+    with np.errstate(over="ignore"):
+        share = float(errors.sum() / total)
+    if not math.isfinite(share):
+        return none(math.nan, TOO_FAR, **shape)
     if len(sums) < 2:
         return none(1 - share, ONE_GROUP, **shape)
-    residuals = (errors - share * about) / total
-    variance = float(np.square(residuals).sum() * len(sums) / (len(sums) - 1))
+    moves = (errors - share * about) / total * math.sqrt(len(sums) / (len(sums) - 1))
     effective = rows.sum() ** 2 / np.square(rows).sum()
     words = few_groups(len(sums))
-    return below_1(1 - share, variance, freedom=max(min(effective, len(sums)) - 1, 1.0), words=words, **shape)
+    return below_1(1 - share, moves, freedom=max(min(effective, len(sums)) - 1, 1.0), words=words, **shape)
 
 
 def below_1(
-    score: float, variance: float, *, freedom: float, confidence: float, groups: int, rows: float, words: str
+    score: float, moves: np.ndarray, *, freedom: float, confidence: float, groups: int, rows: float, words: str
 ) -> Interval:
-    """A t interval of a score that is 1 at most, from a variance by group, of the logarithm of what lacks to 1.
+    """A t interval of a score that is 1 at most, of the logarithm of what it lacks to 1.
 
-    The share that is not explained is positive and skewed: its logarithm is nearer to normal.
+    What is not explained is positive and skewed: its logarithm is nearer to normal.
+
+    Args:
+        score: the score.
+        moves: ``(groups,)``, what each group adds to it about its mean; the sum of their squares is its variance.
+        freedom: degrees of freedom of the variance.
+        confidence, groups, rows, words: as of :class:`Interval`.
     """
-    lacks = max(1 - score, 1e-12)
-    found = limits(
-        math.log(lacks), variance / lacks**2, freedom=freedom, confidence=confidence, groups=groups, rows=rows,
-        words=words,
-    )  # fmt: skip
+    lacks, shape = max(1 - score, 1e-12), {"confidence": confidence, "groups": groups, "rows": rows}
     with np.errstate(over="ignore"):
+        variance = float(np.square(moves / lacks).sum())
+        if not math.isfinite(variance):
+            return none(score, TOO_FAR, **shape)
+        found = limits(math.log(lacks), variance, freedom=freedom, words=words, **shape)
         low, high = (float(1 - np.exp(bound)) for bound in (found.high, found.low))
-    return replace(found, estimate=score, low=low, high=high, method="t by group, of the logarithm")
+    return replace(
+        found, estimate=score, low=min(low, score), high=max(high, score), method="t by group, of the logarithm"
+    )

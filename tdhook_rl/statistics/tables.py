@@ -9,6 +9,8 @@ import numpy as np
 from tdhook_rl.errors import InputError
 from tdhook_rl.statistics.interval import real_numbers
 
+#: Why a score has no limits, or is none, where predictions are far off.
+TOO_FAR = "the predictions are too far from the values to be scored in float64"
 #: What a decay and another order of additions leave of a sum, as a share of it.
 _ROUNDED = 1e-6
 
