@@ -253,3 +253,58 @@ def test_plain_takes_what_results_are() -> None:
     assert found["tensor"] == [1.0, None]
     assert found["interval"]["groups"] == 32
     assert (found["path"], found["3"]) == ("a", [1])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_quantiles_of_histograms_lie_where_the_values_do(seed: int) -> None:
+    """By hand: values spread evenly within each bin. Half of the bins are empty, between others and at the ends."""
+    draw = np.random.default_rng(seed)
+    counts = draw.integers(1, 9, 12) * (draw.random(12) < 0.5)
+    counts[draw.integers(12)] += 5
+    edges = np.cumsum(draw.random(13)) - 3
+    values = np.concatenate([
+        low + (np.arange(2000 * count) + 0.5) / (2000 * count) * (high - low)
+        for count, low, high in zip(counts, edges, edges[1:], strict=False)
+    ])  # fmt: skip
+    found = figures.histograms_over_time([{"step": 1, "counts": counts, "edges": edges}]).data
+    for name, share in (("5%", 0.05), ("median", 0.5), ("95%", 0.95)):
+        assert found[name] == [pytest.approx(np.quantile(values, share, method="inverted_cdf"), abs=2e-3)]
+
+
+def counting(shape: str, count: int) -> Any:
+    return SHAPES[shape](["a"], [0.5] * count).figure
+
+
+@pytest.mark.parametrize("shape", ["seed_curves", "network_health", "attribution_through_episode", "probe_curves",
+                                   "lines", "overview"])  # fmt: skip
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_what_is_counted_has_whole_ticks(shape: str, count: int) -> None:
+    figure = counting(shape, count)
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        if axis.get_xlabel() in ("environment frames", "step"):
+            low, high = axis.get_xlim()
+            ticks = [one for one in axis.get_xticks() if low <= one <= high]
+            assert ticks
+            assert all(float(one).is_integer() for one in ticks)
+
+
+@pytest.mark.parametrize("shape", ["seed_curves", "network_health", "probe_curves", "lines", "overview"])
+def test_a_panel_without_anything_says_so(shape: str) -> None:
+    for values, empty in (([float("nan")] * 3, True), ([0.1, float("nan"), 0.3], False)):
+        try:
+            figure = SHAPES[shape](["a"], values).figure
+        except InputError:
+            assert empty  # there is nothing to draw at all
+            continue
+        told = [text.get_text() for axis in figure.axes for text in axis.texts]
+        assert ("nothing is known" in told) == empty
+
+
+@pytest.mark.parametrize("values", [[-0.5, 0.25], [-3e12, 1e9], [-0.00012, 0.0001], [-123456.0, -1.0], [0.5, 1e-12]])
+def test_numbers_of_bars_do_not_lie_on_names(values: list[float]) -> None:
+    drawing = figures.grouped_bars({f"name {at}": {"x": value} for at, value in enumerate(values)}, unit="u")
+    drawing.figure.draw_without_rendering()
+    (axis,) = drawing.figure.axes
+    names = max(one.get_window_extent().x1 for one in axis.get_yticklabels())
+    assert min(one.get_window_extent().x0 for one in axis.texts) > names

@@ -12,6 +12,7 @@ from tdhook_rl.report.drawing import INK, Drawing
 from tdhook_rl.report.figures.style import (
     COLOURS,
     GREY,
+    WIDTH,
     Number,
     canvas,
     hollow,
@@ -113,7 +114,7 @@ def fill_bars(
     thick = 0.8 / len(series)
     places = np.arange(len(groups), dtype=float)
     free = [colour for colour in COLOURS if colour not in {_ROLES.get(name) for name in series}]
-    few = len(series) * len(groups) <= 12
+    few, longest = len(series) * len(groups) <= 12, 0
     for place, name in enumerate(series):
         values = np.array([limits(of.get(name)) for of in groups.values()])
         at = places + (place - (len(series) - 1) / 2) * thick
@@ -132,6 +133,7 @@ def fill_bars(
                 end = np.nanmax([0.0, value, high]) if value >= 0 else np.nanmin([0.0, value, low])
                 side = "left" if not value < 0 else "right"
                 text = number(float(f"{value:.{3 if abs(value) >= 1 else 2}g}"))
+                longest = max(longest, len(text))
                 axis.annotate(
                     text, (end if np.isfinite(end) else 0.0, y), (4 if side == "left" else -4, 0), ha=side,
                     textcoords="offset points", va="center_baseline", fontsize=9,
@@ -149,7 +151,9 @@ def fill_bars(
     axis.grid(False, axis="y")
     axis.spines["left"].set_visible(False)
     if few:
-        axis.margins(x=0.14)
+        # Room for the longest number at either end: names stand at the left of the axis.
+        share = (4 + 5.4 * longest) / (72 * 0.6 * WIDTH)
+        axis.margins(x=max(0.14, share / (1 - 2 * share)))
     tick_numbers(axis)
     return entries if len(entries) > 1 else {}
 

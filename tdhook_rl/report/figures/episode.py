@@ -24,6 +24,7 @@ from tdhook_rl.report.figures.style import (
     number,
     points,
     tick_numbers,
+    whole_ticks,
 )
 from tdhook_rl.report.pictures import robust_scale
 
@@ -110,9 +111,7 @@ def attribution_through_episode(
         axis.set_title(label(name, 40), loc="left", fontsize=9, pad=2)
         tick_numbers(axis, "y")
     axes[-1, 0].set(xlabel="step", xlim=(-0.5, steps - 0.5))
-    from matplotlib.ticker import MaxNLocator
-
-    axes[-1, 0].xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    whole_ticks(axes[-1, 0])
     words = [caption, "Grey is what was not computed." if np.isnan(shown).any() else ""]
     if count > len(chosen):
         words.append(f"Shown are {len(chosen)} of {count:,} features, those with the largest mean |{unit}|.")

@@ -25,6 +25,7 @@ from tdhook_rl.report.figures.style import (
     number,
     points,
     tick_numbers,
+    whole_ticks,
 )
 
 #: The measures of ``NetworkDiagnostics``, two in a panel where they belong together: the second is dashed.
@@ -102,6 +103,7 @@ def network_health(
         last = axes[(len(panels) - 1 - column) // columns, column]
         last.tick_params(labelbottom=True)
         last.set_xlabel(axis, fontsize=9)
+        whole_ticks(last)
         tick_numbers(last)
     legend(figure, entries)
     dashed = [_SECOND[name] for _, names, _ in panels for name in names[1:] if name in found]

@@ -21,6 +21,7 @@ from tdhook_rl.report.figures.style import (
     legend,
     number,
     tick_numbers,
+    whole_ticks,
 )
 
 _BINS, _TIMES = 60, 120
@@ -83,11 +84,13 @@ def histograms_over_time(
     framed(panel)
     if len(steps) == 1:  # the column is as wide as the panel: other ticks would say nothing
         panel.set_xticks(steps)
+    else:
+        whole_ticks(panel)
     tick_numbers(panel)
     tick_numbers(panel, "y")
     most = float(shares.max())
     bar = colour_bar(figure, image, panel, "share of values in a bin", aspect=18, ticks=np.sqrt([0, most / 4, most]))
-    bar.ax.set_yticklabels([f"{100 * share:.2g}%" for share in (0, most / 4, most)])
+    bar.ax.set_yticklabels([f"{number(float(f'{100 * share:.2g}'))}%" for share in (0, most / 4, most)])
     legend(figure, entries)
     outside = 1 - float(shares.sum(1).min())
     words = [caption]
@@ -119,10 +122,13 @@ def _record(one: Mapping[str, Any]) -> tuple[float, np.ndarray, np.ndarray]:
 
 
 def _quantiles(counts: np.ndarray, edges: np.ndarray, at: tuple[float, ...]) -> np.ndarray:
-    below = np.concatenate([[0.0], np.cumsum(counts)]) / counts.sum()
-    # Where a bin is empty the same share lies below both of its edges: the first of the two is taken.
-    keep = np.concatenate([[True], np.diff(below) > 0])
-    return np.interp(at, below[keep], edges[keep])
+    """Where such shares of the values lie below, if values lie evenly in their bins; never in an empty one."""
+    held = np.flatnonzero(counts)
+    shares = counts[held] / counts.sum()
+    ends = np.cumsum(shares)
+    place = np.searchsorted(ends, at).clip(max=len(held) - 1)
+    within = ((np.array(at) - ends[place]) / shares[place] + 1).clip(0, 1)
+    return edges[held[place]] + within * np.diff(edges)[held[place]]
 
 
 def _shares(counts: np.ndarray, edges: np.ndarray, grid: np.ndarray) -> np.ndarray:

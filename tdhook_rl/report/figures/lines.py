@@ -22,6 +22,7 @@ from tdhook_rl.report.figures.style import (
     points,
     resting,
     tick_numbers,
+    whole_ticks,
 )
 
 
@@ -60,6 +61,7 @@ def lines(
     for (name, curve), colour, style, marker in zip(found.items(), COLOURS, STYLES, MARKERS, strict=False):
         entries[label(name, 40)] = drawn(axes[0, 0], curve, colour=colour, style=style, marker=marker)
     axes[0, 0].set(xlabel=axis, ylabel=unit)
+    whole_ticks(axes[0, 0])
     tick_numbers(axes[0, 0])
     if len(found) > 1:
         legend(figure, entries)

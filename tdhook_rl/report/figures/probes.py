@@ -28,6 +28,7 @@ from tdhook_rl.report.figures.style import (
     points,
     resting,
     tick_numbers,
+    whole_ticks,
 )
 
 #: Who is read: colour, line and marker. Others take what is left.
@@ -106,6 +107,7 @@ def probe_curves(
     everything = [curve for name in shown for curve in found[name].values()]
     _shares(axes[bool(acts) :, 0], everything, [chances.get(name) for name in shown])
     axes[-1, 0].set_xlabel(axis)
+    whole_ticks(axes[-1, 0])
     tick_numbers(axes[-1, 0])
     legend(figure, entries)
     counts = [one for name in shown for curve in found[name].values() for one in curve.groups]
@@ -162,6 +164,7 @@ def fill_probes(
     axis.set(xlabel=steps, ylabel=unit)
     everything = [curve for curves in (*concepts.values(), behaviour or {}) for curve in curves.values()]
     _shares([axis], map(points, everything), [chance])
+    whole_ticks(axis)
     tick_numbers(axis)
     return entries
 

@@ -23,6 +23,7 @@ from tdhook_rl.report.figures.style import (
     legend,
     points,
     tick_numbers,
+    whole_ticks,
 )
 from tdhook_rl.statistics import iqm
 
@@ -72,6 +73,7 @@ def seed_curves(
     if middle is not None:
         entries["interquartile mean"] = drawn(place, middle, colour=BLUE, width=2.2)
     place.set(xlabel=axis, ylabel=label(unit, 40))
+    whole_ticks(place)
     tick_numbers(place)
     legend(figure, entries)
     ends = [f"{label(name, 60)} ends at {curve.last[1]}" for name, curve in found.items()]

@@ -33,12 +33,17 @@ T = TypeVar("T")
 
 
 def in_house_style(function: Callable[P, T]) -> Callable[P, T]:
-    """Draws in :func:`house_style`."""
+    """Draws in :func:`house_style`; where nothing that was to be drawn is known, the panel says so."""
 
     @wraps(function)
     def styled(*args: P.args, **kwargs: P.kwargs) -> T:
         with house_style():
-            return function(*args, **kwargs)
+            made = function(*args, **kwargs)
+            for axis in getattr(getattr(made, "figure", None), "axes", ()):
+                if axis.get_visible() and not np.isfinite(axis.dataLim.intervalx).all():
+                    axis.text(0.5, 0.5, "nothing is known", transform=axis.transAxes, ha="center", va="center",
+                              color=GREY, fontsize=9)  # fmt: skip
+            return made
 
     return styled
 
@@ -248,6 +253,15 @@ def tick_numbers(axis: Any, which: str = "x") -> None:
 
     of = axis.xaxis if which == "x" else axis.yaxis
     of.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+
+
+def whole_ticks(axis: Any) -> None:
+    """Ticks at whole numbers only, for an axis that counts; left as they are where what is drawn lies between."""
+    from matplotlib.ticker import MaxNLocator
+
+    drawn_at = np.concatenate([np.ravel(line.get_xdata()) for line in axis.lines] or [np.zeros(0)]).astype(float)
+    if (drawn_at == drawn_at.round()).all():
+        axis.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1))
 
 
 def resting(groups: Iterable[int], of: str, confidence: str = "95%") -> str:
