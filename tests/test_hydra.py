@@ -26,6 +26,7 @@ from hydra.utils import instantiate  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 from tensordict import NestedKey, TensorDict  # noqa: E402
 
+DOCS = Path(__file__).parents[1] / "docs"
 PLAIN = (str, int, float, bool, type(None))
 
 
@@ -160,3 +161,23 @@ def test_conditions_in_a_list() -> None:
             assert hooked(data.clone())["steered", "steering"].tolist() == acts
     with pytest.raises(InstantiationException, match="write _convert_: all beside _target_"):
         instantiate(OmegaConf.create(STEERED % f"[{steps}]"))
+
+
+LISTS = {
+    "compose": "{_target_: tdhook_rl.Compose, _args_: [{_target_: tdhook_rl.Saliency}]}",
+    "scheduled": "{_target_: tdhook_rl.Scheduled, every: 2, method: {_target_: tdhook_rl.Compose, _args_: [{_target_: "
+    "tdhook_rl.Saliency}]}}",
+    "grad_cam": "{_target_: tdhook_rl.attribution.GradCAM, modules_to_attribute: {conv: {_target_: "
+    "tdhook_rl.attribution.DimsConfig, weight_pooling_dims: [2, 3]}}}",
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_methods_in_lists_are_made_with_the_remedy_of_the_page(name: str) -> None:
+    """Without it Hydra ends before anything of ours is called; the page on gotchas has its words."""
+    config = OmegaConf.create(LISTS[name])
+    with pytest.raises(Exception, match="Unions of containers are not supported"):
+        instantiate(config)
+    config["_convert_"] = "all"
+    assert isinstance(instantiate(config), Method)
+    assert "Unions of containers are not supported" in (DOCS / "gotchas.md").read_text()
