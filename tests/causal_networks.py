@@ -64,6 +64,45 @@ class Agents(nn.Module):
         return self.mix(self.shared(x).flatten(-2).tanh())
 
 
+class InPlace(nn.Module):
+    """Works in place on what its layers give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).add_(0.3).tanh_()
+        return self.head(self.second(hidden).sin_())
+
+
+class Keeping(nn.Linear):
+    """Keeps what it gives, for others to read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = super().forward(x)
+        return self.last
+
+
+class Kept(nn.Module):
+    """Reads a layer twice: what it gives, in which something may be put in, and what it has kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.same, self.head = Keeping(4, 6), nn.Identity(), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        kept, self.first.last = self.first.last, None
+        return self.head(self.same(hidden).tanh() + hidden.sin() * kept.cos())
+
+
+def _replacing() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(4, 6), nn.Identity(), nn.ReLU(inplace=True), nn.Linear(6, 5), nn.ELU(inplace=True), nn.Linear(5, 1)
+    )
+
+
 def _conv() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(-3), nn.Linear(36, 1)
@@ -96,6 +135,9 @@ NETWORKS = {
     "attention": Network(Attention, (3, 4), {"embed": -1, "mixed": -1, "out": -1}),
     "gru step": Network(Step, (8,), {"cell": -1}),
     "agents": Network(Agents, (2, 3), {"shared.1": -1}),
+    "in place": Network(InPlace, (4,), {"first": -1, "second": -1}),
+    "layers in place": Network(_replacing, (4,), {"0": -1, "1": -1, "2": -1, "3": -1, "4": -1}),
+    "kept beside": Network(Kept, (4,), {"first": -1, "same": -1}),
 }
 
 

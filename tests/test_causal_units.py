@@ -66,8 +66,8 @@ def test_every_unit_of_every_site_is_patched_as_by_a_hook_of_its_own(name: str, 
         seen: list[Tensor] = []
 
         def keep(module: nn.Module, args: tuple, output: Tensor, seen: list[Tensor] = seen) -> Tensor:
-            seen.append(output.detach().requires_grad_())
-            return seen[0]
+            seen.append(output.detach().clone().requires_grad_())
+            return seen[0].clone()  # what follows may work on it in place
 
         handle = net.get_submodule(site).register_forward_hook(keep)
         (slope,) = torch.autograd.grad(network.metric(net(base)).sum(), seen)

@@ -11,6 +11,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdhook_rl import (
     ActivationCaching,
@@ -26,6 +27,7 @@ from tdhook_rl import (
 from tdhook_rl.attribution import Occlusion
 from tdhook_rl.latent import StateSubtraction
 from tdhook_rl.sweeps import attribution_patching, find_circuit
+from tests.policies import CASES, FEATURES
 
 ONE, ROWS = targets.logit(0), 5
 
@@ -288,3 +290,36 @@ def test_later_passes_leave_what_a_graph_has_saved(found: Any) -> None:
     net = Measured().double().eval()
     states = [TensorDict({"input": torch.randn(8, 4, dtype=torch.float64)}, 8) for _ in range(2)]
     torch.testing.assert_close(found(net, states), found.by_hand(net, states), rtol=1e-9, atol=1e-12)
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies of tensors of one shape."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.clone.default and args[0].shape == self.shape
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["categorical", "one_hot", "tanh_normal", "value", "actor_value"])
+def test_what_is_given_to_layers_that_leave_it_is_not_copied(name: str) -> None:
+    """``inplace`` of a TensorDictModule says where its outputs go, not that it works on its inputs."""
+    case, method = CASES[name], Saliency(when="step", target=targets.output_sum())
+    policy, data = case.build(), case.data(7)
+    with method.prepare(policy) as hooked, Copies((7, FEATURES)) as copies:
+        hooked(data.clone(False))
+    assert not copies.count
+    replaced = copy.deepcopy(policy)
+    first = next(path for path, child in replaced.named_modules() if isinstance(child, nn.Linear))
+    replaced.set_submodule(first, nn.Sequential(nn.ELU(inplace=True), replaced.get_submodule(first)))
+    kept = data["observation"].clone()
+    with (
+        Saliency(when="step", target=targets.output_sum()).prepare(replaced) as hooked,
+        Copies((7, FEATURES)) as copies,
+    ):
+        hooked(data.clone())
+    assert copies.count
+    assert torch.equal(data["observation"], kept)

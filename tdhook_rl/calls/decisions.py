@@ -272,7 +272,17 @@ def require_drawn_choice(run: Pass, decision: Decision) -> None:
         require_choice(run, action, action, decision.key)
     elif isinstance(distribution, D.Categorical) and action.shape == distribution.batch_shape:
         number = distribution.param_shape[-1]
+        if _are_indices(action, number):
+            return
         require_choice(run, action.unsqueeze(-1) == torch.arange(number, device=action.device), action, decision.key)
+
+
+def _are_indices(action: Tensor, number: int) -> bool:
+    """Whether all entries surely are, which is asked in each call: of integers it takes one operation."""
+    if action.dtype is not torch.int64 or not action.numel() or torch.compiler.is_compiling() or vmap_level() >= 0:
+        return False
+    low, high = action.aminmax()
+    return int(low) >= 0 and int(high) < number
 
 
 def has_slope(value: Any) -> bool:

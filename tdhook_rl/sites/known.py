@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule, TensorDictParams
+from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule, TensorDictModuleBase, TensorDictParams
 from torch import nn
 
 from tdhook_rl.internals.torch_names import BatchNorm, DropoutNd
@@ -74,8 +74,8 @@ def unknown_modules(policy: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def writes_input(module: nn.Module) -> bool:
-    """Whether a known layer was told to work in place."""
-    return getattr(module, "inplace", False) is True
+    """Whether a known layer was told to work in place; ``inplace`` of a TensorDictModule says where entries go."""
+    return getattr(module, "inplace", False) is True and not isinstance(module, TensorDictModuleBase)
 
 
 def is_vmapped(module: nn.Module) -> bool:

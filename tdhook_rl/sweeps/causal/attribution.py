@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -259,23 +260,24 @@ class Effects:
 
     def _first_order(self, base: Ran, source: Ran, slopes: Mapping[str, Sequence[Tensor | None]]) -> Tensor:
         """``(rows, components)``: slopes times differences, summed over runs, places and the units of a component."""
-        rows = base.result.outputs.batch_size.numel()
-        found = []
-        for site in self.bench.sites:
-            total: Tensor | None = None
-            runs = zip(base.kept[site], source.kept[site], slopes.get(site, ()), strict=False)
-            for here, there, slope in runs:
-                if slope is None:
-                    continue
-                product = slope * (there - here.detach())
-                own = product.ndim + self.components.axes[site]
-                if others := [dim for dim in range(1, product.ndim) if dim != own]:
+        rows, components = base.result.outputs.batch_size.numel(), self.components
+        points = [base.kept[site][0] for site in self.bench.sites]
+        dtype = functools.reduce(torch.promote_types, (one.dtype for one in points))
+        found = torch.empty(rows, len(components), dtype=dtype, device=points[0].device)
+        for site, own in components.split(found).items():
+            runs = zip(slopes.get(site, ()), base.kept[site], source.kept[site], strict=False)
+            known = [(slope, there - here.detach()) for slope, here, there in runs if slope is not None]
+            if len(known) == 1 and known[0][0].shape == own.shape:  # written where it belongs: a copy takes as long
+                torch.mul(*known[0], out=own)
+                continue
+            own.zero_()
+            for slope, change in known:
+                product = slope * change
+                units = product.ndim + components.axes[site]
+                if others := [dim for dim in range(1, product.ndim) if dim != units]:
                     product = product.sum(others)
-                total = product if total is None else total + product
-            if total is None:
-                total = torch.zeros(rows, self.components.units[site], device=base.kept[site][0].device)
-            found.append(self.components.of_units(total, site))
-        return torch.cat(found, -1)
+                own += components.of_units(product, site)
+        return found
 
 
 def _slopes(value: Tensor, base: Ran, sites: Sequence[str]) -> dict[str, list[Tensor | None]]:

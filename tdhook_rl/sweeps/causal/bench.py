@@ -45,6 +45,7 @@ class Work:
         under_way: whether there is one; in other calls of the policy the hooks do nothing, unless changes are given.
         keep: the sites whose activations are kept.
         graph: they are kept with their graph, as points that gradients are taken at.
+        in_place: what follows a site may work in place on what it gives.
         changes: what is put in, by site.
         kept: by site the activations of its runs, rows first.
         others: by site and run what a module gives beside its first tensor.
@@ -54,6 +55,7 @@ class Work:
     under_way: bool = False
     keep: frozenset[str] = frozenset()
     graph: bool = False
+    in_place: bool = True
     changes: Mapping[str, Change] = field(default_factory=dict)
     kept: dict[str, list[Tensor]] = field(default_factory=dict)
     others: dict[str, list[list[Tensor]]] = field(default_factory=dict)
@@ -96,10 +98,11 @@ class SwapHook:
                 result = self._with_others(result, module, others(index))
         if keeps:
             if work.graph:
-                new = new if new.requires_grad or not new.is_floating_point() else as_leaf(new)
-                result = with_rows(result, new.clone(), module, disguise)  # what follows may work on it in place
+                # A point of its own: what a module keeps of its output, or hands on unchanged, has other gradients.
+                new = new.view_as(new) if new.requires_grad or not new.is_floating_point() else as_leaf(new)
+                result = with_rows(result, new.clone() if work.in_place else new, module, disguise)
             else:
-                new = new.detach().clone()
+                new = new.detach().clone() if work.in_place else new.detach()
                 work.others.setdefault(name, []).append(self._others(output, module))
             work.kept.setdefault(name, []).append(new)
         return None if change is None and not work.graph else result
@@ -298,6 +301,7 @@ class Bench:
                 self._by_step(),
             ):
                 work.under_way, work.keep, work.graph, work.changes = True, keep, graph, changes
+                work.in_place = effects.watch.may_write_input
                 call = Call(policy, type(policy)._base.forward, data, stored_inputs(policy, data)).of_step({})
                 result = call.replay()
         finally:
