@@ -132,7 +132,7 @@ def limits(
     if bounds is None:
         reach = t_quantile(confidence, freedom) * math.sqrt(variance)
         if reach <= ROUNDING * abs(estimate):
-            known["words"] = all_alike(groups, confidence)
+            known["words"] = "; ".join(filter(None, (words, all_alike(groups, confidence))))
         return Interval(estimate=estimate, low=estimate - reach, high=estimate + reach, method="t by group", **known)
     lowest, highest = bounds
     for bound in bounds:  # at a bound, but for the last digits of a sum, is at it
