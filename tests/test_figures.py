@@ -308,3 +308,35 @@ def test_numbers_of_bars_do_not_lie_on_names(values: list[float]) -> None:
     (axis,) = drawing.figure.axes
     names = max(one.get_window_extent().x1 for one in axis.get_yticklabels())
     assert min(one.get_window_extent().x0 for one in axis.texts) > names
+
+
+LONG = "a unit of many words that would go on through the legend and beyond the page if nobody cut it"
+OF_UNITS: dict[str, Callable[[], Any]] = {
+    "lines": lambda: figures.lines({name: [(0, 1), (1, 2)] for name in ("a", "b")}, unit=LONG),
+    "seeds": lambda: figures.seed_curves({"a": [(0, 1), (1, 2)]}, unit=LONG),
+    "bars": lambda: figures.grouped_bars({"a": {"x": 0.5, "y": 0.2}}, unit=LONG),
+    "histograms": lambda: figures.histograms_over_time([{"step": 1, "counts": [1], "edges": [0, 1]}], unit=LONG),
+    "doses": lambda: figures.dose_curve([0, 1], [0.1, 0.9], random=[[0.1, 0.1]], outcome=LONG),
+    "grid": lambda: figures.value_grid({"a": {"x": 0.5, "y": 0.2}}, unit=LONG),
+    "maps": lambda: figures.attribution_maps(np.ones((2, 4, 4)), ["a", "b"], unit=LONG),
+}
+
+
+@pytest.mark.parametrize("name", OF_UNITS)
+def test_a_long_unit_stays_on_the_page_and_out_of_the_legend(name: str) -> None:
+    figure = OF_UNITS[name]().figure
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        for text in (axis.xaxis.label, axis.yaxis.label):
+            box = text.get_window_extent()
+            assert not text.get_text() or (box.y0 > -2 and box.y1 < figure.bbox.y1 + 2 and box.x1 < figure.bbox.x1 + 2)
+            assert not any(text.get_text() and box.overlaps(one.get_window_extent()) for one in figure.legends)
+
+
+@pytest.mark.parametrize("shape", [(1, 200), (200, 1), (1, 1), (3, 8)])
+def test_maps_of_one_row_can_be_seen(shape: tuple[int, int]) -> None:
+    figure = figures.attribution_maps(np.ones((2, *shape)), ["a", "b"]).figure
+    figure.draw_without_rendering()
+    for axis in figure.axes[:2]:
+        box = axis.get_window_extent()
+        assert min(box.width, box.height) > 10

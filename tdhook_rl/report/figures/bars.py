@@ -133,7 +133,7 @@ def fill_bars(
                 end = np.nanmax([0.0, value, high]) if value >= 0 else np.nanmin([0.0, value, low])
                 side = "left" if not value < 0 else "right"
                 text = number(float(f"{value:.{3 if abs(value) >= 1 else 2}g}"))
-                longest = max(longest, len(text))
+                longest = max(longest, len(text) if np.isfinite(value) else 0)
                 axis.annotate(
                     text, (end if np.isfinite(end) else 0.0, y), (4 if side == "left" else -4, 0), ha=side,
                     textcoords="offset points", va="center_baseline", fontsize=9,
@@ -146,7 +146,7 @@ def fill_bars(
         entries["matters"] = hollow("o")
     axis.axvline(0, color=INK, linewidth=0.8)
     axis.set_yticks(places, [("● " if name in matters else "") + label(name) for name in groups])
-    axis.set(xlabel=unit, ylim=(len(groups) - 0.5, -0.5))
+    axis.set(xlabel=label(unit, 48), ylim=(len(groups) - 0.5, -0.5))
     axis.tick_params(axis="y", length=0)
     axis.grid(False, axis="y")
     axis.spines["left"].set_visible(False)

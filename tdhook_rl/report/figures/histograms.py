@@ -11,6 +11,7 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.report.drawing import INK, Drawing
 from tdhook_rl.report.figures.style import (
     STYLES,
+    beside,
     canvas,
     colour_bar,
     colour_map,
@@ -80,7 +81,7 @@ def histograms_over_time(
         (entries["middle 90%"],) = panel.plot(
             steps, side, color=INK, linewidth=1.1, linestyle=STYLES[1], marker="_" if len(steps) == 1 else ""
         )
-    panel.set(xlabel=axis, ylabel=label(unit, 34), xlim=(sides[0], sides[-1]), ylim=(bottom, top))
+    panel.set(xlabel=axis, ylabel=beside(unit), xlim=(sides[0], sides[-1]), ylim=(bottom, top))
     framed(panel)
     if len(steps) == 1:  # the column is as wide as the panel: other ticks would say nothing
         panel.set_xticks(steps)

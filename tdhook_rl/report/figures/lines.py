@@ -13,6 +13,7 @@ from tdhook_rl.report.figures.style import (
     MARKERS,
     STYLES,
     Curve,
+    beside,
     canvas,
     drawn,
     in_house_style,
@@ -60,7 +61,7 @@ def lines(
     entries = {}
     for (name, curve), colour, style, marker in zip(found.items(), COLOURS, STYLES, MARKERS, strict=False):
         entries[label(name, 40)] = drawn(axes[0, 0], curve, colour=colour, style=style, marker=marker)
-    axes[0, 0].set(xlabel=axis, ylabel=unit)
+    axes[0, 0].set(xlabel=axis, ylabel=beside(unit))
     whole_ticks(axes[0, 0])
     tick_numbers(axes[0, 0])
     if len(found) > 1:

@@ -11,6 +11,7 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.report.drawing import Drawing
 from tdhook_rl.report.figures.style import (
     WIDTH,
+    beside,
     canvas,
     colour_bar,
     colour_map,
@@ -68,8 +69,12 @@ def attribution_maps(
     tall = min(2.0, max(0.5, heat.shape[1] / heat.shape[2]))
     figure, axes = canvas(rows, columns, width=0.9 + panel * columns, height=rows * (panel * tall + 0.3) + 0.1)
     signed = bool((shown < 0).any())
+    # Of one row or column a map would be a line.
+    aspect: Any = "equal" if 1 / 8 <= heat.shape[1] / heat.shape[2] <= 8 else "auto"
     for axis, one, name in zip(axes.flat, shown, names, strict=False):
-        image = axis.imshow(one, cmap=colour_map(signed), vmin=-scale * signed, vmax=scale, interpolation="nearest")
+        image = axis.imshow(
+            one, cmap=colour_map(signed), vmin=-scale * signed, vmax=scale, interpolation="nearest", aspect=aspect
+        )
         axis.set_title(label(name, int(panel * 13)), fontsize=9, pad=3)  # 13 letters to the inch
     _finish(figure, axes, len(shown), image, shown, scale, unit)
     return _drawing(figure, shown, heat, names, unit, scale, title, caption, "maps")
@@ -162,8 +167,9 @@ def _finish(figure: Any, axes: Any, used: int, image: Any, heat: np.ndarray, sca
     known = heat[np.isfinite(heat)]
     above, below = bool((known > scale * 1.0001).any()), bool((known < -scale * 1.0001).any())
     ends = {(True, True): "both", (True, False): "max", (False, True): "min", (False, False): "neither"}
+    room = int(11 * figure.get_figheight())
     colour_bar(
-        figure, image, axes.ravel().tolist(), label(unit, 34), extend=ends[above, below], shrink=0.9, aspect=18,
+        figure, image, axes.ravel().tolist(), beside(unit, room), extend=ends[above, below], shrink=0.9, aspect=18,
         ticks=MaxNLocator(4), format=FuncFormatter(lambda value, _: number(value)),
     )  # fmt: skip
 

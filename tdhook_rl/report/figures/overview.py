@@ -9,7 +9,7 @@ from tdhook_rl.report.drawing import Drawing
 from tdhook_rl.report.figures.bars import fill_bars, grouped_bars
 from tdhook_rl.report.figures.probes import fill_probes, probe_curves
 from tdhook_rl.report.figures.response import dose_curve, fill_doses
-from tdhook_rl.report.figures.style import Curve, Number, array, in_house_style
+from tdhook_rl.report.figures.style import Curve, Number, array, beside, in_house_style
 
 
 @in_house_style
@@ -60,7 +60,7 @@ def overview(
         fill_probes(axes[1], concepts, behaviour, chance=chance, unit=units[1], steps="environment frames"),
         fill_doses(axes[2], strengths, response, random=None if random is None else array(random)),
     ]
-    axes[2].set(xlabel="alpha (in units of the vector)", ylabel=units[2])
+    axes[2].set(xlabel="alpha (in units of the vector)", ylabel=beside(units[2]))
     questions = ("What is it looking at?", "What does it know?", "Can I change its mind?")
     for axis, question, entry in zip(axes, questions, entries, strict=True):
         axis.set_title(question, fontsize=12, pad=8)

@@ -19,6 +19,7 @@ from tdhook_rl.report.figures.style import (
     STYLES,
     Curve,
     Points,
+    beside,
     canvas,
     drawn,
     in_house_style,
@@ -161,7 +162,7 @@ def fill_probes(
         )
     if chance is not None:
         entries["chance"] = axis.axhline(chance, color=INK, linewidth=0.9, linestyle=(0, (1, 3)))
-    axis.set(xlabel=steps, ylabel=unit)
+    axis.set(xlabel=steps, ylabel=beside(unit))
     everything = [curve for curves in (*concepts.values(), behaviour or {}) for curve in curves.values()]
     _shares([axis], map(points, everything), [chance])
     whole_ticks(axis)

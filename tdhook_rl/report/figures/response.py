@@ -18,6 +18,7 @@ from tdhook_rl.report.figures.style import (
     STYLES,
     Number,
     array,
+    beside,
     canvas,
     drawn,
     in_house_style,
@@ -90,7 +91,7 @@ def dose_curve(
     entries = fill_doses(
         axes[0, 0], strengths, response, **controls, runs=runs, half=half, competence={} if below else competence
     )
-    axes[0, 0].set(ylabel=outcome)
+    axes[0, 0].set(ylabel=beside(outcome, 20))
     for place, (panel, (name, values)) in enumerate(zip(axes[1:, 0], below.items(), strict=True)):
         _fill_competence(panel, strengths, {name: values}, first=place)
         panel.set_title(label(name, 60), loc="left", pad=3)

@@ -16,6 +16,7 @@ from tdhook_rl.report.figures.style import (
     STYLES,
     Curve,
     Points,
+    beside,
     canvas,
     drawn,
     in_house_style,
@@ -72,7 +73,7 @@ def seed_curves(
     middle = _middle(found) if len(found) >= ENOUGH else None
     if middle is not None:
         entries["interquartile mean"] = drawn(place, middle, colour=BLUE, width=2.2)
-    place.set(xlabel=axis, ylabel=label(unit, 40))
+    place.set(xlabel=axis, ylabel=beside(unit))
     whole_ticks(place)
     tick_numbers(place)
     legend(figure, entries)

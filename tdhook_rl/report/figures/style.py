@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -72,6 +73,16 @@ def label(name: object, most: int = 24) -> str:
         return text
     end = (most - 1) * 3 // 5
     return f"{text[: most - 1 - end]}…{text[-end:]}"
+
+
+def beside(name: object, letters: int = 25) -> str:
+    """A name along an axis: two lines of so many letters at most, 12 for each inch that there is room for.
+
+    Example:
+        >>> beside("mean |gradient| of the chosen logit")
+        'mean |gradient| of the\\nchosen logit'
+    """
+    return textwrap.fill(label(name, 2 * letters), letters, max_lines=2, placeholder="…")
 
 
 def number(value: float) -> str:
