@@ -187,3 +187,17 @@ class Bits(D.Independent):
     @property
     def deterministic_sample(self) -> Tensor:
         return self.base_dist.probs.round()
+
+
+@D.register_kl(SquashedNormal, SquashedNormal)
+def _of_squashed(one: SquashedNormal, other: SquashedNormal) -> Tensor:
+    """That of the normal distributions: one mapping of both changes nothing."""
+    return D.kl_divergence(one.base, other.base)
+
+
+@D.register_kl(MultiCategorical, MultiCategorical)
+def _of_several(one: MultiCategorical, other: MultiCategorical) -> Tensor:
+    """The sum over the choices, which are independent."""
+    if one.sizes != other.sizes:
+        raise InputError(f"one distribution is of choices among {one.sizes}, the other among {other.sizes}")
+    return torch.stack([D.kl_divergence(*both) for both in zip(one.parts, other.parts, strict=True)]).sum(0)
