@@ -22,7 +22,7 @@ from tdhook_rl.attribution.gradients import gradients
 from tdhook_rl.attribution.leaves import activations
 from tdhook_rl.attribution.question import Attributed, Question
 from tdhook_rl.calls.passes import Call, with_batch
-from tdhook_rl.calls.repeatable import coupled
+from tdhook_rl.calls.repeatable import coupled, require_rows_apart
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.method import Binder
 from tdhook_rl.policies.draws import draws, sample_keys
@@ -343,6 +343,8 @@ def rows_at_once(call: Call, chunk_size: int | None) -> int:
 
     Where copies in one pass would change what it computes, each copy is a pass of its own.
     """
+    if len(call.batch_size) > 1:
+        require_rows_apart(call, f"a batch of shape {tuple(call.batch_size)} is computed as rows")
     if coupled(call):
         return max(1, call.batch_size.numel())
     if chunk_size is not None:

@@ -24,7 +24,7 @@ from tdhook_rl.calls.inputs import require_inputs, rows_read, stored_inputs
 from tdhook_rl.calls.passes import Call, effects_of
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.real_rows import PADDING
-from tdhook_rl.calls.repeatable import require_repeatable
+from tdhook_rl.calls.repeatable import require_repeatable, require_rows_apart
 from tdhook_rl.errors import InputError, MissingKeyError, TdhookError, nearest
 from tdhook_rl.policies.draws import action_keys, masks_needed
 from tdhook_rl.replaying.batching import PassNoise, conv_chunk, shallow_copy
@@ -147,6 +147,7 @@ class _Analysis:
         self.mismatch = mismatch
         self.noise = noise
         self.through_time = False  # whole trajectories, in the recurrent mode
+        self.laid_out = ""  # how rows are computed in another layout than that of the data
         self.forward: Callable[..., Any] = type(policy)._base.forward
 
     def __call__(self, chunk: TensorDictBase) -> Results:
@@ -165,6 +166,8 @@ class _Analysis:
         runtime.level = vmap_level()
         try:
             require_repeatable(call)
+            if self.laid_out:
+                require_rows_apart(call, self.laid_out)
             call.compares = runtime.level < 0 and self.mismatch.can_compare(chunk)
             if any(one.reads_forward for one in self.bound):
                 with torch.no_grad():
@@ -212,7 +215,12 @@ def _rows(policy: HookedPolicy, data: TensorDictBase, analysis: _Analysis, chunk
     if data.ndim == 0:
         return analysis(data)
     flat = data.reshape(-1) if data.ndim > 1 else data
-    found = _in_parts(flat, chunk_size or len(flat), analysis)
+    rows = chunk_size or len(flat)
+    if data.ndim > 1:
+        analysis.laid_out = f"a batch of shape {tuple(data.batch_size)} is computed as {len(flat)} rows"
+    elif rows < len(flat):
+        analysis.laid_out = f"{len(flat)} rows are computed {rows} at a time"
+    found = _in_parts(flat, rows, analysis)
     batch = data.batch_size
     return found if data.ndim == 1 else {key: _with_batch(value, batch) for key, value in found.items()}
 

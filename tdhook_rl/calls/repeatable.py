@@ -125,21 +125,51 @@ def coupled(call: Call) -> bool:
     if meeting is not None:
         _say(call, f"rows of a batch share its statistics in {meeting}")
         return True
-    if effects.quiet():
-        return False
-    if effects.watch.idle or effects.watch.writes or start.noisy:
+    if not effects.quiet() and (effects.watch.idle or effects.watch.writes or start.noisy):
         return True
-    mode = effects.mode()
-    if mode not in effects.meets and vmap_level() < 0:
-        effects.meets[mode] = _rows_meet(call)
-    if effects.meets.get(mode, False):
+    if _found_to_meet(call) is not False:
         _say(call, "each row's output depends on the other rows")
         return True
-    return bool(start.noisy or effects.watch.writes)
+    return not effects.quiet() and bool(start.noisy or effects.watch.writes)
 
 
-def _rows_meet(call: Call) -> bool:
-    """Whether rows change when others join them; this also shows what the policy draws and writes."""
+def require_rows_apart(call: Call, laid_out: str) -> None:
+    """Look at whether rows are computed each by itself, before they are computed in another layout than the data's.
+
+    Args:
+        call: on some of the rows.
+        laid_out: in which layout, for the message.
+
+    Raises:
+        InputError: if rows change with those before or after them, as the steps of a sequence do.
+    """
+    start, state = call.start, call.policy._hooked
+    if start is None or state.chain is not None or start.effects.meeting() is not None:
+        return
+    if _found_to_meet(call):
+        raise InputError(
+            f"in {own_class(call.policy).__name__} a row's output depends on the rows beside it, as in a network that "
+            f"reads a sequence, and {laid_out}: what is explained would not be what the policy computes. Let what is "
+            "read together be one entry, as with data.batch_size = data.batch_size[:-1] for time in the last "
+            "dimension, or explain trajectories with Saliency(horizon='trajectory')"
+        )
+
+
+def _found_to_meet(call: Call) -> bool | None:
+    """Whether rows meet, found out once for each training mode; ``None`` where it cannot be."""
+    effects, traits = effects_of(call.policy), call.policy._hooked.traits
+    if traits.read_trajectories(call.policy):  # methods of rows refuse it by themselves
+        return False
+    mode = effects.mode()
+    if mode not in effects.meets:
+        if vmap_level() >= 0 or call.policy._hooked.chain is not None:
+            return False
+        effects.meets[mode] = _rows_meet(call)
+    return effects.meets[mode]
+
+
+def _rows_meet(call: Call) -> bool | None:
+    """Whether rows change when others stand before and after; this also shows what the policy draws and writes."""
     start = call.start
     data = shallow_copy(call.data)
     for key, value in call.inputs.items():
@@ -155,14 +185,14 @@ def _rows_meet(call: Call) -> bool:
             for key, value in inputs.items():  # also those that interventions read, such as a strength of each row
                 moves = key in own and isinstance(value, Tensor) and value.is_floating_point()
                 other = 0.5 * value + 0.25 if moves else value
-                inputs[key] = torch.cat([value, other])
-            joined = call.replay(inputs, torch.cat([few, few])).outputs
+                inputs[key] = torch.cat([other, value, other[:1]])
+            joined = call.replay(inputs, torch.cat([few, few, few[:1]])).outputs
         except Exception:  # the policy knows how many rows it takes
-            return True
+            return None
     for key in call.policy.policy_out_keys:
         one, two = alone.get(key, None), joined.get(key, None)
         if isinstance(one, Tensor) and isinstance(two, Tensor) and one.is_floating_point():
-            if not torch.allclose(one, two[:rows], rtol=RELATIVE, atol=ABSOLUTE, equal_nan=True):
+            if not torch.allclose(one, two[rows : 2 * rows], rtol=RELATIVE, atol=ABSOLUTE, equal_nan=True):
                 return True
     return False
 

@@ -35,7 +35,8 @@ class ForwardEffects:
         keeps_input: its forward was seen to leave what it is given as it was.
         same_bits: by the batch size, whether its outputs were the same where its inputs asked for a gradient.
         copies: one pass over copies of the rows may give the gradients of several targets.
-        meets: by the training mode, whether an output depends on the other rows, where that had to be found out.
+        meets: by the training mode, whether an output depends on the other rows, where that had to be found out;
+            ``None`` where it could not be.
     """
 
     def __init__(self, policy: nn.Module) -> None:
@@ -52,7 +53,7 @@ class ForwardEffects:
         self.keeps_input = not self.watch.may_write_input
         self.same_bits: dict[torch.Size, bool] = {}
         self.copies = True
-        self.meets: dict[tuple[bool, ...], bool] = {}
+        self.meets: dict[tuple[bool, ...], bool | None] = {}
         self.looks = 0
         self.repeats = 0
 

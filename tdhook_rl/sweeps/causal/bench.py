@@ -12,13 +12,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from tdhook_rl.arguments.checked import require_counts
 from tdhook_rl.calls.inputs import stored_inputs
 from tdhook_rl.calls.passes import Call, Pass, effects_of
+from tdhook_rl.calls.repeatable import require_rows_apart
 from tdhook_rl.errors import InputError, SiteError
 from tdhook_rl.latent.patch_hooks import other_count
 from tdhook_rl.method import Binder, Method
@@ -300,9 +301,10 @@ class Bench:
                 set_exploration_type(ExplorationType.DETERMINISTIC),
                 self._by_step(),
             ):
+                call = Call(policy, type(policy)._base.forward, data, stored_inputs(policy, data)).of_step({})
+                require_rows_apart(call, "causal tests compute all states, and copies of them, as rows")
                 work.under_way, work.keep, work.graph, work.changes = True, keep, graph, changes
                 work.in_place = effects.watch.may_write_input
-                call = Call(policy, type(policy)._base.forward, data, stored_inputs(policy, data)).of_step({})
                 result = call.replay()
         finally:
             before.restore()
@@ -333,11 +335,7 @@ class Bench:
                 raise other_count(name, known, ran)
 
     def require_apart(self) -> None:
-        """Raise where two sites are, or share, a run of one module, once they were seen.
-
-        Raises:
-            SiteError: names both.
-        """
+        """Raise a ``SiteError`` where two sites are, or share, a run of one module, once they were seen."""
         known: dict[tuple[int, int], str] = {}
         for name, path in self.paths.items():
             run, times = self._run(name), self.work.times[name]
@@ -400,13 +398,3 @@ class Bench:
             raise InputError(f"{name!r} gives {tuple(activation.shape)} and has no units: name a module with features")
         self._axes[name] = axis
         return axis
-
-
-def flat_states(states: TensorDictBase, keys: Sequence[NestedKey]) -> TensorDict:
-    """What a policy reads, as one batch dimension, on tensors that autograd may work with."""
-    chosen = states.select(*keys)
-    chosen = chosen.unsqueeze(0) if chosen.ndim == 0 else chosen.reshape(-1)
-    if not any(value.is_inference() for value in chosen.values(True, True)):
-        return chosen
-    with torch.inference_mode(False):
-        return chosen.clone()

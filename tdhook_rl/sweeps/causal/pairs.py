@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
@@ -15,7 +15,7 @@ from tdhook_rl.calls.real_rows import defined_values, real_rows, surely_finite
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.policies.draws import action_keys
 from tdhook_rl.replaying.batching import row_vectors
-from tdhook_rl.sweeps.causal.bench import Bench, flat_states
+from tdhook_rl.sweeps.causal.bench import Bench
 
 #: Which run is patched with activations of which: ``"denoising"``: that on corrupt states, with clean activations;
 #: ``"noising"``: that on clean states, with corrupt ones.
@@ -138,3 +138,13 @@ def require_way(way: str) -> None:
 def base_and_source(way: Way, clean: T, corrupt: T) -> tuple[T, T]:
     """Of two things, that of the run which is patched and that of the run which the activations come from."""
     return (corrupt, clean) if way == "denoising" else (clean, corrupt)
+
+
+def flat_states(states: TensorDictBase, keys: Sequence[NestedKey]) -> TensorDict:
+    """What a policy reads, as one batch dimension, on tensors that autograd may work with."""
+    chosen = states.select(*keys)
+    chosen = chosen.unsqueeze(0) if chosen.ndim == 0 else chosen.reshape(-1)
+    if not any(value.is_inference() for value in chosen.values(True, True)):
+        return chosen
+    with torch.inference_mode(False):
+        return chosen.clone()
