@@ -65,6 +65,10 @@ IMPOSSIBLE: dict[str, tuple[Callable[[], Any], str]] = {
     "the two exchanged": (
         lambda: statistics.accuracy_difference([[1, 1]], [[2, 2]], [[4, 2]], [[3, 1]]), "right= comes first, then rows="
     ),
+    "scores of other groups": (
+        lambda: statistics.accuracy_difference([[1, 1]] * 2, [[2, 2]] * 2, [[1, 1]] * 3, [[2, 2]] * 3),
+        "the same groups, got 2 and 3",
+    ),
     "rows below 0": (lambda: statistics.r_squared([[-2, 0.0, 4.0, 1.0]] * 3), "-2 rows"),
     "squares below 0": (lambda: statistics.r_squared([[2, 1.0, -4.0, 1.0]] * 3), "of squares -4"),
     "errors below 0": (lambda: statistics.r_squared_difference(*[[[2, 0.0, 4.0, -1.0]] * 3] * 2), "errors -1"),
