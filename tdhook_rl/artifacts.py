@@ -108,4 +108,7 @@ def _digest(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 def _with_ending(path: str | Path) -> Path:
     path = Path(path)
     require_file_name(path)
-    return path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
+    if path.suffix != ".safetensors":
+        path = path.with_name(path.name + ".safetensors")
+        require_file_name(path)
+    return path

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +28,8 @@ PROBE = {"weight": torch.eye(2, 3), "bias": torch.zeros(2)}
 FACTS = {"probe_kind": "lda", "module_path": "1"}
 
 
-@pytest.fixture(autouse=True)
-def in_time() -> Iterator[None]:
-    """What hangs is an error after some seconds."""
-
-    def late(*_: object) -> None:
-        raise TimeoutError("it hangs")
-
-    previous = signal.signal(signal.SIGALRM, late)
-    signal.alarm(10)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, previous)
+#: What hangs is an error.
+pytestmark = pytest.mark.limit(10)
 
 
 def written(folder: Path, tensors: dict[str, torch.Tensor], document: Any) -> Path:

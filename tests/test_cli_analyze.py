@@ -155,6 +155,7 @@ def test_ctrl_c_says_how_to_go_on(
 WRONG = {
     "no method": (["buffer", *PLAIN], "name what to compute by --method, .*saliency"),
     "no such method": (["buffer", *PLAIN, "--method", "salience"], "no method 'salience'; nearest: 'saliency'"),
+    "what all methods are": (["buffer", *PLAIN, "--method", "method"], "no method 'method'"),
     "no such target": (["buffer", *PLAIN, "--method", "saliency", "--target", "entropie"], "nearest: 'entropy'"),
     "no sites": (["buffer", *PLAIN, "--method", "activation_caching"], "name them by --sites"),
     "methods twice": (["buffer", "--policy", "users_own_agent:hooked", "--method", "saliency"], "leave out method"),

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,17 +12,8 @@ import torch
 from tdhook_rl import LinearProbe
 from tdhook_rl.files.durable import write_text
 
-
-@pytest.fixture(autouse=True)
-def in_time() -> Iterator[None]:
-    def late(*_: object) -> None:
-        raise TimeoutError("it waits")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(10)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+#: What hangs is an error.
+pytestmark = pytest.mark.limit(10)
 
 
 def _page(folder: Path) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +65,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def in_time() -> Iterator[None]:
-    def late(*_: object) -> None:
-        raise TimeoutError("it hangs")
-
-    previous = signal.signal(signal.SIGALRM, late)
-    signal.alarm(10)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, previous)
-
-
 def refused(folder: Path, go_on: bool = True) -> None:
     with pytest.raises(ArtifactError):
         load_results(folder)
@@ -86,8 +73,9 @@ def refused(folder: Path, go_on: bool = True) -> None:
             run(folder)
 
 
+@pytest.mark.limit(10)
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_fields_of_the_page(damage: str, finished: Path, in_time: None) -> None:
+def test_fields_of_the_page(damage: str, finished: Path) -> None:
     manifest = finished / "analysis.json"
     before = manifest.read_text()
     manifest.write_text(json.dumps(DAMAGES[damage](json.loads(before))))
@@ -103,8 +91,9 @@ TEXTS = {"deep": "[" * 100_000, "deep and closed": "[" * 100_000 + "]" * 100_000
          "no text": "\udcff", "cut": '{"entries": 30'}  # fmt: skip
 
 
+@pytest.mark.limit(10)
 @pytest.mark.parametrize("name", TEXTS)
-def test_texts_of_the_page(name: str, finished: Path, in_time: None) -> None:
+def test_texts_of_the_page(name: str, finished: Path) -> None:
     manifest = finished / "analysis.json"
     before = manifest.read_text()
     manifest.write_bytes(TEXTS[name].encode(errors="surrogateescape"))
@@ -114,9 +103,10 @@ def test_texts_of_the_page(name: str, finished: Path, in_time: None) -> None:
         manifest.write_text(before)
 
 
+@pytest.mark.limit(10)
 @pytest.mark.parametrize("target", ["analysis.json", "cache/1.memmap"])
 @pytest.mark.parametrize("what", ["pipe", "folder", "device", "link to nothing", "socket"])
-def test_files_that_are_none(what: str, target: str, finished: Path, in_time: None) -> None:
+def test_files_that_are_none(what: str, target: str, finished: Path) -> None:
     path = finished / target
     before = path.read_bytes()
     path.unlink()

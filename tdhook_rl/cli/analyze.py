@@ -143,6 +143,7 @@ def _methods(chosen: Mapping[str, Any]) -> list[Any]:
 
     kinds = {_snake(name): getattr(tdhook_rl, name) for name in tdhook_rl.__all__}
     kinds = {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Method)}
+    del kinds["method"]  # what all of them are
     asked = chosen["method"]
     if asked is None:
         raise InputError(f"{chosen['policy']} returns a plain policy: name what to compute by --method, {_some(kinds)}")

@@ -114,9 +114,17 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def require_file_name(path: Path) -> None:
-    """Raise :class:`ArtifactError` for a path that names no file, such as that of the folder one is in."""
+    """Raise :class:`ArtifactError` for a path that names no file: that of the folder one is in, or one too long."""
     if path.name in ("", ".."):
         raise ArtifactError(f"{str(path)!r} names a folder, and no file in it: name one")
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:  # a name that is too long, a character that no name has, no permission
+        raise ArtifactError(
+            f"no file can be at {str(path)[:80]!r}: {getattr(error, 'strerror', None) or error}"
+        ) from error
 
 
 def put(path: Path, content: str | bytes) -> Path:
