@@ -194,3 +194,30 @@ def test_a_sequence_is_not_cut_into_chunks(name: str) -> None:
         torch.testing.assert_close(hooked.annotate(data)["attr", "observation"], gradient(net, data["observation"]))
         with pytest.raises(InputError, match="8 rows are computed 3 at a time"):
             hooked.annotate(data.exclude("attr", "computed"), chunk_size=3)
+
+
+class Rounded(nn.Module):
+    """Rows apart, but for what products of batches of another size round in another way, on other processors."""
+
+    def __init__(self, dtype: torch.dtype, offset: float) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(FEATURES, 8, dtype=dtype), nn.Linear(8, 2, dtype=dtype)
+        self.offset = offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(self.first(x).tanh()) + self.offset
+        rounds = torch.finfo(y.dtype).eps * (-1) ** len(x)
+        return y + rounds * y.detach().abs().max() - self.offset
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_rounding_is_no_row_beside(dtype: torch.dtype, offset: float) -> None:
+    torch.manual_seed(0)
+    policy = TensorDictModule(Rounded(dtype, offset if dtype.itemsize > 2 else offset / 1e3), ["x"], ["action"])
+    data = TensorDict({"x": torch.randn(ROWS, STEPS, FEATURES, dtype=dtype)}, (ROWS, STEPS))
+    with Saliency(target=targets.output_sum(), when="batch").prepare(policy) as hooked:
+        found = hooked.annotate(data)["attr", "x"]
+    x = data["x"].requires_grad_()
+    (expected,) = torch.autograd.grad(policy.module(x.reshape(-1, FEATURES)).float().sum(), x)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
