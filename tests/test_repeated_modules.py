@@ -353,6 +353,7 @@ class Halting(nn.Module):
         return x
 
 
+@pytest.mark.filterwarnings("ignore:each row's output depends")  # the first row says how many rounds there are
 def test_runs_that_do_not_correspond_are_errors() -> None:
     few, many = torch.full((3, 4), 2.0), torch.full((3, 4), 4.0)
     data = TensorDict({"input": few, ("patched", "input"): many, ("baseline", "input"): many}, [3])
