@@ -30,6 +30,7 @@ from tdhook_rl.replay import analyze
 from tdhook_rl.report import (
     Budgets,
     DataTable,
+    FolderSink,
     Monitor,
     page_of,
     read_run,
@@ -245,3 +246,16 @@ def test_rows_of_an_analysis_are_those_that_are_looked_at(tmp_path: Path) -> Non
         analyze(policy, rows, tmp_path, on_mismatch="ignore")  # entries of 5 rows, one of them without attributions
     (found,) = read_run(tmp_path).findings
     assert "half of 15 rows lie" in found.words
+
+
+@pytest.mark.usefixtures("few_figures")
+def test_limits_the_wrong_way_round_are_said(tmp_path: Path) -> None:
+    values = {"accuracy": [0.5, 0.6], "accuracy_low": [0.4, 0.7], "accuracy_high": [0.6, 0.5], "groups": [9.0, 9.0]}
+    row = {"site": "0", "concept": "door", "trained": 0.6, "trained_low": 0.7, "trained_high": 0.5}
+    sink = FolderSink(tmp_path / "run")
+    for step in range(2):
+        sink.log({f"probe.door.{name}": curve[step] for name, curve in values.items()}, step + 1)
+    sink.log({"probes": DataTable(list(row), [list(row.values())])}, 2)
+    sink.close()
+    parsed = checked(page_of(tmp_path / "run"))
+    assert "the limits that were logged are the wrong way round" in parsed.text

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from tdhook_rl.report.contents.names import REVERSED, logged_interval
 from tdhook_rl.report.drawing import Drawing
 from tdhook_rl.report.figures import lines, value_grid
 from tdhook_rl.report.page.numbers import is_number
 from tdhook_rl.report.runs import Rows, Run
-from tdhook_rl.statistics import Interval
 
 #: Columns that make a table one of probes, or a dose-response.
 _PROBES, _DOSES = {"site", "concept", "trained"}, {"outcome", "alpha", "vector", "mean"}
@@ -105,10 +105,7 @@ def _cell(cells: dict[str, Any], name: str) -> Any:
     value, low, high = (cells[one] for one in (name, f"{name}_low", f"{name}_high"))
     if not is_number(value):
         return value
-    known = is_number(low) and is_number(high)
+    low, high = (float(one) if is_number(one) else math.nan for one in (low, high))
     groups = cells.get("groups")
-    return Interval(
-        estimate=float(value), low=float(low) if known else math.nan, high=float(high) if known else math.nan,
-        confidence=0.95, method="as logged" if known else "none", groups=int(groups) if is_number(groups) else 0,
-        rows=0, words="" if known else "none was logged",
-    )  # fmt: skip
+    why = REVERSED if low > high else "none was logged"
+    return logged_interval(float(value), low, high, groups=int(groups) if is_number(groups) else 0, rows=0, why=why)

@@ -18,6 +18,10 @@ LARGEST = 1e100
 _BEHAVIOUR = re.compile(r"(?:^|[./_ ])(?:return|success|reward|score|solved|won)(?:$|[./_ ])", re.IGNORECASE)
 
 
+#: Of limits of which nobody knows what they are.
+REVERSED = "the limits that were logged are the wrong way round"
+
+
 @dataclass
 class ProbeSeries:
     """The numbers of one probe.
@@ -47,17 +51,15 @@ class ProbeSeries:
         step, value = known[-1]
         groups, rows = (int(self._count(name, step)) for name in ("groups", "rows"))
         low, high = self.low.get(step, math.nan), self.high.get(step, math.nan)
-        is_known = math.isfinite(low) and math.isfinite(high)
-        if not self.low:
+        if low > high:
+            why = REVERSED
+        elif not self.low:
             why = "the run logged none"
         elif groups < 2:
             why = f"{groups or 'no'} held-out group{'' if groups == 1 else 's'}: nothing says how much groups differ"
         else:
             why = f"none could be had of {groups} groups"
-        return Interval(
-            estimate=value, low=low if is_known else math.nan, high=high if is_known else math.nan, confidence=0.95,
-            method="as logged" if is_known else "none", groups=groups, rows=rows, words="" if is_known else why,
-        )  # fmt: skip
+        return logged_interval(value, low, high, groups=groups, rows=rows, why=why)
 
     def _count(self, name: str, step: int) -> float:
         value = dict(self.counts.get(name, ())).get(step, 0.0)
@@ -69,6 +71,14 @@ class ProbeSeries:
             return [(step, value) for step, value in self.main]
         nan = math.nan
         return [(step, value, self.low.get(step, nan), self.high.get(step, nan)) for step, value in self.main]
+
+
+def logged_interval(value: float, low: float, high: float, *, groups: int, rows: int, why: str) -> Interval:
+    """A logged number with its limits, which may be anything; ``why`` says in words why there are none."""
+    is_known = math.isfinite(low) and math.isfinite(high) and low <= high
+    limits = {"low": low, "high": high} if is_known else {"low": math.nan, "high": math.nan, "words": why}
+    method = "as logged" if is_known else "none"
+    return Interval(estimate=value, confidence=0.95, method=method, groups=groups, rows=rows, **limits)
 
 
 def probes_of(series: Mapping[str, Series]) -> dict[str, ProbeSeries]:
