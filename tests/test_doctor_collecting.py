@@ -183,15 +183,31 @@ def test_a_cache_of_the_users_is_not_filled() -> None:
     assert cache.is_empty()
 
 
-def test_an_environment_that_hangs() -> None:
-    source = Changed(lambda step, data: time.sleep(60 if step == 2 else 0))
-    began = time.monotonic()
+@pytest.mark.parametrize("options", [{}, {"frames_per_batch": 64}])
+def test_an_environment_that_hangs(options: dict[str, Any]) -> None:
+    """In the rollout by hand, or in a collector in this process: what goes on later draws nothing in the program."""
+    goes_on, steps = threading.Event(), []
+
+    def wait(step: int, data: TensorDictBase) -> None:
+        steps.append(step)
+        # A collector begins anew, with environments that are copies or are made again.
+        if len(steps) == (18 if options else 3):
+            goes_on.wait(60)
+
+    began, others = time.monotonic(), set(threading.enumerate())
     before = exploration_type()
-    report = check(hooked(make_actor()), source, time_limit=1.0)
+    report = check(hooked(make_actor()), functools.partial(Changed, wait), options or None, time_limit=2.0)
     assert time.monotonic() - began < 30
     assert exploration_type() is before
-    one = found(report, "time limit", "error")
-    assert one.seen == "after 1 s the check still waited for the environment at step 2"
+    what = "batch 0 from Collector" if options else "the environment at step 2"
+    assert found(report, "time limit", "error").seen == f"after 2 s the check still waited for {what}"
+    [left] = set(threading.enumerate()) - others
+    drawn, made = torch.get_rng_state(), len(steps)
+    goes_on.set()
+    left.join(30)
+    assert not left.is_alive()
+    assert len(steps) == made
+    assert torch.equal(torch.get_rng_state(), drawn)
 
 
 def hanging_worker() -> CueCorners:

@@ -34,15 +34,37 @@ class TimeUp(Exception):
 class Deadline:
     """Runs what may hang in a thread of its own, within a time that all of it shares.
 
-    Attributes:
-        waiting_for: what is being run, in words; the runs keep it up to date.
+    A thread cannot be stopped. One that is left ends where it comes to its next piece of work, or to a call of what was
+    lent to it: it would go on in the user's program, and draw from the generators that training draws from.
     """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self.waiting_for = "the start"
+        self._waiting_for = "the start"
+        self._given_up = False
+        self._lent: list[Any] = []
         self._end = time.monotonic() + seconds
         self._before = set(multiprocessing.active_children())
+
+    @property
+    def waiting_for(self) -> str:
+        """What is being run, in words; the runs keep it up to date.
+
+        Raises:
+            TimeUp: where a run goes on that was given up.
+        """
+        return self._waiting_for
+
+    @waiting_for.setter
+    def waiting_for(self, what: str) -> None:
+        if self._given_up:
+            raise TimeUp(self._waiting_for)
+        self._waiting_for = what
+
+    def lend(self, trial: Any) -> Any:
+        """A hooked policy that is for the runs alone."""
+        self._lent.append(trial)
+        return trial
 
     @property
     def left(self) -> float:
@@ -83,6 +105,9 @@ class Deadline:
                     thread.join(GRACE)  # it waited for them, and fails now
             if thread.is_alive():  # it is left in its rollout, for which it has set the exploration type
                 set_interaction_type(exploration).__enter__()
+                self._given_up = True
+                for trial in self._lent:
+                    trial._hooked.runtime.active = False
         if waited_for is not None:
             raise TimeUp(waited_for)
         value, error = outcome[0]
