@@ -183,23 +183,24 @@ def test_a_cache_of_the_users_is_not_filled() -> None:
     assert cache.is_empty()
 
 
-@pytest.mark.parametrize("options", [{}, {"frames_per_batch": 64}])
-def test_an_environment_that_hangs(options: dict[str, Any]) -> None:
-    """In the rollout by hand, or in a collector in this process: what goes on later draws nothing in the program."""
-    goes_on, steps = threading.Event(), []
+@pytest.mark.parametrize("where", ["by hand", "collector", "collector of a factory"])
+def test_an_environment_that_hangs(where: str) -> None:
+    """What goes on later in this process draws nothing there."""
+    goes_on, steps, collects = threading.Event(), [], where != "by hand"
+    policy = functools.partial(hooked, make_actor()) if where == "collector of a factory" else hooked(make_actor())
 
     def wait(step: int, data: TensorDictBase) -> None:
         steps.append(step)
         # A collector begins anew, with environments that are copies or are made again.
-        if len(steps) == (18 if options else 3):
+        if len(steps) == (18 if collects else 3):
             goes_on.wait(60)
 
     began, others = time.monotonic(), set(threading.enumerate())
     before = exploration_type()
-    report = check(hooked(make_actor()), functools.partial(Changed, wait), options or None, time_limit=2.0)
+    report = check(policy, functools.partial(Changed, wait), {"frames_per_batch": 64}, time_limit=2.0)
     assert time.monotonic() - began < 30
     assert exploration_type() is before
-    what = "batch 0 from Collector" if options else "the environment at step 2"
+    what = "batch 0 from Collector" if collects else "the environment at step 2"
     assert found(report, "time limit", "error").seen == f"after 2 s the check still waited for {what}"
     [left] = set(threading.enumerate()) - others
     drawn, made = torch.get_rng_state(), len(steps)

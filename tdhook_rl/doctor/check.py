@@ -161,7 +161,7 @@ class _Examination:
         if failed is not None:
             yield failed
             return
-        rollout = RecordedRollout(self.deadline.lend(trial_copy(self.policy)), env)
+        rollout = RecordedRollout(trial_copy(self.policy), env)
         complete = yield from self._roll_out(rollout)
         self.deadline.waiting_for = "the environment to close"
         self._attempt(lambda: rollout.env.close(raise_if_closed=False))
@@ -250,9 +250,7 @@ class _Examination:
         run = Collecting(kind, self.options, workers)
         copies = rollout.env.batch_size.numel()
         _, failed = self._attempt(
-            lambda: run.run(
-                self.policy, self.deadline.lend(trial_copy(self.policy)), self.env, copies, self.factory, self.deadline
-            )
+            lambda: run.run(self.policy, trial_copy(self.policy), self.env, copies, self.factory, self.deadline)
         )
         if failed is None:
             yield from collecting_findings(run, self.policy, rollout)

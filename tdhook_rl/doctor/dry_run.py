@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import multiprocessing
 import random
 import threading
@@ -34,37 +35,15 @@ class TimeUp(Exception):
 class Deadline:
     """Runs what may hang in a thread of its own, within a time that all of it shares.
 
-    A thread cannot be stopped. One that is left ends where it comes to its next piece of work, or to a call of what was
-    lent to it: it would go on in the user's program, and draw from the generators that training draws from.
+    Attributes:
+        waiting_for: what is being run, in words; the runs keep it up to date.
     """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self._waiting_for = "the start"
-        self._given_up = False
-        self._lent: list[Any] = []
+        self.waiting_for = "the start"
         self._end = time.monotonic() + seconds
         self._before = set(multiprocessing.active_children())
-
-    @property
-    def waiting_for(self) -> str:
-        """What is being run, in words; the runs keep it up to date.
-
-        Raises:
-            TimeUp: where a run goes on that was given up.
-        """
-        return self._waiting_for
-
-    @waiting_for.setter
-    def waiting_for(self, what: str) -> None:
-        if self._given_up:
-            raise TimeUp(self._waiting_for)
-        self._waiting_for = what
-
-    def lend(self, trial: Any) -> Any:
-        """A hooked policy that is for the runs alone."""
-        self._lent.append(trial)
-        return trial
 
     @property
     def left(self) -> float:
@@ -105,15 +84,22 @@ class Deadline:
                     thread.join(GRACE)  # it waited for them, and fails now
             if thread.is_alive():  # it is left in its rollout, for which it has set the exploration type
                 set_interaction_type(exploration).__enter__()
-                self._given_up = True
-                for trial in self._lent:
-                    trial._hooked.runtime.active = False
+                _end(thread)
         if waited_for is not None:
             raise TimeUp(waited_for)
         value, error = outcome[0]
         if error is not None:
             raise error
         return value
+
+
+def _end(thread: threading.Thread) -> None:
+    """Let a thread end where it next comes to run Python code.
+
+    Whatever it waits for, it would go on in the user's program later, and draw from the generators that training draws
+    from. Code that catches exceptions lets this one pass.
+    """
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
 
 
 @contextmanager

@@ -154,9 +154,10 @@ def _opened(path: Path, going_on: bool) -> io.FileIO:
         _end_at_a_line(path)
     # At the end of what is there, whoever wrote it: a run that goes on in this file loses no line to this one.
     file = open(path, "ab" if going_on else "xb", buffering=0, opener=_appending)
+    if os.fstat(file.fileno()).st_size:
+        return file
     try:
-        if not (going_on and path.stat().st_size):
-            _write(file, f"{','.join(COLUMNS)}\n")
+        _write(file, f"{','.join(COLUMNS)}\n")
     except OSError:
         file.close()
         path.unlink(missing_ok=True)
