@@ -52,6 +52,17 @@ def _spawned_where_ends_are_looked_at(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _no_process_is_left() -> Iterator[None]:
+    """A process that outlives its test is ended and named here, before a later test is said to have left it."""
+    known = multiprocessing.active_children()
+    yield
+    left = left_behind(known)
+    for process in left:
+        process.kill()
+    assert not left, f"the test left {left} behind"
+
+
+@pytest.fixture(autouse=True)
 def _interrupts() -> None:
     """Ctrl-C is heard, also where the tests run in the background of a shell, or a library has set a handler."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -59,7 +70,7 @@ def _interrupts() -> None:
 
 @pytest.fixture(autouse=True)
 def _time_limit(request: pytest.FixtureRequest) -> Iterator[None]:
-    """With ``@pytest.mark.limit(seconds)``: a test that waits too long fails, and leaves no process behind."""
+    """With ``@pytest.mark.limit(seconds)``: a test that waits too long fails."""
     marker = request.node.get_closest_marker("limit")
     if marker is None:
         yield
@@ -78,10 +89,6 @@ def _time_limit(request: pytest.FixtureRequest) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
         faulthandler.cancel_dump_traceback_later()
-        left = left_behind()
-        for process in left:
-            process.kill()
-        assert not left, f"the test left {left} behind"
 
 
 @pytest.fixture

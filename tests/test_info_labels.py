@@ -157,8 +157,12 @@ def test_declarations_are_checked() -> None:
         InfoLabels({})
     with pytest.raises(InputError, match="GymEnv or GymWrapper, got TransformedEnv"):
         add_info_labels(TransformedEnv(GymWrapper(Infos()), StepCounter()))
-    with pytest.raises(InputError, match=r"batch size .2,.: label single copies"):
-        add_info_labels(GymEnv("CartPole-v1", num_envs=2))
+    pair = GymEnv("CartPole-v1", num_envs=2)
+    try:
+        with pytest.raises(InputError, match=r"batch size .2,.: label single copies"):
+            add_info_labels(pair)
+    finally:
+        pair.close()
     with pytest.raises(InputError, match=r"info of .* is empty"):
         add_info_labels(GymEnv("CartPole-v1"))
     with pytest.raises(InputError, match=r"computed for \['a'\] and declared for \['b'\]"):

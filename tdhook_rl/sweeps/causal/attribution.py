@@ -266,13 +266,14 @@ class Effects:
         found = torch.empty(rows, len(components), dtype=dtype, device=points[0].device)
         for site, own in components.split(found).items():
             runs = zip(slopes.get(site, ()), base.kept[site], source.kept[site], strict=False)
-            known = [(slope, there - here.detach()) for slope, here, there in runs if slope is not None]
-            if len(known) == 1 and known[0][0].shape == own.shape:  # written where it belongs: a copy takes as long
-                torch.mul(*known[0], out=own)
+            known = [(slope, there, here.detach()) for slope, here, there in runs if slope is not None]
+            if len(known) == 1 and known[0][0].shape == own.shape:
+                slope, there, here = known[0]
+                torch.sub(there, here, out=own).mul_(slope)  # where it belongs: fresh memory takes longer than the work
                 continue
             own.zero_()
-            for slope, change in known:
-                product = slope * change
+            for slope, there, here in known:
+                product = slope * (there - here)
                 units = product.ndim + components.axes[site]
                 if others := [dim for dim in range(1, product.ndim) if dim != units]:
                     product = product.sum(others)
