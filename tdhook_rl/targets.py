@@ -23,6 +23,7 @@ from tdhook_rl.arguments.checked import checked
 from tdhook_rl.calls.decisions import (
     Keys,
     action_of,
+    as_one_hot,
     choose,
     critic_keys,
     drawn_decisions,
@@ -344,9 +345,9 @@ class _Chosen:
 
     def head_slope(self, head: Any) -> Tensor | None:
         key, run = self.key, head.values
-        if run is None or run.out_keys != [key] or action_of(run, key) is None:
+        if run is None or run.out_keys != [key] or (action := action_of(run, key)) is None:
             return None
-        return one_hot_action(run, run.outputs.get(key), key)
+        return as_one_hot(run, action, run.outputs.get(key), key)
 
 
 @dataclass(frozen=True)

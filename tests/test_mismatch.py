@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule as Module
+from tensordict.nn import TensorDictSequential
 from torch import nn
 from torchrl.collectors import Collector
+from torchrl.data import Categorical, Composite
+from torchrl.modules import QValueModule
 
 from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors
 from tdhook_rl.attribution import IntegratedGradients, Occlusion
@@ -110,3 +115,53 @@ def test_random_frames_are_no_mismatch_and_versions_are_named() -> None:
         with pytest.raises(MismatchError, match="under policy version"):
             policy.annotate(batches[-1].exclude("attr", "cache", "computed"), on_mismatch="raise")
         collector.shutdown()
+
+
+NETS = {  # of these the first is a chain of known layers, of which the choice is made without a call of its module
+    "a chain": lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)),
+    "no chain": lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4), nn.Softsign()),
+}
+CHOICES = {
+    "one-hot": {"action_space": "one-hot"},
+    "indices": {"action_space": "categorical"},
+    "two choices": {"action_space": "mult-one-hot", "var_nums": [3, 1]},
+    "of a spec": {"spec": Composite(action=Categorical(4))},
+    "of a spec with a dimension": {"spec": Composite(action=Categorical(4, shape=(1,))), "strict_shape": "auto"},
+    "of a hooked module": {"action_space": "one-hot"},
+}
+
+
+@pytest.mark.parametrize("method", [Saliency(), IntegratedGradients(baseline=0.0, n_steps=4), Occlusion()])
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("net", NETS)
+def test_each_output_of_a_q_network_is_compared(net: str, choice: str, method: Any) -> None:
+    trunk = Module(NETS[net](), ["observation"], ["action_value"])
+    head = QValueModule(**CHOICES[choice])
+    if choice == "of a hooked module":
+        head.register_forward_hook(lambda module, args, output: output.set("action", output["action"].flip(-1)))
+    policy = TensorDictSequential(trunk, head)
+    data = TensorDict({"observation": torch.randn(6, 4).round()}, 6)
+    data["observation"][2] = data["observation"][1]
+    with torch.no_grad():
+        data = policy(data)
+    with method.prepare(policy) as hooked:
+        for batch in ([6], [2, 3]):
+            hooked.annotate(data.reshape(batch), on_mismatch="raise")
+        for key in policy.out_keys:
+            other = data.clone()
+            row = other[key][3]
+            index = not row.is_floating_point() and row.numel() == 1
+            other[key][3] = (row + 1) % 4 if index else row.flip(-1) + 0.5 * row.is_floating_point()
+            with pytest.raises(MismatchError, match="of 1 of 6 rows"):
+                hooked.annotate(other, on_mismatch="raise")
+
+
+def test_the_end_of_a_path_is_compared_whatever_its_length() -> None:
+    actor = categorical()
+    data = collected(actor)
+    with IntegratedGradients(baseline=-3e38, n_steps=4).prepare(actor) as hooked:
+        far = data.clone()
+        far["observation"] = far["observation"] + 1e38  # the way there is longer than any number
+        with torch.no_grad():
+            far = actor(far)
+        hooked.annotate(far, on_mismatch="raise")

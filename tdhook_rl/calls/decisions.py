@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -9,17 +10,19 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.utils import unravel_key
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributions as D
 
 from tdhook_rl.arguments.keys import get_entry, key_parts
 from tdhook_rl.calls.passes import Pass
 from tdhook_rl.calls.real_rows import real_rows
+from tdhook_rl.calls.writing import set_tensor
 from tdhook_rl.errors import TargetError, nearest, warn
 from tdhook_rl.internals.torchrl_names import is_sparse
 from tdhook_rl.policies.draws import Draw, meets, sample_keys
 from tdhook_rl.policies.inversion import is_one_hot
 from tdhook_rl.replaying.samples import Drawn, components, is_point
+from tdhook_rl.sites.known import own_class
 from tdhook_rl.sites.runtime import vmap_level
 
 Keys: TypeAlias = NestedKey | list[NestedKey] | None
@@ -137,6 +140,36 @@ def warn_beside_values(run: Pass, values: Sequence[NestedKey]) -> None:
     )
 
 
+def chosen_by(head: Any, values: TensorDictBase, stored: TensorDictBase) -> TensorDictBase:
+    """What the last module of a Q-network chooses by its values; a plain one's call takes longer than its choice."""
+    if own_class(head) is not _q_value_module() or head.action_mask_key is not None or has_hooks(head):
+        return head(values)
+    action_key, values_key, chosen_key = map(unravel_key, head.out_keys)
+    numbers, known = get_entry(values, values_key), get_entry(stored, action_key)
+    action = head.action_func_mapping[head.action_space](numbers)
+    if not isinstance(known, Tensor) or known.shape[stored.ndim :] != action.shape[values.ndim :]:
+        return head(values)  # it may shape its choice, or refuse
+    value_of = head.action_value_func_mapping.get(head.action_space)
+    set_tensor(values, action_key, action)
+    set_tensor(values, chosen_key, (action * numbers).sum(-1, True) if value_of is None else value_of(numbers, action))
+    return values
+
+
+@functools.cache
+def _q_value_module() -> type:
+    from torchrl.modules import QValueModule
+
+    return QValueModule
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of a module is more than its forward."""
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
+
+
 def require_own_parameters(drawing: Sequence[Any], who: str) -> None:
     """Refuse decisions that read their parameters under one key, where these are looked up once the policy has run.
 
@@ -205,6 +238,11 @@ def one_hot_action(run: Pass, values: Tensor, key: NestedKey = "logits") -> Tens
     action = action_of(run, key)
     if action is None:
         raise TargetError("the target explains the stored action 'action', which the data lacks")
+    return as_one_hot(run, action, values, key)
+
+
+def as_one_hot(run: Pass, action: Tensor, values: Tensor, key: NestedKey) -> Tensor:
+    """A stored action in the shape of the values, under ``key``, that it chose among."""
     if action.shape == values.shape:
         require_choice(run, action, action, key)
         return action.to(values.dtype)

@@ -22,6 +22,7 @@ from torch import distributions as D
 
 from tdhook_rl.arguments.keys import get_entry, key_parts
 from tdhook_rl.calls.chains import Chain, actor_classes, chain_layers, is_usual, run_chain
+from tdhook_rl.calls.decisions import chosen_by, has_hooks
 from tdhook_rl.calls.passes import Call, Pass, Slope
 from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.calls.writing import set_tensor
@@ -141,12 +142,18 @@ class HeadPass:
         made = dict(zip(self._chain.module.out_keys, self._parameters(copies), strict=True))
         return torch.autograd.grad(made[key], copies, torch.stack(list(outer)))[0].unbind()
 
-    def outputs(self) -> TensorDictBase:
-        """What the policy puts out, for a comparison with what is stored."""
+    def outputs(self, batch: torch.Size | None = None) -> TensorDictBase:
+        """What the policy puts out, for a comparison with what is stored: of all rows, or the last, of a batch."""
         outputs = self._entries(self.leaf.detach()) if self._split is None else self._split
+        if batch is not None:
+            rows = batch.numel()
+            last = {key: get_entry(outputs, key)[-rows:] for key in self._chain.module.out_keys}
+            outputs = new_unsafe({}, batch_size=batch)
+            for key, value in last.items():
+                set_tensor(outputs, key, value.reshape((*batch, *value.shape[1:])))
         if not isinstance(self._chain.head, ProbabilisticTensorDictModule):
             with torch.no_grad():
-                outputs = self._chain.head(outputs)  # type: ignore[misc]
+                outputs = chosen_by(self._chain.head, outputs, self._stored)
         return outputs
 
     def _entries(self, output: Tensor) -> TensorDictBase:
@@ -232,7 +239,7 @@ def log_prob_slopes(
         ``None`` where they are not known, or what is stored is no sample of the distribution.
     """
     known = _slopes_of(getattr(head, "distribution_class", None))
-    if known is None or _has_hooks(head) or list(head.dist_keys) != known[0]:
+    if known is None or has_hooks(head) or list(head.dist_keys) != known[0]:
         return None
     (key,) = map(unravel_key, sample_keys(head))
     action = get_entry(stored, key)
@@ -309,13 +316,6 @@ class Tangent:
 def run_trunk(policy: Any, data: TensorDictBase) -> TensorDictBase:
     """The forward of an actor without its draw."""
     return policy.module[0](data)
-
-
-def _has_hooks(module: Any) -> bool:
-    own = module.__dict__
-    return bool(
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    )
 
 
 Slopes = tuple[Tensor, ...] | None
