@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +12,17 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
+from torchrl.data import LazyTensorStorage, ReplayBuffer
 
 from tdhook_rl import ActivationCaching, Saliency, SteeringVectors, targets
 from tdhook_rl.attribution import IntegratedGradients, Occlusion
 from tdhook_rl.errors import InputError
+from tdhook_rl.latent import SteeringVector, principal_directions
 from tdhook_rl.method import Compose
+from tdhook_rl.metrics import InfidelityMetric
+from tdhook_rl.probes import GroupSplit
+from tdhook_rl.replay import analyze, probe_grid
+from tdhook_rl.rollout import NetworkDiagnostics, cka_matrix
 from tdhook_rl.sweeps import ablate_units, patch_sites
 
 ROWS, STEPS, FEATURES = 3, 4, 3
@@ -221,3 +229,83 @@ def test_rounding_is_no_row_beside(dtype: torch.dtype, offset: float) -> None:
     x = data["x"].requires_grad_()
     (expected,) = torch.autograd.grad(policy.module(x.reshape(-1, FEATURES)).float().sum(), x)
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+
+
+def _metric(policy: Any, data: TensorDict) -> Any:
+    hooked = Saliency().prepare(policy, return_context=False)
+    return InfidelityMetric()(hooked, hooked.annotate(data[0]))
+
+
+def _labelled(data: TensorDict) -> TensorDict:
+    rows = data.batch_size.numel()
+    label = (torch.arange(rows) % 2).reshape(data.batch_size)
+    return data.clone().set("label", label).set("traj_ids", torch.arange(rows).reshape(data.batch_size) // STEPS)
+
+
+def _analysed(policy: Any, data: TensorDict, **options: Any) -> Any:
+    hooked = Saliency().prepare(policy, return_context=False)
+    with tempfile.TemporaryDirectory() as folder:
+        return analyze(hooked, data.reshape(-1), folder, **options).clone()
+
+
+def _stored(data: TensorDict) -> ReplayBuffer:
+    buffer = ReplayBuffer(storage=LazyTensorStorage(100))
+    buffer.extend(data.reshape(-1))
+    return buffer
+
+
+#: What reads the rows of a whole some at a time, or some of them.
+IN_PARTS: dict[str, Callable[[Any, TensorDict], Any]] = {
+    "analysis": _analysed,
+    "analysis in chunks": lambda policy, data: _analysed(policy, data, batch_size=5),
+    "analysis of some": lambda policy, data: _analysed(policy, data, rows=slice(1, None, 2)),
+    "direction of a buffer": lambda policy, data: SteeringVector.from_contrast(
+        policy, "module.read", _stored(_labelled(data)), "label"
+    ),
+    "direction of pairs": lambda policy, data: SteeringVector.from_pairs(policy, "module.read", data, -data),
+    "directions of pairs": lambda policy, data: principal_directions(policy, "module.read", data, -data),
+    "grid of probes": lambda policy, data: probe_grid(
+        policy, _labelled(data), sites=["module.read"], concepts={"label": "label"},
+        split=GroupSplit("traj_ids", held_out=0.4),
+    ),
+    "metric": _metric,
+    "layers": lambda policy, data: cka_matrix(policy, [policy], "module.read", data),
+    "diagnostics": lambda policy, data: NetworkDiagnostics(policy, sites=["module.read"]).update(data),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", IN_PARTS)
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_rows_that_are_read_together_do_not_come_in_parts(name: str, call: str) -> None:
+    _, policy = policy_of(SEQUENCES[name])
+    with pytest.raises(InputError, match="a row's output depends on the rows beside it"):
+        IN_PARTS[call](policy, states(ROWS, STEPS))
+
+
+@pytest.mark.parametrize("call", IN_PARTS)
+@pytest.mark.parametrize("name", APART)
+def test_rows_by_themselves_come_in_parts(name: str, call: str) -> None:
+    _, policy = policy_of(APART[name])
+    assert IN_PARTS[call](policy, states(ROWS, STEPS)) is not None
+
+
+@pytest.mark.parametrize("batch_size", [1, 6, 100])
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_an_analysis_of_trajectories_ends_no_sequence_and_joins_none(
+    name: str, batch_size: int, tmp_path: Path
+) -> None:
+    """Where entries are rows, each trajectory is by itself wherever chunks end; where they are sequences, they are."""
+    net, policy = policy_of(SEQUENCES[name])
+    data = _labelled(states(ROWS, STEPS))
+    expected = gradient(net, data["observation"]).reshape(-1, FEATURES)
+    with Saliency(horizon="trajectory").prepare(policy) as hooked:
+        found = analyze(hooked, data.reshape(-1), tmp_path / "all", batch_size=batch_size)
+        torch.testing.assert_close(found["attr", "observation"], expected)
+        again = analyze(hooked, data.reshape(-1), tmp_path / "all", batch_size=3)  # held against what is there
+        torch.testing.assert_close(again["attr", "observation"], expected)
+        some = analyze(hooked, data.reshape(-1), tmp_path / "some", batch_size=batch_size, rows=slice(1, None, 2))
+        torch.testing.assert_close(some["attr", "observation"], expected[1::2])
+    entries = TensorDict({"observation": data["observation"]}, [ROWS])
+    with Saliency().prepare(policy) as hooked:
+        found = analyze(hooked, entries, tmp_path / "entries", batch_size=batch_size)
+    torch.testing.assert_close(found["attr", "observation"].reshape(-1, FEATURES), expected)

@@ -63,13 +63,33 @@ def annotate(
         InputError: for an empty batch; for a key to keep that is no result.
         MismatchError: with ``on_mismatch="raise"``.
     """
-    self._hooked.runtime.require_active()
+    return annotate_part(self, data, "", chunk_size=chunk_size, on_mismatch=on_mismatch, keep=keep)
+
+
+def annotate_part(
+    policy: HookedPolicy,
+    data: Any,
+    laid_out: str,
+    *,
+    chunk_size: int | None = None,
+    on_mismatch: OnMismatch = "warn",
+    keep: Keep = None,
+) -> TensorDict:
+    """As :func:`annotate`, of some of the rows of a whole, which must not be read together.
+
+    Args:
+        policy: the hooked policy.
+        data: the rows.
+        laid_out: how they come, for the message; empty for rows that are a whole.
+    """
+    policy._hooked.runtime.require_active()
+    policy._hooked.runtime.taken = True
     require_data(data, "annotate")
     require_rows(chunk_size, "chunk_size")
     try:
-        return annotate_fields(self, data, chunk_size, on_mismatch, keep)
+        return annotate_fields(policy, data, chunk_size, on_mismatch, keep, laid_out)
     except Exception as error:
-        self._explain((data,), {}, error)
+        policy._explain((data,), {}, error)
         raise
 
 

@@ -43,8 +43,13 @@ def annotate(
     chunk_size: int | None = None,
     on_mismatch: OnMismatch = "warn",
     keep: Keep = None,
+    laid_out: str = "",
 ) -> TensorDict:
-    """What :meth:`tdhook_rl.hooking.hooked.HookedMixin.annotate` does."""
+    """What :meth:`tdhook_rl.hooking.hooked.HookedMixin.annotate` does.
+
+    Args:
+        laid_out: where the batch is some of the rows of a whole, how these come, as of :func:`require_rows_apart`.
+    """
     if on_mismatch not in ("warn", "raise", "ignore"):
         raise InputError(
             f"on_mismatch is 'warn', 'raise' or 'ignore', got {on_mismatch!r}; "
@@ -60,19 +65,19 @@ def annotate(
         return shallow_copy(data)
     found = Found(policy, data, wanted)
     if found.missing:
-        for results in _computed(policy, data, found.missing, chunk_size, on_mismatch):
+        for results in _computed(policy, data, found.missing, chunk_size, on_mismatch, laid_out):
             found.add(results)
     return only_kept(policy, found.together(shallow_copy(data)), keep)
 
 
-def computed(policy: HookedPolicy, data: TensorDictBase) -> dict[NestedKey, Tensor]:
+def computed(policy: HookedPolicy, data: TensorDictBase, laid_out: str = "") -> dict[NestedKey, Tensor]:
     """By key the results of every row, as :func:`annotate` computes them, whatever the batch holds.
 
     For who reads them and puts them away: nothing says which rows have one, and whose they are.
     """
     policy._hooked.runtime.require_active()
     wanted = [one for one in observers(policy._hooked.bound) if not one.only_in_forward]
-    parts = _computed(policy, data, wanted, None, "ignore")
+    parts = _computed(policy, data, wanted, None, "ignore", laid_out)
     return {key if len(key) > 1 else key[0]: value for results in parts for key, value in results.items()}
 
 
@@ -82,6 +87,7 @@ def _computed(
     missing: Sequence[BoundMethod],
     chunk_size: int | None,
     on_mismatch: OnMismatch,
+    laid_out: str,
 ) -> Iterator[Results]:
     """The results of methods, of some of them at a time."""
     _require_computable(policy, data)
@@ -92,7 +98,7 @@ def _computed(
     if not effects.quiet() or any(one.may_draw for one in missing):
         noise = PassNoise(data.device or effects.device, others=not effects.watch.idle)
     for part, run, size in _parts(missing, data, chunk_size):
-        yield run(policy, selected, _Analysis(policy, part, mismatch, noise), size)
+        yield run(policy, selected, _Analysis(policy, part, mismatch, noise, laid_out), size)
     mismatch.report(data)
 
 
@@ -140,14 +146,19 @@ class _Analysis:
     """
 
     def __init__(
-        self, policy: HookedPolicy, bound: Sequence[BoundMethod], mismatch: Mismatch, noise: PassNoise | None
+        self,
+        policy: HookedPolicy,
+        bound: Sequence[BoundMethod],
+        mismatch: Mismatch,
+        noise: PassNoise | None,
+        laid_out: str,
     ) -> None:
         self.policy = policy
         self.bound = list(bound)
         self.mismatch = mismatch
         self.noise = noise
         self.through_time = False  # whole trajectories, in the recurrent mode
-        self.laid_out = ""  # how rows are computed in another layout than that of the data
+        self.laid_out = laid_out  # how rows are computed in another layout than that of the data
         self.forward: Callable[..., Any] = type(policy)._base.forward
 
     def __call__(self, chunk: TensorDictBase) -> Results:
@@ -245,7 +256,7 @@ def _trajectories(policy: HookedPolicy, data: TensorDictBase, analysis: _Analysi
     steps = data.batch_size[-1]
     flat = data.reshape(-1, steps)
     at_once = len(flat) if chunk_size is None else max(1, chunk_size // steps)
-    analysis.through_time = True
+    analysis.through_time, analysis.laid_out = True, ""
     found = _in_parts(flat, at_once, analysis)
     return {key: value.reshape((*data.batch_size, *value.shape[2:])) for key, value in found.items()}
 

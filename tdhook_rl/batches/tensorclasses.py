@@ -25,14 +25,19 @@ def call_on_fields(policy: HookedPolicy, data: Any, args: tuple, kwargs: dict[st
 
 
 def annotate_fields(
-    policy: HookedPolicy, data: Any, chunk_size: int | None, on_mismatch: OnMismatch, keep: Keep = None
+    policy: HookedPolicy,
+    data: Any,
+    chunk_size: int | None,
+    on_mismatch: OnMismatch,
+    keep: Keep = None,
+    laid_out: str = "",
 ) -> Any:
     """Annotate a TensorDict, or a tensorclass: what is returned is of its class."""
     if isinstance(data, TensorDictBase) or not is_tensorclass(data):
-        return annotate(policy, data, chunk_size, on_mismatch, keep)
+        return annotate(policy, data, chunk_size, on_mismatch, keep, laid_out)
     kept, held = kept_keys(policy, keep), set(_fields(data))
     _require_fields(policy, data, kept)
-    output = annotate(policy, _entries(data), chunk_size, on_mismatch, keep)
+    output = annotate(policy, _entries(data), chunk_size, on_mismatch, keep, laid_out)
     return _filled(data.copy(), output, {_root(key) for key in policy.result_keys} & held)
 
 

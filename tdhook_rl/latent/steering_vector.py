@@ -119,7 +119,7 @@ class SteeringVector(Arithmetic, metaclass=Checked):
 
         Raises:
             SiteError: if there is no such module, or it writes no such entry.
-            InputError: if there are no states or the activations are not finite.
+            InputError: if there are no states, activations are not finite, or the policy reads states together.
         """
         found = mean_difference(policy, path, positive, negative, shuffles, seed)
         return cls._of(policy, path, found, facts, seed=seed)
@@ -165,7 +165,7 @@ class SteeringVector(Arithmetic, metaclass=Checked):
         Raises:
             SiteError: if there is no such module, or it writes no such entry.
             MissingKeyError: if a label or an input of the policy is absent.
-            InputError: if the rows have one class only, or labels that are none; as of ``analyze`` for the data.
+            InputError: if the rows have one class only, or labels that are none; as of ``analyze`` for the rest.
 
         Example:
             >>> from tdhook_rl.envs import CueCorners

@@ -20,6 +20,7 @@ from tdhook_rl.attribution.baselines import filled
 from tdhook_rl.calls.inputs import rows_read, stored_inputs
 from tdhook_rl.calls.passes import Call, effects_of
 from tdhook_rl.calls.preconditions import require_hooked, require_rows
+from tdhook_rl.calls.repeatable import require_rows_apart
 from tdhook_rl.errors import InputError, TargetError, nearest
 from tdhook_rl.policies.draws import action_keys
 from tdhook_rl.replaying.batching import (
@@ -54,6 +55,8 @@ class Scorer:
         self._name = name
         self._data = data
         self._call = Call(hooked, type(hooked)._base.forward, data, stored_inputs(hooked, data))
+        if data.ndim:
+            require_rows_apart(self._call, "a metric changes each row by itself")
         self.inputs: dict[NestedKey, Tensor] = bound._explained_inputs(self._call)
         self._target = bound._function(bound._chosen[bound.names.index(name)], self._call)
 
@@ -164,7 +167,8 @@ def score(
     Rows that have no attribution have NaN for a score.
 
     Raises:
-        InputError: for something that is not a hooked policy with an attribution of inputs, or an empty batch.
+        InputError: for something that is not a hooked policy with an attribution of inputs, or an empty batch; if the
+            policy reads rows together.
         TargetError: if the method explains several targets and none is named.
     """
     bound = find_attribution(hooked, attribution_key)

@@ -79,19 +79,23 @@ class SiteFeatures:
         self.inputs: dict[str, Any] = {}
         self._said: set[str] = set()
 
-    def of(self, data: TensorDictBase, rows: Tensor) -> dict[Source, Tensor]:
+    def of(self, data: TensorDictBase, rows: Tensor, laid_out: str = "") -> dict[Source, Tensor]:
         """For each source ``(rows, places, features)`` on the CPU.
 
         Args:
             data: a batch.
             rows: which of its rows, flattened, are wanted.
+            laid_out: where the batch is some of the rows of a whole, how these come, for the message.
+
+        Raises:
+            InputError: if the policy reads rows together that come apart.
         """
         whole = len(rows) == data.batch_size.numel()
         found: dict[Source, Tensor] = {}
         for network, policy in (("trained", self._trained), ("untrained", self._untrained)):
             if policy is None:
                 continue
-            seen = self._seen(policy, data, network)
+            seen = self._seen(policy, data, network, laid_out)
             for site in self.sites:
                 flat = _rows(seen[site], data, None if whole else rows)
                 if network == "trained":
@@ -106,12 +110,12 @@ class SiteFeatures:
                     found[Source("input", places)] = own
         return found
 
-    def _seen(self, policy: Any, data: TensorDictBase, network: str) -> dict[str, Tensor]:
+    def _seen(self, policy: Any, data: TensorDictBase, network: str, laid_out: str) -> dict[str, Tensor]:
         if network == "trained" and self._reads_batch:
             held = {site: data.get(("cache", site), None) for site in self.sites}
             if all(isinstance(value, Tensor) for value in held.values()):
                 return held
-        found = computed(policy, data)
+        found = computed(policy, data, laid_out)
         return {site: found["cache", site] for site in self.sites}
 
     def _laid_out(self, site: str, value: Tensor) -> Tensor:

@@ -124,6 +124,11 @@ class Reader:
         """
         return self._trajectories.begin(entry), self._trajectories.end(entry)
 
+    def apart(self, index: Tensor) -> tuple[Tensor, ...]:
+        """The entries of whole trajectories, one after the other, by trajectory."""
+        spans = dict.fromkeys(self.span(entry) for entry in index.tolist())
+        return index.split([last - first for first, last in spans])
+
     def courses(self, looking: str) -> Courses:
         """All rows trajectory by trajectory, where each entry is a row; ``looking`` is what asks, for messages.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tdhook_rl.arguments.checked import checked, require_counts
 from tdhook_rl.arguments.progress import Progress, shown
+from tdhook_rl.batches.annotating_mixin import annotate_part
 from tdhook_rl.batches.annotation import OnMismatch
 from tdhook_rl.calls.preconditions import require_hooked
 from tdhook_rl.calls.provenance import is_stamp
@@ -31,6 +32,7 @@ from tdhook_rl.replay.selection import Chosen, Selection, Where
 #: Entries that are computed again before an analysis goes on, and how far they may differ.
 CHECKED = 32
 OF_LARGEST = 1e-4
+_LAID_OUT = "the rows of a buffer are computed some at a time"
 
 
 @checked
@@ -100,7 +102,7 @@ def analyze(
         MissingKeyError: if the rows lack what the policy reads.
         InputError: if there are no rows or no TensorDicts; for an ensemble, a collector or an iterator; if a buffer is
             written to meanwhile, or an iterable gives other rows; if a transform of a buffer, or a method, gives a row
-            other values when other rows are read with it.
+            other values when other rows are read with it, and if the policy reads entries together, as a sequence.
 
     Example:
         >>> import tempfile
@@ -242,7 +244,13 @@ class _Work:
 
     def _computed(self, places: Tensor, on_mismatch: OnMismatch) -> tuple[TensorDictBase, Tensor]:
         index, wanted = self.selection.read_for(places)
-        found = _results_of(self.hooked, self.reader.read(index), on_mismatch)
+        state = self.hooked._hooked
+        if self.reader.whole and not state.traits.recurrent and state.chain is None:
+            # It does not know where a trajectory ends.
+            parts = [_results_of(self.hooked, self.reader.read(one), on_mismatch) for one in self.reader.apart(index)]
+            found = torch.cat(parts)
+        else:
+            found = _results_of(self.hooked, self.reader.read(index), on_mismatch)
         if len(wanted) < len(index):
             index, found = index[wanted], found[wanted]
         incomplete = self.reader.incomplete(index)
@@ -344,7 +352,7 @@ def _results_of(hooked: Any, batch: TensorDictBase, on_mismatch: OnMismatch) -> 
     """
     # What the buffer holds may be anybody's; and the files themselves say whose what is in them is.
     stamps = [key for key in hooked.result_keys if is_stamp(key)]
-    found = hooked.annotate(batch.exclude(*stamps), on_mismatch=on_mismatch)
+    found = annotate_part(hooked, batch.exclude(*stamps), _LAID_OUT, on_mismatch=on_mismatch)
     found = found.select(*hooked.result_keys, strict=False).exclude(*stamps)
     if found.is_empty():
         raise InputError(

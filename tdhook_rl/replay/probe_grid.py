@@ -223,7 +223,7 @@ class _Facts:
         self, index: Tensor, batch: TensorDictBase, features: SiteFeatures
     ) -> Iterator[tuple[str, dict[str, Tensor], Tensor, Callable[[Tensor], Observed]]]:
         """For each group of concepts the labels of the rows that have one, these rows, and what observes them."""
-        read = features.of(batch, torch.arange(len(index)))
+        read = features.of(batch, torch.arange(len(index)), laid_out="probes read the rows of a buffer some at a time")
 
         def seen(rows: Tensor) -> Observed:
             where = index[rows]

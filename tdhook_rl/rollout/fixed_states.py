@@ -15,8 +15,10 @@ from torchrl.modules.models.multiagent import MultiAgentNetBase
 
 from tdhook_rl.arguments.checked import require_counts
 from tdhook_rl.arguments.keys import required
-from tdhook_rl.calls.passes import effects_of
+from tdhook_rl.calls.inputs import stored_inputs
+from tdhook_rl.calls.passes import Call, effects_of
 from tdhook_rl.calls.real_rows import defined_values, real_rows
+from tdhook_rl.calls.repeatable import require_rows_apart
 from tdhook_rl.errors import InputError
 from tdhook_rl.hooking.hooked import HookedMixin
 from tdhook_rl.latent.activation_caching import ActivationCaching
@@ -63,6 +65,7 @@ class FixedStates:
         self.along = trajectories
         self._group_key = groups
         self.states: TensorDict | None = None
+        self._laid_out = ""
         self.groups: Tensor | None = None
         self.real: Tensor | None = None
 
@@ -94,6 +97,8 @@ class FixedStates:
         if real is not None:
             chosen, groups = chosen[real.reshape(-1)], None if groups is None else groups[real.reshape(-1)]
         spread = _spread(len(chosen), self.rows)
+        if data.ndim > 1 or len(spread) < data.batch_size.numel():
+            self._laid_out = "states are taken out of a batch, by themselves (trajectories=True takes whole ones)"
         self.states = chosen[spread].detach().clone()
         self.groups = None if groups is None else groups[spread]
 
@@ -134,6 +139,9 @@ class FixedStates:
 
         Returns:
             ``(states,)``: what the network puts out, and the activations under ``("cache", site)``.
+
+        Raises:
+            InputError: if the network reads states together that were taken out of their trajectories.
         """
         assert self.states is not None
         with self.hooked.disable_context() as original:
@@ -147,6 +155,10 @@ class FixedStates:
                 self.recurrent(),
                 effects.watch.scratch(),
             ):
+                if self._laid_out:
+                    inputs = stored_inputs(self.hooked, self.states)
+                    call = Call(self.hooked, type(self.hooked)._base.forward, self.states, inputs)
+                    require_rows_apart(call, self._laid_out)
                 found = self.hooked(self.states.clone() if effects.watch.may_write_input else self.states.copy())
         finally:
             before.restore()

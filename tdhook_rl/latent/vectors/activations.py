@@ -10,6 +10,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 
+from tdhook_rl.batches.annotating_mixin import annotate_part
 from tdhook_rl.calls.real_rows import real_rows, surely_finite
 from tdhook_rl.errors import InputError, listed
 from tdhook_rl.hooking.hooked import HookedMixin
@@ -37,25 +38,28 @@ class Activations:
         self._size = _FIRST
         self.in_keys: list[NestedKey] = list(hooked.policy_in_keys)
 
-    def pieces(self, states: TensorDictBase) -> Iterator[tuple[TensorDictBase, Tensor, Tensor]]:
+    def pieces(self, states: TensorDictBase, chosen: bool = False) -> Iterator[tuple[TensorDictBase, Tensor, Tensor]]:
         """Rows of the states with what the module computes for them.
 
         Args:
             states: of any batch shape; what it holds of earlier results is not read.
+            chosen: whether they are some of the rows of a whole.
 
         Yields:
             the rows; ``(rows, *features)``, detached; and which of them have a value, which is finite, ``(rows,)``.
 
         Raises:
-            InputError: for complex activations.
+            InputError: for complex activations; if the policy reads rows together that are computed apart.
         """
         flat = states.exclude(*_RESULTS)
         flat = flat if flat.ndim == 1 else flat.flatten(0, -1)
-        first = 0
+        first, laid_out = 0, ""
+        if chosen or states.ndim > 1 or len(flat) > self._size:
+            laid_out = f"of {len(flat)} states the activations are read some at a time"
         while first < len(flat):
             rows = flat[first : first + self._size]
             first += len(rows)
-            seen = self._hooked.annotate(rows, on_mismatch="ignore")
+            seen = annotate_part(self._hooked, rows, laid_out, on_mismatch="ignore")
             values = seen[self._key].detach()
             if values.is_complex():
                 raise InputError(f"the activations of {self.name!r} are complex, and directions are real numbers")

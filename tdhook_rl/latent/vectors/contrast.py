@@ -61,7 +61,7 @@ def _summed(
             rows, side, _, groups = part.on_a_side()
             seen += int((side == 1).sum())
             first = 0
-            for piece, values, usable in site.pieces(rows):
+            for piece, values, usable in site.pieces(rows, chosen=True):
                 here = slice(first, first + len(piece))
                 first += len(piece)
                 positive = side[here] == 1

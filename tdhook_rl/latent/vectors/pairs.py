@@ -86,8 +86,10 @@ def paired(
     """
     flat = [one if one.ndim == 1 else one.flatten(0, -1) for one in (positive, negative)]
     first = 0
-    for values in _values(site, flat[0], "positive", digest):
-        others = torch.cat(list(_values(site, flat[1][first : first + len(values)], "negative", digest)))
+    for values in _values(site, flat[0], "positive", digest, positive.ndim > 1):
+        partners = flat[1][first : first + len(values)]
+        chosen = negative.ndim > 1 or len(partners) < len(flat[1])
+        others = torch.cat(list(_values(site, partners, "negative", digest, chosen)))
         first += len(values)
         if others.shape != values.shape:
             raise InputError(
@@ -97,8 +99,10 @@ def paired(
         yield values, others
 
 
-def _values(site: Activations, states: TensorDictBase, side: str, digest: DataDigest) -> Iterator[Tensor]:
-    for rows, values, usable in site.pieces(states):
+def _values(
+    site: Activations, states: TensorDictBase, side: str, digest: DataDigest, chosen: bool = False
+) -> Iterator[Tensor]:
+    for rows, values, usable in site.pieces(states, chosen):
         if not bool(usable.all()):
             raise InputError(
                 f"the activations of {site.name!r} are not finite in {int((~usable).sum())} of {len(usable)} {side} "
