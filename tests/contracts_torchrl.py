@@ -16,7 +16,14 @@ from torch import nn
 from torchrl.collectors import AsyncBatchedCollector, Collector, Evaluator, MultiSyncCollector
 from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorDictReplayBuffer
 from torchrl.envs import GymWrapper, ParallelEnv, TrajCounter, TransformedEnv
-from torchrl.modules import MaskedCategorical, MultiAgentMLP, MultiStepActorWrapper, TanhNormal
+from torchrl.modules import (
+    GRUModule,
+    LSTMModule,
+    MaskedCategorical,
+    MultiAgentMLP,
+    MultiStepActorWrapper,
+    TanhNormal,
+)
 from torchrl.trainers import ReplayBufferTrainer, Trainer
 from torchrl.weight_update import MultiProcessWeightSyncScheme
 
@@ -273,6 +280,20 @@ def masked_choices() -> None:
     assert names.is_sparse(MaskedCategorical(logits=logits, indices=torch.tensor([[0, 1], [2, 3]])))
     assert not names.is_sparse(MaskedCategorical(logits=logits, mask=torch.ones(2, 4, dtype=torch.bool)))
     assert not names.is_sparse(torch.distributions.Categorical(logits=logits))
+
+
+@contract("recurrent_step")
+def one_step_of_a_recurrent_module() -> None:
+    for kind, number in ((GRUModule, 1), (LSTMModule, 2)):
+        module = kind(input_size=3, hidden_size=4, in_key="x", out_key="y", num_layers=2)
+        states = [torch.randn(5, 1, 2, 4) for _ in range(number)]
+        value = torch.randn(5, 1, 3)
+        data = TensorDict({"x": value[:, 0], "is_init": torch.zeros(5, 1, dtype=torch.bool)}, [5])
+        for known in (states, [None] * number):
+            entries = {key: one[:, 0] for key, one in zip(module.in_keys[1:], known, strict=False) if one is not None}
+            expected = module(data.clone().update(entries))
+            for key, one in zip(module.out_keys, names.recurrent_step(module, value, known), strict=True):
+                assert torch.equal(one[:, 0], expected[key])
 
 
 @contract("is_entrywise")

@@ -14,6 +14,7 @@ from tdhook_rl.calls.chains import chain_of
 from tdhook_rl.calls.heads import decider_of
 from tdhook_rl.calls.policy import HookedState
 from tdhook_rl.calls.provenance import Provenance
+from tdhook_rl.calls.recurrent_steps import OneStepMixin, steps_alone
 from tdhook_rl.calls.shared_pass import can_share
 from tdhook_rl.calls.writing import WritingMixin, writes_by_default
 from tdhook_rl.errors import PreparationError
@@ -87,6 +88,8 @@ def hooked_clone(
             child.register_forward_hook(DecidedHook(runtime, drawn[child]))
         if writes_by_default(type(child)):
             swap_class(child, WritingMixin)
+        elif type(child) in steps_alone():
+            swap_class(child, OneStepMixin)
     for child in clone.modules():
         before_the_draw = getattr(child, "det_part", None)  # a sequence over the same modules, which is no submodule
         if type(before_the_draw) is TensorDictSequential:

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from tensordict import NestedKey, TensorDictBase
-from torch import nn
+from torch import Tensor, nn
 
 # ---------------------------------------------------------------------- collectors
 
@@ -210,6 +210,13 @@ def lower_done_flags(env: Any) -> None:
 def actor_keys(wrapper: nn.Module) -> Mapping[NestedKey, NestedKey]:
     """Where a ``MultiStepActorWrapper`` keeps what its network has put out, by key; its ``out_keys`` mix both."""
     return wrapper._actor_keys_map  # type: ignore[return-value]
+
+
+def recurrent_step(module: Any, value: Tensor, states: Sequence[Tensor | None]) -> Sequence[Tensor]:
+    """What a ``GRUModule`` or ``LSTMModule`` computes of one step, ``(rows, 1, features)``, and of its states; its
+    forward alone is public, which puts a whole TensorDict into another shape for it."""
+    run = module._gru if hasattr(module, "_gru") else module._lstm
+    return run(value, *value.shape[:2], value.device, value.dtype, *states)
 
 
 def lends_weights(module: nn.Module) -> bool:
