@@ -168,17 +168,20 @@ class Call:
 
     def given(self, inputs: Mapping[NestedKey, Tensor]) -> Call:
         """The same call with other values of some inputs; captures stay behind."""
+        self.learn()  # the noise of a stored sample is that of the inputs for which it was drawn
         data = shallow_copy(self.data)
         for key, value in inputs.items():
             data.set(key, value)
         other = Call(self.policy, self._forward, data, {**self.inputs, **inputs}, start=self._start)
-        other.in_step = self.in_step
+        other.in_step, other._learned = self.in_step, self._learned
         return other
 
     def copied(self) -> Call:
-        """The same call on copies of its data; captures stay behind."""
+        """The same call on copies of its data, with the state and the noise that it had; captures stay behind."""
         inputs = {key: value.clone() for key, value in self.inputs.items()}
-        return Call(self.policy, self._forward, self.data.clone(), inputs)
+        other = Call(self.policy, self._forward, self.data.clone(), inputs, start=self.start)
+        other.in_step, other.totals, other._learned = self.in_step, self.totals, self._learned
+        return other
 
     @property
     def start(self) -> Start | None:
