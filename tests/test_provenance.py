@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -18,6 +19,7 @@ from torchrl.envs.utils import step_mdp
 from tdhook_rl import ActivationCaching, Compose, IntegratedGradients, Saliency, SteeringVectors, targets
 from tdhook_rl.attribution import Occlusion
 from tdhook_rl.envs import CueCorners
+from tdhook_rl.errors import TieError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.latent import ActivationPatching
 from tdhook_rl.method import Method
@@ -149,6 +151,62 @@ def test_results_of_other_weights_are_computed_again(when: str, change: Callable
         torch.testing.assert_close(found[KEY], gradient(net, data["observation"]))
         again = hooked(batch(5))
         assert torch.equal(hooked.annotate(again)[KEY], again[KEY]) if when == "step" else True
+
+
+class Scaled(nn.Module):
+    """Computes with numbers that it holds in attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.temperature, self.options = network(), 2.0, {"gain": [1.5]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x * self.options["gain"][0]) / self.temperature
+
+
+ATTRIBUTES: dict[str, Callable[[Scaled], Any]] = {
+    "number": lambda net: setattr(net, "temperature", 0.5),
+    "NumPy": lambda net: setattr(net, "temperature", np.float32(0.5)),
+    "in a dictionary": lambda net: net.options.update(gain=[0.3]),
+    "in a list in a dictionary": lambda net: net.options["gain"].__setitem__(0, 0.3),
+    "another dictionary": lambda net: setattr(net, "options", {"gain": (0.3,)}),
+}
+EXPLAINED: dict[str, tuple[Method, Callable[[nn.Module, Tensor], Tensor]]] = {
+    "saliency": (saliency(when="step"), gradient),
+    "saliency of a batch": (saliency(when="batch"), gradient),
+    "occlusion": (
+        Occlusion(target=targets.logit(0), baseline=0.0),
+        lambda net, x: torch.stack([(net(x) - net(x * (torch.arange(4) != i)))[..., 0] for i in range(4)], -1),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", ATTRIBUTES.values(), ids=ATTRIBUTES)
+@pytest.mark.parametrize("explained", EXPLAINED)
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3)])
+def test_results_of_other_attributes_are_computed_again(
+    change: Callable[[Scaled], Any], explained: str, shape: tuple[int, ...]
+) -> None:
+    net = Scaled()
+    method, right = EXPLAINED[explained]
+    with method.prepare(net, **KEYS) as hooked:
+        data = hooked.annotate(hooked(batch(*shape)))
+        assert bool((hooked.annotate(marked(data))[KEY] == 7).all())
+        change(net)
+        again = hooked.annotate(marked(data), on_mismatch="ignore")
+        torch.testing.assert_close(again[KEY], right(net, data["observation"]))
+        assert bool((hooked.annotate(marked(again))[KEY] == 7).all())
+        copies = [copy.deepcopy(hooked), pickle.loads(pickle.dumps(hooked))]
+        assert all(bool((one.annotate(marked(again))[KEY] == 7).all()) for one in copies)
+
+
+def test_a_layer_that_was_replaced_is_told_where_nothing_is_to_be_computed() -> None:
+    net = network()
+    with saliency(when="step").prepare(net, **KEYS) as hooked:
+        data = hooked(batch(5))
+        net[0] = nn.Linear(4, 8)
+        with pytest.raises(TieError, match=r"module '(module\.)?0'"):
+            hooked.annotate(data)
 
 
 def test_weights_that_are_buffers() -> None:

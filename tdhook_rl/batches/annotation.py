@@ -55,7 +55,7 @@ def annotate(
             f"on_mismatch is 'warn', 'raise' or 'ignore', got {on_mismatch!r}; "
             f"{nearest(str(on_mismatch), ('warn', 'raise', 'ignore'))}"
         )
-    policy._hooked.runtime.require_active()
+    _follow(policy)
     wanted = [one for one in observers(policy._hooked.bound) if not one.only_in_forward]
     if keep is not None:
         kept = set(kept_keys(policy, keep))
@@ -75,10 +75,17 @@ def computed(policy: HookedPolicy, data: TensorDictBase, laid_out: str = "") -> 
 
     For who reads them and puts them away: nothing says which rows have one, and whose they are.
     """
-    policy._hooked.runtime.require_active()
+    _follow(policy)
     wanted = [one for one in observers(policy._hooked.bound) if not one.only_in_forward]
     parts = _computed(policy, data, wanted, None, "ignore", laid_out)
     return {key if len(key) > 1 else key[0]: value for results in parts for key, value in results.items()}
+
+
+def _follow(policy: HookedPolicy) -> None:
+    """Be the user's policy as it is now, before it is asked which results of a batch are its own."""
+    policy._hooked.runtime.require_active()
+    if policy._hooked.tie is not None:
+        policy._hooked.tie.check(policy)
 
 
 def _computed(
@@ -121,8 +128,6 @@ def _require_computable(policy: HookedPolicy, data: TensorDictBase) -> None:
             f"{type(policy)._base.__name__} writes over its own inputs {names}, so a batch no longer holds "
             "what the policy saw: explain it while it acts, with when='step'"
         )
-    if policy._hooked.tie is not None:
-        policy._hooked.tie.check(policy)
 
 
 def _parts(

@@ -3,8 +3,9 @@
 A key does not say who wrote what is under it, and a row of a buffer may be written over around the results that it
 held. A stamp is a projection of what a row's results depend on (what the policy saw; the action, where that is
 explained), by numbers that follow from a number drawn when the policy was prepared, which copies and pickles of it
-share, and from its weights. Whoever reads the row projects it again: the stamp differs where another policy, method or
-option wrote the results, and where the weights or the row itself have changed since. 0 is nobody's stamp.
+share, and from its weights and attributes. Whoever reads the row projects it again: the stamp differs where another
+policy, method or option wrote the results, and where the weights, attributes that the user sets (a temperature), or the
+row itself have changed since. 0 is nobody's stamp.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdhook_rl.arguments.keys import get_entry
 from tdhook_rl.calls.bound import BoundMethod
@@ -60,6 +61,7 @@ class Provenance:
 
     def __init__(self, policy: TensorDictModuleBase, inputs: list[NestedKey], bound: Sequence[BoundMethod]) -> None:
         self._token = secrets.randbits(62)  # torch's generators stay as they are
+        self._edits = 0  # how often the user had set attributes of the policy
         self._inputs = inputs
         drawn = [key for child in policy.modules() if draws(child) for key in sample_keys(child)]
         actions = [*drawn, *action_keys(policy.out_keys)]
@@ -92,7 +94,7 @@ class Provenance:
         self._vectors: dict[tuple[NestedKey, int, torch.device], Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("_token", "_inputs", "_more", "_judged", "marks")}
+        return {name: self.__dict__[name] for name in ("_token", "_edits", "_inputs", "_more", "_judged", "marks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -139,12 +141,16 @@ class Provenance:
         """Look at the weights again before the next call: another process may have changed them in place."""
         self._doubted = True
 
-    def note_weights(self, policy: nn.Module) -> bool:
-        """Follow the weights, where their versions say that they have changed.
+    def note_weights(self, policy: Any) -> bool:
+        """Follow the weights, where their versions say that they have changed, and attributes that the user has set.
 
         Returns:
             whether the policy runs with weights of its own, not with others that are lent to it for a functional call.
         """
+        tie = policy._hooked.tie
+        if tie is not None and tie.edits != self._edits:
+            self._edits = tie.edits
+            self._vectors.clear()
         if self._doubted:
             self._doubted, self._seen = False, None
             if self._held is not None and not self._held.are_in_place():
@@ -226,7 +232,7 @@ class Provenance:
     def _vector(self, key: NestedKey, length: int, device: torch.device) -> Tensor:
         known = self._vectors.get((key, length, device))
         if known is None:
-            seed = [self._token, self._weights, zlib.crc32(repr(key).encode())]
+            seed = [self._token, self._edits, self._weights, zlib.crc32(repr(key).encode())]
             drawn = np.random.Generator(np.random.PCG64(seed)).standard_normal(min(length, LONGEST), np.float32)
             with torch.inference_mode(False):
                 known = torch.from_numpy(np.resize(drawn, length)).to(device)

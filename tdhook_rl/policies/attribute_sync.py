@@ -57,6 +57,8 @@ class AttributeSync:
         }
         #: Whether a forward of the clone has shown what it writes.
         self.ran = False
+        #: How often something was handed on.
+        self.edits = 0
 
     def run(self) -> None:
         """Hand on what has changed.
@@ -112,6 +114,7 @@ class AttributeSync:
             raise TieError(_replaced(path, given.get(name), None if value is _ABSENT else value))
         inside = self._inside.pop((index, name), None)
         if not self._written_by_forward(index, name, inside):
+            self.edits += 1
             if value is _ABSENT:
                 own.pop(name, None)
             else:

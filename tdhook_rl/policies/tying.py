@@ -184,6 +184,11 @@ class Tie:
         self._attribute_sync.run()
         self._warn(clone)
 
+    @property
+    def edits(self) -> int:
+        """How often attributes that the user has set were handed on to the clone."""
+        return self._attribute_sync.edits
+
     def require_held(self) -> None:
         """Raise :class:`TieError` if the original was given other tensors."""
         if (path := self.untied()) is not None:
