@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tdhook_rl.cli.showing import print_table, progress_bar, seed
+
+if TYPE_CHECKING:
+    from tdhook_rl.examples.demo import Settings
 
 __all__ = ["add"]
 
@@ -31,18 +34,28 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     import torch
     import torchrl
-    from rich.console import Console
 
-    from tdhook_rl.examples import demo, demo_report
-    from tdhook_rl.report import new_folder, open_wandb
-    from tdhook_rl.rollout import Interruptible
+    from tdhook_rl.examples import demo
+    from tdhook_rl.files.durable import tidied
+    from tdhook_rl.report import new_folder
 
     torchrl.logger.setLevel("ERROR")  # its INFO lines would cut through the progress bar
     # Nets this small gain nothing from a second thread, and on a busy machine the two wait for each other.
     torch.set_num_threads(1)
-    console = Console()
     settings = demo.Settings(frames=options.frames, seed=options.seed, workers=options.workers, logger=options.logger)
-    folder = new_folder(options.out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S"))
+    place = options.out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
+    with tidied(place):
+        return _shown(settings, new_folder(place))
+
+
+def _shown(settings: Settings, folder: Path) -> int:
+    from rich.console import Console
+
+    from tdhook_rl.examples import demo, demo_report
+    from tdhook_rl.report import open_wandb
+    from tdhook_rl.rollout import Interruptible
+
+    console = Console()
     logger = open_wandb(folder, folder.name, vars(settings)) if settings.logger == "wandb" else None
     bar = progress_bar(console)
     interruptible = Interruptible()

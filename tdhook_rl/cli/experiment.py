@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +37,29 @@ def run(options: argparse.Namespace) -> int:
     import matplotlib  # noqa: F401  (without it the figures would fail after the work)
     import torch
     import torchrl
-    from rich.console import Console
 
-    from tdhook_rl.errors import TdhookError
     from tdhook_rl.experiments import EXPERIMENTS, experiment, report
+    from tdhook_rl.files.durable import tidied
     from tdhook_rl.report import new_folder
-    from tdhook_rl.rollout import Interruptible
 
     torchrl.logger.setLevel("ERROR")
     torch.set_num_threads(1)
-    console = Console()
     names = list(EXPERIMENTS) if options.name == "all" else [options.name]
     chosen = {name: experiment(name) for name in names}
     report.require_seed(options.seed, options.train)  # mistakes end before there is a folder
-    folder = new_folder(options.out or Path("runs") / time.strftime(f"{options.name}-%Y%m%d-%H%M%S"))
+    place = options.out or Path("runs") / time.strftime(f"{options.name}-%Y%m%d-%H%M%S")
+    with tidied(place):
+        return _measured(chosen, new_folder(place), options)
+
+
+def _measured(chosen: Mapping[str, Any], folder: Path, options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from tdhook_rl.errors import TdhookError
+    from tdhook_rl.experiments import report
+    from tdhook_rl.rollout import Interruptible
+
+    console = Console()
     bar = progress_bar(console)
     interruptible = Interruptible()
     found: dict[str, Any] = {}

@@ -48,15 +48,10 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     import torch
     import torchrl
-    from rich.console import Console
 
-    from tdhook_rl.files.durable import put
+    from tdhook_rl.files.durable import tidied
     from tdhook_rl.probes import GroupSplit
-    from tdhook_rl.replay import probe_grid
-    from tdhook_rl.replay.manifest import facts_of
     from tdhook_rl.report import new_folder
-    from tdhook_rl.report.probe_grids import probe_page
-    from tdhook_rl.report.similarity import similarity_document, similarity_grids
 
     torchrl.logger.setLevel("ERROR")
     torch.manual_seed(options.seed)
@@ -65,7 +60,20 @@ def run(options: argparse.Namespace) -> int:
     concepts = {name: _concept(text) for name, text in _named("concepts", options.concepts).items()}
     checkpoints = {name: Path(text) for name, text in _named("checkpoints", options.checkpoints).items()} or None
     split = GroupSplit(*(_key(one) for one in options.split), held_out=options.held_out, seed=options.seed)
-    folder = new_folder(options.out or Path("runs") / time.strftime("probe-%Y%m%d-%H%M%S"))
+    place = options.out or Path("runs") / time.strftime("probe-%Y%m%d-%H%M%S")
+    with tidied(place):
+        return _probed(policy, concepts, checkpoints, split, new_folder(place), options)
+
+
+def _probed(policy: Any, concepts: Any, checkpoints: Any, split: Any, folder: Path, options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from tdhook_rl.files.durable import put
+    from tdhook_rl.replay import probe_grid
+    from tdhook_rl.replay.manifest import facts_of
+    from tdhook_rl.report.probe_grids import probe_page
+    from tdhook_rl.report.similarity import similarity_document, similarity_grids
+
     console = Console()
     with _bar(console) as bar:
         task = bar.add_task("reading", total=None)

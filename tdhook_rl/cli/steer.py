@@ -70,10 +70,8 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     import matplotlib  # noqa: F401  (without it the figures would fail after the work)
     import torchrl
-    from rich.console import Console
-    from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-    from tdhook_rl.sweeps import steering_sweep
+    from tdhook_rl.files.durable import tidied
 
     torchrl.logger.setLevel("ERROR")
     chosen = chosen_options(options, DEFAULTS, NUMBERS)
@@ -89,7 +87,26 @@ def run(options: argparse.Namespace) -> int:
         "when": _when(chosen["when"]),
         "seed": chosen["seed"],
     }
-    folder = _folder(chosen, vectors, policy, options.written)
+    folder = _folder(chosen, vectors)
+    with tidied(folder, alone="config.json"):
+        _require_sweep(folder, chosen, policy, options.written)
+        return _steered(policy, env, vectors, asked, folder, chosen, options.written)
+
+
+def _steered(
+    policy: Any,
+    env: Any,
+    vectors: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    folder: Path,
+    chosen: Mapping[str, Any],
+    command: str,
+) -> int:
+    from rich.console import Console
+    from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+    from tdhook_rl.sweeps import steering_sweep
+
     how = ExplorationType.RANDOM if chosen["sampled"] else ExplorationType.DETERMINISTIC
     console = Console()
     bar = progress_bar(console, "conditions")
@@ -105,9 +122,9 @@ def run(options: argparse.Namespace) -> int:
                 task = bar.add_task("steering", total=None, visible=False)
                 result = steering_sweep(policy, env, vectors, **asked, folder=folder, progress=show)
             shown = _player(policy, env, vectors, result, chosen, asked)
-            lead = _write(folder, result, shown, options.written)
+            lead = _write(folder, result, shown, command)
     except KeyboardInterrupt:
-        print(f"tdhook-rl: stopped; {reached[0]}; the same command goes on: {options.written}")
+        print(f"tdhook-rl: stopped; {reached[0]}; the same command goes on: {command}")
         return 130
     print_table(console, f"What steering does to {result.outcomes[0]}", HEADS, _summary(result))
     console.print(lead, highlight=False)
@@ -213,8 +230,14 @@ def _when(text: str | None) -> Any:
     return parts if len(parts) > 1 else text
 
 
-def _folder(chosen: Mapping[str, Any], vectors: Mapping[str, Any], policy: Any, command: str) -> Path:
-    """Where the results go; one in which there are others is refused.
+def _folder(chosen: Mapping[str, Any], vectors: Mapping[str, Any]) -> Path:
+    where = chosen["env"] or chosen["policy"]
+    name = re.sub(r"[^\w.-]+", "-", "-".join(["steer", str(where), *list(vectors)[:3]]))
+    return Path(chosen["out"] or Path("runs") / name)
+
+
+def _require_sweep(folder: Path, chosen: Mapping[str, Any], policy: Any, command: str) -> None:
+    """Write the options into the folder of the results; one in which there are others is refused.
 
     Raises:
         InputError: if the folder has a sweep that was asked for with other options, or other files.
@@ -223,9 +246,6 @@ def _folder(chosen: Mapping[str, Any], vectors: Mapping[str, Any], policy: Any, 
     from tdhook_rl.files.durable import put, read_json
     from tdhook_rl.replay.manifest import facts_of
 
-    where = chosen["env"] or chosen["policy"]
-    name = re.sub(r"[^\w.-]+", "-", "-".join(["steer", str(where), *list(vectors)[:3]]))
-    folder = Path(chosen["out"] or Path("runs") / name)
     asked = json.loads(json.dumps({one: value for one, value in chosen.items() if one not in ("out", "player")}))
     file = folder / "config.json"
     inside = {one.name for one in folder.iterdir()} if folder.is_dir() else set()
@@ -237,12 +257,11 @@ def _folder(chosen: Mapping[str, Any], vectors: Mapping[str, Any], policy: Any, 
                 f"{folder} holds a sweep with another {other} ({known.get(other)!r:.80}, asked {asked[other]!r:.80}): "
                 "give another --out, or ask for the same"
             )
-        return folder
+        return
     if folder.exists() and (not folder.is_dir() or inside - {file.name}):
         raise InputError(f"{folder} exists and holds no sweep: give another --out")
     facts = {"command": command, "options": asked, **facts_of(hooked(policy))}
     put(file, json.dumps(facts, indent=1, default=str) + "\n")
-    return folder
 
 
 # ---------------------------------------------------------------------- the end

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +233,7 @@ class FolderLock:
 
     def __enter__(self) -> FolderLock:
         try:
-            missing = [one for one in (self._folder, *self._folder.parents) if not one.exists()]
+            missing = _missing(self._folder)
             self._folder.mkdir(parents=True, exist_ok=True)
             self._made = missing
             self._descriptor = os.open(self._folder, os.O_RDONLY)
@@ -255,9 +255,7 @@ class FolderLock:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for folder in self._made:
-            with contextlib.suppress(OSError):  # something was put into it
-                folder.rmdir()
+        _remove_empty(self._made)
         if fcntl is not None and self._descriptor is not None:
             with contextlib.suppress(OSError):
                 fcntl.flock(self._descriptor, fcntl.LOCK_UN)
@@ -267,6 +265,37 @@ class FolderLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
         self._descriptor = None
+
+
+@contextlib.contextmanager
+def tidied(folder: Path, alone: str = "") -> Iterator[None]:
+    """A block that makes this folder: if it ends without anything in it, the folder is as little there as before.
+
+    Args:
+        folder: which may be there already, and then stays.
+        alone: a file that says nothing where nothing is beside it.
+    """
+    missing = _missing(folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if alone and [one.name for one in folder.iterdir()] == [alone]:
+                (folder / alone).unlink()
+        _remove_empty(missing)
+
+
+def _missing(folder: Path) -> list[Path]:
+    try:
+        return [one for one in (folder, *folder.parents) if not one.exists()]
+    except OSError:  # of a name that no system takes; who makes it says so
+        return []
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):  # something was put into it
+            folder.rmdir()
 
 
 def _in_child() -> None:
