@@ -1,5 +1,7 @@
 """Modules that run in some calls, on some rows, or on one step at a time."""
 
+import math
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -8,8 +10,8 @@ from torch import Tensor, nn
 from torchrl.modules import MultiStepActorWrapper
 
 from tdhook_rl import ActivationCaching, Compose, Saliency
-from tdhook_rl.attribution import IntegratedGradients
-from tdhook_rl.errors import InputError, SiteError
+from tdhook_rl.attribution import GuidedBackpropagation, IntegratedGradients
+from tdhook_rl.errors import InputError, SiteError, TdhookError
 
 
 class Experts(nn.Module):
@@ -54,6 +56,58 @@ def test_a_path_between_rows_of_an_expert_is_refused_in_words(baseline: float) -
         pytest.raises((SiteError, InputError), match=r"'left'.*missing='nan'.*Saliency"),
     ):
         hooked.annotate(TensorDict({"input": x}, [8]))
+
+
+class Alone(nn.Module):
+    """One expert, for some rows or for some calls, before a ReLU."""
+
+    def __init__(self, by_row: bool) -> None:
+        super().__init__()
+        self.by_row, self.left, self.last = by_row, nn.Linear(6, 3), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x[..., 0] > 0
+        found, rows = x[..., :3], rows if self.by_row else rows & False
+        return self.last(found.masked_scatter(rows[..., None], self.left(x[rows])) if rows.any() else found)
+
+
+OFFERED = {
+    "caching": lambda **more: ActivationCaching("left", **more),
+    "saliency": lambda **more: Saliency(input_modules=["left"], **more),
+    "saliency in a step": lambda **more: Saliency(input_modules=["left"], when="step", **more),
+    "of trajectories": lambda **more: Saliency(input_modules=["left"], horizon="trajectory", **more),
+    "guided": lambda **more: GuidedBackpropagation(input_modules=["left"], **more),
+    "path": lambda **more: IntegratedGradients(input_modules=["left"], baseline=1.0, **more),
+}
+
+
+@pytest.mark.parametrize("by_row", [True, False], ids=["rows", "calls"])
+@pytest.mark.parametrize("batch", [(8,), (3, 4)])
+@pytest.mark.parametrize("name", OFFERED)
+def test_where_rows_lack_a_value_the_remedy_is_named(name: str, batch: tuple[int, ...], by_row: bool) -> None:
+    x = torch.randn(*batch, 6)
+    x[..., 0] = torch.tensor([-1.0, 1.0]).repeat(math.prod(batch) // 2).reshape(batch)
+    data = TensorDict({"input": x}, batch)
+    with OFFERED[name]().prepare(Alone(by_row)) as hooked, pytest.raises(TdhookError) as error:
+        hooked.annotate(data)
+    assert "missing='nan'" in str(error.value)
+    method = Saliency(input_modules=["left"], missing="nan") if name == "path" else OFFERED[name](missing="nan")
+    with method.prepare(Alone(by_row)) as hooked:
+        found = hooked.annotate(data)
+        masks = [found["computed", key[0]] for key in hooked.result_keys if key[-1] == "left"]
+    assert masks
+    for mask in masks:
+        assert torch.equal(mask, (x[..., 0] > 0) & by_row)
+
+
+def test_where_rows_are_not_lacking_no_remedy_of_theirs_is_named() -> None:
+    net = nn.Sequential(
+        nn.Linear(4, 6), nn.Unflatten(1, (2, 3)), nn.Flatten(0, 1), nn.Linear(3, 4), nn.Unflatten(0, (-1, 2))
+    )
+    for method in (ActivationCaching("3"), Saliency(input_modules=["3"])):
+        with method.prepare(net) as hooked, pytest.raises(InputError, match="a row for each row") as error:
+            hooked.annotate(TensorDict({"input": torch.randn(5, 4)}, [5]))
+        assert "missing=" not in str(error.value)
 
 
 class Either(nn.Module):

@@ -26,7 +26,7 @@ from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.errors import InputError, TargetError, nearest
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.sites.hooks import Portable
-from tdhook_rl.sites.missing import Absent, Missing, PartialCapture, check_missing
+from tdhook_rl.sites.missing import OFFER, Absent, Missing, PartialCapture, check_missing
 from tdhook_rl.targets import DefaultTarget, OwnTarget, Target, per_row
 
 #: What ``compile=`` may choose; passes are one graph in any case.
@@ -231,7 +231,7 @@ class BoundAttribution(BoundMethod):
             for slot, value in of_leaves.items():
                 site = self.leaves[slot]
                 value = value if captured is None else captured[slot].spread(value, call.batch_size, site)
-                results[*prefix, site] = with_batch(value, call.batch_size, site)
+                results[*prefix, site] = with_batch(value, call.batch_size, site, OFFER)
             for slot, site in self.leaves.items():
                 if slot not in leaves:
                     module = call.policy.hooked_root.get_submodule(self._partly[slot][1])

@@ -26,6 +26,7 @@ from tdhook_rl.calls.heads import Tangent, TrunkPass, run_trunk
 from tdhook_rl.calls.passes import Pass
 from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.errors import InPlaceError, InputError, TargetError
+from tdhook_rl.sites.missing import OFFER
 from tdhook_rl.sites.runtime import vmap_level
 from tdhook_rl.targets import NO_LOG_PROB, log_prob_keys, no_path
 
@@ -258,9 +259,9 @@ def _backward(
     """Differentiate the targets of a pass; ``keep`` its graph for the caller."""
     call, sites, targets, weights = question.call, question.sites, question.targets, question.weights
     runtime = call.policy._hooked.runtime
-    values = [target(run) for target in targets]
     if sites:
-        require_fired(runtime, sites)
+        require_fired(runtime, sites, OFFER)
+    values = [target(run) for target in targets]
     inner = {slot: in_runs(runtime.slots[slot], site) for slot, site in sites.items()}
     points = [*primals.values(), *(value for runs in inner.values() for value in runs)]
     found: list[Attributed] = []

@@ -247,10 +247,11 @@ class _BoundIntegratedGradients(BoundAttribution):
         if not sites:
             return {}
         batch = call.batch_size
+        offer = "" if self._partly else "; Saliency(missing='nan') explains a module that runs on some rows only"
         try:
-            low, high = activations(call, sites, baselines), activations(call, sites, ends)
+            low, high = (activations(call, sites, one, offer=offer) for one in (baselines, ends))
             return {
-                slot: (with_batch(low[slot], batch, site), with_batch(high[slot], batch, site))
+                slot: (with_batch(low[slot], batch, site, offer), with_batch(high[slot], batch, site, offer))
                 for slot, site in sites.items()
             }
         except (SiteError, InputError) as error:

@@ -45,8 +45,9 @@ def activations(
     sites: Mapping[str, str],
     inputs: Mapping[NestedKey, Tensor] | None = None,
     stored: TensorDictBase | None = None,
+    offer: str = "",
 ) -> dict[str, Tensor]:
-    """What the policy computes at sites, by slot, on the call's inputs or on others.
+    """What the policy computes at sites, by slot, on the call's inputs or on others; ``offer`` as of `with_batch`.
 
     Raises:
         SiteError: if a module does not run, or if the runs of a site are counted and are not as many as before.
@@ -54,7 +55,7 @@ def activations(
     runtime = call.policy._hooked.runtime
     with torch.no_grad(), as_leaves(runtime, dict.fromkeys(sites)):
         run = call.replay(inputs, stored)
-        require_fired(runtime, sites)
+        require_fired(runtime, sites, offer)
         found = {}
         for slot, site in sites.items():
             value = runtime.slots[slot]
@@ -80,8 +81,10 @@ def joined(kept: Tensor | Several, runs: tuple[Tensor, ...], run: Pass, site: st
     return stacked(runs, run.outputs.batch_size, site) if isinstance(kept, Several) and kept.run == "all" else runs[0]
 
 
-def require_fired(runtime: Runtime, sites: Mapping[str, str]) -> None:
-    """Raise :class:`SiteError` for an explained module that did not run."""
+def require_fired(runtime: Runtime, sites: Mapping[str, str], offer: str = "") -> None:
+    """Raise :class:`SiteError` for an explained module that did not run, with what may be done."""
     for slot, site in sites.items():
         if slot not in runtime.slots:
-            raise SiteError(f"the module {site!r} did not run (or not so often), so its activation cannot be explained")
+            raise SiteError(
+                f"the module {site!r} did not run (or not so often), so its activation cannot be explained{offer}"
+            )

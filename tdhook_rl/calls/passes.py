@@ -207,8 +207,13 @@ class Call:
             if isinstance(value, Tensor):
                 set_tensor(self.replayed, key, value.detach()[-rows:].reshape((*batch, *value.shape[1:])))
 
-    def captured(self, slot: str, site: str) -> Tensor:
+    def captured(self, slot: str, site: str, offer: str = "") -> Tensor:
         """The output captured at a site, with the batch shape of the call first.
+
+        Args:
+            slot: what it was captured under.
+            site: its name.
+            offer: what may be done where it did not run, or on fewer rows, for the message.
 
         Raises:
             SiteError: if the module, or the run of it that is meant, did not run in this call.
@@ -220,11 +225,11 @@ class Call:
                 hint = " (in recurrent mode the backend 'scan' reads trajectories without calling the recurrent core)"
             raise SiteError(
                 f"the module {site!r} did not run in this call, so there is no activation to show; "
-                f"name a module that the policy's forward executes{hint}"
+                f"name a module that the policy's forward executes{hint}{offer}"
             )
         if isinstance(value, Several):
             return value.chosen(self.batch_size, site)
-        return with_batch(value, self.batch_size, site)
+        return with_batch(value, self.batch_size, site, offer)
 
     def replay(
         self,

@@ -18,7 +18,7 @@ from tdhook_rl.errors import InputError, KeyCollisionError, SiteError, nearest
 from tdhook_rl.latent.caches import CacheStore, Key, LastCall, Staging, holds_still
 from tdhook_rl.latent.caching_hooks import FORWARD, GRADIENT, CachingHook, Callback, GradientHook, escaped
 from tdhook_rl.method import Binder, Method
-from tdhook_rl.sites.missing import Absent, Missing, check_missing
+from tdhook_rl.sites.missing import OFFER, Absent, Missing, check_missing
 from tdhook_rl.sites.paths import Site, find_sites
 
 
@@ -219,7 +219,7 @@ class _BoundCaching(BoundMethod):
     def compute(self, call: Call) -> dict[tuple[str, ...], Tensor]:
         if not self._settled:
             self._settle(call)
-        found = {key: call.captured(slot, name) for key, (slot, name, _) in self._slots.items()}
+        found = {key: call.captured(slot, name, OFFER) for key, (slot, name, _) in self._slots.items()}
         self._keep(found, call)
         return found
 

@@ -20,6 +20,13 @@ from tdhook_rl.sites.runtime import Runtime
 Missing = Literal["raise", "nan"]
 
 
+#: What methods that have ``missing=`` say where a module has no value for a row.
+OFFER = (
+    "; with missing='nan' rows that it does not run on (of another expert, or of a call without it) are NaN, and their "
+    "mask is false"
+)
+
+
 def check_missing(missing: str) -> None:
     """Refuse a ``missing=`` that is neither of the two."""
     if missing not in ("raise", "nan"):

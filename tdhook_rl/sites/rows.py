@@ -173,8 +173,14 @@ def with_rows(output: Any, rows: Tensor, module: nn.Module, disguise: Disguise |
     return with_first_tensor(output, rows if disguise is None else disguise(rows), module)
 
 
-def with_batch(value: Tensor, batch: torch.Size, site: str) -> Tensor:
+def with_batch(value: Tensor, batch: torch.Size, site: str, offer: str = "") -> Tensor:
     """What a site computed, with the batch shape first.
+
+    Args:
+        value: its output.
+        batch: the batch shape.
+        site: its name.
+        offer: what may be done where it ran on fewer rows, for the message.
 
     Raises:
         InputError: if its rows are not the rows of the batch.
@@ -187,6 +193,7 @@ def with_batch(value: Tensor, batch: torch.Size, site: str) -> Tensor:
     raise InputError(
         f"the output of {site!r} has shape {tuple(value.shape)}, which does not start with the batch shape "
         f"{tuple(batch)}: name a module whose output has a row for each row of the batch"
+        f"{offer if value.ndim and len(value) < batch.numel() else ''}"
     )
 
 
