@@ -28,6 +28,7 @@ def explainable_inputs(call: Call, keys: Sequence[NestedKey] | None) -> dict[Nes
     if keys is None:
         noise = call.policy._hooked.noise
         known = {key: call.inputs.get(key) for key in call.policy.policy_in_keys if key not in noise}
+        require_all_there(call)
         tensors = {key: value for key, value in known.items() if isinstance(value, Tensor)}
         # Booleans beside other inputs are masks; a policy that sees nothing else decides by them.
         keys = [key for key, value in tensors.items() if value.dtype != torch.bool] or list(tensors)
@@ -46,6 +47,17 @@ def explainable_inputs(call: Call, keys: Sequence[NestedKey] | None) -> dict[Nes
             _require_same_outputs(call, key, value)
         chosen[key] = value
     return chosen
+
+
+def require_all_there(call: Call) -> None:
+    """Raise if everything is to be explained, and something that the policy can do without is not there."""
+    absent = [key for key in call.policy._hooked.optional if key not in call.inputs]
+    if absent:
+        there = [key for key in call.policy.policy_in_keys if key in call.inputs]
+        raise MissingKeyError(
+            f"the policy can do without {absent[0]!r}, which the data lacks, so nothing can be said of it: name "
+            f"what is to be explained, inputs={there}"
+        )
 
 
 def _require_same_outputs(call: Call, key: NestedKey, floats: Tensor) -> None:

@@ -143,9 +143,12 @@ class _BoundIntegratedGradients(BoundAttribution):
         chosen = {
             key: value
             for key in keys
-            if (value := call.inputs[key]).is_floating_point()
-            or value.dtype == torch.uint8
-            or call.data.get(self.baselines.key_of(key), None) is not None
+            if (value := call.inputs.get(key)) is not None
+            and (
+                value.is_floating_point()
+                or value.dtype == torch.uint8
+                or call.data.get(self.baselines.key_of(key), None) is not None
+            )
         }
         if not chosen:
             raise MissingKeyError(

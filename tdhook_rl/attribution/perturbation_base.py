@@ -11,12 +11,13 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.attribution.base import BoundAttribution, GradientAttribution
+from tdhook_rl.attribution.explainable import require_all_there
 from tdhook_rl.attribution.groups import Groups
 from tdhook_rl.attribution.integrated_gradients import rows_at_once
 from tdhook_rl.attribution.question import Attributed, Question
 from tdhook_rl.calls.decisions import one_hot_action
 from tdhook_rl.calls.passes import Call, Pass
-from tdhook_rl.errors import InputError, TargetError, TdhookError, nearest
+from tdhook_rl.errors import InputError, MissingKeyError, TargetError, TdhookError, nearest
 from tdhook_rl.method import Binder
 from tdhook_rl.replaying.batching import repeat_rows, row_vectors, shallow_copy
 from tdhook_rl.targets import Target, default_target
@@ -96,11 +97,14 @@ def own_inputs(call: Call, keys: Sequence[NestedKey] | None) -> dict[NestedKey, 
     Raises:
         InputError: if one holds no tensor.
     """
-    tensors = [key for key in call.policy.policy_in_keys if isinstance(call.inputs[key], Tensor)]
+    tensors = [key for key in call.policy.policy_in_keys if isinstance(call.inputs.get(key), Tensor)]
     if keys is None:
+        require_all_there(call)
         keys = [key for key in tensors if call.inputs[key].dtype != torch.bool] or tensors
     for key in keys:
         if key not in tensors:
+            if key not in call.inputs:
+                raise MissingKeyError(f"{key!r} is to be perturbed, and the data lacks it: the policy does without")
             raise InputError(f"the input {key!r} is a {type(call.inputs[key]).__name__}: tensors can be perturbed")
     return {key: call.inputs[key] for key in keys}
 

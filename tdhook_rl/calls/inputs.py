@@ -20,8 +20,10 @@ from tdhook_rl.policies.draws import given_beside
 
 def require_inputs(policy: HookedPolicy, data: TensorDictBase) -> None:
     """Raise :class:`MissingKeyError` if the data lacks what :func:`stored_inputs` takes, and name what is near it."""
+    state = policy._hooked
     for key in policy._hooked_read_keys():
-        if key not in policy._hooked.made and key not in policy._hooked.overwrites and get_entry(data, key) is None:
+        absent = get_entry(data, key) is None
+        if absent and not any(key in known for known in (state.made, state.overwrites, state.optional)):
             raise _lacking(policy, data, key)
 
 
@@ -35,7 +37,8 @@ def stored_inputs(
 ) -> dict[NestedKey, Tensor]:
     """The entries that the policy reads, of which some may be given.
 
-    What the policy writes over, such as a hidden state or a mask that it draws, it may do without.
+    What the policy writes over, such as a hidden state or a mask that it draws, it may do without; and what
+    only modules read that a sequence with ``partial_tolerant`` leaves out.
 
     Raises:
         MissingKeyError: if the data lacks another one.
@@ -49,7 +52,7 @@ def stored_inputs(
             continue
         if isinstance(value, TensorDictBase):
             value = value.copy()  # the policy may write into it
-        if value is None and key in policy._hooked.overwrites:
+        if value is None and (key in policy._hooked.overwrites or key in policy._hooked.optional):
             continue
         if value is None:
             raise _lacking(policy, data, key)

@@ -44,6 +44,7 @@ class HookedState:
         records: what is written of how interventions acted. Read by replays.
         passes: what runs before it, each time. Read by whatever runs the policy.
         overwrites: its inputs that it writes over. Read by replays and by stamps.
+        optional: its inputs that it can do without. Read by replays and by attributions.
         made: its input keys of which it writes the entries itself. Read by replays.
         noise: its inputs that hold noise, and are drawn where they are absent. Read by replays.
         chunks: the wrapper that plays several actions one by one, if there is one. Read by calls and annotation.
@@ -70,6 +71,7 @@ class HookedState:
     records: list[Record]
     passes: list[Any]
     overwrites: list[NestedKey]
+    optional: list[NestedKey]
     made: list[NestedKey]
     noise: list[NestedKey]
     chunks: Any

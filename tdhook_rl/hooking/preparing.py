@@ -24,6 +24,7 @@ from tdhook_rl.hooking.hooked import HookedMixin
 from tdhook_rl.hooking.pooling import speed_up_pooling
 from tdhook_rl.policies.actors import chunked_by, supports, value_actions
 from tdhook_rl.policies.draws import Draw, draws, survey_draws
+from tdhook_rl.policies.optional import optional_keys
 from tdhook_rl.policies.tying import Tie, tied_clone
 from tdhook_rl.replaying.batching import Traits
 from tdhook_rl.replaying.replay_mixin import DecidedHook, ReplayMixin
@@ -127,6 +128,7 @@ def hooked_clone(
         records=binder.records,
         passes=binder.passes,
         overwrites=overwrites,
+        optional=optional_keys(clone),
         made=binder.made,
         noise=binder.noise,
         chunks=chunked_by(clone),

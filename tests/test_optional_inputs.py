@@ -1,0 +1,108 @@
+"""Sequences with `partial_tolerant` do without some of their inputs, hooked as well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import Tensor, nn
+
+from tdhook_rl import ActivationCaching, Compose, IntegratedGradients, Saliency, SteeringVectors, targets
+from tdhook_rl.attribution import Occlusion
+from tdhook_rl.errors import MissingKeyError
+from tdhook_rl.method import Method
+
+F64 = torch.float64
+
+
+def mlp(features: int, out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(features, 7), nn.Tanh(), nn.Linear(7, out)).to(F64)
+
+
+def tolerant() -> TensorDictSequential:
+    first = TensorDictModule(mlp(4, 5), ["a"], ["hidden"])
+    other = TensorDictModule(mlp(3, 5), [("more", "b")], ["unused"])
+    return TensorDictSequential(
+        first, other, TensorDictModule(mlp(5, 3), ["hidden"], ["logits"]), partial_tolerant=True
+    )
+
+
+def tolerant_inside() -> TensorDictSequential:
+    scale = TensorDictModule(nn.Tanh(), ["a"], ["a"])
+    return TensorDictSequential(scale, tolerant())
+
+
+POLICIES: dict[str, Callable[[], TensorDictSequential]] = {"tolerant": tolerant, "inside": tolerant_inside}
+
+
+def first_logit(policy: TensorDictSequential, a: Tensor) -> Tensor:
+    return policy(TensorDict({"a": a}, a.shape[:-1]))["logits"][..., 0]
+
+
+def by_gradient(policy: TensorDictSequential, a: Tensor) -> Tensor:
+    leaf = a.clone().requires_grad_()
+    return torch.autograd.grad(first_logit(policy, leaf).sum(), leaf)[0]
+
+
+def by_loop(policy: TensorDictSequential, a: Tensor) -> Tensor:
+    there = first_logit(policy, a)
+    return torch.stack([there - first_logit(policy, a * (torch.arange(4) != i)) for i in range(4)], -1)
+
+
+def method_of(kind: str, when: str, **options: object) -> Method:
+    target = targets.logit(0)
+    if kind == "occlusion":
+        return Occlusion(target=target, baseline=0.0, when=when, **options)
+    if kind == "steered":
+        site = "0.module.0"
+        return Compose(
+            ActivationCaching(site),
+            SteeringVectors({site: torch.zeros(7)}),
+            Saliency(target=target, when=when, **options),
+        )
+    return Saliency(target=target, when=when, **options)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", ["saliency", "occlusion", "steered"])
+@pytest.mark.parametrize("when", ["step", "batch"])
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3)])
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_is_absent_is_done_without(
+    policy: str, kind: str, when: str, batch: tuple[int, ...], inference: bool
+) -> None:
+    if policy == "inside" and kind == "steered":
+        pytest.skip("its paths are others")
+    torch.manual_seed(0)
+    plain = POLICIES[policy]()
+    key = "a"
+    if policy == "inside":  # it writes over what it reads
+        when = "step"
+    data = TensorDict({"a": torch.randn(*batch, 4, dtype=F64)}, batch)
+    right = (by_loop if kind == "occlusion" else by_gradient)(plain, data["a"])
+    with method_of(kind, when, inputs=[key]).prepare(plain) as hooked, torch.inference_mode(inference):
+        found = hooked.annotate(hooked(data.clone())) if when == "batch" else hooked(data.clone())
+    torch.testing.assert_close(found["attr", key], right.detach())
+    assert bool(found["computed", "attr"].all())
+
+
+@pytest.mark.filterwarnings("ignore:no gradient of")
+@pytest.mark.parametrize("method", [Saliency, IntegratedGradients, Occlusion])
+def test_what_is_to_be_explained_is_there_or_named(method: type) -> None:
+    data = TensorDict({"a": torch.randn(5, 4, dtype=F64)}, [5])
+    one = method(target=targets.logit(0), when="step", **({} if method is Saliency else {"baseline": 0.0}))
+    with one.prepare(tolerant()) as hooked:
+        with pytest.raises(MissingKeyError, match=r"can do without \('more', 'b'\).* inputs=\['a'\]"):
+            hooked(data.clone())
+        data["more", "b"] = torch.randn(5, 3, dtype=F64)
+        assert hooked(data)["attr", "a"].shape == (5, 4)
+
+
+def test_what_every_way_needs_is_asked_for() -> None:
+    policy = TensorDictSequential(TensorDictModule(mlp(2, 3), ["c"], ["unused"]), tolerant())
+    with Saliency(target=targets.logit(0), when="step", inputs=["a"]).prepare(policy) as hooked:
+        with pytest.raises((MissingKeyError, KeyError), match="'c'"):
+            hooked(TensorDict({"a": torch.randn(5, 4, dtype=F64)}, [5]))
