@@ -167,6 +167,7 @@ def test_an_answer_is_the_same_at_every_size_or_refused(name: str) -> None:
     assert answers >= 4
 
 
+@pytest.mark.filterwarnings("ignore:some features vary by less than")
 @pytest.mark.parametrize("name", [name for name in ASKED if "online" in name or "suite" in name])
 @pytest.mark.parametrize("size", [1e-45, 1e-40, 1e-37])
 def test_a_unit_that_hardly_varies_takes_nothing_from_the_others(name: str, size: float) -> None:
@@ -176,6 +177,41 @@ def test_a_unit_that_hardly_varies_takes_nothing_from_the_others(name: str, size
     torch.testing.assert_close(
         torch.as_tensor(ASKED[name](x.float())), torch.as_tensor(ASKED[name](x.where(x.abs() > 1e-30, 0).float()))
     )
+
+
+PROBES = [one for one in ASKED if one.startswith(("online", "suite", "class stat", "target stat", "linear"))]
+
+
+@pytest.mark.filterwarnings("always:some features vary by less than")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("power", [-122, -130, -140])
+@pytest.mark.parametrize("name", PROBES)
+def test_features_that_are_too_small_for_a_probe_are_said(
+    name: str, power: int, dtype: torch.dtype, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Some of them, or all; where nothing is said they are read as at any size."""
+    x = X.clone()
+    for columns in ([0, 1], [2, 3]):
+        x[:, columns] = X[:, columns] * 2.0**power
+        found = ASKED[name](x.to(dtype))
+        said = [str(one.message) for one in recwarn if "count as constant" in str(one.message)]
+        if said:
+            assert "vary by less than 1e-36" in said[0]
+            assert "multiply these features" in said[0]
+        else:
+            assert name == "linear estimator"
+            right = ASKED[name](X.to(dtype))
+            torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(right), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_of_features_that_are_constant_nothing_is_said(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    for constant in (0.0, 1e-40, 1e-30, 0.1, 1e4):
+        x = X.clone()
+        x[:, 3] = constant
+        ASKED[name](x.float())
+        ASKED[name](x)
+    assert not [str(one.message) for one in recwarn if "count as constant" in str(one.message)]
 
 
 def test_a_batch_that_is_refused_leaves_a_probe_as_it_was() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
-from tdhook_rl.latent.probing.moments import require_size
+from tdhook_rl.latent.probing.moments import SMALLEST, require_size
 from tdhook_rl.latent.probing.scaling import Scale
 
 _FACTORS = ("left", "right")
@@ -106,7 +106,7 @@ class TorchEstimator:
         with torch.inference_mode(False), torch.enable_grad():
             inputs = self._inputs(Xs, self.widths)
             target = self._target(y, [len(x) for x in inputs]).to(inputs[0].device)
-            self._scales = [self._scale(x) for x in inputs] if self.standardised else []
+            self._scales = [self._scale(x, self._smallest(x)) for x in inputs] if self.standardised else []
             self._unit = Scale.none(target)
             if self.standardised and self.num_classes is None:
                 self._unit = self._scale(target)
@@ -176,8 +176,12 @@ class TorchEstimator:
             scores = self._with_bias(weights, [x.to(wide) for x in self._scaled(inputs)])
             return (scores if self.num_classes is not None else self._unit.back(scores)).to(dtype)
 
-    def _scale(self, values: Tensor) -> Scale:
-        return Scale.by(values, centred=self.bias)
+    def _scale(self, values: Tensor, smallest: float = 0.0) -> Scale:
+        return Scale.by(values, centred=self.bias, smallest=smallest)
+
+    def _smallest(self, inputs: Tensor) -> float:
+        """The spread below which a feature counts as constant."""
+        return 0.0
 
     def _scaled(self, inputs: list[Tensor]) -> list[Tensor]:
         if not self._scales:
@@ -246,6 +250,9 @@ class LinearEstimator(TorchEstimator):
 
     def scores(self, weights: dict[str, Tensor], *Xs: Tensor) -> Tensor:
         return Xs[0] @ weights["weight"].T
+
+    def _smallest(self, inputs: Tensor) -> float:
+        return 0.0 if inputs.dtype == torch.float64 else SMALLEST  # as weights of inputs as they are
 
     def raw(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if not self._scales:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tdhook_rl.calls.real_rows import surely_finite
-from tdhook_rl.errors import InputError
+from tdhook_rl.errors import InputError, warn
 
 M = TypeVar("M", bound="Moments")
 
@@ -134,8 +134,18 @@ def spread_of(mean: Tensor, variance: Tensor, shift: Tensor, resolution: float) 
     """The spread of each feature, infinite where it is constant up to rounding; the mean is about the shift."""
     spread = variance.clamp_min(0).sqrt()
     rounding = 0.5 * resolution * (mean + shift).abs()
+    say_if_too_small(spread, rounding)
     live = spread > rounding.clamp_min(SMALLEST)
     return torch.where(live, spread, torch.inf)
+
+
+def say_if_too_small(spread: Tensor, rounding: Tensor) -> None:
+    """Warn of features that vary, and by so little that they are taken for constant."""
+    if bool(((spread > rounding) & (spread <= SMALLEST)).any()):
+        warn(
+            f"some features vary by less than {SMALLEST:g}, and count as constant for probes, whose weights of them "
+            "float32 would not hold: if something is to be read there, multiply these features by a large number first"
+        )
 
 
 def blocks_about(shift: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:

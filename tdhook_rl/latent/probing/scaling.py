@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tdhook_rl.latent.probing.moments import say_if_too_small
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -16,17 +18,21 @@ class Scale:
     spread: Tensor
 
     @classmethod
-    def by(cls, values: Tensor, centred: bool) -> Scale:
+    def by(cls, values: Tensor, centred: bool, smallest: float = 0.0) -> Scale:
+        """That of these values; columns that vary by less than ``smallest`` count as constant, which is said."""
         wide = values if values.device.type == "mps" else values.double()
         mean = wide.mean(0)
         spread = (wide - mean).square().mean(0).sqrt()
         eps = torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
-        constant = spread <= (0.5 * eps * mean.abs()).clamp_min(torch.finfo(wide.dtype).tiny)
+        rounding = 0.5 * eps * mean.abs()
+        if smallest:
+            say_if_too_small(spread, rounding)
+        constant = spread <= rounding.clamp_min(max(smallest, torch.finfo(wide.dtype).tiny))
         if centred:
             return cls(mean, torch.where(constant, torch.inf, spread))
         # Without an intercept it is the size that counts, and a constant feature may serve as one.
         size = wide.square().mean(0).sqrt()
-        return cls(torch.zeros_like(mean), torch.where(size > 0, size, torch.inf))
+        return cls(torch.zeros_like(mean), torch.where(size > smallest, size, torch.inf))
 
     @classmethod
     def none(cls, like: Tensor) -> Scale:
