@@ -20,13 +20,12 @@ from tdhook_rl.batches.keeping import Keep, kept_keys, only_kept
 from tdhook_rl.batches.mismatch import Mismatch
 from tdhook_rl.calls.bound import BoundMethod, observers
 from tdhook_rl.calls.heads import replay_chain
-from tdhook_rl.calls.inputs import require_inputs, rows_read, stored_inputs
+from tdhook_rl.calls.inputs import keys_read, require_inputs, rows_read, stored_inputs
 from tdhook_rl.calls.passes import Call, effects_of
 from tdhook_rl.calls.policy import HookedPolicy
-from tdhook_rl.calls.real_rows import PADDING
 from tdhook_rl.calls.repeatable import require_repeatable, require_rows_apart
 from tdhook_rl.errors import InputError, MissingKeyError, TdhookError, nearest
-from tdhook_rl.policies.draws import action_keys, masks_needed
+from tdhook_rl.policies.draws import masks_needed
 from tdhook_rl.replaying.batching import PassNoise, conv_chunk, shallow_copy
 from tdhook_rl.sites.runtime import vmap_level
 
@@ -213,10 +212,7 @@ class _Analysis:
 
 def _select(policy: HookedPolicy, data: TensorDictBase, missing: Sequence[BoundMethod]) -> TensorDictBase:
     """What the passes read, and what schedules decide once for the whole batch."""
-    keys: list[NestedKey] = [*policy.in_keys, *policy.policy_out_keys, *action_keys(policy.policy_out_keys), *PADDING]
-    for one in missing:
-        keys += one.reads
-    selected = rows_read(policy, data, keys)
+    selected = rows_read(policy, data, keys_read(policy, missing))
     plans = [one.plan for one in missing if one.plan is not None]
     if plans:
         selected = shallow_copy(selected)

@@ -10,12 +10,14 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.arguments.keys import get_entry, missing
+from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.chunks import all_decide
 from tdhook_rl.calls.policy import HookedPolicy
+from tdhook_rl.calls.real_rows import PADDING
 from tdhook_rl.calls.writing import set_entries
 from tdhook_rl.errors import MissingKeyError
 from tdhook_rl.internals.tensordict_names import has_names, new_unsafe
-from tdhook_rl.policies.draws import given_beside
+from tdhook_rl.policies.draws import action_keys, given_beside
 
 
 def require_inputs(policy: HookedPolicy, data: TensorDictBase) -> None:
@@ -62,6 +64,28 @@ def stored_inputs(
         if value is not None:
             inputs[record.key] = value
     return inputs
+
+
+def keys_read(policy: HookedPolicy, methods: Iterable[BoundMethod]) -> list[NestedKey]:
+    """The entries of the data that passes over it read, for these methods."""
+    keys: list[NestedKey] = [*policy.in_keys, *policy.policy_out_keys, *action_keys(policy.policy_out_keys), *PADDING]
+    for one in methods:
+        keys += one.reads
+    return keys
+
+
+def rows_of_step(policy: HookedPolicy, output: TensorDictBase, methods: Iterable[BoundMethod]) -> TensorDictBase:
+    """The data of a step, for the passes over it: a TensorDict, whatever the policy was called with.
+
+    Rows of a lazy stack may have entries that do not stack, which the policy does not read; a view takes no new ones.
+    """
+    if type(output) is TensorDict:
+        return output
+    found = rows_read(policy, output, keys_read(policy, methods))
+    if found is output:  # what functions read is not known
+        return found
+    entries = {key: found.get(key) for key in found.keys(True, True)}
+    return TensorDict(batch_size=output.batch_size, device=output.device).update(entries)
 
 
 def rows_read(policy: HookedPolicy, data: TensorDictBase, keys: Iterable[NestedKey]) -> TensorDictBase:

@@ -21,7 +21,7 @@ from tdhook_rl.batches.annotating_mixin import AnnotatingMixin
 from tdhook_rl.batches.tensorclasses import call_on_fields
 from tdhook_rl.calls.bound import BoundMethod, observers
 from tdhook_rl.calls.chunks import in_deciding_rows
-from tdhook_rl.calls.inputs import drawn_noise, for_samples, recorded, stored_inputs
+from tdhook_rl.calls.inputs import drawn_noise, for_samples, recorded, rows_of_step, stored_inputs
 from tdhook_rl.calls.passes import Call, effects_of, run_root
 from tdhook_rl.calls.preconditions import another_dtype_or_device, other_keys, require_data
 from tdhook_rl.calls.repeatable import require_repeatable
@@ -241,7 +241,8 @@ class HookedMixin(AnnotatingMixin, Swapped):
             inputs |= recorded(self, output) if replays and self._hooked.records else {}
             if output.ndim > data.ndim:  # several samples of each row
                 inputs, data = for_samples(inputs, data.batch_size, output), output
-            call = Call(self, forward, output, inputs, data, start).of_step(runtime.drawn if replays else {})
+            seen = rows_of_step(self, output, rest) if replays else output
+            call = Call(self, forward, seen, inputs, data, start).of_step(runtime.drawn if replays else {})
             if start is None:
                 results |= self._compute(rest, call)
             else:
