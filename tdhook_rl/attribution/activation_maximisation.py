@@ -15,9 +15,10 @@ from tdhook_rl.attribution.base import BoundAttribution, GradientAttribution
 from tdhook_rl.attribution.gradients import gradients
 from tdhook_rl.attribution.question import Attributed, Question, TargetFunction
 from tdhook_rl.calls.passes import Call, Pass, with_batch
+from tdhook_rl.calls.target_values import per_row
 from tdhook_rl.errors import InputError, SiteError, TargetError
 from tdhook_rl.method import Binder
-from tdhook_rl.targets import Target, per_row
+from tdhook_rl.targets import Target
 
 
 @dataclass(frozen=True)

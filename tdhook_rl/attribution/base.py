@@ -23,11 +23,12 @@ from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.compiled import Compiled
 from tdhook_rl.calls.passes import Call, Pass, with_batch
 from tdhook_rl.calls.real_rows import real_rows
+from tdhook_rl.calls.target_values import per_row
 from tdhook_rl.errors import InputError, TargetError, nearest
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.sites.hooks import Portable
 from tdhook_rl.sites.missing import OFFER, Absent, Missing, PartialCapture, check_missing
-from tdhook_rl.targets import DefaultTarget, OwnTarget, Target, per_row
+from tdhook_rl.targets import DefaultTarget, OwnTarget, Target
 
 #: What ``compile=`` may choose; passes are one graph in any case.
 COMPILE_OPTIONS = ("backend", "mode", "options", "dynamic")

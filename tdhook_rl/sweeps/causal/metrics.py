@@ -25,11 +25,12 @@ from tdhook_rl.calls.decisions import (
     undrawn_keys,
 )
 from tdhook_rl.calls.passes import Pass
+from tdhook_rl.calls.target_values import per_row
 from tdhook_rl.errors import InputError
 from tdhook_rl.replaying.batching import row_vectors
 from tdhook_rl.replaying.samples import Drawn, components, is_point
 from tdhook_rl.sweeps.causal.bench import Ran
-from tdhook_rl.targets import Target, chosen_q, output_sum, per_row, state_value, taken_action_log_prob
+from tdhook_rl.targets import Target, chosen_q, output_sum, state_value, taken_action_log_prob
 
 #: None for the difference of the two runs' actions; a target; a function of the outputs; the key of an output.
 Metric: TypeAlias = Target | Callable[[TensorDictBase], Tensor] | NestedKey | None
