@@ -12,7 +12,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from tdhook_rl.latent import SteeringVector
-from tdhook_rl.statistics import ratio_of_means
+from tdhook_rl.statistics import bootstrap, ratio_of_means
 from tdhook_rl.sweeps import AblationCell, AblationTable, ablate_units, attribution_patching, patch_sites
 
 MEASURED = {"metric": "output", "compare": "all"}
@@ -84,6 +84,30 @@ def test_a_pooled_share_is_a_ratio_by_group(groups: Tensor | None) -> None:
     assert (found.low, found.high) == pytest.approx((by_hand.low, by_hand.high), nan_ok=True)
     assert (found.known, found.groups) == (by_hand.known, by_hand.groups)
     assert cell.numbers()["pooled_high"] == pytest.approx(found.high, nan_ok=True)
+
+
+@pytest.mark.parametrize("groups", [None, torch.arange(60) // 3, torch.arange(60) % 12, torch.arange(60) % 4])
+def test_the_size_of_a_share_has_an_interval_by_group(groups: Tensor | None) -> None:
+    net, (clean, corrupt) = network(), states(60, 1)
+    direction = SteeringVector(vector=torch.tensor([1.0, -1.0, 0.0, 2.0, 0.0, 0.0]), path="0")
+    table = patch_sites(net, clean, corrupt, ["0"], direction=direction, groups=groups, metric="output", controls=20)
+    cell = table["0", "direction"]
+    numbers = torch.arange(60) if groups is None else groups
+
+    def size(shares: Tensor) -> float:
+        return float(np.median([float(shares.abs()[numbers == group].mean()) for group in numbers.unique()]))
+
+    sizes = [size(shares) for shares in cell.at_random]
+    assert cell.size == pytest.approx(size(cell.shares))
+    assert cell.random.estimate == pytest.approx(np.mean(sizes))
+    assert cell.p == (1 + sum(one >= cell.size for one in sizes)) / 21
+    found, by_hand = cell.size_interval, bootstrap(np.median, cell.shares.abs(), groups)
+    assert (found.estimate, found.groups, found.rows) == (pytest.approx(cell.size), len(numbers.unique()), 60)
+    assert (found.low, found.high) == pytest.approx((by_hand.low, by_hand.high), nan_ok=True)
+    assert found.known == (len(numbers.unique()) >= 10) == (f"{cell.size:.3f} [{found.low:.3f}, " in str(table))
+    (record,) = [one for one in json.loads(table.json()) if one["patch"] == "direction"]
+    assert record["size"] == pytest.approx(cell.size)
+    assert (record["size_low"] is None) == (not found.known)
 
 
 def test_they_cover() -> None:

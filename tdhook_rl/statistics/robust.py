@@ -23,6 +23,10 @@ from tdhook_rl.statistics.interval import (
     studentised_ends,
 )
 
+#: From so many groups on resamples are looked at some at a time, and so is what is left without each group, which is
+#: as many times all of them: so many numbers at once.
+_MANY, _BLOCK = 2000, 4_000_000
+
 
 def iqm(
     values: Any,
@@ -139,7 +143,7 @@ def bootstrap(
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # which is said below
         found = stats.bootstrap(
             (means,), statistic, confidence_level=confidence, n_resamples=resamples, method="BCa",
-            rng=np.random.default_rng(seed),
+            rng=np.random.default_rng(seed), batch=None if len(means) <= _MANY else max(_BLOCK // len(means), 1),
         ).confidence_interval  # fmt: skip
     if not found.high - found.low > ROUNDING * abs(estimate):  # NaN as well
         return none(estimate, "the statistic does not move when groups are left out", **shape)

@@ -28,7 +28,9 @@ class PatchCell:
         median: the median share over groups of states: 0 nothing changes, 1 it is as in the run that the activation is
             from.
         mean: the mean share over states.
-        size: the median of the size of the share, whatever its sign, which random directions are compared by.
+        size: the median over groups of states of the size of the share, whatever its sign, which random directions are
+            compared by.
+        size_interval: the same with its limits; ``None`` where no state is left.
         random: that of random directions (subspaces) of equal dimension, its mean over them; ``None`` without.
         p: the share of random directions that do as much, the direction counted as one.
         pooled: all of the change over all of the difference: the mean share, weighted by the size of the difference.
@@ -46,6 +48,7 @@ class PatchCell:
     mean: Interval
     size: float
     pooled: float
+    size_interval: Interval | None = None
     pooled_interval: Interval | None = None
     random: Interval | None = None
     p: float = math.nan
@@ -63,9 +66,10 @@ class PatchCell:
             one = getattr(self, name)
             if one is not None:
                 found |= {name: one.estimate, f"{name}_low": one.low, f"{name}_high": one.high}
-        whole = self.pooled_interval
-        ends = (math.nan, math.nan) if whole is None else (whole.low, whole.high)
-        found |= {"size": self.size, "pooled": self.pooled, "pooled_low": ends[0], "pooled_high": ends[1]}
+        for name in ("size", "pooled"):
+            one = getattr(self, f"{name}_interval")
+            ends = (math.nan, math.nan) if one is None else (one.low, one.high)
+            found |= {name: getattr(self, name), f"{name}_low": ends[0], f"{name}_high": ends[1]}
         found |= {"p": self.p, "left_out": self.left_out}
         return found | {"groups": self.mean.groups, "states": int(self.mean.rows), "words": words_of(self)}
 
@@ -112,7 +116,8 @@ class PatchTable(Cells[PatchCell]):
         for cell in self:
             row = [cell.checkpoint] * several + [cell.site, cell.patch, shown(cell.median), shown(cell.mean)]
             if controlled:
-                row += [_number(cell.size), shown(cell.random), _number(cell.p)]
+                size = _number(cell.size) if cell.size_interval is None else shown(cell.size_interval)
+                row += [size, shown(cell.random), _number(cell.p)]
             rows.append([*row, str(cell.mean.groups), str(cell.left_out), cell.words])
         return heads, rows
 
@@ -156,7 +161,7 @@ def summed_up(
     usable = torch.isfinite(shares)
     kept, own = shares[usable], None if groups is None else groups[usable]
     said = [words, gap.left_out(reached)]
-    random, whole, p, others = None, None, math.nan, None
+    random, sized, whole, p, others = None, None, None, math.nan, None
     if not len(kept):
         said.append("no state is left")
         shape = {"confidence": 0.95, "groups": 0, "rows": 0}
@@ -164,22 +169,36 @@ def summed_up(
         size = math.nan
     else:
         median, mean = bootstrap(np.median, kept, own), grouped_mean(kept, own)
-        size = float(np.median(kept.abs().numpy()))
+        sized = bootstrap(np.median, kept.abs(), own)
+        size = sized.estimate
         left = Gap(gap.base[usable], gap.source[usable], gap.dtype)
         (whole,) = pooled_shares((reached - gap.base)[usable][None], left, own)
         said += [one.words for one in (mean, median) if not one.known]
     if at_random is not None:
         others = gap.shares(at_random)
-        sizes = np.nanmedian(others[:, usable].abs().numpy(), -1) if len(kept) else np.array([math.nan])
+        sizes = _sizes(others[:, usable], own) if len(kept) else np.array([math.nan])
         if np.isfinite(sizes).all():
             random = grouped_mean(sizes)
             p = (1 + int((sizes >= size).sum())) / (1 + len(sizes))
     among = (lambda values: values) if among is None else among
     everywhere = among(shares)
     return PatchCell(
-        site=site, patch=patch, median=median, mean=mean, size=size, pooled=float(gap.pooled(reached)),
-        pooled_interval=whole, random=random, p=p, shares=everywhere,
+        site=site, patch=patch, median=median, mean=mean, size=size, size_interval=sized,
+        pooled=float(gap.pooled(reached)), pooled_interval=whole, random=random, p=p, shares=everywhere,
         at_random=None if others is None else among(others),
         left_out=int((~torch.isfinite(everywhere)).sum()), words="; ".join(dict.fromkeys(one for one in said if one)),
         checkpoint=checkpoint,
     )  # fmt: skip
+
+
+def _sizes(shares: Tensor, groups: Tensor | None) -> np.ndarray:
+    """Of each row of shares, ``(controls, states)``, the median over groups of their mean size; NaN is left out."""
+    sizes = shares.abs()
+    if groups is not None:
+        numbers = torch.unique(groups, return_inverse=True)[1]
+        sums, known = (
+            sizes.new_zeros(len(sizes), int(numbers.max()) + 1).index_add_(1, numbers, one)
+            for one in (sizes.masked_fill(sizes.isnan(), 0.0), (~sizes.isnan()).to(sizes))
+        )
+        sizes = sums / known
+    return np.nanmedian(sizes.numpy(), -1)
