@@ -264,6 +264,10 @@ class FunctionHook:
         self.beside = beside  # it takes the rows, too
         self.strength = strength
 
+    @property
+    def user_code(self) -> Any:
+        return self.function.function
+
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         self.runtime.intervene_at(self.site)
         value, disguise = rows_of(output, module, self.site, self.runtime)

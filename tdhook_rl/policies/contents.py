@@ -13,6 +13,7 @@ from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
 
 from tdhook_rl.policies.draws import draws
+from tdhook_rl.sites.known import all_modules
 
 #: The tensors of a policy, and where they are held: a mapping and the name in it.
 Held = tuple[Mapping[str, Any], str, Tensor]
@@ -27,7 +28,8 @@ _WHOLE = np.dtype(np.int64)
 
 
 class HeldTensors:
-    """The parameters of a policy, and its buffers but for those of what draws, which do not say what it computes.
+    """The parameters of a policy and of its adapters; and the buffers, but for those of what draws, which do not say
+    what it computes.
 
     Attributes:
         parameters, buffers: the tensors, and where they are held.
@@ -38,7 +40,7 @@ class HeldTensors:
         buffers: dict[int, Held] = {}
         mappings: list[Mapping[str, Any]] = []
         self._lists = False  # of tensors in a TensorDict, which are listed anew to be looked at
-        for child in policy.modules():
+        for _, child in all_modules(policy):
             mappings += child._modules, child._parameters, child._buffers
             stores = [(child._parameters, parameters)] + ([] if draws(child) else [(child._buffers, buffers)])
             if isinstance(child, TensorDictParams):

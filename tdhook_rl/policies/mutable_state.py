@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.internals.tensordict_names import store_of
 from tdhook_rl.policies.memory import read_tensor, same_values, share_memory, write_tensor
-from tdhook_rl.sites.known import own_class
+from tdhook_rl.sites.known import own_class, user_code
 from tdhook_rl.sites.root_hooks import hooks_of
 
 #: Attributes of a module that are torch's own business.
@@ -158,7 +158,9 @@ def _of_module(
             else:
                 yield value, f"{dot}{name}", owner
     for hook in hooks_of(module):
-        yield hook, f"{dot}{type(hook).__name__}", owner
+        code = user_code(hook)
+        thing = hook if code is None else code
+        yield thing, f"{dot}{type(thing).__name__}", owner
 
 
 def _of_object(value: Any, path: str, owner: str, add: Add) -> Iterator[tuple[str, Any]]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tdhook_rl.internals.python_names import ABC_STATE
 from tdhook_rl.policies.mutable_state import Kind, MutableState, StatePart, find_state
 from tdhook_rl.sites.classes import Swapped
-from tdhook_rl.sites.known import own_class
+from tdhook_rl.sites.known import own_class, user_code
 from tdhook_rl.sites.root_hooks import hooks_of
 
 #: Whose code is not followed.
@@ -52,7 +52,8 @@ Found = tuple[Kind | None, Any, str, list[tuple[str, Any]]]
 def _reached(module: nn.Module, seen: set[int]) -> Iterator[Found]:
     """Classes, variables and functions that the forward of a module reaches; with the values that are in them."""
     own = vars(module)
-    methods = [own.get("forward", type(module).forward), type(module), *own.values(), *hooks_of(module)]
+    methods = [own.get("forward", type(module).forward), type(module), *own.values()]
+    methods += [hook if (code := user_code(hook)) is None else code for hook in hooks_of(module)]
     waiting = [one for one in methods if isinstance(one, (type, types.FunctionType, types.MethodType))]
     while waiting and len(seen) < AT_MOST:
         one = waiting.pop()

@@ -22,7 +22,7 @@ from tdhook_rl.internals.torch_names import copy_all_
 from tdhook_rl.policies.memory import memory_of, same_values
 from tdhook_rl.policies.mutable_state import INTERNAL, MutableState, find_state, with_tensors
 from tdhook_rl.policies.outside import find_state_inside_and_outside
-from tdhook_rl.sites.known import unknown_modules, writes_input
+from tdhook_rl.sites.known import all_modules, unknown_modules, writes_input
 from tdhook_rl.sites.runtime import vmap_level
 
 #: In how many forwards and passes, in one training mode, contents of tensors are compared before only versions are.
@@ -82,7 +82,7 @@ class WriteWatch:
         self.modules = unknown_modules(policy)
         self._find = find_state_inside_and_outside if outside else find_state
         self.idle = not self.modules
-        self.may_write_input = not self.idle or any(writes_input(child) for child in policy.modules())
+        self.may_write_input = not self.idle or any(writes_input(child) for _, child in all_modules(policy))
         self.writes: dict[str, str] = {}
         self._last: Snapshot | None = None
         self._looks = 0

@@ -18,7 +18,7 @@ from tdhook_rl.errors import listed
 from tdhook_rl.policies.memory import same_values
 from tdhook_rl.replaying.batching import GeneratorState
 from tdhook_rl.replaying.scratch import Snapshot, WriteWatch
-from tdhook_rl.sites.known import batch_statistics, draws_noise, may_draw, may_meet, own_class
+from tdhook_rl.sites.known import all_modules, batch_statistics, draws_noise, may_draw, may_meet, own_class
 from tdhook_rl.sites.runtime import vmap_level
 
 #: In how many passes the generators of Python and NumPy are looked at, reading which costs more than torch's; and in
@@ -43,7 +43,7 @@ class ForwardEffects:
         self.watch = WriteWatch(policy)
         #: While it is being found out whether passes can be repeated: looks also beside what the policy holds.
         self.wide: WriteWatch | None = None if self.watch.idle else WriteWatch(policy, outside=True)
-        children = list(policy.named_modules())
+        children = all_modules(policy)
         self._modules = [child for _, child in children]
         self._drawing = [child for _, child in children if may_draw(child)]
         self._meeting = [(path, child) for path, child in children if may_meet(child)]

@@ -179,6 +179,10 @@ class ChangeHook:
         self.site = site
         self.change = portable(change)
 
+    @property
+    def user_code(self) -> Any:
+        return getattr(self.change, "function", self.change)
+
     def __call__(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
         self.runtime.intervene_at(self.site)
         rows, disguise = rows_of(output, module, self.site, self.runtime)

@@ -7,6 +7,7 @@ neither; a policy made of them needs no watching. Everything else is looked at w
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule, TensorDictModuleBase, TensorDictParams
 from torch import nn
@@ -49,7 +50,7 @@ def _wrappers() -> frozenset[type]:
 
 def _writes_nothing(module: nn.Module) -> bool:
     kind, own = own_class(module), module.__dict__
-    if "forward" in own or not all(map(_is_ours, hooks_of(module))):
+    if "forward" in own or not all(map(_is_known, hooks_of(module))):
         return False
     if kind in _wrappers():
         if isinstance(module, ProbabilisticTensorDictModule):
@@ -60,15 +61,34 @@ def _writes_nothing(module: nn.Module) -> bool:
     return kind.__module__.startswith("torch.nn.modules.") and not module._buffers
 
 
-def _is_ours(hook: object) -> bool:
-    return type(getattr(hook, "__self__", hook)).__module__.startswith("tdhook_rl.")
+def _is_known(hook: object) -> bool:
+    """Whether a hook is one of ours, and runs no function of the user's; adapters are looked at as modules."""
+    ours = type(getattr(hook, "__self__", hook)).__module__.startswith("tdhook_rl.")
+    code = user_code(hook)
+    return ours and (code is None or isinstance(code, nn.Module))
+
+
+def user_code(hook: object) -> Any:
+    """What an intervention runs in its hook that is the user's: an adapter, a function; ``None`` of other hooks."""
+    return getattr(hook, "user_code", None) if type(hook).__module__.startswith("tdhook_rl.") else None
+
+
+def all_modules(policy: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules of a policy with their paths, and those of the adapters on them, which are none of its own."""
+    found = list(policy.named_modules())
+    for path, module in list(found):
+        for hook in hooks_of(module):
+            if isinstance(adapter := user_code(hook), nn.Module):
+                name = f"the adapter at {path}"
+                found += [(f"{name}.{inner}" if inner else name, child) for inner, child in adapter.named_modules()]
+    return found
 
 
 def unknown_modules(policy: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules of a policy, with their paths, whose forward may write something that the policy holds."""
     return [
         (path, module)
-        for path, module in policy.named_modules()
+        for path, module in all_modules(policy)
         if not isinstance(module, TensorDictParams) and not _writes_nothing(module)
     ]
 

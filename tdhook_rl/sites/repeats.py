@@ -125,6 +125,10 @@ class RunHook:
         self.hook = hook
         self.observes = observes
 
+    @property
+    def user_code(self) -> Any:
+        return getattr(self.hook, "user_code", None)
+
     def __call__(self, module: nn.Module, *given: Any) -> Any:
         runtime = self.runtime
         runtime.require_open()

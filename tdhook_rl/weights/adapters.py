@@ -143,6 +143,10 @@ class AdapterHook:
         self.target = target
         self.route = route
 
+    @property
+    def user_code(self) -> Any:
+        return self.adapter.function
+
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         self.runtime.require_open()
         value, disguise = rows_of(output, module, self.target, self.runtime)
