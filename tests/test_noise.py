@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -113,3 +118,66 @@ def test_a_feature_without_weights_is_given_nothing(layer: str, when: str) -> No
     assert found["attr", "observation"][..., 3].abs().max() == 0
     assert found["attr", "observation"][..., 0].abs().max() > 0
     torch.testing.assert_close(found["path", "observation"], found["attr", "observation"], atol=1e-4, rtol=1e-3)
+
+
+NOISY: dict[str, Callable[[], nn.Module]] = {
+    "encoder layer": lambda: nn.TransformerEncoderLayer(8, 2, 8, batch_first=True, dropout=0.3),
+    "encoder": lambda: nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 4, 8, batch_first=True, dropout=0.5, norm_first=True),
+        2,
+        enable_nested_tensor=False,
+    ),
+    "dropout": lambda: nn.Dropout(0.5),
+    "feature dropout": lambda: nn.Dropout1d(0.5),
+    "RReLU": nn.RReLU,
+    "own": OwnNoise,
+}
+
+
+@pytest.mark.parametrize("guard", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("method", ["saliency", "path"])
+@pytest.mark.parametrize("layer", NOISY)
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_layers_are_explained_by_the_noise_of_the_step_in_every_mode(
+    layer: str, method: str, guard: Callable[[], Any], made_inside: bool
+) -> None:
+    torch.manual_seed(0)
+    with torch.inference_mode(made_inside and guard is torch.inference_mode and layer != "encoder"):
+        net = nn.Sequential(
+            nn.Unflatten(-1, (2, 2)), nn.Linear(2, 8), NOISY[layer](), nn.Flatten(-2), nn.Linear(16, 3)
+        ).double()
+    if net[1].weight.is_inference() and layer == "encoder layer":
+        pytest.skip("autograd cannot, and functorch draws otherwise")
+    target = targets.logit(1)
+    explains: Any = Saliency(target=target, when="step")
+    if method == "path":
+        explains = IntegratedGradients(target=target, baseline=0.0, when="step", n_steps=6)
+    with guard(), explains.prepare(net, in_keys=["observation"], out_keys=["logits"]) as hooked:
+        for step in range(2):
+            with torch.inference_mode(False):
+                x = torch.randn(5, 4, dtype=torch.float64)
+            torch.manual_seed(step)
+            found = hooked(TensorDict({"observation": x}, [5]))
+            points = [(1.0, 1.0)] if method == "saliency" else gauss_points(6)
+            expected = sum(weight * slope(net, x * point, step) for point, weight in points)
+            expected = expected if method == "saliency" else expected * x
+            torch.testing.assert_close(found["attr", "observation"], expected)
+
+
+def gauss_points(count: int) -> list[tuple[float, float]]:
+    return [
+        ((point + 1) / 2, weight / 2) for point, weight in zip(*np.polynomial.legendre.leggauss(count), strict=True)
+    ]
+
+
+def slope(net: nn.Module, x: Tensor, seed: int) -> Tensor:
+    """By autograd, of a copy whose tensors it can take."""
+    with torch.inference_mode(False), torch.enable_grad():
+        plain = copy.deepcopy(net).requires_grad_(False)
+        for child in plain.modules():
+            for name, tensor in list(child._parameters.items()):
+                if tensor is not None:
+                    child._parameters[name] = nn.Parameter(tensor.clone())
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(seed)
+        return torch.autograd.grad(plain(leaf)[:, 1].sum(), leaf)[0]

@@ -23,7 +23,7 @@ from tdhook_rl.attribution.question import Attributed, Question, TargetFunction
 from tdhook_rl.attribution.undefined import defined_rows, warn_unreached, with_nan
 from tdhook_rl.calls.chains import MODIFIED
 from tdhook_rl.calls.heads import Tangent, TrunkPass, run_trunk
-from tdhook_rl.calls.passes import Pass
+from tdhook_rl.calls.passes import Call, Pass, effects_of
 from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.errors import InPlaceError, InputError, TargetError
 from tdhook_rl.sites.missing import OFFER
@@ -124,6 +124,8 @@ def _gradients(question: Question) -> tuple[list[Attributed], dict[str, Tensor]]
         return _backward(question, run, {key: points[key] for key in question.inputs}, keep=True)
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or vmap_level() >= 0:
         try:
+            if _draws_outside_transforms(call):
+                return _outside_inference_mode(question)
             return functional_gradients(question)
         except RuntimeError as error:
             if torch.compiler.is_compiling() or vmap_level() >= 0:
@@ -134,8 +136,9 @@ def _gradients(question: Question) -> tuple[list[Attributed], dict[str, Tensor]]
                     f"the policy runs {what}, which cannot be differentiated inside vmap or compile: explain it "
                     "outside, or write the policy without"
                 ) from error
-        # There is more that functorch cannot and autograd can, such as NumPy; what neither can fails once more.
-        return _outside_inference_mode(question)
+        # There is more that functorch cannot and autograd can, such as NumPy; what neither can fails once more. Of what
+        # draws it is the other way round: a policy that was made under inference_mode has no tensors for autograd.
+        return (functional_gradients if _draws_outside_transforms(call) else _outside_inference_mode)(question)
     for _ in range(ATTEMPTS - 1):
         try:
             return _replayed(question)
@@ -146,6 +149,16 @@ def _gradients(question: Question) -> tuple[list[Attributed], dict[str, Tensor]]
             call.chain = None
             call.forget_passes()
     return _replayed(question)
+
+
+def _draws_outside_transforms(call: Call) -> bool:
+    """Whether the policy may draw noise, and autograd is in reach.
+
+    Inside a functorch transform some layers draw other noise from the same generators than outside, where the policy
+    ran: dropout of attention fills its masks in the order of the memory, which is another one there.
+    """
+    reach = not torch.compiler.is_compiling() and vmap_level() < 0
+    return reach and not effects_of(call.policy).quiet()
 
 
 def _outside_inference_mode(question: Question) -> tuple[list[Attributed], dict[str, Tensor]]:
