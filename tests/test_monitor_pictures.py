@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from tdhook_rl.attribution import PerturbationSaliency
 from tdhook_rl.envs import Cheese, CueCorners, CueGrid, KeyDoor, KnownValue, TMaze
 from tdhook_rl.examples.agent import make_actor
 from tdhook_rl.report import Budgets, FileSink, Monitor
-from tdhook_rl.report.episodes import episodes, running_of
+from tdhook_rl.report.episodes import Followed, episodes, running_of
 from tdhook_rl.report.known_env import known_of
 from tdhook_rl.report.pictures import bars, overlays
 from tests.monitoring import METHOD
@@ -160,6 +161,40 @@ def test_batches_of_several_workers_or_collectors_in_turn(told_by: str, frames: 
     assert not totals - Counter(total for total, _ in expected)
     assert totals.total() == len(expected) or told_by == "StepCounter"
     assert totals
+
+
+TOLD = [[], [RewardSum], [StepCounter], [InitTracker], [StepCounter, RewardSum]]
+
+
+@pytest.mark.parametrize("transforms", TOLD)
+@pytest.mark.parametrize("every", [1, 3])
+def test_collectors_that_number_alike_give_no_wrong_returns(every: int, transforms: list, tmp_path: Path) -> None:
+    """Each of a few episodes is one that was played, or it is left out, which is said where the data does not tell."""
+    several = []
+    for worker in range(3):
+        env = TransformedEnv(CueCorners(batch_size=[2]), EnvCompose(*(add() for add in transforms)))
+        env.set_seed(worker)
+        options = {"frames_per_batch": 60, "total_frames": 600, "auto_register_policy_transforms": False}
+        several.append(list(Collector(env, **options)))
+    played = set()
+    for batches in several:
+        whole = torch.cat(batches, 1)
+        for one in episodes(whole.select(("next", "done"), ("next", "reward"))):
+            if one.ended:
+                played.add((round(one.total, 4), one.steps))
+    followed, found = Followed(), []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for place, batch in enumerate(itertools.chain(*zip(*several, strict=True))):
+            if place % every == 0:
+                found += [one for one in episodes(batch, followed.before(batch)) if one.ended]
+            followed.follow(batch)
+    said = [str(one.message) for one in caught if "number theirs alike" in str(one.message)]
+    assert len(said) == (transforms != [StepCounter, RewardSum])
+    assert all("StepCounter()" in one for one in said)
+    whole = [one for one in found if one.total == one.total and one.steps == one.steps]
+    assert len(whole) > len(found) / 4
+    assert {(round(one.total, 4), one.steps) for one in whole} <= played
 
 
 @pytest.mark.parametrize("every", [1, 3])

@@ -33,13 +33,13 @@ from tests.wandb_reader import finished, records
 
 def test_frames_are_counted_without_padding(tmp_path: Path) -> None:
     with METHOD.prepare(make_actor()) as policy, Monitor(policy, tmp_path, every=2) as monitor:
-        data = batch_of(policy)
-        padded = data.clone()
-        padded["collector", "mask"] = torch.ones(8, 10, dtype=torch.bool)
-        padded["collector", "mask"][:, 7:] = False
+        data, *padded = (batch_of(policy) for _ in range(3))
+        for one in padded:
+            one["collector", "mask"] = torch.ones(8, 10, dtype=torch.bool)
+            one["collector", "mask"][:, 7:] = False
         assert monitor.step(data) is not None
-        assert monitor.step(padded) is None  # not due, and counted
-        found = monitor.step(padded)
+        assert monitor.step(padded[0]) is None  # not due, and counted
+        found = monitor.step(padded[1])
         assert monitor.frames == 80 + 56 + 56
         assert found is not None
         assert found["computed.cache"] == 1.0

@@ -29,10 +29,9 @@ from tests.wandb_reader import finished
 def test_what_a_logger_cannot_show_is_said_at_the_callers_line(tmp_path: Path) -> None:
     logger = CSVLogger("run", log_dir=str(tmp_path))
     with METHOD.prepare(make_actor()) as policy, Monitor(policy, logger) as monitor:
-        data = batch_of(policy)
         with said() as told:
-            monitor.step(data)
-            monitor.step(data)
+            monitor.step(batch_of(policy))
+            monitor.step(batch_of(policy))
     assert len(told) == 3
     assert {one.filename for one in told} == {__file__}
 
@@ -50,13 +49,12 @@ def test_a_script_that_ends_its_run_before_the_monitor(tmp_path: Path) -> None:
     run = wandb.init(mode="offline", dir=str(tmp_path), project="p", settings=QUIET)
     with METHOD.prepare(make_actor()) as policy:
         monitor = Monitor(policy, run)
-        data = batch_of(policy)
-        monitor.step(data)
+        monitor.step(batch_of(policy))
         run.finish()
         start = time.monotonic()
         with said() as told:
-            monitor.step(data)
-            monitor.step(data)
+            monitor.step(batch_of(policy))
+            monitor.step(batch_of(policy))
             monitor.close()
     assert time.monotonic() - start < 10
     assert len(told) == 1
@@ -85,10 +83,9 @@ def test_a_part_that_fails_leaves_the_others(tmp_path: Path) -> None:
 
     probe = OnlineProbe(features=("cache", FC2), label=label)
     with METHOD.prepare(make_actor()) as policy, Monitor(policy, tmp_path, probes={"xor": probe}) as monitor:
-        data = batch_of(policy, envs=32)
-        monitor.step(data)
+        monitor.step(batch_of(policy, envs=32))
         with said() as told:
-            found = monitor.step(data.clone().set("bad", torch.ones(32, 10)))
+            found = monitor.step(batch_of(policy, envs=32).set("bad", torch.ones(32, 10)))
         assert [str(one.message) for one in told] == [
             "Monitor could not log the probe 'xor' (RuntimeError: no label today); training goes on"
         ]

@@ -13,12 +13,13 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.calls.real_rows import real_rows
+from tdhook_rl.errors import warn
 from tdhook_rl.probes.splits import EPISODE
 from tdhook_rl.report.media import DataTable
 
-__all__ = ["Episode", "Running", "episode_table", "episodes", "running_of"]
+__all__ = ["Episode", "Followed", "Running", "episode_table", "episodes", "running_of"]
 
-#: Return and steps so far of episodes, by the collector's numbers.
+#: Return and steps so far of episodes, by the collector's numbers; NaN where they are not known.
 Running = Mapping[int, tuple[float, float]]
 #: How many episodes may go on at once.
 MANY = 65_536
@@ -110,6 +111,57 @@ def episodes(data: TensorDictBase, running: Running = MappingProxyType({})) -> l
     columns = (numbers[lasts], starts, stops, ended[lasts], returns, lengths)
     rows = zip(*(one.tolist() for one in columns), strict=True)
     return [Episode(one, order[i:j], end, value, length) for one, i, j, end, value, length in rows]
+
+
+class Followed:
+    """Follows episodes from batch to batch by their numbers.
+
+    One collector gives a number once; several that are not workers of one give the same ones. From when that shows, of
+    an episode whose number another may have that was cut off by the end of a batch, nothing before it is known.
+    """
+
+    def __init__(self) -> None:
+        self._running: Running = {}
+        self._ended: dict[int, None] = {}
+        self._alike = self._said = False
+
+    def before(self, data: TensorDictBase) -> Running:
+        """What is known of episodes before a batch."""
+        ids = data.get(EPISODE, None)
+        if isinstance(ids, Tensor):
+            here = set(ids.reshape(-1).tolist())
+            if not self._alike and not here.isdisjoint(self._ended):
+                self._alike, self._running = True, _unknown(self._running)
+            if self._alike and not self._said and not here.isdisjoint(self._running):
+                self._said = True
+                _say_alike(data)
+        return self._running
+
+    def follow(self, data: TensorDictBase | None) -> None:
+        """Take notice of a batch, of every one in order; ``None`` for rows of which nothing says what came before."""
+        if data is None:
+            self._running = {}
+            return
+        found = running_of(data, self.before(data))
+        self._running = {**self._running, **_unknown(found)} if self._alike else found
+        ids, done = data.get(EPISODE, None), data.get(("next", "done"), None)
+        if not self._alike and isinstance(ids, Tensor) and isinstance(done, Tensor) and ids.numel() == done.numel():
+            self._ended |= dict.fromkeys(ids.reshape(-1)[done.reshape(-1).bool().to(ids.device)].tolist())
+            self._ended = self._ended if len(self._ended) < 2 * MANY else dict.fromkeys(list(self._ended)[-MANY:])
+
+
+def _unknown(running: Running) -> Running:
+    return dict.fromkeys(running, (np.nan, np.nan))
+
+
+def _say_alike(data: TensorDictBase) -> None:
+    after, count = data.get("next", TensorDict({}, data.batch_size)), data.batch_size.numel()
+    if _column(after, "step_count", count) is None or _column(after, "episode_reward", count) is None:
+        warn(
+            "an episode has the number of one that had ended, as where several collectors number theirs alike: returns "
+            "and lengths of episodes that may go on from a batch before are left out where nothing else tells them. "
+            "Add StepCounter() and RewardSum() to the environments, which do"
+        )
 
 
 def episode_table(found: list[Episode], readings: Mapping[str, Tensor], step: int, most: int = 5) -> DataTable | None:

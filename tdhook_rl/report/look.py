@@ -12,7 +12,7 @@ from torch import Tensor
 from tdhook_rl.batches.annotation import OnMismatch
 from tdhook_rl.calls.bound import observers
 from tdhook_rl.errors import TdhookError, warn
-from tdhook_rl.report.episodes import Episode, Running, episode_table, episodes, running_of
+from tdhook_rl.report.episodes import Episode, Followed, episode_table, episodes
 from tdhook_rl.report.media import DataTable
 from tdhook_rl.report.probes import WatchedProbe, WatchedSuite, table_of_probes
 from tdhook_rl.report.readings import Features, Readings
@@ -95,7 +95,7 @@ class Look:
     tries: Tries = field(default_factory=Tries)
     seen: int = 0
     _tabled: int | None = field(default=None, init=False)
-    _running: Running = field(default_factory=dict, init=False)
+    _followed: Followed = field(default_factory=Followed, init=False)
 
     def __call__(
         self, batch: TensorDictBase, step: int, on_mismatch: OnMismatch
@@ -109,7 +109,7 @@ class Look:
         """
         data = self._annotated(batch, on_mismatch)
         readings = Readings(self.policy, data, self.features)
-        known = self.tries("episodes", lambda: episodes(data, self._running)) or []
+        known = self.tries("episodes", lambda: episodes(data, self._followed.before(batch))) or []
         numbers = {**readings.numbers(), **_returns(known)}
         for name, probe in self.probes.items():
             scores = self.tries(f"the probe {name!r}", lambda probe=probe: probe.update(data)) or {}
@@ -140,7 +140,7 @@ class Look:
 
     def follow(self, data: TensorDictBase | None) -> None:
         """Take notice of the episodes that the next batch may go on with; of every batch, in order."""
-        self._running = {} if data is None else self.tries("episodes", lambda: running_of(data, self._running)) or {}
+        self.tries("episodes", lambda: self._followed.follow(data))
 
     def show(self, data: TensorDictBase) -> None:
         """Let the suite of probes learn from a batch: it takes every one, in order."""

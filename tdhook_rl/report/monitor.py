@@ -175,7 +175,7 @@ class Monitor(TrainerHookBase):
 
         Args:
             batch: as collected (of several collectors, which number episodes alike, with ``StepCounter`` and
-                ``RewardSum``); ``None`` for the newest rows of :attr:`buffer`.
+                ``RewardSum``, or returns are left out); ``None`` for the newest rows of :attr:`buffer`.
 
         Returns:
             the numbers that were logged, or ``None``.
