@@ -142,8 +142,10 @@ class Followed:
         if data is None:
             self._running = {}
             return
-        found = running_of(data, self.before(data))
-        self._running = {**self._running, **_unknown(found)} if self._alike else found
+        before = self.before(data)
+        self._running = {}  # unless what follows can be read
+        found = running_of(data, before)
+        self._running = {**before, **_unknown(found)} if self._alike else found
         ids, done = data.get(EPISODE, None), data.get(("next", "done"), None)
         if not self._alike and isinstance(ids, Tensor) and isinstance(done, Tensor) and ids.numel() == done.numel():
             self._ended |= dict.fromkeys(ids.reshape(-1)[done.reshape(-1).bool().to(ids.device)].tolist())
