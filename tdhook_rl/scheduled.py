@@ -29,8 +29,8 @@ __all__ = ["Scheduled"]
 
 #: What others ask of a bound method, and a schedule answers as its method does.
 TAKEN_OVER = (
-    "when", "horizon", "reads_forward", "replays", "may_draw", "whole_batch", "only_in_forward", "without_forward",
-    "consumes", "store", "last",
+    "when", "horizon", "reads_forward", "replays", "may_draw", "asks_functions", "whole_batch", "only_in_forward",
+    "without_forward", "consumes", "store", "last",
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -181,3 +182,48 @@ def slope(net: nn.Module, x: Tensor, seed: int) -> Tensor:
         leaf = x.clone().requires_grad_()
         torch.manual_seed(seed)
         return torch.autograd.grad(plain(leaf)[:, 1].sum(), leaf)[0]
+
+
+#: What a target of the user's may draw from, by what the next number there is.
+STREAMS = {
+    "torch": (lambda: torch.rand(()), lambda: float(torch.rand(()))),
+    "numpy": (np.random.rand, np.random.rand),
+    "python": (random.random, random.random),
+}
+TRUNKS = {
+    "a chain": lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)),
+    "no chain": lambda: nn.Sequential(nn.Linear(4, 8), nn.Softsign(), nn.Linear(8, 3)),
+    "dropout": lambda: nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("when", ["step", "batch"])
+@pytest.mark.parametrize("acts", [True, False])
+@pytest.mark.parametrize("trunk", TRUNKS)
+@pytest.mark.parametrize("stream", STREAMS)
+def test_targets_that_draw_leave_the_streams_as_they_were(
+    stream: str, trunk: str, acts: bool, when: str, mode: Any
+) -> None:
+    draw, following = STREAMS[stream]
+    policy: Any = TensorDictModule(TRUNKS[trunk](), ["observation"], ["logits"])
+    if acts:
+        policy = ProbabilisticActor(policy, ["logits"], distribution_class=Categorical)
+    data = TensorDict({"observation": torch.randn(ROWS, 4)}, [ROWS])
+
+    def after(run: Callable[[TensorDict], Any]) -> float:
+        torch.manual_seed(5)
+        np.random.seed(5)
+        random.seed(5)
+        with mode(), set_exploration_type(ExplorationType.RANDOM):
+            run(data.copy())
+        return following()
+
+    method = Saliency(target=lambda run: run.outputs["logits"][..., 1] * draw(), when=when)
+    with method.prepare(policy) as hooked:
+        for _ in range(2):
+            assert after(hooked) == after(policy)
+        if when == "batch":
+            with torch.no_grad():
+                batch = policy(data.copy())
+            assert after(lambda _: hooked.annotate(batch, on_mismatch="ignore")) == after(lambda _: None)

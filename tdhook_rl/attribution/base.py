@@ -186,7 +186,7 @@ class BoundAttribution(BoundMethod):
             one is None or isinstance(one, OwnTarget) for one in self._chosen
         )
         # A function of the user's may draw; ours, and what differentiates them, do not.
-        self.may_draw = self.reads_inputs or any(one is not None for one in self._init.values())
+        self.asks_functions = self.may_draw = self.reads_inputs or any(self._init.values())
         self.linear = config.init_attr_targets is None and is_linear([one or DefaultTarget() for one in self._chosen])
         self._additional_keys = [unravel_key(key) for key in config.additional_init_keys]
         self.reads = list(self._additional_keys)

@@ -102,7 +102,8 @@ def _computed(
     effects = effects_of(policy)
     noise = None
     if not effects.quiet() or any(one.may_draw for one in missing):
-        noise = PassNoise(data.device or effects.device, others=not effects.watch.idle)
+        others = not effects.watch.idle or any(one.asks_functions for one in missing)
+        noise = PassNoise(data.device or effects.device, others=others)
     for part, run, size in _parts(missing, data, chunk_size):
         yield run(policy, selected, _Analysis(policy, part, mismatch, noise, laid_out), size)
     mismatch.report(data)

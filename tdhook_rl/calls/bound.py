@@ -25,6 +25,7 @@ class BoundMethod:
         reads_forward: uses what its hooks captured in the forward pass.
         replays: runs the policy again.
         may_draw: its own computations, or functions of the user's that it calls, may draw from generators.
+        asks_functions: it calls functions of the user's, which may draw from those of Python and NumPy too.
         shares_forward: may explain the policy's own forward, without a second pass.
         shares_pass: may explain a pass that others explain as well: it needs a plain graph, and leaves it whole.
         linear: explains only targets that are linear in one output.
@@ -49,6 +50,7 @@ class BoundMethod:
     reads_forward: bool = False
     replays: bool = False
     may_draw: bool = True
+    asks_functions: bool = False
     shares_forward: bool = False
     shares_pass: bool = False
     linear: bool = False

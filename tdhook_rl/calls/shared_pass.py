@@ -25,7 +25,7 @@ from tdhook_rl.calls.writing import set_tensor
 from tdhook_rl.internals.tensordict_names import new_unsafe
 from tdhook_rl.policies.draws import draws
 from tdhook_rl.policies.memory import same_values
-from tdhook_rl.replaying.batching import Traits
+from tdhook_rl.replaying.batching import GeneratorState, Traits
 from tdhook_rl.replaying.samples import Replay
 from tdhook_rl.sites.known import is_vmapped
 
@@ -142,10 +142,22 @@ def graph_pass(
             actions=policy._hooked.actions, warned=runtime.warned,
         )  # fmt: skip
         call.shared = run, points
-        yield output, call
+        with _stream_kept(shared, data.device or effects.device):
+            yield output, call
     finally:
         for slot in slots:
             runtime.slots.pop(slot, None)
+
+
+@contextmanager
+def _stream_kept(shared: Sequence[BoundMethod], device: torch.device | None) -> Iterator[None]:
+    """After what explains a forward the stream of noise goes on as if there had been none: a target may draw."""
+    after = GeneratorState(device, others=True) if any(one.asks_functions for one in shared) else None
+    try:
+        yield
+    finally:
+        if after is not None:
+            after.restore()
 
 
 def _hand_on(given: Mapping[NestedKey, Tensor], points: Mapping[NestedKey, Tensor], brought: Any) -> bool:

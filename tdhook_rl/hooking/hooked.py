@@ -247,7 +247,7 @@ class HookedMixin(AnnotatingMixin, Swapped):
                 results |= self._compute(rest, call)
             else:
                 # After the passes the stream of noise goes on as if there had been none.
-                after = GeneratorState(start.device, start.others)
+                after = GeneratorState(start.device, start.others or any(one.asks_functions for one in rest))
                 try:
                     require_repeatable(call)
                     results |= self._compute(rest, call)
