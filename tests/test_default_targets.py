@@ -29,6 +29,7 @@ from torchrl.modules import (
 
 from tdhook_rl import Saliency, targets
 from tdhook_rl.attribution import Occlusion
+from tdhook_rl.calls.provenance import stamp_key
 from tdhook_rl.errors import TargetError
 from tests.policies import ACTIONS, FEATURES, categorical, mlp
 from tests.zoo import ZOO
@@ -190,4 +191,6 @@ def test_what_is_declared_by_default_is_collected(policy: str, options: dict) ->
         assert bool(data["computed", "attr"].all())
         again = hooked.annotate(data.exclude("attr", "computed"))
     for key in hooked.result_keys:
-        torch.testing.assert_close(data[key], again[key], rtol=1e-4, atol=1e-6)
+        # A stamp is a sum over all pixels by random numbers, which may come out near zero.
+        atol = 1e-2 if key == stamp_key("attr") else 1e-6
+        torch.testing.assert_close(data[key], again[key], rtol=1e-4, atol=atol)

@@ -52,6 +52,16 @@ class WatchedCall(Call):
         watched._context, watched._points = context, points
         return watched
 
+    def part(self, rows: Tensor) -> Call:
+        """As of :class:`Call`, watched as well, as are the next two."""
+        return WatchedCall.of(super().part(rows), self._context, self._points)
+
+    def given(self, inputs: Mapping[NestedKey, Tensor]) -> Call:
+        return WatchedCall.of(super().given(inputs), self._context, self._points)
+
+    def copied(self) -> Call:
+        return WatchedCall.of(super().copied(), self._context, self._points)
+
     def replay(
         self,
         inputs: Mapping[NestedKey, Tensor] | None = None,
