@@ -39,6 +39,7 @@ def chain_gradients(question: Question) -> list[Attributed] | None:
         return None
     with torch.no_grad():
         gradients = _chain_gradients(question) if chain.head is None else _actor_gradients(question, chain)
+    question.call.chained = gradients is not None
     if gradients is None:
         return None
     return [(dict.fromkeys(inputs, gradient), {}) for gradient in gradients]
@@ -80,8 +81,6 @@ def _replayed_chain(question: Question) -> tuple[Pass, Record] | None:
     set_tensor(outputs, out_keys[0], record.output)
     if call.as_it_was(inputs, stored):
         call.replayed = outputs
-    elif question.own:
-        call.keep_last(outputs)
     return Pass(outputs, data, [], out_keys, {}), record
 
 
@@ -117,11 +116,7 @@ def _actor_gradients(question: Question, chain: Chain) -> list[Tensor] | None:
         return None
     head = record.head = record.head or HeadPass(call, chain, inputs, record.output, stored)
     gradients = _pulled(question, record, lambda targets: _slopes(head, targets))
-    if gradients is not None and question.own:
-        call.replayed = head.outputs(call.batch_size)
-    elif (
-        gradients is not None and call.replayed is None and not call.in_step and call.as_it_was(inputs, question.stored)
-    ):
+    if gradients is not None and call.replayed is None and not call.in_step and call.as_it_was(inputs, question.stored):
         call.replayed = head.outputs()
     return gradients
 

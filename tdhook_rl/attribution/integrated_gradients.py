@@ -67,11 +67,12 @@ class _BoundIntegratedGradients(BoundAttribution):
     def __init__(self, config: IntegratedGradients, binder: Binder) -> None:
         super().__init__(config, binder)
         self._points, self._weights = quadrature(config.method, config.n_steps)
-        self._one_pass: tuple[tuple, tuple[Tensor, Tensor] | None] = ((), None)  # the last schedule of a single pass
+        self._one_pass: tuple[tuple, list[tuple[Tensor, Tensor]]] = ((), [])  # the last schedule of a single pass
         self.is_product = config.multiply_by_inputs
         given, root = config.baseline, config.baseline_key
         self.baselines = Baselines("IntegratedGradients", given, root, as_input=True, known=binder.policy.in_keys)
         self._chunk_size = config.chunk_size
+        self._chained = False  # whether the last call was explained by a chain
         self.compiled = compiled(self, config)
         self.beside = config.delta_key if config.compute_convergence_delta else None
         self._deltas: dict[tuple[str, ...], Tensor] = {}
@@ -168,10 +169,12 @@ class _BoundIntegratedGradients(BoundAttribution):
         totals: list[Attributed] = [({}, {}) for _ in question.targets]
         stored = None
         left_out = self._not_repeated(call, inputs)
-        like = next(iter((*inputs.values(), *(low for low, _ in inner.values()))))
-        passes, ends = self._passes(call, like, not inner and self._ends_are_compared(call, inputs))
+        passes = self._passes(call, next(iter((*inputs.values(), *(low for low, _ in inner.values())))))
+        ends = len(passes) == 1 and not inner and self._ends_are_compared(call, inputs)
         for alphas, weights in passes:
-            points = len(alphas)
+            points = len(alphas) + ends
+            if ends:
+                weights = torch.cat([weights, weights.new_zeros(rows)])
             if stored is None or stored.batch_size[0] != points * rows:
                 stored = repeat_rows(call.data, points, left_out)
             between = question._replace(
@@ -182,17 +185,19 @@ class _BoundIntegratedGradients(BoundAttribution):
                 own=rows if ends else 0,
             )
             found, _ = gradients(between)
+            if call.compares:
+                self._chained = call.chained
             for one, total in zip(found, totals, strict=True):
                 for part, sums, shape in zip(one, total, shapes, strict=True):
                     for key, value in part.items():
-                        value = value.reshape(points, *shape[key])[: points - ends].sum(0)
+                        value = value.reshape(points, *shape[key])[: len(alphas)].sum(0)
                         sums[key] = value if key not in sums else sums[key] + value
         return totals
 
     def _ends_are_compared(self, call: Call, inputs: Mapping[NestedKey, Tensor]) -> bool:
         """Whether the end of the path, which is what the policy saw, belongs to the pass: what it puts out there is
-        compared with what is stored, and would take a pass of its own."""
-        return call.compares and call.replayed is None and call.as_it_was(inputs, None)
+        compared with what is stored, and would take a pass of its own. Of a chain that takes less than to join it."""
+        return call.compares and not self._chained and call.replayed is None and call.as_it_was(inputs, None)
 
     def _not_repeated(self, call: Call, inputs: Mapping[NestedKey, Tensor]) -> frozenset[str]:
         """What no pass reads of the stored data: baselines, results of an earlier call, inputs that are replaced."""
@@ -207,38 +212,27 @@ class _BoundIntegratedGradients(BoundAttribution):
         replaced = {key for key in inputs if isinstance(key, str)} - self._read_by_targets
         return self._unread | self._results | replaced
 
-    def _passes(self, call: Call, like: Tensor, end: bool) -> tuple[list[tuple[Tensor, Tensor]], bool]:
-        """The points of each pass, and a weight for each of its rows: as many as fit, in passes of equal size.
-
-        Args:
-            call: what is explained.
-            like: of the dtype and device of the points.
-            end: a single pass has the end of the path as its last point, which has no weight.
-
-        Returns:
-            the passes, and whether there is that point.
-        """
+    def _passes(self, call: Call, like: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The points of each pass, and a weight for each of its rows: as many as fit, in passes of equal size."""
         steps, rows = len(self._points), call.batch_size.numel()
         number = math.ceil(steps / max(1, rows_at_once(call, self._chunk_size) // max(rows, 1)))
-        end = end and number == 1
-        known, single = self._one_pass
+        known, passes = self._one_pass
         keep = number == 1 and type(like) is Tensor and not torch.compiler.is_compiling()
-        key = (rows, like.dtype, like.device, end)
-        if keep and known == key and single is not None:
-            return [single], end
+        key = (rows, like.dtype, like.device)
+        if keep and known == key:
+            return passes
         # Ordinary tensors, also where the first call is in inference mode.
         with torch.inference_mode(False) if keep else nullcontext():
             alphas, weights = (
-                torch.tensor((*values, *last), dtype=like.dtype, device=like.device)
-                for values, last in ((self._points, [1.0] * end), (self._weights, [0.0] * end))
+                torch.tensor(values, dtype=like.dtype, device=like.device) for values in (self._points, self._weights)
             )
-            size = math.ceil(len(alphas) / number)
+            size = math.ceil(steps / number)
             passes = [
                 (a, w.repeat_interleave(rows)) for a, w in zip(alphas.split(size), weights.split(size), strict=True)
             ]
         if keep:
-            self._one_pass = key, passes[0]
-        return passes, end
+            self._one_pass = key, passes
+        return passes
 
     def _inner_path(
         self,
@@ -374,11 +368,10 @@ def _blocks(call: Call, size: int) -> Iterator[Call]:
         yield Call(call.policy, call._forward, data[block], {key: value[block] for key, value in inputs.items()})
 
 
-def _between(low: Tensor, high: Tensor, alphas: Tensor, batch: torch.Size, end: bool = False) -> Tensor:
-    """Points from low to high, ``(points * rows, features)``; the last, an ``end``, is ``high`` to the bit."""
+def _between(low: Tensor, high: Tensor, alphas: Tensor, batch: torch.Size, ends: bool = False) -> Tensor:
+    """Points from low to high, and with ``ends`` also high itself, ``(points * rows, features)``."""
     path = torch.lerp(low[None], high[None], alphas.to(low).reshape(-1, *(1,) * low.ndim))
-    if end:
-        path[-1] = high
+    path = torch.cat([path, high[None]]) if ends else path
     # Convolutional nets flatten the leading dimensions before their layers.
     leading = len(batch) if low.shape[: len(batch)] == batch else 1
     return path.flatten(0, leading) if batch else path
