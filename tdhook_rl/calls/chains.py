@@ -225,9 +225,9 @@ def chain_layers(policy: HookedPolicy, x: Any) -> Steps | None:
         return None
     if runtime.row_hook is not None or runtime.expected or skip_existing():
         return None
-    if chain.head is not None and _has_hook(chain.module.__dict__):
+    if chain.head is not None and has_hook(chain.module.__dict__):
         return None
-    if chain.around is not None and _has_hook(chain.around.__dict__):
+    if chain.around is not None and has_hook(chain.around.__dict__):
         return None
     steps: Steps = []
     module: Any = chain.module.module
@@ -249,7 +249,7 @@ def _add_layers(module: nn.Module, x: Tensor, steps: Steps, but_last: bool = Fal
             continue
         if kind.forward is not _FORWARDS[kind] or "forward" in own or own.get("inplace"):
             return False
-        # As `_has_hook`, whose call would cost more than what it does: this runs for each layer at each step.
+        # As `has_hook`, whose call would cost more than what it does: this runs for each layer at each step.
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return False
         if layer.keeps in _WEIGHTED and not _is_plain(own["_parameters"]):
@@ -279,7 +279,7 @@ def _in_order(module: nn.Module, x: Tensor) -> Sequence[nn.Module] | None:
 def is_called_plainly(module: nn.Module) -> bool:
     """Whether a call of a module runs the forward of its class, and nobody listens or has replaced it."""
     own = module.__dict__
-    return "forward" not in own and not _has_hook(own) and call_methods(type(module)) == _CALLS
+    return "forward" not in own and not has_hook(own) and call_methods(type(module)) == _CALLS
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -306,7 +306,7 @@ def _sequences() -> tuple[Any, ...]:
     return nn.Sequential.forward, MLP.forward
 
 
-def _has_hook(own: dict[str, Any]) -> bool:
+def has_hook(own: dict[str, Any]) -> bool:
     """Whether a module, by its attributes, has a hook."""
     return bool(
         own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.utils import unravel_key
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributions as D
 
 from tdhook_rl.arguments.keys import get_entry, key_parts
+from tdhook_rl.calls.chains import has_hook
 from tdhook_rl.calls.passes import Pass
 from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.calls.writing import set_tensor
@@ -142,7 +143,7 @@ def warn_beside_values(run: Pass, values: Sequence[NestedKey]) -> None:
 
 def chosen_by(head: Any, values: TensorDictBase, stored: TensorDictBase) -> TensorDictBase:
     """What the last module of a Q-network chooses by its values; a plain one's call takes longer than its choice."""
-    if own_class(head) is not _q_value_module() or head.action_mask_key is not None or has_hooks(head):
+    if own_class(head) is not _q_value_module() or head.action_mask_key is not None or has_hook(head.__dict__):
         return head(values)
     action_key, values_key, chosen_key = map(unravel_key, head.out_keys)
     numbers, known = get_entry(values, values_key), get_entry(stored, action_key)
@@ -160,14 +161,6 @@ def _q_value_module() -> type:
     from torchrl.modules import QValueModule
 
     return QValueModule
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of a module is more than its forward."""
-    own = module.__dict__
-    return bool(
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    )
 
 
 def require_own_parameters(drawing: Sequence[Any], who: str) -> None:

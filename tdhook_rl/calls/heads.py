@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch import distributions as D
 
 from tdhook_rl.arguments.keys import get_entry, key_parts
-from tdhook_rl.calls.chains import Chain, actor_classes, chain_layers, is_usual, run_chain
-from tdhook_rl.calls.decisions import chosen_by, has_hooks
+from tdhook_rl.calls.chains import Chain, actor_classes, chain_layers, has_hook, is_usual, run_chain
+from tdhook_rl.calls.decisions import chosen_by
 from tdhook_rl.calls.passes import Call, Pass, Slope
 from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.calls.writing import set_tensor
@@ -233,7 +233,7 @@ def log_prob_slopes(
         ``None`` where they are not known, or what is stored is no sample of the distribution.
     """
     known = _slopes_of(getattr(head, "distribution_class", None))
-    if known is None or has_hooks(head) or list(head.dist_keys) != known[0]:
+    if known is None or has_hook(head.__dict__) or list(head.dist_keys) != known[0]:
         return None
     (key,) = map(unravel_key, sample_keys(head))
     action = get_entry(stored, key)
