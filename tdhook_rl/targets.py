@@ -75,7 +75,8 @@ class OwnTarget(Target):
         return per_row(self.function(run), run.outputs.batch_size, self.name)
 
     def head_slope(self, head: Any) -> Tensor | None:
-        """The derivative by the output of a chain, where it is known of a :class:`tdhook_rl.calls.heads.HeadPass`."""
+        """The derivative by the output of a chain, times the weights of the rows, where a
+        :class:`tdhook_rl.calls.heads.HeadPass` knows it."""
         function = self.function.function  # type: ignore[attr-defined]
         return function.head_slope(head) if isinstance(function, (LogProb, Chosen)) else None
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch import distributions as D
 
-from tdhook_rl.calls.heads import slopes_of_normal
+from tdhook_rl.calls.known_slopes import slopes_of_normal
 from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.errors import InputError
 

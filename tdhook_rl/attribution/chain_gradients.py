@@ -15,6 +15,7 @@ from tdhook_rl.attribution.question import Attributed, Question, TargetFunction
 from tdhook_rl.attribution.undefined import defined_rows, nan_undefined_rows
 from tdhook_rl.calls.chains import Chain, Record, chain_layers
 from tdhook_rl.calls.heads import HeadPass, is_decided_by
+from tdhook_rl.calls.known_slopes import of_rows
 from tdhook_rl.calls.passes import Pass, Slope
 from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.calls.writing import set_tensor
@@ -39,7 +40,6 @@ def chain_gradients(question: Question) -> list[Attributed] | None:
         return None
     with torch.no_grad():
         gradients = _chain_gradients(question) if chain.head is None else _actor_gradients(question, chain)
-    question.call.chained = gradients is not None
     if gradients is None:
         return None
     return [(dict.fromkeys(inputs, gradient), {}) for gradient in gradients]
@@ -57,7 +57,7 @@ def _chain_gradients(question: Question) -> list[Tensor] | None:
 
     def slopes(targets: Sequence[TargetFunction]) -> list[Tensor | None]:
         found = [one.slope(run) if is_linear([one]) else None for one in targets]  # type: ignore[attr-defined]
-        return [None if one is None else one.values for one in found]
+        return [None if one is None else of_rows(one.values, question.weights) for one in found]
 
     gradients = _pulled(question, record, slopes)
     # Where every output is finite, so is what is linear in them; but a sum may overflow in half precision.
@@ -81,6 +81,8 @@ def _replayed_chain(question: Question) -> tuple[Pass, Record] | None:
     set_tensor(outputs, out_keys[0], record.output)
     if call.as_it_was(inputs, stored):
         call.replayed = outputs
+    elif question.own:
+        call.keep_last(outputs)
     return Pass(outputs, data, [], out_keys, {}), record
 
 
@@ -114,9 +116,13 @@ def _actor_gradients(question: Question, chain: Chain) -> list[Tensor] | None:
     # Parameters that are no numbers are said by the distribution; masked logits go their own way as well.
     if record is None or record.output.shape[:-1] != stored.batch_size or not record.is_finite():
         return None
-    head = record.head = record.head or HeadPass(call, chain, inputs, record.output, stored)
+    head = record.head = record.head or HeadPass(call, chain, inputs, record.output, stored, question.weights)
     gradients = _pulled(question, record, lambda targets: _slopes(head, targets))
-    if gradients is not None and call.replayed is None and not call.in_step and call.as_it_was(inputs, question.stored):
+    if gradients is not None and question.own:
+        call.replayed = head.outputs(call.batch_size)
+    elif (
+        gradients is not None and call.replayed is None and not call.in_step and call.as_it_was(inputs, question.stored)
+    ):
         call.replayed = head.outputs()
     return gradients
 
@@ -129,16 +135,17 @@ def _pulled(
     Args:
         question: what is explained.
         record: the run of the chain.
-        slopes: from targets to their derivatives by its output, ``None`` where these are not known.
+        slopes: from targets to their derivatives by its output, times the weights of the rows; ``None`` where these
+            are not known.
 
     Returns:
         ``None`` if one of the question's is not known.
     """
-    targets, weights, pulled, call = question.targets, question.weights, record.pulled, question.call
+    targets, pulled, call = question.targets, record.pulled, question.call
     is_shared = question.shares and len(call.sharers) > 1
     if not is_shared and len(targets) == 1:
         (slope,) = slopes(targets)
-        return None if slope is None else [record.pull(slope if weights is None else _weighted(slope, weights))]
+        return None if slope is None else [record.pull(slope)]
     passes = call.chain, call.kept_record  # over the call as it is, for all its methods
     if any(id(target) not in pulled for target in targets):
         others = []
@@ -155,8 +162,7 @@ def _pulled(
         if any(slope is None for slope in found[: len(targets)]):
             return None
         known = [(target, slope) for target, slope in zip(asked, found, strict=True) if slope is not None]
-        outer = [slope if weights is None else _weighted(slope, weights) for _, slope in known]
-        for (target, _), gradient in zip(known, _pull(record, outer), strict=True):
+        for (target, _), gradient in zip(known, _pull(record, [slope for _, slope in known]), strict=True):
             pulled[id(target)] = target, gradient
     return [pulled[id(target)][1] for target in targets]
 
@@ -184,7 +190,10 @@ def _pull(record: Record, slopes: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _slopes(head: HeadPass, targets: Sequence[TargetFunction]) -> list[Tensor | None]:
-    """The derivatives of targets by the output of the chain; ``None`` where they are not to be had without a graph."""
+    """The derivatives of targets by the output of the chain; ``None`` where they are not to be had without a graph.
+
+    Weights come in where the targets begin, as in a graph: a product in another order has other last bits.
+    """
     found = [target.head_slope(head) for target in targets]  # type: ignore[attr-defined]
     linear = [place for place, (one, target) in enumerate(zip(found, targets, strict=True)) if _asks(one, target)]
     if linear:
@@ -202,7 +211,7 @@ def _linear_slopes(head: HeadPass, targets: Sequence[TargetFunction]) -> list[Te
     with torch.enable_grad():
         run = head.run()
         slopes: list[Slope | None] = [None if run.supports else one.slope(run) for one in targets]  # type: ignore[attr-defined]
-        known = [one for one in slopes if one is not None]
+        known = [one._replace(values=head.weighted(one.values)) for one in slopes if one is not None]
         found = iter(head.by_leaf(known))
         return [None if one is None else next(found) for one in slopes]
 
@@ -214,9 +223,6 @@ def _differentiated(head: HeadPass, target: TargetFunction) -> Tensor | None:
         total = value.sum()
     if not value.requires_grad or not surely_finite(total.detach()):
         return None
-    (found,) = torch.autograd.grad(total, head.leaf, retain_graph=True, allow_unused=True)
+    explained, outer = (total, None) if head.weights is None else (value, head.weights.to(value.dtype))
+    (found,) = torch.autograd.grad(explained, head.leaf, outer, retain_graph=True, allow_unused=True)
     return found
-
-
-def _weighted(slope: Tensor, weights: Tensor) -> Tensor:
-    return slope * weights.to(slope.dtype).reshape((*weights.shape, *(1,) * (slope.ndim - weights.ndim)))

@@ -27,6 +27,7 @@ from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.method import Binder
 from tdhook_rl.policies.draws import draws, sample_keys
 from tdhook_rl.replaying.batching import conv_chunk, repeat_rows, row_vectors
+from tdhook_rl.sites.runtime import vmap_level
 
 Quadrature = Literal["gausslegendre", "riemann_middle", "riemann_left", "riemann_right", "riemann_trapezoid"]
 
@@ -67,12 +68,11 @@ class _BoundIntegratedGradients(BoundAttribution):
     def __init__(self, config: IntegratedGradients, binder: Binder) -> None:
         super().__init__(config, binder)
         self._points, self._weights = quadrature(config.method, config.n_steps)
-        self._one_pass: tuple[tuple, list[tuple[Tensor, Tensor]]] = ((), [])  # the last schedule of a single pass
+        self._one_pass: tuple[tuple, tuple[Tensor, Tensor] | None] = ((), None)  # the last schedule of a single pass
         self.is_product = config.multiply_by_inputs
         given, root = config.baseline, config.baseline_key
         self.baselines = Baselines("IntegratedGradients", given, root, as_input=True, known=binder.policy.in_keys)
         self._chunk_size = config.chunk_size
-        self._chained = False  # whether the last call was explained by a chain
         self.compiled = compiled(self, config)
         self.beside = config.delta_key if config.compute_convergence_delta else None
         self._deltas: dict[tuple[str, ...], Tensor] = {}
@@ -169,12 +169,11 @@ class _BoundIntegratedGradients(BoundAttribution):
         totals: list[Attributed] = [({}, {}) for _ in question.targets]
         stored = None
         left_out = self._not_repeated(call, inputs)
-        passes = self._passes(call, next(iter((*inputs.values(), *(low for low, _ in inner.values())))))
-        ends = len(passes) == 1 and not inner and self._ends_are_compared(call, inputs)
+        like = next(iter((*inputs.values(), *(low for low, _ in inner.values()))))
+        passes, ends = self._passes(call, like, not inner and _ends_as_it_was(call, inputs))
+        kept = rows if ends and call.compares and call.replayed is None else 0
         for alphas, weights in passes:
-            points = len(alphas) + ends
-            if ends:
-                weights = torch.cat([weights, weights.new_zeros(rows)])
+            points = len(alphas)
             if stored is None or stored.batch_size[0] != points * rows:
                 stored = repeat_rows(call.data, points, left_out)
             between = question._replace(
@@ -182,22 +181,15 @@ class _BoundIntegratedGradients(BoundAttribution):
                 placed={slot: _between(low, high, alphas, batch) for slot, (low, high) in inner.items()},
                 stored=stored,
                 weights=weights,
-                own=rows if ends else 0,
+                own=kept,
             )
             found, _ = gradients(between)
-            if call.compares:
-                self._chained = call.chained
             for one, total in zip(found, totals, strict=True):
                 for part, sums, shape in zip(one, total, shapes, strict=True):
                     for key, value in part.items():
-                        value = value.reshape(points, *shape[key])[: len(alphas)].sum(0)
+                        value = value.reshape(points, *shape[key])[: points - ends].sum(0)
                         sums[key] = value if key not in sums else sums[key] + value
         return totals
-
-    def _ends_are_compared(self, call: Call, inputs: Mapping[NestedKey, Tensor]) -> bool:
-        """Whether the end of the path, which is what the policy saw, belongs to the pass: what it puts out there is
-        compared with what is stored, and would take a pass of its own. Of a chain that takes less than to join it."""
-        return call.compares and not self._chained and call.replayed is None and call.as_it_was(inputs, None)
 
     def _not_repeated(self, call: Call, inputs: Mapping[NestedKey, Tensor]) -> frozenset[str]:
         """What no pass reads of the stored data: baselines, results of an earlier call, inputs that are replaced."""
@@ -212,27 +204,40 @@ class _BoundIntegratedGradients(BoundAttribution):
         replaced = {key for key in inputs if isinstance(key, str)} - self._read_by_targets
         return self._unread | self._results | replaced
 
-    def _passes(self, call: Call, like: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The points of each pass, and a weight for each of its rows: as many as fit, in passes of equal size."""
+    def _passes(self, call: Call, like: Tensor, end: bool) -> tuple[list[tuple[Tensor, Tensor]], bool]:
+        """The points of each pass, and a weight for each of its rows: as many as fit, in passes of equal size.
+
+        Args:
+            call: what is explained.
+            like: of the dtype and device of the points.
+            end: a single pass has the end of the path as its last point, which has no weight. What the policy puts
+                out there is compared with what is stored, and would take a pass of its own; where nothing is compared
+                the point is there as well, since the last bits of a pass are those of its number of rows.
+
+        Returns:
+            the passes, and whether there is that point.
+        """
         steps, rows = len(self._points), call.batch_size.numel()
-        number = math.ceil(steps / max(1, rows_at_once(call, self._chunk_size) // max(rows, 1)))
-        known, passes = self._one_pass
+        at_once = max(1, rows_at_once(call, self._chunk_size) // max(rows, 1))
+        number, end = math.ceil(steps / at_once), end and at_once > steps
+        known, single = self._one_pass
         keep = number == 1 and type(like) is Tensor and not torch.compiler.is_compiling()
-        key = (rows, like.dtype, like.device)
-        if keep and known == key:
-            return passes
+        key = (rows, like.dtype, like.device, end)
+        if keep and known == key and single is not None:
+            return [single], end
         # Ordinary tensors, also where the first call is in inference mode.
         with torch.inference_mode(False) if keep else nullcontext():
             alphas, weights = (
-                torch.tensor(values, dtype=like.dtype, device=like.device) for values in (self._points, self._weights)
+                torch.tensor((*values, *last), dtype=like.dtype, device=like.device)
+                for values, last in ((self._points, [1.0] * end), (self._weights, [0.0] * end))
             )
-            size = math.ceil(steps / number)
+            size = math.ceil(len(alphas) / number)
             passes = [
                 (a, w.repeat_interleave(rows)) for a, w in zip(alphas.split(size), weights.split(size), strict=True)
             ]
         if keep:
-            self._one_pass = key, passes
-        return passes
+            self._one_pass = key, passes[0]
+        return passes, end
 
     def _inner_path(
         self,
@@ -368,10 +373,16 @@ def _blocks(call: Call, size: int) -> Iterator[Call]:
         yield Call(call.policy, call._forward, data[block], {key: value[block] for key, value in inputs.items()})
 
 
-def _between(low: Tensor, high: Tensor, alphas: Tensor, batch: torch.Size, ends: bool = False) -> Tensor:
-    """Points from low to high, and with ``ends`` also high itself, ``(points * rows, features)``."""
+def _ends_as_it_was(call: Call, inputs: Mapping[NestedKey, Tensor]) -> bool:
+    """Whether a path ends at what the policy saw; a trace, and rows under vmap, cannot look."""
+    return not torch.compiler.is_compiling() and vmap_level() < 0 and call.as_it_was(inputs, None)
+
+
+def _between(low: Tensor, high: Tensor, alphas: Tensor, batch: torch.Size, end: bool = False) -> Tensor:
+    """Points from low to high, ``(points * rows, features)``; the last, an ``end``, is ``high`` to the bit."""
     path = torch.lerp(low[None], high[None], alphas.to(low).reshape(-1, *(1,) * low.ndim))
-    path = torch.cat([path, high[None]]) if ends else path
+    if end:
+        path[-1] = high
     # Convolutional nets flatten the leading dimensions before their layers.
     leading = len(batch) if low.shape[: len(batch)] == batch else 1
     return path.flatten(0, leading) if batch else path

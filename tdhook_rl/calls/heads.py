@@ -8,9 +8,8 @@ parameters.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from numbers import Real
 from typing import Any
 
 import torch
@@ -18,11 +17,11 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictModule, skip_existing
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
-from torch import distributions as D
 
 from tdhook_rl.arguments.keys import get_entry, key_parts
-from tdhook_rl.calls.chains import Chain, actor_classes, chain_layers, has_hook, is_usual, run_chain
+from tdhook_rl.calls.chains import Chain, actor_classes, chain_layers, is_usual, run_chain
 from tdhook_rl.calls.decisions import chosen_by
+from tdhook_rl.calls.known_slopes import log_prob_slopes, of_rows, slopes_of
 from tdhook_rl.calls.passes import Call, Pass, Slope
 from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.calls.writing import set_tensor
@@ -89,9 +88,16 @@ class HeadPass:
     """
 
     def __init__(
-        self, call: Call, chain: Chain, inputs: Mapping[NestedKey, Tensor], output: Tensor, stored: TensorDictBase
+        self,
+        call: Call,
+        chain: Chain,
+        inputs: Mapping[NestedKey, Tensor],
+        output: Tensor,
+        stored: TensorDictBase,
+        weights: Tensor | None = None,
     ) -> None:
         self._call, self._chain, self._inputs, self._stored = call, chain, inputs, stored
+        self.weights = weights  # of the rows
         self.leaf = output.detach()
         self._run: Pass | None = None
         self._split: TensorDictBase | None = None  # the parameters, where they were made for a slope
@@ -142,13 +148,22 @@ class HeadPass:
         made = dict(zip(self._chain.module.out_keys, self._parameters(copies), strict=True))
         return torch.autograd.grad(made[key], copies, torch.stack(list(outer)))[0].unbind()
 
-    def outputs(self) -> TensorDictBase:
-        """What the policy puts out, for a comparison with what is stored."""
+    def outputs(self, batch: torch.Size | None = None) -> TensorDictBase:
+        """What the policy puts out, for a comparison with what is stored: of all rows, or the last, of a batch."""
         outputs = self._entries(self.leaf.detach()) if self._split is None else self._split
+        if batch is not None:
+            rows = batch.numel()
+            last = {key: get_entry(outputs, key)[-rows:] for key in self._chain.module.out_keys}
+            outputs = new_unsafe({}, batch_size=batch)
+            for key, value in last.items():
+                set_tensor(outputs, key, value.reshape((*batch, *value.shape[1:])))
         if not isinstance(self._chain.head, ProbabilisticTensorDictModule):
             with torch.no_grad():
                 outputs = chosen_by(self._chain.head, outputs, self._stored)
         return outputs
+
+    def weighted(self, slope: Tensor) -> Tensor:
+        return of_rows(slope, self.weights)
 
     def _entries(self, output: Tensor) -> TensorDictBase:
         chain = self._chain
@@ -188,7 +203,7 @@ class HeadPass:
         )  # fmt: skip
 
     def log_prob_slope(self, keys: Sequence[NestedKey] | None) -> Tensor | None:
-        """The derivative of the log-probability of what was decided.
+        """The derivative of the log-probability of what was decided, times the weights of the rows.
 
         Args:
             keys: the decisions that are meant; ``None`` for all.
@@ -200,8 +215,8 @@ class HeadPass:
         head: Any = self._chain.head
         if not self._chain.splits:
             found = log_prob_slopes(head, keys, self._stored, [self.leaf.detach()])
-            return None if found is None else found[0]
-        if _slopes_of(getattr(head, "distribution_class", None)) is None:
+            return None if found is None else self.weighted(found[0])
+        if slopes_of(getattr(head, "distribution_class", None)) is None:
             return None
         leaf = self.leaf.detach().requires_grad_()
         with torch.enable_grad():
@@ -213,33 +228,10 @@ class HeadPass:
         found = log_prob_slopes(head, keys, self._stored, [one.detach() for one in parameters])
         if found is None:
             return None
-        reaching = [(one, slope) for one, slope in zip(parameters, found, strict=True) if one.requires_grad]
+        weighted = [self.weighted(one) for one in found]
+        reaching = [(one, slope) for one, slope in zip(parameters, weighted, strict=True) if one.requires_grad]
         values, slopes = zip(*reaching, strict=True)
         return torch.autograd.grad(values, leaf, slopes)[0]
-
-
-def log_prob_slopes(
-    head: Any, keys: Sequence[NestedKey] | None, stored: TensorDictBase, parameters: Sequence[Tensor]
-) -> tuple[Tensor, ...] | None:
-    """The derivatives of the log-probability of what is stored by the parameters of its distribution.
-
-    Args:
-        head: the module that draws.
-        keys: the decisions that are meant; ``None`` for all.
-        stored: where the sample is.
-        parameters: in the order of the ``in_keys`` of the head.
-
-    Returns:
-        ``None`` where they are not known, or what is stored is no sample of the distribution.
-    """
-    known = _slopes_of(getattr(head, "distribution_class", None))
-    if known is None or has_hook(head.__dict__) or list(head.dist_keys) != known[0]:
-        return None
-    (key,) = map(unravel_key, sample_keys(head))
-    action = get_entry(stored, key)
-    if type(action) is not Tensor or not (keys is None or list(map(unravel_key, keys)) == [key]):
-        return None
-    return known[1](head, action, *parameters)
 
 
 def decider_of(policy: Any) -> nn.Module | None:
@@ -247,7 +239,7 @@ def decider_of(policy: Any) -> nn.Module | None:
     if own_class(policy) not in actor_classes() or len(policy.module) != 2 or not is_usual(policy):
         return None
     trunk, head = policy.module
-    if not isinstance(head, ProbabilisticTensorDictModule) or _slopes_of(head.distribution_class) is None:
+    if not isinstance(head, ProbabilisticTensorDictModule) or slopes_of(head.distribution_class) is None:
         return None
     alone = [child for child in policy.modules() if draws(child)] == [head] and len(sample_keys(head)) == 1
     actions = [key for key in policy.out_keys if key_parts(key)[-1] == "action"]
@@ -297,9 +289,7 @@ class Tangent:
         found = [(p, s) for p, s in zip(self._parameters, self._slopes, strict=True) if p.requires_grad]
         if not found or not all(surely_finite(slope) for _, slope in found):
             return None
-        if weights is not None:
-            found = [(p, s * weights.to(s.dtype).reshape(-1, *(1,) * (s.ndim - 1))) for p, s in found]
-        return [p for p, _ in found], [s for _, s in found]
+        return [p for p, _ in found], [of_rows(s, weights) for _, s in found]
 
     def __call__(self, run: Pass) -> Tensor:
         batch = run.outputs.batch_size
@@ -310,78 +300,3 @@ class Tangent:
 def run_trunk(policy: Any, data: TensorDictBase) -> TensorDictBase:
     """The forward of an actor without its draw."""
     return policy.module[0](data)
-
-
-Slopes = tuple[Tensor, ...] | None
-
-
-def _slopes_of(kind: Any) -> tuple[list[str], Callable[..., Slopes]] | None:
-    """By what the parameters of a distribution are called, and its derivatives by them; a class may say it itself.
-
-    It does by ``known_slopes``, a pair of these names and of a function from the module that draws, what was drawn and
-    the parameters; a subclass does not.
-    """
-    found = _known_slopes().get(kind)
-    return vars(kind).get("known_slopes") if found is None and isinstance(kind, type) else found
-
-
-@functools.cache
-def _known_slopes() -> dict[type, tuple[list[str], Callable[..., Slopes]]]:
-    """By distribution the names of its parameters, and the derivatives by them of what is drawn."""
-    import torchrl.modules as rl
-
-    of_choice, of_number = ["logits"], ["loc", "scale"]
-    return {
-        D.Categorical: (of_choice, _index_slope),
-        D.OneHotCategorical: (of_choice, _one_hot_slope),
-        rl.OneHotCategorical: (of_choice, _one_hot_slope),
-        rl.IndependentNormal: (of_number, _normal_slopes),
-        rl.TanhNormal: (of_number, _tanh_normal_slopes),
-    }
-
-
-def _index_slope(head: Any, action: Tensor, logits: Tensor) -> Slopes:
-    if action.shape != logits.shape[:-1] or action.is_floating_point() or head.distribution_kwargs:
-        return None
-    try:
-        chosen = torch.zeros_like(logits).scatter_(-1, action.unsqueeze(-1).long(), 1.0)
-    except RuntimeError:  # an index of no choice
-        return None
-    return (chosen - logits.softmax(-1),)
-
-
-def _one_hot_slope(head: Any, action: Tensor, logits: Tensor) -> Slopes:
-    if action.shape != logits.shape or head.distribution_kwargs:
-        return None
-    action = action.to(logits.dtype)
-    chosen = torch.zeros_like(logits).scatter_(-1, action.argmax(-1, keepdim=True), 1.0)
-    return (chosen - logits.softmax(-1),) if torch.equal(chosen, action) else None
-
-
-#: What TanhNormal takes for a scale, and raises at otherwise.
-_LEAST_SCALE = 1e-6
-
-
-def _normal_slopes(head: Any, drawn: Tensor, loc: Tensor, scale: Tensor) -> Slopes:
-    return None if head.distribution_kwargs else slopes_of_normal(drawn, loc, scale)
-
-
-def _tanh_normal_slopes(head: Any, action: Tensor, loc: Tensor, scale: Tensor) -> Slopes:
-    bounds = head.distribution_kwargs
-    if not (isinstance(bounds, dict) and {"low", "high"} >= set(bounds)):
-        return None
-    low, high = bounds.get("low", -1.0), bounds.get("high", 1.0)
-    if not isinstance(low, Real) or not isinstance(high, Real):
-        return None
-    edge = 1 - torch.finfo(loc.dtype).resolution
-    middle, half = float(high + low) / 2, float(high - low) / 2
-    inside = action if (middle, half) == (0, 1) else (action - middle) / half
-    return slopes_of_normal(inside.clamp(-edge, edge).atanh(), loc, scale)
-
-
-def slopes_of_normal(drawn: Tensor, loc: Tensor, scale: Tensor) -> Slopes:
-    """Of the log-probability of samples of normal distributions by their means and scales."""
-    if drawn.shape != loc.shape or drawn.dtype != loc.dtype or not bool(scale.min() > _LEAST_SCALE):
-        return None
-    away = (drawn - loc) / scale
-    return away / scale, (away * away - 1) / scale

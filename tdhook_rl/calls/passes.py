@@ -103,7 +103,6 @@ class Call:
         # The outputs of a replay of the call as it is, kept for a comparison with the stored ones.
         self.replayed: TensorDictBase | None = None
         self.compares = False  # whether that will be asked for
-        self.chained = False  # whether the last gradients were those of a chain
         self.in_step = False  # of a forward that has just run
         # How often the sites of all runs, or of one counted from the last, ran in a pass before; by slot.
         self.totals: dict[str, int] = {}

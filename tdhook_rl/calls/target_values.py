@@ -149,7 +149,7 @@ class Chosen:
         key, run = self.key, head.values
         if run is None or run.out_keys != [key] or (action := action_of(run, key)) is None:
             return None
-        return as_one_hot(run, action, run.outputs.get(key), key)
+        return head.weighted(as_one_hot(run, action, run.outputs.get(key), key))
 
 
 @dataclass(frozen=True)
