@@ -22,6 +22,9 @@ from torchrl.modules import (
     MaskedCategorical,
     MultiAgentMLP,
     MultiStepActorWrapper,
+    RSSMPosteriorV3,
+    RSSMPriorV3,
+    RSSMRolloutV3,
     TanhNormal,
 )
 from torchrl.trainers import ReplayBufferTrainer, Trainer
@@ -272,6 +275,28 @@ def a_multi_agent_net() -> None:
     lent = [path for path, module in net.named_modules() if names.is_lent_weights(path)]
     assert any(isinstance(net.get_submodule(path), nn.Linear) for path in lent)
     assert not names.is_lent_weights("module.0")
+
+
+@contract("walks_through_time")
+def world_models_that_walk_through_time() -> None:
+    for key, fast in (("state", True), ("latent", False)):
+        sizes = {"num_categoricals": 2, "num_classes": 2, "rnn_hidden_dim": 4}
+        prior = RSSMPriorV3(action_shape=(1,), action_dim=1, hidden_dim=4, **sizes)
+        posterior = RSSMPosteriorV3(4, obs_embed_dim=3, **sizes)
+        given, seen = [key, "belief", "action"], [("next", "belief"), ("next", "encoded_latents")]
+        parts = [("next", "prior_logits"), ("next", "state"), ("next", "belief")]
+        walk = RSSMRolloutV3(
+            TensorDictModule(prior, given, parts),
+            TensorDictModule(posterior, seen, [("next", "posterior_logits"), ("next", "state")]),
+            action_key="action",
+        )
+        assert names.walks_through_time(walk) is fast
+        calls: list[int] = []
+        walk.rssm_prior.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        shape = {"state": 4, "latent": 4, "belief": 4, "action": 1, ("next", "encoded_latents"): 3}
+        walk(TensorDict({}, [2, 3]).update({name: torch.zeros(2, 3, size) for name, size in shape.items()}))
+        assert bool(calls) is not fast
+    assert not names.walks_through_time(nn.Linear(1, 1))
 
 
 @contract("is_sparse")

@@ -1,15 +1,26 @@
 """Modules that run in some calls, on some rows, or on one step at a time."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
-from torchrl.modules import MultiStepActorWrapper
+from torchrl.data import Unbounded
+from torchrl.modules import (
+    MultiStepActorWrapper,
+    RSSMPosterior,
+    RSSMPosteriorV3,
+    RSSMPrior,
+    RSSMPriorV3,
+    RSSMRollout,
+    RSSMRolloutV3,
+)
 
-from tdhook_rl import ActivationCaching, Compose, Saliency
+from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors
 from tdhook_rl.attribution import GuidedBackpropagation, IntegratedGradients
 from tdhook_rl.errors import InputError, SiteError, TdhookError
 
@@ -170,3 +181,108 @@ def test_a_rollout_shows_its_steps(steps: int) -> None:
     torch.testing.assert_close(found, policy.cell.module[0](data["x"]))
     with Saliency(input_modules=[path]).prepare(policy) as hooked, pytest.raises(InputError, match="one step"):
         hooked(data.clone())
+
+
+# ---------------------------------------------------------------------- one step at a time
+
+WIDTH, CHOICES = 4, 6
+
+
+def walk_of_gaussians() -> RSSMRollout:
+    prior = RSSMPrior(Unbounded((2,)), WIDTH, WIDTH, CHOICES, action_dim=2)
+    posterior = RSSMPosterior(5, CHOICES, rnn_hidden_dim=WIDTH, obs_embed_dim=3)
+    return _walk(RSSMRollout, prior, posterior, ["prior_mean", "prior_std"], ["posterior_mean", "posterior_std"])
+
+
+def walk_of_choices(kind: str) -> RSSMRolloutV3:
+    sizes = {"num_categoricals": 2, "num_classes": 3, "rnn_hidden_dim": WIDTH}
+    prior = RSSMPriorV3(action_shape=(2,), action_dim=2, hidden_dim=6, recurrent_model=kind, num_blocks=2, **sizes)
+    return _walk(
+        RSSMRolloutV3, prior, RSSMPosteriorV3(6, obs_embed_dim=3, **sizes), ["prior_logits"], ["posterior_logits"]
+    )
+
+
+def _walk(kind: Any, prior: nn.Module, posterior: nn.Module, first: list[str], then: list[str]) -> Any:
+    seen = [("next", "belief"), ("next", "encoded_latents")]
+    parts = [("next", name) for name in (*first, "state", "belief")], [("next", name) for name in (*then, "state")]
+    return kind(
+        TensorDictModule(prior, ["state", "belief", "action"], parts[0]), TensorDictModule(posterior, seen, parts[1])
+    )
+
+
+WALKS: dict[str, Callable[[], nn.Module]] = {
+    "gaussians": walk_of_gaussians,
+    "choices": lambda: walk_of_choices("gru"),
+    "choices by blocks": lambda: walk_of_choices("block_gru"),
+}
+
+
+def of_steps(steps: int) -> TensorDict:
+    sizes = {"state": CHOICES, "belief": WIDTH, "action": 2, ("next", "encoded_latents"): 3, "strength": 1}
+    data = {key: torch.randn(3, steps, size) for key, size in sizes.items()}
+    return TensorDict({}, [3, steps]).update({**data, "strength": data["strength"].squeeze(-1)})
+
+
+@pytest.mark.parametrize("steps", [1, 3, WIDTH])  # as many as features among them
+@pytest.mark.parametrize("name", WALKS)
+def test_world_models_that_walk_through_time_show_and_change_every_step(name: str, steps: int) -> None:
+    policy, data, site = WALKS[name](), of_steps(steps), "rssm_prior.module.rnn"
+    vector, runs = torch.randn(WIDTH), []
+
+    def ran(alpha: Any) -> tuple[TensorDict, Tensor]:
+        runs.clear()
+
+        def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+            strength = alpha if isinstance(alpha, float) else alpha[:, len(runs), None]
+            runs.append(output if isinstance(alpha, float) and not alpha else output + strength * vector)
+            return runs[-1]
+
+        handle = policy.get_submodule(site).register_forward_hook(hook)
+        torch.manual_seed(0)
+        found = policy(data.clone())
+        handle.remove()
+        return found, torch.stack(runs, 1)
+
+    for alpha in (0.0, 1.5):
+        expected, cached = ran(alpha)
+        with Compose(SteeringVectors({site: vector}, alpha=alpha), ActivationCaching(site)).prepare(policy) as hooked:
+            torch.manual_seed(0)
+            found = hooked(data.clone())
+        assert (found.select(*policy.out_keys) == expected.select(*policy.out_keys)).all()
+        assert torch.equal(found["cache", site], cached)
+    with ActivationCaching(site, missing="nan").prepare(policy) as hooked, pytest.raises(InputError, match="one step"):
+        hooked(data.clone())
+    with SteeringVectors({site: vector}, alpha="strength").prepare(policy) as hooked:
+        if name != "gaussians" and steps > 1:  # tensors of one step do not say of which
+            with pytest.raises(InputError, match="is handed tensors of one step at a time"):
+                hooked(data.clone())
+            return
+        torch.manual_seed(0)
+        found = hooked(data.clone())
+    expected, _ = ran(data["strength"])
+    assert (found.select(*policy.out_keys) == expected.select(*policy.out_keys)).all()
+
+
+class Loop(nn.Module):
+    """A cell that is called with each step of a batch, as scripts write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(2, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = x.new_zeros(len(x), WIDTH)
+        found = []
+        for step in x.unbind(1):
+            hidden = self.cell(step, hidden)
+            found.append(hidden)
+        return torch.stack(found, 1)
+
+
+@pytest.mark.parametrize("steps", [3, WIDTH])
+def test_the_last_step_of_a_loop_is_not_taken_for_rows(steps: int) -> None:
+    net, x = Loop(), torch.randn(5, steps, 2)
+    with ActivationCaching("cell").prepare(net) as hooked, pytest.raises(InputError, match="'cell@all'"):
+        hooked(TensorDict({"input": x}, [5, steps]))
+    with ActivationCaching("cell@all").prepare(net) as hooked:
+        assert torch.equal(hooked(TensorDict({"input": x}, [5]))["cache", "cell@all"], net(x))

@@ -90,6 +90,18 @@ SEQUENCES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+class Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x)
+
+
+#: Those that draw noise as well: two passes over other rows differ by that alone.
+DRAWING: dict[str, Callable[[], nn.Module]] = {
+    "noise after an lstm": lambda: nn.Sequential(Memory(nn.LSTM), Noise()),
+    "noise before sums of what comes": lambda: nn.Sequential(Noise(), Sums(back=True)),
+}
+
+
 class OneDimension(nn.Module):
     """Rows by themselves, as scripts write it for one dimension of rows."""
 
@@ -143,9 +155,9 @@ REFUSED: dict[str, Callable[[Any, TensorDict], Any]] = {
 
 
 @pytest.mark.parametrize("call", REFUSED)
-@pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.parametrize("name", [*SEQUENCES, *DRAWING])
 def test_steps_are_not_laid_one_after_the_other(name: str, call: str) -> None:
-    _, policy = policy_of(SEQUENCES[name])
+    _, policy = policy_of((SEQUENCES | DRAWING)[name])
     with pytest.raises(InputError, match="a row's output depends on the rows beside it"):
         REFUSED[call](policy, states(ROWS, STEPS))
 
@@ -275,17 +287,17 @@ IN_PARTS: dict[str, Callable[[Any, TensorDict], Any]] = {
 
 
 @pytest.mark.parametrize("call", IN_PARTS)
-@pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.parametrize("name", [*SEQUENCES, *DRAWING])
 def test_rows_that_are_read_together_do_not_come_in_parts(name: str, call: str) -> None:
-    _, policy = policy_of(SEQUENCES[name])
+    _, policy = policy_of((SEQUENCES | DRAWING)[name])
     with pytest.raises(InputError, match="a row's output depends on the rows beside it"):
         IN_PARTS[call](policy, states(ROWS, STEPS))
 
 
 @pytest.mark.parametrize("call", IN_PARTS)
-@pytest.mark.parametrize("name", APART)
+@pytest.mark.parametrize("name", [*APART, "noise"])
 def test_rows_by_themselves_come_in_parts(name: str, call: str) -> None:
-    _, policy = policy_of(APART[name])
+    _, policy = policy_of((APART | {"noise": Noise})[name])
     assert IN_PARTS[call](policy, states(ROWS, STEPS)) is not None
 
 

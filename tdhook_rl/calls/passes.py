@@ -27,7 +27,7 @@ from tdhook_rl.policies.undecorated import undecorated
 from tdhook_rl.replaying.batching import shallow_copy
 from tdhook_rl.replaying.samples import Drawn, Replay, require_unchanged
 from tdhook_rl.replaying.start import ForwardEffects, Start
-from tdhook_rl.sites.repeats import Several
+from tdhook_rl.sites.repeats import Several, require_rows, runs_of
 from tdhook_rl.sites.root_hooks import in_root_hooks
 from tdhook_rl.sites.rows import with_batch
 from tdhook_rl.sites.states import watching
@@ -229,6 +229,7 @@ class Call:
             )
         if isinstance(value, Several):
             return value.chosen(self.batch_size, site)
+        require_rows(value, self.slots.get(runs_of(slot)), self.batch_size, site)  # type: ignore[arg-type]
         return with_batch(value, self.batch_size, site, offer)
 
     def replay(

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TypeGuard
 
 import torch
-from tensordict import NestedKey
+from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 
 from tdhook_rl.calls.passes import Call, effects_of
@@ -180,8 +180,10 @@ def _rows_meet(call: Call) -> bool | None:
     with torch.no_grad():
         try:
             alone = call.replay(inputs, few).outputs
-            if start is None or start.noisy or start.effects.watch.writes:
+            if start is None or start.effects.watch.writes:
                 return False
+            if start.noisy:
+                return _slopes_meet(call, inputs, few)
             own = call.policy.policy_in_keys
             for key, value in inputs.items():  # also those that interventions read, such as a strength of each row
                 moves = key in own and isinstance(value, Tensor) and value.is_floating_point()
@@ -196,6 +198,29 @@ def _rows_meet(call: Call) -> bool | None:
             if not _equal_but_for_rounding(call.policy, one, two[rows : 2 * rows]):
                 return True
     return False
+
+
+def _slopes_meet(call: Call, inputs: dict[NestedKey, Tensor], few: TensorDictBase) -> bool | None:
+    """Whether a row's output has a gradient with respect to its neighbours: what is drawn keeps two passes from being
+    compared. ``None`` where no input has a gradient."""
+    joined = {key: torch.cat([value, value, value[:1]]) for key, value in inputs.items()}
+    own = call.policy.policy_in_keys
+    leaves = {key: joined[key].detach().requires_grad_() for key in own if _has_floats(joined.get(key))}
+    with torch.enable_grad():
+        outputs = call.replay({**joined, **leaves}, torch.cat([few, few, few[:1]])).outputs
+        given = [outputs.get(key, None) for key in call.policy.policy_out_keys]
+        # Weighed: the plain sum of a distribution is always 1.
+        weighed = [_weighed(value[1::2]) for value in given if _has_floats(value) and value.requires_grad]
+    if not leaves or not weighed:
+        return None
+    slopes = torch.autograd.grad(weighed, list(leaves.values()), allow_unused=True)
+    found = [slope.nan_to_num(0.0, 0.0, 0.0).abs() for slope in slopes if slope is not None]
+    sizes = [(float(slope[1::2].max()), float(slope[::2].max())) for slope in found if slope.numel()]
+    return any(beside > RELATIVE * max(size for size, _ in sizes) for _, beside in sizes)
+
+
+def _weighed(value: Tensor) -> Tensor:
+    return (value * torch.arange(1.0, 1 + value.numel()).reshape(value.shape).to(value)).sum()
 
 
 def _equal_but_for_rounding(policy: nn.Module, one: Tensor, two: Tensor) -> bool:

@@ -229,6 +229,12 @@ def is_lent_weights(path: str) -> bool:
     return "_empty_net" in path.split(".")
 
 
+def walks_through_time(module: nn.Module) -> bool:
+    """Whether a module takes a batch apart into the tensors of each step, and calls layers of its modules on these: an
+    ``RSSMRolloutV3`` whose keys are the usual ones. With others it calls its TensorDict modules."""
+    return bool(getattr(module, "_fast_path", False))
+
+
 def is_sparse(distribution: Any) -> bool:
     """Whether a ``MaskedCategorical`` was made with ``indices=``, and draws among these; its ``mask`` then raises."""
     return getattr(distribution, "_sparse_mask", False)

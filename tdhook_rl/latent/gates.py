@@ -15,6 +15,7 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.latent.probing.linear_probe import LinearProbe, probe_columns, read_columns
 from tdhook_rl.method import Binder
 from tdhook_rl.replaying.batching import row_vectors
+from tdhook_rl.sites.inner_calls import batch_at
 from tdhook_rl.sites.row_values import keep
 from tdhook_rl.sites.rows import rows_of, with_batch
 from tdhook_rl.sites.runtime import Runtime
@@ -186,7 +187,7 @@ class ProbeGateHook:
         if runtime.decided is None or self.found in runtime.decided:
             return
         value, _ = rows_of(output, module, self.site, runtime)
-        batch = runtime.inner[-1] if runtime.inner and runtime.inner[-1] is not None else runtime.batch
+        batch = batch_at(runtime, self.site)
         if batch is None:
             raise InputError(
                 f"a gate reads a probe of {self.site!r} in each row, but the policy was called with tensors: call it "

@@ -25,6 +25,7 @@ from tdhook_rl.latent.vectors.places import path_and_entry, place_name, written_
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.replaying.batching import in_recurrent_mode
 from tdhook_rl.sites.hooks import Portable
+from tdhook_rl.sites.inner_calls import batch_at
 from tdhook_rl.sites.numbers import in_dtype
 from tdhook_rl.sites.row_values import ROWS_REMEDY, rows_under_way
 from tdhook_rl.sites.rows import feature_dims, rows_of, with_rows, without_vmap
@@ -203,7 +204,7 @@ class AdditionHook:
         return in_dtype(moved, value, "what steering makes of the output", self.site)
 
     def _vectors_per_row(self, vectors: Tensor, value: Tensor, features: int | None) -> Tensor:
-        batch = self.runtime.batch
+        batch = batch_at(self.runtime, self.site)
         if vectors.shape == value.shape or batch is None:
             return vectors
         if vectors.shape[: len(batch)] != batch:

@@ -19,6 +19,7 @@ from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, warn
 from tdhook_rl.latent.gates import AtSteps, ProbeGate, RowFunction, place_probe
 from tdhook_rl.method import Binder
+from tdhook_rl.sites.inner_calls import takes_steps
 from tdhook_rl.sites.numbers import in_dtype
 from tdhook_rl.sites.repeats import Several
 from tdhook_rl.sites.row_values import Record, spread
@@ -70,6 +71,12 @@ class Source:
         runtime = self.runtime
         if self.control is not None:
             return runtime.controls[self.control]
+        if self.probe is None and takes_steps(runtime, site) and runtime.batch[-1] > 1:  # type: ignore[index]
+            raise InputError(
+                f"{self.what} is known of each step of the batch {tuple(runtime.batch or ())}, but {site!r} is handed "
+                "tensors of one step at a time, which do not say of which: give a number for all, or call the policy "
+                "with one step (data[..., :1])"
+            )
         if self.row is not None:
             value = runtime.rows.get(self.row, None)
         else:

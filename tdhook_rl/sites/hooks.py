@@ -18,7 +18,7 @@ from tdhook_rl.sites.containers import first_input
 from tdhook_rl.sites.inner_calls import require_whole_batch, step_of_batch
 from tdhook_rl.sites.numbers import in_dtype
 from tdhook_rl.sites.paths import Run
-from tdhook_rl.sites.repeats import added, part_of, several_runs
+from tdhook_rl.sites.repeats import added, part_of, runs_of, several_runs
 from tdhook_rl.sites.rows import as_leaf, rows_of, with_rows
 from tdhook_rl.sites.runtime import Runtime
 
@@ -34,6 +34,7 @@ class CaptureHook:
         self.runtime = runtime
         self.slot = slot
         self.run = None if run == -1 or (isinstance(run, int) and run >= 0) else run  # the last is what remains
+        self.said = run is not None  # which run is meant
 
     def __call__(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         runtime = self.runtime
@@ -44,10 +45,12 @@ class CaptureHook:
     def _store(self, value: Tensor) -> None:
         runtime = self.runtime
         value = (value.detach() if value.requires_grad else value).clone()
-        stepwise = runtime.inner and step_of_batch(runtime, self.slot.partition(":")[2])
+        stepwise = (runtime.inner or runtime.steps) and step_of_batch(runtime, self.slot.partition(":")[2])
         if (run := "steps" if stepwise else self.run) is not None:
             before = runtime.slots.get(self.slot) if runtime.run_of(self.slot) else None
             value = added(before, value, run)  # type: ignore[arg-type, assignment]
+        elif runtime.batch and value.shape == runtime.batch and not self.said:
+            runtime.slots[runs_of(self.slot)] = runtime.run_of(self.slot) + 1
         runtime.slots[self.slot] = value
 
 

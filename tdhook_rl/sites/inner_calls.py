@@ -2,6 +2,7 @@
 
 ``RSSMRollout`` walks through time and calls its networks once a step; other modules hand the rows that are due to a
 network. What such a module computes has not the rows of the batch, though its shape may fit by accident.
+``RSSMRolloutV3`` takes tensors apart by itself and calls layers: no TensorDict module says that they see one step.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from tensordict.nn import TensorDictModuleBase, TensorDictParams, TensorDictSequential
 from torch import nn
 
 from tdhook_rl.arguments.keys import is_tensordict
 from tdhook_rl.errors import InputError
+from tdhook_rl.internals.torchrl_names import walks_through_time
 from tdhook_rl.sites.runtime import Runtime, vmap_level
 
 
@@ -38,6 +41,10 @@ def place_inner_hooks(policy: nn.Module, runtime: Runtime) -> None:
         hook = _InnerHook(runtime)
         child.register_forward_pre_hook(hook.before, with_kwargs=True)
         child.register_forward_hook(hook.after, always_call=True)
+    for path, module in policy.named_modules():
+        if walks_through_time(module):
+            inside = (name for name, _ in module.named_modules() if name)
+            runtime.steps |= {f"{path}.{name}" if path else name for name in inside}
 
 
 def step_of_batch(runtime: Runtime, site: str) -> bool:
@@ -48,6 +55,8 @@ def step_of_batch(runtime: Runtime, site: str) -> bool:
     """
     inner = runtime.inner[-1] if runtime.inner else None
     batch = runtime.batch
+    if takes_steps(runtime, site):
+        return True
     if inner is None or batch is None or inner == batch:
         return False
     if len(batch) and inner == batch[:-1]:
@@ -68,15 +77,34 @@ def require_whole_batch(runtime: Runtime, site: str, partial: bool = False) -> N
     Raises:
         InputError: if it is.
     """
-    if runtime.inner and not (partial and not _is_step(runtime)) and step_of_batch(runtime, site):
+    if (runtime.inner or runtime.steps) and not (partial and not _is_step(runtime, site)):
+        if not step_of_batch(runtime, site):
+            return
         raise InputError(
             f"{site!r} is called with one step of the batch {tuple(runtime.batch or ())} at a time, so it has no value "
             "for a row as a whole: cache it, which shows every step, or hook the module of one step by itself"
         )
 
 
-def _is_step(runtime: Runtime) -> bool:
-    return bool(runtime.batch) and runtime.inner[-1] == runtime.batch[:-1]  # type: ignore[index]
+def takes_steps(runtime: Runtime, site: str) -> bool:
+    """Whether a module around this one hands it tensors of one step of the batch at a time, by itself."""
+    if not runtime.steps or not runtime.batch or site.partition("@")[0] not in runtime.steps:
+        return False
+    return not runtime.inner or runtime.inner[-1] == runtime.batch
+
+
+def batch_at(runtime: Runtime, site: str) -> torch.Size | None:
+    """The batch size of what a site is called with; ``None`` where it is not known."""
+    if takes_steps(runtime, site):
+        return runtime.batch[:-1]  # type: ignore[index]
+    inner = runtime.inner[-1] if runtime.inner else None
+    return runtime.batch if inner is None else inner
+
+
+def _is_step(runtime: Runtime, site: str) -> bool:
+    if takes_steps(runtime, site):
+        return True
+    return bool(runtime.batch) and bool(runtime.inner) and runtime.inner[-1] == runtime.batch[:-1]  # type: ignore[index]
 
 
 def _called_by_others(module: nn.Module, own: bool) -> Iterator[TensorDictModuleBase]:

@@ -14,6 +14,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError, SiteError
+from tdhook_rl.sites.inner_calls import require_whole_batch
 from tdhook_rl.sites.rows import rows_of, with_batch
 from tdhook_rl.sites.runtime import Runtime
 
@@ -91,6 +92,7 @@ class RowsHook:
         runtime.require_open()
         if not runtime.recording or runtime.batch is None:
             return
+        require_whole_batch(runtime, self.site, partial=True)
         value, _ = rows_of(output, module, self.site, runtime)
         value = (value.detach() if value.requires_grad else value).clone()
         captured = runtime.slots.get(self.slot) if runtime.run_of(self.slot) else None

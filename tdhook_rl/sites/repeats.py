@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tdhook_rl.errors import SiteError
+from tdhook_rl.errors import InputError, SiteError
 from tdhook_rl.sites.paths import Run
 from tdhook_rl.sites.rows import with_batch
 from tdhook_rl.sites.runtime import Runtime
@@ -97,6 +97,27 @@ def part_of(given: Tensor, index: int, run: Run, total: int | None, value: Tenso
     if run == "all":
         return given.select(len(batch or ()), index).reshape(value.shape)
     return given if index == total + run else None
+
+
+def runs_of(slot: str) -> str:
+    """Under which it is kept how often a module ran whose values have the shape of the batch."""
+    return f"{slot}:runs"
+
+
+def require_rows(value: Tensor, times: int | None, batch: torch.Size, site: str) -> None:
+    """Refuse what may be the last step of a batch with as many features as there are steps.
+
+    Raises:
+        InputError: if the module ran once for each step, and gave tensors that have just the shape of the batch.
+    """
+    if times is None or value.shape != batch or times != batch[-1] or times == 1:
+        return
+    raise InputError(
+        f"{site!r} ran {_times(times)} in a batch of shape {tuple(batch)}, and gave {tuple(value.shape)} each time: a "
+        "number for each row, or the features of one step, and nothing says which. If these are rows, name the last "
+        f"run, {_base(site)}@-1'; if they are steps, let time be no dimension of the batch (data.batch_size = "
+        f"data.batch_size[:-1]) and name {_base(site)}@all', or call the policy with another number of steps"
+    )
 
 
 def several_runs(site: str, times: int | None = None) -> SiteError:

@@ -196,7 +196,7 @@ def keep(runtime: Runtime, slot: str, value: Tensor) -> None:
     """Keep what was found of rows in the call under way, for what is written of it."""
     if not runtime.recording:
         return
-    if runtime.inner and step_of_batch(runtime, slot):
+    if (runtime.inner or runtime.steps) and step_of_batch(runtime, slot):
         value = added(runtime.slots.get(slot), value, "steps")  # type: ignore[arg-type, assignment]
     runtime.slots[slot] = value
 

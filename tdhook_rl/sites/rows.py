@@ -190,6 +190,11 @@ def with_batch(value: Tensor, batch: torch.Size, site: str, offer: str = "") -> 
     # Convolutional nets flatten the leading dimensions before their layers.
     if len(batch) > 1 and value.ndim and value.shape[0] == batch.numel():
         return value.reshape((*batch, *value.shape[1:]))
+    if len(batch) > 1 and value.shape[: len(batch) - 1] == batch[:-1]:
+        offer = (
+            "; if it is one step of the batch, let time be no dimension of it (data.batch_size = data.batch_size[:-1]) "
+            f"and name all runs, '{site.partition('@')[0]}@all'{offer}"
+        )
     raise InputError(
         f"the output of {site!r} has shape {tuple(value.shape)}, which does not start with the batch shape "
         f"{tuple(batch)}: name a module whose output has a row for each row of the batch"

@@ -49,6 +49,7 @@ class Runtime:
         self.time: tuple[torch.Size, Tensor | None] | None = None
         # The batch sizes that modules called by others in a forward of their own were called with.
         self.inner: tuple[torch.Size | None, ...] = ()
+        self.steps: frozenset[str] = frozenset()  # the paths of modules that get one step at a time, on tensors
         # What the policy, and, by slot, the modules around a site that may miss rows, are called with.
         self.source: Any = None
         self.around: dict[str, list[list[Tensor]]] = {}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tdhook_rl.errors import InputError
+from tdhook_rl.sites.inner_calls import batch_at
 from tdhook_rl.sites.layouts import CHANNELS_FIRST
 from tdhook_rl.sites.rows import feature_dims
 from tdhook_rl.sites.runtime import Runtime
@@ -30,9 +31,10 @@ def placed_shape(
     Raises:
         InputError: if it does not fit, or if nothing says which dimension it is for.
     """
-    if runtime.batch is not None and value.shape == runtime.batch + vector:
+    batch = batch_at(runtime, site)
+    if batch is not None and value.shape == batch + vector:
         return vector  # what it mostly is, found at once
-    dims, count = feature_dims(value, runtime.batch), len(vector)
+    dims, count = feature_dims(value, batch), len(vector)
     features = value.shape[value.ndim - dims :]
     if vector == features:
         return vector
@@ -80,7 +82,7 @@ def unit_axis(value: Tensor, said: int | None, runtime: Runtime, site: str, what
     Raises:
         InputError: if nothing says which it is.
     """
-    dims = feature_dims(value, runtime.batch)
+    dims = feature_dims(value, batch_at(runtime, site))
     if dims <= 1:
         return -1
     return -1 - _maps(said, dims, value.shape[value.ndim - dims :], 1, runtime, site, what)
