@@ -8,7 +8,11 @@ from functools import partial
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
+from torchrl.data import Bounded
+from torchrl.data import Categorical as CategoricalSpec
+from torchrl.modules import AdditiveGaussianModule, EGreedyModule, OrnsteinUhlenbeckProcessModule, QValueActor
 
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent import ActivationPatching
@@ -82,3 +86,29 @@ def test_the_warning_points_at_the_users_line() -> None:
 def test_what_cannot_be_called_is_refused_at_once(wrong) -> None:
     with pytest.raises(InputError, match="patch_fn"):
         ActivationPatching(["1"], patch_fn=wrong)
+
+
+def explores(kind: str) -> TensorDictSequential:
+    spec, place = Bounded(-1, 1, (2,)), {"in_keys": ["observation"], "out_keys": ["action"]}
+    if kind == "none":
+        return TensorDictSequential(TensorDictModule(nn.Linear(4, 2), **place))
+    if kind == "e-greedy":
+        choice = CategoricalSpec(3)
+        return TensorDictSequential(
+            QValueActor(nn.Linear(4, 3), in_keys=["observation"], spec=choice), EGreedyModule(spec=choice, eps_init=0.5)
+        )
+    noise = AdditiveGaussianModule(spec) if kind == "gaussian" else OrnsteinUhlenbeckProcessModule(spec=spec)
+    return TensorDictSequential(TensorDictModule(nn.Linear(4, 2), **place), noise)
+
+
+@pytest.mark.parametrize("kind", ["none", "e-greedy", "gaussian", "ornstein-uhlenbeck"])
+def test_what_exploration_may_have_drawn_is_no_outcome_of_a_patch(kind):
+    """It would be the stored action, whatever is patched; values and the action of no exploration are outcomes."""
+    data = TensorDict({"observation": torch.randn(3, 4), "is_init": torch.zeros(3, 1, dtype=torch.bool)}, batch_size=3)
+    data["patched", "observation"] = torch.randn(3, 4)
+    policy = explores(kind)
+    site = next(path for path, module in policy.named_modules() if isinstance(module, nn.Linear))
+    with ActivationPatching([site]).prepare(policy) as hooked:
+        outcomes = set(hooked(data)["patched"].keys()) - {"observation", "is_init"}
+    found = {"none": {"action"}, "e-greedy": {"action_value", "chosen_action_value"}}.get(kind, set())
+    assert outcomes & {"action", "action_value", "chosen_action_value"} == found

@@ -17,7 +17,7 @@ from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import InputError, SiteError, warn
 from tdhook_rl.latent.patch_hooks import KeepHook, PatchHook, other_count, runs_kept
 from tdhook_rl.method import Binder, Method
-from tdhook_rl.policies.draws import sample_keys
+from tdhook_rl.policies.draws import draws, sample_keys
 from tdhook_rl.sites.hooks import Portable
 from tdhook_rl.sites.paths import Site
 
@@ -36,8 +36,8 @@ class ActivationPatching(Method):
         modules_to_patch: module paths or patterns. Of a module that runs several times in a call say which run:
             ``"act@0"``, ``"act@-1"``, or ``"act@all"`` to put each run's own activation into it.
         patch_key: the root of the second inputs, which are read, and of the outputs of the second run, which are
-            written. In the second run nothing is sampled, and the sampled keys (the action, its log-probability)
-            are not written.
+            written. In the second run nothing is sampled, and the sampled keys (the action, also one that a module
+            of exploration may have drawn, its log-probability) are not written.
         patch_fn: ``patch_fn(module_key, output, output_to_patch)`` returns the value to put in: ``output`` is what the
             module computes in the second run, the one that is patched, and ``output_to_patch`` what it computed in
             the first. ``None``, as no function at all, puts all of ``output_to_patch`` in. Called with keywords where
@@ -97,9 +97,13 @@ class ActivationPatching(Method):
             slots[slot] = replace(site, module=None)  # the clone owns the module
         drawn: set[NestedKey] = set()
         for child in binder.policy.modules():
-            if isinstance(child, ProbabilisticTensorDictModule):
-                drawn.update([*sample_keys(child), *(child.log_prob_keys if child.return_log_prob else [])])
-        kept = [key for key in binder.policy.out_keys if key not in drawn]
+            if draws(child):
+                drawn.update(sample_keys(child))
+            if isinstance(child, ProbabilisticTensorDictModule) and child.return_log_prob:
+                drawn.update(child.log_prob_keys)
+        # Neither samples nor what a module keeps for itself, which collectors drop.
+        own = [key for key in binder.policy.out_keys if any(part.startswith("_") for part in key_parts(key))]
+        kept = [key for key in binder.policy.out_keys if key not in drawn and key not in own]
         return _BoundPatching(self.patch_key, owner, slots, kept, list(binder.policy.in_keys))
 
 
