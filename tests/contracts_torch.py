@@ -37,6 +37,22 @@ def common_classes() -> None:
         assert not issubclass(nn.Linear, base)
 
 
+@contract("torch_names", "held_parameters", "held_buffers")
+def what_modules_hold() -> None:
+    class Groups(nn.BatchNorm1d):
+        def parameters(self) -> Any:  # type: ignore[override]
+            return [{"params": [self.weight]}]
+
+        def named_parameters(self) -> Any:  # type: ignore[override]
+            return [("weight", self.weight)]
+
+        named_buffers = named_parameters
+
+    for norm, name in ((Groups(2), ""), (nn.Sequential(Groups(2)), "0.")):
+        assert list(torch_names.held_parameters(norm)) == [f"{name}weight", f"{name}bias"]
+        assert f"{name}running_mean" in torch_names.held_buffers(norm)
+
+
 @contract("torch_names", "DisableTorchFunction")
 def code_that_modes_do_not_see() -> None:
     seen: list[Any] = []

@@ -14,7 +14,13 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.collectors import AsyncBatchedCollector, Collector, Evaluator, MultiSyncCollector
-from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorDictReplayBuffer
+from torchrl.data import (
+    LazyMemmapStorage,
+    LazyTensorStorage,
+    ReplayBuffer,
+    ReplayBufferEnsemble,
+    TensorDictReplayBuffer,
+)
 from torchrl.envs import GymWrapper, ParallelEnv, TrajCounter, TransformedEnv
 from torchrl.modules import (
     GRUModule,
@@ -201,6 +207,18 @@ def a_buffer() -> None:
     assert names.length_in_time(SimpleNamespace(), otherwise=7) == 7
     names.set_written(ring.writer, 7, 3)
     assert (names.cursor_of(ring.writer), ring.write_count) == (3, 7)
+
+
+@contract("storages_of", "fixed_keys")
+def storages() -> None:
+    buffers = [ReplayBuffer(storage=kind(4)) for kind in (LazyTensorStorage, LazyMemmapStorage)]
+    for buffer in buffers:
+        buffer.extend(TensorDict({"x": torch.ones(2)}, batch_size=[2]))
+        buffer.empty()
+    assert [names.fixed_keys(one.storage) for one in buffers] == [None, ["x"]]
+    ensemble = ReplayBufferEnsemble(*buffers, batch_size=2, num_buffer_sampled=1)
+    assert [*names.storages_of(ensemble.storage)] == [one.storage for one in buffers]
+    assert names.storages_of(buffers[0].storage) == (buffers[0].storage,)
 
 
 @contract("batch_operations", "modules_of")

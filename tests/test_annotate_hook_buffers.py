@@ -15,6 +15,7 @@ from torchrl.data import (
     LazyStackStorage,
     LazyTensorStorage,
     ListStorage,
+    ReplayBufferEnsemble,
     TensorDictReplayBuffer,
 )
 
@@ -96,3 +97,30 @@ def test_a_buffer_of_plain_rows(storage: str, tmp_path: Path) -> None:
         hook._trainer = Trains(new)
         new.extend(hook.annotate_batch(plain(4)))
     assert new[:]["computed", "attr"].tolist() == [False] * 8 + [True] * 4
+
+
+class Trainer(Trains):
+    """One with a method of the user's, or of a buffer, registered for each batch."""
+
+    def __init__(self, operation: Callable) -> None:
+        self._batch_process_ops = [(operation, {})]
+
+
+@pytest.mark.parametrize("where", ["emptied", "ensemble", "extend"])
+def test_plain_rows_elsewhere(where: str, tmp_path: Path) -> None:
+    """A memory-mapped storage that was emptied, one buffer of an ensemble, a buffer whose `extend` is registered."""
+    old = TensorDictReplayBuffer(storage=LazyMemmapStorage(8, scratch_dir=tmp_path), batch_size=4)
+    old.extend(plain(8))
+    trainer: Any = Trains(old)
+    if where == "emptied":
+        old.empty()
+    elif where == "extend":
+        trainer = Trainer(old.extend)
+    else:
+        new = TensorDictReplayBuffer(storage=LazyTensorStorage(8), batch_size=4)
+        trainer = Trains(ReplayBufferEnsemble(new, old, batch_size=4, num_buffer_sampled=1))
+    with Saliency(target=targets.logit(0), when="batch").prepare(network(), **KEYS) as hooked:
+        hook = AnnotateHook(hooked)
+        hook._trainer = trainer
+        with pytest.raises(InputError, match=r"rows.* without \('attr', 'observation'\)"):
+            hook.annotate_batch(plain(4))

@@ -107,10 +107,21 @@ class Old(nn.Module):
         yield from super().named_buffers(prefix, recurse)
 
 
+class Groups(Old):
+    """Its methods are for the optimiser that it is trained by."""
+
+    def parameters(self) -> Any:  # type: ignore[override]
+        return [{"params": [self.linear.weight]}]
+
+    def named_parameters(self) -> Any:  # type: ignore[override]
+        return {"weight": self.linear.weight}.items()
+
+
+@pytest.mark.parametrize("kind", [Old, Groups])
 @pytest.mark.parametrize("inside", [False, True])
-def test_old_signatures(inside: bool) -> None:
-    net = nn.Sequential(Old()) if inside else Old()
-    weight = next(net.parameters())
+def test_old_signatures(inside: bool, kind: type[Old]) -> None:
+    net = nn.Sequential(kind()) if inside else kind()
+    weight = (net[0] if inside else net).linear.weight
     with Saliency(target=targets.logit(1)).prepare(net, in_keys=["observation"], out_keys=["logits"]) as hooked:
         found = hooked(TensorDict({"observation": torch.randn(4, 3)}, [4]))["attr", "observation"]
     torch.testing.assert_close(found, weight[1].expand(4, 3))

@@ -13,7 +13,7 @@ from tdhook_rl.attribution.functions import Kind, Operation, operation, running_
 from tdhook_rl.attribution.lrp_hooks import LrpState, Unknown
 from tdhook_rl.errors import warn
 from tdhook_rl.hooking.pooling import _MaxPool
-from tdhook_rl.internals.torch_names import function_of
+from tdhook_rl.internals.torch_names import function_of, held_buffers, held_parameters
 from tdhook_rl.internals.torchrl_names import is_entrywise
 from tdhook_rl.sites.runtime import Runtime, vmap_level
 
@@ -154,7 +154,7 @@ class CutOff:
         self._graph = graph
         self._names = names
         self._warns = warns
-        self._kept = {id(value) for value in (*root.buffers(), *root.parameters())}
+        self._kept = {id(value) for value in (*held_buffers(root).values(), *held_parameters(root).values())}
         self._cut: dict[int, Tensor] = {}  # by identity, and kept: an identity is given again
 
     def __bool__(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.attribution.lrp_rules import AffineMap, Epsilon, Rule, affine, as_it_ran, ratio
 from tdhook_rl.errors import InputError
-from tdhook_rl.internals.torch_names import DisableTorchFunction, pytree
+from tdhook_rl.internals.torch_names import DisableTorchFunction, held_buffers, pytree
 from tdhook_rl.sites.runtime import Runtime, vmap_level
 
 #: From the relevance of outputs to that of what they were computed from.
@@ -253,7 +253,7 @@ class ComputedHook(_Region):
         Raises:
             InputError: if it computes something else.
         """
-        buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+        buffers = [(buffer, buffer.clone()) for buffer in held_buffers(module).values()]
         function, weight, bias = affine(module, (x,))
         weight, bias = (None if one is None else one.detach().clone() for one in (weight, bias))
         with torch.no_grad():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.arguments.keys import get_entry, key_parts
 from tdhook_rl.errors import ContextError, InputError, PreparationError, listed
+from tdhook_rl.internals.torch_names import held_parameters
 
 
 def require_hooked(policy: Any, what: str) -> None:
@@ -67,7 +68,7 @@ def another_dtype_or_device(policy: nn.Module, data: TensorDictBase, error: Exce
     """What to say of torch's error where inputs are no tensors, or have another dtype or device than the weights."""
     if not isinstance(error, (RuntimeError, TypeError, ValueError)):
         return None
-    weights = [one for one in policy.parameters() if one.is_floating_point()]
+    weights = [one for one in held_parameters(policy).values() if one.is_floating_point()]
     if not weights:
         return None
     dtypes, devices = {one.dtype for one in weights}, {one.device for one in weights}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.calls.passes import Call, effects_of
 from tdhook_rl.errors import InputError, listed, warn
-from tdhook_rl.internals.torch_names import is_any_autocast_enabled
+from tdhook_rl.internals.torch_names import held_parameters, is_any_autocast_enabled
 from tdhook_rl.replaying.batching import repeat_rows, shallow_copy
 from tdhook_rl.sites.known import own_class
 from tdhook_rl.sites.runtime import vmap_level
@@ -225,7 +225,7 @@ def _weighed(value: Tensor) -> Tensor:
 
 def _equal_but_for_rounding(policy: nn.Module, one: Tensor, two: Tensor) -> bool:
     """Whether two outputs are equal up to what products of other batch sizes round in another way."""
-    dtypes = {one.dtype, *(tensor.dtype for tensor in policy.parameters() if tensor.is_floating_point())}
+    dtypes = {one.dtype, *(tensor.dtype for tensor in held_parameters(policy).values() if tensor.is_floating_point())}
     if is_any_autocast_enabled():
         dtypes.add(torch.bfloat16)
     relative = max(RELATIVE, *(8 * torch.finfo(dtype).eps for dtype in dtypes))

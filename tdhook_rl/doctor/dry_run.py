@@ -20,6 +20,7 @@ from torch import nn
 from torchrl.envs import EnvBase, ParallelEnv
 
 from tdhook_rl.errors import InputError
+from tdhook_rl.internals.torch_names import held_parameters
 from tdhook_rl.latent.caches import CacheStore, Staging
 
 T = TypeVar("T")
@@ -185,4 +186,4 @@ def first_line(error: BaseException) -> str:
 
 def device_of(module: nn.Module) -> torch.device | None:
     """Where a module's parameters are; ``None`` if it has none."""
-    return next((parameter.device for parameter in module.parameters()), None)
+    return next((parameter.device for parameter in held_parameters(module).values()), None)

@@ -17,6 +17,7 @@ from tdhook_rl.doctor.findings import Finding
 from tdhook_rl.doctor.recorded_rollout import as_tuple, hooks_of, is_ours
 from tdhook_rl.errors import TieError
 from tdhook_rl.internals.dynamo_names import TorchDynamoException
+from tdhook_rl.internals.torch_names import held_buffers, held_parameters
 from tdhook_rl.policies.draws import draws
 from tdhook_rl.replaying.batching import in_recurrent_mode
 from tdhook_rl.sites.known import own_class
@@ -54,7 +55,7 @@ def _tie(policy: Any, original: nn.Module | None) -> Iterator[Finding]:
     elif stray is not None:
         yield Finding.error("tie", f"the hooked policy holds a tensor of its own at {stray!r}", again)
     else:
-        count = len([*policy.parameters(), *policy.buffers()])
+        count = len(held_parameters(policy)) + len(held_buffers(policy))
         yield Finding.ok("tie", f"{count} parameters and buffers are shared with the user's policy")
     edited = tie.outdated()
     if edited is not None:

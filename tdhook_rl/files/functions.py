@@ -23,6 +23,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdhook_rl.files.digests import content_of
+from tdhook_rl.internals.torch_names import held_buffers, held_parameters
 
 #: What is said of something that is held and of which nothing says whether it is the same.
 UNTOLD = "cannot be told from another"
@@ -257,7 +258,7 @@ class _Told:
             self.add(type(one))
             options = {key: kept for key, kept in vars(one).items() if not (key.startswith("_") or key == "training")}
             self._add_all("options", (options,))
-        for name, weight in (*value.named_parameters(), *value.named_buffers()):
+        for name, weight in (*held_parameters(value).items(), *held_buffers(value).items()):
             self._say("weight", name)
             self.add(weight)
 

@@ -12,6 +12,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError, PreparationError, SiteError
+from tdhook_rl.internals.torch_names import held_parameters
 from tdhook_rl.policies.draws import made_inside, noise_keys
 from tdhook_rl.policies.tying import Tie, replace_tensors
 from tdhook_rl.sites.controls import Controls
@@ -248,7 +249,7 @@ class Binder:
         A number has the default dtype, or that of a policy which computes in float64.
         """
         if isinstance(value, float) and any(
-            one.dtype in (torch.float64, torch.complex128) for one in self.policy.parameters()
+            one.dtype in (torch.float64, torch.complex128) for one in held_parameters(self.policy).values()
         ):
             value = torch.tensor(value, dtype=torch.float64)
         self.runtime.controls.add(name, value)

@@ -34,7 +34,7 @@ from tdhook_rl.hooking.context import ContextView
 from tdhook_rl.hooking.dist_methods import dist_methods
 from tdhook_rl.internals.python_names import copied_as_pickled
 from tdhook_rl.internals.tensordict_names import WRITE
-from tdhook_rl.internals.torch_names import parse_to
+from tdhook_rl.internals.torch_names import held_buffers, held_parameters, parse_to
 from tdhook_rl.policies.tying import detach_graphs
 from tdhook_rl.replaying.batching import GeneratorState, frozen_statistics
 from tdhook_rl.replaying.start import Start
@@ -349,7 +349,7 @@ class HookedMixin(AnnotatingMixin, Swapped):
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         device, dtype, _, _ = parse_to(*args, **kwargs)
-        tensors = [*self.parameters(), *self.buffers()]
+        tensors = [*held_parameters(self).values(), *held_buffers(self).values()]
         if all(
             (device is None or tensor.device == device)
             and (dtype is None or tensor.dtype == dtype or not tensor.is_floating_point())
@@ -359,7 +359,7 @@ class HookedMixin(AnnotatingMixin, Swapped):
         return super().to(*args, **kwargs)
 
     def share_memory(self) -> Any:
-        for tensor in (*self.parameters(), *self.buffers()):
+        for tensor in (*held_parameters(self).values(), *held_buffers(self).values()):
             tensor.share_memory_()
         return self
 

@@ -37,6 +37,8 @@ __all__ = [
     "copy_all_",
     "function_of",
     "has_any_global_hook",
+    "held_buffers",
+    "held_parameters",
     "in_forward_ad",
     "is_any_autocast_enabled",
     "parse_to",
@@ -66,6 +68,19 @@ is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 #: ``(targets, sources)``: ``copy_`` of many tensors in one call, as torch's optimisers make it.
 copy_all_ = torch._foreach_copy_
+
+
+def held_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that the modules of a network hold, by name, each once.
+
+    Some override ``named_parameters`` or ``parameters``: without ``recurse``, for those that are trained only, with
+    groups for an optimiser. torch's own method is asked, past these."""
+    return dict(nn.Module.named_parameters(module))
+
+
+def held_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that they hold, past overridden methods likewise."""
+    return dict(nn.Module.named_buffers(module))
 
 
 def has_any_global_hook() -> bool:

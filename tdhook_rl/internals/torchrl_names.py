@@ -7,7 +7,7 @@ that nobody has to know which of TorchRL's classes keeps what. (TorchRL takes lo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -170,6 +170,17 @@ def set_written(writer: Any, count: int, cursor: int) -> None:
 def length_in_time(storage: Any, otherwise: int) -> int:
     """How many rows of its first dimension a storage of several has filled; ``len`` counts all its elements."""
     return getattr(storage, "_len_along_dim0", otherwise)
+
+
+def storages_of(storage: Any) -> Sequence[Any]:
+    """The storages of an ensemble, which cannot be asked how many it has; of another one, that one."""
+    return getattr(storage, "_storages", None) or (storage,)
+
+
+def fixed_keys(storage: Any) -> Collection[Any] | None:
+    """The keys that a locked storage (memory-mapped, shared) takes, also once it was emptied; all others are dropped
+    in silence. ``None`` for a storage that takes others."""
+    return getattr(storage, "_storage_keys", None)
 
 
 # ---------------------------------------------------------------------- trainers

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
-from tdhook_rl.internals.torch_names import ConvNd
+from tdhook_rl.internals.torch_names import ConvNd, held_buffers, held_parameters
 from tdhook_rl.replaying.batching import GeneratorState
 
 #: Matrices whose smaller side is larger than this are left out: a spectral norm takes its cube in time.
@@ -36,7 +36,7 @@ def weight_norms(module: nn.Module) -> dict[str, float]:
         >>> {path: round(norm, 3) for path, norm in weight_norms(net).items()}
         {'0': 1.414, '': 1.414}
     """
-    return _by_module({name: one for name, one in module.named_parameters() if not _unready(one)})
+    return _by_module({name: one for name, one in held_parameters(module).items() if not _unready(one)})
 
 
 @checked
@@ -61,7 +61,7 @@ def gradient_norms(module: nn.Module, loss: Callable[[], Any] | None = None) -> 
         >>> round(found[""] ** 2, 3), net.weight.grad is None
         (10.0, True)
     """
-    own = {name: one for name, one in module.named_parameters() if not _unready(one)}
+    own = {name: one for name, one in held_parameters(module).items() if not _unready(one)}
     if loss is None:
         return _by_module({name: one.grad for name, one in own.items() if one.grad is not None})
     own = {name: one for name, one in own.items() if one.requires_grad}
@@ -99,7 +99,7 @@ def spectral_norms(module: nn.Module) -> dict[str, float]:
     """
     modules: Mapping[str, nn.Module] = dict(module.named_modules())
     found: dict[str, float] = {}
-    for name, one in module.named_parameters():
+    for name, one in held_parameters(module).items():
         if _unready(one) or not one.is_floating_point():
             continue
         path = _path(name)
@@ -157,7 +157,7 @@ def _finite(value: Tensor) -> bool:
 @contextmanager
 def _buffers_kept(module: nn.Module) -> Iterator[None]:
     """A block whose passes leave running statistics as they were."""
-    before = {buffer: buffer.detach().clone() for buffer in module.buffers()}
+    before = {buffer: buffer.detach().clone() for buffer in held_buffers(module).values()}
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
+from tdhook_rl.internals.torch_names import held_parameters
 from tdhook_rl.metrics.untrained import own_generators
 
 #: What a network is fitted at where it has one of these and draws nothing.
@@ -72,7 +73,7 @@ def random_target_loss(
         for child in own.modules():
             # Dropout would count as a loss; the backward of recurrent layers on a GPU asks for training mode.
             child.training = isinstance(child, nn.RNNBase)
-        parameters = [one for one in own.parameters() if one.is_floating_point()]
+        parameters = [one for one in held_parameters(own).values() if one.is_floating_point()]
         for one in parameters:
             one.requires_grad_(True)
             one.grad = None

@@ -71,7 +71,7 @@ def has_parameters(path: str, layer: nn.Module) -> bool:
     """Whether a layer has weights of its own."""
     if "parametrizations" in path.split("."):
         return False  # what a layer's weight is computed by is no layer
-    return next(layer.parameters(recurse=False), None) is not None or is_parametrized(layer)
+    return any(one is not None for one in layer._parameters.values()) or is_parametrized(layer)
 
 
 def initialise_layer(path: str, layer: nn.Module, initialise: Callable[[nn.Module], Any] | None) -> None:

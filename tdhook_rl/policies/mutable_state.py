@@ -119,7 +119,9 @@ def _tell_shared(found: MutableState, modules: list[nn.Module]) -> None:
     """Views of what is written in place, an array or a trained parameter, are so too: a copy would not see it."""
     arrays = [one.thing for one in found.things if isinstance(one.thing, np.ndarray)]
     tensors = [tensor for tensor, _, _ in found.tensors if tensor.grad_fn is None]
-    trained = [one for module in modules for one in module.parameters(recurse=False) if one.requires_grad]
+    # Not by `parameters`, which some modules override without `recurse`, or with groups for an optimiser.
+    held = (one for module in modules for one in module._parameters.values() if one is not None)
+    trained = [one for one in held if one.requires_grad]
     found.shared.extend(share_memory(arrays, tensors, trained))
     shared = {id(one) for one in found.shared}
     for tensor, path, owner in found.tensors:

@@ -19,6 +19,7 @@ from tdhook_rl.files.digests import content_of, digest_of
 from tdhook_rl.files.durable import read_json, write_text
 from tdhook_rl.files.functions import named_function, number_of
 from tdhook_rl.files.versions import versions
+from tdhook_rl.internals.torch_names import held_buffers, held_parameters
 from tdhook_rl.reading.folders import MANIFEST
 
 #: Longer texts and longer lists are cut.
@@ -30,7 +31,7 @@ def facts_of(hooked: Any) -> dict[str, Any]:
     methods = hooked._hooked.runtime.methods
     return {
         "policy": type(hooked)._base.__name__,
-        "parameters": sum(parameter.numel() for parameter in hooked.parameters()),
+        "parameters": sum(parameter.numel() for parameter in held_parameters(hooked).values()),
         "methods": None if methods is None else [described(one) for one in methods],
         "weights": fingerprint(hooked),
         "versions": versions("tdhook_rl", "torch", "torchrl", "tensordict"),
@@ -40,7 +41,7 @@ def facts_of(hooked: Any) -> dict[str, Any]:
 
 def fingerprint(hooked: Any) -> str:
     """A number of the parameters, buffers and controls of a hooked policy, to the last bit."""
-    return digest_of([*hooked.named_parameters(), *hooked.named_buffers(), *hooked.controls.items()])
+    return digest_of([*held_parameters(hooked).items(), *held_buffers(hooked).items(), *hooked.controls.items()])
 
 
 def described(value: Any, depth: int = 6) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tdhook_rl.internals.tensordict_names import has_names, new_unsafe, set_str, store_of
-from tdhook_rl.internals.torch_names import ConvNd
+from tdhook_rl.internals.torch_names import ConvNd, held_parameters
 from tdhook_rl.sites.known import may_meet
 
 #: Input elements of one chunk for convolutional nets, where batches that leave the cache are slower on CPU: 64 frames
@@ -109,7 +109,7 @@ class Traits:
             recurrent=bool(cores),
             batch_statistics=any(may_meet(child) for child in children),
             cores=cores,
-            weights=sum(one.numel() for one in module.parameters() if not is_lazy(one)),
+            weights=sum(one.numel() for one in held_parameters(module).values() if not is_lazy(one)),
         )
 
     def read_trajectories(self, policy: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from torchrl.envs import EnvBase, ParallelEnv, TransformedEnv
 from torchrl.envs.transforms import Compose, Transform, VecGymEnvTransform
 
 from tdhook_rl.files.digests import digest_of
+from tdhook_rl.internals.torch_names import held_buffers
 from tdhook_rl.internals.torchrl_names import forget_last_step, lower_done_flags
 from tdhook_rl.policies.memory import same_values
 
@@ -49,7 +50,8 @@ def same_state(env: EnvBase, policy: nn.Module | None = None) -> Iterator[Callab
     _reset_what_is_new(env)
     held = [(one, _copied(_state_of(one))) for one in _holders(env)]
     states = [(one, state) for one, state in held if state is not None and any(True for _ in _leaves(state))]
-    buffers = [] if policy is None else [(one, one.detach().clone()) for one in policy.buffers() if _has_numbers(one)]
+    held_by_policy = [] if policy is None else held_buffers(policy).values()
+    buffers = [(one, one.detach().clone()) for one in held_by_policy if _has_numbers(one)]
 
     def put_back() -> None:
         for holder in _holders(env):

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from tdhook_rl.errors import listed
+from tdhook_rl.internals.torch_names import held_buffers, held_parameters
 from tdhook_rl.policies.memory import same_values
 from tdhook_rl.replaying.batching import GeneratorState
 from tdhook_rl.replaying.scratch import Snapshot, WriteWatch
@@ -47,7 +48,7 @@ class ForwardEffects:
         self._modules = [child for _, child in children]
         self._drawing = [child for _, child in children if may_draw(child)]
         self._meeting = [(path, child) for path, child in children if may_meet(child)]
-        tensors = (*policy.parameters(), *policy.buffers())
+        tensors = (*held_parameters(policy).values(), *held_buffers(policy).values())
         self.device = next((one.device for one in tensors if one.device.type == "cuda"), None)
         self.draws_others = False
         self.keeps_input = not self.watch.may_write_input

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Mapping
 from typing import Any
 
+from tdhook_rl.internals.torch_names import held_parameters
 from tdhook_rl.sites.known import own_class
 
 __all__ = ["facts_of"]
@@ -42,7 +43,7 @@ def facts_of(policy: Any, *, seed: int | None, experiment: str | None, config: M
         "sites": sites,
         "results": [name for name in results if not name.endswith(".stamp")],
         "policy": own_class(policy).__name__,
-        "parameters": sum(one.numel() for one in policy.parameters()),
+        "parameters": sum(one.numel() for one in held_parameters(policy).values()),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
         "config": dict(config),
     }

@@ -8,12 +8,13 @@ from tensordict import TensorDictBase, is_tensor_collection
 from torchrl.trainers import TrainerHookBase
 
 from tdhook_rl.arguments.checked import checked, require_counts
+from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.batches.annotation import OnMismatch
 from tdhook_rl.batches.blank import Forms, forms_of, known_forms, without_results
 from tdhook_rl.batches.keeping import Keep, kept_keys, only_kept
 from tdhook_rl.calls.preconditions import require_hooked
 from tdhook_rl.errors import InputError
-from tdhook_rl.internals.torchrl_names import batch_operations, modules_of
+from tdhook_rl.internals.torchrl_names import batch_operations, fixed_keys, modules_of, storages_of
 from tdhook_rl.rollout.newest_rows import NewestRows
 from tdhook_rl.rollout.summary import summarise
 from tdhook_rl.rollout.trainer_policy import policy_of_trainer
@@ -131,26 +132,28 @@ class AnnotateHook(TrainerHookBase):
         trainer = self._trainer
         if trainer is None:
             return
-        operations = [getattr(one, "__wrapped__", one) for one in batch_operations(trainer)]
-        hooks = [getattr(one, "__self__", None) for one in operations]
-        buffers = [getattr(one, "replay_buffer", None) for one in (trainer, *hooks, *modules_of(trainer).values())]
-        for buffer in {id(one): one for one in buffers if one is not None and len(one)}.values():
-            known = buffer.storage.get(0)
-            if not is_tensor_collection(known):
+        hooks = [_owner(one) for one in batch_operations(trainer)]
+        # A buffer of the trainer, of one of its hooks, or one whose `extend` is registered.
+        held = [getattr(one, "replay_buffer", None) for one in (trainer, *hooks, *modules_of(trainer).values())]
+        buffers = [one for one in (*held, *hooks) if getattr(one, "storage", None) is not None]
+        for storage in {id(one): one for buffer in buffers for one in storages_of(buffer.storage)}.values():
+            known = _known_keys(storage)
+            if known is None:
                 continue
             kept = kept_keys(self.policy, self.keep)
-            lost = [key for key in kept if known.get(key, None) is None]
+            rows = f"{len(storage)} rows" if len(storage) else "no rows now, but room for those of before,"
+            lost = [key for key in kept if key not in known]
             if lost:
                 raise InputError(
-                    f"the replay buffer holds {len(buffer)} rows without {lost[0]!r}, and a storage keeps the keys of "
+                    f"the replay buffer holds {rows} without {lost[0]!r}, and a storage keeps the keys of "
                     "its first rows: new ones would be dropped, or old ones show what memory holds. Fill a new buffer, "
                     "new.extend(hook.without_results(old[:])), or write results beside the buffer with "
                     "tdhook_rl.replay.analyze"
                 )
-            left = [key for key in kept_keys(self.policy, None) if key not in kept and known.get(key, None) is not None]
+            left = [key for key in kept_keys(self.policy, None) if key not in kept and key in known]
             if left:
                 raise InputError(
-                    f"the replay buffer holds {len(buffer)} rows with {left[0]!r}, which keep= leaves out: new rows "
+                    f"the replay buffer holds {rows} with {left[0]!r}, which keep= leaves out: new rows "
                     "would stand beside results of old ones. Keep the same results all through a run, or fill a new "
                     f"buffer, new.extend(policy.annotate(old[:], keep={self.keep!r}))"
                 )
@@ -183,3 +186,20 @@ class AnnotateHook(TrainerHookBase):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._batches = self._first = state_dict["batches"]
         self._newest.written = state_dict["written"]
+
+
+def _known_keys(storage: Any) -> set[tuple[str, ...]] | None:
+    """The keys of what a storage holds, or of what it once held where it takes no others; ``None`` if it takes any."""
+    if not len(storage):
+        keys = fixed_keys(storage)
+    else:
+        row = storage.get(0)
+        keys = row.keys(True, True) if is_tensor_collection(row) else None
+    return None if keys is None else {key_parts(key) for key in keys}
+
+
+def _owner(operation: Any) -> Any:
+    """The object whose method is registered at a trainer, which wraps it to take its time."""
+    while not hasattr(operation, "__self__") and hasattr(operation, "__wrapped__"):
+        operation = operation.__wrapped__
+    return getattr(operation, "__self__", None)

@@ -14,6 +14,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError, SiteError
+from tdhook_rl.internals.torch_names import held_parameters
 from tdhook_rl.sites.inner_calls import require_whole_batch
 from tdhook_rl.sites.rows import rows_of, with_batch
 from tdhook_rl.sites.runtime import Runtime
@@ -200,7 +201,7 @@ def _features(module: nn.Module) -> torch.Size | None:
         return torch.Size(module.normalized_shape)
     if isinstance(module, nn.Sequential):
         for child in reversed(module):
-            if next(child.parameters(), None) is not None:
+            if held_parameters(child):
                 return _features(child)
             if not isinstance(child, _ELEMENTWISE):
                 return None

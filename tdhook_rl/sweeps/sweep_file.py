@@ -16,6 +16,7 @@ from tdhook_rl.errors import ArtifactError, InputError, warn
 from tdhook_rl.files.digests import digest_of
 from tdhook_rl.files.functions import untold_in
 from tdhook_rl.files.versions import versions
+from tdhook_rl.internals.torch_names import held_buffers, held_parameters
 from tdhook_rl.sweeps.conditions import BASELINE, REPEATED, Condition, Direction
 
 KIND = "steering_sweep"
@@ -198,7 +199,7 @@ def _versions() -> dict[str, str | None]:
 
 def _digest(policy: nn.Module, directions: Mapping[str, Direction]) -> str:
     """Of the weights and of every vector, to the last bit."""
-    tensors = [*policy.named_parameters(), *policy.named_buffers()]
+    tensors = [*held_parameters(policy).items(), *held_buffers(policy).items()]
     for one in directions.values():
         for kind, parts in {"": one.parts, **one.controls}.items():
             tensors += [(f"{one.name} {kind} {place}", part) for place, part in parts.items()]

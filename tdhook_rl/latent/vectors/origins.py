@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tdhook_rl.errors import InputError
 from tdhook_rl.files.digests import content_of, digest_of
 from tdhook_rl.files.versions import versions
+from tdhook_rl.internals.torch_names import held_parameters
 
 
 def weights_of(policy: nn.Module) -> str | None:
@@ -27,7 +28,7 @@ def weights_of(policy: nn.Module) -> str | None:
     """
     found = [
         (f"{place:09d}", one)
-        for place, one in enumerate(policy.parameters())
+        for place, one in enumerate(held_parameters(policy).values())
         if not one.is_meta and not isinstance(one, nn.parameter.UninitializedParameter)
     ]
     return digest_of(found) if found else None
