@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
-from torch import nn
+from torch import Tensor, nn
 
 from tdhook_rl import ActivationCaching, Compose, SteeringVectors
 from tdhook_rl.envs import CueCorners
@@ -162,3 +162,32 @@ def test_bad_directions_are_refused() -> None:
     with DirectionalAblation({"1": torch.ones(3)}).prepare(net) as hooked:
         with pytest.raises(InputError, match=r"shape \(3,\).*\(2, 16\)"):
             hooked(TensorDict({"input": torch.randn(2, FEATURES)}, batch_size=2))
+
+
+# ---------------------------------------------------------------------- channels of maps
+
+
+class Row(nn.Module):
+    """A forward of its own, which puts maps in a row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2)
+
+
+OF_MAPS = {"norm": [nn.LayerNorm([4, 2, 2])], "row": [nn.Flatten(2), nn.ReLU()], "unfold": [nn.Unfold(1)]}
+
+
+@pytest.mark.parametrize("layers", OF_MAPS)
+def test_norms_over_maps_and_maps_in_a_row_have_channels(layers: str) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), *OF_MAPS[layers], nn.Flatten(), nn.Linear(16, 2))
+    x, last, vector = torch.randn(2, 3, 2, 2), len(OF_MAPS[layers]), torch.randn(4)
+    with Compose(SteeringVectors({str(last): vector}), ActivationCaching(str(last))).prepare(net) as hooked:
+        found = hooked(TensorDict({"input": x}, [2]))["cache", str(last)]
+    plain = net[: last + 1](x)
+    torch.testing.assert_close(found, plain + vector.reshape(4, *[1] * (plain.ndim - 2)))
+
+
+def test_a_row_of_maps_that_nothing_tells_is_asked_for() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), Row(), nn.Flatten(), nn.Linear(16, 2))
+    with SteeringVectors({"1": torch.ones(4)}).prepare(net) as hooked, pytest.raises(InputError, match="for channels"):
+        hooked(TensorDict({"input": torch.randn(2, 3, 2, 2)}, [2]))

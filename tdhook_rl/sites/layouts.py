@@ -26,8 +26,10 @@ _FEATURES_LAST = (
     nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase,
     nn.MultiheadAttention, *_TRANSFORMERS,
 )  # fmt: skip
-_CHANNELS_FIRST = (nn.GroupNorm, nn.SyncBatchNorm, nn.LocalResponseNorm, nn.ChannelShuffle, nn.Upsample)
-_TWO_DIMENSIONAL = (nn.PixelShuffle, nn.PixelUnshuffle)
+_CHANNELS_FIRST = (
+    nn.GroupNorm, nn.SyncBatchNorm, nn.LocalResponseNorm, nn.ChannelShuffle, nn.Upsample, nn.Unfold
+)  # fmt: skip
+_TWO_DIMENSIONAL = (nn.PixelShuffle, nn.PixelUnshuffle, nn.Fold)
 # Work on each number by itself, or along a dimension that they keep.
 _KEEPS = tuple(
     one
@@ -103,11 +105,13 @@ def _follow(chain: nn.Sequential, found: dict[int, int | None]) -> int | None:
     """The layout that goes through a chain; notes that of each module that says nothing by itself."""
     before: int | None = None
     for child in chain.children():
-        if isinstance(child, _KEEPS):
+        if isinstance(child, _KEEPS) or _is_over_several(child):
             before = before if found.setdefault(id(child), before) == before else None
             found[id(child)] = before
         elif isinstance(child, nn.Sequential):
             before = _follow(child, found)
+        elif isinstance(child, nn.Flatten) and before and child.start_dim >= 2:  # of maps, whose channels stay
+            before = found[id(child)] = CHANNELS_FIRST
         else:
             before = _says(child)
     return before
@@ -122,7 +126,14 @@ def _stated(module: nn.Module, found: dict[int, int | None]) -> int | None:
     return found.get(id(module)) if said is None else said
 
 
+def _is_over_several(module: nn.Module) -> bool:
+    """Whether a norm is over several dimensions, maps say, which it keeps as they are."""
+    return isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(module.normalized_shape) > 1
+
+
 def _says(module: nn.Module) -> int | None:
+    if _is_over_several(module):
+        return None
     if isinstance(module, _FEATURES_LAST):
         return 0
     if isinstance(module, _CHANNELS_FIRST) or (isinstance(module, nn.PReLU) and module.num_parameters > 1):

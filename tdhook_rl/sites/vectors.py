@@ -60,6 +60,8 @@ def _maps(said: int | None, dims: int, features: torch.Size, count: int, runtime
         return dims - 1 if said == CHANNELS_FIRST else min(said, dims - 1)
     known = dims if runtime.batch is not None else dims - 1  # else the rows are counted among the features
     possible = [kind for kind in runtime.maps if kind < known]
+    if not possible and runtime.maps and 2 <= known and len(set(features[-2:])) == 1:
+        possible = [1]  # maps in a row, as many places as channels
     if not possible:
         return 0
     ones = ", 1" * max(possible)
