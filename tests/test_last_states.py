@@ -1,4 +1,4 @@
-"""Recurrent modules whose last state is read, and not their sequence: interventions act there or are refused."""
+"""Modules of which another tensor is read than the first, such as a last state: interventions act or are refused."""
 
 from __future__ import annotations
 
@@ -193,3 +193,69 @@ def test_an_explanation_at_a_module_of_which_only_the_last_state_is_read_names_i
     with method(input_modules=["core"], **options).prepare(Net(kind, reads)) as hooked:
         with pytest.raises(TargetError, match=r"from the output of 'core'.* such as h_n"):
             hooked.annotate(TensorDict({"input": torch.randn(5, 4)}, [5]))
+
+
+# ---------------------------------------------------------------------- other modules that return several tensors
+
+RETURNED: dict[str, tuple[Callable, Callable]] = {
+    "tuple": (lambda a, b: (a, b), lambda found: found[1]),
+    "nested": (lambda a, b: [a, {"b": [b]}], lambda found: found[1]["b"][0]),
+    "TensorDict": (lambda a, b: TensorDict({"a": a, "b": b}, a.shape[:1]), lambda found: found["b"]),
+    "views": (lambda a, b: torch.cat([a, b], -1).chunk(2, -1), lambda found: found[1]),
+}
+
+
+class Pair(nn.Module):
+    def __init__(self, form: Callable) -> None:
+        super().__init__()
+        self.one, self.two, self.form = nn.Linear(4, 6), nn.Linear(4, 6), form
+
+    def forward(self, x: Tensor) -> Any:
+        return self.form(self.one(x), self.two(x))
+
+
+class Reads(nn.Module):
+    """Reads some of what a module returns, and hands the rest out as it is."""
+
+    def __init__(self, core: nn.Module, read: Callable, *, hands_out: bool = False) -> None:
+        super().__init__()
+        self.core, self.read, self.hands_out, self.head = core, read, hands_out, nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        found = self.core(x)
+        head = self.head(self.read(found))
+        return (head, found[0]) if self.hands_out else head
+
+
+@pytest.mark.parametrize("method", ["steering", "function", "ablation", "clamping"])
+@pytest.mark.parametrize("form", RETURNED)
+def test_what_others_return_beside_is_told_too(form: str, method: str) -> None:
+    make, read = RETURNED[form]
+    with METHODS[method]().prepare(Reads(Pair(make), read)) as hooked:
+        for _ in range(2):
+            with pytest.raises(
+                SiteError, match="'core', a Pair that returns several tensors, of which it changes the fir"
+            ):
+                hooked(batch())
+    hooked = HookedModule.from_module(Reads(Pair(make), read))
+    with pytest.raises(SiteError, match="'core'"), hooked.run(batch()) as run:
+        run.set("core", torch.zeros(5, 6))
+    net = Reads(Pair(make), lambda found: read(found) + next(iter(found.values() if form == "TensorDict" else found)))
+    with METHODS[method]().prepare(net) as hooked:
+        found = hooked(batch())
+    assert (found["output"] - net(found["input"])).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("core", [nn.LSTMCell(4, 6), nn.Sequential(nn.Tanh(), Pair(lambda a, b: (a, b)))])
+def test_cells_and_sequences_are_told_and_what_is_handed_out_is_read(core: nn.Module) -> None:
+    for hands_out in (False, True):
+        net = Reads(core, lambda found: found[1], hands_out=hands_out)
+        policy = TensorDictModule(net, ["input"], ["output", "first"] if hands_out else ["output"])
+        with SteeringVectors({"module.core": VECTOR}).prepare(policy) as hooked:
+            if hands_out:
+                found = hooked(batch())
+                torch.testing.assert_close(found["first"], core(found["input"])[0] + VECTOR)
+                torch.testing.assert_close(found["output"], net(found["input"])[0])
+            else:
+                with pytest.raises(SiteError, match=r"'module.core', a \w+ that returns several"):
+                    hooked(batch())

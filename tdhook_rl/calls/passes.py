@@ -315,8 +315,9 @@ def run_root(policy: HookedPolicy, forward: Callable[..., Any], args: tuple, kwa
         for one in policy._hooked.passes:
             one.run(policy, forward, runtime.source)
         if runtime.cores and not torch.compiler.is_compiling():
-            with watching(runtime):
+            with watching(runtime) as reads:
                 output = forward(policy, *args, **kwargs)
+                reads.hand_out(output)
         else:
             output = forward(policy, *args, **kwargs)
         if checks_sites:

@@ -24,7 +24,7 @@ from tdhook_rl.sites.repeats import RunHook
 from tdhook_rl.sites.row_values import Record, RowFunction, RowHook, portable_rows
 from tdhook_rl.sites.rows import note_intervention
 from tdhook_rl.sites.runtime import Runtime
-from tdhook_rl.sites.states import StateHook
+from tdhook_rl.sites.states import StateHook, may_give_several
 
 
 class Binder:
@@ -179,7 +179,7 @@ class Binder:
         observes = observes or isinstance(hook, (CaptureHook, WatchHook, LeafHook))
         if not observes:
             note_intervention(self.root, site.path, site.name)
-            if isinstance(site.module, nn.RNNBase) and not getattr(hook, "acts_on_states", False):
+            if may_give_several(site.module) and not getattr(hook, "acts_on_states", False):
                 self._cores[site.name] = site.module
         site.module.register_forward_hook(self._in_its_run(site, hook, observes), **options)
         if not isinstance(hook, CaptureHook):
@@ -226,9 +226,9 @@ class Binder:
         return slot
 
     def place_state_hooks(self) -> None:
-        """Behind all other hooks of recurrent modules, so that a first forward shows whether these act."""
+        """Behind all other hooks of modules that may return several tensors: does what these do act?"""
         for name, module in self._cores.items():
-            if not module._hooked_layout.recurrent:  # type: ignore[union-attr]
+            if not getattr(module._hooked_layout, "recurrent", False):
                 self.runtime.cores.append(name)
                 module.register_forward_hook(StateHook(self.runtime, name))
 

@@ -36,7 +36,7 @@ from tdhook_rl.runs.requests import (
 )
 from tdhook_rl.sites.numbers import in_dtype
 from tdhook_rl.sites.repeats import part_of, several_runs
-from tdhook_rl.sites.states import StateHook, watching
+from tdhook_rl.sites.states import StateHook, may_give_several, watching
 from tdhook_rl.targets import Target
 
 
@@ -113,7 +113,7 @@ class HookedModuleRun(Placing):
         self._idle: dict[object, str] = {}  # overrides and stops that have not acted yet
         self._given: list[tuple[str, int, dict[str, int]]] = []  # overrides of all runs: site, how many, how many were
         self._running = self._busy = False  # in the run's own forward; in a callback of the run's
-        self._cores: list[str] = []  # overridden sites on recurrent modules
+        self._cores: list[str] = []  # overridden sites that may return several tensors
         self._acts_always = False  # a request outside a run
         self._state: Literal["new", "open", "ended"] = "new"
         self.stopped_at: str | None = None
@@ -170,7 +170,7 @@ class HookedModuleRun(Placing):
 
         self._place(key, kind, replace, prepend, relative)
         for site in request_sites(self.hooked, key, relative) if kind == "output" else ():
-            if isinstance(site.module, nn.RNNBase) and not site.module._hooked_layout.recurrent:  # type: ignore[union-attr]
+            if may_give_several(site.module) and not getattr(site.module._hooked_layout, "recurrent", False):
                 self._cores.append(key)
                 with runtime.lock:
                     self._handles.append(site.module.register_forward_hook(StateHook(runtime, key)))
@@ -231,8 +231,10 @@ class HookedModuleRun(Placing):
         with runtime.lock, torch.set_grad_enabled(self._grad_enabled), without_methods(self.hooked):
             self._running = True
             try:
-                with watching(runtime) if self._cores else nullcontext():
+                with watching(runtime) if self._cores else nullcontext() as reads:
                     self._call()
+                    if reads is not None:
+                        reads.hand_out(self.data)
             except EarlyStop as stop:
                 self.stopped_at = str(stop)
                 if self._target is not None:

@@ -58,8 +58,8 @@ class Runtime:
         self.effects: Any = None
         self.start: Any = None
         self.row_hook: Any = None
-        # Sites on recurrent modules of which only the sequence is changed, until a forward has shown that this is read;
-        # and what watches the forward under way.
+        # Sites on modules that may return several tensors, of which only the first is changed, until a forward has
+        # shown that this is read; and what watches the forward under way.
         self.cores: list[str] = []
         self.reads: Any = None
         self.maps: frozenset[int] = frozenset()  # how many dimensions the maps of the policy's convolutions have

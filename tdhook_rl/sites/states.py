@@ -1,7 +1,8 @@
-"""The last states of recurrent modules (``h_n``, ``c_n``), which stand beside the outputs of their steps.
+"""What a module returns beside its first tensor: last states (``h_n``, ``c_n``), weights of attention, a second head.
 
-What acts on the output of an ``nn.LSTM`` acts on the sequence. A network that reads the last state in its place would
-not notice: that is found out in the first forward, by looking at what the operations read.
+What acts on the output of an ``nn.LSTM`` acts on the sequence, and on that of a module of one's own on the first of its
+tensors. A network that reads another one in its place would not notice: that is found out in the first forward, by
+looking at what the operations read.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from tdhook_rl.errors import SiteError
 from tdhook_rl.internals.functorch_names import get_unwrapped, is_wrapped
 from tdhook_rl.internals.torch_names import TorchDispatchMode, storage_id
-from tdhook_rl.sites.containers import tensors_of
+from tdhook_rl.sites.containers import first_tensor, other_tensors, tensors_of, with_other_tensors
+from tdhook_rl.sites.known import own_class
 from tdhook_rl.sites.runtime import Runtime
 
 _PLACES = {"h_n": 0, "c_n": 1}
@@ -24,16 +28,26 @@ _PLACES = {"h_n": 0, "c_n": 1}
 class _Reads(TorchDispatchMode):
     """Notes which of some tensors the operations read, themselves or through a view."""
 
-    def __init__(self) -> None:
+    def __init__(self, every: bool) -> None:
         super().__init__()
-        self._sites: dict[int, tuple[str, str, bool]] = {}  # by memory: site, class, whether it is a state
+        self.every = every  # module, and not only recurrent ones
+        self.seen: set[str] = set()
+        self._sites: dict[int, tuple[str, nn.Module, bool]] = {}  # by memory: site, module, whether it is beside
         self._held: list[Tensor] = []  # so that no memory is used again
         self._read: set[tuple[str, bool]] = set()
 
-    def watch(self, site: str, module: nn.Module, sequence: Tensor, states: list[Tensor]) -> None:
-        for tensor, state in ((sequence, False), *((one, True) for one in states)):
+    def watch(self, site: str, module: nn.Module, first: Tensor, others: list[Tensor]) -> None:
+        self.seen.add(site)
+        for tensor, beside in ((first, False), *((one, True) for one in others)):
             self._held.append(tensor)
-            self._sites[_memory(tensor)] = site, type(module).__name__, state
+            self._sites[_memory(tensor)] = site, module, beside
+
+    def hand_out(self, output: Any) -> None:
+        """What the network returns, or has written, is read by whoever called it."""
+        entries = list(output.values(True, True)) if isinstance(output, TensorDictBase) else tensors_of(output)
+        for tensor in entries if self._sites else ():
+            if isinstance(tensor, Tensor) and (known := self._sites.get(_memory(tensor))):
+                self._read.add((known[0], known[2]))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -42,17 +56,20 @@ class _Reads(TorchDispatchMode):
             for tensor in tensors_of([args, kwargs or {}]):
                 memory = _memory(tensor)
                 if memory in self._sites and memory not in views:  # a view is read when something reads it
-                    site, _, state = self._sites[memory]
-                    self._read.add((site, state))
+                    site, _, beside = self._sites[memory]
+                    self._read.add((site, beside))
         return result
 
-    @property
-    def seen(self) -> set[str]:
-        return {site for site, _, _ in self._sites.values()}
-
     def require_read(self) -> None:
-        for site, kind, _ in self._sites.values():
+        for site, module, _ in self._sites.values():
             if (site, True) in self._read and (site, False) not in self._read:
+                kind = own_class(module).__name__
+                if not isinstance(module, nn.RNNBase):
+                    raise SiteError(
+                        f"an intervention was placed on {site!r}, a {kind} that returns several tensors, of which it "
+                        "changes the first, but the network reads only others, so it would change nothing: name the "
+                        "module that makes the one that is read, or the module that reads it"
+                    )
                 raise SiteError(
                     f"an intervention was placed on {site!r}, a {kind} whose sequence of outputs it changes, but the "
                     "network reads only its last state (h_n or c_n), so it would change nothing: steer the state with "
@@ -69,26 +86,40 @@ class StateHook:
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         reads = self.runtime.reads
-        if reads is None or not isinstance(output, tuple) or len(output) != 2:
+        if reads is None or not (reads.every or isinstance(module, nn.RNNBase)):
             return None
-        sequence, states = output
-        # Copies: they might share the memory of the sequence.
-        copies = tuple(one.clone() for one in states) if isinstance(states, tuple) else states.clone()
-        reads.watch(self.site, module, tensors_of(sequence)[0], tensors_of(copies))
-        return sequence, copies
+        others = [] if isinstance(output, Tensor) else other_tensors(output, module)
+        if not others or any(one is output for one in args):
+            reads.seen.add(self.site)
+            return None
+        copies = [one.clone() for one in others]  # they might share the memory of the first
+        reads.watch(self.site, module, first_tensor(output, module, self.site), copies)
+        return with_other_tensors(output, copies, module)
+
+
+def may_give_several(module: nn.Module) -> bool:
+    """Whether a module may return tensors beside the first, so that a first forward is looked at."""
+    if isinstance(module, nn.Sequential):
+        return len(module) > 0 and may_give_several(module[-1])
+    if isinstance(module, TensorDictModuleBase):
+        return False  # others know its entries by their keys
+    several = (nn.RNNBase, nn.LSTMCell, nn.MultiheadAttention)
+    return isinstance(module, several) or not own_class(module).__module__.startswith("torch.nn.")
 
 
 @contextmanager
-def watching(runtime: Runtime) -> Iterator[None]:
-    """A forward in which it is noticed if the network reads the last state of a module and not what was changed.
+def watching(runtime: Runtime, every: bool = True) -> Iterator[_Reads]:
+    """A forward in which it is noticed if the network reads what stands beside the tensor that was changed, and not it.
+
+    What the forward returns is given to ``hand_out``; unless ``every``, recurrent modules only are looked at.
 
     Raises:
         SiteError: if it does.
     """
-    previous, runtime.reads = runtime.reads, _Reads()
+    previous, runtime.reads = runtime.reads, _Reads(every)
     try:
         with runtime.reads as reads:
-            yield
+            yield reads
     finally:
         runtime.reads = previous
     reads.require_read()
