@@ -9,13 +9,22 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import (
+    NormalParamExtractor,
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictModuleBase,
+    TensorDictSequential,
+)
 from torch import Tensor, nn
-from torch.distributions import Categorical, OneHotCategorical
+from torch.distributions import Categorical, Normal, OneHotCategorical
+from torchrl.envs import ExplorationType, set_exploration_type
 from torchrl.modules import IndependentNormal, ProbabilisticActor, QValueModule, TanhDelta
 
 from tdhook_rl import Saliency, targets
 from tdhook_rl.errors import InputError
+from tdhook_rl.sweeps import ablate_units, find_circuit, patch_sites, patch_units
 
 DRAWN = {"categorical": (Categorical, ["logits"]), "normal": (IndependentNormal, ["loc", "scale"])}
 
@@ -146,3 +155,62 @@ def test_each_choice_of_a_multi_one_hot_q_network_has_its_margin(batch: tuple[in
         if target is not None and target.name == "margin":
             total = total - values.masked_fill(one.bool(), -torch.inf).amax(-1).sum()
     torch.testing.assert_close(found, torch.autograd.grad(total, leaf)[0])
+
+
+# ---------------------------------------------------------------------- draws that states do not hold
+
+
+class Mapped(nn.Module):
+    def forward(self, choice: Tensor) -> Tensor:
+        return choice.argmax(-1)
+
+
+def latents_in_between() -> ProbabilisticTensorDictSequential:
+    encoder = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), NormalParamExtractor())
+    return ProbabilisticTensorDictSequential(
+        TensorDictModule(encoder, ["observation"], ["loc", "scale"]),
+        ProbabilisticTensorDictModule(["loc", "scale"], ["latent"], distribution_class=Normal),
+        TensorDictModule(nn.Linear(2, 3), ["latent"], ["logits"]),
+        ProbabilisticTensorDictModule(["logits"], ["action"], distribution_class=OneHotCategorical),
+    )
+
+
+def an_action_that_is_mapped() -> TensorDictSequential:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+    return TensorDictSequential(
+        TensorDictModule(net, ["observation"], ["logits"]),
+        ProbabilisticTensorDictModule(["logits"], ["action"], distribution_class=OneHotCategorical),
+        TensorDictModule(Mapped(), ["action"], ["action"]),
+    )
+
+
+@pytest.mark.parametrize("build", [latents_in_between, an_action_that_is_mapped])
+def test_causal_tests_of_states_without_what_was_drawn(build: Callable[[], nn.Module]) -> None:
+    policy, site = build(), "module.0.module.1"
+    clean, corrupt = (TensorDict({"observation": torch.randn(6, 3)}, [6]) for _ in range(2))
+
+    def metric(outputs: TensorDictBase) -> Tensor:
+        return outputs["logits"] @ torch.tensor([1.0, -2.0, 0.5])
+
+    def logits(states: TensorDictBase, hidden: Tensor | None = None) -> TensorDictBase:
+        hook = None if hidden is None else (lambda *_: hidden)
+        handle = policy.get_submodule(site).register_forward_hook(hook or (lambda *_: None))
+        with set_exploration_type(ExplorationType.DETERMINISTIC), torch.no_grad():
+            found = policy(states.clone())
+        handle.remove()
+        return found
+
+    hidden = [policy.module[0].module[:2](one["observation"]).detach() for one in (clean, corrupt)]
+    start, end = metric(logits(corrupt)), metric(logits(clean))
+    units = patch_units(policy, clean, corrupt, site, metric=metric)
+    for unit in range(4):
+        put = torch.where(torch.arange(4) == unit, hidden[0], hidden[1])
+        moved = (metric(logits(corrupt, put)) - start) * (end - start).sign()
+        cell = next(one for one in units if one.unit == unit)
+        assert cell.measured.estimate == pytest.approx(
+            float(moved.sum() / (end - start).abs().sum()), rel=1e-3, abs=1e-3
+        )
+    assert patch_sites(policy, clean, corrupt, site, metric=metric)[site].mean.estimate == pytest.approx(1.0, abs=1e-4)
+    whole = find_circuit(policy, clean, corrupt, site, metric=metric, keep=1.0, controls=1)
+    assert whole.curve[-1].faithfulness.estimate == pytest.approx(1.0, abs=1e-4)
+    assert len(ablate_units(policy, clean, site)) == 4

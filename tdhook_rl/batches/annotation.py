@@ -20,7 +20,7 @@ from tdhook_rl.batches.keeping import Keep, kept_keys, only_kept
 from tdhook_rl.batches.mismatch import Mismatch
 from tdhook_rl.calls.bound import BoundMethod, observers
 from tdhook_rl.calls.heads import replay_chain
-from tdhook_rl.calls.inputs import keys_read, require_inputs, rows_read, stored_inputs
+from tdhook_rl.calls.inputs import keys_read, require_as_seen, require_inputs, rows_read, stored_inputs
 from tdhook_rl.calls.passes import Call, effects_of
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.repeatable import require_repeatable, require_rows_apart
@@ -121,13 +121,7 @@ def _require_computable(policy: HookedPolicy, data: TensorDictBase) -> None:
                     f"the rows were decided under a dropout mask that the data does not hold ({key!r}), so they cannot "
                     "be explained by it: keep it with the data, or explain while the policy acts, with when='step'"
                 )
-    lost = [key for key in policy._hooked.overwrites if key not in policy._hooked.noise]
-    if lost:
-        names = ", ".join(map(repr, lost))
-        raise InputError(
-            f"{type(policy)._base.__name__} writes over its own inputs {names}, so a batch no longer holds "
-            "what the policy saw: explain it while it acts, with when='step'"
-        )
+    require_as_seen(policy, data, "explain it while it acts, with when='step'")
 
 
 def _parts(

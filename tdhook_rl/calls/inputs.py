@@ -15,7 +15,7 @@ from tdhook_rl.calls.chunks import all_decide
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.real_rows import PADDING
 from tdhook_rl.calls.writing import set_entries
-from tdhook_rl.errors import MissingKeyError
+from tdhook_rl.errors import InputError, MissingKeyError
 from tdhook_rl.internals.tensordict_names import has_names, new_unsafe
 from tdhook_rl.policies.draws import action_keys, given_beside
 
@@ -32,6 +32,32 @@ def require_inputs(policy: HookedPolicy, data: TensorDictBase) -> None:
 def _lacking(policy: HookedPolicy, data: TensorDictBase, key: NestedKey) -> MissingKeyError:
     hint = ". Name the module's inputs with prepare(module, in_keys=[...], out_keys=[...])"
     return missing(data, key, "the policy reads", hint if policy._hooked.wraps else "")
+
+
+def require_as_seen(policy: HookedPolicy, data: TensorDictBase, remedy: str, *, states: bool = False) -> None:
+    """Refuse a batch in which inputs stand as the policy has written over them: they are of the step after.
+
+    Args:
+        policy: the hooked policy.
+        data: the batch.
+        remedy: what to do.
+        states: it may never have been through the policy, which is seen from what this writes besides.
+
+    Raises:
+        InputError: for such a batch.
+    """
+    state = policy._hooked
+    lost = [key for key in state.overwrites if key not in state.noise]
+    if not lost:
+        return
+    written = [key for key in policy.policy_out_keys if key not in policy.policy_in_keys]
+    if states and not any(get_entry(data, key) is not None for key in written):
+        return
+    names = ", ".join(map(repr, lost))
+    raise InputError(
+        f"{type(policy)._base.__name__} writes over its own inputs {names}, so a batch no longer holds what the policy "
+        f"saw: {remedy}"
+    )
 
 
 def stored_inputs(

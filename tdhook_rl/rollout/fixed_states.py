@@ -15,7 +15,7 @@ from torchrl.modules.models.multiagent import MultiAgentNetBase
 
 from tdhook_rl.arguments.checked import require_counts
 from tdhook_rl.arguments.keys import required
-from tdhook_rl.calls.inputs import stored_inputs
+from tdhook_rl.calls.inputs import require_as_seen, stored_inputs
 from tdhook_rl.calls.passes import Call, effects_of
 from tdhook_rl.calls.real_rows import defined_values, real_rows
 from tdhook_rl.calls.repeatable import require_rows_apart
@@ -79,6 +79,7 @@ class FixedStates:
         keys = self.hooked.policy_in_keys
         for key in keys:
             required(data, key, "the network reads")
+        require_as_seen(self.hooked, data, "give states= with what it reads, and nothing that it writes", states=True)
         # What is seen in padding, or was not seen (NaN), is no state.
         real, seen = real_rows(data), defined_values((data.get(key) for key in keys), data.batch_size)
         real = seen if real is None else real if seen is None else real & seen.to(real.device)

@@ -287,8 +287,7 @@ class Bench:
         Raises:
             SiteError: for a site that is changed and does not run.
         """
-        work, policy = self.work, self.hooked
-        changes = changes or {}
+        work, policy, changes = self.work, self.hooked, changes or {}
         effects = effects_of(policy)
         data = states if copies == 1 else repeat_rows(states, copies)
         before = GeneratorState(data.device or effects.device, others=not effects.watch.idle)
@@ -303,6 +302,7 @@ class Bench:
             ):
                 call = Call(policy, type(policy)._base.forward, data, stored_inputs(policy, data)).of_step({})
                 require_rows_apart(call, "causal tests compute all states, and copies of them, as rows")
+                call.learn()  # in a pass of its own, which is not counted
                 work.under_way, work.keep, work.graph, work.changes = True, keep, graph, changes
                 work.in_place = effects.watch.may_write_input
                 result = call.replay()

@@ -11,6 +11,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.arguments.keys import required
+from tdhook_rl.calls.inputs import require_as_seen
 from tdhook_rl.calls.real_rows import defined_values, real_rows, surely_finite
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.policies.draws import action_keys
@@ -78,7 +79,8 @@ def pairs_of(
             group unless given.
 
     Raises:
-        InputError: if they do not pair up, or there is no pair whose entries are finite.
+        InputError: if they do not pair up, there is no pair whose entries are finite, or the policy has written over
+            what it reads.
         MissingKeyError: if an entry is absent.
     """
     if clean.batch_size != corrupt.batch_size:
@@ -89,6 +91,8 @@ def pairs_of(
     count = clean.batch_size.numel()
     if not count:
         raise InputError(f"there are no states to compare: the batch shape is {tuple(clean.batch_size)}")
+    for states in (clean, corrupt):
+        require_as_seen(bench.hooked, states, "give states with what it reads, and nothing it writes", states=True)
     for key in bench.reads:
         shapes = [tuple(required(one, key, "the policy reads").shape) for one in (clean, corrupt)]
         if shapes[0] != shapes[1]:
