@@ -19,7 +19,7 @@ from tdhook_rl.errors import InputError, MissingKeyError, SiteError
 from tdhook_rl.examples.agent import FC2, make_actor, make_critic
 from tdhook_rl.experiments import EXPERIMENTS, load
 from tdhook_rl.metrics import action_churn, dormant_units, effective_rank, entropy_rank
-from tdhook_rl.rollout import NetworkDiagnostics
+from tdhook_rl.rollout import NetworkDiagnostics, cka_matrix
 
 # ------------------------------------------------------------------ measures
 
@@ -149,6 +149,23 @@ def test_it_follows_the_weights_on_the_same_states() -> None:
     assert found["churn"] == pytest.approx((before != after).double().mean().item())
     assert found["churn"] > 0
     assert found[f"cka_first/{FC2}"] < 0.99
+
+
+@pytest.mark.parametrize("times", [1, 8])
+def test_states_that_recur_are_compared_once(times: int) -> None:
+    """In two layers that have nothing in common a state is alike to itself."""
+    net = nn.Sequential(nn.Embedding(64, 256), nn.Linear(256, 3))
+    policy, other = TensorDictModule(net, ["cell"], ["logits"]), copy.deepcopy(net)
+    cells = torch.arange(64).repeat(times)
+    states = TensorDict({"cell": cells, "episode": torch.arange(len(cells)) // 8}, [len(cells)])
+    diagnostics = NetworkDiagnostics(policy, sites=["module.0"], rows=1024)
+    assert diagnostics.update(states)["cka_first/module.0"] == pytest.approx(1)
+    nn.init.normal_(net[0].weight)
+    assert abs(diagnostics.update()["cka_first/module.0"]) < 0.1
+    assert abs(diagnostics.intervals["cka_first/module.0"].estimate) < 0.1
+    both = {"one": policy, "two": TensorDictModule(other, ["cell"], ["logits"])}
+    found = cka_matrix(policy, both, ["module.0"], states, rows=1024, groups="episode")
+    assert abs(float(found.at("module.0")[0, 1])) < 0.1
 
 
 def test_looking_changes_nothing() -> None:

@@ -380,7 +380,7 @@ def test_matrices_between_sites_and_what_cannot_be_compared() -> None:
         cka_matrix(policy, {"one": policy, "two": {}}, sites, states)
     with pytest.raises(InputError, match="there is none"):
         cka_matrix(policy, [], sites, states)
-    with pytest.raises(InputError, match="needs 4 states"):
+    with pytest.raises(InputError, match="needs 4 different states"):
         cka_matrix(policy, [policy], sites, states[:3])
     with pytest.raises(InputError, match=r"nearest: 'module\.1'"):
         found.at("module.11")

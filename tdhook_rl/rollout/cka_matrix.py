@@ -113,7 +113,7 @@ def cka_matrix(
         checkpoints: by name, or in a row: state dicts, modules, or files of weights.
         sites: the layers: paths or patterns.
         states: to compare them in, of any batch shape, at least 4.
-        rows: how many of them are taken, evenly spread.
+        rows: how many of them are taken, evenly spread; of those that recur, the first.
         groups: the key of the group of each state; the episode, where there is one, unless given. Similarities are of
             states of different groups, as of :meth:`CkaEstimator.interval`; below four groups of all states, which is
             too high, without intervals.
@@ -146,8 +146,10 @@ def cka_matrix(
     for name, checkpoint in named.items():
         load_into(own, checkpoint, name)
         outputs = fixed.run()
+        if fixed.distinct is not None:
+            outputs = outputs[fixed.distinct]
         if len(outputs) < 4:
-            raise InputError(f"CKA without a bias needs 4 states, and there are {len(outputs)}")
+            raise InputError(f"CKA without a bias needs 4 different states, and there are {len(outputs)}")
         for site in fixed.sites:
             value = outputs.get(("cache", site)).flatten(1).double()
             clouds.append(value.clone() if bool(torch.isfinite(value).all()) else None)
@@ -157,7 +159,10 @@ def cka_matrix(
     held, words = count, ""
     if usable:
         estimator = CkaEstimator(debiased=True)
-        found = similarity_intervals([estimator.kernel_matrix(clouds[place]) for place in usable], fixed.groups)  # type: ignore[arg-type]
+        compared = fixed.groups
+        if compared is not None and fixed.distinct is not None:
+            compared = compared[fixed.distinct.to(compared.device)]
+        found = similarity_intervals([estimator.kernel_matrix(clouds[place]) for place in usable], compared)  # type: ignore[arg-type]
         for row, of_row in zip(usable, found, strict=True):
             for column, one in zip(usable, of_row, strict=True):
                 numbers[:, row, column] = torch.tensor([one.estimate, one.low, one.high])

@@ -157,9 +157,8 @@ class NetworkDiagnostics:
             ``effective_rank/``, ``entropy_rank/``, ``stable_rank/``, ``norm/`` (mean Euclidean norm of the features),
             ``cka_first/`` and ``cka_last/`` (linear CKA, debiased, of states of different groups where there are four,
             with the first update in which the site was finite, and with the one before: 1 where nothing has moved,
-            about 0 where nothing is in common; NaN for fewer than 4
-            states). Where an activation is NaN or infinite, its site has NaN, and ``nonfinite/`` is the share of such
-            states.
+            about 0 where nothing is in common; a state that recurs counts once; NaN for fewer than 4 states). Where an
+            activation is NaN or infinite, its site has NaN, and ``nonfinite/`` is the share of such states.
 
             Of the network, against the update before (NaN at the first): ``churn`` (the share of states whose greedy
             action has changed), ``kl_churn`` (KL(before || now) of its action distribution, in nats, where it has one),
@@ -185,7 +184,7 @@ class NetworkDiagnostics:
             self._axes = {site: self._axis(follower, site, value) for site, value in activations.items()}
         found: dict[str, float] = {}
         for site, value in activations.items():
-            measured = self._health[site].look(value, self._axes[site], self._fixed.groups)
+            measured = self._health[site].look(value, self._axes[site], self._fixed.groups, self._fixed.distinct)
             found |= {f"{name}/{site}": one for name, one in measured.items()}
         found |= self._drift.look(outputs)
         if self._norms:
@@ -221,7 +220,10 @@ class NetworkDiagnostics:
         """
         found = self._drift.intervals(self._fixed.groups)
         for site, health in self._health.items():
-            found |= {f"{name}/{site}": one for name, one in health.intervals(self._fixed.groups).items()}
+            found |= {
+                f"{name}/{site}": one
+                for name, one in health.intervals(self._fixed.groups, self._fixed.distinct).items()
+            }
         return found | {name: grouped_mean(values, self._fixed.groups) for name, values in self._refitted.items()}
 
     @property

@@ -40,6 +40,8 @@ class FixedStates:
     Attributes:
         states: what was kept: ``(states,)``, or ``(trajectories, steps)``.
         groups: the group of each state that counts, ``None`` where nothing tells.
+        distinct: where each state is for the first time, if some recur, as cells of a grid do: compared with itself it
+            is as alike in two layers that have nothing in common. ``None`` if none does, and along trajectories.
         real: ``(trajectories, steps)``, which of them count; ``None`` for all.
     """
 
@@ -67,6 +69,7 @@ class FixedStates:
         self.states: TensorDict | None = None
         self._laid_out = ""
         self.groups: Tensor | None = None
+        self.distinct: Tensor | None = None
         self.real: Tensor | None = None
 
     def keep(self, data: TensorDictBase) -> None:
@@ -102,6 +105,7 @@ class FixedStates:
             self._laid_out = "states are taken out of a batch, by themselves (trajectories=True takes whole ones)"
         self.states = chosen[spread].detach().clone()
         self.groups = None if groups is None else groups[spread]
+        self.distinct = _distinct(self.states)
 
     def _keep_trajectories(self, chosen: TensorDictBase, real: Tensor | None, groups: Tensor | None) -> None:
         if not chosen.batch_dims:
@@ -169,3 +173,11 @@ class FixedStates:
 
 def _spread(length: int, most: int) -> Tensor:
     return torch.linspace(0, length - 1, min(most, length)).round().long()
+
+
+def _distinct(states: TensorDict) -> Tensor | None:
+    values = [one.reshape(len(states), -1).cpu() for one in states.values(True, True) if isinstance(one, Tensor)]
+    first: dict[tuple[bytes, ...], int] = {}
+    for place, row in enumerate(zip(*values, strict=True)):
+        first.setdefault(tuple(one.contiguous().view(torch.uint8).numpy().tobytes() for one in row), place)
+    return None if len(first) == len(states) else torch.tensor(list(first.values()), device=values[0].device)

@@ -54,13 +54,20 @@ class SiteHealth:
         self._masks: deque[np.ndarray] = deque(maxlen=KEPT)
         self.scores: Tensor | None = None
 
-    def look(self, activations: Tensor, axis: int | tuple[int, ...], groups: Tensor | None = None) -> dict[str, float]:
+    def look(
+        self,
+        activations: Tensor,
+        axis: int | tuple[int, ...],
+        groups: Tensor | None = None,
+        distinct: Tensor | None = None,
+    ) -> dict[str, float]:
         """The measures, by name; where an activation is NaN or infinite, NaN, and the share of such states.
 
         Args:
             activations: ``(states, ...)``.
             axis: the one of the units, or several.
             groups: of the states, such as their episodes: similarities are of states of different ones.
+            distinct: which states similarities are of, where some recur.
         """
         usable = torch.isfinite(activations.flatten(1)).all(-1)
         self._pairs, self._features = {}, None
@@ -69,7 +76,8 @@ class SiteHealth:
         scores = unit_scores(activations, axis=axis)
         dormant = scores <= self._tau
         self._features = activations.detach().flatten(1)
-        seen = _kept(activations)
+        seen = _kept(_of_states(activations, distinct))
+        compared = None if groups is None else _of_states(groups, distinct)
         first, mask = self._first = self._first or (seen, dormant)
         last, before = self._last or (None, None)
         spectrum = Spectrum(activations)
@@ -82,8 +90,8 @@ class SiteHealth:
             "entropy_rank": spectrum.entropy_rank(),
             "stable_rank": spectrum.stable_rank(),
             "norm": float(activations.double().flatten(1).norm(dim=-1).mean()),
-            "cka_first": _similarity(first, seen, groups),
-            "cka_last": float("nan") if last is None else _similarity(last, seen, groups),
+            "cka_first": _similarity(first, seen, compared),
+            "cka_last": float("nan") if last is None else _similarity(last, seen, compared),
         }
         self._pairs = {"cka_first": (first, seen)} | ({} if last is None else {"cka_last": (last, seen)})
         self._last = (seen, dormant)
@@ -91,16 +99,17 @@ class SiteHealth:
         self.scores = scores.float()
         return found
 
-    def intervals(self, groups: Tensor | None) -> dict[str, Interval]:
+    def intervals(self, groups: Tensor | None, distinct: Tensor | None = None) -> dict[str, Interval]:
         """Of the ranks, norms and similarities of the last update, by the group of each state.
 
         None of those that are not defined.
         """
         found = {} if self._features is None else rank_intervals(self._features, groups, self._delta)
+        compared = None if groups is None else _of_states(groups, distinct)
         for name, pair in self._pairs.items():
             if len(pair[0][1]) >= 4:
                 kernels = [one if is_kernel else _kernel(one) for is_kernel, one in pair]
-                found[name] = similarity_intervals(kernels, groups)[0][1]
+                found[name] = similarity_intervals(kernels, compared)[0][1]
         return {name: one for name, one in found.items() if math.isfinite(one.estimate)}
 
     def dormancy(self) -> Tensor:
@@ -109,6 +118,10 @@ class SiteHealth:
             return torch.zeros(0, 0, dtype=torch.bool)
         masks = [np.unpackbits(one, count=len(self.scores)) for one in self._masks]
         return torch.from_numpy(np.stack(masks)).bool()
+
+
+def _of_states(values: Tensor, distinct: Tensor | None) -> Tensor:
+    return values if distinct is None else values[distinct.to(values.device)]
 
 
 def _kept(activations: Tensor) -> tuple[bool, Tensor]:
