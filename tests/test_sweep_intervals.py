@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from tdhook_rl.envs import CueCorners
+from tdhook_rl.errors import ArtifactError, InputError
+from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.statistics import grouped_mean
-from tdhook_rl.sweeps import Condition, SweepResult
+from tdhook_rl.sweeps import Condition, SweepResult, steering_sweep
+from tdhook_rl.sweeps.sweep_file import write_sweep
 from tests.test_steering_sweep import known
 
 
@@ -52,3 +58,19 @@ def test_alpha_50_holds_the_strengths_whose_mean_is_not_told_from_half_way(runs:
         held += [alpha] if 0.0 in grouped_mean(at, groups, method="t") else []
     assert half.known
     assert (half.low, half.high) == pytest.approx((min(held), max(held)))
+
+
+@pytest.mark.parametrize("runs", [1, 3])
+def test_saved_sweeps_of_several_runs_have_the_intervals_that_they_had(runs: int, tmp_path: Path) -> None:
+    found = SweepResult.together([known(8, effect=0.2 + 0.6 * run, seed=run) for run in range(runs)])
+    found.save(tmp_path)
+    loaded = SweepResult.load(tmp_path)
+    assert loaded.records() == found.records()
+    assert loaded.episodes() == found.episodes()
+    options = {"alphas": [0.5, 1.0], "episodes": 8}
+    with pytest.raises(InputError, match="several runs together"):
+        steering_sweep(make_actor(), CueCorners(), {"up": {FC2: torch.ones(64)}}, folder=tmp_path, **options)
+    played = torch.ones(len(found.conditions))
+    write_sweep(tmp_path / "sweep", found.conditions, found.values, {}, played, torch.arange(3))
+    with pytest.raises(ArtifactError, match="which run"):
+        SweepResult.load(tmp_path)

@@ -126,7 +126,11 @@ class Kept:
 
     def _resume(self) -> None:
         assert self._path is not None
-        conditions, values, facts, done = read_sweep(self._path)
+        conditions, values, facts, done, runs = read_sweep(self._path)
+        if runs is not None:
+            raise InputError(
+                f"{self._path.parent} holds sweeps of several runs together, which are over: give another folder="
+            )
         for name, asked in self._facts.items():
             if facts.get(name) != asked:
                 raise InputError(
@@ -141,10 +145,16 @@ class Kept:
 
 
 def write_sweep(
-    path: Path, conditions: Sequence[Condition], values: Mapping[str, Tensor], facts: Mapping[str, Any], done: Tensor
+    path: Path,
+    conditions: Sequence[Condition],
+    values: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    done: Tensor,
+    runs: Tensor | None = None,
 ) -> Path:
-    """Write a sweep, or what is there of it, as safetensors and JSON."""
+    """Write a sweep, or what is there of it, as safetensors and JSON; ``runs`` are those of its episodes, if known."""
     tensors = {f"outcome/{name}": found for name, found in values.items()} | {"done": done}
+    tensors |= {} if runs is None else {"runs": runs.long()}
     document = {
         "versions": _versions(),
         **facts,
@@ -154,8 +164,8 @@ def write_sweep(
     return save_artifact(path, KIND, tensors, document)
 
 
-def read_sweep(path: Path) -> tuple[list[Condition], dict[str, Tensor], dict[str, Any], Tensor]:
-    """The conditions, outcomes and facts of a file, and which conditions are played.
+def read_sweep(path: Path) -> tuple[list[Condition], dict[str, Tensor], dict[str, Any], Tensor, Tensor | None]:
+    """The conditions, outcomes and facts of a file, which conditions are played, and the runs of the episodes.
 
     Raises:
         ArtifactError: if it is no sweep.
@@ -163,7 +173,13 @@ def read_sweep(path: Path) -> tuple[list[Condition], dict[str, Tensor], dict[str
     tensors, facts = load_artifact(path, KIND)
     conditions = _conditions(path, facts.pop("conditions", None))
     values, done = _values(path, tensors, facts.pop("outcomes", None), len(conditions))
-    return conditions, values, facts, done
+    return conditions, values, facts, done, _runs(path, tensors.get("runs"), next(iter(values.values())).shape[1])
+
+
+def _runs(path: Path, runs: Tensor | None, episodes: int) -> Tensor | None:
+    if runs is not None and (runs.shape != (episodes,) or runs.dtype != torch.int64):
+        raise ArtifactError(f"{path} does not say of each of {episodes} episodes which run it is of")
+    return runs
 
 
 def _conditions(path: Path, rows: Any) -> list[Condition]:

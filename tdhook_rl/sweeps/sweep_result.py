@@ -78,7 +78,7 @@ class SweepResult:
         Raises:
             ArtifactError: if there is none, it is damaged, or conditions are missing: the call goes on with these.
         """
-        conditions, values, facts, done = read_sweep(Path(folder) / FILE)
+        conditions, values, facts, done, runs = read_sweep(Path(folder) / FILE)
         if not bool(done.all()):
             raise ArtifactError(
                 f"the sweep in {folder} is at {int(done.sum())} of {len(done)} conditions: the same call of "
@@ -86,12 +86,12 @@ class SweepResult:
             )
         cut = values.pop(UNFINISHED, None)
         facts |= {} if cut is None else {"unfinished": float(cut.mean())}
-        return cls(conditions=conditions, values=values, facts=facts)
+        return cls(conditions=conditions, values=values, facts=facts, runs=runs)
 
     def save(self, folder: str | Path) -> Path:
         """Write it, as safetensors and JSON, into a folder."""
         done = torch.ones(len(self.conditions), dtype=torch.bool)
-        return write_sweep(Path(folder) / FILE, self.conditions, self.values, self.facts, done)
+        return write_sweep(Path(folder) / FILE, self.conditions, self.values, self.facts, done, self.runs)
 
     # ------------------------------------------------------------- what there is
 
