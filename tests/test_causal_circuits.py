@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from torch import Tensor, nn
 from torch.distributions import Categorical
 from torchrl.modules import ProbabilisticActor
 
-from tdhook_rl.errors import InputError
-from tdhook_rl.sweeps import faithfulness, find_circuit, patch_sites, patch_units
+from tdhook_rl.artifacts import load_artifact, save_artifact
+from tdhook_rl.errors import ArtifactError, InputError, SiteError
+from tdhook_rl.sweeps import Circuit, faithfulness, find_circuit, patch_sites, patch_units
 
 ROWS = 24
 
@@ -256,3 +259,67 @@ def test_differences_are_told_from_rounding_in_the_dtype_of_the_policy(offset: f
 def test_no_rows_at_once_are_refused(chunk_size: int) -> None:
     with pytest.raises(InputError, match="chunk_size="):
         find_circuit(xor(), KNOWN["xor"].states(1), KNOWN["xor"].states(2), "1", chunk_size=chunk_size)
+
+
+# ---------------------------------------------------------------------- in files
+
+
+@pytest.mark.parametrize("controls", [0, 3])
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_saved_circuit_is_the_one_that_was_found(name: str, controls: int, tmp_path: Path) -> None:
+    known = KNOWN[name]
+    net, data = known.build(), [known.states(seed) for seed in (1, 2)]
+    options = {"metric": "output", "parts": known.parts}
+    found = find_circuit(net, *data, known.sites, controls=controls, **options)
+    loaded = Circuit.load(found.save(tmp_path / "circuit"))
+    assert str(loaded) == str(found)
+    assert loaded.json() == found.json()
+    assert loaded.frame().equals(found.frame())
+    assert (loaded.units, loaded.widths, loaded.size, loaded.of) == (found.units, found.widths, found.size, found.of)
+    assert all(torch.equal(loaded.importance[site], one) for site, one in found.importance.items())
+    again = faithfulness(net, *data, loaded, metric="output")
+    assert again.estimate == faithfulness(net, *data, found, metric="output").estimate
+
+
+def test_a_circuit_of_another_network_is_refused_from_its_file_too(tmp_path: Path) -> None:
+    states = [TensorDict({"input": torch.randn(8, 4)}, 8) for _ in range(2)]
+    nets = [nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 1)) for width in (6, 7)]
+    find_circuit(nets[0], *states, "1", controls=0).save(tmp_path / "circuit")
+    with pytest.raises(InputError, match="among 6 units of '1', and this network has 7"):
+        faithfulness(nets[1], *states, Circuit.load(tmp_path / "circuit"))
+    with pytest.raises(SiteError, match="'1'"):
+        faithfulness(nn.Linear(4, 1), *states, Circuit.load(tmp_path / "circuit"))
+
+
+DAMAGED: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no units": lambda facts: facts.pop("units"),
+    "units of no site": lambda facts: facts["units"].update({"2": [0]}),
+    "a unit that there is not": lambda facts: facts["units"].update({"1": [99]}),
+    "another size": lambda facts: facts.update(size=facts["size"] + 1),
+    "a size that is text": lambda facts: facts.update(size="2"),
+    "a size that is true": lambda facts: facts.update(size=True),
+    "an interval without limits": lambda facts: facts["without"].pop("low"),
+    "an interval of words": lambda facts: facts["without"].update(low="low"),
+    "an interval upside down": lambda facts: facts["without"].update(low="2.0", high="1.0"),
+    "no interval": lambda facts: facts.update(nothing=None),
+    "a curve of numbers": lambda facts: facts.update(curve=[1, 2]),
+    "a curve that is none": lambda facts: facts.update(curve=None),
+    "widths of other sites": lambda facts: facts.update(widths={"7": 6}),
+    "units that are a list": lambda facts: facts.update(units=[1]),
+    "words that are a number": lambda facts: facts.update(words=3),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_file_that_holds_no_circuit_is_named(name: str, tmp_path: Path) -> None:
+    states = [TensorDict({"input": torch.randn(8, 4)}, 8) for _ in range(2)]
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+    find_circuit(net, *states, "1", controls=0).save(tmp_path / "circuit")
+    tensors, facts = load_artifact(tmp_path / "circuit", "circuit")
+    DAMAGED[name](facts)
+    save_artifact(tmp_path / "circuit", "circuit", tensors, facts)
+    with pytest.raises(ArtifactError, match="holds no circuit as it is saved"):
+        Circuit.load(tmp_path / "circuit")
+    save_artifact(tmp_path / "other", "steering_vector", tensors, {})
+    with pytest.raises(ArtifactError, match="not a 'circuit'"):
+        Circuit.load(tmp_path / "other")

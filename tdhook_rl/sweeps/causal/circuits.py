@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.statistics import Interval, grouped_mean
-from tdhook_rl.statistics.cells import shown
+from tdhook_rl.statistics.cells import Cells, shown
 from tdhook_rl.sweeps.causal.attribution import Effects
 from tdhook_rl.sweeps.causal.bench import Bench
+from tdhook_rl.sweeps.causal.circuit_file import read_circuit, write_circuit
 from tdhook_rl.sweeps.causal.components import Components, components_of
 from tdhook_rl.sweeps.causal.gap import Gap, pooled_shares
 from tdhook_rl.sweeps.causal.metrics import Metric
@@ -41,6 +43,14 @@ class CurvePoint:
     size: int
     faithfulness: Interval
     random: Interval | None
+
+    def numbers(self) -> dict[str, Any]:
+        """All of it as numbers."""
+        row: dict[str, Any] = {"size": self.size}
+        for name, one in (("faithfulness", self.faithfulness), ("random", self.random)):
+            values = (math.nan,) * 3 if one is None else (one.estimate, one.low, one.high)
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
+        return row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +88,34 @@ class Circuit:
 
     def records(self) -> list[dict[str, Any]]:
         """The faithfulness curve, a row for each size."""
-        rows = []
-        for point in self.curve:
-            row: dict[str, Any] = {"size": point.size}
-            for name, one in (("faithfulness", point.faithfulness), ("random", point.random)):
-                values = (math.nan,) * 3 if one is None else (one.estimate, one.low, one.high)
-                row |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
-            rows.append(row)
-        return rows
+        return Cells(self.curve).records()
+
+    def frame(self) -> Any:
+        """The same as a pandas DataFrame.
+
+        Raises:
+            InputError: without pandas.
+        """
+        return Cells(self.curve).frame()
+
+    def json(self) -> str:
+        """The same as JSON; what is not known is ``null``."""
+        return Cells(self.curve).json()
+
+    def save(self, path: str | Path) -> Path:
+        """Write safetensors and JSON (see :func:`tdhook_rl.artifacts.save_artifact`)."""
+        return write_circuit(path, vars(self), [(one.size, one.faithfulness, one.random) for one in self.curve])
+
+    @classmethod
+    def load(cls, path: str | Path) -> Circuit:
+        """Read a saved circuit, for :func:`faithfulness` in other states or of other weights; nothing is unpickled.
+
+        Raises:
+            ArtifactError: if the file is absent, damaged, or holds no circuit.
+        """
+        found, curve = read_circuit(path)
+        points = [CurvePoint(size=size, faithfulness=one, random=other) for size, one, other in curve]
+        return cls(**found, curve=points)
 
     def __str__(self) -> str:
         lines = [
