@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, pad_sequence
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
 from torchrl.collectors.utils import split_trajectories
@@ -183,3 +183,14 @@ def test_a_probe_manager_learns_from_real_rows() -> None:
     real = torch.ones(4, 5, dtype=torch.bool)
     real[2, 3:] = False
     assert fitted(data.set(("collector", "mask"), real)) == 17
+
+
+def test_what_tensordict_pads_is_padding_and_masks_of_ones_own_are_not() -> None:
+    net = nn.Linear(3, 2)
+    pieces = [TensorDict({"observation": torch.randn(n, 3), "inner": {"r": torch.randn(n)}}, [n]) for n in (3, 5)]
+    data = pad_sequence(pieces, return_mask=True)
+    with Saliency(target=targets.logit(0)).prepare(net, in_keys=["observation"], out_keys=["logits"]) as hooked:
+        found = hooked.annotate(data)
+        own = hooked.annotate(data.clone().set(("masks", "wall"), data["masks", "observation"]))
+    assert torch.equal(found["computed", "attr"], data["masks", "observation"])
+    assert bool(own["computed", "attr"].all())

@@ -19,8 +19,8 @@ PADDING = (("collector", "mask"), "mask")
 def real_rows(data: TensorDictBase, *keys: NestedKey) -> Tensor | None:
     """The rows of a batch that hold something, ``None`` if that is all of them.
 
-    Padding (``("collector", "mask")``, or the ``"mask"`` of ``split_trajectories``) does not, and neither do rows for
-    which the mask of a result, ``("computed", root)``, is false.
+    Padding (``("collector", "mask")``, the ``"mask"`` of ``split_trajectories``, the ``"masks"`` of ``pad_sequence``)
+    does not, and neither do rows for which the mask of a result, ``("computed", root)``, is false.
 
     Args:
         data: a batch.
@@ -35,7 +35,7 @@ def real_rows(data: TensorDictBase, *keys: NestedKey) -> Tensor | None:
         >>> real_rows(data, ("cache", "0")), real_rows(data, "observation")
         (tensor([ True, False]), None)
     """
-    masks = [row_mask(data, key) for key in PADDING]
+    masks = [*(row_mask(data, key) for key in PADDING), _padded_entries(data)]
     roots = dict.fromkeys(key[0] for key in keys if isinstance(key, tuple) and len(key) > 1)
     masks += [row_mask(data, ("computed", root)) for root in roots]
     found: Tensor | None = None
@@ -43,6 +43,17 @@ def real_rows(data: TensorDictBase, *keys: NestedKey) -> Tensor | None:
         if mask is not None:
             found = mask if found is None else found & mask.to(found.device)
     return found
+
+
+def _padded_entries(data: TensorDictBase) -> Tensor | None:
+    """The rows that hold an entry, by the masks that tensordict's ``pad_sequence`` writes, one for each entry."""
+    masks = get_entry(data, "masks")
+    if not isinstance(masks, TensorDictBase):
+        return None
+    rows = {key: row_mask(masks, key) for key in masks.keys(True, True)}
+    if not rows or any(one is None or get_entry(data, key) is None for key, one in rows.items()):
+        return None  # masks of one's own
+    return torch.stack([one for one in rows.values() if one is not None]).any(0)
 
 
 def row_mask(data: TensorDictBase, key: NestedKey) -> Tensor | None:
