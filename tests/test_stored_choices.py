@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import (
+    CompositeDistribution,
+    InteractionType,
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+)
+from torch import Tensor, nn
 from torch import distributions as D
-from torch import nn
 from torchrl.modules import OneHotCategorical, ProbabilisticActor, QValueActor
 
 from tdhook_rl import LRP, IntegratedGradients, Saliency, targets
@@ -114,3 +121,56 @@ def test_a_module_that_puts_out_integers_cannot_be_explained(mode: Any, method: 
 def test_a_rule_of_lrp_is_a_rule(rule: Any) -> None:
     with pytest.raises(InputError, match=r"rule_mapper= gave .* for '0' \(Linear\)"):
         LRP(rule_mapper=lambda name, module: rule if name else None).prepare(nn.Sequential(nn.Linear(5, 4))).__enter__()
+
+
+# ---------------------------------------------------------------------- parts of a composite distribution
+
+#: Under which keys the parts of a distribution are written, whose parameters are under "push" and "move".
+WRITTEN: dict[str, dict[str, Any]] = {
+    "as they are": {"push": "push", "move": "move"},
+    "by other names": {"push": "force", "move": "action"},
+    "in a group": {"push": ("act", "force"), "move": ("act", "direction")},
+    "crosswise": {"push": "move", "move": "push"},
+}
+
+
+@pytest.mark.parametrize("partly", [False, True], ids=["arguments", "a partial class"])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_the_choice_among_several_parts_is_found_wherever_it_is_written(name: str, partly: bool) -> None:
+    written = WRITTEN[name]
+    given = {"distribution_map": {"push": D.Normal, "move": D.Categorical}, "name_map": written}
+    if name == "as they are":
+        del given["name_map"]
+    kind: Any = functools.partial(CompositeDistribution, **given) if partly else CompositeDistribution
+    keys = [("params", "push", "loc"), ("params", "push", "scale"), ("params", "move", "logits")]
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5)).double()
+
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            loc, scale, logits = self.net(x).split([1, 1, 3], -1)
+            return loc, scale.exp(), logits
+
+    policy = ProbabilisticTensorDictSequential(
+        TensorDictModule(Split(), ["observation"], keys),
+        ProbabilisticTensorDictModule(
+            in_keys=["params"],
+            out_keys=list(written.values()),
+            distribution_class=kind,
+            distribution_kwargs={} if partly else given,
+            default_interaction_type=InteractionType.RANDOM,
+        ),
+    )
+    data = policy(TensorDict({"observation": torch.randn(7, 4, dtype=torch.float64)}, [7])).detach()
+    x = data["observation"].clone().requires_grad_()
+    logits, move = net(x)[:, 2:], data[written["move"]]
+    chosen = logits.gather(-1, move[:, None])
+    others = logits.masked_fill(torch.arange(3) == move[:, None], -torch.inf).amax(-1, keepdim=True)
+    for target, value in ((targets.chosen_logit(), chosen), (targets.margin(), chosen - others)):
+        with Saliency(target=target).prepare(policy) as hooked:
+            found = hooked.annotate(data)["attr", "observation"]
+        expected = torch.autograd.grad(value.sum(), x, retain_graph=True)[0]
+        torch.testing.assert_close(found, expected)

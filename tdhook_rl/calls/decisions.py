@@ -22,7 +22,7 @@ from tdhook_rl.errors import TargetError, nearest, warn
 from tdhook_rl.internals.torchrl_names import is_sparse
 from tdhook_rl.policies.draws import Draw, meets, sample_keys
 from tdhook_rl.policies.inversion import is_one_hot
-from tdhook_rl.replaying.samples import Drawn, components, is_point
+from tdhook_rl.replaying.samples import Drawn, components, is_point, parameter_names
 from tdhook_rl.sites.known import own_class
 from tdhook_rl.sites.runtime import vmap_level
 
@@ -215,7 +215,9 @@ def action_of(run: Pass, values: NestedKey) -> Tensor | None:
         if any(meets(unravel_key(key), values) for key in drawn.module.in_keys):  # type: ignore[union-attr]
             parts = _parts(drawn)
             if len(parts) > 1:
-                parts = [one for one in parts if _contains(key_parts(values)[:-1], key_parts(one.key))]
+                names = parameter_names(drawn.module)
+                group = key_parts(values)[:-1]
+                parts = [one for one in parts if _contains(group, key_parts(names.get(one.key, one.key)))]
             if len(parts) == 1:
                 return parts[0].action
     keys: list[NestedKey] = [run.actions[values][0]] if values in run.actions else []

@@ -152,7 +152,8 @@ def require_rows_apart(call: Call, laid_out: str) -> None:
             f"in {own_class(call.policy).__name__} a row's output depends on the rows beside it, as in a network that "
             f"reads a sequence, and {laid_out}: what is explained would not be what the policy computes. Let what is "
             "read together be one entry, as with data.batch_size = data.batch_size[:-1] for time in the last "
-            "dimension, or explain trajectories with Saliency(horizon='trajectory')"
+            "dimension, or explain trajectories with Saliency(horizon='trajectory'). Where time is read off the "
+            "batch size, as in world models, activations are shown by the call: hooked(batch)"
         )
 
 

@@ -61,6 +61,14 @@ def components(module: Any, distribution: D.Distribution) -> dict[NestedKey, D.D
     return {unravel_key(sample_keys(module)[0]): distribution}
 
 
+def parameter_names(module: Any) -> dict[NestedKey, NestedKey]:
+    """Of the parts of a composite distribution, by the key of the sample: the name that its parameters are under."""
+    given = {**getattr(module.distribution_class, "keywords", {}), **module.distribution_kwargs}
+    names = map(unravel_key, given.get("distribution_map", ()))
+    written = {unravel_key(name): unravel_key(key) for name, key in (given.get("name_map") or {}).items()}
+    return {written.get(name, name): name for name in names}
+
+
 def is_point(distribution: D.Distribution) -> bool:
     """Whether a distribution is a single point, which has no log-probability to explain."""
     from torchrl.modules import Delta
