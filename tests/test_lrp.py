@@ -301,3 +301,20 @@ def test_what_has_no_rule_is_refused() -> None:
     with LRP().prepare(relu_net(True)) as hooked, torch.inference_mode():
         with pytest.raises(InputError, match="inference_mode"):
             hooked(TensorDict({"input": torch.randn(2, 6, dtype=F64)}, batch_size=2))
+
+
+@pytest.mark.parametrize("run", ["@0", "@1", "@-1", "@-2", "@all"])
+def test_relevance_of_each_run(run: str) -> None:
+    """Layers without biases hand on all of it: what a run has adds up to the output."""
+    one, two, head = (nn.Linear(4, size, bias=False, dtype=torch.float64) for size in (4, 4, 1))
+    act = nn.Tanh()
+    net, data = nn.Sequential(one, act, two, act, head), TensorDict({"input": torch.randn(6, 4).double()}, [6])
+    with LRP(input_modules=[f"1{run}"]).prepare(net) as hooked:
+        found = hooked(data)["attr", f"1{run}"]
+    last = net[:4](data["input"]) * head.weight
+    if run in ("@1", "@-1"):
+        torch.testing.assert_close(found, last, atol=1e-4, rtol=1e-4)
+    else:
+        by_run = found.unbind(1) if run == "@all" else [found]
+        for one_run in by_run:
+            torch.testing.assert_close(one_run.sum(-1), last.sum(-1), atol=1e-3, rtol=1e-3)

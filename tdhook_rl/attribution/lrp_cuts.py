@@ -15,6 +15,7 @@ from tdhook_rl.errors import warn
 from tdhook_rl.hooking.pooling import _MaxPool
 from tdhook_rl.internals.torch_names import function_of, held_buffers, held_parameters
 from tdhook_rl.internals.torchrl_names import is_entrywise
+from tdhook_rl.sites.repeats import Several
 from tdhook_rl.sites.runtime import Runtime, vmap_level
 
 Node = Any
@@ -98,7 +99,9 @@ class Graph:
 
     def _refresh(self) -> None:
         slots, leaves = self._runtime.slots, self._runtime.leaves
-        inner = [slots[slot] for slot in leaves if slot in slots] if leaves else []
+        kept = [slots[slot] for slot in leaves if slot in slots] if leaves else []
+        # Of a site that is counted from the last run, or is of all, there is more with each run.
+        inner = [one for value in kept for one in (value.values if isinstance(value, Several) else (value,))]
         if len(self._points) + len(inner) != self._count:
             self._count = len(self._points) + len(inner)
             self._edges = {_edge(value) for value in (*self._points, *inner) if value.requires_grad}
