@@ -32,6 +32,7 @@ NORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "spectral_norm": spectral_norm,
     "SpectralNorm": parametrizations.spectral_norm,
     "weight_norm": weight_norm,
+    "weight_norm of all": lambda layer: weight_norm(layer, dim=None),
     "WeightNorm": parametrizations.weight_norm,
 }
 WRAPS = MASKS | NORMS
@@ -144,7 +145,7 @@ def test_pruning_names_a_weight_under_a_norm(name: str) -> None:
         Pruning(amount_to_prune=0.5, modules_to_prune="2"),
         Pruning(modules_to_prune={"2": (1, 3)}),
     ):
-        with pytest.raises(InputError, match=rf"'2.weight' is computed by .*{name}"):
+        with pytest.raises(InputError, match=rf"'2.weight' is computed by .*{name.removesuffix(' of all')}"):
             method.prepare(net).__enter__()
     with Pruning(amount_to_prune=0.5, skip_modules="2").prepare(net) as hooked:
         zeros = (hooked.module[0].weight == 0).sum()
@@ -163,7 +164,7 @@ def test_task_vectors_act_in_proportion_or_name_the_layer(name: str) -> None:
     with TaskVectors().prepare(net) as hooked:
         vector = hooked.get_task_vector(tuned)
         if name in NORMS:
-            with pytest.raises(InputError, match=rf"'weight' of the layer '0' .*{name}"):
+            with pytest.raises(InputError, match=rf"'weight' of the layer '0' .*{name.removesuffix(' of all')}"):
                 hooked.get_weights(vector, alpha=0.5)
             return
         with hooked.with_applied_vectors(vector, alpha=0.5):

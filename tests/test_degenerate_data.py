@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 from tdhook_rl import IntegratedGradients, Saliency
 from tdhook_rl.errors import InputError
-from tdhook_rl.latent.dimension_estimation import CaPcaDimensionEstimator, TwoNnDimensionEstimator
+from tdhook_rl.latent.dimension_estimation import (
+    CaPcaDimensionEstimator,
+    LocalKnnDimensionEstimator,
+    TwoNnDimensionEstimator,
+)
 from tdhook_rl.metrics import completeness_gap, deletion_insertion, pointing_game, relevance_mass
 
 F64 = torch.float64
@@ -81,6 +85,18 @@ def test_two_nn_names_near_duplicates(gap: float, share: float) -> None:
     copies = plane[: int(share * 1000)]
     with pytest.raises(InputError, match="near-duplicates"):
         two_nn(torch.cat([plane, copies + gap * normal(*copies.shape)]))
+
+
+@pytest.mark.parametrize("estimator", [TwoNnDimensionEstimator, LocalKnnDimensionEstimator])
+@pytest.mark.parametrize("times", [2, 3, 5])
+def test_ratios_of_distances_name_copies_in_any_number(estimator: type, times: int) -> None:
+    """A plane; each point, or each fourth, several times, a rounding apart."""
+    torch.manual_seed(0)
+    plane = torch.rand(200, 2, dtype=torch.float64) @ torch.randn(2, 10, dtype=torch.float64)
+    for copied in (plane, plane[::4]):
+        copies = [copied + 1e-9 * torch.randn_like(copied) for _ in range(times - 1)]
+        with pytest.raises(InputError, match="near-duplicates"):
+            estimator()(TensorDict({"data": torch.cat([plane, *copies])}))
 
 
 @pytest.mark.parametrize("rows", [200, 1000])

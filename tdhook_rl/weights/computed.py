@@ -119,8 +119,9 @@ def draw_anew(path: str, layer: nn.Module, computed: Mapping[str, ComputedWeight
                 one.hook.compute_weight(layer, do_power_iteration=True)
         elif isinstance(one.hook, WeightNorm):
             getattr(layer, f"{name}_v").copy_(parameter)
-            dims = [dim for dim in range(parameter.ndim) if dim != one.hook.dim % parameter.ndim]
-            getattr(layer, f"{name}_g").copy_(torch.linalg.vector_norm(parameter, dim=dims, keepdim=True))
+            size = getattr(layer, f"{name}_g")  # of each row, say, or one of all
+            dims = [dim for dim in range(parameter.ndim) if not size.ndim or size.shape[dim] == 1]
+            size.copy_(torch.linalg.vector_norm(parameter, dim=dims, keepdim=True).reshape(size.shape))
         else:
             _assign(path, layer, name, parameter)
 

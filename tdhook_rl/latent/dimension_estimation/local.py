@@ -18,6 +18,7 @@ from tdhook_rl.latent.dimension_estimation.neighbours import (
     local_spectrum,
     nearest_neighbours,
     read_points,
+    refuse_copies,
     refuse_duplicates,
     resolve_k,
     write_results,
@@ -123,6 +124,7 @@ class LocalKnnDimensionEstimator(LocalDimensionEstimator):
     def _dimensions(self, points: Tensor, k: int) -> Tensor:
         found, _ = nearest_neighbours(points, k)
         refuse_duplicates(found[..., 0], self.in_key, what="another point")
+        refuse_copies(found, self.in_key)
         logs = (found[..., -1:] / found[..., :-1]).log().sum(-1)
         if bool((logs == 0).any()):
             raise InputError(

@@ -107,6 +107,32 @@ def refuse_duplicates(smallest: Tensor, key: NestedKey, *, tolerance: Tensor | f
         )
 
 
+#: Of points that are copies of others but for rounding: how much further than the last copy the next point is, at
+#: least. Of points of one dimension, of which pairs are apart most easily, it is a thousandth of them.
+APART = 1000.0
+#: Among so many neighbours copies are looked for, and in so large a share of the points.
+COPIES, COPIED = 10, 0.1
+
+
+def refuse_copies(near: Tensor, key: NestedKey) -> None:
+    """Raise if many points of a cloud have a few neighbours, and all others far away from these.
+
+    Their distances are those of the noise by which they differ, whatever the dimension of the cloud.
+
+    Args:
+        near: distances to the nearest points, ``(..., N, k)``, nearest first.
+        key: where the points are.
+    """
+    rows, near = near.shape[-2], near[..., :COPIES]
+    copied = (near[..., 1:] > APART * near[..., :-1]).any(-1).sum(-1)
+    if bool((copied > max(5, COPIED * rows)).any()):
+        raise InputError(
+            f"{int(copied.max())} of {rows} points of {key!r} are near-duplicates of others: all but these are more "
+            f"than {APART:g} times as far away, so that the ratios of distances are those of what they differ by. Drop "
+            "near-duplicates first, or use LocalPcaDimensionEstimator with more neighbours than a point has copies"
+        )
+
+
 def check_k(k: int | Literal["auto"], *, least: int) -> None:
     """Refuse a number of neighbours that no cloud can satisfy."""
     if k == "auto":

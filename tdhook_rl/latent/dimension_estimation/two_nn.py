@@ -13,9 +13,11 @@ from torch import Tensor
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.dimension_estimation.neighbours import (
+    COPIES,
     check_keys,
     nearest_neighbours,
     read_points,
+    refuse_copies,
     refuse_duplicates,
     write_results,
 )
@@ -139,10 +141,11 @@ class TwoNnDimensionEstimator(TensorDictModuleBase):
 
     def _ratios(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """The logarithm of the ratio of both distances ``(..., N)``, and the two neighbours ``(..., N, 2)``."""
-        found, neighbours = nearest_neighbours(points, 2)
+        found, neighbours = nearest_neighbours(points, min(COPIES, points.shape[-2] - 1))
         spread = (points - points.mean(-2, keepdim=True)).square().sum(-1).mean(-1, keepdim=True).sqrt()
         refuse_duplicates(found[..., 0], self.in_key, tolerance=self.eps * spread, what="another point")
-        return (found[..., 1] / found[..., 0]).log(), neighbours
+        refuse_copies(found, self.in_key)
+        return (found[..., 1] / found[..., 0]).log(), neighbours[..., :2]
 
     def _fit(self, ratios: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The points of the line and its slope, from ratios in order."""
