@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.data import Unbounded
@@ -20,9 +20,10 @@ from torchrl.modules import (
     RSSMRolloutV3,
 )
 
-from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors
+from tdhook_rl import ActivationCaching, Compose, LinearProbe, Saliency, SteeringVectors
 from tdhook_rl.attribution import GuidedBackpropagation, IntegratedGradients
 from tdhook_rl.errors import InputError, SiteError, TdhookError
+from tdhook_rl.latent import ProbeGate
 
 
 class Experts(nn.Module):
@@ -263,6 +264,24 @@ def test_world_models_that_walk_through_time_show_and_change_every_step(name: st
     assert (found.select(*policy.out_keys) == expected.select(*policy.out_keys)).all()
 
 
+@pytest.mark.parametrize("steps", [3, WIDTH])  # as many as rows, and as features
+@pytest.mark.parametrize("name", WALKS)
+def test_gates_of_steps_say_where_they_were_open(name: str, steps: int) -> None:
+    policy, data, site = WALKS[name](), of_steps(steps), "rssm_prior.module.rnn"
+    probe = LinearProbe(weight=torch.randn(2, WIDTH), bias=torch.zeros(2), path=site)
+    runs: list[Tensor] = []
+    policy.get_submodule(site).register_forward_hook(lambda _, args, output: runs.append(output))
+    gated = SteeringVectors({site: torch.zeros(WIDTH)}, alpha=1.0, when=ProbeGate(probe, above=0.5))
+    with gated.prepare(policy) as hooked:
+        torch.manual_seed(0)
+        found = hooked(data.clone())
+    runs.clear()
+    torch.manual_seed(0)
+    policy(data.clone())
+    read = torch.stack(runs, 1) @ probe.weight.T
+    assert torch.equal(found["steered", "steering"], read.softmax(-1)[..., 1] > 0.5)
+
+
 class Loop(nn.Module):
     """A cell that is called with each step of a batch, as scripts write it."""
 
@@ -286,3 +305,72 @@ def test_the_last_step_of_a_loop_is_not_taken_for_rows(steps: int) -> None:
         hooked(TensorDict({"input": x}, [5, steps]))
     with ActivationCaching("cell@all").prepare(net) as hooked:
         assert torch.equal(hooked(TensorDict({"input": x}, [5]))["cache", "cell@all"], net(x))
+
+
+# ---------------------------------------------------------------------- strengths of rows that a policy hands on
+
+
+class TwoExperts(TensorDictModuleBase):
+    """Two networks, each of which is called with the rows that are its own; as many of one as of the other."""
+
+    in_keys, out_keys = ["seen"], ["action"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = (TensorDictModule(nn.Linear(5, WIDTH), ["seen"], ["part"]) for _ in range(2))
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        rows = tensordict["seen"][..., 1] > 0
+        found = torch.zeros(*tensordict.shape, WIDTH)
+        for mask, one in ((rows, self.left), (~rows, self.right)):
+            found = found.masked_scatter(mask[..., None], one(tensordict[mask])["part"])
+        return tensordict.set("action", found)
+
+
+def chunks() -> tuple[nn.Module, list[str], TensorDict, str, str]:
+    net = nn.Sequential(nn.Linear(5, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 6), nn.Unflatten(-1, (3, 2)))
+    policy = MultiStepActorWrapper(TensorDictModule(net, ["seen"], ["action"]), n_steps=3)
+    data = TensorDict({"seen": torch.randn(6, 5), "is_init": torch.ones(6, 1, dtype=torch.bool)}, [6])
+    data = policy(data).detach().exclude("action").set("seen", torch.randn(6, 5))
+    return policy, ["actor.module.0"], data.set("is_init", torch.arange(6)[:, None] % 2 == 0), "seen", "action"
+
+
+def experts() -> tuple[nn.Module, list[str], TensorDict, str, str]:
+    seen = torch.randn(6, 5)
+    seen[:, 1] = torch.tensor([1.0, -1.0]).repeat(3)
+    return TwoExperts(), ["left.module", "right.module"], TensorDict({"seen": seen}, [6]), "seen", "action"
+
+
+def walk() -> tuple[nn.Module, list[str], TensorDict, str, str]:
+    return walk_of_gaussians(), ["rssm_prior.module.rnn"], of_steps(WIDTH), "belief", ("next", "belief")
+
+
+@pytest.mark.parametrize("build", [chunks, experts, walk])
+@pytest.mark.parametrize("what", ["alpha", "when"])
+def test_functions_of_rows_are_asked_of_the_rows_that_are_handed_on(build: Callable[[], Any], what: str) -> None:
+    policy, sites, data, key, out = build()
+    vector = torch.randn(WIDTH)
+
+    def strength(rows: TensorDictBase) -> Tensor:
+        return rows[key][..., 0] if what == "alpha" else rows[key][..., 0] > 0
+
+    options = {what: strength, "alpha": strength if what == "alpha" else 1.0}
+    steering = SteeringVectors(dict.fromkeys(sites, vector), **options)
+    explained = Saliency(inputs=[key], target=lambda run: run.outputs[out].flatten(data.ndim).sum(-1), when="step")
+    with Compose(steering, explained).prepare(policy) as hooked:
+        torch.manual_seed(0)
+        found = hooked(data.clone())
+    noted: list[Tensor] = []
+    for site in sites:
+        caller = policy.get_submodule(site.split(".")[0])
+        caller.register_forward_pre_hook(lambda _, args: noted.append(strength(args[0]).detach().float()))
+        policy.get_submodule(site).register_forward_hook(lambda _, args, value: value + noted[-1][..., None] * vector)
+    leaf = data[key].clone().requires_grad_()
+    torch.manual_seed(0)
+    expected = policy(data.clone().set(key, leaf))
+    assert torch.equal(found[out], expected[out])
+    slope = torch.autograd.grad(expected[out].sum(), leaf)[0]
+    rows = found["computed", "attr"]
+    torch.testing.assert_close(found["attr", key][rows], slope[rows])
+    acted = torch.stack(noted, 1) if build is walk else strength(data)
+    assert torch.equal(found["steered", "steering"], acted.bool() & rows)

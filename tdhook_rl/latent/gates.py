@@ -199,4 +199,4 @@ class ProbeGateHook:
         )
         read = read_columns(probe_columns(features, weight, bias, self.site), kind)[..., self.column]
         runtime.decided[self.slot] = opened = (read > above.to(read)) & (read < below.to(read))
-        keep(runtime, self.slot, opened)
+        keep(runtime, self.slot, opened, self.site)

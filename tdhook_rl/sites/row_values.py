@@ -22,7 +22,7 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.internals.functorch_names import is_batchedtensor
 from tdhook_rl.sites.hooks import Portable
 from tdhook_rl.sites.inner_calls import require_whole_batch, step_of_batch
-from tdhook_rl.sites.repeats import added
+from tdhook_rl.sites.repeats import Several, added
 from tdhook_rl.sites.rows import entry_rows
 from tdhook_rl.sites.runtime import Runtime
 
@@ -147,7 +147,7 @@ class RowHook:
             runtime.decided = {}
         decided, replay, batch = runtime.decided, runtime.replay, data.batch_size
         known = decided.get("rows")
-        if known is not None:
+        if known is not None and not self._is_of_other_rows(data):
             layout = module._hooked_layout
             if known.numel() == batch.numel() or (layout is not None and layout.mapped is not None):  # type: ignore[union-attr]
                 return
@@ -162,7 +162,23 @@ class RowHook:
             if one.found in decided:
                 continue
             decided[one.slot] = value = one(source)
-            keep(runtime, one.slot, value)
+            keep(runtime, one.slot, value, one.what)
+
+    def _is_of_other_rows(self, data: TensorDictBase) -> bool:
+        """Whether a module that the policy calls with rows of its own (a step, some rows) has been given others now.
+
+        What it hands on to modules inside of it is of the same rows.
+        """
+        runtime, inner = self.runtime, self.runtime.inner
+        if not inner or inner[-1] != data.batch_size or runtime.batch is None or runtime.decided is None:
+            return False
+        if data.batch_size.numel() == runtime.batch.numel():
+            return False
+        depth, last = runtime.decided.get("asked", (0, None))
+        if last is data or (last is not None and len(inner) > depth):
+            return False
+        runtime.decided["asked"] = len(inner), data
+        return True
 
     def after(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         # Inside a root call the root takes the rows back; after get_dist nobody else would.
@@ -192,13 +208,25 @@ def rows_under_way(runtime: Runtime, site: str, what: str) -> TensorDictBase:
     return rows if torch.compiler.is_compiling() else rows.lock_()
 
 
-def keep(runtime: Runtime, slot: str, value: Tensor) -> None:
-    """Keep what was found of rows in the call under way, for what is written of it."""
+def keep(runtime: Runtime, slot: str, value: Tensor, site: str) -> None:
+    """Keep what was found of rows in the call under way, for what is written of it; ``site`` says where, or of what."""
     if not runtime.recording:
         return
-    if (runtime.inner or runtime.steps) and step_of_batch(runtime, slot):
-        value = added(runtime.slots.get(slot), value, "steps")  # type: ignore[arg-type, assignment]
+    before = runtime.slots.get(slot)
+    if isinstance(before, Tensor) and _some_rows(runtime):
+        return  # of all rows, before some of them were handed on
+    if (runtime.inner or runtime.steps) and step_of_batch(runtime, site):
+        # What was found of the whole, before it was walked through, is none of a step's.
+        value = added(before if isinstance(before, Several) else None, value, "steps")  # type: ignore[assignment]
     runtime.slots[slot] = value
+
+
+def _some_rows(runtime: Runtime) -> bool:
+    """Whether a module is called with some rows of the batch, and no step of it."""
+    inner, batch = runtime.inner[-1] if runtime.inner else None, runtime.batch
+    if inner is None or batch is None or inner == batch[:-1]:
+        return False
+    return inner.numel() < batch.numel()
 
 
 def spread(rows: Tensor, value: Tensor, what: str, site: str) -> Tensor:
