@@ -186,4 +186,4 @@ def first_line(error: BaseException) -> str:
 
 def device_of(module: nn.Module) -> torch.device | None:
     """Where a module's parameters are; ``None`` if it has none."""
-    return next((parameter.device for parameter in held_parameters(module).values()), None)
+    return next((one.device for one in held_parameters(module).values() if not one.is_meta), None)

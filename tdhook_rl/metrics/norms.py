@@ -147,7 +147,7 @@ def _held(modules: Mapping[str, nn.Module], path: str) -> TensorDictParams | Non
 
 
 def _unready(parameter: Tensor) -> bool:
-    return isinstance(parameter, nn.parameter.UninitializedParameter)
+    return parameter.is_meta or isinstance(parameter, nn.parameter.UninitializedParameter)
 
 
 def _finite(value: Tensor) -> bool:
