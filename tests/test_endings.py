@@ -200,7 +200,7 @@ LOCALS = [_local_module, _local_layer, _local_draw, _local_sequence, _with_a_clo
 
 @pytest.mark.filterwarnings("ignore:deterministic_sample wasn't found")
 @pytest.mark.parametrize("make", LOCALS)
-@pytest.mark.parametrize("how", ["caching", "saliency", "annotate", "run"])
+@pytest.mark.parametrize("how", ["caching", "saliency", "annotate", "run", "annealed"])
 def test_what_policies_hold_is_freed(make: Callable[[torch.Tensor], nn.Module], how: str) -> None:
     def once() -> weakref.ref[torch.Tensor]:
         held = torch.zeros(1000)
@@ -208,6 +208,8 @@ def test_what_policies_hold_is_freed(make: Callable[[torch.Tensor], nn.Module], 
         method = ActivationCaching(".*") if how in ("caching", "run") else Saliency()
         data = TensorDict({"x": torch.randn(2, 4)}, [2])
         with method.prepare(policy) as hooked:
+            if how == "annealed":
+                policy.temperature = 2.0
             found = hooked(data)
             if how == "annotate":
                 hooked.annotate(found)

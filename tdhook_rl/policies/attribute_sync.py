@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import dis
 import types
+import weakref
 from collections.abc import Callable
-from functools import cache
 from operator import itemgetter
 from typing import Any
 
@@ -185,9 +185,19 @@ def _replaced(path: str, then: Any, now: Any) -> str:
     )
 
 
-@cache
+#: What was read of classes; it keeps none of them, which may be local ones that hold a lot.
+_STORED: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
+
+
 def stored_names(kind: type) -> frozenset[str]:
     """The attributes that the forward of a class sets or changes, itself or in methods that it calls, as it reads."""
+    known = _STORED.get(kind)
+    if known is None:
+        known = _STORED[kind] = _stored_names(kind)
+    return known
+
+
+def _stored_names(kind: type) -> frozenset[str]:
     found: set[str] = set()
     seen: set[str] = set()
     waiting = ["forward"]
