@@ -186,11 +186,14 @@ def data_is_read_only(subject: Subject) -> None:
 
 def nothing_is_kept(subject: Subject) -> None:
     """When data and results are gone, no tensor of a call is alive."""
-    gc.freeze()  # what is there already need not be looked through below
+    own = gc.get_freeze_count() == 0  # what a program has frozen itself would be thawed with the rest
+    if own:
+        gc.freeze()  # what is there already need not be looked through below
     try:
         _require_nothing_kept(subject)
     finally:
-        gc.unfreeze()
+        if own:
+            gc.unfreeze()
 
 
 def _require_nothing_kept(subject: Subject) -> None:
