@@ -42,6 +42,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 torchrl.logger.setLevel("ERROR")
 torch.set_num_threads(1)
 
+# A seed for devices that no build of torch here can have is queued with the stack of who set it: a millisecond each.
+for device, built in ((torch.cuda, torch.backends.cuda.is_built()), (torch.xpu, torch.xpu.is_available())):
+    if not built:
+        setattr(device, "manual_seed_all", lambda seed: None)
+
 # Workers are forked from a process that has imported what each would take seconds for. What is sent to them is pickled
 # as by TorchRL's own way, "spawn", in which scripts, the demo and tests of "spawned" workers start theirs.
 multiprocessing.set_start_method("forkserver", force=True)
@@ -58,13 +63,6 @@ def _start() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     set_exploration_type(None).__enter__()
-
-
-@pytest.fixture(autouse=True)
-def _spawned_where_ends_are_looked_at(request: pytest.FixtureRequest) -> None:
-    """Workers that were forked were seen, now and then, to end later than spawned ones, on a busy machine."""
-    if request.node.get_closest_marker("limit") is not None:
-        request.getfixturevalue("spawned")
 
 
 @pytest.fixture(autouse=True)

@@ -289,6 +289,7 @@ def test_controls_that_do_not_fit_are_refused_and_none_is_set() -> None:
 
 @pytest.mark.slow
 @pytest.mark.limit(120)
+@pytest.mark.usefixtures("spawned")
 def test_a_dead_environment_of_a_parallel_env_is_named() -> None:
     env = ParallelEnv(2, env_functions(1, ())[0])
     collector = Collector(env, Learner().policy, frames_per_batch=16, total_frames=-1)

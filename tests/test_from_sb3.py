@@ -215,6 +215,7 @@ def test_saved_agents_are_those_that_were_saved(name: str, tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.limit(150)
+@pytest.mark.usefixtures("spawned")
 @pytest.mark.parametrize("seen", ["vector", "dict"])
 def test_workers_of_collectors_are_given_the_policy(seen: str) -> None:
     """In processes that were spawned, which unpickle it; and it is updated there."""

@@ -186,17 +186,6 @@ def data_is_read_only(subject: Subject) -> None:
 
 def nothing_is_kept(subject: Subject) -> None:
     """When data and results are gone, no tensor of a call is alive."""
-    own = gc.get_freeze_count() == 0  # what a program has frozen itself would be thawed with the rest
-    if own:
-        gc.freeze()  # what is there already need not be looked through below
-    try:
-        _require_nothing_kept(subject)
-    finally:
-        if own:
-            gc.unfreeze()
-
-
-def _require_nothing_kept(subject: Subject) -> None:
     with subject.hooked() as hooked:
         for call in (hooked, lambda data: hooked.annotate(_acted(hooked, data))):
             data = subject.rows(4)
@@ -206,7 +195,8 @@ def _require_nothing_kept(subject: Subject) -> None:
             del data, found
             if any(one.last is not None for one in hooked._hooked.bound):
                 call(subject.rows(4))  # what it declares to show of the last call is of this one now
-            gc.collect()
+            if any(reference() is not None for reference in alive.values()):
+                gc.collect()  # which looks through all that the program holds; most is freed without
             kept = [key for key, reference in alive.items() if reference() is not None]
             require(not kept, f"after a call {kept[0] if kept else ''!r} is still held by something")
 
