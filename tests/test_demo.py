@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -168,7 +169,35 @@ def test_a_logger_that_breaks_is_said_once_and_the_file_goes_on(tmp_path: Path) 
         FileSink(tmp_path / "log.csv")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+def begun(log: Path) -> bool:
+    """Whether a batch and more has been logged."""
+    return log.exists() and len(log.read_text().splitlines()) > 20
+
+
+def test_ctrl_c_leaves_a_readable_log(tmp_path: Path, capsys) -> None:
+    log = tmp_path / "run" / "log.csv"
+    over = threading.Event()
+
+    def interrupt() -> None:
+        while not over.wait(0.05):
+            if begun(log):
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    watching = threading.Thread(target=interrupt)
+    watching.start()
+    try:
+        frames = str(50 * 2048)  # which would take a minute
+        code = main(["demo", "--frames", frames, "--out", str(tmp_path / "run"), "--logger", "csv"])
+    finally:
+        over.set()
+        watching.join()
+    assert code == 130
+    assert "stopped; what was measured so far" in " ".join("".join(capsys.readouterr()).split())
+    assert all(torch.isfinite(torch.tensor(value)) for _, value in FileSink.read(log)["reward"])
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_leaves_a_readable_log_and_no_workers(tmp_path: Path, workers: int) -> None:
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "tdhook_rl.cli", "demo", "--frames", "100000000"]
@@ -177,7 +206,7 @@ def test_ctrl_c_leaves_a_readable_log_and_no_workers(tmp_path: Path, workers: in
     try:
         deadline = time.monotonic() + 120
         log = folder / "log.csv"
-        while not (log.exists() and len(log.read_text().splitlines()) > 20):
+        while not begun(log):
             assert time.monotonic() < deadline, "the demo did not start logging"
             assert process.poll() is None, process.stdout.read().decode()
             time.sleep(0.2)

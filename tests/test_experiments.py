@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,15 +32,24 @@ def test_every_figure_is_as_expected(name: str, seed: int, tmp_path: Path) -> No
         assert drawing.save(tmp_path / "figure.png").stat().st_size > 5000
 
 
+#: An agent that knows nothing is far from the limits, whatever is measured of it: an eighth of the episodes and states.
+FEW = {"EPISODES": 128, "STATES": 250}
+
+
+@pytest.mark.parametrize("sizes", [FEW, pytest.param({}, marks=pytest.mark.slow)], ids=["few", "all"])
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_untrained_agent_does_not_pass(name: str) -> None:
-    trained = load(EXPERIMENTS[name].agent, 0)
+def test_an_untrained_agent_does_not_pass(name: str, sizes: dict[str, int], monkeypatch) -> None:
+    chosen = EXPERIMENTS[name]
+    trained = load(chosen.agent, 0)
     pretender = dataclasses.replace(trained, agent=trained.untrained, snapshots={})
+    home = sys.modules[chosen.measure.__module__]
+    for size in sizes.keys() & vars(home).keys():
+        monkeypatch.setattr(home, size, sizes[size])
     if name == "patching":
         with pytest.raises(InputError, match="changes no action"):
-            EXPERIMENTS[name].measure(pretender)
+            chosen.measure(pretender)
         return
-    findings = EXPERIMENTS[name].measure(pretender)
+    findings = chosen.measure(pretender)
     assert not findings.met, shown(findings)
 
 
