@@ -45,7 +45,7 @@ torch.set_num_threads(1)
 # A seed for devices that no build of torch here can have is queued with the stack of who set it: a millisecond each.
 for device, built in ((torch.cuda, torch.backends.cuda.is_built()), (torch.xpu, torch.xpu.is_available())):
     if not built:
-        setattr(device, "manual_seed_all", lambda seed: None)
+        device.manual_seed_all = lambda seed: None
 
 # Workers are forked from a process that has imported what each would take seconds for. What is sent to them is pickled
 # as by TorchRL's own way, "spawn", in which scripts, the demo and tests of "spawned" workers start theirs.
