@@ -16,12 +16,16 @@ from torch import nn
 
 from tdhook_rl import LinearProbe, ProbeReadout
 from tdhook_rl.artifacts import load_artifact, save_artifact
-from tdhook_rl.errors import ArtifactError
+from tdhook_rl.errors import ArgumentError, ArtifactError
 from tdhook_rl.experiments import checkpoints
 from tdhook_rl.files import durable
 from tdhook_rl.files.checkpoints import state_of
 from tdhook_rl.files.stored import module_path
+from tdhook_rl.report.player.players import Player
+from tdhook_rl.report.sinks.file import FileSink
 from tdhook_rl.sweeps import SteeringVector
+from tdhook_rl.sweeps.causal.circuits import Circuit
+from tdhook_rl.sweeps.sweep_result import SweepResult
 
 VECTOR = {"vector": torch.ones(3)}
 PROBE = {"weight": torch.eye(2, 3), "bias": torch.zeros(2)}
@@ -229,3 +233,14 @@ def test_a_checkpoint_that_unfolds_is_not_read(tmp_path: Path) -> None:
         file.writestr("archive/data.pkl", bytes(10_000_000))
     with pytest.raises(ArtifactError, match="compressed, which no checkpoint of torch is"):
         state_of(tmp_path / "w.pt")
+
+
+READS = [LinearProbe.load, SteeringVector.load, SweepResult.load, Circuit.load, Player.load, FileSink.read]
+WRITES = [LinearProbe(weight=torch.zeros(2, 3), bias=torch.zeros(2), path="1").save]
+
+
+@pytest.mark.parametrize("call", [*READS, *WRITES], ids=lambda call: call.__qualname__)
+@pytest.mark.parametrize("path", [None, 3, 1.5, [], torch.ones(1)], ids=str)
+def test_what_is_no_path(call: Any, path: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"takes str \| Path, got "):
+        call(path)

@@ -361,6 +361,7 @@ class SteeringVector(Arithmetic, metaclass=Checked):
             parts.append(f"{len(self.shuffled)} shuffled")
         return f"SteeringVector({', '.join(parts)})"
 
+    @checked
     def save(self, path: str | Path) -> Path:
         """Write safetensors and JSON (see :func:`tdhook_rl.artifacts.save_artifact`)."""
         module, entry = path_and_entry(self.path, "path= is")
@@ -371,6 +372,7 @@ class SteeringVector(Arithmetic, metaclass=Checked):
         return save_artifact(path, "steering_vector", tensors, {**self.facts, **place})
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> SteeringVector:
         """Read a saved vector; nothing is unpickled.
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.files.durable import put
 
@@ -95,6 +96,7 @@ class Drawing:
     def __post_init__(self) -> None:
         self.data = plain(self.data)
 
+    @checked
     def save(self, path: str | Path) -> Path:
         """Write it as PNG or SVG, as the name ends, with its data beside it (``.json``).
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import ArtifactError, InputError, nearest
 from tdhook_rl.statistics import (
     Interval,
@@ -72,6 +73,7 @@ class SweepResult:
         return cls(conditions=first.conditions, values=values, facts=first.facts, runs=runs)
 
     @classmethod
+    @checked
     def load(cls, folder: str | Path) -> SweepResult:
         """What :func:`steering_sweep` has kept in a folder.
 
@@ -88,6 +90,7 @@ class SweepResult:
         facts |= {} if cut is None else {"unfinished": float(cut.mean())}
         return cls(conditions=conditions, values=values, facts=facts, runs=runs)
 
+    @checked
     def save(self, folder: str | Path) -> Path:
         """Write it, as safetensors and JSON, into a folder."""
         done = torch.ones(len(self.conditions), dtype=torch.bool)

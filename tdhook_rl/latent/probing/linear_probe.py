@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tdhook_rl.arguments.checked import Checked
+from tdhook_rl.arguments.checked import Checked, checked
 from tdhook_rl.artifacts import load_artifact, save_artifact
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.passes import Call
@@ -137,12 +137,14 @@ class LinearProbe(metaclass=Checked):
         difference = self.weight[positive] - self.weight[negative]
         return difference / difference.norm()
 
+    @checked
     def save(self, path: str | Path) -> Path:
         """Write safetensors and JSON (see :func:`tdhook_rl.artifacts.save_artifact`)."""
         facts = {**self.facts, "probe_kind": self.kind, "module_path": self.path, "probe_concept": self.concept}
         return save_artifact(path, "linear_probe", {"weight": self.weight, "bias": self.bias}, facts)
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> LinearProbe:
         """Read a saved probe.
 

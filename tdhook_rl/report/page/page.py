@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.files.durable import put
 from tdhook_rl.report.drawing import Drawing
@@ -79,6 +80,7 @@ class Page:
         )
         return text.encode(errors="replace").decode()  # half a pair of surrogates is no letter
 
+    @checked
     def save(self, path: str | Path) -> Path:
         """Write the page; whoever reads meanwhile has the old one or the new one.
 

@@ -117,6 +117,7 @@ class Player:
         """
         return fragment(self.name, self._contents, with_code)
 
+    @checked
     def save(self, path: str | Path) -> Path:
         """Write one page that needs nothing else.
 
@@ -139,6 +140,7 @@ class Player:
         return put(place / f"{self.name}.json", json.dumps(kept, allow_nan=False))
 
     @classmethod
+    @checked
     def load(cls, folder: str | Path, name: str | None = None) -> Player:
         """One that was recorded.
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import ArtifactError, InputError, warn
 from tdhook_rl.report.sinks.values import scalars
 
@@ -107,8 +108,9 @@ class FileSink:
         except OSError as error:
             warn(f"{self.path} could not be closed ({error.strerror}): the last of what was logged may not be in it")
 
-    @staticmethod
-    def read(path: str | Path) -> dict[str, list[tuple[int, float]]]:
+    @classmethod
+    @checked
+    def read(cls, path: str | Path) -> dict[str, list[tuple[int, float]]]:
         """The curves of a log file: ``(step, value)`` pairs by name.
 
         Lines that were cut (a full disk, a run that was killed while it wrote) are left out with one warning: a number

@@ -102,11 +102,13 @@ class Circuit:
         """The same as JSON; what is not known is ``null``."""
         return Cells(self.curve).json()
 
+    @checked
     def save(self, path: str | Path) -> Path:
         """Write safetensors and JSON (see :func:`tdhook_rl.artifacts.save_artifact`)."""
         return write_circuit(path, vars(self), [(one.size, one.faithfulness, one.random) for one in self.curve])
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> Circuit:
         """Read a saved circuit, for :func:`faithfulness` in other states or of other weights; nothing is unpickled.
 
