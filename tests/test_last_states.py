@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -259,3 +260,23 @@ def test_cells_and_sequences_are_told_and_what_is_handed_out_is_read(core: nn.Mo
             else:
                 with pytest.raises(SiteError, match=r"'module.core', a \w+ that returns several"):
                     hooked(batch())
+
+
+class Keeps(Reads):
+    """Keeps the first tensor for its next call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = getattr(self, "kept", None)
+        found = self.core(x)
+        self.kept = [found[0].detach()]
+        return self.head(found[1] if kept is None else found[1] + kept[0])
+
+
+def test_what_is_kept_for_the_next_call_is_read_there() -> None:
+    net = Keeps(Pair(lambda a, b: (a, b)), lambda found: found[1])
+    plain, data = copy.deepcopy(net), batch()
+    with SteeringVectors({"core": VECTOR}).prepare(net) as hooked:
+        found = [hooked(data.clone())["output"] for _ in range(2)]
+    expected = [plain(data["input"]) for _ in range(2)]
+    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1] + VECTOR @ plain.head.weight.T)

@@ -317,7 +317,7 @@ def run_root(policy: HookedPolicy, forward: Callable[..., Any], args: tuple, kwa
         if runtime.cores and not torch.compiler.is_compiling():
             with watching(runtime) as reads:
                 output = forward(policy, *args, **kwargs)
-                reads.hand_out(output)
+                reads.hand_out(output, policy)
         else:
             output = forward(policy, *args, **kwargs)
         if checks_sites:

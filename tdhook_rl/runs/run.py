@@ -234,7 +234,7 @@ class HookedModuleRun(Placing):
                 with watching(runtime) if self._cores else nullcontext() as reads:
                     self._call()
                     if reads is not None:
-                        reads.hand_out(self.data)
+                        reads.hand_out(self.data, self.hooked)
             except EarlyStop as stop:
                 self.stopped_at = str(stop)
                 if self._target is not None:

@@ -7,7 +7,8 @@ looking at what the operations read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,12 +43,23 @@ class _Reads(TorchDispatchMode):
             self._held.append(tensor)
             self._sites[_memory(tensor)] = site, module, beside
 
-    def hand_out(self, output: Any) -> None:
-        """What the network returns, or has written, is read by whoever called it."""
-        entries = list(output.values(True, True)) if isinstance(output, TensorDictBase) else tensors_of(output)
-        for tensor in entries if self._sites else ():
+    def hand_out(self, output: Any, network: nn.Module) -> None:
+        """What the network returns or has written is read by whoever called it; what it keeps, by its next call."""
+        if not self._sites:
+            return
+        self._note(list(output.values(True, True)) if isinstance(output, TensorDictBase) else tensors_of(output))
+        if self._unread():
+            self._note([one for child in network.modules() for one in _kept(list(vars(child).values()), 3)])
+
+    def _note(self, tensors: list[Any]) -> None:
+        for tensor in tensors:
             if isinstance(tensor, Tensor) and (known := self._sites.get(_memory(tensor))):
                 self._read.add((known[0], known[2]))
+
+    def _unread(self) -> list[tuple[str, nn.Module]]:
+        """The sites of which another tensor is read, and not the first."""
+        sites = {site: module for site, module, _ in self._sites.values()}
+        return [one for one in sites.items() if (one[0], True) in self._read and (one[0], False) not in self._read]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -61,20 +73,19 @@ class _Reads(TorchDispatchMode):
         return result
 
     def require_read(self) -> None:
-        for site, module, _ in self._sites.values():
-            if (site, True) in self._read and (site, False) not in self._read:
-                kind = own_class(module).__name__
-                if not isinstance(module, nn.RNNBase):
-                    raise SiteError(
-                        f"an intervention was placed on {site!r}, a {kind} that returns several tensors, of which it "
-                        "changes the first, but the network reads only others, so it would change nothing: name the "
-                        "module that makes the one that is read, or the module that reads it"
-                    )
+        for site, module in self._unread():
+            kind = own_class(module).__name__
+            if not isinstance(module, nn.RNNBase):
                 raise SiteError(
-                    f"an intervention was placed on {site!r}, a {kind} whose sequence of outputs it changes, but the "
-                    "network reads only its last state (h_n or c_n), so it would change nothing: steer the state with "
-                    f"SteeringVectors({{({site!r}, 'h_n'): vector}}), or name the module that reads it"
+                    f"an intervention was placed on {site!r}, a {kind} that returns several tensors, of which it "
+                    "changes the first, but the network reads only others, so it would change nothing: name the "
+                    "module that makes the one that is read, or the module that reads it"
                 )
+            raise SiteError(
+                f"an intervention was placed on {site!r}, a {kind} whose sequence of outputs it changes, but the "
+                "network reads only its last state (h_n or c_n), so it would change nothing: steer the state with "
+                f"SteeringVectors({{({site!r}, 'h_n'): vector}}), or name the module that reads it"
+            )
 
 
 class StateHook:
@@ -143,6 +154,12 @@ def with_state(output: Any, key: str, new: Tensor) -> Any:
 def state_names(module: nn.Module) -> list[str]:
     """The names of the states that a module returns; none for one that is not recurrent."""
     return [] if not isinstance(module, nn.RNNBase) else ["h_n", "c_n"] if isinstance(module, nn.LSTM) else ["h_n"]
+
+
+def _kept(value: Any, depth: int) -> list[Any]:
+    """Tensors in attributes, which may hold themselves."""
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list, deque)) else ()
+    return [value] if isinstance(value, Tensor) else [one for item in items if depth for one in _kept(item, depth - 1)]
 
 
 def _memory(tensor: Tensor) -> int:
