@@ -1,8 +1,10 @@
-"""Networks that hold parameters without data, which others stand in for: ensembles as torch.func shows them."""
+"""Networks that hold parameters without data, which others stand in for (ensembles as torch.func shows them), or what
+does not copy."""
 
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,15 @@ from torchrl.modules import ProbabilisticActor
 
 from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors
 from tdhook_rl.envs import KnownValue
+from tdhook_rl.errors import PreparationError
 from tdhook_rl.latent import SteeringVector
-from tdhook_rl.metrics import spectral_norms, weight_norms
+from tdhook_rl.metrics import (
+    cascading_randomisation,
+    random_target_loss,
+    spectral_norms,
+    untrained_copy,
+    weight_norms,
+)
 from tdhook_rl.replay import analyze
 from tdhook_rl.rollout import NetworkDiagnostics, check, cka_matrix
 from tdhook_rl.sweeps import SweepResult, ablate_units, patch_sites, steering_sweep
@@ -109,3 +118,26 @@ def test_members_are_shown_and_steered_by_themselves() -> None:
     torch.testing.assert_close(found["logits"], logits)
     torch.testing.assert_close(found["attr", "observation"], torch.autograd.grad(chosen.sum(), leaf)[0])
     torch.testing.assert_close(found["cache", SITE], hidden.detach())
+
+
+class Locked(nn.Linear):
+    """A layer that does not deep-copy."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 2)
+        self.lock = threading.Lock()
+
+
+COPIED: dict[str, Callable[[TensorDictModule], Any]] = {
+    "layers": lambda net: cka_matrix(net, [net], "module.0", states()),
+    "untrained": untrained_copy,
+    "randomised": lambda net: cascading_randomisation(Saliency(), net, states()),
+    "fitted": lambda net: random_target_loss(net, states()),
+}
+
+
+@pytest.mark.parametrize("use", COPIED)
+def test_what_needs_a_copy_says_what_cannot_be_copied(use: str) -> None:
+    net = TensorDictModule(nn.Sequential(nn.Linear(16, 16), Locked()), ["observation"], ["action"])
+    with pytest.raises(PreparationError, match=r"a copy of TensorDictModule.*at 'module.1.lock'.*locks"):
+        COPIED[use](net)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.method import Method
 from tdhook_rl.metrics.scoring import find_attribution, flat, target_name
 from tdhook_rl.metrics.untrained import has_parameters, initialise_layer, own_generators
+from tdhook_rl.policies.tying import whole_copy
 from tdhook_rl.sites.paths import find_sites
 
 
@@ -75,7 +75,7 @@ def cascading_randomisation(
     """
     if data.batch_size.numel() == 0:
         raise InputError(f"there is nothing to score: the batch has shape {tuple(data.batch_size)}")
-    own = copy.deepcopy(module)
+    own = whole_copy(module, "cascading_randomisation changes")
     keys = {"in_keys": in_keys, "out_keys": out_keys}
 
     def attributions() -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.internals.torch_names import held_parameters
 from tdhook_rl.metrics.untrained import own_generators
+from tdhook_rl.policies.tying import whole_copy
 
 #: What a network is fitted at where it has one of these and draws nothing.
 _VALUES: tuple[NestedKey, ...] = ("state_value", "action_value", "state_action_value")
@@ -69,7 +69,7 @@ def random_target_loss(
     if not isinstance(network, TensorDictModuleBase):
         raise InputError(f"random_target_loss reads a TensorDict module, got a {type(network).__name__}")
     with own_generators(seed), torch.enable_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
-        own = copy.deepcopy(network)
+        own = whole_copy(network, "random_target_loss fits")
         for child in own.modules():
             # Dropout would count as a loss; the backward of recurrent layers on a GPU asks for training mode.
             child.training = isinstance(child, nn.RNNBase)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError, listed
+from tdhook_rl.policies.tying import whole_copy
 from tdhook_rl.weights.computed import ComputedWeight, computed_weights, draw_anew
 
 
@@ -37,7 +37,7 @@ def untrained_copy(module: nn.Module, *, seed: int = 0) -> Any:
         >>> other[0].weight.shape == net[0].weight.shape, torch.equal(other[0].weight, net[0].weight)
         (True, False)
     """
-    own = copy.deepcopy(module)
+    own = whole_copy(module, "untrained_copy initialises")
     layers = dict(_owner(own, path, layer) for path, layer in own.named_modules() if has_parameters(path, layer))
     unknown = [
         f"{path or '(root)'} ({type(layer).__name__})" for path, layer in layers.items()

@@ -328,6 +328,27 @@ def named_tensors(module: nn.Module, path: str = "") -> dict[str, Tensor]:
     return found
 
 
+def whole_copy(module: M, what: str) -> M:
+    """A copy of a network with weights of its own.
+
+    Args:
+        module: the network.
+        what: what is done with it, for the message.
+
+    Raises:
+        PreparationError: if it cannot be copied.
+    """
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:
+        path = _uncopyable(module, {})
+        where = f" at {path!r}" if path else ""
+        raise PreparationError(
+            f"{what} a copy of {type(module).__name__}, which cannot be copied{where} ({type(error).__name__}: "
+            f"{error!s:.300}): remove what does not deep-copy (locks, open files, tensors of a class without it)"
+        ) from error
+
+
 def _uncopyable(module: nn.Module, seeds: Mapping[int, Any]) -> str | None:
     """The attribute of a module, or of what it holds, that does not deep-copy."""
     for path, child in module.named_modules():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.files.checkpoints import load_into
 from tdhook_rl.latent.representation_similarity import CkaEstimator
 from tdhook_rl.latent.similarity_spread import similarity_intervals
+from tdhook_rl.policies.tying import whole_copy
 from tdhook_rl.rollout.fixed_states import FixedStates
 from tdhook_rl.statistics import Interval
 from tdhook_rl.statistics.interval import none
@@ -139,7 +139,7 @@ def cka_matrix(
     )
     if not named:
         raise InputError("checkpoints= names what is to be compared: there is none")
-    own = copy.deepcopy(policy)
+    own = whole_copy(policy, "cka_matrix loads checkpoints into")
     fixed = FixedStates(own, sites, rows=rows, groups=groups, trajectories=trajectories)
     fixed.keep(states)
     clouds: list[Tensor | None] = []
