@@ -33,14 +33,38 @@ def _fresh_graphs() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+def all_of_them(case: Case) -> Compose:
+    """A graph that one of them breaks is no whole graph beside the others either."""
+    return Compose(*(make(case) for make in METHODS.values()))
+
+
+#: Every policy with all methods at once, and one with each alone; each policy with each method alone is slow.
+CELLS = [
+    *((name, False, "all") for name in CASES if name != "relu"),
+    ("categorical", True, "all"),
+    ("value", True, "all"),
+    *(("categorical", False, method) for method in METHODS),
+    ("value", True, "saliency"),
+]
+ALONE = [
+    (name, gradients, method)
+    for name, gradients in (
+        *((name, False) for name in CASES if name != "relu"),
+        ("categorical", True),
+        ("value", True),
+    )
+    for method in METHODS
+    if (name, gradients, method) not in CELLS
+]
+
+
 @pytest.mark.parametrize(
-    ("policy", "gradients"),
-    [*((name, False) for name in CASES if name != "relu"), ("categorical", True), ("value", True)],
+    ("policy", "gradients", "method"), [*CELLS, *(pytest.param(*one, marks=pytest.mark.slow) for one in ALONE)]
 )
-@pytest.mark.parametrize("method", METHODS)
 def test_one_graph_with_the_same_numbers(policy: str, method: str, gradients: bool) -> None:
     case = CASES[policy]
-    with METHODS[method](case).prepare(case.build()) as hooked, torch.set_grad_enabled(gradients):
+    made = all_of_them if method == "all" else METHODS[method]
+    with made(case).prepare(case.build()) as hooked, torch.set_grad_enabled(gradients):
         compiled = torch.compile(hooked, fullgraph=True, backend="aot_eager")
         # A policy that explores reads its step count, which compiles once more than the first call.
         for _ in range(2):

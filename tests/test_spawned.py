@@ -24,7 +24,7 @@ def test_a_hooked_policy_travels_to_spawned_collectors() -> None:
     method = Compose(Saliency(when="step"), SteeringVectors({FC2: torch.randn(64)}, alpha=0.0), ControlRecord())
     with method.prepare(make_actor()) as policy:
         collector = MultiSyncCollector(
-            [lambda: CueCorners(batch_size=[2])] * 2, policy, frames_per_batch=32, total_frames=160, cat_results="stack"
+            [lambda: CueCorners(batch_size=[2])], policy, frames_per_batch=32, total_frames=160, cat_results="stack"
         )
         seen = []
         try:
@@ -41,7 +41,7 @@ def test_a_hooked_policy_travels_to_spawned_collectors() -> None:
 
 
 def test_a_hooked_policy_acts_in_spawned_environments() -> None:
-    env = ParallelEnv(2, partial(CueCorners, batch_size=[2]))
+    env = ParallelEnv(1, partial(CueCorners, batch_size=[2]))
     try:
         with Saliency(when="step").prepare(make_actor()) as policy:
             data = env.rollout(4, policy, break_when_any_done=False)
