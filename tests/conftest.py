@@ -42,9 +42,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 torchrl.logger.setLevel("ERROR")
 torch.set_num_threads(1)
 
-# A seed for devices that no build of torch here can have is queued with the stack of who set it: a millisecond each.
-for device, built in ((torch.cuda, torch.backends.cuda.is_built()), (torch.xpu, torch.xpu.is_available())):
-    if not built:
+# A seed for devices that this build of torch does not know is queued with the stack of who set it: a millisecond each.
+KNOWN = {torch.cuda: torch.backends.cuda.is_built(), **{one: one.is_available() for one in (torch.xpu, torch.mtia)}}
+for device, known in KNOWN.items():
+    if not known:
         device.manual_seed_all = lambda seed: None
 
 # Workers are forked from a process that has imported what each would take seconds for. What is sent to them is pickled

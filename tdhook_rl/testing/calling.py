@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import random
 import weakref
 from collections.abc import Callable
@@ -236,7 +237,8 @@ def _seeded(policy: Any, data: TensorDictBase, seed: int) -> tuple[TensorDictBas
     np.random.seed(seed)
     random.seed(seed)
     found = policy(data.clone())
-    return found, {"torch": torch.get_rng_state(), "numpy": str(np.random.get_state()), "random": random.getstate()}
+    numbers = pickle.dumps(np.random.get_state())
+    return found, {"torch": torch.get_rng_state(), "numpy": numbers, "random": random.getstate()}
 
 
 def _require_entries(
