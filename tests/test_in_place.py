@@ -323,3 +323,18 @@ def test_what_is_given_to_layers_that_leave_it_is_not_copied(name: str) -> None:
         hooked(data.clone())
     assert copies.count
     assert torch.equal(data["observation"], kept)
+
+
+class Doubled(nn.Module):
+    """A module of one's own, which may write into what it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_modules_of_ones_own_are_steered_in_one_graph() -> None:
+    torch._dynamo.reset()
+    net, data = nn.Sequential(nn.Linear(3, 3), Doubled()), TensorDict({"input": torch.randn(4, 3)}, [4])
+    with SteeringVectors({"1": torch.ones(3)}).prepare(net) as hooked, torch.no_grad():
+        found = torch.compile(hooked, fullgraph=True, backend="aot_eager")(data.clone())
+    torch.testing.assert_close(found["output"], net(data["input"]) + 1)

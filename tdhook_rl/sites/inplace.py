@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -29,11 +30,11 @@ class _InPlaceHook:
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         value = args[0] if args else kwargs.get("input")
-        if not isinstance(value, Tensor) or (value.is_inference() and not self.copies):
+        if not isinstance(value, Tensor) or (_counts_nothing(value) and not self.copies):
             return None
         self.held = value
         self.given = value.clone() if self.copies else value
-        self.version = -1 if self.given.is_inference() else self.given._version
+        self.version = -1 if _counts_nothing(self.given) else self.given._version
         if not self.copies:
             return None
         return ((self.given, *args[1:]), kwargs) if args else (args, kwargs | {"input": self.given})
@@ -48,6 +49,11 @@ class _InPlaceHook:
         if held is None or not returned or not isinstance(output, Tensor) or output is held:
             return None
         return held.copy_(output)
+
+
+def _counts_nothing(value: Tensor) -> bool:
+    """Whether a tensor does not count how often it was written to; traced ones cannot be asked, and do."""
+    return not torch.compiler.is_compiling() and value.is_inference()
 
 
 def hand_on_in_place(module: nn.Module) -> list[RemovableHandle]:
