@@ -119,10 +119,16 @@ def _each(name: str, method: Any, batch: tuple[int, ...] = (ROWS,)) -> list[Any]
     return found
 
 
+#: Every actor and every target meets each of them; all three together are slow.
+SHAPES: tuple[tuple[int, ...], ...] = ((ROWS,), (3, 2), ())
+
+
+@pytest.mark.parametrize("some", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.parametrize("target", [*TARGETS, *PARAMETERS])
 @pytest.mark.parametrize("name", ACTORS)
-def test_the_numbers_of_autograd(name: str, target: str, records: list[Record]) -> None:
-    for batch in ((ROWS,), (3, 2), ()):
+def test_the_numbers_of_autograd(name: str, target: str, some: bool, records: list[Record]) -> None:
+    turn = [*ACTORS].index(name) + [*TARGETS, *PARAMETERS].index(target)
+    for batch in (SHAPES[turn % 3],) if some else SHAPES:
         *ours, usual = _each(name, Saliency(target={**TARGETS, **PARAMETERS}[target]), batch)
         for one in ours:
             if isinstance(usual, str):

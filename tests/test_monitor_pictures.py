@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from collections import Counter
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image as Pillow
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.collectors import Collector
@@ -100,16 +101,35 @@ def test_episodes_are_found_by_number_by_end_and_without_padding() -> None:
     assert {one.total for one in episodes(data)} == {0.5}
 
 
+#: What transforms tell of episodes, and under which key.
+TELL = {RewardSum: "episode_reward", StepCounter: "step_count", InitTracker: "is_init"}
+
+
+@functools.cache
+def _played(workers: int, rows: int, frames: int, total: int) -> list[list[TensorDictBase]]:
+    torch.manual_seed(0)
+    several = []
+    for worker in range(workers):
+        env = TransformedEnv(CueCorners(batch_size=[rows]), EnvCompose(*(add() for add in TELL)))
+        env.set_seed(worker)
+        options = {"frames_per_batch": frames, "total_frames": total, "auto_register_policy_transforms": False}
+        several.append(list(Collector(env, **options)))
+    return several
+
+
+def played(adds: list, **sizes: int) -> list[list[TensorDictBase]]:
+    """Batches of each worker as these transforms tell of them: what others add is left out, nothing is played anew."""
+    names = [name for add, name in TELL.items() if add not in adds]
+    others = [*names, *(("next", name) for name in names)]
+    return [[batch.exclude(*others).clone() for batch in batches] for batches in _played(**sizes)]
+
+
 @pytest.mark.parametrize("told_by", ["RewardSum", "StepCounter", "InitTracker", "all", "batches before"])
 @pytest.mark.parametrize("frames", [10, 20, 50, 100])
 def test_returns_and_lengths_are_of_episodes_and_not_of_their_parts_in_a_batch(told_by: str, frames: int) -> None:
     """A collector cuts episodes at the ends of its batches; what was cut off is counted, or nothing is said of it."""
-    adds = {"RewardSum": RewardSum, "StepCounter": StepCounter, "InitTracker": InitTracker}
-    made = [add() for name, add in adds.items() if told_by in (name, "all")]
-    env = TransformedEnv(CueCorners(batch_size=[5]), EnvCompose(*made))
-    env.set_seed(0)
-    options = {"frames_per_batch": frames, "total_frames": 400, "auto_register_policy_transforms": False}
-    batches = list(Collector(env, **options))
+    adds = [add for add in TELL if told_by in (add.__name__, "all")]
+    (batches,) = played(adds, workers=1, rows=5, frames=frames, total=400)
     whole = torch.cat(batches, 1)
     expected = [(float(whole["next", "reward"].reshape(-1)[one.places].sum()), len(one.places))
                 for one in episodes(whole.select(("next", "done"))) if one.ended]  # fmt: skip
@@ -138,15 +158,10 @@ def test_returns_and_lengths_are_of_episodes_and_not_of_their_parts_in_a_batch(t
 def test_batches_of_several_workers_or_collectors_in_turn(told_by: str, frames: int) -> None:
     """Workers number their episodes together; collectors by themselves, and then what the data says goes before."""
     adds = {"numbers": [], "StepCounter": [StepCounter], "all": [RewardSum, StepCounter, InitTracker]}[told_by]
-    options = {"frames_per_batch": frames, "total_frames": 400, "auto_register_policy_transforms": False}
-    several = []
-    for worker in range(3):
-        env = TransformedEnv(CueCorners(batch_size=[2]), EnvCompose(*(add() for add in adds)))
-        env.set_seed(worker)
-        batches = list(Collector(env, **options))
+    several = played(adds, workers=3, rows=2, frames=frames, total=400)
+    for worker, batches in enumerate(several):
         for batch in batches if told_by == "numbers" else ():
             batch["collector", "traj_ids"] += 1000 * worker
-        several.append(batches)
     expected = []
     for batches in several:
         whole = torch.cat(batches, 1)
@@ -170,18 +185,13 @@ TOLD = [[], [RewardSum], [StepCounter], [InitTracker], [StepCounter, RewardSum]]
 @pytest.mark.parametrize("every", [1, 3])
 def test_collectors_that_number_alike_give_no_wrong_returns(every: int, transforms: list, tmp_path: Path) -> None:
     """Each of a few episodes is one that was played, or it is left out, which is said where the data does not tell."""
-    several = []
-    for worker in range(3):
-        env = TransformedEnv(CueCorners(batch_size=[2]), EnvCompose(*(add() for add in transforms)))
-        env.set_seed(worker)
-        options = {"frames_per_batch": 60, "total_frames": 600, "auto_register_policy_transforms": False}
-        several.append(list(Collector(env, **options)))
-    played = set()
+    several = played(transforms, workers=3, rows=2, frames=60, total=600)
+    ends = set()
     for batches in several:
         whole = torch.cat(batches, 1)
         for one in episodes(whole.select(("next", "done"), ("next", "reward"))):
             if one.ended:
-                played.add((round(one.total, 4), one.steps))
+                ends.add((round(one.total, 4), one.steps))
     followed, found = Followed(), []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -194,7 +204,7 @@ def test_collectors_that_number_alike_give_no_wrong_returns(every: int, transfor
     assert all("StepCounter()" in one for one in said)
     whole = [one for one in found if one.total == one.total and one.steps == one.steps]
     assert len(whole) > len(found) / 4
-    assert {(round(one.total, 4), one.steps) for one in whole} <= played
+    assert {(round(one.total, 4), one.steps) for one in whole} <= ends
 
 
 @pytest.mark.parametrize("every", [1, 3])
