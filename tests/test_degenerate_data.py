@@ -15,6 +15,7 @@ from tdhook_rl.latent.dimension_estimation import (
     TwoNnDimensionEstimator,
 )
 from tdhook_rl.metrics import completeness_gap, deletion_insertion, pointing_game, relevance_mass
+from tdhook_rl.targets import logit
 
 F64 = torch.float64
 generator = torch.Generator().manual_seed(0)
@@ -129,3 +130,48 @@ def test_complex_numbers_are_called_so() -> None:
         hooked(data)
     with pytest.raises(InputError, match="complex numbers"):
         TwoNnDimensionEstimator()(TensorDict({"data": torch.randn(9, 4, dtype=torch.complex64)}))
+
+
+class Divides(nn.Module):
+    """Has no number where all features are zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.norm(dim=-1, keepdim=True)
+
+
+class Logarithm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.pow(2).sum(-1, keepdim=True).log().expand_as(x)
+
+
+class Root(nn.Module):
+    """Has a number at zero, and an infinite slope."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.abs().sqrt()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"chunk_size": 5}, {"compile": {"backend": "aot_eager"}}, {"site": "0"}], ids=str
+)
+@pytest.mark.parametrize("when", ["step", "batch"])
+@pytest.mark.parametrize("layer", [Divides, Logarithm, Root])
+def test_a_row_whose_target_is_no_number_has_no_path(layer: type[nn.Module], when: str, options: dict) -> None:
+    """Also where it is none at the end only, which no point of a quadrature is; a slope is not asked for there."""
+    net = nn.Sequential(nn.Identity(), layer(), nn.Linear(3, 2)).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    x[2] = 0.0
+    given = {key: value for key, value in options.items() if key != "site"}
+    inner = {"input_modules": [options["site"]]} if "site" in options else {}
+    method = IntegratedGradients(target=logit(0, "output"), baseline=0.1, n_steps=6, when=when, **given, **inner)
+    with method.prepare(net) as hooked, torch.no_grad():
+        data = hooked(TensorDict({"input": x}, batch_size=4))
+        data = hooked.annotate(data) if when == "batch" else data
+    assert data["computed", "attr"].tolist() == [True, True, layer is Root, True]
+    found = data["attr", "0" if inner else "input"]
+    assert found.isfinite().all(-1).tolist() == [True, True, layer is Root, True]
+    if "compile" in options:
+        return  # nothing is compiled in inference mode
+    with torch.inference_mode(), method.prepare(net) as hooked:
+        data = hooked.annotate(hooked(TensorDict({"input": x}, batch_size=4)))
+    assert data["computed", "attr"].tolist() == [True, True, layer is Root, True]

@@ -64,6 +64,8 @@ def _chain_gradients(question: Question) -> list[Tensor] | None:
     if gradients is None or (record.output.dtype.itemsize >= 4 and record.is_finite()):
         return gradients
     rows = [defined_rows(call, target(run)) for target in targets]
+    if question.defined is not None:
+        question.defined.update(enumerate(rows))
     return [nan_undefined_rows(defined, one) for defined, one in zip(rows, gradients, strict=True)]
 
 

@@ -50,7 +50,7 @@ def functional_gradients(question: Question) -> tuple[list[Attributed], dict[str
     # has a mark, a zero of infinite slope, added to it: whatever comes back to it, a zero too, is no number but 0.
     marks = [value.new_zeros(()) for value in points] if torch.compiler.is_compiling() else []
     found = []
-    for target in targets:
+    for index, target in enumerate(targets):
 
         def total(*values: Tensor, target: TargetFunction = target) -> tuple[Tensor, tuple[Tensor, dict[Any, Tensor]]]:
             seen = [value + mark.sqrt() for value, mark in zip(values, values[len(points) :], strict=False)] or values
@@ -78,7 +78,10 @@ def functional_gradients(question: Question) -> tuple[list[Attributed], dict[str
         else:
             one = tuple(own.get(i) for i in range(len(points)))
             warn_unreached(runtime, target, one, inputs, [sites[slot] for slot in inner])
-        filled = with_nan(one, points, defined_rows(call, value))
+        defined = defined_rows(call, value)
+        if question.defined is not None:
+            question.defined[index] = defined
+        filled = with_nan(one, points, defined)
         found.append((dict(zip(inputs, filled, strict=False)), dict(zip(inner, filled[len(inputs) :], strict=True))))
     return found, {slot: value.detach() for slot, value in inner.items()}
 
@@ -179,6 +182,7 @@ def _outside_inference_mode(question: Question) -> tuple[list[Attributed], dict[
             {slot: value.clone() for slot, value in placed.items()},
             None if stored is None else stored.clone(),
             None if weights is None else weights.clone(),
+            defined=question.defined,
         )
         return _recorded(copied)
 
@@ -292,6 +296,8 @@ def _backward(
         one = _beside_others(slopes, points, len(primals), inner.values())
         warn_unreached(runtime, target, one, primals, [sites[slot] for slot, runs in inner.items() for _ in runs])
         defined = None if finite else defined_rows(call, value.detach())
+        if defined is not None and question.defined is not None:
+            question.defined[index] = defined
         gradients = with_nan(one, points, defined)
         of_inner = iter(gradients[len(primals) :])
         of_leaves = {slot: tuple(next(of_inner) for _ in runs) for slot, runs in inner.items()}

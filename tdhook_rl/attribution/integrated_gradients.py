@@ -21,13 +21,13 @@ from tdhook_rl.attribution.baselines import Baseline, Baselines, check_baseline
 from tdhook_rl.attribution.gradients import gradients
 from tdhook_rl.attribution.leaves import activations
 from tdhook_rl.attribution.question import Attributed, Question
+from tdhook_rl.attribution.undefined import nan_undefined_rows, through_time
 from tdhook_rl.calls.passes import Call, with_batch
 from tdhook_rl.calls.repeatable import coupled, require_rows_apart
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.method import Binder
 from tdhook_rl.policies.draws import draws, sample_keys
 from tdhook_rl.replaying.batching import conv_chunk, repeat_rows, row_vectors
-from tdhook_rl.sites.runtime import vmap_level
 
 Quadrature = Literal["gausslegendre", "riemann_middle", "riemann_left", "riemann_right", "riemann_trapezoid"]
 
@@ -68,7 +68,7 @@ class _BoundIntegratedGradients(BoundAttribution):
     def __init__(self, config: IntegratedGradients, binder: Binder) -> None:
         super().__init__(config, binder)
         self._points, self._weights = quadrature(config.method, config.n_steps)
-        self._one_pass: tuple[tuple, tuple[Tensor, Tensor] | None] = ((), None)  # the last schedule of a single pass
+        self._one_pass: tuple[tuple, list[tuple[Tensor, Tensor]]] = ((), [])  # the last schedule of a single pass
         self.is_product = config.multiply_by_inputs
         given, root = config.baseline, config.baseline_key
         self.baselines = Baselines("IntegratedGradients", given, root, as_input=True, known=binder.policy.in_keys)
@@ -170,25 +170,32 @@ class _BoundIntegratedGradients(BoundAttribution):
         stored = None
         left_out = self._not_repeated(call, inputs)
         like = next(iter((*inputs.values(), *(low for low, _ in inner.values()))))
-        passes, ends = self._passes(call, like, not inner and _ends_as_it_was(call, inputs))
-        kept = rows if ends and call.compares and call.replayed is None else 0
-        for alphas, weights in passes:
-            points = len(alphas)
+        passes = self._passes(call, like)
+        # What the policy puts out at the end is compared with what is stored, and would take a pass of its own.
+        kept = rows if not inner and call.compares and call.replayed is None and call.as_it_was(inputs, None) else 0
+        for number, (alphas, weights) in enumerate(passes, 1):
+            points, end = len(alphas), number == len(passes)
             if stored is None or stored.batch_size[0] != points * rows:
                 stored = repeat_rows(call.data, points, left_out)
             between = question._replace(
-                inputs={key: _between(baselines[key], end, alphas, batch, ends) for key, end in inputs.items()},
-                placed={slot: _between(low, high, alphas, batch) for slot, (low, high) in inner.items()},
+                inputs={key: _between(baselines[key], high, alphas, batch, end) for key, high in inputs.items()},
+                placed={slot: _between(low, high, alphas, batch, end) for slot, (low, high) in inner.items()},
                 stored=stored,
                 weights=weights,
-                own=kept,
+                own=kept if end else 0,
+                defined={},
             )
             found, _ = gradients(between)
             for one, total in zip(found, totals, strict=True):
                 for part, sums, shape in zip(one, total, shapes, strict=True):
                     for key, value in part.items():
-                        value = value.reshape(points, *shape[key])[: points - ends].sum(0)
+                        value = value.reshape(points, *shape[key])[: points - end].sum(0)
                         sums[key] = value if key not in sums else sums[key] + value
+        # A row whose own target is no number has no attribution, also where the path reaches it from numbers.
+        for index, defined in (between.defined or {}).items():
+            there = through_time(call, defined.reshape(points, *batch)[-1])
+            for part in totals[index]:
+                part.update({key: nan_undefined_rows(there, value) for key, value in part.items()})
         return totals
 
     def _not_repeated(self, call: Call, inputs: Mapping[NestedKey, Tensor]) -> frozenset[str]:
@@ -204,40 +211,32 @@ class _BoundIntegratedGradients(BoundAttribution):
         replaced = {key for key in inputs if isinstance(key, str)} - self._read_by_targets
         return self._unread | self._results | replaced
 
-    def _passes(self, call: Call, like: Tensor, end: bool) -> tuple[list[tuple[Tensor, Tensor]], bool]:
+    def _passes(self, call: Call, like: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The points of each pass, and a weight for each of its rows: as many as fit, in passes of equal size.
 
-        Args:
-            call: what is explained.
-            like: of the dtype and device of the points.
-            end: a single pass has the end of the path as its last point, which has no weight. What the policy puts
-                out there is compared with what is stored, and would take a pass of its own; where nothing is compared
-                the point is there as well, since the last bits of a pass are those of its number of rows.
-
-        Returns:
-            the passes, and whether there is that point.
+        The last point is the end of the path, without a weight: what there is in the row itself. It is always there,
+        since the last bits of a pass are those of its number of rows.
         """
-        steps, rows = len(self._points), call.batch_size.numel()
-        at_once = max(1, rows_at_once(call, self._chunk_size) // max(rows, 1))
-        number, end = math.ceil(steps / at_once), end and at_once > steps
-        known, single = self._one_pass
+        points, weights = (*self._points, 1.0), (*self._weights, 0.0)
+        rows = call.batch_size.numel()
+        number = math.ceil(len(points) / max(1, rows_at_once(call, self._chunk_size) // max(rows, 1)))
+        known, passes = self._one_pass
         keep = number == 1 and type(like) is Tensor and not torch.compiler.is_compiling()
-        key = (rows, like.dtype, like.device, end)
-        if keep and known == key and single is not None:
-            return [single], end
+        key = (rows, like.dtype, like.device)
+        if keep and known == key:
+            return passes
         # Ordinary tensors, also where the first call is in inference mode.
         with torch.inference_mode(False) if keep else nullcontext():
-            alphas, weights = (
-                torch.tensor((*values, *last), dtype=like.dtype, device=like.device)
-                for values, last in ((self._points, [1.0] * end), (self._weights, [0.0] * end))
+            alphas, shares = (
+                torch.tensor(values, dtype=like.dtype, device=like.device) for values in (points, weights)
             )
-            size = math.ceil(len(alphas) / number)
+            size = math.ceil(len(points) / number)
             passes = [
-                (a, w.repeat_interleave(rows)) for a, w in zip(alphas.split(size), weights.split(size), strict=True)
+                (a, w.repeat_interleave(rows)) for a, w in zip(alphas.split(size), shares.split(size), strict=True)
             ]
         if keep:
-            self._one_pass = key, passes[0]
-        return passes, end
+            self._one_pass = key, passes
+        return passes
 
     def _inner_path(
         self,
@@ -371,11 +370,6 @@ def _blocks(call: Call, size: int) -> Iterator[Call]:
     for start in range(0, data.batch_size[0], size):
         block = slice(start, start + size)
         yield Call(call.policy, call._forward, data[block], {key: value[block] for key, value in inputs.items()})
-
-
-def _ends_as_it_was(call: Call, inputs: Mapping[NestedKey, Tensor]) -> bool:
-    """Whether a path ends at what the policy saw; a trace, and rows under vmap, cannot look."""
-    return not torch.compiler.is_compiling() and vmap_level() < 0 and call.as_it_was(inputs, None)
 
 
 def _between(low: Tensor, high: Tensor, alphas: Tensor, batch: torch.Size, end: bool = False) -> Tensor:

@@ -30,6 +30,7 @@ class Question(NamedTuple):
         weights: a weight for each row; ones by default.
         shares: the pass may be one that other methods explain as well.
         own: so many of its last rows are those of the call as they are: what the policy puts out for them is kept.
+        defined: where it is written, by the index of a target, which rows have a number, if not all have.
     """
 
     call: Call
@@ -41,3 +42,4 @@ class Question(NamedTuple):
     weights: Tensor | None = None
     shares: bool = False
     own: int = 0
+    defined: dict[int, Tensor] | None = None

@@ -17,7 +17,11 @@ from tdhook_rl.targets import no_path
 
 def defined_rows(call: Call, reached: Tensor) -> Tensor:
     """The rows whose target is finite; in recurrent mode those from whose step on it is, up to the trajectory's end."""
-    defined = torch.isfinite(reached)
+    return through_time(call, torch.isfinite(reached))
+
+
+def through_time(call: Call, defined: Tensor) -> Tensor:
+    """In recurrent mode the rows from whose step on there is a number, up to the trajectory's end; else those given."""
     policy = call.policy
     if not policy._hooked.traits.read_trajectories(policy) or defined.shape != call.batch_size:
         return defined
