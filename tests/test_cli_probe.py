@@ -77,7 +77,7 @@ def test_checkpoints_are_compared_beside_an_untrained_network(folder: Path) -> N
     command += ["--concepts", "xor=concept/xor", "--out", "out", "--checkpoints", "one=one.pt", "again=again.pt"]
     assert main([*command, "broken=broken.pt"]) == 0
     found = json.loads((folder / "out" / "probes.json").read_text())["similarity"]
-    assert found["states"] == 512
+    assert 100 < found["states"] < 512  # those of the 512 that recur count once
     assert found["checkpoints"] == ["untrained", "one", "again", "broken"]
     first, second = (torch.tensor([[math.nan if one is None else one for one in line] for line in found["sites"][site]])
                      for site in ("module.0.module.1", SITE))  # fmt: skip
@@ -87,7 +87,7 @@ def test_checkpoints_are_compared_beside_an_untrained_network(folder: Path) -> N
     assert second[1, 2] > 0.999
     page = (folder / "out" / "report.html").read_text()
     assert f"How alike checkpoints are at {SITE}" in page
-    assert "in 512 states" in page
+    assert f"in {found['states']} states" in page
 
 
 @pytest.mark.parametrize(
