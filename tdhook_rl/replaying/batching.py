@@ -175,24 +175,27 @@ class GeneratorState:
 
     def others_moved(self) -> bool:
         """Whether anything was drawn since from the generators of Python or NumPy, if they are kept."""
-        if self._others is None:
-            return False
-        python: Any
-        numpy: Any
-        now: Any
-        python, numpy = self._others
-        now = np.random.get_state()
-        return random.getstate() != python or now[2:] != numpy[2:] or not bool((now[1] == numpy[1]).all())
+        return self._others is not None and self._others_differ(random.getstate(), np.random.get_state())
 
-    def restore(self) -> None:
-        """Put the state back; nothing is written where nothing was drawn."""
-        for index, (now, then) in enumerate(zip(self._read(), self._states, strict=True)):
-            if not torch.equal(now, then):
+    def _others_differ(self, python: Any, numpy: Any) -> bool:
+        then: Any = self._others
+        return python != then[0] or numpy[2:] != then[1][2:] or not bool((numpy[1] == then[1][1]).all())
+
+    def restore(self, now: GeneratorState | None = None) -> None:
+        """Put the state back; nothing is written where nothing was drawn.
+
+        Args:
+            now: what was read just now, of the same generators: to ask NumPy takes as long as a small layer.
+        """
+        states = self._read() if now is None else now._states
+        for index, (one, then) in enumerate(zip(states, self._states, strict=True)):
+            if not torch.equal(one, then):
                 if index == 0:
                     torch.set_rng_state(then)
                 else:
                     torch.cuda.set_rng_state(then, self._cuda)
-        if self._others is not None and self.others_moved():
+        moved = self.others_moved() if now is None or now._others is None else self._others_differ(*now._others)
+        if self._others is not None and moved:
             random.setstate(self._others[0])
             np.random.set_state(self._others[1])
 
@@ -218,7 +221,7 @@ class PassNoise:
             yield
         finally:
             self._own = GeneratorState(self._device, self._others)
-            before.restore()
+            before.restore(self._own)
 
 
 def _nodes_copied(data: TensorDict) -> TensorDict | None:
