@@ -23,8 +23,7 @@ from tdhook_rl.files.checkpoints import state_of
 from tdhook_rl.files.stored import module_path
 from tdhook_rl.report.player.players import Player
 from tdhook_rl.report.sinks.file import FileSink
-from tdhook_rl.sweeps import SteeringVector
-from tdhook_rl.sweeps.causal.circuits import Circuit
+from tdhook_rl.sweeps import Circuit, SteeringVector
 from tdhook_rl.sweeps.sweep_result import SweepResult
 
 VECTOR = {"vector": torch.ones(3)}

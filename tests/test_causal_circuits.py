@@ -17,6 +17,7 @@ from torchrl.modules import ProbabilisticActor
 
 from tdhook_rl.artifacts import load_artifact, save_artifact
 from tdhook_rl.errors import ArtifactError, InputError, SiteError
+from tdhook_rl.latent.vectors.origins import weights_of
 from tdhook_rl.sweeps import Circuit, faithfulness, find_circuit, patch_sites, patch_units
 
 ROWS = 24
@@ -277,6 +278,8 @@ def test_a_saved_circuit_is_the_one_that_was_found(name: str, controls: int, tmp
     assert loaded.frame().equals(found.frame())
     assert (loaded.units, loaded.widths, loaded.size, loaded.of) == (found.units, found.widths, found.size, found.of)
     assert all(torch.equal(loaded.importance[site], one) for site, one in found.importance.items())
+    assert loaded.facts == found.facts
+    assert (found.facts["weights"], found.facts["states"]) == (weights_of(net), data[0].batch_size.numel())
     again = faithfulness(net, *data, loaded, metric="output")
     assert again.estimate == faithfulness(net, *data, found, metric="output").estimate
 

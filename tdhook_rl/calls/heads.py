@@ -148,15 +148,9 @@ class HeadPass:
         made = dict(zip(self._chain.module.out_keys, self._parameters(copies), strict=True))
         return torch.autograd.grad(made[key], copies, torch.stack(list(outer)))[0].unbind()
 
-    def outputs(self, batch: torch.Size | None = None) -> TensorDictBase:
-        """What the policy puts out, for a comparison with what is stored: of all rows, or the last, of a batch."""
+    def outputs(self) -> TensorDictBase:
+        """What the policy puts out, for a comparison with what is stored."""
         outputs = self._entries(self.leaf.detach()) if self._split is None else self._split
-        if batch is not None:
-            rows = batch.numel()
-            last = {key: get_entry(outputs, key)[-rows:] for key in self._chain.module.out_keys}
-            outputs = new_unsafe({}, batch_size=batch)
-            for key, value in last.items():
-                set_tensor(outputs, key, value.reshape((*batch, *value.shape[1:])))
         if not isinstance(self._chain.head, ProbabilisticTensorDictModule):
             with torch.no_grad():
                 outputs = chosen_by(self._chain.head, outputs, self._stored)

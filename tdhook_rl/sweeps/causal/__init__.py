@@ -6,7 +6,8 @@ Knows how a policy is hooked and run, targets and statistics; no environments bu
 from tdhook_rl.sweeps.causal.ablation import AblationCell, AblationTable, ablate_units
 from tdhook_rl.sweeps.causal.agreement import Agreement
 from tdhook_rl.sweeps.causal.attribution import attribution_patching, patch_units
-from tdhook_rl.sweeps.causal.circuits import Circuit, CurvePoint, faithfulness, find_circuit
+from tdhook_rl.sweeps.causal.circuits import faithfulness, find_circuit
+from tdhook_rl.sweeps.causal.found_circuit import Circuit, CurvePoint
 from tdhook_rl.sweeps.causal.patch_sites import patch_sites
 from tdhook_rl.sweeps.causal.patch_table import PatchCell, PatchTable
 from tdhook_rl.sweeps.causal.paths import patch_paths

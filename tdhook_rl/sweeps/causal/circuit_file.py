@@ -30,6 +30,7 @@ def write_circuit(
         "widths": dict(found["widths"]),
         "beyond": str(found["beyond"]),
         "curve": [[size, _told(one), _told(other)] for size, one, other in curve],
+        "origin": dict(found["facts"]),
     }
     return save_artifact(path, KIND, {f"importance/{site}": one for site, one in found["importance"].items()}, facts)
 
@@ -50,6 +51,7 @@ def read_circuit(path: str | Path) -> tuple[dict[str, Any], list[tuple[int, Inte
         found["widths"] = {str(site): _whole(one) for site, one in facts["widths"].items()}
         found["units"] = {str(site): [_whole(one) for one in some] for site, some in facts["units"].items()}
         curve = [(_whole(size), _interval(one), _perhaps(other)) for size, one, other in facts["curve"]]
+        found["facts"] = dict(facts["origin"])
         _require_whole(found, importance)
     except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
         raise ArtifactError(
