@@ -10,9 +10,10 @@ from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, ProbabilisticTensorDictModule, TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
 from torch import distributions as D
+from torchrl.envs import ExplorationType, set_exploration_type
 from torchrl.modules import IndependentNormal, ProbabilisticActor, QValueModule, TanhNormal
 
-from tdhook_rl import LRP, Saliency, targets
+from tdhook_rl import LRP, Compose, IntegratedGradients, Saliency, targets
 from tdhook_rl.errors import InputError, TargetError
 from tdhook_rl.policies.inversion import noise_of, sample_with
 
@@ -149,7 +150,77 @@ def test_an_action_that_is_written_over_is_explained_as_it_was_drawn(name: str, 
     torch.testing.assert_close(found["attr", "x"], right, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("change", [lambda a: a.clamp(-0.1, 0.1), lambda a: a * 0, lambda a: a.round()])
+def zero_first(action: Tensor) -> Tensor:
+    action[..., 0] = 0
+    return action
+
+
+IN_PLACE = {
+    "table": lambda a: a.copy_(TABLE[a]),
+    "scale": lambda a: a.mul_(3).sub_(1),
+    "tanh": lambda a: a.tanh_(),
+    "clamp": lambda a: a.clamp_(-0.1, 0.1),
+    "entry": zero_first,
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("when", ["step", "batch"])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_an_action_that_is_written_over_in_place_is_explained_as_it_was_drawn(
+    name: str, when: str, mode: Callable
+) -> None:
+    discrete = name == "table"
+    net = mlp(3) if discrete else nn.Sequential(mlp(4), NormalParamExtractor())
+    keys = ["logits"] if discrete else ["loc", "scale"]
+    family = D.Categorical if discrete else IndependentNormal
+    actor = ProbabilisticActor(TensorDictModule(net, ["x"], keys), in_keys=keys, distribution_class=family)
+    policy = TensorDictSequential(actor, TensorDictModule(IN_PLACE[name], ["action"], ["action"]))
+    x, target = torch.randn(ROWS, 4), targets.taken_action_log_prob()
+    # Each explains by passes of its own, of which none may see what the one before has made of the draw.
+    several = Saliency(target={"one": target, "two": target}, when=when, attribution_key="several")
+    method = Compose(IntegratedGradients(baseline=0.0, when=when, attribution_key="path"), several)
+    with method.prepare(policy) as hooked, mode(), set_exploration_type(ExplorationType.RANDOM):
+        torch.manual_seed(1)
+        acted = hooked(TensorDict({"x": x.clone()}, [ROWS]))
+        if when == "batch" and name in ("clamp", "entry"):
+            with pytest.raises(InputError, match="writes over it"):
+                hooked.annotate(acted)
+            return
+        found = hooked.annotate(acted)
+    with set_exploration_type(ExplorationType.RANDOM):
+        torch.manual_seed(1)
+        drawn = actor(TensorDict({"x": x}, [ROWS]))["action"].detach()
+        torch.manual_seed(1)
+        torch.testing.assert_close(acted["action"], policy(TensorDict({"x": x}, [ROWS]))["action"])
+
+    def log_prob(x: Tensor) -> Tensor:
+        made = net(x)
+        return (D.Categorical(logits=made) if discrete else IndependentNormal(*made)).log_prob(drawn)
+
+    for one in ("one", "two"):
+        torch.testing.assert_close(found["several", one, "x"], gradient(log_prob, x), rtol=1e-3, atol=1e-4)
+    rise = log_prob(x) - log_prob(torch.zeros_like(x))
+    torch.testing.assert_close(found["path", "x"].sum(-1), rise.detach(), rtol=0.1, atol=0.1)
+
+
+UNTELLABLE = {
+    "clamp": lambda a: a.clamp(-0.1, 0.1),
+    "zero": lambda a: a * 0,
+    "round": torch.round,
+    # Of these several numbers give the same, and one of them looks like what was drawn.
+    "size": torch.abs,
+    "square": torch.square,
+    "from a point": lambda a: (a - 2).abs(),
+    "angle": lambda a: torch.remainder(a + 0.3, 0.6) - 0.3,
+    "wide angle": lambda a: torch.remainder(2 * a + torch.pi, 2 * torch.pi) - torch.pi,
+    "wave": lambda a: torch.sin(3 * a),
+    "fold": lambda a: torch.where(a < 1, a, 2 - a),
+    "bump": lambda a: a * torch.exp(-a.square()),
+}
+
+
+@pytest.mark.parametrize("change", UNTELLABLE.values(), ids=UNTELLABLE)
 def test_what_cannot_be_told_from_what_is_stored_is_refused_in_a_batch(change: Callable) -> None:
     net = TensorDictModule(nn.Sequential(mlp(4), NormalParamExtractor()), ["x"], ["loc", "scale"])
     actor = ProbabilisticActor(net, in_keys=["loc", "scale"], distribution_class=IndependentNormal)

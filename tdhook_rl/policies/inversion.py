@@ -2,7 +2,7 @@
 
 The stored action of such a policy is the mapped one, and a log-probability is of the drawn one. A mapping is inverted
 where that can be checked: a choice by trying every one, a number elementwise, where the mapping is strictly monotone
-around it. Elsewhere there is no answer. With the noise, a sample follows the parameters of its distribution as
+around it and nothing further off gives the same. Elsewhere there is no answer. With the noise, a sample follows the parameters of its distribution as
 ``rsample`` does; it is found for families whose samples are a known function of parameters and noise.
 """
 
@@ -20,6 +20,8 @@ from tdhook_rl.internals.torch_names import cholesky_factor
 
 #: How far around a number a mapping is looked at, how steep it has to be there, and where the number is looked for.
 STEP, SLOPE, REACH = 1e-2, 1e-3, 1e3
+#: How far off on both sides it is looked at, too: numbers that give the same (of a size, an angle) cannot be told apart.
+FAR = (0.1, 0.3, 1.0, 2.0, 4.0, 10.0, 100.0, REACH)
 _HALVINGS = 60
 
 Candidates = tuple[Sequence[Tensor], int]
@@ -46,7 +48,7 @@ def invert(
 
     def mapped(value: Tensor) -> Tensor:
         scratch = data.copy()
-        scratch.set(key, value)
+        scratch.set(key, value.clone())  # a module may write over it in place
         for module in rewriters:
             scratch = module(scratch)
         return scratch.get(key)
@@ -119,7 +121,15 @@ def _by_bisection(mapped: Callable[[Tensor], Tensor], stored: Tensor, like: Tens
     middle, left, right = mapped(found), mapped(found - step), mapped(found + step)
     one_way = torch.sign(right - middle) == torch.sign(middle - left)
     steep = torch.minimum((right - middle).abs(), (middle - left).abs()) > SLOPE * step
-    return found if bool((one_way & steep).all()) else None
+    if not bool((one_way & steep).all()):
+        return None
+    rising = right > left
+    for far in FAR:
+        left, right = mapped(found - far), mapped(found + far)
+        apart = torch.where(rising, (left < middle) & (middle < right), (left > middle) & (middle > right))
+        if not bool(apart.all()):
+            return None
+    return found
 
 
 def _same(value: Tensor, stored: Tensor) -> bool:

@@ -73,7 +73,8 @@ class ReplayMixin(Swapped):
                 data = self._hooked_draws(args, kwargs)
         else:
             for key, value in stored.items():
-                data.set(key, value)
+                # What comes after it may write over it in place, and what was drawn is read again.
+                data.set(key, value.clone() if draw.slots else value)
         return data
 
 
