@@ -243,6 +243,62 @@ def test_rows_that_were_written_over_are_computed_again(when: str) -> None:
     assert bool((found[KEY][4:] == 7).all())  # of rows that are its own the results stay
 
 
+def beside_a_clock(*shape: int) -> Tensor:
+    return torch.cat([torch.full((*shape, 1), 1e7), torch.randn(*shape, 3)], -1)
+
+
+def one_pixel_darker(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[..., 1, 30, 40] -= 5
+    return x
+
+
+FAR_FROM_ZERO: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]] = {
+    "an offset": (lambda *shape: 1e6 + torch.randn(*shape, 4), lambda x: x + 1),
+    "an offset in float64": (lambda *shape: 1e9 + torch.randn(*shape, 4).double(), lambda x: x + 1),
+    "beside a clock": (beside_a_clock, lambda x: torch.cat([x[..., :1], x[..., 1:].flip(0)], -1)),
+    "beside no target": (lambda *shape: beside_a_clock(*shape) * 1e2, lambda x: x.roll(1, 0)),
+    "a pixel": (lambda *shape: torch.randint(200, 256, (*shape, 3, 60, 60), dtype=torch.uint8), one_pixel_darker),
+    "frames in another order": (lambda *shape: torch.rand(*shape, 2, 256, 256), lambda x: x.flip(-3)),
+    "half precision": (lambda *shape: 1e3 + torch.randn(*shape, 4).to(torch.bfloat16), lambda x: x + 8),
+}
+
+
+class FromFar(nn.Module):
+    """Reads what is far from zero, as a policy does that knows where its world begins."""
+
+    def __init__(self, like: Tensor, rows: int) -> None:
+        super().__init__()
+        self.offset = like.double().flatten(0, rows - 1).mean(0)
+        self.head = nn.Linear(self.offset.numel(), 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(((x.double() - self.offset) / (1 + self.offset.abs()).sqrt()).flatten(-self.offset.ndim)).tanh()
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3)])
+@pytest.mark.parametrize("when", ["step", "batch"])
+@pytest.mark.parametrize("name", FAR_FROM_ZERO)
+def test_a_row_that_has_changed_a_little_is_another_row(name: str, when: str, shape: tuple[int, ...]) -> None:
+    make, change = FAR_FROM_ZERO[name]
+    x = make(*shape)
+    net = FromFar(x, len(shape))
+    with saliency(when=when).prepare(net, **KEYS) as hooked:
+        data = TensorDict({"observation": x}, shape)
+        stored = hooked(data) if when == "step" else hooked.annotate(data)
+        assert bool((hooked.annotate(marked(stored))[KEY] == 7).all())
+        one = (0,) * len(shape)
+        other = marked(stored)
+        other["observation"][one] = change(x)[one]
+        assert not torch.equal(other["observation"], x)
+        found = hooked.annotate(other, on_mismatch="ignore")[KEY]
+    right = gradient(net, other["observation"].double())
+    torch.testing.assert_close(found[one].double(), right[one], rtol=2e-2, atol=1e-9)
+    own = torch.ones(shape, dtype=torch.bool)
+    own[one] = False
+    assert bool((found[own] == 7).all())
+
+
 def test_one_hot_rows_and_zeros_are_told_apart() -> None:
     net = network()
     with saliency(when="step").prepare(net, **KEYS) as hooked:
@@ -307,7 +363,7 @@ def test_the_generators_stay_and_results_carry_no_graph() -> None:
         data = hooked(TensorDict({"observation": x}, [5]))
         assert torch.equal(torch.get_rng_state(), before)
         assert not data["computed", "attr.stamp"].requires_grad
-        assert data["computed", "attr.stamp"].dtype == torch.float32
+        assert data["computed", "attr.stamp"].dtype == torch.float64
 
 
 def test_a_recurrent_carrier_does_not_pass_for_the_next_step() -> None:

@@ -33,10 +33,12 @@ Key = tuple[str, ...]
 
 #: What a root's stamp is called beside its mask: ``("computed", "attr.stamp")``.
 STAMP = ".stamp"
+#: Of a stamp: in float32 a row far from zero, or beside one large entry, would have the stamp of its neighbours.
+PRECISION = torch.float64
 #: How far the stamp of one row may differ between batches, relative to the terms that it adds up.
-RELATIVE = 1e-5
-#: A longer row is projected by numbers that repeat.
-LONGEST = 1 << 16
+RELATIVE = 1e-12
+#: A longer row is projected by numbers that repeat: after a prime, so that no two frames of it have the same.
+LONGEST = 65_521
 #: Calls in a row in which buffers move and weights do not, after which they are taken for a state.
 MOVES = 3
 
@@ -132,7 +134,7 @@ class Provenance:
             mask_key, stamped = self.marks[root]
             written[mask_key] = mask = self.mask(root, values, source, results.get(mask_key), traced)
             if stamped is not None:
-                written[stamped] = mask.to(torch.float32) * 0 if trace is None else self.stamp(root, trace, output)
+                written[stamped] = mask.to(PRECISION) * 0 if trace is None else self.stamp(root, trace, output)
         set_entries(output, written)
 
     # ------------------------------------------------------------------ weights
@@ -235,7 +237,7 @@ class Provenance:
             seed = [self._token, self._edits, self._weights, zlib.crc32(repr(key).encode())]
             drawn = np.random.Generator(np.random.PCG64(seed)).standard_normal(min(length, LONGEST), np.float32)
             with torch.inference_mode(False):
-                known = torch.from_numpy(np.resize(drawn, length)).to(device)
+                known = torch.from_numpy(np.resize(drawn, length)).to(device, PRECISION)
             self._vectors[key, length, device] = known
         return known
 
@@ -279,15 +281,14 @@ class Provenance:
 
 
 def _flat(value: Tensor, batch: torch.Size) -> Tensor:
-    """An entry as float32, ``(rows, features)``."""
+    """An entry in the precision of stamps, ``(rows, features)``."""
     if type(value) is not Tensor:
         value = value.as_subclass(Tensor)
     if value.requires_grad:
         value = value.detach()
     if value.is_complex():
         value = torch.view_as_real(value)
-    if value.dtype is not torch.float32:
-        value = value.float()
+    value = value.to(PRECISION)
     if value.ndim == 2 and len(batch) == 1:
         return value
     return value.reshape(batch.numel(), value.shape[len(batch) :].numel())
