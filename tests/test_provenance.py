@@ -273,7 +273,9 @@ class FromFar(nn.Module):
         self.head = nn.Linear(self.offset.numel(), 3).double()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(((x.double() - self.offset) / (1 + self.offset.abs()).sqrt()).flatten(-self.offset.ndim)).tanh()
+        return self.head(
+            ((x.double() - self.offset) / (1 + self.offset.abs()).sqrt()).flatten(-self.offset.ndim)
+        ).tanh()
 
 
 @pytest.mark.parametrize("shape", [(6,), (2, 3)])
