@@ -2,8 +2,9 @@
 
 The stored action of such a policy is the mapped one, and a log-probability is of the drawn one. A mapping is inverted
 where that can be checked: a choice by trying every one, a number elementwise, where the mapping is strictly monotone
-around it and nothing further off gives the same. Elsewhere there is no answer. With the noise, a sample follows the parameters of its distribution as
-``rsample`` does; it is found for families whose samples are a known function of parameters and noise.
+around it and nothing further off gives the same. Elsewhere there is no answer. With the noise, a sample follows the
+parameters of its distribution as ``rsample`` does; it is found for families whose samples are a known function of
+parameters and noise.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tdhook_rl.internals.torch_names import cholesky_factor
 
 #: How far around a number a mapping is looked at, how steep it has to be there, and where the number is looked for.
 STEP, SLOPE, REACH = 1e-2, 1e-3, 1e3
-#: How far off on both sides it is looked at, too: numbers that give the same (of a size, an angle) cannot be told apart.
+#: How far off on both sides it is looked at, too: numbers that give the same (a size, an angle) are not told apart.
 FAR = (0.1, 0.3, 1.0, 2.0, 4.0, 10.0, 100.0, REACH)
 _HALVINGS = 60
 
