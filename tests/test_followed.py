@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import array
+import collections
 import copy
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -17,6 +22,19 @@ from tdhook_rl import ActivationCaching, Saliency, targets
 from tdhook_rl.errors import TieError
 
 X = torch.randn(5, 4)
+
+
+class Options:
+    """Settings with defaults in the class, of which an object has none of its own at first."""
+
+    gain, deep = 1.0, None
+
+
+class Slots:
+    __slots__ = ("gain",)
+
+    def __init__(self) -> None:
+        self.gain = 1.0
 
 
 class Policy(nn.Module):
@@ -30,6 +48,10 @@ class Policy(nn.Module):
         self.scales = {"adapter": 1.0}
         self.merged: list[str] = []
         self.config = SimpleNamespace(gain=1.0, deep=SimpleNamespace(offset=0.0))
+        self.options, self.slots = Options(), Slots()
+        self.table, self.gains = np.ones(3), {"row": np.ones((1, 3), np.float32)}
+        self.recent: collections.deque[float] = collections.deque([1.0], maxlen=2)
+        self.numbers = array.array("d", [1.0])
         self.offset = torch.zeros(3)
         self.act: Any = torch.tanh
         self.calls = 0
@@ -40,7 +62,9 @@ class Policy(nn.Module):
         self.calls += 1
         self.seen.append(self.calls)
         h = self.act(self.drop(self.inner(self.first(x)))) * self.scales["adapter"] * self.config.gain
+        h = h * self.options.gain * self.slots.gain * sum(self.recent) * self.numbers[0]
         y = self.last(h) / self.temperature + self.offset + self.config.deep.offset + len(self.merged) + self.calls
+        y = y * torch.from_numpy(self.table).float() * torch.as_tensor(self.gains["row"])
         self.last_output = y
         return y
 
@@ -73,6 +97,34 @@ def deep(policy: Policy) -> None:
     policy.config.deep.offset = 3.0
 
 
+def first_of_its_own(policy: Policy) -> None:
+    policy.options.gain = 3.0
+
+
+def in_a_slot(policy: Policy) -> None:
+    policy.slots.gain = 3.0
+
+
+def in_an_array(policy: Policy) -> None:
+    policy.table[1:] = 3.0
+
+
+def in_an_array_in_a_dictionary(policy: Policy) -> None:
+    policy.gains["row"] *= 2.0
+
+
+def another_array(policy: Policy) -> None:
+    policy.table = np.arange(3.0)
+
+
+def in_a_deque(policy: Policy) -> None:
+    policy.recent.append(2.0)
+
+
+def in_plain_numbers(policy: Policy) -> None:
+    policy.numbers[0] = 3.0
+
+
 def other_tensor(policy: Policy) -> None:
     policy.offset = torch.ones(3)
 
@@ -85,7 +137,10 @@ def function(policy: Policy) -> None:
     policy.act = torch.sigmoid
 
 
-CHANGES = (anneal, slope, drop_all, rescale, merge, gain, deep, other_tensor, same_tensor, function)
+CHANGES = (
+    anneal, slope, drop_all, rescale, merge, gain, deep, first_of_its_own, in_a_slot, in_an_array,
+    in_an_array_in_a_dictionary, another_array, in_a_deque, in_plain_numbers, other_tensor, same_tensor, function,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("calls", [0, 1, 3])
@@ -119,7 +174,8 @@ def test_what_a_forward_writes_and_the_mode_are_not_followed(first: bool) -> Non
         for _ in range(3):
             policy(X)  # a loss of the user's
         policy.drop.eval()
-        torch.testing.assert_close(hooked(TensorDict({"observation": X}, [5]))["logits"], twin(X))
+        with pytest.warns(UserWarning, match="'drop' of the user's policy is in eval mode"):
+            torch.testing.assert_close(hooked(TensorDict({"observation": X}, [5]))["logits"], twin(X))
         assert hooked.hooked_root.drop.training
         assert not policy.drop.training
     assert policy.calls == 3
@@ -160,3 +216,48 @@ def test_another_structure_is_refused_by_name(change: Callable[[nn.Sequential], 
             hooked(data.clone())
         with pytest.raises(TieError, match=f"{path}"):
             hooked.annotate(data)
+
+
+class Still(nn.Module):
+    """Without an attribute of its own, in whose forward the mode counts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if self.training else x
+
+
+MODES: dict[str, Callable[[nn.Sequential], Any]] = {
+    "a layer": lambda net: net[1].eval(),
+    "a class of one's own": lambda net: net[2].eval(),
+    "all that is wrapped": lambda net: net.eval(),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_a_mode_that_was_changed_inside_is_told_once(name: str) -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.9), Still(), nn.Linear(8, 3))
+    policy = TensorDictModule(net, ["observation"], ["logits"])
+    with ActivationCaching("module.0").prepare(policy) as hooked:
+        hooked(TensorDict({"observation": X}, [5]))
+        MODES[name](net)
+        with pytest.warns(UserWarning, match="'module[.0-9]*' of the user's policy is in eval mode and the hooked one"):
+            hooked(TensorDict({"observation": X}, [5]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            hooked(TensorDict({"observation": X}, [5]))
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("path", ["", "0", "1"])
+def test_hooks_that_were_put_in_or_taken_out_are_told_once(path: str, kind: str) -> None:
+    for before in (False, True):  # the user hooks the policy while it is hooked, or takes a hook from it
+        net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
+        handle = getattr(net.get_submodule(path), kind)(lambda *_: None) if before else None
+        with ActivationCaching("0").prepare(net, in_keys=["observation"], out_keys=["logits"]) as hooked:
+            hooked(TensorDict({"observation": X}, [5]))
+            handle.remove() if handle else getattr(net.get_submodule(path), kind)(lambda *_: None)
+            said = f"hook was {'removed' if before else 'added'} at '{path}' of the user's policy"
+            with pytest.warns(UserWarning, match=said):
+                hooked(TensorDict({"observation": X}, [5]))
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                hooked(TensorDict({"observation": X}, [5]))

@@ -58,6 +58,12 @@ class Parameter(nn.Module):
         return self.linear((x - self.mean).tanh())
 
 
+class Defaults:
+    """Of which an object holds nothing at first: what a forward adds to it begins in the class."""
+
+    calls = 0
+
+
 class Attribute(nn.Module):
     """State of some kind in attributes."""
 
@@ -68,6 +74,7 @@ class Attribute(nn.Module):
         self.frames = collections.deque([torch.zeros(5, 4)] * 2, maxlen=2)
         self.cache: dict[str, Any] = {"scales": [1.0]}
         self.helper = SimpleNamespace(scale=1.0, inner=SimpleNamespace(seen=[]))
+        self.defaults = Defaults()
         self.kept = torch.ones(4)
         self.pair: Any = (torch.ones(5, 4), torch.ones(5, 4))
         self.table = np.ones(4, dtype=np.float32)
@@ -92,6 +99,9 @@ class Attribute(nn.Module):
                 self.helper.scale *= 1.5
                 self.helper.inner.seen.append(self.helper.scale)
                 return sum(self.helper.inner.seen)
+            case "defaults of a class":
+                self.defaults.calls += 1
+                return self.defaults.calls
             case "tensor in place":
                 self.kept.mul_(1.5)
                 return self.kept
@@ -125,8 +135,8 @@ class Attribute(nn.Module):
 
 
 KINDS = (
-    "counter", "deque", "dictionary", "helper", "tensor in place", "tuple", "tuple in place", "array", "tensordict",
-    "module in a list", "generator", "numpy generator", "python generator", "global generators",
+    "counter", "deque", "dictionary", "helper", "defaults of a class", "tensor in place", "tuple", "tuple in place", "array",
+    "tensordict", "module in a list", "generator", "numpy generator", "python generator", "global generators",
 )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Attributes that the user sets on a policy while it is hooked are handed on to its clone.
 
 Such as a temperature, an epsilon or the flag of a merged adapter. What a forward writes (counters, hidden states)
-belongs to the side on which it ran, and so does ``training``. A module that was replaced, added or removed cannot be
-followed.
+belongs to the side on which it ran, and so do ``training`` and hooks, of which it is said where they have come apart. A
+module that was replaced, added or removed cannot be followed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from typing import Any
 from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
 
-from tdhook_rl.errors import TieError
+from tdhook_rl.errors import TieError, warn
 from tdhook_rl.policies.mutable_state import INTERNAL, StatePart, find_state
 from tdhook_rl.sites.known import own_class
 
 _ABSENT = object()
+
+#: What hooks of a forward are kept in.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 #: Methods that change what they belong to.
 _CHANGING = frozenset(
@@ -49,12 +52,16 @@ class AttributeSync:
         self._children = [child._modules for _, child, _ in pairs]
         self._children_then = [dict(children) for children in self._children]
         self._inside = {
-            (index, name): _Inside(theirs[name], own.get(name))
+            (index, name): inside
             for index, (theirs, own) in enumerate(zip(self._theirs, self._own, strict=True))
-            if self._classes[index].__module__.partition(".")[0] not in ("torch", "tensordict", "torchrl")
+            if self._is_users(index)
             for name in theirs
-            if _can_change(name, theirs[name])
+            if (inside := _inside(name, theirs[name], own.get(name))) is not None
         }
+        self._note_hooks(
+            [(path, child[k]) for path, child in zip(self._paths, self._theirs, strict=True) for k in _HOOKS]
+        )
+        self._told_mode = False
         #: Whether a forward of the clone has shown what it writes.
         self.ran = False
         #: How often something was handed on.
@@ -72,6 +79,11 @@ class AttributeSync:
             for (index, name), inside in list(self._inside.items()):
                 if inside.changed():
                     self._hand_on(index, name)
+        if any(self._unhooked) or (self._hooks and any(held != then for _, held, then in self._hooks)):
+            self._tell_hooks()
+
+    def _is_users(self, index: int) -> bool:
+        return self._classes[index].__module__.partition(".")[0] not in ("torch", "tensordict", "torchrl")
 
     def _changed(self) -> bool:
         """Whether an attribute was set, removed or added, or a module replaced. Asked at every call, so it is brief."""
@@ -88,10 +100,11 @@ class AttributeSync:
     def _note_values(self) -> None:
         """Note of each module how many attributes it has, and the values of those that are not torch's own."""
         self._values: list[tuple[dict[str, Any], int, Callable[[Any], Any] | None, Any]] = []
-        for theirs, then in zip(self._theirs, self._then, strict=True):
+        for index, (theirs, then) in enumerate(zip(self._theirs, self._then, strict=True)):
             names = [name for name in then if name not in INTERNAL]
-            # Of two names or more it makes a tuple, which compares by identity first.
-            read = itemgetter("training", *names) if names else None
+            # Of two names or more it makes a tuple, which compares by identity first. In the forward of a class of
+            # torch without any, such as Sequential, the mode does not count.
+            read = itemgetter("training", *names) if names or self._is_users(index) else None
             self._values.append((theirs, len(then), read, None if read is None else read(then)))
 
     def _follow_attributes(self) -> None:
@@ -105,6 +118,38 @@ class AttributeSync:
                     self._hand_on(index, name)
             self._then[index] = dict(theirs)
         self._note_values()
+        self._tell_mode()
+
+    def _tell_mode(self) -> None:
+        """Warn, once, where the mode of a module inside is another on either side."""
+        if self._told_mode or self._theirs[0]["training"] is not self._own[0]["training"]:  # that is told of the whole
+            return
+        for path, theirs, own in zip(self._paths, self._theirs, self._own, strict=True):
+            if theirs["training"] is not own["training"]:
+                self._told_mode = True
+                warn(
+                    f"the module {path!r} of the user's policy is in {_mode(theirs)} mode and the hooked one in "
+                    f"{_mode(own)} mode: train() and eval() act only where called"
+                )
+                return
+
+    def _note_hooks(self, hooks: list[tuple[str, dict[int, Any]]]) -> None:
+        self._hooks = [(path, held, dict(held)) for path, held in hooks if held]
+        self._unhooked_at = [(path, held) for path, held in hooks if not held]
+        self._unhooked = [held for _, held in self._unhooked_at]
+
+    def _tell_hooks(self) -> None:
+        """Warn of hooks that were added or removed, of each change once."""
+        known = [*self._hooks, *((path, held, {}) for path, held in self._unhooked_at)]
+        changed = [(path, held, then) for path, held, then in known if held != then]
+        self._note_hooks([(path, held) for path, held, _ in known])
+        for path, held, then in changed:
+            added = any(key not in then for key in held)
+            warn(
+                f"a forward hook was {'added' if added else 'removed'} at {path!r} of the user's policy since it was "
+                f"prepared, and the hooked policy runs {'without it' if added else 'it still'}: leave the context and "
+                "enter it again"
+            )
 
     def _hand_on(self, index: int, name: str) -> None:
         theirs, own, given = self._theirs[index], self._own[index], self._given[index]
@@ -120,8 +165,8 @@ class AttributeSync:
             else:
                 own[name] = _copy(value)
             given[name] = own.get(name, _ABSENT)
-        if _can_change(name, value):
-            self._inside[index, name] = _Inside(value, own.get(name))
+        if (inside := _inside(name, value, own.get(name))) is not None:
+            self._inside[index, name] = inside
 
     def _written_by_forward(self, index: int, name: str, inside: _Inside | None) -> bool:
         """Whether a forward has changed an attribute, and not its owner: the clone's forward does so too."""
@@ -139,6 +184,9 @@ class _Inside:
     def __init__(self, theirs: Any, own: Any) -> None:
         self._theirs, self._own = _things(theirs), _things(own)
 
+    def __bool__(self) -> bool:
+        return bool(self._theirs)
+
     def changed(self) -> bool:
         return any(not one.kind.same(one.thing, then) for one, then in self._theirs)
 
@@ -150,10 +198,15 @@ def _things(value: Any) -> list[tuple[StatePart, Any]]:
     return [(one, one.kind.read(one.thing)) for one in find_state([("", value)]).things]
 
 
-def _can_change(name: str, value: Any) -> bool:
-    if name in INTERNAL or name.endswith("_keys") or isinstance(value, (Tensor, nn.Module)):
-        return False
-    return isinstance(value, (list, dict, set, tuple)) or hasattr(value, "__dict__")
+def _inside(name: str, theirs: Any, own: Any) -> _Inside | None:
+    """What can change in an attribute without its being set; ``None`` if there is nothing."""
+    if name in INTERNAL or name.endswith("_keys") or isinstance(theirs, (Tensor, nn.Module)):
+        return None
+    return _Inside(theirs, own) or None
+
+
+def _mode(attributes: dict[str, Any]) -> str:
+    return "train" if attributes["training"] else "eval"
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -185,7 +185,7 @@ def _of_object(value: Any, path: str, owner: str, add: Add) -> Iterator[tuple[st
         yield from ((path, item) for item in (value.func, *value.args, *value.keywords.values()))
     if kind is None or isinstance(value, (dict, list, tuple, collections.deque)):
         own = getattr(value, "__dict__", None)
-        if type(own) is dict and own:
+        if type(own) is dict:  # without any, too: what has its defaults in the class is given its own later
             add(_MAPPING, own, path, owner)
             yield from ((f"{path}.{name}", item) for name, item in own.items())
         names = [name for base in type(value).__mro__ for name in _slots(base)]
