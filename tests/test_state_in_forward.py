@@ -135,8 +135,8 @@ class Attribute(nn.Module):
 
 
 KINDS = (
-    "counter", "deque", "dictionary", "helper", "defaults of a class", "tensor in place", "tuple", "tuple in place", "array",
-    "tensordict", "module in a list", "generator", "numpy generator", "python generator", "global generators",
+    "counter", "deque", "dictionary", "helper", "defaults of a class", "tensor in place", "tuple", "tuple in place",
+    "array", "tensordict", "module in a list", "generator", "numpy generator", "python generator", "global generators",
 )  # fmt: skip
 
 
