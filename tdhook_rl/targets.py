@@ -64,7 +64,9 @@ class Target:
 
     def __call__(self, run: Pass) -> Tensor:
         sees = (run.outputs, run.stored)
-        value = asked(self.function, run, what=f"the target {self.name!r}", sees=sees, remedy=TARGET_REMEDY)
+        value = asked(
+            self.function, run, what=f"the target {self.name!r}", sees=sees, remedy=TARGET_REMEDY, reads_only=True
+        )
         return per_row(value, run.outputs.batch_size, self.name)
 
 

@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from tdhook_rl import ActivationCaching, Saliency, SteeringVectors
+from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError, MissingKeyError
 from tdhook_rl.examples.agent import FC2, make_actor
@@ -23,7 +23,7 @@ from tdhook_rl.replay import analyze, rows_where
 from tdhook_rl.rollout import Future, GroupSplit, NetworkDiagnostics, OnlineProbe, ProbeSuite, Return
 from tdhook_rl.sweeps import steering_sweep
 from tdhook_rl.sweeps.causal import patch_sites
-from tdhook_rl.targets import Target
+from tdhook_rl.targets import Target, logit
 
 VECTOR = torch.ones(64)
 Reads = Callable[..., Any]
@@ -200,20 +200,65 @@ def test_keys_of_nested_entries_are_named_whole() -> None:
         assert f"reads {key!r}, which is not there" in str(told.value), str(told.value)
 
 
-#: What calls a function with the tensors that others go on reading.
-READ_ONLY = [
-    "when", "alpha", "RowFunction", "label", "concept", "where of a contrast", "when of a sweep", "metric",
-]  # fmt: skip
+#: What is given copies, or may change what it is given.
+MAY_WRITE = ("steer_fn", "patch_fn", "counterfactual", "target of a run", "run_callback", "loss")
 
 
-@pytest.mark.parametrize("name", READ_ONLY)
+def some_entry(given: tuple[Any, ...]) -> tuple[Any, Any, torch.Tensor]:
+    rows = data_of(given)
+    key = next(key for key, value in rows.items(True, True) if value.is_floating_point())
+    return rows, key, rows[key]
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in MAY_WRITE])
 def test_what_only_reads_does_not_write(name: str, tmp_path: Any) -> None:
-    def scales(rows: TensorDict) -> Any:
-        rows["observation"].div_(255.0)
-        return rows["observation"][..., 0] > 0.5
+    def scales(*given: Any) -> Any:
+        rows, _, value = some_entry(given)
+        with torch.no_grad():
+            value.div_(255.0)
+        return rows
 
-    with pytest.raises(InputError, match=r"has written to 'observation' in place.*work on a copy"):
+    with pytest.raises(InputError, match=r"has written to .* in place.*work on a copy"):
         CALLS[name][0](scales, tmp_path / "results")
+
+
+def test_what_it_sets_is_taken_out_again() -> None:
+    def returns(episodes: TensorDict) -> torch.Tensor:
+        return episodes["next", "reward"].sum((-1, -2))
+
+    def sets(episodes: TensorDict) -> torch.Tensor:
+        episodes["next", "reward"] = episodes["next", "reward"] + 1
+        episodes["more"] = torch.ones(episodes.shape)
+        return returns(episodes)
+
+    def counts(episodes: TensorDict) -> torch.Tensor:
+        return torch.full((len(episodes),), float(len(episodes.keys())))
+
+    options = {"alphas": [1.0], "controls": 0, "episodes": 2, "max_steps": 2}
+    outcomes = {"before": counts, "set": sets, "read": returns, "after": counts}
+    with pytest.warns(UserWarning, match="did not end"):
+        found = steering_sweep(make_actor(), env, {"v": {FC2: VECTOR}}, outcomes=outcomes, **options).values
+    assert torch.equal(found["before"], found["after"])
+    torch.testing.assert_close(found["set"], found["read"] + 2)
+
+
+@pytest.mark.parametrize("when", ["step", "batch"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_target_that_sets_an_output_changes_neither_others_nor_the_policy(first: bool, when: str) -> None:
+    def scaled(run: Any) -> torch.Tensor:
+        run.outputs["output"] = run.outputs["output"] * 5
+        return run.outputs["output"][..., 1]
+
+    net, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(5, 4)
+    methods = [Saliency(target=Target("scaled", scaled), when=when, attribution_key="scaled")]
+    methods.insert(
+        len(methods) if first else 0, Saliency(target=logit(0, key="output"), when=when, attribution_key="plain")
+    )
+    with Compose(*methods).prepare(net) as hooked:
+        found = hooked.annotate(hooked(TensorDict({"input": x}, [5])))
+    torch.testing.assert_close(found["plain", "input"], net[0].weight[0].expand(5, 4))
+    torch.testing.assert_close(found["scaled", "input"], 5 * net[0].weight[1].expand(5, 4))
+    assert torch.equal(found["output"], net(x))
 
 
 def test_a_counterfactual_is_written_into_a_copy() -> None:

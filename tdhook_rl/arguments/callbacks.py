@@ -104,7 +104,8 @@ def asked(
         what: how messages call it.
         sees: the TensorDicts that it can read, where they are not among what it is given.
         remedy: what to do, of an entry that they lack.
-        reads_only: the TensorDicts that it is given hold the tensors of others, which it must leave as they are.
+        reads_only: the TensorDicts that it can read hold the tensors of others, which it must leave as they are; what it
+            sets in them is taken out again.
 
     Raises:
         MissingKeyError: if it reads an entry that these lack; what else it raises is its own.
@@ -120,7 +121,7 @@ def asked(
     """
     if torch.compiler.is_compiling():
         return function(*given, **named)
-    versions = _versions(given) if reads_only else {}
+    held = _held(given if sees is None else sees) if reads_only else []
     try:
         found = function(*given, **named)
     except KeyError as error:
@@ -128,24 +129,38 @@ def asked(
         if told is None:
             raise
         raise MissingKeyError(f"{told}. {remedy}" if remedy else told) from error
-    for key, (tensor, version) in versions.items():
-        if tensor._version != version:
-            raise InputError(
-                f"{what} is a function that has written to {key!r} in place, and what was there is lost to all who "
-                f"read it after: let it work on a copy, rows[{key!r}].clone()"
-            )
+    for data, entries in held:
+        for key, (tensor, version) in entries.items():
+            if _version(tensor) != version:
+                raise InputError(
+                    f"{what} is a function that has written to {key!r} in place, and what was there is lost to all who "
+                    "read it after: let it work on a copy, "
+                    + (f"rows[{key!r}].clone()" if sees is None else "made by .clone()")
+                )
+        _put_back(data, entries)
     return found
 
 
-def _versions(given: Sequence[Any]) -> dict[Any, tuple[Tensor, int]]:
+def _held(given: Sequence[Any]) -> list[tuple[TensorDict, dict[Any, tuple[Tensor, int]]]]:
     """The tensors of TensorDicts by key, and how often each was written to."""
-    return {
-        key: (value, value._version)
+    return [
+        (data, {key: (one, _version(one)) for key, one in data.items(True, True) if isinstance(one, Tensor)})
         for data in given
         if isinstance(data, TensorDict)
-        for key, value in data.items(True, True)
-        if isinstance(value, Tensor) and not value.is_inference()
-    }
+    ]
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _put_back(data: TensorDict, entries: dict[Any, tuple[Tensor, int]]) -> None:
+    """Leave a TensorDict with the entries that it had."""
+    if data.is_locked:
+        return
+    for key, value in list(data.items(True, True)):
+        if isinstance(value, Tensor) and value is not entries.get(key, (None, 0))[0]:
+            data.set(key, entries[key][0]) if key in entries else data.del_(key)
 
 
 def _lacking(error: KeyError, what: str, sees: Sequence[Any]) -> str | None:

@@ -283,7 +283,9 @@ class BoundAttribution(BoundMethod):
         if function is None:
             return explainable_inputs(call, self.inputs)
         inputs = TensorDict(dict(call.inputs), batch_size=call.batch_size)
-        chosen = asked(function, inputs, self.additional(call), what="init_attr_inputs=", remedy=_ADDITIONAL)
+        chosen = asked(
+            function, inputs, self.additional(call), what="init_attr_inputs=", remedy=_ADDITIONAL, reads_only=True
+        )
         _require_tensordict(chosen, "init_attr_inputs")
         keys = [key if len(key_parts(key)) > 1 else key_parts(key)[0] for key in chosen.keys(True, True)]
         require_inputs("init_attr_inputs returned", keys, call.policy.policy_in_keys)
@@ -356,14 +358,18 @@ class _InitTargets:
         if additional.batch_size != batch:  # a path of several points: each point has the rows of the call
             points = batch.numel() // max(additional.batch_size.numel(), 1)
             additional = additional.expand(points, *additional.batch_size).reshape(batch)
-        values = asked(self.targets, outputs, additional, what="init_attr_targets=", remedy=_ADDITIONAL)
+        values = asked(
+            self.targets, outputs, additional, what="init_attr_targets=", remedy=_ADDITIONAL, reads_only=True
+        )
         _require_tensordict(values, "init_attr_targets")
         keys = list(values.keys(True, True))
         if not keys:
             raise TargetError("init_attr_targets returned an empty TensorDict: it holds the values to explain")
         weights = None
         if self.grads is not None:
-            weights = asked(self.grads, values, additional, what="init_attr_grads=", remedy=_ADDITIONAL)
+            weights = asked(
+                self.grads, values, additional, what="init_attr_grads=", remedy=_ADDITIONAL, reads_only=True
+            )
             _require_tensordict(weights, "init_attr_grads")
             if set(weights.keys(True, True)) != set(keys):
                 raise TargetError(

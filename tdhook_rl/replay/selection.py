@@ -150,7 +150,7 @@ def truth_of(where: Where, batch: TensorDictBase) -> Tensor:
     Raises:
         InputError: if the function gives anything but a truth value for each.
     """
-    found = asked(where, batch, what="where=")
+    found = asked(where, batch, what="where=", reads_only=True)
     mask = torch.as_tensor(found) if found is not None else torch.zeros(0)
     if mask.dtype != torch.bool or mask.numel() != len(batch):
         raise InputError(

@@ -90,7 +90,7 @@ class Setting:
         count = starts.batch_size.numel()
         if self.sign is None:
             return torch.ones(count, device=starts.device)
-        signs = asked(self.sign, starts, what="sign=")
+        signs = asked(self.sign, starts, what="sign=", reads_only=True)
         if not isinstance(signs, Tensor) or signs.numel() != count or not bool(torch.isfinite(signs).all()):
             got = tuple(signs.shape) if isinstance(signs, Tensor) else type(signs).__name__
             raise InputError(f"sign= gives {got}; it must give one finite number for each of {count} start states")

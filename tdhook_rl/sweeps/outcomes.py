@@ -89,7 +89,7 @@ class Outcomes:
         return found
 
     def _asked(self, function: Outcome, name: str, episodes: TensorDictBase) -> Mapping[str, Any]:
-        given = asked(function, episodes, what=f"the outcome {name or _name(function)!r}")
+        given = asked(function, episodes, what=f"the outcome {name or _name(function)!r}", reads_only=True)
         if isinstance(given, Mapping):
             return {f"{name}/{label}" if name else str(label): values for label, values in given.items()}
         return {name or getattr(function, "__name__", "outcome"): given}
