@@ -104,8 +104,8 @@ def asked(
         what: how messages call it.
         sees: the TensorDicts that it can read, where they are not among what it is given.
         remedy: what to do, of an entry that they lack.
-        reads_only: the TensorDicts that it can read hold the tensors of others, which it must leave as they are; what it
-            sets in them is taken out again.
+        reads_only: the TensorDicts that it can read hold the tensors of others, which it must leave as they are; what
+            it sets in them is taken out again.
 
     Raises:
         MissingKeyError: if it reads an entry that these lack; what else it raises is its own.
