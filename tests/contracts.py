@@ -197,15 +197,13 @@ def protocols() -> None:
 # ---------------------------------------------------------------------- tensordict
 
 
-@contract("tensordict_names", "new_unsafe", "set_str", "get_str", "has_names", "store_of")
+@contract("tensordict_names", "new_unsafe", "set_str", "has_names", "store_of")
 def unchecked_entries() -> None:
     names, value = tensordict_names, torch.zeros(2)
     data = names.new_unsafe({"a": value}, batch_size=torch.Size([2]), names=None)
     assert type(data) is TensorDict
     assert (data["a"] is value, data.batch_size, data.device, names.has_names(data)) == (True, (2,), None, False)
     names.set_str(data, "b", value, inplace=False, validated=True)
-    assert names.get_str(data, "b", None) is value
-    assert names.get_str(data, "c", None) is None
     assert names.store_of(data) == {"a": value, "b": value}
     names.store_of(data)["a"] = other = torch.ones(2)
     assert data["a"] is other

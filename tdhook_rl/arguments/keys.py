@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any, TypeGuard
 
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
 from torch import Tensor
 
 from tdhook_rl.errors import MissingKeyError, nearest
-from tdhook_rl.internals.tensordict_names import get_str
+from tdhook_rl.internals.tensordict_names import store_of
 
 
 def is_tensordict(value: Any) -> TypeGuard[TensorDictBase]:
@@ -38,11 +39,11 @@ def get_entry(data: TensorDictBase, key: NestedKey) -> Any:
     """
     if type(data) is TensorDict:
         if type(key) is str:
-            value = get_str(data, key, None)
+            value = store_of(data).get(key)
             if value is None or type(value) is Tensor:
                 return value
         elif len(key) == 2:
-            node = get_str(data, key[0], None)
+            node = store_of(data).get(key[0])
             if node is None:
                 return None
             if type(node) is TensorDict:
@@ -55,6 +56,18 @@ def get_entry(data: TensorDictBase, key: NestedKey) -> Any:
                 return None
         return holder.get(key[-1], None)
     return data.get(key, None)
+
+
+def surely_lacks(data: TensorDictBase, names: Set[str]) -> bool:
+    """Whether a TensorDict has no entry under any of these names: one question, where ``get`` would be one for each.
+
+    Of other classes, such as lazy stacks, it is not known.
+
+    Example:
+        >>> surely_lacks(TensorDict({"action": 0}), {"mask", "computed"}), surely_lacks(TensorDict(mask=0), {"mask"})
+        (True, False)
+    """
+    return type(data) is TensorDict and names.isdisjoint(store_of(data))
 
 
 def missing(data: TensorDictBase, key: NestedKey, reader: str, remedy: str = "") -> MissingKeyError:

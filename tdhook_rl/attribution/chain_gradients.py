@@ -18,9 +18,8 @@ from tdhook_rl.calls.heads import HeadPass, is_decided_by
 from tdhook_rl.calls.known_slopes import of_rows
 from tdhook_rl.calls.passes import Pass, Slope
 from tdhook_rl.calls.real_rows import surely_finite
-from tdhook_rl.calls.writing import set_tensor
+from tdhook_rl.calls.writing import tensors_as_entries
 from tdhook_rl.errors import TdhookError
-from tdhook_rl.internals.tensordict_names import new_unsafe
 from tdhook_rl.targets import DefaultTarget, LinearTarget, OwnTarget
 
 #: Rows that go back through the layers at once: those of a batch as often as there are targets. Measured as the rows of
@@ -77,10 +76,7 @@ def _replayed_chain(question: Question) -> tuple[Pass, Record] | None:
         return None
     data = call.data if stored is None else stored
     out_keys = call.policy.policy_out_keys
-    outputs = new_unsafe({}, batch_size=data.batch_size)
-    for key in inputs:
-        set_tensor(outputs, key, record.input)
-    set_tensor(outputs, out_keys[0], record.output)
+    outputs = tensors_as_entries({**dict.fromkeys(inputs, record.input), out_keys[0]: record.output}, data.batch_size)
     if call.as_it_was(inputs, stored):
         call.replayed = outputs
     elif question.own:

@@ -128,6 +128,9 @@ def _parts(
     missing: Sequence[BoundMethod], data: TensorDictBase, chunk_size: int | None
 ) -> Iterator[tuple[list[BoundMethod], Callable[..., Results], int | None]]:
     """Methods that are computed together, how, and with how many rows at once."""
+    if all(one.horizon == "step" and not one.whole_batch for one in missing):  # as most are
+        yield list(missing), _rows, chunk_size
+        return
     for horizon, run in (("step", _rows), ("trajectory", _trajectories)):
         group = [one for one in missing if one.horizon == horizon]
         # A mean over the batch cannot be taken chunk by chunk.
@@ -219,17 +222,18 @@ def _select(policy: HookedPolicy, data: TensorDictBase, missing: Sequence[BoundM
 def _rows(policy: HookedPolicy, data: TensorDictBase, analysis: _Analysis, chunk_size: int | None) -> Results:
     if chunk_size is None and policy._hooked.traits.convolutional:
         chunk_size = conv_chunk((data.get(key, None) for key in policy.policy_in_keys), data.batch_size)
-    if data.ndim == 0:
+    dims = data.ndim
+    if dims == 0 or (dims == 1 and chunk_size is None):
         return analysis(data)
-    flat = data.reshape(-1) if data.ndim > 1 else data
+    flat = data.reshape(-1) if dims > 1 else data
     rows = chunk_size or len(flat)
-    if data.ndim > 1:
+    if dims > 1:
         analysis.laid_out = f"a batch of shape {tuple(data.batch_size)} is computed as {len(flat)} rows"
     elif rows < len(flat):
         analysis.laid_out = f"{len(flat)} rows are computed {rows} at a time"
     found = _in_parts(flat, rows, analysis)
     batch = data.batch_size
-    return found if data.ndim == 1 else {key: _with_batch(value, batch) for key, value in found.items()}
+    return found if dims == 1 else {key: _with_batch(value, batch) for key, value in found.items()}
 
 
 def _in_parts(data: TensorDictBase, rows: int, analysis: _Analysis) -> Results:

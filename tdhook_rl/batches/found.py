@@ -9,12 +9,12 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.arguments.keys import get_entry
+from tdhook_rl.arguments.keys import get_entry, surely_lacks
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.provenance import PRECISION, is_stamped, stamp_key
 from tdhook_rl.calls.real_rows import real_rows, without_other_rows
-from tdhook_rl.calls.writing import require_room, set_tensor
+from tdhook_rl.calls.writing import require_room, set_entries, set_tensor
 from tdhook_rl.internals.tensordict_names import has_names, new_unsafe, set_str
 from tdhook_rl.replaying.batching import shallow_copy
 
@@ -46,7 +46,10 @@ class Found:
                 of_root = self._by_root.setdefault(key[0], [])
                 if one not in of_root:
                     of_root.append(one)
-        self._held = {root: get_entry(data, root) for root in (*self._by_root, "computed")}
+        roots = (*self._by_root, "computed")
+        #: Whether the batch has nothing where results go.
+        self._is_new = surely_lacks(data, frozenset(roots))
+        self._held = {} if self._is_new else {root: get_entry(data, root) for root in roots}
         for root, node in self._held.items():
             if node is None:
                 continue
@@ -58,7 +61,7 @@ class Found:
         with policy._hooked.runtime.lock:
             own.forget()
             own.note_weights(policy)
-            if self._held["computed"] is None:  # nobody says that it has computed anything
+            if self._held.get("computed") is None:  # nobody says that it has computed anything
                 self.missing = list(wanted)
                 return
             by_root = {root: own.own_rows(root, data) for root in self._by_root}
@@ -128,6 +131,9 @@ class Found:
     def _mask(self, root: str, values: list[Tensor]) -> Tensor:
         provenance = self._policy._hooked.provenance
         chosen = self._computed.get(("computed", root))
+        if self._is_new:
+            mask = provenance.mask(root, values, self._data, chosen)
+            return mask if self._real is None else mask & self._real.to(mask.device)
         methods = self._by_root[root]
         stored = get_entry(self._data, ("computed", root))
         if all(one not in self.missing for one in methods):
@@ -161,6 +167,10 @@ class Found:
 
     def _set(self, result: TensorDict, entries: dict[Key, Tensor]) -> None:
         """Write entries in nodes of their own; of what the batch had there, results of others do not stay."""
+        plain = type(result) is TensorDict and result.device is None and not has_names(result)
+        if plain and self._is_new:
+            set_entries(result, entries)
+            return
         nodes: dict[str, Any] = {}
         for key, value in entries.items():
             if len(key) == 1:
@@ -168,7 +178,7 @@ class Found:
                 continue
             node = nodes.get(key[0])
             if node is None:
-                old = self._held[key[0]]
+                old = self._held.get(key[0])
                 theirs = old is None or (
                     key[0] != "computed" and get_entry(self._data, ("computed", key[0])) is not None
                 )
@@ -177,9 +187,8 @@ class Found:
                 set_tensor(node, key[1], value)
             else:
                 node.set(key[1:], value)
-        plain = type(result) is TensorDict and result.device is None and not has_names(result)
         for root, node in nodes.items():
-            if plain and type(node) is TensorDict and self._held[root] is None:
+            if plain and type(node) is TensorDict and self._held.get(root) is None:
                 set_str(result, root, node, inplace=False, validated=True)
             else:
                 result.set(root, node)

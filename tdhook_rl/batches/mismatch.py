@@ -38,13 +38,14 @@ class Mismatch:
 
     def can_compare(self, data: TensorDictBase) -> bool:
         """Whether anybody would be told, and the data holds outputs to compare with."""
-        keys = self._policy._hooked_own_out_keys() if self.wanted else ()
-        return any(isinstance(get_entry(data, key), Tensor) for key in keys)
+        if not self.wanted:
+            return False
+        return any(isinstance(get_entry(data, key), Tensor) for key in self._policy._hooked_own_out_keys())
 
     def compare(self, call: Call) -> None:
         """Compare the outputs of the call's own replay, if there was one, with the stored ones."""
         outputs = call.replayed
-        if outputs is None or not self.can_compare(call.data):
+        if outputs is None or not (call.compares or self.can_compare(call.data)):
             return
         batch = call.batch_size
         self._compared = True

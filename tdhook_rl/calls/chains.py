@@ -230,7 +230,7 @@ def chain_layers(policy: HookedPolicy, x: Any) -> Steps | None:
     if chain.around is not None and has_hook(chain.around.__dict__):
         return None
     steps: Steps = []
-    module: Any = chain.module.module
+    module: Any = chain.module._modules["module"]
     fits = not has_any_global_hook() and _add_layers(module, x, steps, but_last=chain.splits)
     return steps if fits and steps else None
 

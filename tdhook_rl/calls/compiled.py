@@ -19,9 +19,8 @@ from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.inputs import stored_inputs
 from tdhook_rl.calls.passes import Call
 from tdhook_rl.calls.policy import HookedPolicy
-from tdhook_rl.calls.writing import set_tensor
+from tdhook_rl.calls.writing import tensors_as_entries
 from tdhook_rl.errors import warn
-from tdhook_rl.internals.tensordict_names import new_unsafe
 from tdhook_rl.policies.draws import action_keys, draws, sample_keys
 from tdhook_rl.replaying.traceable import require_traceable
 from tdhook_rl.sites.classes import own_code
@@ -97,9 +96,7 @@ class Compiled:
             self._shapes.add(shape)
             self._say(time.perf_counter() - started)
         if outputs and not call.in_step:
-            call.replayed = new_unsafe({}, batch_size=call.batch_size)
-            for key, value in outputs.items():
-                set_tensor(call.replayed, key, value)
+            call.replayed = tensors_as_entries(outputs, call.batch_size)
         return results
 
     def _say(self, seconds: float) -> None:

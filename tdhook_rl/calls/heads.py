@@ -24,8 +24,7 @@ from tdhook_rl.calls.decisions import chosen_by
 from tdhook_rl.calls.known_slopes import log_prob_slopes, of_rows, slopes_of
 from tdhook_rl.calls.passes import Call, Pass, Slope
 from tdhook_rl.calls.real_rows import surely_finite
-from tdhook_rl.calls.writing import set_tensor
-from tdhook_rl.internals.tensordict_names import new_unsafe
+from tdhook_rl.calls.writing import set_tensor, tensors_as_entries
 from tdhook_rl.policies.draws import Draw, draws, sample_keys
 from tdhook_rl.replaying.batching import row_vectors
 from tdhook_rl.replaying.samples import Drawn, Replay
@@ -70,9 +69,7 @@ def replay_chain(call: Call) -> bool:
     if chain.head is not None:
         call.replayed = HeadPass(call, chain, call.inputs, output, call.data).outputs()
         return True
-    call.replayed = new_unsafe({}, batch_size=call.batch_size)
-    set_tensor(call.replayed, key, value)
-    set_tensor(call.replayed, policy.policy_out_keys[0], output)
+    call.replayed = tensors_as_entries({key: value, policy.policy_out_keys[0]: output}, call.batch_size)
     return True
 
 
@@ -150,26 +147,20 @@ class HeadPass:
 
     def outputs(self) -> TensorDictBase:
         """What the policy puts out, for a comparison with what is stored."""
-        outputs = self._entries(self.leaf.detach()) if self._split is None else self._split
-        if not isinstance(self._chain.head, ProbabilisticTensorDictModule):
-            with torch.no_grad():
-                outputs = chosen_by(self._chain.head, outputs, self._stored)
-        return outputs
+        if isinstance(self._chain.head, ProbabilisticTensorDictModule):
+            return self._entries(self.leaf.detach()) if self._split is None else self._split
+        known: Pass = self.values  # type: ignore[assignment]
+        with torch.no_grad():
+            return chosen_by(self._chain.head, known.outputs, self._stored)
 
     def weighted(self, slope: Tensor) -> Tensor:
         return of_rows(slope, self.weights)
 
     def _entries(self, output: Tensor) -> TensorDictBase:
         chain = self._chain
-        data = new_unsafe({}, batch_size=self._stored.batch_size)
-        for key, value in self._inputs.items():
-            set_tensor(data, key, value)
-        if not chain.splits:
-            set_tensor(data, chain.module.out_keys[0], output)
-            return data
-        for key, value in zip(chain.module.out_keys, self._parameters(output), strict=True):
-            set_tensor(data, key, value)
-        return data
+        made = self._parameters(output) if chain.splits else (output,)
+        entries = {**self._inputs, **dict(zip(chain.module.out_keys, made, strict=True))}
+        return tensors_as_entries(entries, self._stored.batch_size)
 
     def _parameters(self, output: Tensor) -> tuple[Tensor, ...]:
         """What the last layer makes of the output of the others."""

@@ -14,9 +14,9 @@ from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.chunks import all_decide
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.real_rows import PADDING
-from tdhook_rl.calls.writing import set_entries
+from tdhook_rl.calls.writing import set_entries, tensors_as_entries
 from tdhook_rl.errors import InputError, MissingKeyError
-from tdhook_rl.internals.tensordict_names import has_names, new_unsafe
+from tdhook_rl.internals.tensordict_names import has_names, new_unsafe, store_of
 from tdhook_rl.policies.draws import action_keys, given_beside
 
 
@@ -117,26 +117,32 @@ def rows_of_step(policy: HookedPolicy, output: TensorDictBase, methods: Iterable
 def rows_read(policy: HookedPolicy, data: TensorDictBase, keys: Iterable[NestedKey]) -> TensorDictBase:
     """Of a batch, what passes over it read: these entries, and how interventions acted (or what would say so)."""
     state = policy._hooked
-    records = [record.key for record in state.records]
-    asks = state.passes or any(not one.reads for one in getattr(state.runtime.row_hook, "functions", ()))
-    if asks and (state.passes or any(data.get(key, None) is None for key in records)):
-        return data  # what functions read is not known
-    keys = dict.fromkeys([*keys, *records])
-    if type(data) is not TensorDict or has_names(data) or not all(type(key) is str or len(key) == 2 for key in keys):
+    if state.passes or state.runtime.row_hook is not None or state.records:
+        records = [record.key for record in state.records]
+        asks = state.passes or any(not one.reads for one in getattr(state.runtime.row_hook, "functions", ()))
+        if asks and (state.passes or any(data.get(key, None) is None for key in records)):
+            return data  # what functions read is not known
+        keys = [*keys, *records]
+    keys = dict.fromkeys(keys)
+    if type(data) is not TensorDict or has_names(data) or any(type(key) is not str and len(key) != 2 for key in keys):
         return data.select(*keys, strict=False)
     entries: dict[str, Any] = {}
-    nested: dict[tuple[str, ...], Tensor] = {}
+    nodes: dict[str, dict[str, Tensor]] = {}
+    held = store_of(data)
     for key in keys:
-        value = get_entry(data, key)
-        if value is None:
-            continue
         if type(key) is str:
-            entries[key] = value
-        else:
-            nested[key] = value
+            value = held.get(key)
+            if type(value) is not Tensor:
+                value = get_entry(data, key)
+            if value is not None:
+                entries[key] = value
+        elif key[0] in held and (value := get_entry(data, key)) is not None:
+            nodes.setdefault(key[0], {})[key[1]] = value
+    later = {root: nodes.pop(root) for root in entries if root in nodes}
+    entries |= {root: tensors_as_entries(node, data.batch_size) for root, node in nodes.items()}
     found = new_unsafe(entries, batch_size=data.batch_size, device=data.device)
-    if nested:
-        set_entries(found, nested)
+    if later:
+        set_entries(found, {(root, name): value for root, node in later.items() for name, value in node.items()})
     return found
 
 

@@ -48,7 +48,8 @@ def of_rows(slope: Tensor, weights: Tensor | None) -> Tensor:
     """A derivative times a weight for each row."""
     if weights is None:
         return slope
-    return slope * weights.to(slope.dtype).reshape((*weights.shape, *(1,) * (slope.ndim - weights.ndim)))
+    weights = weights if weights.dtype is slope.dtype else weights.to(slope.dtype)
+    return slope * weights.reshape((*weights.shape, *(1,) * (slope.ndim - weights.ndim)))
 
 
 def slopes_of(kind: Any) -> tuple[list[str], Callable[..., Slopes]] | None:

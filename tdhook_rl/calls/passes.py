@@ -20,9 +20,8 @@ from tdhook_rl.arguments.keys import get_entry
 from tdhook_rl.calls.chains import Record
 from tdhook_rl.calls.inputs import stored_inputs
 from tdhook_rl.calls.policy import HookedPolicy
-from tdhook_rl.calls.writing import set_tensor
+from tdhook_rl.calls.writing import tensors_as_entries
 from tdhook_rl.errors import InputError, SiteError, own_cause
-from tdhook_rl.internals.tensordict_names import new_unsafe
 from tdhook_rl.policies.undecorated import undecorated
 from tdhook_rl.replaying.batching import shallow_copy
 from tdhook_rl.replaying.samples import Drawn, Replay, require_unchanged
@@ -201,11 +200,11 @@ class Call:
     def keep_last(self, outputs: TensorDictBase) -> None:
         """Keep what the policy puts out for the call as it is, which are the last rows of a pass over more."""
         rows, batch = self.batch_size.numel(), self.batch_size
-        self.replayed = new_unsafe({}, batch_size=batch)
-        for key in self.policy.policy_out_keys:
-            value = get_entry(outputs, key)
-            if isinstance(value, Tensor):
-                set_tensor(self.replayed, key, value.detach()[-rows:].reshape((*batch, *value.shape[1:])))
+        found = {key: get_entry(outputs, key) for key in self.policy.policy_out_keys}
+        last = {key: value.detach()[-rows:] for key, value in found.items() if isinstance(value, Tensor)}
+        if len(batch) != 1:
+            last = {key: value.reshape((*batch, *value.shape[1:])) for key, value in last.items()}
+        self.replayed = tensors_as_entries(last, batch)
 
     def captured(self, slot: str, site: str, offer: str = "") -> Tensor:
         """The output captured at a site, with the batch shape of the call first.
@@ -257,11 +256,11 @@ class Call:
         inputs = inputs or {}
         own = stored is None
         stored = self.data if stored is None else stored
-        data = new_unsafe({}, batch_size=stored.batch_size)
-        copies = not torch.compiler.is_compiling() and effects_of(self.policy).watch.may_write_input
-        for key, value in ({**self.inputs, **inputs} if own else stored_inputs(self.policy, stored, inputs)).items():
+        entries = {**self.inputs, **inputs} if own else stored_inputs(self.policy, stored, inputs)
+        if not torch.compiler.is_compiling() and effects_of(self.policy).watch.may_write_input:
             # A forward may work in place on what it is given: it is the caller's, and what is explained may be a leaf.
-            set_tensor(data, key, value.clone() if copies else value)
+            entries = {key: value.clone() for key, value in entries.items()}
+        data = tensors_as_entries(entries, stored.batch_size)
         replay = Replay(stored, self.in_step, learning)
         start = self.start
         previous = runtime.replay, runtime.recording, runtime.start

@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDictBase, is_tensor_collection
 from torch import Tensor, nn
 
-from tdhook_rl.arguments.keys import get_entry, key_parts
+from tdhook_rl.arguments.keys import get_entry, is_tensordict, key_parts
 from tdhook_rl.errors import ContextError, InputError, PreparationError, listed
 from tdhook_rl.internals.torch_names import held_parameters
 
@@ -43,7 +43,7 @@ def require_data(data: Any, what: str) -> None:
     Raises:
         InputError: for a dictionary, a tensor, or whatever else.
     """
-    if is_tensor_collection(data):
+    if is_tensordict(data) or is_tensor_collection(data):
         return
     remedy = "make one, TensorDict({key: tensor, ...}, batch_size=[rows])"
     if isinstance(data, dict):

@@ -9,11 +9,12 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.arguments.keys import get_entry
+from tdhook_rl.arguments.keys import get_entry, surely_lacks
 from tdhook_rl.sites.missing import missing_value
 
 #: Where ``split_trajectories`` and collectors mark the steps that are not padding.
 PADDING = (("collector", "mask"), "mask")
+_SAYS_PADDING = frozenset(["collector", "mask", "masks"])
 
 
 def real_rows(data: TensorDictBase, *keys: NestedKey) -> Tensor | None:
@@ -35,6 +36,8 @@ def real_rows(data: TensorDictBase, *keys: NestedKey) -> Tensor | None:
         >>> real_rows(data, ("cache", "0")), real_rows(data, "observation")
         (tensor([ True, False]), None)
     """
+    if not keys and surely_lacks(data, _SAYS_PADDING):
+        return None
     masks = [*(row_mask(data, key) for key in PADDING), _padded_entries(data)]
     roots = dict.fromkeys(key[0] for key in keys if isinstance(key, tuple) and len(key) > 1)
     masks += [row_mask(data, ("computed", root)) for root in roots]
@@ -69,7 +72,7 @@ def surely_finite(value: Tensor) -> bool:
     """Whether the sum says so, which costs a tenth of looking at each entry; other devices would be waited for."""
     if not (value.is_floating_point() or value.is_complex()):
         return True
-    return value.is_cpu and cmath.isfinite((value.sum() if value.ndim else value).item())
+    return value.is_cpu and cmath.isfinite((value if value.numel() == 1 else value.sum()).item())
 
 
 def defined_values(values: Iterable[Tensor], batch: torch.Size, infinite: bool = False) -> Tensor | None:

@@ -11,7 +11,7 @@ both sides of a difference), and where the policy writes what it reads. There ea
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -37,7 +37,10 @@ def require_repeatable(call: Call) -> None:
     Raises:
         InputError: if they differ nevertheless.
     """
-    effects, start = effects_of(call.policy), call.start
+    effects = effects_of(call.policy)
+    if effects.watch.idle and not _might_be_shared(call):
+        return
+    start = call.start
     if start is None or call.policy._hooked.runtime.level >= 0:
         return
     if call.batch_size not in effects.same_bits and _might_be_shared(call):
@@ -118,15 +121,18 @@ def coupled(call: Call) -> bool:
 
     Modules that are known are asked; of others it is found out once for each training mode, by two small passes.
     """
-    start = call.start
-    if start is None:
+    if torch.compiler.is_compiling():
         return False
-    effects = start.effects
+    effects = effects_of(call.policy)
     meeting = effects.meeting()
     if meeting is not None:
         _say(call, f"rows of a batch share its statistics in {meeting}")
         return True
-    if not effects.quiet() and (effects.watch.idle or effects.watch.writes or start.noisy):
+    quiet = effects.quiet()
+    if quiet and call.policy._hooked.chain is not None:
+        return False
+    start: Any = call.start
+    if not quiet and (effects.watch.idle or effects.watch.writes or start.noisy):
         return True
     if _found_to_meet(call) is not False:
         _say(call, "each row's output depends on the other rows")
@@ -162,9 +168,11 @@ def _found_to_meet(call: Call) -> bool | None:
     effects, traits = effects_of(call.policy), call.policy._hooked.traits
     if traits.read_trajectories(call.policy):  # methods of rows refuse it by themselves
         return False
+    if call.policy._hooked.chain is not None:
+        return False
     mode = effects.mode()
     if mode not in effects.meets:
-        if vmap_level() >= 0 or call.policy._hooked.chain is not None:
+        if vmap_level() >= 0:
             return False
         effects.meets[mode] = _rows_meet(call)
     return effects.meets[mode]

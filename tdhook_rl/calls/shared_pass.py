@@ -21,8 +21,7 @@ from tdhook_rl.calls.chains import Record, Steps, chain_layers
 from tdhook_rl.calls.inputs import recorded, stored_inputs
 from tdhook_rl.calls.passes import Call, Pass, effects_of, run_root
 from tdhook_rl.calls.policy import HookedPolicy
-from tdhook_rl.calls.writing import set_tensor
-from tdhook_rl.internals.tensordict_names import new_unsafe
+from tdhook_rl.calls.writing import set_tensor, tensors_as_entries
 from tdhook_rl.policies.draws import draws
 from tdhook_rl.policies.memory import same_values
 from tdhook_rl.replaying.batching import GeneratorState, Traits
@@ -85,9 +84,7 @@ def chain_pass(policy: HookedPolicy, forward: Callable[..., Any], data: TensorDi
     except RuntimeError:
         run_root(policy, forward, (data,), {})  # says it in its own words
         raise
-    outputs = new_unsafe({}, batch_size=data.batch_size)
-    set_tensor(outputs, key, record.input)
-    set_tensor(outputs, out_key, record.output)
+    outputs = tensors_as_entries({key: record.input, out_key: record.output}, data.batch_size)
     call = Call(policy, forward, data, {key: record.input}, data)
     call.chain = Pass(outputs, data, distributions=[], out_keys=[out_key], watched={}), record
     return call

@@ -16,7 +16,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from tdhook_rl.errors import KeyCollisionError
-from tdhook_rl.internals.tensordict_names import get_str, has_names, new_unsafe, set_str, written_by
+from tdhook_rl.internals.tensordict_names import has_names, new_unsafe, set_str, store_of, written_by
 from tdhook_rl.policies.undecorated import is_decorated, undecorated
 from tdhook_rl.sites.classes import Swapped
 
@@ -76,6 +76,17 @@ def set_tensor(data: TensorDictBase, key: NestedKey, value: Tensor) -> None:
         data.set(key, value)
 
 
+def tensors_as_entries(entries: Mapping[NestedKey, Tensor], batch: torch.Size) -> TensorDict:
+    """A TensorDict of tensors; where all are at the top and of its batch size, without its conversions and checks."""
+    dims = len(batch)
+    if all(type(key) is str and type(one) is Tensor and one.shape[:dims] == batch for key, one in entries.items()):
+        return new_unsafe(dict(entries), batch_size=batch)
+    data = new_unsafe({}, batch_size=batch)
+    for key, value in entries.items():
+        set_tensor(data, key, value)
+    return data
+
+
 def set_entries(data: TensorDictBase, entries: Mapping[tuple[str, ...], Tensor]) -> None:
     """Set entries; where their shape and device are right, without TensorDict's conversions and checks.
 
@@ -100,7 +111,7 @@ def set_entries(data: TensorDictBase, entries: Mapping[tuple[str, ...], Tensor])
                 if root in new:
                     new[root][key[1]] = value
                     continue
-                node = get_str(data, root, None)
+                node = store_of(data).get(root)
                 if node is None:
                     new[root] = {key[1]: value}
                     continue
@@ -134,7 +145,7 @@ def _may_hold(data: TensorDict, root: str) -> bool:
     Raises:
         KeyCollisionError: if it holds no entries at all.
     """
-    found = get_str(data, root, None)
+    found = store_of(data).get(root)
     if found is None or type(found) is TensorDict:
         return True
     require_room(found, root)
@@ -152,7 +163,7 @@ def require_room(found: Any, root: str) -> None:
 
 def _node(data: TensorDict, root: str) -> TensorDictBase:
     """The node of a root, one without a device (see :func:`_new_node`)."""
-    node = get_str(data, root, None)
+    node = store_of(data).get(root)
     if isinstance(node, TensorDictBase):
         if node.device is None and not node.is_locked:
             return node

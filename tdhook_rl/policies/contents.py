@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ Held = tuple[Mapping[str, Any], str, Tensor]
 LARGEST = 1 << 20
 #: Up to so many bytes a checksum takes less time than the call of a product.
 SHORT = 2048
+#: Of a tensor of up to so many bytes they are kept: to copy and compare them takes a quarter of the time of a product.
+KEPT = 1 << 17
 #: What is longer is added up by rows and columns of a square, which takes a tenth of the time of a product.
 SIDE = 1024
 _WHOLE = np.dtype(np.int64)
@@ -51,8 +53,12 @@ class HeldTensors:
         self.parameters, self.buffers = list(parameters.values()), list(buffers.values())
         self._full = [(mapping, tuple(mapping.values())) for mapping in mappings if mapping]
         self._empty = [mapping for mapping in mappings if not mapping]
-        #: By tensor where it is, how long, its bytes, and what these are multiplied by, if their sum tells them.
-        self._views: dict[int, tuple[int, int, np.ndarray, np.ndarray | None]] = {}
+        #: By tensor where it is, how long, and its bytes in memory.
+        self._views: dict[int, tuple[int, int, np.ndarray]] = {}
+        #: The last number, the tensors that it is of, and of each, if all were kept, how to ask where it is, how long
+        #: and what its bytes are, with the answers.
+        self._number, self._of = 0, list[Held]()
+        self._kept: list[tuple[Callable[[], Any], int, Callable[[], Any], int, Callable[[], bytes], bytes]] = []
 
     def are_in_place(self) -> bool:
         """Whether the policy surely has the modules that it had, and these hold what they held."""
@@ -65,34 +71,48 @@ class HeldTensors:
 
     def number(self, held: Sequence[Held]) -> int:
         """A number that follows from the content of tensors, the same in every process and on every device."""
-        found, views, checksum = 0, self._views, zlib.crc32  # in each call and for each tensor: calls would cost most
+        if self._are_kept(held):
+            return self._number
+        self._kept = []
+        found = 0
         for _, _, tensor in held:
-            known = views.get(id(tensor))
-            if known is not None and known[0] == tensor.data_ptr() and known[1] == tensor.nbytes:
-                *_, view, factors = known
-                digest = _number(view) if factors is None else view.dot(factors).tobytes()
-                found = checksum(digest, found)
-            elif not tensor.is_meta:  # which has no content
-                found = checksum(self._digest(tensor), found)
+            if not tensor.is_meta:  # which has no content
+                found = zlib.crc32(self._digest(tensor), found)
+        self._number, self._of = found, list(held)
         return found
+
+    def _are_kept(self, held: Sequence[Held]) -> bool:
+        """Whether these are the tensors that the last number is of, and surely hold what they held."""
+        if len(held) != len(self._kept) or held != self._of:
+            return False
+        for place, then, size, length, read, content in self._kept:  # in each call and for each: calls would cost most
+            if place() != then or size() != length or read() != content:
+                return False
+        return True
 
     def _digest(self, tensor: Tensor) -> bytes:
         view = self._view(tensor)
-        if view is not None:
-            return _number(view)
-        flat = tensor.detach().reshape(-1)
-        total = b""
-        if flat.numel() > LARGEST:
-            total = np.float64(flat.sum(dtype=torch.float64).item()).tobytes()
-            flat = flat[:: flat.numel() // LARGEST + 1]
-        return total + _number(_bytes(flat.contiguous().cpu()))
+        if view is None:
+            flat = tensor.detach().reshape(-1)
+            total = b""
+            if flat.numel() > LARGEST:
+                total = np.float64(flat.sum(dtype=torch.float64).item()).tobytes()
+                flat = flat[:: flat.numel() // LARGEST + 1]
+            return total + _digest(_bytes(flat.contiguous().cpu()))
+        if view.nbytes > KEPT:
+            return _digest(view)
+        content = view.tobytes()
+        self._kept.append((tensor.data_ptr, tensor.data_ptr(), tensor.numel, tensor.numel(), view.tobytes, content))
+        return _digest(np.frombuffer(content, view.dtype))  # of what is kept: another process may write meanwhile
 
     def _view(self, tensor: Tensor) -> np.ndarray | None:
         """The bytes of a tensor in memory, where they are all looked at, without a copy."""
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.numel() > LARGEST:
             return None
-        view = _bytes(tensor.detach().reshape(-1))
-        self._views[id(tensor)] = tensor.data_ptr(), tensor.nbytes, view, _factors(view)
+        place, length, view = self._views.get(id(tensor), (0, 0, None))
+        if view is None or place != tensor.data_ptr() or length != tensor.nbytes:
+            view = _bytes(tensor.detach().reshape(-1))
+            self._views[id(tensor)] = tensor.data_ptr(), tensor.nbytes, view
         return view
 
 
@@ -120,19 +140,12 @@ _ODD = 2 * np.random.Generator(np.random.PCG64(0)).integers(-(1 << 62), 1 << 62,
 _EVEN = _ODD - 1
 
 
-def _factors(view: np.ndarray) -> np.ndarray | None:
-    """What a tensor of middle length is multiplied by, the sum of which follows from all of it."""
-    multiplied = view.nbytes > SHORT and view.dtype == _WHOLE and len(view) <= len(_ODD)
-    return _ODD[: len(view)] if multiplied else None
-
-
-def _number(view: np.ndarray) -> bytes:
+def _digest(view: np.ndarray) -> bytes:
     """What follows from all that is in memory; a change of one entry always changes it."""
     if view.nbytes <= SHORT or view.dtype != _WHOLE or len(view) > SIDE * SIDE:
         return zlib.crc32(view).to_bytes(4, "little")
-    factors = _factors(view)
-    if factors is not None:
-        return view.dot(factors).tobytes()
+    if len(view) <= len(_ODD):
+        return view.dot(_ODD[: len(view)]).tobytes()
     rows = len(view) // SIDE
     square, rest = view[: rows * SIDE].reshape(rows, SIDE), view[rows * SIDE :]
     parts = (square.sum(0), _ODD[:SIDE]), (square.sum(1), _EVEN[SIDE:]), (rest, _ODD[2 * SIDE :])

@@ -55,7 +55,7 @@ def repeat_rows(data: TensorDictBase, copies: int, without: Collection[str] = ()
         without: entries that are left out.
     """
     dims = data.ndim
-    repeated = TensorDict({}, batch_size=[copies * data.batch_size.numel()], device=data.device)
+    repeated = new_unsafe({}, batch_size=torch.Size([copies * data.batch_size.numel()]), device=data.device)
     # Entry by entry: expand and reshape of a whole TensorDict cost ten times as much.
     for name, value in data.items():
         if name in without:
@@ -114,8 +114,10 @@ class Traits:
 
     def read_trajectories(self, policy: nn.Module) -> bool:
         """Whether the policy reads whole trajectories just now, as :func:`in_recurrent_mode` finds out slowly."""
+        if not self.recurrent:
+            return False
         if torch.compiler.is_compiling():  # a trace follows modules by their paths only
-            return self.recurrent and in_recurrent_mode(policy)
+            return in_recurrent_mode(policy)
         return any(core.recurrent_mode is True for core in self.cores)
 
 
