@@ -64,9 +64,8 @@ class Target:
 
     def __call__(self, run: Pass) -> Tensor:
         sees = (run.outputs, run.stored)
-        value = asked(
-            self.function, run, what=f"the target {self.name!r}", sees=sees, remedy=TARGET_REMEDY, reads_only=True
-        )
+        what = f"the target {self.name!r}"
+        value = asked(self.function, run, what=what, sees=sees, reads_only=[run.stored], remedy=TARGET_REMEDY)
         return per_row(value, run.outputs.batch_size, self.name)
 
 
@@ -181,6 +180,11 @@ def default_target(run: Pass) -> Target:
         if found:
             return _own(" + ".join(map(str, found)), Sum(tuple(found)))
     return output_sum()
+
+
+def is_own(target: Any) -> bool:
+    """Whether a target is one of this module, and no function of the user's."""
+    return isinstance(target, (OwnTarget, DefaultTarget))
 
 
 #: What :func:`log_prob_keys` says of other targets.

@@ -201,7 +201,10 @@ def test_keys_of_nested_entries_are_named_whole() -> None:
 
 
 #: What is given copies, or may change what it is given.
-MAY_WRITE = ("steer_fn", "patch_fn", "counterfactual", "target of a run", "run_callback", "loss")
+MAY_WRITE = (
+    "steer_fn", "patch_fn", "counterfactual", "target of a run", "run_callback", "loss", "init_attr_targets",
+    "init_attr_grads",
+)  # fmt: skip
 
 
 def some_entry(given: tuple[Any, ...]) -> tuple[Any, Any, torch.Tensor]:

@@ -89,7 +89,7 @@ def test_what_code_shows_is_named(name: str) -> None:
     build, word = STATEFUL[name]
     policy = nn.Sequential(nn.Linear(4, 4), build())
     with pytest.raises(InputError, match=word):
-        require_traceable(policy, trace_risks(policy))
+        require_traceable(policy.modules(), trace_risks(policy))
 
 
 class Breaks(Base):

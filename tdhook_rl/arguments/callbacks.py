@@ -93,7 +93,7 @@ def asked(
     what: str,
     sees: Sequence[Any] | None = None,
     remedy: str = "",
-    reads_only: bool = False,
+    reads_only: bool | Sequence[Any] = False,
     **named: Any,
 ) -> Any:
     """What a function of the user's makes of what it is given.
@@ -104,8 +104,8 @@ def asked(
         what: how messages call it.
         sees: the TensorDicts that it can read, where they are not among what it is given.
         remedy: what to do, of an entry that they lack.
-        reads_only: the TensorDicts that it can read hold the tensors of others, which it must leave as they are; what
-            it sets in them is taken out again.
+        reads_only: the TensorDicts that it can read, or these, hold the tensors of others, which it must leave as they
+            are; what it sets in them is taken out again.
 
     Raises:
         MissingKeyError: if it reads an entry that these lack; what else it raises is its own.
@@ -121,7 +121,8 @@ def asked(
     """
     if torch.compiler.is_compiling():
         return function(*given, **named)
-    held = _held(given if sees is None else sees) if reads_only else []
+    others = (given if sees is None else sees) if isinstance(reads_only, bool) else reads_only
+    held = [Held(data) for data in others if isinstance(data, TensorDict)] if reads_only else []
     try:
         found = function(*given, **named)
     except KeyError as error:
@@ -129,38 +130,40 @@ def asked(
         if told is None:
             raise
         raise MissingKeyError(f"{told}. {remedy}" if remedy else told) from error
-    for data, entries in held:
-        for key, (tensor, version) in entries.items():
-            if _version(tensor) != version:
-                raise InputError(
-                    f"{what} is a function that has written to {key!r} in place, and what was there is lost to all who "
-                    "read it after: let it work on a copy, "
-                    + (f"rows[{key!r}].clone()" if sees is None else "made by .clone()")
-                )
-        _put_back(data, entries)
+    for one in held:
+        if (key := one.written()) is not None:
+            raise InputError(
+                f"{what} is a function that has written to {key!r} in place, and what was there is lost to all who "
+                "read it after: let it work on a copy, "
+                + (f"rows[{key!r}].clone()" if sees is None else "made by .clone()")
+            )
+        one.put_back()
     return found
 
 
-def _held(given: Sequence[Any]) -> list[tuple[TensorDict, dict[Any, tuple[Tensor, int]]]]:
-    """The tensors of TensorDicts by key, and how often each was written to."""
-    return [
-        (data, {key: (one, _version(one)) for key, one in data.items(True, True) if isinstance(one, Tensor)})
-        for data in given
-        if isinstance(data, TensorDict)
-    ]
+class Held:
+    """What a TensorDict holds before a function of the user's is called with it."""
+
+    def __init__(self, data: TensorDictBase) -> None:
+        self._data = data
+        self._entries = {key: (one, _version(one)) for key, one in data.items(True, True) if isinstance(one, Tensor)}
+
+    def written(self) -> Any:
+        """The key of an entry that was written to in place; ``None`` if there is none."""
+        return next((key for key, (one, version) in self._entries.items() if _version(one) != version), None)
+
+    def put_back(self) -> None:
+        """Leave the TensorDict with the entries that it had."""
+        if self._data.is_locked:
+            return
+        for key, value in list(self._data.items(True, True)):
+            known = self._entries.get(key)
+            if isinstance(value, Tensor) and (known is None or value is not known[0]):
+                self._data.del_(key) if known is None else self._data.set(key, known[0])
 
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _put_back(data: TensorDict, entries: dict[Any, tuple[Tensor, int]]) -> None:
-    """Leave a TensorDict with the entries that it had."""
-    if data.is_locked:
-        return
-    for key, value in list(data.items(True, True)):
-        if isinstance(value, Tensor) and value is not entries.get(key, (None, 0))[0]:
-            data.set(key, entries[key][0]) if key in entries else data.del_(key)
 
 
 def _lacking(error: KeyError, what: str, sees: Sequence[Any]) -> str | None:

@@ -16,6 +16,7 @@ from tdhook_rl.arguments.callbacks import asked
 from tdhook_rl.arguments.checked import require_target
 from tdhook_rl.arguments.keys import key_parts, required
 from tdhook_rl.attribution.baselines import Baselines
+from tdhook_rl.attribution.callbacks import ADDITIONAL, InitTargets, require_tensordict
 from tdhook_rl.attribution.chain_gradients import is_linear
 from tdhook_rl.attribution.explainable import explainable_inputs, require_inputs
 from tdhook_rl.attribution.question import Attributed, Question, TargetFunction
@@ -23,18 +24,16 @@ from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.compiled import Compiled
 from tdhook_rl.calls.passes import Call, Pass, with_batch
 from tdhook_rl.calls.real_rows import real_rows
-from tdhook_rl.calls.target_values import per_row
+from tdhook_rl.calls.writing import tensors_as_entries
 from tdhook_rl.errors import InputError, TargetError, nearest
 from tdhook_rl.method import Binder, Method
+from tdhook_rl.policies.drawing_code import may_draw_elsewhere
 from tdhook_rl.sites.hooks import Portable
 from tdhook_rl.sites.missing import OFFER, Absent, Missing, PartialCapture, check_missing
 from tdhook_rl.targets import DefaultTarget, OwnTarget, Target
 
 #: What ``compile=`` may choose; passes are one graph in any case.
 COMPILE_OPTIONS = ("backend", "mode", "options", "dynamic")
-
-#: What to do where a callback reads what is not there.
-_ADDITIONAL = "Other entries of the data are given to it beside, under additional_init_keys="
 
 Init = Callable[[TensorDictBase, TensorDictBase], TensorDictBase]
 
@@ -181,12 +180,14 @@ class BoundAttribution(BoundMethod):
         self.reads_inputs = config.init_attr_targets is None and any(
             one is not None and getattr(one, "reads_inputs", True) for one in self._chosen
         )
-        # A function of the user's may use the graph up by differentiating itself.
         self._own_targets = config.init_attr_targets is None and all(
             one is None or isinstance(one, OwnTarget) for one in self._chosen
         )
         # A function of the user's may draw; ours, and what differentiates them, do not.
-        self.asks_functions = self.may_draw = self.reads_inputs or any(self._init.values())
+        theirs = [one for one in self._chosen if one is not None and not isinstance(one, OwnTarget)]
+        functions = [getattr(one, "function", one) for one in theirs] + [one for one in self._init.values() if one]
+        self.may_draw = bool(functions)
+        self.asks_functions = any(may_draw_elsewhere(getattr(one, "function", one)) for one in functions)
         self.linear = config.init_attr_targets is None and is_linear([one or DefaultTarget() for one in self._chosen])
         self._additional_keys = [unravel_key(key) for key in config.additional_init_keys]
         self.reads = list(self._additional_keys)
@@ -273,7 +274,7 @@ class BoundAttribution(BoundMethod):
 
     def additional(self, call: Call) -> TensorDict:
         """The entries of ``additional_init_keys``."""
-        found = TensorDict({}, batch_size=call.batch_size)
+        found = tensors_as_entries({}, call.batch_size)
         for key in self._additional_keys:
             found.set(key, required(call.data, key, "additional_init_keys names"))
         return found
@@ -283,10 +284,11 @@ class BoundAttribution(BoundMethod):
         if function is None:
             return explainable_inputs(call, self.inputs)
         inputs = TensorDict(dict(call.inputs), batch_size=call.batch_size)
+        additional = self.additional(call)
         chosen = asked(
-            function, inputs, self.additional(call), what="init_attr_inputs=", remedy=_ADDITIONAL, reads_only=True
+            function, inputs, additional, what="init_attr_inputs=", reads_only=[inputs, additional], remedy=ADDITIONAL
         )
-        _require_tensordict(chosen, "init_attr_inputs")
+        require_tensordict(chosen, "init_attr_inputs")
         keys = [key if len(key_parts(key)) > 1 else key_parts(key)[0] for key in chosen.keys(True, True)]
         require_inputs("init_attr_inputs returned", keys, call.policy.policy_in_keys)
         return {key: chosen.get(key) for key in keys}
@@ -295,7 +297,7 @@ class BoundAttribution(BoundMethod):
         init = self._init["targets"]
         if init is None:
             return target or self._default
-        return _InitTargets(init, self._init["grads"], self.additional(call), self.watched, self.shows_outputs)
+        return InitTargets(init, self._init["grads"], self.additional(call), self.watched, self.shows_outputs)
 
 
 def compiled(bound: BoundAttribution, config: Any) -> Compiled | None:
@@ -326,64 +328,3 @@ class _OfRealSteps:
     def __call__(self, run: Pass) -> Tensor:
         value = self.target(run)
         return torch.where(self.real.reshape(value.shape), value, torch.zeros_like(value))
-
-
-class _InitTargets:
-    """The callbacks of the seed as one function from a replay to one number for each row."""
-
-    name = "init_attr_targets"
-
-    def __init__(
-        self,
-        targets: Callable[..., Any],
-        grads: Callable[..., Any] | None,
-        additional: TensorDict,
-        watched: dict[str, str],
-        shows_outputs: bool,
-    ) -> None:
-        self.shows_outputs = shows_outputs
-        self.targets = targets
-        self.grads = grads
-        self.additional = additional
-        self.watched = watched
-
-    def __call__(self, run: Pass) -> Tensor:
-        batch = run.outputs.batch_size
-        outputs = run.outputs.select(*(run.out_keys if self.shows_outputs else ()), strict=False)
-        for slot, site in self.watched.items():
-            if slot not in run.watched:
-                raise TargetError(f"target_modules names {site!r}, which did not run")
-            outputs.set(site, run.watched[slot])
-        additional = self.additional
-        if additional.batch_size != batch:  # a path of several points: each point has the rows of the call
-            points = batch.numel() // max(additional.batch_size.numel(), 1)
-            additional = additional.expand(points, *additional.batch_size).reshape(batch)
-        values = asked(
-            self.targets, outputs, additional, what="init_attr_targets=", remedy=_ADDITIONAL, reads_only=True
-        )
-        _require_tensordict(values, "init_attr_targets")
-        keys = list(values.keys(True, True))
-        if not keys:
-            raise TargetError("init_attr_targets returned an empty TensorDict: it holds the values to explain")
-        weights = None
-        if self.grads is not None:
-            weights = asked(
-                self.grads, values, additional, what="init_attr_grads=", remedy=_ADDITIONAL, reads_only=True
-            )
-            _require_tensordict(weights, "init_attr_grads")
-            if set(weights.keys(True, True)) != set(keys):
-                raise TargetError(
-                    f"init_attr_grads returned {sorted(map(str, weights.keys(True, True)))}, "
-                    f"but the targets are {sorted(map(str, keys))}"
-                )
-        terms = []
-        for key in keys:
-            value = values.get(key)
-            value = value if weights is None else value * weights.get(key).detach()
-            terms.append(per_row(value, batch, f"init_attr_targets[{key!r}]"))
-        return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
-
-
-def _require_tensordict(value: Any, name: str) -> None:
-    if not isinstance(value, TensorDictBase):
-        raise TargetError(f"{name} must return a TensorDict, got a {type(value).__name__}")

@@ -20,7 +20,7 @@ from tdhook_rl.calls.passes import Pass, Slope
 from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.calls.writing import tensors_as_entries
 from tdhook_rl.errors import TdhookError
-from tdhook_rl.targets import DefaultTarget, LinearTarget, OwnTarget
+from tdhook_rl.targets import DefaultTarget, LinearTarget, is_own
 
 #: Rows that go back through the layers at once: those of a batch as often as there are targets. Measured as the rows of
 #: a path are.
@@ -47,7 +47,7 @@ def chain_gradients(question: Question) -> list[Attributed] | None:
 def _chain_gradients(question: Question) -> list[Tensor] | None:
     """Of a policy that is nothing but the chain."""
     call, targets = question.call, question.targets
-    if not is_linear(targets):
+    if not all(is_linear([one]) or of_outputs(one) for one in targets):
         return None
     recorded = call.chain or _replayed_chain(question)
     if recorded is None:
@@ -55,17 +55,58 @@ def _chain_gradients(question: Question) -> list[Tensor] | None:
     run, record = recorded
 
     def slopes(targets: Sequence[TargetFunction]) -> list[Tensor | None]:
-        found = [one.slope(run) if is_linear([one]) else None for one in targets]  # type: ignore[attr-defined]
-        return [None if one is None else of_rows(one.values, question.weights) for one in found]
+        return [_of_outputs(one, run, question) if of_outputs(one) else _linear(one, run, question) for one in targets]
 
     gradients = _pulled(question, record, slopes)
     # Where every output is finite, so is what is linear in them; but a sum may overflow in half precision.
     if gradients is None or (record.output.dtype.itemsize >= 4 and record.is_finite()):
         return gradients
-    rows = [defined_rows(call, target(run)) for target in targets]
+    rows = [defined_rows(call, target(run.lent())) for target in targets]
     if question.defined is not None:
         question.defined.update(enumerate(rows))
     return [nan_undefined_rows(defined, one) for defined, one in zip(rows, gradients, strict=True)]
+
+
+def of_outputs(target: TargetFunction) -> bool:
+    """Whether a target is a function of the user's that is given the outputs of the policy alone."""
+    return getattr(target, "of_outputs", False) is True
+
+
+def _linear(target: TargetFunction, run: Pass, question: Question) -> Tensor | None:
+    slope = target.slope(run) if is_linear([target]) else None  # type: ignore[attr-defined]
+    return None if slope is None else of_rows(slope.values, question.weights)
+
+
+def _of_outputs(target: TargetFunction, run: Pass, question: Question) -> Tensor | None:
+    """The derivative by the one output, where the graph begins, times the weights of the rows."""
+    (key,) = run.out_keys
+    leaf = run.outputs.get(key).detach().requires_grad_()
+    outputs = tensors_as_entries({key: leaf}, run.outputs.batch_size)
+    return _by_leaf(target, Pass(outputs, run.stored, [], run.out_keys, {}), leaf, question.weights)
+
+
+def _by_leaf(target: TargetFunction, run: Pass, leaf: Tensor, weights: Tensor | None) -> Tensor | None:
+    """The derivative of a target by what its graph begins at; ``None`` where it has none, or may be no number.
+
+    A function of the user's that fails there may want the whole graph, where it is called again.
+    """
+    try:
+        return _differentiated(target, run, leaf, weights)
+    except Exception:
+        if not of_outputs(target):
+            raise
+        return None
+
+
+def _differentiated(target: TargetFunction, run: Pass, leaf: Tensor, weights: Tensor | None) -> Tensor | None:
+    with torch.enable_grad():
+        value = target(run.lent() if of_outputs(target) else run)
+        total = value.sum()
+    if not value.requires_grad or not surely_finite(total.detach()):
+        return None
+    explained, outer = (total, None) if weights is None else (value, weights.to(value.dtype))
+    (found,) = torch.autograd.grad(explained, leaf, outer, retain_graph=True, allow_unused=True)
+    return found
 
 
 def _replayed_chain(question: Question) -> tuple[Pass, Record] | None:
@@ -106,7 +147,7 @@ def _actor_gradients(question: Question, chain: Chain) -> list[Tensor] | None:
     """Of a policy that decides by the output of a chain."""
     call, inputs, targets = question.call, question.inputs, question.targets
     stored = call.data if question.stored is None else question.stored
-    if not all(isinstance(target, (OwnTarget, DefaultTarget)) for target in targets):
+    if not all(is_own(target) or of_outputs(target) for target in targets):
         return None  # a function of the user's may differentiate by itself
     if not is_decided_by(call, chain, stored):
         return None
@@ -173,7 +214,7 @@ def _of_sharers(question: Question) -> list[TargetFunction]:
         for one in question.call.sharers
         if one.compiled is None
         for target in one.targets_of(question.call)
-        if id(target) not in own and isinstance(target, (OwnTarget, DefaultTarget))
+        if id(target) not in own and is_own(target)
     ]
 
 
@@ -192,12 +233,16 @@ def _slopes(head: HeadPass, targets: Sequence[TargetFunction]) -> list[Tensor | 
 
     Weights come in where the targets begin, as in a graph: a product in another order has other last bits.
     """
-    found = [target.head_slope(head) for target in targets]  # type: ignore[attr-defined]
+    found = [None if of_outputs(target) else target.head_slope(head) for target in targets]  # type: ignore[attr-defined]
     linear = [place for place, (one, target) in enumerate(zip(found, targets, strict=True)) if _asks(one, target)]
     if linear:
         for place, slope in zip(linear, _linear_slopes(head, [targets[place] for place in linear]), strict=True):
             found[place] = slope
-    return [_differentiated(head, t) if one is None else one for one, t in zip(found, targets, strict=True)]
+    if any(one is None for one in found):
+        run = head.run()
+        for place, (one, target) in enumerate(zip(found, targets, strict=True)):
+            found[place] = _by_leaf(target, run, head.leaf, head.weights) if one is None else one
+    return found
 
 
 def _asks(known: Tensor | None, target: TargetFunction) -> bool:
@@ -212,15 +257,3 @@ def _linear_slopes(head: HeadPass, targets: Sequence[TargetFunction]) -> list[Te
         known = [one._replace(values=head.weighted(one.values)) for one in slopes if one is not None]
         found = iter(head.by_leaf(known))
         return [None if one is None else next(found) for one in slopes]
-
-
-def _differentiated(head: HeadPass, target: TargetFunction) -> Tensor | None:
-    """Of any other target, by the graph that begins behind the chain."""
-    with torch.enable_grad():
-        value = target(head.run())
-        total = value.sum()
-    if not value.requires_grad or not surely_finite(total.detach()):
-        return None
-    explained, outer = (total, None) if head.weights is None else (value, head.weights.to(value.dtype))
-    (found,) = torch.autograd.grad(explained, head.leaf, outer, retain_graph=True, allow_unused=True)
-    return found

@@ -16,6 +16,7 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor
 
+from tdhook_rl.arguments.callbacks import Held
 from tdhook_rl.attribution.chain_gradients import chain_gradients
 from tdhook_rl.attribution.copies import of_copies
 from tdhook_rl.attribution.leaves import activations, as_leaves, in_runs, joined, require_fired
@@ -28,7 +29,7 @@ from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.errors import InPlaceError, InputError, TargetError
 from tdhook_rl.sites.missing import OFFER
 from tdhook_rl.sites.runtime import vmap_level
-from tdhook_rl.targets import NO_LOG_PROB, log_prob_keys, no_path
+from tdhook_rl.targets import NO_LOG_PROB, is_own, log_prob_keys, no_path
 
 
 def _numbers(run: Pass) -> dict[NestedKey, Tensor]:
@@ -208,6 +209,8 @@ def _recorded(question: Question) -> tuple[list[Attributed], dict[str, Tensor]]:
         run = call.replay(primals, stored, as_it_was=as_it_was)
         if question.own:
             call.keep_last(run.outputs)
+        if call.compares and call.replayed is not None and not all(map(is_own, question.targets)):
+            call.replayed = call.replayed.detach().clone()  # a function of the user's may write to what it is given
         return _backward(question, run, primals, keep=False)
 
 
@@ -278,11 +281,11 @@ def _backward(
     runtime = call.policy._hooked.runtime
     if sites:
         require_fired(runtime, sites, OFFER)
-    values = [target(run) for target in targets]
+    values = _values(targets, run)
     inner = {slot: in_runs(runtime.slots[slot], site) for slot, site in sites.items()}
     points = [*primals.values(), *(value for runs in inner.values() for value in runs)]
     found: list[Attributed] = []
-    for index, (target, value) in enumerate(zip(targets, values, strict=True)):
+    for index, (target, value) in enumerate(zip(targets, values, strict=False)):
         if not value.requires_grad:
             raise TargetError(no_path(target, primals, sites.values()))
         total = value.sum()
@@ -307,7 +310,33 @@ def _backward(
                 {slot: joined(runtime.slots[slot], runs, run, sites[slot]) for slot, runs in of_leaves.items()},
             )
         )
-    return found, {slot: joined(runtime.slots[slot], runs, run, sites[slot]).detach() for slot, runs in inner.items()}
+    activations = {slot: joined(runtime.slots[slot], runs, run, sites[slot]).detach() for slot, runs in inner.items()}
+    if len(values) < len(targets):
+        found += _of_others(question, len(values))
+    return found, activations
+
+
+def _values(targets: Sequence[TargetFunction], run: Pass) -> list[Tensor]:
+    """What targets are in one pass: of all, or up to the first function of the user's that writes in place to what the
+    others would be given."""
+    values: list[Tensor] = []
+    for target in targets:
+        held = None if is_own(target) else Held(run.outputs)
+        values.append(target(run))
+        if held is not None:
+            held.put_back()
+            if held.written() is not None:
+                break
+    return values
+
+
+def _of_others(question: Question, first: int) -> list[Attributed]:
+    """The same of the targets from the first on, by a pass of their own."""
+    defined = None if question.defined is None else dict[int, Tensor]()
+    found, _ = gradients(question._replace(targets=question.targets[first:], own=0, defined=defined))
+    if question.defined is not None and defined is not None:
+        question.defined.update({first + index: rows for index, rows in defined.items()})
+    return found
 
 
 def _slopes(explained: Tensor, points: Sequence[Tensor], outer: Tensor | None, more: bool) -> tuple[Tensor | None, ...]:

@@ -275,7 +275,7 @@ class _BoundIntegratedGradients(BoundAttribution):
         call = question.call
         with torch.no_grad():
             high, low = call.replay(ends), call.replay(baselines)
-            changes = [target(high) - target(low) for target in question.targets]
+            changes = [target(high.lent()) - target(low.lent()) for target in question.targets]
         for name, change, (of_inputs, of_leaves) in zip(self.names, changes, averages, strict=True):
             terms = [value * (ends[key] - baselines[key]) for key, value in of_inputs.items()]
             terms += [value * (inner[slot][1] - inner[slot][0]) for slot, value in of_leaves.items()]

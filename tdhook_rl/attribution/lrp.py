@@ -207,7 +207,7 @@ class _Start:
         outputs = run.outputs.clone(recurse=False)
         points = [value.detach().requires_grad_() for value in (*nodes.values(), *run.watched.values())]
         for key, point in zip(nodes, points, strict=False):
-            outputs.set(key, point)
+            outputs.set(key, point.clone())  # which a function of the user's may write to
         require_own_parameters([one.module for one in run.distributions], "LRP")
         distributions = [one.again(outputs) for one in run.distributions]
         watched = dict(zip(run.watched, points[len(nodes) :], strict=True))

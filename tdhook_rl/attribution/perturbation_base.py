@@ -20,7 +20,7 @@ from tdhook_rl.calls.passes import Call, Pass
 from tdhook_rl.errors import InputError, MissingKeyError, TargetError, TdhookError, nearest
 from tdhook_rl.method import Binder
 from tdhook_rl.replaying.batching import repeat_rows, row_vectors, shallow_copy
-from tdhook_rl.targets import Target, default_target
+from tdhook_rl.targets import Target, default_target, is_own
 
 Measure = Callable[[Pass], Tensor]
 
@@ -135,7 +135,7 @@ class _WithoutGradient:
     def __call__(self, run: Pass) -> Tensor:
         target = self.target or default_target(run)
         if getattr(target, "name", None) != "output_sum":
-            return target(run)
+            return target(run if is_own(target) else run.lent())
         batch = run.outputs.batch_size
         values = [run.outputs.get(key, None) for key in run.out_keys]
         terms = [row_vectors(v, batch).sum(-1) for v in values if isinstance(v, Tensor) and v.is_floating_point()]

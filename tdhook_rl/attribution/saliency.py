@@ -19,11 +19,10 @@ class _BoundSaliency(BoundAttribution):
         super().__init__(config, binder)
         self._absolute = config.absolute
         self.is_product = config.multiply_by_inputs
-        self.shares_forward = config.init_attr_inputs is None
+        # A function of the user's may write in place to what it is given, or use the graph up.
+        self.shares_forward = config.init_attr_inputs is None and self._own_targets
         self.compiled = compiled(self, config)
-        self.shares_pass = (
-            type(self) is _BoundSaliency and self.shares_forward and self._own_targets and not self.leaves
-        )
+        self.shares_pass = type(self) is _BoundSaliency and self.shares_forward and not self.leaves
 
     def attribute(self, question: Question) -> list[Attributed]:
         found, inner = gradients(question)

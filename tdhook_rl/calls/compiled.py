@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.arguments.keys import get_entry
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.inputs import stored_inputs
-from tdhook_rl.calls.passes import Call
+from tdhook_rl.calls.passes import Call, effects_of
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.writing import tensors_as_entries
 from tdhook_rl.errors import warn
@@ -82,12 +82,12 @@ class Compiled:
 
     def _run(self, call: Call) -> Results:
         policy = call.policy
-        require_traceable(policy, policy._hooked.trace_risks)
+        require_traceable(effects_of(policy).unsteady, policy._hooked.trace_risks)
         if self._function is None:
             self._function = torch.compile(_traced(policy, self._method, call), fullgraph=True, **self._options)
         read = self._read(call)
         shape = tuple((key, value.shape, value.dtype) for key, value in read.items())
-        data = TensorDict(read, batch_size=call.batch_size)  # type: ignore[arg-type]
+        data = tensors_as_entries(read, call.batch_size)
         is_new = shape not in self._shapes
         started = time.perf_counter()
         with torch.no_grad():

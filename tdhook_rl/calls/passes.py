@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +52,14 @@ class Pass:
     actions: Mapping[NestedKey, tuple[NestedKey, list[int] | None]] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)  # of what the caller was warned already
     runs: Mapping[str, int] = field(default_factory=dict)  # how often sites ran, by slot
+
+    def lent(self) -> Pass:
+        """The same with copies of the outputs, on its graph: a function of the user's may write to these in place."""
+        outputs = shallow_copy(self.outputs)
+        for key in self.out_keys:
+            if isinstance(value := get_entry(outputs, key), Tensor):
+                outputs.set(key, value.clone())
+        return replace(self, outputs=outputs)
 
 
 class Slope(NamedTuple):

@@ -149,7 +149,8 @@ def graph_pass(
 @contextmanager
 def _stream_kept(shared: Sequence[BoundMethod], device: torch.device | None) -> Iterator[None]:
     """After what explains a forward the stream of noise goes on as if there had been none: a target may draw."""
-    after = GeneratorState(device, others=True) if any(one.asks_functions for one in shared) else None
+    others = any(one.asks_functions for one in shared)
+    after = GeneratorState(device, others) if any(one.may_draw for one in shared) else None
     try:
         yield
     finally:

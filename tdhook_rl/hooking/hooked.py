@@ -215,7 +215,7 @@ class HookedMixin(AnnotatingMixin, Swapped):
         inputs = stored_inputs(self, data) if replays else {}
         start, given = None, inputs
         if replays and effects is None:
-            require_traceable(self, self._hooked.trace_risks)
+            require_traceable(self.modules(), self._hooked.trace_risks)
         if replays and effects is not None:
             start = runtime.start = Start(effects, data.device)
             if effects.watch.may_write_input:  # what it was given, also if it works on that in place

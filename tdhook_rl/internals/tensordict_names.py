@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from operator import attrgetter
+from collections.abc import Mapping
 from typing import Any
 
 from tensordict import TensorDict
@@ -18,10 +17,6 @@ new_unsafe = TensorDict._new_unsafe
 #: ``(data, key, value, inplace=False, validated=True)``: an entry at the top that is known to fit, set without the
 #: checks and conversions of ``set``.
 set_str = TensorDict._set_str
-
-#: The dictionary in which a TensorDict keeps its entries: to notice and undo that one is put in another's place, and to
-#: read one at the top without the detour of ``get`` through nested keys.
-store_of: Callable[[TensorDict], dict[str, Any]] = attrgetter("_tensordict")
 
 #: Whether the dimensions of a TensorDict are named; ``names`` makes a list of ``None`` to say that they are not.
 has_names = TensorDict._has_names
@@ -58,6 +53,12 @@ def has_options(module: TensorDictModule) -> bool:
 def selects(sequence: TensorDictModule) -> bool:
     """Whether a sequence of modules was made to leave some of its outputs out (``selected_out_keys``)."""
     return bool(getattr(sequence, "_select_before_return", False))
+
+
+def store_of(data: TensorDict) -> dict[str, Any]:
+    """The dictionary in which a TensorDict keeps its entries: to notice and undo that one is put in another's place,
+    and to read one at the top without the detour of ``get`` through nested keys."""
+    return data._tensordict  # type: ignore[attr-defined]
 
 
 def params_with(params: TensorDictParams, new: Mapping[int, Tensor]) -> TensorDictParams:

@@ -98,12 +98,12 @@ class HeldTensors:
             if flat.numel() > LARGEST:
                 total = np.float64(flat.sum(dtype=torch.float64).item()).tobytes()
                 flat = flat[:: flat.numel() // LARGEST + 1]
-            return total + _digest(_bytes(flat.contiguous().cpu()))
+            return total + digest_of(_bytes(flat.contiguous().cpu()))
         if view.nbytes > KEPT:
-            return _digest(view)
+            return digest_of(view)
         content = view.tobytes()
         self._kept.append((tensor.data_ptr, tensor.data_ptr(), tensor.numel, tensor.numel(), view.tobytes, content))
-        return _digest(np.frombuffer(content, view.dtype))  # of what is kept: another process may write meanwhile
+        return digest_of(np.frombuffer(content, view.dtype))  # of what is kept: another process may write meanwhile
 
     def _view(self, tensor: Tensor) -> np.ndarray | None:
         """The bytes of a tensor in memory, where they are all looked at, without a copy."""
@@ -140,7 +140,7 @@ _ODD = 2 * np.random.Generator(np.random.PCG64(0)).integers(-(1 << 62), 1 << 62,
 _EVEN = _ODD - 1
 
 
-def _digest(view: np.ndarray) -> bytes:
+def digest_of(view: np.ndarray) -> bytes:
     """What follows from all that is in memory; a change of one entry always changes it."""
     if view.nbytes <= SHORT or view.dtype != _WHOLE or len(view) > SIDE * SIDE:
         return zlib.crc32(view).to_bytes(4, "little")

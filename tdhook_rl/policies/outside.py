@@ -87,12 +87,12 @@ def _data(kind: type) -> list[tuple[str, Any]]:
 
 def _variables(function: types.FunctionType, kind: type) -> tuple[list[Found], list[Any]]:
     """The variables of a function that outlive a call; and the functions and classes that it may call."""
-    name, named, stored = function.__qualname__, *_names(function.__code__)
+    name, named, stored = function.__qualname__, *names_in(function.__code__)
     found: list[Found] = []
     values: list[tuple[str, Any]] = []
     for cell, variable in zip(function.__closure__ or (), function.__code__.co_freevars, strict=True):
         if variable != "__class__":
-            content = _read_cell(cell)
+            content = read_cell(cell)
             found.append((_CELL, cell, variable, [(variable, one) for one in content]))
             values += [(variable, one) for one in content]
     defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
@@ -109,13 +109,13 @@ def _variables(function: types.FunctionType, kind: type) -> tuple[list[Found], l
 
 
 @cache
-def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
+def names_in(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
     """The names that a piece of code, and functions written in it, use; and the globals that they set."""
     named, stored = set(code.co_names), set()
     stored |= {one.argval for one in dis.get_instructions(code) if one.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")}
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            inner = _names(constant)
+            inner = names_in(constant)
             named, stored = named | inner[0], stored | inner[1]
     return frozenset(named), frozenset(stored)
 
@@ -135,7 +135,7 @@ def _write_class(kind: type, content: dict[str, Any]) -> None:
             type.__setattr__(kind, name, value)
 
 
-def _read_cell(cell: types.CellType) -> list[Any]:
+def read_cell(cell: types.CellType) -> list[Any]:
     try:
         return [cell.cell_contents]
     except ValueError:  # it has none yet
@@ -150,7 +150,7 @@ def _write_cell(cell: types.CellType, content: list[Any]) -> None:
 
 
 def _same_cell(cell: types.CellType, content: list[Any]) -> bool:
-    now = _read_cell(cell)
+    now = read_cell(cell)
     return len(now) == len(content) and all(one is other for one, other in zip(now, content, strict=True))
 
 
@@ -173,6 +173,6 @@ def _write_content(thing: dict[str, Any], content: dict[str, Any]) -> None:
 
 
 _CLASS = Kind(lambda kind: dict(vars(kind)), lambda kind, then: _same(dict(vars(kind)), then), _write_class)
-_CELL = Kind(_read_cell, _same_cell, _write_cell)
+_CELL = Kind(read_cell, _same_cell, _write_cell)
 _CONTENT = Kind(dict, _same, _write_content)
 _GLOBALS = Kind(_read_globals, lambda thing, then: _same(_read_globals(thing), then), _write_globals)

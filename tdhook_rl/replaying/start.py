@@ -32,6 +32,7 @@ class ForwardEffects:
 
     Attributes:
         watch: looks at what it writes.
+        unsteady: its modules that may draw, or in which rows may meet.
         draws_others: it draws from the generators of Python or NumPy.
         keeps_input: its forward was seen to leave what it is given as it was.
         same_bits: by the batch size, whether its outputs were the same where its inputs asked for a gradient.
@@ -46,6 +47,7 @@ class ForwardEffects:
         self.wide: WriteWatch | None = None if self.watch.idle else WriteWatch(policy, outside=True)
         children = all_modules(policy)
         self._modules = [child for _, child in children]
+        self.unsteady = [child for _, child in children if may_draw(child) or may_meet(child)]
         self._drawing = [child for _, child in children if may_draw(child)]
         self._meeting = [(path, child) for path, child in children if may_meet(child)]
         tensors = (*held_parameters(policy).values(), *held_buffers(policy).values())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dis
 import types
+from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
@@ -80,17 +81,21 @@ def _shown(code: types.CodeType) -> tuple[tuple[str, bool], ...]:
     return tuple(found)
 
 
-def require_traceable(policy: nn.Module, found: list[TraceRisk]) -> None:
+def require_traceable(modules: Iterable[nn.Module], found: list[TraceRisk]) -> None:
     """Raise where a second pass in a traced graph would not be what ran, or would move what it should not.
 
     Outside of ``fullgraph=True``, ``torch.compile`` may take the error for a break of the graph, and run the call
     uncompiled.
 
+    Args:
+        modules: of the policy, at least those that may draw, or in which rows may meet.
+        found: what its code shows.
+
     Raises:
         InputError: that names the module.
     """
     reason = ""
-    for child in policy.modules():
+    for child in modules:
         if may_meet(child) and child.training:
             reason = "a batch normalisation of it is in training mode, and would have its running statistics moved"
         elif may_draw(child) and draws_noise(child):

@@ -79,7 +79,7 @@ class Reading:
         if metric is None:
             return self._contrast()
         if isinstance(metric, Target):
-            return lambda run, copies: metric(_deciding(run, self._clean, copies)), str(metric.name)
+            return lambda run, copies: metric(_deciding(run, self._clean, copies).lent()), str(metric.name)
         if callable(metric):
             name = getattr(metric, "__name__", type(metric).__name__)
             return lambda run, copies: asked(metric, run.outputs, what=f"metric= ({name})", reads_only=True), name
