@@ -183,6 +183,7 @@ METHODS: Sequence[MethodInfo] = (
             "latent": Sample(
                 lambda case: IntegratedGradients(baseline=0.0, n_steps=4, when="step", input_modules=[case.site])
             ),
+            "delta": Sample(lambda case: IntegratedGradients(baseline=0.0, n_steps=4, compute_convergence_delta=True)),
         },
         {
             NO_GRADIENT: lambda case: IntegratedGradients(target=INTEGER, baseline=0.0),

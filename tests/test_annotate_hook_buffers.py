@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from torchrl.data import (
 from tdhook_rl import ActivationCaching, Compose, Saliency, Scheduled, targets
 from tdhook_rl.errors import InputError
 from tdhook_rl.rollout import AnnotateHook
+from tests.method_table import SAMPLES
+from tests.policies import POLICIES
 
 KEYS = {"in_keys": ["observation"], "out_keys": ["logits"]}
 STORAGES: dict[str, Callable[[int, Path], Any]] = {
@@ -74,6 +77,32 @@ def test_integers_batches_of_two_dimensions_and_a_schedule_of_its_own() -> None:
     # The row that shows the shapes is none that the schedule counts.
     assert [bool(one["computed", "attr"].all()) for one in found] == [False, True, False, False]
     assert len({tuple(sorted(map(str, one.keys(True, True)))) for one in found}) == 1
+
+
+@pytest.mark.parametrize("name", [name for name, sample in SAMPLES.items() if sample.observes])
+def test_results_of_every_method_have_the_same_forms_off_schedule(name: str) -> None:
+    sample = SAMPLES[name]
+    case = POLICIES[sample.usual]
+    policy = case.build()
+    with sample.make(case).prepare(policy) as hooked, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of methods that speak up by themselves
+        hook = AnnotateHook(hooked, every=2)
+        acted = [hooked(sample.data(case, 4)) for _ in range(4)]
+        whole = hooked.annotate(acted[0].exclude(*hooked.result_keys))
+        if not any(key in hooked.result_keys for key in whole.keys(True)):
+            pytest.skip("it writes nothing into batches")
+        for start in (0, 1):
+            hook.load_state_dict({"batches": start, "written": 0})
+            buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(16), batch_size=4)
+            for batch in acted:
+                found = hook.annotate_batch(batch.exclude(*hooked.result_keys))
+                forms = {key: (found[key].shape, found[key].dtype) for key in hooked.result_keys if key in whole.keys(True)}
+                assert forms == {key: (whole[key].shape, whole[key].dtype) for key in forms}
+                assert forms
+                buffer.extend(found)
+            masks = [key for key in forms if key[0] == "computed" and found[key].dtype == torch.bool]
+            for key in masks:
+                assert not bool(buffer[:][key].reshape(4, 4)[1 - start :: 2].any())
 
 
 class Trains:

@@ -67,6 +67,9 @@ def without_results(policy: Any, data: TensorDictBase, forms: Forms) -> TensorDi
             filled[key] = torch.full((*data.batch_size, *shape), value, dtype=dtype, device=device)
     nodes: dict[str, TensorDictBase] = {}
     for key, value in filled.items():
+        if len(key) == 1:  # a number for each row, such as the convergence delta
+            result.set(key[0], value)
+            continue
         if key[0] not in nodes:
             node = data.get(key[0], None)
             nodes[key[0]] = TensorDict({}, batch_size=data.batch_size) if node is None else shallow_copy(node)
