@@ -96,7 +96,9 @@ def test_results_of_every_method_have_the_same_forms_off_schedule(name: str) -> 
             buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(16), batch_size=4)
             for batch in acted:
                 found = hook.annotate_batch(batch.exclude(*hooked.result_keys))
-                forms = {key: (found[key].shape, found[key].dtype) for key in hooked.result_keys if key in whole.keys(True)}
+                forms = {
+                    key: (found[key].shape, found[key].dtype) for key in hooked.result_keys if key in whole.keys(True)
+                }
                 assert forms == {key: (whole[key].shape, whole[key].dtype) for key in forms}
                 assert forms
                 buffer.extend(found)

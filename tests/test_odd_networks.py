@@ -100,7 +100,8 @@ def test_the_results_are_those_of_a_plain_twin(method: str, policy: str) -> None
     [
         name
         for name, _ in pairs({"multi_agent": ODD["multi_agent"]}, observes=True, by_row=True)
-        if name not in ("Occlusion", "ProbeReadout")  # which are made for the features of all agents together
+        # Which are made for the features of all agents together, or give one number for all.
+        if name not in ("Occlusion", "ProbeReadout", "IntegratedGradients delta")
     ],
 )
 def test_an_agent_of_several_is_explained_as_if_alone(method: str) -> None:

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import EnsembleModule, TensorDictModule
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 from torchrl.modules import ProbabilisticActor
 
-from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors
+from tdhook_rl import ActivationCaching, Compose, IntegratedGradients, Saliency, SteeringVectors
+from tdhook_rl.attribution import Occlusion
 from tdhook_rl.envs import KnownValue
 from tdhook_rl.errors import PreparationError
 from tdhook_rl.latent import SteeringVector
@@ -141,3 +142,39 @@ def test_what_needs_a_copy_says_what_cannot_be_copied(use: str) -> None:
     net = TensorDictModule(nn.Sequential(nn.Linear(16, 16), Locked()), ["observation"], ["action"])
     with pytest.raises(PreparationError, match=r"a copy of TensorDictModule.*at 'module.1.lock'.*locks"):
         COPIED[use](net)
+
+
+MEMBER = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+OF_INPUTS: dict[str, Any] = {
+    "saliency": lambda when: Saliency(when=when),
+    "integrated gradients": lambda when: IntegratedGradients(baseline=0.0, n_steps=64, when=when),
+    "occlusion": lambda when: Occlusion(when=when),
+}
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3), ()])
+@pytest.mark.parametrize("when", ["batch", "step"])
+@pytest.mark.parametrize("name", OF_INPUTS)
+def test_copies_that_stand_before_the_rows_are_explained_together(name: str, when: str, shape: tuple[int, ...]) -> None:
+    """TorchRL's `EnsembleModule` puts out a batch of as many copies."""
+    critics = EnsembleModule(TensorDictModule(MEMBER, ["x"], ["state_value"]), num_copies=MEMBERS)
+    x = torch.randn(*shape, 4)
+
+    def value(x: Tensor) -> Tensor:
+        return critics(TensorDict({"x": x}, x.shape[:-1]))["state_value"].squeeze(-1).sum(0)
+
+    with OF_INPUTS[name](when).prepare(critics) as hooked:
+        data = TensorDict({"x": x}, shape)
+        found = hooked(data) if when == "step" else hooked.annotate(data)
+    shown = found["attr", "x"]
+    if when == "step":
+        assert found.shape == (MEMBERS, *shape)
+        shown = shown[0]
+    if name == "saliency":
+        leaf = x.clone().requires_grad_()
+        torch.testing.assert_close(shown, torch.autograd.grad(value(leaf).sum(), leaf)[0])
+    elif name == "occlusion":
+        zeroed = [value(x) - value(x.index_fill(-1, torch.tensor([i]), 0.0)) for i in range(4)]
+        torch.testing.assert_close(shown, torch.stack(zeroed, -1).detach(), rtol=1e-4, atol=1e-5)
+    else:
+        torch.testing.assert_close(shown.sum(-1), (value(x) - value(0 * x)).detach(), rtol=1e-3, atol=1e-3)

@@ -202,11 +202,17 @@ def _rows_meet(call: Call) -> bool | None:
         except Exception:  # the policy knows how many rows it takes
             return None
     for key in call.policy.policy_out_keys:
-        one, two = alone.get(key, None), joined.get(key, None)
-        if isinstance(one, Tensor) and isinstance(two, Tensor) and one.is_floating_point():
+        one, two = _rows_first(alone, key), _rows_first(joined, key)
+        if one is not None and two is not None and one.is_floating_point():
             if not _equal_but_for_rounding(call.policy, one, two[rows : 2 * rows]):
                 return True
     return False
+
+
+def _rows_first(outputs: TensorDictBase, key: NestedKey) -> Tensor | None:
+    """An output with its rows in the first dimension; an ensemble puts its copies before them."""
+    value = outputs.get(key, None)
+    return value.movedim(outputs.ndim - 1, 0) if isinstance(value, Tensor) and outputs.ndim > 1 else value
 
 
 def _slopes_meet(call: Call, inputs: dict[NestedKey, Tensor], few: TensorDictBase) -> bool | None:
@@ -217,7 +223,7 @@ def _slopes_meet(call: Call, inputs: dict[NestedKey, Tensor], few: TensorDictBas
     leaves = {key: joined[key].detach().requires_grad_() for key in own if _has_floats(joined.get(key))}
     with torch.enable_grad():
         outputs = call.replay({**joined, **leaves}, torch.cat([few, few, few[:1]])).outputs
-        given = [outputs.get(key, None) for key in call.policy.policy_out_keys]
+        given = [_rows_first(outputs, key) for key in call.policy.policy_out_keys]
         # Weighed: the plain sum of a distribution is always 1.
         weighed = [_weighed(value[1::2]) for value in given if _has_floats(value) and value.requires_grad]
     if not leaves or not weighed:
