@@ -158,7 +158,7 @@ def _actor_gradients(question: Question, chain: Chain) -> list[Tensor] | None:
     head = record.head = record.head or HeadPass(call, chain, inputs, record.output, stored, question.weights)
     gradients = _pulled(question, record, lambda targets: _slopes(head, targets))
     if gradients is not None and question.own:
-        call.keep_last(head.outputs())
+        head.keep_last()
     elif (
         gradients is not None and call.replayed is None and not call.in_step and call.as_it_was(inputs, question.stored)
     ):

@@ -145,6 +145,15 @@ class HeadPass:
         made = dict(zip(self._chain.module.out_keys, self._parameters(copies), strict=True))
         return torch.autograd.grad(made[key], copies, torch.stack(list(outer)))[0].unbind()
 
+    def keep_last(self) -> None:
+        """Keep for the call what the policy puts out for its rows as they are, which are the last of the pass."""
+        call, leaf = self._call, self.leaf.detach()
+        if isinstance(self._chain.head, ProbabilisticTensorDictModule):
+            call.keep_last(self.outputs())
+            return
+        last = leaf[-call.batch_size.numel() :].reshape((*call.batch_size, *leaf.shape[1:]))  # choosing takes long
+        call.replayed = HeadPass(call, self._chain, call.inputs, last, call.data).outputs()
+
     def outputs(self) -> TensorDictBase:
         """What the policy puts out, for a comparison with what is stored."""
         if isinstance(self._chain.head, ProbabilisticTensorDictModule):
