@@ -18,6 +18,7 @@ from torchrl.envs.utils import step_mdp
 
 from tdhook_rl import ActivationCaching, Compose, IntegratedGradients, Saliency, SteeringVectors, targets
 from tdhook_rl.attribution import Occlusion
+from tdhook_rl.calls import provenance
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import TieError
 from tdhook_rl.examples.agent import FC2, make_actor
@@ -63,6 +64,12 @@ def test_own_results_are_kept(when: str, shape: tuple[int, ...], mode: Callable[
             data = hooked(batch(*shape)) if when == "step" else hooked.annotate(batch(*shape))
         again = hooked.annotate(marked(data))
     assert bool((again[KEY] == 7).all())
+
+
+@pytest.mark.parametrize("when", ["step", "batch"])
+def test_own_results_are_kept_where_a_device_has_no_float64(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(provenance.LOWER, "cpu", torch.float32)
+    test_own_results_are_kept(when, (5,), torch.no_grad)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda policy: pickle.loads(pickle.dumps(policy))])

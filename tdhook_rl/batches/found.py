@@ -12,7 +12,7 @@ from torch import Tensor
 from tdhook_rl.arguments.keys import get_entry, surely_lacks
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.policy import HookedPolicy
-from tdhook_rl.calls.provenance import PRECISION, is_stamped, stamp_key
+from tdhook_rl.calls.provenance import is_stamped, precision_on, stamp_key
 from tdhook_rl.calls.real_rows import real_rows, without_other_rows
 from tdhook_rl.calls.writing import require_room, set_entries, set_tensor
 from tdhook_rl.internals.tensordict_names import has_names, new_unsafe, set_str
@@ -151,7 +151,9 @@ class Found:
             return None
         for one in self.missing:
             if one.whole_batch and one.result_keys[0][0] == root:
-                return torch.zeros_like(mask, dtype=PRECISION)  # rows of another batch would have other results
+                return torch.zeros_like(
+                    mask, dtype=precision_on(mask.device)
+                )  # rows of another batch would have other results
         if self._trace is None:
             self._trace = provenance.trace(data)
         return provenance.stamp(root, self._trace, data)

@@ -153,4 +153,4 @@ def _surely_near(found: Tensor, stored: Tensor) -> bool:
         return True
     if not stored.is_floating_point() or not stored.numel():
         return False
-    return bool((found - stored).abs().max() <= ABSOLUTE)  # not where it is NaN
+    return (found - stored).abs().max().item() <= ABSOLUTE  # not where it is NaN

@@ -118,7 +118,7 @@ def _tanh_normal_slopes(head: Any, action: Tensor, loc: Tensor, scale: Tensor) -
 
 def slopes_of_normal(drawn: Tensor, loc: Tensor, scale: Tensor) -> Slopes:
     """Of the log-probability of samples of normal distributions by their means and scales."""
-    if drawn.shape != loc.shape or drawn.dtype != loc.dtype or not bool(scale.min() > _LEAST_SCALE):
+    if drawn.shape != loc.shape or drawn.dtype != loc.dtype or not scale.min().item() > _LEAST_SCALE:
         return None
     away = (drawn - loc) / scale
     return away / scale, (away * away - 1) / scale

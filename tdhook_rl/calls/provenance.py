@@ -35,8 +35,10 @@ Key = tuple[str, ...]
 STAMP = ".stamp"
 #: Of a stamp: in float32 a row far from zero, or beside one large entry, would have the stamp of its neighbours.
 PRECISION = torch.float64
+#: By type of device the precision there, where it has none so high.
+LOWER = {"mps": torch.float32}
 #: How far the stamp of one row may differ between batches, relative to the terms that it adds up.
-RELATIVE = 1e-12
+RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-5}
 #: A longer row is projected by numbers that repeat: after a prime, so that no two frames of it have the same.
 LONGEST = 65_521
 #: Calls in a row in which buffers move and weights do not, after which they are taken for a state.
@@ -45,6 +47,11 @@ MOVES = 3
 
 def stamp_key(root: str) -> Key:
     return "computed", f"{root}{STAMP}"
+
+
+def precision_on(device: torch.device) -> torch.dtype:
+    """The precision of stamps on a device."""
+    return LOWER.get(device.type, PRECISION)
 
 
 def is_stamp(key: NestedKey) -> bool:
@@ -134,7 +141,9 @@ class Provenance:
             mask_key, stamped = self.marks[root]
             written[mask_key] = mask = self.mask(root, values, source, results.get(mask_key), traced)
             if stamped is not None:
-                written[stamped] = mask.to(PRECISION) * 0 if trace is None else self.stamp(root, trace, output)
+                written[stamped] = (
+                    mask.to(precision_on(mask.device)) * 0 if trace is None else self.stamp(root, trace, output)
+                )
         set_entries(output, written)
 
     # ------------------------------------------------------------------ weights
@@ -203,7 +212,7 @@ class Provenance:
         keys = [*self._inputs, *self._more[root]]
         terms = _as_batch(self._add(None, keys, data, size=True), batch)
         stored, mask = stored.to(expected), mask.to(expected.device)
-        near = (stored - expected).abs() <= RELATIVE * terms
+        near = (stored - expected).abs() <= RELATIVE[expected.dtype] * terms
         undefined = ~(torch.isfinite(stored) | torch.isfinite(expected) | mask)
         return (near & (stored != 0) & torch.isfinite(terms)) | undefined
 
@@ -237,7 +246,7 @@ class Provenance:
             seed = [self._token, self._edits, self._weights, zlib.crc32(repr(key).encode())]
             drawn = np.random.Generator(np.random.PCG64(seed)).standard_normal(min(length, LONGEST), np.float32)
             with torch.inference_mode(False):
-                known = torch.from_numpy(np.resize(drawn, length)).to(device, PRECISION)
+                known = torch.from_numpy(np.resize(drawn, length)).to(device, precision_on(device))
             self._vectors[key, length, device] = known
         return known
 
@@ -288,7 +297,7 @@ def _flat(value: Tensor, batch: torch.Size) -> Tensor:
         value = value.detach()
     if value.is_complex():
         value = torch.view_as_real(value)
-    value = value.to(PRECISION)
+    value = value.to(precision_on(value.device))
     if value.ndim == 2 and len(batch) == 1:
         return value
     return value.reshape(batch.numel(), value.shape[len(batch) :].numel())
