@@ -29,7 +29,10 @@ ROWS = 4096
 
 def is_linear(targets: Sequence[TargetFunction]) -> bool:
     """Whether all targets are of the classes whose slope is known; a subclass may compute something else."""
-    return all(type(target) in (LinearTarget, DefaultTarget) for target in targets)
+    for target in targets:
+        if type(target) not in (LinearTarget, DefaultTarget):
+            return False
+    return True
 
 
 def chain_gradients(question: Question) -> list[Attributed] | None:

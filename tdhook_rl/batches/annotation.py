@@ -128,8 +128,9 @@ def _parts(
     missing: Sequence[BoundMethod], data: TensorDictBase, chunk_size: int | None
 ) -> Iterator[tuple[list[BoundMethod], Callable[..., Results], int | None]]:
     """Methods that are computed together, how, and with how many rows at once."""
-    if all(one.horizon == "step" and not one.whole_batch for one in missing):  # as most are
-        yield list(missing), _rows, chunk_size
+    first = missing[0] if len(missing) == 1 else None
+    if first is not None and first.horizon == "step" and not first.whole_batch:  # as most are
+        yield [first], _rows, chunk_size
         return
     for horizon, run in (("step", _rows), ("trajectory", _trajectories)):
         group = [one for one in missing if one.horizon == horizon]

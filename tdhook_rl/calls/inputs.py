@@ -14,7 +14,7 @@ from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.chunks import all_decide
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.real_rows import PADDING
-from tdhook_rl.calls.writing import set_entries, tensors_as_entries
+from tdhook_rl.calls.writing import tensors_as_entries
 from tdhook_rl.errors import InputError, MissingKeyError
 from tdhook_rl.internals.tensordict_names import has_names, new_unsafe, store_of
 from tdhook_rl.policies.draws import action_keys, given_beside
@@ -124,7 +124,7 @@ def rows_read(policy: HookedPolicy, data: TensorDictBase, keys: Iterable[NestedK
             return data  # what functions read is not known
         keys = [*keys, *records]
     keys = dict.fromkeys(keys)
-    if type(data) is not TensorDict or has_names(data) or any(type(key) is not str and len(key) != 2 for key in keys):
+    if type(data) is not TensorDict or has_names(data):
         return data.select(*keys, strict=False)
     entries: dict[str, Any] = {}
     nodes: dict[str, dict[str, Tensor]] = {}
@@ -136,14 +136,17 @@ def rows_read(policy: HookedPolicy, data: TensorDictBase, keys: Iterable[NestedK
                 value = get_entry(data, key)
             if value is not None:
                 entries[key] = value
-        elif key[0] in held and (value := get_entry(data, key)) is not None:
-            nodes.setdefault(key[0], {})[key[1]] = value
-    later = {root: nodes.pop(root) for root in entries if root in nodes}
-    entries |= {root: tensors_as_entries(node, data.batch_size) for root, node in nodes.items()}
-    found = new_unsafe(entries, batch_size=data.batch_size, device=data.device)
-    if later:
-        set_entries(found, {(root, name): value for root, node in later.items() for name, value in node.items()})
-    return found
+        elif key[0] in held:
+            if len(key) != 2:
+                return data.select(*keys, strict=False)
+            value = get_entry(data, key)
+            if value is not None:
+                nodes.setdefault(key[0], {})[key[1]] = value
+    batch = data.batch_size
+    for root, node in nodes.items():
+        if root not in entries:  # or it is read as a whole
+            entries[root] = tensors_as_entries(node, batch)
+    return new_unsafe(entries, batch_size=batch, device=data.device)
 
 
 def recorded(policy: HookedPolicy, output: TensorDictBase) -> dict[NestedKey, Tensor]:

@@ -84,8 +84,9 @@ class Call:
         self.policy = policy
         self._start = start
         self.data = data
-        told = [*policy._hooked.overwrites, *(record.key for record in policy._hooked.records)] if inputs else ()
-        if told:
+        state = policy._hooked
+        if inputs and (state.overwrites or state.records):
+            told = [*state.overwrites, *(record.key for record in state.records)]
             # Passes over more rows than the call's read the inputs from here.
             self.data = shallow_copy(data)
             for key in told:
@@ -203,7 +204,12 @@ class Call:
 
     def as_it_was(self, inputs: Mapping[NestedKey, Tensor], stored: TensorDictBase | None) -> bool:
         """Whether a replay on these inputs computes what the call did."""
-        return stored is None and all(value.data_ptr() == self.inputs[key].data_ptr() for key, value in inputs.items())
+        if stored is not None:
+            return False
+        for key, value in inputs.items():
+            if value is not self.inputs[key] and value.data_ptr() != self.inputs[key].data_ptr():
+                return False
+        return True
 
     def keep_last(self, outputs: TensorDictBase) -> None:
         """Keep what the policy puts out for the call as it is, which are the last rows of a pass over more."""

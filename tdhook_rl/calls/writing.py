@@ -79,7 +79,10 @@ def set_tensor(data: TensorDictBase, key: NestedKey, value: Tensor) -> None:
 def tensors_as_entries(entries: Mapping[NestedKey, Tensor], batch: torch.Size) -> TensorDict:
     """A TensorDict of tensors; where all are at the top and of its batch size, without its conversions and checks."""
     dims = len(batch)
-    if all(type(key) is str and type(one) is Tensor and one.shape[:dims] == batch for key, one in entries.items()):
+    for key, value in entries.items():
+        if type(key) is not str or type(value) is not Tensor or value.shape[:dims] != batch:
+            break
+    else:
         return new_unsafe(dict(entries), batch_size=batch)
     data = new_unsafe({}, batch_size=batch)
     for key, value in entries.items():
