@@ -45,6 +45,7 @@ from tdhook_rl.report import Monitor
 from tdhook_rl.rollout import AnnotatedMetrics, AnnotateHook, alike_episodes
 from tests.method_table import METHODS
 from tests.policies import Case
+from tests.test_odd_tensors import ODD_TENSORS
 
 FEATURES = 6
 X = torch.randn(3, FEATURES)
@@ -59,6 +60,12 @@ WRONG = {
     "class": nn.Linear, "function": lambda: None, "object": object(), "set": {1}, "tuple": ("a", 3), "bool": True,
     "tensordict": TensorDict({"a": X}, [3]), "modules": [nn.Tanh()],
 }  # fmt: skip
+
+
+WRONG |= ODD_TENSORS
+WRONG |= {f"{kind} at a site": {"1": one} for kind, one in ODD_TENSORS.items()}
+WRONG |= {f"{kind} of an input": {"input": one} for kind, one in ODD_TENSORS.items()}
+WRONG["one number at a site"] = {"1": torch.tensor(1.0)}
 
 
 def net() -> nn.Module:
@@ -143,7 +150,7 @@ def test_every_call_with_what_is_no_tensordict(method: type) -> None:
         context = changed(method).prepare(net())
         with context as hooked:
             for name, wrong in WRONG.items():
-                if name not in ("tensordict", "tensor", "scalar", "empty tensor"):  # a policy is called with tensors
+                if name != "tensordict" and not isinstance(wrong, torch.Tensor):  # a policy is called with tensors
                     with pytest.raises(InputError, match="takes a TensorDict"):
                         hooked(wrong)
                 if name != "tensordict":

@@ -159,7 +159,7 @@ def _check(declared: _Declared, name: str, args: tuple, kwargs: dict[str, Any]) 
     for argument, value in given.arguments.items():
         hint, text = hints.get(argument, _NO_HINT)
         if hint is not Any and not fits(value, hint):
-            raise ArgumentError(f"{name}({argument}=...) takes {text}, got {_short(value)}{_advice(value, text)}")
+            raise ArgumentError(f"{name}({argument}=...) takes {text}, got {shown(value)}{_advice(value, text)}")
     return given
 
 
@@ -167,7 +167,7 @@ def _as_tensor(value: Any, argument: str) -> Tensor:
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError) as error:
-        raise ArgumentError(f"{argument} takes a tensor, and makes none of {_short(value)}: {error}") from error
+        raise ArgumentError(f"{argument} takes a tensor, and makes none of {shown(value)}: {error}") from error
 
 
 def _declared(called: Any) -> _Declared:
@@ -333,14 +333,14 @@ def require_target(given: Any) -> None:
         raise TargetError(f"targets.{name} makes a target when it is called: target=targets.{name}(...)")
     if isinstance(given, (type, nn.Module)) or not callable(given):
         raise TargetError(
-            f"target= is a target such as targets.entropy(), or a function of a Pass; got {_short(given)}. What a "
+            f"target= is a target such as targets.entropy(), or a function of a Pass; got {shown(given)}. What a "
             "module computes is explained with target_modules= and init_attr_targets="
         )
     try:
         inspect.signature(given).bind(None)
     except TypeError:
         raise TargetError(
-            f"target= is called with one argument, a Pass, which {name or _short(given)} does not take: if it makes a "
+            f"target= is called with one argument, a Pass, which {name or shown(given)} does not take: if it makes a "
             "target, call it"
         ) from None
     except ValueError:  # a builtin without a signature
@@ -359,8 +359,11 @@ def _misnamed(name: str, signature: inspect.Signature, kwargs: dict[str, Any], e
     return ArgumentError(f"{name}() has no argument {unknown[0]!r}; {nearest(unknown[0], known)}")
 
 
-def _short(value: Any) -> str:
+def shown(value: Any) -> str:
+    """What was given, in a line."""
     if isinstance(value, Tensor):
+        if value.is_nested:  # which has no shape
+            return f"a nested tensor ({value.dtype})"
         return f"a tensor of shape {tuple(value.shape)} ({value.dtype})"
     if isinstance(value, type):
         return f"the class {value.__name__}"

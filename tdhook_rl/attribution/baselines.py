@@ -13,6 +13,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor
 
 from tdhook_rl.arguments.keys import key_parts, required
+from tdhook_rl.arguments.tensors import numbers
 from tdhook_rl.attribution.explainable import require_inputs
 from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import InputError, nearest
@@ -89,9 +90,11 @@ def check_baseline(baseline: Any) -> Any:
     if baseline is None or (isinstance(baseline, Real) and abs(float(baseline)) < 2.0**63):
         return baseline
     try:
-        tensor = None if isinstance(baseline, (str, bytes)) else torch.as_tensor(baseline).detach()
+        tensor = torch.as_tensor(baseline).detach()
     except (TypeError, ValueError, RuntimeError):
         tensor = None
+    if tensor is not None and tensor.numel():
+        tensor = numbers(tensor, "baseline=")
     if tensor is None or tensor.numel() == 0 or not bool(torch.isfinite(tensor).all()):
         raise InputError(
             "baseline= is a finite number, a tensor of the shape of the input's features, or {input: one of these}; "

@@ -10,7 +10,8 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor
 
-from tdhook_rl.arguments.checked import checked
+from tdhook_rl.arguments.checked import checked, shown
+from tdhook_rl.arguments.tensors import numbers
 from tdhook_rl.errors import InputError
 from tdhook_rl.replaying.batching import row_vectors
 
@@ -78,12 +79,16 @@ def group_features(groups: Any, shape: torch.Size, key: NestedKey) -> Groups:
     Raises:
         InputError: for an empty group, an index out of range, or what is neither indices nor a mask.
     """
+    if isinstance(groups, Tensor):
+        groups = numbers(groups, f"groups= of {key!r}", imaginary=True)
     try:
         listed = list(groups)
     except TypeError:
         listed = None
     if listed is None or isinstance(groups, (str, bytes)):
-        raise InputError(f"groups= of {key!r} is a list of groups, each a list of indices or a mask; got {groups!r}")
+        raise InputError(
+            f"groups= of {key!r} is a list of groups, each a list of indices or a mask; got {shown(groups)}"
+        )
     if not listed:
         raise InputError(f"groups= of {key!r} is empty: leave it out for every feature by itself")
     features = shape.numel()
@@ -100,10 +105,7 @@ def group_features(groups: Any, shape: torch.Size, key: NestedKey) -> Groups:
 
 
 def _members(group: Any, number: int, shape: torch.Size, key: NestedKey) -> Tensor:
-    try:
-        found = torch.as_tensor(group)
-    except (TypeError, ValueError, RuntimeError):
-        found = None
+    found = numbers(group, f"group {number} of {key!r}", imaginary=True)
     features = shape.numel()
     if found is not None and found.dtype == torch.bool:
         if found.shape not in (shape, (features,)):
@@ -112,8 +114,8 @@ def _members(group: Any, number: int, shape: torch.Size, key: NestedKey) -> Tens
                 f"shape {tuple(shape)}; masks that differ between rows are read from the data: groups='key'"
             )
         found = found.reshape(-1).nonzero().squeeze(-1)
-    if found is None or not found.ndim or (found.is_floating_point() and found.numel()) or found.is_complex():
-        raise InputError(f"group {number} of {key!r} is a list of indices or a boolean mask, got {group!r}")
+    if not found.ndim or (found.is_floating_point() and found.numel()) or found.is_complex():
+        raise InputError(f"group {number} of {key!r} is a list of indices or a boolean mask, got {shown(group)}")
     indices = found.reshape(-1).long().cpu().unique()
     if not len(indices):
         raise InputError(f"group {number} of {key!r} is empty")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdhook_rl.arguments.tensors import numbers
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.placed_vectors import PlacedVectors, as_vectors
 from tdhook_rl.latent.steering_vector import SteeringVector
@@ -113,9 +114,9 @@ def _place(binder: Binder, method: DirectionalAblation | DirectionClamping, valu
             )
     directions.require_fit(binder.root)
     for path, direction in directions.items():
-        direction = torch.as_tensor(direction)
-        if direction.is_complex():
-            raise InputError(f"the direction for {path!r} is of real numbers, got {direction.dtype}")
+        direction = numbers(direction, f"the direction for {path!r}")
+        if not direction.ndim:
+            raise InputError(f"the direction for {path!r} has the shape of the module's features, got one number")
         if not direction.is_floating_point():
             direction = direction.to(torch.get_default_dtype())  # the unit vector has fractions
         norm = direction.double().norm()

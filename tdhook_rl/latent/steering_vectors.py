@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tdhook_rl.arguments.callbacks import asked, has_parameter, takes_keywords
+from tdhook_rl.arguments.tensors import numbers
 from tdhook_rl.errors import InputError, SiteError, nearest
 from tdhook_rl.latent.placed_vectors import as_vectors
 from tdhook_rl.latent.strength import (
@@ -152,13 +153,8 @@ class SteeringVectors(Method):
         return bound
 
     def _vector_control(self, binder: Binder, path: str, vector: Any) -> str:
-        try:
-            vector = torch.as_tensor(vector)
-        except (TypeError, ValueError, RuntimeError):
-            raise InputError(
-                f"the steering vector for {path!r} is a tensor, or the TensorDict key of one for each row, got "
-                f"{vector!r:.80}"
-            ) from None
+        beside = ", or the TensorDict key of one for each row"
+        vector = numbers(vector, f"the steering vector for {path!r}", imaginary=True, beside=beside)
         if not bool(torch.isfinite(vector).all()):
             raise InputError(f"the steering vector for {path!r} has NaN or infinite entries")
         if not (vector.is_floating_point() or vector.is_complex()):

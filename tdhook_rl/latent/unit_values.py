@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdhook_rl.arguments.tensors import numbers
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.strength import BoundSteered, Strength, place_strength, require_conditions
 from tdhook_rl.method import Binder, Method
@@ -72,7 +73,7 @@ class UnitValues(Method):
         elif isinstance(self.value, Mapping):
             if path not in self.value:
                 raise InputError(f"value= has no activation for {path!r}, of which units={list(units)!r:.80} are set")
-            whole = torch.as_tensor(self.value[path])
+            whole = numbers(self.value[path], f"value= for {path!r}")
             if whole.ndim != 1 or max(units) >= len(whole):
                 raise InputError(
                     f"value= gives {path!r} an activation of shape {tuple(whole.shape)}: it has one number for each "

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdhook_rl.arguments.checked import shown
+from tdhook_rl.arguments.tensors import numbers
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.steering_vector import SteeringVector
 
@@ -145,24 +147,25 @@ def _parts(name: str, given: Any) -> tuple[dict[Place, Tensor], list[SteeringVec
         given = [given]
     if isinstance(given, Mapping) and given:
         parts = {place: one.vector if isinstance(one, SteeringVector) else one for place, one in given.items()}
-        if all(isinstance(part, Tensor) for part in parts.values()):
-            found = [one for one in given.values() if isinstance(one, SteeringVector)]
-            return {place: _fractional(part) for place, part in parts.items()}, found if len(found) == len(
-                parts
-            ) else []
+        found = [one for one in given.values() if isinstance(one, SteeringVector)]
+        placed = {place: _fractional(part, f"the vector {name!r} at {place!r}") for place, part in parts.items()}
+        return placed, found if len(found) == len(parts) else []
     if isinstance(given, Sequence) and given and all(isinstance(one, SteeringVector) for one in given):
         if len({one.path for one in given}) == len(given):
             return {one.path: one.vector.detach() for one in given}, list(given)
         raise InputError(f"two of the vectors of {name!r} act at one place: add them up")
+    # A first try is {path: tensor}, which is one vector without a name.
+    named = f": {{'a name': {{{name!r}: tensor}}}} acts at {name!r}" if isinstance(given, Tensor) else ""
     raise InputError(
-        f"the vector {name!r} is a SteeringVector, several at different places, or {{path: tensor}}, got {given!r:.80}"
+        f"the vector {name!r} is a SteeringVector, several at different places, or {{path: tensor}}, got "
+        f"{shown(given)}{named}"
     )
 
 
-def _fractional(part: Tensor) -> Tensor:
+def _fractional(part: Any, what: str) -> Tensor:
     """A vector in a dtype in which those that it is compared with have their fractions."""
-    part = part.detach()
-    return part if part.is_floating_point() or part.is_complex() else part.to(torch.get_default_dtype())
+    part = numbers(part, what)
+    return part if part.is_floating_point() else part.to(torch.get_default_dtype())
 
 
 def _random(parts: Mapping[Place, Tensor], count: int, generator: torch.Generator) -> dict[Place, Tensor]:

@@ -10,6 +10,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.arguments.callbacks import asked, require_accepts
+from tdhook_rl.arguments.tensors import numbers
 from tdhook_rl.errors import InputError, nearest
 
 #: From episodes ``(episodes, time)`` a number for each, or such numbers by name.
@@ -111,6 +112,7 @@ def _name(function: Outcome) -> str:
 def _checked(name: str, values: Any, episodes: int) -> Tensor:
     if not isinstance(values, Tensor):
         raise InputError(f"the outcome {name!r} is {type(values).__name__}, not a tensor of {episodes} numbers")
+    values = numbers(values, f"the outcome {name!r}")
     values = values.squeeze(-1) if values.shape == (episodes, 1) else values
     if values.shape != (episodes,):
         raise InputError(

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tdhook_rl.arguments.checked import Checked, checked
+from tdhook_rl.arguments.checked import Checked, checked, shown
+from tdhook_rl.arguments.tensors import numbers
 from tdhook_rl.artifacts import load_artifact, save_artifact
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.passes import Call
@@ -68,7 +69,8 @@ class LinearProbe(metaclass=Checked):
             raise InputError(f"a probe of numbers is of the kind 'ridge', got {self.kind!r}")
         for name in ("weight", "bias"):
             if not isinstance(getattr(self, name), Tensor):
-                raise InputError(f"the {name} of a probe is a tensor, got {getattr(self, name)!r}")
+                raise InputError(f"the {name} of a probe is a tensor, got {shown(getattr(self, name))}")
+            numbers(getattr(self, name), f"the {name} of a probe")
         if self.weight.ndim != 2 or self.bias.shape != self.weight.shape[:1]:
             raise InputError(
                 f"a probe has a weight (classes, features) and a bias (classes,), got {tuple(self.weight.shape)} and "

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from tdhook_rl.arguments.tensors import numbers
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.vectors.combining import combined
 
@@ -67,12 +68,7 @@ class Arithmetic:
 
 def floats(given: Any, name: str) -> Tensor:
     """A finite tensor of floats that needs no gradient."""
-    try:
-        found = torch.as_tensor(given).detach()
-    except (TypeError, ValueError, RuntimeError):
-        raise InputError(f"{name}= is a tensor of numbers, got {given!r:.80}") from None
-    if found.is_complex():
-        raise InputError(f"{name}= is of real numbers, got {found.dtype}")
+    found = numbers(given, f"{name}=")
     found = found if found.is_floating_point() else found.to(torch.get_default_dtype())
     if not bool(torch.isfinite(found).all()):
         raise InputError(f"{name}= has NaN or infinite entries")

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from tdhook_rl.arguments.tensors import numbers
 from tdhook_rl.errors import InputError, SiteError, nearest
 from tdhook_rl.latent.steering_vector import SteeringVector
 from tdhook_rl.sites.vectors import placed_shape
@@ -64,9 +65,10 @@ def directions_by_site(direction: Direction, sites: Sequence[str]) -> dict[str, 
     if isinstance(direction, SteeringVector):
         direction = {own_path(direction): direction}
     if not isinstance(direction, Mapping):
-        return {site: torch.as_tensor(direction) for site in sites}
+        return {site: numbers(direction, "direction=") for site in sites}
     found = {
-        path: one.vector if isinstance(one, SteeringVector) else torch.as_tensor(one) for path, one in direction.items()
+        path: one.vector if isinstance(one, SteeringVector) else numbers(one, f"direction= for {path!r}")
+        for path, one in direction.items()
     }
     for path in found:
         if path not in sites:
@@ -89,6 +91,8 @@ def along(direction: Tensor, site: str, activation: Tensor, bench: Bench) -> Sub
     Raises:
         InputError: if it does not fit, is zero or not finite.
     """
+    if not direction.ndim:
+        raise InputError(f"the direction at {site!r} has the shape of the site's features, got one number")
     norm = direction.detach().double().norm()
     if not bool(torch.isfinite(norm)) or float(norm) == 0:
         raise InputError(f"the direction at {site!r} must be finite and not zero; its norm is {float(norm)}")
