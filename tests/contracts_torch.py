@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -307,6 +308,19 @@ def frames_that_begin_no_graph() -> None:
     assert len(seen) == 2
     assert None not in seen
     assert dynamo_names.get_eval_frame_callback() is None
+
+
+@contract("dynamo_names", "compiled_from")
+def compiled_functions() -> None:
+    assert dynamo_names.compiled_from(torch.compile(compiled_modules, backend="eager")) is compiled_modules
+
+    class Own:
+        def method(self) -> None: ...
+
+    method = Own().method
+    assert dynamo_names.compiled_from(torch.compile(method, backend="eager")) is method
+    for other in (torch.tanh, method, functools.wraps(method)(lambda x: x), torch.compiler.disable(compiled_modules)):
+        assert dynamo_names.compiled_from(other) is None
 
 
 @contract("dynamo_names", "is_compiled")

@@ -86,5 +86,6 @@ def require_fired(runtime: Runtime, sites: Mapping[str, str], offer: str = "") -
     for slot, site in sites.items():
         if slot not in runtime.slots:
             raise SiteError(
-                f"the module {site!r} did not run (or not so often), so its activation cannot be explained{offer}"
+                f"the module {site!r} did not run (or not so often), so its activation cannot be explained"
+                f"{runtime.unhooked}{offer}"
             )

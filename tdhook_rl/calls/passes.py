@@ -238,7 +238,7 @@ class Call:
                 hint = " (in recurrent mode the backend 'scan' reads trajectories without calling the recurrent core)"
             raise SiteError(
                 f"the module {site!r} did not run in this call, so there is no activation to show; "
-                f"name a module that the policy's forward executes{hint}{offer}"
+                f"name a module that the policy's forward executes{hint}{self.policy._hooked.runtime.unhooked}{offer}"
             )
         if isinstance(value, Several):
             return value.chosen(self.batch_size, site)

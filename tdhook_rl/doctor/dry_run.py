@@ -22,6 +22,7 @@ from torchrl.envs import EnvBase, ParallelEnv
 from tdhook_rl.errors import InputError
 from tdhook_rl.internals.torch_names import held_parameters
 from tdhook_rl.latent.caches import CacheStore, Staging
+from tdhook_rl.policies.rebinding import deep_copy
 
 T = TypeVar("T")
 
@@ -123,7 +124,7 @@ def generators_kept() -> Iterator[None]:
 
 def trial_copy(policy: Any) -> Any:
     """A copy of a hooked policy with weights of its own, which may be run: nothing reaches the user's objects."""
-    trial = copy.deepcopy(policy)
+    trial = deep_copy(policy)
     trial._hooked.runtime.checked = False  # look again for interventions that do not act
     # Methods that feed the user's probes share them with copies of the policy, on purpose; a dry run must not.
     # So it is with a cache of the caller's, which the hooks reach through a route.

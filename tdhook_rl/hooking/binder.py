@@ -65,6 +65,11 @@ class Binder:
         """The input keys that are explained unless others are named: no noise, and nothing the policy makes itself."""
         return [key for key in self.policy.in_keys if key not in self.made and key not in self.noise]
 
+    @property
+    def has_sites(self) -> bool:
+        """Whether anything is kept or changed at a module."""
+        return bool(self._slots or self.runtime.expected)
+
     def sites(self, pattern: str | Sequence[str], *, runs: bool = False) -> list[Site]:
         """The submodules that a pattern names; with ``runs``, single runs of them too (``"act@0"``).
 

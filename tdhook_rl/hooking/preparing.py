@@ -25,6 +25,7 @@ from tdhook_rl.hooking.pooling import speed_up_pooling
 from tdhook_rl.policies.actors import chunked_by, supports, value_actions
 from tdhook_rl.policies.draws import Draw, draws, survey_draws
 from tdhook_rl.policies.optional import optional_keys
+from tdhook_rl.policies.outside import compiled_functions, of_compiled
 from tdhook_rl.policies.tying import Tie, tied_clone
 from tdhook_rl.replaying.batching import Traits
 from tdhook_rl.replaying.replay_mixin import DecidedHook, ReplayMixin
@@ -102,6 +103,8 @@ def hooked_clone(
             bound.append(one)
     binder.place_row_hooks()
     binder.place_state_hooks()
+    if binder.has_sites:
+        runtime.unhooked = of_compiled(compiled_functions(clone))
     speed_up_pooling(clone)
     check_collisions(clone, bound, binder.reads)
     steps = [one for one in bound if (one.result_keys or one.consumes) and one.when == "step"]

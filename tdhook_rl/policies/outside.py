@@ -9,12 +9,13 @@ from __future__ import annotations
 import dis
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
+from tdhook_rl.internals.dynamo_names import compiled_from
 from tdhook_rl.internals.python_names import ABC_STATE
 from tdhook_rl.policies.mutable_state import Kind, MutableState, StatePart, find_state
 from tdhook_rl.sites.classes import Swapped
@@ -43,7 +44,25 @@ def find_state_inside_and_outside(modules: list[tuple[str, nn.Module]]) -> Mutab
 
 def functions_of(module: nn.Module) -> list[types.FunctionType]:
     """The functions of the user's that the forward of a module may reach."""
-    return [thing for _, thing, *_ in _reached(module, set()) if isinstance(thing, types.FunctionType)]
+    found = [thing for _, thing, *_ in _reached(module, set()) if isinstance(thing, types.FunctionType)]
+    return [function for function in found if compiled_from(function) is None]
+
+
+def compiled_functions(policy: nn.Module) -> list[str]:
+    """The names of functions that ``torch.compile`` made and that forwards of a policy may reach."""
+    seen: set[int] = set()
+    found = [thing for _, module in policy.named_modules() for _, thing, *_ in _reached(module, seen)]
+    return [one.__qualname__ for one in found if isinstance(one, types.FunctionType) and compiled_from(one) is not None]
+
+
+def of_compiled(functions: Sequence[str]) -> str:
+    """Why a module may run without its hooks, where a policy has compiled functions; for a message."""
+    if not functions:
+        return ""
+    return (
+        f"; torch.compile was put on {functions[0]}, and what it compiled for a call of the user's own policy knows no "
+        "hooks: leave that as it is written and compile the hooked policy, or pass `compile_policy` to the collector"
+    )
 
 
 Found = tuple[Kind | None, Any, str, list[tuple[str, Any]]]
@@ -58,6 +77,8 @@ def _reached(module: nn.Module, seen: set[int]) -> Iterator[Found]:
     while waiting and len(seen) < AT_MOST:
         one = waiting.pop()
         one = getattr(one, "__func__", one)
+        if compiled_from(one) is not None:
+            yield None, one, one.__qualname__, []
         one = getattr(one, "__wrapped__", one)
         if id(one) in seen:
             continue

@@ -24,6 +24,7 @@ from tdhook_rl.internals.tensordict_names import params_with
 from tdhook_rl.policies.attribute_sync import AttributeSync
 from tdhook_rl.policies.memory import memory_of
 from tdhook_rl.policies.mutable_state import INTERNAL, MutableState, find_state
+from tdhook_rl.policies.rebinding import deep_copy
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -71,7 +72,9 @@ def tied_clone(module: M) -> M:
     _detach_graphs(held, memo)
     seeds = dict(memo)
     try:
-        clone = copy.deepcopy(module, memo)
+        clone = deep_copy(module, memo)
+    except PreparationError:
+        raise
     except Exception as error:
         path = _uncopyable(module, seeds)
         where = f" at {path!r}" if path else ""
@@ -339,7 +342,9 @@ def whole_copy(module: M, what: str) -> M:
         PreparationError: if it cannot be copied.
     """
     try:
-        return copy.deepcopy(module)
+        return deep_copy(module)
+    except PreparationError:
+        raise
     except Exception as error:
         path = _uncopyable(module, {})
         where = f" at {path!r}" if path else ""

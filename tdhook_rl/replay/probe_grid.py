@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +15,7 @@ from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.errors import InputError
 from tdhook_rl.files.checkpoints import load_into
 from tdhook_rl.hooking.hooked import HookedMixin
+from tdhook_rl.policies.rebinding import deep_copy
 from tdhook_rl.probes.board import Board, Observed
 from tdhook_rl.probes.probe_table import ProbeCell, ProbeTable
 from tdhook_rl.probes.quantities import (
@@ -93,7 +93,7 @@ def probe_grid(
     if isinstance(policy, HookedMixin):
         with policy.disable_context() as original:
             policy = original
-    own = policy if checkpoints is None else copy.deepcopy(policy)
+    own = policy if checkpoints is None else deep_copy(policy)
     features = SiteFeatures(own, sites, untrained=untrained, layout=layout, units=units, input_key=input_key, seed=seed)  # type: ignore[arg-type]
     split = split or GroupSplit()
     source = _Source(data, batch_size)

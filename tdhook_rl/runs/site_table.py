@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import nn
 
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.errors import InputError, SiteError, TdhookError, nearest
+from tdhook_rl.policies.rebinding import deep_copy
 from tdhook_rl.replaying.batching import GeneratorState
 from tdhook_rl.sites.known import own_class
 from tdhook_rl.sites.paths import runs_by_itself
@@ -141,7 +141,7 @@ def site_table(hooked: HookedPolicy, data: TensorDictBase | None = None) -> Site
 
 def _seen(hooked: HookedPolicy, data: TensorDictBase) -> dict[str, tuple[int, tuple[int, ...] | None]]:
     """How often each module runs, and the shape of its features, by its first path."""
-    trial = copy.deepcopy(hooked)
+    trial = deep_copy(hooked)
     trial._hooked.steps = []
     seen: dict[str, tuple[int, tuple[int, ...] | None]] = {}
     for path, module in trial.hooked_root.named_modules():

@@ -75,6 +75,8 @@ class Runtime:
         # Groups of intervention sites of which one must run in a forward, and whether the first forward is over.
         self.expected: list[frozenset[str]] = []
         self.checked = False
+        # Why a site may run without its hooks, where that may happen in later calls too: for a message.
+        self.unhooked = ""
         self.mismatch_warned = False
         # How often the policy was called, and whether somebody has used annotate, or has it.
         self.calls = 0
@@ -173,10 +175,10 @@ class Runtime:
                 names = ", ".join(map(repr, sorted(group)))
                 raise SiteError(
                     f"an intervention was placed on {names}, which did not run in this forward, so it changed "
-                    "nothing: name a module that the policy's forward executes"
+                    f"nothing: name a module that the policy's forward executes{self.unhooked}"
                 )
         if not torch.compiler.is_compiling():
-            self.checked, self.fired = True, set()
+            self.checked, self.fired = not self.unhooked, set()
 
     def require_open(self) -> None:
         """As :meth:`require_active`, by what this process knows already."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.files.checkpoints import load_into
 from tdhook_rl.latent.steering_vector import SteeringVector
+from tdhook_rl.policies.rebinding import deep_copy
 from tdhook_rl.sweeps.causal.bench import Bench, Ran
 from tdhook_rl.sweeps.causal.edits import Put, PutPart
 from tdhook_rl.sweeps.causal.gap import Gap
@@ -227,7 +227,7 @@ def at_checkpoints(
         return
     if not checkpoints:
         raise InputError("checkpoints= names weights to look at: there are none")
-    own = copy.deepcopy(policy)
+    own = deep_copy(policy)
 
     def weights() -> Iterator[str]:
         for name, one in checkpoints.items():
