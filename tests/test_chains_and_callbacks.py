@@ -149,6 +149,40 @@ def test_what_they_do_wrong_is_said_as_ever() -> None:
             hooked(data.clone())
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, KeyError])
+@pytest.mark.parametrize("acts", [False, True])
+def test_what_fails_once_is_not_tried_again(acts: bool, kind: type[Exception]) -> None:
+    calls: list[int] = []
+
+    def failing(outputs: TensorDict, additional: TensorDict) -> TensorDict:
+        calls.append(1)
+        if len(calls) == 1:
+            raise kind("of the user's own")
+        return squares(outputs, additional)
+
+    data = TensorDict({"observation": torch.randn(3, 6, dtype=torch.double)}, batch_size=3)
+    with Saliency(init_attr_targets=failing).prepare(acting(chain(), acts)) as hooked:
+        with pytest.raises(kind, match="of the user's own"):
+            hooked(data.clone())
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("when", ["step", "batch"])
+def test_one_that_wants_the_whole_graph_is_given_it(when: str) -> None:
+    net = chain()
+
+    def sensitivity(outputs: TensorDict, _: TensorDict) -> TensorDict:
+        (slope,) = torch.autograd.grad(outputs["logits"].sum(), net[0].weight, create_graph=True)
+        return one(outputs, outputs["logits"].sum(-1) * slope.square().sum())
+
+    data = TensorDict({"observation": torch.randn(3, 6, dtype=torch.double)}, batch_size=3)
+    found = []
+    for part in (net, Unknown(net)):
+        with Saliency(init_attr_targets=sensitivity, when=when).prepare(acting(part, False)) as hooked:
+            found.append((hooked(data.clone()) if when == "step" else hooked.annotate(data))["attr", "observation"])
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("acts", [False, True])
 def test_they_see_the_outputs_and_no_more(acts: bool) -> None:
     seen: list[set[str]] = []

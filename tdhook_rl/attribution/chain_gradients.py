@@ -91,14 +91,22 @@ def _of_outputs(target: TargetFunction, run: Pass, question: Question) -> Tensor
 def _by_leaf(target: TargetFunction, run: Pass, leaf: Tensor, weights: Tensor | None) -> Tensor | None:
     """The derivative of a target by what its graph begins at; ``None`` where it has none, or may be no number.
 
-    A function of the user's that fails there may want the whole graph, where it is called again.
+    A function of the user's that differentiates may want the whole graph, where it is called again.
     """
     try:
         return _differentiated(target, run, leaf, weights)
-    except Exception:
-        if not of_outputs(target):
+    except RuntimeError as error:
+        if not (of_outputs(target) and _is_of_autograd(error)):
             raise
         return None
+
+
+def _is_of_autograd(error: RuntimeError) -> bool:
+    """Whether it was raised where torch differentiates, and not by code of the user's."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("torch.autograd")
 
 
 def _differentiated(target: TargetFunction, run: Pass, leaf: Tensor, weights: Tensor | None) -> Tensor | None:
