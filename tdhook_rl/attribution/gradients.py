@@ -26,7 +26,8 @@ from tdhook_rl.calls.chains import MODIFIED
 from tdhook_rl.calls.heads import Tangent, TrunkPass, run_trunk
 from tdhook_rl.calls.passes import Call, Pass, effects_of
 from tdhook_rl.calls.real_rows import surely_finite
-from tdhook_rl.errors import InPlaceError, InputError, TargetError
+from tdhook_rl.calls.undifferentiable import in_words
+from tdhook_rl.errors import InputError, TargetError
 from tdhook_rl.sites.missing import OFFER
 from tdhook_rl.sites.runtime import vmap_level
 from tdhook_rl.targets import NO_LOG_PROB, is_own, log_prob_keys, no_path
@@ -108,17 +109,15 @@ def gradients(question: Question) -> tuple[list[Attributed], dict[str, Tensor]]:
         TargetError: if no gradient reaches a target.
         SiteError: if an explained module does not run.
         InPlaceError: if the policy changes in place what its derivatives need.
+        InputError: if it does something else of which torch takes no gradient.
     """
     try:
         return _gradients(question)
     except RuntimeError as error:
-        if MODIFIED not in str(error):
+        told = in_words(error)
+        if told is None:
             raise
-        raise InPlaceError(
-            "what a derivative of the policy needs is changed in place: by its own forward, such as an in-place ReLU "
-            "over the output of a Tanh, which no gradient can be taken of (write the layer with inplace=False), or by "
-            f"a learner that changes the weights all the time. torch says: {str(error).partition('. Hint')[0]}"
-        ) from error
+        raise told from error
 
 
 def _gradients(question: Question) -> tuple[list[Attributed], dict[str, Tensor]]:

@@ -29,6 +29,7 @@ from tdhook_rl.attribution.question import Attributed, Question, TargetFunction
 from tdhook_rl.attribution.watching import Watch, WatchedCall, reached
 from tdhook_rl.calls.decisions import action_of, drawn_decisions, keys_named, require_own_parameters
 from tdhook_rl.calls.passes import Call, Pass
+from tdhook_rl.calls.undifferentiable import in_words
 from tdhook_rl.errors import InPlaceError, InputError, SiteError, TdhookError
 from tdhook_rl.internals.torchrl_names import is_lent_weights
 from tdhook_rl.method import Binder
@@ -122,7 +123,13 @@ class _BoundLRP(BoundAttribution):
             except RuntimeError:  # such as a statement in place: the pass with rules for functions says what it is
                 pass
             before.restore()
-        found = self._passed(question, watch, by_function=True)
+        try:
+            found = self._passed(question, watch, by_function=True)
+        except RuntimeError as error:
+            told = in_words(error)
+            if told is None:
+                raise
+            raise told from error
         self._by_function = True
         return found
 

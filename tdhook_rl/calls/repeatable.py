@@ -18,6 +18,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 
 from tdhook_rl.calls.passes import Call, effects_of
+from tdhook_rl.calls.undifferentiable import in_words
 from tdhook_rl.errors import InputError, listed, warn
 from tdhook_rl.internals.torch_names import held_parameters, is_any_autocast_enabled
 from tdhook_rl.replaying.batching import repeat_rows, shallow_copy
@@ -76,8 +77,13 @@ def _might_be_shared(call: Call) -> bool:
 def _same_bits_with_a_graph(call: Call) -> bool:
     """Whether inputs that ask for a gradient leave the outputs as they are; torch may take another kernel for them."""
     points = {key: value.detach().requires_grad_() for key, value in call.inputs.items() if _has_floats(value)}
-    with torch.enable_grad():
-        found = call.replay(points).outputs
+    try:
+        with torch.enable_grad():
+            found = call.replay(points).outputs
+    except RuntimeError as error:
+        if in_words(error) is None:
+            raise
+        return False  # it does not run at all
     for key in call.policy.policy_out_keys:
         one, other = found.get(key, None), call.data.get(key, None)
         if _has_floats(one) and _has_floats(other) and not torch.equal(one.nan_to_num(), other.nan_to_num()):

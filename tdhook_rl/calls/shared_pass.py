@@ -21,6 +21,7 @@ from tdhook_rl.calls.chains import Record, Steps, chain_layers
 from tdhook_rl.calls.inputs import recorded, stored_inputs
 from tdhook_rl.calls.passes import Call, Pass, effects_of, run_root
 from tdhook_rl.calls.policy import HookedPolicy
+from tdhook_rl.calls.undifferentiable import in_words
 from tdhook_rl.calls.writing import set_tensor, tensors_as_entries
 from tdhook_rl.policies.draws import draws
 from tdhook_rl.policies.memory import same_values
@@ -116,6 +117,11 @@ def graph_pass(
             for key, tensor in given.items():
                 set_tensor(data, key, tensor)
             output = run_root(policy, forward, (data,), {})
+        except RuntimeError as error:  # with inputs that have no graph it may run
+            told = in_words(error)
+            if told is None:
+                raise
+            raise told from error
         finally:
             runtime.replay, runtime.leaves = previous, {}
             for key, tensor in given.items():
