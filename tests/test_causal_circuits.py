@@ -19,6 +19,7 @@ from tdhook_rl.artifacts import load_artifact, save_artifact
 from tdhook_rl.errors import ArtifactError, InputError, SiteError
 from tdhook_rl.latent.vectors.origins import weights_of
 from tdhook_rl.sweeps import Circuit, faithfulness, find_circuit, patch_sites, patch_units
+from tdhook_rl.sweeps.causal.circuits import OTHER_WEIGHTS
 
 ROWS = 24
 
@@ -282,6 +283,24 @@ def test_a_saved_circuit_is_the_one_that_was_found(name: str, controls: int, tmp
     assert (found.facts["weights"], found.facts["states"]) == (weights_of(net), data[0].batch_size.numel())
     again = faithfulness(net, *data, loaded, metric="output")
     assert again.estimate == faithfulness(net, *data, found, metric="output").estimate
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_the_faithfulness_of_a_circuit_of_other_weights_says_so(saved: bool, tmp_path: Path) -> None:
+    known = next(iter(KNOWN.values()))
+    net, data = known.build(), [known.states(seed) for seed in (1, 2)]
+    options = {"metric": "output", "parts": known.parts}
+    found = find_circuit(net, *data, known.sites, controls=0, **options)
+    circuit = Circuit.load(found.save(tmp_path / "circuit")) if saved else found
+    own = faithfulness(net, *data, circuit, metric="output")
+    assert "other weights" not in own.words
+    with torch.no_grad():
+        next(net.parameters()).mul_(1.01)
+    other = faithfulness(net, *data, circuit, metric="output")
+    assert other.words.endswith(OTHER_WEIGHTS)
+    named = faithfulness(net, *data, circuit.units, list(circuit.importance), **options)
+    assert named.estimate == other.estimate
+    assert "other weights" not in named.words  # numbers of units are of nobody
 
 
 def test_a_circuit_of_another_network_is_refused_from_its_file_too(tmp_path: Path) -> None:

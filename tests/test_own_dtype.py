@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict import NestedKey, TensorDict
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
-from torchrl.modules import QValueActor
+from torchrl.modules import MaskedCategorical, ProbabilisticActor, QValueActor, QValueModule
 
 from tdhook_rl import targets
 from tdhook_rl.attribution import SARFA, IntegratedGradients, Occlusion, PerturbationSaliency, Saliency, windows
@@ -126,6 +130,63 @@ def test_booleans_only_where_there_are_no_others_or_they_are_named() -> None:
     torch.testing.assert_close(found, data["x"] * data["mask"])
     with Occlusion().prepare(Typed(torch.bool)) as hooked:
         assert hooked(TensorDict({"input": data["mask"]}, [3]))["attr", "input"].shape == (3, WIDTH)
+
+
+class Gated(nn.Module):
+    def forward(self, x: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+        return (x * torch.where(held, 2.0, 1.0)).cumsum(-1)
+
+
+def gated(key: NestedKey) -> TensorDictModule:
+    return TensorDictModule(Gated(), ["x", key], ["y"])
+
+
+def masked(key: NestedKey) -> ProbabilisticActor:
+    net = TensorDictModule(nn.Linear(WIDTH, WIDTH), ["x"], ["logits"])
+    keys = {"logits": "logits", "mask": key}
+    return ProbabilisticActor(net, in_keys=keys, distribution_class=MaskedCategorical, return_log_prob=True)
+
+
+def masked_values(key: NestedKey) -> TensorDictSequential:
+    net = TensorDictModule(nn.Linear(WIDTH, WIDTH), ["x"], ["action_value"])
+    return TensorDictSequential(net, QValueModule(action_space="categorical", action_mask_key=key))
+
+
+#: How booleans come, with whether they may be something that the policy sees.
+BOOLEANS: dict[str, tuple[Callable[[NestedKey], Any], NestedKey, bool]] = {
+    "an observation": (gated, "held", True),
+    "nested": (gated, ("agents", "held"), True),
+    "a mask by name": (gated, "action_mask", False),
+    "a nested mask": (gated, ("agents", "mask"), False),
+    "the beginnings": (gated, "is_init", False),
+    "the endings": (gated, "terminated", False),
+    "of a distribution": (masked, "allowed", False),
+    "of values": (masked_values, "allowed", False),
+}
+
+
+@pytest.mark.parametrize("name", BOOLEANS)
+@pytest.mark.parametrize("when", ["step", "batch"])
+@pytest.mark.parametrize("method", [Saliency, IntegratedGradients, Occlusion])
+def test_a_boolean_that_may_be_seen_is_said_to_be_left_out_once(method: Any, when: str, name: str) -> None:
+    make, key, seen = BOOLEANS[name]
+    held = torch.rand(3, WIDTH) > 0.3
+    held[:, 0] = True
+    policy = make(key)
+    data = TensorDict({"x": torch.randn(3, WIDTH), key: held}, [3])
+    data = policy(data) if when == "batch" else data
+    target = None if make is not gated else lambda run: run.outputs["y"].sum(-1)
+    named = ["x", key] if make is gated and method is Occlusion else ["x"]
+    options = {"baseline": 0.0} if method is IntegratedGradients else {}
+    for inputs, told in ((None, seen), (named, False)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with method(target=target, when=when, inputs=inputs, **options).prepare(policy) as hooked:
+                for _ in range(2):
+                    _ = hooked(data.clone()) if when == "step" else hooked.annotate(data)
+        found = [str(one.message) for one in caught if "boolean" in str(one.message)]
+        assert len(found) == told
+        assert all(f"{key!r} is left out beside 'x'" in one and f"inputs={['x', key]}" in one for one in found)
 
 
 def test_sarfa_of_tokens() -> None:

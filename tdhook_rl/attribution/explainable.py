@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from tensordict import NestedKey
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor
 
 from tdhook_rl.calls.passes import Call
-from tdhook_rl.errors import InputError, MissingKeyError, nearest
+from tdhook_rl.errors import InputError, MissingKeyError, nearest, warn
+from tdhook_rl.sites.known import own_class
+
+#: What TorchRL calls booleans that say where episodes begin and end.
+_FLAGS = frozenset(("is_init", "done", "terminated", "truncated", "reset", "_reset"))
 
 
 def require_inputs(what: str, keys: Iterable[NestedKey], known: Sequence[NestedKey], kind: str = "an input") -> None:
@@ -29,9 +34,7 @@ def explainable_inputs(call: Call, keys: Sequence[NestedKey] | None) -> dict[Nes
         noise = call.policy._hooked.noise
         known = {key: call.inputs.get(key) for key in call.policy.policy_in_keys if key not in noise}
         require_all_there(call)
-        tensors = {key: value for key, value in known.items() if isinstance(value, Tensor)}
-        # Booleans beside other inputs are masks; a policy that sees nothing else decides by them.
-        keys = [key for key, value in tensors.items() if value.dtype != torch.bool] or list(tensors)
+        keys = unless_masks(call, {key: value for key, value in known.items() if isinstance(value, Tensor)})
     chosen = {}
     for key in keys:
         value = call.inputs.get(key)
@@ -47,6 +50,43 @@ def explainable_inputs(call: Call, keys: Sequence[NestedKey] | None) -> dict[Nes
             _require_same_outputs(call, key, value)
         chosen[key] = value
     return chosen
+
+
+def unless_masks(call: Call, tensors: Mapping[NestedKey, Tensor]) -> list[NestedKey]:
+    """Which inputs are explained where none are named: all but booleans, and these where there is nothing else.
+
+    Beside other inputs they are masks and flags mostly, and it is said, once, of those that may be an observation.
+    """
+    numbers = [key for key, value in tensors.items() if value.dtype != torch.bool]
+    left = [key for key in tensors if key not in numbers and not _is_flag(call, key)]
+    said = call.policy._hooked.runtime.said
+    if numbers and left and "booleans" not in said and not torch.compiler.is_compiling():
+        said.add("booleans")
+        warn(
+            f"the boolean input {left[0]!r} is left out beside {', '.join(map(repr, numbers))}: where it is something "
+            f"that the policy sees, name all that is to be explained, inputs={[*numbers, *left]}; where it is a mask, "
+            f"inputs={numbers}"
+        )
+    return numbers or list(tensors)
+
+
+def _is_flag(call: Call, key: NestedKey) -> bool:
+    """Whether a boolean is called a mask or a flag of episodes, or read by modules that take it for one only."""
+    name = key if isinstance(key, str) else key[-1]
+    if name in _FLAGS or "mask" in name:
+        return True
+    readers = [
+        child
+        for child in call.policy.modules()
+        if isinstance(child, TensorDictModuleBase)
+        and not isinstance(child, TensorDictSequential)
+        and key in child.in_keys
+    ]
+    return bool(readers) and all(
+        own_class(child).__module__.partition(".")[0] in ("torchrl", "tensordict")
+        and not isinstance(child, TensorDictModule)
+        for child in readers
+    )
 
 
 def require_all_there(call: Call) -> None:

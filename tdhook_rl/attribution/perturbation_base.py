@@ -11,7 +11,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.attribution.base import BoundAttribution, GradientAttribution
-from tdhook_rl.attribution.explainable import require_all_there
+from tdhook_rl.attribution.explainable import require_all_there, unless_masks
 from tdhook_rl.attribution.groups import Groups
 from tdhook_rl.attribution.integrated_gradients import rows_at_once
 from tdhook_rl.attribution.question import Attributed, Question
@@ -100,7 +100,7 @@ def own_inputs(call: Call, keys: Sequence[NestedKey] | None) -> dict[NestedKey, 
     tensors = [key for key in call.policy.policy_in_keys if isinstance(call.inputs.get(key), Tensor)]
     if keys is None:
         require_all_there(call)
-        keys = [key for key in tensors if call.inputs[key].dtype != torch.bool] or tensors
+        keys = unless_masks(call, {key: call.inputs[key] for key in tensors})
     for key in keys:
         if key not in tensors:
             if key not in call.inputs:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
-from tdhook_rl.latent.vectors.origins import origin_of
+from tdhook_rl.latent.vectors.origins import origin_of, weights_of
 from tdhook_rl.statistics import Interval, grouped_mean
 from tdhook_rl.sweeps.causal.attribution import Effects
 from tdhook_rl.sweeps.causal.bench import Bench
@@ -24,6 +24,8 @@ from tdhook_rl.sweeps.causal.pairs import pairs_of
 
 #: Sizes at which the faithfulness of the most important components is shown, and which are tried at once.
 SIZES = 16
+#: Of the faithfulness of a circuit in another network than its own: a later checkpoint, say.
+OTHER_WEIGHTS = "the circuit was found in other weights than those that it is judged in"
 #: Components that are tried one by one for whether the set does without them.
 TRIED = 512
 
@@ -114,6 +116,9 @@ def faithfulness(
         sites: all sites, of which the components outside of the set are as in the corrupt run; those of the circuit
             unless given.
 
+    Returns:
+        the share, whose words say where the circuit was found in other weights than those of the policy.
+
     Raises:
         InputError: for a component that there is not, another division than that of the circuit, or a network that
             has other numbers of units.
@@ -146,7 +151,10 @@ def faithfulness(
             _require_as_wide(components_of(bench, bench.look(few), few), circuit)
         search = _Search(Effects(bench, pairs, metric, "noising", parts).look(), pairs.groups, 0, 0)
         bench.require_apart()
-        return search.interval(search.effects.measured(~_as_row(search.effects.components, chosen)[None]))
+        found = search.interval(search.effects.measured(~_as_row(search.effects.components, chosen)[None]))
+    if isinstance(circuit, Circuit) and circuit.facts.get("weights") not in (None, weights_of(policy)):
+        found = replace(found, words="; ".join(one for one in (found.words, OTHER_WEIGHTS) if one))
+    return found
 
 
 def _require_as_wide(components: Components, circuit: Circuit) -> None:
