@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, Normal
 from torchrl.modules import TanhNormal
 
-from tdhook_rl import Saliency, targets
+from tdhook_rl import ActivationCaching, Saliency, targets
 from tdhook_rl.errors import PreparationError
 
 
@@ -125,6 +125,43 @@ def test_old_signatures(inside: bool, kind: type[Old]) -> None:
     with Saliency(target=targets.logit(1)).prepare(net, in_keys=["observation"], out_keys=["logits"]) as hooked:
         found = hooked(TensorDict({"observation": torch.randn(4, 3)}, [4]))["attr", "observation"]
     torch.testing.assert_close(found, weight[1].expand(4, 3))
+
+
+class OldModules(Old):
+    def named_modules(self, memo: Any = None, prefix: str = "") -> Any:
+        yield from nn.Module.named_modules(self, memo, prefix)
+
+
+class OnlyItself(Old):
+    def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
+        yield prefix, self
+
+
+class FewModules(Old):
+    def modules(self) -> Any:
+        return iter([self.linear])
+
+
+class AsAList(Old):
+    def modules(self, deep: bool = True) -> Any:
+        return list(super().modules())
+
+
+HIDING = {OldModules: "does not take what torch gives it", OnlyItself: "leaves out 'linear'", FewModules: "leaves out"}
+
+
+@pytest.mark.parametrize("kind", [*HIDING, AsAList])
+@pytest.mark.parametrize("inside", [False, True])
+def test_modules_that_are_not_listed_are_told(inside: bool, kind: type[Old]) -> None:
+    net = nn.Sequential(nn.Tanh(), kind()) if inside else kind()
+    context = ActivationCaching("1.linear" if inside else "linear").prepare(net)
+    if kind is AsAList:
+        with context as hooked:
+            hooked(TensorDict({"input": torch.randn(4, 3)}, [4]))
+        return
+    with pytest.raises(PreparationError, match=rf"{kind.__name__}\) has a named_modules\(\) .*{HIDING[kind]}") as error:
+        context.__enter__()
+    assert str(error.value).startswith("submodule '1'" if inside else "the policy")
 
 
 @pytest.mark.parametrize("kept", [lambda y: y, lambda y: [(y, {"y": y})], lambda y: Categorical(logits=y)])

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from tensordict import TensorDict, TensorDictBase, lazy_stack
+from tensordict import PersistentTensorDict, TensorDict, TensorDictBase, lazy_stack
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.distributions import Categorical
 from torchrl.modules import ProbabilisticActor
 
-from tdhook_rl import Compose, IntegratedGradients, Saliency, targets
+from tdhook_rl import ActivationCaching, Compose, IntegratedGradients, Saliency, targets
 from tdhook_rl.attribution import Occlusion
+from tdhook_rl.errors import InputError
 from tdhook_rl.latent import ActivationPatching
 from tdhook_rl.method import Method
 
@@ -110,3 +112,64 @@ def test_they_are_patched(kind: str, batch: tuple[int, ...]) -> None:
     with ActivationPatching(["module.1"]).prepare(plain) as hooked:
         found = hooked(data)
     torch.testing.assert_close(found["patched", "logits"], plain.module(found[KEY]))
+
+
+def loaded(data: TensorDict, folder: Path) -> TensorDictBase:
+    data.memmap(str(folder))
+    return TensorDict.load_memmap(folder)
+
+
+def in_a_file(data: TensorDict, folder: Path) -> TensorDictBase:
+    pytest.importorskip("h5py")
+    return PersistentTensorDict.from_dict(data, str(folder / "rows.h5"))
+
+
+#: Where a batch may lie, with whether results of a step go there.
+STORED: dict[str, tuple[Callable[[TensorDict, Path], TensorDictBase], bool]] = {
+    "memory-mapped": (lambda data, folder: data.memmap(str(folder)), False),
+    "loaded": (loaded, False),
+    "in a file": (in_a_file, True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Replacing an array")  # which the policy does in its file
+@pytest.mark.parametrize("where", STORED)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("acted", [False, True])
+def test_batches_on_disk_are_annotated_and_left_as_they_are(
+    where: str, method: str, acted: bool, tmp_path: Path
+) -> None:
+    plain = policies()["module"]
+    given = rows(2, 3)
+    with torch.no_grad():
+        given = plain(given) if acted else given
+    store, takes = STORED[where]
+    data = store(given, tmp_path)
+    make, right = METHODS[method]
+    expected = right(plain.module, given[KEY])
+    with Compose(make(), ActivationCaching("module.1")).prepare(plain) as hooked:
+        found = hooked.annotate(data)
+        torch.testing.assert_close(found["attr", *KEY], expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found["cache", "module.1"], plain.module[:2](given[KEY]))
+        assert set(data.keys(True, True)) == set(given.keys(True, True))
+        if takes:
+            with torch.no_grad():
+                torch.testing.assert_close(hooked(data)["attr", *KEY], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("when", ["features", "rows"])
+def test_lazy_stacks_of_other_shapes_are_refused_with_what_to_do(when: str, method: str) -> None:
+    parts = [rows(2), rows(2) if when == "features" else rows(3)]
+    if when == "features":
+        parts[1][KEY] = torch.randn(2, 5, dtype=F64)
+    plain = policies()["module"]
+    with METHODS[method][0]().prepare(plain) as hooked:
+        with pytest.raises(InputError, match=r"other shapes in other parts of a lazy stack \(\(2, 4\), .*one by one"):
+            hooked.annotate(lazy_stack(parts, 0))
+        if when == "rows":
+            found = lazy_stack([hooked.annotate(one) for one in parts], 0)
+            for one, part in zip(found.tensordicts, parts, strict=True):
+                torch.testing.assert_close(
+                    one["attr", *KEY], METHODS[method][1](plain.module, part[KEY]), rtol=1e-4, atol=1e-6
+                )

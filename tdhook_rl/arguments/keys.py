@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
 from torch import Tensor
 
-from tdhook_rl.errors import MissingKeyError, nearest
+from tdhook_rl.errors import InputError, MissingKeyError, listed, nearest
 from tdhook_rl.internals.tensordict_names import store_of
 
 
@@ -54,8 +54,24 @@ def get_entry(data: TensorDictBase, key: NestedKey) -> Any:
             holder = holder.get(step, None)
             if not is_tensor_collection(holder):
                 return None
-        return holder.get(key[-1], None)
-    return data.get(key, None)
+        return _stacked(holder, key[-1])
+    return _stacked(data, key)
+
+
+def _stacked(data: Any, key: str) -> Any:
+    """An entry of one name, of which the rows of a lazy stack may differ in shape."""
+    try:
+        return data.get(key, None)
+    except RuntimeError as error:
+        parts = [one.get(key, None) for one in getattr(data, "tensordicts", ())]
+        shapes = dict.fromkeys(str(tuple(one.shape)) for one in parts if one is not None)
+        if len(shapes) < 2:
+            raise
+        raise InputError(
+            f"{key!r} has other shapes in other parts of a lazy stack ({listed(shapes, 4, 'and {} more')}), which are "
+            "no rows of one batch: take the parts one by one, as in "
+            "lazy_stack([hooked.annotate(one) for one in data.tensordicts]), or pad them"
+        ) from error
 
 
 def surely_lacks(data: TensorDictBase, names: Set[str]) -> bool:

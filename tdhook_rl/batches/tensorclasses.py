@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from tensordict import TensorDict, TensorDictBase, is_tensorclass
+from tensordict import PersistentTensorDict, TensorDict, TensorDictBase, is_tensorclass
 
 from tdhook_rl.batches.annotation import OnMismatch, annotate
 from tdhook_rl.batches.keeping import Keep, kept_keys
@@ -32,7 +32,12 @@ def annotate_fields(
     keep: Keep = None,
     laid_out: str = "",
 ) -> Any:
-    """Annotate a TensorDict, or a tensorclass: what is returned is of its class."""
+    """Annotate a TensorDict, or a tensorclass: what is returned is of its class.
+
+    What lies in an HDF5 file is returned in memory: a copy would be another file, and its own is the caller's.
+    """
+    if isinstance(data, PersistentTensorDict):
+        data = data.to_tensordict()
     if isinstance(data, TensorDictBase) or not is_tensorclass(data):
         return annotate(policy, data, chunk_size, on_mismatch, keep, laid_out)
     kept, held = kept_keys(policy, keep), set(_fields(data))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, PersistentTensorDict, TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.arguments.keys import get_entry, missing
@@ -124,6 +124,9 @@ def rows_read(policy: HookedPolicy, data: TensorDictBase, keys: Iterable[NestedK
             return data  # what functions read is not known
         keys = [*keys, *records]
     keys = dict.fromkeys(keys)
+    if isinstance(data, PersistentTensorDict):  # which has no `select`
+        found = {key: value for key in keys if (value := get_entry(data, key)) is not None}
+        return TensorDict(found, batch_size=data.batch_size, device=data.device)
     if type(data) is not TensorDict or has_names(data):
         return data.select(*keys, strict=False)
     entries: dict[str, Any] = {}

@@ -22,6 +22,7 @@ from tdhook_rl.errors import PreparationError, TieError, warn
 from tdhook_rl.internals.dynamo_names import is_compiled
 from tdhook_rl.internals.tensordict_names import params_with
 from tdhook_rl.policies.attribute_sync import AttributeSync
+from tdhook_rl.policies.listed import require_listed
 from tdhook_rl.policies.memory import memory_of
 from tdhook_rl.policies.mutable_state import INTERNAL, MutableState, find_state
 from tdhook_rl.policies.rebinding import deep_copy
@@ -42,6 +43,7 @@ def tied_clone(module: M) -> M:
         PreparationError: for compiled, lazy or scripted modules, and for modules that do not deep-copy.
         TieError: if a parameter or buffer of the copy is not the same object as the original's.
     """
+    require_listed(module)
     _refuse_uncopyable(module)
     memo: dict[int, Any] = {}
     kept: list[Any] = []  # deepcopy returns memo[id(x)], so whatever is listed here is shared instead of copied
