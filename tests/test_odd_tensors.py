@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict
-from torch import nn
+from torch import Tensor, nn
 
-from tdhook_rl import IntegratedGradients, LinearProbe, SteeringVectors, targets
+from tdhook_rl import IntegratedGradients, LinearProbe, Saliency, SteeringVectors, targets
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent import DirectionalAblation, DirectionClamping, SteeringVector, UnitValues
@@ -87,3 +87,44 @@ def test_one_number_is_no_direction(name: str) -> None:
 def test_a_vector_without_a_name_is_told_how_to_be_given_one() -> None:
     with pytest.raises(InputError, match=r"got a tensor of shape \(8,\) .*: \{'a name': \{'1': tensor\}\} acts at '1'"):
         steering_sweep(net(), CueCorners(), {"1": torch.ones(8)})
+
+
+class Graph(nn.Module):
+    """Mixes its features along edges, and holds tensors of other layouts beside."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        edges = (torch.rand(4, 4).round() * torch.randn(4, 4)).to_sparse()
+        beside = [torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=one) for one in LAYOUTS]
+        if where == "buffers":
+            self.register_buffer("edges", edges)
+            for number, one in enumerate(beside):
+                self.register_buffer(f"beside{number}", one)
+        else:
+            self.edges = edges
+            self.beside0, self.beside1 = beside
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.sparse.mm(self.edges, x.T).T.tanh())
+
+
+LAYOUTS = (torch.strided, torch.jagged)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("when", ["step", "batch"])
+@pytest.mark.parametrize("where", ["buffers", "attributes"])
+def test_policies_that_hold_them_are_explained_as_they_are_now(where: str, when: str, mode: Any) -> None:
+    policy, x = Graph(where), torch.randn(5, 4)
+    method = Saliency(target=targets.logit(0), when=when)  # type: ignore[arg-type]
+    with method.prepare(policy, in_keys=["seen"], out_keys=["logits"]) as hooked, mode():
+        found = TensorDict({"seen": x}, [5])
+        for _ in range(2):
+            found = hooked.annotate(found) if when == "batch" else hooked(found)
+            leaf = x.clone().requires_grad_()
+            with torch.enable_grad():
+                right = torch.autograd.grad(policy(leaf)[:, 0].sum(), leaf)[0]
+            torch.testing.assert_close(found["attr", "seen"], right)
+            if where == "buffers" or when == "step":
+                policy.edges.mul_(2.0)

@@ -20,7 +20,14 @@ from tdhook_rl.batches.keeping import Keep, kept_keys, only_kept
 from tdhook_rl.batches.mismatch import Mismatch
 from tdhook_rl.calls.bound import BoundMethod, observers
 from tdhook_rl.calls.heads import replay_chain
-from tdhook_rl.calls.inputs import keys_read, require_as_seen, require_inputs, rows_read, stored_inputs
+from tdhook_rl.calls.inputs import (
+    keys_read,
+    require_as_seen,
+    require_dense,
+    require_inputs,
+    rows_read,
+    stored_inputs,
+)
 from tdhook_rl.calls.passes import Call, effects_of
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.repeatable import require_repeatable, require_rows_apart
@@ -62,6 +69,7 @@ def annotate(
         data = only_kept(policy, data, keep)
     if not wanted:
         return shallow_copy(data)
+    require_dense(policy, data)
     found = Found(policy, data, wanted)
     if found.missing:
         for results in _computed(policy, data, found.missing, chunk_size, on_mismatch, laid_out):

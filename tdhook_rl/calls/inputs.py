@@ -29,6 +29,32 @@ def require_inputs(policy: HookedPolicy, data: TensorDictBase) -> None:
             raise _lacking(policy, data, key)
 
 
+def _is_ragged(value: Any) -> bool:
+    """Whether an entry is a nested or a sparse tensor."""
+    return isinstance(value, Tensor) and (value.layout is not torch.strided or value.is_nested)
+
+
+def require_dense(policy: HookedPolicy, data: TensorDictBase) -> None:
+    """Refuse inputs whose rows are not of one shape, or hold no numbers by place: there would be no result for each.
+
+    Raises:
+        InputError: that names one.
+    """
+    for key in policy.policy_in_keys:
+        value = get_entry(data, key)
+        if _is_ragged(value):
+            nested = value.is_nested or value.layout is torch.jagged
+            raise InputError(
+                f"the policy reads {key!r}, which is a {'nested' if nested else 'sparse'} tensor ({value.layout}): a "
+                "result has one shape for all rows. "
+                + (
+                    "Pad it (torch.nested.to_padded_tensor) beside a mask, or give the rows one by one"
+                    if nested
+                    else "Give it as .to_dense()"
+                )
+            )
+
+
 def _lacking(policy: HookedPolicy, data: TensorDictBase, key: NestedKey) -> MissingKeyError:
     hint = ". Name the module's inputs with prepare(module, in_keys=[...], out_keys=[...])"
     return missing(data, key, "the policy reads", hint if policy._hooked.wraps else "")
@@ -103,9 +129,10 @@ def keys_read(policy: HookedPolicy, methods: Iterable[BoundMethod]) -> list[Nest
 def rows_of_step(policy: HookedPolicy, output: TensorDictBase, methods: Iterable[BoundMethod]) -> TensorDictBase:
     """The data of a step, for the passes over it: a TensorDict, whatever the policy was called with.
 
-    Rows of a lazy stack may have entries that do not stack, which the policy does not read; a view takes no new ones.
+    Rows of a lazy stack may have entries that do not stack, which the policy does not read, and so may a nested tensor;
+    a view takes no new ones.
     """
-    if type(output) is TensorDict:
+    if type(output) is TensorDict and not any(map(_is_ragged, output.values())):
         return output
     found = rows_read(policy, output, keys_read(policy, methods))
     if found is output:  # what functions read is not known

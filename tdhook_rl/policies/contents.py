@@ -13,6 +13,7 @@ from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
 
 from tdhook_rl.policies.draws import draws
+from tdhook_rl.policies.memory import dense_parts, is_dense
 from tdhook_rl.sites.known import all_modules
 
 #: The tensors of a policy, and where they are held: a mapping and the name in it.
@@ -91,6 +92,9 @@ class HeldTensors:
         return True
 
     def _digest(self, tensor: Tensor) -> bytes:
+        if not is_dense(tensor):
+            parts = (part.detach().reshape(-1).contiguous().cpu() for part in dense_parts(tensor))
+            return b"".join(digest_of(_bytes(part)) for part in parts)
         view = self._view(tensor)
         if view is None:
             flat = tensor.detach().reshape(-1)

@@ -68,6 +68,28 @@ def same_values(now: Any, then: Any) -> bool:
     """Whether two tensors, or TensorDicts, hold the same numbers; NaN is the same as NaN."""
     if not isinstance(now, Tensor):
         return all(same_values(value, then.get(key)) for key, value in now.items(True, True))
+    if not is_dense(now):
+        one, other = dense_parts(now), dense_parts(then)
+        return len(one) == len(other) and all(map(same_values, one, other))
     if now.shape != then.shape or now.is_meta:  # which has no numbers
         return now.shape == then.shape
     return torch.equal(now, then) or bool(((now == then) | ((now != now) & (then != then))).all())
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor is neither nested nor sparse."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def dense_parts(tensor: Tensor) -> list[Tensor]:
+    """What a nested or a sparse tensor, such as the edges of a graph, consists of."""
+    if tensor.is_nested:
+        return list(tensor.unbind())
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return [tensor.indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor.to_dense() if tensor.layout is not torch.strided else tensor]

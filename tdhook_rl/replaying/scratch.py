@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tdhook_rl.internals.torch_names import copy_all_
-from tdhook_rl.policies.memory import memory_of, same_values
+from tdhook_rl.policies.memory import is_dense, memory_of, same_values
 from tdhook_rl.policies.mutable_state import INTERNAL, MutableState, find_state, with_tensors
 from tdhook_rl.policies.outside import find_state_inside_and_outside
 from tdhook_rl.sites.known import all_modules, unknown_modules, writes_input
@@ -233,7 +233,11 @@ def _refresh(last: Snapshot) -> None:
             last.copies |= _cloned(old)
             last.in_graph = False
         elif old:
-            copy_all_([last.copies[key] for key in old], list(old.values()))
+            other = {key: tensor for key, tensor in old.items() if not is_dense(tensor)}  # is copied as a whole
+            last.copies |= _cloned(other)
+            dense = [key for key in old if key not in other]
+            if dense:
+                copy_all_([last.copies[key] for key in dense], [old[key] for key in dense])
 
 
 def _version(tensor: Tensor) -> int:
