@@ -48,6 +48,7 @@ CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
 
 
 # A parametrization replaces tensors, which is refused once a copy shares them.
+@pytest.mark.filterwarnings("ignore:a forward hook was added")  # to the user's policy, and here to the hooked one too
 @pytest.mark.parametrize(
     ("change", "when"),
     [(c, w) for c in CHANGES for w in ("before", "after") if (c, w) != ("a parametrization", "after")],
