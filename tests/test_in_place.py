@@ -332,9 +332,83 @@ class Doubled(nn.Module):
         return 2 * x
 
 
-def test_modules_of_ones_own_are_steered_in_one_graph() -> None:
-    torch._dynamo.reset()
-    net, data = nn.Sequential(nn.Linear(3, 3), Doubled()), TensorDict({"input": torch.randn(4, 3)}, [4])
-    with SteeringVectors({"1": torch.ones(3)}).prepare(net) as hooked, torch.no_grad():
-        found = torch.compile(hooked, fullgraph=True, backend="aot_eager")(data.clone())
-    torch.testing.assert_close(found["output"], net(data["input"]) + 1)
+class DoubledWithSum(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return 2 * x, x.sum()
+
+
+class DoubledInPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+
+class AsItIs(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Around(nn.Module):
+    """Calls a module as a statement, for what it returns, or beside what it is given."""
+
+    def __init__(self, act: nn.Module, how: str) -> None:
+        super().__init__()
+        self.first, self.act, self.last, self.how = nn.Linear(4, 3), act, nn.Linear(3, 3), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        y = self.act(h)
+        y = y[0] if isinstance(y, tuple) else y
+        return self.last(h if self.how == "statement" else y if self.how == "returned" else h + y)
+
+    def right(self, x: Tensor) -> Tensor:
+        """With 1 added to what the module puts out, by hand."""
+        h = self.first(x)
+        y = h.relu() if isinstance(self.act, nn.ReLU) else h if isinstance(self.act, AsItIs) else 2 * h
+        in_place = isinstance(self.act, (DoubledInPlace, nn.ReLU))
+        h = y + 1 if in_place else h
+        return self.last(h if self.how == "statement" else y + 1 if self.how == "returned" else h + y + 1)
+
+
+ACTS: dict[str, Callable[[], nn.Module]] = {
+    "new": Doubled, "several": DoubledWithSum, "in place": DoubledInPlace, "as it is": AsItIs,
+    "a layer in place": lambda: nn.ReLU(inplace=True), "dropout in place": lambda: Dropped(0.5, inplace=True).eval(),
+}  # fmt: skip
+
+
+class Dropped(nn.Dropout, AsItIs):
+    """A layer that is told to work in place and leaves its input as it is in eval mode."""
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("how", ["statement", "returned", "beside"])
+@pytest.mark.parametrize("name", ACTS)
+def test_modules_of_ones_own_are_steered_where_they_write(name: str, how: str, guard: str) -> None:
+    net, x = Around(ACTS[name](), how).eval(), torch.randn(ROWS, 4)
+    with SteeringVectors({"act": torch.ones(3)}).prepare(net) as hooked, GUARDS[guard]():
+        for given in (x, x.clone()):  # a tensor that counts its versions, and, under inference, one that does not
+            found = hooked(TensorDict({"input": given}, [ROWS]))["output"]
+            torch.testing.assert_close(found, net.right(x))
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("name", ["new", "several", "a layer in place"])
+def test_modules_of_ones_own_are_steered_in_one_graph(name: str, backend: str, guard: str) -> None:
+    torch.compiler.reset()
+    net, x = Around(ACTS[name](), "returned"), torch.randn(ROWS, 4)
+    with SteeringVectors({"act": torch.ones(3)}).prepare(net) as hooked, GUARDS[guard]():
+        compiled = torch.compile(hooked, fullgraph=True, backend=backend)
+        for given in (x, x.clone()):
+            torch.testing.assert_close(compiled(TensorDict({"input": given}, [ROWS]))["output"], net.right(x))
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_what_a_graph_cannot_see_is_run_without_it_or_told(guard: str) -> None:
+    torch.compiler.reset()
+    net, x = Around(DoubledInPlace(), "beside"), torch.randn(ROWS, 4)
+    with SteeringVectors({"act": torch.ones(3)}).prepare(net) as hooked, GUARDS[guard]():
+        found = torch.compile(hooked, backend="eager")(TensorDict({"input": x.clone()}, [ROWS]))["output"]
+        torch.testing.assert_close(found, net.right(x))
+        torch.compiler.reset()
+        with pytest.raises(Exception, match="let it return a new tensor"):
+            torch.compile(hooked, fullgraph=True, backend="eager")(TensorDict({"input": x.clone()}, [ROWS]))

@@ -14,46 +14,61 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tdhook_rl.errors import SiteError
+from tdhook_rl.internals.torch_names import DropoutNd
 from tdhook_rl.sites.known import own_class, writes_input
 
 
 class _InPlaceHook:
     """Pre-hook, first hook and last hook of a module that may work in place."""
 
-    def __init__(self, copies: bool) -> None:
+    def __init__(self, copies: bool, surely: bool) -> None:
         self.copies = copies
-        # During a call: the tensor that the caller holds, the one that the module is given, and its version.
+        self.surely = surely
+        # During a call: the tensor that the caller holds, the one that the module is given, and what tells whether it
+        # was written to: its version, or what it was where versions are not counted.
         self.held: Tensor | None = None
         self.given: Tensor | None = None
-        self.version = 0
+        self.version: int | None = None
+        self.earlier: Tensor | None = None
         self.returned = False  # the module has changed what it was given, and returned it
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         value = args[0] if args else kwargs.get("input")
-        if not isinstance(value, Tensor) or (_counts_nothing(value) and not self.copies):
+        if not isinstance(value, Tensor):
             return None
         self.held = value
         self.given = value.clone() if self.copies else value
-        self.version = -1 if _counts_nothing(self.given) else self.given._version
+        if not self.surely and not torch.compiler.is_compiling():
+            if self.given.is_inference():
+                self.earlier = self.given.clone()
+            else:
+                self.version = self.given._version
         if not self.copies:
             return None
         return ((self.given, *args[1:]), kwargs) if args else (args, kwargs | {"input": self.given})
 
     def first(self, module: nn.Module, args: tuple, output: Any) -> None:
         given = self.given
-        self.returned = given is not None and output is given and (self.version < 0 or given._version != self.version)
+        self.returned = given is not None and output is given and (self.surely or self._is_changed(given, module))
+
+    def _is_changed(self, given: Tensor, module: nn.Module) -> bool:
+        if torch.compiler.is_compiling():
+            raise SiteError(
+                f"{own_class(module).__name__}, at which something acts, returns the tensor that it is given, and "
+                "whether it has changed it cannot be seen in a compiled call: let it return a new tensor (y = x + 1 in "
+                "the place of x += 1), or leave the call uncompiled"
+            )
+        if self.earlier is not None:
+            return not torch.equal(self.earlier, given)
+        return given._version != self.version
 
     def last(self, module: nn.Module, args: tuple, output: Any) -> Any:
         held, returned = self.held, self.returned
-        self.held, self.given, self.returned = None, None, False
+        self.held, self.given, self.version, self.earlier, self.returned = None, None, None, None, False
         if held is None or not returned or not isinstance(output, Tensor) or output is held:
             return None
         return held.copy_(output)
-
-
-def _counts_nothing(value: Tensor) -> bool:
-    """Whether a tensor does not count how often it was written to; traced ones cannot be asked, and do."""
-    return not torch.compiler.is_compiling() and value.is_inference()
 
 
 def hand_on_in_place(module: nn.Module) -> list[RemovableHandle]:
@@ -65,7 +80,13 @@ def hand_on_in_place(module: nn.Module) -> list[RemovableHandle]:
     copies = any(writes_input(child) for child in module.modules())
     if not copies and own_class(module).__module__.partition(".")[0] in ("torch", "tensordict", "torchrl"):
         return []
-    both = _InPlaceHook(copies)
+    # A dropout layer that is told to work in place leaves its input as it is in eval mode; so may one of the user's.
+    surely = (
+        writes_input(module)
+        and own_class(module).__module__.startswith("torch.nn.")
+        and not isinstance(module, DropoutNd)
+    )
+    both = _InPlaceHook(copies, surely)
     return [
         module.register_forward_pre_hook(both.before, with_kwargs=True),
         module.register_forward_hook(both.first, prepend=True),
