@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -137,16 +139,48 @@ class Trainer(Trains):
         self._batch_process_ops = [(operation, {})]
 
 
-@pytest.mark.parametrize("where", ["emptied", "ensemble", "extend"])
-def test_plain_rows_elsewhere(where: str, tmp_path: Path) -> None:
-    """A memory-mapped storage that was emptied, one buffer of an ensemble, a buffer whose `extend` is registered."""
+class Feeds:
+    """A hook of the user's with a buffer of its own."""
+
+    def __init__(self, buffer: Any) -> None:
+        self.replay_buffer = buffer
+
+    def feed(self, batch: TensorDict) -> None:
+        self.replay_buffer.extend(batch)
+
+
+def into(buffer: Any, batch: TensorDict) -> None:
+    buffer.extend(batch)
+
+
+BUFFER: Any = None
+
+#: How a trainer may reach a buffer by what is registered.
+REACHED: dict[str, Callable[[Any], Any]] = {
+    "extend": lambda buffer: buffer.extend,
+    "hook": lambda buffer: Feeds(buffer).feed,
+    "lambda": lambda buffer: lambda batch: buffer.extend(batch),
+    "lambda of a method": lambda buffer: (lambda extend: lambda batch: extend(batch))(buffer.extend),
+    "partial": lambda buffer: functools.partial(buffer.extend),
+    "partial of an argument": lambda buffer: functools.partial(into, buffer),
+    "partial of a lambda": lambda buffer: functools.partial(lambda batch, twice: buffer.extend(batch), twice=False),
+    "wrapped": lambda buffer: functools.wraps(into)(functools.partial(into, buffer)),
+    "global": lambda buffer: lambda batch: BUFFER.extend(batch),
+    "hook in a lambda": lambda buffer: (lambda hook: lambda batch: hook.replay_buffer.extend(batch))(Feeds(buffer)),
+}
+
+
+@pytest.mark.parametrize("where", ["emptied", "ensemble", *REACHED])
+def test_plain_rows_elsewhere(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A memory-mapped storage that was emptied, one buffer of an ensemble, a buffer that what is registered fills."""
     old = TensorDictReplayBuffer(storage=LazyMemmapStorage(8, scratch_dir=tmp_path), batch_size=4)
     old.extend(plain(8))
     trainer: Any = Trains(old)
     if where == "emptied":
         old.empty()
-    elif where == "extend":
-        trainer = Trainer(old.extend)
+    elif where in REACHED:
+        monkeypatch.setattr(sys.modules[__name__], "BUFFER", old)
+        trainer = Trainer(REACHED[where](old))
     else:
         new = TensorDictReplayBuffer(storage=LazyTensorStorage(8), batch_size=4)
         trainer = Trains(ReplayBufferEnsemble(new, old, batch_size=4, num_buffer_sampled=1))
@@ -155,3 +189,13 @@ def test_plain_rows_elsewhere(where: str, tmp_path: Path) -> None:
         hook._trainer = trainer
         with pytest.raises(InputError, match=r"rows.* without \('attr', 'observation'\)"):
             hook.annotate_batch(plain(4))
+
+
+@pytest.mark.parametrize("reads", [lambda old: lambda batch: print(len(old)), lambda old: functools.partial(len)])
+def test_a_buffer_that_is_only_read_is_no_matter(reads: Callable[[Any], Any]) -> None:
+    old = TensorDictReplayBuffer(storage=LazyTensorStorage(8), batch_size=4)
+    old.extend(plain(8))
+    with Saliency(target=targets.logit(0), when="batch").prepare(network(), **KEYS) as hooked:
+        hook = AnnotateHook(hooked)
+        hook._trainer = Trainer(reads(old))
+        assert bool(hook.annotate_batch(plain(4))["computed", "attr"].all())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from typing import TYPE_CHECKING, Any
 
 from tensordict import TensorDictBase, is_tensor_collection
@@ -15,6 +17,7 @@ from tdhook_rl.batches.keeping import Keep, kept_keys, only_kept
 from tdhook_rl.calls.preconditions import require_hooked
 from tdhook_rl.errors import InputError
 from tdhook_rl.internals.torchrl_names import batch_operations, fixed_keys, modules_of, storages_of
+from tdhook_rl.policies.outside import names_in, read_cell
 from tdhook_rl.rollout.newest_rows import NewestRows
 from tdhook_rl.rollout.summary import summarise
 from tdhook_rl.rollout.trainer_policy import policy_of_trainer
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
     from torchrl.trainers import Trainer
 
 __all__ = ["AnnotateHook"]
+
+#: By which methods a buffer is filled.
+_FILLS = frozenset(("extend", "add"))
 
 
 class AnnotateHook(TrainerHookBase):
@@ -132,8 +138,8 @@ class AnnotateHook(TrainerHookBase):
         trainer = self._trainer
         if trainer is None:
             return
-        hooks = [_owner(one) for one in batch_operations(trainer)]
-        # A buffer of the trainer, of one of its hooks, or one whose `extend` is registered.
+        hooks = [found for one in batch_operations(trainer) for found in _reached(one)]
+        # A buffer of the trainer, of one of its hooks, or one whose `extend` is registered or called by what is.
         held = [getattr(one, "replay_buffer", None) for one in (trainer, *hooks, *modules_of(trainer).values())]
         buffers = [one for one in (*held, *hooks) if getattr(one, "storage", None) is not None]
         for storage in {id(one): one for buffer in buffers for one in storages_of(buffer.storage)}.values():
@@ -198,8 +204,30 @@ def _known_keys(storage: Any) -> set[tuple[str, ...]] | None:
     return None if keys is None else {key_parts(key) for key in keys}
 
 
-def _owner(operation: Any) -> Any:
-    """The object whose method is registered at a trainer, which wraps it to take its time."""
-    while not hasattr(operation, "__self__") and hasattr(operation, "__wrapped__"):
-        operation = operation.__wrapped__
-    return getattr(operation, "__self__", None)
+def _reached(operation: Any) -> list[Any]:
+    """The objects to which what is registered at a trainer may hand a batch: it wraps each to take its time.
+
+    The owner of a method, the arguments of a partial, and what a function that fills something names.
+    """
+    found: list[Any] = []
+    waiting, seen = [operation], set[int]()
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, functools.partial):
+            waiting += [one.func, *one.args, *one.keywords.values()]
+        elif hasattr(one, "__self__"):
+            found.append(one.__self__)
+        elif hasattr(one, "__wrapped__"):
+            waiting.append(one.__wrapped__)
+        elif isinstance(one, types.FunctionType):
+            named, scope = names_in(one.__code__)[0], one.__globals__
+            held = [value for cell in one.__closure__ or () for value in read_cell(cell)]
+            held += [scope[name] for name in named if name in scope]
+            fills = not named.isdisjoint(_FILLS)
+            waiting += [value for value in held if fills or getattr(value, "__name__", None) in _FILLS]
+        else:
+            found.append(one)
+    return found
