@@ -52,6 +52,8 @@ class Policy(nn.Module):
         self.table, self.gains = np.ones(3), {"row": np.ones((1, 3), np.float32)}
         self.recent: collections.deque[float] = collections.deque([1.0], maxlen=2)
         self.numbers = array.array("d", [1.0])
+        self.stats, self.pair = {"scale": torch.ones(3), "all": [torch.ones(3)]}, (torch.ones(3),)
+        self.held, self.record = SimpleNamespace(scale=torch.ones(3)), TensorDict({"scale": torch.ones(3)})
         self.offset = torch.zeros(3)
         self.act: Any = torch.tanh
         self.calls = 0
@@ -65,6 +67,7 @@ class Policy(nn.Module):
         h = h * self.options.gain * self.slots.gain * sum(self.recent) * self.numbers[0]
         y = self.last(h) / self.temperature + self.offset + self.config.deep.offset + len(self.merged) + self.calls
         y = y * torch.from_numpy(self.table).float() * torch.as_tensor(self.gains["row"])
+        y = y * self.stats["scale"] * self.stats["all"][0] * self.pair[0] * self.held.scale * self.record["scale"]
         self.last_output = y
         return y
 
@@ -133,13 +136,34 @@ def same_tensor(policy: Policy) -> None:
     policy.offset += 1
 
 
+def tensor_in_a_dictionary(policy: Policy) -> None:
+    policy.stats["scale"] *= 2
+
+
+def tensor_in_a_list(policy: Policy) -> None:
+    policy.stats["all"][0][1:] = 3.0
+
+
+def tensor_in_a_tuple(policy: Policy) -> None:
+    policy.pair[0].mul_(2.0)
+
+
+def tensor_in_an_object(policy: Policy) -> None:
+    policy.held.scale.data.mul_(2.0)
+
+
+def tensor_in_a_tensordict(policy: Policy) -> None:
+    policy.record["scale"].mul_(2.0)
+
+
 def function(policy: Policy) -> None:
     policy.act = torch.sigmoid
 
 
 CHANGES = (
     anneal, slope, drop_all, rescale, merge, gain, deep, first_of_its_own, in_a_slot, in_an_array,
-    in_an_array_in_a_dictionary, another_array, in_a_deque, in_plain_numbers, other_tensor, same_tensor, function,
+    in_an_array_in_a_dictionary, another_array, in_a_deque, in_plain_numbers, other_tensor, same_tensor,
+    tensor_in_a_dictionary, tensor_in_a_list, tensor_in_a_tuple, tensor_in_an_object, tensor_in_a_tensordict, function,
 )  # fmt: skip
 
 

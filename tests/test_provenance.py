@@ -166,8 +166,10 @@ class Scaled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.net, self.temperature, self.options = network(), 2.0, {"gain": [1.5]}
+        self.mean, self.stats = torch.zeros(4), {"scale": [torch.ones(4)]}
 
     def forward(self, x: Tensor) -> Tensor:
+        x = (x - self.mean) * self.stats["scale"][0]
         return self.net(x * self.options["gain"][0]) / self.temperature
 
 
@@ -177,6 +179,10 @@ ATTRIBUTES: dict[str, Callable[[Scaled], Any]] = {
     "in a dictionary": lambda net: net.options.update(gain=[0.3]),
     "in a list in a dictionary": lambda net: net.options["gain"].__setitem__(0, 0.3),
     "another dictionary": lambda net: setattr(net, "options", {"gain": (0.3,)}),
+    "a tensor in place": lambda net: net.mean.add_(0.5),
+    "a tensor past its version": lambda net: net.mean.data.add_(0.5),
+    "a tensor in a list in place": lambda net: net.stats["scale"][0].mul_(2.0),
+    "another tensor, then in place": lambda net: (setattr(net, "mean", torch.ones(4)), net.mean.mul_(0.5)),
 }
 EXPLAINED: dict[str, tuple[Method, Callable[[nn.Module, Tensor], Tensor]]] = {
     "saliency": (saliency(when="step"), gradient),

@@ -96,8 +96,10 @@ class Provenance:
     def _forget_all(self) -> None:
         self._held: HeldTensors | None = None  # the weights, and the buffers, which are weights unless they drift
         self._doubted = False
-        self._seen: tuple[int, int] | None = None  # the versions that the fingerprint is of
-        self._moves, self._drifts = 0, False
+        self._written = 0  # how much of what the policy holds its forward was seen to write
+        self._seen: tuple[int, ...] | None = None  # the versions that the fingerprint is of
+        # Of buffers and of tensors in attributes: in how many calls in a row they have moved, and whether they drift.
+        self._moves, self._drifts = [0, 0], [False, False]
         self._weights = 0
         self._full: Tensor | None = None  # the mask of a batch of which every row is real
         self._vectors: dict[tuple[NestedKey, int, torch.device], Tensor] = {}
@@ -158,32 +160,40 @@ class Provenance:
         Returns:
             whether the policy runs with weights of its own, not with others that are lent to it for a functional call.
         """
-        tie = policy._hooked.tie
+        tie, effects = policy._hooked.tie, policy._hooked.runtime.effects
+        written = () if effects is None else effects.watch.writes
         if tie is not None and tie.edits != self._edits:
-            self._edits = tie.edits
+            self._edits, self._held = tie.edits, None
             self._vectors.clear()
         if self._doubted:
             self._doubted, self._seen = False, None
             if self._held is not None and not self._held.are_in_place():
                 self._held = None
-        if self._held is None:
-            self._held, self._seen = HeldTensors(policy), None
-        held, states = self._held, [] if self._drifts else self._held.buffers
-        seen = versions(held.parameters), versions(states) if states else 0
-        if seen[0] is None or seen[1] is None:
-            return False
-        if seen == self._seen and seen[0] >= 0:
-            self._moves = 0
+        if self._held is None or len(written) != self._written:
+            self._held, self._seen, self._written = HeldTensors(policy, written), None, len(written)
+        held = self._held
+        groups = zip((held.buffers, held.attributes), self._drifts, strict=True)
+        states = [[] if drifts else one for one, drifts in groups]
+        seen: list[int] = []
+        for one in (held.parameters, *states):
+            version = versions(one) if one else 0
+            if version is None:
+                return False
+            seen.append(version)
+        if tuple(seen) == self._seen and seen[0] >= 0:
+            self._moves = [0, 0]
             return True
-        # Buffers that move from call to call without the weights are the policy's state, and no weights of it.
-        self._moves = self._moves + 1 if self._seen is not None and seen[0] == self._seen[0] >= 0 else 0
-        if self._moves == MOVES and held.parameters:
-            self._drifts, states, seen = True, [], (seen[0], 0)
-        found = held.number([*held.parameters, *states])
+        # What moves from call to call without the weights is the policy's state, and none of its weights.
+        before = self._seen if self._seen is not None and seen[0] == self._seen[0] >= 0 else tuple(seen)
+        for place in (0, 1):
+            self._moves[place] = self._moves[place] + 1 if seen[place + 1] != before[place + 1] else 0
+            if self._moves[place] == MOVES and held.parameters:
+                self._drifts[place], states[place], seen[place + 1] = True, [], 0
+        found = held.number([*held.parameters, *states[0], *states[1]])
         if found != self._weights:
             self._weights = found
             self._vectors.clear()
-        self._seen = seen  # type: ignore[assignment]
+        self._seen = tuple(seen)
         return True
 
     # ------------------------------------------------------------------ stamps

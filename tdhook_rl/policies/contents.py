@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from tdhook_rl.policies.draws import draws
 from tdhook_rl.policies.memory import dense_parts, is_dense
-from tdhook_rl.sites.known import all_modules
+from tdhook_rl.policies.mutable_state import find_state
+from tdhook_rl.sites.known import all_modules, unknown_modules
 
 #: The tensors of a policy, and where they are held: a mapping and the name in it.
 Held = tuple[Mapping[str, Any], str, Tensor]
@@ -34,11 +35,16 @@ class HeldTensors:
     """The parameters of a policy and of its adapters; and the buffers, but for those of what draws, which do not say
     what it computes.
 
+    Args:
+        policy: the policy.
+        written: by path, what its forward was seen to write, which says nothing of what it computes either.
+
     Attributes:
-        parameters, buffers: the tensors, and where they are held.
+        parameters, buffers, attributes: the tensors, and where they are held; the last in attributes of modules of the
+            user's, whatever these hold them in.
     """
 
-    def __init__(self, policy: nn.Module) -> None:
+    def __init__(self, policy: nn.Module, written: Collection[str] = ()) -> None:
         parameters: dict[int, Held] = {}
         buffers: dict[int, Held] = {}
         mappings: list[Mapping[str, Any]] = []
@@ -52,6 +58,12 @@ class HeldTensors:
             for store, found in stores:
                 found |= {id(value): (store, name, value) for name, value in store.items() if value is not None}
         self.parameters, self.buffers = list(parameters.values()), list(buffers.values())
+        known = parameters.keys() | {id(one) for _, child in all_modules(policy) for one in child._buffers.values()}
+        self.attributes: list[Held] = [
+            ({path: tensor}, path, tensor)
+            for tensor, path, _ in find_state(unknown_modules(policy)).tensors
+            if id(tensor) not in known and path not in written and tensor.grad_fn is None
+        ]
         self._full = [(mapping, tuple(mapping.values())) for mapping in mappings if mapping]
         self._empty = [mapping for mapping in mappings if not mapping]
         #: By tensor where it is, how long, and its bytes in memory.

@@ -23,7 +23,6 @@ from tdhook_rl.internals.dynamo_names import is_compiled
 from tdhook_rl.internals.tensordict_names import params_with
 from tdhook_rl.policies.attribute_sync import AttributeSync
 from tdhook_rl.policies.listed import require_listed
-from tdhook_rl.policies.memory import memory_of
 from tdhook_rl.policies.mutable_state import INTERNAL, MutableState, find_state
 from tdhook_rl.policies.rebinding import deep_copy
 
@@ -64,12 +63,12 @@ def tied_clone(module: M) -> M:
             elif isinstance(value, TensorDictBase):
                 tensordicts.append(value)
     held = find_state(list(module.named_modules()))
-    places = {memory_of(item) for item in kept if isinstance(item, Tensor)} - {0}
-    kept += held.shared  # and views of what is shared, in whatever container
-    kept += [tensor for tensor, _, _ in held.tensors if tensor.grad_fn is None and memory_of(tensor) in places]
+    # Those in containers too, which their owner may write to in place (a running mean in a dictionary), and views.
+    kept += held.shared
+    kept += [tensor for tensor, _, _ in held.tensors if tensor.grad_fn is None]
     memo.update((id(item), item) for item in kept)
     for value in tensordicts:
-        if id(value) not in memo and any(memory_of(one) in places for one in value.values(True, True)):
+        if id(value) not in memo:
             memo[id(value)] = value.clone(recurse=False)  # a TensorDict copies its tensors past the memo
     _detach_graphs(held, memo)
     seeds = dict(memo)
