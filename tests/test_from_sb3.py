@@ -342,3 +342,20 @@ def test_policies_that_compute_in_a_way_of_their_own_are_refused() -> None:
     agent.policy.__class__ = Own
     with pytest.raises(PreparationError, match=r"Own computes in a way of its own \(get_distribution\)"):
         from_sb3(agent)
+
+
+@pytest.mark.parametrize("name", ["PPO", "DQN", "SAC"])
+@pytest.mark.parametrize("how", ["class", "agent"])
+def test_algorithms_that_predict_in_a_way_of_their_own_are_refused(name: str, how: str) -> None:
+    agent = make_agent(name)
+
+    def predict(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("what from_sb3 would leave out")
+
+    if how == "agent":
+        agent.predict = predict
+    else:
+        agent.__class__ = type("Own", (type(agent),), {"predict": predict})
+    with pytest.raises(PreparationError, match=r"has a predict\(\) of its own, .* from_sb3\(model.policy\)"):
+        from_sb3(agent)
+    from_sb3(agent.policy)

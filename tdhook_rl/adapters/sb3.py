@@ -6,7 +6,14 @@ from typing import Any
 
 from tensordict.nn import TensorDictModuleBase
 
-from tdhook_rl.adapters.sb3_networks import Piece, actor_critic, actor_of_actions, q_network, require_usual
+from tdhook_rl.adapters.sb3_networks import (
+    LIBRARIES,
+    Piece,
+    actor_critic,
+    actor_of_actions,
+    q_network,
+    require_usual,
+)
 from tdhook_rl.adapters.sb3_reading import Keys, Reading
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError, PreparationError, warn
@@ -56,7 +63,7 @@ def from_sb3(
         ``ActorCriticWrapper``.
 
     Raises:
-        PreparationError: for a policy whose class computes in a way of its own, or with a memory.
+        PreparationError: for a policy, or an algorithm, whose class computes in a way of its own, or with a memory.
         InputError: for what is no agent of Stable-Baselines3, or for arguments that do not fit it.
 
     Example:
@@ -99,6 +106,7 @@ def _policy_of(model: Any) -> Any:
             "from_sb3 is for agents of Stable-Baselines3, which is not installed: pip install 'tdhook_rl[sb3]'"
         ) from None
     if isinstance(model, BaseAlgorithm):
+        _require_usual_predict(model)
         return model.policy
     if isinstance(model, BasePolicy):
         return model
@@ -111,6 +119,16 @@ def _policy_of(model: Any) -> Any:
         f"from_sb3 takes an algorithm of Stable-Baselines3 (PPO, A2C, DQN, SAC, TD3) or its policy, not a "
         f"{type(model).__name__}: a plain module is what tdhook_rl.adapters.from_module is for"
     )
+
+
+def _require_usual_predict(model: Any) -> None:
+    """Refuse an algorithm that makes its actions otherwise than its policy does."""
+    if "predict" in vars(model) or not type(model).predict.__module__.startswith(LIBRARIES):
+        raise PreparationError(
+            f"{type(model).__name__} has a predict() of its own, which from_sb3 would leave out: give its policy, "
+            "from_sb3(model.policy), if actions are to be as that makes them, or put the pieces together with "
+            "tdhook_rl.adapters.from_module"
+        )
 
 
 def _kind_of(policy: Any) -> str:
