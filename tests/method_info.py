@@ -69,7 +69,7 @@ class MethodInfo:
 
     cls: type[Method]
     does: str
-    writes: Sequence[tuple[str, str]]
+    writes: Sequence[tuple[str, ...]]
     oracles: Sequence[Row]
     samples: Mapping[str, Sample]
     bad: Mapping[str, Callable[[Case], Method]]
@@ -101,7 +101,7 @@ def page(methods: Sequence[MethodInfo]) -> str:
     """docs/methods.md, with its table as it should be."""
     lines = ["| method | what it does | writes | held against |", "|---|---|---|---|"]
     for info in methods:
-        keys = ", ".join(f'`("{root}", {place})`' for root, place in info.writes)
+        keys = ", ".join(f'`("{key[0]}", {key[1]})`' if len(key) > 1 else f'`"{key[0]}"`' for key in info.writes)
         written = "; ".join(filter(None, [keys, info.effect]))
         lines.append(f"| `{info.name}` | {info.does} | {written} | {info.oracles[0].oracle} |")
     before, rest = PAGE.read_text().split(START)

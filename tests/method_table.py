@@ -175,7 +175,7 @@ METHODS: Sequence[MethodInfo] = (
     MethodInfo(
         IntegratedGradients,
         "gradients along a path from a baseline; complete, memory bounded by a chunk",
-        OF_INPUTS_OR_SITES,
+        [*OF_INPUTS_OR_SITES, ("convergence_delta",)],
         [attribution.integrated_gradients, attribution.trapezoid, attribution.inner_activation],
         {
             "step": Sample(lambda case: IntegratedGradients(baseline=0.0, n_steps=4, when="step")),

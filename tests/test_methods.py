@@ -77,8 +77,10 @@ def test_weights_are_shared(info: MethodInfo) -> None:
     assert bool(own) == (info.name == "Pruning")  # which is of weights of its own
 
 
-def place(key: tuple[str, ...], hooked: Any) -> tuple[str, str]:
+def place(key: tuple[str, ...], hooked: Any) -> tuple[str, ...]:
     """What stands behind the root of a key."""
+    if len(key) == 1:
+        return key
     rest = unravel_key(key[1:])
     named = {"in_key": hooked.policy_in_keys, "out_key": hooked.policy_out_keys}
     for word, keys in named.items():

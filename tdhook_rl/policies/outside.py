@@ -95,7 +95,8 @@ def _reached(module: nn.Module, seen: set[int]) -> Iterator[Found]:
 
 
 def _is_followed(one: Any) -> bool:
-    return issubclass(one, Swapped) if _is_swapped(one) else one.__module__.partition(".")[0] not in _LIBRARIES
+    home = one.__module__ or ""  # of code that was run without a name
+    return issubclass(one, Swapped) if _is_swapped(one) else home.partition(".")[0] not in _LIBRARIES
 
 
 def _is_swapped(one: Any) -> bool:
