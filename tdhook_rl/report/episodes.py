@@ -23,6 +23,8 @@ __all__ = ["Episode", "Followed", "Running", "episode_table", "episodes", "runni
 Running = Mapping[int, tuple[float, float]]
 #: How many episodes may go on at once.
 MANY = 65_536
+#: What an environment says of each step, and that is no state which it goes on from.
+_SIGNALS = frozenset(("reward", "done", "terminated", "truncated", "episode_reward"))
 
 
 @dataclass(frozen=True)
@@ -116,12 +118,14 @@ def episodes(data: TensorDictBase, running: Running = MappingProxyType({})) -> l
 class Followed:
     """Follows episodes from batch to batch by their numbers.
 
-    One collector gives a number once; several that are not workers of one give the same ones. From when that shows, of
-    an episode whose number another may have that was cut off by the end of a batch, nothing before it is known.
+    One collector gives a number once; several that are not workers of one give the same ones. That shows where one
+    begins anew, or does not go on from what it saw last. From then on, of an episode whose number another may have that
+    was cut off by the end of a batch, nothing before it is known.
     """
 
     def __init__(self) -> None:
         self._running: Running = {}
+        self._seen_last: dict[int, int] = {}
         self._ended: dict[int, None] = {}
         self._alike = self._said = False
 
@@ -130,26 +134,67 @@ class Followed:
         ids = data.get(EPISODE, None)
         if isinstance(ids, Tensor):
             here = set(ids.reshape(-1).tolist())
-            if not self._alike and not here.isdisjoint(self._ended):
+            if not self._alike and (not here.isdisjoint(self._ended) or self._is_cut(data)):
                 self._alike, self._running = True, _unknown(self._running)
             if self._alike and not self._said and not here.isdisjoint(self._running):
                 self._said = True
                 _say_alike(data)
+            if self._alike and data.ndim > 1 and ids.numel() == data.batch_size.numel():
+                # Those that begin within a row of the batch, behind the end of another, are whole.
+                first = set(ids.reshape(data.batch_size)[..., 0].reshape(-1).tolist())
+                return {one: (np.nan, np.nan) for one in first if one in self._ended or one in self._running}
         return self._running
+
+    def _is_cut(self, data: TensorDictBase) -> bool:
+        """Whether an episode begins in a batch with another state than it had come to in those before."""
+        if not self._seen_last:
+            return False
+        firsts, _ = _states(data, episodes(data))
+        return any(self._seen_last.get(number, state) != state for number, state in firsts.items())
 
     def follow(self, data: TensorDictBase | None) -> None:
         """Take notice of a batch, of every one in order; ``None`` for rows of which nothing says what came before."""
         if data is None:
-            self._running = {}
+            self._running, self._seen_last = {}, {}
             return
-        before = self.before(data)
+        before, known = self.before(data), self._running
         self._running = {}  # unless what follows can be read
         found = running_of(data, before)
-        self._running = {**before, **_unknown(found)} if self._alike else found
+        self._running = {**known, **_unknown(found)} if self._alike else found
+        if not self._alike:
+            self._seen_last = {number: one for number, one in self._seen_last.items() if number in found}
+            self._seen_last |= _states(data, episodes(data))[1]
         ids, done = data.get(EPISODE, None), data.get(("next", "done"), None)
         if not self._alike and isinstance(ids, Tensor) and isinstance(done, Tensor) and ids.numel() == done.numel():
             self._ended |= dict.fromkeys(ids.reshape(-1)[done.reshape(-1).bool().to(ids.device)].tolist())
             self._ended = self._ended if len(self._ended) < 2 * MANY else dict.fromkeys(list(self._ended)[-MANY:])
+
+
+def _states(data: TensorDictBase, found: list[Episode]) -> tuple[dict[int, int], dict[int, int]]:
+    """What stands for the first state of each episode in a batch, and for that to which those that go on have come.
+
+    Nothing where counts or beginnings tell more, or where rows do not go on from each other as they are stored, as
+    behind a transform that looks several steps ahead.
+    """
+    after, count = data.get("next", None), data.batch_size.numel()
+    if not isinstance(after, TensorDictBase) or any(key in data.keys() for key in ("step_count", "is_init")):
+        return {}, {}
+    pairs = [
+        (then.reshape(count, -1), now.reshape(count, -1))
+        for key, now in after.items(True, True)
+        if isinstance(now, Tensor) and isinstance(then := data.get(key, None), Tensor) and then.shape == now.shape
+        and (key if isinstance(key, str) else key[-1]) not in _SIGNALS
+    ]  # fmt: skip
+
+    def state(place: int, side: int) -> int:
+        rows = [one[side][place].detach().cpu().contiguous() for one in pairs]
+        return hash(b"".join(row.view(torch.uint8).numpy().tobytes() for row in rows))
+
+    two = next((one.places[:2].tolist() for one in found if len(one.places) > 1), None)
+    if not pairs or two is None or state(two[0], 1) != state(two[1], 0):
+        return {}, {}
+    firsts = {one.number: state(int(one.places[0]), 0) for one in found}
+    return firsts, {one.number: state(int(one.places[-1]), 1) for one in found if not one.ended}
 
 
 def _unknown(running: Running) -> Running:
@@ -160,7 +205,7 @@ def _say_alike(data: TensorDictBase) -> None:
     after, count = data.get("next", TensorDict({}, data.batch_size)), data.batch_size.numel()
     if _column(after, "step_count", count) is None or _column(after, "episode_reward", count) is None:
         warn(
-            "an episode has the number of one that had ended, as where several collectors number theirs alike: returns "
+            "an episode has the number of another, as where several collectors number theirs alike: returns "
             "and lengths of episodes that may go on from a batch before are left out where nothing else tells them. "
             "Add StepCounter() and RewardSum() to the environments, which do"
         )
