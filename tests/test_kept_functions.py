@@ -73,6 +73,16 @@ def of_itself(net: Net) -> None:
     net.kept = again
 
 
+def of_each_other(net: Net) -> None:
+    def one(x: Tensor, times: int = 3) -> Tensor:
+        return other(x, times) if times else net.inner(x)
+
+    def other(x: Tensor, times: int) -> Tensor:
+        return one(x, times - 1)
+
+    net.kept = one
+
+
 def by_a_default(net: Net) -> None:
     net.kept = lambda x, net=net: net.inner(x)
 
@@ -120,7 +130,7 @@ def a_bound_method(net: Net) -> None:
 
 
 KEPT = [
-    a_lambda, of_a_method, of_another, of_itself, by_a_default, by_a_keyword, in_a_partial, in_an_object,
+    a_lambda, of_a_method, of_another, of_itself, of_each_other, by_a_default, by_a_keyword, in_a_partial, in_an_object,
     in_a_dictionary, decorated, a_patched_forward, a_bound_method,
 ]  # fmt: skip
 
@@ -165,6 +175,20 @@ def test_weights_that_are_edited_are_those_that_run(keep: Callable[[Net], None])
     nn.init.zeros_(other.last.weight), nn.init.zeros_(other.last.bias)
     assert not other(X).any()
     assert torch.equal(net(X), before)
+
+
+@pytest.mark.parametrize("keep", [a_lambda, of_a_method, by_a_default, in_a_partial, decorated, a_bound_method])
+def test_a_function_that_is_set_while_hooked_is_told(keep: Callable[[Net], None]) -> None:
+    net = Net(a_lambda)
+    with SteeringVectors({"module.first": torch.ones(HIDDEN)}).prepare(policy_of(net)) as hooked:
+        hooked(data())
+        net.kept = lambda x: torch.zeros(len(x), ACTIONS)  # which runs no module
+        assert not hooked(data())["logits"].any()
+        keep(net)
+        with pytest.raises(
+            errors.TieError, match=r"'module\.kept' of the user's policy was set to a function that runs"
+        ):
+            hooked(data())
 
 
 # ------------------------------------------------------------------ compiled

@@ -212,6 +212,35 @@ def test_collectors_that_number_alike_give_no_wrong_returns(frames: int, every: 
     assert {(round(one.total, 4), one.steps) for one in whole} <= ends
 
 
+@pytest.mark.parametrize("collectors", [1, 2, 3])
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_long_episodes_of_collectors_that_number_alike_are_not_joined(parts: int, collectors: int) -> None:
+    """None has ended yet when another collector goes on under its number, from what that one had not come to."""
+    steps = 4
+
+    def batch(collector: int, part: int) -> TensorDict:
+        states = torch.arange(steps + 1.0)[None, :, None] + part * steps + 1000 * collector
+        done = torch.zeros(1, steps, 1, dtype=torch.bool)
+        done[:, -1] = part == parts - 1
+        then = {"observation": states[:, 1:], "reward": torch.full((1, steps, 1), 10.0**collector), "done": done}
+        numbers = torch.zeros(1, steps, dtype=torch.long)
+        entries = {"observation": states[:, :-1], "next": then, "collector": {"traj_ids": numbers}}
+        return TensorDict(entries, [1, steps])
+
+    followed, found = Followed(), []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for part in range(parts):
+            for collector in range(collectors):
+                one = batch(collector, part)
+                found += [one for one in episodes(one, followed.before(one)) if one.ended]
+                followed.follow(one)
+    assert len(caught) == (collectors > 1)
+    assert len(found) == collectors
+    known = [(one.total, one.steps) for one in found if one.steps == one.steps]
+    assert known == ([(float(steps * parts), float(steps * parts))] if collectors == 1 else [])
+
+
 @pytest.mark.parametrize("look_ahead", [False, True])
 def test_one_collector_is_not_taken_for_several(look_ahead: bool) -> None:
     """Whatever lies under the next states: of several steps ahead they are none that a batch goes on from."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.errors import TieError, warn
 from tdhook_rl.policies.mutable_state import INTERNAL, StatePart, find_state
+from tdhook_rl.policies.rebinding import runs_a_module
 from tdhook_rl.sites.known import own_class
 
 _ABSENT = object()
@@ -157,6 +158,12 @@ class AttributeSync:
         if isinstance(value, nn.Module) or isinstance(given.get(name), nn.Module):
             path = f"{self._paths[index]}.{name}" if self._paths[index] else name
             raise TieError(_replaced(path, given.get(name), None if value is _ABSENT else value))
+        if runs_a_module(value):
+            path = f"{self._paths[index]}.{name}" if self._paths[index] else name
+            raise TieError(
+                f"{path!r} of the user's policy was set to a function that runs modules of its own since it was "
+                "prepared, which have no hooks: leave the context and enter it again"
+            )
         inside = self._inside.pop((index, name), None)
         if not self._written_by_forward(index, name, inside):
             self.edits += 1

@@ -17,6 +17,7 @@ from torch import nn
 
 from tdhook_rl.errors import PreparationError
 from tdhook_rl.internals.dynamo_names import compiled_from
+from tdhook_rl.policies.outside import read_cell
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -46,6 +47,22 @@ def deep_copy(module: M, memo: dict[int, Any] | None = None) -> M:
     return clone
 
 
+def runs_a_module(function: Any, depth: int = 0) -> bool:
+    """Whether a function leads to a module by what it closes over, by a default, an argument or its owner."""
+    if isinstance(function, nn.Module):
+        return True
+    if depth > DEEP or not isinstance(function, (types.FunctionType, types.MethodType, functools.partial)):
+        return False
+    if isinstance(function, types.MethodType):
+        held = [function.__self__, function.__func__]
+    elif isinstance(function, functools.partial):
+        held = [one for _, one in _inside(function, "")]
+    else:
+        held = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        held += [value for cell in function.__closure__ or () for value in read_cell(cell)]
+    return any(runs_a_module(one, depth + 1) for one in held)
+
+
 class _Functions:
     """Functions in a module that name modules of it, each with one that has cells of its own.
 
@@ -57,23 +74,31 @@ class _Functions:
         modules = dict(module.named_modules())
         self.new: dict[int, types.FunctionType] = {}
         self._own = {id(child) for child in modules.values()}
-        self._looked_at: dict[int, bool] = {}
+        self._found: dict[int, types.FunctionType] = {}
         self._cells: dict[int, tuple[types.CellType, types.CellType]] = {}
-        self._functions: list[types.FunctionType] = []
-        self._methods: list[tuple[nn.Module, str, types.MethodType]] = []
-        for path, child in modules.items():
-            for name, value in vars(child).items():
-                if name not in _HELD_OTHERWISE and not isinstance(value, nn.Module):
-                    self._visit(value, f"{path}.{name}" if path else name, 0)
-                    if isinstance(value, types.MethodType) and id(value.__func__) in self.new:
-                        self._methods.append((child, name, value))
+        before = -1
+        while len(self._found) > before:  # of two that name each other, the second look tells
+            before = len(self._found)
+            self._looked_at: dict[int, bool] = {}
+            for path, child in modules.items():
+                for name, value in vars(child).items():
+                    if name not in _HELD_OTHERWISE and not isinstance(value, nn.Module):
+                        self._visit(value, f"{path}.{name}" if path else name, 0)
+        for key, function in self._found.items():
+            self.new[key] = self._renewed(function)
+        self._methods = [
+            (child, name, value)
+            for child in modules.values() if self.new
+            for name, value in vars(child).items()
+            if isinstance(value, types.MethodType) and id(value.__func__) in self.new
+        ]  # fmt: skip
 
     def bind(self, memo: dict[int, Any]) -> None:
         """Let the new functions name what the copy holds."""
         for old, new in self._cells.values():
             new.cell_contents = self._copied(old.cell_contents, memo)
-        for function in self._functions:
-            own = self.new[id(function)]
+        for key, own in self.new.items():
+            function = self._found[key]
             own.__defaults__ = function.__defaults__ and tuple(self._copied(one, memo) for one in function.__defaults__)
             own.__kwdefaults__ = self._all_copied(function.__kwdefaults__, memo) if function.__kwdefaults__ else None
             vars(own).update(self._all_copied(vars(function), memo))
@@ -120,7 +145,7 @@ class _Functions:
         known = self._looked_at.get(id(function))
         if known is not None:
             return known
-        self._looked_at[id(function)] = False  # it may name itself
+        self._looked_at[id(function)] = id(function) in self._found  # it may name itself
         compiled = compiled_from(function)
         if compiled is not None:
             if self._names(compiled, path, depth + 1):
@@ -130,32 +155,25 @@ class _Functions:
                     "policy, and compile the hooked one, or pass `compile_policy` to the collector"
                 )
             return False
-        cells = self._cells_of(function, path, depth)
         held = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-        defaults = [self._names(one, path, depth + 1) for one in held]
-        if not cells and not any(defaults):
-            return False
-        self._looked_at[id(function)] = True
-        for cell in self._cells_of(function, path, depth):  # its own, where it names itself
-            self._cells.setdefault(id(cell), (cell, types.CellType()))
-        closure = function.__closure__ and tuple(
-            self._cells[id(cell)][1] if id(cell) in self._cells else cell for cell in function.__closure__
-        )
+        held += tuple(value for cell in function.__closure__ or () for value in read_cell(cell))
+        named = [self._names(one, path, depth + 1) for one in held]  # each is looked at
+        if any(named):
+            self._looked_at[id(function)], self._found[id(function)] = True, function
+        return any(named)
+
+    def _renewed(self, function: types.FunctionType) -> types.FunctionType:
+        """The same function with cells of its own, still empty, where these lead to the modules."""
+        closure = function.__closure__ and tuple(self._cell(cell) for cell in function.__closure__)
         new = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, closure)
         functools.update_wrapper(new, function, updated=())
         del new.__wrapped__  # type: ignore[attr-defined]
-        self.new[id(function)] = new
-        self._functions.append(function)
-        return True
+        return new
 
-    def _cells_of(self, function: types.FunctionType, path: str, depth: int) -> list[types.CellType]:
-        return [cell for cell in function.__closure__ or () if self._cell_names(cell, path, depth)]
-
-    def _cell_names(self, cell: types.CellType, path: str, depth: int) -> bool:
-        try:
-            return self._names(cell.cell_contents, path, depth + 1)
-        except ValueError:  # it is empty
-            return False
+    def _cell(self, cell: types.CellType) -> types.CellType:
+        if id(cell) not in self._cells and any(self._names(one, "", 0) for one in read_cell(cell)):
+            self._cells[id(cell)] = cell, types.CellType()
+        return self._cells[id(cell)][1] if id(cell) in self._cells else cell
 
 
 def _inside(value: Any, path: str) -> Iterator[tuple[str, Any]]:
