@@ -26,6 +26,8 @@ DEEP = 6
 _HELD_OTHERWISE = frozenset(("_parameters", "_buffers", "_modules"))
 #: Whose objects hold no function that names modules of the policy.
 _FOREIGN = frozenset(("torch", "tensordict", "torchrl", "tdhook_rl", "numpy", "gymnasium", "logging", "threading"))
+_ATOMS = frozenset((bool, int, float, str, type(None)))
+_MOSTLY = _ATOMS | {dict, collections.OrderedDict, set, list, tuple}
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), type, types.BuiltinFunctionType)
 
 
@@ -82,6 +84,8 @@ class _Functions:
             self._looked_at: dict[int, bool] = {}
             for path, child in modules.items():
                 for name, value in vars(child).items():
+                    if value.__class__ in _MOSTLY and (value.__class__ in _ATOMS or not value):  # this is done often
+                        continue
                     if name not in _HELD_OTHERWISE and not isinstance(value, nn.Module):
                         self._visit(value, f"{path}.{name}" if path else name, 0)
         for key, function in self._found.items():
