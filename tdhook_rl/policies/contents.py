@@ -96,7 +96,7 @@ class HeldTensors:
 
     def _are_kept(self, held: Sequence[Held]) -> bool:
         """Whether these are the tensors that the last number is of, and surely hold what they held."""
-        if len(held) != len(self._kept) or held != self._of:
+        if len(held) != len(self._kept) or any(map(operator.is_not, held, self._of)):
             return False
         for place, then, size, length, read, content in self._kept:  # in each call and for each: calls would cost most
             if place() != then or size() != length or read() != content:
