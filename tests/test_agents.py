@@ -265,11 +265,19 @@ def test_rows_that_a_vmap_module_takes_one_by_one(batch: tuple[int, ...], dim: i
     torch.testing.assert_close(found["inner", site], of_hidden)
 
 
-def test_an_ensemble_that_runs_the_users_own_modules_says_so() -> None:
-    # EnsembleModule keeps a bound method, which a copy of it goes on calling.
+@pytest.mark.parametrize("rows", [4, 3])  # 3: as many as copies
+def test_an_ensemble_is_steered_and_its_activations_are_refused(rows: int) -> None:
     net = nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 2))
     policy = EnsembleModule(TensorDictModule(net, in_keys=["observation"], out_keys=["values"]), num_copies=3)
-    data = TensorDict({"observation": torch.randn(4, FEATURES)}, batch_size=4)
-    for method in (ActivationCaching("module.module.1"), SteeringVectors({"module.module.1": torch.ones(HIDDEN)})):
-        with method.prepare(policy) as hooked, pytest.raises(SiteError, match="did not run"):
-            hooked(data.clone())
+    data = TensorDict({"observation": torch.randn(rows, FEATURES), "alpha": torch.rand(rows)}, batch_size=rows)
+    site, shift = "module.module.1", torch.randn(HIDDEN)
+    with SteeringVectors({site: shift}, alpha="alpha").prepare(policy) as hooked:
+        found = hooked(data.clone())["values"]
+    for values, weights in zip(found, policy.params_td["module"].unbind(0), strict=True):
+        hidden = nn.functional.linear(data["observation"], weights["0", "weight"], weights["0", "bias"]).tanh()
+        hidden = hidden + data["alpha"].unsqueeze(-1) * shift
+        torch.testing.assert_close(values, nn.functional.linear(hidden, weights["2", "weight"], weights["2", "bias"]))
+    readers = (ActivationCaching(site), Saliency(input_modules=[site]), Saliency(input_modules=[site], missing="nan"))
+    for method in readers:
+        with pytest.raises(SiteError, match="an activation for each of its copies"):
+            method.prepare(policy, return_context=False)

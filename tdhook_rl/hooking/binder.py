@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import EnsembleModule, TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
@@ -157,6 +157,7 @@ class Binder:
         """
         if site.run is not None:
             raise InputError(f"missing='nan' keeps the rows of all runs of a module: leave '@{site.run}' out")
+        self._require_one_of_a_row(site)
         slot = self.slot(site)
         place_rows_hook(root, site.path, RowsHook(self.runtime, slot, site.name))
         return slot
@@ -182,7 +183,9 @@ class Binder:
             **options: of ``register_forward_hook``.
         """
         observes = observes or isinstance(hook, (CaptureHook, WatchHook, LeafHook))
-        if not observes:
+        if observes:
+            self._require_one_of_a_row(site)
+        else:
             note_intervention(self.root, site.path, site.name)
             if may_give_several(site.module) and not getattr(hook, "acts_on_states", False):
                 self._cores[site.name] = site.module
@@ -192,7 +195,19 @@ class Binder:
 
     def on_input(self, site: Site, hook: Callable[..., Any]) -> None:
         """Register a forward pre-hook, with keywords, that only looks or watches (see :meth:`on_output`)."""
+        self._require_one_of_a_row(site)
         site.module.register_forward_pre_hook(self._in_its_run(site, hook, observes=True), with_kwargs=True)
+
+    def _require_one_of_a_row(self, site: Site) -> None:
+        """Refuse to read a site of which there are copies: an ensemble puts these before the rows, the site after."""
+        above: Any = self.root
+        for name in site.path.split(".") if site.path else ():
+            if isinstance(above, EnsembleModule):
+                raise SiteError(
+                    f"{site.name!r} is in an EnsembleModule, and has an activation for each of its copies: these are "
+                    "neither kept nor explained. Steer it, explain the inputs, or read what the ensemble puts out"
+                )
+            above = above._modules[name]
 
     def _in_its_run(self, site: Site, hook: Callable[..., Any], observes: bool) -> Callable[..., Any]:
         if not isinstance(site.run, int) or site.run < 0:
