@@ -23,6 +23,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
+from tdhook_rl.arguments.dense import require_dense
 from tdhook_rl.arguments.plain import is_config, plain, with_keys
 from tdhook_rl.errors import ArgumentError, InputError, TargetError, TdhookError, nearest
 from tdhook_rl.internals.python_names import is_protocol
@@ -137,6 +138,9 @@ def checked(function: F) -> F:
             return _made(function, declared[0], type(args[0]).__name__, args, kwargs)
         given = _check(declared[0], name, args, kwargs)
         hints = declared[0][1]
+        for one, value in given.arguments.items():
+            if isinstance(value, Tensor) and hints.get(one, _NO_HINT)[0] is Tensor:
+                require_dense(value, f"{name}({one}=...)")
         arrays = {
             one: _as_tensor(value, f"{name}({one}=...)")
             for one, value in given.arguments.items()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tdhook_rl.arguments.checked import shown
+from tdhook_rl.arguments.dense import require_dense
 from tdhook_rl.errors import InputError
 
 
@@ -36,14 +37,7 @@ def numbers(given: Any, what: str, *, imaginary: bool = False, beside: str = "")
         tensor = torch.as_tensor(given).detach()
     except (TypeError, ValueError, RuntimeError):
         raise InputError(f"{what} is a tensor of numbers{beside}, got {shown(given)}") from None
-    if tensor.is_nested:
-        raise InputError(f"{what} is a dense tensor, got a nested one: give one of its parts")
-    if tensor.layout is not torch.strided:
-        raise InputError(f"{what} is a dense tensor, got a sparse one ({tensor.layout}): give it as .to_dense()")
-    if tensor.is_meta:
-        raise InputError(f"{what} holds no numbers: it is on the device 'meta'. Give it with its data")
-    if tensor.is_quantized:
-        raise InputError(f"{what} is of real numbers, got {tensor.dtype}: give it as .dequantize()")
+    require_dense(tensor, what)
     if tensor.is_complex() and not imaginary:
         raise InputError(f"{what} is of real numbers, got {tensor.dtype}")
     # Floats of 8 bits are for storage: hardly anything can be computed in them.

@@ -11,6 +11,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.arguments.callbacks import asked
+from tdhook_rl.arguments.dense import require_dense
 from tdhook_rl.errors import InputError
 from tdhook_rl.reading.reader import COVERED, Reader
 from tdhook_rl.replay.manifest import described
@@ -131,6 +132,7 @@ def _named(rows: Chosen, size: int) -> Tensor:
         found = torch.as_tensor([*rows] if isinstance(rows, range) else rows)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"rows= is a slice, a mask, or numbers of entries; got {rows!r:.80}") from error
+    require_dense(found, "rows=")
     if found.dtype == torch.bool:
         if found.shape != (size,):
             raise InputError(f"rows= is a mask of shape {tuple(found.shape)}, where there are {size} entries")

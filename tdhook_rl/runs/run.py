@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tdhook_rl.arguments.callbacks import asked
-from tdhook_rl.arguments.checked import checked
+from tdhook_rl.arguments.checked import checked, shown
 from tdhook_rl.calls.decisions import require_own_parameters
 from tdhook_rl.calls.passes import Pass
 from tdhook_rl.calls.policy import HookedPolicy
@@ -163,8 +163,8 @@ class HookedModuleRun(Placing):
                     return None
             while isinstance(new, (tuple, list)) and new:
                 new = new[0]
-            if not isinstance(new, Tensor) or new.shape != original.shape:
-                got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+            if not isinstance(new, Tensor) or new.is_nested or new.shape != original.shape:
+                got = tuple(new.shape) if isinstance(new, Tensor) and not new.is_nested else shown(new)
                 raise InputError(f"the {kind} of {key!r} has shape {tuple(original.shape)}, it cannot be set to {got}")
             return in_dtype(new, original, f"the {kind} that run.set puts", key)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdhook_rl.arguments.dense import require_dense
 from tdhook_rl.errors import InactiveError, InputError, KeyCollisionError, MissingKeyError, nearest
 from tdhook_rl.sites.numbers import holding
 
@@ -24,9 +25,11 @@ def as_value(name: str, value: Any) -> Tensor:
         InputError: for what is no tensor and no numbers.
     """
     try:
-        return torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float) else None).detach()
+        found = torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float) else None).detach()
     except (RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"control {name!r} is set to numbers or a tensor, got {value!r}: {error}") from error
+    require_dense(found, f"control {name!r}")
+    return found
 
 
 def _held(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
