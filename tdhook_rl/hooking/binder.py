@@ -200,14 +200,12 @@ class Binder:
 
     def _require_one_of_a_row(self, site: Site) -> None:
         """Refuse to read a site of which there are copies: an ensemble puts these before the rows, the site after."""
-        above: Any = self.root
-        for name in site.path.split(".") if site.path else ():
-            if isinstance(above, EnsembleModule):
-                raise SiteError(
-                    f"{site.name!r} is in an EnsembleModule, and has an activation for each of its copies: these are "
-                    "neither kept nor explained. Steer it, explain the inputs, or read what the ensemble puts out"
-                )
-            above = above._modules[name]
+        ensembles = [child for child in self.policy.modules() if isinstance(child, EnsembleModule)]
+        if any(child is site.module for one in ensembles for child in one.modules() if child is not one):
+            raise SiteError(
+                f"{site.name!r} is in an EnsembleModule, and has an activation for each of its copies: these are "
+                "neither kept nor explained. Steer it, explain the inputs, or read what the ensemble puts out"
+            )
 
     def _in_its_run(self, site: Site, hook: Callable[..., Any], observes: bool) -> Callable[..., Any]:
         if not isinstance(site.run, int) or site.run < 0:
