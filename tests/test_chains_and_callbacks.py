@@ -23,20 +23,9 @@ from tdhook_rl.attribution import IntegratedGradients
 from tdhook_rl.calls.chains import Record
 from tdhook_rl.errors import MissingKeyError, TargetError
 from tdhook_rl.policies.drawing_code import may_draw_elsewhere
-from tests.chains import chain
+from tests.chains import Unknown, chain
 
 WEIGHTS = torch.tensor([1.0, -2.0, 0.5], dtype=torch.double)
-
-
-class Unknown(nn.Module):
-    """The same network, which is no chain that anybody knows."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
 
 
 def one(outputs: TensorDict, value: Tensor) -> TensorDict:
@@ -228,16 +217,23 @@ def with_a_default(x: Tensor, draw: Any = random.random) -> Tensor:
     return x * draw()
 
 
+@functools.wraps(torch.nn.functional.relu)
+def called_as_torchs(x: Tensor) -> Tensor:
+    return x * np.random.rand()
+
+
 def closed_over(value: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: x * (value() if callable(value) else value)
 
 
 QUIET: list[Callable[..., Any]] = [
+    torch.nn.functional.gelu, torch.nn.functional.cross_entropy,
     squares, two, beside, drawing, masking, differentiating, helped, torch.relu, operator.neg, closed_over(2.0),
     closed_over(torch.ones(())), closed_over(helped), functools.partial(torch.sum, dim=-1), lambda x: NET(x),
     lambda x: math.pi * torch.nn.functional.relu(x), lambda x: [helped(one) for one in x], lambda x: x.sum().item(),
 ]  # fmt: skip
 DRAWING: list[Callable[..., Any]] = [
+    called_as_torchs, torch.no_grad()(helped_by_numpy), torch.no_grad()(called_as_torchs),
     helped_by_numpy, imports_inside, with_a_default, closed_over(random.random), Stored(), random.gauss,
     functools.partial(lambda draw, x: x * draw(), np.random.rand), lambda x: x * RANDOM.random(),
     lambda x: x * GENERATOR.random(), lambda x: x * DRAWN[0](), lambda x: helped(helped_by_numpy(x)),

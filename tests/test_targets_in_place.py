@@ -19,17 +19,7 @@ from tdhook_rl import Compose, IntegratedGradients, Saliency, targets
 from tdhook_rl.attribution import LRP, GuidedBackpropagation, Occlusion, PerturbationSaliency
 from tdhook_rl.errors import InputError
 from tdhook_rl.sweeps import attribution_patching
-
-
-class Unknown(nn.Module):
-    """The same network, which is no chain that anybody knows."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+from tests.chains import Unknown
 
 
 def masked(run: Any) -> Tensor:

@@ -23,7 +23,7 @@ from tdhook_rl.calls.heads import replay_chain
 from tdhook_rl.calls.inputs import (
     keys_read,
     require_as_seen,
-    require_dense,
+    require_dense_inputs,
     require_inputs,
     rows_read,
     stored_inputs,
@@ -69,7 +69,7 @@ def annotate(
         data = only_kept(policy, data, keep)
     if not wanted:
         return shallow_copy(data)
-    require_dense(policy, data)
+    require_dense_inputs(policy, data)
     found = Found(policy, data, wanted)
     if found.missing:
         for results in _computed(policy, data, found.missing, chunk_size, on_mismatch, laid_out):

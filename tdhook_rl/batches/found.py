@@ -151,9 +151,8 @@ class Found:
             return None
         for one in self.missing:
             if one.whole_batch and one.result_keys[0][0] == root:
-                return torch.zeros_like(
-                    mask, dtype=precision_on(mask.device)
-                )  # rows of another batch would have other results
+                # Rows of another batch would have other results.
+                return torch.zeros_like(mask, dtype=precision_on(mask.device))
         if self._trace is None:
             self._trace = provenance.trace(data)
         return provenance.stamp(root, self._trace, data)

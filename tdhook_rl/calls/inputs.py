@@ -18,6 +18,7 @@ from tdhook_rl.calls.writing import tensors_as_entries
 from tdhook_rl.errors import InputError, MissingKeyError
 from tdhook_rl.internals.tensordict_names import has_names, new_unsafe, store_of
 from tdhook_rl.policies.draws import action_keys, given_beside
+from tdhook_rl.policies.memory import is_dense
 
 
 def require_inputs(policy: HookedPolicy, data: TensorDictBase) -> None:
@@ -30,11 +31,10 @@ def require_inputs(policy: HookedPolicy, data: TensorDictBase) -> None:
 
 
 def _is_ragged(value: Any) -> bool:
-    """Whether an entry is a nested or a sparse tensor."""
-    return isinstance(value, Tensor) and (value.layout is not torch.strided or value.is_nested)
+    return isinstance(value, Tensor) and not is_dense(value)
 
 
-def require_dense(policy: HookedPolicy, data: TensorDictBase) -> None:
+def require_dense_inputs(policy: HookedPolicy, data: TensorDictBase) -> None:
     """Refuse inputs whose rows are not of one shape, or hold no numbers by place: there would be no result for each.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What policies do in their forward of which torch takes no gradient, by how torch says so, and what to do about it."""
+"""What policies, or targets, do of which torch takes no gradient, by how torch says so, and what to do about it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OTHERWISE = (
 
 
 def in_words(error: RuntimeError) -> TdhookError | None:
-    """What an error of torch says of the policy; ``None`` where it is of something else, such as the policy's own.
+    """What an error of torch says of the policy, or of a target; ``None`` where it is of something else, such as the policy's own.
 
     Example:
         >>> import torch
@@ -52,13 +52,13 @@ def in_words(error: RuntimeError) -> TdhookError | None:
         )
     if _IN_PLACE.search(said):
         return InPlaceError(
-            "the policy works in place in its forward in a way of which no gradient can be taken: write the statement "
-            f"as one that makes a new tensor, or use Occlusion, which needs no gradient. torch says: {short}"
+            "the policy, or a target of one's own, works in place in a way of which no gradient can be taken: write the "
+            f"statement as one that makes a new tensor, or use Occlusion, which needs no gradient. torch says: {short}"
         )
     for pattern, what, remedy in _OTHERWISE:
         if pattern.search(said):
             return InputError(
-                f"the policy {what}: {remedy}, explain what follows with input_modules=[path], or use Occlusion, which "
+                f"the policy, or a target of one's own, {what}: {remedy}, explain what follows with input_modules=[path], or use Occlusion, which "
                 f"needs no gradient. torch says: {short}"
             )
     return None

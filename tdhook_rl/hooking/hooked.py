@@ -21,7 +21,7 @@ from tdhook_rl.batches.annotating_mixin import AnnotatingMixin
 from tdhook_rl.batches.tensorclasses import call_on_fields
 from tdhook_rl.calls.bound import BoundMethod, observers
 from tdhook_rl.calls.chunks import in_deciding_rows
-from tdhook_rl.calls.inputs import drawn_noise, for_samples, recorded, require_dense, rows_of_step, stored_inputs
+from tdhook_rl.calls.inputs import drawn_noise, for_samples, recorded, require_dense_inputs, rows_of_step, stored_inputs
 from tdhook_rl.calls.passes import Call, effects_of, run_root
 from tdhook_rl.calls.preconditions import another_dtype_or_device, other_keys, require_data
 from tdhook_rl.calls.repeatable import require_repeatable
@@ -206,7 +206,7 @@ class HookedMixin(AnnotatingMixin, Swapped):
             finally:
                 runtime.slots.clear()
             return data
-        require_dense(self, data)
+        require_dense_inputs(self, data)
         runtime.level = vmap_level()
         shares = self._hooked.shares and len(args) == 1 and not kwargs
         effects = None if torch.compiler.is_compiling() else effects_of(self)

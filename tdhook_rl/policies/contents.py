@@ -24,10 +24,10 @@ Held = tuple[Mapping[str, Any], str, Tensor]
 LARGEST = 1 << 20
 #: Up to so many bytes a checksum takes less time than the call of a product.
 SHORT = 2048
-#: Of a tensor of up to so many bytes they are kept: to copy and compare them takes a quarter of the time of a product.
-KEPT = 1 << 17
 #: What is longer is added up by rows and columns of a square, which takes a tenth of the time of a product.
 SIDE = 1024
+#: Of a tensor of up to so many bytes these are kept: to compare them takes a quarter of the time of a product.
+KEPT = 1 << 17
 _WHOLE = np.dtype(np.int64)
 
 

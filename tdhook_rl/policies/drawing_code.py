@@ -46,21 +46,32 @@ def _is_quiet(value: Any, seen: set[int]) -> bool:
         return True
     seen.add(id(value))
     if isinstance(value, types.FunctionType):
-        return _is_of_libraries(value) or _is_quiet_code(value, seen)
+        # A wrapper may be told the module of what it wraps; where it was written is where its globals are.
+        written_there = _is_of_libraries(value) and _is_library(value.__globals__.get("__name__"))
+        return all(_is_quiet(one, seen) for one in _held(value)) if written_there else _is_quiet_code(value, seen)
     if isinstance(value, functools.partial):
         return all(_is_quiet(one, seen) for one in (value.func, *value.args, *value.keywords.values()))
     if isinstance(value, (tuple, frozenset)):
         return all(_is_quiet(one, seen) for one in value)
     if isinstance(value, types.ModuleType):
-        return value.__name__.partition(".")[0] in _LIBRARIES
+        return _is_library(value.__name__)
     if isinstance(value, nn.Module):
         return not unknown_modules(value)
     return isinstance(value, (type, types.BuiltinFunctionType)) and _is_of_libraries(value)
 
 
 def _is_of_libraries(value: Any) -> bool:
-    of = getattr(value, "__module__", None)
-    return isinstance(of, str) and of.partition(".")[0].lstrip("_") in _LIBRARIES
+    return _is_library(getattr(value, "__module__", None))
+
+
+def _is_library(name: Any) -> bool:
+    return isinstance(name, str) and name.partition(".")[0].lstrip("_") in _LIBRARIES
+
+
+def _held(function: types.FunctionType) -> list[Any]:
+    """What a function holds itself: the variables of its closure and its defaults."""
+    held = [one for cell in function.__closure__ or () for one in read_cell(cell)]
+    return [*held, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
 
 
 def _is_quiet_code(function: types.FunctionType, seen: set[int]) -> bool:
@@ -69,9 +80,7 @@ def _is_quiet_code(function: types.FunctionType, seen: set[int]) -> bool:
         return False
     scope = function.__globals__
     reached = [scope[name] for name in named if name in scope]
-    reached += [one for cell in function.__closure__ or () for one in read_cell(cell)]
-    reached += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    return all(_is_quiet(one, seen) for one in reached)
+    return all(_is_quiet(one, seen) for one in (*reached, *_held(function)))
 
 
 @functools.cache

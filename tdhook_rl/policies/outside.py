@@ -158,6 +158,7 @@ def _write_class(kind: type, content: dict[str, Any]) -> None:
 
 
 def read_cell(cell: types.CellType) -> list[Any]:
+    """What a variable of a closure holds, in a list, which is empty where it holds nothing."""
     try:
         return [cell.cell_contents]
     except ValueError:  # it has none yet
