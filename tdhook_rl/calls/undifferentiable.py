@@ -29,7 +29,7 @@ _OTHERWISE = (
 
 
 def in_words(error: RuntimeError) -> TdhookError | None:
-    """What an error of torch says of the policy, or of a target; ``None`` where it is of something else, such as the policy's own.
+    """What an error of torch says of the policy, or of a target; ``None`` where it is something else, as their own.
 
     Example:
         >>> import torch
@@ -52,13 +52,14 @@ def in_words(error: RuntimeError) -> TdhookError | None:
         )
     if _IN_PLACE.search(said):
         return InPlaceError(
-            "the policy, or a target of one's own, works in place in a way of which no gradient can be taken: write the "
-            f"statement as one that makes a new tensor, or use Occlusion, which needs no gradient. torch says: {short}"
+            "the policy, or a target of one's own, works in place in a way of which no gradient can be taken: write "
+            "the statement as one that makes a new tensor, or use Occlusion, which needs no gradient. torch says: "
+            f"{short}"
         )
     for pattern, what, remedy in _OTHERWISE:
         if pattern.search(said):
             return InputError(
-                f"the policy, or a target of one's own, {what}: {remedy}, explain what follows with input_modules=[path], or use Occlusion, which "
-                f"needs no gradient. torch says: {short}"
+                f"the policy, or a target of one's own, {what}: {remedy}, explain what follows with "
+                f"input_modules=[path], or use Occlusion, which needs no gradient. torch says: {short}"
             )
     return None
