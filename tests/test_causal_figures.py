@@ -21,7 +21,7 @@ def test_figures_have_what_the_tables_have(tmp_path: Path) -> None:
     units = attribution_patching(net, *pair, ["0", "1"], compare=6)
     circuit = find_circuit(net, *pair, ["1"], controls=4)
     bars, most, curve = patch_bars(sites), unit_bars(units, most=5), faithfulness_curve(circuit)
-    assert f"{sites['0'].random.estimate:.2g}" in bars.alt
+    assert f"{sites['0'].random.estimate:.3g}" in bars.alt
     assert "runs on corrupt" not in bars.caption
     assert "corrupt states" in bars.caption
     assert f"{units[0].site}, {units[0].unit}" in most.alt

@@ -10,6 +10,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from tdhook_rl.arguments.checked import checked, require_counts
+from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.calls.preconditions import require_hooked
 from tdhook_rl.replaying.ends import ended, first_steps
 from tdhook_rl.replaying.environment_state import same_state
@@ -62,7 +63,7 @@ def alike_episodes(
         turn = seed
         while len(found) < episodes:
             put_back()
-            torch.manual_seed(turn)
+            torch.manual_seed(stream_of(turn, "draws"))
             env.set_seed(turn)
             # Where agents end each for itself, the others go on.
             alone = env.batch_size.numel() == 1 and "done" in env.done_keys

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tdhook_rl.arguments.checked import shown
+from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.arguments.tensors import numbers
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.steering_vector import SteeringVector
@@ -97,7 +98,7 @@ def directions_of(vectors: Any, controls: int, seed: int) -> dict[str, Direction
             raise InputError(f"the vector {name!r} has NaN or infinite entries at {broken!r}")
         if not any(norms.values()):
             raise InputError(f"the vector {name!r} is zero: there is nothing to add")
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        generator = torch.Generator().manual_seed(stream_of(seed, "random vectors", number))
         kinds = {RANDOM: _random(parts, controls, generator)} if controls else {}
         shuffled = _shuffled(parts, given, controls)
         kinds |= {SHUFFLED: shuffled} if shuffled else {}

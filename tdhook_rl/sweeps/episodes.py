@@ -14,6 +14,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.batched_envs import BatchedEnvBase
 
 from tdhook_rl.arguments.callbacks import asked
+from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.errors import InputError, TdhookError
 from tdhook_rl.replaying.ends import before_end, ended, first_steps, own_rewards
 from tdhook_rl.sweeps.conditions import Place
@@ -182,7 +183,7 @@ class Rows:
         """
         setting, env = self._of, self._of.env
         steps: list[tuple[Tensor, TensorDictBase]] = []
-        with own_draws(setting.seed):
+        with own_draws(stream_of(setting.seed, "draws")):
             seeded = self._start()
             start = seeded if start is None else start  # an environment without a seed starts as it likes
             signs = setting.signs(start)
@@ -194,7 +195,7 @@ class Rows:
             over: Tensor | None = None
             for time in range(most):
                 self._noise.rows_of(episode[alive])
-                with self._noise.seeded(setting.seed * 1_000_003 + time):
+                with self._noise.seeded(stream_of(setting.seed, "noise", time)):
                     data = env.step(policy(data))
                 steps.append((alive, data.exclude(ROOT, *RESULTS) if keep is None else keep(data)))
                 over = ended(data, env) if over is None else over | ended(data, env)
@@ -235,7 +236,7 @@ class Blocks:
         for block in range(-(-setting.episodes // self._rows)):
             seed = setting.seed * 1_000_003 + block
             setting.put_back()
-            with own_draws(seed):
+            with own_draws(stream_of(seed, "draws")):
                 if self._free:
                     start = started(env, self._rows, seed)
                 else:
@@ -254,7 +255,7 @@ class Blocks:
         steps: list[TensorDictBase] = []
         over = torch.zeros((*data.batch_size, 1), dtype=torch.bool, device=data.device)
         for time in range(setting.max_steps):
-            with self._noise.seeded(seed * 1_000_003 + time):
+            with self._noise.seeded(stream_of(seed, "noise", time)):
                 data = policy(data.update(rows))
             # What the environment is not to see: batched ones hand on other keys where some copies rest.
             written = data.select(*RESULTS, strict=False)

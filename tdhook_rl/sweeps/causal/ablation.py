@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchrl.envs import EnvBase
 
 from tdhook_rl.arguments.checked import checked
+from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.sites.numbers import in_dtype, is_whole
 from tdhook_rl.statistics import Interval, grouped_mean, paired_difference
@@ -275,7 +276,7 @@ class _Replacing:
                 kept[site].append(list(seen.kept[site]))
         self.components = components_of(bench, seen, some.clean, parts)
         self._kept = {site: [torch.cat(values) for values in zip(*own, strict=True)] for site, own in kept.items()}
-        draws = torch.Generator().manual_seed(seed)
+        draws = torch.Generator().manual_seed(stream_of(seed, "other states"))
         order = torch.randperm(len(states), generator=draws)
         self._other = torch.empty_like(order)
         self._other[order] = order.roll(1)  # another state for each, unless there is but one

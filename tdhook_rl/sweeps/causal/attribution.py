@@ -11,6 +11,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 
 from tdhook_rl.arguments.checked import checked
+from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.errors import InputError, TargetError
 from tdhook_rl.sweeps.causal.bench import Bench, Ran
 from tdhook_rl.sweeps.causal.components import Components, components_of, passes
@@ -157,7 +158,7 @@ def _compared(estimates: Tensor | None, found: Effects, compare: int | str, seed
     largest = (estimates * sign).nansum(-1).abs().argsort(descending=True)
     chosen[largest[: int(compare) // 2].cpu()] = True
     others = (~chosen).nonzero().squeeze(-1)
-    draws = torch.Generator().manual_seed(seed)
+    draws = torch.Generator().manual_seed(stream_of(seed, "compared"))
     chosen[others[torch.randperm(len(others), generator=draws)[: int(compare) - int(chosen.sum())]]] = True
     return chosen
 

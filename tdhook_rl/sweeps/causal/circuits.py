@@ -11,6 +11,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 
 from tdhook_rl.arguments.checked import checked
+from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.vectors.origins import origin_of, weights_of
 from tdhook_rl.statistics import Interval, grouped_mean
@@ -188,7 +189,7 @@ class _Search:
         self.effects = effects
         self._groups = groups
         self._controls = controls
-        self._draws = torch.Generator().manual_seed(seed)
+        self._draws = torch.Generator().manual_seed(stream_of(seed, "random sets"))
 
     def importance(self, other: Effects) -> Tensor:
         """``(components,)``: what each keeps, to first order, by the mean of the slopes in the two runs."""

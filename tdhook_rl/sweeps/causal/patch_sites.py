@@ -11,6 +11,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 
 from tdhook_rl.arguments.checked import checked
+from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.errors import InputError
 from tdhook_rl.files.checkpoints import load_into
 from tdhook_rl.latent.steering_vector import SteeringVector
@@ -147,7 +148,7 @@ class _Part:
             found = {site: along(wanted[site], site, activations[site][0], bench) for site in bench.sites}
         else:
             found = self._of_differences(bench, pairs, rows)
-        draws = torch.Generator().manual_seed(self.seed)
+        draws = torch.Generator().manual_seed(stream_of(self.seed, "random subspaces"))
         return {
             site: (one, torch.cat([one.basis[None], one.random_alike(self.controls, draws)]))
             for site, one in found.items()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.replaying.ends import ended, first_steps, own_rewards
 from tdhook_rl.replaying.environment_state import same_state
 from tdhook_rl.sweeps.causal.edits import PutUnits
@@ -28,7 +29,7 @@ class Held(PutUnits):
 
     def __init__(self, site: str, values: Sequence[Tensor], axis: int, units: Tensor, seed: int) -> None:
         super().__init__(site, values, axis, units[None])
-        self._draws = torch.Generator().manual_seed(seed)
+        self._draws = torch.Generator().manual_seed(stream_of(seed, "held"))
 
     def __call__(self, rows: Tensor, index: int) -> Tensor:
         features = self.values[index].ndim - 1
@@ -60,7 +61,7 @@ def returns_of(
     with torch.random.fork_rng(devices=[]), torch.no_grad(), how, same_state(env) as put_back:
         while sum(map(len, found)) < episodes:
             put_back()
-            torch.manual_seed(seed + len(found))
+            torch.manual_seed(stream_of(seed, "draws", len(found)))
             env.set_seed(seed + len(found))
             found.append(_first_returns(env, env.rollout(max_steps, policy, break_when_any_done=alone)))
     return torch.cat(found)[:episodes]

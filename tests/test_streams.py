@@ -1,0 +1,151 @@
+"""What follows from one seed is drawn apart: first states, noise, controls, and what is put in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torchrl.data import Composite, Unbounded
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import ProbabilisticActor
+
+from tdhook_rl import SteeringVectors
+from tdhook_rl.rollout import alike_episodes
+from tdhook_rl.sweeps import ablate_units, patch_sites, steering_sweep
+from tdhook_rl.sweeps.conditions import directions_of
+
+MANY = 256
+SEEDS = (0, 1, 7)
+
+
+class OneStep(EnvBase):
+    """Episodes of one step, from a generator of its own: the first state, beside what is done in it."""
+
+    batch_locked = False
+
+    def __init__(self, draw: Callable[..., Tensor], reward: Callable[[Tensor, Tensor], Tensor], rows: tuple = ()):
+        super().__init__(batch_size=rows)
+        self._draw, self._reward, self._generator = draw, reward, torch.Generator()
+        self.observation_spec = Composite(observation=Unbounded(shape=(*rows, 2)), shape=rows)
+        self.action_spec = Unbounded(shape=(*rows, 2))
+        self.reward_spec = Unbounded(shape=(*rows, 1))
+
+    def _set_seed(self, seed: int | None) -> None:
+        self._generator.manual_seed(seed or 0)
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **_: object) -> TensorDictBase:
+        rows = self.batch_size if tensordict is None else tensordict.batch_size
+        return TensorDict({"observation": self._draw(*rows, 2, generator=self._generator)}, batch_size=rows)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        reward = self._reward(tensordict["observation"], tensordict["action"])
+        done = torch.ones_like(reward, dtype=torch.bool)
+        step = {"observation": tensordict["observation"], "reward": reward, "done": done}
+        return TensorDict(step, batch_size=tensordict.batch_size)
+
+
+class Uniform(torch.distributions.Uniform):
+    def __init__(self, loc: Tensor) -> None:
+        super().__init__(loc - 0.5, loc + 0.5, validate_args=False)
+
+
+class Gaussian(torch.distributions.Normal):
+    def __init__(self, loc: Tensor) -> None:
+        super().__init__(loc, torch.ones_like(loc))
+
+
+class Untold(torch.distributions.StudentT):
+    """Draws by a method of its own, which noise in common does not reach."""
+
+    def __init__(self, loc: Tensor) -> None:
+        super().__init__(torch.full_like(loc, 50.0), loc, torch.ones_like(loc))
+
+
+def centred(*shape: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(*shape, generator=generator) - 0.5
+
+
+#: What an environment begins with, and what draws an action that knows nothing of it.
+ALIKE = {"normal": (torch.randn, Gaussian), "uniform": (centred, Uniform), "mixed": (torch.randn, Untold)}
+
+
+def blind(distribution: type) -> nn.Module:
+    net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2))
+    for parameter in net.parameters():
+        nn.init.zeros_(parameter)
+    return ProbabilisticActor(
+        TensorDictModule(net, ["observation"], ["loc"]), in_keys=["loc"], distribution_class=distribution
+    )
+
+
+def product(state: Tensor, action: Tensor) -> Tensor:
+    return (state * action).sum(-1, keepdim=True)
+
+
+def unrelated(products: Tensor) -> bool:
+    """Whether products of what has mean 0 have it too."""
+    return bool(products.mean().abs() < 5 * products.std() / len(products) ** 0.5)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("rows", [(), (MANY,), (4, 8)])
+@pytest.mark.parametrize("kind", ALIKE)
+def test_noise_of_actions_knows_nothing_of_first_states(kind: str, rows: tuple[int, ...], seed: int) -> None:
+    draw, distribution = ALIKE[kind]
+    actor, env = blind(distribution), OneStep(draw, product, rows)
+    vector = {"v": {"module.0.module.1": torch.ones(4)}}
+    with set_exploration_type(ExplorationType.RANDOM):
+        found = steering_sweep(actor, env, vector, alphas=[1.0], controls=0, episodes=MANY, seed=seed, progress=False)
+    assert unrelated(found.of("return"))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("kind", ALIKE)
+def test_episodes_that_are_shown_draw_apart(kind: str, seed: int) -> None:
+    draw, distribution = ALIKE[kind]
+    with SteeringVectors({"module.0.module.1": torch.ones(4)}, alpha=0.0).prepare(blind(distribution)) as policy:
+        env = OneStep(draw, product, (MANY,))
+        played = alike_episodes(policy, env, episodes=MANY, max_steps=1, seed=seed, deterministic=False)
+    assert unrelated(torch.cat([one["next", "reward"].flatten() for one in played]))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_what_is_put_in_is_not_what_the_start_would_give(seed: int) -> None:
+    """States in order, and an environment that draws one of them by its number."""
+
+    def numbered(*shape: int, generator: torch.Generator) -> Tensor:
+        number = torch.randint(4, shape[:-1], generator=generator).float()
+        return torch.stack([number, torch.zeros_like(number)], -1)
+
+    def near(state: Tensor, action: Tensor) -> Tensor:
+        return -(state - action)[..., :1].abs()
+
+    net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Identity())
+    nn.init.eye_(net[0].weight)
+    actor = TensorDictModule(net, ["observation"], ["action"])
+    states = TensorDict({"observation": torch.tensor([[number, 0.0] for number in range(4)])}, batch_size=4)
+    env = OneStep(numbered, near, (MANY,))
+    table = ablate_units(actor, states, "module.0", by="resample", env=env, episodes=MANY, most=1, seed=seed)
+    returned = table["module.0", 0].returned
+    assert returned is not None
+    assert abs(returned.estimate + 1.25) < 0.3  # as far as two of four numbers are apart
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("size", [2, 8, 40])
+def test_random_directions_are_not_those_of_the_seed_itself(size: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    given = torch.randn(size, dtype=torch.float64)
+    (random,) = directions_of({"v": {"0": given}}, 1, seed)["v"].controls["random"].values()
+    assert torch.cosine_similarity(random[0], given, dim=0) < 0.999
+    torch.manual_seed(seed)
+    net = TensorDictModule(nn.Sequential(nn.Identity(), nn.Linear(size, 1)), ["x"], ["y"]).double()
+    one, other = (TensorDict({"x": torch.randn(9, size, dtype=torch.float64)}, batch_size=9) for _ in range(2))
+    table = patch_sites(net, one, other, ["module.0"], direction=given, controls=1, seed=seed, metric="y")
+    (cell,) = table
+    assert not torch.allclose(cell.at_random[0], cell.shares)
