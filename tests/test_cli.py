@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import re
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import tdhook_rl
-from tdhook_rl.cli import main
+from tdhook_rl.cli import main, program
 from tdhook_rl.errors import ArtifactError
 from tdhook_rl.latent import SteeringVector
 from tdhook_rl.report import Page
@@ -108,6 +109,17 @@ def test_what_is_no_seed(command: list[str], seed: str, capsys) -> None:
         main([*command, f"--seed={seed}"])
     assert ended.value.code == 2
     assert f"a seed is an integer from 0 to {2**32 - 1}, got {seed!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["-1,1", "-1e-3", "-.5,-.25", "-100:", "-inf", "-2"])
+@pytest.mark.parametrize("option", ["steer --alphas", "analyze b --rows", "play --vector", "report r --out"])
+def test_values_may_begin_with_a_minus(option: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    *command, flag = option.split()
+    seen: list[argparse.Namespace] = []
+    for one in program.COMMANDS:  # which say what to run when the parsers are made
+        monkeypatch.setattr(one, "run", lambda options: seen.append(options) or 0)
+    assert main([*command, flag, value]) == 0
+    assert str(getattr(seen[0], flag.removeprefix("--"))) == value
 
 
 def test_a_terminal_that_knows_ascii_only(tmp_path: Path) -> None:

@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tdhook_rl.errors import InputError, nearest
+
+#: How what begins with a minus goes on where it is a value: ``-1,1``, ``-1e-3``, ``-100:``. No flag does.
+_VALUE = re.compile(r"-(\d|\.\d|inf|nan)")
+
+
+def with_values(arguments: Sequence[str]) -> list[str]:
+    """The same, with values that begin with a minus behind their flags: argparse takes all but plain numbers for flags.
+
+    Example:
+        >>> with_values(["steer", "--alphas", "-1,1", "--sampled"])
+        ['steer', '--alphas=-1,1', '--sampled']
+    """
+    found: list[str] = []
+    for one in arguments:
+        if _VALUE.match(one) and found and found[-1].startswith("--") and "=" not in found[-1] and found[-1] != "--":
+            found[-1] += f"={one}"
+        else:
+            found.append(one)
+    return found
 
 
 def chosen_options(

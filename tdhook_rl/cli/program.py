@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from tdhook_rl import __version__
 from tdhook_rl.cli import analyze, check, demo, experiment, play, probe, report, sites, steer
 from tdhook_rl.cli.interrupts import Stop, leave
+from tdhook_rl.cli.options import with_values
 
 __all__ = ["main"]
 
@@ -49,8 +50,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a terminal that has no such letter shows a question mark
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    options = _parser().parse_args(arguments)
-    options.written = shlex.join(["tdhook-rl", *(sys.argv[1:] if arguments is None else arguments)])
+    given = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(with_values(given))
+    options.written = shlex.join(["tdhook-rl", *given])
     from tdhook_rl.errors import TdhookError
 
     try:
