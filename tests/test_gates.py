@@ -98,6 +98,27 @@ def test_conditions_and_schedules_are_what_hooks_by_hand_do(case: Case, batch: t
             assert hooked._hooked.runtime.decided is None
 
 
+@by_case
+def test_keys_of_rows_may_have_a_dimension_of_their_own(case: Case, batch: tuple[int, ...]) -> None:
+    """As ends and counts of steps have one in TorchRL."""
+    torch.manual_seed(0)
+    policy, vector = case.build(), torch.randn(case.features)
+    some_batch(case, batch)
+    data = case.data(*batch)
+    data = data.set("open", positive(case, data)).set("strength", ramp(case, data).to(vector))
+    wide = data.clone()
+    for key in ("open", "strength"):
+        wide[key] = wide[key].unsqueeze(-1)
+    for alpha in ("strength", lambda rows: rows["strength"]):
+        for when in ("open", lambda rows: rows["open"], ["open", lambda rows: rows["open"]]):
+            with SteeringVectors({case.site: vector}, alpha=alpha, when=when).prepare(copy.deepcopy(policy)) as hooked:
+                expected = acting(hooked, data)
+            with SteeringVectors({case.site: vector}, alpha=alpha, when=when).prepare(copy.deepcopy(policy)) as hooked:
+                found = acting(hooked, wide)
+            require_equal(found, expected, policy.out_keys)
+            assert torch.equal(found["steered", "steering"], expected["steered", "steering"])
+
+
 def clamped(value: Tensor, direction: Tensor, wanted: float) -> Tensor:
     unit = direction / direction.norm()
     dims = tuple(range(-unit.ndim, 0))

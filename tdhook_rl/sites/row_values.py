@@ -235,8 +235,8 @@ def spread(rows: Tensor, value: Tensor, what: str, site: str) -> Tensor:
     Raises:
         InputError: if they are not one for each row, or for each agent of each row.
     """
-    if rows.ndim > 1 and rows.shape[-1] == 1 and rows.shape != value.shape[: rows.ndim]:
-        rows = rows.squeeze(-1)
+    if rows.ndim and rows.shape[-1] == 1 and rows.shape != value.shape[: rows.ndim]:
+        rows = rows.squeeze(-1)  # as TorchRL has rewards, ends and counts of steps, of a single environment too
     if rows.shape != value.shape[: rows.ndim] and rows.ndim and value.shape[0] == rows.numel():
         rows = rows.reshape(-1)  # convolutional nets flatten the leading dimensions
     if rows.shape != value.shape[: rows.ndim]:
