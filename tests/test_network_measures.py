@@ -30,6 +30,7 @@ from torchrl.modules import (
     ValueOperator,
 )
 
+from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.errors import InputError, MissingKeyError
 from tdhook_rl.metrics import (
     dormant_overlap,
@@ -290,7 +291,9 @@ def test_plasticity_against_a_loop_by_hand() -> None:
     found = random_target_loss(policy, states, steps=5, lr=1e-2, seed=3)
     net = copy.deepcopy(policy.module)
     start = net(states["observation"]).detach()
-    targets = start.mean(0) + torch.randn(20, 1, generator=torch.Generator().manual_seed(3))
+    targets = start.mean(0) + torch.randn(
+        20, 1, generator=torch.Generator().manual_seed(stream_of(3, "random targets"))
+    )
     optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
     for _ in range(5):
         optimiser.zero_grad()

@@ -14,7 +14,8 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ProbabilisticActor
 
-from tdhook_rl import SteeringVectors
+from tdhook_rl import Saliency, SteeringVectors
+from tdhook_rl.metrics import InfidelityMetric, deletion_insertion, random_target_loss
 from tdhook_rl.rollout import alike_episodes
 from tdhook_rl.sweeps import ablate_units, patch_sites, steering_sweep
 from tdhook_rl.sweeps.conditions import directions_of
@@ -149,3 +150,53 @@ def test_random_directions_are_not_those_of_the_seed_itself(size: int, seed: int
     table = patch_sites(net, one, other, ["module.0"], direction=given, controls=1, seed=seed, metric="y")
     (cell,) = table
     assert not torch.allclose(cell.at_random[0], cell.shares)
+
+
+# ---------------------------------------------------------------------- data that were drawn by the seed itself
+
+given = pytest.mark.parametrize("seed", SEEDS)
+by_rows = pytest.mark.parametrize("rows", [(64,), (8, 8)])
+
+
+def drawn(how: Callable[..., Tensor], seed: int, *shape: int) -> TensorDict:
+    torch.manual_seed(seed)
+    return TensorDict({"x": how(*shape)}, batch_size=shape[:-1])
+
+
+@given
+@by_rows
+def test_random_targets_are_not_the_states(rows: tuple[int, ...], seed: int) -> None:
+    """A network that would only have to repeat what it reads has nothing easier to do."""
+    data = drawn(torch.randn, seed, *rows, 1)
+    net = TensorDictModule(nn.Sequential(nn.Linear(1, 1)), ["x"], ["y"])
+    loss = random_target_loss(net, data, seed=seed, steps=200, lr=0.05).mean()
+    assert loss > 0.5  # of the variance, 1
+
+
+@given
+@by_rows
+def test_random_rankings_are_not_those_of_the_data(rows: tuple[int, ...], seed: int) -> None:
+    data = drawn(torch.rand, seed, *rows, 6)
+    net = TensorDictModule(nn.Sequential(nn.Linear(6, 1, bias=False)), ["x"], ["y"])
+    nn.init.ones_(net.module[0].weight)
+    with Saliency().prepare(net) as hooked:
+        found = deletion_insertion(hooked, hooked.annotate(data), baseline=0.0, n_random=1, seed=seed)
+    half = 0.5 * data["x"].sum(-1).mean()  # in any order that has nothing to do with their sizes
+    assert abs(found.random.mean() / half - 1) < 0.1
+
+
+class Norm(nn.Module):
+    """Along its input it is straight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.norm(dim=-1, keepdim=True)
+
+
+@given
+@by_rows
+def test_perturbations_are_not_along_the_data(rows: tuple[int, ...], seed: int) -> None:
+    data = drawn(torch.randn, seed, *rows, 6)
+    with Saliency().prepare(TensorDictModule(Norm(), ["x"], ["y"])) as hooked:
+        batch = hooked.annotate(data)
+        own, other = (InfidelityMetric(1, noise_scale=0.5, seed=one)(hooked, batch).mean() for one in (seed, 123456))
+    assert own > other / 3

@@ -10,6 +10,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.arguments.checked import checked, require_counts
+from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.metrics.scoring import ScoreDirection, Scorer, flat, score
 
 
@@ -91,7 +92,7 @@ def deletion_insertion(
         (True, True)
     """
     require_counts(n_steps=n_steps, n_random=n_random)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(stream_of(seed, "rankings"))
     seen: list[Tensor] = []
 
     def curves(scorer: Scorer) -> dict[str, Tensor]:

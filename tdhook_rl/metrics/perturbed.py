@@ -16,6 +16,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.arguments.checked import Checked, checked, require_counts
+from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.metrics.scoring import ScoreDirection, Scorer, flat, require_floats, score
 
@@ -44,7 +45,8 @@ class PerturbedMetric(metaclass=Checked):
 
         def draw(how: Callable[..., Tensor], like: Tensor) -> Tensor:
             if like.device not in generators:
-                generators[like.device] = torch.Generator(like.device).manual_seed(self.seed)
+                own = torch.Generator(like.device).manual_seed(stream_of(self.seed, "perturbations"))
+                generators[like.device] = own
             return how(like.shape, generator=generators[like.device], dtype=like.dtype, device=like.device)
 
         def scores(scorer: Scorer) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from tdhook_rl.arguments.checked import checked
+from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.internals.torch_names import held_parameters
 from tdhook_rl.metrics.untrained import own_generators
@@ -93,7 +94,8 @@ def random_target_loss(
         if not value.requires_grad or not len(value):
             raise InputError(f"no parameter reaches {key!r}, ({tuple(value.shape)}, {value.dtype}): there is no fit")
         # Drawn on the CPU, to be the same on every device.
-        drawn = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed)).to(value)
+        draws = torch.Generator().manual_seed(stream_of(seed, "random targets"))
+        drawn = torch.randn(value.shape, generator=draws).to(value)
         targets = value.detach().mean(0) + drawn
         optimiser = torch.optim.Adam(parameters, lr=lr)
         for _ in range(steps):
