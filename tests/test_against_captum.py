@@ -15,6 +15,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from tdhook_rl import targets
+from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.attribution import LRP, GuidedBackpropagation, IntegratedGradients, Occlusion, Saliency
 from tdhook_rl.attribution.base import GradientAttribution
 from tdhook_rl.attribution.grad_cam import DimsConfig, GradCAM
@@ -269,7 +270,7 @@ def test_an_inner_activation_that_the_input_goes_past() -> None:
 
 def draws(draw: Callable[[torch.Generator], Tensor], samples: int) -> Tensor:
     """What a metric draws from its own generator, a sample after the other, in captum's order of rows."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(stream_of(0, "perturbations"))
     return torch.stack([draw(generator) for _ in range(samples)], 1).flatten(0, 1)
 
 
