@@ -26,7 +26,7 @@ from tdhook_rl.calls.passes import Call, with_batch
 from tdhook_rl.calls.repeatable import coupled, require_rows_apart
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.method import Binder
-from tdhook_rl.policies.draws import draws, sample_keys
+from tdhook_rl.policies.draws import action_keys, draws, sample_keys
 from tdhook_rl.replaying.batching import conv_chunk, repeat_rows, row_vectors
 
 Quadrature = Literal["gausslegendre", "riemann_middle", "riemann_left", "riemann_right", "riemann_trapezoid"]
@@ -82,9 +82,9 @@ class _BoundIntegratedGradients(BoundAttribution):
         self._unread = frozenset([config.baseline_key]) - {key_parts(key)[0] for key in others}
         self.reads = [*self.reads, *(self.baselines.key_of(key) for key in binder.policy.in_keys)]
         # What targets may read of the stored data although the policy reads it as an input.
-        drawn = [key for child in binder.policy.modules() if draws(child) for key in sample_keys(child)]
+        self._drawn = [key for child in binder.policy.modules() if draws(child) for key in sample_keys(child)]
         self._results: frozenset[str] | None = None  # known once every method is bound
-        self._read_by_targets: frozenset[NestedKey] = frozenset(["action", *binder.policy.out_keys, *drawn])
+        self._read_by_targets: frozenset[NestedKey] = frozenset(["action", *binder.policy.out_keys, *self._drawn])
 
     def compute(self, call: Call) -> dict[tuple[str, ...], Tensor]:
         size = rows_at_once(call, self._chunk_size)
@@ -205,9 +205,17 @@ class _BoundIntegratedGradients(BoundAttribution):
         if self.reads_inputs or any(key not in call.inputs for key in records):
             return self._unread
         if self._results is None:
+            state = call.policy._hooked
+            written: list[NestedKey] = list(call.policy.result_keys)
+            if state.chain is not None and self._own_targets and not state.draws:
+                # Of what the policy has put out, passes over its chain read what was decided.
+                out_keys = call.policy.policy_out_keys
+                written += out_keys
+                chosen = [key for key, _ in state.actions.values()]
+                self._read_by_targets = frozenset([*action_keys(out_keys), *chosen, *self._drawn])
             read = [*call.policy._hooked_read_keys(), *records, *self._read_by_targets]
             roots = {key_parts(key)[0] for key in read}
-            self._results = frozenset(key[0] for key in call.policy.result_keys) - roots
+            self._results = frozenset(key_parts(key)[0] for key in written) - roots
         replaced = {key for key in inputs if isinstance(key, str)} - self._read_by_targets
         return self._unread | self._results | replaced
 
@@ -374,7 +382,7 @@ def _blocks(call: Call, size: int) -> Iterator[Call]:
 
 def _between(low: Tensor, high: Tensor, alphas: Tensor, batch: torch.Size, end: bool = False) -> Tensor:
     """Points from low to high, ``(points * rows, features)``; the last, an ``end``, is ``high`` to the bit."""
-    path = torch.lerp(low[None], high[None], alphas.to(low).reshape(-1, *(1,) * low.ndim))
+    path = torch.lerp(low, high, alphas.to(low).reshape(-1, *(1,) * low.ndim))
     if end:
         path[-1] = high
     # Convolutional nets flatten the leading dimensions before their layers.

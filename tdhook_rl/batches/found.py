@@ -109,11 +109,13 @@ class Found:
             if not of_root:
                 continue
             mask_key, stamped = self._policy._hooked.provenance.marks[root]
-            marks[mask_key] = mask = self._mask(root, list(of_root.values()))
+            stamp = self._stamp(root) if stamped is not None else None
+            marks[mask_key] = mask = self._mask(root, list(of_root.values()), stamp)
             values |= of_root if self._real is None else without_other_rows(of_root, self._real.to(mask.device))
-            stamp = self._stamp(root, mask)
-            if stamp is not None:
-                marks[stamped or stamp_key(root)] = stamp
+            if stamped is not None:
+                if stamp is None:
+                    stamp = torch.zeros_like(mask, dtype=precision_on(mask.device))
+                marks[stamped] = stamp
         self._set(result, values | marks)
         return result
 
@@ -128,11 +130,11 @@ class Found:
             return computed
         return torch.where(own.reshape((*own.shape, *(1,) * (stored.ndim - own.ndim))), stored, computed)
 
-    def _mask(self, root: str, values: list[Tensor]) -> Tensor:
+    def _mask(self, root: str, values: list[Tensor], stamp: Tensor | None) -> Tensor:
         provenance = self._policy._hooked.provenance
         chosen = self._computed.get(("computed", root))
         if self._is_new:
-            mask = provenance.mask(root, values, self._data, chosen)
+            mask = provenance.mask(root, values, self._data, chosen, stamp=stamp)
             return mask if self._real is None else mask & self._real.to(mask.device)
         methods = self._by_root[root]
         stored = get_entry(self._data, ("computed", root))
@@ -145,14 +147,12 @@ class Found:
                 mask = torch.where(torch.stack(own).all(0), stored, mask)
         return mask if self._real is None else mask & self._real.to(mask.device)
 
-    def _stamp(self, root: str, mask: Tensor) -> Tensor | None:
+    def _stamp(self, root: str) -> Tensor | None:
+        """Whose the results of a root are; ``None`` where they are of this batch only, in which rows meet."""
         provenance, data = self._policy._hooked.provenance, self._data
-        if root not in provenance.stamped:
-            return None
         for one in self.missing:
             if one.whole_batch and one.result_keys[0][0] == root:
-                # Rows of another batch would have other results.
-                return torch.zeros_like(mask, dtype=precision_on(mask.device))
+                return None
         if self._trace is None:
             self._trace = provenance.trace(data)
         return provenance.stamp(root, self._trace, data)

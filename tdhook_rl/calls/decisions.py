@@ -16,9 +16,10 @@ from torch import distributions as D
 from tdhook_rl.arguments.keys import get_entry, key_parts
 from tdhook_rl.calls.chains import has_hook
 from tdhook_rl.calls.passes import Pass
-from tdhook_rl.calls.real_rows import real_rows
-from tdhook_rl.calls.writing import set_tensor
+from tdhook_rl.calls.real_rows import FEW, real_rows
+from tdhook_rl.calls.writing import tensors_as_entries
 from tdhook_rl.errors import TargetError, nearest, warn
+from tdhook_rl.internals.tensordict_names import store_of
 from tdhook_rl.internals.torchrl_names import is_sparse
 from tdhook_rl.policies.draws import Draw, meets, sample_keys
 from tdhook_rl.policies.inversion import is_one_hot
@@ -145,15 +146,15 @@ def chosen_by(head: Any, values: TensorDictBase, stored: TensorDictBase) -> Tens
     """What the last module of a Q-network chooses by its values; a plain one's call takes longer than its choice."""
     if own_class(head) is not _q_value_module() or head.action_mask_key is not None or has_hook(head.__dict__):
         return head(values)
-    action_key, values_key, chosen_key = map(unravel_key, head.out_keys)
+    action_key, values_key, chosen_key = [one if type(one) is str else unravel_key(one) for one in head.out_keys]
     numbers, known = get_entry(values, values_key), get_entry(stored, action_key)
     action = head.action_func_mapping[head.action_space](numbers)
-    if not isinstance(known, Tensor) or known.shape[stored.ndim :] != action.shape[values.ndim :]:
+    batch = values.batch_size
+    if not isinstance(known, Tensor) or known.shape[stored.ndim :] != action.shape[len(batch) :]:
         return head(values)  # it may shape its choice, or refuse
     value_of = head.action_value_func_mapping.get(head.action_space)
-    set_tensor(values, action_key, action)
-    set_tensor(values, chosen_key, (action * numbers).sum(-1, True) if value_of is None else value_of(numbers, action))
-    return values
+    chosen = (action * numbers).sum(-1, True) if value_of is None else value_of(numbers, action)
+    return tensors_as_entries({**store_of(values), action_key: action, chosen_key: chosen}, batch)
 
 
 @functools.cache
@@ -268,6 +269,9 @@ def require_choice(run: Pass, chosen: Tensor, action: Tensor, key: NestedKey, *,
     """
     if torch.compiler.is_compiling() or vmap_level() >= 0:
         return
+    if not one and chosen.ndim == 2 and chosen.is_cpu and chosen.numel() <= FEW:
+        if all(map(any, chosen.tolist())):
+            return
     right = chosen.sum(-1) == 1 if one else chosen.any(-1)
     if bool(right.all()):  # asked in each call, so it is brief
         return
@@ -329,7 +333,7 @@ def _taken(run: Pass, key: NestedKey) -> Tensor | None:
     for drawn in reversed(run.distributions):
         if drawn.samples.get(key) is not None:
             return drawn.samples[key]
-    stored, slot = run.stored.get(key, None), run.slots.get(key)
+    stored, slot = get_entry(run.stored, key), run.slots.get(key)
     if slot is None or stored is None:
         return stored
     action = run.stored.get(slot, None)

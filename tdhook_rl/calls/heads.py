@@ -45,7 +45,7 @@ def is_decided_by(call: Call, chain: Chain, stored: TensorDictBase) -> bool:
         plain = _is_plain_draw(getattr(head, "_hooked_draw", None))
         return plain and len(keys) == 1 and isinstance(get_entry(stored, unravel_key(keys[0])), Tensor)
     # Of a Q-network its values are compared with those that are stored.
-    return all(get_entry(stored, key) is not None for key in chain.module.out_keys)
+    return all(get_entry(call.data, key) is not None for key in chain.module.out_keys)
 
 
 def _is_plain_draw(draw: Draw | None) -> bool:
@@ -159,8 +159,7 @@ class HeadPass:
         if isinstance(self._chain.head, ProbabilisticTensorDictModule):
             return self._entries(self.leaf.detach()) if self._split is None else self._split
         known: Pass = self.values  # type: ignore[assignment]
-        with torch.no_grad():
-            return chosen_by(self._chain.head, known.outputs, self._stored)
+        return chosen_by(self._chain.head, known.outputs, self._stored)
 
     def weighted(self, slope: Tensor) -> Tensor:
         return of_rows(slope, self.weights)

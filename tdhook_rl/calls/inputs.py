@@ -120,7 +120,8 @@ def stored_inputs(
 
 def keys_read(policy: HookedPolicy, methods: Iterable[BoundMethod]) -> list[NestedKey]:
     """The entries of the data that passes over it read, for these methods."""
-    keys: list[NestedKey] = [*policy.in_keys, *policy.policy_out_keys, *action_keys(policy.policy_out_keys), *PADDING]
+    out_keys = policy.policy_out_keys
+    keys: list[NestedKey] = [*policy.in_keys, *out_keys, *action_keys(out_keys), *PADDING]
     for one in methods:
         keys += one.reads
     return keys

@@ -141,11 +141,10 @@ class Provenance:
         written = dict(results)
         for root, values in by_root.items():
             mask_key, stamped = self.marks[root]
-            written[mask_key] = mask = self.mask(root, values, source, results.get(mask_key), traced)
+            stamp = None if trace is None or stamped is None else self.stamp(root, trace, output)
+            written[mask_key] = mask = self.mask(root, values, source, results.get(mask_key), traced, stamp)
             if stamped is not None:
-                written[stamped] = (
-                    mask.to(precision_on(mask.device)) * 0 if trace is None else self.stamp(root, trace, output)
-                )
+                written[stamped] = mask.to(precision_on(mask.device)) * 0 if stamp is None else stamp
         set_entries(output, written)
 
     # ------------------------------------------------------------------ weights
@@ -167,8 +166,12 @@ class Provenance:
             self._vectors.clear()
         if self._doubted:
             self._doubted, self._seen = False, None
-            if self._held is not None and not self._held.are_in_place():
+            known = self._held
+            if known is not None and not known.are_in_place():
                 self._held = None
+            elif known is not None and len(written) == self._written and not known.buffers and not known.attributes:
+                if known.are_kept(known.parameters):  # as they mostly are; how often they were written to says no more
+                    return True
         if self._held is None or len(written) != self._written:
             self._held, self._seen, self._written = HeldTensors(policy, written), None, len(written)
         held = self._held
@@ -235,6 +238,8 @@ class Provenance:
                 continue
             rows = _flat(value, batch)
             vector = self._vector(key, rows.shape[1], rows.device)
+            if rows.dtype is not (precision := vector.dtype):
+                rows = rows.double() if precision is torch.float64 else rows.to(precision)  # `to` takes twice as long
             if total is None:
                 total = self._vector("", 1, rows.device)
                 total = total.abs() if size else total
@@ -269,17 +274,19 @@ class Provenance:
         source: TensorDictBase,
         given: Tensor | None = None,
         traced: bool = False,
+        stamp: Tensor | None = None,
     ) -> Tensor:
         """Which rows of a root's values are real, of those that a schedule has chosen (``given``).
 
         An attribution is where it and what it explains are finite; an activation may be infinite. Where a schedule has
-        left rows out, they are none. Where ``traced``, numbers cannot be looked at.
+        left rows out, they are none. Where ``traced``, numbers cannot be looked at. Where a ``stamp`` is finite, so is
+        all that it adds up.
         """
         explains, methods = self._judged[root]
         if given is not None and not bool(given.any()):
             return given
         inputs: Sequence[Tensor] = ()
-        if explains:
+        if explains and not (stamp is not None and self._adds_up(root) and surely_finite(stamp)):
             found = [get_entry(source, key) for one in methods for key in one.declared or ()]
             inputs = [value for value in found if isinstance(value, Tensor)]
         rows = None
@@ -289,6 +296,14 @@ class Provenance:
         if rows is None:
             return self._all_rows(source.batch_size, values[0].device) if given is None else given
         return rows if given is None else rows & given
+
+    def _adds_up(self, root: str) -> bool:
+        """Whether a stamp adds up all that the methods of a root explain: not a state that the policy writes over."""
+        for one in self._judged[root][1]:
+            for key in one.declared or ():
+                if key not in self._inputs:
+                    return False
+        return True
 
     def _all_rows(self, batch: torch.Size, device: torch.device) -> Tensor:
         if torch.compiler.is_compiling():
@@ -300,14 +315,13 @@ class Provenance:
 
 
 def _flat(value: Tensor, batch: torch.Size) -> Tensor:
-    """An entry in the precision of stamps, ``(rows, features)``."""
+    """An entry as ``(rows, features)``."""
     if type(value) is not Tensor:
         value = value.as_subclass(Tensor)
     if value.requires_grad:
         value = value.detach()
     if value.is_complex():
         value = torch.view_as_real(value)
-    value = value.to(precision_on(value.device))
     if value.ndim == 2 and len(batch) == 1:
         return value
     return value.reshape(batch.numel(), value.shape[len(batch) :].numel())

@@ -12,6 +12,7 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor
 
+from tdhook_rl.arguments.keys import get_entry
 from tdhook_rl.calls.decisions import (
     Keys,
     action_of,
@@ -149,7 +150,7 @@ class Chosen:
         key, run = self.key, head.values
         if run is None or run.out_keys != [key] or (action := action_of(run, key)) is None:
             return None
-        return head.weighted(as_one_hot(run, action, run.outputs.get(key), key))
+        return head.weighted(as_one_hot(run, action, get_entry(run.outputs, key), key))
 
 
 @dataclass(frozen=True)

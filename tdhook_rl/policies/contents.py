@@ -84,7 +84,7 @@ class HeldTensors:
 
     def number(self, held: Sequence[Held]) -> int:
         """A number that follows from the content of tensors, the same in every process and on every device."""
-        if self._are_kept(held):
+        if self.are_kept(held):
             return self._number
         self._kept = []
         found = 0
@@ -94,9 +94,9 @@ class HeldTensors:
         self._number, self._of = found, list(held)
         return found
 
-    def _are_kept(self, held: Sequence[Held]) -> bool:
+    def are_kept(self, held: Sequence[Held]) -> bool:
         """Whether these are the tensors that the last number is of, and surely hold what they held."""
-        if len(held) != len(self._kept) or any(map(operator.is_not, held, self._of)):
+        if not held or len(held) != len(self._kept) or any(map(operator.is_not, held, self._of)):
             return False
         for place, then, size, length, read, content in self._kept:  # in each call and for each: calls would cost most
             if place() != then or size() != length or read() != content:

@@ -178,7 +178,8 @@ def _is_action(key: NestedKey) -> bool:
 
 def action_keys(out_keys: Sequence[NestedKey]) -> list[NestedKey]:
     """Where the stored action of a network may be that has none of its own: at the top, or beside nested outputs."""
-    return list(dict.fromkeys(["action", *((*key[:-1], "action") for key in out_keys if isinstance(key, tuple))]))
+    nested = [(*key[:-1], "action") for key in out_keys if isinstance(key, tuple)]
+    return list(dict.fromkeys(["action", *nested])) if nested else ["action"]
 
 
 def meets(key: NestedKey, other: NestedKey) -> bool:
