@@ -382,7 +382,14 @@ def _blocks(call: Call, size: int) -> Iterator[Call]:
 
 def _between(low: Tensor, high: Tensor, alphas: Tensor, batch: torch.Size, end: bool = False) -> Tensor:
     """Points from low to high, ``(points * rows, features)``; the last, an ``end``, is ``high`` to the bit."""
-    path = torch.lerp(low, high, alphas.to(low).reshape(-1, *(1,) * low.ndim))
+    if alphas.dtype is not low.dtype or alphas.device != low.device:
+        alphas = alphas.to(low)
+    if len(batch) == 1 and len(low) == 1:  # one row, whose points are the rows
+        path = torch.lerp(low, high, alphas.reshape(-1, *(1,) * (low.ndim - 1)))
+        if end:
+            path[-1:] = high
+        return path
+    path = torch.lerp(low, high, alphas.reshape(-1, *(1,) * low.ndim))
     if end:
         path[-1] = high
     # Convolutional nets flatten the leading dimensions before their layers.

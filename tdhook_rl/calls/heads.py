@@ -151,7 +151,10 @@ class HeadPass:
         if isinstance(self._chain.head, ProbabilisticTensorDictModule):
             call.keep_last(self.outputs())
             return
-        last = leaf[-call.batch_size.numel() :].reshape((*call.batch_size, *leaf.shape[1:]))  # choosing takes long
+        batch = call.batch_size
+        last = leaf[-batch.numel() :]  # choosing takes long
+        if len(batch) != 1:
+            last = last.reshape((*batch, *leaf.shape[1:]))
         call.replayed = HeadPass(call, self._chain, call.inputs, last, call.data).outputs()
 
     def outputs(self) -> TensorDictBase:
