@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -321,6 +321,31 @@ def compiled_functions() -> None:
     assert dynamo_names.compiled_from(torch.compile(method, backend="eager")) is method
     for other in (torch.tanh, method, functools.wraps(method)(lambda x: x), torch.compiler.disable(compiled_modules)):
         assert dynamo_names.compiled_from(other) is None
+
+
+_OWN_LAYER = torch.relu
+
+
+@contract("dynamo_names", "is_of_library_code")
+def names_of_libraries() -> None:
+    """What a name of torch's means is told apart from what one of the user's does, and from what a class holds."""
+    asked: list[Any] = []
+
+    def keep(guards: Sequence[Any]) -> list[bool]:
+        asked.extend(guards)
+        return [True] * len(guards)
+
+    layer = nn.LeakyReLU()
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return layer(_OWN_LAYER(x))
+
+    compiled = torch.compile(function, backend="eager", fullgraph=True, options={"guard_filter_fn": keep})
+    compiled(torch.ones(2))
+    left_out = [guard.name for guard in asked if dynamo_names.is_of_library_code(guard)]
+    assert left_out
+    assert all(name.startswith("G['__import_torch_dot_nn_dot_modules_dot_") for name in left_out)
+    assert any("_OWN_LAYER" in guard.name for guard in asked)
 
 
 @contract("dynamo_names", "is_compiled")

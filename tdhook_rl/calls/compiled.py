@@ -7,7 +7,7 @@ found outside as ever. What cannot be compiled is computed without, which is sai
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from tdhook_rl.calls.passes import Call, effects_of
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.writing import tensors_as_entries
 from tdhook_rl.errors import warn
+from tdhook_rl.internals.dynamo_names import is_of_library_code
 from tdhook_rl.policies.draws import action_keys, draws, sample_keys
 from tdhook_rl.replaying.traceable import require_traceable
 from tdhook_rl.sites.classes import own_code
@@ -84,7 +85,7 @@ class Compiled:
         policy = call.policy
         require_traceable(effects_of(policy).unsteady, policy._hooked.trace_risks)
         if self._function is None:
-            self._function = torch.compile(_traced(policy, self._method, call), fullgraph=True, **self._options)
+            self._function = torch.compile(_traced(policy, self._method, call), fullgraph=True, **self._asked())
         read = self._read(call)
         shape = tuple((key, value.shape, value.dtype) for key, value in read.items())
         data = tensors_as_entries(read, call.batch_size)
@@ -98,6 +99,16 @@ class Compiled:
         if outputs and not call.in_step:
             call.replayed = tensors_as_entries(outputs, call.batch_size)
         return results
+
+    def _asked(self) -> dict[str, Any]:
+        """The arguments of ``torch.compile``, which takes no options beside a mode.
+
+        A sixth of what a call of a graph asks is left out: what names in modules of torch's and ours mean.
+        """
+        if "mode" in self._options:
+            return self._options
+        options = {"guard_filter_fn": _kept_guards, **(self._options.get("options") or {})}
+        return {**self._options, "options": options}
 
     def _say(self, seconds: float) -> None:
         if seconds < SAID:
@@ -118,6 +129,11 @@ class Compiled:
             keys += [key for key in call.data.keys(True, True) if key not in keys]
         entries = {key: get_entry(call.data, key) for key in dict.fromkeys(keys)}
         return {key: value for key, value in entries.items() if isinstance(value, Tensor)} | call.inputs
+
+
+def _kept_guards(guards: Sequence[Any]) -> list[bool]:
+    """Which guards of a graph are kept."""
+    return [not is_of_library_code(guard) for guard in guards]
 
 
 def _needs_no_graph(call: Call) -> str | None:
