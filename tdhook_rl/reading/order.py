@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.errors import InputError
+from tdhook_rl.reading.going_on import GoingOn
 from tdhook_rl.reading.transforms import Window
 
 #: Where the number of a row's trajectory may be, where its steps are counted, and where its first step is marked.
@@ -62,7 +63,7 @@ class Trajectories:
         InputError: if nothing says where a trajectory ends.
     """
 
-    def __init__(self, written: Written, facts: TensorDictBase, looking: str) -> None:
+    def __init__(self, written: Written, facts: TensorDictBase, looking: str, going_on: GoingOn | None) -> None:
         rows = len(facts)
         self._over = written.over
         # In the order of writing.
@@ -78,12 +79,15 @@ class Trajectories:
                 "('next', 'done') or ('collector', 'traj_ids')"
             )
         starts = torch.zeros(rows, dtype=torch.bool)
+        broken, resumed = starts.clone(), starts.clone()
         if number is None:
             lines = torch.zeros(rows, dtype=torch.long)
             if count is not None:
                 starts[1:] |= count[1:] != count[:-1] + 1
             if written.begins is not None:
                 starts |= written.begins
+            if going_on is not None:
+                broken, resumed = going_on.breaks(order, torch.zeros_like(starts) if done is None else done.bool())
         else:
             lines = number.unique(return_inverse=True)[1]
         # Trajectory by trajectory, each in the order of writing.
@@ -93,16 +97,17 @@ class Trajectories:
         begun[1:] |= line[1:] != line[:-1]
         if done is not None:
             begun[1:] |= done[by_line][:-1].bool()
-        known = begun.clone() if not self._over else torch.zeros(rows, dtype=torch.bool)
-        if begins is not None:
-            begun |= begins[by_line].bool()
-            known |= begins[by_line].bool()
-        if count is not None:
-            known |= begun & (count[by_line] == 0)
-        if done is not None:  # what was written just before it was an end
+        begun |= broken[by_line]
+        if begins is not None and bool(begins.any()):  # what goes on from an earlier batch does not begin
+            known = begins[by_line].bool()
+            begun |= known
+        elif count is not None:
+            known = begun & (count[by_line] == (0 if self._over else count.min()))
+        else:
             ended = torch.zeros(rows, dtype=torch.bool)
-            ended[1:] = done[:-1].bool()
-            known |= begun & ended[by_line]
+            if done is not None:  # what was written just before it was an end
+                ended[1:] = done[:-1].bool()
+            known = begun & (ended[by_line] if self._over else True) & ~resumed[by_line]
         self._entries = order[by_line]
         self._place = self._entries.argsort()
         self._first = _last_true(begun)
@@ -119,6 +124,13 @@ class Trajectories:
         done = [key for key in {*ENDS, *own} if key is not None]
         keys = [written.number_key, *NUMBERS, *COUNTS, *STARTS, *(("next", *key_parts(key)) for key in done)]
         return [key for key in keys if key is not None]
+
+    @staticmethod
+    def told(written: Written, facts: TensorDictBase) -> bool:
+        """Whether rows say which trajectory they are of, or which step; else what they hold may tell."""
+        return any(
+            facts.get(key, None) is not None for key in (written.number_key, *NUMBERS, *COUNTS) if key is not None
+        )
 
     def stretches(self, index: Tensor, window: Window) -> Iterator[tuple[Tensor, Tensor, slice]]:
         """Consecutive rows of one trajectory among these entries.
@@ -172,6 +184,16 @@ class Trajectories:
         places = self._place[index]
         first = self._first[places]
         return self._headless[first] & (places - first < window.before)
+
+
+def begins_told(rows: TensorDictBase) -> Tensor | None:
+    """Which rows say that they are the first of their trajectory; ``None`` where nothing in them does."""
+    order = torch.arange(len(rows))
+    begins = _flat(rows, STARTS, order)
+    if begins is not None:
+        return begins.bool()
+    count = _flat(rows, COUNTS, order)
+    return None if count is None else count == 0
 
 
 def _flat(facts: TensorDictBase, keys: Sequence[NestedKey | None], order: Tensor, merge: bool = False) -> Tensor | None:

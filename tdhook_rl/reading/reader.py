@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tdhook_rl.arguments.checked import checked, require_counts
 from tdhook_rl.errors import InputError
+from tdhook_rl.reading.going_on import GoingOn
 from tdhook_rl.reading.order import Courses, Trajectories
 from tdhook_rl.reading.sources import Rows, source_of
 from tdhook_rl.reading.transforms import Window, followed_by, require_alike, require_at_rest, transform_name, window_of
@@ -191,8 +192,11 @@ class Reader:
     def _look_up(self, looking: str) -> Trajectories:
         written = self.source.written(looking)
         keys = Trajectories.keys(written, self.source.transforms)
-        parts = [
-            self.source.raw(torch.arange(first, min(first + LOOKED_UP, self.size))).select(*keys, strict=False)
-            for first in range(0, self.size, LOOKED_UP)
-        ]
-        return Trajectories(written, torch.cat(parts), looking)
+        parts, going_on = [], GoingOn(self.size)
+        for first in range(0, self.size, LOOKED_UP):
+            rows = self.source.raw(torch.arange(first, min(first + LOOKED_UP, self.size)))
+            parts.append(rows.select(*keys, strict=False))
+            told = Trajectories.told(written, parts[0])
+            if not told:
+                going_on.add(first, rows)
+        return Trajectories(written, torch.cat(parts), looking, None if told else going_on)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.errors import InputError
-from tdhook_rl.reading.order import ENDS, Courses
+from tdhook_rl.reading.order import ENDS, Courses, begins_told
 from tdhook_rl.reading.reader import Reader
 from tdhook_rl.reading.sources import Rows
 from tdhook_rl.replay.results import INDEX, load_results
@@ -97,7 +97,7 @@ class Joined:
         """
         if self.reader.rows == 1:
             return self.reader.courses(looking)
-        parts, ends = [], []
+        parts, ends, begins = [], [], []
         for numbers, rows in self.chunks(batch_size):
             found = [one for key in _DONE if isinstance(one := rows.get(key, None), Tensor)]
             if not found:
@@ -106,13 +106,16 @@ class Joined:
                 )
             parts.append(numbers)
             ends.append(torch.stack([one.reshape(len(numbers), -1).any(1) for one in found]).any(0).cpu())
+            begins.append(begins_told(rows))
         numbers, done = torch.cat(parts), torch.cat(ends)
         new = torch.ones(len(numbers), dtype=torch.bool)
         entry = numbers // self.reader.rows
         new[1:] = done[:-1] | (entry[1:] != entry[:-1])
         last = torch.cat([new[1:], new.new_ones(1)])
-        # A trajectory that is stored whole begins where its entry does.
-        return Courses(numbers, new.long().cumsum(0) - 1, done[last], torch.ones(int(new.sum()), dtype=torch.bool))
+        # A trajectory that is stored whole begins where its entry does, unless rows say which ones begin.
+        told = [one for one in begins if one is not None]
+        begun = torch.cat(told) if told and any(bool(one.any()) for one in told) else torch.ones_like(done)
+        return Courses(numbers, new.long().cumsum(0) - 1, done[last], begun[new])
 
     def _beside(self, places: Tensor, inside: Tensor) -> TensorDict:
         known, found = places >= 0, TensorDict({}, batch_size=[len(places)])

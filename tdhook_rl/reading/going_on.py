@@ -1,0 +1,73 @@
+"""Where rows that lie one after the other do not go on from each other, though nothing says that an episode ended.
+
+A batch of episodes that were cut off, laid out row by row, has such places: behind the last step of one environment
+comes the first of the next.
+"""
+
+from __future__ import annotations
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+
+#: What an environment says of each step, and that is no state which it goes on from.
+SIGNALS = frozenset(("reward", "done", "terminated", "truncated", "episode_reward"))
+
+
+class GoingOn:
+    """Compares what rows have come to, below ``"next"``, with what others begin from.
+
+    Args:
+        rows: how many there are.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._states: dict[NestedKey, tuple[Tensor, Tensor]] = {}
+
+    def add(self, first: int, data: TensorDictBase) -> None:
+        """The next rows in storage order, from this number on."""
+        after, here = data.get("next", None), slice(first, first + len(data))
+        for key, now in after.items(True, True) if isinstance(after, TensorDictBase) else ():
+            then = data.get(key, None)
+            if _may_go_on(key, then, now):
+                none = torch.zeros(self._rows, dtype=torch.long)
+                sides = self._states.setdefault(key, (none, none.clone()))
+                sides[0][here], sides[1][here] = _summed(then), _summed(now)
+
+    def breaks(self, order: Tensor, done: Tensor) -> tuple[Tensor, Tensor]:
+        """In the order of writing, which rows do not go on from those before them; which begin where others broke off.
+
+        An entry tells that where most rows do go on from each other by it: behind a transform that looks several steps
+        ahead, or where rows lie in no order, none does.
+
+        Args:
+            order: the numbers of the rows.
+            done: in this order, where an episode is known to have ended.
+        """
+        broken = torch.zeros(len(order), dtype=torch.bool)
+        inside, ends, starts = ~done[:-1], torch.zeros_like(order), torch.zeros_like(order)
+        for then, now in self._states.values():
+            then, now = then[order], now[order]
+            follow = now[:-1] == then[1:]
+            if int((follow & inside).sum()) * 2 >= max(int(inside.sum()), 1):
+                broken[1:] |= ~follow & inside
+                ends, starts = ends + now, starts + then
+        cut = torch.cat([broken[1:], broken.new_ones(1)]) & ~done
+        return broken, torch.isin(starts, ends[cut]) if bool(broken.any()) else torch.zeros_like(broken)
+
+
+def _may_go_on(key: NestedKey, then: object, now: object) -> bool:
+    if (key if isinstance(key, str) else key[-1]) in SIGNALS or not isinstance(then, Tensor):
+        return False
+    return isinstance(now, Tensor) and then.shape == now.shape and then.dtype == now.dtype
+
+
+def _summed(value: Tensor) -> Tensor:
+    """A number for each row that is the same for the same bits alone."""
+    if not value.numel():
+        return torch.zeros(len(value), dtype=torch.long)
+    bits = value.detach().cpu().reshape(len(value), -1).contiguous().view(torch.uint8)
+    words = torch.nn.functional.pad(bits, (0, -bits.shape[1] % 8)).view(torch.long)
+    factors = torch.randint(-(1 << 62), 1 << 62, (words.shape[1],), generator=torch.Generator().manual_seed(0)) * 2 + 1
+    return (words * factors).sum(1)

@@ -1,0 +1,154 @@
+"""Episodes that were cut off, row after row: nothing is joined that belongs to different ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torchrl.data import LazyTensorStorage, ReplayBuffer
+from torchrl.envs.transforms import CatFrames
+
+from tdhook_rl.latent import ActivationCaching
+from tdhook_rl.replay import analyze, returns
+
+ENVS, STEPS = 5, 9
+
+#: From random numbers a state of each kind, under its key.
+STATES: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
+    "vectors": ("observation", lambda noise: noise[..., :3].float()),
+    "nested, with NaN": (("agent", "state"), lambda noise: noise[..., :3].where(noise[..., :3] < 1, torch.nan)),
+    "pictures": ("pixels", lambda noise: (noise * 40).to(torch.uint8).unflatten(-1, (1, 2, 5))),
+    "numbers": ("observation", lambda noise: (noise[..., 0] * 1e6).long()),
+    "half precision": ("observation", lambda noise: noise[..., :3].bfloat16()),
+}
+
+
+def walks(kind: str, steps: int = STEPS, seed: int = 0) -> TensorDict:
+    """``(ENVS, steps)`` of episodes of one to six steps, each of which begins and goes on as nothing else does."""
+    draws = torch.Generator().manual_seed(seed)
+    key, state = STATES[kind]
+    noise = torch.randn(ENVS, steps + 1, 10, generator=draws, dtype=torch.float64)
+    begins = torch.randn(ENVS, steps, 10, generator=draws, dtype=torch.float64)
+    count, length = torch.zeros(ENVS, dtype=torch.long), torch.randint(1, 7, (ENVS, steps), generator=draws)
+    data = TensorDict({}, batch_size=[ENVS, steps])
+    done, fresh, counts = (torch.zeros(ENVS, steps, 1, dtype=dtype) for dtype in (torch.bool, torch.bool, torch.long))
+    then = noise[:, :-1].clone()
+    for time in range(steps):
+        fresh[:, time, 0], counts[:, time, 0] = count == 0, count
+        then[:, time] = torch.where(fresh[:, time], begins[:, time], then[:, time])
+        count = count + 1
+        done[:, time, 0] = count >= length[:, time]
+        count = torch.where(done[:, time, 0], 0, count)
+    data[key], data["next", key] = state(then), state(noise[:, 1:])
+    data["next", "reward"] = torch.randn(ENVS, steps, 1, generator=draws, dtype=torch.float64)
+    data["next", "done"], data["is_init"], data["step_count"] = done, fresh, counts
+    return data
+
+
+def episodes_in(parts: list[TensorDict]) -> list[float]:
+    """The returns of those that begin and end in one of these parts, by a loop."""
+    found = []
+    for part in parts:
+        for rows in part:
+            total: float | None = None
+            for row in rows:
+                total = 0.0 if bool(row["is_init"]) else total
+                total = None if total is None else total + float(row["next", "reward"])
+                if bool(row["next", "done"]):
+                    found += [] if total is None else [total]
+                    total = None
+    return sorted(found)
+
+
+def stored(parts: list[TensorDict], size: int = 1000) -> ReplayBuffer:
+    buffer = ReplayBuffer(storage=LazyTensorStorage(size))
+    for part in parts:
+        buffer.extend(part.reshape(-1))
+    return buffer
+
+
+def whole(found: Any) -> list[float]:
+    return sorted(one.total for one in found.episodes if one.whole)
+
+
+@pytest.mark.parametrize("told", ["nothing", "is_init", "step_count"])
+@pytest.mark.parametrize("how", ["one batch", "several", "going on", "a list", "a TensorDict"])
+@pytest.mark.parametrize("kind", STATES)
+def test_returns_are_those_of_a_loop_over_environments(kind: str, how: str, told: str) -> None:
+    if how == "several":
+        parts = [walks(kind, seed=seed) for seed in (1, 2, 3)]
+    else:
+        data = walks(kind, 2 * STEPS)
+        parts = [data[:, :STEPS].clone(), data[:, STEPS:].clone()] if how == "going on" else [data]
+    expected = episodes_in(parts)
+    parts = [part.exclude(*({"is_init", "step_count"} - {told})) for part in parts]
+    given: Any = stored(parts)
+    if how == "a list":
+        given = [part.reshape(-1) for part in parts]
+    elif how == "a TensorDict":
+        given = parts[0].reshape(-1)
+    found = returns(given)
+    assert whole(found) == pytest.approx(expected)
+    if told != "nothing":
+        entries = ReplayBuffer(storage=LazyTensorStorage(1000))
+        for part in parts:
+            entries.extend(part)
+        assert whole(returns(entries)) == pytest.approx(expected)
+    if len(parts) == 1 and told == "nothing":  # rows by themselves are those of a batch
+        assert torch.equal(found.rows.isnan(), returns(parts[0]).rows.isnan())
+        torch.testing.assert_close(found.rows, returns(parts[0]).rows, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_a_ring_knows_only_what_is_left(kind: str) -> None:
+    parts = [walks(kind, seed=seed) for seed in (1, 2, 3)]
+    size, rows = 2 * ENVS * STEPS - 7, torch.cat([part.reshape(-1) for part in parts])
+    rows["row"] = torch.arange(len(rows))
+    left = rows[-size:]
+    buffer = ReplayBuffer(storage=LazyTensorStorage(size))
+    for part in rows.exclude("is_init", "step_count").split(ENVS * STEPS):
+        buffer.extend(part)
+    found = whole(returns(buffer))
+    known, total = [], None  # what follows an end within a row of the batch begins
+    for place in range(1, size):
+        row, before = left[place], left[place - 1]
+        begins = bool(before["next", "done"]) and bool(row["is_init"])
+        total = 0.0 if begins else None if bool(row["is_init"]) or int(row["row"]) % STEPS == 0 else total
+        total = None if total is None else total + float(row["next", "reward"])
+        if bool(row["next", "done"]):
+            known += [] if total is None else [total]
+            total = None
+    assert found == pytest.approx(sorted(known))
+
+
+@pytest.mark.parametrize("kind", ["vectors", "numbers"])
+def test_where_rows_do_not_go_on_at_all_the_ends_alone_tell(kind: str) -> None:
+    """As behind a transform that looks several steps ahead, or of rows that are stored at random."""
+    data = walks(kind).reshape(-1).exclude("is_init", "step_count")
+    key, _ = STATES[kind]
+    data["next", key] = data["next", key].flip(0)
+    bare = data.exclude(("next", key))
+    torch.testing.assert_close(returns(data).rows, returns(bare).rows, equal_nan=True)
+
+
+def test_frames_of_other_environments_are_not_put_together(tmp_path: Path) -> None:
+    data = walks("vectors").exclude("is_init", "step_count")
+    net = TensorDictModule(nn.Sequential(nn.Identity(), nn.Linear(9, 1)), ["frames"], ["value"])
+
+    def frames_of(rows: TensorDict, name: str = "all") -> Tensor:
+        buffer = ReplayBuffer(
+            storage=LazyTensorStorage(1000),
+            transform=CatFrames(N=3, dim=-1, in_keys=["observation"], out_keys=["frames"], padding="same"),
+        )
+        buffer.extend(rows)
+        with ActivationCaching("module.0").prepare(net) as hooked:
+            return analyze(hooked, buffer, tmp_path / name, progress=False)["cache", "module.0"]
+
+    apart = torch.cat([frames_of(rows, str(number)) for number, rows in enumerate(data)])
+    torch.testing.assert_close(frames_of(data.reshape(-1)), apart)
