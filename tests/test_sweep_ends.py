@@ -15,7 +15,7 @@ from torchrl.envs import EnvBase, SerialEnv
 
 from tdhook_rl import SteeringVectors
 from tdhook_rl.rollout import alike_episodes
-from tdhook_rl.sweeps import SteeringVector, steering_sweep
+from tdhook_rl.sweeps import SteeringVector, first_episode, steering_sweep
 from tdhook_rl.sweeps.causal.returns import returns_of
 
 GROUPS = {"walkers": 2, "birds": 1}
@@ -138,3 +138,22 @@ def test_every_agent_ends_for_itself(afterwards: str, place: str) -> None:
         played = alike_episodes(hooked, make(), episodes=4, max_steps=STEPS)
     assert [len(one) for one in played] == by_hand(make(), 0.5, seeds)["length"].tolist()
     assert min(map(len, played)) < STEPS
+
+
+@pytest.mark.parametrize("agents", [(), (1,), (3, 1), (2, 2)])
+@pytest.mark.parametrize("batch", [(5,), (4, 6), (4, 1), (1, 1), (2, 3, 4)])
+def test_first_episodes_of_rollouts_of_every_shape(batch: tuple[int, ...], agents: tuple[int, ...]) -> None:
+    """By a loop over steps; an end is anywhere behind the batch."""
+    torch.manual_seed(0)
+    done = torch.rand(*batch, *agents) < 0.4
+    found = first_episode(TensorDict({"next": {"done": done}}, batch_size=batch))
+    expected = torch.zeros(batch, dtype=torch.bool)
+    rows, each = expected.reshape(-1, batch[-1]), done.reshape(-1, batch[-1], *agents)
+    for row, ends in zip(rows, each, strict=True):
+        ended = torch.zeros(agents, dtype=torch.bool)
+        for time, now in enumerate(ends):
+            row[time] = True
+            ended |= now
+            if bool(ended.all()):
+                break
+    assert torch.equal(found, expected)

@@ -16,7 +16,7 @@ from torchrl.envs.batched_envs import BatchedEnvBase
 from tdhook_rl.arguments.callbacks import asked
 from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.errors import InputError, TdhookError
-from tdhook_rl.replaying.ends import before_end, ended, first_steps, own_rewards
+from tdhook_rl.replaying.ends import ended, first_steps, own_rewards
 from tdhook_rl.sweeps.conditions import Place
 from tdhook_rl.sweeps.shared_draws import SharedDraws
 
@@ -290,8 +290,11 @@ def first_episodes(setting: Setting, played: TensorDictBase) -> tuple[TensorDict
 
 
 def first_episode(rollout: TensorDictBase, done_key: NestedKey = ("next", "done")) -> Tensor:
-    """Which steps belong to the first episode of each row: ``batch``, time last."""
-    return before_end(rollout[done_key].squeeze(-1))
+    """Which steps belong to the first episode of each row: ``batch``, time last.
+
+    Of agents that end each for itself it lasts until all have ended once.
+    """
+    return first_steps(rollout[done_key].reshape(*rollout.batch_size, -1))
 
 
 def padded(steps: Sequence[tuple[Tensor, TensorDictBase]], rows: int) -> TensorDictBase:
