@@ -105,6 +105,45 @@ def test_returns_are_those_of_a_loop_over_environments(kind: str, how: str, told
         torch.testing.assert_close(found.rows, returns(parts[0]).rows, equal_nan=True)
 
 
+def numbered(data: TensorDict, first: int = 0) -> TensorDict:
+    """With numbers of trajectories as collectors give them."""
+    ids = data["is_init"].squeeze(-1).cumsum(1) - 1
+    data["collector", "traj_ids"] = first + ids + 100 * torch.arange(ENVS)[:, None]
+    return data
+
+
+@pytest.mark.parametrize("told", ["nothing", "is_init", "step_count"])
+@pytest.mark.parametrize("kind", STATES)
+def test_numbers_join_what_goes_on_and_nothing_else(kind: str, told: str) -> None:
+    hidden = {"is_init", "step_count"} - {told}
+    data = numbered(walks(kind, 2 * STEPS))
+    one = [part.exclude(*hidden) for part in data.split(STEPS, 1)]  # a collector gives one batch after the other
+    assert whole(returns(stored(one))) == pytest.approx(episodes_in([data]))
+    several = [numbered(walks(kind, seed=seed)) for seed in (1, 2, 3)]  # three that number theirs alike
+    assert whole(returns(stored([part.exclude(*hidden) for part in several]))) == pytest.approx(episodes_in(several))
+
+
+def test_counts_that_happen_to_go_on_join_nothing() -> None:
+    """Two batches of episodes that were cut off at different steps: counts of other environments may follow."""
+    data = walks("vectors", 6 * STEPS).exclude("is_init")
+    parts = list(data.split(4, 1))
+    found = returns(stored(parts))
+    count, env = torch.cat([part["step_count"].flatten() for part in parts]), torch.arange(ENVS)[:, None]
+    env = torch.cat([env.expand(part.batch_size).flatten() for part in parts])
+    assert bool((count.diff() == 1)[env.diff() != 0].any())
+    assert all(len(env[one.rows].unique()) == 1 for one in found.episodes)
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_of_numbered_trajectories_some_steps_may_not_be_stored(kind: str) -> None:
+    data = numbered(walks(kind, 3 * STEPS)).exclude("is_init")
+    few = data[:, ::2].reshape(-1)
+    found = returns(few.exclude("step_count"))
+    joined = returns(few)
+    assert found.episode.tolist() == joined.episode.tolist()
+    assert len(found.episodes) >= len(few["collector", "traj_ids"].unique())
+
+
 @pytest.mark.parametrize("kind", STATES)
 def test_a_ring_knows_only_what_is_left(kind: str) -> None:
     parts = [walks(kind, seed=seed) for seed in (1, 2, 3)]

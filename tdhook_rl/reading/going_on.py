@@ -36,25 +36,31 @@ class GoingOn:
                 sides[0][here], sides[1][here] = _summed(then), _summed(now)
 
     def breaks(self, order: Tensor, done: Tensor) -> tuple[Tensor, Tensor]:
-        """In the order of writing, which rows do not go on from those before them; which begin where others broke off.
-
-        An entry tells that where most rows do go on from each other by it: behind a transform that looks several steps
-        ahead, or where rows lie in no order, none does.
+        """In some order, which rows do not go on from those before them; and which begin where others broke off.
 
         Args:
             order: the numbers of the rows.
-            done: in this order, where an episode is known to have ended.
+            done: in this order, behind which of them nothing is to go on.
         """
         broken = torch.zeros(len(order), dtype=torch.bool)
-        inside, ends, starts = ~done[:-1], torch.zeros_like(order), torch.zeros_like(order)
+        ends, starts = torch.zeros_like(order), torch.zeros_like(order)
         for then, now in self._states.values():
             then, now = then[order], now[order]
-            follow = now[:-1] == then[1:]
-            if int((follow & inside).sum()) * 2 >= max(int(inside.sum()), 1):
-                broken[1:] |= ~follow & inside
+            apart = breaks_of(now[:-1] == then[1:], done[:-1])
+            if bool(apart.any()):
+                broken[1:] |= apart
                 ends, starts = ends + now, starts + then
         cut = torch.cat([broken[1:], broken.new_ones(1)]) & ~done
         return broken, torch.isin(starts, ends[cut]) if bool(broken.any()) else torch.zeros_like(broken)
+
+
+def breaks_of(follow: Tensor, done: Tensor) -> Tensor:
+    """Where rows do not follow each other though nothing ended, told by what most of them do follow each other in.
+
+    Behind a transform that looks several steps ahead, or where rows lie in no order, nothing tells it.
+    """
+    most = int((follow & ~done).sum()) * 2 >= int((~done).sum())
+    return ~follow & ~done if most else torch.zeros_like(follow)
 
 
 def _may_go_on(key: NestedKey, then: object, now: object) -> bool:

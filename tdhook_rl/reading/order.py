@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.errors import InputError
-from tdhook_rl.reading.going_on import GoingOn
+from tdhook_rl.reading.going_on import GoingOn, breaks_of
 from tdhook_rl.reading.transforms import Window
 
 #: Where the number of a row's trajectory may be, where its steps are counted, and where its first step is marked.
@@ -63,7 +63,7 @@ class Trajectories:
         InputError: if nothing says where a trajectory ends.
     """
 
-    def __init__(self, written: Written, facts: TensorDictBase, looking: str, going_on: GoingOn | None) -> None:
+    def __init__(self, written: Written, facts: TensorDictBase, looking: str, going_on: GoingOn) -> None:
         rows = len(facts)
         self._over = written.over
         # In the order of writing.
@@ -78,26 +78,26 @@ class Trajectories:
                 f"{looking} reads rows of one trajectory, and no entry of the buffer says where one ends: store "
                 "('next', 'done') or ('collector', 'traj_ids')"
             )
-        starts = torch.zeros(rows, dtype=torch.bool)
-        broken, resumed = starts.clone(), starts.clone()
         if number is None:
             lines = torch.zeros(rows, dtype=torch.long)
-            if count is not None:
-                starts[1:] |= count[1:] != count[:-1] + 1
-            if written.begins is not None:
-                starts |= written.begins
-            if going_on is not None:
-                broken, resumed = going_on.breaks(order, torch.zeros_like(starts) if done is None else done.bool())
         else:
             lines = number.unique(return_inverse=True)[1]
         # Trajectory by trajectory, each in the order of writing.
         by_line = lines.sort(stable=True).indices
-        line, begun = lines[by_line], starts[by_line]
+        line, begun = lines[by_line], torch.zeros(rows, dtype=torch.bool)
         begun[0] = True
-        begun[1:] |= line[1:] != line[:-1]
+        begun[1:] = line[1:] != line[:-1]
         if done is not None:
             begun[1:] |= done[by_line][:-1].bool()
-        begun |= broken[by_line]
+        if number is None and written.begins is not None:
+            begun |= written.begins
+        # Several collectors may number theirs alike, and of rows without numbers several environments may follow.
+        stops = torch.cat([begun[1:], begun.new_ones(1)])
+        broken, resumed = going_on.breaks(order[by_line], stops)
+        begun |= broken
+        if count is not None:
+            follow = count[by_line][1:] == count[by_line][:-1] + 1
+            begun[1:] |= ~follow if number is None else breaks_of(follow, stops[:-1])  # some steps may not be stored
         if begins is not None and bool(begins.any()):  # what goes on from an earlier batch does not begin
             known = begins[by_line].bool()
             begun |= known
@@ -107,7 +107,7 @@ class Trajectories:
             ended = torch.zeros(rows, dtype=torch.bool)
             if done is not None:  # what was written just before it was an end
                 ended[1:] = done[:-1].bool()
-            known = begun & (ended[by_line] if self._over else True) & ~resumed[by_line]
+            known = begun & (ended[by_line] if self._over else True) & ~resumed
         self._entries = order[by_line]
         self._place = self._entries.argsort()
         self._first = _last_true(begun)

@@ -196,7 +196,5 @@ class Reader:
         for first in range(0, self.size, LOOKED_UP):
             rows = self.source.raw(torch.arange(first, min(first + LOOKED_UP, self.size)))
             parts.append(rows.select(*keys, strict=False))
-            told = Trajectories.told(written, parts[0])
-            if not told:
-                going_on.add(first, rows)
-        return Trajectories(written, torch.cat(parts), looking, None if told else going_on)
+            going_on.add(first, rows)
+        return Trajectories(written, torch.cat(parts), looking, going_on)
