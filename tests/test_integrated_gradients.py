@@ -412,8 +412,9 @@ def test_a_module_that_does_not_run_at_the_baseline(missing: str) -> None:
     assert ("missing='nan' cannot be had" in str(error.value)) == (missing == "nan")
 
 
-def test_what_no_pass_reads_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Baselines and results of an earlier call, which may be large."""
+@pytest.mark.parametrize("own", [True, False], ids=["a target of ours", "a function"])
+def test_what_no_pass_reads_is_not_repeated(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Baselines and results of an earlier call, which may be large; and outputs, but for what a function may read."""
     left_out: list[set] = []
 
     def repeated(data: TensorDict, points: int, keys: frozenset) -> TensorDict:
@@ -424,10 +425,14 @@ def test_what_no_pass_reads_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> 
     actor = categorical()
     data = actor(TensorDict({"observation": torch.randn(5, FEATURES)}, batch_size=5)).detach()
     data["baseline", "observation"] = torch.zeros(5, FEATURES)
-    with IntegratedGradients(n_steps=4).prepare(actor) as hooked:
+    target = None if own else (lambda run: run.outputs["logits"][..., 0] * run.stored["logits"][..., 0])
+    with IntegratedGradients(n_steps=4, target=target).prepare(actor) as hooked:
         hooked.annotate(hooked.annotate(data))
-    assert all({"attr", "baseline"} <= one for one in left_out)
     assert left_out
+    for one in left_out:
+        assert "baseline" in one
+        assert "action" not in one
+        assert {"attr", "logits"} <= one if own else "logits" not in one
 
 
 def test_a_callback_may_read_the_baseline() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
+from operator import attrgetter
+from typing import Any
 
 import pytest
 import torch
@@ -137,3 +140,21 @@ def test_a_pickled_policy_registers_further_hooks_beside_its_own() -> None:
             twin.get_submodule(case.site).register_forward_hook(lambda *_: calls.append(1))
         assert ("cache", case.site) in twin(case.data(2)).keys(True, True)
     assert len(calls) == 3
+
+
+def _listed(self: TensorDictModule) -> list[str]:
+    return self.read
+
+
+@pytest.mark.parametrize("getter", [_listed, attrgetter("read"), partial(_listed)], ids=lambda one: type(one).__name__)
+def test_keys_that_a_class_computes(getter: Any) -> None:
+    """By a property of whatever is called: a hooked policy asks it of itself."""
+
+    class Computes(TensorDictModule):
+        in_keys = property(getter, lambda self, keys: setattr(self, "read", list(keys)))
+
+    policy = Computes(nn.Linear(3, 2), in_keys=["x"], out_keys=["y"])
+    with Saliency(when="step").prepare(policy) as hooked:
+        found = hooked(TensorDict({"x": torch.randn(4, 3)}, batch_size=4))
+    assert hooked.policy_in_keys == ["x"]
+    torch.testing.assert_close(found["attr", "x"], policy.module.weight.sum(0).expand(4, -1))

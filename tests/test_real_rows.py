@@ -15,7 +15,7 @@ from torchrl.modules import GRUModule
 
 from tdhook_rl import ActivationCaching, IntegratedGradients, Saliency, targets
 from tdhook_rl.attribution import LRP, Occlusion
-from tdhook_rl.calls.real_rows import real_rows
+from tdhook_rl.calls.real_rows import FEW, real_rows, surely_finite
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.latent.probing import LinearEstimator, ProbeManager, Probing
@@ -194,3 +194,37 @@ def test_what_tensordict_pads_is_padding_and_masks_of_ones_own_are_not() -> None
         own = hooked.annotate(data.clone().set(("masks", "wall"), data["masks", "observation"]))
     assert torch.equal(found["computed", "attr"], data["masks", "observation"])
     assert bool(own["computed", "attr"].all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize("shape", [(), (1,), (3, 4), (1, FEW), (2, 3, 4), (FEW + 1,), (2, 0)], ids=str)
+def test_what_is_surely_finite(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Few entries are added up in Python, more by torch; both see one that is no number, and two that cancel out."""
+    value = torch.ones(shape, dtype=dtype)
+    assert surely_finite(value)
+    for place in {0, value.numel() - 1} if value.numel() else ():
+        for odd in (torch.nan, torch.inf, -torch.inf):
+            broken = value.clone()
+            broken.view(-1)[place] = odd
+            assert not surely_finite(broken)
+    if value.numel() > 1:
+        value.view(-1)[0], value.view(-1)[1] = torch.inf, -torch.inf
+        assert not surely_finite(value)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 40])
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", ["observation", "beside"])
+@pytest.mark.parametrize("when", ["step", "batch"])
+def test_a_row_of_which_only_the_input_is_no_number(when: str, place: str, odd: float, rows: int) -> None:
+    """Its gradient is one: that it has no result is seen from its stamp, which adds up what the policy read."""
+    net = nn.Bilinear(2, 2, 1, bias=False) if place == "beside" else nn.Linear(2, 1)
+    policy = TensorDictModule(net, ["observation", "other"] if place == "beside" else ["observation"], ["out"])
+    explained = ["observation"] if place == "observation" else ["other"]
+    data = TensorDict({"observation": torch.ones(rows, 2), "other": torch.ones(rows, 2)}, batch_size=rows)
+    data[explained[0]][-1, 0] = odd
+    with Saliency(inputs=explained, target=targets.output_sum(), when=when).prepare(policy) as hooked:
+        found = hooked(data) if when == "step" else hooked.annotate(data, on_mismatch="ignore")
+    expected = torch.ones(rows, dtype=torch.bool)
+    expected[-1] = False
+    assert torch.equal(found["computed", "attr"], expected)

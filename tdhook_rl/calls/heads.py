@@ -148,8 +148,8 @@ class HeadPass:
     def keep_last(self) -> None:
         """Keep for the call what the policy puts out for its rows as they are, which are the last of the pass."""
         call, leaf = self._call, self.leaf.detach()
-        if isinstance(self._chain.head, ProbabilisticTensorDictModule):
-            call.keep_last(self.outputs())
+        if self._split is not None:
+            call.keep_last(self._split)
             return
         batch = call.batch_size
         last = leaf[-batch.numel() :]  # choosing takes long

@@ -10,6 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -378,5 +379,6 @@ def _reader(base: type[nn.Module], name: str) -> Callable[[Any], list[NestedKey]
     """A method that reads a class's own keys; in place of ``super().in_keys``, which ``torch.compile`` cannot trace."""
     found = inspect.getattr_static(base, name)
     if isinstance(found, property):
-        return found.fget  # type: ignore[return-value]
+        getter = found.fget
+        return getter if isinstance(getter, FunctionType) else lambda self: getter(self)  # type: ignore[misc]
     return lambda self: found

@@ -54,14 +54,17 @@ def repeat_rows(data: TensorDictBase, copies: int, without: Collection[str] = ()
         copies: how many times.
         without: entries that are left out.
     """
-    dims = data.ndim
-    repeated = new_unsafe({}, batch_size=torch.Size([copies * data.batch_size.numel()]), device=data.device)
+    dims, rows = data.ndim, data.batch_size.numel()
+    repeated = new_unsafe({}, batch_size=torch.Size([copies * rows]), device=data.device)
     # Entry by entry: expand and reshape of a whole TensorDict cost ten times as much.
     for name, value in data.items():
         if name in without:
             continue
         if type(value) is Tensor:
-            more = value.expand(copies, *value.shape).flatten(0, dims)
+            if dims == 1 and rows == 1:
+                more = value.expand(copies, *value.shape[1:])
+            else:
+                more = value.expand(copies, *value.shape).flatten(0, dims)
             set_str(repeated, name, more, inplace=False, validated=True)
         else:
             shape = value.shape if isinstance(value, Tensor) else value.batch_size
