@@ -384,6 +384,8 @@ def test_the_choice_is_made_in_one_half_and_reported_of_the_other() -> None:
     row = known(40).chosen("score")
     assert (row.vector, row.alpha, row.mean.rows) == ("up", 1.0, 20)
     assert known(40).chosen("score", larger=False).alpha == 0.5
+    with pytest.raises(InputError, match="the sweep has one"):
+        known(1).chosen("score")
 
 
 def test_runs_are_the_unit_where_there_are_several() -> None:

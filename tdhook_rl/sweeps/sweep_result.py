@@ -277,7 +277,12 @@ class SweepResult:
         Args:
             outcome: what is to change.
             larger: whether it is to become larger.
+
+        Raises:
+            InputError: of a single episode.
         """
+        if len(self.of(outcome)) < 2:
+            raise InputError("one half of the episodes chooses and the other reports, and the sweep has one: play more")
         halves = [torch.arange(len(self.of(outcome))) % 2 == half for half in (0, 1)]
         first, second = (self._part(half) for half in halves)
         asked = [(vector, alpha) for vector in self.vectors for alpha in self.alphas(vector) if alpha]
