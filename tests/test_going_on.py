@@ -123,6 +123,25 @@ def test_numbers_join_what_goes_on_and_nothing_else(kind: str, told: str) -> Non
     assert whole(returns(stored([part.exclude(*hidden) for part in several]))) == pytest.approx(episodes_in(several))
 
 
+def corridor(paths: dict[int, list[list[int]]]) -> TensorDict:
+    """One row for each environment, of the places that it comes to, by where its episodes begin; they end at 3."""
+    rows = [(start, path) for start, several in paths.items() for path in several]
+    then = torch.tensor([[start, *(start if place == 3 else place for place in path[:-1])] for start, path in rows])
+    now = torch.tensor([path for _, path in rows])
+    data = TensorDict({"place": then, "next": {"place": now}}, batch_size=then.shape)
+    data["next", "done"], data["is_init"] = (now == 3)[..., None], torch.zeros_like(now, dtype=torch.bool)[..., None]
+    data["is_init"][:, 0], data["is_init"][:, 1:] = True, data["next", "done"][:, :-1]
+    data["next", "reward"] = torch.randn(*then.shape, 1, generator=torch.Generator().manual_seed(0)).double()
+    return data
+
+
+@pytest.mark.parametrize("last", [[1, 2, 3, 1, 5], [1, 2, 1, 2, 5], [1, 2, 3, 1, 2]])
+def test_episodes_begin_where_others_were_cut_off_if_many_begin_there(last: list[int]) -> None:
+    data = corridor({0: [[1, 3, 1, 2, 3], last, [1, 3, 1, 2, 3]], 5: [[4, 3, 4, 4, 3], [4, 3, 4, 3, 4]]})
+    found = returns(data.exclude("is_init").reshape(-1))
+    assert whole(found) == pytest.approx(episodes_in([data]))
+
+
 def test_counts_that_happen_to_go_on_join_nothing() -> None:
     """Two batches of episodes that were cut off at different steps: counts of other environments may follow."""
     data = walks("vectors", 6 * STEPS).exclude("is_init")

@@ -50,8 +50,14 @@ class GoingOn:
             if bool(apart.any()):
                 broken[1:] |= apart
                 ends, starts = ends + now, starts + then
+        if not bool(broken.any()):
+            return broken, torch.zeros_like(broken)
         cut = torch.cat([broken[1:], broken.new_ones(1)]) & ~done
-        return broken, torch.isin(starts, ends[cut]) if bool(broken.any()) else torch.zeros_like(broken)
+        after = torch.cat([done.new_ones(1), done[:-1]])
+        begun, times = starts[after].unique(return_counts=True)
+        # Where episodes begin in few states, one may have been cut off in such a state: what begins there begins.
+        usual = torch.where(after, torch.isin(starts, begun[times > 1]), torch.isin(starts, begun))
+        return broken, torch.isin(starts, ends[cut]) & ~usual
 
 
 def breaks_of(follow: Tensor, done: Tensor) -> Tensor:
