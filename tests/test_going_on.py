@@ -119,6 +119,10 @@ def test_numbers_join_what_goes_on_and_nothing_else(kind: str, told: str) -> Non
     data = numbered(walks(kind, 2 * STEPS))
     one = [part.exclude(*hidden) for part in data.split(STEPS, 1)]  # a collector gives one batch after the other
     assert whole(returns(stored(one))) == pytest.approx(episodes_in([data]))
+    entries = ReplayBuffer(storage=LazyTensorStorage(1000))  # of which each is cut off by itself
+    for part in one:
+        entries.extend(part)
+    assert whole(returns(entries)) == pytest.approx(episodes_in(list(data.split(STEPS, 1))))
     several = [numbered(walks(kind, seed=seed)) for seed in (1, 2, 3)]  # three that number theirs alike
     assert whole(returns(stored([part.exclude(*hidden) for part in several]))) == pytest.approx(episodes_in(several))
 
@@ -161,6 +165,17 @@ def test_of_numbered_trajectories_some_steps_may_not_be_stored(kind: str) -> Non
     joined = returns(few)
     assert found.episode.tolist() == joined.episode.tolist()
     assert len(found.episodes) >= len(few["collector", "traj_ids"].unique())
+
+
+@pytest.mark.parametrize("shape", [(4, ENVS), (2, 2, ENVS), (4 * ENVS,)], ids=str)
+@pytest.mark.parametrize("kind", STATES)
+def test_an_entry_may_hold_several_trajectories(kind: str, shape: tuple[int, ...]) -> None:
+    parts = [walks(kind, seed=seed) for seed in range(4)]
+    data = torch.stack(parts).exclude("is_init", "step_count").reshape(*shape, STEPS)
+    buffer = ReplayBuffer(storage=LazyTensorStorage(100))
+    buffer.extend(data)
+    for given in (data, buffer):
+        assert whole(returns(given)) == pytest.approx(episodes_in(parts))
 
 
 @pytest.mark.parametrize("kind", STATES)

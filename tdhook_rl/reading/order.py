@@ -196,6 +196,31 @@ def begins_told(rows: TensorDictBase) -> Tensor | None:
     return None if count is None else count == 0
 
 
+def numbers_told(rows: TensorDictBase) -> Tensor | None:
+    """The number of each row's trajectory, where there is one."""
+    return _flat(rows, NUMBERS, torch.arange(len(rows)))
+
+
+def goes_on(numbers: Tensor, first: Tensor, cut: Tensor) -> Tensor:
+    """Which first rows go on with a trajectory whose last row so far was cut off.
+
+    Example:
+        >>> first, cut = torch.tensor([1, 0, 1, 0]).bool(), torch.tensor([0, 1, 0, 1]).bool()
+        >>> goes_on(torch.tensor([7, 7, 7, 8]), first, cut).tolist()
+        [False, False, True, False]
+    """
+    open_ones: set[int] = set()
+    found = torch.zeros_like(first)
+    for place in (first | cut).nonzero().flatten().tolist():
+        number = int(numbers[place])
+        if bool(first[place]):
+            found[place] = number in open_ones
+            open_ones.discard(number)
+        if bool(cut[place]):
+            open_ones.add(number)
+    return found
+
+
 def _flat(facts: TensorDictBase, keys: Sequence[NestedKey | None], order: Tensor, merge: bool = False) -> Tensor | None:
     """The first of these entries that is there, or any of them, one value a row."""
     found = [facts.get(key, None) for key in keys if key is not None]

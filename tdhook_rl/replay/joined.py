@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.errors import InputError
-from tdhook_rl.reading.order import ENDS, Courses, begins_told
+from tdhook_rl.reading.order import ENDS, Courses, begins_told, goes_on, numbers_told
 from tdhook_rl.reading.reader import Reader
 from tdhook_rl.reading.sources import Rows
 from tdhook_rl.replay.results import INDEX, load_results
@@ -97,7 +97,7 @@ class Joined:
         """
         if self.reader.rows == 1:
             return self.reader.courses(looking)
-        parts, ends, begins = [], [], []
+        parts, ends, begins, names = [], [], [], []
         for numbers, rows in self.chunks(batch_size):
             found = [one for key in _DONE if isinstance(one := rows.get(key, None), Tensor)]
             if not found:
@@ -107,14 +107,19 @@ class Joined:
             parts.append(numbers)
             ends.append(torch.stack([one.reshape(len(numbers), -1).any(1) for one in found]).any(0).cpu())
             begins.append(begins_told(rows))
+            names.append(numbers_told(rows))
         numbers, done = torch.cat(parts), torch.cat(ends)
         new = torch.ones(len(numbers), dtype=torch.bool)
-        entry = numbers // self.reader.rows
-        new[1:] = done[:-1] | (entry[1:] != entry[:-1])
+        line = numbers // self.reader.source.raw(torch.arange(1)).batch_size[-1]  # an entry may hold several, time last
+        new[1:] = done[:-1] | (line[1:] != line[:-1])
         last = torch.cat([new[1:], new.new_ones(1)])
-        # A trajectory that is stored whole begins where its entry does, unless rows say which ones begin.
-        told = [one for one in begins if one is not None]
-        begun = torch.cat(told) if told and any(bool(one.any()) for one in told) else torch.ones_like(done)
+        # A trajectory that is stored whole begins where its line does, unless rows say which begin or go on.
+        told, named = ([one for one in each if one is not None] for each in (begins, names))
+        begun = torch.ones_like(done)
+        if told and any(bool(one.any()) for one in told):
+            begun = torch.cat(told)
+        elif named:
+            begun = ~goes_on(torch.cat(named), new, last & ~done)
         return Courses(numbers, new.long().cumsum(0) - 1, done[last], begun[new])
 
     def _beside(self, places: Tensor, inside: Tensor) -> TensorDict:
