@@ -189,7 +189,10 @@ class _BoundIntegratedGradients(BoundAttribution):
             for one, total in zip(found, totals, strict=True):
                 for part, sums, shape in zip(one, total, shapes, strict=True):
                     for key, value in part.items():
-                        value = value.reshape(points, *shape[key])[: points - end].sum(0)
+                        if batch == (1,) and shape[key][:1] == batch:
+                            value = value[: points - end].sum(0, keepdim=True)
+                        else:
+                            value = value.reshape(points, *shape[key])[: points - end].sum(0)
                         sums[key] = value if key not in sums else sums[key] + value
         # A row whose own target is no number has no attribution, also where the path reaches it from numbers.
         for index, defined in (between.defined or {}).items():
@@ -384,7 +387,7 @@ def _between(low: Tensor, high: Tensor, alphas: Tensor, batch: torch.Size, end: 
     """Points from low to high, ``(points * rows, features)``; the last, an ``end``, is ``high`` to the bit."""
     if alphas.dtype is not low.dtype or alphas.device != low.device:
         alphas = alphas.to(low)
-    if len(batch) == 1 and len(low) == 1:  # one row, whose points are the rows
+    if batch == (1,) and low.shape[:1] == batch:  # the points of one row are the rows of a pass
         path = torch.lerp(low, high, alphas.reshape(-1, *(1,) * (low.ndim - 1)))
         if end:
             path[-1:] = high

@@ -153,6 +153,8 @@ class Found:
         for one in self.missing:
             if one.whole_batch and one.result_keys[0][0] == root:
                 return None
+        if len(self._by_root) == 1:
+            return provenance.stamp(root, None, data)
         if self._trace is None:
             self._trace = provenance.trace(data)
         return provenance.stamp(root, self._trace, data)

@@ -10,6 +10,7 @@ row itself have changed since. 0 is nobody's stamp.
 
 from __future__ import annotations
 
+import operator
 import secrets
 import zlib
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from tdhook_rl.arguments.keys import get_entry
 from tdhook_rl.calls.bound import BoundMethod
-from tdhook_rl.calls.real_rows import defined_values, reached_values, row_mask, surely_finite
+from tdhook_rl.calls.real_rows import FEW, defined_values, reached_values, row_mask, surely_finite
 from tdhook_rl.calls.writing import set_entries
 from tdhook_rl.internals.torch_names import is_any_autocast_enabled
 from tdhook_rl.policies.contents import HeldTensors, versions
@@ -41,6 +42,8 @@ LOWER = {"mps": torch.float32}
 RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-5}
 #: A longer row is projected by numbers that repeat: after a prime, so that no two frames of it have the same.
 LONGEST = 65_521
+#: What Python's numbers hold as they are.
+_EXACT = frozenset((torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool))
 #: Calls in a row in which buffers move and weights do not, after which they are taken for a state.
 MOVES = 3
 
@@ -102,7 +105,7 @@ class Provenance:
         self._moves, self._drifts = [0, 0], [False, False]
         self._weights = 0
         self._full: Tensor | None = None  # the mask of a batch of which every row is real
-        self._vectors: dict[tuple[NestedKey, int, torch.device], Tensor] = {}
+        self._vectors: dict[tuple[NestedKey, int, torch.device], tuple[Tensor, list[float]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in ("_token", "_edits", "_inputs", "_more", "_judged", "marks")}
@@ -205,9 +208,12 @@ class Provenance:
         """What the stamps of all roots share: of what the policy saw, a number for each row, or one for all."""
         return self._add(None, self._inputs, source)
 
-    def stamp(self, root: str, trace: Tensor, data: TensorDictBase) -> Tensor:
-        """The stamps of one root, the batch shape."""
-        found = self._add(trace, self._more[root], data) if self._more[root] else trace
+    def stamp(self, root: str, trace: Tensor | None, data: TensorDictBase) -> Tensor:
+        """The stamps of one root, the batch shape; without a trace, of what the policy saw in the data too."""
+        if trace is None:
+            found = self._add(None, [*self._inputs, *self._more[root]], data)
+        else:
+            found = self._add(trace, self._more[root], data) if self._more[root] else trace
         return found if found.shape == data.batch_size else _as_batch(found, data.batch_size)
 
     def own_rows(self, root: str, data: TensorDictBase) -> Tensor | None:
@@ -232,19 +238,23 @@ class Provenance:
     def _add(self, total: Tensor | None, keys: Sequence[NestedKey], data: TensorDictBase, size: bool = False) -> Tensor:
         """Add the projections of entries; with ``size`` the sizes of the terms."""
         batch = data.batch_size
+        few: float | None = None  # of one row of few entries, which Python adds up faster
         for key in keys:
             value = get_entry(data, key)
             if not isinstance(value, Tensor):
                 continue
             rows = _flat(value, batch)
-            vector = self._vector(key, rows.shape[1], rows.device)
-            if rows.dtype is not (precision := vector.dtype):
-                rows = rows.double() if precision is torch.float64 else rows.to(precision)  # `to` takes twice as long
+            vector, factors = self._vector(key, rows.shape[1], rows.device)
             if total is None:
-                total = self._vector("", 1, rows.device)
+                total = self._vector("", 1, rows.device)[0]
                 total = total.abs() if size else total
             elif total.device != rows.device:
                 total = total.to(rows.device)
+            if factors and len(rows) == 1 and not size and rows.dtype in _EXACT:
+                few = sum(map(operator.mul, rows.tolist()[0], factors), few or 0.0)
+                continue
+            if rows.dtype is not (precision := vector.dtype):
+                rows = rows.double() if precision is torch.float64 else rows.to(precision)  # `to` takes twice as long
             if size:
                 rows, vector = rows.abs(), vector.abs()
             if is_any_autocast_enabled():  # which would run the product in half precision
@@ -252,16 +262,19 @@ class Provenance:
             else:
                 total = torch.addmv(total.reshape(-1) if total.ndim != 1 else total, rows, vector)
         if total is None:
-            total = self._vector("", 1, data.device or torch.device("cpu"))
-        return total
+            total = self._vector("", 1, data.device or torch.device("cpu"))[0]
+        return total if few is None else total + few
 
-    def _vector(self, key: NestedKey, length: int, device: torch.device) -> Tensor:
+    def _vector(self, key: NestedKey, length: int, device: torch.device) -> tuple[Tensor, list[float]]:
+        """What an entry of so many features is projected by; of few on the CPU as a list too."""
         known = self._vectors.get((key, length, device))
         if known is None:
             seed = [self._token, self._edits, self._weights, zlib.crc32(repr(key).encode())]
             drawn = np.random.Generator(np.random.PCG64(seed)).standard_normal(min(length, LONGEST), np.float32)
             with torch.inference_mode(False):
-                known = torch.from_numpy(np.resize(drawn, length)).to(device, precision_on(device))
+                vector = torch.from_numpy(np.resize(drawn, length)).to(device, precision_on(device))
+            few = length <= FEW and device.type == "cpu" and vector.dtype is torch.float64
+            known = vector, vector.tolist() if few else []
             self._vectors[key, length, device] = known
         return known
 
