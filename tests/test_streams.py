@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ProbabilisticActor
 
 from tdhook_rl import Saliency, SteeringVectors
+from tdhook_rl.artifacts import load_artifact, save_artifact
+from tdhook_rl.errors import InputError
 from tdhook_rl.metrics import InfidelityMetric, deletion_insertion, random_target_loss
 from tdhook_rl.rollout import alike_episodes
 from tdhook_rl.sweeps import ablate_units, patch_sites, steering_sweep
@@ -200,3 +204,18 @@ def test_perturbations_are_not_along_the_data(rows: tuple[int, ...], seed: int) 
         batch = hooked.annotate(data)
         own, other = (InfidelityMetric(1, noise_scale=0.5, seed=one)(hooked, batch).mean() for one in (seed, 123456))
     assert own > other / 3
+
+
+def test_a_sweep_whose_numbers_followed_otherwise_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Half of its conditions would be played with other noise than the rest."""
+    policy = TensorDictModule(nn.Linear(2, 2), ["observation"], ["action"])
+    env = OneStep(torch.randn, lambda state, action: (state * action).sum(-1, keepdim=True))
+    play = partial(
+        steering_sweep, policy, env, {"one": {"module": torch.ones(2)}}, alphas=[1.0], controls=0, episodes=4
+    )
+    play(folder=tmp_path, progress=False)
+    tensors, facts = load_artifact(tmp_path / "sweep", "steering_sweep")
+    del facts["streams"]
+    save_artifact(tmp_path / "sweep", "steering_sweep", tensors, facts)
+    with pytest.raises(InputError, match=r"another streams .*by the release that began it"):
+        play(folder=tmp_path, progress=False)

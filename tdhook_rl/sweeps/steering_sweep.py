@@ -14,6 +14,7 @@ from torchrl.envs.utils import exploration_type
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.arguments.progress import Progress, shown
+from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.errors import InputError, MissingKeyError, TdhookError, nearest, warn
 from tdhook_rl.files.functions import in_words
 from tdhook_rl.latent import SteeringVectors
@@ -125,7 +126,8 @@ def steering_sweep(
         sweep = _Sweep(policy, setting, measured, directions, when)
         facts = {
             "alphas": sorted({one.alpha for one in conditions}), "controls": controls, "episodes": episodes,
-            "max_steps": max_steps, "seed": seed, "exploration": str(exploration_type()),
+            "max_steps": max_steps, "exploration": str(exploration_type()),
+            "seed": seed, "streams": f"{stream_of(seed):x}",
             "environment": repr(made)[:200], "env": "" if isinstance(env, EnvBase) else in_words(env),
             "sign": in_words(sign), "when": in_words(when),
             "measured": measured.described(in_words),

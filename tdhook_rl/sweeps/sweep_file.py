@@ -28,6 +28,7 @@ BETWEEN = 5.0
 _REMEDIES = {
     "environment_state": ", with the transforms and workers of env= (running statistics, counters, buffers) as they "
     "were when the sweep began, by their load_state_dict",
+    "streams": ", by the release that began it: random numbers followed from a seed in another way",
 }
 #: Beside the outcomes: whether an episode was cut at the longest that it may last.
 UNFINISHED = "unfinished"
