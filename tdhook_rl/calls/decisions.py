@@ -143,18 +143,19 @@ def warn_beside_values(run: Pass, values: Sequence[NestedKey]) -> None:
 
 
 def chosen_by(head: Any, values: TensorDictBase, stored: TensorDictBase) -> TensorDictBase:
-    """What the last module of a Q-network chooses by its values; a plain one's call takes longer than its choice."""
+    """What the last module of a Q-network chooses by its values, for a comparison with what is stored.
+
+    A plain one's call takes longer than its choice, and the value of that follows from both.
+    """
     if own_class(head) is not _q_value_module() or head.action_mask_key is not None or has_hook(head.__dict__):
         return head(values)
-    action_key, values_key, chosen_key = [one if type(one) is str else unravel_key(one) for one in head.out_keys]
+    action_key, values_key, _ = [one if type(one) is str else unravel_key(one) for one in head.out_keys]
     numbers, known = get_entry(values, values_key), get_entry(stored, action_key)
     action = head.action_func_mapping[head.action_space](numbers)
     batch = values.batch_size
     if not isinstance(known, Tensor) or known.shape[stored.ndim :] != action.shape[len(batch) :]:
         return head(values)  # it may shape its choice, or refuse
-    value_of = head.action_value_func_mapping.get(head.action_space)
-    chosen = (action * numbers).sum(-1, True) if value_of is None else value_of(numbers, action)
-    return tensors_as_entries({**store_of(values), action_key: action, chosen_key: chosen}, batch)
+    return tensors_as_entries({**store_of(values), action_key: action}, batch)
 
 
 @functools.cache
