@@ -4,11 +4,11 @@ What somebody writes who needs one policy explained, and nothing checked, reads 
 no TensorDict ("bare"); what everybody can write for every actor calls its ``get_dist`` ("by hand"); captum is given a
 function that does that. Every contender is checked to compute the same. :func:`figures` returns the table.
 
-Budgets are what was asked for, kept where they are missed. What is left of one call of ``annotate`` on few rows of a
-chain is some 150 microseconds beside passes of 80 to 120: 20 for a look at the weights (others may write them past
-autograd, and what was computed with them is then nobody's), 10 for the comparison with what the policy had put out, 40
-for masks, stamps and nodes, the rest for keys and checks. Networks that are no chain (a GRU) are run again through
-tensordict's modules, which is what they cost by hand through the actor, and all that is found on the way is looked at.
+Budgets are what was asked for, kept where they are missed. What is left of one call of ``annotate`` on one row of a
+chain is some 110 microseconds beside passes of 90: 10 for a look at the weights (others may write them past autograd,
+and what was computed with them is then nobody's), 5 for the comparison with what the policy had put out, 30 for masks,
+stamps and nodes, the rest for keys and checks. Networks that are no chain (a GRU) are run again through tensordict's
+modules, which is what they cost by hand through the actor, and all that is found on the way is looked at.
 
 python -m benchmarks.actor_speed --pairs 30 --only Saliency
 """

@@ -133,7 +133,7 @@ def three_questions(found: Findings) -> Drawing:
         behaviour={"success of the agent": found.behaviour},
         random=response.control_response("other"),
         matters=NEEDED,
-        units=(GRADIENT, "probe accuracy (held-out states)", "P(the other corner)"),
+        units=(GRADIENT, "held-out probe accuracy", "P(the other corner)"),
     )
 
 
