@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -17,6 +19,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ProbabilisticActor
 
 from tdhook_rl import Saliency, SteeringVectors
+from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.artifacts import load_artifact, save_artifact
 from tdhook_rl.errors import InputError
 from tdhook_rl.metrics import InfidelityMetric, deletion_insertion, random_target_loss
@@ -95,6 +98,13 @@ def product(state: Tensor, action: Tensor) -> Tensor:
 def unrelated(products: Tensor) -> bool:
     """Whether products of what has mean 0 have it too."""
     return bool(products.mean().abs() < 5 * products.std() / len(products) ** 0.5)
+
+
+@pytest.mark.parametrize("alike", [np.int64(1), np.uint8(1), torch.tensor(1), True], ids=lambda one: type(one).__name__)
+def test_one_number_is_one_seed_whatever_its_class(alike: Any) -> None:
+    assert stream_of(alike, "noise", 0) == stream_of(1, "noise", 0)
+    with pytest.raises(TypeError):
+        stream_of(1.0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -209,7 +219,7 @@ def test_perturbations_are_not_along_the_data(rows: tuple[int, ...], seed: int) 
 def test_a_sweep_whose_numbers_followed_otherwise_is_not_gone_on_with(tmp_path: Path) -> None:
     """Half of its conditions would be played with other noise than the rest."""
     policy = TensorDictModule(nn.Linear(2, 2), ["observation"], ["action"])
-    env = OneStep(torch.randn, lambda state, action: (state * action).sum(-1, keepdim=True))
+    env = OneStep(torch.randn, product)
     play = partial(
         steering_sweep, policy, env, {"one": {"module": torch.ones(2)}}, alphas=[1.0], controls=0, episodes=4
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import operator
+from typing import SupportsIndex
 
 
-def stream_of(seed: int, *names: str | int) -> int:
+def stream_of(seed: SupportsIndex, *names: str | int) -> int:
     """The seed of one of the streams that follow from a seed.
 
     What is seeded with the same number draws the same numbers, or nearly so: of an environment, and of a policy that
@@ -13,12 +15,15 @@ def stream_of(seed: int, *names: str | int) -> int:
     data and weights may have been drawn.
 
     Args:
-        seed: of the user's.
+        seed: of the user's, a whole number of whatever class.
         names: of the stream, such as what is drawn and when.
+
+    Raises:
+        TypeError: for a seed that is no whole number.
 
     Example:
         >>> len({stream_of(0), stream_of(0, "noise", 0), stream_of(0, "noise", 1), stream_of(1, "noise", 0)})
         4
     """
-    told = repr((seed, *names)).encode()
+    told = repr((operator.index(seed), *names)).encode()
     return int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "big") >> 1
