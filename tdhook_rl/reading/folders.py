@@ -18,7 +18,7 @@ from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter, RoundRob
 from tdhook_rl.errors import ArtifactError, InputError, warn
 from tdhook_rl.files.durable import read_json
 from tdhook_rl.internals.tensordict_names import file_stem
-from tdhook_rl.internals.torchrl_names import set_written
+from tdhook_rl.internals.torchrl_names import cursor_of, set_written
 
 #: What the folder of an analysis has, which holds no rows.
 MANIFEST = "analysis.json"
@@ -30,6 +30,27 @@ _OTHERS = {
     "data_indices.json": "a compressed storage",
 }
 _LOAD = "make the buffer, loads() the folder, and analyse the buffer"
+
+
+class LinesWriter(ImmutableDatasetWriter):
+    """Of a storage of several dimensions that was saved: how many steps were written to its lines, and where next."""
+
+    def __init__(self, steps: int, place: int) -> None:
+        super().__init__()
+        self.steps, self.place = steps, place
+
+
+def lines_of(buffer: ReplayBuffer) -> tuple[int, int]:
+    """How many steps were written to the lines of a storage of several dimensions, and where next; 0 where none tells.
+
+    Example:
+        >>> lines_of(ReplayBuffer(writer=LinesWriter(7, 3))), lines_of(ReplayBuffer(writer=ImmutableDatasetWriter()))
+        ((7, 3), (0, 0))
+    """
+    writer = buffer.writer
+    if isinstance(writer, LinesWriter):
+        return writer.steps, writer.place
+    return (buffer.write_count, cursor_of(writer)) if isinstance(writer, RoundRobinWriter) else (0, 0)
 
 
 def open_folder(path: Path) -> ReplayBuffer:
@@ -89,9 +110,10 @@ def _open_storage(folder: Path, writer: Path) -> ReplayBuffer:
     entries = length // rows if several else length
     if entries > capacity:
         raise ArtifactError(f"{folder / _STORAGE} counts {length} rows, and the files hold {capacity}")
-    # Time comes first in several dimensions, and last in what samples are.
-    found = data[:entries].transpose(0, data.ndim - 1) if several else data[:entries]
-    return _written(TensorStorage(found), order, cursor or 0, None if several else count)
+    if several:  # time comes first in several dimensions, and last in what samples are
+        found = data[:entries].transpose(0, data.ndim - 1)
+        return ReplayBuffer(storage=TensorStorage(found), writer=LinesWriter(count or 0, cursor or 0))
+    return _written(TensorStorage(data[:entries]), order, cursor or 0, count)
 
 
 def _written(storage: TensorStorage, order: Mapping[str, Any], cursor: int, count: int | None) -> ReplayBuffer:

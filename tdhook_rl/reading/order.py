@@ -32,12 +32,29 @@ class Written:
         over: whether others were there that have been written over.
         number_key: where the number of a row's trajectory is, if that is known.
         begins: which rows are the first of a trajectory where nothing in them says more.
+        turn: where entries have several rows, time last: the place in time of the rows that were written first.
     """
 
     cursor: int = 0
     over: bool = False
     number_key: NestedKey | None = None
     begins: Tensor | None = None
+    turn: int = 0
+
+    def in_time(self, entries: int, rows: int, steps: int) -> Tensor:
+        """The numbers of all rows, one line of time after the other.
+
+        Args:
+            entries: how many there are.
+            rows: of each.
+            steps: of each line of time in an entry.
+
+        Example:
+            >>> Written(turn=1).in_time(2, 3, 3).tolist()
+            [1, 2, 0, 4, 5, 3]
+        """
+        numbers = torch.arange(entries * rows).reshape(entries, -1, steps)
+        return numbers.roll((-self.cursor, -self.turn), (0, 2)).reshape(-1)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class ParquetRows:
         ArtifactError: if there are no rows, a file cannot be read, has other columns than the first, or is missing.
     """
 
-    rows, known = 1, True
+    rows, known, turn = 1, True, 0
 
     def __init__(self, path: Path) -> None:
         self.transforms: list[nn.Module] = []

@@ -138,6 +138,23 @@ class Reader:
         """
         return self._look_up(looking).courses()
 
+    def in_time(self, looking: str) -> Tensor:
+        """The numbers of all rows, those of one line in the order in which they were written.
+
+        Raises:
+            InputError: if the buffer does not keep that order.
+        """
+        steps = self.source.raw(torch.arange(1)).batch_size[-1]  # an entry may hold several lines, time last
+        return self.source.written(looking).in_time(self.size, self.rows, 1 if self.rows == 1 else steps)
+
+    def turned(self, data: TensorDictBase, back: bool = False) -> TensorDictBase:
+        """Lines of a ring, from the step that was written first on; or, back, as they are stored."""
+        turn = self.source.turn
+        if not turn:
+            return data
+        steps = torch.arange(data.batch_size[-1]).roll(turn if back else -turn)
+        return data[..., steps]
+
     def read(self, index: Tensor) -> TensorDictBase:
         """These entries, collated and transformed.
 
@@ -178,6 +195,8 @@ class Reader:
 
     def _transformed(self, rows: Tensor) -> TensorDictBase:
         data: Any = self.source.raw(rows)
+        if self.source.transforms and self.source.turn:
+            data = self.turned(data)
         for transform in self.source.transforms:
             data = followed_by(data, transform)
         if not is_tensor_collection(data) or data.ndim == 0 or len(data) != len(rows):
@@ -187,7 +206,7 @@ class Reader:
                 f"the buffer gives a batch of shape {shape} for {len(rows)} entries ({names}), so its "
                 "rows are not those that are stored: analyse a buffer without that transform"
             )
-        return data
+        return self.turned(data, back=True) if self.source.transforms and self.source.turn else data
 
     def _look_up(self, looking: str) -> Trajectories:
         written = self.source.written(looking)

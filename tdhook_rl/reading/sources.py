@@ -18,7 +18,7 @@ from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter, RoundRob
 
 from tdhook_rl.errors import InputError
 from tdhook_rl.internals.torchrl_names import collate_fn, cursor_of, read_lock, time_first
-from tdhook_rl.reading.folders import open_folder
+from tdhook_rl.reading.folders import LinesWriter, lines_of, open_folder
 from tdhook_rl.reading.minari_episodes import episodes_of, is_minari, require_loaded
 from tdhook_rl.reading.order import Written
 from tdhook_rl.reading.parquet_rows import ParquetRows, holds_parquet
@@ -45,12 +45,14 @@ class Source(Protocol):
         rows: how many rows each has; one, or those of a trajectory.
         transforms: what is applied to them when they are read.
         known: whether what is applied is known to give a row the same values whichever are read with it.
+        turn: as of :class:`Written`.
     """
 
     entries: int
     rows: int
     transforms: list[nn.Module]
     known: bool
+    turn: int
 
     def raw(self, index: Tensor) -> Any:
         """These entries, stacked."""
@@ -132,6 +134,12 @@ class _Buffer:
                 "it gives only some of them: TorchRL counts so where a TensorStorage of several dimensions is made of "
                 "a TensorDict. Analyse that TensorDict"
             )
+        # Where it grows along time, that goes round, for all lines alike.
+        self._lines, self.turn, self._over = several and buffer.dim_extend > 0, 0, False
+        if self._near and (self._lines or isinstance(buffer.writer, LinesWriter)):
+            count, cursor = lines_of(buffer)
+            self._over = count > first.batch_size[-1]
+            self.turn = cursor % first.batch_size[-1] if self._over else 0
 
     def raw(self, index: Tensor) -> Any:
         buffer = self._buffer
@@ -152,8 +160,16 @@ class _Buffer:
         return getattr(self._buffer, "write_count", None)
 
     def written(self, looking: str) -> Written:
+        if self.rows > 1 and not self._near:
+            return Written()
         writer, written = self._buffer.writer, self.writes()
-        if not isinstance(writer, RoundRobinWriter | ImmutableDatasetWriter):
+        number_key = getattr(self._buffer.sampler, "traj_key", None)
+        ordered = isinstance(writer, RoundRobinWriter | ImmutableDatasetWriter)
+        if self.rows > 1 and (ordered or not self._lines):
+            went_round = isinstance(writer, RoundRobinWriter) and not self._lines and (written or 0) > self.entries
+            cursor = cursor_of(writer) % self.entries if went_round else 0
+            return Written(cursor=cursor, over=self._over, number_key=number_key, turn=self.turn)
+        if not ordered:
             raise InputError(
                 f"{looking} reads rows of one trajectory, and the {type(writer).__name__} of the buffer does "
                 "not keep them in the order in which they came"
@@ -163,7 +179,7 @@ class _Buffer:
         return Written(
             cursor=cursor_of(writer) % self.entries if full else 0,
             over=ring and (written is None or written > self.entries),
-            number_key=getattr(self._buffer.sampler, "traj_key", None),
+            number_key=number_key,
         )
 
 
@@ -175,7 +191,7 @@ class _Pieces:
         listed: the same by number, where they are in memory.
     """
 
-    rows, known = 1, True
+    rows, known, turn = 1, True, 0
 
     def __init__(self, again: Callable[[], Any], listed: Sequence[Any] | None) -> None:
         self.transforms: list[nn.Module] = []

@@ -250,7 +250,8 @@ class _Work:
             parts = [_results_of(self.hooked, self.reader.read(one), on_mismatch) for one in self.reader.apart(index)]
             found = torch.cat(parts)
         else:
-            found = _results_of(self.hooked, self.reader.read(index), on_mismatch)
+            batch = self.reader.turned(self.reader.read(index))
+            found = self.reader.turned(_results_of(self.hooked, batch, on_mismatch), back=True)
         if len(wanted) < len(index):
             index, found = index[wanted], found[wanted]
         incomplete = self.reader.incomplete(index)

@@ -108,18 +108,24 @@ class Joined:
             ends.append(torch.stack([one.reshape(len(numbers), -1).any(1) for one in found]).any(0).cpu())
             begins.append(begins_told(rows))
             names.append(numbers_told(rows))
-        numbers, done = torch.cat(parts), torch.cat(ends)
+        stored = torch.full((self.count,), -1)
+        stored[torch.cat(parts)] = torch.arange(sum(map(len, parts)))
+        order = stored[self.reader.in_time(looking)]
+        order = order[order >= 0]
+        numbers, done = torch.cat(parts)[order], torch.cat(ends)[order]
         new = torch.ones(len(numbers), dtype=torch.bool)
         line = numbers // self.reader.source.raw(torch.arange(1)).batch_size[-1]  # an entry may hold several, time last
-        new[1:] = done[:-1] | (line[1:] != line[:-1])
+        new[1:] = line[1:] != line[:-1]
+        over = new.clone() if self.reader.source.written(looking).over else torch.zeros_like(new)
+        new[1:] |= done[:-1]
         last = torch.cat([new[1:], new.new_ones(1)])
         # A trajectory that is stored whole begins where its line does, unless rows say which begin or go on.
         told, named = ([one for one in each if one is not None] for each in (begins, names))
-        begun = torch.ones_like(done)
+        begun = ~over
         if told and any(bool(one.any()) for one in told):
-            begun = torch.cat(told)
+            begun = torch.cat(told)[order]
         elif named:
-            begun = ~goes_on(torch.cat(named), new, last & ~done)
+            begun = ~goes_on(torch.cat(named)[order], new, last & ~done) & ~over
         return Courses(numbers, new.long().cumsum(0) - 1, done[last], begun[new])
 
     def _beside(self, places: Tensor, inside: Tensor) -> TensorDict:

@@ -147,6 +147,10 @@ class _Source:
     def __len__(self) -> int:
         return self._entries * self._per
 
+    def in_time(self) -> Tensor:
+        """The numbers of all rows, each trajectory's in the order of time."""
+        return torch.arange(len(self)) if self._reader is None else self._reader.in_time("a Future or a Return")
+
     def batches(self, rows: Tensor) -> Iterator[tuple[Tensor, TensorDictBase]]:
         """The wanted rows, in order.
 
@@ -210,7 +214,8 @@ class _Facts:
         train, held = (one & found["real"] for one in split.masks(codes))
         labels = {name: found["label", name] for name in concepts}
         known = dict.fromkeys(concepts, found["real"])
-        for name, (label, mask) in _later(found, asked).items():
+        later = _later(found, asked, source.in_time()) if asked else {}
+        for name, (label, mask) in later.items():
             labels[name], known[name] = label, mask
         groups: dict[str, list[str]] = {}
         for name in concepts:
@@ -238,11 +243,11 @@ class _Facts:
             yield group, {name: self.labels[name][index[rows]] for name in names}, rows, seen
 
 
-def _later(found: Mapping[Any, Tensor], asked: Mapping[str, Future | Return]) -> dict[str, tuple[Tensor, Tensor]]:
+def _later(
+    found: Mapping[Any, Tensor], asked: Mapping[str, Future | Return], in_time: Tensor
+) -> dict[str, tuple[Tensor, Tensor]]:
     """What was asked of the future of each row, and of which rows it is known."""
-    if not asked:
-        return {}
-    real = found["real"].nonzero().squeeze(-1)
+    real = in_time[found["real"][in_time]]
     order = real[found["trajectory"][real].argsort(stable=True)]
     count = found.get("step")
     path = Trajectory.of(found["trajectory"][order], None if count is None else count[order], found["done"][order])

@@ -377,7 +377,7 @@ class Monitor(TrainerHookBase):
         count = self._newest.count(self.buffer)
         data = self._newest.take(self.buffer)
         if data is not None:  # an element may be a trajectory, or a step of several environments
-            self.frames += count * data.batch_size[1:].numel()
+            self.frames += count * self._newest.each
         return data
 
     def _end(self) -> None:
