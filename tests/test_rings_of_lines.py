@@ -15,9 +15,12 @@ from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
 from torchrl.envs.transforms import CatFrames
 
 from tdhook_rl import Saliency, targets
+from tdhook_rl.errors import InputError
 from tdhook_rl.replay import analyze, episodes, frame, in_order, probe_grid, returns
 from tdhook_rl.rollout import Future, Return
 from tdhook_rl.rollout.newest_rows import NewestRows
+from tests.test_going_on import STATES, episodes_in, numbered, walks, whole
+from tests.test_going_on import STEPS as LINE
 from tests.test_recurrent import recurrent_pair
 from tests.walks import Walks
 
@@ -174,3 +177,45 @@ def test_the_newest_rows_have_time_last(kept: int) -> None:
         assert found is not None
         assert (found == part[:, -6:]).all()
         assert newest.each == ENVS
+
+
+#: What rows say of their episodes beside their states and ends.
+TOLD = ("nothing", "is_init", "step_count", "numbers")
+
+
+def hidden(data: TensorDict, told: str) -> TensorDict:
+    return (numbered(data.clone()) if told == "numbers" else data).exclude(*({"is_init", "step_count"} - {told}))
+
+
+@pytest.mark.parametrize("told", TOLD)
+@pytest.mark.parametrize("how", ["lines", "entries", "list"])
+@pytest.mark.parametrize("several", [False, True], ids=["one run", "runs"])
+@pytest.mark.parametrize("kind", STATES)
+def test_runs_that_follow_each_other_are_cut_where_they_meet(kind: str, several: bool, how: str, told: str) -> None:
+    """A run that is taken up again begins anew, in the middle of a line and without an end before it."""
+    data = walks(kind, 3 * LINE)
+    parts = [walks(kind, seed=seed) for seed in (1, 2, 3)] if several else list(data.split(LINE, 1))
+    given = [hidden(part, told) for part in parts] if several else list(hidden(data, told).split(LINE, 1))
+    source: Any = given
+    if how != "list":
+        source = ReplayBuffer(storage=LazyTensorStorage(1000, ndim=2 if how == "lines" else 1))
+        for part in given:
+            source.extend(part)
+    joins = how == "lines" or (how == "list" and told == "numbers")
+    expected = episodes_in([data] if joins and not several else parts)
+    assert whole(returns(source)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("told", TOLD)
+@pytest.mark.parametrize("how", ["TensorDict", "buffer", "step by step"])
+@pytest.mark.parametrize("kind", STATES)
+def test_where_time_comes_first_it_is_said(kind: str, how: str, told: str) -> None:
+    data = hidden(walks(kind, 3 * LINE), told).transpose(0, 1).contiguous()
+    source: Any = data
+    if how != "TensorDict":
+        source = ReplayBuffer(storage=LazyTensorStorage(1000))
+        source.extend(data) if how == "buffer" else [source.add(row) for row in data]
+    for ask in (returns, lambda one: frame(data.select(), one)):
+        with pytest.raises(InputError, match=r"time is the last dimension of a batch; give it as data\.transpose"):
+            ask(source)
+    assert whole(returns(data.transpose(0, 1))) == pytest.approx(whole(returns(data.transpose(0, 1).reshape(-1))))

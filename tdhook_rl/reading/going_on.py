@@ -25,15 +25,40 @@ class GoingOn:
         self._rows = rows
         self._states: dict[NestedKey, tuple[Tensor, Tensor]] = {}
 
-    def add(self, first: int, data: TensorDictBase) -> None:
-        """The next rows in storage order, from this number on."""
-        after, here = data.get("next", None), slice(first, first + len(data))
+    def add(self, here: slice | Tensor, data: TensorDictBase) -> None:
+        """Some more rows, of these numbers."""
+        after = data.get("next", None)
         for key, now in after.items(True, True) if isinstance(after, TensorDictBase) else ():
             then = data.get(key, None)
             if _may_go_on(key, then, now):
                 none = torch.zeros(self._rows, dtype=torch.long)
                 sides = self._states.setdefault(key, (none, none.clone()))
                 sides[0][here], sides[1][here] = _summed(then), _summed(now)
+
+    def other_way(self, rows: Tensor, inside: Tensor, across: Tensor) -> bool:
+        """Whether most rows go on with others than those that they should, by a state that tells it.
+
+        Args:
+            rows: the numbers of rows.
+            inside, across: those that should follow each, and those that may.
+        """
+        for then, now in self._states.values():
+            told, other = (int((now[rows] == then[next_one]).sum()) for next_one in (inside, across))
+            if told * 2 < len(rows) < other * 2:
+                return True
+        return False
+
+    def sides(self, order: Tensor, done: Tensor) -> tuple[Tensor, Tensor] | None:
+        """A number of the state that each row begins from, and of that which it has come to; none where nothing tells.
+
+        Args:
+            order, done: as of :meth:`breaks`.
+        """
+        told = [
+            (then[order], now[order]) for then, now in self._states.values()
+            if int((now[order][:-1] == then[order][1:])[~done[:-1]].sum()) * 2 >= int((~done[:-1]).sum())
+        ]  # fmt: skip
+        return (sum(then for then, _ in told), sum(now for _, now in told)) if told else None  # type: ignore[return-value]
 
     def breaks(self, order: Tensor, done: Tensor) -> tuple[Tensor, Tensor]:
         """In some order, which rows do not go on from those before them; and which begin where others broke off.

@@ -106,12 +106,12 @@ class Trajectories:
         begun[1:] = line[1:] != line[:-1]
         if done is not None:
             begun[1:] |= done[by_line][:-1].bool()
-        if number is None and written.begins is not None:
-            begun |= written.begins
         # Several collectors may number theirs alike, and of rows without numbers several environments may follow.
         stops = torch.cat([begun[1:], begun.new_ones(1)])
         broken, resumed = going_on.breaks(order[by_line], stops)
         begun |= broken
+        if number is None and written.begins is not None:
+            begun |= written.begins
         if count is not None:
             follow = count[by_line][1:] == count[by_line][:-1] + 1
             begun[1:] |= ~follow if number is None else breaks_of(follow, stops[:-1])  # some steps may not be stored
@@ -213,28 +213,38 @@ def begins_told(rows: TensorDictBase) -> Tensor | None:
     return None if count is None else count == 0
 
 
+def counts_told(rows: TensorDictBase) -> Tensor | None:
+    """Which step of its trajectory each row is, where it is counted."""
+    return _flat(rows, COUNTS, torch.arange(len(rows)))
+
+
 def numbers_told(rows: TensorDictBase) -> Tensor | None:
     """The number of each row's trajectory, where there is one."""
     return _flat(rows, NUMBERS, torch.arange(len(rows)))
 
 
-def goes_on(numbers: Tensor, first: Tensor, cut: Tensor) -> Tensor:
+def goes_on(numbers: Tensor, first: Tensor, cut: Tensor, sides: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Which first rows go on with a trajectory whose last row so far was cut off.
+
+    Args:
+        numbers: of the trajectory of each row, which several collectors may give alike.
+        first, cut: which rows are first, and which were cut off.
+        sides: numbers of the states that each row begins from and comes to, as of :meth:`GoingOn.sides`.
 
     Example:
         >>> first, cut = torch.tensor([1, 0, 1, 0]).bool(), torch.tensor([0, 1, 0, 1]).bool()
         >>> goes_on(torch.tensor([7, 7, 7, 8]), first, cut).tolist()
         [False, False, True, False]
     """
-    open_ones: set[int] = set()
+    open_ones: dict[int, int] = {}
     found = torch.zeros_like(first)
+    begins, comes_to = (torch.zeros_like(numbers),) * 2 if sides is None else sides
     for place in (first | cut).nonzero().flatten().tolist():
         number = int(numbers[place])
         if bool(first[place]):
-            found[place] = number in open_ones
-            open_ones.discard(number)
+            found[place] = open_ones.pop(number, None) == int(begins[place])
         if bool(cut[place]):
-            open_ones.add(number)
+            open_ones[number] = int(comes_to[place])
     return found
 
 

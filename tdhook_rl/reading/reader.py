@@ -215,5 +215,5 @@ class Reader:
         for first in range(0, self.size, LOOKED_UP):
             rows = self.source.raw(torch.arange(first, min(first + LOOKED_UP, self.size)))
             parts.append(rows.select(*keys, strict=False))
-            going_on.add(first, rows)
+            going_on.add(slice(first, first + len(rows)), rows)
         return Trajectories(written, torch.cat(parts), looking, going_on)

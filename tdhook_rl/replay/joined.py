@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.errors import InputError
-from tdhook_rl.reading.order import ENDS, Courses, begins_told, goes_on, numbers_told
+from tdhook_rl.reading.going_on import GoingOn, breaks_of
+from tdhook_rl.reading.order import ENDS, Courses, begins_told, counts_told, goes_on, numbers_told
 from tdhook_rl.reading.reader import Reader
 from tdhook_rl.reading.sources import Rows
 from tdhook_rl.replay.results import INDEX, load_results
@@ -97,7 +98,8 @@ class Joined:
         """
         if self.reader.rows == 1:
             return self.reader.courses(looking)
-        parts, ends, begins, names = [], [], [], []
+        parts, ends, begins, names, counts = [], [], [], [], []
+        going_on = GoingOn(self.count)
         for numbers, rows in self.chunks(batch_size):
             found = [one for key in _DONE if isinstance(one := rows.get(key, None), Tensor)]
             if not found:
@@ -108,6 +110,8 @@ class Joined:
             ends.append(torch.stack([one.reshape(len(numbers), -1).any(1) for one in found]).any(0).cpu())
             begins.append(begins_told(rows))
             names.append(numbers_told(rows))
+            counts.append(counts_told(rows))
+            going_on.add(numbers, rows)
         stored = torch.full((self.count,), -1)
         stored[torch.cat(parts)] = torch.arange(sum(map(len, parts)))
         order = stored[self.reader.in_time(looking)]
@@ -117,16 +121,49 @@ class Joined:
         line = numbers // self.reader.source.raw(torch.arange(1)).batch_size[-1]  # an entry may hold several, time last
         new[1:] = line[1:] != line[:-1]
         over = new.clone() if self.reader.source.written(looking).over else torch.zeros_like(new)
+        told, name, count = (
+            None if any(one is None for one in each) else torch.cat(each)[order] for each in (begins, names, counts)
+        )
+        broken, resumed = going_on.breaks(numbers, done)
+        apart, inside = torch.zeros_like(new), ~new[1:] & ~done[:-1]
+        ended = torch.cat([~inside, done[-1:]])
+        if name is not None:
+            apart[1:] = inside & (name[1:] != name[:-1])
+        self._require_time_last(looking, numbers, inside, apart, going_on)
+        if count is not None:
+            apart[1:] |= breaks_of(count[1:] == count[:-1] + 1, ~inside)
+        new |= broken | apart
         new[1:] |= done[:-1]
         last = torch.cat([new[1:], new.new_ones(1)])
         # A trajectory that is stored whole begins where its line does, unless rows say which begin or go on.
-        told, named = ([one for one in each if one is not None] for each in (begins, names))
-        begun = ~over
-        if told and any(bool(one.any()) for one in told):
-            begun = torch.cat(told)[order]
-        elif named:
-            begun = ~goes_on(torch.cat(named)[order], new, last & ~done) & ~over
+        if told is not None and bool(told.any()):
+            begun = told
+        elif name is not None:
+            begun = ~goes_on(name, new, last & ~done, going_on.sides(numbers, ended)) & ~over
+        else:
+            begun = ~over & ~resumed
         return Courses(numbers, new.long().cumsum(0) - 1, done[last], begun[new])
+
+    def _require_time_last(
+        self, looking: str, numbers: Tensor, inside: Tensor, apart: Tensor, going_on: GoingOn
+    ) -> None:
+        """Raise :class:`InputError` if rows go on from one entry to the next rather than within them.
+
+        Args:
+            looking: what asks, for messages.
+            numbers: of rows, one line of time after the other.
+            inside: which of them the following one should go on from.
+            apart: which rows are of another trajectory than those before them.
+            going_on: the states of all rows.
+        """
+        here, then = numbers[:-1][inside], numbers[1:][inside]
+        able = here + self.reader.rows < self.count
+        here, then = here[able], then[able]
+        if int(apart.sum()) * 2 > int(inside.sum()) or going_on.other_way(here, then, here + self.reader.rows):
+            raise InputError(
+                f"{looking} reads rows of one episode, and rows that lie one after the other in an entry are of "
+                "different ones: time is the last dimension of a batch; give it as data.transpose(0, 1)"
+            )
 
     def _beside(self, places: Tensor, inside: Tensor) -> TensorDict:
         known, found = places >= 0, TensorDict({}, batch_size=[len(places)])
