@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tdhook_rl.errors import MissingKeyError
+from tdhook_rl.replay import probe_grid
 from tdhook_rl.rollout import EPISODE, Future, GroupSplit, Return
 from tests.walks import Walks, net, suite, sums
 
@@ -54,6 +55,43 @@ def test_rows_that_are_missing_cut_a_trajectory_where_steps_are_counted() -> Non
     one.update(data[:, 20:])
     assert one._later is not None
     assert one._later.left_out["later"] == 8 * 2  # the two rows before the gap
+
+
+@pytest.mark.parametrize("gaps", [[(10, 20)], [(1, 2), (3, 9), (40, 41)], [(0, 5), (50, 60)]], ids=str)
+@pytest.mark.parametrize("length", [3, 11, 100])
+def test_returns_over_rows_that_are_missing_are_not_known(length: int, gaps: list[tuple[int, int]]) -> None:
+    """A sum that lacks rewards is no return: of batches that were left out, as of a buffer with holes."""
+    steps, envs = 60, 6
+    data = Walks(envs, length=length).batch(steps, counted=True)
+    data["row"] = torch.arange(envs * steps).reshape(envs, steps)
+    given = torch.ones(steps, dtype=torch.bool)
+    for start, stop in gaps:
+        given[start:stop] = False
+    left = given.nonzero().squeeze(-1)
+    parts = [data[:, piece] for piece in left.split([1] * len(left))]
+    known, label = torch.zeros(envs, steps, dtype=torch.bool), torch.zeros(envs, steps).double()
+    for env in range(envs):
+        for step in left.tolist():
+            rest = step
+            while rest < steps and given[rest]:
+                label[env, step] += float(data["next", "reward"][env, rest])
+                if bool(data["next", "done"][env, rest]):
+                    known[env, step] = True
+                    break
+                rest += 1
+    flat = data.reshape(-1).set("sum", label.reshape(-1))
+    policy = net()
+    one, by_hand = suite(policy, {"return": Return()}), suite(policy, {"return": "sum"})
+    for part in parts:
+        one.update(part)
+    found = [cell.left_out for cell in probe_grid(policy, torch.cat(parts, 1), sites="module.1", untrained=False,
+                                                  concepts={"return": Return()})]  # fmt: skip
+    assert found == [envs * len(left) - int(known.sum())]
+    if bool(known.any()):
+        by_hand.update(flat[known.reshape(-1)])
+        torch.testing.assert_close(sums(one, "return"), sums(by_hand, "return"), rtol=1e-4, atol=1e-5)
+    assert one._later is not None
+    assert one._later.left_out["return"] + len(one._later) == envs * len(left) - int(known.sum())
 
 
 def test_so_many_rows_wait_and_the_oldest_are_left_out() -> None:

@@ -17,7 +17,7 @@ from torchrl.envs.transforms import CatFrames
 from tdhook_rl import Saliency, targets
 from tdhook_rl.errors import InputError
 from tdhook_rl.replay import analyze, episodes, frame, in_order, probe_grid, returns
-from tdhook_rl.rollout import Future, Return
+from tdhook_rl.rollout import Future, GroupSplit, Return
 from tdhook_rl.rollout.newest_rows import NewestRows
 from tests.test_going_on import STATES, episodes_in, numbered, walks, whole
 from tests.test_going_on import STEPS as LINE
@@ -219,3 +219,23 @@ def test_where_time_comes_first_it_is_said(kind: str, how: str, told: str) -> No
         with pytest.raises(InputError, match=r"time is the last dimension of a batch; give it as data\.transpose"):
             ask(source)
     assert whole(returns(data.transpose(0, 1))) == pytest.approx(whole(returns(data.transpose(0, 1).reshape(-1))))
+
+
+@pytest.mark.parametrize("kind", ["lines", "rows"])
+@pytest.mark.parametrize("state", STATES)
+def test_futures_end_where_a_run_was_taken_up_again(state: str, kind: str) -> None:
+    """Runs that number their episodes alike, as each collector does from 0 on."""
+    runs = [numbered(walks(state, seed=seed)).exclude("is_init", "step_count") for seed in (1, 2, 3)]
+    source = ReplayBuffer(storage=LazyTensorStorage(1000, ndim=2 if kind == "lines" else 1))
+    for number, run in enumerate(runs):
+        run["reward"], run["alone"] = run["next", "reward"], run["collector", "traj_ids"] + 1000 * number
+        run["features"] = torch.randn(*run.shape, 3, generator=torch.Generator().manual_seed(number))
+        source.extend(run if kind == "lines" else run.reshape(-1))
+    policy = TensorDictModule(nn.Linear(3, 4), ["features"], ["hidden"])
+    options: dict[str, Any] = {"sites": "module", "untrained": False, "split": GroupSplit("alone", held_out=0.4)}
+    concepts = {"soon": Future("reward", 1), "return": Return()}
+    [soon, whole_one] = probe_grid(policy, source, concepts=concepts, **options)
+    apart = [run.clone().set(("collector", "traj_ids"), run["alone"]) for run in runs]
+    expected = probe_grid(policy, torch.cat(apart), concepts=concepts, **options)
+    assert [soon.left_out, whole_one.left_out] == [one.left_out for one in expected]
+    assert soon.trained.estimate == pytest.approx(expected["module", "soon"].trained.estimate, abs=1e-5)

@@ -138,31 +138,36 @@ class Trajectory:
 
     Attributes:
         stretch: ``(rows,)``, the number of the stretch of consecutive rows, ascending.
-        closed: ``(rows,)``, whether the end of its trajectory is there.
+        ended: ``(rows,)``, whether it goes on to the end of its trajectory.
+        closed: ``(rows,)``, whether nothing more of it will come: so it is too where rows after it are missing.
     """
 
     stretch: Tensor
+    ended: Tensor
     closed: Tensor
 
     @classmethod
-    def of(cls, number: Tensor, count: Tensor | None, done: Tensor) -> Trajectory:
+    def of(cls, number: Tensor, count: Tensor | None, done: Tensor, apart: Tensor | None = None) -> Trajectory:
         """From rows that are sorted by trajectory and time.
 
         Args:
             number: ``(rows,)``, of the trajectory.
             count: ``(rows,)``, the step in it, where it is known: rows that are missing cut it.
             done: ``(rows,)``, whether the trajectory ends with this row.
+            apart: ``(rows,)``, which rows do not go on from those before them, where something else tells.
         """
         new = torch.ones_like(done)
         new[1:] = (number[1:] != number[:-1]) | done[:-1]
         if count is not None:
             new[1:] |= count[1:] != count[:-1] + 1
+        new = new if apart is None else new | apart
         stretch = new.long().cumsum(0) - 1
         ended = torch.zeros(int(stretch[-1]) + 1 if len(stretch) else 0, dtype=torch.bool)
         ended[stretch[done]] = True
+        closed = ended.clone()
         # Later rows of the same number mean that what is missing between will not come any more.
-        ended[stretch[:-1][new[1:] & (number[1:] == number[:-1])]] = True
-        return cls(stretch, ended[stretch])
+        closed[stretch[:-1][new[1:] & (number[1:] == number[:-1])]] = True
+        return cls(stretch, ended[stretch], closed[stretch])
 
     def ahead(self, steps: int) -> tuple[Tensor, Tensor]:
         """Where the row so many steps ahead is, and which rows have one: ``(rows,)`` both."""

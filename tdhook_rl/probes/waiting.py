@@ -88,6 +88,6 @@ class Waiting:
 
     def _labels(self, asked: Future | Return, value: Tensor, path: Trajectory) -> tuple[Tensor, Tensor]:
         if isinstance(asked, Return):
-            return path.returns(value, asked.gamma), path.closed
+            return path.returns(value, asked.gamma), path.ended
         place, known = path.ahead(asked.steps)
         return value[place], known

@@ -29,6 +29,7 @@ from tdhook_rl.probes.quantities import (
 )
 from tdhook_rl.probes.site_features import Layout, SiteFeatures
 from tdhook_rl.probes.splits import GroupSplit
+from tdhook_rl.reading.going_on import GoingOn
 from tdhook_rl.reading.reader import Reader
 from tdhook_rl.reading.sources import Rows
 from tdhook_rl.statistics import benjamini_hochberg
@@ -196,6 +197,7 @@ class _Facts:
     ) -> _Facts:
         asked = {name: one for name, one in concepts.items() if isinstance(one, Future | Return)}
         parts: dict[Any, list[Tensor]] = {}
+        going_on = GoingOn(len(source))
         for index, batch in source.batches(torch.ones(len(source), dtype=torch.bool)):
             row: dict[Any, Tensor] = {("code", place): code for place, code in enumerate(split.groups(batch))}
             row["control"] = row["code", len(row) - 1] if control is None else control.groups(batch)[0]
@@ -206,6 +208,7 @@ class _Facts:
                 row["label", name] = label_columns(read_label(what, batch), batch)
             if asked:
                 row |= course_of(batch)
+                going_on.add(index, batch)
             for key, value in row.items():
                 parts.setdefault(key, []).append(value.detach().cpu().clone())
             tell("reading labels", int(index[-1]) + 1, len(source))
@@ -214,7 +217,7 @@ class _Facts:
         train, held = (one & found["real"] for one in split.masks(codes))
         labels = {name: found["label", name] for name in concepts}
         known = dict.fromkeys(concepts, found["real"])
-        later = _later(found, asked, source.in_time()) if asked else {}
+        later = _later(found, asked, source.in_time(), going_on) if asked else {}
         for name, (label, mask) in later.items():
             labels[name], known[name] = label, mask
         groups: dict[str, list[str]] = {}
@@ -244,18 +247,22 @@ class _Facts:
 
 
 def _later(
-    found: Mapping[Any, Tensor], asked: Mapping[str, Future | Return], in_time: Tensor
+    found: Mapping[Any, Tensor], asked: Mapping[str, Future | Return], in_time: Tensor, going_on: GoingOn
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """What was asked of the future of each row, and of which rows it is known."""
     real = in_time[found["real"][in_time]]
     order = real[found["trajectory"][real].argsort(stable=True)]
     count = found.get("step")
-    path = Trajectory.of(found["trajectory"][order], None if count is None else count[order], found["done"][order])
+    number, done = found["trajectory"][order], found["done"][order]
+    stops = done.clone()
+    stops[:-1] |= number[1:] != number[:-1]
+    broken, _ = going_on.breaks(order, stops)  # several runs may number theirs alike
+    path = Trajectory.of(number, None if count is None else count[order], done, broken)
     results = {}
     for name, one in asked.items():
         value = found["label", name][order]
         if isinstance(one, Return):
-            label, known = path.returns(value, one.gamma), path.closed
+            label, known = path.returns(value, one.gamma), path.ended
         else:
             place, known = path.ahead(one.steps)
             label = value[place]

@@ -300,7 +300,7 @@ def _returns(joined: Joined, gamma: float, reward: NestedKey, batch_size: int) -
         rewards[numbers] = value.detach().reshape(len(numbers), -1).double().mean(1).cpu()
     courses = joined.courses("returns")
     closed = courses.ended[courses.stretch]
-    to_go = Trajectory(courses.stretch, closed).returns(rewards[courses.rows], gamma)
+    to_go = Trajectory(courses.stretch, closed, closed).returns(rewards[courses.rows], gamma)
     found = torch.full((joined.count,), float("nan"), dtype=torch.float64)
     found[courses.rows] = torch.where(closed, to_go, torch.nan)
     episode = torch.full((joined.count,), -1)
