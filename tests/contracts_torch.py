@@ -150,6 +150,19 @@ def hooks_on_all_modules() -> None:
     assert not torch_names.has_any_global_hook()
 
 
+@contract("torch_names", "hooks_made")
+def hooks_are_counted() -> None:
+    module = nn.Linear(2, 2)
+    for register in (
+        module.register_forward_hook, module.register_forward_pre_hook, module.register_full_backward_hook
+    ):  # fmt: skip
+        before = torch_names.hooks_made()
+        handle = register(print)
+        assert torch_names.hooks_made() == before + 1
+        handle.remove()
+        assert torch_names.hooks_made() == before + 1
+
+
 @contract("torch_names", "take_forward_hooks")
 def hooks_of_one_module() -> None:
     module = nn.Linear(2, 2)

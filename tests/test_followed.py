@@ -242,6 +242,34 @@ def test_another_structure_is_refused_by_name(change: Callable[[nn.Sequential], 
             hooked.annotate(data)
 
 
+EMPTY: dict[str, Callable[[], nn.Module]] = {
+    "sequence": nn.Sequential, "list": nn.ModuleList, "dictionary": nn.ModuleDict, "bare module": nn.Module
+}  # fmt: skip
+
+
+class Extended(nn.Module):
+    """Runs what it finds in a module that holds nothing at first."""
+
+    def __init__(self, extra: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.extra = nn.Linear(4, 3), extra
+
+    def forward(self, x: Tensor) -> Tensor:
+        for one in self.extra.children():
+            x = one(x)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_a_first_module_in_what_holds_none_is_refused_by_name(name: str) -> None:
+    net = Extended(EMPTY[name]())
+    with ActivationCaching("layer").prepare(net, in_keys=["observation"], out_keys=["logits"]) as hooked:
+        hooked(TensorDict({"observation": X}, [5]))
+        net.extra.add_module("new", nn.Linear(4, 4))
+        with pytest.raises(TieError, match="extra.new"):
+            hooked(TensorDict({"observation": X}, [5]))
+
+
 class Still(nn.Module):
     """Without an attribute of its own, in whose forward the mode counts."""
 

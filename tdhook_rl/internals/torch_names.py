@@ -20,6 +20,7 @@ from torch.nn.modules.padding import _ReplicationPadNd as ReplicationPadNd
 from torch.nn.utils.prune import BasePruningMethod
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 __all__ = [
     "BatchNorm",
@@ -39,6 +40,7 @@ __all__ = [
     "has_any_global_hook",
     "held_buffers",
     "held_parameters",
+    "hooks_made",
     "in_forward_ad",
     "is_any_autocast_enabled",
     "parse_to",
@@ -81,6 +83,14 @@ def held_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 def held_buffers(module: nn.Module) -> dict[str, Tensor]:
     """The buffers that they hold, past overridden methods likewise."""
     return dict(nn.Module.named_buffers(module))
+
+
+def hooks_made() -> int:
+    """How many hooks torch has registered in this process: where it is as it was, no module has got one since.
+
+    Looking at the hooks of every module takes as long as a layer.
+    """
+    return RemovableHandle.next_id
 
 
 def has_any_global_hook() -> bool:

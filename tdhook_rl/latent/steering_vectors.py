@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tdhook_rl.arguments.callbacks import asked, has_parameter, takes_keywords
 from tdhook_rl.arguments.tensors import numbers
 from tdhook_rl.errors import InputError, SiteError, nearest
+from tdhook_rl.latent.kept_addend import KeptAddend
 from tdhook_rl.latent.placed_vectors import as_vectors
 from tdhook_rl.latent.strength import (
     BoundSteered,
@@ -178,11 +179,18 @@ class AdditionHook:
         self.strength = strength
         self.exact = strength.by_row or vector.by_row
         self.key = key  # of an entry or state
+        names = strength.alpha.control if strength.alpha else None, vector.control
+        self.kept = None if None in names or self.exact else KeptAddend(runtime, *names)  # type: ignore[arg-type]
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        kept = None if torch.compiler.is_compiling() else self.kept
+        if kept is not None and (known := kept.steered(output)) is not None:
+            return known
         self.runtime.intervene_at(self.site)
         value, disguise = rows_of(output, module, self.site, self.runtime, self.exact)
         steered = self.steered(value, module._hooked_features)  # type: ignore[arg-type]
+        if kept is not None:
+            kept.keep(module, output, self.vector_shape(value, module._hooked_features))  # type: ignore[arg-type]
         return with_rows(output, steered, module, disguise)
 
     def steered(self, value: Tensor, features: int | None) -> Tensor:
@@ -192,12 +200,17 @@ class AdditionHook:
         if self.vector.by_row:
             vector = self._vectors_per_row(vector, value, features)
         else:
-            shape = placed_shape(vector.shape, value, features, self.runtime, self.site, "steering vector")
+            shape = self.vector_shape(value, features)
             vector = vector if shape == vector.shape else vector.reshape(shape)
         if acts is False:
             return value
         moved = where_it_acts(acts, value + alpha * vector, value)  # type: ignore[operator]
         return in_dtype(moved, value, "what steering makes of the output", self.site)
+
+    def vector_shape(self, value: Tensor, features: int | None) -> torch.Size:
+        """The shape in which one vector for all rows is broadcast over them."""
+        vector = self.vector.read(self.site).shape
+        return placed_shape(vector, value, features, self.runtime, self.site, "steering vector")
 
     def _vectors_per_row(self, vectors: Tensor, value: Tensor, features: int | None) -> Tensor:
         batch = batch_at(self.runtime, self.site)

@@ -19,6 +19,7 @@ from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
 
 from tdhook_rl.errors import TieError, warn
+from tdhook_rl.internals.torch_names import hooks_made
 from tdhook_rl.policies.mutable_state import INTERNAL, StatePart, find_state
 from tdhook_rl.policies.rebinding import runs_a_module
 from tdhook_rl.sites.known import own_class
@@ -27,6 +28,9 @@ _ABSENT = object()
 
 #: What hooks of a forward are kept in.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+#: What is said of a module and never computed with: weights have their own shapes.
+_PRINTED: dict[type, tuple[str, ...]] = {nn.Linear: ("in_features", "out_features")}
 
 #: Methods that change what they belong to.
 _CHANGING = frozenset(
@@ -50,8 +54,11 @@ class AttributeSync:
         self._then = [dict(theirs) for theirs in self._theirs]
         self._note_values()
         self._given = [dict(own) for own in self._own]  # what the clone has without a forward of its own
-        self._children = [child._modules for _, child, _ in pairs]
-        self._children_then = [dict(children) for children in self._children]
+        self._children = [
+            (path, child._modules, dict(child._modules))
+            for path, child, _ in pairs
+            if child._modules or not own_class(child).__module__.startswith("torch.nn.modules.") or _may_hold(child)
+        ]
         self._inside = {
             (index, name): inside
             for index, (theirs, own) in enumerate(zip(self._theirs, self._own, strict=True))
@@ -68,6 +75,18 @@ class AttributeSync:
         #: How often something was handed on.
         self.edits = 0
 
+    def changed(self) -> bool:
+        """Whether there may be something to hand on or to tell of.
+
+        Asked at every call, when what it looks at has long left the processor's caches, so it looks at little: a step
+        of a small policy takes a tenth more if it looks at all that every module holds.
+        """
+        if hooks_made() != self._hooks_made or self._changed():
+            return True
+        if self._inside and any(inside.changed() for inside in self._inside.values()):
+            return True
+        return bool(self._hooks) and any(held != then for _, held, then in self._hooks)
+
     def run(self) -> None:
         """Hand on what has changed.
 
@@ -80,19 +99,21 @@ class AttributeSync:
             for (index, name), inside in list(self._inside.items()):
                 if inside.changed():
                     self._hand_on(index, name)
-        if any(self._unhooked) or (self._hooks and any(held != then for _, held, then in self._hooks)):
-            self._tell_hooks()
+        self._tell_hooks()
 
     def _is_users(self, index: int) -> bool:
         return self._classes[index].__module__.partition(".")[0] not in ("torch", "tensordict", "torchrl")
 
     def _changed(self) -> bool:
-        """Whether an attribute was set, removed or added, or a module replaced. Asked at every call, so it is brief."""
-        if self._children != self._children_then:
+        """Whether an attribute was set, removed or added, or a module replaced."""
+        if [*map(len, self._theirs)] != self._counts:
             return True
         try:
-            for theirs, count, read, then in self._values:
-                if len(theirs) != count or (read is not None and read(theirs) != then):
+            for _, children, held in self._children:
+                if children != held:
+                    return True
+            for theirs, read, then in self._values:
+                if read(theirs) != then:
                     return True
         except Exception:  # one is gone, or two different tensors have no one answer
             return True
@@ -100,16 +121,20 @@ class AttributeSync:
 
     def _note_values(self) -> None:
         """Note of each module how many attributes it has, and the values of those that are not torch's own."""
-        self._values: list[tuple[dict[str, Any], int, Callable[[Any], Any] | None, Any]] = []
+        self._counts = [len(then) for then in self._then]
+        self._values: list[tuple[dict[str, Any], Callable[[Any], Any], Any]] = []
         for index, (theirs, then) in enumerate(zip(self._theirs, self._then, strict=True)):
-            names = [name for name in then if name not in INTERNAL]
+            names = [
+                name for name in then if name not in INTERNAL and name not in _PRINTED.get(self._classes[index], ())
+            ]
             # Of two names or more it makes a tuple, which compares by identity first. In the forward of a class of
             # torch without any, such as Sequential, the mode does not count.
-            read = itemgetter("training", *names) if names or self._is_users(index) else None
-            self._values.append((theirs, len(then), read, None if read is None else read(then)))
+            if names or self._is_users(index):
+                read = itemgetter("training", *names)
+                self._values.append((theirs, read, read(then)))
 
     def _follow_attributes(self) -> None:
-        for path, children, then in zip(self._paths, self._children, self._children_then, strict=True):
+        for path, children, then in self._children:
             for name in {**children, **then}:
                 if children.get(name) is not then.get(name):
                     raise TieError(_replaced(f"{path}.{name}" if path else name, then.get(name), children.get(name)))
@@ -135,13 +160,13 @@ class AttributeSync:
                 return
 
     def _note_hooks(self, hooks: list[tuple[str, dict[int, Any]]]) -> None:
+        self._hooks_made = hooks_made()
         self._hooks = [(path, held, dict(held)) for path, held in hooks if held]
-        self._unhooked_at = [(path, held) for path, held in hooks if not held]
-        self._unhooked = [held for _, held in self._unhooked_at]
+        self._unhooked = [(path, held) for path, held in hooks if not held]
 
     def _tell_hooks(self) -> None:
         """Warn of hooks that were added or removed, of each change once."""
-        known = [*self._hooks, *((path, held, {}) for path, held in self._unhooked_at)]
+        known = [*self._hooks, *((path, held, {}) for path, held in self._unhooked)]
         changed = [(path, held, then) for path, held, then in known if held != then]
         self._note_hooks([(path, held) for path, held, _ in known])
         for path, held, then in changed:
@@ -210,6 +235,11 @@ def _inside(name: str, theirs: Any, own: Any) -> _Inside | None:
     if name in INTERNAL or name.endswith("_keys") or isinstance(theirs, (Tensor, nn.Module)):
         return None
     return _Inside(theirs, own) or None
+
+
+def _may_hold(module: nn.Module) -> bool:
+    """Whether a module of torch that holds no others is made to hold some: an empty ``Sequential``, a bare module."""
+    return own_class(module).__module__ in (nn.Sequential.__module__, nn.Module.__module__)
 
 
 def _mode(attributes: dict[str, Any]) -> str:

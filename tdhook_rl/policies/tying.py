@@ -11,6 +11,7 @@ import copy
 import threading
 import weakref
 from collections.abc import Iterable, Mapping
+from operator import call, is_
 from typing import Any, TypeVar
 
 import torch
@@ -132,6 +133,8 @@ class Tie:
             for name, tensor in store.items()
             if tensor is not None
         ]
+        self._note_entries()
+        self._modes = vars(original), vars(clone)
         self._parameters = [tensor for *_, tensor, _ in self._entries if isinstance(tensor, nn.Parameter)]
         self._warned = False
         self._edited: list[tuple[Tensor, int, str]] = []
@@ -165,6 +168,7 @@ class Tie:
                         (store, key, tensor if store is theirs and key == name else held, path)
                         for store, key, held, path in self._entries
                     ]
+                    self._note_entries()
 
     def _take_buffers(self) -> None:
         """Give the clone what a forward of the original has put in the place of buffers that forwards replace."""
@@ -176,9 +180,26 @@ class Tie:
             (store, name, store.get(name) if path in self._renewed else held, path)
             for store, name, held, path in self._entries
         ]
+        self._note_entries()
+
+    def _note_entries(self) -> None:
+        """What :meth:`_unchanged` compares, side by side in memory."""
+        stores = {id(store): store.get for store, *_ in self._entries}
+        self._gets = [stores[id(store)] for store, *_ in self._entries]
+        self._names = [name for _, name, *_ in self._entries]
+        self._held = [tensor for *_, tensor, _ in self._entries]
+
+    def _unchanged(self) -> bool:
+        """Whether nothing is to be said of the original or handed on, see :meth:`AttributeSync.changed`."""
+        if self._renewed or self._edited or not all(map(is_, map(call, self._gets, self._names), self._held)):
+            return False
+        theirs, own = self._modes
+        return (theirs["training"] is own["training"] or self._warned) and not self._attribute_sync.changed()
 
     def check(self, clone: nn.Module) -> None:
         """Raise :class:`TieError` if the original was given other tensors; warn if train/eval differ."""
+        if self._unchanged():
+            return
         # While a loss runs, another thread may see the original with target weights swapped in.
         if threading.get_ident() != threading.main_thread().ident:
             return
