@@ -266,7 +266,7 @@ def test_a_first_module_in_what_holds_none_is_refused_by_name(name: str) -> None
     with ActivationCaching("layer").prepare(net, in_keys=["observation"], out_keys=["logits"]) as hooked:
         hooked(TensorDict({"observation": X}, [5]))
         net.extra.add_module("new", nn.Linear(4, 4))
-        with pytest.raises(TieError, match="extra.new"):
+        with pytest.raises(TieError, match=r"extra\.new"):
             hooked(TensorDict({"observation": X}, [5]))
 
 
