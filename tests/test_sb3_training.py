@@ -136,6 +136,37 @@ def test_a_full_replay_buffer_is_read_from_its_oldest_row() -> None:
     assert torch.equal(data["observation"][0, -1], newest)
 
 
+@pytest.mark.parametrize("optimised", [False, True])
+@pytest.mark.parametrize("learnt", [6, 10, 11, 23])
+@pytest.mark.parametrize("envs", [1, 2])
+def test_each_row_of_a_replay_buffer_is_of_one_step(envs: int, learnt: int, optimised: bool) -> None:
+    """Where memory is saved, the newest observation stands in the place of the oldest."""
+    agent = make_agent("DQN", envs=envs)
+    agent.replay_buffer = ReplayBuffer(
+        10 * envs, agent.observation_space, agent.action_space, "cpu", envs, optimised, not optimised
+    )
+    seen, rewards = [], []
+
+    class Note(sb3.common.callbacks.BaseCallback):
+        def _on_step(self) -> bool:
+            seen.append(self.model._last_obs.copy())
+            rewards.append(self.locals["rewards"].copy())
+            return True
+
+    agent.learn(learnt * envs, callback=Note())
+    data = sb3_data(agent)
+    assert data.batch_size == (envs, min(len(seen), 10) - (optimised and len(seen) >= 10))
+    before, gained = (torch.as_tensor(np.stack(one, 1))[:, -data.shape[1] :] for one in (seen, rewards))
+    assert torch.equal(data["observation"], before)
+    assert torch.equal(data["next", "reward"][..., 0], gained)
+    newest = sb3_data(agent, newest=3)
+    assert torch.equal(newest["observation"], before[:, -3:])
+    begins = torch.arange(len(seen)).expand(envs, -1)[:, -data.shape[1] :] % 7 == 0  # an episode is seven steps
+    begins[:, 0] &= len(seen) < 10
+    assert torch.equal(data["is_init"][..., 0], begins)
+    assert torch.equal(newest["is_init"][..., 0], begins[:, -3:])
+
+
 def test_stored_scores_are_those_of_the_policy() -> None:
     agent = make_agent("PPO", action="torque", envs=2)
     data = None

@@ -32,11 +32,12 @@ def sb3_data(
 
     Returns:
         a TensorDict of ``(environments, steps)`` with copies of the observation, ``"action"`` as the environment got
-        it (a continuous one also as ``"raw_action"``, as it was drawn), ``("next", "reward")`` and
-        ``("next", "done")``. From a rollout buffer also ``"action_log_prob"``, ``"state_value"``, ``"advantage"``,
-        ``"value_target"`` and ``"is_init"`` (of RecurrentPPO the states of its memory too), and its rewards have the
+        it (a continuous one also as ``"raw_action"``, as it was drawn), ``("next", "reward")``,
+        ``("next", "done")``, and ``"is_init"``. From a rollout buffer also ``"action_log_prob"``, ``"state_value"``,
+        ``"advantage"`` and ``"value_target"`` (of RecurrentPPO the states of its memory too), and its rewards have the
         value in them with which episodes were cut off;
-        from a replay buffer the next observation, ``"terminated"`` and ``"truncated"``. Discrete entries are indices.
+        from a replay buffer ``"terminated"``, ``"truncated"`` and the next observation (with ``optimize_memory_usage``,
+        which keeps none, the oldest step of a full one is left out). Discrete entries are indices.
 
     Raises:
         InputError: if there is no buffer, or nothing in it.
@@ -96,6 +97,11 @@ def sb3_data(
         return data
     done, cut = (read(name).bool().unsqueeze(-1) for name in ("dones", "timeouts"))
     data["next", "done"], data["next", "terminated"], data["next", "truncated"] = done, done & ~cut, done & cut
+    # The oldest step of a full buffer may be any of its episode.
+    earlier = _order(buffer, None)[: -len(steps)][-1:]
+    first = torch.full((buffer.n_envs, 1), float(not buffer.full))
+    first = _read(buffer.dones, (), earlier, buffer) if len(earlier) else first
+    data["is_init"] = torch.cat([first.bool().unsqueeze(-1), done[:, :-1]], 1)
     if hasattr(buffer, "next_observations"):
         observe("next_observations", ("next",))
     return data
@@ -179,7 +185,9 @@ def _order(buffer: Any, newest: int | None) -> np.ndarray:
     steps = np.arange(size)
     if buffer.full and not hasattr(buffer, "log_probs"):
         steps = (steps + buffer.pos) % size
-    steps = steps if newest is None else steps[max(0, size - newest) :]
+        # With optimize_memory_usage, the newest observation stands in the place of the oldest.
+        steps = steps if hasattr(buffer, "next_observations") else steps[1:]
+    steps = steps if newest is None else steps[max(0, len(steps) - newest) :]
     if not len(steps):
         raise InputError("there is nothing in the buffer yet, or newest= is not at least 1")
     return steps
