@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -272,6 +273,31 @@ def test_what_does_not_fit_is_left_out_and_said() -> None:
 
 
 # ---------------------------------------------------------------------- files
+
+
+def test_players_of_other_titles_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    """A sign, another alphabet, or what lies behind the sixtieth letter tells titles apart."""
+    data = corners()[2]
+    titles = [
+        "steered -1",
+        "steered +1",
+        "alpha=-1",
+        "alpha=1",
+        "训练",
+        "测试",
+        "x" * 70,
+        "x y " * 17 + "1",
+        "x y " * 17 + "2",
+    ]
+    shown = [player(data[:, :2], title=title) for title in titles]
+    for one in shown:
+        one.record(tmp_path)
+        assert re.fullmatch(r"[a-z0-9-]{1,80}", one.name)
+    found = Player.load_all(tmp_path)
+    assert sorted(one.title for one in found) == sorted(titles)
+    assert {one.name for one in found} == {one.name for one in shown}
+    assert player(data[:, :2], title="Trained, and not").name == "trained-and-not"
+    assert Player.load(tmp_path, shown[0].name).title == "steered -1"
 
 
 def test_a_recorded_player_is_the_same_player(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from tdhook_rl.report.player.page import code, fragment, page
 from tdhook_rl.report.player.reading import read
 from tdhook_rl.report.player.tracks import Options
 from tdhook_rl.report.readings import Features
+from tdhook_rl.report.sinks.names import told_apart
 
 #: Beside the code, what a page's head takes.
 MARGIN = 2_000
@@ -251,5 +252,7 @@ def _hash(head: Any, data: bytes) -> str:
 
 
 def _slug(text: str) -> str:
-    """A name for files and links."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "player"
+    """A name for files and links; of another text it is another one."""
+    if re.fullmatch(r"[a-z0-9-]{1,80}", text):
+        return text
+    return told_apart(re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "player", text, most=60)

@@ -9,7 +9,7 @@ from typing import Any
 from tdhook_rl.errors import InputError
 from tdhook_rl.report.media import Animation, Artifact, DataTable, Histogram, Image, Media
 from tdhook_rl.report.sinks.base import LoggerSink
-from tdhook_rl.report.sinks.names import PREFIX, leads
+from tdhook_rl.report.sinks.names import PREFIX, leads, told_apart
 from tdhook_rl.report.sinks.trackers import MlflowSink, TrackioSink
 
 __all__ = ["TensorboardSink", "WandbSink", "sink_of"]
@@ -102,7 +102,7 @@ def _shown(value: Media) -> Any:
 def _artifact(tag: str, value: Artifact, step: int) -> Any:
     import wandb
 
-    name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in tag)
+    name = told_apart("".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in tag), tag)
     facts = {**value.facts, "step": step, "local": str(value.path)}
     artifact = wandb.Artifact(name, type=value.kind, metadata=facts)
     folder = value.path if isinstance(value.path, Path) else None

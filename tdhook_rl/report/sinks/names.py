@@ -9,7 +9,7 @@ from typing import Any
 
 from tdhook_rl.errors import warn
 
-__all__ = ["PREFIX", "Tags", "claim", "leads", "release"]
+__all__ = ["PREFIX", "Tags", "claim", "leads", "release", "told_apart"]
 
 #: W&B has one step axis for each first level, so one is used for all.
 PREFIX = "interp"
@@ -46,6 +46,27 @@ class Tags:
             self._taken.add(cut)
             tag = self._tags[name] = f"{self.prefix}/{cut}"
         return tag
+
+
+#: Words, and what stands between them, that a short name tells apart: no sign before a number, no other alphabets.
+_PLAIN = re.compile(r"[\w.]+(?:(?:[/ ]|, |: |-(?!\d))[\w.]+)*", re.ASCII)
+
+
+def told_apart(short: str, text: str, *, most: int = LONGEST) -> str:
+    """A short name made of a text, with a number behind it where it may be that of another text too.
+
+    Args:
+        short: the name.
+        text: of which it is made.
+        most: letters that a name has, before that number.
+
+    Example:
+        >>> told_apart("the-door", "the door"), told_apart("alpha-1", "alpha=-1"), told_apart("alpha-1", "alpha=1")
+        ('the-door', 'alpha-1-49c8d4e0', 'alpha-1-baf881be')
+    """
+    if _PLAIN.fullmatch(text) and len(short) <= most:
+        return short
+    return f"{short[:most]}-{zlib.crc32(text.encode(errors='replace')):08x}"
 
 
 #: Who logs into what, in the order in which they came.

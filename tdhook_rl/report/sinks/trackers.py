@@ -9,7 +9,7 @@ from typing import Any
 
 from tdhook_rl.report.media import Animation, Artifact, DataTable, Histogram, Image, Media
 from tdhook_rl.report.sinks.base import LoggerSink
-from tdhook_rl.report.sinks.names import PREFIX
+from tdhook_rl.report.sinks.names import PREFIX, told_apart
 
 __all__ = ["MlflowSink", "TrackioSink"]
 
@@ -103,7 +103,7 @@ def _shown(value: Media) -> Any:
 def _artifact(tag: str, value: Artifact, step: int) -> Any:
     import trackio
 
-    name = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in tag)
+    name = told_apart("".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in tag), tag)
     artifact = trackio.Artifact(name, type=value.kind, metadata={**value.facts, "step": step})
     for file in _files(value):
         artifact.add_file(file)
