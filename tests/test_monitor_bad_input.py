@@ -26,10 +26,11 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.collectors import Collector
 
-from tdhook_rl import Saliency, targets
+from tdhook_rl import ActivationCaching, Saliency, targets
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.examples.agent import PPO, make_actor, make_critic
 from tdhook_rl.report import Budgets, FileSink, Monitor
+from tdhook_rl.rollout import OnlineProbe
 from tests.monitoring import METHOD, QUIET, said
 from tests.wandb_reader import finished
 
@@ -286,3 +287,28 @@ def test_inputs_of_any_shape_and_dtype_are_shown(shape: str, dtype: torch.dtype,
         with Pillow.open(path) as picture:
             picture.load()
             assert min(picture.size) > 30
+
+
+@pytest.mark.parametrize("shape", [(1, 91, 91), (3, 84, 84), (9000,)], ids=str)
+def test_frames_are_too_large_for_a_control_of_a_probe(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """A probe of frames would take gigabytes and minutes a batch: the others stay beside it."""
+    data = TensorDict({"x": torch.randint(0, 256, (8, 5, *shape), dtype=torch.uint8)}, [8, 5])
+    data["label"], data["collector", "traj_ids"] = (
+        torch.arange(40).reshape(8, 5) % 2,
+        torch.arange(8)[:, None].expand(8, 5),
+    )
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Flatten(-len(shape)), nn.LazyLinear(3), nn.Tanh(), nn.Linear(3, 2))
+    net = TensorDictModule(body, in_keys=["seen"], out_keys=["logits"])
+    data["seen"] = data.pop("x").float()
+    net(data.clone())
+    probe = OnlineProbe(features=("cache", "module.2"), label="label", min_rows=1)
+    folder = tmp_path / "log"
+    with said() as told, ActivationCaching("module.2").prepare(net) as policy:
+        with Monitor(policy, folder, probes={"parity": probe}) as monitor:
+            found = [monitor.step(policy.annotate(data)) for _ in range(2)][-1]
+    assert found is not None
+    assert "probe.parity.accuracy.shuffled" in found
+    assert "probe.parity.accuracy.input" not in found
+    words = [str(one.message) for one in told if "this control is left out" in str(one.message)]
+    assert len(words) == 1

@@ -269,3 +269,20 @@ def test_one_run_of_a_module_is_probed() -> None:
         found = hooked(TensorDict({"x": x}, [5]))
     assert len(seen) == 1
     torch.testing.assert_close(seen[0], found["y"])
+
+
+@pytest.mark.parametrize("shape", [(91, 91), (3, 64, 64), (8193,)], ids=str)
+@pytest.mark.parametrize("batch", [(6,), (2, 3)], ids=str)
+@pytest.mark.parametrize("asked", ["class", "labels", "values"])
+def test_features_whose_square_no_machine_holds_are_refused_at_once(
+    asked: str, batch: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+    labels = {"class": torch.zeros(batch).long(), "labels": torch.zeros(*batch, 2).long(), "values": torch.rand(batch)}
+    data = TensorDict({"x": torch.zeros(*batch, *shape, dtype=torch.uint8), "label": labels[asked]}, batch)
+    data["group"] = torch.arange(6).reshape(batch)
+    probe = OnlineProbe(
+        features="x", label="label", split=GroupSplit("group"), kind="ridge" if asked == "values" else "lda"
+    )
+    with pytest.raises(InputError, match=r"'x' has \d+ features a row, and a probe keeps their square: up to 8192"):
+        probe.update(data)
+    assert probe.statistics is None

@@ -13,14 +13,12 @@ from tdhook_rl.batches.annotation import computed
 from tdhook_rl.errors import InputError, MissingKeyError, nearest, warn
 from tdhook_rl.hooking.hooked import HookedMixin
 from tdhook_rl.latent.activation_caching import ActivationCaching
+from tdhook_rl.latent.probing.moments import MOST
 from tdhook_rl.metrics.untrained import untrained_copy
 from tdhook_rl.probes.board import Source
 from tdhook_rl.sites.unit_axes import UnitAxes, given_axis, require_looked_at
 
 Layout = Literal["flat", "pooled", "each"]
-
-#: Vectors longer than this take more memory for their second moments than most machines have.
-MOST = 8192
 
 
 class SiteFeatures:

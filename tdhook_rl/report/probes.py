@@ -13,7 +13,9 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.calls.real_rows import real_rows
+from tdhook_rl.errors import warn
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
+from tdhook_rl.latent.probing.moments import MOST
 from tdhook_rl.probes.probe_table import ProbeCell
 from tdhook_rl.report.media import DataTable
 from tdhook_rl.rollout.online_probe import OnlineProbe
@@ -52,6 +54,7 @@ class WatchedProbe:
         main = next(iter(self.probe.scores), "accuracy")
         kept = [name for name in scores if not name.startswith("train_") or name == f"train_{main}"]
         found = {name: scores[name] for name in kept}
+        self._leave_out_large(data)
         for name, control in self._controls.items():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the probe itself says what is to be said of these rows
@@ -59,6 +62,17 @@ class WatchedProbe:
                 scored = control.update(seen)
             found[f"{main}.{name}"] = scored.get(main, float("nan"))
         return found
+
+    def _leave_out_large(self, data: TensorDictBase) -> None:
+        """Leave out a raw input that a probe could not hold, such as frames."""
+        control = self._controls.get("input")
+        value = None if control is None else data.get(control.features, None)
+        if isinstance(value, Tensor) and (width := value.shape[data.ndim :].numel()) > MOST:
+            del self._controls["input"]
+            warn(
+                f"the raw input {control.features!r} has {width} features, more than the {MOST} that a probe of it "  # type: ignore[union-attr]
+                "could keep: this control is left out"
+            )
 
     def record(self, name: str) -> dict[str, Any]:
         """A row of the table of probes: site, concept, score and interval, controls, and what they rest on."""

@@ -19,7 +19,7 @@ from tdhook_rl.errors import InputError, warn
 from tdhook_rl.latent.probing.class_statistics import check_solve
 from tdhook_rl.latent.probing.concepts import Concept, ProbeOptions, concept_of
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
-from tdhook_rl.latent.probing.moments import require_size
+from tdhook_rl.latent.probing.moments import MOST, require_size
 from tdhook_rl.probes.splits import GroupSplit
 from tdhook_rl.sites.controls import Controls
 from tdhook_rl.statistics import Interval
@@ -125,8 +125,8 @@ class OnlineProbe:
 
         Raises:
             MissingKeyError: if the activation, the label or a group is absent.
-            InputError: for labels or activations of another shape or type than before, classes out of range, or
-                numbers that are too large for a probe.
+            InputError: for labels or activations of another shape or type than before, classes out of range, numbers
+                that are too large for a probe, or more features than one can hold.
         """
         # Sums that were made in inference mode could not be added to outside it.
         with torch.inference_mode(False), torch.no_grad():
@@ -241,6 +241,11 @@ class OnlineProbe:
         features = features.detach()
         require_size(features, f"features {self.features!r}")
         features = features.flatten(len(batch)) if features.ndim > len(batch) else features[..., None]
+        if features.shape[-1] > MOST:
+            raise InputError(
+                f"{self.features!r} has {features.shape[-1]} features a row, and a probe keeps their square: up to "
+                f"{MOST}; read a smaller activation, or write means over squares or channels and read those"
+            )
         labels = labels.detach()
         usable = torch.isfinite(features).all(-1).cpu()
         if labels.is_floating_point():

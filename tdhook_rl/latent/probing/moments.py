@@ -18,6 +18,8 @@ M = TypeVar("M", bound="Moments")
 BLOCK = 2048
 #: What weights are kept in, which are numbers over features: larger features would leave none of them.
 LARGEST = torch.finfo(torch.float32).max
+#: Vectors longer than this take more memory for their second moments than most machines have, and minutes.
+MOST = 8192
 #: A feature that varies by less counts as constant: its weight would be infinite.
 SMALLEST = 1e-36
 
