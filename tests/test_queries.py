@@ -126,6 +126,17 @@ def test_a_ring_that_went_round_cuts_an_episode_at_either_end() -> None:
     assert all(one.whole for one in episodes(buffer, k=20))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64], ids=str)
+def test_margins_are_told_apart_as_finely_as_they_are_stored(dtype: torch.dtype) -> None:
+    steps = torch.tensor([3, 1, 4, 2, 5])
+    resolution = 1 if dtype == torch.int64 else torch.finfo(dtype).eps
+    first = torch.ones(5, dtype=torch.float64)
+    rows = TensorDict({"logits": torch.stack([first, first + steps * resolution], 1).to(dtype)}, 5)
+    found = smallest_margins(rows, k=5, batch_size=2)
+    assert found["index"].tolist() == steps.argsort().tolist()
+    assert found["margin"].double().tolist() == (steps.sort().values * resolution).tolist()
+
+
 @pytest.mark.parametrize("order", ["worst", "best"])
 def test_episodes_with_their_rows_and_results(order: str) -> None:
     data = stream()

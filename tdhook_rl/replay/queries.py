@@ -206,7 +206,8 @@ def smallest_margins(
             raise InputError(
                 f"a margin is between two actions; {' or '.join(map(repr, wanted))} is {tuple(value.shape)}"
             )
-        two = value.detach().float().topk(2, -1).values
+        value = value.detach() if value.dtype == torch.float64 else value.detach().float()
+        two = value.topk(2, -1).values
         margin = (two[..., 0] - two[..., 1]).flatten(1).amin(1) if two.ndim > 2 else two[:, 0] - two[:, 1]
         able = margin.isfinite()
         margins, places = torch.cat([margins, margin[able].cpu()]), torch.cat([places, numbers[able.cpu()]])
