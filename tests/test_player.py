@@ -300,6 +300,27 @@ def test_players_of_other_titles_do_not_overwrite_each_other(tmp_path: Path) -> 
     assert Player.load(tmp_path, shown[0].name).title == "steered -1"
 
 
+@pytest.mark.parametrize(
+    ("title", "other"),
+    [("Go left", "go left"), ("go left", "go-left"), ("go left", "go, left"), ("go/left", "go left")],
+)
+def test_titles_that_come_to_one_name_are_told(title: str, other: str, tmp_path: Path) -> None:
+    data = corners()[2]
+    first, second = (player(data[:, :2], title=one) for one in (title, other))
+    assert first.name == second.name
+    path = first.record(tmp_path)
+    with pytest.raises(ArtifactError, match=rf"{re.escape(repr(title))}.*{re.escape(repr(other))}.*name="):
+        second.record(tmp_path)
+    assert Player.load(tmp_path).title == title
+    player(data[:, :3], title=title).record(tmp_path)  # played again
+    for named in ("before", other):  # a name that was given is replaced
+        player(data[:, :2], title=named, name="other").record(tmp_path)
+    assert {one.title for one in Player.load_all(tmp_path)} == {title, other}
+    path.write_text("{")  # what is damaged is nobody's
+    second.record(tmp_path)
+    assert Player.load(tmp_path, second.name).title == other
+
+
 def test_a_recorded_player_is_the_same_player(tmp_path: Path) -> None:
     policy, env, data = corners()
     shown = player(data, policy=policy, env=env, title="Corners")

@@ -130,15 +130,32 @@ class Player:
     def record(self, folder: str | Path) -> Path:
         """Keep it in a run's folder, as ``players/NAME.json`` and ``players/NAME.bin``; returns the former.
 
+        One that was recorded there under the same title is replaced, and so is one of a name that was given.
+
         Raises:
-            ArtifactError: if it cannot be written.
+            ArtifactError: if it cannot be written, or its name is made of its title and that of another is there.
         """
         place = Path(folder) / "players"
+        self._require_own(place / f"{self.name}.json")
         data = b"".join(one.data for one in self._contents.arrays)
         put(place / f"{self.name}.bin", data)
         sizes = [len(one.data) for one in self._contents.arrays]
         kept = {"sha256": _hash(self._contents.head, data), "sizes": sizes, "head": self._contents.head}
         return put(place / f"{self.name}.json", json.dumps(kept, allow_nan=False))
+
+    def _require_own(self, path: Path) -> None:
+        """Raise :class:`ArtifactError` where another title has come to this name; a damaged file holds no title."""
+        if self.name != _slug(self.title or "player"):
+            return
+        try:
+            title = read_json(path, "a recorded player")["head"]["title"] if path.exists() else self.title
+        except (ArtifactError, KeyError, TypeError):
+            return
+        if title != self.title:
+            raise ArtifactError(
+                f"{path} is the player of {title!r}, and that of {self.title!r} has the same name, {self.name!r}: give "
+                "one of them a name of its own, player(..., name=...)"
+            )
 
     @classmethod
     @checked
