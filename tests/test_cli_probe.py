@@ -12,6 +12,7 @@ from tensordict import TensorDict
 from torchrl.data import LazyMemmapStorage, ReplayBuffer
 
 from tdhook_rl.cli import main
+from tdhook_rl.cli.options import named_file
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.examples.agent import make_actor
 from tdhook_rl.probes import ProbeTable
@@ -29,6 +30,25 @@ def actor():
 def first_light(data):
     return data["concept", "bits"][..., 0]
 """
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a=b.pt", ("a", "b.pt")),
+        ("runs/lr=0.1/b.pt", ("", "runs/lr=0.1/b.pt")),
+        ("a=runs/lr=0.1/b.pt", ("a", "runs/lr=0.1/b.pt")),
+        ("b.pt", ("", "b.pt")),
+        ("epoch=3.pt", ("", "epoch=3.pt")),
+        ("epoch=4.pt", ("epoch", "4.pt")),
+    ],
+)
+def test_a_file_is_told_from_a_name_and_a_file(
+    text: str, found: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("epoch=3.pt").touch()
+    assert named_file(text) == found
 
 
 def rows(envs: int = 60) -> TensorDict:

@@ -57,6 +57,11 @@ def cart():
     net = MLP(in_features=4, out_features=2, num_cells=[16, 16])
     return QValueActor(net, in_keys=["observation"], spec=GymEnv("CartPole-v1").action_spec)
 
+def numbers():
+    torch.manual_seed(0)
+    net = TensorDictModule(MLP(in_features=4, out_features=2, num_cells=[16, 16]), ["observation"], ["logits"])
+    return ProbabilisticActor(net, in_keys=["logits"], distribution_class=Categorical)
+
 def up(data):
     return (data["action"] == 0).float().mean(1)
 
@@ -209,3 +214,27 @@ def test_two_of_a_name_are_told_apart(folder: Path, capsys: pytest.CaptureFixtur
     assert "two vectors are called 'one'" in capsys.readouterr().err
     assert main([*CORNERS, *SMALL, "--outcome", "steered_agent:up", "--outcome", "steered_agent:up"]) == 1
     assert "two outcomes are called 'up'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["runs/lr=0.1/up", "lr=0.1", "up=lr=0.1", "up=runs/lr=0.1/up"])
+def test_files_whose_folders_have_an_equal_sign(folder: Path, place: str) -> None:
+    """As Hydra calls them."""
+    for file in ("runs/lr=0.1/up", "lr=0.1"):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        SteeringVector.load("first").save(file)
+    assert main([*CORNERS[:-2], "--vector", place, *SMALL, "--out", "out"]) == 0
+    assert SweepResult.load("out").vectors == ["lr=0.1" if place == "lr=0.1" else "up"]
+
+
+def test_a_file_that_is_not_there_is_named_whole(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*CORNERS[:-2], "--vector", "runs/lr=0.2/up", *SMALL]) == 1
+    assert "runs/lr=0.2/up" in capsys.readouterr().err
+
+
+def test_an_environment_of_gymnasium_takes_actions_as_the_policy_gives_them(folder: Path) -> None:
+    """Numbers of choices were the first choice at every step, in an environment that takes them one-hot."""
+    command = ["steer", "--policy", "steered_agent:numbers", "--env", "CartPole-v1", "--vector", "cart", "--sampled"]
+    assert main([*command, *SMALL, "--outcome", "steered_agent:up", "--out", "out"]) == 0
+    first = SweepResult.load("out").of("up")
+    assert 0 < float(first.mean()) < 1
+    assert len(first.unique()) > 1

@@ -133,7 +133,7 @@ def by_hand(make: Callable[[], EnvBase], policy: nn.Module, vector: SteeringVect
     found: list[Tensor] = []
     while sum(map(len, found)) < EPISODES:
         env = make()
-        env.set_seed(len(found))
+        env.set_seed(len(found) * max(env.batch_size.numel(), 1))
         with torch.no_grad():
             played = env.rollout(STEPS, steered, break_when_any_done=not env.batch_size)
         env.close()

@@ -32,6 +32,24 @@ def with_values(arguments: Sequence[str]) -> list[str]:
     return found
 
 
+def named(text: str) -> tuple[str, str]:
+    """``NAME=TEXT`` as both; of a text alone the name is empty."""
+    name, sign, rest = text.partition("=")
+    return (name, rest) if sign else ("", text)
+
+
+def named_file(text: str) -> tuple[str, str]:
+    """``NAME=FILE`` as both; of a file alone the name is empty, also where a folder of its path is called ``lr=0.1``.
+
+    Example:
+        >>> named_file("up=vectors/up"), named_file("runs/lr=0.1/up")
+        (('up', 'vectors/up'), ('', 'runs/lr=0.1/up'))
+    """
+    there = any(Path(f"{text}{ending}").exists() for ending in ("", ".safetensors", ".json"))
+    found = named(text)
+    return ("", text) if there or len(Path(found[0]).parts) > 1 else found
+
+
 def chosen_options(
     options: argparse.Namespace, defaults: Mapping[str, Any], numbers: Mapping[str, type]
 ) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tdhook_rl.cli.options import named, named_file
 from tdhook_rl.cli.setups import EXAMPLE, hooked, made
 from tdhook_rl.cli.showing import print_table, seed
 
@@ -136,9 +137,9 @@ def _named(what: str, texts: Sequence[str]) -> dict[str, str]:
 
     found: dict[str, str] = {}
     for text in texts:
-        name, sign, rest = text.partition("=")
-        name, rest = (name, rest) if sign else (text, text)
-        if not name or not rest:
+        name, rest = named_file(text) if what == "checkpoints" else named(text)
+        name = name or text
+        if not rest or text.startswith("="):
             raise InputError(f"--{what} are named NAME=VALUE, or by their value; got {text!r}")
         if name in found:
             raise InputError(f"two {what} are called {name!r}: name them, --{what} NAME=VALUE")

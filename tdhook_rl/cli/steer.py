@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tdhook_rl.cli.options import chosen_options, printed_warnings
+from tdhook_rl.cli.options import chosen_options, named_file, printed_warnings
 from tdhook_rl.cli.setups import is_function, made, named_function
 from tdhook_rl.cli.showing import print_table, progress_bar, seed
 from tdhook_rl.errors import InputError, nearest
@@ -41,7 +41,9 @@ def add(commands: Any) -> None:
         "--vector", action="append", metavar="[NAME=]FILE", help="a saved SteeringVector; may be given several times"
     )
     steer.add_argument(
-        "--env", metavar="GYM_ID|MODULE:FUNCTION", help="of Gymnasium, or a function that makes a TorchRL environment"
+        "--env",
+        metavar="GYM_ID|MODULE:FUNCTION",
+        help="of Gymnasium, with actions as the policy gives them, or a function that makes a TorchRL environment",
     )
     steer.add_argument(
         "--alphas", metavar="A,B,...", help="the strengths (default: 0.25,0.5,0.75,1); 0 is always played"
@@ -160,10 +162,10 @@ def _policy(chosen: Mapping[str, Any]) -> tuple[Any, Any]:
             f"{chosen['policy']} returns a policy alone: name the environment by --env, an id of Gymnasium or "
             "MODULE:FUNCTION"
         )
-    return policy, beside if chosen["env"] is None else _env(chosen["env"])
+    return policy, beside if chosen["env"] is None else _env(chosen["env"], policy)
 
 
-def _env(text: str) -> Any:
+def _env(text: str, policy: Any) -> Any:
     if is_function(text):
         return named_function(text)
     try:
@@ -181,7 +183,30 @@ def _env(text: str) -> Any:
             f"--env {text!r} is no environment of Gymnasium ({error}); {nearest(text, gymnasium.registry)}; your own "
             "is MODULE:FUNCTION"
         ) from None
-    return partial(GymEnv, text)
+    return partial(GymEnv, text, **({"categorical_action_encoding": True} if _gives_numbers(policy, text) else {}))
+
+
+def _gives_numbers(policy: Any, name: str) -> bool:
+    """Whether the policy gives numbers of choices, where TorchRL makes an environment that takes them one-hot."""
+    import torch
+    from torchrl.data import OneHot
+    from torchrl.envs import GymEnv
+
+    from tdhook_rl.policies.rebinding import deep_copy
+    from tdhook_rl.replaying.plays import require_taken
+
+    env = GymEnv(name)
+    try:
+        if isinstance(env.full_action_spec[env.action_key], OneHot):
+            with torch.random.fork_rng(), torch.no_grad():
+                require_taken(env, deep_copy(policy)(env.reset()))
+    except InputError:
+        return True
+    except Exception:  # what else does not fit is said where it is played
+        return False
+    finally:
+        env.close()
+    return False
 
 
 def _vectors(given: Any) -> dict[str, Any]:
@@ -192,9 +217,9 @@ def _vectors(given: Any) -> dict[str, Any]:
         raise InputError("name what steers: --vector FILE, of a saved SteeringVector")
     found: dict[str, Any] = {}
     for text in listed:
-        before, sign, rest = str(text).partition("=")
-        file = Path(rest if sign else before)
-        name = before if sign else file.name.removesuffix(".safetensors").removesuffix(".json")
+        name, rest = named_file(str(text))
+        file = Path(rest)
+        name = name or file.name.removesuffix(".safetensors").removesuffix(".json")
         if not name or name in found:
             raise InputError(f"two vectors are called {name!r}: name them, --vector NAME=FILE")
         found[name] = SteeringVector.load(file)

@@ -14,6 +14,7 @@ from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.calls.preconditions import require_hooked
 from tdhook_rl.replaying.ends import ended, first_steps
 from tdhook_rl.replaying.environment_state import same_state
+from tdhook_rl.replaying.plays import play_seed, require_taken
 
 
 @checked
@@ -37,7 +38,7 @@ def alike_episodes(
         env: its environment; of one with a batch each row is an episode.
         episodes: how many.
         max_steps: the longest an episode may last.
-        seed: of the first; each rollout of the environment takes the next one.
+        seed: of the first; each rollout of the environment goes on behind the seeds of its rows before.
         deterministic: whether the likeliest action is taken rather than drawn.
 
     Returns:
@@ -60,14 +61,16 @@ def alike_episodes(
     found: list[TensorDictBase] = []
     how = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
     with torch.random.fork_rng(), set_exploration_type(how), torch.no_grad(), same_state(env) as put_back:
-        turn = seed
+        turn = 0
         while len(found) < episodes:
             put_back()
-            torch.manual_seed(stream_of(turn, "draws"))
-            env.set_seed(turn)
+            now = play_seed(env, seed, turn)
+            torch.manual_seed(stream_of(now, "draws"))
+            env.set_seed(now)
             # Where agents end each for itself, the others go on.
             alone = env.batch_size.numel() == 1 and "done" in env.done_keys
             data = env.rollout(max_steps, policy, break_when_any_done=alone).detach()
+            require_taken(env, data[..., 0])
             rows = data.reshape(-1, data.shape[-1])
             lengths = first_steps(ended(rows, env)).sum(-1).tolist()
             found += [row[:length] for row, length in zip(rows, lengths, strict=True)][: episodes - len(found)]

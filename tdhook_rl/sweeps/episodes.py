@@ -17,6 +17,7 @@ from tdhook_rl.arguments.callbacks import asked
 from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.errors import InputError, TdhookError
 from tdhook_rl.replaying.ends import ended, first_steps, own_rewards
+from tdhook_rl.replaying.plays import play_seed, require_taken
 from tdhook_rl.sweeps.conditions import Place
 from tdhook_rl.sweeps.shared_draws import SharedDraws
 
@@ -196,7 +197,10 @@ class Rows:
             for time in range(most):
                 self._noise.rows_of(episode[alive])
                 with self._noise.seeded(stream_of(setting.seed, "noise", time)):
-                    data = env.step(policy(data))
+                    data = policy(data)
+                    if time == 0:
+                        require_taken(env, data)
+                    data = env.step(data)
                 steps.append((alive, data.exclude(ROOT, *RESULTS) if keep is None else keep(data)))
                 over = ended(data, env) if over is None else over | ended(data, env)
                 going = ~over.all(-1)
@@ -234,7 +238,7 @@ class Blocks:
         setting, env = self._of, self._of.env
         left = setting.episodes
         for block in range(-(-setting.episodes // self._rows)):
-            seed = setting.seed * 1_000_003 + block
+            seed = play_seed(env, setting.seed * 1_000_003, block)
             setting.put_back()
             with own_draws(stream_of(seed, "draws")):
                 if self._free:
@@ -257,6 +261,8 @@ class Blocks:
         for time in range(setting.max_steps):
             with self._noise.seeded(stream_of(seed, "noise", time)):
                 data = policy(data.update(rows))
+            if time == 0:
+                require_taken(env, data)
             # What the environment is not to see: batched ones hand on other keys where some copies rest.
             written = data.select(*RESULTS, strict=False)
             data = data.exclude(ROOT, *RESULTS)

@@ -127,7 +127,7 @@ def steering_sweep(
         facts = {
             "alphas": sorted({one.alpha for one in conditions}), "controls": controls, "episodes": episodes,
             "max_steps": max_steps, "exploration": str(exploration_type()),
-            "seed": seed, "streams": f"{stream_of(seed):x}",
+            "seed": seed, "streams": f"{stream_of(seed, 'plays'):x}",
             "environment": repr(made)[:200], "env": "" if isinstance(env, EnvBase) else in_words(env),
             "sign": in_words(sign), "when": in_words(when),
             "measured": measured.described(in_words),

@@ -13,6 +13,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.replaying.ends import ended, first_steps, own_rewards
 from tdhook_rl.replaying.environment_state import same_state
+from tdhook_rl.replaying.plays import play_seed, require_taken
 from tdhook_rl.sweeps.causal.edits import PutUnits
 
 
@@ -53,7 +54,7 @@ def returns_of(
         env: every row of its batch is one episode at a time.
         episodes: how many.
         max_steps: the longest one may last; what comes later is not counted.
-        seed: of the first, one more for each reset.
+        seed: of the first; each reset goes on behind those of the rows before.
     """
     found: list[Tensor] = []
     how = set_exploration_type(ExplorationType.DETERMINISTIC)
@@ -62,8 +63,10 @@ def returns_of(
         while sum(map(len, found)) < episodes:
             put_back()
             torch.manual_seed(stream_of(seed, "draws", len(found)))
-            env.set_seed(seed + len(found))
-            found.append(_first_returns(env, env.rollout(max_steps, policy, break_when_any_done=alone)))
+            env.set_seed(play_seed(env, seed, len(found)))
+            played = env.rollout(max_steps, policy, break_when_any_done=alone)
+            require_taken(env, played[..., 0])
+            found.append(_first_returns(env, played))
     return torch.cat(found)[:episodes]
 
 

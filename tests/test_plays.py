@@ -1,0 +1,134 @@
+"""Several plays of one environment: no episode is played twice, and no action is taken for another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import Tensor, nn
+from torch.distributions import Categorical as Draw
+from torchrl.data import Categorical, Composite, MultiCategorical, MultiOneHot, OneHot, Unbounded
+from torchrl.envs import EnvBase, GymEnv, SerialEnv, StepCounter, TransformedEnv
+from torchrl.modules import OneHotCategorical, ProbabilisticActor
+
+from tdhook_rl import ActivationCaching
+from tdhook_rl.errors import InputError, MissingKeyError
+from tdhook_rl.rollout import alike_episodes
+from tdhook_rl.sweeps import ablate_units, steering_sweep
+from tdhook_rl.sweeps.causal.returns import returns_of
+
+SITE = "module.0.module"
+
+
+class Row(EnvBase):
+    """Walks of two steps whose starts say which seed they are of: rows of a batch are seeded one after the other."""
+
+    def __init__(self, batch: tuple[int, ...] = (), action: Any = None) -> None:
+        super().__init__(batch_size=batch)
+        shape = torch.Size(batch)
+        self.observation_spec = Composite(observation=Unbounded((*shape, 2)), time=Unbounded((*shape, 1)), shape=shape)
+        self.action_spec = Unbounded((*shape, 2)) if action is None else action.expand(*shape, *action.shape)
+        self.reward_spec = Unbounded((*shape, 1))
+        self.done_spec = Categorical(2, shape=(*shape, 1), dtype=torch.bool)
+        self._first = 0
+
+    def _set_seed(self, seed: int | None) -> None:
+        self._first = seed or 0
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **_: Any) -> TensorDict:
+        seeds = self._first + torch.arange(self.batch_size.numel()).reshape(self.batch_size)
+        at = torch.stack([seeds % (1 << 22), 0 * seeds], -1).float()  # which float32 tells apart
+        return TensorDict({"observation": at, "time": torch.zeros_like(at[..., :1])}, batch_size=self.batch_size)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        at, time = tensordict["observation"], tensordict["time"] + 1
+        found = {"observation": at, "time": time, "reward": at[..., :1], "done": time > 1}
+        return TensorDict(found, batch_size=tensordict.batch_size)
+
+
+def policy(draws: int = 0, keys: tuple[str, str] = ("observation", "action"), width: int = 2) -> nn.Module:
+    net = TensorDictModule(nn.Linear(width, draws or 2), [keys[0]], ["logits" if draws else keys[1]])
+    return TensorDictSequential(net)
+
+
+def starts(data: TensorDictBase) -> Tensor:
+    return data["observation"][:, 0, 0]
+
+
+ENVS: dict[str, Callable[[], EnvBase]] = {
+    "one": Row,
+    "a row of three": lambda: Row((3,)),
+    "two rows of two": lambda: Row((2, 2)),
+    "transformed": lambda: TransformedEnv(Row((3,)), StepCounter()),
+    "serial": lambda: SerialEnv(3, Row),
+    "serial of rows": lambda: SerialEnv(2, lambda: Row((2,))),
+}
+
+
+@pytest.mark.parametrize("name", ENVS)
+@pytest.mark.parametrize("seed", [0, 5])
+def test_no_episode_is_played_twice(name: str, seed: int) -> None:
+    env, actor, episodes = ENVS[name](), policy(), 7
+    vector = {"v": {"module.0.module": torch.ones(2)}}
+    options = {"alphas": [1.0], "controls": 1, "episodes": episodes, "seed": seed, "progress": False}
+    found = steering_sweep(actor, env, vector, outcomes={"start": starts}, **options)
+    assert len(found.of("start").unique()) == episodes
+    assert len(returns_of(actor, env, episodes=episodes, max_steps=5, seed=seed).unique()) == episodes
+    with ActivationCaching(SITE).prepare(actor) as hooked:
+        played = alike_episodes(hooked, env, episodes=episodes, max_steps=5, seed=seed)
+    assert len({float(one["observation"][0, 0]) for one in played}) == episodes
+
+
+CHOICES: dict[str, tuple[Any, int, Any]] = {
+    "a number for a one-hot choice": (OneHot(3), 3, Draw),
+    "numbers for one-hot choices": (MultiOneHot([3, 3]), 3, Draw),
+    "a one-hot choice for a number": (Categorical(3), 3, OneHotCategorical),
+    "a one-hot choice for numbers": (MultiCategorical([3, 3]), 3, OneHotCategorical),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_no_choice_is_taken_for_another(name: str, batch: tuple[int, ...]) -> None:
+    action, width, kind = CHOICES[name]
+    net = TensorDictModule(nn.Linear(2, width), ["observation"], ["logits"])
+    actor = ProbabilisticActor(net, in_keys=["logits"], distribution_class=kind)
+    env = Row(batch, action)
+    vector = {"v": {"module.0.module": torch.ones(width)}}
+    with pytest.raises(InputError, match=r"the environment takes .*(categorical_action_encoding=True)"):
+        steering_sweep(actor, env, vector, alphas=[1.0], controls=0, episodes=2, progress=False)
+    states = TensorDict({"observation": torch.randn(4, 2)}, batch_size=4)
+    with pytest.raises(InputError, match=r"the environment takes"):
+        ablate_units(actor, states, SITE, env=env, episodes=2)
+    with ActivationCaching(SITE).prepare(actor) as hooked, pytest.raises(InputError, match=r"the environment takes"):
+        alike_episodes(hooked, env, episodes=2, max_steps=3)
+
+
+def test_numbers_in_cart_pole_are_refused() -> None:
+    net = TensorDictModule(nn.Linear(4, 2), ["observation"], ["logits"])
+    actor = ProbabilisticActor(net, in_keys=["logits"], distribution_class=Draw)
+    vector = {"v": {"module.0.module": torch.ones(2)}}
+    with pytest.raises(InputError, match=r"one-hot: TorchRL takes a number for the first choice"):
+        steering_sweep(actor, lambda: GymEnv("CartPole-v1"), vector, episodes=2, progress=False)
+    known = steering_sweep(
+        actor, lambda: GymEnv("CartPole-v1", categorical_action_encoding=True), vector, alphas=[1.0], controls=0,
+        episodes=2, progress=False,
+    )  # fmt: skip
+    assert known.paired
+
+
+def test_other_shapes_of_one_number_and_of_other_widths() -> None:
+    vector = {"v": {"module.0.module": torch.ones(2)}}
+    options: dict[str, Any] = {"alphas": [1.0], "controls": 0, "episodes": 2, "progress": False}
+    steering_sweep(policy(), Row((2,)), vector, **options)
+    wide = TensorDictSequential(TensorDictModule(nn.Linear(2, 3), ["observation"], ["action"]))
+    with pytest.warns(UserWarning, match=r"the shape \(3,\) for each row, and the environment takes \(2,\)"):
+        steering_sweep(wide, Row((2,)), {"v": {"module.0.module": torch.ones(3)}}, **options)
+    unnamed = policy(keys=("observation", "act"))
+    for env in (Row(), Row((2,))):
+        with pytest.raises(MissingKeyError, match=r"under 'action', which the policy does not write.*act"):
+            steering_sweep(unnamed, env, vector, **options)
