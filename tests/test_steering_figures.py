@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torchrl.envs.utils import ExplorationType
 
 from tdhook_rl.errors import InputError
 from tdhook_rl.report import steering_curve, sweep_grid, sweep_page
-from tdhook_rl.report.sweep_pages import sweep_cautions, sweep_findings
+from tdhook_rl.report.sweep_pages import played_in_words, sweep_cautions, sweep_findings
 from tdhook_rl.sweeps import Condition, SweepResult
 
 ALPHAS = (-1.0, 0.5, 1.0)
@@ -102,3 +103,17 @@ def test_a_page_opens_with_the_answer_and_says_what_to_be_careful_of() -> None:
     json.dumps([one.data for one in page.parts if hasattr(one, "data")], allow_nan=False)
     with pytest.raises(InputError, match="nearest: 'score'"):
         sweep_page(result, "scor")
+
+
+@pytest.mark.parametrize("kind", [None, *ExplorationType])
+def test_a_page_says_in_words_how_actions_were_taken(kind: ExplorationType | None) -> None:
+    played = played_in_words(replace(known(), facts={"exploration": str(kind), "layout": "in rows"}))
+    assert "action" in played
+    assert f", {str(kind).rpartition('.')[2].lower()}," not in played
+
+
+@pytest.mark.parametrize("controls", [1, 2])
+def test_one_control_is_one(controls: int) -> None:
+    lead = sweep_page(known(controls=controls, shuffled=0), "score").lead
+    assert ("one random direction of equal norm changes it by" in lead) == (controls == 1)
+    assert ("2 random directions of equal norm change it by" in lead) == (controls == 2)

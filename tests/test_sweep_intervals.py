@@ -45,6 +45,36 @@ def test_alpha_50_covers(episodes: int) -> None:
     assert np.mean([one.estimate for one in found]) == pytest.approx(0.5, abs=0.06)
 
 
+@pytest.mark.parametrize("below", [(-0.5,), (-3.0,), (-0.5, -3.0)])
+@pytest.mark.parametrize("does", [False, True])
+def test_alpha_50_is_of_strengths_above_0_whatever_is_beside(below: tuple[float, ...], does: bool) -> None:
+    """A larger strength to the other side does nothing where this one does, or the other way round."""
+    above = known(24, effect=0.8 if does else 0.0, seed=1)
+    base = above.of("score")
+    noise = 0.01 * torch.randn(len(below), 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = torch.stack([base + (0.0 if does else 5.0) + one for one in noise])
+    values = {"score": torch.cat([above.values["score"], rows])}
+    both = SweepResult(conditions=[*above.conditions, *(Condition("up", one) for one in below)], values=values)
+    alone, beside = above.alpha_50("score"), both.alpha_50("score")
+    assert beside.known == alone.known == does
+    assert beside.estimate == alone.estimate
+    assert (beside.low, beside.high) == pytest.approx((alone.low, alone.high), nan_ok=True)
+
+
+@pytest.mark.parametrize("number", [1, 3, 7])
+def test_strengths_are_found_by_what_they_are_not_by_their_last_bit(number: int) -> None:
+    played = sum([0.1] * number)
+    conditions = [Condition(), Condition(draw=1), Condition("up", played), Condition("up", played, "random", 0)]
+    values = {"score": torch.arange(8, dtype=torch.float64).reshape(4, 2)}
+    found = SweepResult(conditions=conditions, values=values)
+    for asked in (played, number / 10):
+        assert found.of("score", alpha=asked).tolist() == [4.0, 5.0]
+        assert found.of("score", alpha=asked, control="random").tolist() == [6.0, 7.0]
+        assert found.row("score", alpha=asked).effect.estimate == 4.0
+    with pytest.raises(InputError, match=r"did not play vector 'up' at alpha"):
+        found.of("score", alpha=number / 10 + 1e-4)
+
+
 @pytest.mark.parametrize("runs", [1, 4])
 def test_alpha_50_holds_the_strengths_whose_mean_is_not_told_from_half_way(runs: int) -> None:
     found = SweepResult.together([known(12, effect=0.8 + 0.1 * run, seed=run, spread=0.3) for run in range(runs)])

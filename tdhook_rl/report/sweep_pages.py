@@ -18,6 +18,11 @@ from tdhook_rl.sweeps import SweepResult, SweepRow
 MOST = 6
 #: So many outcomes that should not suffer are drawn below a curve.
 COSTS = 3
+#: How actions were taken, in words, by TorchRL's type of exploration; without one by what each module has.
+ACTIONS = {
+    "random": "actions drawn", "deterministic": "likeliest actions", "mode": "likeliest actions",
+    "mean": "mean actions", "median": "median actions", "none": "actions as the policy takes them by itself",
+}  # fmt: skip
 #: With fewer random directions their range says little.
 FEW = 5
 
@@ -57,7 +62,7 @@ def sweep_page(
     outcome, costs = chosen_outcomes(result, outcome, competence)
     rows = _strongest_rows(result, outcome)
     parts: list[Any] = [
-        Findings(sweep_findings(result, outcome, costs), text=f"{_played(result)} Intervals are 95%."),
+        Findings(sweep_findings(result, outcome, costs), text=f"{played_in_words(result)} Intervals are 95%."),
         Cautions(sweep_cautions(result, outcome)),
         *sweep_drawings(result, outcome, costs),
     ]
@@ -119,7 +124,9 @@ def sweep_cautions(result: SweepResult, outcome: str) -> list[str]:
         if not len(row.random):
             lines.append(f"{row.vector} has no controls: any direction of its norm might do the same.")
         elif len(row.random) < FEW:
-            lines.append(f"{row.vector} stands beside {len(row.random)} random directions only.")
+            lines.append(
+                f"{row.vector} stands beside {len(row.random)} random direction{'s' * (len(row.random) > 1)} only."
+            )
         half = half_of(result, outcome, row.vector)
         lines += [f"{row.vector}: {one.words}." for one in (row.effect, half) if one is not None and not one.known]
     return list(dict.fromkeys(lines))[:40]
@@ -160,7 +167,9 @@ def _lead(result: SweepResult, outcome: str, competence: Sequence[str], row: Swe
     at = f"{row.vector} at alpha {row.alpha:g}"
     first = f"{at} changes {outcome} by {_signed(row)}, {_from_to(row)}"
     beside = [
-        f"{len(effects)} {name} change it by {shown(float(effects.min()))} to {shown(float(effects.max()))}"
+        f"one {name.replace('directions', 'direction')} changes it by {shown(float(effects))}"
+        if len(effects) == 1
+        else f"{len(effects)} {name} change it by {shown(float(effects.min()))} to {shown(float(effects.max()))}"
         for name, effects in (("random directions of equal norm", row.random), ("of shuffled labels", row.shuffled))
         if len(effects)
     ]
@@ -175,12 +184,11 @@ def _lead(result: SweepResult, outcome: str, competence: Sequence[str], row: Swe
     return ". ".join(told) + "."
 
 
-def _played(result: SweepResult) -> str:
+def played_in_words(result: SweepResult) -> str:
+    """How many episodes of what, and how they were played."""
     facts = result.facts
     how = str(facts.get("exploration", "")).rpartition(".")[2].lower()
-    actions = {"random": "actions drawn", "deterministic": "likeliest actions", "mode": "likeliest actions"}.get(
-        how, how
-    )
+    actions = ACTIONS.get(how, how)
     count = next(iter(result.values.values())).shape[1]
     runs = runs_of(result)
     words = [f"{count:,} episodes of each of {len(result.conditions):,} conditions"]

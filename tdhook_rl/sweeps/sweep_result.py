@@ -209,9 +209,10 @@ class SweepResult:
         return found
 
     def alpha_50(self, outcome: str, vector: str | None = None) -> Interval:
-        """The strength at which half of the effect at the largest is reached, on straight lines between strengths.
+        """The strength at which half of the effect at the largest is reached, on straight lines from 0 up to it.
 
-        The interval holds the strengths whose mean is not told apart from the half way (Fieller 1954).
+        Strengths below 0 say nothing of it. The interval holds the strengths whose mean is not told apart from the half
+        way (Fieller 1954).
 
         Raises:
             InputError: if no strength is above 0.
@@ -227,7 +228,8 @@ class SweepResult:
         crossing = int(np.argmax(means >= 0))
         near = [float(alpha) for alpha in grid[self._may_be_0(alphas, ahead.numpy(), grid)]]
         shape = {"confidence": 0.95, "groups": self._count(), "rows": float(curves.shape[1])}
-        if not near or near[0] <= alphas[0] or near[-1] >= alphas[-1] or self.effect(outcome, vector).p > 0.05:
+        ends = not near or near[0] <= alphas[0] or near[-1] >= alphas[-1]
+        if ends or self.effect(outcome, vector, alphas[-1]).p > 0.05:
             words = "the effect is too small, or too few episodes tell where half of it is reached"
             return Interval(
                 estimate=float(grid[crossing]), low=math.nan, high=math.nan, method="none", words=words, **shape
@@ -361,12 +363,14 @@ class SweepResult:
         return (0.0, 1.0) if bool(((values == 0) | (values == 1)).all()) else None
 
     def _row(self, condition: Condition) -> int:
-        try:
+        if condition in self.conditions:
             return list(self.conditions).index(condition)
-        except ValueError:
-            named = f"{condition.control or 'vector'} {condition.vector!r} at alpha {condition.alpha:g}"
-            have = ", ".join(f"{alpha:g}" for alpha in self.alphas(condition.vector))
-            raise InputError(f"the sweep did not play {named} (draw {condition.draw}); strengths: {have}") from None
+        for place, one in enumerate(self.conditions):  # 0.1 + 0.2 is asked for as 0.3
+            if math.isclose(one.alpha, condition.alpha) and replace(one, alpha=condition.alpha) == condition:
+                return place
+        named = f"{condition.control or 'vector'} {condition.vector!r} at alpha {condition.alpha:g}"
+        have = ", ".join(f"{alpha:g}" for alpha in self.alphas(condition.vector))
+        raise InputError(f"the sweep did not play {named} (draw {condition.draw}); strengths: {have}")
 
     def _vector(self, vector: str | None) -> str:
         names = self.vectors

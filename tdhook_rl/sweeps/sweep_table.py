@@ -27,7 +27,7 @@ class SweepRow:
         specificity: the effect over the size of the largest of a control.
         p: that it does nothing, or no more than a random direction; see
             :meth:`~tdhook_rl.sweeps.SweepResult.p`.
-        adjusted: the same, adjusted over the table (Holm 1979).
+        adjusted: the same, adjusted over all vectors and strengths of this outcome (Holm 1979).
     """
 
     vector: str
