@@ -259,6 +259,13 @@ def an_environment_with_workers() -> None:
         env.close()
 
 
+@contract("wrapped_env")
+def an_environment_of_gymnasium() -> None:
+    inside = gymnasium.make("CartPole-v1")
+    assert names.wrapped_env(GymWrapper(inside)) is inside
+    assert names.wrapped_env(counted()) is None
+
+
 @contract("forget_last_step")
 def a_vector_of_gymnasium() -> None:
     mode = gymnasium.vector.AutoresetMode.SAME_STEP

@@ -207,6 +207,12 @@ def forget_last_step(transform: Any) -> None:
         memo.clear()
 
 
+def wrapped_env(env: Any) -> Any:
+    """What an environment of TorchRL wraps (Gymnasium's, say), or ``None``: the wrapper looks attributes up there only
+    where it has none of the name itself."""
+    return getattr(env, "__dict__", {}).get("_env")
+
+
 def lower_done_flags(env: Any) -> None:
     """Make a ``ParallelEnv`` wait for its workers again: ``load_state_dict`` leaves the flags raised by which it knows
     that they are done, and the next step would be read before it is there."""

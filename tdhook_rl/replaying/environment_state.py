@@ -48,13 +48,13 @@ def same_state(env: EnvBase, policy: nn.Module | None = None) -> Iterator[Callab
         False
     """
     _reset_what_is_new(env)
-    held = [(one, _copied(_state_of(one))) for one in _holders(env)]
+    held = [(one, _copied(_state_of(one))) for one in holders(env)]
     states = [(one, state) for one, state in held if state is not None and any(True for _ in _leaves(state))]
     held_by_policy = [] if policy is None else held_buffers(policy).values()
     buffers = [(one, one.detach().clone()) for one in held_by_policy if _has_numbers(one)]
 
     def put_back() -> None:
-        for holder in _holders(env):
+        for holder in holders(env):
             if isinstance(holder, VecGymEnvTransform):
                 forget_last_step(holder)
         for holder, then in states:
@@ -105,7 +105,7 @@ def state_digest(env: EnvBase, put_back: Callable[[], None], seed: int) -> str:
 def _numbers_of(env: EnvBase) -> dict[str, Tensor]:
     """All that is held, by name; what is no tensor as the bytes of its text."""
     found: dict[str, Tensor] = {}
-    for number, holder in enumerate(_holders(env)):
+    for number, holder in enumerate(holders(env)):
         for name, value in _named_leaves(_state_of(holder), str(number)):
             if isinstance(value, Tensor):
                 found[name] = value.detach().clone()
@@ -124,13 +124,13 @@ def _named_leaves(state: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 def _reset_what_is_new(env: EnvBase) -> None:
     """By a seed, so that the state it begins with is the same wherever the same is played."""
-    inside = _holders(env)[-1]
+    inside = holders(env)[-1]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if isinstance(inside, ParallelEnv) and not _were_reset(inside):
             _seed(inside)
             inside.reset()  # a worker that is asked before would end
-        if any(_state_of(one) is None for one in _holders(env)):
+        if any(_state_of(one) is None for one in holders(env)):
             _seed(env)
             env.reset()
 
@@ -152,8 +152,8 @@ def _seed(env: EnvBase, seed: int = 0) -> None:
         env.set_seed(seed)
 
 
-def _holders(env: EnvBase) -> list[Any]:
-    """Each transform, and the environment inside."""
+def holders(env: EnvBase) -> list[Any]:
+    """Each transform, and the environment inside, which is the last one."""
     found: list[Any] = []
     while isinstance(env, TransformedEnv):
         found += _single(env.transform)

@@ -18,6 +18,7 @@ from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.errors import InputError, MissingKeyError, TdhookError, nearest, warn
 from tdhook_rl.files.functions import in_words
 from tdhook_rl.latent import SteeringVectors
+from tdhook_rl.replaying.environment_settings import settings_of
 from tdhook_rl.replaying.environment_state import same_state, state_digest
 from tdhook_rl.sweeps.conditions import (
     BASELINE,
@@ -129,6 +130,7 @@ def steering_sweep(
             "max_steps": max_steps, "exploration": str(exploration_type()),
             "seed": seed, "streams": f"{stream_of(seed, 'plays'):x}",
             "environment": repr(made)[:200], "env": "" if isinstance(env, EnvBase) else in_words(env),
+            "settings": settings_of(made) if isinstance(env, EnvBase) else {},
             "sign": in_words(sign), "when": in_words(when),
             "measured": measured.described(in_words),
             "environment_state": "" if folder is None else state_digest(made, put_back, seed),

@@ -30,6 +30,7 @@ _REMEDIES = {
     "were when the sweep began, by their load_state_dict",
     "streams": ", by the release that began it: random numbers followed from a seed in another way",
 }
+_NAMES = {"settings": "environment, which was made with other arguments"}
 #: Beside the outcomes: whether an episode was cut at the longest that it may last.
 UNFINISHED = "unfinished"
 
@@ -133,9 +134,11 @@ class Kept:
                 f"{self._path.parent} holds sweeps of several runs together, which are over: give another folder="
             )
         for name, asked in self._facts.items():
-            if facts.get(name) != asked:
+            known = facts.get(name)
+            if known != asked:
+                known, asked = _differing(known, asked)
                 raise InputError(
-                    f"{self._path.parent} holds a sweep with another {name} ({facts.get(name)!r:.80}, asked "
+                    f"{self._path.parent} holds a sweep with another {_NAMES.get(name, name)} ({known!r:.80}, asked "
                     f"{asked!r:.80}): give another folder=, or ask for the same{_REMEDIES.get(name, '')}"
                 )
         for said in untold_in(self._facts):
@@ -143,6 +146,14 @@ class Kept:
         if conditions != self.conditions:
             raise InputError(f"{self._path.parent} holds a sweep of other conditions: give another folder=")
         self.values, self._done, self.layout = values, done, str(facts.get("layout", ""))
+
+
+def _differing(one: Any, other: Any) -> tuple[Any, Any]:
+    """Of two mappings the entries in which they differ."""
+    if not isinstance(one, Mapping) or not isinstance(other, Mapping):
+        return one, other
+    keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+    return {key: one.get(key) for key in keys}, {key: other.get(key) for key in keys}
 
 
 def write_sweep(

@@ -1,0 +1,146 @@
+"""A sweep goes on in its folder in an environment that was made with the same arguments, and in no other."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gymnasium
+import pytest
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import nn
+from torchrl.data import Categorical, Composite, Unbounded
+from torchrl.envs import (
+    CatFrames,
+    Compose,
+    EnvBase,
+    GymEnv,
+    GymWrapper,
+    RenameTransform,
+    RewardSum,
+    SerialEnv,
+    StepCounter,
+    TransformedEnv,
+)
+
+from tdhook_rl.errors import InputError
+from tdhook_rl.internals.torchrl_names import wrapped_env
+from tdhook_rl.replaying.environment_settings import settings_of
+from tdhook_rl.sweeps import steering_sweep
+
+
+@dataclass
+class Wind:
+    """What blows."""
+
+    force: float
+    name: str = "north"
+
+
+class Point(EnvBase):
+    """A point that is blown away, made with whatever somebody keeps of his arguments."""
+
+    def __init__(self, wind: Any = 0.1, *, limit: float = 1.0, reward: Callable[..., Any] | None = None) -> None:
+        super().__init__(batch_size=())
+        self.wind, self._limit, self.reward = wind, limit, reward
+        self.observation_spec = Composite(observation=Unbounded((2,)), time=Unbounded((1,)))
+        self.action_spec = Unbounded((2,))
+        self.reward_spec = Unbounded((1,))
+        self.done_spec = Categorical(2, shape=(1,), dtype=torch.bool)
+        self.steps = 0
+        self.numbers = torch.Generator()
+
+    def _set_seed(self, seed: int | None) -> None:
+        self.numbers.manual_seed(seed or 0)
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **_: Any) -> TensorDict:
+        start = torch.randn(2, generator=self.numbers)
+        return TensorDict({"observation": start, "time": torch.zeros(1)})
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        self.steps += 1  # what moves on is no setting
+        at, time = tensordict["observation"] + 0.1 * tensordict["action"], tensordict["time"] + 1
+        return TensorDict({"observation": at, "time": time, "reward": at[:1], "done": time >= 3})
+
+
+def twice(factor: float) -> Callable[[float], float]:
+    return lambda reward: reward * factor
+
+
+def swing(**options: Any) -> EnvBase:
+    return GymEnv("Pendulum-v1", **options)
+
+
+def behind_many(limit: int) -> EnvBase:
+    """The last of transforms that are longer in words than anybody reads."""
+    many = [RenameTransform([], []), RewardSum(), CatFrames(2, -1, in_keys=["observation"], out_keys=["frames"])]
+    return TransformedEnv(Point(), Compose(*many, StepCounter(limit)))
+
+
+#: How an environment is made, and the same otherwise.
+MADE: dict[str, tuple[Callable[[], EnvBase], Callable[[], EnvBase]]] = {
+    "a number": (lambda: Point(0.1), lambda: Point(0.2)),
+    "a number of its own": (lambda: Point(limit=1.0), lambda: Point(limit=2.0)),
+    "an object": (lambda: Point(Wind(0.1)), lambda: Point(Wind(0.2))),
+    "a space of names": (lambda: Point(SimpleNamespace(f=1)), lambda: Point(SimpleNamespace(f=2))),
+    "a mapping": (lambda: Point({"f": [1, 2]}), lambda: Point({"f": [1, 3]})),
+    "a tensor": (lambda: Point(torch.ones(2)), lambda: Point(torch.zeros(2))),
+    "a function": (lambda: Point(reward=twice(1)), lambda: Point(reward=twice(2))),
+    "a partial": (lambda: Point(reward=functools.partial(max, 1)), lambda: Point(reward=functools.partial(max, 2))),
+    "a transform": (
+        lambda: TransformedEnv(Point(), StepCounter(5)), lambda: TransformedEnv(Point(), StepCounter(6)),
+    ),
+    "one of many transforms": (lambda: behind_many(2), lambda: behind_many(3)),
+    "arguments of Gymnasium": (lambda: swing(g=9.0), lambda: swing(g=2.0)),
+    "frames": (lambda: swing(frame_skip=2), lambda: swing(frame_skip=3)),
+    "a wrapper of Gymnasium": (
+        lambda: GymWrapper(gymnasium.wrappers.TransformReward(gymnasium.make("Pendulum-v1"), twice(1))),
+        lambda: GymWrapper(gymnasium.wrappers.TransformReward(gymnasium.make("Pendulum-v1"), twice(2))),
+    ),
+    "a limit of Gymnasium": (lambda: swing(max_episode_steps=4), lambda: swing(max_episode_steps=5)),
+    "functions that make some": (
+        lambda: SerialEnv(2, functools.partial(Point, 0.1)), lambda: SerialEnv(2, functools.partial(Point, 0.2)),
+    ),
+}  # fmt: skip
+
+
+def swept(env: EnvBase, folder: Path) -> Any:
+    torch.manual_seed(0)
+    width = env.observation_spec["observation"].shape[-1]
+    net = nn.Linear(width, env.action_spec.shape[-1])
+    policy = TensorDictSequential(TensorDictModule(net, ["observation"], ["action"]))
+    vector = {"v": {"module.0.module": torch.ones(net.out_features)}}
+    options: dict[str, Any] = {"alphas": [1.0], "controls": 1, "episodes": 2, "max_steps": 4, "progress": False}
+    return steering_sweep(policy, env, vector, folder=folder, **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*did not end", "ignore:.*goes on as the same")
+@pytest.mark.parametrize("name", MADE)
+def test_a_sweep_goes_on_where_all_was_made_alike(name: str, tmp_path: Path) -> None:
+    make, other = MADE[name]
+    env = make()
+    first = swept(env, tmp_path)
+    assert swept(env, tmp_path).records() == first.records()  # the very one, which has been played in
+    assert swept(make(), tmp_path).records() == first.records()
+    with pytest.raises(InputError, match=r"another environment, which was made with other arguments \(\{'"):
+        swept(other(), tmp_path)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_settings_do_not_move(name: str) -> None:
+    env = MADE[name][0]()
+    before = settings_of(env)
+    env.rollout(3)
+    env.set_seed(5)
+    assert settings_of(env) == before == settings_of(MADE[name][0]())
+
+
+def test_what_is_wrapped_is_no_attribute_of_what_wraps_nothing() -> None:
+    assert wrapped_env(Point()) is None
+    assert wrapped_env(swing()) is not None
