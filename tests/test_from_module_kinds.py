@@ -122,6 +122,31 @@ def test_several_choices_at_once(batch: tuple[int, ...], part: Any) -> None:
         torch.testing.assert_close(plain["state_value"].reshape(-1, 1), value)
 
 
+@pytest.mark.parametrize("reads_action", [False, True])
+@pytest.mark.parametrize("named", ["actor", "value", "actor value"])
+def test_what_is_named_is_there(named: str, reads_action: bool) -> None:
+    """A value that is named was left out, unless ``part=`` said it once more."""
+    net = nn.ModuleDict({"actor": nn.Linear(5, 3), "value": nn.Linear(5, 1), "q": QOfBoth()})
+    paths: dict[str, Any] = {"actor": "actor", "value": "q" if reads_action else "value"}
+    given = {name: paths[name] for name in named.split()} | {"kind": "deterministic"}
+    given |= {"reads_action": True} if reads_action and "value" in named else {}
+    policy = from_module(net, **given)
+    data = policy(TensorDict({"observation": torch.randn(6, 5), "action": torch.randn(6, 3)}, [6]))
+    wrote = {key for key in data.keys() if "value" in key}
+    expected = {"state_action_value" if reads_action else "state_value"} if "value" in named else set()
+    assert wrote == expected
+    assert ("action" in policy.out_keys) == ("actor" in named)
+
+
+class QOfBoth(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(8, 1)
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        return self.net(torch.cat([observation, action], -1))
+
+
 class Sharing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +166,7 @@ def test_weights_that_run_twice_are_said() -> None:
         options = {"trunk": "body", "actor": "actor.2", "value": "critic.2", "part": "actor_value"}
         from_module(net, **options)
         from_module(net, "actor", value="apart", part="actor_value")
-        from_module(net, "actor", value="critic")
+        from_module(net, "actor", value="critic", part="actor")
     assert torch.equal(twice["state_value"], net.critic(data["observation"]))
 
 

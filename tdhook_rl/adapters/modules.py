@@ -47,7 +47,7 @@ def from_module(
     std: str | None = None,
     action_scale: str | None = None,
     action_bias: str | None = None,
-    part: Piece = "actor",
+    part: Piece | None = None,
     reads_action: bool = False,
     divide: float | None = None,
     observation_dims: int = 1,
@@ -72,7 +72,7 @@ def from_module(
         log_std, std: the path of a parameter, for ``"normal"``.
         action_scale, action_bias: paths of what a squashed action is scaled by and moved by. What is drawn is then
             ``"raw_action"``, between -1 and 1, and the score that of the scaled one, as in CleanRL.
-        part: ``"actor"``, ``"value"``, or ``"actor_value"``: one module with both.
+        part: ``"actor"``, ``"value"``, or ``"actor_value"``: one module with both. What is named unless given.
         reads_action: ``value`` is of an observation and ``"action"``: it is called with both, and writes
             ``"state_action_value"``.
         divide: what the observation is divided by first, as in ``x / 255.0``.
@@ -111,7 +111,7 @@ def from_module(
         ...         action = probs.sample() if action is None else action
         ...         return action, probs.log_prob(action), probs.entropy(), self.critic(hidden)
         >>> agent = Agent()
-        >>> policy = from_module(agent, "actor", value="critic", trunk="network", part="actor_value")
+        >>> policy = from_module(agent, "actor", value="critic", trunk="network")
         >>> from tensordict import TensorDict
         >>> data = policy(TensorDict({"observation": torch.randn(3, 4)}, [3]))
         >>> _, log_prob, _, value = agent.get_action_and_value(data["observation"], data["action"])
@@ -128,8 +128,10 @@ def from_module(
         >>> sac = lambda actor: from_module(
         ...     actor, "forward", kind="squashed", action_scale="action_scale", action_bias="action_bias"
         ... )
-        >>> soft_q = lambda qf1: from_module(qf1, value="forward", part="value", reads_action=True)
+        >>> soft_q = lambda qf1: from_module(qf1, value="forward", reads_action=True)
     """
+    if part is None:
+        part = "actor" if value is None else "value" if actor is None else "actor_value"
     pieces = Pieces(net, actor, value, trunk, part)
     if kind == "normal" and (log_std is None) == (std is None) and part != "value":
         raise InputError("kind='normal' needs the path of one parameter: log_std= or std=")
