@@ -420,11 +420,13 @@ def test_vectors_that_are_none(wrong: Any) -> None:
 def test_pairs_without_a_mean() -> None:
     net, good = mlp(), states(3)
     make = SteeringVector.from_pairs
-    for empty in (good[:0], TensorDict({"input": torch.zeros(4)})):
-        with pytest.raises(InputError, match="at least one"):
-            make(net, "1", empty, good)
-        with pytest.raises(InputError, match="at least one"):
-            make(net, "1", good, empty)
+    several = TensorDict({"input": torch.zeros(3, 4)})  # as they come without a batch size
+    for empty, said in ((good[:0], "at least one"), (TensorDict({"input": torch.zeros(4)}), r"batch_size=\[n\]")):
+        for one in (empty, several) if "size" in said else (empty,):
+            with pytest.raises(InputError, match=said):
+                make(net, "1", one, good)
+            with pytest.raises(InputError, match=said):
+                make(net, "1", good, one)
     broken = good.clone()
     broken["input"][1] = torch.nan
     with pytest.raises(InputError, match="not finite in 1 of 3 negative states"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import ArtifactError, InputError
 from tdhook_rl.examples.agent import FC2, make_actor
+from tdhook_rl.report.sweep_pages import played_in_words
 from tdhook_rl.statistics import grouped_mean
 from tdhook_rl.sweeps import Condition, SweepResult, steering_sweep
 from tdhook_rl.sweeps.sweep_file import write_sweep
@@ -104,3 +106,17 @@ def test_saved_sweeps_of_several_runs_have_the_intervals_that_they_had(runs: int
     write_sweep(tmp_path / "sweep", found.conditions, found.values, {}, played, torch.arange(3))
     with pytest.raises(ArtifactError, match="which run"):
         SweepResult.load(tmp_path)
+
+
+@pytest.mark.parametrize("cut", [(0.0, 0.0), (0.0, 0.5), (0.5, 0.0), (0.25, 0.75)])
+@pytest.mark.parametrize("sizes", [(4, 4), (2, 6)])
+def test_several_runs_say_of_themselves_what_holds_of_all(cut: tuple[float, ...], sizes: tuple[int, ...]) -> None:
+    facts = [{"max_steps": 9, "seed": run, "unfinished": one, "layout": f"layout {one}"} for run, one in enumerate(cut)]
+    parts = [replace(known(size, seed=run), facts=facts[run]) for run, size in enumerate(sizes)]
+    both = SweepResult.together(parts)
+    of_all = sum(one * size for one, size in zip(cut, sizes, strict=True)) / sum(sizes)
+    assert both.facts["unfinished"] == pytest.approx(of_all)
+    assert both.facts["max_steps"] == 9
+    assert "seed" not in both.facts
+    assert ("layout" in both.facts) == (cut[0] == cut[1])
+    assert ("all ended" in played_in_words(both)) == (of_all == 0)

@@ -76,16 +76,17 @@ def steering_sweep(
         controls: how many random vectors of equal norm stand beside each vector, and as many of labels dealt out by
             chance where the vector has them.
         episodes: of each condition.
-        outcomes: ``"return"``, ``"length"``, or functions, best by name, that map episodes ``(episodes, time)`` to one
-            number for each, such as ``lambda data: data["next", "reward"].sum((-1, -2)) > 1``. Episodes are zero after
-            their last step; ``"mask"`` says where. Where only agents end, an episode lasts until all have ended once,
-            and rewards of an agent are zero after its own end.
+        outcomes: ``"return"`` (of agents their mean, of several rewards each by its name), ``"length"``, or functions,
+            best by name, that map episodes ``(episodes, time)`` to one number for each, such as
+            ``lambda data: data["next", "reward"].sum((-1, -2)) > 1``. Episodes are zero after their last step, which is
+            no action 0: ``"mask"`` says where they are. Where only agents end, an episode lasts until all have ended
+            once, and rewards of an agent are zero after its own end.
         max_steps: the longest an episode may last; those that are longer are counted in ``facts["unfinished"]``.
         sign: for each start state +1 or -1, where the direction that is wanted depends on the state.
         when: where it acts, as of :class:`~tdhook_rl.latent.SteeringVectors`.
         seed: of the starts, the noise and the random vectors.
-        folder: where the result is kept as it grows; the same call goes on from there, if the environment holds the
-            same statistics as when it began.
+        folder: where the result is kept as it grows; the same call goes on from there, if the environment was made with
+            the same arguments and holds the same statistics as when it began.
         progress: a function of what is done and all, ``True`` for a bar, ``False`` for nothing.
 
     Raises:

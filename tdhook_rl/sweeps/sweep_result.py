@@ -56,7 +56,7 @@ class SweepResult:
 
     @classmethod
     def together(cls, results: Sequence[SweepResult]) -> SweepResult:
-        """The same sweep of several training runs: intervals are over runs, from the second on.
+        """The same sweep of several training runs: intervals are over runs, from the second on. Facts are those of all.
 
         Raises:
             InputError: for none, or sweeps of other conditions or outcomes.
@@ -70,7 +70,13 @@ class SweepResult:
         values = {name: torch.cat([one.values[name] for one in results], 1) for name in first.outcomes}
         counts = torch.tensor([next(iter(one.values.values())).shape[1] for one in results])
         runs = torch.arange(len(results)).repeat_interleave(counts)
-        return cls(conditions=first.conditions, values=values, facts=first.facts, runs=runs)
+        facts = {
+            name: fact for name, fact in first.facts.items() if all(one.facts.get(name) == fact for one in results)
+        }
+        if any("unfinished" in one.facts for one in results):
+            cut = [float(one.facts.get("unfinished", 0.0)) for one in results]
+            facts["unfinished"] = float(np.average(cut, weights=counts))
+        return cls(conditions=first.conditions, values=values, facts=facts, runs=runs)
 
     @classmethod
     @checked

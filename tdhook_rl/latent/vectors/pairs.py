@@ -24,7 +24,12 @@ def check_sets(positive: TensorDictBase, negative: TensorDictBase) -> tuple[int,
     """
     for name, states in (("positive", positive), ("negative", negative)):
         if states.batch_size.numel() == 0 or not states.batch_size:
-            raise InputError(f"the {name} states have batch shape {tuple(states.batch_size)}: give at least one")
+            remedy = (
+                "say how many there are, TensorDict(..., batch_size=[n])"
+                if not states.batch_size
+                else "give at least one"
+            )
+            raise InputError(f"the {name} states have the batch shape {tuple(states.batch_size)}: {remedy}")
     return positive.batch_size.numel(), negative.batch_size.numel()
 
 
