@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,3 +122,11 @@ def test_several_runs_say_of_themselves_what_holds_of_all(cut: tuple[float, ...]
     assert "seed" not in both.facts
     assert ("layout" in both.facts) == (cut[0] == cut[1])
     assert ("all ended" in played_in_words(both)) == (of_all == 0)
+
+
+@pytest.mark.parametrize("make", [list, tuple, np.array, torch.tensor, lambda alphas: torch.tensor(alphas).float()])
+def test_strengths_are_whatever_holds_numbers(make: Callable[[list[float]], Any]) -> None:
+    vector = {"up": {FC2: torch.ones(64)}}
+    options = {"controls": 0, "episodes": 2, "max_steps": 2, "outcomes": {"length": "length"}, "progress": False}
+    found = steering_sweep(make_actor(), CueCorners(max_steps=2), vector, alphas=make([0.0, 0.5, 1.0]), **options)
+    assert found.alphas() == [0.0, 0.5, 1.0]

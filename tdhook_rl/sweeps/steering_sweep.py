@@ -44,7 +44,7 @@ def steering_sweep(
     env: EnvBase | Callable[[], EnvBase],
     vectors: Any,
     *,
-    alphas: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
+    alphas: Sequence[float] | Tensor = (0.25, 0.5, 0.75, 1.0),
     controls: int = 10,
     episodes: int = 64,
     outcomes: Any = (RETURN, LENGTH),
@@ -72,7 +72,7 @@ def steering_sweep(
         vectors: a :class:`~tdhook_rl.latent.SteeringVector`, several, or ``{name: vector}``, where a vector may also be
             several that act together, or ``{path: tensor}`` with places as of
             :class:`~tdhook_rl.latent.SteeringVectors`.
-        alphas: the strengths, in units of the vector; 0 is always played.
+        alphas: the strengths, in units of the vector, such as ``torch.linspace(0, 1, 5)``; 0 is always played.
         controls: how many random vectors of equal norm stand beside each vector, and as many of labels dealt out by
             chance where the vector has them.
         episodes: of each condition.
@@ -115,7 +115,7 @@ def steering_sweep(
     for vector in (one for direction in directions.values() for one in direction.given):
         vector.check(policy)
         vector.say_other_weights(policy)
-    conditions = conditions_of(directions, alphas)
+    conditions = conditions_of(directions, alphas.flatten().tolist() if isinstance(alphas, Tensor) else alphas)
     with _made(env, episodes) as made, same_state(made, policy) as put_back:
         unseeded = seed_env(made, seed)
         if unseeded:
