@@ -29,6 +29,7 @@ from tdhook_rl.policies.draws import Draw, draws, sample_keys
 from tdhook_rl.replaying.batching import row_vectors
 from tdhook_rl.replaying.samples import Drawn, Replay
 from tdhook_rl.sites.known import own_class
+from tdhook_rl.sites.listed import modules
 
 _PLAIN = Draw()
 
@@ -237,7 +238,7 @@ def decider_of(policy: Any) -> nn.Module | None:
     trunk, head = policy.module
     if not isinstance(head, ProbabilisticTensorDictModule) or slopes_of(head.distribution_class) is None:
         return None
-    alone = [child for child in policy.modules() if draws(child)] == [head] and len(sample_keys(head)) == 1
+    alone = [child for child in modules(policy) if draws(child)] == [head] and len(sample_keys(head)) == 1
     actions = [key for key in policy.out_keys if key_parts(key)[-1] == "action"]
     return head if alone and actions in ([], sample_keys(head)) and set(head.in_keys) <= set(trunk.out_keys) else None
 

@@ -29,6 +29,7 @@ from tdhook_rl.calls.writing import set_entries
 from tdhook_rl.internals.torch_names import is_any_autocast_enabled
 from tdhook_rl.policies.contents import HeldTensors, versions
 from tdhook_rl.policies.draws import action_keys, draws, sample_keys
+from tdhook_rl.sites.listed import modules
 
 Key = tuple[str, ...]
 
@@ -75,7 +76,7 @@ class Provenance:
         self._token = secrets.randbits(62)  # torch's generators stay as they are
         self._edits = 0  # how often the user had set attributes of the policy
         self._inputs = inputs
-        drawn = [key for child in policy.modules() if draws(child) for key in sample_keys(child)]
+        drawn = [key for child in modules(policy) if draws(child) for key in sample_keys(child)]
         actions = [*drawn, *action_keys(policy.out_keys)]
         # Of each root what its methods read beside the policy's inputs; captured activations follow from these.
         self._more: dict[str, list[NestedKey]] = {}

@@ -28,6 +28,7 @@ from tdhook_rl.policies.memory import same_values
 from tdhook_rl.replaying.batching import GeneratorState, Traits
 from tdhook_rl.replaying.samples import Replay
 from tdhook_rl.sites.known import is_vmapped
+from tdhook_rl.sites.listed import modules
 
 
 def can_share(policy: nn.Module, traits: Traits) -> bool:
@@ -35,7 +36,7 @@ def can_share(policy: nn.Module, traits: Traits) -> bool:
 
     And it gives the same bits where its inputs ask for a gradient, which a product inside ``vmap`` does not.
     """
-    return not traits.batch_statistics and not any(draws(child) or is_vmapped(child) for child in policy.modules())
+    return not traits.batch_statistics and not any(draws(child) or is_vmapped(child) for child in modules(policy))
 
 
 def sharing(

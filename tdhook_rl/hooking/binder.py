@@ -18,6 +18,7 @@ from tdhook_rl.policies.tying import Tie, replace_tensors
 from tdhook_rl.sites.controls import Controls
 from tdhook_rl.sites.hooks import CaptureHook, ChangeHook, InputCaptureHook, LeafHook, ReadHook, WatchHook
 from tdhook_rl.sites.inplace import hand_on_in_place
+from tdhook_rl.sites.listed import modules
 from tdhook_rl.sites.missing import RowsHook, place_rows_hook
 from tdhook_rl.sites.paths import Run, Site, find_sites, require_apart, require_counted
 from tdhook_rl.sites.repeats import RunHook
@@ -200,8 +201,8 @@ class Binder:
 
     def _require_one_of_a_row(self, site: Site) -> None:
         """Refuse to read a site of which there are copies: an ensemble puts these before the rows, the site after."""
-        ensembles = [child for child in self.policy.modules() if isinstance(child, EnsembleModule)]
-        if any(child is site.module for one in ensembles for child in one.modules() if child is not one):
+        ensembles = [child for child in modules(self.policy) if isinstance(child, EnsembleModule)]
+        if any(child is site.module for one in ensembles for child in modules(one) if child is not one):
             raise SiteError(
                 f"{site.name!r} is in an EnsembleModule, and has an activation for each of its copies: these are "
                 "neither kept nor explained. Steer it, explain the inputs, or read what the ensemble puts out"
@@ -256,7 +257,7 @@ class Binder:
             return
         hook = RowHook(self.runtime, self._rows, self._finite, self._functions, self.records)
         self.runtime.row_hook = hook
-        for child in self.policy.modules():
+        for child in modules(self.policy):
             if child is not self.policy and isinstance(child, TensorDictModuleBase):
                 child.register_forward_pre_hook(hook.before, with_kwargs=True)
                 child.register_forward_hook(hook.after, always_call=True)

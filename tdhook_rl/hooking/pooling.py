@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tdhook_rl.internals.torch_names import in_forward_ad
+from tdhook_rl.sites.listed import modules
 from tdhook_rl.sites.runtime import vmap_level
 
 #: Below so many entries the change of format costs more than it gains: measured on CPU for 3 x 3 windows.
@@ -44,7 +45,7 @@ class _MaxPool(torch.autograd.Function):
 
 def speed_up_pooling(policy: nn.Module) -> None:
     """Let the max pooling of a hooked copy take the faster way."""
-    for child in policy.modules():
+    for child in modules(policy):
         if type(child) is nn.MaxPool2d and "forward" not in child.__dict__:
             # An attribute of the instance: the class, which the user's code may look at, stays what it is.
             child.__dict__["forward"] = functools.partial(_run, child)

@@ -32,6 +32,7 @@ from tdhook_rl.replaying.replay_mixin import DecidedHook, ReplayMixin
 from tdhook_rl.replaying.traceable import trace_risks
 from tdhook_rl.sites.classes import swap_class
 from tdhook_rl.sites.inner_calls import place_inner_hooks
+from tdhook_rl.sites.listed import modules
 from tdhook_rl.sites.root_hooks import take_root_hooks
 from tdhook_rl.sites.rows import attach_layouts
 from tdhook_rl.sites.runtime import Runtime
@@ -79,7 +80,7 @@ def hooked_clone(
     binder = Binder(clone, root, runtime, Tie(module, root))
     drawn = survey_draws(clone)
     place_inner_hooks(clone, runtime)
-    for child in list(clone.modules()):
+    for child in modules(clone):
         if child is clone:
             continue
         if draws(child):
@@ -92,7 +93,7 @@ def hooked_clone(
             swap_class(child, WritingMixin)
         elif type(child) in steps_alone():
             swap_class(child, OneStepMixin)
-    for child in clone.modules():
+    for child in modules(clone):
         before_the_draw = getattr(child, "det_part", None)  # a sequence over the same modules, which is no submodule
         if type(before_the_draw) is TensorDictSequential:
             swap_class(before_the_draw, WritingMixin)

@@ -9,13 +9,14 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
 from tdhook_rl.internals.torchrl_names import actor_keys
+from tdhook_rl.sites.listed import modules
 
 
 def chunked_by(policy: nn.Module) -> Any:
     """The wrapper in a policy that plays several actions one by one, if it has one."""
     from torchrl.modules import MultiStepActorWrapper
 
-    found = [child for child in policy.modules() if isinstance(child, MultiStepActorWrapper)]
+    found = [child for child in modules(policy) if isinstance(child, MultiStepActorWrapper)]
     return found[0] if found else None
 
 
@@ -29,7 +30,7 @@ def supports(policy: nn.Module) -> dict[NestedKey, Tensor]:
     """The supports of the distributional Q-networks in a policy (``Pass.supports``)."""
     from torchrl.modules import DistributionalQValueModule
 
-    found = [child for child in policy.modules() if isinstance(child, DistributionalQValueModule)]
+    found = [child for child in modules(policy) if isinstance(child, DistributionalQValueModule)]
     return {child.action_value_key: child.support for child in found}
 
 
@@ -38,7 +39,7 @@ def value_actions(policy: nn.Module) -> dict[NestedKey, tuple[NestedKey, list[in
     the choices where it makes several at once."""
     from torchrl.modules import QValueModule
 
-    found = [child for child in policy.modules() if isinstance(child, QValueModule)]
+    found = [child for child in modules(policy) if isinstance(child, QValueModule)]
     return {child.action_value_key: (child.out_keys[0], _sizes(child.var_nums)) for child in found}
 
 

@@ -23,6 +23,7 @@ from tdhook_rl.internals.torch_names import hooks_made
 from tdhook_rl.policies.mutable_state import INTERNAL, StatePart, find_state
 from tdhook_rl.policies.rebinding import runs_a_module
 from tdhook_rl.sites.known import own_class
+from tdhook_rl.sites.listed import modules, named_modules
 
 _ABSENT = object()
 
@@ -44,7 +45,7 @@ class AttributeSync:
     def __init__(self, original: nn.Module, clone: nn.Module) -> None:
         pairs = [
             (path, child, own)
-            for (path, child), own in zip(original.named_modules(), clone.modules(), strict=True)
+            for (path, child), own in zip(named_modules(original), modules(clone), strict=True)
             if child is not own and not isinstance(child, TensorDictParams)
         ]
         self._paths = [path for path, _, _ in pairs]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.policies.actors import cached_samples
+from tdhook_rl.sites.listed import modules
 
 #: What names with "action" in them stand for otherwise.
 _NOT_ACTIONS = ("value", "prob", "logit", "param", "loc", "scale", "mask", "mean", "std", "entropy", "spec", "orig")
@@ -151,7 +152,7 @@ def noise_keys(policy: nn.Module) -> list[NestedKey]:
     from torchrl.modules.models.exploration import gSDEModule
 
     found = []
-    for child in policy.modules():
+    for child in modules(policy):
         if isinstance(child, ConsistentDropoutModule):
             found.append(unravel_key(child.in_keys[1]))
         elif isinstance(child, TensorDictModuleBase) and isinstance(getattr(child, "module", None), gSDEModule):
@@ -164,7 +165,7 @@ def masks_needed(policy: nn.Module) -> list[NestedKey]:
     """Those of :func:`noise_keys` without which the policy would draw other noise than its rows have seen."""
     from torchrl.modules import ConsistentDropoutModule
 
-    drawing = [child for child in policy.modules() if isinstance(child, ConsistentDropoutModule)]
+    drawing = [child for child in modules(policy) if isinstance(child, ConsistentDropoutModule)]
     return [unravel_key(child.in_keys[1]) for child in drawing if child.consistent_dropout.training]
 
 
@@ -279,8 +280,8 @@ def _last_draws_of_actors(policy: nn.Module) -> set[int]:
     from torchrl.modules import ProbabilisticActor
 
     found = set()
-    for child in policy.modules():
+    for child in modules(policy):
         if isinstance(child, ProbabilisticActor):
-            drawing = [one for one in child.modules() if isinstance(one, ProbabilisticTensorDictModule)]
+            drawing = [one for one in modules(child) if isinstance(one, ProbabilisticTensorDictModule)]
             found |= {id(one) for one in drawing[-1:]}
     return found

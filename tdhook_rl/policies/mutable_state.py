@@ -39,6 +39,10 @@ _ATOMS = (
     types.BuiltinFunctionType, np.dtype, np.generic, torch.dtype, torch.device, torch.Size, torch.layout, enum.Enum,
     nn.Parameter, TensorDictParams,
 )  # fmt: skip
+#: The most common of them, which are told sooner.
+_SURE = frozenset((type(None), bool, int, float, str))
+#: What holds nothing but its items.
+_WITHOUT_ATTRIBUTES = frozenset((dict, list, tuple, set, collections.deque))
 
 
 class Kind(NamedTuple):
@@ -73,7 +77,10 @@ class MutableState(NamedTuple):
 
 
 def find_state(
-    modules: list[tuple[str, nn.Module]], things: Sequence[StatePart] = (), values: Sequence[tuple[Any, str, str]] = ()
+    modules: list[tuple[str, nn.Module]],
+    things: Sequence[StatePart] = (),
+    values: Sequence[tuple[Any, str, str]] = (),
+    trained: Sequence[Tensor] = (),
 ) -> MutableState:
     """Everything mutable that these modules hold, each thing once.
 
@@ -81,6 +88,7 @@ def find_state(
         modules: with their paths; what they hold besides registered submodules is found from there.
         things: others.
         values: in which there may be others, with their paths and the class that they belong to.
+        trained: parameters of other modules, of which there may be views.
     """
     found = MutableState([*things], [], [])
     seen: set[int] = set()
@@ -90,7 +98,7 @@ def find_state(
         found.things.append(StatePart(path, owner, kind, thing))
 
     def visit(value: Any, path: str, owner: str) -> None:
-        if isinstance(value, _ATOMS) or id(value) in seen:
+        if value.__class__ in _SURE or isinstance(value, _ATOMS) or id(value) in seen:
             return
         if not isinstance(value, nn.Module) and _is_foreign(type(value).__module__):
             return
@@ -111,17 +119,17 @@ def find_state(
         else:
             for inner_path, inner_value in _of_object(value, path, owner, add):
                 visit(inner_value, inner_path, owner)
-    _tell_shared(found, [module for _, module in modules if isinstance(module, nn.Module)])
+    _tell_shared(found, [module for _, module in modules if isinstance(module, nn.Module)], trained)
     return found
 
 
-def _tell_shared(found: MutableState, modules: list[nn.Module]) -> None:
+def _tell_shared(found: MutableState, modules: list[nn.Module], others: Sequence[Tensor]) -> None:
     """Views of what is written in place, an array or a trained parameter, are so too: a copy would not see it."""
     arrays = [one.thing for one in found.things if isinstance(one.thing, np.ndarray)]
     tensors = [tensor for tensor, _, _ in found.tensors if tensor.grad_fn is None]
     # Not by `parameters`, which some modules override without `recurse`, or with groups for an optimiser.
     held = (one for module in modules for one in module._parameters.values() if one is not None)
-    trained = [one for one in held if one.requires_grad]
+    trained = [*(one for one in held if one.requires_grad), *others]
     found.shared.extend(share_memory(arrays, tensors, trained))
     shared = {id(one) for one in found.shared}
     for tensor, path, owner in found.tensors:
@@ -153,7 +161,7 @@ def _of_module(
     for name, value in module._buffers.items():
         yield value, f"{dot}{name}", owner
     for name, value in attributes.items():
-        if name not in INTERNAL and not name.startswith("_hooked"):
+        if name not in INTERNAL and value.__class__ not in _SURE and not name.startswith("_hooked"):
             if isinstance(value, nn.Module):  # kept beside the registered ones: it is what it holds
                 for inner_path, inner in value.named_modules():
                     yield inner, f"{dot}{name}{'.' if inner_path else ''}{inner_path}", own_class(inner).__name__
@@ -183,6 +191,8 @@ def _of_object(value: Any, path: str, owner: str, add: Add) -> Iterator[tuple[st
         yield path, value.__self__
     elif isinstance(value, functools.partial):
         yield from ((path, item) for item in (value.func, *value.args, *value.keywords.values()))
+    if type(value) in _WITHOUT_ATTRIBUTES:
+        return
     if kind is None or isinstance(value, (dict, list, tuple, collections.deque)):
         own = getattr(value, "__dict__", None)
         if type(own) is dict:  # without any, too: what has its defaults in the class is given its own later

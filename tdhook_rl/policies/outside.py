@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from tdhook_rl.internals.dynamo_names import compiled_from
 from tdhook_rl.internals.python_names import ABC_STATE
+from tdhook_rl.policies.module_copies import is_plain
 from tdhook_rl.policies.mutable_state import Kind, MutableState, StatePart, find_state
 from tdhook_rl.sites.classes import Swapped
 from tdhook_rl.sites.known import own_class, user_code
+from tdhook_rl.sites.listed import modules
 from tdhook_rl.sites.root_hooks import hooks_of
 
 #: Whose code is not followed.
@@ -51,8 +53,15 @@ def functions_of(module: nn.Module) -> list[types.FunctionType]:
 def compiled_functions(policy: nn.Module) -> list[str]:
     """The names of functions that ``torch.compile`` made and that forwards of a policy may reach."""
     seen: set[int] = set()
-    found = [thing for _, module in policy.named_modules() for _, thing, *_ in _reached(module, seen)]
+    found = [
+        thing for module in modules(policy) if not _is_known(module, seen) for _, thing, *_ in _reached(module, seen)
+    ]
     return [one.__qualname__ for one in found if isinstance(one, types.FunctionType) and compiled_from(one) is not None]
+
+
+def _is_known(module: nn.Module, seen: set[int]) -> bool:
+    """Whether what a module reaches is what others of its class do, and that was looked at."""
+    return id(type(module)) in seen and is_plain(module)
 
 
 def of_compiled(functions: Sequence[str]) -> str:

@@ -17,7 +17,9 @@ from torch import nn
 
 from tdhook_rl.errors import PreparationError
 from tdhook_rl.internals.dynamo_names import compiled_from
+from tdhook_rl.policies.module_copies import deep_copy_of
 from tdhook_rl.policies.outside import read_cell
+from tdhook_rl.sites.listed import named_modules
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -44,7 +46,7 @@ def deep_copy(module: M, memo: dict[int, Any] | None = None) -> M:
     memo = {} if memo is None else memo
     functions = _Functions(module)
     memo.update(functions.new)
-    clone = copy.deepcopy(module, memo)
+    clone = deep_copy_of(module, memo)
     functions.bind(memo)
     return clone
 
@@ -73,7 +75,7 @@ class _Functions:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        modules = dict(module.named_modules())
+        modules = dict(named_modules(module))
         self.new: dict[int, types.FunctionType] = {}
         self._own = {id(child) for child in modules.values()}
         self._found: dict[int, types.FunctionType] = {}

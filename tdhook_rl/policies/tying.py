@@ -23,9 +23,10 @@ from tdhook_rl.errors import PreparationError, TieError, warn
 from tdhook_rl.internals.dynamo_names import is_compiled
 from tdhook_rl.internals.tensordict_names import params_with
 from tdhook_rl.policies.attribute_sync import AttributeSync
-from tdhook_rl.policies.listed import require_listed
+from tdhook_rl.policies.module_copies import is_plain
 from tdhook_rl.policies.mutable_state import INTERNAL, MutableState, find_state
 from tdhook_rl.policies.rebinding import deep_copy
+from tdhook_rl.sites.listed import modules, named_modules, require_listed
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -48,7 +49,13 @@ def tied_clone(module: M) -> M:
     memo: dict[int, Any] = {}
     kept: list[Any] = []  # deepcopy returns memo[id(x)], so whatever is listed here is shared instead of copied
     tensordicts: list[TensorDictBase] = []
-    for child in module.modules():
+    others: list[tuple[str, nn.Module]] = []  # in which more may be held than weights and numbers
+    trained: list[Tensor | None] = []
+    for path, child in named_modules(module):
+        if is_plain(child):
+            trained += child._parameters.values()
+            continue
+        others.append((path, child))
         if isinstance(child, TensorDictParams):
             kept += child, *child.parameters(recurse=False), *child.buffers(recurse=False)
         kept += child._parameters.values()
@@ -63,7 +70,8 @@ def tied_clone(module: M) -> M:
                 kept.append(value)
             elif isinstance(value, TensorDictBase):
                 tensordicts.append(value)
-    held = find_state(list(module.named_modules()))
+    kept += trained
+    held = find_state(others, trained=[one for one in trained if one is not None])
     # Those in containers too, which their owner may write to in place (a running mean in a dictionary), and views.
     kept += held.shared
     kept += [tensor for tensor, _, _ in held.tensors if tensor.grad_fn is None]
@@ -78,8 +86,7 @@ def tied_clone(module: M) -> M:
     except PreparationError:
         raise
     except Exception as error:
-        path = _uncopyable(module, seeds)
-        where = f" at {path!r}" if path else ""
+        where = f" at {lost!r}" if (lost := _uncopyable(module, seeds)) else ""
         raise PreparationError(
             f"{type(module).__name__} cannot be copied{where} ({type(error).__name__}: {error}). A hooked policy is a "
             "copy of the modules over the same tensors; remove what does not deep-copy (locks, open files, "
@@ -100,7 +107,7 @@ def detach_graphs(module: nn.Module, memo: dict[int, Any]) -> None:
 
     No tensor with a graph can be deep-copied, in whatever container it is kept.
     """
-    _detach_graphs(find_state(list(module.named_modules())), memo)
+    _detach_graphs(find_state(named_modules(module)), memo)
 
 
 def _detach_graphs(held: MutableState, memo: dict[int, Any]) -> None:
@@ -121,14 +128,14 @@ class Tie:
         # A forward may replace a buffer: where the clone's does, the user's policy goes on with the new one as well.
         self._buffers = [
             (own._buffers, child._buffers, f"{path}." if path else "")
-            for (path, child), own in zip(original.named_modules(), clone.modules(), strict=True)
+            for (path, child), own in zip(named_modules(original), modules(clone), strict=True)
             if child._buffers and child._buffers is not own._buffers
         ]
         self._renewed: set[str] = set()
         self._attribute_sync = AttributeSync(original, clone)
         self._entries = [
             (store, name, tensor, f"{prefix}.{name}" if prefix else name)
-            for prefix, child in original.named_modules()
+            for prefix, child in named_modules(original)
             for store in (child._parameters, child._buffers)
             for name, tensor in store.items()
             if tensor is not None
@@ -289,7 +296,7 @@ def replace_tensors(clone: nn.Module, new: Mapping[int, Tensor]) -> list[tuple[A
         holder[key] = value
 
     copies: dict[int, TensorDictParams] = {}
-    for module in list(clone.modules()):
+    for module in modules(clone):
         if isinstance(module, TensorDictParams):
             continue  # the original holds the same object: its holders are given a copy
         # Attributes and lists of tensors as well: recurrent layers compute with `_flat_weights`.
@@ -314,7 +321,7 @@ def put_back(replaced: list[tuple[Any, Any, Any]]) -> None:
 
 
 def _refuse_uncopyable(module: nn.Module) -> None:
-    for path, child in module.named_modules():
+    for path, child in named_modules(module):
         where = f"submodule {path!r} of the policy" if path else "the policy"
         if is_compiled(child):
             raise PreparationError(
@@ -378,7 +385,7 @@ def whole_copy(module: M, what: str) -> M:
 
 def _uncopyable(module: nn.Module, seeds: Mapping[int, Any]) -> str | None:
     """The attribute of a module, or of what it holds, that does not deep-copy."""
-    for path, child in module.named_modules():
+    for path, child in named_modules(module):
         for name, value in vars(child).items():
             if name not in INTERNAL and not isinstance(value, nn.Module):
                 found = _uncopyable_in(value, f"{path}.{name}" if path else name, seeds, 0)

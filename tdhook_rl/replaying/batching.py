@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from tdhook_rl.internals.tensordict_names import has_names, new_unsafe, set_str, store_of
 from tdhook_rl.internals.torch_names import ConvNd, held_parameters
 from tdhook_rl.sites.known import may_meet
+from tdhook_rl.sites.listed import modules
 
 #: Input elements of one chunk for convolutional nets, where batches that leave the cache are slower on CPU: 64 frames
 #: of 3 x 64 x 64, measured best from 32 to 128 for the net of IMPALA. Other nets take the whole batch.
@@ -90,7 +91,7 @@ def conv_chunk(inputs: Iterable[Any], batch: torch.Size) -> int:
 
 def in_recurrent_mode(module: nn.Module) -> bool:
     """Whether a TorchRL recurrent module of the policy reads whole trajectories (``set_recurrent_mode``)."""
-    return any(getattr(child, "recurrent_mode", False) is True for child in module.modules())
+    return any(getattr(child, "recurrent_mode", False) is True for child in modules(module))
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Traits:
 
     @classmethod
     def of(cls, module: nn.Module) -> Traits:
-        children = list(module.modules())
+        children = modules(module)
         cores = tuple(child for child in children if hasattr(child, "recurrent_mode"))
         return cls(
             convolutional=any(isinstance(child, _CONVOLUTIONS) for child in children),
@@ -129,7 +130,7 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Run batch-statistics layers in eval mode: in a batch that was put together later, the statistics that a row met
     with are not to be had."""
     changed = [
-        child for child in module.modules() if child.training and may_meet(child) and child.running_mean is not None
+        child for child in modules(module) if child.training and may_meet(child) and child.running_mean is not None
     ]
     for child in changed:
         child.training = False

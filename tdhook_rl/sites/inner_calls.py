@@ -17,6 +17,7 @@ from torch import nn
 from tdhook_rl.arguments.keys import is_tensordict
 from tdhook_rl.errors import InputError
 from tdhook_rl.internals.torchrl_names import walks_through_time
+from tdhook_rl.sites.listed import named_modules
 from tdhook_rl.sites.runtime import Runtime, vmap_level
 
 
@@ -41,9 +42,9 @@ def place_inner_hooks(policy: nn.Module, runtime: Runtime) -> None:
         hook = _InnerHook(runtime)
         child.register_forward_pre_hook(hook.before, with_kwargs=True)
         child.register_forward_hook(hook.after, always_call=True)
-    for path, module in policy.named_modules():
+    for path, module in named_modules(policy):
         if walks_through_time(module):
-            inside = (name for name, _ in module.named_modules() if name)
+            inside = (name for name, _ in named_modules(module) if name)
             runtime.steps |= {f"{path}.{name}" if path else name for name in inside}
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from tdhook_rl.internals.torch_names import BatchNorm, DropoutNd
 from tdhook_rl.sites.classes import Swapped
+from tdhook_rl.sites.listed import named_modules
 from tdhook_rl.sites.root_hooks import hooks_of
 
 #: By this attribute, ``True``, a class of modules says that its forward writes nothing and draws nothing, whatever the
@@ -75,12 +76,12 @@ def user_code(hook: object) -> Any:
 
 def all_modules(policy: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules of a policy with their paths, and those of the adapters on them, which are none of its own."""
-    found = list(policy.named_modules())
+    found = named_modules(policy)
     for path, module in list(found):
         for hook in hooks_of(module):
             if isinstance(adapter := user_code(hook), nn.Module):
                 name = f"the adapter at {path}"
-                found += [(f"{name}.{inner}" if inner else name, child) for inner, child in adapter.named_modules()]
+                found += [(f"{name}.{inner}" if inner else name, child) for inner, child in named_modules(adapter)]
     return found
 
 

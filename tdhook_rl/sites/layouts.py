@@ -8,6 +8,7 @@ channels come before its maps, a linear layer that features come last. An activa
 from __future__ import annotations
 
 import re
+from functools import cache
 
 import torch
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictParams
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError
 from tdhook_rl.internals.torch_names import ConvNd
+from tdhook_rl.sites.listed import modules
 
 #: Of a module of which the first feature dimension has the channels, however many follow.
 CHANNELS_FIRST = -1
@@ -89,13 +91,13 @@ def survey_features(policy: nn.Module) -> frozenset[int]:
     """
     found: dict[int, int | None] = {}
     kinds = set()
-    for module in policy.modules():
+    for module in modules(policy):
         if isinstance(module, nn.Sequential):
             _follow(module, found)
         said = _says(module)
         if isinstance(module, ConvNd) and said:
             kinds.add(said)
-    for module in policy.modules():
+    for module in modules(policy):
         if not isinstance(module, TensorDictParams):  # the original holds the same object, and it never runs
             module.__dict__["_hooked_features"] = _stated(module, found)
     return frozenset(kinds)
@@ -141,6 +143,13 @@ def _says(module: nn.Module) -> int | None:
     if isinstance(module, _TWO_DIMENSIONAL):
         return 2
     for base in type(module).__mro__:
-        if base.__module__.startswith("torch.nn.") and (match := re.search(r"([123])d$", base.__name__)):
-            return int(match[1])
+        if base.__module__.startswith("torch.nn.") and (number := _number_in(base.__name__)):
+            return number
     return None
+
+
+@cache
+def _number_in(name: str) -> int | None:
+    """Of how many dimensions maps are, by the name of their class."""
+    match = re.search(r"([123])d$", name)
+    return None if match is None else int(match[1])

