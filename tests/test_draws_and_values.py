@@ -214,3 +214,57 @@ def test_causal_tests_of_states_without_what_was_drawn(build: Callable[[], nn.Mo
     whole = find_circuit(policy, clean, corrupt, site, metric=metric, keep=1.0, controls=1)
     assert whole.curve[-1].faithfulness.estimate == pytest.approx(1.0, abs=1e-4)
     assert len(ablate_units(policy, clean, site)) == 4
+
+
+class Counted(Normal):
+    made = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        type(self).made += 1
+        super().__init__(*args, **kwargs)
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        return self.mean
+
+
+class Scales(ProbabilisticTensorDictModule):
+    """Makes its distribution of something else than what it was given."""
+
+    def forward(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> TensorDictBase:
+        tensordict.set("loc", tensordict.get("loc") * 3)
+        return super().forward(tensordict, *args, **kwargs)
+
+
+class MakesItsOwn(ProbabilisticTensorDictModule):
+    def get_dist(self, tensordict: TensorDictBase) -> Any:
+        return Counted(tensordict.get("loc") * 2, tensordict.get("scale"))
+
+
+@pytest.mark.parametrize("kind", [ProbabilisticTensorDictModule, Scales, MakesItsOwn])
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3)])
+@pytest.mark.parametrize("log_prob", [False, True])
+def test_what_was_not_stored_is_decided_by_the_distribution_that_was_made(
+    kind: type, shape: tuple[int, ...], log_prob: bool
+) -> None:
+    encoder = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), NormalParamExtractor())
+    head = kind(["loc", "scale"], ["action"], distribution_class=Counted, return_log_prob=log_prob)
+    policy = ProbabilisticTensorDictSequential(TensorDictModule(encoder, ["observation"], ["loc", "scale"]), head)
+    states = TensorDict({"observation": torch.randn(*shape, 3)}, shape)
+    with set_exploration_type(ExplorationType.DETERMINISTIC), torch.no_grad():
+        expected = policy(states.clone())
+    # A target that reads what was decided: nothing of the distribution, which would make another.
+    target = targets.Target("decided", lambda run: run.outputs["action"].sum(-1))
+    with Saliency(target=target, when="batch").prepare(policy) as hooked:
+        Counted.made = 0
+        found = hooked.annotate(states)
+        assert (Counted.made == 1) is (kind is ProbabilisticTensorDictModule)
+        assert "action" not in found
+        x = states["observation"].clone().requires_grad_()
+        with set_exploration_type(ExplorationType.DETERMINISTIC):
+            policy(TensorDict({"observation": x}, shape))["action"].sum().backward()
+        torch.testing.assert_close(found["attr", "observation"], x.grad)
+        before = Counted.made
+        again = hooked(states.clone())  # acting makes its own
+        assert Counted.made > before
+        assert again["action"].shape == expected["action"].shape

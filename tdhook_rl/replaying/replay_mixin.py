@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,9 +29,14 @@ class ReplayMixin(Swapped):
     _hooked_runtime: Runtime
     _hooked_draw: Draw
 
+    _hooked_lent: tuple[Any, Any] | None = None  # data, and the distribution that was made of it
+
     @classmethod
     def _namespace(cls, base: type[nn.Module]) -> dict[str, Any]:
-        return {"_hooked_own_forward": base.forward}
+        own = {"_hooked_own_forward": base.forward}
+        if base in _as_they_are():
+            own["get_dist"] = _lent_or(base.get_dist)  # type: ignore[attr-defined]
+        return own
 
     def _hooked_draws(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         return undecorated(type(self)._hooked_own_forward, args)(self, *args, **kwargs)
@@ -69,13 +76,43 @@ class ReplayMixin(Swapped):
             stored = {key: replay.stored.get(draw.slots.get(key, key), None) for key in sample_keys(self)}
             replay.decided.update({key: data.get(key) for key in stored if data.get(key).is_floating_point()})
         if any(value is None for value in stored.values()):
-            with set_interaction_type(InteractionType.DETERMINISTIC):
+            with set_interaction_type(InteractionType.DETERMINISTIC), self._lends(data, replay):
                 data = self._hooked_draws(args, kwargs)
         else:
             for key, value in stored.items():
                 # What comes after it may write over it in place, and what was drawn is read again.
                 data.set(key, value.clone() if draw.slots else value)
         return data
+
+    @contextmanager
+    def _lends(self, data: TensorDictBase, replay: Replay) -> Iterator[None]:
+        """A block in which the module does not make again the distribution that it has just made of this data."""
+        made = replay.distributions[-1] if replay.distributions else None
+        if made is None or made.module is not self or torch.compiler.is_compiling():
+            yield
+            return
+        self.__dict__["_hooked_lent"] = data, made.distribution
+        try:
+            yield
+        finally:
+            del self.__dict__["_hooked_lent"]
+
+
+@functools.cache
+def _as_they_are() -> frozenset[type]:
+    """Classes whose forward does nothing to the data before it makes a distribution of it."""
+    from torchrl.modules import SafeProbabilisticModule
+
+    return frozenset((ProbabilisticTensorDictModule, SafeProbabilisticModule))
+
+
+def _lent_or(make: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(make)
+    def get_dist(self: ReplayMixin, tensordict: TensorDictBase) -> Any:
+        lent = self._hooked_lent
+        return lent[1] if lent is not None and lent[0] is tensordict else make(self, tensordict)
+
+    return get_dist
 
 
 class DecidedHook:
