@@ -1,7 +1,8 @@
-"""A sweep goes on in its folder in an environment that was made with the same arguments, and in no other."""
+"""A sweep goes on in its folder in the same environment, with the same policy, and with no other."""
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import gymnasium
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs import (
@@ -28,11 +29,15 @@ from torchrl.envs import (
     StepCounter,
     TransformedEnv,
 )
+from torchrl.modules import ProbabilisticActor, TanhNormal
 
 from tdhook_rl.errors import InputError
+from tdhook_rl.files.functions import untold_in
 from tdhook_rl.internals.torchrl_names import wrapped_env
 from tdhook_rl.replaying.environment_settings import settings_of
+from tdhook_rl.replaying.policy_settings import policy_settings
 from tdhook_rl.sweeps import steering_sweep
+from tests.zoo import ZOO
 
 
 @dataclass
@@ -110,12 +115,17 @@ MADE: dict[str, tuple[Callable[[], EnvBase], Callable[[], EnvBase]]] = {
 }  # fmt: skip
 
 
-def swept(env: EnvBase, folder: Path) -> Any:
+def acting(env: EnvBase) -> nn.Module:
     torch.manual_seed(0)
     width = env.observation_spec["observation"].shape[-1]
-    net = nn.Linear(width, env.action_spec.shape[-1])
-    policy = TensorDictSequential(TensorDictModule(net, ["observation"], ["action"]))
-    vector = {"v": {"module.0.module": torch.ones(net.out_features)}}
+    return TensorDictSequential(
+        TensorDictModule(nn.Linear(width, env.action_spec.shape[-1]), ["observation"], ["action"])
+    )
+
+
+def swept(env: EnvBase, folder: Path, policy: nn.Module | None = None, path: str = "module.0.module") -> Any:
+    policy = acting(env) if policy is None else policy
+    vector = {"v": {path: torch.ones(policy.get_submodule(path).out_features)}}
     options: dict[str, Any] = {"alphas": [1.0], "controls": 1, "episodes": 2, "max_steps": 4, "progress": False}
     return steering_sweep(policy, env, vector, folder=folder, **options)
 
@@ -144,3 +154,74 @@ def test_settings_do_not_move(name: str) -> None:
 def test_what_is_wrapped_is_no_attribute_of_what_wraps_nothing() -> None:
     assert wrapped_env(Point()) is None
     assert wrapped_env(swing()) is not None
+
+
+class Divides(nn.Module):
+    """Has a temperature that somebody sets, and counts its calls."""
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.temperature, self._offset, self.act = temperature, 0.0, torch.tanh
+        self.calls, self.seen = 0, list[float]()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.seen.append(x.sum().item())
+        return self.act(x / self.temperature + self._offset)
+
+
+class Multiplies(Divides):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(x * self.temperature + self._offset)
+
+
+def net(*layers: nn.Module, **bounds: Any) -> nn.Module:
+    torch.manual_seed(0)
+    parts = nn.Sequential(nn.Linear(2, 4), *layers, nn.Linear(4, 4), NormalParamExtractor())
+    module = TensorDictModule(parts, ["observation"], ["loc", "scale"])
+    return ProbabilisticActor(
+        module, in_keys=["loc", "scale"], distribution_class=TanhNormal, distribution_kwargs={"low": -1.0, **bounds}
+    )
+
+
+def with_set(name: str, value: Any) -> nn.Module:
+    module = Divides()
+    setattr(module, name, value)
+    return net(module)
+
+
+#: Policies of the same weights, and others than the first of them.
+POLICIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
+    "an activation": (lambda: net(nn.Tanh()), lambda: net(nn.ReLU())),
+    "its option": (lambda: net(nn.LeakyReLU(0.1)), lambda: net(nn.LeakyReLU(0.2))),
+    "one more": (lambda: net(nn.Tanh()), lambda: net(nn.Tanh(), nn.Tanh())),
+    "a norm": (lambda: net(nn.LayerNorm(4)), lambda: net(nn.LayerNorm(4, eps=0.5))),
+    "a bound": (lambda: net(nn.Tanh()), lambda: net(nn.Tanh(), low=-2.0)),
+    "bounds as tensors": (lambda: net(high=torch.ones(2)), lambda: net(high=2 * torch.ones(2))),
+    "a temperature": (lambda: net(Divides(1.0)), lambda: net(Divides(2.0))),
+    "one that was set": (lambda: net(Divides()), lambda: with_set("temperature", 2.0)),
+    "a private number": (lambda: net(Divides()), lambda: with_set("_offset", 0.5)),
+    "a function": (lambda: net(Divides()), lambda: with_set("act", torch.sin)),
+    "a class of one's own": (lambda: net(Divides()), lambda: net(Multiplies())),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*did not end", "ignore:.*goes on as the same")
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_sweep_goes_on_with_the_same_policy(name: str, tmp_path: Path) -> None:
+    make, other = POLICIES[name]
+    policy, env, path = make(), Point(), "module.0.module.0"
+    first = swept(env, tmp_path, policy, path)
+    env.rollout(3, policy)  # acting changes a counter, and no setting
+    assert swept(env, tmp_path, policy, path).records() == first.records()
+    assert swept(env, tmp_path, make(), path).records() == first.records()
+    with pytest.raises(InputError, match=r"another policy, of modules of other kinds or with other options \(\{'"):
+        swept(env, tmp_path, other(), path)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_settings_of_policies_do_not_move(name: str) -> None:
+    policy = ZOO[name].build()
+    before = policy_settings(policy)
+    assert before == policy_settings(ZOO[name].build()) == policy_settings(copy.deepcopy(policy))
+    assert not untold_in(before)

@@ -43,7 +43,7 @@ def settings_of(env: EnvBase) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for holder in _all(env):
-        for name, value in _arguments(holder).items():
+        for name, value in arguments_of(holder).items():
             named = f"{type(holder).__name__}.{name}"
             again = sum(one == named or one.startswith(f"{named}, ") for one in found)
             found[f"{named}, {again + 1}" if again else named] = in_words(value)
@@ -59,7 +59,7 @@ def _all(env: EnvBase) -> list[Any]:
     return found
 
 
-def _arguments(holder: Any) -> dict[str, Any]:
+def arguments_of(holder: Any) -> dict[str, Any]:
     """Arguments of its class that are kept as attributes, and what Gymnasium says that it was made with."""
     kept: Mapping[str, Any] = getattr(holder, "__dict__", {})
     found = {name: kept[name] for name in _ALSO if name in kept}
@@ -94,7 +94,7 @@ def _unwrapped(value: Any) -> Any:
 
 
 def _is_setting(value: Any) -> bool:
-    if isinstance(value, _PLAIN) or isinstance(value, functools.partial) or inspect.isroutine(value):
+    if isinstance(value, (*_PLAIN, functools.partial, type)) or inspect.isroutine(value):
         return True
     if isinstance(value, TensorSpec):  # it follows from the others
         return False

@@ -17,6 +17,7 @@ from tdhook_rl.files.digests import digest_of
 from tdhook_rl.files.functions import untold_in
 from tdhook_rl.files.versions import versions
 from tdhook_rl.internals.torch_names import held_buffers, held_parameters
+from tdhook_rl.replaying.policy_settings import policy_settings
 from tdhook_rl.sweeps.conditions import BASELINE, REPEATED, Condition, Direction
 
 KIND = "steering_sweep"
@@ -30,7 +31,10 @@ _REMEDIES = {
     "were when the sweep began, by their load_state_dict",
     "streams": ", by the release that began it: random numbers followed from a seed in another way",
 }
-_NAMES = {"settings": "environment, which was made with other arguments"}
+_NAMES = {
+    "settings": "environment, which was made with other arguments",
+    "policy": "policy, of modules of other kinds or with other options",
+}
 #: Beside the outcomes: whether an episode was cut at the longest that it may last.
 UNFINISHED = "unfinished"
 
@@ -60,7 +64,8 @@ class Kept:
         self.conditions = list(conditions)
         self.layout = ""
         self.values: dict[str, Tensor] = {}
-        self._facts = {**facts, "digest": _digest(policy, directions)}
+        told = {} if folder is None else {"policy": policy_settings(policy)}
+        self._facts = {**facts, **told, "digest": _digest(policy, directions)}
         self._path = None if folder is None else Path(folder) / FILE
         self._done = torch.zeros(len(self.conditions), dtype=torch.bool)
         self._written = time.monotonic()
