@@ -131,7 +131,7 @@ def test_every_agent_ends_for_itself(afterwards: str, place: str) -> None:
         for name, right in by_hand(make(), alpha, seeds).items():
             torch.testing.assert_close(found.of(name, alpha=alpha), right, rtol=1e-5, atol=1e-5)
     right = by_hand(make(), 0.0, seeds)
-    summed = 2 * right["return/walkers"] + right["return/birds"]
+    summed = right["return/walkers"] + right["return/birds"]
     options = {"episodes": 4, "max_steps": STEPS, "seed": 0}
     torch.testing.assert_close(returns_of(policy(), make(), **options), summed, rtol=1e-5, atol=1e-5)
     with SteeringVectors(vector, alpha=0.5).prepare(policy()) as hooked:

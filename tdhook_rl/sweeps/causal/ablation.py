@@ -44,8 +44,8 @@ class AblationCell:
         changed: the share of states in which the greedy action is another one.
         value: the change of the value (of a Q-network: of the whole policy's greedy action).
         metric: the change of the metric that was given.
-        returned: the change of the return of episodes (of several agents or rewards their sum), each beside its own of
-            the whole policy.
+        returned: the change of the return of episodes (of agents their mean, of several rewards the sum), each beside
+            its own of the whole policy.
         size: the mean size of the change that it is ranked by: 0 of one that does nothing, and never below. Of many
             components the first is also the one that these states favour.
         size_interval: the same with its interval by group of states.

@@ -75,5 +75,10 @@ def _first_returns(env: EnvBase, rollout: TensorDictBase) -> Tensor:
     played = rollout.reshape(-1, rollout.batch_size[-1])
     first = first_steps(ended(played, env))
     after = own_rewards(played, env)["next"]
-    rewards = torch.stack([after[key].double().flatten(2).sum(-1) for key in env.reward_keys])
+    rewards = torch.stack([_of_all(after[key].double()) for key in env.reward_keys])
     return (rewards.sum(0) * first).sum(-1).cpu()
+
+
+def _of_all(rewards: Tensor) -> Tensor:
+    """The mean over agents, ``(rows, time)``: as in sweeps, and of rows in a buffer."""
+    return rewards.flatten(2).mean(-1) if rewards.ndim > 2 else rewards
