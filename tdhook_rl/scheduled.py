@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tdhook_rl.arguments.checked import require_counts
 from tdhook_rl.arguments.keys import required
+from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.calls.bound import PATIENCE, BoundMethod
 from tdhook_rl.calls.passes import Call
 from tdhook_rl.calls.real_rows import without_other_rows
@@ -172,7 +173,7 @@ class _BoundScheduled(BoundMethod):
             rows = rows & self._marked(data)
         if self._fraction < 1 and bool(rows.any()):
             places = rows.reshape(-1).nonzero().squeeze(-1)
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + count)
+            generator = torch.Generator().manual_seed(stream_of(self._seed, "rows", count))
             kept = max(1, math.ceil(self._fraction * len(places) - 1e-9))
             drawn = places[torch.randperm(len(places), generator=generator)[:kept].to(places.device)]
             rows = torch.zeros_like(rows)

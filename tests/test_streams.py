@@ -18,10 +18,11 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ProbabilisticActor
 
-from tdhook_rl import Saliency, SteeringVectors
+from tdhook_rl import Saliency, Scheduled, SteeringVectors
 from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.artifacts import load_artifact, save_artifact
 from tdhook_rl.errors import InputError
+from tdhook_rl.latent.probing import BilinearEstimator, LinearEstimator, LowRankBilinearEstimator
 from tdhook_rl.metrics import InfidelityMetric, deletion_insertion, random_target_loss
 from tdhook_rl.rollout import alike_episodes
 from tdhook_rl.sweeps import ablate_units, patch_sites, steering_sweep
@@ -229,3 +230,29 @@ def test_a_sweep_whose_numbers_followed_otherwise_is_not_gone_on_with(tmp_path: 
     save_artifact(tmp_path / "sweep", "steering_sweep", tensors, facts)
     with pytest.raises(InputError, match=r"another streams .*by the release that began it"):
         play(folder=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("kind", [LinearEstimator, BilinearEstimator, LowRankBilinearEstimator])
+def test_initial_weights_of_probes_are_not_their_inputs(kind: type, given: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    inputs = [torch.randn(MANY, 8) for _ in range(1 if kind is LinearEstimator else 2)]
+    probe = kind(num_classes=2, epochs=1, lr=1e-12, seed=seed if given else None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        probe.fit(*inputs, y=torch.arange(MANY) % 2)
+    start = torch.cat([one.double().flatten() for name, one in probe.weights.items() if name != "bias"])
+    drawn = torch.cat([one.double().flatten() for one in inputs])[: len(start)]
+    assert abs(torch.corrcoef(torch.stack([start, drawn]))[0, 1].item()) < 5 / len(start) ** 0.5
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_rows_of_a_schedule_are_not_those_of_an_order_by_its_seed(seed: int) -> None:
+    net = TensorDictModule(nn.Linear(2, 1), ["observation"], ["value"])
+    with Scheduled(Saliency(when="step"), fraction=0.25, seed=seed).prepare(net) as hooked:
+        found = hooked(TensorDict({"observation": torch.randn(MANY, 2)}, MANY))
+    order = torch.randperm(MANY, generator=torch.Generator().manual_seed(seed))[: MANY // 4]
+    chosen = found["computed", "attr"].nonzero().squeeze(-1)
+    assert len(chosen) == len(order)
+    assert len(set(chosen.tolist()) & set(order.tolist())) < MANY // 8  # a quarter of them by chance

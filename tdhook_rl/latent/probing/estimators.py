@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tdhook_rl.arguments.checked import checked
+from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.probing.moments import SMALLEST, require_size
 from tdhook_rl.latent.probing.scaling import Scale
@@ -136,7 +137,8 @@ class TorchEstimator:
         return self._scored(Xs).softmax(-1)
 
     def _train(self, inputs: list[Tensor], target: Tensor) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(torch.initial_seed() if self.seed is None else self.seed)
+        seed = torch.initial_seed() if self.seed is None else self.seed
+        generator = torch.Generator().manual_seed(stream_of(seed, "fit"))  # by the seed itself inputs may be drawn
         first = inputs[0]
         start = self.initial([x.shape[1] for x in inputs], generator)
         start |= {"bias": torch.zeros(self.outputs)} if self.bias else {}
