@@ -145,7 +145,11 @@ def logit(index: int, key: NestedKey = "logits") -> Target:
 
 @checked
 def margin(key: NestedKey = "logits") -> Target:
-    """The logit of the stored action minus the largest logit of the others."""
+    """The logit of the stored action minus the largest logit of the others that were open to the policy.
+
+    Choices that a mask of actions closes are none (``MaskedCategorical``, ``QValueActor(action_mask_key=...)``): a row
+    in which one alone was open has no margin, and is not computed.
+    """
     return _own("margin", Margin(unravel_key(key)))
 
 

@@ -26,6 +26,7 @@ from tdhook_rl.attribution.perturbation_base import (
     ChosenFirst,
     Measure,
     Occluded,
+    OpenOutput,
     Output,
     Perturbation,
 )
@@ -100,6 +101,7 @@ class _BoundPerturbationSaliency(BoundPerturbation):
     def __init__(self, config: PerturbationSaliency, binder: Binder) -> None:
         super().__init__(config, binder)
         self._config = (config.stride, config.sigma, config.blur_sigma)
+        self._mode = config.mode
         self._output: Output | None = None
         if config.mode != "target":
             names = ("logits", "action_value") if config.mode == "policy" else ("state_value",)
@@ -122,7 +124,9 @@ class _BoundPerturbationSaliency(BoundPerturbation):
             return super()._explained_inputs(call)
 
     def _measures(self, targets: Sequence[Measure]) -> Sequence[Measure]:
-        return targets if self._output is None else [self._output]
+        if self._output is None:
+            return targets
+        return [OpenOutput(self._output) if self._mode == "policy" else self._output]
 
     def _compare(self, before: Tensor, after: Tensor) -> Tensor:
         if self._output is None:

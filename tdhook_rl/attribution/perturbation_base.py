@@ -16,6 +16,7 @@ from tdhook_rl.attribution.groups import Groups
 from tdhook_rl.attribution.integrated_gradients import rows_at_once
 from tdhook_rl.attribution.question import Attributed, Question
 from tdhook_rl.calls.decisions import one_hot_action
+from tdhook_rl.calls.open_choices import closed_choices
 from tdhook_rl.calls.passes import Call, Pass
 from tdhook_rl.errors import InputError, MissingKeyError, TargetError, TdhookError, nearest
 from tdhook_rl.method import Binder
@@ -169,8 +170,20 @@ class Output:
 
 
 @dataclass(frozen=True)
+class OpenOutput:
+    """Logits or values of discrete actions, with 0 for choices that were not open, which cannot change anything."""
+
+    output: Output
+
+    def __call__(self, run: Pass) -> Tensor:
+        key, values = self.output.found(run)
+        return values.masked_fill(closed_choices(run, key, values), 0.0) if values.is_floating_point() else values
+
+
+@dataclass(frozen=True)
 class ChosenFirst:
-    """Logits or values of discrete actions, the stored action first and the others after it."""
+    """Logits or values of discrete actions, the stored action first and the others after it; of choices that were not
+    open minus infinity."""
 
     output: Output
 
@@ -182,7 +195,7 @@ class ChosenFirst:
                 f"{tuple(values.shape)} at batch size {tuple(run.outputs.batch_size)}"
             )
         order = one_hot_action(run, values, key).sort(dim=-1, descending=True, stable=True).indices
-        return values.gather(-1, order)
+        return values.masked_fill(closed_choices(run, key, values), -torch.inf).gather(-1, order)
 
 
 class Occluded:

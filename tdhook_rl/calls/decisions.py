@@ -207,12 +207,8 @@ def outputs_named(
     return entries
 
 
-def action_of(run: Pass, values: NestedKey) -> Tensor | None:
-    """The action that was taken by logits or values: of the module that reads them, or stored beside or above them.
-
-    Raises:
-        TargetError: if later modules have written over it, and what it was cannot be told from what is stored.
-    """
+def decided_by(run: Pass, values: NestedKey) -> Decision | None:
+    """The decision that is drawn by logits or values under a key, the last one if there are several."""
     for drawn in reversed(run.distributions):
         if any(meets(unravel_key(key), values) for key in drawn.module.in_keys):  # type: ignore[union-attr]
             parts = _parts(drawn)
@@ -221,7 +217,18 @@ def action_of(run: Pass, values: NestedKey) -> Tensor | None:
                 group = key_parts(values)[:-1]
                 parts = [one for one in parts if _contains(group, key_parts(names.get(one.key, one.key)))]
             if len(parts) == 1:
-                return parts[0].action
+                return parts[0]
+    return None
+
+
+def action_of(run: Pass, values: NestedKey) -> Tensor | None:
+    """The action that was taken by logits or values: of the module that reads them, or stored beside or above them.
+
+    Raises:
+        TargetError: if later modules have written over it, and what it was cannot be told from what is stored.
+    """
+    if (decision := decided_by(run, values)) is not None:
+        return decision.action
     keys: list[NestedKey] = [run.actions[values][0]] if values in run.actions else []
     keys += [] if isinstance(values, str) else [(*values[:-1], "action")]
     keys.append("action")

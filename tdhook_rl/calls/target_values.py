@@ -25,6 +25,7 @@ from tdhook_rl.calls.decisions import (
     require_drawn_choice,
     warn_left_out,
 )
+from tdhook_rl.calls.open_choices import closed_choices
 from tdhook_rl.calls.passes import Pass, Slope
 from tdhook_rl.errors import TargetError
 from tdhook_rl.replaying.batching import row_vectors
@@ -160,8 +161,9 @@ class Margin:
     def __call__(self, run: Pass) -> Tensor:
         terms = []
         for key, value in outputs_named(run, self.key, "logits"):
-            values = _expected(run, key, value)
+            values, closed = _expected(run, key, value), closed_choices(run, key, value)
             chosen = one_hot_action(run, values, key).bool()
+            values = values.masked_fill(closed if closed.shape == values.shape else closed.all(-2), -torch.inf)
             # Several choices at once, one after the other in one vector: each has a margin.
             sizes = run.actions.get(key, (None, None))[1] or [values.shape[-1]]
             for part, choice in zip(values.split(sizes, -1), chosen.split(sizes, -1), strict=True):

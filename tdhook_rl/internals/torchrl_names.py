@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 
@@ -255,6 +256,18 @@ def walks_through_time(module: nn.Module) -> bool:
 def is_sparse(distribution: Any) -> bool:
     """Whether a ``MaskedCategorical`` was made with ``indices=``, and draws among these; its ``mask`` then raises."""
     return getattr(distribution, "_sparse_mask", False)
+
+
+def open_by_mask(distribution: Any, number: int) -> Tensor | None:
+    """Which of so many choices a ``MaskedCategorical`` leaves open; ``None`` for distributions without a mask."""
+    mask = getattr(distribution, "_mask", None)
+    if not isinstance(mask, Tensor):
+        return None
+    if not is_sparse(distribution):
+        return mask.bool()
+    padding = distribution._padding_value
+    listed = mask.unsqueeze(-1) == torch.arange(number, device=mask.device)
+    return (listed if padding is None else listed & (mask != padding).unsqueeze(-1)).any(-2)
 
 
 def is_entrywise(function: type) -> bool:

@@ -96,14 +96,21 @@ def random_target_loss(
         # Drawn on the CPU, to be the same on every device.
         draws = torch.Generator().manual_seed(stream_of(seed, "random targets"))
         drawn = torch.randn(value.shape, generator=draws).to(value)
-        targets = value.detach().mean(0) + drawn
+        # A Q-network has the lowest number there is where a mask of actions closes one, which nothing can fit.
+        there = value.detach() > torch.finfo(value.dtype).min
+        held = there.sum(0).clamp_min(1)
+        targets = value.detach().where(there, 0.0).sum(0) / held + drawn
+
+        def errors() -> Tensor:
+            return (value - targets).where(there, 0.0)
+
         optimiser = torch.optim.Adam(parameters, lr=lr)
         for _ in range(steps):
             optimiser.zero_grad()
-            (value - targets).square().mean().backward()
+            (errors().square().sum() / there.sum()).backward()
             optimiser.step()
             value = output()
-        return (value.detach() - targets).double().square().mean(-1)
+        return errors().detach().double().square().sum(-1) / there.sum(-1)
 
 
 def fitted_key(network: TensorDictModuleBase) -> NestedKey:

@@ -163,6 +163,7 @@ def smallest_margins(
     *,
     k: int = 10,
     key: NestedKey | None = None,
+    allowed: NestedKey | None = None,
     batch_size: int = 16384,
 ) -> TensorDictBase:
     """The states in which the policy prefers its best action to the second by least: where it is undecided.
@@ -173,6 +174,8 @@ def smallest_margins(
         k: how many.
         key: what the policy thinks of its actions, ``(..., actions)``, in the buffer or the results: ``action_value``,
             ``logits`` or ``probs``, the first of these that is there, unless given.
+        allowed: a mask of the same shape, true for actions that were open; ``action_mask``, where the rows have one of
+            that shape, unless given. A state with one open action has no margin.
         batch_size: rows read at once.
 
     Returns:
@@ -206,7 +209,10 @@ def smallest_margins(
             raise InputError(
                 f"a margin is between two actions; {' or '.join(map(repr, wanted))} is {tuple(value.shape)}"
             )
+        closed = value == torch.finfo(value.dtype).min if value.is_floating_point() else None  # by a Q-network
         value = value.detach() if value.dtype == torch.float64 else value.detach().float()
+        value = value if closed is None else value.masked_fill(closed, -torch.inf)
+        value = value.masked_fill(~_open(rows, allowed, value), -torch.inf)
         two = value.topk(2, -1).values
         margin = (two[..., 0] - two[..., 1]).flatten(1).amin(1) if two.ndim > 2 else two[:, 0] - two[:, 1]
         able = margin.isfinite()
@@ -317,6 +323,21 @@ def _returns(joined: Joined, gamma: float, reward: NestedKey, batch_size: int) -
         )  # fmt: skip
         at += len(part)
     return Returns(rows=found, episode=episode, episodes=listed)
+
+
+def _open(rows: TensorDictBase, allowed: NestedKey | None, value: Tensor) -> Tensor:
+    """Which actions were open."""
+    mask = rows.get("action_mask" if allowed is None else allowed, None)
+    if allowed is None and not (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == value.shape):
+        return torch.ones_like(value, dtype=torch.bool)
+    if not isinstance(mask, Tensor):
+        raise MissingKeyError(f"allowed={allowed!r} is no entry of the rows; {nearest(str(allowed), rows.keys(True))}")
+    if mask.dtype != torch.bool or mask.shape != value.shape:
+        raise InputError(
+            f"allowed={allowed!r} is {mask.dtype} of shape {tuple(mask.shape)}: it is a boolean for each action, "
+            f"{tuple(value.shape)}"
+        )
+    return mask
 
 
 def _first(rows: TensorDictBase, keys: Sequence[NestedKey]) -> Tensor | None:

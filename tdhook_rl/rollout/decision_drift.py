@@ -102,7 +102,8 @@ class DecisionDrift:
             found["distributions"] = distributions
         values = [self._value(key, outputs) for key in self._values]
         if values and all(value is not None for value in values):
-            found["value"] = torch.cat(values, -1)  # type: ignore[arg-type]
+            numbers, closed = zip(*values, strict=True)  # type: ignore[arg-type]
+            found |= {"value": torch.cat(numbers, -1), "open": ~torch.cat(closed, -1)}
         return found
 
     def _distribution(self, drawing: ProbabilisticTensorDictModule, outputs: TensorDictBase) -> Distribution | None:
@@ -116,14 +117,16 @@ class DecisionDrift:
         distribution = drawing.get_dist(known)
         return None if without_density(distribution) else distribution
 
-    def _value(self, key: NestedKey, outputs: TensorDictBase) -> Tensor | None:
+    def _value(self, key: NestedKey, outputs: TensorDictBase) -> tuple[Tensor, Tensor] | None:
+        """Values, and those in which a mask of actions has put the lowest number there is."""
         value = outputs.get(key, None)
         if not isinstance(value, Tensor):
             return None
+        closed = value == torch.finfo(value.dtype).min if value.is_floating_point() else torch.zeros_like(value).bool()
         value = value.double()
         if (support := self._supports.get(key)) is not None:  # log-probabilities of returns
-            value = (value.exp() * support.to(value)[:, None]).sum(-2)
-        return value.reshape(len(value), -1)
+            value, closed = (value.exp() * support.to(value)[:, None]).sum(-2), closed.all(-2)
+        return value.reshape(len(value), -1), closed.reshape(len(value), -1)
 
     def _note(self, name: str, found: dict[str, float], values: Tensor | None) -> None:
         if values is None:
@@ -151,7 +154,9 @@ class DecisionDrift:
         if before is None:
             return {"value_drift": math.nan, "value_drift_relative": math.nan}
         found: dict[str, float] = {}
-        change, size = (now["value"] - before).abs().mean(-1), before.abs().mean(-1)
+        both = now["open"] & self._last["open"]
+        sizes = (now["value"] - before).abs(), before.abs()
+        change, size = (one.where(both, 0.0).sum(-1) / both.sum(-1) for one in sizes)
         self._note("value_drift", found, change)
         self._note("value_drift_relative", found, ratio_by_state(change, size))
         return found

@@ -57,7 +57,8 @@ def _decision(rows: Rows, action: Key, key: Key | None) -> Iterator[Track]:
             weights, form = np.full((len(index), count), np.nan), "unknown"
         else:
             form = {"logits": "probability", "probs": "probability"}.get(key[-1], "value") if key else "unknown"
-            weights = _softmax(weights) if key is not None and key[-1] == "logits" else weights
+            if key is not None and key[-1] == "logits":
+                weights = _softmax(np.where(_open(rows, key[:-1], agent, weights.shape), weights, -np.inf))
         names = _names(rows, action, weights.shape[1])
         yield Track("choice", name, weights.astype(np.float32), agent, {"form": form, "names": names})
         yield Track("chosen", name, index.astype(np.float32), agent)
@@ -71,6 +72,15 @@ def _index(taken: np.ndarray, shape: Any) -> np.ndarray | None:
     if taken.ndim == 2 and (shape is None or tuple(shape) == taken.shape[1:]) and (flat.sum(1) == 1).all():
         return flat.argmax(1)
     return None
+
+
+def _open(rows: Rows, prefix: Key, agent: int | None, shape: tuple[int, ...]) -> np.ndarray:
+    """Which actions were open, where a mask lies beside what was decided from."""
+    for key in ((*prefix, "action_mask"), ("action_mask",)):
+        mask = dict(rows.agents(key, rows.of(key))).get(agent) if key in rows.plain else None
+        if mask is not None and mask.dtype == np.bool_ and mask.shape == shape:
+            return mask
+    return np.ones(shape, dtype=bool)
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
