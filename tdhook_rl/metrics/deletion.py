@@ -10,7 +10,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.arguments.checked import checked, require_counts
-from tdhook_rl.arguments.seeds import stream_of
+from tdhook_rl.metrics.row_draws import RowDraws
 from tdhook_rl.metrics.scoring import ScoreDirection, Scorer, flat, score
 
 
@@ -92,7 +92,6 @@ def deletion_insertion(
         (True, True)
     """
     require_counts(n_steps=n_steps, n_random=n_random)
-    generator = torch.Generator().manual_seed(stream_of(seed, "rankings"))
     seen: list[Tensor] = []
 
     def curves(scorer: Scorer) -> dict[str, Tensor]:
@@ -110,9 +109,9 @@ def deletion_insertion(
 
         ranks = _ranks(values.abs() if absolute else values)
         deletion, insertion = curve(ranks, scorer.inputs, low), curve(ranks, low, scorer.inputs)
-        random = torch.zeros_like(deletion[..., 0])
+        random, draws = torch.zeros_like(deletion[..., 0]), RowDraws(seed, "rankings", scorer.rows)
         for _ in range(n_random):
-            order = _ranks(torch.rand(values.shape, generator=generator).to(values.device))
+            order = _ranks(draws(torch.rand, values, len(scorer.batch_size)))
             random += torch.trapezoid(curve(order, scorer.inputs, low), shares)
         return {
             "deletion": torch.trapezoid(deletion, shares),

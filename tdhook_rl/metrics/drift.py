@@ -32,7 +32,7 @@ def action_churn(before: Tensor, after: Tensor) -> float:
         >>> action_churn(torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 2, 1]))
         0.25
     """
-    if before.shape != after.shape or not before.numel():
+    if before.shape != after.shape or not before.numel() or not before.ndim:
         raise InputError(
             f"churn compares the actions of the same states, got {tuple(before.shape)} and {tuple(after.shape)}"
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
+from tdhook_rl.metrics.scoring import wide
 
 Sign = Literal["absolute", "positive"]
 
@@ -96,6 +97,6 @@ def _rows(attribution: Tensor, mask: Tensor, feature_dims: int | None, sign: Sig
     relevant = mask.expand(attribution.shape).reshape(*batch, -1)
     if not bool(relevant.any(-1).all()):
         raise InputError("the mask marks no feature as relevant, in one row at least: leave such rows out")
-    values = attribution.detach()
+    values = wide(attribution.detach())
     values = values.abs() if sign == "absolute" else values.clamp_min(0)
     return values.reshape(*batch, -1), relevant

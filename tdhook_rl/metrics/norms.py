@@ -14,6 +14,7 @@ from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.internals.torch_names import ConvNd, held_buffers, held_parameters
 from tdhook_rl.replaying.batching import GeneratorState
+from tdhook_rl.weights.computed import computed_weights
 
 #: Matrices whose smaller side is larger than this are left out: a spectral norm takes its cube in time.
 LARGEST = 512
@@ -86,7 +87,8 @@ def spectral_norms(module: nn.Module) -> dict[str, float]:
 
     Kernels are taken as matrices ``(channels out, everything else)``, as Miyato, Kataoka, Koyama & Yoshida 2018 (ICLR)
     do; of weights that agents have each for themselves, the largest counts. Matrices with more than 512 rows and
-    columns are left out.
+    columns are left out. A weight that a layer computes (a norm of weights, a pruning mask, a parametrisation) is taken
+    as the layer uses it, and not what it is computed from.
 
     Args:
         module: a network.
@@ -99,7 +101,23 @@ def spectral_norms(module: nn.Module) -> dict[str, float]:
     """
     modules: Mapping[str, nn.Module] = dict(module.named_modules())
     found: dict[str, float] = {}
-    for name, one in held_parameters(module).items():
+    computed = {
+        f"{path}.{name}" if path else name: one
+        for path, layer in modules.items()
+        for name, one in computed_weights(layer).items()
+    }
+    within = tuple(
+        f"{_path(name)}.parametrizations.".lstrip(".") for name, one in computed.items() if not one.originals
+    )
+    originals = {
+        f"{_path(name)}.{original}".lstrip(".") for name, one in computed.items() for original in one.originals
+    }
+    plain = {
+        name: one
+        for name, one in held_parameters(module).items()
+        if name not in originals and not (within and name.startswith(within))
+    }
+    for name, one in (plain | {name: one.effective() for name, one in computed.items()}).items():
         if _unready(one) or not one.is_floating_point():
             continue
         path = _path(name)

@@ -16,8 +16,8 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.arguments.checked import Checked, checked, require_counts
-from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.errors import InputError, nearest
+from tdhook_rl.metrics.row_draws import RowDraws
 from tdhook_rl.metrics.scoring import ScoreDirection, Scorer, flat, require_floats, score
 
 #: From ``torch.rand`` or ``torch.randn`` and a tensor to numbers of its shape, by the generator of the metric.
@@ -41,17 +41,10 @@ class PerturbedMetric(metaclass=Checked):
 
     @checked
     def __call__(self, hooked: Any, data: TensorDictBase) -> Tensor:
-        generators: dict[torch.device, torch.Generator] = {}
-
-        def draw(how: Callable[..., Tensor], like: Tensor) -> Tensor:
-            if like.device not in generators:
-                own = torch.Generator(like.device).manual_seed(stream_of(self.seed, "perturbations"))
-                generators[like.device] = own
-            return how(like.shape, generator=generators[like.device], dtype=like.dtype, device=like.device)
-
         def scores(scorer: Scorer) -> dict[str, Tensor]:
             require_floats(scorer, type(self).__name__)
-            return {"score": self._score(scorer, draw)}
+            draws = RowDraws(self.seed, "perturbations", scorer.rows)
+            return {"score": self._score(scorer, lambda how, like: draws(how, like, len(scorer.batch_size)))}
 
         return score(hooked, data, scores, self.attribution_key, self.target, self.chunk_size)["score"]
 

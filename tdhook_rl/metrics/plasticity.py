@@ -210,12 +210,13 @@ class Spectrum:
 
 
 def _checked(activations: Tensor) -> Tensor:
-    if activations.ndim < 2 or not activations.shape[0] or not activations.is_floating_point():
+    if activations.ndim < 2 or not activations.numel() or not activations.is_floating_point():
         raise InputError(
-            f"activations are floats with a row for each state, got {tuple(activations.shape)} ({activations.dtype})"
+            "activations are floats with a row for each state and a feature at least, got "
+            f"{tuple(activations.shape)} ({activations.dtype})"
         )
     if not bool(torch.isfinite(activations).all()):
         raise InputError("activations hold NaN or infinite entries: leave these rows out")
     found = activations.detach().double()
     # Sums of the largest would be infinite; nothing here depends on scale, and a power of two rounds nothing.
-    return torch.ldexp(found, -torch.frexp(found.abs().max()).exponent) if found.numel() else found
+    return torch.ldexp(found, -torch.frexp(found.abs().max()).exponent)

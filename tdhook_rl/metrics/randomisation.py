@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.method import Method
-from tdhook_rl.metrics.scoring import find_attribution, flat, target_name
+from tdhook_rl.metrics.scoring import find_attribution, flat, target_name, wide
 from tdhook_rl.metrics.untrained import has_parameters, initialise_layer, own_generators
 from tdhook_rl.policies.tying import whole_copy
 from tdhook_rl.sites.paths import find_sites
@@ -57,7 +57,8 @@ def cascading_randomisation(
 
     Returns:
         by step, ``"original"`` and then the path of the layer randomised last, Spearman's rank correlation with
-        the original for each row, the batch shape, over all that is explained; NaN where an attribution is constant.
+        the original for each row, the batch shape, over all that is explained; NaN where an attribution is constant or
+        has NaN.
 
     Raises:
         InputError: for a batch that is empty, a method without attribution, or a layer that cannot be initialised or
@@ -104,7 +105,8 @@ def cascading_randomisation(
 
 
 def spearman(first: Tensor, second: Tensor) -> Tensor:
-    """Spearman's rank correlation over the last dimension, ties with their mean rank; NaN for constants.
+    """Spearman's rank correlation over the last dimension, ties with their mean rank; NaN for constants, and where one
+    has NaN.
 
     Example:
         >>> spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 40.0, 9.0]))
@@ -112,7 +114,8 @@ def spearman(first: Tensor, second: Tensor) -> Tensor:
     """
     x, y = (_mean_ranks(values) for values in (first, second))
     x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
-    return ((x * y).sum(-1) / (x.square().sum(-1) * y.square().sum(-1)).sqrt()).to(first.dtype)
+    found = (x * y).sum(-1) / (x.square().sum(-1) * y.square().sum(-1)).sqrt()
+    return wide(found.masked_fill((first.isnan() | second.isnan()).any(-1), torch.nan).to(first.dtype))
 
 
 def _mean_ranks(values: Tensor) -> Tensor:

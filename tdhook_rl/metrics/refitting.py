@@ -69,6 +69,11 @@ def random_target_loss(
         raise InputError(f"steps= is at least 0 and lr= positive, got {steps} and {lr}")
     if not isinstance(network, TensorDictModuleBase):
         raise InputError(f"random_target_loss reads a TensorDict module, got a {type(network).__name__}")
+    if rows is not None and (rows.dtype != torch.bool or rows.numel() != states.batch_size.numel()):
+        raise InputError(
+            f"rows= is a mask of the batch shape {tuple(states.batch_size)}, true for the states that count; got "
+            f"{rows.dtype} of shape {tuple(rows.shape)}"
+        )
     with own_generators(seed), torch.enable_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
         own = whole_copy(network, "random_target_loss fits")
         for child in own.modules():

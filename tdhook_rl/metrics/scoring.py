@@ -47,9 +47,13 @@ class Scorer:
     Attributes:
         inputs: the explained inputs by key, ``(rows, *features)``, or ``features`` without a batch: as floats, or in
             their own dtype where the method perturbs them.
+        rows: their places in what is scored.
     """
 
-    def __init__(self, hooked: Any, bound: BoundAttribution, name: str | None, data: TensorDictBase) -> None:
+    def __init__(
+        self, hooked: Any, bound: BoundAttribution, name: str | None, data: TensorDictBase, rows: range
+    ) -> None:
+        self.rows = rows
         self._hooked = hooked
         self._bound = bound
         self._name = name
@@ -70,13 +74,13 @@ class Scorer:
         return self._bound.is_product
 
     def value(self, inputs: Mapping[NestedKey, Tensor]) -> Tensor:
-        """The target at these inputs, the batch shape."""
+        """The target at these inputs, the batch shape; at least float32, as narrower ones do not hold its squares."""
         # With a graph: the default target of a plain module adds up the outputs that a gradient reaches.
         with torch.enable_grad():
             given = {
                 key: value.detach().clone().requires_grad_(value.is_floating_point()) for key, value in inputs.items()
             }
-            return self._target(self._call.replay(given)).detach()
+            return wide(self._target(self._call.replay(given)).detach())
 
     def stored(self) -> dict[NestedKey, Tensor]:
         """The attributions that the data holds, by input.
@@ -150,8 +154,14 @@ class Scorer:
                     f"the attribution {name!r} has shape {tuple(attribution.shape)}; to be scored it must match the "
                     f"input {key!r}, which has shape {tuple(value.shape)}"
                 )
-            found[key] = attribution.detach().to(value.dtype) if value.is_floating_point() else attribution.detach()
+            attribution = attribution.detach()
+            found[key] = wide(attribution.to(value.dtype) if value.is_floating_point() else attribution)
         return found
+
+
+def wide(value: Tensor) -> Tensor:
+    """In a dtype that holds sums and squares of the numbers."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def score(
@@ -194,11 +204,16 @@ def score(
 
     require_rows(chunk_size, "chunk_size")
 
+    scored = 0
+
     def analyse(chunk: TensorDictBase) -> TensorDict:
+        nonlocal scored
+        rows = range(scored, scored + chunk.batch_size.numel())
+        scored = rows.stop
         with runtime.lock, frozen_statistics(hooked), noise.under_way():
             runtime.level = vmap_level()
             try:
-                scorer = Scorer(hooked, bound, name, chunk)
+                scorer = Scorer(hooked, bound, name, chunk, rows)
                 found = function(scorer)
                 unknown = scorer.unexplained()
                 return TensorDict(
@@ -250,7 +265,8 @@ def find_attribution(hooked: Any, attribution_key: str | None) -> BoundAttributi
     """
     require_hooked(hooked, "a metric")
     hooked._hooked.runtime.require_open()
-    found: list[Any] = [one for one in hooked._hooked.bound if isinstance(one, BoundAttribution)]
+    inner = [one.bound or one for one in hooked._hooked.bound]  # what is scheduled, too
+    found: list[Any] = [one for one in inner if isinstance(one, BoundAttribution)]
     if not found:
         raise InputError(
             "a metric scores an attribution, and this policy is hooked without one: prepare it with "

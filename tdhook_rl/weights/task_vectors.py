@@ -42,7 +42,7 @@ class TaskVectors(Method):
     - ``get_task_vector(finetuned)``: fine-tuned weights minus the policy's.
     - ``get_forget_vector(finetuned)``: its negative, which makes the policy worse at the task.
     - ``get_weights(*vectors, alpha=None)``: the policy's weights plus ``alpha`` times the sum of the vectors, for
-      ``load_state_dict``; by default the alpha of ``compute_alpha``.
+      ``load_state_dict``, with the policy's integer buffers; by default the alpha of ``compute_alpha``.
     - ``with_applied_vectors(*vectors, alpha=None)``: a context in which the hooked policy, and it alone, has these
       weights. Contexts nest, and their changes are summed before they are added: a vector and its negative leave
       the weights as they are, bit for bit.
@@ -108,7 +108,9 @@ class _Arithmetic:
         return TensorDict({name: -change for name, change in self.get_task_vector(finetuned).items()})
 
     def get_weights(self, *vectors: Weights, alpha: float | None = None) -> TensorDict:
-        return TensorDict(_added(self._weights(), self._scaled(vectors, alpha)))
+        # What counts (steps, batches) is none of the weights, but load_state_dict asks for it.
+        kept = {name: one.clone() for name, one in self._root.state_dict().items() if isinstance(one, Tensor)}
+        return TensorDict(kept | _added(self._weights(), self._scaled(vectors, alpha)))
 
     @contextmanager
     def with_applied_vectors(self, *vectors: Weights, alpha: float | None = None) -> Iterator[Any]:
