@@ -324,11 +324,20 @@ def world_models_that_walk_through_time() -> None:
     assert not names.walks_through_time(nn.Linear(1, 1))
 
 
-@contract("is_sparse")
+@contract("is_sparse", "listed_choices", "open_by_mask")
 def masked_choices() -> None:
     logits = torch.zeros(2, 4)
     assert names.is_sparse(MaskedCategorical(logits=logits, indices=torch.tensor([[0, 1], [2, 3]])))
     assert not names.is_sparse(MaskedCategorical(logits=logits, mask=torch.ones(2, 4, dtype=torch.bool)))
+    listed = MaskedCategorical(logits=logits, indices=torch.tensor([[0, 1], [2, 3]]))
+    assert names.listed_choices(listed).tolist() == [[0, 1], [2, 3]]
+    assert names.open_by_mask(listed, 4).int().tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]]
+    padded = MaskedCategorical(logits=logits, indices=torch.tensor([[0, 4], [2, 3]]), padding_value=4)
+    assert names.open_by_mask(padded, 4).int().tolist() == [[1, 0, 0, 0], [0, 0, 1, 1]]
+    mask = torch.tensor([[True, False, True, True], [False, True, True, False]])
+    assert torch.equal(names.open_by_mask(MaskedCategorical(logits=logits, mask=mask), 4), mask)
+    assert names.open_by_mask(torch.distributions.Categorical(logits=logits), 4) is None
+    assert names.listed_choices(torch.distributions.Categorical(logits=logits)) is None
     assert not names.is_sparse(torch.distributions.Categorical(logits=logits))
 
 

@@ -21,9 +21,16 @@ from torchrl.modules import (
 )
 
 from tdhook_rl import IntegratedGradients, Saliency, targets
-from tdhook_rl.attribution import SARFA, Occlusion, PerturbationSaliency
+from tdhook_rl.attribution import (
+    LRP,
+    SARFA,
+    ActivationMaximisation,
+    GuidedBackpropagation,
+    Occlusion,
+    PerturbationSaliency,
+)
 from tdhook_rl.errors import InputError, MissingKeyError
-from tdhook_rl.metrics import random_target_loss
+from tdhook_rl.metrics import policy_divergence, random_target_loss
 from tdhook_rl.replay import smallest_margins
 from tdhook_rl.report.player.decisions import decision_tracks
 from tdhook_rl.report.player.tracks import Options, Rows
@@ -52,7 +59,7 @@ class Kind(NamedTuple):
 
 def kind(name: str) -> Kind:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, ACTIONS)).double()
+    net = nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, ACTIONS)).double()
     if name == "values":
         options: dict[str, Any] = {"action_space": "one_hot", "spec": None, "action_mask_key": "open"}
         return Kind(QValueActor(net, in_keys=["observation"], **options), net, "action_value")
@@ -152,6 +159,23 @@ def test_methods_without_gradients_and_along_paths_do_so_too(name: str) -> None:
     torch.testing.assert_close(total, margin(x) - margin(torch.zeros_like(x)), atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("batch", [(6,), (2, 3)])
+@pytest.mark.parametrize("name", ["mask", "one-hot", "lowered", "values"])
+@pytest.mark.parametrize(
+    "method", [Saliency, LRP, GuidedBackpropagation, ActivationMaximisation, IntegratedGradients, Occlusion]
+)
+def test_a_row_with_one_open_choice_has_no_margin_for_any_method(
+    method: Any, name: str, batch: tuple[int, ...]
+) -> None:
+    policy, _, key = kind(name)
+    options = {"baseline": 0.0} if method in (IntegratedGradients, Occlusion) else {}
+    with method(target=targets.margin(key), **options).prepare(policy) as hooked:
+        found = hooked.annotate(hooked(rows(name, batch)))
+    there = mask_of(name, batch).sum(-1) > 1
+    assert torch.equal(found["computed", "attr"], there)
+    assert torch.equal(found["attr", "observation"].isfinite().all(-1), there)
+
+
 @pytest.mark.parametrize("name", ["mask", "one-hot", "listed", "lowered", "values"])
 def test_sarfa_shares_out_among_open_choices(name: str) -> None:
     policy, values, _ = kind(name)
@@ -248,3 +272,12 @@ def test_a_player_shows_no_probability_of_a_closed_action() -> None:
     tracks = decision_tracks(Rows(TensorDict(entries, [3]), np.arange(3), Options()))
     (shown,) = (one.values for one in tracks if one.kind == "choice")
     np.testing.assert_allclose(shown, (MASKS[:3] / MASKS[:3].sum(-1, keepdim=True)).numpy())
+
+
+def test_distributions_over_other_listed_choices_are_not_compared() -> None:
+    logits = torch.randn(2, ACTIONS)
+    one, other = (MaskedCategorical(logits=logits, indices=torch.tensor([at, at])) for at in ([0, 2], [2, 0]))
+    assert policy_divergence(one, one).values.tolist() == [0.0, 0.0]
+    for second in (other, MaskedCategorical(logits=logits[:, :2], mask=torch.ones(2, 2, dtype=torch.bool))):
+        with pytest.raises(InputError, match=r"not the same ones"):
+            policy_divergence(one, second)

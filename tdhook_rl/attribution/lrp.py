@@ -233,7 +233,11 @@ class _Start:
             for node, point, count in zip((*nodes.values(), *run.watched.values()), points, counts, strict=True)
             if count is not None
         ]
-        return torch.stack(terms).sum(0) if terms else self.value
+        if not terms:
+            return self.value
+        # A row whose target is no number has no relevance either, whatever its outputs are.
+        defined = row_vectors(torch.isfinite(self.value), run.outputs.batch_size).all(-1)
+        return torch.where(defined, torch.stack(terms).sum(0), torch.nan)
 
 
 def _has_gradient(value: Any) -> bool:

@@ -258,6 +258,11 @@ def is_sparse(distribution: Any) -> bool:
     return getattr(distribution, "_sparse_mask", False)
 
 
+def listed_choices(distribution: Any) -> Tensor | None:
+    """The numbers that a ``MaskedCategorical`` draws among, if it was made with ``indices=``."""
+    return distribution._mask if is_sparse(distribution) else None
+
+
 def open_by_mask(distribution: Any, number: int) -> Tensor | None:
     """Which of so many choices a ``MaskedCategorical`` leaves open; ``None`` for distributions without a mask."""
     mask = getattr(distribution, "_mask", None)

@@ -11,6 +11,7 @@ from torch.distributions import Distribution, kl_divergence
 
 from tdhook_rl.arguments.checked import checked, require_counts
 from tdhook_rl.errors import InputError
+from tdhook_rl.internals.torchrl_names import listed_choices
 from tdhook_rl.metrics.untrained import own_generators
 
 
@@ -91,6 +92,12 @@ def policy_divergence(before: Distribution, after: Distribution, *, samples: int
         raise InputError(
             f"the distributions are of the same states, got batch shapes {tuple(before.batch_shape)} and "
             f"{tuple(after.batch_shape)}"
+        )
+    first, second = listed_choices(before), listed_choices(after)
+    if (first is None) is not (second is None) or (first is not None and not torch.equal(first, second)):
+        raise InputError(
+            "the distributions list the numbers of their choices (indices=), and not the same ones: make them with "
+            "mask= to compare them"
         )
     try:
         found, drawn = kl_divergence(before, after), 0
