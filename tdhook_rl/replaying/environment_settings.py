@@ -80,7 +80,7 @@ def arguments_of(holder: Any) -> dict[str, Any]:
 
 def _says(kind: type, name: str) -> bool:
     """Whether an argument of a class says what an environment is. Keys and specs TorchRL's transforms look up late."""
-    looked_up = kind.__module__.startswith("torchrl.") and name.endswith(("_key", "_keys", "_keys_inv", "_spec"))
+    looked_up = kind.__module__.startswith("torchrl.") and name.endswith(("_key", "_keys", "keys_inv", "_spec"))
     return name not in _RUNNING and not looked_up
 
 
