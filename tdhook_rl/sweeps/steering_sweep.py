@@ -85,8 +85,9 @@ def steering_sweep(
         sign: for each start state +1 or -1, where the direction that is wanted depends on the state.
         when: where it acts, as of :class:`~tdhook_rl.latent.SteeringVectors`.
         seed: of the starts, the noise and the random vectors.
-        folder: where the result is kept as it grows; the same call goes on from there, if the environment was made with
-            the same arguments and holds the same statistics as when it began.
+        folder: where the result is kept as it grows; the same call goes on from there, with the same policy (weights,
+            modules and their options) and an environment that was made with the same arguments and holds the same
+            statistics as when it began.
         progress: a function of what is done and all, ``True`` for a bar, ``False`` for nothing.
 
     Raises:
