@@ -52,9 +52,6 @@ class Controls(MutableMapping[str, Tensor]):
         self._tensors: dict[str, Tensor] = {}
         self._versions: dict[str, Tensor] = {}
         self._places: dict[str, tuple[str, frozenset[str], frozenset[str]]] = {}
-        # How many writings have begun, and ended: in between, what is read may be half of what was set.
-        self.begun = torch.zeros((), dtype=torch.int64).share_memory_()
-        self.ended_writes = torch.zeros((), dtype=torch.int64).share_memory_()
         self.ended = False  # the policy that reads them is hooked no more
 
     def add(self, name: str, value: Any) -> Tensor:
@@ -75,16 +72,8 @@ class Controls(MutableMapping[str, Tensor]):
             raise MissingKeyError(f"no control is named {name!r}; {nearest(name, self._tensors)}") from None
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self._write({name: self._checked(name, value)})
-
-    def _write(self, values: Mapping[str, Tensor]) -> None:
-        self.begun += 1
-        try:
-            for name, value in values.items():
-                self[name].copy_(value)
-                self._versions[name] += 1
-        finally:
-            self.ended_writes += 1
+        self[name].copy_(self._checked(name, value))
+        self._versions[name] += 1
 
     def _checked(self, name: str, value: Any) -> Tensor:
         tensor = self[name]
@@ -144,7 +133,9 @@ class Controls(MutableMapping[str, Tensor]):
 
     def update_(self, values: Mapping[str, Any]) -> None:
         """Write several controls in place, all or (where one is refused) none."""
-        self._write({name: self._checked(name, value) for name, value in values.items()})
+        checked = {name: self._checked(name, value) for name, value in values.items()}
+        for name, value in checked.items():
+            self[name] = value
 
     def __deepcopy__(self, memo: dict) -> Controls:
         return self

@@ -234,7 +234,7 @@ class _BoundReadout(BoundMethod):
         self.result_keys = tuple(readings)
 
     def compute(self, call: Call) -> dict[tuple[str, ...], Tensor]:
-        controls = self._runtime.held
+        controls = self._runtime.controls
         results: dict[tuple[str, ...], Tensor] = {}
         for key, one in self._readings.items():
             value = call.captured(one.slot, one.site)
