@@ -28,6 +28,7 @@ from torchrl.modules import (
     MaskedCategorical,
     MultiAgentMLP,
     MultiStepActorWrapper,
+    QValueModule,
     RSSMPosteriorV3,
     RSSMPriorV3,
     RSSMRolloutV3,
@@ -322,6 +323,17 @@ def world_models_that_walk_through_time() -> None:
         walk(TensorDict({}, [2, 3]).update({name: torch.zeros(2, 3, size) for name, size in shape.items()}))
         assert bool(calls) is not fast
     assert not names.walks_through_time(nn.Linear(1, 1))
+
+
+@contract("closed_values")
+def values_that_a_mask_closes() -> None:
+    mask = torch.tensor([[True, False, True], [False, True, True]])
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        data = TensorDict({"action_value": torch.randn(2, 3, dtype=dtype), "action_mask": mask}, [2])
+        found = QValueModule(action_space="one-hot", action_mask_key="action_mask")(data)
+        assert torch.equal(names.closed_values(found["action_value"]), ~mask)
+    assert not names.closed_values(torch.tensor([-1e30, 0.0, torch.nan])).any()
+    assert not names.closed_values(torch.tensor([-(2**62), 0])).any()
 
 
 @contract("is_sparse", "listed_choices", "open_by_mask")

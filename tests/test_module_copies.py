@@ -70,6 +70,16 @@ class Own(nn.Linear):
         self.inner, self.beside = nn.Tanh(), [nn.Linear(4, 4)]
 
 
+class Agent(nn.Module):
+    """As users write them: layers of torch in a class of their own, one of which knows the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.heads = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.ModuleDict({"actor": nn.Linear(4, 2)})
+        self.norm, self.again, self.calls = nn.BatchNorm1d(4), self.trunk[0], [self.trunk]
+        self.trunk[1].__dict__["whole"] = self
+
+
 class InItsOwnWay(nn.Tanh):
     def __deepcopy__(self, memo: dict[int, Any]) -> InItsOwnWay:
         made = InItsOwnWay()
@@ -130,6 +140,8 @@ MADE: dict[str, Callable[[], nn.Module]] = {
     },
     "of_params": of_params,
     "own": Own,
+    "an agent": Agent,
+    "an agent in a chain": lambda: nn.Sequential(nn.Linear(4, 4), Agent()),
     "own in a chain": lambda: nn.Sequential(Own(), nn.ReLU()),
     "in its own way": lambda: nn.Sequential(InItsOwnWay(), nn.Linear(4, 4)),
     "parametrized": lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 4))),

@@ -162,12 +162,18 @@ class Divides(nn.Module):
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
         self.temperature, self._offset, self.act = temperature, 0.0, torch.tanh
-        self.calls, self.seen = 0, list[float]()
+        self.scale, self.options, self.table = torch.ones(4), SimpleNamespace(gain=1.0), {"shift": [0.0]}
+        self.calls, self.seen, self.mean = 0, list[float](), torch.zeros(4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += 1
         self.seen.append(x.sum().item())
-        return self.act(x / self.temperature + self._offset)
+        self.mean.mul_(0.9)
+        shift = self._offset + self.table["shift"][0]
+        return self.act(self.options.gain * self.scale * x / self.temperature + shift)
+
+    def set_temperature(self, value: float) -> None:
+        self.temperature = value
 
 
 class Multiplies(Divides):
@@ -190,6 +196,18 @@ def with_set(name: str, value: Any) -> nn.Module:
     return net(module)
 
 
+def told() -> nn.Module:
+    module = Divides()
+    module.set_temperature(2.0)
+    return net(module)
+
+
+def hooked(factor: float) -> nn.Module:
+    policy = net(nn.Tanh())
+    policy.module[0].module[0].register_forward_hook(lambda module, args, output: factor * output)
+    return policy
+
+
 #: Policies of the same weights, and others than the first of them.
 POLICIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
     "an activation": (lambda: net(nn.Tanh()), lambda: net(nn.ReLU())),
@@ -200,6 +218,13 @@ POLICIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
     "bounds as tensors": (lambda: net(high=torch.ones(2)), lambda: net(high=2 * torch.ones(2))),
     "a temperature": (lambda: net(Divides(1.0)), lambda: net(Divides(2.0))),
     "one that was set": (lambda: net(Divides()), lambda: with_set("temperature", 2.0)),
+    "one that was told": (lambda: net(Divides()), told),
+    "a tensor": (lambda: net(Divides()), lambda: with_set("scale", 2 * torch.ones(4))),
+    "options": (lambda: net(Divides()), lambda: with_set("options", SimpleNamespace(gain=2.0))),
+    "a table": (lambda: net(Divides()), lambda: with_set("table", {"shift": [0.5]})),
+    "dropout": (lambda: net(nn.Dropout(0.5)).eval(), lambda: net(nn.Dropout(0.5)).train()),
+    "a hook": (lambda: net(nn.Tanh()), lambda: hooked(2.0)),
+    "its factor": (lambda: hooked(2.0), lambda: hooked(3.0)),
     "a private number": (lambda: net(Divides()), lambda: with_set("_offset", 0.5)),
     "a function": (lambda: net(Divides()), lambda: with_set("act", torch.sin)),
     "a class of one's own": (lambda: net(Divides()), lambda: net(Multiplies())),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from tensordict import NestedKey
 from torch import Tensor
 from torch import distributions as D
 
 from tdhook_rl.calls.decisions import decided_by
 from tdhook_rl.calls.passes import Pass
-from tdhook_rl.internals.torchrl_names import open_by_mask
+from tdhook_rl.internals.torchrl_names import closed_values, open_by_mask
 
 #: So far below what its logit says, a choice has been closed by whatever the distribution does to its logits.
 FAR = 1e4
@@ -21,7 +20,7 @@ def closed_choices(run: Pass, key: NestedKey, values: Tensor) -> Tensor:
     A Q-network writes the lowest number there is in their place; a distribution has a mask, or logits of its own that
     are far below what it was given.
     """
-    closed = values.detach() <= torch.finfo(values.dtype).min
+    closed = closed_values(values)
     decision = decided_by(run, key)
     distribution = None if decision is None else decision.distribution
     while isinstance(distribution, D.Independent):

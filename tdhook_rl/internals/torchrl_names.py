@@ -263,6 +263,13 @@ def listed_choices(distribution: Any) -> Tensor | None:
     return distribution._mask if is_sparse(distribution) else None
 
 
+def closed_values(values: Tensor) -> Tensor:
+    """Where a ``QValueModule`` has put the lowest number there is, since the mask of actions closes one; nothing else
+    says so in what it writes."""
+    found = values.detach()
+    return found <= torch.finfo(found.dtype).min if found.is_floating_point() else torch.zeros_like(found).bool()
+
+
 def open_by_mask(distribution: Any, number: int) -> Tensor | None:
     """Which of so many choices a ``MaskedCategorical`` leaves open; ``None`` for distributions without a mask."""
     mask = getattr(distribution, "_mask", None)

@@ -15,6 +15,7 @@ from tdhook_rl.arguments.checked import checked
 from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.internals.torch_names import held_parameters
+from tdhook_rl.internals.torchrl_names import closed_values
 from tdhook_rl.metrics.untrained import own_generators
 from tdhook_rl.policies.tying import whole_copy
 
@@ -102,7 +103,7 @@ def random_target_loss(
         draws = torch.Generator().manual_seed(stream_of(seed, "random targets"))
         drawn = torch.randn(value.shape, generator=draws).to(value)
         # A Q-network has the lowest number there is where a mask of actions closes one, which nothing can fit.
-        there = value.detach() > torch.finfo(value.dtype).min
+        there = ~closed_values(value)
         held = there.sum(0).clamp_min(1)
         targets = value.detach().where(there, 0.0).sum(0) / held + drawn
 

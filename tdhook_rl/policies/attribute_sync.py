@@ -11,7 +11,7 @@ import copy
 import dis
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from operator import itemgetter
 from typing import Any
 
@@ -290,6 +290,20 @@ def stored_names(kind: type) -> frozenset[str]:
 
 def _stored_names(kind: type) -> frozenset[str]:
     found: set[str] = set()
+    for steps in forward_code(kind):
+        for place, step in enumerate(steps):
+            before = [one.argval for one in steps[max(0, place - 6) : place] if one.opname == "LOAD_ATTR"]
+            if step.opname == "STORE_ATTR":
+                found.add(step.argval)
+            elif step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
+                found.update(before)
+            elif step.opname in ("LOAD_METHOD", "LOAD_ATTR") and step.argval in _CHANGING:
+                found.update(before[-1:])
+    return frozenset(found)
+
+
+def forward_code(kind: type) -> Iterator[list[dis.Instruction]]:
+    """The instructions of the forward of a class, and of the methods that it calls."""
     seen: set[str] = set()
     waiting = ["forward"]
     while waiting:
@@ -301,14 +315,5 @@ def _stored_names(kind: type) -> frozenset[str]:
         seen.add(name)
         if name != "forward" and hasattr(nn.Module, name):
             continue
-        steps = list(dis.get_instructions(function))
-        for place, step in enumerate(steps):
-            before = [one.argval for one in steps[max(0, place - 6) : place] if one.opname == "LOAD_ATTR"]
-            if step.opname == "STORE_ATTR":
-                found.add(step.argval)
-            elif step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
-                found.update(before)
-            elif step.opname in ("LOAD_METHOD", "LOAD_ATTR") and step.argval in _CHANGING:
-                found.update(before[-1:])
+        yield list(dis.get_instructions(function))
         waiting += function.__code__.co_names
-    return frozenset(found)

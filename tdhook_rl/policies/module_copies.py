@@ -1,7 +1,6 @@
-"""Copies of the modules of libraries, as ``copy.deepcopy`` makes them, in a fraction of its time.
+"""Copies of the modules of libraries, as ``copy.deepcopy`` makes them, without its look at each number and each word.
 
-The modules of most policies are of torch, tensordict and TorchRL, and what they hold is mostly numbers, words and empty
-dictionaries. To copy these one by one takes longer than all else of a preparation.
+The modules of most policies are of torch, tensordict and TorchRL, and hold little else beside their weights.
 """
 
 from __future__ import annotations
@@ -71,6 +70,9 @@ def deep_copy_of(module: M, memo: dict[int, Any]) -> M:
     own = module.__dict__
     # What a module was compiled into is left out, and the function in a TensorDictModule is pickled.
     if not _is_known(module.__class__) or "module" in own or is_compiled(module):
+        for one in module._modules.values():  # a policy of the user's own is mostly made of theirs
+            if one is not None and _is_known(one.__class__):
+                deep_copy_of(one, memo)
         return copy.deepcopy(module, memo)
     made = copyreg.__newobj__(module.__class__)  # type: ignore[attr-defined]
     memo[id(module)] = made

@@ -14,6 +14,7 @@ from torch import Tensor
 from tdhook_rl.arguments.checked import checked, require_counts
 from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.errors import InputError, MissingKeyError, nearest, warn
+from tdhook_rl.internals.torchrl_names import closed_values
 from tdhook_rl.probes.quantities import Trajectory
 from tdhook_rl.reading.sources import Rows
 from tdhook_rl.replay.joined import Found, Joined, StoredEpisode, results_of
@@ -209,10 +210,9 @@ def smallest_margins(
             raise InputError(
                 f"a margin is between two actions; {' or '.join(map(repr, wanted))} is {tuple(value.shape)}"
             )
-        closed = value == torch.finfo(value.dtype).min if value.is_floating_point() else None  # by a Q-network
+        closed = closed_values(value)
         value = value.detach() if value.dtype == torch.float64 else value.detach().float()
-        value = value if closed is None else value.masked_fill(closed, -torch.inf)
-        value = value.masked_fill(~_open(rows, allowed, value), -torch.inf)
+        value = value.masked_fill(closed | ~_open(rows, allowed, value), -torch.inf)
         two = value.topk(2, -1).values
         margin = (two[..., 0] - two[..., 1]).flatten(1).amin(1) if two.ndim > 2 else two[:, 0] - two[:, 1]
         able = margin.isfinite()

@@ -43,7 +43,7 @@ def settings_of(env: EnvBase) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for holder in _all(env):
-        for name, value in arguments_of(holder).items():
+        for name, value in _arguments(holder).items():
             named = f"{type(holder).__name__}.{name}"
             again = sum(one == named or one.startswith(f"{named}, ") for one in found)
             found[f"{named}, {again + 1}" if again else named] = in_words(value)
@@ -59,7 +59,7 @@ def _all(env: EnvBase) -> list[Any]:
     return found
 
 
-def arguments_of(holder: Any) -> dict[str, Any]:
+def _arguments(holder: Any) -> dict[str, Any]:
     """Arguments of its class that are kept as attributes, and what Gymnasium says that it was made with."""
     kept: Mapping[str, Any] = getattr(holder, "__dict__", {})
     found = {name: kept[name] for name in _ALSO if name in kept}
@@ -68,12 +68,12 @@ def arguments_of(holder: Any) -> dict[str, Any]:
         for name in inspect.signature(made).parameters if inspect.isfunction(made) else ():
             for one in (name, f"_{name}"):
                 value = _unwrapped(kept[one]) if one in kept and _says(kind, name) else holder
-                if _is_setting(value):
+                if is_setting(value):
                     found[name] = value
     spec = kept.get("spec")
     for name in ("id", "kwargs", "max_episode_steps"):
         value = getattr(spec, name, None)
-        if _is_setting(value) and value is not None:
+        if is_setting(value) and value is not None:
             found[name] = {key: one for key, one in value.items() if key not in _RUNNING} if name == "kwargs" else value
     return found
 
@@ -93,15 +93,16 @@ def _unwrapped(value: Any) -> Any:
     return value
 
 
-def _is_setting(value: Any) -> bool:
+def is_setting(value: Any) -> bool:
+    """Whether something can be told in words, and is no state of what runs."""
     if isinstance(value, (*_PLAIN, functools.partial, type)) or inspect.isroutine(value):
         return True
     if isinstance(value, TensorSpec):  # it follows from the others
         return False
     if is_dataclass(value):
-        return all(_is_setting(getattr(value, one.name, None)) for one in fields(value))
+        return all(is_setting(getattr(value, one.name, None)) for one in fields(value))
     if isinstance(value, SimpleNamespace | argparse.Namespace):
-        return _is_setting(vars(value))
+        return is_setting(vars(value))
     if isinstance(value, Mapping):
-        return all(isinstance(key, str) and _is_setting(one) for key, one in value.items())
-    return isinstance(value, Sequence) and all(map(_is_setting, value))
+        return all(isinstance(key, str) and is_setting(one) for key, one in value.items())
+    return isinstance(value, Sequence) and all(map(is_setting, value))

@@ -15,6 +15,7 @@ from torch.distributions import Distribution
 
 from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.errors import MissingKeyError, nearest
+from tdhook_rl.internals.torchrl_names import closed_values
 from tdhook_rl.metrics.drift import policy_divergence, without_density
 from tdhook_rl.policies.actors import supports
 from tdhook_rl.policies.draws import action_keys
@@ -122,7 +123,7 @@ class DecisionDrift:
         value = outputs.get(key, None)
         if not isinstance(value, Tensor):
             return None
-        closed = value == torch.finfo(value.dtype).min if value.is_floating_point() else torch.zeros_like(value).bool()
+        closed = closed_values(value)
         value = value.double()
         if (support := self._supports.get(key)) is not None:  # log-probabilities of returns
             value, closed = (value.exp() * support.to(value)[:, None]).sum(-2), closed.all(-2)
