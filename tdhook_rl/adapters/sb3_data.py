@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
 from tdhook_rl.adapters.actions import ToBounds
@@ -111,19 +112,27 @@ def sb3_data(
 def vec_env_rollout(policy: nn.Module, vec_env: Any, steps: int, *, in_keys: Keys | None = None) -> TensorDictBase:
     """Play in a ``VecEnv`` of Stable-Baselines3, with all its wrappers, by a policy of TorchRL.
 
+    A policy with a memory is given the one of its last step (what it reads, and writes below ``"next"``); each episode
+    begins with zeros.
+
     Args:
-        policy: from :func:`~tdhook_rl.adapters.from_sb3`, hooked or not. It acts by the
-            :class:`~torchrl.envs.utils.set_exploration_type` in force, as in ``env.rollout``: unless set, without
-            drawing.
+        policy: from :func:`~tdhook_rl.adapters.from_sb3`, or another that gives actions as ``vec_env`` takes them;
+            hooked or not. It acts by the :class:`~torchrl.envs.utils.set_exploration_type` in force, as in
+            ``env.rollout``: unless set, without drawing.
         vec_env: the environment, which is reset. Where it normalises observations the policy does not
             (``from_sb3(model, normalize=False)``).
-        steps: how many.
-        in_keys: as of :func:`~tdhook_rl.adapters.from_sb3`.
+        steps: how many, at least 1.
+        in_keys: as of :func:`~tdhook_rl.adapters.from_sb3`. Unless given, where the policy reads: an observation that
+            is one under the only key, the entries of a dictionary under their names, or under the keys that
+            :func:`~tdhook_rl.adapters.from_sb3` was given for them.
 
     Returns:
         a TensorDict of ``(environments, steps)`` with all that the policy writes, ``"is_init"``, and below ``"next"``
         the observation (the last one of an episode where it ended), ``"reward"``, ``"done"``, ``"terminated"`` and
         ``"truncated"``.
+
+    Raises:
+        InputError: for what is no ``VecEnv``, where it does not show what the policy reads, or takes other actions.
 
     Example:
         >>> from stable_baselines3 import PPO
@@ -140,18 +149,18 @@ def vec_env_rollout(policy: nn.Module, vec_env: Any, steps: int, *, in_keys: Key
             f"vec_env_rollout plays in a VecEnv of Stable-Baselines3 (model.get_env()), not in a "
             f"{type(vec_env).__name__}"
         )
+    if steps < 1:
+        raise InputError(f"steps= is at least 1, got {steps}")
     entries = _entries(vec_env.observation_space)
-    keys = list(policy.in_keys) if in_keys is None else _listed(in_keys, entries)  # type: ignore[union-attr, arg-type]
-    if len(keys) != len(entries):
-        raise InputError(f"the policy reads {keys}, the environment gives {entries}: say in_keys=")
+    memory = _memory_of(policy)
+    keys = _read_from(policy, entries, memory) if in_keys is None else _listed(in_keys, entries)
     count, played = vec_env.num_envs, []
     now = _observed(vec_env.reset(), entries, keys, count)
     starts = torch.ones(count, 1, dtype=torch.bool)
     for _ in range(steps):
         with torch.no_grad():
             data = policy(now.copy().set("is_init", starts))
-        action = data["action"].cpu().numpy().astype(vec_env.action_space.dtype)
-        observation, reward, done, infos = vec_env.step(action)
+        observation, reward, done, infos = vec_env.step(_as_taken(data, vec_env.action_space, count))
         now = _observed(observation, entries, keys, count)
         after = now.clone()
         for index, info in enumerate(infos):
@@ -159,6 +168,12 @@ def vec_env_rollout(policy: nn.Module, vec_env: Any, steps: int, *, in_keys: Key
                 last = info["terminal_observation"]
                 after[index] = _observed(last, entries, keys, None)
         starts = torch.as_tensor(done).reshape(count, 1)
+        for key in memory:
+            state = data["next", key]
+            after.set(key, state)
+            now.set(key, state.masked_fill(starts.reshape(count, *(1,) * (state.ndim - 1)), 0))
+            if key not in data.keys(True):  # the module has made its own zeros
+                data.set(key, torch.zeros_like(state))
         cut = torch.tensor([bool(info.get("TimeLimit.truncated", False)) for info in infos]).reshape(count, 1)
         after["reward"] = torch.as_tensor(reward).reshape(count, 1)
         after["done"], after["terminated"], after["truncated"] = starts, starts & ~cut, starts & cut
@@ -215,7 +230,50 @@ def _put_actions(data: TensorDictBase, stored: Tensor, model: Any, of_rollouts: 
 
 
 def _listed(in_keys: Keys, entries: list[str]) -> list[NestedKey]:
-    return [in_keys[name] for name in entries] if isinstance(in_keys, Mapping) else [in_keys]
+    """The keys that were given for the entries of an environment."""
+    given = in_keys if isinstance(in_keys, Mapping) else {"": in_keys}
+    if set(given) != set(entries):
+        wanted = "one key" if entries == [""] else f"a key for each of {', '.join(map(repr, entries))}"
+        raise InputError(f"in_keys= is {wanted}, as the environment shows it; found {in_keys!r}")
+    return [given[name] for name in entries]
+
+
+def _read_from(policy: Any, entries: list[str], memory: list[NestedKey]) -> list[NestedKey]:
+    """The keys that a policy reads the entries of an environment from."""
+    known = [unravel_key(key) for key in getattr(policy, "in_keys", ())]
+    keys = [key for key in known if key not in memory and key != "is_init"]
+    if entries == [""] and len(keys) == 1:
+        return keys
+    for module in policy.modules():  # made by an adapter, which knows what its entries are called
+        parts = getattr(getattr(module, "observation", None), "parts", None)
+        if isinstance(parts, dict) and set(parts) == set(entries) and len(keys) == len(parts):
+            return [dict(zip(parts, keys, strict=True))[name] for name in entries]
+    if keys and set(keys) <= set(entries):
+        return list(entries)
+    shown = "one observation" if entries == [""] else f"the entries {entries}"
+    raise InputError(f"the policy reads {keys}, and the environment shows {shown}: say in_keys=")
+
+
+def _memory_of(policy: Any) -> list[NestedKey]:
+    """The keys under which a policy reads what it has written below ``"next"``."""
+    written = {unravel_key(key) for key in getattr(policy, "out_keys", ())}
+    return [key for key in map(unravel_key, getattr(policy, "in_keys", ())) if unravel_key(("next", key)) in written]
+
+
+def _as_taken(data: TensorDictBase, space: Any, count: int) -> np.ndarray:
+    """The actions of a step, as an environment with this space takes them."""
+    action = data.get("action", None)
+    if action is None:
+        raise InputError(f"the policy has written no 'action' to play by; it writes {list(data.keys())}")
+    shape = (count, *(space.shape or ()))
+    if tuple(action.shape) != shape:
+        indices = not hasattr(space, "low") and action.ndim == len(shape) + 1
+        hint = ", which are indices: of from_sb3 with categorical_action_encoding=True" if indices else ""
+        raise InputError(
+            f"the policy gives actions of {tuple(action.shape)}, environments included, and the environment takes "
+            f"{shape}{hint}"
+        )
+    return action.cpu().numpy().astype(space.dtype)
 
 
 def _observed(observation: Any, entries: list[str], keys: list[NestedKey], count: int | None) -> TensorDict:
