@@ -150,3 +150,33 @@ def _in_dtype(baseline: Tensor, value: Tensor, key: NestedKey) -> Tensor:
                 "perturbed in its own dtype"
             )
     return converted
+
+
+def points_between(
+    low: Tensor, high: Tensor, alphas: Tensor, batch: torch.Size, end: bool = False, inner: bool = False
+) -> Tensor:
+    """Points on the straight way from a baseline to a value, ``(points * rows, features)``.
+
+    Args:
+        low, high: of the rows.
+        alphas: how far each point lies, from 0 to 1.
+        batch: the batch shape of the rows.
+        end: the last point is ``high`` to the bit.
+        inner: they are activations, of which an entry that is the same infinity at both ends, such as the logit of a
+            closed action, is so on the way.
+    """
+    if alphas.dtype is not low.dtype or alphas.device != low.device:
+        alphas = alphas.to(low)
+    one_row = batch == (1,) and low.shape[:1] == batch  # whose points are the rows of a pass
+    path = torch.lerp(low, high, alphas.reshape(-1, *(1,) * (low.ndim - one_row)))
+    if inner:
+        path = torch.where(high.isinf() & (low == high), high, path)
+    if one_row:
+        if end:
+            path[-1:] = high
+        return path
+    if end:
+        path[-1] = high
+    # Convolutional nets flatten the leading dimensions before their layers.
+    leading = len(batch) if low.shape[: len(batch)] == batch else 1
+    return path.flatten(0, leading) if batch else path

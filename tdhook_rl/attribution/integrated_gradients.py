@@ -17,7 +17,7 @@ from torch import Tensor
 from tdhook_rl.arguments.checked import require_counts
 from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.attribution.base import BoundAttribution, GradientAttribution, compiled
-from tdhook_rl.attribution.baselines import Baseline, Baselines, check_baseline
+from tdhook_rl.attribution.baselines import Baseline, Baselines, check_baseline, points_between
 from tdhook_rl.attribution.gradients import gradients
 from tdhook_rl.attribution.leaves import activations
 from tdhook_rl.attribution.question import Attributed, Question
@@ -28,6 +28,7 @@ from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.method import Binder
 from tdhook_rl.policies.draws import action_keys, draws, sample_keys
 from tdhook_rl.replaying.batching import conv_chunk, repeat_rows, row_vectors
+from tdhook_rl.sites.numbers import difference
 
 Quadrature = Literal["gausslegendre", "riemann_middle", "riemann_left", "riemann_right", "riemann_trapezoid"]
 
@@ -128,7 +129,7 @@ class _BoundIntegratedGradients(BoundAttribution):
         return [
             (
                 {key: value * (inputs[key] - baselines[key]) for key, value in of_inputs.items()},
-                {slot: value * (inner[slot][1] - inner[slot][0]) for slot, value in of_leaves.items()},
+                {slot: value * difference(*reversed(inner[slot])) for slot, value in of_leaves.items()},
             )
             for of_inputs, of_leaves in averages
         ]
@@ -178,8 +179,10 @@ class _BoundIntegratedGradients(BoundAttribution):
             if stored is None or stored.batch_size[0] != points * rows:
                 stored = repeat_rows(call.data, points, left_out)
             between = question._replace(
-                inputs={key: _between(baselines[key], high, alphas, batch, end) for key, high in inputs.items()},
-                placed={slot: _between(low, high, alphas, batch, end) for slot, (low, high) in inner.items()},
+                inputs={key: points_between(baselines[key], high, alphas, batch, end) for key, high in inputs.items()},
+                placed={
+                    slot: points_between(low, high, alphas, batch, end, True) for slot, (low, high) in inner.items()
+                },
                 stored=stored,
                 weights=weights,
                 own=kept if end else 0,
@@ -289,7 +292,7 @@ class _BoundIntegratedGradients(BoundAttribution):
             changes = [target(high.lent()) - target(low.lent()) for target in question.targets]
         for name, change, (of_inputs, of_leaves) in zip(self.names, changes, averages, strict=True):
             terms = [value * (ends[key] - baselines[key]) for key, value in of_inputs.items()]
-            terms += [value * (inner[slot][1] - inner[slot][0]) for slot, value in of_leaves.items()]
+            terms += [value * difference(*reversed(inner[slot])) for slot, value in of_leaves.items()]
             total = torch.stack([row_vectors(term, call.batch_size).sum(-1) for term in terms]).sum(0)
             key = (self.beside or "", *([name] if name else []))
             self._deltas[key] = total - change
@@ -381,20 +384,3 @@ def _blocks(call: Call, size: int) -> Iterator[Call]:
     for start in range(0, data.batch_size[0], size):
         block = slice(start, start + size)
         yield Call(call.policy, call._forward, data[block], {key: value[block] for key, value in inputs.items()})
-
-
-def _between(low: Tensor, high: Tensor, alphas: Tensor, batch: torch.Size, end: bool = False) -> Tensor:
-    """Points from low to high, ``(points * rows, features)``; the last, an ``end``, is ``high`` to the bit."""
-    if alphas.dtype is not low.dtype or alphas.device != low.device:
-        alphas = alphas.to(low)
-    if batch == (1,) and low.shape[:1] == batch:  # the points of one row are the rows of a pass
-        path = torch.lerp(low, high, alphas.reshape(-1, *(1,) * (low.ndim - 1)))
-        if end:
-            path[-1:] = high
-        return path
-    path = torch.lerp(low, high, alphas.reshape(-1, *(1,) * low.ndim))
-    if end:
-        path[-1] = high
-    # Convolutional nets flatten the leading dimensions before their layers.
-    leading = len(batch) if low.shape[: len(batch)] == batch else 1
-    return path.flatten(0, leading) if batch else path

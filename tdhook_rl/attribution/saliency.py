@@ -35,7 +35,10 @@ class _BoundSaliency(BoundAttribution):
         ]
 
     def _finish(self, gradient: Tensor, value: Tensor) -> Tensor:
-        gradient = gradient * value.detach() if self.is_product else gradient
+        if self.is_product:
+            value = value.detach()
+            # What a closed action is told by has no slope: a logit of minus infinity adds nothing.
+            gradient = (gradient * value).masked_fill((gradient == 0) & value.isinf(), 0)
         return gradient.abs() if self._absolute else gradient
 
 

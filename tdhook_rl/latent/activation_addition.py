@@ -12,9 +12,11 @@ from torch import Tensor
 from tdhook_rl.arguments.keys import key_parts, missing
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.passes import Call
+from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.errors import InputError
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.sites.numbers import is_whole
+from tdhook_rl.sites.runtime import vmap_level
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class ActivationAddition(Method):
 
     Raises:
         MissingKeyError: if the positive or negative inputs are absent.
-        InputError: if there are no samples.
+        InputError: if there are no samples, or their activations are not finite.
 
     Example:
         >>> from tensordict import TensorDict
@@ -56,6 +58,17 @@ class ActivationAddition(Method):
     def bind(self, binder: Binder) -> _BoundAddition:
         slots = {binder.capture(site): site.name for site in binder.sites(self.modules_to_steer, runs=True)}
         return _BoundAddition(self, slots, list(binder.policy.in_keys))
+
+
+def _require_numbers(value: Tensor, samples: int, root: str, site: str) -> None:
+    if torch.compiler.is_compiling() or vmap_level() >= 0 or surely_finite(value):
+        return
+    finite = value.isfinite().reshape(value.shape[:samples].numel(), -1).all(-1)
+    if not bool(finite.all()):
+        raise InputError(
+            f"the activations of {site!r} are not finite in {int((~finite).sum())} of {len(finite)} rows of the "
+            f"{root} inputs, so that there is no mean: leave such rows out, or name a module before"
+        )
 
 
 class _BoundAddition(BoundMethod):
@@ -100,6 +113,7 @@ class _BoundAddition(BoundMethod):
             # Without a batch size a flat activation is one sample.
             one = not call.batch_size and value.ndim == 1
             value = value.to(torch.get_default_dtype()) if is_whole(value) else value  # a mean has fractions
+            _require_numbers(value, samples, root, site)
             means[slot] = value if one else value.flatten(0, samples - 1).mean(0)
         call.slots.clear()
         call.slots.update(slots)

@@ -33,7 +33,8 @@ class DirectionalAblation(Method):
         when: in which rows it acts, as of :class:`SteeringVectors`.
         steered_key: the root of the result key.
 
-    With ``when=`` it writes ``(steered_key, name)``: in which rows it acted (batch, bool).
+    Entries that are infinite, such as the logits of closed actions, take no part and stay as they are. With ``when=``
+    it writes ``(steered_key, name)``: in which rows it acted (batch, bool).
 
     Raises:
         InputError: if a direction is zero, not finite, or does not fit the module's features.
@@ -150,7 +151,7 @@ class _ComponentHook:
         unit = unit.reshape(placed_shape(unit.shape, tensor, features, self.runtime, self.site, "direction"))
         # What it does not tell apart, such as the places of a map, has a component each.
         dims = [dim for dim in range(-unit.ndim, 0) if unit.shape[dim] == tensor.shape[dim]]
-        component = (tensor * unit).sum(dims, keepdim=True)
+        component = (tensor.masked_fill(tensor.isinf(), 0) * unit).sum(dims, keepdim=True)
         changed = self.strength.changed(tensor, tensor + (wanted - component) * unit, self.site)
         changed = in_dtype(changed, value, "what is left of the output", self.site)
         return with_rows(output, changed, module, disguise)

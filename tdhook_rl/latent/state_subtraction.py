@@ -53,7 +53,8 @@ class StateSubtraction(Method):
     The policy runs twice at each step, unless alpha is the number 0: one run of the rows of both would give other last
     bits than the policy gives without the method, and draw other noise. In the run on the counterfactual nothing is
     drawn, the policy's state stays as it is, and other interventions act; a recurrent policy reads it at the hidden
-    state that it has. Gradients pass through both runs. With ``when=``, or an alpha by row, ``(steered_key, name)``
+    state that it has. Gradients pass through both runs. An entry that is infinite on the input, such as the logit of a
+    closed action, stays so with any other alpha than 1. With ``when=``, or an alpha by row, ``(steered_key, name)``
     says in which rows it acted.
 
     Raises:
@@ -98,6 +99,14 @@ class StateSubtraction(Method):
         function = portable_rows(self.counterfactual, f"counterfactual= of {self.name!r}")
         binder.passes.append(CounterfactualPass(owner, self.name, function, slots, strength))
         return bound
+
+
+def _moved(rows: Tensor, other: Tensor, alpha: Tensor) -> Tensor:
+    """``rows + alpha * (other - rows)``, to the bit ``other`` at 1, also where entries are infinite."""
+    odd = rows.isinf() | other.isinf()
+    moved = torch.lerp(rows.masked_fill(odd, 0), other.masked_fill(odd, 0), alpha)
+    kept = torch.where(rows.isinf(), rows, rows + alpha * other)
+    return torch.where(odd, torch.where(alpha == 1, other, kept), moved)
 
 
 #: How the owners of passes over counterfactual inputs begin: in these no such method acts.
@@ -205,6 +214,6 @@ class SubtractionHook:
             )
         rows = value.double() if is_whole(value) else value  # there is no lerp of whole numbers
         alpha, acts = self.strength.at(rows, self.site)
-        moved = torch.lerp(rows, in_dtype(other, rows, "the counterfactual", self.site), alpha)  # type: ignore[arg-type]
+        moved = _moved(rows, in_dtype(other, rows, "the counterfactual", self.site), alpha)  # type: ignore[arg-type]
         moved = in_dtype(where_it_acts(acts, moved, rows), value, "what the subtraction leaves", self.site)
         return with_rows(output, moved, module, disguise)

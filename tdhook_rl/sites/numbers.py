@@ -81,6 +81,12 @@ def is_whole(value: Tensor) -> bool:
     return not (value.is_floating_point() or value.is_complex() or value.is_quantized)
 
 
+def difference(one: Tensor, other: Tensor) -> Tensor:
+    """One activation minus another; of two entries that are the same infinity, such as logits of a closed action, 0."""
+    found = one - other
+    return found.masked_fill((one == other) & one.isinf(), 0)
+
+
 @functools.cache
 def _lost(given: torch.dtype, dtype: torch.dtype) -> tuple[bool, bool]:
     """Whether numbers of a dtype may be others in the second one, and whether they may be beyond it."""

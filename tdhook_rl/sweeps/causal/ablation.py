@@ -230,7 +230,8 @@ def ablate_units(
                 AblationCell(site=site, unit=unit, size=size, size_interval=sized, returned=returned.get(place), **own)
             )
         return AblationTable(
-            cells, replaced=by, ranked=ranked, components=replacing.components, words=_left_out(found, changes),
+            cells, replaced=by, ranked=ranked, components=replacing.components,
+            words="; ".join(one for one in (replacing.words, _left_out(found, changes)) if one),
             changes={name: found.among_all(values) for name, values in changes.items()},
         )  # fmt: skip
 
@@ -262,6 +263,20 @@ def _size(cell: AblationCell) -> str:
     return f"{cell.size:.3g}" if cell.size_interval is None else shown(cell.size_interval, ".3g")
 
 
+def _mean_of(value: Tensor, site: str) -> Tensor:
+    """The mean over states, ``(1, ...)``, of each entry over those in which it is finite, if it is in any."""
+    mean = (value.double() if is_whole(value) else value).mean(0, keepdim=True)
+    finite = value.isfinite()
+    if not bool(finite.all()):
+        mean = torch.where(finite.any(0), value.masked_fill(~finite, 0).sum(0) / finite.sum(0), mean)
+    return in_dtype(mean, value, "the mean over states (by='mean')", site)
+
+
+def _differ(finite: Tensor) -> bool:
+    """Whether entries are finite in some states only."""
+    return bool((finite.any(0) & ~finite.all(0)).any())
+
+
 class _Replacing:
     """What components are replaced by, and what changes."""
 
@@ -281,6 +296,11 @@ class _Replacing:
         order = torch.randperm(len(states), generator=draws)
         self._other = torch.empty_like(order)
         self._other[order] = order.roll(1)  # another state for each, unless there is but one
+        self.words = ""
+        if by == "mean":
+            odd = [site for site, own in self._kept.items() if any(_differ(one.isfinite()) for one in own)]
+            where = "the mean at {} is of the states in which it is finite"
+            self.words = where.format(", ".join(map(repr, odd))) if odd else ""
 
     def changes(self, metric: Metric) -> dict[str, Tensor]:
         """By measure ``(components, states)``."""
@@ -300,10 +320,7 @@ class _Replacing:
     def _instead(self, value: Tensor, rows: slice, site: str) -> Tensor:
         if self._by == "resample":
             return value[self._other[rows]]
-        if self._by == "zero":
-            return torch.zeros_like(value[:1])
-        mean = (value.double() if is_whole(value) else value).mean(0, keepdim=True)
-        return in_dtype(mean, value, "the mean over states (by='mean')", site)
+        return torch.zeros_like(value[:1]) if self._by == "zero" else _mean_of(value, site)
 
     def held(self, place: int) -> dict[str, Held]:
         """What holds one component while the policy acts."""

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.arguments.seeds import stream_of
+from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.errors import InputError, TargetError
+from tdhook_rl.sites.numbers import difference
 from tdhook_rl.sweeps.causal.bench import Bench, Ran
 from tdhook_rl.sweeps.causal.components import Components, components_of, passes
 from tdhook_rl.sweeps.causal.gap import Gap
@@ -271,10 +273,11 @@ class Effects:
             if len(known) == 1 and known[0][0].shape == own.shape:
                 slope, there, here = known[0]
                 torch.sub(there, here, out=own).mul_(slope)  # where it belongs: fresh memory takes longer than the work
-                continue
+                if surely_finite(own):
+                    continue
             own.zero_()
             for slope, there, here in known:
-                product = slope * (there - here)
+                product = slope * difference(there, here)
                 units = product.ndim + components.axes[site]
                 if others := [dim for dim in range(1, product.ndim) if dim != units]:
                     product = product.sum(others)

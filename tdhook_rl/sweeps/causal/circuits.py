@@ -15,6 +15,7 @@ from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.vectors.origins import origin_of, weights_of
 from tdhook_rl.statistics import Interval, grouped_mean
+from tdhook_rl.statistics.interval import none
 from tdhook_rl.sweeps.causal.attribution import Effects
 from tdhook_rl.sweeps.causal.bench import Bench
 from tdhook_rl.sweeps.causal.components import Components, components_of
@@ -224,8 +225,11 @@ class _Search:
         # What is left is the difference minus what is lost of it.
         left = (self.gap.source - self.gap.base) - changes
         (found,) = pooled_shares(left, self.gap, self._groups)
-        assert found is not None
-        return found
+        if found is not None and math.isfinite(found.estimate):
+            return found
+        known = self.gap.known
+        words = f"the metric is not finite in {int((~left[0, known].isfinite()).sum())} of {int(known.sum())} states"
+        return none(math.nan, words, confidence=0.95, groups=0, rows=int(known.sum()))
 
     def found(self, importance: Tensor, keep: float) -> Circuit:
         components = self.effects.components
@@ -305,4 +309,10 @@ class _Search:
             ]
             one.copy_(torch.cat(parts))
         values = self.kept(sets)
-        return grouped_mean(values), values
+        known = values.isfinite()
+        odd = int((~known).sum())
+        words = f"{odd} of {len(sets)} random sets leave the metric without a number in some states"
+        if odd == len(sets):
+            return none(math.nan, words, confidence=0.95, groups=0, rows=0), values
+        mean = grouped_mean(values[known])
+        return (replace(mean, words="; ".join(one for one in (mean.words, words) if one)) if odd else mean), values

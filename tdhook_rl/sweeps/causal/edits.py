@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tdhook_rl.errors import InputError, SiteError
-from tdhook_rl.sites.numbers import in_dtype, is_whole
+from tdhook_rl.sites.numbers import difference, in_dtype, is_whole
 
 
 class Put:
@@ -104,10 +104,10 @@ class PutPart(Put):
         if is_whole(rows):  # whose differences may wrap around
             value, apart = value.double(), apart.double()
         basis = self.basis.to(apart)
-        difference = vectors_last(value[None] - apart, self.dims)
-        flat = difference.reshape(copies, -1, basis.shape[-1])
+        change = vectors_last(difference(value[None], apart), self.dims)
+        flat = change.reshape(copies, -1, basis.shape[-1])
         part = (flat @ basis.transpose(1, 2)) @ basis
-        moved = apart + vectors_back(part.reshape(difference.shape), apart.shape, self.dims)
+        moved = apart + vectors_back(part.reshape(change.shape), apart.shape, self.dims)
         return in_dtype(moved, rows, "an activation with another part in a subspace", self.site).reshape(rows.shape)
 
     def others(self, index: int) -> Sequence[Tensor]:

@@ -23,6 +23,7 @@ from tdhook_rl.sweeps.causal.metrics import Metric, Reading
 from tdhook_rl.sweeps.causal.pairs import Pairs, Way, base_and_source, pairs_of, require_way
 from tdhook_rl.sweeps.causal.patch_table import PatchCell, PatchTable, summed_up
 from tdhook_rl.sweeps.causal.subspaces import (
+    Moments,
     Subspace,
     along,
     directions_by_site,
@@ -156,7 +157,7 @@ class _Part:
 
     def _of_differences(self, bench: Bench, pairs: Pairs, rows: int) -> dict[str, Subspace]:
         assert self.rank is not None
-        moments: dict[str, Tensor] = {}
+        moments: dict[str, Moments] = {}
         for some in pairs.parts(rows):
             sides = [bench.look(side).kept for side in (some.clean, some.corrupt)]
             for site in bench.sites:

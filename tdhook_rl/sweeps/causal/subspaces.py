@@ -12,6 +12,7 @@ from torch import Tensor
 from tdhook_rl.arguments.tensors import numbers
 from tdhook_rl.errors import InputError, SiteError, nearest
 from tdhook_rl.latent.steering_vector import SteeringVector
+from tdhook_rl.sites.numbers import difference
 from tdhook_rl.sites.vectors import placed_shape
 from tdhook_rl.sweeps.causal.bench import Bench
 from tdhook_rl.sweeps.causal.edits import vectors_last
@@ -27,17 +28,25 @@ class Subspace:
     Args:
         basis: orthonormal, ``(vectors, size)``, in float64.
         dims: the dimensions of the activation that its vectors have, from the end.
+        odd, of: how many of the differences that it was fitted on are not finite, and were left out, of how many.
     """
 
     basis: Tensor
     dims: tuple[int, ...]
+    odd: int = 0
+    of: int = 0
 
     def said(self, rank: int | None) -> str:
-        """Where it has not as many dimensions as were asked for, in words."""
-        if not bool(self.basis.any()):
-            return "the pairs do not differ here"
+        """Where it was fitted on less, or has not as many dimensions as were asked for, in words."""
+        if self.odd and self.odd == self.of:
+            return "no difference is finite here"
+        said = [f"{self.odd} of {self.of} differences are not finite here, and left out of the fit"] if self.odd else []
         found = len(self.basis)
-        return "" if rank is None or found >= rank else f"the pairs differ in {found} dimension{'s' * (found > 1)} only"
+        if not bool(self.basis.any()):
+            said.append("the pairs do not differ here")
+        elif rank is not None and found < rank:
+            said.append(f"the pairs differ in {found} dimension{'s' * (found > 1)} only")
+        return "; ".join(said)
 
     def random_alike(self, count: int, generator: torch.Generator) -> Tensor:
         """Random subspaces of as many dimensions, ``(count, vectors, size)``."""
@@ -110,25 +119,46 @@ def along(direction: Tensor, site: str, activation: Tensor, bench: Bench) -> Sub
     return Subspace((placed / norm.cpu()).reshape(1, -1), dims)
 
 
-def of_differences(moments: Tensor, rank: int, axis: int) -> Subspace:
+@dataclass(frozen=True)
+class Moments:
+    """The outer products of the differences of two activations, summed over those that are finite.
+
+    Args:
+        products: ``(units, units)``.
+        odd, of: how many differences are not finite, of how many.
+    """
+
+    products: Tensor
+    odd: int
+    of: int
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.products + other.products, self.odd + other.odd, self.of + other.of)
+
+
+def of_differences(moments: Moments, rank: int, axis: int) -> Subspace:
     """The subspace that holds most of the differences of pairs: their first principal components, about zero.
 
     It has fewer dimensions than are asked for where the differences have no more, and one, which is a point, where
     there are none.
 
     Args:
-        moments: the sum of outer products of the differences, ``(units, units)``.
+        moments: of the differences.
         rank: of how many dimensions.
         axis: of the units.
     """
-    values, vectors = torch.linalg.eigh(moments)
+    values, vectors = torch.linalg.eigh(moments.products)
     known = int((values > 1e-10 * values.max().clamp_min(1e-300)).sum())
+    basis = vectors.flip(1)[:, : min(rank, known)].T.contiguous()
     if not known:
-        return Subspace(torch.zeros(1, len(moments), dtype=torch.float64), (axis,))
-    return Subspace(vectors.flip(1)[:, : min(rank, known)].T.contiguous(), (axis,))
+        basis = torch.zeros(1, len(moments.products), dtype=torch.float64)
+    return Subspace(basis, (axis,), moments.odd, moments.of)
 
 
-def outer_products(clean: Tensor, corrupt: Tensor, axis: int) -> Tensor:
-    """The sum of the outer products of the differences of two activations along the axis of the units."""
-    difference = vectors_last((clean.detach().double() - corrupt.detach().double()).cpu(), [axis]).flatten(0, -2)
-    return difference.T @ difference
+def outer_products(clean: Tensor, corrupt: Tensor, axis: int) -> Moments:
+    """The outer products of the differences of two activations along the axis of the units."""
+    change = difference(clean.detach().double(), corrupt.detach().double()).cpu()
+    rows = vectors_last(change, [axis]).flatten(0, -2)
+    usable = rows.isfinite().all(-1)
+    kept = rows if bool(usable.all()) else rows[usable]
+    return Moments(kept.T @ kept, len(rows) - len(kept), len(rows))
