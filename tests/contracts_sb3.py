@@ -19,20 +19,24 @@ MISSING = "Stable-Baselines3 is not installed"
 @contract("OWN_WAY")
 def methods_that_numbers_come_from() -> None:
     pytest.importorskip("stable_baselines3", reason=MISSING)
+    from stable_baselines3.common import distributions as drawn
     from stable_baselines3.common.policies import ActorCriticPolicy, ContinuousCritic
     from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
     from stable_baselines3.sac.policies import Actor, SACPolicy
     from stable_baselines3.td3.policies import Actor as DeterministicActor
     from stable_baselines3.td3.policies import TD3Policy
 
-    kinds = (ActorCriticPolicy, ContinuousCritic, DQNPolicy, QNetwork, Actor, SACPolicy, TD3Policy)
-    contrib = {"RecurrentActorCriticPolicy", "MaskableActorCriticPolicy"}
+    kinds = [ActorCriticPolicy, ContinuousCritic, DQNPolicy, QNetwork, Actor, SACPolicy, TD3Policy]
+    kinds += [kind for kind in vars(drawn).values() if isinstance(kind, type) and issubclass(kind, drawn.Distribution)]
+    kinds.remove(drawn.Distribution)
+    contrib = {"RecurrentActorCriticPolicy", "MaskableActorCriticPolicy", "MaskableCategoricalDistribution"}
     assert {kind.__name__ for kind in kinds} == set(names.OWN_WAY) - contrib
     if find_spec("sb3_contrib") is not None:
+        from sb3_contrib.common.maskable.distributions import MaskableCategoricalDistribution
         from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
         from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 
-        kinds += (MaskableActorCriticPolicy, RecurrentActorCriticPolicy)
+        kinds += [MaskableActorCriticPolicy, RecurrentActorCriticPolicy, MaskableCategoricalDistribution]
     for kind in kinds:
         assert all(callable(getattr(kind, name)) for name in names.OWN_WAY[kind.__name__])
     assert not hasattr(DeterministicActor, "get_action_dist_params")

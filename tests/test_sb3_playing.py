@@ -1,4 +1,4 @@
-"""Policies of TorchRL in environments of Stable-Baselines3: what is observed and remembered reaches them, step by step."""
+"""Policies of TorchRL in environments of Stable-Baselines3: what is shown and remembered reaches them at every step."""
 
 from __future__ import annotations
 

@@ -12,6 +12,9 @@ from tdhook_rl.calls.known_slopes import slopes_of_normal
 from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.errors import InputError
 
+#: What Stable-Baselines3 and CleanRL add to the square in the density of a squashed action.
+USUAL_EPSILON = 1e-6
+
 
 def _slopes(head: Any, drawn: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, ...] | None:
     finite = not head.distribution_kwargs and surely_finite(drawn)  # what is no number it would refuse
@@ -73,7 +76,7 @@ class SquashedNormal(D.Distribution):
         self,
         loc: Tensor,
         scale: Tensor,
-        epsilon: float = 1e-6,
+        epsilon: float = USUAL_EPSILON,
         width: Tensor | float = 1.0,
         validate_args: bool | None = None,
     ) -> None:

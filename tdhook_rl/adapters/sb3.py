@@ -63,7 +63,7 @@ def from_sb3(
         ``ActorCriticWrapper``.
 
     Raises:
-        PreparationError: for a policy, or an algorithm, whose class computes in a way of its own, or with a memory.
+        PreparationError: for a policy, an action distribution, or an algorithm, that computes in a way of its own.
         InputError: for what is no agent of Stable-Baselines3, or for arguments that do not fit it.
 
     Example:

@@ -25,7 +25,7 @@ from torchrl.modules import (
 )
 
 from tdhook_rl.adapters.actions import StateDependentNoise, ToBounds, TwoHeads, WithScale
-from tdhook_rl.adapters.distributions import Bits, DiagonalNormal, MultiCategorical, SquashedNormal
+from tdhook_rl.adapters.distributions import USUAL_EPSILON, Bits, DiagonalNormal, MultiCategorical, SquashedNormal
 from tdhook_rl.adapters.observations import Branch, Features, Observation, Rows, Through, dtype_of
 from tdhook_rl.adapters.sb3_reading import Reading
 from tdhook_rl.errors import InputError, PreparationError
@@ -104,6 +104,7 @@ def _draw(policy: Any, reading: Reading) -> tuple[dict[str, nn.Module], Any]:
     from stable_baselines3.common import distributions as sb3
 
     drawn, net = policy.action_dist, policy.action_net
+    require_usual(drawn)
     if isinstance(drawn, sb3.CategoricalDistribution):
         chosen = D.Categorical if reading.categorical else OneHotCategorical
         return {"action_net": net}, partial(_discrete, kind=chosen)
@@ -123,15 +124,18 @@ def _draw(policy: Any, reading: Reading) -> tuple[dict[str, nn.Module], Any]:
     bounds = ToBounds(policy.action_space.low, policy.action_space.high, scaled=policy.squash_output)
     if isinstance(drawn, sb3.StateDependentNoiseDistribution):
         heads: dict[str, nn.Module] = {"heads": StateDependentNoise(net, policy.log_std, drawn)}
-        kind = DiagonalNormal if drawn.bijector is None else SquashedNormal
-    elif isinstance(drawn, sb3.DiagGaussianDistribution):
-        heads, kind = {"action_net": net, "scale": WithScale(policy.log_std)}, DiagonalNormal
+        squashed = drawn.bijector is not None
     else:
-        raise PreparationError(
-            f"the action distribution of this policy is a {type(drawn).__name__}, which is none of Stable-Baselines3's "
-            "own: put the pieces together with tdhook_rl.adapters.from_module"
-        )
-    return heads, partial(_continuous, kind=kind, bounds=bounds)
+        heads = {"action_net": net, "scale": WithScale(policy.log_std)}
+        squashed = isinstance(drawn, sb3.SquashedDiagGaussianDistribution)
+    if squashed:
+        return heads, partial(_continuous, kind=SquashedNormal, kwargs=_epsilon_of(drawn), bounds=bounds)
+    return heads, partial(_continuous, kind=DiagonalNormal, bounds=bounds)
+
+
+def _epsilon_of(drawn: Any) -> dict[str, Any] | None:
+    """What keeps the density of a squashed action finite, where it is not the usual number."""
+    return None if drawn.epsilon == USUAL_EPSILON else {"epsilon": drawn.epsilon}
 
 
 def _discrete(
@@ -153,13 +157,20 @@ def _discrete(
 
 
 def _continuous(
-    net: nn.Module, keys: list[NestedKey], before: Sequence[Any] = (), *, kind: Any, bounds: ToBounds
+    net: nn.Module,
+    keys: list[NestedKey],
+    before: Sequence[Any] = (),
+    *,
+    kind: Any,
+    bounds: ToBounds,
+    kwargs: dict[str, Any] | None = None,
 ) -> TensorDictSequential:
     actor = ProbabilisticActor(
         _after(before, TensorDictModule(net, in_keys=keys, out_keys=["loc", "scale"])),
         in_keys=["loc", "scale"],
         out_keys=[RAW],
         distribution_class=kind,
+        distribution_kwargs=kwargs,
         return_log_prob=True,
         log_prob_key="action_log_prob",
     )
@@ -215,11 +226,14 @@ def _actor_head(actor: Any, reading: Reading) -> TensorDictSequential:
             TensorDictModule(bounds, in_keys=[RAW], out_keys=["action"]),
         )
     layers["latent_pi"] = actor.latent_pi
+    drawn = actor.action_dist
+    require_usual(drawn, "SquashedDiagGaussianDistribution", "StateDependentNoiseDistribution")
     if actor.use_sde:
-        layers["heads"] = StateDependentNoise(actor.mu, actor.log_std, actor.action_dist)
+        layers["heads"] = StateDependentNoise(actor.mu, actor.log_std, drawn)
     else:
         layers["heads"] = TwoHeads(actor.mu, actor.log_std, _LIMITS)
-    return _continuous(_chain(reading.observation(), layers), reading.keys, kind=SquashedNormal, bounds=bounds)
+    net = _chain(reading.observation(), layers)
+    return _continuous(net, reading.keys, kind=SquashedNormal, kwargs=_epsilon_of(drawn), bounds=bounds)
 
 
 class Critic(nn.Module):
@@ -258,15 +272,27 @@ def _known(module: nn.Module) -> nn.Module:
     return Branch(flatten=module.flatten) if usual else module
 
 
-def require_usual(module: Any) -> None:
-    """Refuse classes that override what the numbers come from."""
-    kind = type(module)
-    own = next(one for one in kind.__mro__ if one.__module__.startswith(LIBRARIES) and one.__name__ in OWN_WAY)
+def require_usual(one: Any, *kinds: str) -> None:
+    """Refuse classes that override what the numbers come from, and those that are of another kind.
+
+    Args:
+        one: a policy, a network, or an action distribution.
+        kinds: the classes of Stable-Baselines3 that it may be of; all that are known unless given.
+    """
+    kind = type(one)
+    known = kinds or tuple(OWN_WAY)
+    own = next((one for one in kind.__mro__ if one.__module__.startswith(LIBRARIES) and one.__name__ in OWN_WAY), None)
+    remedy = "put the pieces together with tdhook_rl.adapters.from_module"
+    if own is None or own.__name__ not in known:
+        expected = f", and here it is {' or '.join(kinds)}" if kinds else ""
+        raise PreparationError(
+            f"{kind.__name__} is none of what from_sb3 knows of Stable-Baselines3{expected}: {remedy}"
+        )
     names = [name for name in OWN_WAY[own.__name__] if hasattr(own, name)]
     changed = [name for name in names if getattr(kind, name) is not getattr(own, name)]
-    changed += [name for name in names if name in vars(module)]
+    changed += [name for name in names if name in vars(one)]
     if changed:
         raise PreparationError(
-            f"{kind.__name__} computes in a way of its own ({', '.join(changed)}), which from_sb3 would leave out: put "
-            "its pieces together with tdhook_rl.adapters.from_module"
+            f"{kind.__name__} computes in a way of its own ({', '.join(changed)}), which from_sb3 would leave out: "
+            f"{remedy}"
         )

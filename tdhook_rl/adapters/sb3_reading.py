@@ -51,9 +51,12 @@ class Reading:
         raise InputError(f"an observation of {space} is none that policies of Stable-Baselines3 read")
 
     def _own_key(self) -> str:
-        """What TorchRL's ``GymEnv`` calls it: pictures in three colours have a name of their own."""
-        part = self.parts[""]
-        return "pixels" if part.image and 3 in (part.shape[0], part.shape[-1]) else "observation"
+        """What TorchRL's ``GymEnv`` calls it: what has the bounds of bytes and three colours has a name of its own."""
+        from gymnasium import spaces
+
+        space = self.policy.observation_space
+        colours = isinstance(space, spaces.Box) and len(space.shape) == 3 and 3 in (space.shape[0], space.shape[-1])
+        return "pixels" if colours and (space.low == 0).all() and (space.high == 255).all() else "observation"
 
     def _keys(self, in_keys: Keys | None) -> list[NestedKey]:
         if "" in self.parts:
