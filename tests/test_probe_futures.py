@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tdhook_rl.errors import MissingKeyError
+from tdhook_rl.probes.board import CLASSES
 from tdhook_rl.replay import probe_grid
 from tdhook_rl.rollout import EPISODE, Future, GroupSplit, Return
 from tests.walks import Walks, net, suite, sums
@@ -40,7 +41,7 @@ def test_futures_go_on_across_batches(cuts: list[int], counted: bool) -> None:
     by_hand, sums_by_hand = suite(policy, {"later": "label"}), suite(policy, {"return": "sum"})
     by_hand.update(flat[known.reshape(-1)])
     sums_by_hand.update(flat[ended.reshape(-1)])
-    torch.testing.assert_close(sums(one, "later"), sums(by_hand, "classes"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sums(one, "later"), sums(by_hand, CLASSES), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(sums(one, "return"), sums(sums_by_hand, "return"), rtol=1e-4, atol=1e-5)
     assert one._later is not None
     assert one._later.left_out == {"later": int((ended & ~known).sum()), "return": 0}
@@ -124,7 +125,7 @@ def test_shuffled_labels_are_drawn_from_enough_rows_however_small_the_first_batc
         assert cell.shuffled.known, cell.concept
         assert cell.selectivity is not None
         assert cell.selectivity.known
-        seen = one._board._groups["classes" if cell.concept == "value" else cell.concept].columns[0].seen
+        seen = one._board._groups[CLASSES if cell.concept == "value" else cell.concept].columns[0].seen
         assert len(seen.unique()) > 2
         assert len(seen) >= 1000
 
@@ -133,17 +134,17 @@ def test_sums_of_suites_count_what_waited_and_share_nothing() -> None:
     ones = [suite(net(), {"return": Return(), "later": Future("value", 2), "value": "value"}) for _ in range(2)]
     for seed, one in enumerate(ones):
         one.update(Walks(4, seed=seed, length=1000).batch(5))
-    before = [sums(one, "classes")["weight"].clone() for one in ones]
+    before = [sums(one, CLASSES)["weight"].clone() for one in ones]
     merged = ones[0] + ones[1]
     assert merged._later is not None
     assert merged._later.left_out == {"return": 40, "later": 16}
     merged.update(Walks(16, seed=5).batch(20))
     for one, weight in zip(ones, before, strict=True):
-        assert torch.equal(sums(one, "classes")["weight"], weight)
+        assert torch.equal(sums(one, CLASSES)["weight"], weight)
         assert one._later is not None
         assert len(one._later) == 20
         assert one._later.left_out == {"return": 0, "later": 0}
     empty = suite(net(), {"return": Return(), "later": Future("value", 2), "value": "value"})
     grown = empty + ones[0]
     grown.update(Walks(16, seed=5).batch(20))
-    assert torch.equal(sums(ones[0], "classes")["weight"], before[0])
+    assert torch.equal(sums(ones[0], CLASSES)["weight"], before[0])

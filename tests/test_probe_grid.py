@@ -22,6 +22,7 @@ from tdhook_rl import ActivationCaching, statistics
 from tdhook_rl.envs import CueCorners, CueGrid
 from tdhook_rl.errors import ArtifactError, InputError, MissingKeyError
 from tdhook_rl.experiments.checkpoints import load
+from tdhook_rl.probes.board import CLASSES
 from tdhook_rl.replay import probe_grid
 from tdhook_rl.replay.probe_grid import _Facts, _Source
 from tdhook_rl.rollout import EPISODE, Future, GroupSplit, ProbeSuite, Return
@@ -112,7 +113,7 @@ def test_what_comes_later_is_told_in_whatever_order_it_lies() -> None:
         facts = _Facts.of(source, CONCEPTS, GroupSplit(EPISODE), None, lambda *_: None)
         back = (one[EPISODE] * 100 + one["step_count"][:, 0]).argsort()
         known[name] = {name: (facts.labels[name][back], facts.known[name][back]) for name in CONCEPTS}
-        assert facts.groups == {"classes": ["xor", "light"], "column": ["column"], "next light": ["next light"],
+        assert facts.groups == {CLASSES: ["xor", "light"], "column": ["column"], "next light": ["next light"],
                                 "return": ["return"]}  # fmt: skip
         assert facts.left_out["next light"] == int((~facts.known["next light"]).sum()) > 0
     for name in CONCEPTS:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError
 from tdhook_rl.replay import probe_grid
-from tdhook_rl.rollout import GroupSplit, OnlineProbe, ProbeSuite
+from tdhook_rl.rollout import Future, GroupSplit, OnlineProbe, ProbeSuite, Return
 
 ROWS = 600
 
@@ -71,6 +71,52 @@ def test_a_class_that_only_held_out_rows_have_takes_nothing_from_the_others(plac
 def test_what_is_no_class_is_refused_at_once(probes: Any, label: Callable[[Tensor], Tensor], message: str) -> None:
     with pytest.raises(InputError, match=message):
         probes(rows_with(label))
+
+
+#: Concepts of each kind; all of them are learnt beside a class, and none changes what is found of it.
+KINDS: dict[str, Any] = {
+    "a class": lambda rows: (rows["observation"][:, 1] > 0).long(),
+    "a number": lambda rows: rows["observation"][:, 1],
+    "a future class": Future("label", 1),
+    "a future number": Future(lambda rows: rows["observation"][:, 1], 1),
+    "a return": Return(reward=lambda rows: rows["observation"][:, :1]),
+}
+
+
+def told(probes: Any, concepts: dict[str, Any]) -> dict[str, Any]:
+    data = rows_with(lambda seen: (seen[:, 0] > 0).long())
+    data["collector"], data["next"] = {"traj_ids": data["episode"]}, {"done": torch.arange(ROWS)[:, None] % 4 == 3}
+    options: dict[str, Any] = {"sites": ["module.1"], "split": GroupSplit("episode"), "penalty": 1e-3}
+    if probes is grid:
+        table = probe_grid(network(), data, concepts=concepts, **options)
+    else:
+        one = ProbeSuite(network(), concepts=concepts, **options)
+        for part in data.split(200):
+            one.update(part)
+        table = one.table()
+    return {cell.concept: (cell.score, cell.trained, cell.input, cell.left_out) for cell in table}
+
+
+@pytest.mark.parametrize("probes", [suite, grid])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_concept_may_have_any_name(kind: str, probes: Any) -> None:
+    """What is found of two concepts is what is found by other names, whichever is named first."""
+    expected = told(probes, {"label": "label", "other": KINDS[kind]})
+    for concepts in ({"label": "label", "classes": KINDS[kind]}, {"classes": KINDS[kind], "label": "label"}):
+        found = told(probes, concepts)
+        assert found["label"] == expected["label"]
+        assert found["classes"] == expected["other"]
+
+
+@pytest.mark.parametrize("probes", [suite, grid])
+@pytest.mark.parametrize("kind", ["a class", "a number"])
+@pytest.mark.parametrize("first", [True, False])
+def test_two_concepts_of_one_name_are_refused(first: bool, kind: str, probes: Any) -> None:
+    """One of several numbers is called by the name of all and its place."""
+    several = {"it": lambda rows: rows["observation"][:, :2] > 0}
+    other = {"it.1": KINDS[kind]}
+    with pytest.raises(InputError, match=r"'it' and 'it\.1'|'it\.1' and 'it'"):
+        told(probes, several | other if first else other | several)
 
 
 @pytest.mark.parametrize(

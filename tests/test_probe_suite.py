@@ -22,7 +22,7 @@ from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError, MissingKeyError, SiteError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.metrics import untrained_copy
-from tdhook_rl.probes.board import Source
+from tdhook_rl.probes.board import CLASSES, Source
 from tdhook_rl.replay import probe_grid
 from tdhook_rl.rollout import EPISODE, Future, GroupSplit, OnlineProbe, ProbeSuite, Return
 from tests.walks import Walks, fitted, net, require_one_pass, suite, sums
@@ -65,8 +65,8 @@ def test_activations_are_read_of_the_batches_of_the_hooked_policy_that_was_given
         read.update(marked)
     other = suite(policy, {"value": "value"})
     other.update(data)
-    torch.testing.assert_close(sums(one, "classes"), sums(other, "classes"))
-    assert not sums(read, "classes")["weight"].any()  # what it was given is what it read
+    torch.testing.assert_close(sums(one, CLASSES), sums(other, CLASSES))
+    assert not sums(read, CLASSES)["weight"].any()  # what it was given is what it read
 
 
 @pytest.mark.parametrize("read", ["suite", "grid"])
@@ -109,7 +109,7 @@ def test_each_square_has_features_and_a_label_of_its_own() -> None:
     assert cell.input.estimate > 0.9  # the square's own pixels show it
     pooled = ProbeSuite(policy, sites=["module.1"], concepts={"any": "any"}, layout={"module.1": "pooled"})
     pooled.update(data)
-    assert pooled._board._groups["classes"].find(Source("trained", "module.1"))[0].bank.width == 8  # type: ignore[index]
+    assert pooled._board._groups[CLASSES].find(Source("trained", "module.1"))[0].bank.width == 8  # type: ignore[index]
     with pytest.raises(InputError, match=r"the labels of marked have 20 places a row and the activation .* has 1"):
         ProbeSuite(policy, sites=["module.1"], concepts={"marked": "marked"}).update(data)
 
@@ -193,7 +193,7 @@ def test_what_two_workers_saw_adds_up() -> None:
         whole.update(data)
     merged = pickle.loads(pickle.dumps(parts[0]._board)) + parts[1]._board
     together = parts[0] + parts[1]
-    for group in ("classes", "number"):
+    for group in (CLASSES, "number"):
         torch.testing.assert_close(sums(together, group), sums(whole, group), rtol=1e-3, atol=1e-4)
     cells = [one.table()["module.1", "value"].trained for one in (together, whole)]
     assert cells[0].rows == cells[1].rows

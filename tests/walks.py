@@ -10,7 +10,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from tdhook_rl.examples.agent import FC2, make_actor
-from tdhook_rl.probes.board import Source
+from tdhook_rl.probes.board import CLASSES, Source
 from tdhook_rl.rollout import EPISODE, Future, GroupSplit, ProbeSuite
 
 
@@ -79,7 +79,7 @@ def fitted(weights: dict[str, Tensor], shard: TensorDict) -> ProbeSuite:
 def require_one_pass(first: ProbeSuite, second: ProbeSuite, whole: ProbeSuite) -> None:
     """Two suites of :func:`fitted` add up to that of all rows: the sums, and what was scored."""
     together = first + second
-    for group in ("classes", "next"):
+    for group in (CLASSES, "next"):
         for network in ("trained", "untrained"):
             one, other = (sums(suite, group, network, FC2) for suite in (together, whole))
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)

@@ -19,6 +19,8 @@ from tdhook_rl.latent.probing.scored import Scored, ScoredClasses, ScoredValues
 from tdhook_rl.probes.probe_table import ProbeCell, ProbeTable
 from tdhook_rl.statistics import Interval
 
+#: The group of all concepts that are classes, as no concept is called: one that is a group of its own is by its name.
+CLASSES = ""
 #: Labels that are kept for shuffled ones to be drawn from.
 _DRAWN_FROM = 1024
 
@@ -157,8 +159,7 @@ class Board:
             group: its name.
             labels: as of :meth:`add`.
         """
-        self._groups[group] = _group(labels)
-        self._groups[group].look_at(labels)
+        self._begun(group, labels).look_at(labels)
         self._groups[group].declared = True
 
     def judge(self, group: str, labels: Mapping[str, Tensor], rows: Observed) -> None:
@@ -190,8 +191,8 @@ class Board:
                 continue
             if [one.name for one in own.columns] != [one.name for one in theirs.columns]:
                 raise InputError(
-                    f"only probes of the same labels add up: {name!r} has {[one.name for one in own.columns]} and "
-                    f"{[one.name for one in theirs.columns]}"
+                    f"only probes of the same labels add up: {name or 'classes'!r} has "
+                    f"{[one.name for one in own.columns]} and {[one.name for one in theirs.columns]}"
                 )
             for source, count in theirs.dropped.items():
                 own.dropped[source] = own.dropped.get(source, 0) + count
@@ -210,7 +211,7 @@ class Board:
         """For each source its rows, and what learns from them."""
         group = self._groups.get(name)
         if group is None:
-            group = self._groups[name] = _group(labels)
+            group = self._begun(name, labels)
         wanted = torch.cat([
             (value.double() if group.numbers else value.long()).expand(-1, max(v.shape[1] for v in labels.values()), -1)
             for value in labels.values()
@@ -234,6 +235,23 @@ class Board:
                 for source, bad in zip(stack.sources, (~usable).sum(1).tolist(), strict=True):
                     group.dropped[source] = group.dropped.get(source, 0) + bad
             yield Rows(flat, own, rows.parts(places), usable), self._scored(group, stack, flat[0].shape[1], own)
+
+    def _begun(self, name: str, labels: Mapping[str, Tensor]) -> _Group:
+        """A new group.
+
+        Raises:
+            InputError: if a column of it is called as one of another concept.
+        """
+        found = _group(labels)
+        known = {column.name: column.concept for one in self._groups.values() for column in one.columns}
+        for column in found.columns:
+            if (other := known.setdefault(column.name, column.concept)) != column.concept:
+                raise InputError(
+                    f"the concepts {other!r} and {column.concept!r} both have something called {column.name!r} (of "
+                    "several labels or numbers each is numbered so): give one of the two another name"
+                )
+        self._groups[name] = found
+        return found
 
     def _scored(self, group: _Group, stack: _Stack, width: int, labels: Tensor) -> Any:
         one = stack.scored

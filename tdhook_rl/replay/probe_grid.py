@@ -16,7 +16,7 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.files.checkpoints import load_into
 from tdhook_rl.hooking.hooked import HookedMixin
 from tdhook_rl.policies.rebinding import deep_copy
-from tdhook_rl.probes.board import Board, Observed
+from tdhook_rl.probes.board import CLASSES, Board, Observed
 from tdhook_rl.probes.probe_table import ProbeCell, ProbeTable
 from tdhook_rl.probes.quantities import (
     Future,
@@ -223,7 +223,7 @@ class _Facts:
         groups: dict[str, list[str]] = {}
         for name in concepts:
             own = name in asked or labels[name].is_floating_point()
-            groups.setdefault(name if own else "classes", []).append(name)
+            groups.setdefault(name if own else CLASSES, []).append(name)
         left_out = {name: int((found["real"] & ~known[name]).sum()) for name in concepts}
         return cls(codes, train, held, found["control"], labels, known, groups, left_out)
 

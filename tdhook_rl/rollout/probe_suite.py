@@ -15,7 +15,7 @@ from tdhook_rl.calls.preconditions import require_data
 from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
-from tdhook_rl.probes.board import Board, Observed, Source
+from tdhook_rl.probes.board import CLASSES, Board, Observed, Source
 from tdhook_rl.probes.probe_table import ProbeTable
 from tdhook_rl.probes.quantities import Future, Return, course_of, label_columns, read_label, require_concepts
 from tdhook_rl.probes.site_features import Layout, SiteFeatures
@@ -230,7 +230,7 @@ class ProbeSuite:
         self._board.decay(self.decay)
         classes = {name: value for name, value in labels.items() if not value.is_floating_point()}
         if classes:
-            self._board.add("classes", classes, seen, score=due)
+            self._board.add(CLASSES, classes, seen, score=due)
         for name in labels.keys() - classes.keys():
             self._board.add(name, {name: labels[name]}, seen, score=due)
         if self._later is not None:
