@@ -178,6 +178,24 @@ def test_an_entry_may_hold_several_trajectories(kind: str, shape: tuple[int, ...
         assert whole(returns(given)) == pytest.approx(episodes_in(parts))
 
 
+@pytest.mark.parametrize("first", [0, 1], ids=["from 0", "from 1"])
+@pytest.mark.parametrize("told", ["is_init", "step_count"])
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_what_rows_say_to_have_begun_before_is_not_whole(cut: int, told: str, first: int) -> None:
+    """Also where none of them says to begin: of a run, the later steps were stored, or the end of one episode."""
+    data = walks("vectors", 4 * STEPS)
+    data["step_count"] += first
+    lasting = [row for row in data if int(row["next", "done"].flatten().long().argmax()) >= cut]
+    assert lasting
+    for row in lasting:
+        end = int(row["next", "done"].flatten().long().argmax()) + 1
+        for last in (end, 4 * STEPS):
+            part = row[cut:last].exclude(*({"is_init", "step_count"} - {told}))
+            expected = [] if last == end else episodes_in([row[None, end:]])
+            for given in (part, stored([part[None]]), [part], part[None]):
+                assert whole(returns(given)) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("kind", STATES)
 def test_a_ring_knows_only_what_is_left(kind: str) -> None:
     parts = [walks(kind, seed=seed) for seed in (1, 2, 3)]

@@ -115,11 +115,12 @@ class Trajectories:
         if count is not None:
             follow = count[by_line][1:] == count[by_line][:-1] + 1
             begun[1:] |= ~follow if number is None else breaks_of(follow, stops[:-1])  # some steps may not be stored
-        if begins is not None and bool(begins.any()):  # what goes on from an earlier batch does not begin
+        if begins is not None:  # what goes on from an earlier batch does not begin
             known = begins[by_line].bool()
             begun |= known
         elif count is not None:
-            known = begun & (count[by_line] == (0 if self._over else count.min()))
+            ends = torch.zeros(rows, dtype=torch.bool) if done is None else done[by_line].bool()
+            known = begun & (count[by_line] == first_count(count[by_line], ends, self._over))
         else:
             ended = torch.zeros(rows, dtype=torch.bool)
             if done is not None:  # what was written just before it was an end
@@ -205,12 +206,27 @@ class Trajectories:
 
 def begins_told(rows: TensorDictBase) -> Tensor | None:
     """Which rows say that they are the first of their trajectory; ``None`` where nothing in them does."""
-    order = torch.arange(len(rows))
-    begins = _flat(rows, STARTS, order)
-    if begins is not None:
-        return begins.bool()
-    count = _flat(rows, COUNTS, order)
-    return None if count is None else count == 0
+    begins = _flat(rows, STARTS, torch.arange(len(rows)))
+    return None if begins is None else begins.bool()
+
+
+def first_count(count: Tensor, done: Tensor, over: bool = False) -> int:
+    """What the first step of a trajectory counts: 0, or 1 in data sets of others, where all do behind an end.
+
+    Args:
+        count: of rows in the order of time.
+        done: behind which of them a trajectory has ended.
+        over: whether others were written over, among which may be those that begin.
+
+    Example:
+        >>> done = torch.tensor([0, 1, 0]).bool()
+        >>> [first_count(torch.tensor(count), done) for count in ([3, 4, 0], [1, 2, 1], [1, 2, 3])]
+        [0, 1, 1]
+        >>> first_count(torch.tensor([1, 2, 3]), done.roll(1))  # which may as well lack its first
+        0
+    """
+    behind = count[1:][done[:-1]]
+    return 0 if over or not len(behind) else min(int(behind.min()), 1)
 
 
 def counts_told(rows: TensorDictBase) -> Tensor | None:

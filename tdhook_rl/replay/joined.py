@@ -14,7 +14,7 @@ from torch import Tensor
 from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.errors import InputError
 from tdhook_rl.reading.going_on import GoingOn, breaks_of
-from tdhook_rl.reading.order import ENDS, Courses, begins_told, counts_told, goes_on, numbers_told
+from tdhook_rl.reading.order import ENDS, Courses, begins_told, counts_told, first_count, goes_on, numbers_told
 from tdhook_rl.reading.reader import Reader
 from tdhook_rl.reading.sources import Rows
 from tdhook_rl.replay.results import INDEX, load_results
@@ -136,8 +136,10 @@ class Joined:
         new[1:] |= done[:-1]
         last = torch.cat([new[1:], new.new_ones(1)])
         # A trajectory that is stored whole begins where its line does, unless rows say which begin or go on.
-        if told is not None and bool(told.any()):
+        if told is not None:
             begun = told
+        elif count is not None:
+            begun = count == first_count(count, done)
         elif name is not None:
             begun = ~goes_on(name, new, last & ~done, going_on.sides(numbers, ended)) & ~over
         else:
