@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from sklearn.linear_model import Ridge
 from tensordict import TensorDict
 from torch import nn
 
@@ -167,3 +168,46 @@ def test_estimators_say_what_does_not_fit(capsys: pytest.CaptureFixture[str]) ->
     ):
         with pytest.raises(InputError, match=message):
             call()
+
+
+@pytest.mark.parametrize(("bad", "dtype"), [(torch.nan, torch.float32), (-torch.inf, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: LinearEstimator(epochs=2), lambda: LinearEstimator(num_classes=2, epochs=2), MeanDifferenceClassifier,
+        lambda: BilinearEstimator(epochs=2), lambda: LowRankBilinearEstimator(num_classes=2, epochs=2),
+    ],
+)  # fmt: skip
+def test_what_is_no_number_is_refused(made: Callable[[], Any], dtype: torch.dtype, bad: float) -> None:
+    """One of them would make all weights NaN, and all rows of the first class."""
+    inputs = [torch.randn(30, 3, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (0, 1)]
+    estimator = made()
+    inputs = inputs[: len(estimator.widths)]
+    labels = (inputs[0][:, 0] > 0).to(dtype)
+    for place in range(len(inputs)):
+        spoilt = [one.clone() for one in inputs]
+        spoilt[place][7, 1] = bad
+        with pytest.raises(InputError, match=r"inputs hold NaN or infinite values in 1 of 30 rows \(row 7 first\)"):
+            estimator.fit(*spoilt, y=labels)
+        with pytest.raises(InputError, match="inputs hold NaN"):
+            estimator.fit(*inputs, y=labels).predict(*spoilt)
+    labels[3] = bad
+    with pytest.raises(InputError, match=r"(labels|values) hold NaN or infinite values in 1 of 30 rows \(row 3"):
+        estimator.fit(*inputs, y=labels)
+
+
+@pytest.mark.parametrize(("kind", "options"), [(LinearEstimator, {"epochs": 3, "seed": 0}), (Ridge, {})])
+def test_rows_without_a_label_are_left_out(kind: Any, options: dict[str, Any]) -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+    seen = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    labels = seen[:, 0].clone()
+    labels[::7], labels[1] = torch.nan, torch.inf
+    found = []
+    for rows in (slice(None), labels.isfinite()):
+        manager = ProbeManager(kind, options, lambda predictions, labels: {"all": [*map(float, predictions)]})
+        data = TensorDict({"input": seen[rows], "labels": labels[rows], "step_type": "fit"}, [len(labels[rows])])
+        with probing(manager, "1").prepare(net) as hooked:
+            hooked(data)
+            hooked(data.set("step_type", "predict"))
+        found.append((manager.fit_metrics, manager.predict_metrics))
+    assert found[0] == found[1]

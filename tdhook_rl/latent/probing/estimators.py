@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.arguments.seeds import stream_of
+from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent.probing.moments import SMALLEST, require_size
 from tdhook_rl.latent.probing.scaling import Scale
@@ -96,7 +97,7 @@ class TorchEstimator:
             y: ``(rows,)``: class numbers, or values in a regression.
 
         Raises:
-            InputError: for shapes or labels that do not fit, or numbers whose squares float64 does not hold.
+            InputError: for shapes or labels that do not fit, NaN, or numbers whose squares float64 does not hold.
         """
         if y is None and len(Xs) == len(self.widths) + 1:
             *Xs, y = Xs  # type: ignore[assignment]
@@ -125,7 +126,7 @@ class TorchEstimator:
         """``(rows,)``: the most likely class, or the value of a regression.
 
         Raises:
-            InputError: before ``fit``, or for inputs of another width.
+            InputError: before ``fit``, for inputs of another width, or NaN.
         """
         scores = self._scored(Xs)
         return scores.squeeze(-1) if self.num_classes is None else scores.argmax(-1)
@@ -200,6 +201,7 @@ class TorchEstimator:
                 f"{['any' if width is None else width for width in widths]}, got {[tuple(x.shape) for x in Xs]}"
             )
         for x in Xs:
+            _require_finite(x, "inputs")
             require_size(x, "inputs", LARGEST_SQUARED)
         dtype = torch.float64 if all(x.dtype == torch.float64 for x in Xs) else torch.float32
         device = Xs[0].device if self.device is None else torch.device(self.device)
@@ -209,6 +211,7 @@ class TorchEstimator:
         if y.ndim != 1 or set(rows) != {len(y)} or not len(y):
             raise InputError(f"labels of shape {tuple(y.shape)} do not fit inputs of {rows} rows")
         y = y.detach().clone()
+        _require_finite(y, "labels" if self.num_classes else "values")
         if self.num_classes is None:
             require_size(y, "values", LARGEST_SQUARED)
             return y
@@ -218,6 +221,17 @@ class TorchEstimator:
         if not 0 <= int(y.min()) <= int(y.max()) < self.num_classes:
             raise InputError(f"labels go from {int(y.min())} to {int(y.max())}, expected 0 to {self.num_classes - 1}")
         return y
+
+
+def _require_finite(values: Tensor, what: str) -> None:
+    """Raise :class:`InputError` for NaN or infinite values, of which one leaves no weight a number."""
+    if values.is_floating_point() and not surely_finite(values):
+        rows = (~torch.isfinite(values)).reshape(len(values), -1).any(1)
+        if bool(rows.any()):
+            raise InputError(
+                f"{what} hold NaN or infinite values in {int(rows.sum())} of {len(rows)} rows (row "
+                f"{int(rows.long().argmax())} first): leave these rows out"
+            )
 
 
 def _tensor(value: Any, what: str) -> Tensor:

@@ -19,7 +19,7 @@ class ProbeManager:
     Each TensorDict holds ``labels`` and ``step_type``: with ``"fit"`` every site's estimator is fitted anew on the
     activations and scored on them, with ``"predict"`` the fitted estimators are scored. Labels have any batch shape
     that begins the shape of the activation, ``()``, ``(B,)`` or ``(T, B)``, with or without a last dimension of 1;
-    both are flattened to rows.
+    both are flattened to rows. Rows without a number (padding, an activation or a label that is NaN) are left out.
 
     Args:
         estimator_class: a scikit-learn classifier or regressor (``fit(X, y)``, ``predict(X)``, NumPy arrays on the
@@ -121,8 +121,10 @@ class ProbeManager:
             metrics[name] = self._compute_metrics(predictions, target)
 
     def _usable(self, pairs: list[tuple[Tensor, Tensor]], name: str) -> list[tuple[Tensor, Tensor]]:
-        """Activations and labels without padding and without rows that are NaN or infinite."""
+        """Activations and labels without padding and without rows of which one is NaN or infinite."""
+        labels = pairs[0][1]
         kept = torch.stack([torch.isfinite(x).all(-1) for x, _ in pairs]).all(0)
+        kept &= torch.isfinite(labels).to(kept.device)
         if self._real is not None and self._real.numel() == kept.numel():
             kept &= self._real.reshape(-1).to(kept.device)
         if bool(kept.all()):
@@ -258,7 +260,7 @@ class ManagedProbe:
         rows: Tensor | None = None,
         **additional: Any,
     ) -> None:
-        """Fit or predict, on the rows that are real (``rows``; all by default) and whose activations are finite.
+        """Fit or predict, on the rows that are real (``rows``; all by default) and whose numbers are finite.
 
         Raises:
             MissingKeyError: without ``labels`` or ``step_type``.
