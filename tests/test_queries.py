@@ -190,6 +190,19 @@ def test_smallest_margins() -> None:
     assert torch.equal(smallest_margins(single, k=5)["index"], order)
 
 
+@pytest.mark.parametrize("allowed", [None, "action_mask"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.uint8, torch.int64], ids=str)
+def test_a_mask_of_actions_may_be_of_ones(dtype: torch.dtype, allowed: str | None) -> None:
+    """As Gymnasium has it: what is closed takes no part."""
+    data = stream()
+    mask = torch.rand(ROWS, 4, generator=torch.Generator().manual_seed(1)) > 0.4
+    two = data["logits"].masked_fill(~mask, -torch.inf).topk(2, -1).values
+    margin = two[:, 0] - two[:, 1]
+    found = smallest_margins(data.set("action_mask", mask.to(dtype)), k=ROWS, allowed=allowed)
+    assert found["index"].tolist() == margin.argsort(stable=True)[: int(margin.isfinite().sum())].tolist()
+    assert torch.equal(found["margin"], margin[found["index"]])
+
+
 @pytest.mark.parametrize("batch_size", [7, 10_000])
 def test_of_margins_that_are_the_same_the_first(batch_size: int) -> None:
     values = torch.tensor([0.5, 0.25]).repeat(500)

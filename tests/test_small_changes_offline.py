@@ -395,4 +395,4 @@ def test_of_as_many_as_are_asked_for_the_first(most: int) -> None:
 
     found = rows_where(_episodes(), wanted, most=most, batch_size=7)
     assert found["index"].tolist() == list(range(min(most, ROWS)))
-    assert len(read) == -(-min(most, ROWS) // 7)
+    assert sum(one > 1 for one in read) == -(-min(most, ROWS) // 7)  # beside some rows that are asked of alone

@@ -119,8 +119,8 @@ class Trajectories:
             known = begins[by_line].bool()
             begun |= known
         elif count is not None:
-            ends = torch.zeros(rows, dtype=torch.bool) if done is None else done[by_line].bool()
-            known = begun & (count[by_line] == first_count(count[by_line], ends, self._over))
+            closed = torch.zeros(rows, dtype=torch.bool) if done is None else done[by_line].bool()
+            known = begun & (count[by_line] == first_count(count[by_line], closed, self._over))
         else:
             ended = torch.zeros(rows, dtype=torch.bool)
             if done is not None:  # what was written just before it was an end

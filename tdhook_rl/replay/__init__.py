@@ -6,10 +6,11 @@ Knows buffers and hooked policies, and the files that results are kept in; no me
 from tdhook_rl.reading.reader import in_order
 from tdhook_rl.replay.analysis import analyze
 from tdhook_rl.replay.columns import frame
+from tdhook_rl.replay.feature_means import by_feature
 from tdhook_rl.replay.minari_export import to_minari
 from tdhook_rl.replay.parquet import load_parquet, to_parquet
 from tdhook_rl.replay.probe_grid import probe_grid
-from tdhook_rl.replay.queries import Returns, by_feature, episodes, returns, rows_where, smallest_margins
+from tdhook_rl.replay.queries import Returns, episodes, returns, rows_where, smallest_margins
 from tdhook_rl.replay.results import load_results
 
 __all__ = [

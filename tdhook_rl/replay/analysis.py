@@ -238,8 +238,8 @@ class _Work:
         if self.lacking:
             warn(
                 f"{self.lacking} of {self.selection.size} rows have no results (NaN, and a false mask): "
-                f"{self.reader.looking} reads rows before them that were written over, so what the policy saw there is "
-                "no longer known"
+                f"{self.reader.looking} reads rows before them that are not there (written over, or never stored), so "
+                "what the policy saw is not known"
             )
 
     def _computed(self, places: Tensor, on_mismatch: OnMismatch) -> tuple[TensorDictBase, Tensor]:

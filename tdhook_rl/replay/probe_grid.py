@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from tdhook_rl.probes.splits import GroupSplit
 from tdhook_rl.reading.going_on import GoingOn
 from tdhook_rl.reading.reader import Reader
 from tdhook_rl.reading.sources import Rows
+from tdhook_rl.replay.row_functions import require_of_each
 from tdhook_rl.statistics import benjamini_hochberg
 
 Progress = Callable[[str, int, int], None]
@@ -71,7 +73,8 @@ def probe_grid(
             :class:`tdhook_rl.rollout.ProbeSuite`.
         checkpoints: by name the weights to look at, in this order: state dicts, modules, or files of weights; the
             policy as it is unless given. The policy itself is not touched.
-        batch_size: rows that are read at once, which changes nothing but the last digits.
+        batch_size: rows that are read at once, which changes nothing but the last digits: a function under
+            ``concepts`` that says of a row something else when other rows are read with it is refused.
         progress: called with what is being done, and how many of how many rows are through.
 
     Returns:
@@ -148,6 +151,11 @@ class _Source:
     def __len__(self) -> int:
         return self._entries * self._per
 
+    @property
+    def several(self) -> bool:
+        """Whether not all rows are read at once."""
+        return self._entries > self._step
+
     def in_time(self) -> Tensor:
         """The numbers of all rows, each trajectory's in the order of time."""
         return torch.arange(len(self)) if self._reader is None else self._reader.in_time("a Future or a Return")
@@ -205,7 +213,12 @@ class _Facts:
             row["real"] = torch.ones(len(batch), dtype=torch.bool) if real is None else real
             for name, one in concepts.items():
                 what = one.reward if isinstance(one, Return) else one.what if isinstance(one, Future) else one
-                row["label", name] = label_columns(read_label(what, batch), batch)
+                label = read_label(what, batch)
+                if callable(what) and source.several:
+                    require_of_each(
+                        partial(read_label, what), batch, label, what=f"the concept {name!r}", rows=len(source)
+                    )
+                row["label", name] = label_columns(label, batch)
             if asked:
                 row |= course_of(batch)
                 going_on.add(index, batch)

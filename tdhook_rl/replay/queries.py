@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.arguments.checked import checked, require_counts
-from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.errors import InputError, MissingKeyError, nearest, warn
 from tdhook_rl.internals.torchrl_names import closed_values
 from tdhook_rl.probes.quantities import Trajectory
 from tdhook_rl.reading.sources import Rows
-from tdhook_rl.replay.joined import Found, Joined, StoredEpisode, results_of
-from tdhook_rl.replay.results import INDEX
+from tdhook_rl.replay.joined import Found, Joined, StoredEpisode
 from tdhook_rl.replay.selection import Where, truth_of
 from tdhook_rl.statistics import Interval, grouped_mean
 
 #: Where the preferences of a policy for its actions may be, the first that is there.
 PREFERENCES: tuple[NestedKey, ...] = ("action_value", "logits", "probs")
-#: Numbers of a column that are held at once, and groups from which a t interval is as good as a bootstrap.
-BLOCK, MANY_GROUPS = 8_000_000, 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +127,7 @@ def rows_where(
 
     Args:
         buffer: what was analysed.
-        where: a function of a batch of rows that gives a truth value for each.
+        where: a function of a batch of rows that gives a truth value for each, whichever are read with it.
         results: of the analysis, or their folder; they are seen by ``where`` too.
         most: the first so many are given.
         batch_size: rows read at once.
@@ -150,7 +145,8 @@ def rows_where(
     joined, found, parts = Joined(buffer, results), 0, []
     for numbers, _ in joined.chunks(batch_size):
         rows = joined.rows(numbers)
-        parts.append(rows[truth_of(where, rows)][: most - found])
+        several = joined.count if len(numbers) < joined.count else 0
+        parts.append(rows[truth_of(where, rows, several)][: most - found])
         found += len(parts[-1])
         if found >= most:
             break
@@ -222,74 +218,6 @@ def smallest_margins(
     return joined.rows(places).set("margin", margins)
 
 
-@checked
-def by_feature(
-    results: Found,
-    buffer: Rows,
-    *,
-    key: NestedKey | None = None,
-    names: Sequence[str] | None = None,
-    where: Where | None = None,
-    statistic: Callable[[Tensor], Tensor] | None = None,
-    confidence: float = 0.95,
-) -> dict[str, dict[str, Interval]]:
-    """The mean absolute attribution of each feature over rows, with an interval by episode.
-
-    Args:
-        results: of an analysis, or their folder.
-        buffer: what was analysed; it says which rows are of one episode.
-        key: of the attribution; the first below ``"attr"`` unless given.
-        names: of the features; their numbers unless given.
-        where: over those rows only of which this is true: a function of a batch with its results.
-        statistic: of attributions ``(rows, features)``; the absolute value unless given.
-        confidence: of the intervals.
-
-    Returns:
-        by feature, and the name of the attribution, an interval: what ``report.figures.grouped_bars`` draws.
-
-    Raises:
-        MissingKeyError: if there is no such result.
-        InputError: for another number of names, if no row is left, or nothing says where episodes end.
-
-    Example:
-        >>> from tensordict import TensorDict
-        >>> done = torch.tensor([0, 1] * 6).bool()[:, None]
-        >>> rows = TensorDict({"next": {"done": done}}, batch_size=12)
-        >>> found = TensorDict({"attr": {"observation": torch.arange(24.0).reshape(12, 2)}}, batch_size=12)
-        >>> by_feature(found, rows, names=["left", "right"])["left"]["attr.observation"].groups
-        6
-    """
-    found = results_of(results)
-    parts = _attribution(found, key)
-    value = found.get(parts)
-    joined = Joined(buffer, results)
-    courses = joined.courses("by_feature")
-    episode = torch.full((joined.count,), -1)
-    episode[courses.rows] = courses.stretch
-    places, groups = _usable(joined, found, parts, episode, where)
-    features = value.shape[found.ndim :].numel()
-    flat = value.reshape(-1, features) if value.is_contiguous() else value.contiguous().reshape(-1, features)
-    named = [str(one) for one in (names if names is not None else range(features))]
-    if len(named) != features or len(set(named)) != features:
-        raise InputError(
-            f"names= has {len(named)} names, and {'.'.join(parts)} {features} features: one each, different"
-        )
-    able = _finite(flat, places)
-    if not bool(able.any()):
-        raise InputError(f"no row is left of which {'.'.join(parts)} is known: {len(places)} are chosen")
-    places, groups = places[able], groups[able]
-    method: Any = "t" if len(np.unique(groups)) > MANY_GROUPS else "auto"
-    means: dict[str, dict[str, Interval]] = {}
-    step = max(1, BLOCK // max(1, len(places)))
-    for start in range(0, features, step):
-        columns = torch.cat([flat[part, start : start + step].double() for part in places.split(1 << 16)])
-        columns = columns.abs() if statistic is None else statistic(columns)
-        for number, name in enumerate(named[start : start + step]):
-            one = grouped_mean(columns[:, number], groups, confidence=confidence, method=method)
-            means[name] = {".".join(parts): one}
-    return means
-
-
 # ---------------------------------------------------------------------- inner
 
 
@@ -326,56 +254,20 @@ def _returns(joined: Joined, gamma: float, reward: NestedKey, batch_size: int) -
 
 
 def _open(rows: TensorDictBase, allowed: NestedKey | None, value: Tensor) -> Tensor:
-    """Which actions were open."""
+    """Which actions were open; environments of Gymnasium say it in integers."""
     mask = rows.get("action_mask" if allowed is None else allowed, None)
-    if allowed is None and not (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == value.shape):
+    fits = isinstance(mask, Tensor) and mask.shape == value.shape and not mask.is_floating_point()
+    if fits and bool(((mask == 0) | (mask == 1)).all()):
+        return mask.bool()
+    if allowed is None:
         return torch.ones_like(value, dtype=torch.bool)
     if not isinstance(mask, Tensor):
         raise MissingKeyError(f"allowed={allowed!r} is no entry of the rows; {nearest(str(allowed), rows.keys(True))}")
-    if mask.dtype != torch.bool or mask.shape != value.shape:
-        raise InputError(
-            f"allowed={allowed!r} is {mask.dtype} of shape {tuple(mask.shape)}: it is a boolean for each action, "
-            f"{tuple(value.shape)}"
-        )
-    return mask
+    raise InputError(
+        f"allowed={allowed!r} is {mask.dtype} of shape {tuple(mask.shape)}: it is a boolean (or 0 and 1) for each "
+        f"action, {tuple(value.shape)}"
+    )
 
 
 def _first(rows: TensorDictBase, keys: Sequence[NestedKey]) -> Tensor | None:
     return next((one for key in keys if isinstance(one := rows.get(key, None), Tensor)), None)
-
-
-def _attribution(found: TensorDictBase, key: NestedKey | None) -> tuple[str, ...]:
-    known = [key_parts(one) for one in found.keys(True, True)]
-    if key is not None:
-        parts = key_parts(key)
-        if parts not in known:
-            raise MissingKeyError(f"the results have no {key!r}; {nearest(str(key), map(str, known))}")
-        return parts
-    parts = next((one for one in known if one[0] == "attr"), ())
-    if not parts:
-        raise MissingKeyError(f"the results hold no attribution, only {', '.join(map(str, known))}: name one by key=")
-    return parts
-
-
-def _usable(
-    joined: Joined, found: TensorDictBase, parts: tuple[str, ...], episode: Tensor, where: Where | None
-) -> tuple[Tensor, np.ndarray]:
-    """The places of results that were computed and are wanted, and the episode of each."""
-    rows = joined.reader.rows
-    entries = found.get(INDEX, None)
-    entries = torch.arange(len(found)) if entries is None else entries.reshape(len(found), -1)[:, 0].cpu()
-    numbers = (entries[:, None] * rows + torch.arange(rows)).reshape(-1)
-    able = episode[numbers] >= 0
-    mask = found.get(("computed", parts[0]), None)
-    if mask is not None:
-        able &= mask.reshape(-1).cpu()
-    if where is not None:
-        for places in able.nonzero().flatten().split(1 << 14):
-            able[places] = truth_of(where, joined.rows(numbers[places]))
-    places = able.nonzero().flatten()
-    return places, episode[numbers[places]].numpy()
-
-
-def _finite(flat: Tensor, places: Tensor) -> Tensor:
-    parts = [flat[part].isfinite().all(1) for part in places.split(1 << 16)]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)

@@ -15,6 +15,7 @@ from tdhook_rl.arguments.dense import require_dense
 from tdhook_rl.errors import InputError
 from tdhook_rl.reading.reader import COVERED, Reader
 from tdhook_rl.replay.manifest import described
+from tdhook_rl.replay.row_functions import require_of_each
 
 Chosen = slice | range | Tensor | Sequence[int]
 #: Of a batch: which of its entries.
@@ -60,7 +61,8 @@ class Selection:
         entries = torch.arange(reader.size) if rows is None else _named(rows, reader.size)
         if where is not None and len(entries):
             step = max(1, batch_size // reader.rows)
-            entries = torch.cat([part[truth_of(where, reader.read(part))] for part in entries.split(step)])
+            several = len(entries) if len(entries) > step else 0
+            entries = torch.cat([part[truth_of(where, reader.read(part), several)] for part in entries.split(step)])
         if fraction is not None:
             if not 0 < fraction <= 1:
                 raise InputError(f"fraction= is a share above 0, and 1 at most; got {fraction}")
@@ -140,18 +142,35 @@ def _named(rows: Chosen, size: int) -> Tensor:
     if found.numel() and (found.ndim != 1 or found.is_floating_point() or found.is_complex()):
         raise InputError(f"rows= is a slice, a mask, or numbers of entries; got {tuple(found.shape)} {found.dtype}")
     found = found.cpu().reshape(-1).long()
+    if len(found) == size > 2 and bool(((found == 0) | (found == 1)).all()):
+        raise InputError(
+            f"rows= has a 0 or a 1 for each of {size} entries, which would name the first two over and over: a mask is "
+            "boolean, rows.bool()"
+        )
     outside = found[(found < -size) | (found >= size)]
     if len(outside):
         raise InputError(f"rows= names entry {int(outside[0])}, and there are {size}: 0 to {size - 1}")
     return (found % size).unique()
 
 
-def truth_of(where: Where, batch: TensorDictBase) -> Tensor:
+def truth_of(where: Where, batch: TensorDictBase, several: int = 0) -> Tensor:
     """For each entry of a batch whether it is what is asked for.
 
+    Args:
+        where: the function.
+        batch: some entries.
+        several: of how many these are some; 0 where they are all.
+
     Raises:
-        InputError: if the function gives anything but a truth value for each.
+        InputError: if the function gives anything but a truth value for each, or another one for other company.
     """
+    mask = _truth(where, batch)
+    if several:
+        require_of_each(lambda part: _truth(where, part), batch, mask, what="where=", rows=several)
+    return mask
+
+
+def _truth(where: Where, batch: TensorDictBase) -> Tensor:
     found = asked(where, batch, what="where=", reads_only=True)
     mask = torch.as_tensor(found) if found is not None else torch.zeros(0)
     if mask.dtype != torch.bool or mask.numel() != len(batch):

@@ -1,0 +1,173 @@
+"""Functions that are asked of rows which are read some at a time: they say the same of a row in whatever company."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+
+from tdhook_rl.errors import InputError
+from tdhook_rl.latent import ActivationCaching
+from tdhook_rl.replay import analyze, by_feature, feature_means, probe_grid, rows_where
+from tdhook_rl.rollout import Future, GroupSplit, Return
+from tdhook_rl.statistics import grouped_mean
+
+ROWS = 240
+
+
+def stored() -> TensorDict:
+    draws = torch.Generator().manual_seed(0)
+    done = (torch.arange(ROWS) % 6 == 5)[:, None]
+    return TensorDict(
+        {
+            "observation": torch.randn(ROWS, 4, generator=draws).sort(0).values,
+            "collector": {"traj_ids": torch.arange(ROWS) // 6},
+            "next": {"reward": torch.randn(ROWS, 1, generator=draws), "done": done},
+        },
+        [ROWS],
+    )
+
+
+def seen(rows: TensorDictBase) -> Tensor:
+    return rows["observation"][..., 0]
+
+
+def of_a_network(rows: TensorDictBase) -> Tensor:
+    """Of which the last digits are others beside other rows."""
+    weight = torch.linspace(-1, 1, 4 * 4).reshape(4, 4)
+    return (rows["observation"] @ weight).tanh().mean(-1)
+
+
+#: What looks at other rows.
+OF_SEVERAL: dict[str, Callable[[TensorDictBase], Tensor]] = {
+    "above the median": lambda rows: seen(rows) > seen(rows).median(),
+    "in the upper tenth": lambda rows: seen(rows) > seen(rows).quantile(0.9),
+    "far from the mean": lambda rows: ((seen(rows) - seen(rows).mean()) / seen(rows).std()).abs() > 1,
+    "the best": lambda rows: seen(rows).argsort().argsort() < 10,
+    "a change": lambda rows: seen(rows).diff(prepend=seen(rows)[:1]) > 0,
+    "every other": lambda rows: torch.arange(len(rows)) % 2 == 0,
+}
+#: What looks at one row alone.
+OF_ONE: dict[str, Callable[[TensorDictBase], Tensor]] = {
+    "above a number": lambda rows: seen(rows) > 0.1,
+    "a column": lambda rows: rows["next", "done"],
+    "nowhere": lambda rows: seen(rows) > 1e9,
+    "without a dimension": lambda rows: rows["next", "done"].squeeze(),
+    "a network": lambda rows: of_a_network(rows) > 0,
+}
+#: The same as numbers.
+NUMBERS_OF_SEVERAL: dict[str, Callable[[TensorDictBase], Tensor]] = {
+    "about the mean": lambda rows: seen(rows) - seen(rows).mean(),
+    "a sum so far": lambda rows: seen(rows).cumsum(0),
+    "a rank": lambda rows: seen(rows).argsort().argsort().clamp_max(500),
+}
+
+
+def network() -> TensorDictModule:
+    torch.manual_seed(0)
+    return TensorDictModule(nn.Sequential(nn.Linear(4, 6), nn.Tanh()), ["observation"], ["logits"])
+
+
+def chosen(function: Callable[[TensorDictBase], Tensor], batch_size: int, folder: Path) -> Tensor:
+    with ActivationCaching("module.0").prepare(network()) as hooked:
+        return analyze(hooked, stored(), folder, where=function, batch_size=batch_size)["index"]
+
+
+def asked_for(function: Callable[[TensorDictBase], Tensor], batch_size: int, folder: Path) -> Tensor:
+    return rows_where(stored(), function, batch_size=batch_size)["index"]
+
+
+def read(function: Any, batch_size: int) -> list[float]:
+    """Scores are R² or accuracies, and the first of them is of a function."""
+    table = probe_grid(
+        network(), stored(), sites="module.1", concepts={"it": function}, untrained=False, batch_size=batch_size,
+        penalty=1e-3, min_rows=1, split=GroupSplit(held_out=0.4),
+    )  # fmt: skip
+    return [cell.trained.estimate for cell in table]
+
+
+@pytest.mark.parametrize("ask", [chosen, asked_for])
+@pytest.mark.parametrize("name", OF_SEVERAL)
+def test_rows_are_not_chosen_by_what_they_are_read_with(name: str, ask: Any, tmp_path: Path) -> None:
+    whole = OF_SEVERAL[name](stored()).nonzero()[:, 0]
+    assert ask(OF_SEVERAL[name], ROWS, tmp_path).tolist() == whole.tolist()
+    with pytest.raises(InputError, match=r"where= is a function that says of a row .* 240 reads all of them together"):
+        ask(OF_SEVERAL[name], 50, tmp_path / "other")
+
+
+@pytest.mark.parametrize("ask", [chosen, asked_for])
+@pytest.mark.parametrize("name", [name for name in OF_ONE if name != "nowhere"])
+def test_rows_are_chosen_by_what_they_are(name: str, ask: Any, tmp_path: Path) -> None:
+    whole = OF_ONE[name](stored()).reshape(-1).nonzero()[:, 0].tolist()
+    assert all(ask(OF_ONE[name], size, tmp_path / f"{size}").tolist() == whole for size in (ROWS, 50, 1, 239))
+
+
+@pytest.mark.parametrize("name", ["above a number", "in the upper tenth"])
+def test_features_of_rows_that_are_chosen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = stored()
+    where = (OF_ONE | OF_SEVERAL)[name]
+    found = TensorDict({"attr": {"observation": data["observation"]}}, [ROWS])
+    whole = by_feature(found, data, where=where)
+    monkeypatch.setattr(feature_means, "READ", 50)
+    if name in OF_ONE:
+        assert by_feature(found, data, where=where) == whole
+        return
+    with pytest.raises(InputError, match="other rows are read with it"):
+        by_feature(found, data, where=where)
+
+
+@pytest.mark.parametrize("kind", [lambda one: one, lambda one: Future(one, 1), lambda one: Return(reward=one)])
+@pytest.mark.parametrize("name", ["above the median", "a change", *NUMBERS_OF_SEVERAL])
+def test_concepts_are_not_of_what_rows_are_read_with(name: str, kind: Any) -> None:
+    function = (OF_SEVERAL | NUMBERS_OF_SEVERAL)[name]
+    read(kind(function), ROWS)
+    with pytest.raises(InputError, match="the concept 'it' is a function that says of a row something else"):
+        read(kind(function), 50)
+
+
+@pytest.mark.parametrize("function", [*OF_ONE.values(), of_a_network, seen])
+def test_concepts_are_of_what_rows_are(function: Any) -> None:
+    few, many = read(function, 51), read(function, ROWS)  # a function may squeeze what is one row
+    assert few == pytest.approx(many, abs=1e-6, nan_ok=True)
+
+
+#: What is made of attributions; all of them look at one feature, or at all of a row.
+STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a share": lambda values: values.abs() / values.abs().sum(1, keepdim=True),
+    "a rank": lambda values: values.argsort(1).argsort(1),
+    "the largest": lambda values: values.abs() == values.abs().amax(1, keepdim=True),
+    "a square": lambda values: values.square(),
+    "about its mean": lambda values: values - values.mean(0),
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_a_statistic_is_given_all_features(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many numbers that is: a share of some of them would be a larger one."""
+    data = stored()
+    values = data["observation"].double()
+    monkeypatch.setattr(feature_means, "BLOCK", 2 * ROWS)
+    found = by_feature(TensorDict({"attr": {"observation": values}}, [ROWS]), data, statistic=STATISTICS[name])
+    for feature in range(4):
+        expected = grouped_mean(STATISTICS[name](values)[:, feature].double(), data["collector", "traj_ids"])
+        assert found[str(feature)]["attr.observation"] == expected
+
+
+@pytest.mark.parametrize(
+    ("statistic", "words"),
+    [
+        (lambda values: values.norm(dim=1), r"gives a real number for each; it gave \(240,\)"),
+        (lambda values: values[:, :2], r"it gave \(240, 2\)"),
+        (lambda values: None, "it gave None"),
+        (lambda values: values + 1j, "complex"),
+    ],
+)
+def test_a_statistic_gives_a_number_for_each(statistic: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        by_feature(TensorDict({"attr": {"observation": torch.ones(ROWS, 4)}}, [ROWS]), stored(), statistic=statistic)
