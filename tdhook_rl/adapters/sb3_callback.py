@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, EventCallback
 from stable_baselines3.common.logger import Image as Picture
 
 from tdhook_rl.adapters.sb3 import from_sb3
@@ -31,6 +32,9 @@ class ExplainCallback(BaseCallback, metaclass=Checked):
     own logger, as ``interp/...`` (TensorBoard, CSV, JSON), and everything to a folder and to further loggers. Training
     with it is training without it, bit for bit.
 
+    Given to ``learn`` again it goes on in its log, also where training was interrupted, or goes on with a loaded agent
+    (``reset_num_timesteps=False``). Another agent gets a log of its own.
+
     Args:
         method: a method, or a ``Compose`` of several, as for :func:`~tdhook_rl.adapters.from_sb3` of the agent.
         every: after how many steps of the environment, at the end of the rollout in which they are over.
@@ -45,6 +49,10 @@ class ExplainCallback(BaseCallback, metaclass=Checked):
     Attributes:
         policy: the hooked policy, while training.
         last: the last numbers.
+
+    Raises:
+        InputError: when training starts, below a callback that tells it of no rollouts (``EveryNTimesteps``).
+        ArtifactError: if the folder holds a log already, of another agent.
 
     Example:
         >>> import tempfile
@@ -77,14 +85,30 @@ class ExplainCallback(BaseCallback, metaclass=Checked):
         self.part, self.in_keys = part, in_keys
         self.further = [] if logger is None else list(logger) if isinstance(logger, list | tuple) else [logger]
         self.folder, self.options = folder, dict(monitor or {})
+        self._named = folder
         self.policy: Any = None
         self.last: dict[str, float] = {}
         self._monitor: Monitor | None = None
         self._kept: dict[str, Any] | None = None
         self._next = 0
+        self._agent: Any = None  # of the last training, weakly
+
+    def _require_told(self) -> None:
+        """Raise where another callback calls this one, at its events and at no others."""
+        if isinstance(self.parent, EventCallback):
+            raise InputError(
+                f"ExplainCallback explains at the end of rollouts; {type(self.parent).__name__} tells those below it "
+                "of none: give it to learn beside it, as in learn(steps, callback=[explain, other]); every= says how "
+                "often it explains"
+            )
 
     def _on_training_start(self) -> None:
+        self._require_told()
+        self._on_training_end()  # of a training that was interrupted
         model = self.model
+        if self._agent is not None and self._agent() is not model and not self.num_timesteps:
+            self._kept, self.folder, self.last = None, self._named, {}
+        self._agent = weakref.ref(model)
         off_policy = hasattr(model, "replay_buffer")
         # A rollout buffer has observations as the network saw them, a replay buffer as the environment gave them.
         normalize = (model.get_vec_normalize_env() if off_policy else None) or False
@@ -107,6 +131,7 @@ class ExplainCallback(BaseCallback, metaclass=Checked):
         self._next = self.num_timesteps + self.every
 
     def _on_step(self) -> bool:
+        self._require_told()  # some that are below another one are called here alone
         return True
 
     def _on_rollout_end(self) -> None:
