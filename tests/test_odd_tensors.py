@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from tdhook_rl import IntegratedGradients, LinearProbe, Saliency, SteeringVectors, targets
+from tdhook_rl import (
+    ActivationAddition,
+    ActivationCaching,
+    ActivationPatching,
+    IntegratedGradients,
+    LinearProbe,
+    Saliency,
+    SteeringVectors,
+    targets,
+)
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError
-from tdhook_rl.latent import DirectionalAblation, DirectionClamping, SteeringVector, UnitValues
+from tdhook_rl.latent import DirectionalAblation, DirectionClamping, StateSubtraction, SteeringVector, UnitValues
 from tdhook_rl.method import Method
-from tdhook_rl.sweeps import patch_sites, steering_sweep
+from tdhook_rl.sweeps import ablate_units, attribution_patching, patch_sites, steering_sweep
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch says that they are on the way out
@@ -127,3 +138,64 @@ def test_policies_that_hold_them_are_explained_as_they_are_now(where: str, when:
                 right = torch.autograd.grad(policy(leaf)[:, 0].sum(), leaf)[0]
             torch.testing.assert_close(found["attr", "seen"], right)
             policy.edges.mul_(2.0)
+
+
+class Padded(nn.Module):
+    """Reads tokens, of which some are padding: torch's encoder makes nested tensors of them, in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, tokens: Tensor, padding: Tensor) -> Tensor:
+        return self.head(self.encoder(tokens, src_key_padding_mask=padding)[..., 0, :])
+
+
+KEYS: dict[str, Any] = {"in_keys": ["tokens", "padding"], "out_keys": ["logits"]}
+
+
+def tokens(seed: int) -> TensorDict:
+    draws = torch.Generator().manual_seed(seed)
+    value, padding = torch.randn(3, 4, 4, generator=draws), torch.arange(4) >= torch.tensor([[2], [3], [3]])
+    return TensorDict({"tokens": value, "padding": padding}, 3)
+
+
+AT: dict[str, Callable[[str], Method]] = {
+    "steering": lambda site: SteeringVectors({site: torch.ones(4)}),
+    "a function": lambda site: SteeringVectors(site, lambda module_key, output: output * 2),
+    "ablation": lambda site: DirectionalAblation({site: torch.ones(4)}),
+    "units": lambda site: UnitValues({site: [0]}),
+    "subtraction": lambda site: StateSubtraction(site, lambda rows: rows.set("tokens", rows["tokens"] * 0)),
+    "patching": lambda site: ActivationPatching(site),
+    "addition": lambda site: ActivationAddition(site),
+    "caching": lambda site: ActivationCaching(site),
+    "saliency": lambda site: Saliency(input_modules=site, target=targets.logit(0), when="step"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:.*stored.*differ")
+@pytest.mark.parametrize("site", ["encoder.layers.0", "encoder.layers.1.linear2", "encoder.layers.0.self_attn"])
+@pytest.mark.parametrize("name", AT)
+def test_a_module_that_gives_nested_tensors_is_named_with_what_to_do(name: str, site: str) -> None:
+    policy, data = Padded().eval(), tokens(0)
+    for key in ("patched", "positive", "negative"):
+        data[key] = tokens(1)
+    said = rf"'{site}' \(\w+\) gives a nested tensor.*: set its `use_nested_tensor = False`"
+    with AT[name](site).prepare(policy, **KEYS) as hooked:
+        if name not in ("patching", "addition"):  # whose passes of their own are without gradients
+            hooked(data.clone())  # with them torch makes none, and what is kept of that call must not hide it
+        with torch.no_grad(), pytest.raises(InputError, match=said) if name != "saliency" else nullcontext():
+            hooked(data.clone())  # a saliency is found with gradients
+    policy.encoder.use_nested_tensor = False
+    with AT[name](site).prepare(policy, **KEYS) as hooked, torch.no_grad():
+        hooked(data.clone())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_causal_tests_name_it_too() -> None:
+    policy, pair = TensorDictModule(Padded().eval(), **KEYS), (tokens(0), tokens(1))
+    for one in (patch_sites, attribution_patching, ablate_units):
+        given = pair[:1] if one is ablate_units else pair
+        with pytest.raises(InputError, match=r"'module.encoder.layers.0' .*gives a nested tensor"):
+            one(policy, *given, "module.encoder.layers.0", metric="logits")  # type: ignore[operator]

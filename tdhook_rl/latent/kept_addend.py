@@ -53,7 +53,13 @@ class KeptAddend:
         That is where it is not of the shape, in the call or of the numbers that what is kept is of.
         """
         kept, runtime = self._kept, self._runtime
-        if kept is None or type(output) is not Tensor or output.shape != kept.shape or output.dtype != kept.dtype:
+        if (
+            kept is None
+            or type(output) is not Tensor
+            or output.is_nested
+            or output.shape != kept.shape
+            or output.dtype != kept.dtype
+        ):
             return None
         if runtime.batch != kept.batch or runtime.inner != kept.inner or not runtime.active or runtime.checks_sites():
             return None

@@ -28,6 +28,7 @@ from tdhook_rl.internals.functorch_names import (
 )
 from tdhook_rl.internals.torchrl_names import lends_weights
 from tdhook_rl.sites.containers import first_tensor, tensors_of, with_first_tensor
+from tdhook_rl.sites.known import own_class
 from tdhook_rl.sites.layouts import is_transformer, survey_features, takes_time_first, time_comes_first
 from tdhook_rl.sites.listed import named_modules
 from tdhook_rl.sites.runtime import Runtime, vmap_level
@@ -135,10 +136,12 @@ def rows_of(
     Not ``exact`` is for what treats all rows alike: there it does not matter which is which.
 
     Raises:
-        InputError: if the output holds no tensor, is padded in an unknown way, or has its rows in one of two
-            dimensions and nothing says in which.
+        InputError: if the output holds no tensor or a nested one, is padded in an unknown way, or has its rows in one
+            of two dimensions and nothing says in which.
     """
     value = first_tensor(output, module, site)
+    if value.is_nested:
+        raise _nested(module, site)
     layout: Layout | None = module._hooked_layout  # type: ignore[assignment]
     if layout is not None:
         if layout.recurrent:
@@ -157,6 +160,15 @@ def rows_of(
     if is_batchedtensor(value):
         return _out_of_vmap(value, runtime, layout)
     return value, None
+
+
+def _nested(module: nn.Module, site: str) -> InputError:
+    name = site.rpartition(":")[2]
+    return InputError(
+        f"{name!r} ({own_class(module).__name__}) gives a nested tensor, of rows of several lengths, so no value of "
+        "one shape belongs to each row. torch's TransformerEncoder makes them of a padding mask, in eval mode without "
+        "gradients: set its `use_nested_tensor = False`, or name a module that it is inside of"
+    )
 
 
 def entry_rows(value: Tensor, module: nn.Module, runtime: Runtime) -> Tensor:
