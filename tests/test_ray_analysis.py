@@ -21,7 +21,7 @@ from tdhook_rl.cli import main
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError, WorkerError
 from tdhook_rl.examples.agent import FC2, make_actor
-from tdhook_rl.replay import analysis, analyze, load_results, to_parquet
+from tdhook_rl.replay import analyze, load_results, to_parquet, work
 from tdhook_rl.rollout import EPISODE
 from tests.matrix_rows import start_ray, stop_ray
 from tests.walks import fitted, require_one_pass
@@ -206,7 +206,7 @@ def test_an_error_in_an_actor_is_that_error(
         raise ModuleNotFoundError("No module named 'my_agent'")
 
     with monkeypatch.context() as patch, ActivationCaching(FC2).prepare(make_actor()) as hooked:
-        patch.setattr(analysis, "_computing", away)
+        patch.setattr(work, "_computing", away)
         with pytest.raises(WorkerError, match=r"'my_agent'.*runtime_env"):
             analyze(hooked, tmp_path / "rows", tmp_path / "e", engine="ray", workers=1, on_mismatch="ignore")
     bad = ActivationCaching(FC2, callback=divided).prepare(make_actor(), return_context=False)

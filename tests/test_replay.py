@@ -33,7 +33,7 @@ from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import ArtifactError, InputError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.method import Method
-from tdhook_rl.replay import analysis, analyze, in_order, load_results
+from tdhook_rl.replay import analyze, in_order, load_results, work
 
 ROWS, STEPS = 10, 20
 METHOD = Compose(ActivationCaching(FC2), Saliency(target=targets.chosen_logit()))
@@ -190,7 +190,7 @@ def test_what_is_finished_is_not_computed_again(
     with METHOD.prepare(actor) as policy:
         rows: list[int] = []
         monkeypatch.setattr(
-            analysis, "annotate_part", lambda policy, batch, *_, **__: rows.append(len(batch)) or policy.annotate(batch)
+            work, "annotate_part", lambda policy, batch, *_, **__: rows.append(len(batch)) or policy.annotate(batch)
         )
         again = analyze(policy, buffer, tmp_path)
     assert rows == [32]  # those that are checked

@@ -216,8 +216,8 @@ def test_what_a_kill_takes_is_bounded(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(results.time, "monotonic", lambda: clock[0])
     write, seen = results.Results.write, []
 
-    def slow(self: results.Results, first: int, found: Any) -> None:
-        write(self, first, found)
+    def slow(self: results.Results, first: int, found: Any, read: Any) -> None:
+        write(self, first, found, read)
         clock[0] += 3.0
         self._cost = 1000.0
         seen.append(self.done - self.manifest.done)

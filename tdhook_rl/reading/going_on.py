@@ -33,7 +33,7 @@ class GoingOn:
             if _may_go_on(key, then, now):
                 none = torch.zeros(self._rows, dtype=torch.long)
                 sides = self._states.setdefault(key, (none, none.clone()))
-                sides[0][here], sides[1][here] = _summed(then), _summed(now)
+                sides[0][here], sides[1][here] = row_numbers(then), row_numbers(now)
 
     def other_way(self, rows: Tensor, inside: Tensor, across: Tensor) -> bool:
         """Whether most rows go on with others than those that they should, by a state that tells it.
@@ -100,8 +100,14 @@ def _may_go_on(key: NestedKey, then: object, now: object) -> bool:
     return isinstance(now, Tensor) and then.shape == now.shape and then.dtype == now.dtype
 
 
-def _summed(value: Tensor) -> Tensor:
-    """A number for each row that is the same for the same bits alone."""
+def row_numbers(value: Tensor) -> Tensor:
+    """A number for each row that is the same for the same bits alone, ``(rows,)``, int64.
+
+    Example:
+        >>> one, other = row_numbers(torch.tensor([[0.0, 1.0], [0.0, 2.0]])).tolist()
+        >>> one == other, one == row_numbers(torch.tensor([[0.0, 1.0]])).item()
+        (False, True)
+    """
     if not value.numel():
         return torch.zeros(len(value), dtype=torch.long)
     bits = value.detach().cpu().reshape(len(value), -1).contiguous().view(torch.uint8)

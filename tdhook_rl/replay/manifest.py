@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -78,6 +79,8 @@ def described(value: Any, depth: int = 6) -> Any:
     return named_function(value)
 
 
+#: How sums of rows are written.
+_HEX = re.compile("[0-9a-f]{16}")
 FORMAT = "tdhook_rl.analysis/2"
 #: Of some of the entries of a source, which it names.
 OF_SOME = "tdhook_rl.analysis/3"
@@ -110,6 +113,16 @@ class Manifest:
     @property
     def has_checksums(self) -> bool:
         return self.format != WITHOUT_CHECKSUMS
+
+    def read_sums(self) -> dict[str, int]:
+        """The sums of the rows that were read up to ``done``, where it says them."""
+        told = self.facts.get("rows")
+        named = told.items() if isinstance(told, dict) else ()
+        return {name: int(one, 16) for name, one in named if isinstance(one, str) and _HEX.fullmatch(one)}
+
+    def set_read_sums(self, sums: Mapping[str, int]) -> None:
+        """Say them."""
+        self.facts["rows"] = {name: f"{one:016x}" for name, one in sorted(sums.items())}
 
     def blocks(self) -> int:
         """How many blocks the entries that are done have."""

@@ -23,21 +23,23 @@ from tdhook_rl.errors import InputError, TdhookError, WorkerError
 #: Chunks of which Ray knows at once.
 _BLOCKS = 4096
 
-Compute = Callable[[int, int], tuple[TensorDictBase, int]]
+#: What is said of a chunk beside its results, in JSON.
+Told = dict[str, Any]
+Compute = Callable[[int, int], tuple[TensorDictBase, Told]]
 
 
 def ray_results(
     make: Callable[[], Compute], chunks: list[tuple[int, int]], *, workers: int
-) -> Iterator[tuple[int, int, TensorDictBase, int]]:
+) -> Iterator[tuple[int, int, TensorDictBase, Told]]:
     """The results of chunks, in their order.
 
     Args:
-        make: called once in each actor; gives what computes the results of a chunk, and how many rows lack theirs.
+        make: called once in each actor; gives what computes the results of a chunk, and what else is said of it.
         chunks: the first place of each, and that after its last.
         workers: how many actors there are.
 
     Yields:
-        first, last, results, and how many rows lack theirs.
+        first, last, results, and what else is said of them.
 
     Raises:
         InputError: if Ray is not installed, or what is sent does not pickle.
@@ -64,7 +66,7 @@ def ray_results(
         for row in found.iter_rows():
             if row["error"]:
                 raise _error(*json.loads(row["error"]))
-            yield row["first"], row["last"], _unpacked(row["content"], row["shape"]), row["lacking"]
+            yield row["first"], row["last"], _unpacked(row["content"], row["shape"]), json.loads(row["told"])
     except (TdhookError, GeneratorExit, KeyboardInterrupt):
         raise
     except Exception as error:
@@ -92,13 +94,14 @@ class _Actor:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         first, last = int(batch["first"][0]), int(batch["last"][0])
-        content, shape, lacking, error = b"", "", 0, ""
+        content, shape, said, error = b"", "", "{}", ""
         try:
-            found, lacking = self._compute(first, last)
+            found, told = self._compute(first, last)
             content, shape = _packed(found)
+            said = json.dumps(told)
         except Exception as problem:  # Ray would put pages around it, and perhaps try again
             error = json.dumps([type(problem).__name__, str(problem)])
-        row = {"first": first, "last": last, "lacking": lacking, "content": content, "shape": shape, "error": error}
+        row = {"first": first, "last": last, "told": said, "content": content, "shape": shape, "error": error}
         return {name: [value] for name, value in row.items()}
 
 
@@ -114,7 +117,7 @@ def _begun(content: bytes) -> Compute:
     except Exception as error:  # whatever a file or a user's class raises
         lacking = _error(type(error).__name__, str(error))
 
-    def compute(first: int, last: int) -> tuple[TensorDictBase, int]:
+    def compute(first: int, last: int) -> tuple[TensorDictBase, Told]:
         raise lacking
 
     return compute

@@ -23,6 +23,7 @@ from tdhook_rl.errors import ArtifactError, listed
 from tdhook_rl.files.digests import content_of
 from tdhook_rl.files.durable import require_space, reserve, sync
 from tdhook_rl.replay.manifest import MANIFEST, OF_SOME, Manifest, block_of, read_manifest, write_manifest
+from tdhook_rl.replay.read_rows import Sums
 
 #: Results are brought to the disk when that has taken no more than this share of the time, and after so many seconds
 #: at the latest: the most that a loss of power, or a kill, can take.
@@ -38,6 +39,7 @@ class Results:
 
     Attributes:
         done: entries that are written; ``manifest.done`` of them are on the disk.
+        read: sums of the rows that these are of, see :mod:`tdhook_rl.replay.read_rows`.
         data: the results, memory-mapped.
     """
 
@@ -45,7 +47,8 @@ class Results:
         self.folder = folder
         self.manifest = manifest
         self.data = data
-        self.done = manifest.done
+        # Together, so that whoever is interrupted never says of one that it is of the other.
+        self._progress: tuple[int, Sums] = manifest.done, manifest.read_sums()
         self._sums = [list(one) for one in manifest.checksums]
         self._paths = [_path(folder, entry) for entry in manifest.keys]
         self._synced, self._cost, self._dirty = time.monotonic(), 0.0, False
@@ -106,12 +109,29 @@ class Results:
             )
         return None
 
+    @property
+    def done(self) -> int:
+        return self._progress[0]
+
+    @property
+    def read(self) -> Sums:
+        return self._progress[1]
+
+    def known(self, read: Sums) -> None:
+        """Of what rows these are; an analysis of an earlier version does not say it."""
+        self._progress = self.done, read
+
     # ------------------------------------------------------------------ writing
 
-    def write(self, first: int, found: TensorDictBase) -> None:
+    def write(self, first: int, found: TensorDictBase, read: Sums | None = None) -> None:
         """Write the results of the entries from ``first`` on; :meth:`sync` says that they are there.
 
         Entries are written in order, or anew from the beginning of a block.
+
+        Args:
+            first: the first of them.
+            found: their results.
+            read: the sums of all rows up to the last of them; as they were unless given.
 
         Raises:
             ArtifactError: if their keys, shapes or types are not those of the first ones, or they cannot be written.
@@ -130,7 +150,7 @@ class Results:
             # Not through the mapping: an error of the disk's would end the process there.
             self._put(self._paths[number], content, first * _size(entry) // self.manifest.entries)
             self._count(number, first, len(found), content)
-        self.done = max(self.done, first + len(found))
+        self._progress = max(self.done, first + len(found)), self.read if read is None else read
         self._dirty = True
 
     def sync_now_and_then(self) -> None:
@@ -150,7 +170,8 @@ class Results:
         start = time.monotonic()
         try:
             sync(self._paths)
-            self.manifest.done = self.done
+            self.manifest.done, read = self._progress
+            self.manifest.set_read_sums(read)
             self.manifest.checksums = [list(one) for one in self._sums]
             write_manifest(self.folder, self.manifest)
         except OSError as error:

@@ -49,7 +49,7 @@ GROUPS = {
         "test_parquet", "test_parquet_rows", "test_probe_grid", "test_buffer_transforms", "test_cli_analyze",
         "test_wrong_arguments", "test_wrong_calls", "test_provenance", "test_small_changes_offline", "test_manifests",
         "test_traceable", "test_report_damage", "faults/test_faults",
-    ), ("ray_engine.py", "minari_export.py"), ("_Work.on_ray", "_computing")),
+    ), ("ray_engine.py", "minari_export.py"), ("Work.on_ray", "_computing")),
     "attribution": Group("attribution", 150, (
         "test_saliency", "test_integrated_gradients", "test_lrp", "test_lrp_computed_layers", "test_lrp_functions",
         "test_perturbation", "test_activation_maximisation", "test_cam_and_guided", "test_guided_functions",
