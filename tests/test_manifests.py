@@ -196,7 +196,7 @@ def test_the_manifest_says_what_computed_the_results() -> None:
     assert facts["versions"].keys() == {"tdhook_rl", "torch", "torchrl", "tensordict"}
     then = datetime.strptime(facts["time"], "%Y-%m-%dT%H:%M:%S%z")
     assert abs((datetime.now(UTC) - then).total_seconds()) < 60
-    assert facts.keys() == {"policy", "parameters", "methods", "weights", "versions", "time"}
+    assert facts.keys() == {"policy", "parameters", "methods", "weights", "settings", "versions", "time"}
 
 
 def test_nothing_is_left_of_files_for_which_there_is_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

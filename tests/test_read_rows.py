@@ -1,4 +1,4 @@
-"""An analysis goes on with the rows that it has read, and with no others, wherever they are kept."""
+"""An analysis goes on with the rows that it has read, wherever they are kept, and its policy, and with no others."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
 
-from tdhook_rl import Saliency, targets
+from tdhook_rl import ActivationCaching, Saliency, targets
 from tdhook_rl.errors import ArtifactError
 from tdhook_rl.replay import analyze, load_results, to_parquet
+from tests.test_sweep_settings import POLICIES
 
 ROWS = 240
 #: Of so many entries none of those that are computed again.
@@ -180,3 +181,23 @@ def test_what_the_results_are_beside_may_be_in_the_rows(tmp_path: Path) -> None:
     found = run(data, tmp_path / "results")
     beside = data.clone().update(found)
     assert (run(beside, tmp_path / "results") == found).all()
+
+
+def explained(policy: nn.Module, folder: Path) -> TensorDict:
+    seen = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+    with ActivationCaching("module.0.module.0").prepare(policy) as hooked:
+        return analyze(hooked, TensorDict({"observation": seen}, [60]), folder).clone()
+
+
+@pytest.mark.filterwarnings("ignore:.*goes on as the same", "ignore:its forward writes")
+@pytest.mark.parametrize("name", POLICIES)
+def test_it_goes_on_with_the_same_policy(name: str, tmp_path: Path) -> None:
+    """Though what makes it another may not show in the entries that are computed again."""
+    make, other_one = POLICIES[name]
+    policy = make()
+    first = explained(policy, tmp_path)
+    policy(TensorDict({"observation": torch.randn(3, 2)}, [3]))  # acting changes a counter, and no setting
+    assert (explained(policy, tmp_path) == first).all()
+    assert (explained(make(), tmp_path) == first).all()
+    with pytest.raises(ArtifactError, match=r"other modules, or options of these, .* and is |other weig|is not what"):
+        explained(other_one(), tmp_path)

@@ -22,19 +22,23 @@ from tdhook_rl.files.functions import named_function, number_of
 from tdhook_rl.files.versions import versions
 from tdhook_rl.internals.torch_names import held_buffers, held_parameters
 from tdhook_rl.reading.folders import MANIFEST
+from tdhook_rl.replaying.policy_settings import policy_settings
 
 #: Longer texts and longer lists are cut.
 LONGEST = 200
 
 
 def facts_of(hooked: Any) -> dict[str, Any]:
-    """The methods and their options, the policy and a fingerprint of its tensors, versions, and the time."""
+    """The methods and their options, the policy, its options and a fingerprint of its tensors, versions, the time."""
     methods = hooked._hooked.runtime.methods
+    with hooked.disable_context() as policy:
+        settings = policy_settings(policy)
     return {
         "policy": type(hooked)._base.__name__,
         "parameters": sum(parameter.numel() for parameter in held_parameters(hooked).values()),
         "methods": None if methods is None else [described(one) for one in methods],
         "weights": fingerprint(hooked),
+        "settings": settings,
         "versions": versions("tdhook_rl", "torch", "torchrl", "tensordict"),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

@@ -30,6 +30,7 @@ def sums_of(places: Tensor, rows: TensorDictBase, keys: Sequence[NestedKey]) -> 
         keys: of entries; one that is not there has no sum, and one that is a TensorDict one for each of its own.
 
     Example:
+        >>> import torch
         >>> from tensordict import TensorDict
         >>> rows = TensorDict({"x": torch.tensor([1.0, 2.0, 3.0])}, batch_size=3)
         >>> places = torch.arange(3)

@@ -28,6 +28,12 @@ from tdhook_rl.replay.selection import Selection
 #: Entries that are computed again before an analysis goes on, and how far they may differ.
 CHECKED = 32
 OF_LARGEST = 1e-4
+#: What may not be another, and how it is called.
+_FACTS = {
+    "methods": "methods or options",
+    "weights": "weights, buffers or controls",
+    "settings": "modules, or options of these,",
+}
 _LAID_OUT = "the rows of a buffer are computed some at a time"
 
 
@@ -182,14 +188,14 @@ class Work:
                     "buffer have changed since; name a new folder"
                 )
         facts = facts_of(self.hooked)
-        for said in untold_in(facts["methods"]):
+        for said in (*untold_in(facts["methods"]), *untold_in(facts["settings"])):
             warn(f"{folder} holds an analysis that goes on as the same: {said}")
-        for name, what in (("methods", "methods or options"), ("weights", "weights, buffers or controls")):
-            then = manifest.facts.get(name)
-            if manifest.has_checksums and None not in (then, facts[name]) and then != facts[name]:
+        for name, what in _FACTS.items():
+            then, now = manifest.facts.get(name), facts[name]
+            if manifest.has_checksums and None not in (then, now) and then != now:
                 raise ArtifactError(
-                    f"the analysis in {folder} was computed with other {what} than this policy has now, though its "
-                    "results are near: name a new folder"
+                    f"the analysis in {folder} was computed with other {what} than this policy has now"
+                    f"{_named(then, now)}, though its results are near: name a new folder"
                 )
 
     def _require_same_rows(self, results: Results, batch_size: int) -> None:
@@ -290,6 +296,14 @@ def _both(found: TensorDictBase, stored: TensorDictBase, key: tuple[str, ...]) -
     for mask in masks:
         rows = rows if mask is None else rows & mask.cpu()
     return rows
+
+
+def _named(then: Any, now: Any) -> str:
+    """Where two mappings differ, in words."""
+    if not isinstance(then, dict) or not isinstance(now, dict):
+        return ""
+    first = next(name for name in {**then, **now} if then.get(name) != now.get(name))
+    return f" ({first or 'the policy'!r} was {then.get(first)!s:.80}, and is {now.get(first)!s:.80})"
 
 
 def _listed(keys: set[tuple[str, ...]]) -> str:
