@@ -140,3 +140,26 @@ def test_entries_where_a_tensor_is_read_are_named() -> None:
     with Saliency().prepare(actor("observation")) as hooked:
         with pytest.raises(InputError, match=r"a TensorDict there, of \('observation', 'image'\)"):
             hooked.annotate(data)
+
+
+#: What observations and modules may be called: letters that no file system takes, or that mean a place there.
+CALLED = ("joint pos [rad]", "goal/xy", "..", "50%", "ключ 鍵", ("state?", "a:b"))
+
+
+@pytest.mark.parametrize("key", CALLED, ids=str)
+def test_results_of_entries_whatever_they_are_called(key: NestedKey, tmp_path: Path) -> None:
+    module = TensorDictModule(nn.Linear(3, 2), in_keys=[key], out_keys=["logits"])
+    actor = ProbabilisticActor(module, in_keys=["logits"], distribution_class=Categorical)
+    data = actor(TensorDict({key: torch.randn(5, 3)}, batch_size=5)).detach()
+    with Saliency().prepare(actor) as policy:
+        expected = policy.annotate(data)
+        with pytest.raises(KeyboardInterrupt):
+            analyze(policy, data, tmp_path / "out", batch_size=2, progress=interrupted)
+        analyze(policy, data, tmp_path / "out", batch_size=2, progress=False)  # goes on
+    found, place = load_results(tmp_path / "out"), ("attr", *((key,) if isinstance(key, str) else key))
+    assert torch.equal(found[place], expected[place])
+    assert all(tmp_path in one.resolve().parents for one in (tmp_path / "out").rglob("*"))
+
+
+def interrupted(done: int, rows: int) -> None:
+    raise KeyboardInterrupt

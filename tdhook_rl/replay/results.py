@@ -22,6 +22,7 @@ from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import ArtifactError, listed
 from tdhook_rl.files.digests import content_of
 from tdhook_rl.files.durable import require_space, reserve, sync
+from tdhook_rl.internals.tensordict_names import file_stem
 from tdhook_rl.replay.manifest import MANIFEST, OF_SOME, Manifest, block_of, read_manifest, write_manifest
 from tdhook_rl.replay.read_rows import Sums
 
@@ -309,7 +310,7 @@ def _mapped(folder: Path, entry: dict[str, Any]) -> MemoryMappedTensor:
 
 
 def _path(folder: Path, entry: dict[str, Any]) -> Path:
-    *roots, name = entry["key"]
+    *roots, name = map(file_stem, entry["key"])
     return folder.joinpath(*roots, f"{name}.memmap")
 
 
