@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from statistics import mean, median
 
 from tdhook_rl.report.contents.logged_tables import chances_of
 from tdhook_rl.report.contents.names import (
@@ -44,11 +46,20 @@ def findings_of(run: Run) -> list[Finding]:
 
 def part(curve: Series, at_end: bool) -> Interval | None:
     """The mean of the last, or first, tenth of what is finite, by batch."""
+    known = _part(curve, at_end)
+    return grouped_mean(known, method="t") if known else None
+
+
+def _part(curve: Series, at_end: bool) -> list[float]:
     known = [value for _, value in curve if abs(value) < LARGEST]
-    if not known:
-        return None
     few = _few(len(known))
-    return grouped_mean(known[-few:] if at_end else known[:few], method="t")
+    return known[-few:] if at_end else known[:few]
+
+
+def _ends(curves: Mapping[str, Series]) -> dict[str, float]:
+    """The mean at the end of each curve that has one, as of :func:`part`, the largest first."""
+    found = {name: mean(known) for name, curve in curves.items() if (known := _part(curve, True))}
+    return dict(sorted(found.items(), key=lambda pair: -pair[1]))
 
 
 def _behaviour(run: Run, name: str) -> Finding | None:
@@ -107,40 +118,41 @@ def _named(control: str) -> str:
 
 
 def _masses(head: str, groups: dict[str, Series]) -> list[Finding]:
-    found = []
-    for group, curve in sorted(groups.items(), key=lambda pair: -_or(last(pair[1]), -math.inf))[:1]:
-        end, start = part(curve, True), part(curve, False)
-        if end is None or start is None:
-            continue
-        beside = {"at first": start.estimate}
-        others = {name: last(other) for name, other in groups.items() if name != group}
-        beside |= {name: value for name, value in others.items() if math.isfinite(value)}
-        found.append(
-            Finding(
-                question="What does it look at?",
-                measured=f"share of the attribution of {head} in {group}, at the end",
-                value=end,
-                beside=dict(list(beside.items())[:5]),
-            )
+    ends = _ends(groups)
+    if not ends:
+        return []
+    group, *others = ends
+    end, start = part(groups[group], True), mean(_part(groups[group], False))
+    beside = {"at first": start} | {name: ends[name] for name in others}
+    return [
+        Finding(
+            question="What does it look at?",
+            measured=f"share of the attribution of {head} in {group}, at the end",
+            value=end,
+            beside=dict(list(beside.items())[:5]),
         )
-    return found
+    ]
 
 
 def _features(head: str, inner: dict[str, Series]) -> Finding | None:
-    ranked = sorted(inner, key=lambda name: -_or(last(inner[name]), -math.inf))
-    end = part(inner[ranked[0]], True)
-    if end is None:
+    ends = _ends(inner)
+    if not ends:
         return None
-    sizes = sorted(last(inner[name]) for name in ranked if math.isfinite(last(inner[name])))
-    beside = {name: last(inner[name]) for name in ranked[1:3] if math.isfinite(last(inner[name]))}
-    beside |= {f"the median of {len(sizes)} features": sizes[len(sizes) // 2]}
+    largest, *others = ends
+    beside = {_feature(name): ends[name] for name in others[:2]}
+    beside |= {f"the median of {len(ends)} features": median(ends.values())} if len(ends) > 2 else {}
     return Finding(
         question="What does it look at?",
         measured=f"mean |attribution| of {head.removeprefix('attr.')}, its largest feature at the end",
-        value=end,
+        value=part(inner[largest], True),
         beside=beside,
-        words=f"the largest is {ranked[0]}",
+        words=f"the largest is {_feature(largest)}",
     )
+
+
+def _feature(name: str) -> str:
+    """A feature as it is called; those without a name have their number."""
+    return f"feature {name}" if name.isdecimal() else name
 
 
 def _health(run: Run) -> list[Finding]:

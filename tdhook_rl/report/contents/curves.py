@@ -8,7 +8,7 @@ from typing import Any
 
 from tdhook_rl.report.contents.answer import part
 from tdhook_rl.report.contents.logged_tables import chances_of, drawn_tables
-from tdhook_rl.report.contents.names import LARGEST, behaviour_of, features_of, last, probes_of
+from tdhook_rl.report.contents.names import LARGEST, behaviour_of, features_of, last, measure, probes_of
 from tdhook_rl.report.contents.panels import (
     ACHIEVES,
     INSIDE,
@@ -16,7 +16,6 @@ from tdhook_rl.report.contents.panels import (
     LOOKS,
     SUBJECTS,
     Panel,
-    measure,
     or_zero,
     panels_of,
 )

@@ -16,7 +16,18 @@ CONTROLS = ("input", "shuffled", "untrained")
 #: Beyond this no axis has ticks, and no mean is one.
 LARGEST = 1e100
 _BEHAVIOUR = re.compile(r"(?:^|[./_ ])(?:return|success|reward|score|solved|won)(?:$|[./_ ])", re.IGNORECASE)
-
+#: What a monitor measures of inputs, modules, controls and rows, which may be called anything: no behaviour.
+_MEASURED = ("attr", "cache", "probe", "mass", "control", "steered", "computed", "nonfinite", "hist", "final")
+#: The measures of a network's health, with their units.
+HEALTH = {
+    "dormant": "share of units", "dead": "share of units", "effective_rank": "dimensions", "entropy_rank": "dimensions",
+    "stable_rank": "dimensions", "norm": "norm of the features", "cka_first": "CKA", "cka_last": "CKA",
+    "churn": "share of states", "overlap_first": "share of units", "overlap_last": "share of units", "kl_churn": "nats",
+    "value_drift": "mean absolute change", "value_drift_relative": "of the values' size",
+    "plasticity_ratio": "of a new network's loss", "plasticity_loss": "squared error",
+    "plasticity_loss_fresh": "squared error", "weight_norm": "norm of the weights",
+    "spectral_norm": "largest singular value", "gradient_norm": "norm of the gradients",
+}  # fmt: skip
 
 #: Of limits of which nobody knows what they are.
 REVERSED = "the limits that were logged are the wrong way round"
@@ -105,11 +116,24 @@ def probes_of(series: Mapping[str, Series]) -> dict[str, ProbeSeries]:
     return found
 
 
+def measure(name: str) -> str:
+    """Which measure of the network's health a name is; empty for none."""
+    return next((kind for kind in HEALTH if re.fullmatch(rf"{kind}(?:[./].+)?", name, flags=re.DOTALL)), "")
+
+
 def behaviour_of(series: Mapping[str, Series]) -> list[str]:
-    """The names of what the agent achieves, the telling ones first."""
+    """The names of what the agent achieves, the telling ones first; no result of a module that is called a reward."""
     first = [name for name in ("success", "episodes.return", "reward") if name in series]
-    others = [name for name in series if _BEHAVIOUR.search(name) and not name.startswith(("final.", "probe.", "attr."))]
+    measured = tuple(f"{root}." for root in (*_MEASURED, *_roots(series)))
+    others = [
+        name for name in series if _BEHAVIOUR.search(name) and not name.startswith(measured) and not measure(name)
+    ]
     return list(dict.fromkeys([*first, *others]))
+
+
+def _roots(series: Mapping[str, Series]) -> list[str]:
+    """The roots of results: for each there is a share of rows that were computed."""
+    return [name.removeprefix("computed.") for name in series if name.startswith("computed.")]
 
 
 def features_of(series: Mapping[str, Series]) -> dict[str, dict[str, Series]]:
@@ -124,13 +148,20 @@ def features_of(series: Mapping[str, Series]) -> dict[str, dict[str, Series]]:
     return {head: inner for head, inner in found.items() if inner}
 
 
-def masses_of(series: Mapping[str, Series]) -> dict[str, dict[str, Series]]:
-    """For each input the share of attribution in each group: ``mass.observation.NAME``."""
+def masses_of(series: Mapping[str, Series], logged: Mapping[str, Series] | None = None) -> dict[str, dict[str, Series]]:
+    """For each input the share of attribution in each group: ``mass.observation.NAME``.
+
+    Both may hold dots: the inputs are those of which there is an attribution in ``logged``, all numbers of the run.
+    """
+    known = series if logged is None else logged
+    roots = [f"{root}." for root in ("attr", *_roots(known))]
+    inputs = sorted((name.removeprefix(one) for one in roots for name in known if name.startswith(one)), key=len)
     found: dict[str, dict[str, Series]] = {}
     for name, curve in series.items():
-        head, _, group = name.removeprefix("mass.").rpartition(".")
+        rest = name.removeprefix("mass.")
+        head = next((one for one in inputs if rest.startswith(f"{one}.")), rest.rpartition(".")[0])
         if name.startswith("mass.") and head:
-            found.setdefault(head, {})[group] = curve
+            found.setdefault(head, {})[rest[len(head) + 1 :]] = curve
     return found
 
 

@@ -7,7 +7,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tdhook_rl.report.contents.names import behaviour_of, features_of, last, masses_of, probes_of
+from tdhook_rl.report.contents.names import (
+    HEALTH,
+    behaviour_of,
+    features_of,
+    last,
+    masses_of,
+    measure,
+    probes_of,
+)
 from tdhook_rl.report.runs.record import Series
 
 #: Lines of a figure; and curves whose sizes differ by more than this factor stand on axes of their own.
@@ -17,16 +25,6 @@ ACHIEVES, KNOWS, LOOKS, INSIDE, CONTROLS, OTHER = SUBJECTS = (
     "What it achieves", "What it knows, and when", "What it looks at", "Inside the network",
     "What controls were set to", "Other numbers",
 )  # fmt: skip
-#: The measures of a network's health, with their units.
-HEALTH = {
-    "dormant": "share of units", "dead": "share of units", "effective_rank": "dimensions", "entropy_rank": "dimensions",
-    "stable_rank": "dimensions", "norm": "norm of the features", "cka_first": "CKA", "cka_last": "CKA",
-    "churn": "share of states", "overlap_first": "share of units", "overlap_last": "share of units", "kl_churn": "nats",
-    "value_drift": "mean absolute change", "value_drift_relative": "of the values' size",
-    "plasticity_ratio": "of a new network's loss", "plasticity_loss": "squared error",
-    "plasticity_loss_fresh": "squared error", "weight_norm": "norm of the weights",
-    "spectral_norm": "largest singular value", "gradient_norm": "norm of the gradients",
-}  # fmt: skip
 #: Shares of rows are told in words; how much was looked at says nothing of the agent.
 _NOT_DRAWN = re.compile(r"(?:computed|nonfinite|final)\..*|states|episodes\.ended", re.DOTALL)
 
@@ -51,11 +49,6 @@ def panels_of(series: Mapping[str, Series]) -> list[Panel]:
     return _Sorting(series).panels()
 
 
-def measure(name: str) -> str:
-    """Which measure of the network's health a name is; empty for none."""
-    return next((kind for kind in HEALTH if re.fullmatch(rf"{kind}(?:[./].+)?", name, flags=re.DOTALL)), "")
-
-
 class _Sorting:
     """Takes curves out of those that wait, subject by subject."""
 
@@ -69,7 +62,7 @@ class _Sorting:
         self.found: list[Panel] = []
 
     def panels(self) -> list[Panel]:
-        for name in behaviour_of(self.waiting)[:4]:
+        for name in [name for name in behaviour_of(self.series) if name in self.waiting][:4]:
             self._take(ACHIEVES, name, {name: name})
         self._probes()
         self._attributions()
@@ -92,7 +85,7 @@ class _Sorting:
             del self.waiting[name]  # limits, counts and controls
 
     def _attributions(self) -> None:
-        for head, masses in masses_of(self.waiting).items():
+        for head, masses in masses_of(self.waiting, self.series).items():
             ranked = sorted(masses, key=lambda name, masses=masses: -or_zero(last(masses[name])))
             names = {one: f"mass.{head}.{one}" for one in ranked[:LINES]}
             self._take(LOOKS, f"Share of the attribution of {head}", names, split=False)

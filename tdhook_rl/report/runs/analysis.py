@@ -63,7 +63,7 @@ def read(path: Path) -> Run:
             run.histograms[name] = [Bins(manifest.done, bins.counts, bins.edges)]
             if parts[0] == "attr" and flat.ndim > 1:
                 features += (found := _features(name, flat))
-                run.findings.append(_finding(name, found))
+                run.findings.append(_finding(name, found, flat.shape[1]))
     columns = ["result", "shape of a row", "dtype", "share computed", "share finite of these", "mean |.|", "mean",
                "standard deviation", "smallest", "largest"]  # fmt: skip
     run.tables["results"] = [Rows(manifest.done, columns, rows)]
@@ -73,15 +73,16 @@ def read(path: Path) -> Run:
     return run
 
 
-def _finding(name: str, features: list[list[Any]]) -> Finding:
+def _finding(name: str, features: list[list[Any]], count: int) -> Finding:
     _, feature, mean, median, low, high, rows = features[0]
+    listed = f"; the {len(features)} largest are listed" if len(features) < count else ""
     return Finding(
         question="What does it look at?",
         measured=f"mean |.| of {name}, its largest feature",
         value=mean,
         beside={f"feature {other[1]}": other[2] for other in features[1:4]},
-        words=f"the largest of {len(features)} is feature {feature}; half of {rows:,} rows lie between {low:.3g} and "
-        f"{high:.3g} (median {median:.3g})",
+        words=f"the largest of {count:,} is feature {feature}; half of {rows:,} rows lie between {low:.3g} and "
+        f"{high:.3g} (median {median:.3g}){listed}",
     )
 
 
