@@ -20,6 +20,7 @@ from tdhook_rl.report import (
     Section,
     Table,
     page_of,
+    read_run,
     save_findings,
 )
 from tdhook_rl.report.drawing import Drawing
@@ -62,6 +63,22 @@ def test_a_page_that_is_kept_is_made_again(tmp_path: Path) -> None:
     assert [one.get("alt") for tag, one in parsed.tags if tag == "img"] == ["It rises."] * 3
     assert json.loads(data_of(parsed)["line-2.json"]) == {"y": [0, 2]}
     assert next(part for part in again.parts if isinstance(part, Findings)).found == found
+
+
+def test_each_figure_of_a_page_that_is_kept_has_a_file(tmp_path: Path) -> None:
+    titles = [
+        "成功率",
+        "回报率",
+        "alpha=-1",
+        "alpha=1",
+        "the same",
+        "the same",
+        *(f"{'long ' * 20}{n}" for n in range(3)),
+    ]
+    drawings = [Drawing(figure=a_figure(), title=one, alt=f"{n}", data={"y": [n]}) for n, one in enumerate(titles)]
+    Page(title="t", parts=drawings).keep(tmp_path / "run")
+    found = {one.data["y"][0]: one.title for one in read_run(tmp_path / "run").figures}
+    assert found == dict(enumerate(titles))
 
 
 def test_what_is_no_part_of_a_page_is_refused() -> None:

@@ -9,7 +9,7 @@ import math
 import re
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
@@ -55,6 +55,9 @@ _STYLE = {
 
 #: What an SVG of matplotlib consists of.
 _ELEMENTS = {"svg", "g", "defs", "path", "use", "text", "tspan", "clipPath", "rect", "image", "circle"}
+
+
+_TAG = re.compile(r"<[^>]*>")
 
 
 @contextmanager
@@ -135,11 +138,11 @@ class Drawing:
         text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text[text.index("<svg") :], flags=re.DOTALL)
         # Only what is referred to needs an id, and none may be that of another figure.
         mark = f"f{zlib.crc32((self.title + self.alt + text).encode()):08x}-"
-        used = set(re.findall(r'(?:"|\()#([^")]+)', text))
-        text = re.sub(r' id="([^"]*)"', lambda one: f' id="{mark}{one[1]}"' if one[1] in used else "", text)
-        text = re.sub(r'("|\()#(?=[^")]+["\)])', lambda one: f"{one[1]}#{mark}", text)
-        text = re.sub(INK, "currentColor", text, flags=re.IGNORECASE)
-        text = re.sub(LINES, f"var(--lines, {LINES})", text, flags=re.IGNORECASE)
+        used = set(re.findall(r'(?:"|\()#([^")]+)', "".join(_TAG.findall(text))))
+        text = in_tags(r' id="([^"]*)"', lambda one: f' id="{mark}{one[1]}"' if one[1] in used else "", text)
+        text = in_tags(r'("|\()#(?=[^")]+["\)])', lambda one: f"{one[1]}#{mark}", text)
+        text = in_tags(f"(?i:{INK})", lambda _: "currentColor", text)
+        text = in_tags(f"(?i:{LINES})", lambda _: f"var(--lines, {LINES})", text)
         # The page decides how wide it is, within where its text can be read and is no larger than a heading.
         size = re.compile(r' width="([\d.]+)pt" height="[\d.]+pt"')
         width = float(size.findall(text)[0])
@@ -153,6 +156,16 @@ class Drawing:
             f'<figure style="margin:0;overflow-x:auto"><strong>{html.escape(self.title)}</strong><br>{self.svg()}'
             f"<figcaption>{caption}</figcaption></figure>"
         )
+
+
+def in_tags(pattern: str, change: Callable[[re.Match[str]], str], svg: str) -> str:
+    """The same SVG with what its tags say changed: what is written in it stays, whatever a name looks like.
+
+    Example:
+        >>> in_tags('#a', lambda _: '#b', '<use href="#a"/><text>agent (#a)</text>')
+        '<use href="#b"/><text>agent (#a)</text>'
+    """
+    return _TAG.sub(lambda tag: re.sub(pattern, change, tag[0]), svg)
 
 
 def as_drawn(content: bytes) -> str | None:

@@ -18,6 +18,7 @@ from tdhook_rl.report.figures.style import (
     hollow,
     in_house_style,
     label,
+    labels,
     legend,
     limits,
     number,
@@ -115,6 +116,7 @@ def fill_bars(
     places = np.arange(len(groups), dtype=float)
     free = [colour for colour in COLOURS if colour not in {_ROLES.get(name) for name in series}]
     few, longest = len(series) * len(groups) <= 12, 0
+    called = labels(series, taken=["truth", "matters"])
     for place, name in enumerate(series):
         values = np.array([limits(of.get(name)) for of in groups.values()])
         at = places + (place - (len(series) - 1) / 2) * thick
@@ -123,7 +125,7 @@ def fill_bars(
         drawn = axis.barh(
             at, np.nan_to_num(values[:, 0]), height=thick * 0.86, facecolor=face, edgecolor=colour, linewidth=1.2
         )
-        entries[label(name)] = drawn
+        entries[called[place]] = drawn
         known = np.isfinite(values).all(1)
         if known.any():
             spread = np.abs(values[known, 1:] - values[known, :1]).T
@@ -145,7 +147,9 @@ def fill_bars(
     if matters:
         entries["matters"] = hollow("o")
     axis.axvline(0, color=INK, linewidth=0.8)
-    axis.set_yticks(places, [("● " if name in matters else "") + label(name) for name in groups])
+    axis.set_yticks(
+        places, [("● " if name in matters else "") + one for name, one in zip(groups, labels(groups), strict=True)]
+    )
     axis.set(xlabel=label(unit, 48), ylim=(len(groups) - 0.5, -0.5))
     axis.tick_params(axis="y", length=0)
     axis.grid(False, axis="y")

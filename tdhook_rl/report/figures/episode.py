@@ -21,6 +21,7 @@ from tdhook_rl.report.figures.style import (
     framed,
     in_house_style,
     label,
+    labels,
     number,
     points,
     tick_numbers,
@@ -92,7 +93,7 @@ def attribution_through_episode(
     image = top.imshow(
         shown.T, aspect="auto", cmap=colour_map(signed), vmin=-scale * signed, vmax=scale, interpolation="nearest"
     )
-    top.set_yticks(range(len(chosen)), [label(names[one], 20) for one in chosen])
+    top.set_yticks(range(len(chosen)), labels([names[one] for one in chosen], 20))
     framed(top)
     top.tick_params(length=0)
     bar = colour_bar(figure, image, top, label(unit, 20), aspect=12, pad=0.02)
@@ -144,7 +145,7 @@ def _actions(axis: Any, actions: np.ndarray, names: Sequence[str] | None) -> Non
     axis.scatter(range(len(taken)), [kinds.index(one) for one in taken], color=BLUE, s=14)
     words = [names[one] if names is not None and 0 <= one < len(names) else str(one) for one in kinds]
     shown = range(len(kinds)) if len(kinds) <= 5 else [0, len(kinds) - 1]
-    axis.set_yticks(list(shown), [label(words[one], 14) for one in shown])
+    axis.set_yticks(list(shown), labels([words[one] for one in shown], 14))
     axis.set_ylim(-0.6, len(kinds) - 0.4)
 
 

@@ -17,6 +17,7 @@ from tdhook_rl.report.figures.style import (
     framed,
     in_house_style,
     label,
+    labels,
     limits,
     number,
     said,
@@ -66,8 +67,17 @@ def value_grid(
     largest = float(np.abs(shown[known]).max()) if known.any() else 1.0
     scale = scale or largest or 1.0
     signed = bool((shown[known] < 0).any())
+    # Two decimals of shares; of smaller numbers as many as the largest has two digits.
+    places = max(2, 1 - int(np.floor(np.log10(largest)))) if largest else 2
+    words = np.array([number(round(one, places) + 0.0) if np.isfinite(one) else "none" for one in shown.flat])
     written = shown.shape[1] <= _WRITTEN
-    wide = min(5.2, 1.5 + max(0.42, 0.6 if written else 0.0) * shown.shape[1])
+    called = labels(rows[:most], 22)
+    barred = not written or len(shown) > 3  # beside a few rows, which are written out, its numbers have no room
+    if written:
+        column = max(0.6, 0.2 + 0.075 * max(map(len, words)))
+        wide = 0.4 + 0.075 * max(map(len, called)) + 0.75 * barred + column * shown.shape[1]
+    else:
+        wide = min(5.2, 1.5 + 0.42 * shown.shape[1])
     figure, axes = canvas(width=max(wide, 3.0), height=0.7 + 0.3 * len(shown) + (0.5 if not written else 0.25))
     axis = axes[0, 0]
     framed(axis)
@@ -78,21 +88,20 @@ def value_grid(
     slanted = (
         {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if max(map(len, columns)) > 6 or not written else {}
     )
-    axis.set_xticks(range(shown.shape[1]), [label(one, 14) for one in columns[:most]], **slanted)
-    axis.set_yticks(range(len(shown)), [label(one, 22) for one in rows[:most]])
+    axis.set_xticks(range(shown.shape[1]), labels(columns[:most], 14), **slanted)
+    axis.set_yticks(range(len(shown)), called)
     axis.tick_params(length=0)
     bold = set(marked)
     if written:
-        for (at, place), value in np.ndenumerate(shown):
+        for (at, place), text in np.ndenumerate(words.reshape(shown.shape)):
             weight = "bold" if (rows[at], columns[place]) in bold else "normal"
-            text = number(round(value, 2) + 0.0) if np.isfinite(value) else "none"
             axis.text(place, at, text, ha="center", va="center", fontsize=9, color=INK, weight=weight)
     else:
         spots = [(place, at) for at, row in enumerate(rows[:most]) for place, column in enumerate(columns[:most])
                  if (row, column) in bold]  # fmt: skip
         axis.scatter(*np.array(spots).reshape(-1, 2).T, marker="o", s=7, color=INK)
     axis.set_title(label(unit, 40), fontsize=9, loc="left")
-    if not written or len(shown) > 3:  # beside a few rows, which are written out, its numbers have no room
+    if barred:
         colour_bar(figure, image, axes.ravel().tolist(), "", aspect=18)
     left = len(rows) * len(columns) - shown.size
     more = f" {left} more cells are in the data." if left else ""

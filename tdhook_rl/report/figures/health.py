@@ -21,6 +21,7 @@ from tdhook_rl.report.figures.style import (
     drawn,
     in_house_style,
     label,
+    labels,
     legend,
     number,
     points,
@@ -81,6 +82,7 @@ def network_health(
     rows = -(-len(panels) // columns)
     figure, axes = canvas(rows, columns, height=0.6 + 1.45 * rows, sharex=True)
     entries: dict[str, Any] = {}
+    called = labels(shown, 28)
     for panel, (heading, names, share) in zip(axes.flat, panels, strict=False):
         for second, name in enumerate(names):
             for place, site in enumerate(shown):
@@ -92,7 +94,7 @@ def network_health(
                     marker=MARKERS[place % 5] if not second else "",
                 )  # fmt: skip
                 if site and not second:
-                    entries.setdefault(label(site, 28), line)
+                    entries.setdefault(called[place], line)
         panel.set_title(heading, loc="left", pad=3, fontsize=9)
         if share:
             panel.set_ylim(min(-0.04, panel.get_ylim()[0]), 1.04)

@@ -18,6 +18,7 @@ from tdhook_rl.report.figures.style import (
     drawn,
     in_house_style,
     label,
+    labels,
     legend,
     number,
     points,
@@ -59,8 +60,9 @@ def lines(
     found = {name: points(curve) for name, curve in curves.items()}
     figure, axes = canvas(height=2.9)
     entries = {}
-    for (name, curve), colour, style, marker in zip(found.items(), COLOURS, STYLES, MARKERS, strict=False):
-        entries[label(name, 40)] = drawn(axes[0, 0], curve, colour=colour, style=style, marker=marker)
+    looks = zip(labels(found, 40), found.values(), COLOURS, STYLES, MARKERS, strict=False)
+    for name, curve, colour, style, marker in looks:
+        entries[name] = drawn(axes[0, 0], curve, colour=colour, style=style, marker=marker)
     axes[0, 0].set(xlabel=axis, ylabel=beside(unit))
     whole_ticks(axes[0, 0])
     tick_numbers(axes[0, 0])

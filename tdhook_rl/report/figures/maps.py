@@ -19,6 +19,7 @@ from tdhook_rl.report.figures.style import (
     framed,
     in_house_style,
     label,
+    labels,
     number,
 )
 from tdhook_rl.report.frames import as_array, as_frames, fitted
@@ -71,11 +72,12 @@ def attribution_maps(
     signed = bool((shown < 0).any())
     # Of one row or column a map would be a line.
     aspect: Any = "equal" if 1 / 8 <= heat.shape[1] / heat.shape[2] <= 8 else "auto"
-    for axis, one, name in zip(axes.flat, shown, names, strict=False):
+    called = labels(names[:most], int(panel * 13))  # 13 letters to the inch
+    for axis, one, name in zip(axes.flat, shown, called, strict=False):
         image = axis.imshow(
             one, cmap=colour_map(signed), vmin=-scale * signed, vmax=scale, interpolation="nearest", aspect=aspect
         )
-        axis.set_title(label(name, int(panel * 13)), fontsize=9, pad=3)  # 13 letters to the inch
+        axis.set_title(name, fontsize=9, pad=3)
     _finish(figure, axes, len(shown), image, shown, scale, unit)
     return _drawing(figure, shown, heat, names, unit, scale, title, caption, "maps")
 
@@ -127,10 +129,11 @@ def overlays(
         rows, 2 * pairs, width=0.9 + panel * 2 * pairs, height=max(rows * (panel * tall + 0.3) + 0.1, 1.4)
     )
     signed = bool((shown < 0).any())
+    called = labels(names[:most], int(2 * panel * 13))
     for place, (picture, one) in enumerate(zip(fitted(pictures[:most], least=64), shown, strict=True)):
         left, right = axes[place // pairs, 2 * (place % pairs) :][:2]
         left.imshow(picture, interpolation="nearest")
-        left.set_title(label(names[place], int(2 * panel * 13)), fontsize=9, pad=3, loc="left")
+        left.set_title(called[place], fontsize=9, pad=3, loc="left")
         area = (-0.5, picture.shape[1] - 0.5, picture.shape[0] - 0.5, -0.5)
         right.imshow(picture.mean(-1) * 0.6 + 60, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         strength = np.clip(np.abs(np.nan_to_num(one)) / scale, 0, 1) * 0.9

@@ -24,6 +24,7 @@ from tdhook_rl.report.figures.style import (
     drawn,
     in_house_style,
     label,
+    labels,
     legend,
     number,
     points,
@@ -97,14 +98,14 @@ def probe_curves(
         drawn(axes[0, 0], curve, colour=GREEN, marker=MARKERS[4])
         axes[0, 0].set_title(label(name, 60), loc="left", pad=3)
     _shares(axes[: bool(acts), 0], acts.values())
-    for panel, name in zip(axes[bool(acts) :, 0], shown, strict=True):
+    for panel, name, called in zip(axes[bool(acts) :, 0], shown, labels(shown, 40), strict=True):
         for one, (colour, style, marker, width) in _SERIES.items():
             if one in found[name]:
                 line = drawn(panel, found[name][one], colour=colour, style=style, marker=marker, width=width)
                 entries.setdefault(one, line)
         if chances.get(name) is not None:
             entries.setdefault("chance", panel.axhline(chances[name], color=INK, linewidth=0.9, linestyle=(0, (1, 3))))
-        panel.set_title(f"{label(name, 40)}: {unit}", loc="left", pad=3)
+        panel.set_title(f"{called}: {unit}", loc="left", pad=3)
     everything = [curve for name in shown for curve in found[name].values()]
     _shares(axes[bool(acts) :, 0], everything, [chances.get(name) for name in shown])
     axes[-1, 0].set_xlabel(axis)
@@ -145,21 +146,21 @@ def fill_probes(
 
     entries: dict[str, Any] = {}
     others: dict[str, Any] = {}
-    for (name, curves), colour, marker in zip(concepts.items(), (BLUE, ORANGE, PURPLE, GREY), MARKERS, strict=False):
+    called = labels([*concepts, *(behaviour or {})], 34, taken=[*_SERIES, "chance"])
+    looks = zip(called, concepts.values(), (BLUE, ORANGE, PURPLE, GREY), MARKERS, strict=False)
+    for name, curves, colour, marker in looks:
         for one, curve in curves.items():
             _, style, _, width = _SERIES[one]
             line = drawn(
                 axis, points(curve), colour=colour, style=style, marker=marker if one == "trained" else "", width=width
             )
             if one == "trained":
-                entries[label(name, 34)] = line
+                entries[name] = line
             else:
                 others[one] = Line2D([], [], color=INK, linestyle=style, linewidth=width)
     entries |= others
-    for name, curve in (behaviour or {}).items():
-        entries[label(name, 34)] = drawn(
-            axis, points(curve), colour=GREEN, style=STYLES[2], marker=MARKERS[4], width=1.4
-        )
+    for name, curve in zip(called[len(concepts) :], (behaviour or {}).values(), strict=True):
+        entries[name] = drawn(axis, points(curve), colour=GREEN, style=STYLES[2], marker=MARKERS[4], width=1.4)
     if chance is not None:
         entries["chance"] = axis.axhline(chance, color=INK, linewidth=0.9, linestyle=(0, (1, 3)))
     axis.set(xlabel=steps, ylabel=beside(unit))

@@ -23,6 +23,7 @@ from tdhook_rl.report.figures.style import (
     drawn,
     in_house_style,
     label,
+    labels,
     legend,
     limits,
     number,
@@ -167,8 +168,9 @@ def fill_doses(
 def _fill_competence(
     axis: Any, strengths: Sequence[float], competence: Mapping[str, Sequence[Number]], first: int = 0
 ) -> dict[str, Any]:
+    called = iter(labels(competence, taken=["the vector", "one run", "half of its effect"]))
     return {
-        label(name): drawn(
+        next(called): drawn(
             axis, points(list(zip(strengths, values, strict=True))), colour=GREEN, style=STYLES[2 + place % 3],
             marker=MARKERS[1 + place % 4],
         )

@@ -21,6 +21,7 @@ from tdhook_rl.report.figures.style import (
     drawn,
     in_house_style,
     label,
+    labels,
     legend,
     points,
     tick_numbers,
@@ -63,11 +64,11 @@ def seed_curves(
     figure, axes = canvas(height=2.9)
     place, entries = axes[0, 0], {}
     told = len(found) <= len(COLOURS) and len(found) < ENOUGH
-    for number_, (name, curve) in enumerate(found.items()):
+    for number_, (name, curve) in enumerate(zip(labels(found, 40), found.values(), strict=True)):
         plain = Points(curve.x, curve.y, np.full_like(curve.y, np.nan), np.full_like(curve.y, np.nan))
         if told:
             look = {"colour": COLOURS[number_], "style": STYLES[number_], "marker": MARKERS[number_]}
-            entries[label(name, 40)] = drawn(place, plain, **look)
+            entries[name] = drawn(place, plain, **look)
         else:
             entries["one run"] = drawn(place, plain, colour=GREY, marker="", width=0.9)
     middle = _middle(found) if len(found) >= ENOUGH else None

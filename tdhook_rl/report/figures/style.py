@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -75,6 +75,56 @@ def label(name: object, most: int = 24) -> str:
     return f"{text[: most - 1 - end]}…{text[-end:]}"
 
 
+def labels(names: Iterable[object], most: int = 24, taken: Collection[str] = ()) -> list[str]:
+    """Names as they are written together: no two that differ are written alike, nor as what is taken.
+
+    Where their middles are left out, and differ there, what they begin and end with is left out instead.
+
+    Example:
+        >>> labels([f"module.layers.{at}.attention.projection" for at in (0, 1)], 20)
+        ['…layers.0.attentio…', '…layers.1.attentio…']
+        >>> labels(["truth", "found"], taken=["truth"])
+        ['truth (2)', 'found']
+    """
+    whole = list(names)
+    found = {str(name): label(name, most) for name in whole}
+    by_label: dict[str, list[str]] = {}
+    for name, short in found.items():
+        by_label.setdefault(short, []).append(name)
+    for alike in by_label.values():
+        if len(alike) > 1:
+            found.update(zip(alike, _apart(alike, most), strict=True))
+    used = set(taken)
+    for name, short in found.items():
+        count, one = 1, short
+        while one in used:
+            count += 1
+            one = f"{label(name, most - len(f' ({count})'))} ({count})"
+        used.add(one)
+        found[name] = one
+    return [found[str(name)] for name in whole]
+
+
+def _apart(names: Sequence[str], most: int) -> list[str]:
+    """Names around where they differ, as far as there is room for that."""
+    texts = [label(name, len(name) + 1) for name in names]
+    start = _shared(texts)
+    end = _shared([text[start:][::-1] for text in texts])
+    found = []
+    for text in texts:
+        room = max(0, most - 2 - (len(text) - end - start)) // 2
+        first, last = max(0, start - room), min(len(text), len(text) - end + room)
+        part = f"{'…' * (first > 0)}{text[first:last]}{'…' * (last < len(text))}"
+        found.append(part if len(part) <= most else label(text, most))
+    return found
+
+
+def _shared(texts: Sequence[str]) -> int:
+    """With how many letters all of them begin."""
+    ends = (at for at, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1)
+    return next(ends, min(map(len, texts)))
+
+
 def beside(name: object, letters: int = 25) -> str:
     """A name along an axis: two lines of so many letters at most, 12 for each inch that there is room for.
 
@@ -85,19 +135,36 @@ def beside(name: object, letters: int = 25) -> str:
     return textwrap.fill(label(name, 2 * letters), letters, max_lines=2, placeholder="…")
 
 
-def number(value: float) -> str:
+def number(value: float, digits: int = 3) -> str:
     """A number as people write it: three digits, and k, M for thousands and millions.
 
     Example:
-        >>> number(81920), number(0.98765), number(0.0031), number(1.5e6), number(float("nan"))
-        ('81.9k', '0.988', '0.0031', '1.5M', 'not known')
+        >>> number(81920), number(0.98765), number(0.0031), number(1.5e6), number(float("nan")), number(999.9)
+        ('81.9k', '0.988', '0.0031', '1.5M', 'not known', '1k')
     """
     if not np.isfinite(value):
         return "not known"
+    value = float(f"{value:.{digits}g}")
     for unit, sign in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:
-            return f"{value / unit:.3g}{sign}" if abs(value) < 1e12 else f"{value:.3g}"
-    return f"{value:.3g}"
+            return f"{value / unit:.{digits}g}{sign}" if abs(value) < 1e12 else f"{value:.{digits}g}"
+    return f"{value:.{digits}g}"
+
+
+def numbers(values: Iterable[float]) -> list[str]:
+    """Numbers beside each other, such as ticks: with as many digits as tell them apart, three at least.
+
+    Example:
+        >>> numbers([0, 20_000, 40_000]), numbers([100_000, 100_500, 101_000])
+        (['0', '20k', '40k'], ['100k', '100.5k', '101k'])
+    """
+    given = [float(one) for one in values]
+    steps = np.diff(np.unique(np.array([one for one in given if np.isfinite(one)])))
+    least = 0.01 * float(steps.min()) if len(steps) else float("inf")
+    for digits in range(3, 15):
+        if all(abs(float(f"{one:.{digits}g}") - one) <= least for one in given if np.isfinite(one)):
+            break
+    return [number(one, digits) for one in given]
 
 
 def said(value: Number) -> str:
@@ -260,10 +327,17 @@ def framed(axis: Any) -> None:
 
 def tick_numbers(axis: Any, which: str = "x") -> None:
     """Ticks as 20k, 1.5M."""
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    class Numbers(FuncFormatter):
+        def format_ticks(self, values: Any) -> list[str]:
+            return numbers(values)
 
     of = axis.xaxis if which == "x" else axis.yaxis
-    of.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    of.set_major_formatter(Numbers(lambda value, _: number(value)))
+    longest = max(map(len, numbers(of.get_majorticklocs())), default=0)
+    if which == "x" and longest > 5 and isinstance(of.get_major_locator(), MaxNLocator):
+        of.get_major_locator().set_params(nbins=4)  # or they would lie on each other
 
 
 def whole_ticks(axis: Any) -> None:

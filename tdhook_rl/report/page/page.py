@@ -32,6 +32,7 @@ from tdhook_rl.report.page.parts import (
 )
 from tdhook_rl.report.page.place import Place
 from tdhook_rl.report.page.saved import file_name
+from tdhook_rl.report.sinks.names import told_apart
 
 #: From so many sections on a page has a table of contents.
 CONTENTS = 4
@@ -104,7 +105,10 @@ class Page:
             if isinstance(part, Findings):
                 found += part.found
             elif isinstance(part, Drawing):
-                drawings[file_name(part.title)] = part
+                name = one = told_apart(file_name(part.title), part.title)
+                while one in drawings:  # of titles that are cut, or the same
+                    one = f"{name}-{len(drawings) + 1}"
+                drawings[one] = part
         if found:
             save_findings(folder, found)
         for name, drawing in drawings.items():

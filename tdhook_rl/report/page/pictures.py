@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import html
-import re
 from pathlib import Path
 from typing import Any
 
 from tdhook_rl.errors import ArtifactError
-from tdhook_rl.report.drawing import Drawing, as_drawn
+from tdhook_rl.report.drawing import Drawing, as_drawn, in_tags
 from tdhook_rl.report.page.parts import Figure, Fragment, Gallery
 from tdhook_rl.report.page.place import Place
 from tdhook_rl.report.page.saved import as_json, data_link, embedded
@@ -84,5 +83,5 @@ def _beside(title: str, data: Any, place: Place) -> str:
 
 def _apart(svg: str, one: str) -> str:
     """The same picture with ids that no other one in the page has: one drawing may stand in it twice."""
-    svg = re.sub(r'\bid="([^"]*)"', rf'id="{one}-\1"', svg)
-    return re.sub(r'(href="|url\()#', rf"\1#{one}-", svg)
+    svg = in_tags(r'\bid="([^"]*)"', lambda found: f'id="{one}-{found[1]}"', svg)
+    return in_tags(r'(href="|url\()#', lambda found: f"{found[1]}#{one}-", svg)
