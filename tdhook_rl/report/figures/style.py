@@ -82,7 +82,7 @@ def labels(names: Iterable[object], most: int = 24, taken: Collection[str] = ())
 
     Example:
         >>> labels([f"module.layers.{at}.attention.projection" for at in (0, 1)], 20)
-        ['…layers.0.attentio…', '…layers.1.attentio…']
+        ['….layers.0.attenti…', '….layers.1.attenti…']
         >>> labels(["truth", "found"], taken=["truth"])
         ['truth (2)', 'found']
     """
