@@ -33,6 +33,12 @@ def untied():
     actor.double()
     return policy, CueCorners(batch_size=[2])
 
+def several():
+    return good()[0], [lambda: CueCorners(batch_size=[2])] * 2
+
+def none_of_several():
+    return good()[0], []
+
 def nothing():
     return None
 
@@ -57,6 +63,13 @@ def test_the_example_and_a_users_policy_pass(capsys) -> None:
     shown = capsys.readouterr().out
     assert "0 errors" in shown
     assert "tie" in shown
+
+
+@pytest.mark.parametrize("command", [["sites"], ["play", "--episodes", "1", "--steps", "3"]])
+def test_a_set_up_for_workers_has_an_environment(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command[0], "users_own_setup:several", *command[1:]]) == 0
+    assert main([command[0], "users_own_setup:none_of_several", *command[1:]]) == 1
+    assert "no environment" in capsys.readouterr().err
 
 
 def test_the_version(capsys) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from tensordict import TensorDict
 from torchrl.data import LazyMemmapStorage, ReplayBuffer
 
-from tdhook_rl.cli import main
+from tdhook_rl.cli import main, showing
 from tdhook_rl.cli.options import named_file
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.examples.agent import make_actor
@@ -108,6 +109,43 @@ def test_checkpoints_are_compared_beside_an_untrained_network(folder: Path) -> N
     page = (folder / "out" / "report.html").read_text()
     assert f"How alike checkpoints are at {SITE}" in page
     assert f"in {found['states']} states" in page
+
+
+#: What rich would take for a style, a closing one, a picture; and a name that leaves no room.
+ODD = ("[up]", "[/up]", ":door:", "a name that is longer than a terminal has columns" * 2)
+
+
+@pytest.mark.parametrize("width", [0, 60, 400])
+def test_what_is_printed_is_what_was_said(
+    width: int, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a pipe, in a narrow terminal and in a wide one: names and numbers whole, and the path is the folder's."""
+    if width:
+        monkeypatch.setattr(showing, "terminal", lambda wide=None: Console(
+            markup=False, emoji=False, width=wide or width, force_terminal=True, color_system=None
+        ))  # fmt: skip
+        monkeypatch.setattr("tdhook_rl.cli.probe.terminal", showing.terminal)
+    command = ["probe", "buffer", "--policy", "my_probe_setup:actor", "--sites", SITE, "--out", "[out]/:door:"]
+    assert main([*command, "--concepts", *(f"{name}=concept/xor" for name in ODD)]) == 0
+    printed = capsys.readouterr().out
+    shown = "".join(printed.split())
+    cells = json.loads((folder / "[out]" / ":door:" / "probes.json").read_text())["cells"]
+    assert all(name.replace(" ", "") in shown for name in ODD if len(name) < 50 or not width)
+    assert all(
+        f"{cell['trained']:.3f}[{cell['trained_low']:.3f},{cell['trained_high']:.3f}]" in shown for cell in cells
+    )
+    assert shown.count(SITE) >= len(ODD)
+    assert "…" not in printed
+    assert "[out]/:door:/report.html  the report" in printed
+
+
+def test_a_key_may_hold_a_slash(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = rows().set("goal/xy", torch.randn(1200, 1)).set(("info", "a/b"), torch.randn(1200, 1))
+    data.memmap(folder / "named")
+    command = ["probe", "named", "--policy", "my_probe_setup:actor", "--sites", SITE, "--out", "out"]
+    assert main([*command, "--concepts", "goal/xy", "b=info/a/b", "--split", "concept/cell"]) == 0
+    cells = json.loads((folder / "out" / "probes.json").read_text())["cells"]
+    assert [cell["concept"] for cell in cells] == ["goal/xy", "b"]
 
 
 @pytest.mark.parametrize(

@@ -159,8 +159,12 @@ def test_what_is_not_to_check() -> None:
         check(TensorDictSequential(hooked(make_actor())), env())
     with pytest.raises(InputError, match="at least two"):
         check(hooked(make_actor()), env(), steps=1)
-    with pytest.raises(InputError, match="has no workers"):
+    with pytest.raises(InputError, match="has no workers: leave out num_workers"):
         check(hooked(make_actor()), env(), {"num_workers": 2}, collector=Collector)
+    with pytest.raises(InputError, match="has no workers: give one environment"):
+        check(hooked(make_actor()), [CueCorners, CueCorners], collector=Collector)
+    with pytest.raises(InputError, match=r"num_workers=3 has an environment of its own, got 2"):
+        check(hooked(make_actor()), [CueCorners, CueCorners], {"num_workers": 3})
 
 
 def test_the_users_probes_are_not_fed() -> None:
@@ -268,6 +272,12 @@ def test_multi_async() -> None:
     report = check(
         hooked(make_actor()), env(), {"num_workers": 1, "compile_policy": True}, collector=MultiAsyncCollector
     )
+    assert report.ok, str(report)
+
+
+def test_a_list_of_environments_one_for_each_worker() -> None:
+    options = {"env_backend": "threading", "create_env_kwargs": [{"seed": 1}, {"seed": 2}]}
+    report = check(hooked(make_actor()), [CueCorners, CueCorners], options, collector=AsyncBatchedCollector)
     assert report.ok, str(report)
 
 

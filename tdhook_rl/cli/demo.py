@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tdhook_rl.cli.showing import print_table, progress_bar, seed
+from tdhook_rl.cli.showing import print_table, progress_bar, seed, terminal
 
 if TYPE_CHECKING:
     from tdhook_rl.examples.demo import Settings
@@ -49,13 +49,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _shown(settings: Settings, folder: Path) -> int:
-    from rich.console import Console
 
     from tdhook_rl.examples import demo, demo_report
     from tdhook_rl.report import open_wandb
     from tdhook_rl.rollout import Interruptible
 
-    console = Console()
+    console = terminal()
     logger = open_wandb(folder, folder.name, vars(settings)) if settings.logger == "wandb" else None
     bar = progress_bar(console)
     interruptible = Interruptible()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tdhook_rl.cli.showing import print_table, progress_bar, seed
+from tdhook_rl.cli.showing import print_table, progress_bar, seed, terminal
 
 __all__ = ["add"]
 
@@ -53,13 +53,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _measured(chosen: Mapping[str, Any], folder: Path, options: argparse.Namespace) -> int:
-    from rich.console import Console
 
     from tdhook_rl.errors import TdhookError
     from tdhook_rl.experiments import report
     from tdhook_rl.rollout import Interruptible
 
-    console = Console()
+    console = terminal()
     bar = progress_bar(console)
     interruptible = Interruptible()
     found: dict[str, Any] = {}

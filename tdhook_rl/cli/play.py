@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tdhook_rl.cli.setups import EXAMPLE, made_with_environment
+from tdhook_rl.cli.setups import EXAMPLE, made_with_environment, one_environment
 from tdhook_rl.cli.showing import seed
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     import torchrl
-    from torchrl.envs import EnvBase
 
     from tdhook_rl.errors import InputError
     from tdhook_rl.latent import SteeringVector
@@ -59,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     if vector is not None and compare != "steered":
         raise InputError(f"--vector steers, and --compare {compare} does not: leave one out")
     policy, env, *_ = made_with_environment(options.target)
-    env = env if isinstance(env, EnvBase) else env()  # what makes one
+    env = one_environment(env)
 
     def episodes(of: Any) -> Any:
         return alike_episodes(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tdhook_rl.cli.options import named, named_file
 from tdhook_rl.cli.setups import EXAMPLE, hooked, made
-from tdhook_rl.cli.showing import print_table, seed
+from tdhook_rl.cli.showing import print_table, progress_bar, seed, terminal
 
 #: States in which checkpoints are compared, and what the network that was never trained is called beside them.
 STATES, UNTRAINED = 512, "untrained"
@@ -58,16 +58,16 @@ def run(options: argparse.Namespace) -> int:
     torch.manual_seed(options.seed)
     found = made(options.policy)
     policy = found[0] if isinstance(found, tuple) else found
-    concepts = {name: _concept(text) for name, text in _named("concepts", options.concepts).items()}
+    keys = _keys(options.data)
+    concepts = {name: _concept(text, keys) for name, text in _named("concepts", options.concepts).items()}
     checkpoints = {name: Path(text) for name, text in _named("checkpoints", options.checkpoints).items()} or None
-    split = GroupSplit(*(_key(one) for one in options.split), held_out=options.held_out, seed=options.seed)
+    split = GroupSplit(*(_key(one, keys) for one in options.split), held_out=options.held_out, seed=options.seed)
     place = options.out or Path("runs") / time.strftime("probe-%Y%m%d-%H%M%S")
     with tidied(place):
         return _probed(policy, concepts, checkpoints, split, new_folder(place), options)
 
 
 def _probed(policy: Any, concepts: Any, checkpoints: Any, split: Any, folder: Path, options: argparse.Namespace) -> int:
-    from rich.console import Console
 
     from tdhook_rl.files.durable import put
     from tdhook_rl.replay import probe_grid
@@ -75,13 +75,15 @@ def _probed(policy: Any, concepts: Any, checkpoints: Any, split: Any, folder: Pa
     from tdhook_rl.report.probe_grids import probe_page
     from tdhook_rl.report.similarity import similarity_document, similarity_grids
 
-    console = Console()
-    with _bar(console) as bar:
-        task = bar.add_task("reading", total=None)
+    console = terminal()
+    with progress_bar(console, "rows", left=True) as bar:
+        task = bar.add_task("reading", total=None, visible=False)
         table = probe_grid(
             policy, options.data, sites=options.sites, concepts=concepts, checkpoints=checkpoints, split=split,
             batch_size=options.batch_size, seed=options.seed,
-            progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+            progress=lambda what, done, total: bar.update(
+                task, description=what, completed=done, total=total, visible=True
+            ),
         )  # fmt: skip
     document = {"command": options.written, **facts_of(hooked(policy)), "cells": json.loads(table.json())}
     alike: list[Any] = []
@@ -118,15 +120,6 @@ def _compared(policy: Any, checkpoints: Any, options: argparse.Namespace) -> Any
     return cka_matrix(policy, compared, options.sites, states, rows=STATES)
 
 
-def _bar(console: Any) -> Any:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} rows"),
-        TimeRemainingColumn(), console=console,
-    )  # fmt: skip
-
-
 def _named(what: str, texts: Sequence[str]) -> dict[str, str]:
     """By name what was given as ``NAME=TEXT``, or as its own name.
 
@@ -147,13 +140,29 @@ def _named(what: str, texts: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _key(text: str) -> Any:
+def _keys(data: Path) -> dict[str, Any]:
+    """The keys of a buffer as they are written: a key may hold a slash itself."""
+    import torch
+
+    from tdhook_rl.arguments.keys import key_parts
+    from tdhook_rl.errors import TdhookError
+    from tdhook_rl.reading.reader import Reader
+
+    try:
+        reader = Reader(data)
+        first = reader.read(torch.tensor([0])) if reader.size else None
+    except TdhookError:
+        return {}  # whoever reads it will say so
+    return {} if first is None else {"/".join(key_parts(key)): key for key in first.keys(True, True)}
+
+
+def _key(text: str, known: Mapping[str, Any]) -> Any:
     parts = tuple(text.split("/"))
-    return parts if len(parts) > 1 else text
+    return known.get(text, parts if len(parts) > 1 else text)
 
 
-def _concept(text: str) -> Any:
+def _concept(text: str, known: Mapping[str, Any]) -> Any:
     """A key, or a function of a TensorDict."""
     from tdhook_rl.cli.setups import named_function
 
-    return named_function(text) if ":" in text else _key(text)
+    return _key(text, known) if text in known or ":" not in text else named_function(text)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tdhook_rl.errors import InputError, nearest
 
-__all__ = ["EXAMPLE", "made", "made_with_environment"]
+__all__ = ["EXAMPLE", "made", "made_with_environment", "one_environment"]
 
 #: What is looked at where nothing is named.
 EXAMPLE = "tdhook_rl.examples.check:setup"
@@ -77,6 +77,15 @@ def made_with_environment(target: str) -> tuple[Any, ...]:
     if not isinstance(options, Mapping):
         raise InputError(f"{target} returned {options!r:.80} third: return the collector's arguments by name, a dict")
     return found
+
+
+def one_environment(given: Any) -> Any:
+    """An environment of what a set-up returns: itself, or what a function makes; of several the first."""
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    if several and not given:
+        raise InputError("the set-up returned no environment: an empty list")
+    first = given[0] if several else given
+    return first if hasattr(first, "reset") else first()
 
 
 def hooked(policy: Any) -> Any:

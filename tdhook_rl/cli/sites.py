@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from tdhook_rl.cli.setups import EXAMPLE, hooked, made
+from tdhook_rl.cli.setups import EXAMPLE, hooked, made, one_environment
 
 __all__ = ["add"]
 
@@ -35,6 +35,6 @@ def run(options: argparse.Namespace) -> int:
     found = made(options.target)
     policy, given = (*found, None)[:2] if isinstance(found, tuple) else (found, None)
     if given is not None and not isinstance(given, TensorDictBase):
-        given = (given() if not hasattr(given, "reset") else given).reset()
+        given = one_environment(given).reset()
     print(hooked(policy).sites(given))
     return 0

@@ -12,7 +12,7 @@ from typing import Any
 
 from tdhook_rl.cli.options import chosen_options, named_file, printed_warnings
 from tdhook_rl.cli.setups import is_function, made, named_function
-from tdhook_rl.cli.showing import print_table, progress_bar, seed
+from tdhook_rl.cli.showing import print_table, progress_bar, seed, terminal
 from tdhook_rl.errors import InputError, nearest
 
 #: What a config file may say, and what holds where nobody says anything.
@@ -104,13 +104,12 @@ def _steered(
     chosen: Mapping[str, Any],
     command: str,
 ) -> int:
-    from rich.console import Console
     from torchrl.envs.utils import ExplorationType, set_exploration_type
 
     from tdhook_rl.sweeps import steering_sweep
 
     how = ExplorationType.RANDOM if chosen["sampled"] else ExplorationType.DETERMINISTIC
-    console = Console()
+    console = terminal()
     bar = progress_bar(console, "conditions")
     reached = ["nothing is played yet"]
 

@@ -47,7 +47,8 @@ def check(
     Args:
         policy: the hooked policy; or the context that ``prepare`` returned; or a function without arguments that
             returns a hooked policy, as for ``policy_factory``.
-        env: a TorchRL environment, which must deep-copy, or a function that makes one.
+        env: a TorchRL environment, which must deep-copy, or a function that makes one; or a list of these, one for
+            each worker, of which the first is looked at step by step.
         collector_kwargs: the arguments for the collector, without the policy and the environment; ``num_workers`` of
             them makes the dry run start so many processes. Frames and the size of the buffer are cut down.
         collector: the collector's class; by default ``Collector``, or ``MultiSyncCollector`` if there are workers.
@@ -147,17 +148,24 @@ class _Examination:
         from torchrl.collectors import AsyncBatchedCollector, Collector, MultiCollector, MultiSyncCollector
 
         asked = self.options.pop("num_workers", None)
+        several = isinstance(self.env, list | tuple)
+        if several:
+            asked = len(self.env) if asked is None else asked
+            if not self.env or asked != len(self.env):
+                raise InputError(f"each of num_workers={asked} has an environment of its own, got {len(self.env)}")
         if asked is not None and (not isinstance(asked, int) or asked < 0):
             raise InputError(f"num_workers= is a number of processes from 0 on, got {asked!r:.80}")
         kind = self.collector or (MultiSyncCollector if asked else Collector)
         takes_a_list = issubclass(kind, (MultiCollector, AsyncBatchedCollector))
         if asked and not takes_a_list:
-            raise InputError(f"{kind.__name__} has no workers: leave out num_workers, or give a MultiSyncCollector")
+            remedy = "give one environment" if several else "leave out num_workers"
+            raise InputError(f"{kind.__name__} has no workers: {remedy}, or give a MultiSyncCollector")
         return kind, (asked or 1) if takes_a_list else 0
 
     def _run(self, kind: type, workers: int) -> Iterator[Finding]:
         self.deadline.waiting_for = "the constructor of the environment"
-        env, failed = self._attempt(lambda: fresh_env(self.env, env_options(self.options.get("create_env_kwargs"))))
+        first = self.env[0] if isinstance(self.env, list | tuple) else self.env
+        env, failed = self._attempt(lambda: fresh_env(first, env_options(self.options.get("create_env_kwargs"))))
         if failed is not None:
             yield failed
             return

@@ -55,11 +55,13 @@ class Collecting:
         """
         deadline.waiting_for = "a fresh environment for the collector"
         arguments = self._arguments(policy, trial, copies * max(self.workers, 1))
-        options = env_options(arguments.pop("create_env_kwargs", None))
+        given = arguments.pop("create_env_kwargs", None)
+        each = env if isinstance(env, list | tuple) else [env] * self.workers
         if self.workers:
-            made = [functools.partial(fresh_env, env, options)] * self.workers
+            of = given if isinstance(given, list | tuple) else [given] * self.workers
+            made = [functools.partial(fresh_env, *one) for one in zip(each, map(env_options, of), strict=False)]
         else:
-            made = fresh_env(env, options)
+            made = fresh_env(env, env_options(given))
         name = self.kind.__name__
         what = f"{self.workers} worker{'s' * (self.workers > 1)} of {name}" if self.workers else name
         deadline.waiting_for = f"the start of {what}"
