@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch import distributions as D
 
+from tdhook_rl.calls.drawable import within
 from tdhook_rl.calls.known_slopes import slopes_of_normal
 from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.errors import InputError
@@ -22,7 +23,8 @@ def _slopes(head: Any, drawn: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tenso
 
 
 def _squashed_slopes(head: Any, drawn: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, ...] | None:
-    return slopes_of_normal(_before_tanh(drawn), loc, scale) if surely_finite(drawn) else None
+    known = surely_finite(drawn) and within(drawn, -1.0, 1.0)
+    return slopes_of_normal(_before_tanh(drawn), loc, scale) if known else None
 
 
 def _before_tanh(action: Tensor) -> Tensor:
@@ -159,7 +161,8 @@ class MultiCategorical(D.Distribution):
 
     @property
     def support(self) -> D.constraints.Constraint:
-        return D.constraints.independent(D.constraints.nonnegative_integer, 1)
+        last = torch.tensor(self.sizes, device=self.logits.device) - 1
+        return D.constraints.independent(D.constraints.integer_interval(torch.zeros_like(last), last), 1)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> MultiCategorical:
         return MultiCategorical(self.logits.expand(*batch_shape, self.logits.shape[-1]), self.sizes)

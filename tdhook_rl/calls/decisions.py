@@ -15,6 +15,7 @@ from torch import distributions as D
 
 from tdhook_rl.arguments.keys import get_entry, key_parts
 from tdhook_rl.calls.chains import has_hook
+from tdhook_rl.calls.drawable import require_entries, support_of
 from tdhook_rl.calls.passes import Pass
 from tdhook_rl.calls.real_rows import FEW, real_rows
 from tdhook_rl.calls.writing import tensors_as_entries
@@ -307,7 +308,11 @@ def require_choice(run: Pass, chosen: Tensor, action: Tensor, key: NestedKey, *,
 
 
 def require_drawn_choice(run: Pass, decision: Decision) -> None:
-    """As :func:`require_choice`, of the stored action of a distribution over choices."""
+    """As :func:`require_choice`, of the stored action of a distribution: also of numbers, which it may bound.
+
+    Raises:
+        TargetError: if it cannot have drawn that.
+    """
     distribution, action = decision.distribution, decision.action
     while isinstance(distribution, D.Independent):
         distribution = distribution.base_dist
@@ -315,11 +320,15 @@ def require_drawn_choice(run: Pass, decision: Decision) -> None:
         return
     if is_one_hot(distribution):
         require_choice(run, action, action, decision.key)
+        several = (action.round() != 0).sum(-1, keepdim=True) > 1
+        require_entries(run.stored, action, several, decision.key, lambda place: "one choice, not several")
     elif isinstance(distribution, D.Categorical) and action.shape == distribution.batch_shape:
         number = distribution.param_shape[-1]
         if _are_indices(action, number):
             return
         require_choice(run, action.unsqueeze(-1) == torch.arange(number, device=action.device), action, decision.key)
+    elif (support := support_of(decision.distribution)) is not None:
+        require_entries(run.stored, action, support.lacks(action), decision.key, support.said)
 
 
 def _are_indices(action: Tensor, number: int) -> bool:

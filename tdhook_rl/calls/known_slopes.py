@@ -15,6 +15,7 @@ from torch import distributions as D
 
 from tdhook_rl.arguments.keys import get_entry
 from tdhook_rl.calls.chains import has_hook
+from tdhook_rl.calls.drawable import within
 from tdhook_rl.policies.draws import sample_keys
 
 Slopes = tuple[Tensor, ...] | None
@@ -113,6 +114,8 @@ def _tanh_normal_slopes(head: Any, action: Tensor, loc: Tensor, scale: Tensor) -
     edge = 1 - torch.finfo(loc.dtype).resolution
     middle, half = float(high + low) / 2, float(high - low) / 2
     inside = action if (middle, half) == (0, 1) else (action - middle) / half
+    if not within(inside, -1.0, 1.0):
+        return None
     return slopes_of_normal(inside.clamp(-edge, edge).atanh(), loc, scale)
 
 

@@ -25,6 +25,7 @@ from tdhook_rl.calls.decisions import (
     require_drawn_choice,
     warn_left_out,
 )
+from tdhook_rl.calls.drawable import as_drawn
 from tdhook_rl.calls.open_choices import closed_choices
 from tdhook_rl.calls.passes import Pass, Slope
 from tdhook_rl.errors import TargetError
@@ -50,7 +51,7 @@ class LogProb:
                     "collected, or choose another target"
                 )
             require_drawn_choice(run, one)
-            found = distribution.log_prob(action)
+            found = distribution.log_prob(as_drawn(distribution, action))
             if found.numel() != distribution.batch_shape.numel():
                 raise TargetError(
                     f"the stored action {key!r} of shape {tuple(action.shape)} is broadcast against the policy's "

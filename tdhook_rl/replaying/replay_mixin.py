@@ -65,7 +65,7 @@ class ReplayMixin(Swapped):
             if any(one.module is self for one in replay.distributions) and not is_point(distribution):
                 raise InputError(_several_draws(self, distribution))
             stored = samples(self, draw, distribution, data, replay)
-            _require_own_shape(stored, distribution)
+            _require_own_shape(stored, components(self, distribution))
             replay.distributions.append(Drawn(self, distribution, stored))
             if draw.latent:
                 again = latent_samples(self, draw, components(self, distribution), stored, replay)
@@ -148,12 +148,15 @@ def _several_draws(module: nn.Module, distribution: torch.distributions.Distribu
 
 
 def _require_own_shape(
-    stored: Mapping[NestedKey, Tensor | None], distribution: torch.distributions.Distribution
+    stored: Mapping[NestedKey, Tensor | None], parts: Mapping[NestedKey, torch.distributions.Distribution]
 ) -> None:
     """A stored sample of another shape would be broadcast against the distribution in silence."""
-    if len(stored) != 1 or is_point(distribution):
+    if len(stored) != 1 or len(parts) != 1:
         return
     ((key, value),) = stored.items()
+    (distribution,) = parts.values()
+    if is_point(distribution):
+        return
     rows, events = distribution.batch_shape, distribution.event_shape
     if value is not None and (value.shape[: len(rows)] != rows or value.ndim < len(rows) + len(events)):
         raise InputError(
