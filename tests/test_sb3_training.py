@@ -231,7 +231,7 @@ def test_callbacks_see_observations_as_the_network_does(name: str) -> None:
     data = kept[-1]
     assert data["observation"].abs().max() > 0
     own = agent.get_vec_normalize_env()
-    assert (name == "SAC") == any(hasattr(one, "statistics") for one in explain.policy.modules())
+    assert (name == "SAC") == any(hasattr(one, "follow_source") for one in explain.policy.modules())
     assert own.norm_obs
 
 

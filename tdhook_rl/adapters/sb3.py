@@ -51,7 +51,9 @@ def from_sb3(
             the first critic; of the second ``"state_action_value_1"``) from the observation and ``"raw_action"``; or
             ``"actor_value"``: one module with both, in which features that both use are computed once.
         normalize: the ``VecNormalize`` that the agent was trained in, where the observations come as the environment
-            gives them; ``False`` where they come normalised. Its statistics are read as they are when the policy runs.
+            gives them; ``False`` where they come normalised. Its statistics are read as they are when the policy runs;
+            copies of the policy, which have weights of their own, keep those of then, and workers of collectors are
+            sent them with the weights.
         in_keys: where the observation is, unless it is where ``GymEnv`` writes it: ``"observation"``, or ``"pixels"``
             of pictures in three colours; of dictionaries a key for each name.
         categorical_action_encoding: as of TorchRL's ``GymEnv``: discrete actions and observations are indices, or

@@ -141,6 +141,8 @@ class Tie:
             if tensor is not None
         ]
         self._note_entries()
+        #: Modules that mirror in buffers what somebody else goes on changing.
+        self._mirrors: list[Any] = [one for one in modules(clone) if hasattr(type(one), "follow_source")]
         self._modes = vars(original), vars(clone)
         self._parameters = [tensor for *_, tensor, _ in self._entries if isinstance(tensor, nn.Parameter)]
         self._warned = False
@@ -205,6 +207,8 @@ class Tie:
 
     def check(self, clone: nn.Module) -> None:
         """Raise :class:`TieError` if the original was given other tensors; warn if train/eval differ."""
+        for one in self._mirrors:
+            one.follow_source()
         if self._unchanged():
             return
         # While a loss runs, another thread may see the original with target weights swapped in.
