@@ -13,7 +13,8 @@ from tensordict.nn import TensorDictSequential
 from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import Categorical, Composite
-from torchrl.modules import QValueModule
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import NoisyLinear, QValueActor, QValueModule
 
 from tdhook_rl import ActivationCaching, Compose, Saliency, SteeringVectors
 from tdhook_rl.attribution import IntegratedGradients, Occlusion
@@ -165,3 +166,18 @@ def test_the_end_of_a_path_is_compared_whatever_its_length() -> None:
         with torch.no_grad():
             far = actor(far)
         hooked.annotate(far, on_mismatch="raise")
+
+
+def test_noise_that_is_there_while_exploring_only_is_named_and_is_there_under_the_same_type() -> None:
+    net = nn.Sequential(NoisyLinear(5, 8), nn.Tanh(), NoisyLinear(8, 3))
+    policy = QValueActor(net, in_keys=["observation"], action_space="categorical")
+    data = TensorDict({"observation": torch.randn(6, 5)}, [6])
+    with Saliency().prepare(policy) as hooked:
+        with set_exploration_type(ExplorationType.RANDOM):
+            batch = hooked(data).detach()
+            found = hooked.annotate(batch.clone(), on_mismatch="raise")
+            x = batch["observation"].clone().requires_grad_()
+            [expected] = torch.autograd.grad(net(x).gather(-1, batch["action"][:, None]).sum(), x)
+        with pytest.raises(MismatchError, match=r"'module.0.module.0' adds its noise.*set_exploration_type"):
+            hooked.annotate(batch.clone(), on_mismatch="raise")
+    torch.testing.assert_close(found["attr", "observation"], expected)

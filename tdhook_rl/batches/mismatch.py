@@ -18,6 +18,7 @@ from tdhook_rl.calls.passes import Call, effects_of
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.real_rows import FEW
 from tdhook_rl.errors import MismatchError, warn
+from tdhook_rl.policies.draws import noisy_while_exploring
 
 #: How far outputs may differ: batched and single rows differ in the last bits of the format.
 RELATIVE, ABSOLUTE = 1e-3, 1e-4
@@ -149,6 +150,11 @@ class Mismatch:
                 low, high = version.min().item(), version.max().item()
                 causes.append(f"collected under policy version {low:g}" + (f" to {high:g}" if high > low else ""))
                 break
+        if (noisy := noisy_while_exploring(self._policy)) is not None:
+            causes.append(
+                f"{noisy!r} adds its noise under ExplorationType.RANDOM, as in collectors, and is explained without: "
+                "annotate under set_exploration_type(ExplorationType.RANDOM)"
+            )
         for name, value in self._policy.controls.items():
             recorded = data.get(("control", name), None)
             if value.numel() == 1 and isinstance(recorded, Tensor) and recorded.is_floating_point():

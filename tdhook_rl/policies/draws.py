@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.policies.actors import cached_samples
-from tdhook_rl.sites.listed import modules
+from tdhook_rl.sites.listed import modules, named_modules
 
 #: What names with "action" in them stand for otherwise.
 _NOT_ACTIONS = ("value", "prob", "logit", "param", "loc", "scale", "mask", "mean", "std", "entropy", "spec", "orig")
@@ -159,6 +159,16 @@ def noise_keys(policy: nn.Module) -> list[NestedKey]:
             found.append(unravel_key(child.in_keys[2]))
     own = getattr(policy, "in_keys", ())
     return [key for key in dict.fromkeys(found) if key in own]
+
+
+def noisy_while_exploring(policy: nn.Module) -> str | None:
+    """The path of a ``NoisyLinear``, if the policy has one and does not explore now, as its collector does."""
+    from torchrl.envs.utils import ExplorationType, exploration_type
+    from torchrl.modules import NoisyLinear
+
+    if exploration_type() is ExplorationType.RANDOM:
+        return None
+    return next((path for path, child in named_modules(policy) if isinstance(child, NoisyLinear)), None)
 
 
 def masks_needed(policy: nn.Module) -> list[NestedKey]:
