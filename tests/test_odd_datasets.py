@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tensordict import NestedKey, TensorDict
+from tensordict import NestedKey, TensorDict, lazy_stack
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torch.distributions import Categorical
 from torchrl.modules import ProbabilisticActor
 
-from tdhook_rl import Saliency, SteeringVectors
+from tdhook_rl import Saliency, SteeringVectors, targets
 from tdhook_rl.arguments.keys import get_entry
 from tdhook_rl.errors import InputError, MissingKeyError, TargetError
 from tdhook_rl.reading.minari_episodes import episodes_of
-from tdhook_rl.replay import analyze, load_results
+from tdhook_rl.replay import analyze, load_results, probe_grid, returns
+from tdhook_rl.rollout import GroupSplit
 from tdhook_rl.sweeps import patch_sites
 
 LENGTHS = (4, 1, 3)
@@ -163,3 +164,48 @@ def test_results_of_entries_whatever_they_are_called(key: NestedKey, tmp_path: P
 
 def interrupted(done: int, rows: int) -> None:
     raise KeyboardInterrupt
+
+
+def walks() -> list[TensorDict]:
+    draws = torch.Generator().manual_seed(0)
+    found = []
+    for number, length in enumerate((5, 2, 7, 3, 6, 4)):
+        seen = torch.randn(length + 1, 3, generator=draws)
+        done = (torch.arange(length) == length - 1)[:, None]
+        reward = torch.randn(length, 1, generator=draws)
+        rows = {"observation": seen[:-1], "episode": torch.full((length,), number), "label": seen[:-1, 0] > 0}
+        found.append(TensorDict({**rows, "next": {"observation": seen[1:], "reward": reward, "done": done}}, [length]))
+    return found
+
+
+#: Trajectories of different lengths in one TensorDict.
+RAGGED: dict[str, Callable[[list[TensorDict]], TensorDict]] = {
+    "a stack": lambda walks: lazy_stack(walks),
+    "stacks in a stack": lambda walks: lazy_stack([lazy_stack(walks[:3]), lazy_stack(walks[3:])]),
+    "behind a dimension of one": lambda walks: lazy_stack([one[None] for one in walks]),
+    "before one": lambda walks: lazy_stack([one[None] for one in walks], 1),
+}
+
+
+@pytest.mark.parametrize("kind", RAGGED)
+def test_trajectories_of_different_lengths_are_a_list_of_them(kind: str, tmp_path: Path) -> None:
+    listed, given = walks(), RAGGED[kind](walks())
+    assert -1 in given.batch_size
+    found, expected = returns(given), returns(listed)
+    assert [one.total for one in found.episodes] == [one.total for one in expected.episodes]
+    assert torch.equal(found.rows, expected.rows)
+    torch.manual_seed(0)
+    policy = TensorDictModule(nn.Sequential(nn.Linear(3, 4), nn.Tanh()), ["observation"], ["logits"])
+    with Saliency(target=targets.logit(0)).prepare(policy) as hooked:
+        results = [analyze(hooked, one, tmp_path / f"{number}") for number, one in enumerate((given, listed))]
+    assert (results[0] == results[1]).all()
+    options: dict[str, Any] = {"split": GroupSplit("episode", held_out=0.5), "min_rows": 1, "untrained": False}
+    cells = [
+        probe_grid(policy, one, sites="module.0", concepts={"it": "label"}, **options)[0] for one in (given, listed)
+    ]
+    assert cells[0].trained == cells[1].trained
+
+
+def test_where_time_comes_first_there_are_no_trajectories() -> None:
+    with pytest.raises(InputError, match="time is the last one"):
+        returns(lazy_stack(walks(), 1))

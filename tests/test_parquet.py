@@ -138,6 +138,46 @@ def test_keys_of_the_buffer(data: TensorDict, results: TensorDict, tmp_path: Pat
     assert "observation.state" not in names
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        (("cache", "a.b"), ("cache", "a", "b")), ("attr.observation", ("attr", "observation")),
+        ("observation", "observation.state"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_two_keys_of_one_column_are_refused(keys: tuple[Any, Any], tmp_path: Path) -> None:
+    """The second took the place of the first."""
+    found = TensorDict({keys[0]: torch.zeros(5, 2), keys[1]: torch.ones(5, 3)}, [5])
+    with pytest.raises(InputError, match=r"both have a column '.*': write them apart"):
+        to_parquet(found, tmp_path / "found.parquet")
+    assert not [*tmp_path.iterdir()]
+    for key in keys:
+        to_parquet(found.select(key), tmp_path / f"{key}.parquet")
+
+
+def test_two_keys_of_one_column_of_a_frame_are_refused() -> None:
+    pytest.importorskip("pandas", reason="pandas is not installed: no data frames are made here")
+    found = TensorDict({"cache": {"0": torch.zeros(5, 2), "0.1": torch.ones(5)}}, [5])  # a module, and one inside it
+    with pytest.raises(InputError, match=r"both have a column 'cache\.0\.1'"):
+        frame(found)
+    assert len(frame(found, names={"cache.0": ["left", "right"]}).columns) == 3
+
+
+def test_books_of_rows_that_have_their_own_numbers(data: TensorDict, results: TensorDict, tmp_path: Path) -> None:
+    """A part of a data set that was read is a data set again, with episodes and tasks that its books have."""
+    whole = to_parquet(results, tmp_path / "set", data, fps=10.0)
+    kept = torch.arange(ROWS) % 40 >= 20  # of the rows as they lie
+    part = TensorDict({"attr": {"x": torch.ones(ROWS, 1)}, "index": torch.arange(ROWS)}, [ROWS])[kept]
+    again = to_parquet(part, tmp_path / "part", whole, fps=10.0)
+    found, books = load_parquet(again), pq.read_table(again / "meta" / "episodes" / "chunk-000" / "file-000.parquet")
+    lengths = books["length"].to_pylist()
+    assert found["episode_index"].tolist() == [number for number, one in enumerate(lengths) for _ in range(one)]
+    assert found["frame_index"].tolist() == [step for one in lengths for step in range(one)]
+    assert found["buffer_index"].tolist() == kept.nonzero().flatten().tolist()
+    assert torch.equal(found["timestamp"], load_parquet(whole)["timestamp"][kept])  # the times that they had
+
+
 def test_a_data_frame(data: TensorDict, results: TensorDict) -> None:
     pytest.importorskip("pandas", reason="pandas is not installed: no data frames are made here")
     found = frame(results, data, ["action"], names={"attr.observation": [f"light {n}" for n in range(90)]})

@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from tdhook_rl.errors import InputError
-from tdhook_rl.latent.probing import ClassStatistics, Probing, TargetStatistics
+from tdhook_rl.latent.probing import ClassStatistics, LinearProbe, Probing, TargetStatistics
 from tdhook_rl.latent.probing.bank import ClassBank
 from tdhook_rl.latent.probing.class_statistics import usual_penalty
 from tdhook_rl.latent.probing.estimators import LowRankBilinearEstimator, MeanDifferenceClassifier
@@ -238,6 +238,19 @@ def test_what_a_probe_says_of_itself_where_nothing_else_was_asked() -> None:
     for probe in (classes.solve(), values.solve()):
         assert (probe.path, probe.facts["rows"]) == ("", 50.0)
     assert LowRankBilinearEstimator(num_classes=2).rank == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_a_direction_leads_somewhere(dtype: torch.dtype) -> None:
+    weight = torch.tensor([[1e-3, 0.0], [4e-3, 4e-3], [1e-3, 0.0]], dtype=dtype)
+    probe = LinearProbe(weight=weight, bias=torch.zeros(3), path="fc1")
+    torch.testing.assert_close(probe.direction(1, 0).double(), torch.tensor([0.6, 0.8]).double(), rtol=1e-2, atol=0)
+    torch.testing.assert_close(probe.direction(-2, 0), probe.direction(1, 2))
+    assert probe.direction().dtype == dtype
+    with pytest.raises(InputError, match=r"outputs 2 and 0 of this probe of 'fc1' are the same"):
+        probe.direction(2, 0)
+    with pytest.raises(InputError, match="positive= is one of 3 outputs of the probe, 0 to 2; got 3"):
+        probe.direction(3, 0)
 
 
 @pytest.mark.parametrize("mean", [1e-3, 1.0, 1e6])

@@ -155,6 +155,22 @@ def test_episodes_with_their_rows_and_results(order: str) -> None:
             assert torch.equal(one.data["computed", "attr"], known)
 
 
+@pytest.mark.parametrize("order", ["worst", "best"])
+@pytest.mark.parametrize("place", range(len(LENGTHS) - 1))
+def test_a_return_that_is_no_number_has_no_place(place: int, order: Any) -> None:
+    """Wherever it lies among the others, these are ranked as without it."""
+    data = stream()
+    starts = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
+    data["next", "reward"][starts[place]] = torch.nan
+    known = [one.total for one in returns(data).episodes if one.whole and one.number != place]
+    with pytest.warns(UserWarning, match="1 of 9 episodes have a reward that is NaN: they are not ranked"):
+        found = episodes(data, order=order, k=100)
+    assert [one.total for one in found] == sorted(known, reverse=order == "best")
+    data["next", "reward"][:] = torch.nan
+    with pytest.raises(InputError, match="no return of 9 episodes is a number"):
+        episodes(data)
+
+
 @pytest.mark.parametrize("kind", ["rows", "padded"])
 def test_rows_of_which_something_is_true(kind: str) -> None:
     data = stream()

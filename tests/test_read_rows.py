@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,3 +202,13 @@ def test_it_goes_on_with_the_same_policy(name: str, tmp_path: Path) -> None:
     assert (explained(make(), tmp_path) == first).all()
     with pytest.raises(ArtifactError, match=r"other modules, or options of these, .* and is |other weig|is not what"):
         explained(other_one(), tmp_path)
+
+
+def test_a_copy_goes_on_where_the_original_is_gone(tmp_path: Path) -> None:
+    """As a process does that was sent the hooked policy, or that made it of a policy which it let go."""
+    make, _ = POLICIES["bounds as tensors"]
+    first = explained(make(), tmp_path)
+    seen = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+    alone = ActivationCaching("module.0.module.0").prepare(make(), return_context=False)
+    for hooked in (alone, pickle.loads(pickle.dumps(alone))):
+        assert (analyze(hooked, TensorDict({"observation": seen}, [60]), tmp_path) == first).all()

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torch import nn
 
 from tdhook_rl.envs import CueCorners
+from tdhook_rl.errors import InputError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.latent.steering_vector import SteeringVector
+from tdhook_rl.replay import probe_grid
 from tdhook_rl.rollout import GroupSplit, ProbeSuite
 from tdhook_rl.statistics.cells import Cells
 from tdhook_rl.sweeps import ablate_units, attribution_patching, patch_sites, patch_units, steering_sweep
@@ -78,3 +81,23 @@ def test_what_has_no_limits_says_why(name: str, rows: int) -> None:
     assert [row["words"] for row in json.loads(table.json())] == [row["words"] for row in table.records()]
     for row in lacking:
         assert any(words in str(table) for words in row["words"].split("; ")), str(table)
+
+
+def test_a_cell_of_several_checkpoints_is_asked_for_by_its_own() -> None:
+    """The first of them would be taken for the only one."""
+    net, clean, corrupt = states(30)
+    checkpoints = {"first": net, "last": {name: -value for name, value in net.state_dict().items()}}
+    patched = patch_sites(net, clean, corrupt, ["0"], metric=output, checkpoints=checkpoints)
+    rows = clean.set("label", clean["input"][:, 0] > 0).set("row", torch.arange(30))
+    options: dict[str, Any] = {"split": GroupSplit("row", held_out=0.5), "untrained": False, "min_rows": 1}
+    policy = TensorDictModule(net, ["input"], ["output"])
+    checkpoints = {"first": policy, "last": {name: -value for name, value in policy.state_dict().items()}}
+    probed = probe_grid(policy, rows, sites="module.0", concepts={"it": "label"}, checkpoints=checkpoints, **options)
+    for table, keys in ((patched, ["0", ("0", "all")]), (probed, [("module.0", "it"), ("it",)])):
+        for key in keys:
+            with pytest.raises(InputError, match=r"the table has 2 cells of .*: name one, \('first', .*, \('last', "):
+                table[key]
+        site, what = keys[-1] if table is patched else keys[0]
+        assert [table[name, site, what].checkpoint for name in checkpoints] == ["first", "last"]
+    single = patch_sites(net, clean, corrupt, ["0"], metric=output)
+    assert single["0"] is single["0", "all"] is single[0]

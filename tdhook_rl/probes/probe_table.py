@@ -8,7 +8,7 @@ from typing import Any
 
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.statistics import Interval
-from tdhook_rl.statistics.cells import Cells, shown, words_of
+from tdhook_rl.statistics.cells import Cells, only, shown, words_of
 
 #: The scores of a cell that are intervals, in the order of the table.
 SCORES = ("trained", "untrained", "input", "shuffled", "gain", "selectivity", "auc")
@@ -97,13 +97,14 @@ class ProbeTable(Cells[ProbeCell]):
         """The cell of ``(site, concept)``, or ``(checkpoint, site, concept)``; or cells by number.
 
         Raises:
-            InputError: for a site and concept that are not in the table.
+            InputError: for a site and concept that are not in the table, or are there for several checkpoints.
         """
         if not isinstance(key, tuple):
             return super().__getitem__(key)
-        for cell in self._cells:
-            if (cell.checkpoint, cell.site, cell.concept)[-len(key) :] == key:
-                return cell
+        found = [cell for cell in self._cells if (cell.checkpoint, cell.site, cell.concept)[-len(key) :] == key]
+        cell = only(found, key, [(one.checkpoint, one.site, one.concept) for one in found])
+        if cell is not None:
+            return cell
         known = [", ".join((cell.checkpoint, cell.site, cell.concept)[-len(key) :]) for cell in self._cells]
         raise InputError(f"the table has no cell {key!r}; {nearest(', '.join(map(str, key)), known)}")
 

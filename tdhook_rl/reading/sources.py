@@ -82,6 +82,9 @@ def source_of(given: Any) -> Source:
     if isinstance(given, Storage):
         return _Buffer(ReplayBuffer(storage=given, writer=ImmutableDatasetWriter()))
     if is_tensor_collection(given):
+        if is_ragged(given):
+            pieces = _lines(given)
+            return _Pieces(pieces.__iter__, pieces)
         if given.ndim == 0 or not len(given):
             raise InputError(f"the TensorDict of batch size {tuple(given.batch_size)} has no rows")
         return _Buffer(ReplayBuffer(storage=TensorStorage(given), writer=ImmutableDatasetWriter()))
@@ -262,6 +265,23 @@ class _Pieces:
             self._current = (number, flat)
         assert self._current is not None
         return self._current[1]
+
+
+def is_ragged(data: TensorDictBase) -> bool:
+    """Whether it is a lazy stack of trajectories of different lengths."""
+    return -1 in data.batch_size
+
+
+def _lines(data: TensorDictBase) -> list[TensorDictBase]:
+    """The trajectories of a lazy stack, whose lengths differ."""
+    if not is_ragged(data):
+        return [data]
+    if data.batch_size[0] == -1:
+        raise InputError(
+            f"a TensorDict of batch size {tuple(data.batch_size)} has trajectories of other lengths along its first "
+            "dimension: time is the last one, torch.stack(trajectories, 0); or give them as a list"
+        )
+    return [line for one in data.unbind(0) for line in _lines(one)]
 
 
 def _flat(piece: TensorDictBase) -> TensorDictBase:

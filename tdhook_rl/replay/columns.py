@@ -138,6 +138,25 @@ def column_name(parts: Sequence[str]) -> str:
     return "observation.state" if tuple(parts) == ("observation",) else ".".join(parts)
 
 
+def require_apart(names: dict[str, Sequence[str]], name: str, key: Sequence[str]) -> None:
+    """Raise if another key has a column of this name.
+
+    Args:
+        names: by column the key it is of; this one is added.
+        name: of the column.
+        key: whose it is.
+
+    Raises:
+        InputError: that names both.
+    """
+    other = names.setdefault(name, key)
+    if tuple(other) != tuple(key):
+        raise InputError(
+            f"{tuple(other)!r} and {tuple(key)!r} both have a column {name!r}: write them apart, results.select(...), "
+            "or rename one"
+        )
+
+
 @checked
 def frame(
     results: Found,
@@ -155,7 +174,7 @@ def frame(
         names: of the features of a key, by the name of its column; their numbers unless given.
 
     Raises:
-        InputError, MissingKeyError: as of :func:`to_parquet`.
+        InputError, MissingKeyError: as of :func:`to_parquet`; if two keys have a column of one name.
 
     Example:
         >>> from tensordict import TensorDict
@@ -172,10 +191,12 @@ def frame(
     columns = Columns.of(results, buffer, keys, 1 << 14)
     parts: dict[str, list[np.ndarray]] = {}
     wide: dict[str, None] = {}
+    owners: dict[str, Sequence[str]] = {}
     for _, chunk in columns.chunks():
         for key, value in chunk.items():
             name, array = column_name(key), plain(value)
             if array.ndim == 1:
+                require_apart(owners, name, key)
                 parts.setdefault(name, []).append(array)
                 continue
             wide[name] = None
@@ -183,6 +204,7 @@ def frame(
             if len(named) != array.shape[1]:
                 raise InputError(f"names= has {len(named)} names of {name!r}, which has {array.shape[1]} features")
             for number, one in enumerate(named):
+                require_apart(owners, f"{name}.{one}", key)
                 parts.setdefault(f"{name}.{one}", []).append(array[:, number])
     if unknown := [name for name in names or {} if name not in wide]:
         raise InputError(

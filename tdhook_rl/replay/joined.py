@@ -55,11 +55,12 @@ class Joined:
         index = self._results.get(INDEX, None)
         entries = torch.arange(len(self._results)) if index is None else index.reshape(len(index), -1)[:, 0]
         rows = self._results.batch_size[1:].numel()
-        whole = index is None and len(entries) != self.reader.size and not isinstance(results, str | Path)
-        if int(entries.max()) >= self.reader.size or rows != self.reader.rows or whole:
+        fewer = index is None and len(entries) < self.reader.size and not isinstance(results, str | Path)
+        if int(entries.max()) >= self.reader.size or rows != self.reader.rows or fewer:
             raise InputError(
                 f"the results are of {len(entries)} entries of {rows} rows each, up to entry {int(entries.max())}, and "
                 f"the buffer has {self.reader.size} of {self.reader.rows}: give the buffer that was analysed"
+                + ("; of an analysis that is not finished, its folder" if fewer and rows == self.reader.rows else "")
             )
         self._place = torch.full((self.reader.size,), -1)
         self._place[entries] = torch.arange(len(entries))

@@ -31,14 +31,12 @@ LONGEST = 200
 def facts_of(hooked: Any) -> dict[str, Any]:
     """The methods and their options, the policy, its options and a fingerprint of its tensors, versions, the time."""
     methods = hooked._hooked.runtime.methods
-    with hooked.disable_context() as policy:
-        settings = policy_settings(policy)
     return {
         "policy": type(hooked)._base.__name__,
         "parameters": sum(parameter.numel() for parameter in held_parameters(hooked).values()),
         "methods": None if methods is None else [described(one) for one in methods],
         "weights": fingerprint(hooked),
-        "settings": settings,
+        "settings": policy_settings(hooked),
         "versions": versions("tdhook_rl", "torch", "torchrl", "tensordict"),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

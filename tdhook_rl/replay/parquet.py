@@ -28,7 +28,7 @@ from tdhook_rl.reading.parquet_rows import (
     row_tensors,
 )
 from tdhook_rl.reading.sources import Rows
-from tdhook_rl.replay.columns import Columns, column_name, episode_columns, plain
+from tdhook_rl.replay.columns import Columns, column_name, episode_columns, plain, require_apart
 from tdhook_rl.replay.joined import Found
 
 VERSION = "v3.0"
@@ -53,7 +53,7 @@ def to_parquet(
     ``LeRobotExperienceReplay`` read: ``data``, and ``meta`` with ``info.json``, ``stats.json``, episodes and tasks. In
     it, rows lie episode by episode, a column for each key: ``("attr", "observation")`` is ``attr.observation``,
     ``observation`` is ``observation.state``, entries of more dimensions are flat. ``buffer_index`` says which row of
-    the buffer each is.
+    the buffer each is; its episodes are numbered anew, from 0.
 
     Args:
         results: of an analysis, or their folder.
@@ -67,7 +67,8 @@ def to_parquet(
     Raises:
         ArgumentError: if pyarrow is not installed; for a folder without ``buffer``.
         ArtifactError: if the path is taken, or cannot be written.
-        InputError: if the results are of another buffer, or nothing says where episodes end.
+        InputError: if the results are of another buffer, nothing says where episodes end, or two keys have a column of
+            one name.
         MissingKeyError: for a key that the rows lack.
 
     Example:
@@ -93,7 +94,7 @@ def to_parquet(
     try:
         data.parent.mkdir(parents=True, exist_ok=True)
         half = data.with_name(f"{data.name}.new")
-        features, stats = _write(half, columns, beside)
+        features, stats = _write(half, columns, beside, books=not single)
         half.replace(data)
         if not single:
             _write_books(path, columns, features, stats, fps, task)
@@ -148,21 +149,36 @@ def _column_of(key: NestedKey, known: dict[str, Column], file: Path) -> str:
     return name
 
 
-def _write(path: Path, columns: Columns, beside: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write the rows; returns what each column is, and its extremes, mean and spread."""
+def _write(
+    path: Path, columns: Columns, beside: dict[str, np.ndarray], books: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write the rows; returns what each column is, and its extremes, mean and spread.
+
+    Args:
+        path: of the file.
+        columns: what is written.
+        beside: where each row is.
+        books: whether a data set's books go by these; otherwise what the rows say of themselves goes before.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     writer, features, spread = None, {}, {}
     told: dict[str, Any] = {}
+    owners: dict[str, Sequence[str]] = {}
+    kept = {"timestamp"} if books else set(beside)  # where the rows have their own
     try:
         for start, chunk in columns.chunks():
+            for key in chunk:
+                require_apart(owners, column_name(key), key)
             arrays = {column_name(key): plain(value) for key, value in chunk.items()}
             told = told or {
                 column_name(key): {"key": list(key), "shape": list(value.shape[1:])} for key, value in chunk.items()
             }
             rows = len(next(iter(arrays.values())))
-            arrays |= {name: value[start : start + rows] for name, value in beside.items() if name not in arrays}
+            arrays |= {
+                name: value[start : start + rows] for name, value in beside.items() if name not in kept & arrays.keys()
+            }
             table = pa.table({name: _arrow(value) for name, value in arrays.items()})
             table = table.replace_schema_metadata({KEYS: json.dumps(told).encode()})
             if writer is None:

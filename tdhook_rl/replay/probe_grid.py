@@ -32,7 +32,7 @@ from tdhook_rl.probes.site_features import Layout, SiteFeatures
 from tdhook_rl.probes.splits import GroupSplit
 from tdhook_rl.reading.going_on import GoingOn
 from tdhook_rl.reading.reader import Reader
-from tdhook_rl.reading.sources import Rows
+from tdhook_rl.reading.sources import Rows, is_ragged
 from tdhook_rl.replay.row_functions import require_of_each
 from tdhook_rl.statistics import benjamini_hochberg
 
@@ -142,8 +142,9 @@ class _Source:
         require_counts(batch_size=batch_size)
         if isinstance(data, TensorDictBase) and not data.batch_size.numel():
             raise InputError(f"there is no row to read: the batch has shape {tuple(data.batch_size)}")
-        self._reader = None if isinstance(data, TensorDictBase) else Reader(data)
-        self._flat = data.reshape(-1) if isinstance(data, TensorDictBase) else None
+        rows = data if isinstance(data, TensorDictBase) and not is_ragged(data) else None
+        self._reader = Reader(data) if rows is None else None
+        self._flat = None if rows is None else rows.reshape(-1)
         self._per = 1 if self._reader is None else self._reader.rows
         self._entries = len(self._flat) if self._flat is not None else self._reader.size  # type: ignore[union-attr]
         self._step = max(1, batch_size // self._per)

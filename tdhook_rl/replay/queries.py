@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -90,6 +91,7 @@ def episodes(
     """The episodes with the smallest or the largest returns, each with its rows and their results.
 
     Episodes that are whole in the buffer are ranked; only where none is, all of them, by what is there, with a warning.
+    One with a reward that is NaN is left out, with a warning.
 
     Args:
         buffer: what was analysed.
@@ -99,7 +101,8 @@ def episodes(
         gamma, reward: as of :func:`returns`.
 
     Raises:
-        InputError, MissingKeyError: as of :func:`returns`; if the results are of another buffer.
+        InputError, MissingKeyError: as of :func:`returns`; if the results are of another buffer, or no return is a
+            number.
 
     Example:
         >>> from tdhook_rl.envs import CueCorners
@@ -115,6 +118,12 @@ def episodes(
     if not ranked:
         warn(f"none of {len(found)} episodes is whole in the buffer: they are ranked by the rewards that are there")
         ranked = found
+    known = [one for one in ranked if not math.isnan(one.total)]
+    if len(known) < len(ranked):
+        if not known:
+            raise InputError(f"no return of {len(ranked)} episodes is a number: {reward!r} holds NaN in all of them")
+        warn(f"{len(ranked) - len(known)} of {len(ranked)} episodes have a reward that is NaN: they are not ranked")
+        ranked = known
     ranked = sorted(ranked, key=lambda one: one.total, reverse=order == "best")[:k]
     return [replace(one, data=joined.rows(one.rows)) for one in ranked]
 

@@ -28,7 +28,7 @@ _LIBRARIES = frozenset((
 def policy_settings(policy: nn.Module) -> dict[str, str]:
     """By path, in words that are the same in every process, and others where a policy computes by something else.
 
-    What its own forward changes, a counter say, is left out.
+    What its own forward changes, a counter say, is left out. Those of a hooked policy are those of the user's.
 
     Example:
         >>> settings = [policy_settings(nn.Sequential(nn.Dropout(p), nn.Tanh())) for p in (0.1, 0.2)]
@@ -42,7 +42,8 @@ def policy_settings(policy: nn.Module) -> dict[str, str]:
         if isinstance(module, TensorDictParams):  # weights
             continue
         moving = INTERNAL | stored_names(kind) | _changed_in_place(kind)
-        kept = {name: one for name, one in vars(module).items() if name not in moving and is_setting(one)}
+        own = {name: one for name, one in vars(module).items() if not name.startswith("_hooked")}
+        kept = {name: one for name, one in own.items() if name not in moving and is_setting(one)}
         found |= {f"{dot}{name}": in_words(one) for name, one in kept.items()}
         if may_draw(module) or may_meet(module):
             found[f"{dot}training"] = repr(module.training)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
-from tdhook_rl.errors import InputError
+from tdhook_rl.errors import InputError, listed
 from tdhook_rl.statistics.interval import Interval
 
 
@@ -96,6 +96,24 @@ def words_of(*cells: Cell) -> str:
         said.append(getattr(cell, "words", ""))
         said += [one.words for one in vars(cell).values() if isinstance(one, Interval)]
     return "; ".join(dict.fromkeys(part for words in said for part in words.split("; ") if part))
+
+
+def only(found: Sequence[C], asked: object, names: Sequence[tuple[str, ...]]) -> C | None:
+    """The cell that is asked for; none where there is none.
+
+    Args:
+        found: those that it may be.
+        asked: by what it was asked for, for the message.
+        names: what each of them is called in full.
+
+    Raises:
+        InputError: for several.
+    """
+    if len(found) > 1:
+        raise InputError(
+            f"the table has {len(found)} cells of {asked!r}: name one, {listed(map(repr, names), 4, 'or {} more')}"
+        )
+    return found[0] if found else None
 
 
 def shown(one: Interval | None, digits: str = ".3f") -> str:

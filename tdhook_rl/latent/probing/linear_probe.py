@@ -135,9 +135,24 @@ class LinearProbe(metaclass=Checked):
         return float(torch.stack(shares).mean())
 
     def direction(self, positive: int = 1, negative: int = 0) -> Tensor:
-        """The unit vector that raises one class against another, ``(features,)``."""
-        difference = self.weight[positive] - self.weight[negative]
-        return difference / difference.norm()
+        """The unit vector that raises one class against another, ``(features,)``.
+
+        Raises:
+            InputError: if the probe does not tell the two apart (of constant features, say), or there is no such class.
+        """
+        outputs = len(self.weight)
+        for name, one in (("positive", positive), ("negative", negative)):
+            if not -outputs <= one < outputs:
+                raise InputError(f"{name}= is one of {outputs} outputs of the probe, 0 to {outputs - 1}; got {one}")
+        difference = (self.weight[positive] - self.weight[negative]).double()
+        size = difference.norm()
+        if not bool(size > 0) or not bool(size.isfinite()):
+            raise InputError(
+                f"the weights of the outputs {positive} and {negative} of this probe of {self.path!r} are "
+                "the same, so that no direction leads from one to the other: it found nothing there (a constant "
+                "activation, say)"
+            )
+        return (difference / size).to(self.weight.dtype)
 
     @checked
     def save(self, path: str | Path) -> Path:

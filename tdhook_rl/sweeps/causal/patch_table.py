@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.statistics import Interval, bootstrap, grouped_mean
-from tdhook_rl.statistics.cells import Cells, shown, words_of
+from tdhook_rl.statistics.cells import Cells, only, shown, words_of
 from tdhook_rl.statistics.interval import none
 from tdhook_rl.sweeps.causal.gap import Gap, pooled_shares
 
@@ -95,15 +95,16 @@ class PatchTable(Cells[PatchCell]):
         """The cell of a site, of ``(site, patch)``, of ``(checkpoint, site, patch)``; or cells by number.
 
         Raises:
-            InputError: for one that is not in the table.
+            InputError: for one that is not in the table, or of which there are several.
         """
         if isinstance(key, (int, slice)):
             return super().__getitem__(key)
         asked = key if isinstance(key, tuple) else (key,)
-        for cell in self:
-            names = (cell.checkpoint, cell.site, cell.patch)
-            if asked in (names, names[1:], (cell.site,)):
-                return cell
+        names = [(cell.checkpoint, cell.site, cell.patch) for cell in self]
+        places = [place for place, one in enumerate(names) if asked in (one, one[1:], one[1:2])]
+        found = only([self._cells[place] for place in places], key, [names[place] for place in places])
+        if found is not None:
+            return found
         known = [cell.site for cell in self]
         raise InputError(f"the table has no patch {key!r}; {nearest(', '.join(map(str, asked)), known)}")
 
