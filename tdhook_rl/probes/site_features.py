@@ -9,6 +9,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 
+from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.batches.annotation import computed
 from tdhook_rl.errors import InputError, MissingKeyError, nearest, warn
 from tdhook_rl.hooking.hooked import HookedMixin
@@ -30,7 +31,8 @@ class SiteFeatures:
         untrained: the untrained network; ``None``: a copy that is initialised anew; ``False``: none.
         layout: how an activation with squares or agents is read, by site or for all.
         units: which axis holds the units, by site or for all.
-        input_key: of the observation; the first input of the policy unless given.
+        input_key: of the observation, or a list of keys; what the policy observes unless given, as of
+            :func:`observed_by`.
         seed: of the untrained copy.
     """
 
@@ -42,7 +44,7 @@ class SiteFeatures:
         untrained: Any,
         layout: Layout | Mapping[str, Layout],
         units: int | Mapping[str, int] | None,
-        input_key: NestedKey | None,
+        input_key: NestedKey | list[NestedKey] | None,
         seed: int,
     ) -> None:
         pattern = [sites] if isinstance(sites, str) else list(sites)
@@ -63,8 +65,9 @@ class SiteFeatures:
             self._untrained = ActivationCaching(pattern).prepare(own, return_context=False)
             if self._untrained.result_keys != self._trained.result_keys:
                 raise InputError("the untrained network has other sites than the policy: give one of the same layers")
-        inputs = self._trained.policy_in_keys
-        self._input = input_key if input_key is not None else inputs[0] if inputs else None
+        self._named = input_key is not None
+        named = input_key if isinstance(input_key, list) else [input_key]
+        self._inputs: list[Any] = named if self._named else observed_by(self._trained)
         self._layout = {
             site: layout.get(site, "flat") if isinstance(layout, Mapping) else layout for site in self.sites
         }
@@ -143,31 +146,49 @@ class SiteFeatures:
         self._axes[site] = axis
 
     def _observed(self, data: TensorDictBase, rows: Tensor | None, places: int) -> Tensor | None:
-        if self._input is None:
-            return None
-        value = data.get(self._input, None)
-        if not isinstance(value, Tensor):
+        there = {key: data.get(key, None) for key in self._inputs}
+        absent = [key for key, value in there.items() if not isinstance(value, Tensor)]
+        if absent and (self._named or len(absent) == len(there)):
             raise MissingKeyError(
-                f"the raw observation is {self._input!r}, which the batch lacks; "
-                f"{nearest(str(self._input), map(str, data.keys(True, True)))}"
+                f"the raw observation is {absent[0]!r}, which the batch lacks; "
+                f"{nearest(str(absent[0]), map(str, data.keys(True, True)))}"
             )
-        value = _rows(value, data, rows)
-        if places > 1 and value.ndim > 2:
-            # A map of as many squares, or an observation for each agent: each is compared with its own.
-            if value.shape[1] == places:
-                return value.reshape(len(value), places, -1)
-            if value.ndim == 4 and value.shape[2:].numel() == places:
-                return value.flatten(2).transpose(1, 2)
-        flat = value.reshape(len(value), 1, -1)
-        if flat.shape[2] > MOST:
+        values = [_placed(_rows(value, data, rows), places) for value in there.values() if isinstance(value, Tensor)]
+        if not values:
+            return None
+        width = sum(one.shape[2] for one in values)
+        if width > MOST:
             if "input" not in self._said:
                 self._said.add("input")
+                what = ", ".join(map(repr, self._inputs))
                 warn(
-                    f"the raw observation {self._input!r} has {flat.shape[2]} features, more than the {MOST} that a "
-                    "probe of it could keep: the column is left out; input_key= may name something smaller"
+                    f"the raw observation {what} has {width} features, more than the {MOST} that a probe of it could "
+                    "keep: the column is left out; input_key= may name something smaller"
                 )
             return None
-        return flat.expand(-1, places, -1)
+        return values[0] if len(values) == 1 else torch.cat(values, 2)
+
+
+def observed_by(policy: Any) -> list[NestedKey]:
+    """The inputs that a hooked policy observes: all but its memory, which it has written itself, and ``is_init``.
+
+    What is in any of them was not computed by the network.
+    """
+    written = {key_parts(key) for key in policy.policy_out_keys}
+    found = [key for key in policy.policy_in_keys
+             if ("next", *key_parts(key)) not in written and key_parts(key)[-1] != "is_init"]  # fmt: skip
+    return found or list(policy.policy_in_keys)
+
+
+def _placed(value: Tensor, places: int) -> Tensor:
+    """Rows of an input as ``(rows, places, features)``."""
+    if places > 1 and value.ndim > 2:
+        # A map of as many squares, or an observation for each agent: each is compared with its own.
+        if value.shape[1] == places:
+            return value.reshape(len(value), places, -1)
+        if value.ndim == 4 and value.shape[2:].numel() == places:
+            return value.flatten(2).transpose(1, 2)
+    return value.reshape(len(value), 1, -1).expand(-1, places, -1)
 
 
 def _rows(value: Tensor, data: TensorDictBase, rows: Tensor | None) -> Tensor:

@@ -53,7 +53,7 @@ def probe_grid(
     penalty: float | None = None,
     layout: Layout | Mapping[str, Layout] = "flat",
     units: int | Mapping[str, int] | None = None,
-    input_key: NestedKey | None = None,
+    input_key: NestedKey | list[NestedKey] | None = None,
     batch_size: int = 4096,
     min_rows: float = 10,
     confidence: float = 0.95,

@@ -17,6 +17,7 @@ from tdhook_rl.calls.preconditions import require_data, require_hooked
 from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.errors import ArtifactError, InputError, PreparationError
 from tdhook_rl.internals.torchrl_names import modules_of
+from tdhook_rl.probes.site_features import observed_by
 from tdhook_rl.report.budgets import Budgets, require_options
 from tdhook_rl.report.facts import facts_of
 from tdhook_rl.report.known_env import known_of
@@ -337,16 +338,15 @@ class Monitor(TrainerHookBase):
         self.policy = self._look.policy = policy
         if self._opened is not None:
             self._opened.describe(facts_of(policy, **self._facts))
-        first = next(iter(policy.policy_in_keys), None)
-        self._look.probes = {name: WatchedProbe(one, first, self._untrained) for name, one in self._probes.items()}
+        of = {"inputs": observed_by(policy), "untrained": self._untrained}
+        self._look.probes = {name: WatchedProbe(one, **of) for name, one in self._probes.items()}
 
     def _note(self, text: str) -> None:
         if self._opened is not None:
             self._opened.note(f"{text}, from frame {self.frames:,} on")
 
     def _learn_of(self, env: Any) -> None:
-        known = known_of(env)
-        self._look.features.known, self._look.render = known.names, known.render
+        self._look.features.known, self._look.render = (known := known_of(env)).names, known.render
 
     def _open(self, logger: Any, folder: str | Path | None = None) -> Sinks:
         most = {"most_keys": self.budgets.keys, "most_bytes": self.budgets.bytes}

@@ -25,6 +25,10 @@ from tdhook_rl.statistics import Interval
 __all__ = ["WatchedProbe", "WatchedSuite", "table_of_probes"]
 
 
+#: Where all inputs of a policy stand together, in a copy of the batch.
+_TOGETHER = "all inputs"
+
+
 class WatchedProbe:
     """A probe, the same of the raw input, of shuffled labels, and of the untrained network.
 
@@ -33,16 +37,18 @@ class WatchedProbe:
 
     Args:
         probe: fitted batch by batch.
-        input_key: of the policy, for the first control; ``None`` leaves it out.
+        inputs: what the policy observes, for the first control; without any it is left out.
         untrained: a hooked policy of the network before training, which writes the same activation.
     """
 
-    def __init__(self, probe: OnlineProbe, input_key: NestedKey | None, untrained: Any | None) -> None:
+    def __init__(self, probe: OnlineProbe, inputs: Sequence[NestedKey], untrained: Any | None) -> None:
         self.probe = probe
         self._untrained = untrained
         self._controls: dict[str, OnlineProbe] = {}
-        if input_key is not None and input_key != probe.features:
-            self._controls["input"] = _like(probe, features=input_key)
+        self._inputs = list(inputs)
+        if self._inputs and self._inputs != [probe.features]:
+            several = len(self._inputs) > 1
+            self._controls["input"] = _like(probe, features=_TOGETHER if several else self._inputs[0])
         if probe.kind == "lda":
             self._controls["shuffled"] = _like(probe, label=partial(_shuffled, probe))
         if untrained is not None:
@@ -54,14 +60,23 @@ class WatchedProbe:
         main = next(iter(self.probe.scores), "accuracy")
         kept = [name for name in scores if not name.startswith("train_") or name == f"train_{main}"]
         found = {name: scores[name] for name in kept}
-        self._leave_out_large(data)
+        whole = self._together(data)
+        self._leave_out_large(whole)
         for name, control in self._controls.items():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the probe itself says what is to be said of these rows
-                seen = data if name != "untrained" else self._of_untrained(data)
+                seen = self._of_untrained(data) if name == "untrained" else whole
                 scored = control.update(seen)
             found[f"{main}.{name}"] = scored.get(main, float("nan"))
         return found
+
+    def _together(self, data: TensorDictBase) -> TensorDictBase:
+        """The batch with all inputs in one entry, where there are several."""
+        if len(self._inputs) < 2 or "input" not in self._controls:
+            return data
+        there = [data.get(key, None) for key in self._inputs]
+        values = [one.reshape(*data.batch_size, -1) for one in there if isinstance(one, Tensor)]
+        return data.copy().set(_TOGETHER, torch.cat(values, -1)) if values else data
 
     def _leave_out_large(self, data: TensorDictBase) -> None:
         """Leave out a raw input that a probe could not hold, such as frames."""
@@ -70,8 +85,8 @@ class WatchedProbe:
         if isinstance(value, Tensor) and (width := value.shape[data.ndim :].numel()) > MOST:
             del self._controls["input"]
             warn(
-                f"the raw input {control.features!r} has {width} features, more than the {MOST} that a probe of it "  # type: ignore[union-attr]
-                "could keep: this control is left out"
+                f"the raw input {', '.join(map(repr, self._inputs))} has {width} features, more than the {MOST} that "
+                "a probe of it could keep: this control is left out"
             )
 
     def record(self, name: str) -> dict[str, Any]:

@@ -50,7 +50,8 @@ class ProbeSuite:
         layout: of activations with squares or agents: ``"flat"``: all in one vector; ``"pooled"``: the mean over them;
             ``"each"``: a row for each, whose labels are the row's, or one for each. By site, or for all.
         units: which axis of an activation holds the units, where modules do not tell.
-        input_key: of the raw observation; the first input of the policy unless given.
+        input_key: of the raw observation, or a list of keys; unless given all that the policy observes: its inputs
+            without the memory that it has written itself.
         every: every how many batches are looked at. A look at the agent of the examples takes a tenth of its PPO
             update, half of which is what the same sums cost by hand (``benchmarks/probe_cost.py``): where the network
             is that small, every tenth batch adds 2%. Where a future is asked for, all are looked at, and the
@@ -90,7 +91,7 @@ class ProbeSuite:
         decay: float = 1.0,
         layout: Layout | Mapping[str, Layout] = "flat",
         units: int | Mapping[str, int] | None = None,
-        input_key: NestedKey | None = None,
+        input_key: NestedKey | list[NestedKey] | None = None,
         every: int = 1,
         most_waiting: int = 100_000,
         min_rows: float = 10,
