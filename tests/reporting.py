@@ -67,7 +67,7 @@ def make_runs(base: Path) -> dict[str, Path]:
         buffer.extend(data.reshape(-1).detach())
         analyze(policy, buffer, base / "analysis")
         player(data[:2], policy=policy, title="played <b>").record(base / "local")
-    run.log({"own/loss": 0.25})
+    run.log({"own/loss": 0.25, "train": {"loss": 0.5, "deep": {"x": 2}}})
     finished(run)
     writer.close()
     logger.log_hparams({"gamma": 0.9})

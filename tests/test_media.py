@@ -20,6 +20,7 @@ from tdhook_rl.report import (
     Image,
 )
 from tdhook_rl.report.frames import as_frames
+from tdhook_rl.report.pictures import bars
 from tdhook_rl.report.sinks.names import Tags
 
 PICTURES: dict[str, tuple[Any, tuple[int, int]]] = {
@@ -127,3 +128,13 @@ def test_names_stay_apart() -> None:
     assert len({tags[name] for name in names}) == len(names)
     assert tags["step"] != "interp/step"
     assert all(len(tags[name].encode()) < 200 and tags[name].count("/") == 1 for name in names)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("\u0436\u0448", "\u044f\u043c"), ("\u03b1", "\u03b2"), ("\u00e9", "\u00fc")]
+)
+def test_letters_of_other_alphabets_are_written(one: str, other: str) -> None:
+    """A font that lacks a letter shows the same box for all of them."""
+    first, second = (bars([1.0, 0.5], [name, "b"], name) for name in (one, other))
+    assert first.shape == second.shape
+    assert (first != second).any()

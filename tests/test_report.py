@@ -77,6 +77,7 @@ def test_every_kind_of_folder_gives_what_was_logged(kind: str, runs: dict[str, P
 def test_what_others_log_stands_beside(runs: dict[str, Path]) -> None:
     weights, csv_run = read_run(runs["wandb"]), read_run(runs["csv"])
     assert [value for _, value in weights.series["own/loss"]] == [0.25]
+    assert [weights.series[name][0][1] for name in ("train.loss", "train.deep.x")] == [0.5, 2.0]
     assert weights.config["lr"] == 0.5
     assert csv_run.series["own/loss"] == [(7, 0.25)]
     assert csv_run.config["gamma"] == "0.9"

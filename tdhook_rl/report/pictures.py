@@ -7,9 +7,11 @@ rest, and which is written below each.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -124,8 +126,8 @@ def bars(
     top = LINE if caption else 0
     image, draw = _canvas(width, top + LINE * (len(listed) + (1 if rest else 0)) + LINE)
     if caption:
-        draw.text((4, 2), caption, INK, _font())
-    left = min(190, max([40, *(int(draw.textlength(labels[one], _font())) + 18 for one in listed)]))
+        draw.text((4, 2), caption, INK, _font(text=caption))
+    left = min(190, max([40, *(int(_length(labels[one], draw)) + 18 for one in listed)]))
     signed, right = bool((numbers < 0).any()), width - 70
     zero = (left + right) // 2 if signed else left
     reach = right - zero
@@ -188,7 +190,7 @@ def _framed(pair: np.ndarray, caption: str, above: int, scale: float, signed: bo
     height, width = pair.shape[:2]
     image, draw = _canvas(width, above + height + 22)
     if caption:
-        draw.text((4, 2), _short(caption, width - 8, draw), INK, _font())
+        draw.text((4, 2), _short(caption, width - 8, draw), INK, _font(text=caption))
     from PIL import Image as Pillow
 
     image.paste(Pillow.fromarray(pair), (0, above))
@@ -214,21 +216,35 @@ def _canvas(width: int, height: int) -> tuple[Any, Any]:
     return image, ImageDraw.Draw(image)
 
 
-@lru_cache(maxsize=4)
-def _font(size: int = SIZE) -> Any:
+def _font(size: int = SIZE, text: str = "") -> Any:
+    """Pillow's own; for letters that it lacks that of matplotlib, where that is installed."""
+    return _loaded(size, all(one.isascii() or one == "·" for one in text))
+
+
+@lru_cache(maxsize=8)
+def _loaded(size: int, plain: bool) -> Any:
     from PIL import ImageFont
 
+    found = None if plain else importlib.util.find_spec("matplotlib")
+    for place in () if found is None else found.submodule_search_locations or ():
+        file = Path(place) / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+        if file.is_file():
+            return ImageFont.truetype(str(file), size - 1)  # its letters are larger
     return ImageFont.load_default(size)
 
 
+def _length(text: str, draw: Any, size: int = SIZE) -> float:
+    return draw.textlength(text, _font(size, text))
+
+
 def _right_text(draw: Any, right: int, y: int, text: str, colour: tuple[int, int, int], size: int = SIZE) -> None:
-    draw.text((right - math.ceil(draw.textlength(text, _font(size))), y), text, colour, _font(size))
+    draw.text((right - math.ceil(_length(text, draw, size)), y), text, colour, _font(size, text))
 
 
 def _short(text: str, width: int, draw: Any) -> str:
     """The end of a name tells more than its beginning."""
-    if draw.textlength(text, _font()) <= width:
+    if _length(text, draw) <= width:
         return text
-    while len(text) > 1 and draw.textlength("..." + text, _font()) > width:
+    while len(text) > 1 and _length("..." + text, draw) > width:
         text = text[1:]
     return "..." + text

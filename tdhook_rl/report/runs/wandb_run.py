@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ class _Reader:
             self.run.artifacts.append(Kept(record.artifact.name, None, record.artifact.type, [], facts))
 
     def _history(self, row: dict[str, Any]) -> None:
+        row = dict(_flat(row))
         for name, value in row.items():
             if name[0] == "_" or name in {axis for _, axis in self._axes}:
                 continue
@@ -128,3 +129,12 @@ class _Reader:
             return path
         self.missing.append(name)
         return None
+
+
+def _flat(row: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """What was logged by name; of mappings the entries, named as W&B shows them, ``train.loss``."""
+    for name, value in row.items():
+        if isinstance(value, Mapping) and "_type" not in value:
+            yield from _flat(value, f"{before}{name}.")
+        elif name:
+            yield f"{before}{name}", value
