@@ -252,3 +252,15 @@ def test_the_page_reads_the_numbers_that_were_packed(tmp_path: Path) -> None:
             expected = track(shown, "probe", name)
             found = np.array([[math.nan if one is None else one for one in row] for row in found])
             np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@needs_chromium
+def test_large_numbers_are_those_that_were_played(tmp_path: Path) -> None:
+    """Three digits of 2,497 would be read as a return of 2,500."""
+    done = torch.tensor([False, True])[:, None]
+    after = {"reward": torch.tensor([[1248.0], [1249.0]]), "done": done, "terminated": done}
+    data = TensorDict({"observation": torch.zeros(2, 3), "action": torch.zeros(2, 1), "next": after}, batch_size=2)
+    player(data, title="Paid").save(tmp_path / "paid.html")
+    with shared().page(tmp_path / "paid.html", ready=READY) as page:
+        assert "2497 in 2 steps" in page.run("document.querySelector('option').textContent")
+        assert {"1248"} <= set(shown_now(page)["values"])

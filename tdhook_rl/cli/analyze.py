@@ -218,7 +218,7 @@ def _by_episode(source: Any, found: Any) -> list[Any]:
             if key[0] == "attr" and value.shape[found.ndim :].numel() <= FEATURES:
                 name = ".".join(key)
                 means = by_feature(found, source, key=key)
-                parts.append(grouped_bars(means, unit=f"mean |{name}|", title="By feature", of="episodes"))
+                parts.append(grouped_bars(means, unit=f"mean |{name}|", title=f"By feature of {name}", of="episodes"))
         whole = returns(source)
         parts.append(f"Return of the episodes that are whole in the buffer: {whole.mean()}.")
     except (InputError, MissingKeyError) as error:

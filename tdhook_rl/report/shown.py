@@ -14,6 +14,7 @@ from torch import Tensor
 from tdhook_rl.errors import MissingKeyError, nearest
 from tdhook_rl.report.episodes import Episode
 from tdhook_rl.report.media import Animation, Image
+from tdhook_rl.report.page.numbers import number
 from tdhook_rl.report.pictures import bars, beside, is_picture, overlays, robust_scale
 from tdhook_rl.report.readings import Readings, input_of
 
@@ -66,7 +67,7 @@ class Shown:
             explained = [places[at[places] >= 0] for places in (torch.from_numpy(one.places) for one in known)]
             places = max(explained, key=len, default=torch.empty(0, dtype=torch.long))[:most]
             if len(places) > 1:
-                captions = [self._caption(int(place), number) for number, place in enumerate(places)]
+                captions = [self._caption(int(place), step) for step, place in enumerate(places)]
                 _, pictures = self._pictures(key, source, at[places], captions, one_order=True)
                 found[f"episode.{'.'.join(key[1:])}"] = Animation(pictures, fps=6)
         return found
@@ -99,10 +100,10 @@ class Shown:
         largest = values.flatten(1).abs().float().mean(0).argsort(descending=True, stable=True)[:10]
         order = largest.tolist() if one_order else None
         pictures = []
-        for number, (place, value) in enumerate(zip(places.tolist(), values, strict=True)):
+        for at, (place, value) in enumerate(zip(places.tolist(), values, strict=True)):
             labels = self._labels(source, place, value.shape)
-            picture = bars(value, labels, captions[number], scale=scale, order=order)
-            pictures.append(picture if drawn is None else beside(drawn[number], picture))
+            picture = bars(value, labels, captions[at], scale=scale, order=order)
+            pictures.append(picture if drawn is None else beside(drawn[at], picture))
         return "bars", np.stack(pictures)
 
     def _frames(self, source: NestedKey, shape: torch.Size) -> Tensor | None:
@@ -129,17 +130,17 @@ class Shown:
         seen = observed.reshape(-1, *observed.shape[data.ndim :])[place].reshape(-1)
         if len(seen) != len(names):
             return names
-        return [f"{name} = {value:.3g}" for name, value in zip(names, seen.tolist(), strict=True)]
+        return [f"{name} = {number(value)}" for name, value in zip(names, seen.tolist(), strict=True)]
 
-    def _caption(self, place: int, number: int | None = None) -> str:
+    def _caption(self, place: int, step: int | None = None) -> str:
         data = self.readings.data
-        words = [f"frame {self.step}" if number is None else f"step {number}"]
+        words = [f"frame {self.step}" if step is None else f"step {step}"]
         for key, word in (("action", "action"), ("state_value", "value"), (("next", "reward"), "reward")):
             value = data.get(key, None)
             if isinstance(value, Tensor) and value.numel() and value.numel() % data.numel() == 0:
                 row = value.detach().reshape(data.numel(), -1)[place]
                 if len(row) == 1:
-                    words.append(f"{word} {float(row):.3g}")
+                    words.append(f"{word} {number(float(row))}")
                 elif key == "action" and not row.is_floating_point() and int(row.sum()) == 1:
                     words.append(f"{word} {int(row.long().argmax())}")
         return " · ".join(words)

@@ -103,7 +103,7 @@
     if (value === null || value === undefined || Number.isNaN(value)) return "–";
     if (value === 0 || Object.is(value, -0)) return "0";
     const size = Math.abs(value);
-    const text = size >= 1e5 || size < 1e-3 ? value.toExponential(1) : String(Number(value.toPrecision(3)));
+    const text = size >= 1e6 || size < 1e-3 ? value.toExponential(2) : String(size >= 100 ? Math.round(value) : Number(value.toPrecision(3)));
     return text.replaceAll("-", "−");
   }
 
