@@ -133,7 +133,10 @@ def entropy(key: Keys = None) -> Target:
 
 @checked
 def chosen_logit(key: NestedKey = "logits") -> Target:
-    """The logit of the stored action (an index, or one-hot), before normalisation."""
+    """The logit of the stored action (an index, or one-hot), before normalisation.
+
+    Of several choices at once (``MultiCategorical``, bits) the sum of the logits that were chosen.
+    """
     return _linear("chosen_logit", Chosen(unravel_key(key), "logits"))
 
 
@@ -147,6 +150,7 @@ def logit(index: int, key: NestedKey = "logits") -> Target:
 def margin(key: NestedKey = "logits") -> Target:
     """The logit of the stored action minus the largest logit of the others that were open to the policy.
 
+    Of several choices at once it is the sum of their margins; a bit has its logit as a margin, or the opposite of it.
     Choices that a mask of actions closes are none (``MaskedCategorical``, ``QValueActor(action_mask_key=...)``): a row
     in which one alone was open has no margin, and is not computed.
     """

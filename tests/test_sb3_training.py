@@ -161,6 +161,11 @@ def test_each_row_of_a_replay_buffer_is_of_one_step(envs: int, learnt: int, opti
     assert torch.equal(data["next", "reward"][..., 0], gained)
     newest = sb3_data(agent, newest=3)
     assert torch.equal(newest["observation"], before[:, -3:])
+    ends = data["next", "done"]
+    assert ("truncated" in data["next"].keys()) == ("terminated" in data["next"].keys()) == (not optimised)
+    assert ends.any() == (data.shape[1] > 6)
+    if not optimised:
+        assert torch.equal(data["next", "truncated"], ends)  # nothing else ends them
     begins = torch.arange(len(seen)).expand(envs, -1)[:, -data.shape[1] :] % 7 == 0  # an episode is seven steps
     begins[:, 0] &= len(seen) < 10
     assert torch.equal(data["is_init"][..., 0], begins)
@@ -211,7 +216,7 @@ def test_a_forgotten_vec_normalize_is_told_of(name: str, tmp_path: Path) -> None
         np.testing.assert_array_equal(as_they_are.detach().numpy(), agent.predict(given, deterministic=True)[0])
     agent.save(tmp_path / "agent")
     if name == "PPO":  # a saved off-policy agent does not tell
-        with pytest.warns(UserWarning, match="VecNormalize had normalised"):
+        with pytest.warns(UserWarning, match="in a VecNormalize, .*unless norm_obs=False"):
             from_sb3(sb3.PPO.load(tmp_path / "agent"))
     with pytest.raises(InputError, match="statistics of"):
         from_sb3(make_agent("PPO", "matrix"), normalize=wrapped)

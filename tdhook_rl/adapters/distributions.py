@@ -126,6 +126,9 @@ class MultiCategorical(D.Distribution):
         logits: of ``(*batch, sum of sizes)``.
         sizes: among how many each choice is.
 
+    Attributes:
+        choice_sizes: the same, by which targets know which logits are of one choice.
+
     Raises:
         InputError: if there are more logits or fewer.
 
@@ -139,7 +142,7 @@ class MultiCategorical(D.Distribution):
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012  (as torch declares it)
 
     def __init__(self, logits: Tensor, sizes: tuple[int, ...], validate_args: bool | None = None) -> None:
-        self.sizes = tuple(sizes)
+        self.sizes = self.choice_sizes = tuple(sizes)
         if logits.shape[-1] != sum(self.sizes):
             raise InputError(
                 f"choices among {', '.join(map(str, self.sizes))} have {sum(self.sizes)} logits, one after the other; "

@@ -59,6 +59,10 @@ def from_module(
     The pieces are named, each by the path of a module in ``net``, or by a method of it (``"forward"``: the module
     itself). They run on rows with one dimension, as in the script that they come from, and the policy takes any batch.
 
+    The policy's modules are copies over the same tensors. They begin in the mode that the agent is in; ``train()`` and
+    ``eval()`` of one do not reach the other. Where the agent is given other tensors (``load_state_dict(assign=True)``),
+    the policy is to be made again.
+
     Args:
         net: the agent.
         actor: gives, from the observation or what ``trunk`` makes of it, what ``kind`` says.

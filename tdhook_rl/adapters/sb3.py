@@ -160,8 +160,13 @@ def _warn_of_forgotten(model: Any, normalize: Any) -> None:
     on_policy = hasattr(model, "rollout_buffer") or hasattr(model, "gae_lambda")
     trained = wrapper is not None or (on_policy and kept_as_given(model) is not None)
     if trained and (wrapper is None or wrapper.norm_obs):
+        trained_on = (
+            "on observations that a VecNormalize had normalised"
+            if wrapper is not None
+            else "in a VecNormalize, which normalises observations unless norm_obs=False, and is not saved with it"
+        )
         warn(
-            "this agent was trained on observations that a VecNormalize had normalised: give it, "
+            f"this agent was trained {trained_on}: give it, "
             "from_sb3(model, normalize=vec_normalize), where observations come as the environment gives them; "
             "normalize=False says that they come normalised"
         )

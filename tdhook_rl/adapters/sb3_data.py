@@ -37,7 +37,8 @@ def sb3_data(
         ``("next", "done")``, and ``"is_init"``. From a rollout buffer also ``"action_log_prob"``, ``"state_value"``,
         ``"advantage"`` and ``"value_target"`` (of RecurrentPPO the states of its memory too), and its rewards have the
         value in them with which episodes were cut off;
-        from a replay buffer ``"terminated"``, ``"truncated"`` and the next observation (with ``optimize_memory_usage``,
+        from a replay buffer ``"terminated"`` and ``"truncated"`` (unless ``handle_timeout_termination=False``, where
+        nothing tells them apart) and the next observation (with ``optimize_memory_usage``,
         which keeps none, the oldest step of a full one is left out). Discrete entries are indices.
 
     Raises:
@@ -96,8 +97,10 @@ def sb3_data(
                 stored = stored.swapaxes(1, 2) if stored.shape == (count, layers, envs, units) else stored
                 data[key] = _read(stored, (layers, units), steps, buffer)
         return data
-    done, cut = (read(name).bool().unsqueeze(-1) for name in ("dones", "timeouts"))
-    data["next", "done"], data["next", "terminated"], data["next", "truncated"] = done, done & ~cut, done & cut
+    data["next", "done"] = done = read("dones").bool().unsqueeze(-1)
+    if buffer.handle_timeout_termination:  # otherwise nothing says which episodes were cut off
+        cut = read("timeouts").bool().unsqueeze(-1)
+        data["next", "terminated"], data["next", "truncated"] = done & ~cut, done & cut
     # The oldest step of a full buffer may be any of its episode.
     earlier = _order(buffer, None)[: -len(steps)][-1:]
     first = torch.full((buffer.n_envs, 1), float(not buffer.full))

@@ -18,6 +18,7 @@ from tdhook_rl.attribution.question import Attributed, Question
 from tdhook_rl.calls.decisions import one_hot_action
 from tdhook_rl.calls.open_choices import closed_choices
 from tdhook_rl.calls.passes import Call, Pass
+from tdhook_rl.calls.several_choices import require_one_choice
 from tdhook_rl.errors import InputError, MissingKeyError, TargetError, TdhookError, nearest
 from tdhook_rl.method import Binder
 from tdhook_rl.replaying.batching import repeat_rows, row_vectors, shallow_copy
@@ -194,6 +195,7 @@ class ChosenFirst:
                 f"SARFA compares one choice among two or more discrete actions, but the values have shape "
                 f"{tuple(values.shape)} at batch size {tuple(run.outputs.batch_size)}"
             )
+        require_one_choice(run, values, key, "SARFA")
         order = one_hot_action(run, values, key).sort(dim=-1, descending=True, stable=True).indices
         return values.masked_fill(closed_choices(run, key, values), -torch.inf).gather(-1, order)
 

@@ -102,7 +102,8 @@ def require_entries(
     found = action[place if action.shape == wrong.shape else place[:-1]].tolist()
     raise TargetError(
         f"the stored action {key!r} is {found} at {list(place)}, and what the policy draws there is {said(place)}: it "
-        "is the action of another policy, or in other units"
+        "is another policy's, in other units, or has noise on top. Store what was drawn, or choose another "
+        "target"
     )
 
 

@@ -19,7 +19,6 @@ from tdhook_rl.calls.decisions import (
     as_one_hot,
     choose,
     has_slope,
-    one_hot_action,
     outputs_named,
     require_choice,
     require_drawn_choice,
@@ -28,6 +27,7 @@ from tdhook_rl.calls.decisions import (
 from tdhook_rl.calls.drawable import as_drawn
 from tdhook_rl.calls.open_choices import closed_choices
 from tdhook_rl.calls.passes import Pass, Slope
+from tdhook_rl.calls.several_choices import chosen_entries, several_choices
 from tdhook_rl.errors import TargetError
 from tdhook_rl.replaying.batching import row_vectors
 
@@ -142,11 +142,11 @@ class Chosen:
 
     def __call__(self, run: Pass) -> Tensor:
         found = [(key, _expected(run, key, value)) for key, value in outputs_named(run, self.key, self.name)]
-        return _total(run, [(value * one_hot_action(run, value, key)).sum(-1) for key, value in found])
+        return _total(run, [(value * chosen_entries(run, value, key)).sum(-1) for key, value in found])
 
     def slope(self, run: Pass) -> Slope | None:
         (key, values), *others = outputs_named(run, self.key, self.name)
-        return None if others or key not in run.out_keys else Slope(key, one_hot_action(run, values, key))
+        return None if others or key not in run.out_keys else Slope(key, chosen_entries(run, values, key))
 
     def head_slope(self, head: Any) -> Tensor | None:
         key, run = self.key, head.values
@@ -163,10 +163,13 @@ class Margin:
         terms = []
         for key, value in outputs_named(run, self.key, "logits"):
             values, closed = _expected(run, key, value), closed_choices(run, key, value)
-            chosen = one_hot_action(run, values, key).bool()
+            several, chosen = several_choices(run, key, values), chosen_entries(run, values, key).bool()
+            if several is not None and several.bits:  # of each the log-odds, for or against
+                terms.append(torch.where(chosen, values, -values).sum(-1))
+                continue
             values = values.masked_fill(closed if closed.shape == values.shape else closed.all(-2), -torch.inf)
             # Several choices at once, one after the other in one vector: each has a margin.
-            sizes = run.actions.get(key, (None, None))[1] or [values.shape[-1]]
+            sizes = [values.shape[-1]] if several is None else list(several.sizes)
             for part, choice in zip(values.split(sizes, -1), chosen.split(sizes, -1), strict=True):
                 require_choice(run, choice, choice, key, one=True)
                 terms.append(self._of(part, choice))
