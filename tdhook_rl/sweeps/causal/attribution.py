@@ -263,7 +263,7 @@ class Effects:
 
     def _first_order(self, base: Ran, source: Ran, slopes: Mapping[str, Sequence[Tensor | None]]) -> Tensor:
         """``(rows, components)``: slopes times differences, summed over runs, places and the units of a component."""
-        rows, components = base.result.outputs.batch_size.numel(), self.components
+        rows, components = base.result.outputs.batch_size[-1], self.components
         points = [base.kept[site][0] for site in self.bench.sites]
         dtype = functools.reduce(torch.promote_types, (one.dtype for one in points))
         found = torch.empty(rows, len(components), dtype=dtype, device=points[0].device)

@@ -11,10 +11,9 @@ from tdhook_rl.calls.decisions import critic_keys, drawn_decisions, keys_named, 
 from tdhook_rl.calls.passes import Pass
 from tdhook_rl.errors import InputError
 from tdhook_rl.metrics.drift import policy_divergence
-from tdhook_rl.replaying.batching import repeat_rows
 from tdhook_rl.replaying.samples import components
 from tdhook_rl.sweeps.causal.bench import Ran
-from tdhook_rl.sweeps.causal.metrics import Metric, Reading, greedy_actions
+from tdhook_rl.sweeps.causal.metrics import Metric, Reading, copied, greedy_actions
 from tdhook_rl.targets import Target, chosen_q, state_value
 
 
@@ -60,34 +59,38 @@ class Measures:
         found = {name: one.read(ran) - self._before[name] for name, one in self._readings.items()}
         shape = (ran.copies, -1)
         if self._decisions:
-            found["kl"] = self._divergence(ran).cpu().reshape(shape)
-        rows = ran.result.outputs.batch_size.numel()
+            found["kl"] = _by_state(self._divergence(ran), ran).sum(-1).cpu().reshape(shape)
         now = greedy_actions(ran.result) if self._actions or self._points else {}
         if self._actions:
-            others = [~(_copied(one, ran) == now[key]).reshape(rows, -1).all(-1) for key, one in self._actions.items()]
+            others = [~_by_state(_of_all(one, ran) == now[key], ran).all(-1) for key, one in self._actions.items()]
             found["changed"] = torch.stack(others).any(0).double().cpu().reshape(shape)
         if self._points:
-            ways = [(now[key] - _copied(one, ran)).double().reshape(rows, -1) for key, one in self._points.items()]
+            ways = [_by_state((now[key] - _of_all(one, ran)).double(), ran) for key, one in self._points.items()]
             found["moved"] = torch.cat(ways, -1).norm(dim=-1).cpu().reshape(shape)
         return found
 
     def _divergence(self, ran: Ran) -> Tensor:
         with torch.no_grad():
-            before, after = (
-                _parameters(outputs)
-                for outputs in (repeat_rows(self._whole.result.outputs, ran.copies), ran.result.outputs)
-            )
-            total = torch.zeros(ran.result.outputs.batch_size.numel(), dtype=torch.float64, device=before.device)
+            whole = self._whole.result.outputs
+            whole = whole if ran.copies == 1 else torch.cat([whole] * ran.copies, whole.ndim - 1)
+            before, after = (_parameters(outputs).reshape(-1) for outputs in (whole, ran.result.outputs))
+            total = torch.zeros(len(before), dtype=torch.float64, device=before.device)
             for drawn in self._whole.result.distributions:
                 module: ProbabilisticTensorDictModule = drawn.module  # type: ignore[assignment]
                 sides = [components(module, module.get_dist(one)) for one in (before, after)]
                 for key in self._decisions & sides[0].keys():
                     total = total + policy_divergence(sides[0][key], sides[1][key]).values.to(total)
-            return total
+            return total.reshape(ran.result.outputs.batch_size)
 
 
-def _copied(value: Tensor, ran: Ran) -> Tensor:
-    return value.repeat(ran.copies, *(1,) * (value.ndim - 1))
+def _of_all(value: Tensor, ran: Ran) -> Tensor:
+    return copied(value, ran.copies, ran.result)
+
+
+def _by_state(value: Tensor, ran: Ran) -> Tensor:
+    """What there is of each state in a row of its own; the copies of an ensemble stand before the states."""
+    place = ran.result.outputs.ndim - 1
+    return value.movedim(place, 0).reshape(value.shape[place], -1)
 
 
 def _value(run: Pass) -> Target | None:

@@ -53,6 +53,8 @@ class Reading:
     def __init__(self, metric: Metric, clean: Pass, corrupt: Pass, actions: TensorDictBase | None = None) -> None:
         self._clean, self._corrupt = _reference(clean), _reference(corrupt)
         self._function, self.words = self._chosen(metric)
+        if copies := clean.outputs.batch_size[:-1].numel() * (clean.outputs.ndim > 1):
+            self.words += f", the sum of {copies} copies"
         dtypes = {one.dtype for one in clean.outputs.values(True, True) if _is_float(one)}
         self.dtype = torch.float64 if dtypes == {torch.float64} else torch.float32
         if metric is not None and actions is not None and len(list(actions.keys())):
@@ -63,12 +65,14 @@ class Reading:
         """``(copies * states,)``: the metric of each row, with its graph if there is one."""
         value = self._function(ran.result, ran.copies)
         batch = ran.result.outputs.batch_size
+        if isinstance(value, Tensor) and value.shape[: len(batch)] != batch:
+            batch = batch[-1:]  # of an ensemble, whose copies stand before the states, their sum is one number too
         if not isinstance(value, Tensor) or value.shape[: len(batch)] != batch:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise InputError(f"metric= gives a number for each of {batch.numel()} states, got {got}")
-        if value.is_floating_point():
-            return per_row(value, batch, self.words)
-        return row_vectors(value, batch).double().sum(-1)
+            raise InputError(f"metric= gives a number for each of {batch[-1]} states, got {got}")
+        value = value if value.is_floating_point() else value.double()
+        value = per_row(value, batch, self.words)
+        return value.sum(tuple(range(value.ndim - 1))) if value.ndim > 1 else value
 
     def read(self, ran: Ran) -> Tensor:
         """``(copies, states)`` in float64, on the CPU."""
@@ -125,7 +129,7 @@ class Reading:
         def moved(run: Pass, copies: int) -> Tensor:
             batch = run.outputs.batch_size
             terms = [
-                row_vectors(run.outputs.get(key) * _copied(way, copies), batch).sum(-1) for key, way in ways.items()
+                row_vectors(run.outputs.get(key) * copied(way, copies, run), batch).sum(-1) for key, way in ways.items()
             ]
             return torch.stack(terms).sum(0)
 
@@ -184,7 +188,7 @@ def _reference(run: Pass) -> _Reference:
 
 def _deciding(run: Pass, actions: _Reference, copies: int) -> Pass:
     """The same pass as if these actions had been taken in it."""
-    given = {key: _copied(value, copies) for key, value in actions.items()}
+    given = {key: copied(value, copies, run) for key, value in actions.items()}
     distributions = [
         Drawn(one.module, one.distribution, {key: given.get(key) for key in components(one.module, one.distribution)})
         for one in run.distributions
@@ -195,8 +199,12 @@ def _deciding(run: Pass, actions: _Reference, copies: int) -> Pass:
     return replace(run, stored=stored, distributions=distributions, slots={})
 
 
-def _copied(value: Tensor, copies: int) -> Tensor:
-    return value if copies == 1 else value.repeat(copies, *(1,) * (value.ndim - 1))
+def copied(value: Tensor, copies: int, run: Pass) -> Tensor:
+    """What there is of each state, for as many copies of the states as a pass was over."""
+    if copies == 1:
+        return value
+    before = run.outputs.ndim - 1  # the copies of an ensemble
+    return value.repeat(*(1,) * before, copies, *(1,) * (value.ndim - before - 1))
 
 
 def _greedy(distribution: Distribution) -> Tensor | None:
