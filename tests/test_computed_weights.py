@@ -10,6 +10,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import NoisyLinear
 
 from tdhook_rl import Pruning, Saliency, TaskVectors
 from tdhook_rl.errors import InputError
@@ -133,6 +135,49 @@ def test_pruning_under_a_mask_is_that_of_the_effective_weights(name: str, amount
         hooked(data())
         rows = (hooked.module[0].weight_orig * hooked.module[0].weight_mask == 0).all(1).sum()
         assert int(rows) >= 10
+
+
+class Noisy(nn.Module):
+    """A noisy layer as many scripts write it, whose noise is there in training mode."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        for name, shape in (("weight", (outputs, inputs)), ("bias", (outputs,))):
+            self.register_parameter(f"{name}_mu", nn.Parameter(torch.randn(shape)))
+            self.register_parameter(f"{name}_sigma", nn.Parameter(torch.full(shape, 0.02)))
+            self.register_buffer(f"{name}_epsilon", torch.randn(shape))
+
+    def effective(self, name: str) -> Tensor:
+        mean = getattr(self, f"{name}_mu")
+        noise = getattr(self, f"{name}_sigma") * getattr(self, f"{name}_epsilon")
+        return mean + noise if self.training else mean
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.effective("weight"), self.effective("bias"))
+
+
+@pytest.mark.parametrize("noise", [ExplorationType.RANDOM, ExplorationType.DETERMINISTIC])
+@pytest.mark.parametrize("layer", [NoisyLinear, Noisy])
+def test_the_noise_of_a_pruned_weight_goes_with_it(layer: type[nn.Module], noise: ExplorationType) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(layer(6, 8), nn.Tanh(), nn.Linear(8, 4)).train(noise is ExplorationType.RANDOM)
+    means = net[0].weight_mu.detach(), net[2].weight.detach()
+    every = torch.cat([one.abs().flatten() for one in means])
+    gone = torch.zeros(len(every), dtype=torch.bool)
+    gone[every.argsort(stable=True)[: len(every) // 2]] = True
+    rows = torch.zeros(8, 6, dtype=torch.bool)
+    rows[means[0].abs().sum(-1).argsort()[:3]] = True
+    with set_exploration_type(noise):
+        effective = net[0].weight.detach() if layer is NoisyLinear else net[0].effective("weight").detach()
+        bias = net[0].bias.detach() if layer is NoisyLinear else net[0].effective("bias").detach()
+        for method, masks in (
+            (Pruning(amount_to_prune=0.5), gone.split([48, 32])),
+            (Pruning(modules_to_prune={"0": (0, 3)}), (rows, torch.zeros(32, dtype=torch.bool))),
+        ):
+            hidden = (X @ effective.masked_fill(masks[0].reshape(8, 6), 0).T + bias).tanh()
+            expected = hidden @ means[1].masked_fill(masks[1].reshape(4, 8), 0).T + net[2].bias
+            with method.prepare(net) as hooked:
+                torch.testing.assert_close(hooked(data())["output"], expected)
 
 
 @pytest.mark.parametrize("name", NORMS)

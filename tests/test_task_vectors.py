@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
+from tensordict import TensorDict
 from torch import nn
 from torchrl.collectors import Collector
+from torchrl.modules import BatchRenorm1d
 
 from tdhook_rl import Compose
 from tdhook_rl.envs import CueCorners
@@ -175,3 +178,27 @@ def test_bad_task_vectors_are_refused() -> None:
         Compose(TaskVectors(), TaskVectors()).prepare(net).__enter__()
     with pytest.raises(InputError, match="finite number"):
         TaskVectors(alphas=("a",))
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d, BatchRenorm1d], ids=lambda one: one.__name__)
+def test_variances_that_would_be_negative_are_refused(layer: type[nn.Module]) -> None:
+    """Of what fine-tuning has more than doubled, the forget vector leaves none: outputs were NaN without a word."""
+    net = nn.Sequential(nn.Linear(3, 4), layer(4), nn.Linear(4, 2)).eval()
+    finetuned = copy.deepcopy(net)
+    finetuned[1].running_var[2] = 5.0
+    data = TensorDict({"input": torch.randn(6, 3)}, 6)
+    with TaskVectors(alphas=(0.1,), get_test_accuracy=lambda policy: 1.0).prepare(net) as hooked:
+        forget = hooked.get_forget_vector(finetuned)
+        for ask in (lambda: hooked.get_weights(forget, alpha=1.0), lambda: enter(hooked, forget)):
+            with pytest.raises(InputError, match=r"'1.running_var' would be -3 .*at most 0.25 times this change"):
+                ask()
+        with hooked.with_applied_vectors(forget):  # a smaller alpha
+            assert bool(hooked(data.clone())["output"].isfinite().all())
+        with hooked.with_applied_vectors(hooked.get_task_vector(finetuned), alpha=1.0):
+            torch.testing.assert_close(hooked(data.clone())["output"], finetuned(data["input"]))
+        assert bool(hooked(data)["output"].isfinite().all())
+
+
+def enter(hooked: Any, vector: TensorDict) -> None:
+    with hooked.with_applied_vectors(vector, alpha=1.0):
+        pass

@@ -55,7 +55,8 @@ class Pruning(Method):
     into the hooked policy replace the pruned ones, zeros included; a collector that synchronises from the hooked
     policy (``update_policy_weights_()`` without arguments) sends the pruned weights.
 
-    Weights under a mask of ``torch.nn.utils.prune`` are scored as the layer uses them.
+    Weights under a mask of ``torch.nn.utils.prune`` are scored as the layer uses them. Of noisy layers (``weight_mu``
+    and ``weight_sigma``, as in TorchRL's ``NoisyLinear``) means are scored, and the noise of a pruned one goes with it.
 
     Raises:
         SiteError: if a path matches nothing, or names a module without a weight.
@@ -104,6 +105,8 @@ class Pruning(Method):
         # Scores may be computed with a graph by the user's callback; none is needed.
         with torch.no_grad():
             masks = self._slices(binder) if isinstance(self.modules_to_prune, Mapping) else self._entries(binder)
+            noises = {id(mean): noise for mean, noise in _noises(binder.root)}
+            masks += [(noises[id(one)], mask) for one, mask in masks if id(one) in noises]
             binder.own_parameters(
                 [(one, one.detach().clone().masked_fill_(mask.to(one.device), 0)) for one, mask in masks]
             )
@@ -209,16 +212,29 @@ class _Place(NamedTuple):
         return f"{self.module_key}.{self.parameter_name}" if self.module_key else self.parameter_name
 
 
+def _noises(root: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """The parameters of noisy layers that are a mean, and how large the noise about each is."""
+    found = []
+    for module in root.modules():
+        own = module._parameters
+        for name, noise in own.items():
+            stem, _, kind = name.rpartition("_")
+            mean = own.get(f"{stem}_mu") if kind == "sigma" else None
+            if noise is not None and mean is not None and mean.shape == noise.shape:
+                found.append((mean, noise))
+    return found
+
+
 def _places(root: nn.Module) -> list[_Place]:
     """The weights that layers compute with, in the place of what these are computed from."""
-    places = []
+    places, noises = [], {id(noise) for _, noise in _noises(root)}
     for path, module in root.named_modules():
         if "parametrizations" in path.split("."):
             continue
         computed = computed_weights(module)
         originals = {name: one for one in computed.values() for name in one.originals}
         for name, parameter in module._parameters.items():
-            if parameter is not None and name not in originals:
+            if parameter is not None and name not in originals and id(parameter) not in noises:
                 places.append(_Place(path, module, name, parameter))
         for name, one in computed.items():
             own = one.originals[0] if one.originals else None

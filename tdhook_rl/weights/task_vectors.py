@@ -54,8 +54,8 @@ class TaskVectors(Method):
 
     Raises:
         InputError: if a weight that changes is computed by a norm, a mask or a parametrisation, if weights differ in
-            names or shapes from the policy's or are not finite, if an alpha is needed and none can be computed, or if
-            no alpha is adequate.
+            names or shapes from the policy's or are not finite, if a running variance would be negative, if an alpha is
+            needed and none can be computed, or if no alpha is adequate.
 
     Example:
         >>> net, finetuned = nn.Linear(2, 1), nn.Linear(2, 1)
@@ -110,7 +110,7 @@ class _Arithmetic:
     def get_weights(self, *vectors: Weights, alpha: float | None = None) -> TensorDict:
         # What counts (steps, batches) is none of the weights, but load_state_dict asks for it.
         kept = {name: one.clone() for name, one in self._root.state_dict().items() if isinstance(one, Tensor)}
-        return TensorDict(kept | _added(self._weights(), self._scaled(vectors, alpha)))
+        return TensorDict(kept | self._changed(self._weights(), self._scaled(vectors, alpha)))
 
     @contextmanager
     def with_applied_vectors(self, *vectors: Weights, alpha: float | None = None) -> Iterator[Any]:
@@ -118,7 +118,7 @@ class _Arithmetic:
         change = self._scaled(vectors, alpha)
         if outer is not None:
             change = {name: outer[name] + change[name] for name in change}
-        values = _added(base, change)
+        values = self._changed(base, change)
         tensors = _weights_of(self._root)
         new: dict[int, Tensor] = {}
         for name, tensor in tensors.items():
@@ -160,6 +160,18 @@ class _Arithmetic:
                 f"get_control_adequacy accepted none of the alphas {self._alphas}: try smaller ones or ask for less"
             )
         return best[1]
+
+    def _changed(self, base: Weights, change: Weights) -> dict[str, Tensor]:
+        values = _added(base, change)
+        for name, value in values.items():
+            if name.rpartition(".")[2] != "running_var" or not bool((value < 0).any()):
+                continue
+            most = float((base[name] / -change[name])[value < 0].min())
+            raise InputError(
+                f"{name!r} would be {float(value.min()):g} with these vectors, and no variance is negative (what it "
+                f"normalises would be NaN): at most {most:.3g} times this change leaves one, by a smaller alpha="
+            )
+        return values
 
     def _weights(self) -> dict[str, Tensor]:
         self._runtime.require_open()
