@@ -14,7 +14,7 @@ from tdhook_rl.sites.hooks import CaptureHook, Portable
 from tdhook_rl.sites.numbers import in_dtype
 from tdhook_rl.sites.paths import Site
 from tdhook_rl.sites.repeats import Several, added, several_runs
-from tdhook_rl.sites.row_values import ROWS_REMEDY, rows_under_way
+from tdhook_rl.sites.row_values import ROWS_REMEDY, require_whole_rows, rows_under_way
 from tdhook_rl.sites.rows import rows_of, with_rows, without_vmap
 from tdhook_rl.sites.runtime import Runtime
 
@@ -77,6 +77,7 @@ class PatchHook:
             return None
         original = self._kept(self.slot, number)
         value, disguise = rows_of(output, module, self.site, runtime)
+        require_whole_rows(value, runtime, self.site)
         patch = None
         beside = {"rows": rows_under_way(runtime, self.site, "patch_fn")} if self.beside else {}
         if self.function is not None:

@@ -28,7 +28,7 @@ from tdhook_rl.method import Binder, Method
 from tdhook_rl.replaying.batching import GeneratorState
 from tdhook_rl.sites.numbers import in_dtype, is_whole
 from tdhook_rl.sites.repeats import several_runs
-from tdhook_rl.sites.row_values import ROWS_REMEDY, portable_rows
+from tdhook_rl.sites.row_values import ROWS_REMEDY, portable_rows, require_whole_rows
 from tdhook_rl.sites.rows import rows_of, with_rows
 from tdhook_rl.sites.runtime import Runtime
 
@@ -199,6 +199,7 @@ class SubtractionHook:
         if under.startswith(COUNTERFACTUAL) and under != self.owner:
             return None
         value, disguise = rows_of(output, module, self.site, runtime)
+        require_whole_rows(value, runtime, self.site)
         if under == self.owner:
             if self.slot in runtime.replay.watched:
                 raise several_runs(self.site)

@@ -29,7 +29,7 @@ from tdhook_rl.replaying.batching import in_recurrent_mode
 from tdhook_rl.sites.hooks import Portable
 from tdhook_rl.sites.inner_calls import batch_at
 from tdhook_rl.sites.numbers import in_dtype
-from tdhook_rl.sites.row_values import ROWS_REMEDY, rows_under_way
+from tdhook_rl.sites.row_values import ROWS_REMEDY, require_whole_rows, rows_under_way
 from tdhook_rl.sites.rows import feature_dims, rows_of, with_rows, without_vmap
 from tdhook_rl.sites.runtime import Runtime
 from tdhook_rl.sites.states import state_names, state_of, with_state
@@ -221,6 +221,7 @@ class AdditionHook:
                 f"the steering vectors {self.vector.row!r} have shape {tuple(vectors.shape)}, but the output of "
                 f"{self.site!r} has shape {tuple(value.shape)}: give each row one vector of the shape of the features"
             )
+        require_whole_rows(value, self.runtime, self.site)
         what = f"steering vector {self.vector.row!r} of a row"
         shape = placed_shape(vectors.shape[len(batch) :], value, features, self.runtime, self.site, what)
         rows = value.shape[: value.ndim - feature_dims(value, batch)]

@@ -21,9 +21,9 @@ from tdhook_rl.arguments.keys import get_entry, is_tensordict, missing
 from tdhook_rl.errors import InputError
 from tdhook_rl.internals.functorch_names import is_batchedtensor
 from tdhook_rl.sites.hooks import Portable
-from tdhook_rl.sites.inner_calls import require_whole_batch, step_of_batch
+from tdhook_rl.sites.inner_calls import batch_at, require_whole_batch, step_of_batch
 from tdhook_rl.sites.repeats import Several, added
-from tdhook_rl.sites.rows import entry_rows
+from tdhook_rl.sites.rows import entry_rows, with_batch
 from tdhook_rl.sites.runtime import Runtime
 
 #: What to do where a function of rows reads what they lack.
@@ -245,6 +245,19 @@ def spread(rows: Tensor, value: Tensor, what: str, site: str) -> Tensor:
             "give one number for each row of the batch"
         )
     return rows.reshape((*rows.shape, *(1,) * (value.ndim - rows.ndim)))
+
+
+def require_whole_rows(value: Tensor, runtime: Runtime, site: str) -> None:
+    """Refuse what a module computed of other rows than those of the call, where what is put in is of these, in order.
+
+    A network that is handed some of the rows may give as many of other states.
+
+    Raises:
+        InputError: if it does not start with the batch shape.
+    """
+    batch = batch_at(runtime, site)
+    if batch is not None:
+        with_batch(value, batch, site)
 
 
 def require_finite(value: Tensor, what: str) -> None:

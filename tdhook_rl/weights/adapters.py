@@ -12,6 +12,7 @@ from tdhook_rl.errors import InputError, SiteError
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.sites.hooks import Portable
 from tdhook_rl.sites.numbers import in_dtype
+from tdhook_rl.sites.row_values import require_whole_rows
 from tdhook_rl.sites.rows import rows_of, with_rows
 from tdhook_rl.sites.runtime import Runtime
 
@@ -130,7 +131,9 @@ class SourceHook:
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.runtime.require_open()
         # A copy: an in-place activation behind the module would change what the adapter is given.
-        self.route.value = rows_of(output, module, self.route.source, self.runtime)[0].clone()
+        value = rows_of(output, module, self.route.source, self.runtime)[0]
+        require_whole_rows(value, self.runtime, self.route.source)
+        self.route.value = value.clone()
 
 
 class AdapterHook:
@@ -150,6 +153,8 @@ class AdapterHook:
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         self.runtime.require_open()
         value, disguise = rows_of(output, module, self.target, self.runtime)
+        if self.route is not None:
+            require_whole_rows(value, self.runtime, self.target)
         adapted = self.adapter(value if self.route is None else self.route.take())
         if not isinstance(adapted, Tensor) or adapted.shape != value.shape:
             got = f"shape {tuple(adapted.shape)}" if isinstance(adapted, Tensor) else f"a {type(adapted).__name__}"
