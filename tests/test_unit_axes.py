@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tdhook_rl.errors import InputError, SiteError
 from tdhook_rl.metrics import dormant_units
 from tdhook_rl.rollout import NetworkDiagnostics
+from tdhook_rl.sweeps import patch_units
 
 
 class Calls(nn.Module):
@@ -76,6 +77,29 @@ def test_channels_of_maps(dims: int, size: int) -> None:
     whole = nn.Sequential(nn.Sequential(dead(conv(2, 8, 1)), nn.ReLU()), nn.Flatten())
     assert share(whole, "module.0", states) == 0.5
     assert share(whole, "module.1", states) == 0.5  # every place of a channel is a unit then
+
+
+IN_PLACE = [
+    lambda: nn.ReLU(inplace=True), lambda: nn.Hardtanh(inplace=True), lambda: nn.Dropout(0.0, inplace=True),
+    lambda: nn.Sequential(nn.ELU(inplace=True)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("one", IN_PLACE)
+@pytest.mark.parametrize("norm", [nn.Identity(), nn.GroupNorm(2, 8)], ids=["", "norm"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_layers_that_are_told_to_work_in_place_keep_the_channels(dims: int, norm: nn.Module, one: object) -> None:
+    """Of maps as wide as deep, too; a hook at such a layer gives it a copy, which nothing has noted."""
+    conv, _, pool = CONVS[dims]
+    net = nn.Sequential(
+        conv(2, 8, 1), norm, one(), pool(1), nn.Flatten(), nn.Linear(8 if dims == 3 else 8**dims * 8, 1)
+    )
+    states = [TensorDict({"input": torch.randn(4, 2, *(8,) * dims)}, 4) for _ in range(2)]
+    table = patch_units(net, *states, ["1", "2", "3"], metric="output")
+    assert table.components.axes == dict.fromkeys("123", -1 - dims)
+    assert (
+        share(nn.Sequential(dead(conv(2, 8, 1)), one(), nn.ReLU(), nn.Flatten(2)), "module.1", states[0]["input"]) < 1
+    )
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError, SiteError, nearest
+from tdhook_rl.internals.functorch_names import is_batchedtensor
 from tdhook_rl.sites.paths import find_sites
 
 _LAST = (
@@ -41,17 +42,22 @@ class UnitAxes:
         self._by_address: dict[int, list[tuple[int, tuple, tuple]]] = {}
         self._by_shape: dict[tuple[int, ...], set[int]] = {}
         self._runs: dict[nn.Module, list[int | None]] = {}
+        self._handed: list[Tensor | None] = []  # what modules under way were handed, before hooks gave them something
 
     @contextmanager
     def following(self) -> Iterator[None]:
         """While this is open, a forward of the network is followed."""
-        handles = [child.register_forward_hook(self._note) for child in self._network.modules()]
+        handles = []
+        for child in self._network.modules():
+            handles.append(child.register_forward_pre_hook(self._hand, prepend=True))
+            handles.append(child.register_forward_pre_hook(self._take))
+            handles.append(child.register_forward_hook(self._note))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            for notes in (self._kept, self._by_object, self._by_address):
+            for notes in (self._kept, self._by_object, self._by_address, self._handed):
                 notes.clear()
 
     def of(self, site: str, activation: Tensor, rows: int) -> int:
@@ -83,6 +89,19 @@ class UnitAxes:
             f"{type(found.module).__name__} does not tell: give units={{{site!r}: axis}}, such as -1 for the last or 1 "
             "for channels"
         )
+
+    def _hand(self, module: nn.Module, args: Sequence[Any]) -> None:
+        self._handed.append(next(_tensors(args), None))
+
+    def _take(self, module: nn.Module, args: Sequence[Any]) -> None:
+        """A module that works in place is given a copy where a hook acts on it: its units are where those were."""
+        handed, given = self._handed.pop() if self._handed else None, next(_tensors(args), None)
+        if handed is None or given is None or handed is given or not _is_copy(given, handed):
+            return
+        axis = self._found(handed)
+        if axis is not None:
+            self._kept.append(given)
+            self._by_object[id(given)] = axis
 
     def _note(self, module: nn.Module, args: Sequence[Any], output: Any) -> None:
         made = output if isinstance(output, Tensor) else next(_tensors(output), None)
@@ -149,6 +168,12 @@ def _declared(module: nn.Module, made: Tensor) -> int | None:
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(module.normalized_shape) == 1:
         return -1
     return -1 if made.ndim <= 2 else None
+
+
+def _is_copy(one: Tensor, other: Tensor) -> bool:
+    if is_batchedtensor(one) or is_batchedtensor(other) or one.shape != other.shape:
+        return False
+    return bool(((one == other) | (one != one)).all())
 
 
 def _address(value: Tensor) -> int | None:
