@@ -1,9 +1,10 @@
-"""Tensors that the user gives as numbers: dense, with data, and real."""
+"""Tensors that the user gives as numbers: dense, with data, and real; and numbers of NumPy."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,3 +43,14 @@ def numbers(given: Any, what: str, *, imaginary: bool = False, beside: str = "")
         raise InputError(f"{what} is of real numbers, got {tensor.dtype}")
     # Floats of 8 bits are for storage: hardly anything can be computed in them.
     return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() and tensor.itemsize < 2 else tensor
+
+
+def plain_number(value: Any) -> Any:
+    """A number of NumPy as Python's own; anything else as it is.
+
+    Example:
+        >>> import numpy
+        >>> plain_number(numpy.int64(3)), plain_number("all")
+        (3, 'all')
+    """
+    return value.item() if isinstance(value, np.generic) else value

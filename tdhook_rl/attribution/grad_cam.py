@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tdhook_rl.arguments.checked import Checked
+from tdhook_rl.arguments.tensors import plain_number
 from tdhook_rl.attribution.base import BoundAttribution, GradientAttribution
 from tdhook_rl.attribution.gradients import gradients
 from tdhook_rl.attribution.question import Attributed, Question
@@ -40,6 +41,7 @@ class DimsConfig(metaclass=Checked):
 
 def _dims(dims: object, name: str) -> tuple[int, ...]:
     given = dims
+    dims = [plain_number(one) for one in dims] if isinstance(dims, (tuple, list)) else plain_number(dims)
     if dims is None:
         dims = ()
     elif isinstance(dims, int):

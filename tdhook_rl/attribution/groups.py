@@ -11,7 +11,7 @@ from tensordict import NestedKey
 from torch import Tensor
 
 from tdhook_rl.arguments.checked import checked, shown
-from tdhook_rl.arguments.tensors import numbers
+from tdhook_rl.arguments.tensors import numbers, plain_number
 from tdhook_rl.errors import InputError
 from tdhook_rl.replaying.batching import row_vectors
 
@@ -165,6 +165,7 @@ def windows(shape: Sequence[int], size: Sequence[int], stride: Sequence[int] | N
         [[0, 1, 2], [2, 3, 4], [3, 4, 5]]
     """
     stride = size if stride is None else stride
+    shape, size, stride = ([plain_number(one) for one in given] for given in (shape, size, stride))
     if not len(shape) == len(size) == len(stride) or any(
         not isinstance(n, int) or n < 1 for n in (*shape, *size, *stride)
     ):

@@ -91,7 +91,8 @@ class UnitValues(Method):
         for path, units in self.units.items():
             for site in binder.intervention_sites(path):
                 control = binder.control(f"{self.name}.{site.name}", self._values(path))
-                binder.on_output(site, UnitHook(binder.runtime, site.name, list(units), control, strength))
+                hook = UnitHook(binder.runtime, site.name, [int(unit) for unit in units], control, strength)
+                binder.on_output(site, hook)
         return bound
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tdhook_rl.arguments.tensors import plain_number
 from tdhook_rl.errors import InputError, SiteError, nearest
 from tdhook_rl.internals.functorch_names import is_batchedtensor
 from tdhook_rl.sites.paths import find_sites
@@ -205,7 +206,7 @@ def given_axis(units: Any, site: str, activation: Tensor) -> int | None:
     Raises:
         InputError: if the activation has no such axis, or it is that of the rows.
     """
-    axis = units.get(site) if isinstance(units, dict) else units
+    axis = plain_number(units.get(site) if isinstance(units, dict) else units)
     if axis is None:
         return None
     if isinstance(axis, bool) or not isinstance(axis, int) or not -activation.ndim < axis < activation.ndim or not axis:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tdhook_rl.arguments.callbacks import takes_keywords
+from tdhook_rl.arguments.tensors import plain_number
 from tdhook_rl.errors import InputError, SiteError, nearest
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.weights.computed import ComputedWeight, computed_weights
@@ -85,6 +86,7 @@ class Pruning(Method):
     norm: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "amount_to_prune", plain_number(self.amount_to_prune))
         if not isinstance(self.modules_to_prune, Mapping):
             if self.amount_to_prune is None:
                 raise InputError(
@@ -93,6 +95,11 @@ class Pruning(Method):
                 )
             _check_amount(self.amount_to_prune, "amount_to_prune")
             return
+        slices = {
+            path: tuple(map(plain_number, value)) if isinstance(value, (tuple, list)) else value
+            for path, value in self.modules_to_prune.items()
+        }
+        object.__setattr__(self, "modules_to_prune", slices)
         if self.amount_to_prune is not None:
             _check_amount(self.amount_to_prune, "amount_to_prune")
         for path, value in self.modules_to_prune.items():

@@ -12,6 +12,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from tdhook_rl.arguments.tensors import plain_number
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.policies.tying import named_tensors, put_back, replace_tensors
@@ -67,14 +68,12 @@ class TaskVectors(Method):
         (True, True)
     """
 
-    alphas: Sequence[float] = ()
+    alphas: Sequence[float] | Tensor = ()
     get_test_accuracy: Callable[[Any], float] | None = None
     get_control_adequacy: Callable[[Any], bool] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "alphas", tuple(self.alphas))
-        for alpha in self.alphas:
-            _check_alpha(alpha)
+        object.__setattr__(self, "alphas", tuple(_check_alpha(alpha) for alpha in self.alphas))
 
     def bind(self, binder: Binder) -> None:
         accuracy = None if self.get_test_accuracy is None else Portable(self.get_test_accuracy)
@@ -258,6 +257,9 @@ def _matched(given: nn.Module | Weights, base: Weights, what: str) -> dict[str, 
 
 
 def _check_alpha(alpha: Any) -> float:
-    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise InputError(f"alpha must be a finite number, got {alpha!r}")
-    return alpha
+    number = plain_number(alpha)
+    if isinstance(alpha, Tensor) and alpha.numel() == 1:
+        number = alpha.item()
+    if not isinstance(number, (int, float)) or not math.isfinite(number):
+        raise InputError(f"alpha must be a finite number, got {alpha!r:.80}")
+    return number

@@ -13,6 +13,7 @@ from torchrl.envs import EnvBase
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.arguments.seeds import stream_of
+from tdhook_rl.arguments.tensors import plain_number
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.sites.numbers import in_dtype, is_whole
 from tdhook_rl.statistics import Interval, grouped_mean, paired_difference
@@ -109,6 +110,7 @@ class AblationTable(Cells[AblationCell]):
         Raises:
             InputError: for a component that there is not.
         """
+        key = plain_number(key)
         return super().__getitem__(key) if isinstance(key, (int, slice)) else self.components.cell(self._of, key)
 
     def ranking(self, measure: str) -> list[AblationCell]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.arguments.seeds import stream_of
+from tdhook_rl.arguments.tensors import plain_number
 from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.errors import InputError, TargetError
 from tdhook_rl.sites.numbers import difference
@@ -75,6 +76,7 @@ def attribution_patching(
         >>> len(table), table.agreement.measured, bool(abs(table.grid("1").sum() - 1) < 1e-4)
         (16, 16, True)
     """
+    compare = plain_number(compare)
     if compare != "all" and (not isinstance(compare, int) or isinstance(compare, bool) or compare < 0):
         raise InputError(f"compare= is a number of components, or 'all'; got {compare!r}")
     return _table(policy, clean, corrupt, sites, metric, way, True, compare, parts, groups, units, chunk_size, seed)

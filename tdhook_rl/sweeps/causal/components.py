@@ -13,6 +13,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdhook_rl.arguments.tensors import plain_number
 from tdhook_rl.errors import InputError, SiteError, nearest
 from tdhook_rl.sweeps.causal.bench import Bench, Ran
 from tdhook_rl.sweeps.causal.edits import PutUnits
@@ -103,7 +104,7 @@ def components_of(
         shown = seen.kept[site][0]
         axes[site] = bench.unit_axis(site, shown, states)
         units[site] = shown.shape[axes[site]]
-        count = parts.setdefault(site, units[site])
+        count = parts[site] = plain_number(parts.get(site, units[site]))
         if not isinstance(count, int) or count < 1 or units[site] % count:
             raise InputError(f"parts= divides the {units[site]} units of {site!r} into {count!r} parts of equal size")
     return Components(axes, units, {site: parts[site] for site in bench.sites})

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tdhook_rl.arguments.tensors import plain_number
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.statistics import Interval, bootstrap, grouped_mean
 from tdhook_rl.statistics.cells import Cells, only, shown, words_of
@@ -97,6 +98,7 @@ class PatchTable(Cells[PatchCell]):
         Raises:
             InputError: for one that is not in the table, or of which there are several.
         """
+        key = plain_number(key)
         if isinstance(key, (int, slice)):
             return super().__getitem__(key)
         asked = key if isinstance(key, tuple) else (key,)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdhook_rl.arguments.tensors import plain_number
 from tdhook_rl.statistics import Interval
 from tdhook_rl.statistics.cells import Cells, shown, words_of
 from tdhook_rl.sweeps.causal.agreement import Agreement, agreement_of
@@ -120,6 +121,7 @@ class UnitTable(Cells[UnitCell]):
         Raises:
             InputError: for a component that there is not.
         """
+        key = plain_number(key)
         return super().__getitem__(key) if isinstance(key, (int, slice)) else self.components.cell(self._of, key)
 
     def grid(self, site: str, measured: bool = False) -> Tensor:
