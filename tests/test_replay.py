@@ -268,7 +268,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another manifest": (_rewrite(keys=3), "keys is '3'"),
     "a path outside": (
         _rewrite(keys=[{"key": ["..", "..", "x"], "shape": [200], "dtype": "float32"}], checksums=[[0]]),
-        "is outside",
+        "does not describe the files beside it",
     ),
 }
 

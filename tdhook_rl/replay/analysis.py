@@ -91,7 +91,8 @@ def analyze(
         MissingKeyError: if the rows lack what the policy reads.
         InputError: if there are no rows or no TensorDicts; for an ensemble, a collector or an iterator; if a buffer is
             written to meanwhile, or an iterable gives other rows; if a transform of a buffer, or a method, gives a row
-            other values when other rows are read with it, and if the policy reads entries together, as a sequence.
+            other values when other rows are read with it, and if the policy reads entries together, as a sequence, or
+            looks across the rows of a batch (five rows are computed alone) where not all are computed at once.
 
     Example:
         >>> import tempfile

@@ -17,7 +17,7 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.files.checkpoints import load_into
 from tdhook_rl.hooking.hooked import HookedMixin
 from tdhook_rl.policies.rebinding import deep_copy
-from tdhook_rl.probes.board import CLASSES, Board, Observed
+from tdhook_rl.probes.board import CLASSES, Board, Observed, Source
 from tdhook_rl.probes.probe_table import ProbeCell, ProbeTable
 from tdhook_rl.probes.quantities import (
     Future,
@@ -33,10 +33,11 @@ from tdhook_rl.probes.splits import GroupSplit
 from tdhook_rl.reading.going_on import GoingOn
 from tdhook_rl.reading.reader import Reader
 from tdhook_rl.reading.sources import Rows, is_ragged
-from tdhook_rl.replay.row_functions import require_of_each
+from tdhook_rl.replay.row_functions import require_alone, require_of_each
 from tdhook_rl.statistics import benjamini_hochberg
 
 Progress = Callable[[str, int, int], None]
+_LAID_OUT = "probes read the rows of a buffer some at a time"
 
 
 @checked
@@ -74,7 +75,7 @@ def probe_grid(
         checkpoints: by name the weights to look at, in this order: state dicts, modules, or files of weights; the
             policy as it is unless given. The policy itself is not touched.
         batch_size: rows that are read at once, which changes nothing but the last digits: a function under
-            ``concepts`` that says of a row something else when other rows are read with it is refused.
+            ``concepts``, or a network, that says of a row something else when other rows are read with it is refused.
         progress: called with what is being done, and how many of how many rows are through.
 
     Returns:
@@ -109,6 +110,7 @@ def probe_grid(
             f"split by {split.groupings} needs more groups, or another share held_out={split.held_out}"
         )
     cells: list[ProbeCell] = []
+    untried = len(source) if source.several else 0
     for name, checkpoint in (checkpoints or {"": None}).items():
         if checkpoint is not None:
             load_into(own, checkpoint, name)
@@ -121,12 +123,12 @@ def probe_grid(
         for part, rows in (("fitting", facts.train), ("scoring", facts.held)):
             done, total = 0, int(rows.sum())
             for index, batch in source.batches(rows):
-                for group, labels, chosen, seen in facts.parts(index, batch, features):
+                for group, labels, chosen, seen in facts.parts(index, batch, features, untried):
                     if part == "fitting":
                         board.add(group, labels, seen(chosen), score=False)
                     else:
                         board.judge(group, labels, seen(chosen))
-                done += len(index)
+                done, untried = done + len(index), 0
                 tell(f"{part} {name}".rstrip(), done, total)
             board.fit()
         inputs = {site: features.inputs.get(site) for site in features.sites}
@@ -242,10 +244,19 @@ class _Facts:
         return cls(codes, train, held, found["control"], labels, known, groups, left_out)
 
     def parts(
-        self, index: Tensor, batch: TensorDictBase, features: SiteFeatures
+        self, index: Tensor, batch: TensorDictBase, features: SiteFeatures, untried: int
     ) -> Iterator[tuple[str, dict[str, Tensor], Tensor, Callable[[Tensor], Observed]]]:
-        """For each group of concepts the labels of the rows that have one, these rows, and what observes them."""
-        read = features.of(batch, torch.arange(len(index)), laid_out="probes read the rows of a buffer some at a time")
+        """For each group of concepts the labels of the rows that have one, these rows, and what observes them.
+
+        Args:
+            index: the numbers of some rows.
+            batch: these rows.
+            features: reads their features.
+            untried: how many rows there are, where it is to be tried whether they depend on each other; 0 where not.
+        """
+        read = features.of(batch, torch.arange(len(index)), laid_out=_LAID_OUT)
+        if untried:
+            _require_alone(features, batch, read, untried)
 
         def seen(rows: Tensor) -> Observed:
             where = index[rows]
@@ -258,6 +269,18 @@ class _Facts:
         for group, names in self.groups.items():
             rows = self.known[names[0]][index].nonzero().squeeze(-1)
             yield group, {name: self.labels[name][index[rows]] for name in names}, rows, seen
+
+
+def _require_alone(features: SiteFeatures, batch: TensorDictBase, read: Mapping[Source, Tensor], total: int) -> None:
+    """Raise :class:`InputError` if what a network makes of a row depends on the rows that are read with it."""
+    known = {f"{source.network} {source.site}": source for source in read if source.network != "input"}
+
+    def alone(place: int) -> dict[str, Tensor]:
+        found = features.of(batch[place : place + 1], torch.arange(1), laid_out=_LAID_OUT)
+        return {name: found[source] for name, source in known.items()}
+
+    together = {name: read[source] for name, source in known.items()}
+    require_alone(alone, together, len(batch), what="a network", total=total)
 
 
 def _later(

@@ -1,18 +1,23 @@
-"""Functions of rows that are read some at a time: what they say of a row is of that row alone."""
+"""What is made of rows that are read some at a time: what a function or a policy says of a row is of that row alone."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.errors import InputError
+from tdhook_rl.metrics.untrained import own_generators
 
 #: What a number may differ by, of its size and of the largest: sums over other parts have other last digits.
 _RELATIVE, _OF_LARGEST = 1e-3, 1e-5
+#: Rows that are computed alone.
+_TRIED = 5
 
 
 def require_of_each(
@@ -56,6 +61,56 @@ def require_of_each(
                 f"are read {len(flat)} at a time: work out beforehand what it compares a row with (a median, a rank), "
                 f"or store what it says in the rows; where it takes batch_size=, {rows} reads all of them together"
             )
+
+
+def require_alone(
+    compute: Callable[[int], Mapping[Any, Tensor]], found: Mapping[Any, Tensor], rows: int, *, what: str, total: int
+) -> None:
+    """Raise if most of some rows are something else when they are computed alone, as of a mean over the batch.
+
+    Some, since a unit that is at its kink may go either way. What draws is another each time, and is left.
+
+    Args:
+        compute: of one of these rows its results, ``(1, ...)``.
+        found: what was found of all of them together, ``(rows, ...)``.
+        rows: how many these are.
+        what: whose results they are, for the message.
+        total: how many there are in all.
+
+    Raises:
+        InputError: that names a result.
+    """
+    places = torch.linspace(0, rows - 1, min(rows, _TRIED)).round().long().unique().tolist()
+    if rows < 2:
+        return
+    with own_generators(stream_of(0, "alone")):
+        alone = {place: compute(place) for place in places}
+    for key, together in found.items():
+        others = [place for place in places if not _near(alone[place][key][0], together[place], together)]
+        if 2 * len(others) <= len(places):
+            continue
+        with own_generators(stream_of(0, "again")):
+            again = compute(others[0])[key][0]
+        if not _near(again, alone[others[0]][key][0], together):
+            continue
+        raise InputError(
+            f"{key!r} of a row is something else when other rows are computed with it: {what} looks across the rows of "
+            f"a batch (a mean, a softmax over its first dimension), and of {total} rows {rows} are computed at a time, "
+            f"so that results would depend on batch_size=: let it work row by row, or give batch_size={total}"
+        )
+
+
+def _near(one: Tensor, other: Tensor, among: Tensor) -> bool:
+    """Whether numbers are the same but for rounding, by the size of those among which they are."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    room = 16 * torch.finfo(one.dtype).eps
+    largest = float(among.detach().double().nan_to_num(0.0, 0.0, 0.0).abs().max())
+    return torch.allclose(
+        one.double(), other.double(), rtol=max(room, _RELATIVE), atol=max(room, 1e-4) * largest, equal_nan=True
+    )
 
 
 def _same(one: Tensor, other: Tensor, largest: float) -> bool:

@@ -11,6 +11,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.arguments.checked import require_counts
+from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.batches.annotating_mixin import annotate_part
 from tdhook_rl.batches.annotation import OnMismatch
 from tdhook_rl.calls.provenance import is_stamp
@@ -23,6 +24,7 @@ from tdhook_rl.replay.manifest import facts_of
 from tdhook_rl.replay.ray_engine import Told, ray_results
 from tdhook_rl.replay.read_rows import Sums, differing, keys_read, sums_of, together
 from tdhook_rl.replay.results import INDEX, Results, ranges
+from tdhook_rl.replay.row_functions import require_alone
 from tdhook_rl.replay.selection import Selection
 
 #: Entries that are computed again before an analysis goes on, and how far they may differ.
@@ -48,6 +50,7 @@ class Work:
         self.written = reader.source.writes()
         self.lacking = 0
         self.keys = keys_read(hooked)
+        self.tried = False
 
     def compute(self, first: int, last: int) -> tuple[TensorDictBase, Sums]:
         """The results of consecutive entries among those that are analysed, and sums of these rows.
@@ -56,6 +59,7 @@ class Work:
             InputError: if the buffer has been written to since the analysis began.
         """
         found, incomplete, read = self._computed(torch.arange(first, last), self.on_mismatch)
+        self._require_alone(first, last, found)
         self.lacking += int(incomplete.sum())
         if self.reader.source.writes() != self.written:
             raise InputError(
@@ -150,6 +154,20 @@ class Work:
         if self.selection.facts is not None:
             found = found.copy().set(INDEX, _beside(index, found.batch_size))
         return found, incomplete, read
+
+    def _require_alone(self, first: int, last: int, found: TensorDictBase) -> None:
+        """Raise :class:`InputError` if a policy's rows, of which not all are computed at once, depend on each other."""
+        if self.tried or self.reader.whole or last - first == self.selection.size:
+            return
+        self.tried = True
+        known = {key: one for key, one in found.items(True, True) if key_parts(key)[0] not in (INDEX, "computed")}
+
+        def alone(place: int) -> dict[Any, Tensor]:
+            one = self._computed(torch.tensor([first + place]), "ignore")[0]
+            both = {key: bool(_both(one, found[place : place + 1], key_parts(key)).all()) for key in known}
+            return {key: one.get(key) if both[key] else value[place : place + 1] for key, value in known.items()}
+
+        require_alone(alone, known, last - first, what="the policy, or a method,", total=self.selection.size)
 
     def _require_same(self, results: Results, lost: list[tuple[int, int]]) -> None:
         """Raise :class:`ArtifactError` if this policy, these methods and this buffer did not give what is stored."""
