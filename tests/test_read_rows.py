@@ -14,6 +14,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
+from torchrl.envs.transforms import Transform
 
 from tdhook_rl import ActivationCaching, Saliency, targets
 from tdhook_rl.errors import ArtifactError
@@ -161,6 +162,31 @@ def test_the_same_rows_are_the_same_wherever_they_are(tmp_path: Path) -> None:
     begun(data, tmp_path / "results")
     for name in ("a buffer", "a folder", "a table", "a list", "a function"):
         run(SOURCES[name](data, tmp_path), tmp_path / "results")
+
+
+class Mixes(Transform):
+    """What it gives has other last digits beside other rows."""
+
+    def __init__(self) -> None:
+        super().__init__(in_keys=["seen"], out_keys=["observation"])
+        self.weight = torch.linspace(-1, 1, 3 * 300).reshape(300, 3).sin()
+
+    def _apply_transform(self, obs: Tensor) -> Tensor:
+        return (obs @ self.weight) * (1 + 1e-6 * len(obs))
+
+    forward = Transform._call
+
+
+def test_what_a_transform_makes_is_of_the_rows_that_it_reads(tmp_path: Path) -> None:
+    data = rows().exclude("observation")
+    data["seen"] = torch.randn(ROWS, 300, generator=torch.Generator().manual_seed(0))
+    buffer = in_a_buffer(data, tmp_path)
+    buffer.append_transform(Mixes())
+    begun(buffer, tmp_path / "results")
+    run(buffer, tmp_path / "results", batch_size=33)
+    buffer.storage["seen"][PLACE] += 1
+    with pytest.raises(ArtifactError, match=r"^'seen' of the rows is not what it was"):
+        run(buffer, tmp_path / "results")
 
 
 def test_what_an_earlier_version_began_goes_on(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ Sums = Mapping[str, int]
 _ALL = (1 << 64) - 1
 
 
-def keys_read(hooked: Any) -> list[NestedKey]:
-    """The entries of which results are: what the policy reads, and what it has put out, such as the action."""
-    return list(dict.fromkeys([*hooked.policy_in_keys, *hooked.policy_out_keys]))
+def keys_read(hooked: Any, transforms: Sequence[Any]) -> list[NestedKey]:
+    """The entries of which results are: what the policy or a transform of the buffer reads, and what it has put out."""
+    of_transforms = [key for one in transforms for key in getattr(one, "in_keys", None) or ()]
+    return list(dict.fromkeys([*hooked.policy_in_keys, *hooked.policy_out_keys, *of_transforms]))
 
 
 def sums_of(places: Tensor, rows: TensorDictBase, keys: Sequence[NestedKey]) -> Sums:

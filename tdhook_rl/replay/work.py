@@ -49,7 +49,7 @@ class Work:
         self.on_mismatch = on_mismatch
         self.written = reader.source.writes()
         self.lacking = 0
-        self.keys = keys_read(hooked)
+        self.keys = keys_read(hooked, reader.source.transforms)
         self.tried = False
 
     def compute(self, first: int, last: int) -> tuple[TensorDictBase, Sums]:
@@ -148,7 +148,7 @@ class Work:
         rows = rows.select(*self.keys, strict=False)
         if len(wanted) < len(index):
             index, found, rows = index[wanted], found[wanted], rows[wanted]
-        read = sums_of(places, rows, self.keys)
+        read = self._sums(places, index, rows)
         incomplete = self.reader.incomplete(index)
         found = _without(found, incomplete) if bool(incomplete.any()) else found
         if self.selection.facts is not None:
@@ -223,13 +223,19 @@ class Work:
             if first >= results.done:
                 break
             places = torch.arange(first, min(last, results.done))
-            read = together(read, sums_of(places, self.reader.read(self.selection.entries(places)), self.keys))
+            read = together(read, self._sums(places, self.selection.entries(places)))
         if odd := differing(results.read, read):
             raise ArtifactError(
                 f"{odd[0]!r} of the rows is not what it was when the analysis in {results.folder} read them (some of "
                 f"the {results.done} entries that are done have been written over since): name a new folder"
             )
         results.known(read)
+
+    def _sums(self, places: Tensor, index: Tensor, rows: TensorDictBase | None = None) -> Sums:
+        """Of entries in these places, as they are stored: a transform may give them other last digits each time."""
+        if rows is None or self.reader.source.transforms:
+            rows = self.reader.source.raw(index)
+        return sums_of(places, rows, self.keys)
 
     def _checked_rows(self, done: int) -> Tensor:
         """Some entries that are computed again to be compared: whole trajectories where these are explained."""
