@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tdhook_rl import Compose, Saliency, targets
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent import ActivationCaching
+from tdhook_rl.latent.steering_vector import SteeringVector
 from tdhook_rl.replay import analyze, by_feature, feature_means, probe_grid, rows_where
 from tdhook_rl.rollout import Future, GroupSplit, Return
 from tdhook_rl.statistics import grouped_mean
@@ -84,6 +85,14 @@ def asked_for(function: Callable[[TensorDictBase], Tensor], batch_size: int, fol
     return rows_where(stored(), function, batch_size=batch_size)["index"]
 
 
+def leading(where: Any, batch_size: int, **options: Any) -> int:
+    """How many rows are on one side of a direction."""
+    options = {"shuffles": 0, **options}
+    vector = SteeringVector.from_contrast(network(), "module.0", stored(), where, batch_size=batch_size, **options)
+    assert vector.facts["positive_rows"] + vector.facts["negative_rows"] == ROWS
+    return int(vector.facts["positive_rows"])
+
+
 def read(function: Any, batch_size: int) -> list[float]:
     """Scores are R² or accuracies, and the first of them is of a function."""
     table = probe_grid(
@@ -91,6 +100,17 @@ def read(function: Any, batch_size: int) -> list[float]:
         penalty=1e-3, min_rows=1, split=GroupSplit(held_out=0.4),
     )  # fmt: skip
     return [cell.trained.estimate for cell in table]
+
+
+@pytest.mark.parametrize("name", OF_SEVERAL)
+def test_directions_are_not_of_what_rows_are_read_with(name: str) -> None:
+    where, one = OF_SEVERAL[name], OF_ONE["above a number"]
+    assert leading(where, ROWS) == int(where(stored()).sum())
+    assert leading(one, 50) == leading(one, ROWS)
+    with pytest.raises(InputError, match=r"^where=.* of from_contrast is a function that says of a row some"):
+        leading(where, 50)
+    with pytest.raises(InputError, match=r"^groups=.* of from_contrast is a function that says of a row some"):
+        leading(one, 50, shuffles=2, groups=lambda rows: where(rows).long())
 
 
 @pytest.mark.parametrize("ask", [chosen, asked_for])

@@ -12,6 +12,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 
 from tdhook_rl.arguments.checked import checked, require_counts
+from tdhook_rl.arguments.of_rows import require_of_each
 from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.errors import InputError
 from tdhook_rl.files.checkpoints import load_into
@@ -33,7 +34,7 @@ from tdhook_rl.probes.splits import GroupSplit
 from tdhook_rl.reading.going_on import GoingOn
 from tdhook_rl.reading.reader import Reader
 from tdhook_rl.reading.sources import Rows, is_ragged
-from tdhook_rl.replay.row_functions import require_alone, require_of_each
+from tdhook_rl.replay.row_functions import require_alone
 from tdhook_rl.statistics import benjamini_hochberg
 
 Progress = Callable[[str, int, int], None]

@@ -1,13 +1,11 @@
-"""What is made of rows that are read some at a time: what a function or a policy says of a row is of that row alone."""
+"""Policies of which rows are computed some at a time: what is found of a row is of that row alone."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.arguments.seeds import stream_of
@@ -15,52 +13,9 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.metrics.untrained import own_generators
 
 #: What a number may differ by, of its size and of the largest: sums over other parts have other last digits.
-_RELATIVE, _OF_LARGEST = 1e-3, 1e-5
+_RELATIVE, _OF_LARGEST = 1e-3, 1e-4
 #: Rows that are computed alone.
 _TRIED = 5
-
-
-def require_of_each(
-    ask: Callable[[TensorDictBase], Tensor], batch: TensorDictBase, found: Tensor, *, what: str, rows: int
-) -> None:
-    """Raise if a function says of some rows something else when it is asked of them alone.
-
-    A median, a rank or a running sum is of the rows that are read together, which are other ones for another
-    ``batch_size=``. Of rows that it cannot be asked of alone nothing is told.
-
-    Args:
-        ask: asks it of some rows, ``(rows, ...)``.
-        batch: some rows.
-        found: what it said of them.
-        what: how messages call it.
-        rows: how many there are in all.
-
-    Raises:
-        InputError: that names a row.
-
-    Example:
-        >>> from tensordict import TensorDict
-        >>> batch = TensorDict({"x": torch.arange(4.0)}, batch_size=4)
-        >>> require_of_each(lambda rows: rows["x"] > 1, batch, batch["x"] > 1, what="where=", rows=8)
-    """
-    flat = found.detach().reshape(len(found), -1)
-    if len(flat) < 2 or not flat.shape[1]:
-        return
-    leading = flat[:, 0].double().nan_to_num()
-    largest = float(flat.double().nan_to_num(0.0, 0.0, 0.0).abs().max())
-    for place in sorted({0, len(flat) - 1, int(leading.argmin()), int(leading.argmax())}):
-        try:
-            with warnings.catch_warnings(action="ignore"):  # a spread of a single row is none
-                alone = ask(batch[place : place + 1]).detach().reshape(-1)
-        except Exception:  # a squeeze() of a single row, say
-            continue
-        if alone.shape == flat[place].shape and not _same(alone, flat[place], largest):
-            raise InputError(
-                f"{what} is a function that says of a row something else when other rows are read with it (of one "
-                f"{_said(flat[place])} beside {len(flat) - 1} others, and {_said(alone)} alone), and the {rows} rows "
-                f"are read {len(flat)} at a time: work out beforehand what it compares a row with (a median, a rank), "
-                f"or store what it says in the rows; where it takes batch_size=, {rows} reads all of them together"
-            )
 
 
 def require_alone(
@@ -109,16 +64,5 @@ def _near(one: Tensor, other: Tensor, among: Tensor) -> bool:
     room = 16 * torch.finfo(one.dtype).eps
     largest = float(among.detach().double().nan_to_num(0.0, 0.0, 0.0).abs().max())
     return torch.allclose(
-        one.double(), other.double(), rtol=max(room, _RELATIVE), atol=max(room, 1e-4) * largest, equal_nan=True
+        one.double(), other.double(), rtol=max(room, _RELATIVE), atol=max(room, _OF_LARGEST) * largest, equal_nan=True
     )
-
-
-def _same(one: Tensor, other: Tensor, largest: float) -> bool:
-    if not (one.is_floating_point() or other.is_floating_point()):
-        return torch.equal(one, other)
-    return torch.allclose(one.double(), other.double(), rtol=_RELATIVE, atol=_OF_LARGEST * largest, equal_nan=True)
-
-
-def _said(values: Tensor) -> str:
-    one = values[0].item()
-    return f"{one:.4g}" if isinstance(one, float) else f"{one}"

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from tdhook_rl.arguments.callbacks import asked
 from tdhook_rl.arguments.dense import require_dense
+from tdhook_rl.arguments.of_rows import require_of_each
 from tdhook_rl.errors import InputError
 from tdhook_rl.reading.reader import COVERED, Reader
 from tdhook_rl.replay.manifest import described
-from tdhook_rl.replay.row_functions import require_of_each
 
 Chosen = slice | range | Tensor | Sequence[int]
 #: Of a batch: which of its entries.

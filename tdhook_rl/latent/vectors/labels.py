@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tdhook_rl.arguments.callbacks import asked
 from tdhook_rl.arguments.keys import required
+from tdhook_rl.arguments.of_rows import require_of_each
 from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.errors import InputError, listed
 
@@ -71,6 +72,7 @@ class Labelled:
         self._reader, self._where, self._groups = reader, where, groups
         self.positive, self.negative = positive, "others" if negative is None else negative
         self._batch_size = reader.batch_size() if batch_size is None else batch_size
+        self._several = 0  # of how many entries those that are read now are some
         self.name, self.groups = _name(where), None if groups is None else _name(groups)
 
     def parts(self) -> Iterator[Part]:
@@ -78,7 +80,8 @@ class Labelled:
         for first, last in self._reader.chunks(self._batch_size):
             index = torch.arange(first, last)
             batch = self._reader.read(index)
-            labels = _read(self._where, batch, f"where={self.name!r}", "a label").double()
+            self._several = self._reader.size if last - first < self._reader.size else 0
+            labels = self._said(self._where, batch, f"where={self.name!r}", "a label").double()
             flat = batch if batch.ndim == 1 else batch.flatten(0, -1)
             real = real_rows(batch)
             kept = torch.ones(len(flat), dtype=torch.bool) if real is None else real.reshape(-1).cpu()
@@ -117,10 +120,20 @@ class Labelled:
     def _groups_of(self, batch: TensorDictBase) -> Tensor | None:
         if self._groups is None:
             return None
-        found = _read(self._groups, batch, f"groups={self.groups!r}", "a number")
+        found = self._said(self._groups, batch, f"groups={self.groups!r}", "a number")
         if found.is_floating_point():
             raise InputError(f"groups={self.groups!r} gives {found.dtype}, where groups are whole numbers")
         return found.long()
+
+    def _said(self, says: Asked, batch: TensorDictBase, argument: str, what: str) -> Tensor:
+        """What is said of each row, which of some rows is what would be said of them alone."""
+        found = _read(says, batch, argument, what)
+        if callable(says) and self._several:
+            require_of_each(
+                lambda part: _read(says, part, argument, what), batch, found.reshape(len(batch), -1),
+                what=f"{argument} of from_contrast", rows=self._several,
+            )  # fmt: skip
+        return found
 
 
 def _name(asked: Asked) -> str:
