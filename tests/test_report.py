@@ -138,6 +138,11 @@ def test_few_runs_are_all_shown_and_many_have_an_interval(tmp_path: Path) -> Non
     ]
     three, six = checked(page_of(folders[:3])), checked(page_of(folders))
     assert "3 runs are too few for an interval over runs" in three.text
+    other = written(tmp_path / "another", {"alone": [0.25, 0.5]})
+    assert (
+        "It was logged in 1 of 2 runs. One run: nothing says how runs differ."
+        in checked(page_of([other, folders[0]])).text
+    )
     assert "0.500, 0.700, 0.750" in three.text
     expected = iqm(ends)
     found = [*csv.DictReader(io.StringIO(data_of(six)["what-was-found.csv"]))]

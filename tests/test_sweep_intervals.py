@@ -14,7 +14,7 @@ import torch
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import ArtifactError, InputError
 from tdhook_rl.examples.agent import FC2, make_actor
-from tdhook_rl.report.sweep_pages import played_in_words
+from tdhook_rl.report.sweep_pages import played_in_words, sweep_page
 from tdhook_rl.statistics import grouped_mean
 from tdhook_rl.sweeps import Condition, SweepResult, steering_sweep
 from tdhook_rl.sweeps.sweep_file import write_sweep
@@ -63,6 +63,23 @@ def test_alpha_50_is_of_strengths_above_0_whatever_is_beside(below: tuple[float,
     assert beside.known == alone.known == does
     assert beside.estimate == alone.estimate
     assert (beside.low, beside.high) == pytest.approx((alone.low, alone.high), nan_ok=True)
+
+
+@pytest.mark.parametrize("below", [(), (-1.0,)])
+def test_one_strength_says_nothing_of_where_half_is_reached(below: tuple[float, ...]) -> None:
+    """A straight line is halfway in its middle: that is no finding, and no interval without a width."""
+    draws = torch.Generator().manual_seed(0)
+    conditions = [Condition(), Condition(draw=1), *(Condition("up", one) for one in (*below, 0.8))]
+    start = torch.rand(24, generator=draws, dtype=torch.float64)
+    rows = [start, start, *(start + one + 0.01 * torch.rand(24, generator=draws) for one in (*below, 0.8))]
+    found = SweepResult(conditions=conditions, values={"score": torch.stack(rows)})
+    assert found.effect("score", alpha=0.8).p < 1e-6
+    half = found.alpha_50("score")
+    assert not half.known
+    assert "one strength above 0" in half.words
+    page = sweep_page(found)
+    assert "Half of it" not in page.lead
+    assert "one strength above 0" in page.html()
 
 
 @pytest.mark.parametrize("number", [1, 3, 7])

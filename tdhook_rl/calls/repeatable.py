@@ -250,7 +250,7 @@ def _equal_but_for_rounding(policy: nn.Module, one: Tensor, two: Tensor) -> bool
     if is_any_autocast_enabled():
         dtypes.add(torch.bfloat16)
     relative = max(RELATIVE, *(8 * torch.finfo(dtype).eps for dtype in dtypes))
-    one, two = one.double(), two.double()
+    one, two = one.detach().double(), two.detach().double()
     finite = one[torch.isfinite(one)]
     size = float(finite.abs().max()) if finite.numel() else 0.0  # differences of large numbers may be near 0
     return torch.allclose(one, two, rtol=relative, atol=max(ABSOLUTE, relative * size), equal_nan=True)

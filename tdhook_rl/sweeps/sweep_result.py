@@ -218,7 +218,8 @@ class SweepResult:
         """The strength at which half of the effect at the largest is reached, on straight lines from 0 up to it.
 
         Strengths below 0 say nothing of it. The interval holds the strengths whose mean is not told apart from the half
-        way (Fieller 1954).
+        way (Fieller 1954). Of one strength above 0 there is none: half of a straight line is reached in its middle,
+        whatever was played.
 
         Raises:
             InputError: if no strength is above 0.
@@ -235,8 +236,10 @@ class SweepResult:
         near = [float(alpha) for alpha in grid[self._may_be_0(alphas, ahead.numpy(), grid)]]
         shape = {"confidence": 0.95, "groups": self._count(), "rows": float(curves.shape[1])}
         ends = not near or near[0] <= alphas[0] or near[-1] >= alphas[-1]
-        if ends or self.effect(outcome, vector, alphas[-1]).p > 0.05:
+        alone = len(alphas) == 2
+        if alone or ends or self.effect(outcome, vector, alphas[-1]).p > 0.05:
             words = "the effect is too small, or too few episodes tell where half of it is reached"
+            words = "with one strength above 0 a straight line reaches half of it in the middle" if alone else words
             return Interval(
                 estimate=float(grid[crossing]), low=math.nan, high=math.nan, method="none", words=words, **shape
             )

@@ -181,7 +181,8 @@ def _of_several(runs: Sequence[Run]) -> Iterator[Job]:
             for label, name in panel.names.items() if panel.subject == subject else ():
                 title = panel.title if len(panel.names) == 1 else f"{panel.title.split(': ')[0]}: {label}"
                 curves = {run.name: thinned(run.series[name]) for run in runs if name in run.series}
-                options = {"unit": name, "axis": axis, "title": title}
+                some = f"It was logged in {len(curves)} of {len(runs)} runs." if len(curves) < len(runs) else ""
+                options = {"unit": name, "axis": axis, "title": title, "caption": some}
                 yield subject, lambda curves=curves, options=options: seed_curves(curves, **options)
 
 

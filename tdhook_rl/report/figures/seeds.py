@@ -84,12 +84,8 @@ def seed_curves(
         f"The band is a 95% interval over {len(found)} runs."
         if middle is not None
         else (
-            "Every run is shown"
-            + (
-                f"; {len(found)} are too few for an interval over runs."
-                if len(found) < ENOUGH
-                else ", over no common steps."
-            )
+            ("Every run is shown" if len(found) > 1 else "One run")
+            + (", over no common steps." if len(found) >= ENOUGH else _too_few(len(found)))
         )
     )
     mean = "" if middle is None else f" Their interquartile mean ends at {middle.last[1]}."
@@ -105,6 +101,10 @@ def seed_curves(
         },
         caption=f"{caption} {words}".strip(),
     )
+
+
+def _too_few(runs: int) -> str:
+    return ": nothing says how runs differ." if runs == 1 else f"; {runs} are too few for an interval over runs."
 
 
 def _middle(found: Mapping[str, Points]) -> Points | None:
