@@ -152,6 +152,13 @@ def test_ctrl_c_says_how_to_go_on(
     assert len(load_results(tmp_path / "out", verify=True)) == ROWS
 
 
+@pytest.mark.parametrize("name", ["occlusion", "sarfa"])
+def test_methods_have_the_names_of_their_classes(name: str, saved: Path, tmp_path: Path) -> None:
+    """Those that are one room further down too."""
+    assert main(["analyze", "buffer", *PLAIN, "--method", name, "--rows", ":4", "--out", str(tmp_path / "out")]) == 0
+    assert bool(load_results(tmp_path / "out")["attr", "observation"].isfinite().all())
+
+
 WRONG = {
     "no method": (["buffer", *PLAIN], "name what to compute by --method, .*saliency"),
     "no such method": (["buffer", *PLAIN, "--method", "salience"], "no method 'salience'; nearest: 'saliency'"),

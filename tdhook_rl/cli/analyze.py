@@ -138,12 +138,13 @@ def _prepared(chosen: Mapping[str, Any]) -> Any:
 
 def _methods(chosen: Mapping[str, Any]) -> list[Any]:
     import tdhook_rl
-    from tdhook_rl import ActivationCaching, targets
+    from tdhook_rl import ActivationCaching, Compose, attribution, latent, targets
     from tdhook_rl.method import Method
 
-    kinds = {_snake(name): getattr(tdhook_rl, name) for name in tdhook_rl.__all__}
-    kinds = {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Method)}
-    del kinds["method"]  # what all of them are
+    public = [getattr(room, name) for room in (tdhook_rl, attribution, latent) for name in room.__all__]
+    kinds = {_snake(one.__name__): one for one in public if isinstance(one, type) and issubclass(one, Method)}
+    for kind in (Method, Compose):  # what all of them are, and what several are
+        del kinds[_snake(kind.__name__)]
     asked = chosen["method"]
     if asked is None:
         raise InputError(f"{chosen['policy']} returns a plain policy: name what to compute by --method, {_some(kinds)}")
