@@ -14,6 +14,7 @@ from torch import nn
 from tdhook_rl import ActivationCaching, Compose, Saliency
 from tdhook_rl.report import FileSink, Monitor, read_run
 from tdhook_rl.report.contents.answer import findings_of
+from tdhook_rl.report.contents.cautions import cautions_of
 from tdhook_rl.report.contents.panels import panels_of
 
 
@@ -62,3 +63,20 @@ def _require_features(found: object, logged: dict[str, list[tuple[int, float]]],
     assert found.words == f"the largest is feature {ranked[0]}"
     assert found.beside == pytest.approx(expected)
     assert float(found.value) == pytest.approx(last[ranked[0]])
+
+
+@pytest.mark.parametrize(("odd", "share"), [(float("nan"), 0.25), (float("inf"), 0.5)])
+def test_rewards_that_are_not_finite_are_said(odd: float, share: float, tmp_path: Path) -> None:
+    """Their episodes have no return: without a word a run of them had none at all."""
+    policy = TensorDictModule(nn.Linear(2, 3), in_keys=["observation"], out_keys=["out"])
+    with Saliency().prepare(policy) as hooked, Monitor(hooked, tmp_path / "run", media_every=0) as monitor:
+        reward = torch.ones(8, 1)
+        reward[: int(8 * share)] = odd
+        done = torch.ones(8, 1, dtype=torch.bool)
+        after = {"reward": reward, "done": done, "terminated": done}
+        assert (
+            monitor.step(TensorDict({"observation": torch.randn(8, 2), "next": after}, 8))["nonfinite.reward"] == share
+        )
+        after["reward"] = torch.ones(8, 1)
+        assert "nonfinite.reward" not in monitor.step(TensorDict({"observation": torch.randn(8, 2), "next": after}, 8))
+    assert any(f"Of 'reward' up to {share:.1%} of the rows" in one for one in cautions_of(read_run(tmp_path / "run")))

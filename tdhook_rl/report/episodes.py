@@ -17,7 +17,7 @@ from tdhook_rl.errors import warn
 from tdhook_rl.probes.splits import EPISODE
 from tdhook_rl.report.media import DataTable
 
-__all__ = ["Episode", "Followed", "Running", "episode_table", "episodes", "running_of"]
+__all__ = ["Episode", "Followed", "Running", "episode_table", "episodes", "odd_rewards", "running_of"]
 
 #: Return and steps so far of episodes, by the collector's numbers; NaN where they are not known.
 Running = Mapping[int, tuple[float, float]]
@@ -209,6 +209,16 @@ def _say_alike(data: TensorDictBase) -> None:
             "and lengths of episodes that may go on from a batch before are left out where nothing else tells them. "
             "Add StepCounter() and RewardSum() to the environments, which do"
         )
+
+
+def odd_rewards(data: TensorDictBase) -> dict[str, float]:
+    """The share of rows whose reward is not finite, where there are any: their episodes have no return."""
+    reward = _column(data.get("next", TensorDict({}, data.batch_size)), "reward", data.batch_size.numel())
+    if reward is None:
+        return {}
+    real = real_rows(data)
+    odd = ~np.isfinite(reward if real is None else reward[real.reshape(-1).cpu().numpy()])
+    return {"nonfinite.reward": float(odd.mean())} if odd.any() else {}
 
 
 def episode_table(found: list[Episode], readings: Mapping[str, Tensor], step: int, most: int = 5) -> DataTable | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tdhook_rl.batches.annotation import OnMismatch
 from tdhook_rl.calls.bound import observers
 from tdhook_rl.errors import TdhookError, warn
-from tdhook_rl.report.episodes import Episode, Followed, episode_table, episodes
+from tdhook_rl.report.episodes import Episode, Followed, episode_table, episodes, odd_rewards
 from tdhook_rl.report.media import DataTable
 from tdhook_rl.report.probes import WatchedProbe, WatchedSuite, table_of_probes
 from tdhook_rl.report.readings import Features, Readings
@@ -110,7 +110,8 @@ class Look:
         data = self._annotated(batch, on_mismatch)
         readings = Readings(self.policy, data, self.features)
         known = self.tries("episodes", lambda: episodes(data, self._followed.before(batch))) or []
-        numbers = {**readings.numbers(), **_returns(known)}
+        odd = self.tries("rewards", lambda: odd_rewards(data)) or {}
+        numbers = {**readings.numbers(), **_returns(known), **odd}
         for name, probe in self.probes.items():
             scores = self.tries(f"the probe {name!r}", lambda probe=probe: probe.update(data)) or {}
             numbers |= {f"probe.{name}.{score}": value for score, value in scores.items()}

@@ -43,7 +43,10 @@ class FileSink:
         try:
             self._file = _opened(self.path, resume)
         except FileExistsError:
-            raise ArtifactError(f"{self.path} exists already: another run is not overwritten") from None
+            raise ArtifactError(
+                f"{self.path} exists already, and another run is not overwritten: name another place, or go on in "
+                "this one with resume=True"
+            ) from None
         except OSError as error:
             raise ArtifactError(f"cannot write {self.path}: {error.strerror}") from error
 
