@@ -142,7 +142,9 @@ def _methods(chosen: Mapping[str, Any]) -> list[Any]:
     from tdhook_rl.method import Method
 
     public = [getattr(room, name) for room in (tdhook_rl, attribution, latent) for name in room.__all__]
-    kinds = {_snake(one.__name__): one for one in public if isinstance(one, type) and issubclass(one, Method)}
+    kinds: dict[str, Any] = {
+        _snake(one.__name__): one for one in public if isinstance(one, type) and issubclass(one, Method)
+    }
     for kind in (Method, Compose):  # what all of them are, and what several are
         del kinds[_snake(kind.__name__)]
     asked = chosen["method"]
