@@ -145,8 +145,8 @@ def _methods(chosen: Mapping[str, Any]) -> list[Any]:
     kinds: dict[str, Any] = {
         _snake(one.__name__): one for one in public if isinstance(one, type) and issubclass(one, Method)
     }
-    for kind in (Method, Compose):  # what all of them are, and what several are
-        del kinds[_snake(kind.__name__)]
+    for other in (Method, Compose):  # what all of them are, and what several are
+        del kinds[_snake(other.__name__)]
     asked = chosen["method"]
     if asked is None:
         raise InputError(f"{chosen['policy']} returns a plain policy: name what to compute by --method, {_some(kinds)}")
