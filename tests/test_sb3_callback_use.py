@@ -46,9 +46,10 @@ class Stop(BaseCallback):
         return True
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-@pytest.mark.parametrize("after", [3, 20])
-@pytest.mark.parametrize("name", ["PPO", "DQN"])
+@pytest.mark.parametrize(
+    ("name", "after", "error"),
+    [("PPO", 3, KeyboardInterrupt), ("PPO", 20, ValueError), ("DQN", 3, ValueError), ("DQN", 20, KeyboardInterrupt)],
+)
 def test_training_goes_on_after_it_was_interrupted(name: str, after: int, error: Any, tmp_path: Path) -> None:
     agent, explain = agent_in(tmp_path, name), ExplainCallback(Saliency(), every=8)
     with pytest.raises(error):
