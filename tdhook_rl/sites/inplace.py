@@ -2,8 +2,8 @@
 
 ``self.relu(h)`` with ``inplace=True``, as a statement, hands nothing on but the tensor that it was given. Where a hook
 of ours acts on a module that changes its input and returns it, what comes out of all hooks is written into the tensor
-that the caller holds. A layer that is told to work in place is given a copy, so that the values that its own gradient
-needs are kept as well.
+that the caller holds. A layer that is told to work in place, or a block with one in it, is given a copy, so that the
+values that its own gradient needs are kept as well; what a block has written into it is handed on.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tdhook_rl.errors import SiteError
+from tdhook_rl.internals.functorch_names import get_unwrapped, is_wrapped
 from tdhook_rl.internals.torch_names import DropoutNd
 from tdhook_rl.sites.known import own_class, writes_input
 
@@ -40,10 +41,11 @@ class _InPlaceHook:
         self.held = value
         self.given = value.clone() if self.copies else value
         if not self.surely and not torch.compiler.is_compiling():
-            if self.given.is_inference():
-                self.earlier = self.given.clone()
+            memory = _memory(self.given)
+            if memory.is_inference():
+                self.earlier = memory.clone()
             else:
-                self.version = self.given._version
+                self.version = memory._version
         if not self.copies:
             return None
         return ((self.given, *args[1:]), kwargs) if args else (args, kwargs | {"input": self.given})
@@ -51,6 +53,11 @@ class _InPlaceHook:
     def first(self, module: nn.Module, args: tuple, output: Any) -> None:
         given = self.given
         self.returned = given is not None and output is given and (self.surely or self._is_changed(given, module))
+        if given is None or self.held is None or not self.copies or output is given:
+            return
+        # A block gives something else, and has written into what it was given, which others read too.
+        if torch.compiler.is_compiling() or self._is_changed(given, module):
+            self.held.copy_(given)
 
     def _is_changed(self, given: Tensor, module: nn.Module) -> bool:
         if torch.compiler.is_compiling():
@@ -59,9 +66,10 @@ class _InPlaceHook:
                 "whether it has changed it cannot be seen in a compiled call: let it return a new tensor (y = x + 1 in "
                 "the place of x += 1), or leave the call uncompiled"
             )
+        memory = _memory(given)
         if self.earlier is not None:
-            return not torch.equal(self.earlier, given)
-        return given._version != self.version
+            return not torch.equal(self.earlier, memory)
+        return memory._version != self.version
 
     def last(self, module: nn.Module, args: tuple, output: Any) -> Any:
         held, returned = self.held, self.returned
@@ -69,6 +77,13 @@ class _InPlaceHook:
         if held is None or not returned or not isinstance(output, Tensor) or output is held:
             return None
         return held.copy_(output)
+
+
+def _memory(value: Tensor) -> Tensor:
+    """The tensor inside of those that transforms wrap, which count no versions."""
+    while is_wrapped(value):
+        value = get_unwrapped(value)
+    return value
 
 
 def hand_on_in_place(module: nn.Module) -> list[RemovableHandle]:
