@@ -175,7 +175,7 @@ class _Analysis:
     def __call__(self, chunk: TensorDictBase) -> Results:
         policy = self.policy
         traits = policy._hooked.traits
-        with policy._hooked.runtime.lock:
+        with policy._hooked.runtime.lock, policy._hooked.runtime.held:
             if self.noise is None and not traits.recurrent and not traits.batch_statistics:
                 return self._compute(chunk)
             noise = nullcontext() if self.noise is None else self.noise.under_way()

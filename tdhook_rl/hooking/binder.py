@@ -15,7 +15,7 @@ from tdhook_rl.errors import InputError, PreparationError, SiteError
 from tdhook_rl.internals.torch_names import held_parameters
 from tdhook_rl.policies.draws import made_inside, noise_keys
 from tdhook_rl.policies.tying import Tie, replace_tensors
-from tdhook_rl.sites.controls import Controls
+from tdhook_rl.sites.held_controls import HeldControls
 from tdhook_rl.sites.hooks import CaptureHook, ChangeHook, InputCaptureHook, LeafHook, ReadHook, WatchHook
 from tdhook_rl.sites.inplace import hand_on_in_place
 from tdhook_rl.sites.listed import modules
@@ -110,9 +110,9 @@ class Binder:
         return sites
 
     @property
-    def controls(self) -> Controls:
-        """The tensors that may be changed while the policy runs, by name."""
-        return self.runtime.controls
+    def controls(self) -> HeldControls:
+        """The tensors that may be changed while the policy runs, by name; in a call, as they were when it began."""
+        return self.runtime.held
 
     def capture(self, site: Site, run: Run = None, read: Callable[[Any], Tensor] | None = None) -> str:
         """Keep the output of a site in every recorded forward; returns the slot it is kept in.

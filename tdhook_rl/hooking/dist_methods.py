@@ -39,7 +39,7 @@ def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
 
     def untraced(self: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         self._hooked.runtime.require_active()
-        with self._hooked.runtime.lock:
+        with self._hooked.runtime.lock, self._hooked.runtime.held:
             return alone(self, args, kwargs)
 
     def alone(self: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -148,7 +148,7 @@ class HookedMixin(AnnotatingMixin, Swapped):
         if tie is not None:
             tie.check(self)
         # A collector's thread and a postproc in the main thread may use one hooked policy at once.
-        with runtime.lock:
+        with runtime.lock, runtime.held:
             complete = False
             buffers = tie is not None and tie.holds_buffers()
             try:

@@ -19,7 +19,7 @@ class ControlRecord(Method):
     """Write what interventions and probes were set to, beside the action.
 
     Controls may change while a policy runs, in workers between two of their steps; only the data can tell what was
-    active in a row.
+    active in a row. A call reads them when it begins.
 
     Args:
         names: the controls to record; all that the methods before this one in a ``Compose`` have, by default.
@@ -71,7 +71,7 @@ class _BoundRecord(BoundMethod):
         self.result_keys = tuple(self._names)
 
     def compute(self, call: Call) -> dict[tuple[str, ...], Tensor]:
-        controls = self._runtime.controls
+        controls = self._runtime.held
         results: dict[tuple[str, ...], Tensor] = {}
         for key, name in self._names.items():
             value = controls[name]

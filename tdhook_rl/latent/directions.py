@@ -145,8 +145,8 @@ class _ComponentHook:
         value, disguise = rows_of(output, module, self.site, self.runtime, exact=self.strength.by_row)
         # Of whole numbers what comes out may be whole; components of them are not.
         tensor = value.double() if is_whole(value) else value
-        unit = in_dtype(self.runtime.controls[self.direction], tensor, "the direction", self.site, factor=True)
-        wanted = in_dtype(self.runtime.controls[self.value], tensor, "the component", self.site)
+        unit = in_dtype(self.runtime.held[self.direction], tensor, "the direction", self.site, factor=True)
+        wanted = in_dtype(self.runtime.held[self.value], tensor, "the component", self.site)
         features: int | None = module._hooked_features  # type: ignore[assignment]
         unit = unit.reshape(placed_shape(unit.shape, tensor, features, self.runtime, self.site, "direction"))
         # What it does not tell apart, such as the places of a map, has a component each.

@@ -195,7 +195,7 @@ class ProbeGateHook:
             )
         features = row_vectors(with_batch(value.detach(), batch, self.site), batch)
         weight, bias, kind, above, below = (
-            runtime.controls[self.controls[part]] for part in ("weight", "bias", "kind", "above", "below")
+            runtime.held[self.controls[part]] for part in ("weight", "bias", "kind", "above", "below")
         )
         read = read_columns(probe_columns(features, weight, bias, self.site), kind)[..., self.column]
         runtime.decided[self.slot] = opened = (read > above.to(read)) & (read < below.to(read))

@@ -14,9 +14,6 @@ from torch import Tensor, nn
 from tdhook_rl.internals.functorch_names import is_batchedtensor, transform_stack
 from tdhook_rl.sites.runtime import Runtime
 
-#: Vectors of more bytes are multiplied again: comparing them takes as long.
-_LONGEST = 1 << 14
-
 
 class _Kept(NamedTuple):
     """An addend, ``None`` where nothing is added, and for which outputs, in which call, of which numbers it is."""
@@ -26,9 +23,7 @@ class _Kept(NamedTuple):
     dtype: torch.dtype
     batch: torch.Size | None
     inner: tuple[torch.Size | None, ...]
-    controls: tuple[Tensor, Tensor]
-    views: tuple[Any, Any]  # of the memory of the controls, which other processes write to
-    held: tuple[bytes, bytes]
+    numbers: object  # what calls read of the controls: another where one was set
 
 
 class KeptAddend:
@@ -45,7 +40,7 @@ class KeptAddend:
         self._kept: _Kept | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": None}  # it looks at this process's memory
+        return self.__dict__ | {"_kept": None}  # it knows tensors of this process
 
     def steered(self, output: Any) -> Tensor | None:
         """The output after the addition, in an eager call whose sites have been seen; ``None`` where that is not known.
@@ -63,11 +58,7 @@ class KeptAddend:
             return None
         if runtime.batch != kept.batch or runtime.inner != kept.inner or not runtime.active or runtime.checks_sites():
             return None
-        alpha, vector = kept.controls
-        if alpha.requires_grad or vector.requires_grad or not output.is_cpu:
-            return None
-        strength, direction = kept.views
-        if (strength.tobytes(), direction.tobytes()) != kept.held:
+        if runtime.held.numbers is not kept.numbers or not output.is_cpu:
             return None
         return output if kept.addend is None else output + kept.addend
 
@@ -84,17 +75,10 @@ class KeptAddend:
             return
         if module._hooked_layout is not None or runtime.time_first or transform_stack() or is_batchedtensor(output):
             return
-        alpha, vector = (runtime.controls[name] for name in self._names)
-        if alpha.requires_grad or vector.requires_grad or vector.nbytes > _LONGEST or vector.dtype != output.dtype:
+        if runtime.held.numbers is None:
             return
-        views = _memory(alpha), _memory(vector)
-        held = views[0].tobytes(), views[1].tobytes()
+        alpha, vector = (runtime.held[name] for name in self._names)
+        if alpha.requires_grad or vector.requires_grad or vector.dtype != output.dtype:
+            return
         addend = alpha * vector.reshape(shape) if alpha.item() != 0 else None
-        self._kept = _Kept(
-            addend, output.shape, output.dtype, runtime.batch, runtime.inner, (alpha, vector), views, held
-        )
-
-
-def _memory(control: Tensor) -> Any:
-    """The bytes of a control, as an array over its memory."""
-    return control.detach().reshape(-1).view(torch.uint8).numpy()
+        self._kept = _Kept(addend, output.shape, output.dtype, runtime.batch, runtime.inner, runtime.held.numbers)

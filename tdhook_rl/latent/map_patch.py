@@ -131,7 +131,7 @@ class MapHook:
             return in_dtype(mean, maps, "the mean of a map", self.site)
         if self.value == "max":
             return maps.amax((-2, -1), keepdim=True)
-        return in_dtype(self.runtime.controls[self.value], maps, "the value of a square", self.site)
+        return in_dtype(self.runtime.held[self.value], maps, "the value of a square", self.site)
 
     def _at_square(self, maps: Tensor) -> Tensor:
         """Where the square is: rows and columns, after the batch and channels where it differs by row."""

@@ -70,7 +70,7 @@ class Source:
         """What it is in the call under way, for a hook at a site."""
         runtime = self.runtime
         if self.control is not None:
-            return runtime.controls[self.control]
+            return runtime.held[self.control]
         if self.probe is None and takes_steps(runtime, site) and runtime.batch[-1] > 1:  # type: ignore[index]
             raise InputError(
                 f"{self.what} is known of each step of the batch {tuple(runtime.batch or ())}, but {site!r} is handed "
@@ -95,7 +95,7 @@ class Source:
     def in_call(self, data: TensorDictBase, slots: Mapping[str, Any]) -> Tensor | None:
         """What it was in a forward that has just run; ``None`` for a probe whose module did not run."""
         if self.control is not None:
-            return self.runtime.controls[self.control]
+            return self.runtime.held[self.control]
         batch = data.batch_size
         if self.row is not None:
             value = required(data, self.row, f"{self.what} reads")
@@ -143,7 +143,7 @@ class Strength:
         alpha = self.alpha
         if alpha is None or alpha.control is None or torch.compiler.is_compiling():
             return False
-        return self.runtime.controls[alpha.control].item() == 0
+        return self.runtime.held[alpha.control].item() == 0
 
     def at(self, value: Tensor, site: str) -> tuple[Tensor | None, Tensor | bool]:
         """The strength (``None`` for an intervention that has none), and where it acts, see :func:`where_it_acts`."""

@@ -117,7 +117,7 @@ class UnitHook:
                 f"{count} units, counted from 0"
             )
         places = torch.tensor(self.units, device=value.device)
-        wanted = in_dtype(self.runtime.controls[self.control], value, "the value of a unit", self.site)
+        wanted = in_dtype(self.runtime.held[self.control], value, "the value of a unit", self.site)
         chosen = torch.zeros(count, dtype=torch.bool, device=value.device).index_fill(0, places, True)
         values = torch.zeros(count, dtype=value.dtype, device=value.device).index_copy(0, places, wanted)
         new = torch.where(chosen.reshape(-1, *after), values.reshape(-1, *after), value)

@@ -210,7 +210,7 @@ def score(
         nonlocal scored
         rows = range(scored, scored + chunk.batch_size.numel())
         scored = rows.stop
-        with runtime.lock, frozen_statistics(hooked), noise.under_way():
+        with runtime.lock, runtime.held, frozen_statistics(hooked), noise.under_way():
             runtime.level = vmap_level()
             try:
                 scorer = Scorer(hooked, bound, name, chunk, rows)

@@ -7,6 +7,7 @@ policy goes on sharing them.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -52,7 +53,16 @@ class Controls(MutableMapping[str, Tensor]):
         self._tensors: dict[str, Tensor] = {}
         self._versions: dict[str, Tensor] = {}
         self._places: dict[str, tuple[str, frozenset[str], frozenset[str]]] = {}
+        # How many writings have begun, and ended, ``(2,)``: in between, what is read may be half of what was set.
+        self.writings = torch.zeros(2, dtype=torch.int64)
         self.ended = False  # the policy that reads them is hooked no more
+        self.readers: weakref.WeakSet[Any] = weakref.WeakSet()  # what calls of this process read
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "readers"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, readers=weakref.WeakSet())
 
     def add(self, name: str, value: Any) -> Tensor:
         """Create a control; its shape and dtype stay what they are here."""
@@ -61,9 +71,16 @@ class Controls(MutableMapping[str, Tensor]):
         given = as_value(name, value)
         given = _held(name, given, torch.get_default_dtype()) if isinstance(value, float) else given
         tensor = given.to("cpu", copy=True).contiguous()
+        if not self._tensors:
+            self.writings.share_memory_()
         self._tensors[name] = tensor.share_memory_()
         self._versions[name] = torch.zeros((), dtype=torch.int64).share_memory_()
         return self._tensors[name]
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """All of them, by name."""
+        return self._tensors
 
     def __getitem__(self, name: str) -> Tensor:
         try:
@@ -72,8 +89,18 @@ class Controls(MutableMapping[str, Tensor]):
             raise MissingKeyError(f"no control is named {name!r}; {nearest(name, self._tensors)}") from None
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self[name].copy_(self._checked(name, value))
-        self._versions[name] += 1
+        self._write({name: self._checked(name, value)})
+
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        self.writings[0] += 1
+        try:
+            for name, value in values.items():
+                self[name].copy_(value)
+                self._versions[name] += 1
+        finally:
+            self.writings[1] += 1
+        for reader in list(self.readers):
+            reader.were_set()
 
     def _checked(self, name: str, value: Any) -> Tensor:
         tensor = self[name]
@@ -133,9 +160,7 @@ class Controls(MutableMapping[str, Tensor]):
 
     def update_(self, values: Mapping[str, Any]) -> None:
         """Write several controls in place, all or (where one is refused) none."""
-        checked = {name: self._checked(name, value) for name, value in values.items()}
-        for name, value in checked.items():
-            self[name] = value
+        self._write({name: self._checked(name, value) for name, value in values.items()})
 
     def __deepcopy__(self, memo: dict) -> Controls:
         return self

@@ -22,6 +22,7 @@ from tdhook_rl.internals.functorch_names import (
 )
 from tdhook_rl.sites.controls import Controls
 from tdhook_rl.sites.forking import Switch, TurnLock, survive_forks
+from tdhook_rl.sites.held_controls import HeldControls
 
 
 class Runtime:
@@ -33,6 +34,7 @@ class Runtime:
 
     def __init__(self) -> None:
         self.controls = Controls()
+        self.held = HeldControls(self.controls)  # what calls read of them
         self.active = True
         # Tells copies in other processes that the hooking is over; this process has no need to look.
         self.switch = Switch()
@@ -113,6 +115,7 @@ class Runtime:
         self.slots, self.drawn, self.leaves, self.rows, self.added = {}, {}, {}, {}, frozenset()
         self.runs, self.totals, self.reads = None, {}, None
         self.inner, self.source, self.around, self.decided = (), None, {}, None
+        self.held.forget_call()
 
     def begin(self, args: tuple, kwargs: dict[str, Any], root: bool = False) -> tuple[Any, ...]:
         """Note what the policy is about to run on; returns what :meth:`end` puts back.

@@ -249,7 +249,7 @@ class _BoundReadout(BoundMethod):
         self.result_keys = tuple(readings)
 
     def compute(self, call: Call) -> dict[tuple[str, ...], Tensor]:
-        controls = self._runtime.controls
+        controls = self._runtime.held
         results: dict[tuple[str, ...], Tensor] = {}
         for key, one in self._readings.items():
             value = call.captured(one.slot, one.site)
