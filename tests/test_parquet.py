@@ -178,6 +178,25 @@ def test_books_of_rows_that_have_their_own_numbers(data: TensorDict, results: Te
     assert torch.equal(found["timestamp"], load_parquet(whole)["timestamp"][kept])  # the times that they had
 
 
+@pytest.mark.parametrize("rows", [slice(None), slice(0, 17), slice(3, None, 2)], ids=str)
+@pytest.mark.parametrize("name", ["set", "found.parquet"])
+def test_episodes_that_are_not_whole_are_not_so_when_they_are_read(name: str, rows: slice, tmp_path: Path) -> None:
+    """A ring has written over the beginning of one, and rows were not analysed."""
+    reward = torch.randn(30, 1, generator=torch.Generator().manual_seed(0)).double()
+    done = (torch.arange(30) % 4 == 3)[:, None]
+    buffer = ReplayBuffer(storage=LazyTensorStorage(22))
+    for part in TensorDict({"next": {"reward": reward, "done": done}}, [30]).split(10):
+        buffer.extend(part)
+    chosen = torch.arange(22)[rows]
+    found = TensorDict({"attr": {"x": torch.ones(len(chosen), 1)}, "index": chosen}, [len(chosen)])
+    path = to_parquet(found, tmp_path / name, buffer)
+    expected = [one.total for one in returns(buffer).episodes if one.whole and torch.isin(one.rows, chosen).all()]
+    assert [one.total for one in returns(path).episodes if one.whole] == pytest.approx(expected)
+    if name == "set":
+        books = pq.read_table(path / "meta" / "episodes" / "chunk-000" / "file-000.parquet")
+        assert sum(map(all, zip(books["begun"].to_pylist(), books["ended"].to_pylist(), strict=True))) == len(expected)
+
+
 def test_a_data_frame(data: TensorDict, results: TensorDict) -> None:
     pytest.importorskip("pandas", reason="pandas is not installed: no data frames are made here")
     found = frame(results, data, ["action"], names={"attr.observation": [f"light {n}" for n in range(90)]})

@@ -59,7 +59,9 @@ class Columns:
             analysed[entries] = True
             kept = analysed[courses.rows // joined.reader.rows]
             there, stretch = courses.stretch[kept].unique(return_inverse=True)
-            courses = Courses(courses.rows[kept], stretch, courses.ended[there], courses.begun[there])
+            whole = courses.stretch.bincount() == courses.stretch[kept].bincount(minlength=len(courses.begun))
+            ended, begun = (one[there] & whole[there] for one in (courses.ended, courses.begun))
+            courses = Courses(courses.rows[kept], stretch, ended, begun)
         own = [key_parts(key) for key in found.keys(True, True) if key != INDEX]
         wanted = _wanted(joined.rows(courses.rows[:1]), keys, own)
 
@@ -114,7 +116,8 @@ def plain(value: Tensor) -> np.ndarray:
 
 
 def episode_columns(courses: Courses, fps: float) -> dict[str, np.ndarray]:
-    """Where each row is: its episode, its step in it, its time in seconds, and its number in the buffer."""
+    """Where each row is: its episode, its step in it, its time in seconds, its number in the buffer; and whether an
+    episode begins with it, of which some may have begun before."""
     _, lengths = courses.stretch.unique_consecutive(return_counts=True)
     start = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
     frame = torch.arange(len(courses.rows)) - start
@@ -125,6 +128,7 @@ def episode_columns(courses: Courses, fps: float) -> dict[str, np.ndarray]:
         "index": np.arange(len(courses.rows)),
         "task_index": np.zeros(len(courses.rows), dtype=np.int64),
         "buffer_index": courses.rows.numpy(),
+        "is_init": ((frame == 0) & courses.begun[courses.stretch]).numpy(),
     }
 
 

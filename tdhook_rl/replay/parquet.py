@@ -53,7 +53,8 @@ def to_parquet(
     ``LeRobotExperienceReplay`` read: ``data``, and ``meta`` with ``info.json``, ``stats.json``, episodes and tasks. In
     it, rows lie episode by episode, a column for each key: ``("attr", "observation")`` is ``attr.observation``,
     ``observation`` is ``observation.state``, entries of more dimensions are flat. ``buffer_index`` says which row of
-    the buffer each is; its episodes are numbered anew, from 0.
+    the buffer each is; its episodes are numbered anew, from 0, and
+    ``is_init`` marks where one begins that is there from its beginning.
 
     Args:
         results: of an analysis, or their folder.
