@@ -152,10 +152,20 @@ def test_concepts_are_not_of_what_rows_are_read_with(name: str, kind: Any) -> No
         read(kind(function), 50)
 
 
+@pytest.mark.filterwarnings("ignore:the concept 'it' is a function that fails of a row alone")
 @pytest.mark.parametrize("function", [*OF_ONE.values(), of_a_network, seen])
 def test_concepts_are_of_what_rows_are(function: Any) -> None:
     few, many = read(function, 51), read(function, ROWS)  # a function may squeeze what is one row
     assert few == pytest.approx(many, abs=1e-6, nan_ok=True)
+
+
+def test_what_fails_of_a_row_alone_is_said(tmp_path: Path) -> None:
+    def of_two(rows: TensorDictBase) -> Tensor:
+        return rows["observation"].squeeze()[:, 0] > 0.1
+
+    with pytest.warns(UserWarning, match=r"where= is a function that fails of a row alone \(IndexError: too many"):
+        found = asked_for(of_two, 50, tmp_path)
+    assert found.tolist() == of_two(stored()).nonzero()[:, 0].tolist()
 
 
 class Layer(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from tdhook_rl.errors import InputError
+from tdhook_rl.errors import InputError, warn
 
 #: What a number may differ by, of its size and of the largest: sums over other parts have other last digits.
 _RELATIVE, _OF_LARGEST = 1e-3, 1e-5
@@ -21,7 +21,7 @@ def require_of_each(
     """Raise if a function says of some rows something else when it is asked of them alone.
 
     A median, a rank or a running sum is of the rows that are read together, which are other ones for another
-    ``batch_size=``. Of rows that it cannot be asked of alone nothing is told.
+    ``batch_size=``. Of a function that fails of a row alone nothing is told, which is said.
 
     Args:
         ask: asks it of some rows, ``(rows, ...)``.
@@ -47,8 +47,12 @@ def require_of_each(
         try:
             with warnings.catch_warnings(action="ignore"):  # a spread of a single row is none
                 alone = ask(batch[place : place + 1]).detach().reshape(-1)
-        except Exception:  # a squeeze() of a single row, say
-            continue
+        except Exception as error:  # a squeeze() of a single row, say
+            warn(
+                f"{what} is a function that fails of a row alone ({type(error).__name__}: {error!s:.200}), so that "
+                "nothing tells whether it says of a row something else when other rows are read with it"
+            )
+            return
         if alone.shape == flat[place].shape and not _same(alone, flat[place], largest):
             raise InputError(
                 f"{what} is a function that says of a row something else when other rows are read with it (of one "
