@@ -40,7 +40,8 @@ def read(path: Path) -> Run:
         run.warnings.append("no entry is done yet")
         return run
     manifest = results.manifest
-    run.config = dict(manifest.facts)
+    # What tells whether an analysis may go on is for no reader: each option of each module, sums of rows.
+    run.config = {name: one for name, one in manifest.facts.items() if name not in ("settings", "rows")}
     run.ended = manifest.done == manifest.entries
     if not run.ended:
         run.warnings.append(f"{manifest.done:,} of {manifest.entries:,} entries are done: call analyze() again")
