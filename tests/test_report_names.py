@@ -12,10 +12,11 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from tdhook_rl import ActivationCaching, Compose, Saliency
-from tdhook_rl.report import FileSink, Monitor, read_run
+from tdhook_rl.report import FileSink, FolderSink, Monitor, read_run
 from tdhook_rl.report.contents.answer import findings_of
 from tdhook_rl.report.contents.cautions import cautions_of
 from tdhook_rl.report.contents.panels import panels_of
+from tdhook_rl.report.contents.several import findings_over
 
 
 @pytest.mark.parametrize(
@@ -80,3 +81,20 @@ def test_rewards_that_are_not_finite_are_said(odd: float, share: float, tmp_path
         after["reward"] = torch.ones(8, 1)
         assert "nonfinite.reward" not in monitor.step(TensorDict({"observation": torch.randn(8, 2), "next": after}, 8))
     assert any(f"Of 'reward' up to {share:.1%} of the rows" in one for one in cautions_of(read_run(tmp_path / "run")))
+
+
+@pytest.mark.parametrize("largest", [[0, 1], [0, 0, 1, 1, 2]])
+def test_answers_of_several_runs_say_of_which_runs_they_are(largest: list[int], tmp_path: Path) -> None:
+    """The largest feature of one run stands beside that of another: whose it is was left out."""
+    folders = []
+    for run, at in enumerate(largest):
+        sink = FolderSink(tmp_path / f"run {run}")
+        for step in range(3):
+            sink.log({"attr.x": 1.0} | {f"attr.x.{one}": 5.0 if one == at else 1.0 + one for one in range(3)}, step)
+        sink.close()
+        folders.append(sink.path)
+    (found,) = findings_over([read_run(one) for one in folders]).found
+    for at in set(largest):
+        beside = len(largest) - largest.count(at)
+        assert f"the largest is feature {at} ({largest.count(at)} of {len(largest)} runs)" in found.words
+        assert f"feature {at} (in {beside} of {len(largest)} runs)" in found.beside or beside == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,9 @@ from tdhook_rl.statistics import Interval, iqm
 
 #: With fewer runs none of which may be left out, an interval would say more than is known.
 ENOUGH = 4
-_LONGEST = 200
+#: Notes of runs that are told.
+MOST = 3
+_LONGEST = 300
 
 
 def findings_over(runs: Sequence[Run]) -> Findings:
@@ -38,9 +41,9 @@ def _over(question: str, measured: str, found: Mapping[str, Finding], runs: int)
     values = {run: _figure(one.value) for run, one in found.items()}
     known = {run: value for run, value in values.items() if math.isfinite(value)}
     met = [one.met for one in found.values() if one.met is not None]
-    notes = dict.fromkeys(one.words for one in found.values() if one.words)
-    words = next(iter(notes)) if len(notes) == 1 and len(found) == runs else ""
-    words = words if len(known) == runs else f"in {len(known)} of {runs} runs"
+    words = _notes(found, runs)
+    if len(known) < runs:
+        words = "; ".join(one for one in (f"in {len(known)} of {runs} runs", words) if one)
     value: Any = ", ".join(number(one) for one in known.values()) or "not known"
     if len(known) >= ENOUGH:
         value = iqm([*known.values()])
@@ -51,14 +54,26 @@ def _over(question: str, measured: str, found: Mapping[str, Finding], runs: int)
     for name in controls:
         numbers = [_figure(one.beside[name]) for one in found.values() if name in one.beside]
         numbers = [one for one in numbers if math.isfinite(one)]
+        # What stands beside an answer in some runs only, such as a feature that is the largest in others, says so.
+        said = name if len(numbers) in (0, len(known)) else f"{name} (in {len(numbers)} of {runs} runs)"
         if len(numbers) >= ENOUGH:
-            beside[name] = iqm(numbers).estimate
+            beside[said] = iqm(numbers).estimate
         elif numbers:
-            beside[name] = ", ".join(map(number, numbers))
+            beside[said] = ", ".join(map(number, numbers))
     return Finding(
         question=question, measured=measured, value=value, beside=dict(list(beside.items())[:5]), words=words,
         met=all(met) if met else None,
     )  # fmt: skip
+
+
+def _notes(found: Mapping[str, Finding], runs: int) -> str:
+    """What is said of an answer: once where all runs say the same, or else of how many runs each is."""
+    notes = Counter(one.words for one in found.values() if one.words)
+    if set(notes.values()) == {runs}:
+        return next(iter(notes))
+    listed = [f"{note} ({count} of {runs} runs)" for note, count in notes.most_common(MOST)]
+    told = "; ".join([*listed, *([f"and {len(notes) - MOST} more"] if len(notes) > MOST else [])])
+    return told if len(told) <= _LONGEST else "what is to be said of it differs between the runs: see the page of each"
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
