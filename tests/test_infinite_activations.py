@@ -222,3 +222,13 @@ def test_sets_of_components_without_a_number_are_said(tmp_path: Path) -> None:
     assert "random sets" in found.random.words
     again = Circuit.load(found.save(tmp_path / "circuit"))
     assert str(again) == str(found)
+
+
+def test_a_metric_that_is_finite_nowhere_is_not_said_to_be_the_same() -> None:
+    data = [states(1), states(2)]
+    with pytest.raises(
+        InputError, match=r"in no state is the metric finite .* 8 with a metric that is not finite.*metric="
+    ):
+        find_circuit(nets()[0], *data, SITE, metric=lambda out: out["output"][:, 0] / 0)
+    with pytest.raises(InputError, match=r"nothing differs .* 8 with no difference"):
+        find_circuit(nets()[0], data[0], data[0], **BOTH)

@@ -198,9 +198,13 @@ class _Search:
         changes = (other.estimated() - self.effects.estimated()).double().cpu()
         known = self.gap.known
         if not bool(known.any()):
+            told = self.gap.left_out(self.gap.source)
+            if bool((self.gap.source - self.gap.base).isfinite().all()):
+                raise InputError(f"nothing differs between the run on clean states and that on corrupt ones: {told}")
             raise InputError(
-                "nothing differs between the run on clean states and that on corrupt ones: "
-                f"{self.gap.left_out(self.gap.source)}"
+                "in no state is the metric finite in the run on clean states and in that on corrupt ones, and another "
+                f"in the two: {told}. Where an action of the one run is closed in the other, say, its log-probability "
+                "is not: name what is to be kept with metric="
             )
         along = changes[:, known] * torch.sign(other.gap.source - other.gap.base)[known]
         return along.nan_to_num(0.0).sum(-1) / (2 * self._size[known].sum())
