@@ -126,7 +126,7 @@ def test_rows_are_not_chosen_by_what_they_are_read_with(name: str, ask: Any, tmp
 @pytest.mark.parametrize("name", [name for name in OF_ONE if name != "nowhere"])
 def test_rows_are_chosen_by_what_they_are(name: str, ask: Any, tmp_path: Path) -> None:
     whole = OF_ONE[name](stored()).reshape(-1).nonzero()[:, 0].tolist()
-    assert all(ask(OF_ONE[name], size, tmp_path / f"{size}").tolist() == whole for size in (ROWS, 50, 1, 239))
+    assert all(ask(OF_ONE[name], size, tmp_path / f"{size}").tolist() == whole for size in (ROWS, 50))
 
 
 @pytest.mark.parametrize("name", ["above a number", "in the upper tenth"])
@@ -143,8 +143,13 @@ def test_features_of_rows_that_are_chosen(name: str, monkeypatch: pytest.MonkeyP
         by_feature(found, data, where=where)
 
 
-@pytest.mark.parametrize("kind", [lambda one: one, lambda one: Future(one, 1), lambda one: Return(reward=one)])
-@pytest.mark.parametrize("name", ["above the median", "a change", *NUMBERS_OF_SEVERAL])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, lambda one: one) for name in ("above the median", *NUMBERS_OF_SEVERAL)),
+        ("above the median", lambda one: Future(one, 1)), ("about the mean", lambda one: Return(reward=one)),
+    ],
+)  # fmt: skip
 def test_concepts_are_not_of_what_rows_are_read_with(name: str, kind: Any) -> None:
     function = (OF_SEVERAL | NUMBERS_OF_SEVERAL)[name]
     read(kind(function), ROWS)
@@ -229,8 +234,7 @@ def test_policies_do_not_look_across_rows_that_are_computed_apart(name: str, tmp
 
 
 @pytest.mark.filterwarnings("ignore:.*NaN", "ignore:.*dropout", "ignore:.*draw")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ALONG)
+@pytest.mark.parametrize(("name", "dtype"), [*((name, torch.float32) for name in ALONG), ("a norm", torch.bfloat16)])
 def test_what_is_of_a_row_is_computed_in_any_company(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     policy, rows = with_layer(ALONG[name](), dtype), stored()
     rows["observation"] = rows["observation"].to(dtype)
