@@ -85,7 +85,7 @@ def one_environment(given: Any) -> Any:
     if several and not given:
         raise InputError("the set-up returned no environment: an empty list")
     first = given[0] if several else given
-    return first if hasattr(first, "reset") else first()
+    return first() if isinstance(first, type) or not hasattr(first, "reset") else first
 
 
 def hooked(policy: Any) -> Any:

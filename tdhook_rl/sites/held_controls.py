@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,8 +14,9 @@ from torch import Tensor
 from tdhook_rl.internals.functorch_names import transform_stack
 from tdhook_rl.sites.controls import Controls
 
-#: How often controls are read again that were written to meanwhile. Who writes takes microseconds.
-_TRIES = 1000
+#: Seconds for which controls are read again that are being written to. Who writes takes microseconds, but may have to
+#: wait for its turn in the middle; who has died there never ends.
+_PATIENCE = 2.0
 
 
 class _Held(NamedTuple):
@@ -52,7 +54,7 @@ class HeldControls:
         self._counts: Any = None
         self._contents: list[bytes | None] = []  # of what was read last, when so many writings had ended
         self._ended = -1
-        self._left: tuple[int, int] | None = None  # the counts that a writer has left which never ended
+        self._left = 0  # writings that have begun and will never end
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_live": self._live}
@@ -112,17 +114,19 @@ class HeldControls:
             return {}
         counts = self._counts
         before = counts[1]
-        if counts[0] == before == self._ended and self._same():
+        if before == self._ended and counts[0] - before == self._left and self._same():
             return self._last
-        found: dict[str, _Held] = {}
-        for _ in range(_TRIES):
+        end = time.monotonic() + _PATIENCE
+        while True:
             before = counts[1]
             found = {name: self._one(name) for name in self._views}
-            both = counts[0], before
-            if both[0] == before or both == self._left:
+            open_ones = counts[0] - before
+            if open_ones == self._left:
                 break
-        else:
-            self._left = both
+            if time.monotonic() > end:
+                self._left = open_ones
+                break
+            time.sleep(1e-5)  # the other's turn
         self._ended, self._contents = before, [one.content for one in found.values()]
         return found
 

@@ -12,6 +12,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from tdhook_rl.arguments.dense import require_dense
 from tdhook_rl.arguments.tensors import plain_number
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.method import Binder, Method
@@ -73,6 +74,10 @@ class TaskVectors(Method):
     get_control_adequacy: Callable[[Any], bool] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.alphas, Tensor):
+            require_dense(self.alphas, "alphas")
+        if isinstance(self.alphas, Tensor) and self.alphas.ndim != 1:
+            raise InputError(f"alphas= is a list of strengths, got a tensor of shape {tuple(self.alphas.shape)}")
         object.__setattr__(self, "alphas", tuple(_check_alpha(alpha) for alpha in self.alphas))
 
     def bind(self, binder: Binder) -> None:
@@ -259,6 +264,7 @@ def _matched(given: nn.Module | Weights, base: Weights, what: str) -> dict[str, 
 def _check_alpha(alpha: Any) -> float:
     number = plain_number(alpha)
     if isinstance(alpha, Tensor) and alpha.numel() == 1:
+        require_dense(alpha, "alpha")
         number = alpha.item()
     if not isinstance(number, (int, float)) or not math.isfinite(number):
         raise InputError(f"alpha must be a finite number, got {alpha!r:.80}")
