@@ -165,6 +165,8 @@ def test_what_is_not_to_check() -> None:
         check(hooked(make_actor()), [CueCorners, CueCorners], collector=Collector)
     with pytest.raises(InputError, match=r"num_workers=3 has an environment of its own, got 2"):
         check(hooked(make_actor()), [CueCorners, CueCorners], {"num_workers": 3})
+    with pytest.raises(InputError, match=r"each of 3 workers has create_env_kwargs of its own, got 2"):
+        check(hooked(make_actor()), CueCorners, {"num_workers": 3, "create_env_kwargs": [{}, {}]})
 
 
 def test_the_users_probes_are_not_fed() -> None:

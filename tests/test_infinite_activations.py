@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from tdhook_rl import ActivationAddition, DirectionalAblation, IntegratedGradients, Saliency
+from tdhook_rl import ActivationAddition, DirectionalAblation, IntegratedGradients, Saliency, SteeringVectors
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent import DirectionClamping, StateSubtraction
 from tdhook_rl.sweeps import (
@@ -107,6 +107,31 @@ FOUND: dict[str, Callable[[nn.Module], Tensor]] = {
     "ablation": lambda net: acting(DirectionalAblation({SITE: OPEN}), net),
     "clamping": lambda net: acting(DirectionClamping({SITE: OPEN}, value=1.5), net),
 }  # fmt: skip
+
+
+#: By control what it belongs to.
+TRAINED: dict[str, Any] = {
+    "subtraction.alpha": StateSubtraction(SITE, other_input, alpha=0.3),
+    "steering.alpha": SteeringVectors({SITE: OPEN}, alpha=0.3),
+    "clamping.value": DirectionClamping({SITE: OPEN}, value=1.5),
+    f"ablation.{SITE}": DirectionalAblation({SITE: OPEN}),
+}
+
+
+@pytest.mark.parametrize("by_state", [False, True], ids=["one choice", "another in each state"])
+@pytest.mark.parametrize("name", TRAINED)
+def test_what_is_closed_has_no_slope(name: str, by_state: bool) -> None:
+    """A control that is trained has the gradient that it has where the choice is merely improbable."""
+    found = []
+    for net in nets(by_state):
+        with TRAINED[name].prepare(net) as hooked:
+            control = hooked.controls[name].requires_grad_()
+            (hooked(states(1))["output"] ** 2).sum().backward()
+            found.append(control.grad)
+    assert bool(found[0].isfinite().all())
+    # A direction is measured on how improbable the choice is, unless it leaves that out.
+    if name not in ("clamping.value" if by_state else "", f"ablation.{SITE}"):
+        torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("name", FOUND)

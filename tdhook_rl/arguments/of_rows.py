@@ -5,14 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
-import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdhook_rl.arguments.near import largest_of, near
 from tdhook_rl.errors import InputError, warn
 
-#: What a number may differ by, of its size and of the largest: sums over other parts have other last digits.
-_RELATIVE, _OF_LARGEST = 1e-3, 1e-5
+#: What a number may differ by, of the largest.
+_OF_LARGEST = 1e-5
 
 
 def require_of_each(
@@ -34,6 +34,7 @@ def require_of_each(
         InputError: that names a row.
 
     Example:
+        >>> import torch
         >>> from tensordict import TensorDict
         >>> batch = TensorDict({"x": torch.arange(4.0)}, batch_size=4)
         >>> require_of_each(lambda rows: rows["x"] > 1, batch, batch["x"] > 1, what="where=", rows=8)
@@ -42,7 +43,7 @@ def require_of_each(
     if len(flat) < 2 or not flat.shape[1]:
         return
     leading = flat[:, 0].double().nan_to_num()
-    largest = float(flat.double().nan_to_num(0.0, 0.0, 0.0).abs().max())
+    largest = largest_of(flat)
     for place in sorted({0, len(flat) - 1, int(leading.argmin()), int(leading.argmax())}):
         try:
             with warnings.catch_warnings(action="ignore"):  # a spread of a single row is none
@@ -53,19 +54,13 @@ def require_of_each(
                 "nothing tells whether it says of a row something else when other rows are read with it"
             )
             return
-        if alone.shape == flat[place].shape and not _same(alone, flat[place], largest):
+        if alone.shape == flat[place].shape and not near(alone, flat[place], _OF_LARGEST, largest):
             raise InputError(
                 f"{what} is a function that says of a row something else when other rows are read with it (of one "
                 f"{_said(flat[place])} beside {len(flat) - 1} others, and {_said(alone)} alone), and the {rows} rows "
                 f"are read {len(flat)} at a time: work out beforehand what it compares a row with (a median, a rank), "
                 f"or store what it says in the rows; where it takes batch_size=, {rows} reads all of them together"
             )
-
-
-def _same(one: Tensor, other: Tensor, largest: float) -> bool:
-    if not (one.is_floating_point() or other.is_floating_point()):
-        return torch.equal(one, other)
-    return torch.allclose(one.double(), other.double(), rtol=_RELATIVE, atol=_OF_LARGEST * largest, equal_nan=True)
 
 
 def _said(values: Tensor) -> str:

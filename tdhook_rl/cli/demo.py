@@ -49,7 +49,6 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _shown(settings: Settings, folder: Path) -> int:
-
     from tdhook_rl.examples import demo, demo_report
     from tdhook_rl.report import open_wandb
     from tdhook_rl.rollout import Interruptible

@@ -53,7 +53,6 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _measured(chosen: Mapping[str, Any], folder: Path, options: argparse.Namespace) -> int:
-
     from tdhook_rl.errors import TdhookError
     from tdhook_rl.experiments import report
     from tdhook_rl.rollout import Interruptible

@@ -68,7 +68,6 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _probed(policy: Any, concepts: Any, checkpoints: Any, split: Any, folder: Path, options: argparse.Namespace) -> int:
-
     from tdhook_rl.files.durable import put
     from tdhook_rl.replay import probe_grid
     from tdhook_rl.replay.manifest import facts_of

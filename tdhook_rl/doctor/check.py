@@ -160,7 +160,11 @@ class _Examination:
         if asked and not takes_a_list:
             remedy = "give one environment" if several else "leave out num_workers"
             raise InputError(f"{kind.__name__} has no workers: {remedy}, or give a MultiSyncCollector")
-        return kind, (asked or 1) if takes_a_list else 0
+        workers = (asked or 1) if takes_a_list else 0
+        given = self.options.get("create_env_kwargs")
+        if isinstance(given, list | tuple) and workers and len(given) != workers:
+            raise InputError(f"each of {workers} workers has create_env_kwargs of its own, got {len(given)}")
+        return kind, workers
 
     def _run(self, kind: type, workers: int) -> Iterator[Finding]:
         self.deadline.waiting_for = "the constructor of the environment"

@@ -59,7 +59,7 @@ class Collecting:
         each = env if isinstance(env, list | tuple) else [env] * self.workers
         if self.workers:
             of = given if isinstance(given, list | tuple) else [given] * self.workers
-            made = [functools.partial(fresh_env, *one) for one in zip(each, map(env_options, of), strict=False)]
+            made = [functools.partial(fresh_env, *one) for one in zip(each, map(env_options, of), strict=True)]
         else:
             made = fresh_env(env, env_options(given))
         name = self.kind.__name__

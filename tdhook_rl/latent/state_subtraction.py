@@ -105,7 +105,8 @@ def _moved(rows: Tensor, other: Tensor, alpha: Tensor) -> Tensor:
     """``rows + alpha * (other - rows)``, to the bit ``other`` at 1, also where entries are infinite."""
     odd = rows.isinf() | other.isinf()
     moved = torch.lerp(rows.masked_fill(odd, 0), other.masked_fill(odd, 0), alpha)
-    kept = torch.where(rows.isinf(), rows, rows + alpha * other)
+    # A number plus a share of infinity is infinity, which has no slope: 0 times infinity would make NaN of alpha's.
+    kept = torch.where(rows.isinf(), rows, alpha.detach().sign() * other)
     return torch.where(odd, torch.where(alpha == 1, other, kept), moved)
 
 

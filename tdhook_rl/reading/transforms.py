@@ -7,17 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.data import ReplayBuffer
 from torchrl.envs import transforms as of_torchrl
 
+from tdhook_rl.arguments.near import near
 from tdhook_rl.errors import InputError, TdhookError
 from tdhook_rl.internals.torchrl_names import collate_fn
 
-#: What a row is in other company may differ by, of its size: layers compute other last bits for other batches.
-RELATIVE, OF_LARGEST = 1e-3, 1e-5
+#: What a row is in other company may differ by, of the largest.
+OF_LARGEST = 1e-5
 
 
 @dataclass(frozen=True)
@@ -168,14 +168,3 @@ def _unlike(one: TensorDictBase, other: TensorDictBase) -> Any:
         if isinstance(value, Tensor) and isinstance(again, Tensor) and not near(again, value, OF_LARGEST):
             return key
     return None
-
-
-def near(found: Tensor, known: Tensor, of_largest: float) -> bool:
-    """Whether numbers are the known ones but for rounding: relative to each, or to so much of the largest."""
-    found, known = found.detach().cpu(), known.detach().cpu()
-    if found.shape != known.shape or found.dtype != known.dtype:
-        return False
-    if not found.is_floating_point():
-        return torch.equal(found, known)
-    largest = float(known.abs().nan_to_num(0.0, 0.0, 0.0).max()) if known.numel() else 0.0
-    return torch.allclose(found, known, rtol=RELATIVE, atol=of_largest * largest, equal_nan=True)

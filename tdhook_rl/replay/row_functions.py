@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdhook_rl.arguments.near import largest_of, near
 from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.errors import InputError
 from tdhook_rl.metrics.untrained import own_generators
 
-#: What a number may differ by, of its size and of the largest: sums over other parts have other last digits.
-_RELATIVE, _OF_LARGEST = 1e-3, 1e-4
+#: What a number may differ by, of the largest.
+_OF_LARGEST = 1e-4
 #: Rows that are computed alone.
 _TRIED = 5
 
@@ -41,28 +42,16 @@ def require_alone(
     with own_generators(stream_of(0, "alone")):
         alone = {place: compute(place) for place in places}
     for key, together in found.items():
-        others = [place for place in places if not _near(alone[place][key][0], together[place], together)]
+        largest = largest_of(together)
+        others = [place for place in places if not near(alone[place][key][0], together[place], _OF_LARGEST, largest)]
         if 2 * len(others) <= len(places):
             continue
         with own_generators(stream_of(0, "again")):
             again = compute(others[0])[key][0]
-        if not _near(again, alone[others[0]][key][0], together):
+        if not near(again, alone[others[0]][key][0], _OF_LARGEST, largest):
             continue
         raise InputError(
             f"{key!r} of a row is something else when other rows are computed with it: {what} looks across the rows of "
             f"a batch (a mean, a softmax over its first dimension), and of {total} rows {rows} are computed at a time, "
             f"so that results would depend on batch_size=: let it work row by row, or give batch_size={total}"
         )
-
-
-def _near(one: Tensor, other: Tensor, among: Tensor) -> bool:
-    """Whether numbers are the same but for rounding, by the size of those among which they are."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    if not one.is_floating_point():
-        return torch.equal(one, other)
-    room = 16 * torch.finfo(one.dtype).eps
-    largest = float(among.detach().double().nan_to_num(0.0, 0.0, 0.0).abs().max())
-    return torch.allclose(
-        one.double(), other.double(), rtol=max(room, _RELATIVE), atol=max(room, _OF_LARGEST) * largest, equal_nan=True
-    )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tdhook_rl.arguments.checked import require_counts
 from tdhook_rl.arguments.keys import key_parts
+from tdhook_rl.arguments.near import near
 from tdhook_rl.batches.annotating_mixin import annotate_part
 from tdhook_rl.batches.annotation import OnMismatch
 from tdhook_rl.calls.provenance import is_stamp
@@ -19,7 +20,6 @@ from tdhook_rl.errors import ArtifactError, InputError, warn
 from tdhook_rl.files.functions import untold_in
 from tdhook_rl.reading.reader import Reader
 from tdhook_rl.reading.sources import Rows
-from tdhook_rl.reading.transforms import near
 from tdhook_rl.replay.manifest import facts_of
 from tdhook_rl.replay.ray_engine import Told, ray_results
 from tdhook_rl.replay.read_rows import Sums, differing, keys_read, sums_of, together
