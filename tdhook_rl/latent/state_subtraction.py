@@ -106,7 +106,7 @@ def _moved(rows: Tensor, other: Tensor, alpha: Tensor) -> Tensor:
     odd = rows.isinf() | other.isinf()
     moved = torch.lerp(rows.masked_fill(odd, 0), other.masked_fill(odd, 0), alpha)
     # A number plus a share of infinity is infinity, which has no slope: 0 times infinity would make NaN of alpha's.
-    kept = torch.where(rows.isinf(), rows, alpha.detach().sign() * other)
+    kept = torch.where(rows.isinf(), rows, alpha.detach().sgn() * other)
     return torch.where(odd, torch.where(alpha == 1, other, kept), moved)
 
 
