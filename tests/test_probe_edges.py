@@ -22,7 +22,7 @@ from tdhook_rl.latent.probing.rows import Parts, Rows
 from tdhook_rl.latent.probing.scaling import Scale
 from tdhook_rl.latent.probing.scored import ScoredClasses, ScoredValues
 from tdhook_rl.latent.probing.value_bank import ValueBank
-from tdhook_rl.rollout import GroupSplit, OnlineProbe
+from tdhook_rl.rollout import GroupSplit, OnlineProbe, ProbeSuite
 from tests.test_probe_banks import halves_of, parts_of, rows_of, scored
 
 OPTIONS: dict[str, Any] = {"penalty": 1e-2, "confidence": 0.95, "min_rows": 10}
@@ -299,3 +299,58 @@ def test_features_whose_square_no_machine_holds_are_refused_at_once(
     with pytest.raises(InputError, match=r"'x' has \d+ features a row, and a probe keeps their square: up to 8192"):
         probe.update(data)
     assert probe.statistics is None
+
+
+def _late(seed: int, lacking: bool) -> TensorDict:
+    """Rows of two concepts, of which one may be of one class so far."""
+    x = torch.randn(240, 3, generator=torch.Generator().manual_seed(seed))
+    both = (x[:, :2] > 0).long() * torch.tensor([1, 0 if lacking else 1])
+    episode = torch.arange(240) // 3 + 80 * seed
+    return TensorDict({"input": x, "one": both[:, 0], "late": both[:, 1], "both": both, "episode": episode}, [240])
+
+
+@pytest.mark.parametrize("kind", ["suite", "labels", "ridge labels", "classes"])
+def test_rows_before_there_is_a_probe_are_not_scored(kind: str) -> None:
+    """While a concept has one class the others of its bank have probes, and what is held out says nothing of it: all is
+    as if no row had been held out then."""
+    split, found = GroupSplit("episode"), []
+    for held_out_early in (True, False):
+        if kind == "suite":
+            own: Any = ProbeSuite(nn.Sequential(nn.Identity()), sites="0", concepts={"one": "one", "late": "late"},
+                                  split=split, untrained=False)  # fmt: skip
+        else:
+            label, how = ("late", "lda") if kind == "classes" else ("both", "ridge" if "ridge" in kind else "lda")
+            own = OnlineProbe(features="input", label=label, split=split, kind=how)  # type: ignore[arg-type]
+        for seed in range(6):
+            data = _late(seed, lacking=seed < 4)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                own.update(data if held_out_early or seed >= 4 else data[split(data)[0]])
+            if seed == 3 and kind == "suite":
+                early = own.table()["0", "late"]
+                assert math.isnan(early.trained.estimate)
+                assert math.isnan(early.auc.estimate)
+        if kind == "suite":
+            cell = own.table()["0", "late"]
+            found.append((cell.trained, cell.auc, cell.input))
+        else:
+            suffix = "" if kind == "classes" else ".1"
+            found.append((own.scores["accuracy" + suffix], own.scores["auc" + suffix]))
+    assert found[0] == found[1]
+    assert found[0][1].estimate > 0.98  # read perfectly; rows without a probe made it .8
+
+
+def test_labels_by_chance_that_lack_a_class_are_no_control() -> None:
+    """They are drawn from the first rows: a guess among two classes is right more often than one among three."""
+    own = ProbeSuite(nn.Sequential(nn.Identity()), sites="0", concepts={"coin": "coin"}, split=GroupSplit("episode"))
+    for seed, classes in ((0, 2), (1, 3)):
+        draws = torch.Generator().manual_seed(seed)
+        rows = {"input": torch.randn(1200, 3, generator=draws), "episode": torch.arange(1200) + 1200 * seed}
+        coin = torch.randint(classes, (1200,), generator=draws)
+        own.update(TensorDict({**rows, "coin": coin}, [1200]))
+        cell = own.table()["0", "coin"]
+        assert cell.selectivity is not None
+        assert cell.selectivity.known == (classes == 2)
+    assert cell.shuffled.estimate > 0.4 > cell.chance  # by which selectivity was negative
+    assert cell.selectivity.words == "one of the two has no training row of class 2"
+    assert cell.selectivity.words in str(own.table())

@@ -119,7 +119,10 @@ class ProbeTable(Cells[ProbeCell]):
         for cell in self._cells:
             scores = [shown(getattr(cell, name)) for name in present]
             counts = [f"{cell.trained.groups}", f"{cell.trained.rows:.0f}"]
-            words = "; ".join(dict.fromkeys(one for one in (cell.words, cell.trained.words) if one))
+            told = [cell.words, cell.trained.words]
+            if not math.isnan(cell.trained.estimate):  # why a control has no score, where the probe has one
+                told += [one.words for name in present if math.isnan(float(one := getattr(cell, name) or cell.trained))]
+            words = "; ".join(dict.fromkeys(one for one in told if one))
             shares = [f"{cell.chance:.2f}", f"{cell.majority:.2f}"]
             mark = [f"{cell.adjusted:.2g}"] * marked
             names = [cell.checkpoint] * several + [cell.site, cell.concept, cell.score]

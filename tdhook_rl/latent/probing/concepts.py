@@ -191,7 +191,7 @@ class LabelConcept(Concept):
         # Labels of which the training rows know one side only are not scored.
         known = self._both()
         self._hits.add(codes, torch.cat([~yes & known, yes & known], 1), torch.cat([right, right], 1))
-        self._scores.add(codes, scores, yes, *self.statistics.margins(probe))
+        self._scores.add(codes, scores, yes, *self.statistics.margins(probe), usable=known.expand(len(yes), 1, -1))
 
     def train_score(self, probe: LinearProbe, features: Tensor, labels: Tensor) -> float:
         right = (probe.predict(features).cpu() == labels).double()

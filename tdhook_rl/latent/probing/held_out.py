@@ -283,14 +283,14 @@ class ScoreHistograms:
             scores: ``(rows, sources, labels)``, float64; with one source ``(rows, labels)``.
             labels: ``(rows, labels)``, bool.
             middle, spread: ``(sources, labels)``, of the scores.
-            usable: ``(rows, sources)``, which scores count; all unless given.
+            usable: ``(rows, sources, labels)``, which scores count; all unless given.
         """
         scores = scores.view(len(scores), self._sources, self._labels)
         scaled = (scores - middle) / spread.clamp_min(1e-9 * middle.abs()).clamp_min(1e-300)
         bins = ((scaled.clamp(-_REACH, _REACH) + _REACH) * (_BINS - 1) / (2 * _REACH)).round().long()
         first = torch.arange(self._sources * self._labels).view(self._sources, self._labels) * 2 * _BINS
         column = (bins + (labels.long() * _BINS)[:, None] + first).flatten(1)
-        counted = None if usable is None else usable.repeat_interleave(self._labels, 1)
+        counted = None if usable is None else usable.flatten(1)
         for tally, code in zip(self._tallies, codes, strict=True):
             tally.add_at(code, column, counted)
 

@@ -146,23 +146,29 @@ class ScoredClasses(Scored[ClassBank]):
                 one.decay(factor)
 
     def judge(self, rows: Rows) -> None:
-        """Score the held-out rows by the probes as they are now."""
+        """Score the held-out rows by the probes as they are now; where there is none, rows say nothing of one."""
         if self.probes is None or not len(rows.parts.judged):
             return
         features, labels, usable = rows.held
         scores = self.probes.scores(features)
+        counts = None if usable is None else usable.T[..., None]
+        probed = self.probes.there.sum(-1) > 1
+        if not bool(probed.all()):
+            counts = probed.expand(scores.shape[:3]) if counts is None else counts & probed
         of_class = torch.zeros(len(labels), *scores.shape[2:], dtype=torch.bool).scatter_(2, labels[..., None], True)
         right = (scores.argmax(-1) == labels[:, None])[..., None]
         counted = of_class[:, None].expand(scores.shape)
-        if usable is not None:
-            counted = counted & usable.T[..., None, None]
+        if counts is not None:
+            counted = counted & counts[..., None]
         self._hits.add(rows.parts.groups, counted.flatten(1), right.expand(scores.shape).flatten(1))
         if self._areas is not None:
             binary = self._binary
+            if counts is not None:
+                counts = counts.expand(scores.shape[:3])[..., binary]
             margins = (scores[..., 1] - scores[..., 0])[..., binary]
             self._areas.add(
                 rows.parts.groups, margins, labels[:, binary] == 1, self.probes.middle[:, binary],
-                self.probes.spread[:, binary], None if usable is None else usable.T,
+                self.probes.spread[:, binary], counts,
             )  # fmt: skip
 
     def score(self, source: int, concept: int) -> Interval:
@@ -195,7 +201,14 @@ class ScoredClasses(Scored[ClassBank]):
         return "; ".join(said + ([f"wrong, without a training row: class {listed(unseen, 6)}"] if unseen else []))
 
     def difference(self, source: int, concept: int, other: ScoredClasses, at: tuple[int, int]) -> Interval:
-        """The balanced accuracy of a concept minus that of one of another bank, of a source there, by group."""
+        """The balanced accuracy of a concept minus that of one of another bank, of a source there, by group.
+
+        There is none where that one never learnt a class which is scored here: it guesses among fewer.
+        """
+        unlearnt = self._enough(source, concept) & ~other.bank.there[at]
+        if bool(unlearnt.any()):
+            lacking = f"one of the two has no training row of class {listed(unlearnt.nonzero()[:, 0].tolist(), 6)}"
+            return none(math.nan, lacking, confidence=self.confidence, groups=0, rows=0.0)
         found = []
         own, theirs = self._hits.columns(self._columns(source, concept)), other._hits.columns(other._columns(*at))
         for mine, its in zip(self._hits.tables, other._hits.tables, strict=True):
