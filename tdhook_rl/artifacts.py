@@ -14,6 +14,7 @@ from torch import Tensor
 from tdhook_rl.errors import ArtifactError
 from tdhook_rl.files.digests import digest_of
 from tdhook_rl.files.durable import parse_json, put, require_file_name
+from tdhook_rl.files.stored import plain
 
 __all__ = ["load_artifact", "save_artifact"]
 
@@ -29,20 +30,23 @@ def save_artifact(
         path: where to write; a ``.safetensors`` ending may be given or left out.
         kind: what it is, such as ``"linear_probe"``; loading checks it.
         tensors: the tensors by name.
-        facts: JSON-able facts: where it was fitted, on how much data, how well it did.
+        facts: JSON-able facts: where it was fitted, on how much data, how well it did. Numbers of NumPy and tensors
+            of one number are written as numbers.
 
     Returns:
         the path of the safetensors file.
 
     Raises:
-        ArtifactError: if the folder cannot be written or a fact is not JSON.
+        ArtifactError: if the folder cannot be written, a fact is not JSON, or a tensor has NaN or infinite entries,
+            with which it could not be loaded.
     """
     from safetensors.torch import save
 
     path = _with_ending(path)
-    document = {"format": FORMAT, "kind": kind, "facts": dict(facts or {})}
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    tensors = {name: tensor.detach().to_dense().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    _require_finite(path, tensors)
     try:
+        document = {"format": FORMAT, "kind": kind, "facts": plain(facts or {})}
         document["digest"] = _digest(document["facts"], tensors)
         text = json.dumps(document, indent=2)
     except (TypeError, ValueError) as error:
@@ -93,10 +97,14 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[
         raise ArtifactError(f"{path} holds a {document['kind'][:80]!r}, not a {kind!r}")
     if "digest" in document and document["digest"] != _digest(facts, tensors):
         raise ArtifactError(f"{path} is not what was written: its tensors or facts have changed since")
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ArtifactError(f"{path}: the tensor {name!r} has NaN or infinite entries")
+    _require_finite(path, tensors)
     return tensors, facts
+
+
+def _require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ArtifactError(f"{path}: the tensor {name!r} has NaN or infinite entries")
 
 
 def _digest(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

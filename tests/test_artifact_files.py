@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -16,7 +18,7 @@ from torch import nn
 
 from tdhook_rl import LinearProbe, ProbeReadout
 from tdhook_rl.artifacts import load_artifact, save_artifact
-from tdhook_rl.errors import ArgumentError, ArtifactError
+from tdhook_rl.errors import ArgumentError, ArtifactError, InputError
 from tdhook_rl.experiments import checkpoints
 from tdhook_rl.files import durable
 from tdhook_rl.files.checkpoints import state_of
@@ -159,6 +161,42 @@ def test_round_trips_and_their_use(tmp_path: Path) -> None:
     again = SteeringVector.load(tmp_path / "vector")
     assert torch.equal(again.vector, vector.vector)
     assert again.facts == {"norm": 1.5}
+
+
+KEPT: dict[str, Any] = {
+    "of NumPy": (np.int64(3), 3), "a share of NumPy": (np.float32(0.5), 0.5), "yes of NumPy": (np.bool_(True), True),
+    "a tensor": (torch.tensor(3), 3), "a pair": ((1, 2), [1, 2]), "within": ({"at": np.int64(3)}, {"at": 3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_facts_that_are_numbers_come_back(name: str, tmp_path: Path) -> None:
+    given, expected = KEPT[name]
+    probe = LinearProbe(weight=torch.eye(2, 3), bias=torch.zeros(2), path="1", facts={"frames": given})
+    assert LinearProbe.load(probe.save(tmp_path / "probe")).facts == {"frames": expected}
+    vector = SteeringVector.from_tensor(nn.Sequential(nn.Linear(2, 3)), "0", torch.ones(3), facts={"frames": given})
+    assert SteeringVector.load(vector.save(tmp_path / "vector")).facts["frames"] == expected
+
+
+TAKEN = {LinearProbe: ("probe_kind", "module_path", "probe_concept"), SteeringVector: ("module_path", "entry")}
+
+
+@pytest.mark.parametrize("name", ["probe_kind", "module_path", "probe_concept", "entry"])
+@pytest.mark.parametrize("kind", TAKEN)
+def test_no_fact_is_lost_to_what_the_file_says_itself(kind: Any, name: str, tmp_path: Path) -> None:
+    given = {"path": "1", "facts": {name: "mine"}, **(PROBE if kind is LinearProbe else VECTOR)}
+    if name in TAKEN[kind]:
+        with pytest.raises(InputError, match=f"facts= has '{name}'"):
+            kind(**given)
+    else:
+        assert kind.load(kind(**given).save(tmp_path / "saved")).facts == {name: "mine"}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, complex(math.nan, 0)])
+def test_nothing_is_written_that_could_not_be_read(value: complex, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="the tensor 'a' has NaN or infinite"):
+        save_artifact(tmp_path / "saved", "x", {"a": torch.tensor([1, value])})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("what", ["a named pipe", "a folder", "a device", "cut", "noise", "empty", "a long header"])

@@ -1,19 +1,40 @@
-"""Checks of what was read from files: names, counts, tensors, and module paths that end when they are looked for."""
+"""Facts as files hold them; and checks of what was read: names, counts, tensors, module paths that end when matched."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from tdhook_rl.errors import ArtifactError
+from tdhook_rl.errors import ArtifactError, InputError
 from tdhook_rl.internals.python_names import codes, parser
 
 #: No module has a longer path, and a pattern with more open repetitions may take minutes to fail on a long name.
 LONGEST, MOST_REPEATS = 1000, 3
+
+
+def plain(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts as a file gives them back: numbers of NumPy and tensors of one number are numbers, tuples lists.
+
+    Raises:
+        TypeError: for what JSON cannot hold.
+
+    Example:
+        >>> import torch
+        >>> plain({"frames": torch.tensor(3), "shape": (2, 3)})
+        {'frames': 3, 'shape': [2, 3]}
+    """
+    return json.loads(json.dumps(dict(facts), default=_number))
+
+
+def _number(fact: Any) -> Any:
+    if getattr(fact, "ndim", None) == 0 and hasattr(fact, "item"):
+        return fact.item()
+    raise TypeError(f"Object of type {type(fact).__name__} is not JSON serializable")
 
 
 def text(path: Path | str, facts: Mapping[str, Any], name: str) -> str:
@@ -28,6 +49,20 @@ def text(path: Path | str, facts: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str):
         raise ArtifactError(f"{path}: {name} is {str(value)[:80]!r}, not text")
     return value
+
+
+def require_free(facts: Mapping[str, Any], taken: Collection[str]) -> None:
+    """Raise for facts under names that a file has for other things: it would hold only one of them.
+
+    Raises:
+        InputError: names the fact.
+    """
+    found = next((name for name in facts if name in taken), None)
+    if found is not None:
+        raise InputError(
+            f"facts= has {found!r}, a name under which its file says something else ({', '.join(taken)}): give the "
+            "fact another name"
+        )
 
 
 def module_path(path: Path | str, facts: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from tdhook_rl.arguments.checked import Checked, checked
 from tdhook_rl.arguments.keys import required
 from tdhook_rl.artifacts import load_artifact, save_artifact
 from tdhook_rl.errors import ArtifactError, InputError, warn
-from tdhook_rl.files.stored import module_path, tensors_named
+from tdhook_rl.files.stored import module_path, require_free, tensors_named
 from tdhook_rl.latent.vectors.activations import root_of, unhooked
 from tdhook_rl.latent.vectors.arithmetic import Arithmetic, floats
 from tdhook_rl.latent.vectors.combining import terms_of
@@ -23,7 +23,7 @@ from tdhook_rl.latent.vectors.contrast import contrast
 from tdhook_rl.latent.vectors.extracted import Extracted, as_long_as, chance_score
 from tdhook_rl.latent.vectors.fitting import Weights, require_fit, weights_against
 from tdhook_rl.latent.vectors.labels import Asked
-from tdhook_rl.latent.vectors.origins import DataDigest, facts_given, origin_of
+from tdhook_rl.latent.vectors.origins import TAKEN, DataDigest, facts_given, origin_of
 from tdhook_rl.latent.vectors.pairs import mean_difference
 from tdhook_rl.latent.vectors.places import Place, path_and_entry, place_name
 from tdhook_rl.latent.vectors.probes import probe_direction
@@ -70,6 +70,7 @@ class SteeringVector(Arithmetic, metaclass=Checked):
 
     def __post_init__(self) -> None:
         path_and_entry(self.path, "path= is")  # raises
+        require_free(self.facts, TAKEN)
         object.__setattr__(self, "vector", floats(self.vector, "vector"))
         if self.vector.ndim == 0 or self.vector.numel() == 0:
             raise InputError(f"vector= has the shape of a module's features, got {tuple(self.vector.shape)}")
@@ -388,7 +389,7 @@ class SteeringVector(Arithmetic, metaclass=Checked):
         entry = facts.get("entry")
         entry = tuple(entry) if isinstance(entry, list) else entry
         place: Any = module if entry is None else (module, entry)
-        facts = {name: facts[name] for name in facts if name not in ("module_path", "entry")}
+        facts = {name: facts[name] for name in facts if name not in TAKEN}
         try:
             return cls(vector=vector, path=place, facts=facts, shuffled=shuffled[0] if both else None)
         except InputError as error:

@@ -16,7 +16,7 @@ from tdhook_rl.artifacts import load_artifact, save_artifact
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import ArtifactError, InputError, nearest
-from tdhook_rl.files.stored import module_path, tensors_named, text
+from tdhook_rl.files.stored import module_path, require_free, tensors_named, text
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.replaying.batching import row_vectors
 from tdhook_rl.sites.runtime import Runtime
@@ -24,6 +24,8 @@ from tdhook_rl.sites.runtime import Runtime
 Kind = Literal["lda", "ridge"]
 Concept = Literal["classes", "labels", "values"]
 
+#: The names under which a file says what the probe itself is.
+_TAKEN = ("probe_kind", "module_path", "probe_concept")
 _KINDS: tuple[Kind, ...] = ("lda", "ridge")
 _CONCEPTS: tuple[Concept, ...] = ("classes", "labels", "values")
 
@@ -67,6 +69,7 @@ class LinearProbe(metaclass=Checked):
             raise InputError(f"a probe is of 'classes', 'labels' or 'values', got {self.concept!r}")
         if self.concept == "values" and self.kind != "ridge":
             raise InputError(f"a probe of numbers is of the kind 'ridge', got {self.kind!r}")
+        require_free(self.facts, _TAKEN)
         for name in ("weight", "bias"):
             if not isinstance(getattr(self, name), Tensor):
                 raise InputError(f"the {name} of a probe is a tensor, got {shown(getattr(self, name))}")
@@ -172,7 +175,7 @@ class LinearProbe(metaclass=Checked):
         weight, bias = tensors_named(path, tensors, weight=2, bias=1)
         kind, module = text(path, facts, "probe_kind"), module_path(path, facts)
         concept = facts.get("probe_concept", "classes")
-        facts = {name: facts[name] for name in facts if name not in ("probe_kind", "module_path", "probe_concept")}
+        facts = {name: facts[name] for name in facts if name not in _TAKEN}
         try:
             return cls(weight=weight, bias=bias, kind=kind, path=module, facts=facts, concept=concept)
         except InputError as error:

@@ -12,8 +12,12 @@ from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError
 from tdhook_rl.files.digests import content_of, digest_of
+from tdhook_rl.files.stored import plain
 from tdhook_rl.files.versions import versions
 from tdhook_rl.internals.torch_names import held_parameters
+
+#: The names under which a file says where a direction lives.
+TAKEN = ("module_path", "entry")
 
 
 def weights_of(policy: nn.Module) -> str | None:
@@ -48,9 +52,9 @@ def facts_given(facts: Mapping[str, Any] | None) -> dict[str, Any]:
     if facts is None:
         return {}
     try:
-        found = dict(facts)
+        odd = next((name for name in facts if not isinstance(name, str) or name in TAKEN), None)
+        found = plain(facts)
         json.dumps(found, allow_nan=False)
-        odd = next((name for name in found if not isinstance(name, str) or name in ("module_path", "entry")), None)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"facts= is a mapping of what JSON can hold: {error}") from None
     if odd is not None:
