@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tensordict import TensorDict, TensorDictBase
 
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import ArtifactError, InputError
@@ -17,6 +19,7 @@ from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.report.sweep_pages import played_in_words, sweep_page
 from tdhook_rl.statistics import grouped_mean
 from tdhook_rl.sweeps import Condition, SweepResult, steering_sweep
+from tdhook_rl.sweeps.outcomes import Outcomes
 from tdhook_rl.sweeps.sweep_file import write_sweep
 from tests.test_steering_sweep import known
 
@@ -147,3 +150,82 @@ def test_strengths_are_whatever_holds_numbers(make: Callable[[list[float]], Any]
     options = {"controls": 0, "episodes": 2, "max_steps": 2, "outcomes": {"length": "length"}, "progress": False}
     found = steering_sweep(make_actor(), CueCorners(max_steps=2), vector, alphas=make([0.0, 0.5, 1.0]), **options)
     assert found.alphas() == [0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("shape", [[[0, 1], [2]], [[0], [1, 2]], [[0, 1], [2, 3]], [[[0, 1], [2]], [3]]])
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_is_together_adds_all_of_its_runs(shape: Any, kept: bool, tmp_path: Path) -> None:
+    """Runs that were put together before, and kept as such, are no single run; in whatever order and depth."""
+
+    def joined(part: Any) -> SweepResult:
+        if isinstance(part, int):
+            return replace(known(6 + part, effect=0.3 * part, seed=part), facts={"run": part})
+        found = SweepResult.together([joined(one) for one in part])
+        if kept:
+            found = SweepResult.load(found.save(tmp_path / str(part)).parent)
+        return found
+
+    found, flat = joined(shape), joined(sorted(int(one) for one in str(shape) if one.isdigit()))
+    assert found.runs is not None
+    assert flat.runs is not None
+    assert found.runs.tolist() == flat.runs.tolist()
+    assert found.records() == flat.records()
+
+
+NAMES = ["unfinished", "done", "mask", "runs", "outcome", "return", "length", "a/b", "x.y", " "]
+
+
+@pytest.mark.filterwarnings("ignore:.*did not end")
+@pytest.mark.parametrize("how", ["by name", "in a mapping"])
+def test_outcomes_have_any_name(how: str, tmp_path: Path) -> None:
+    """None is taken for what a sweep keeps of its own, also where it goes on and is read again."""
+    made = {name: partial(_steps, times=float(place + 1)) for place, name in enumerate(NAMES)}
+    outcomes = made if how == "by name" else lambda episodes: {name: one(episodes) for name, one in made.items()}
+    options = {"alphas": [1.0], "controls": 0, "episodes": 3, "max_steps": 4, "progress": False}
+    actor, vectors = make_actor(), {"up": {FC2: torch.ones(64)}}
+    for folder in (None, tmp_path, tmp_path):
+        found = steering_sweep(actor, CueCorners(), vectors, outcomes=outcomes, folder=folder, **options)
+        for again in [found] if folder is None else [found, SweepResult.load(folder)]:
+            assert again.outcomes == NAMES
+            for place, name in enumerate(NAMES):
+                assert torch.equal(again.of(name), (place + 1) * again.of("unfinished"))
+            assert 0 < again.facts["unfinished"] <= 1
+            assert len(again.table()) == len(NAMES)
+    found.save(tmp_path / "copy")
+    assert SweepResult.load(tmp_path / "copy").outcomes == NAMES
+    with pytest.raises(InputError, match=r"does not say which episodes were cut"):
+        steering_sweep(actor, CueCorners(), vectors, outcomes=outcomes, folder=tmp_path / "copy", **options)
+    with pytest.raises(InputError, match=r"an outcome has no name"):
+        steering_sweep(actor, CueCorners(), vectors, outcomes=lambda data: {"": _steps(data, 1.0)}, **options)
+
+
+def _steps(episodes: TensorDictBase, times: float) -> torch.Tensor:
+    return episodes["mask"].sum(-1) * times
+
+
+KEYS = [
+    (["reward"], ["return"]),
+    (["reward", "cost"], ["return/reward", "return/cost"]),
+    ([("a", "reward"), ("b", "reward")], ["return/a", "return/b"]),
+    ([("a", "reward"), ("a", "cost")], ["return/a.reward", "return/a.cost"]),
+    ([("a", "reward"), ("a", "cost"), ("b", "reward")], ["return/a.reward", "return/a.cost", "return/b"]),
+]
+
+
+@pytest.mark.parametrize(("keys", "names"), KEYS)
+def test_every_reward_has_a_return(keys: list[Any], names: list[str]) -> None:
+    """Also those of one group, by what tells them apart."""
+    episodes = TensorDict({"mask": torch.ones(2, 3, dtype=torch.bool)}, batch_size=[2, 3])
+    for place, key in enumerate(keys):
+        episodes["next", *((key,) if isinstance(key, str) else key)] = torch.full((2, 3, 1), float(place + 1))
+    found = Outcomes("return", keys).of(episodes)
+    assert {name: one.tolist() for name, one in found.items()} == {
+        name: [3.0 * (place + 1)] * 2 for place, name in enumerate(names)
+    }
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+def test_a_half_way_of_no_width_says_so(spread: float) -> None:
+    half = known(8, effect=1.0, seed=0, spread=spread).alpha_50("score")
+    assert half.known
+    assert ("all 8 groups are alike" in half.words) == (half.low == half.high) == (spread == 0)

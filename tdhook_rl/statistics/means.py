@@ -22,6 +22,7 @@ from tdhook_rl.statistics.interval import (
     pair_up,
     studentised,
     studentised_ends,
+    t_quantile,
     t_test,
     variance_by_group,
 )
@@ -235,6 +236,22 @@ def p_value(values: Any, groups: Any = None, *, null: float = 0.0) -> float:
     estimate = float(rows.mean())
     variance, freedom = variance_by_group(np.bincount(numbers, rows), counts, estimate)
     return t_test(estimate - null, variance, freedom, 2.0 ** (1 - len(counts)), size=max(abs(estimate), abs(null)))
+
+
+def may_be_0(sums: np.ndarray, counts: np.ndarray, confidence: float = 0.95) -> np.ndarray:
+    """Which means over rows are not told from 0 by a t test by group, ``(means,)``; none of a single group.
+
+    Args:
+        sums: ``(means, groups)``, of the values of each group.
+        counts: ``(groups,)``, how many rows each has.
+        confidence: 1 minus the level of the test.
+    """
+    found = np.zeros(len(sums), dtype=bool)
+    for place, own in enumerate(sums if len(counts) > 1 else ()):
+        mean = own.sum() / counts.sum()
+        variance, freedom = variance_by_group(own, counts, mean)
+        found[place] = abs(mean) <= t_quantile(confidence, freedom) * math.sqrt(variance)
+    return found
 
 
 def _pulls(sums: np.ndarray, counts: np.ndarray, mean: float, resamples: int, seed: int) -> np.ndarray:

@@ -84,8 +84,9 @@ class Outcomes:
             else:
                 given = self._asked(one, name, episodes)
             for label, values in given.items():
-                if label in found:
-                    raise InputError(f"two outcomes are called {label!r}: give functions by name")
+                if label in found or not label:
+                    said = f"two outcomes are called {label!r}" if label else "an outcome has no name"
+                    raise InputError(f"{said}: give functions by name")
                 found[label] = _checked(label, values, len(episodes))
         return found
 
@@ -96,11 +97,14 @@ class Outcomes:
         return {name or getattr(function, "__name__", "outcome"): given}
 
     def _returns(self, episodes: TensorDictBase, name: str) -> dict[str, Tensor]:
-        """The sum of the rewards; of agents the mean, and of groups each its own."""
+        """The sum of the rewards; of agents the mean, and of groups each its own, by what tells their keys apart."""
         found = {}
-        for key in self._rewards:
-            rewards = episodes["next", *((key,) if isinstance(key, str) else key)].double()
-            label = name if len(self._rewards) == 1 else f"{name}/{key if isinstance(key, str) else '.'.join(key[:-1])}"
+        paths = [(key,) if isinstance(key, str) else key for key in self._rewards]
+        groups = [".".join(path[:-1] or path) for path in paths]
+        for path, group in zip(paths, groups, strict=True):
+            rewards = episodes["next", *path].double()
+            own = group if groups.count(group) == 1 else ".".join(path)
+            label = name if len(paths) == 1 else f"{name}/{own}"
             found[label] = rewards.flatten(2).mean(-1).sum(-1) if rewards.ndim > 2 else rewards.sum(-1)
         return found
 

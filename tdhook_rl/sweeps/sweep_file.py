@@ -35,8 +35,8 @@ _NAMES = {
     "settings": "environment, which was made with other arguments",
     "policy": "policy, of modules of other kinds or with other options",
 }
-#: Beside the outcomes: whether an episode was cut at the longest that it may last.
-UNFINISHED = "unfinished"
+#: Beside the outcomes: whether an episode was cut at the longest that it may last. No outcome is called so.
+UNFINISHED = ""
 
 
 class Kept:
@@ -150,6 +150,11 @@ class Kept:
             warn(f"{self._path.parent} holds a sweep that goes on as the same: {said}")
         if conditions != self.conditions:
             raise InputError(f"{self._path.parent} holds a sweep of other conditions: give another folder=")
+        if UNFINISHED not in values:
+            raise InputError(
+                f"{self._path.parent} holds a sweep that does not say which episodes were cut, as another release or "
+                "SweepResult.save() writes one: give another folder="
+            )
         self.values, self._done, self.layout = values, done, str(facts.get("layout", ""))
 
 

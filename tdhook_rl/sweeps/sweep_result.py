@@ -24,7 +24,9 @@ from tdhook_rl.statistics import (
     ratio_of_means,
     unpaired_difference,
 )
-from tdhook_rl.statistics.interval import pair_up, t_quantile, variance_by_group
+from tdhook_rl.statistics.cautions import all_alike
+from tdhook_rl.statistics.interval import pair_up
+from tdhook_rl.statistics.means import may_be_0
 from tdhook_rl.sweeps.conditions import BASELINE, RANDOM, REPEATED, SHUFFLED, Condition
 from tdhook_rl.sweeps.sweep_file import FILE, UNFINISHED, read_sweep, write_sweep
 from tdhook_rl.sweeps.sweep_table import SweepRow, SweepTable
@@ -58,6 +60,8 @@ class SweepResult:
     def together(cls, results: Sequence[SweepResult]) -> SweepResult:
         """The same sweep of several training runs: intervals are over runs, from the second on. Facts are those of all.
 
+        What is together already adds all of its runs.
+
         Raises:
             InputError: for none, or sweeps of other conditions or outcomes.
         """
@@ -69,14 +73,20 @@ class SweepResult:
                 raise InputError("the sweeps differ in their conditions or outcomes: play all with the same arguments")
         values = {name: torch.cat([one.values[name] for one in results], 1) for name in first.outcomes}
         counts = torch.tensor([next(iter(one.values.values())).shape[1] for one in results])
-        runs = torch.arange(len(results)).repeat_interleave(counts)
+        none = [torch.zeros(count, dtype=torch.long) for count in counts.tolist()]
+        own = [
+            zero if one.runs is None else one.runs.unique(return_inverse=True)[1]
+            for one, zero in zip(results, none, strict=True)
+        ]
+        before = np.cumsum([0, *(int(runs.max()) + 1 for runs in own)]).tolist()
+        together = torch.cat([runs + start for runs, start in zip(own, before, strict=False)])
         facts = {
             name: fact for name, fact in first.facts.items() if all(one.facts.get(name) == fact for one in results)
         }
         if any("unfinished" in one.facts for one in results):
             cut = [float(one.facts.get("unfinished", 0.0)) for one in results]
             facts["unfinished"] = float(np.average(cut, weights=counts))
-        return cls(conditions=first.conditions, values=values, facts=facts, runs=runs)
+        return cls(conditions=first.conditions, values=values, facts=facts, runs=together)
 
     @classmethod
     @checked
@@ -233,7 +243,10 @@ class SweepResult:
         grid = np.linspace(alphas[0], alphas[-1], 401)
         means = np.interp(grid, alphas, toward * ahead.mean(1).numpy())
         crossing = int(np.argmax(means >= 0))
-        near = [float(alpha) for alpha in grid[self._may_be_0(alphas, ahead.numpy(), grid)]]
+        numbers = pair_up(curves.shape[1], self._groups())
+        sums = np.stack([np.bincount(numbers, one) for one in ahead.numpy()])
+        between = np.stack([np.interp(grid, alphas, one) for one in sums.T], 1)  # the straight lines of each group
+        near = [float(alpha) for alpha in grid[may_be_0(between, np.bincount(numbers))]]
         shape = {"confidence": 0.95, "groups": self._count(), "rows": float(curves.shape[1])}
         ends = not near or near[0] <= alphas[0] or near[-1] >= alphas[-1]
         alone = len(alphas) == 2
@@ -243,27 +256,9 @@ class SweepResult:
             return Interval(
                 estimate=float(grid[crossing]), low=math.nan, high=math.nan, method="none", words=words, **shape
             )
-        return Interval(estimate=float(grid[crossing]), low=near[0], high=near[-1], method="inverted t test", **shape)
-
-    def _may_be_0(self, alphas: list[float], values: np.ndarray, grid: np.ndarray) -> np.ndarray:
-        """At which strengths a mean is not told from 0 by a t test by group, ``(grid,)``.
-
-        Args:
-            alphas: the strengths that were played.
-            values: ``(alphas, episodes)``, on straight lines between.
-            grid: the strengths that are asked for.
-        """
-        numbers = pair_up(values.shape[1], self._groups())
-        counts = np.bincount(numbers).astype(np.float64)
-        if len(counts) < 2:
-            return np.zeros(len(grid), dtype=bool)
-        sums = np.stack([np.bincount(numbers, one) for one in values])
-        found = np.zeros(len(grid), dtype=bool)
-        for place, at in enumerate(np.stack([np.interp(grid, alphas, one) for one in sums.T], 1)):
-            mean = at.sum() / counts.sum()
-            variance, freedom = variance_by_group(at, counts, mean)
-            found[place] = abs(mean) <= t_quantile(0.95, freedom) * math.sqrt(variance)
-        return found
+        words = all_alike(self._count(), 0.95) if near[0] == near[-1] else ""
+        found = {"estimate": float(grid[crossing]), "low": near[0], "high": near[-1], "method": "inverted t test"}
+        return Interval(**found, words=words, **shape)
 
     def p(self, outcome: str, vector: str | None = None, alpha: float | None = None) -> float:
         """The p-value that it does something, and more than a random direction of equal norm.
