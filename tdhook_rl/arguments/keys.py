@@ -107,3 +107,16 @@ def required(data: TensorDictBase, key: NestedKey, reader: str, remedy: str = ""
     if value is None:
         raise missing(data, key, reader, remedy)
     return value
+
+
+def reward_key(data: TensorDictBase, key: NestedKey = ("next", "reward")) -> NestedKey:
+    """Where the reward of each step is: ``MultiStep`` puts sums of several in its place, and keeps it beside them.
+
+    Example:
+        >>> rows = TensorDict({"next": {"reward": 1.9, "original_reward": 1.0}})
+        >>> reward_key(rows), reward_key(rows, ("next", "cost"))
+        (('next', 'original_reward'), ('next', 'cost'))
+    """
+    parts = key_parts(key)
+    beside = (*parts[:-1], "original_reward")
+    return beside if parts[-1] == "reward" and isinstance(get_entry(data, beside), Tensor) else key

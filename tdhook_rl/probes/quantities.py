@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tdhook_rl.arguments.callbacks import asked
 from tdhook_rl.arguments.checked import Checked, require_counts
+from tdhook_rl.arguments.keys import reward_key
 from tdhook_rl.errors import InputError, MissingKeyError, nearest
 from tdhook_rl.probes.splits import EPISODE
 
@@ -48,7 +49,8 @@ class Return(metaclass=Checked):
 
     Args:
         gamma: the discount.
-        reward: the key of the reward, or a function of the batch.
+        reward: the key of the reward, or a function of the batch. Where ``MultiStep`` has put sums of several steps in
+            the place of rewards, those that it keeps beside them are read.
     """
 
     gamma: float = 1.0
@@ -74,6 +76,13 @@ def require_concepts(concepts: Mapping[str, Any]) -> None:
                 "concepts= has a key, a function of the batch, a Future or a Return under each name, and "
                 f"{what!r:.80} under {name!r}"
             )
+
+
+def read_of_row(concept: Any, data: TensorDictBase) -> Any:
+    """The key, or the function, that a concept is made of in a batch."""
+    if isinstance(concept, Return):
+        return concept.reward if callable(concept.reward) else reward_key(data, concept.reward)
+    return concept.what if isinstance(concept, Future) else concept
 
 
 def read_label(what: Any, data: TensorDictBase) -> Tensor:

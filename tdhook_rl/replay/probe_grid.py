@@ -27,6 +27,7 @@ from tdhook_rl.probes.quantities import (
     course_of,
     label_columns,
     read_label,
+    read_of_row,
     require_concepts,
 )
 from tdhook_rl.probes.site_features import Layout, SiteFeatures
@@ -216,7 +217,7 @@ class _Facts:
             real = real_rows(batch)
             row["real"] = torch.ones(len(batch), dtype=torch.bool) if real is None else real
             for name, one in concepts.items():
-                what = one.reward if isinstance(one, Return) else one.what if isinstance(one, Future) else one
+                what = read_of_row(one, batch)
                 label = read_label(what, batch)
                 if callable(what) and source.several:
                     require_of_each(

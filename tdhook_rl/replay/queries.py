@@ -12,6 +12,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.arguments.checked import checked, require_counts
+from tdhook_rl.arguments.keys import reward_key
 from tdhook_rl.errors import InputError, MissingKeyError, nearest, warn
 from tdhook_rl.internals.torchrl_names import closed_values
 from tdhook_rl.probes.quantities import Trajectory
@@ -60,7 +61,7 @@ def returns(
     Args:
         buffer: what :func:`tdhook_rl.replay.analyze` reads.
         gamma: the discount.
-        reward: its key; of several columns the mean.
+        reward: its key; of several columns the mean. Where ``MultiStep`` has put sums in its place, the rewards beside.
         batch_size: rows read at once.
 
     Raises:
@@ -235,7 +236,7 @@ def _returns(joined: Joined, gamma: float, reward: NestedKey, batch_size: int) -
         raise InputError(f"a discount lies between 0 and 1, got gamma={gamma!r}")
     rewards = torch.zeros(joined.count, dtype=torch.float64)
     for numbers, rows in joined.chunks(batch_size):
-        value = rows.get(reward, None)
+        value = rows.get(reward_key(rows, reward), None)
         if not isinstance(value, Tensor):
             raise MissingKeyError(
                 f"returns are of {reward!r}, which the rows lack; "

@@ -12,6 +12,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from tdhook_rl.arguments.keys import reward_key
 from tdhook_rl.calls.real_rows import real_rows
 from tdhook_rl.errors import warn
 from tdhook_rl.probes.splits import EPISODE
@@ -82,7 +83,7 @@ def episodes(data: TensorDictBase, running: Running = MappingProxyType({})) -> l
     after = data.get("next", TensorDict({}, data.batch_size))
     done = _column(after, "done", count)
     ended = np.zeros(count, dtype=bool) if done is None else done.astype(bool)
-    reward, total = _column(after, "reward", count), _column(after, "episode_reward", count)
+    reward, total = _column(after, _reward_of(after), count), _column(after, "episode_reward", count)
     ids = data.get(EPISODE, None)
     steps = data.batch_size[-1] if data.ndim else 1
     if isinstance(ids, Tensor) and ids.numel() == count:
@@ -213,7 +214,8 @@ def _say_alike(data: TensorDictBase) -> None:
 
 def odd_rewards(data: TensorDictBase) -> dict[str, float]:
     """The share of rows whose reward is not finite, where there are any: their episodes have no return."""
-    reward = _column(data.get("next", TensorDict({}, data.batch_size)), "reward", data.batch_size.numel())
+    after = data.get("next", TensorDict({}, data.batch_size))
+    reward = _column(after, _reward_of(after), data.batch_size.numel())
     if reward is None:
         return {}
     real = real_rows(data)
@@ -266,6 +268,11 @@ def _earlier(data: TensorDictBase, firsts: np.ndarray, numbers: np.ndarray, runn
         found[~begins[firsts].astype(bool) & ~np.isin(numbers, list(running))] = np.nan
         found[begins[firsts].astype(bool)] = 0.0
     return found
+
+
+def _reward_of(after: TensorDictBase) -> str:
+    found = reward_key(after, "reward")
+    return found if isinstance(found, str) else found[-1]
 
 
 def _column(data: TensorDictBase, name: str, count: int) -> np.ndarray | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,12 +10,13 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
+from tdhook_rl.arguments.keys import reward_key
 from tdhook_rl.errors import MissingKeyError, nearest
 from tdhook_rl.report.episodes import Episode
 from tdhook_rl.report.media import Animation, Image
 from tdhook_rl.report.page.numbers import number
 from tdhook_rl.report.pictures import bars, beside, is_picture, overlays, robust_scale
-from tdhook_rl.report.readings import Readings, input_of
+from tdhook_rl.report.readings import Readings, input_of, spread_out
 
 __all__ = ["Shown"]
 
@@ -92,7 +92,7 @@ class Shown:
         """
         rows = self.readings.rows(key)
         places, values = rows.places[chosen], rows.values[chosen]
-        scale = robust_scale(rows.values[:: math.ceil(len(rows.values) / 64)].float().numpy())
+        scale = robust_scale(spread_out(rows.values, 64).float().numpy())
         frames = self._frames(source, values.shape[1:])
         if frames is not None:
             return "overlay", overlays(frames[places], values, captions, scale=scale)
@@ -135,7 +135,7 @@ class Shown:
     def _caption(self, place: int, step: int | None = None) -> str:
         data = self.readings.data
         words = [f"frame {self.step}" if step is None else f"step {step}"]
-        for key, word in (("action", "action"), ("state_value", "value"), (("next", "reward"), "reward")):
+        for key, word in (("action", "action"), ("state_value", "value"), (reward_key(data), "reward")):
             value = data.get(key, None)
             if isinstance(value, Tensor) and value.numel() and value.numel() % data.numel() == 0:
                 row = value.detach().reshape(data.numel(), -1)[place]

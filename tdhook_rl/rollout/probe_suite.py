@@ -17,7 +17,15 @@ from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
 from tdhook_rl.probes.board import CLASSES, Board, Observed, Source
 from tdhook_rl.probes.probe_table import ProbeTable
-from tdhook_rl.probes.quantities import Future, Return, course_of, label_columns, read_label, require_concepts
+from tdhook_rl.probes.quantities import (
+    Future,
+    Return,
+    course_of,
+    label_columns,
+    read_label,
+    read_of_row,
+    require_concepts,
+)
 from tdhook_rl.probes.site_features import Layout, SiteFeatures
 from tdhook_rl.probes.splits import GroupSplit
 from tdhook_rl.probes.waiting import Waiting
@@ -267,8 +275,7 @@ class ProbeSuite:
             self._board.add(name, {name: labels}, own, score=due)
 
     def _quantity(self, asked: Future | Return, batch: TensorDictBase, rows: Tensor) -> Tensor:
-        what = asked.reward if isinstance(asked, Return) else asked.what
-        return label_columns(read_label(what, batch), batch)[rows]
+        return label_columns(read_label(read_of_row(asked, batch), batch), batch)[rows]
 
 
 def _facts(split: GroupSplit | None) -> tuple[Any, ...] | None:

@@ -224,7 +224,9 @@ def number_tracks(rows: Rows) -> list[Track]:
     found = []
     for key in rows.keys:
         if key[0] == "next" and key[-1] == "reward":
-            for agent, values in rows.agents(key[1:], rows.of(key).astype(np.float32)):
+            kept = (*key[:-1], "original_reward")  # beside the sums of several steps of MultiStep
+            given = rows.of(kept if kept in rows.keys else key)
+            for agent, values in rows.agents(key[1:], given.astype(np.float32)):
                 flat = values.reshape(len(values), -1)
                 if flat.shape[1] > 1:
                     rows.options.note(f"the reward of {flat.shape[1]} parts is shown as their sum")
