@@ -22,6 +22,7 @@ from tdhook_rl.latent.probing import ClassStatistics
 from tdhook_rl.probes.probe_table import ProbeCell, ProbeTable
 from tdhook_rl.report import DataTable, FileSink, Monitor
 from tdhook_rl.report.figures import lines
+from tdhook_rl.report.readings import Features, Readings
 from tdhook_rl.rollout import GroupSplit, OnlineProbe, ProbeSuite
 from tdhook_rl.statistics import Interval, grouped_mean
 from tdhook_rl.sweeps import Condition, SweepResult
@@ -77,6 +78,21 @@ def test_results_become_tables_and_figures_pictures(tmp_path: Path) -> None:
         assert table["data"][0][table["columns"].index("trained")] == 0.9
     with Pillow.open(tmp_path / "local" / "media" / "figure" / "000000000.png") as picture:
         assert picture.size == (300, 200)
+
+
+@pytest.mark.parametrize("units", [4, 64, 90])
+@pytest.mark.parametrize(("envs", "steps"), [(4, 8), (32, 32), (64, 128), (7, 300)])
+def test_histograms_are_of_all_units_and_of_all_steps(units: int, envs: int, steps: int) -> None:
+    """A part of many values is drawn so that no regular pattern in them is missed."""
+    for along in (2, 1, 0):
+        place = torch.arange((envs, steps, units)[along]) % 2
+        values = (place * 1.0).reshape([-1 if dim == along else 1 for dim in range(3)]).expand(envs, steps, units)
+        data = TensorDict({"cache": {FC2: values}, "attr": {"observation": values}}, [envs, steps])
+        with METHOD.prepare(make_actor()) as policy:
+            found = Readings(policy, data, Features()).histograms()
+        assert len(found) == 2
+        for one in found.values():
+            assert one.counts[-1] / one.counts.sum() == pytest.approx(float(place.double().mean()), abs=0.05)
 
 
 @pytest.mark.parametrize("every", [1, 2])

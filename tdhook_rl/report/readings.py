@@ -132,6 +132,21 @@ def input_of(policy: Any, key: tuple[str, ...]) -> NestedKey | None:
     return next((unravel_key(one) for one in inputs if len(key) > len(one) and key[-len(one) :] == one), None)
 
 
+def spread_out(values: Tensor, most: int) -> Tensor:
+    """So many of the entries along the first dimension, drawn by chance, the same each time; all where there are fewer.
+
+    Every so-many-th would be of the same few features, or steps, again and again: both come in powers of two.
+
+    Example:
+        >>> spread_out(torch.arange(4096).repeat(2), 1024).unique().numel() > 800
+        True
+    """
+    if len(values) <= most:
+        return values
+    own = torch.Generator().manual_seed(0)  # training draws from the global one
+    return values[torch.randint(len(values), (most,), generator=own)]
+
+
 class Readings:
     """The results of one batch.
 
@@ -200,7 +215,7 @@ class Readings:
         for key in (*self.activations, *self.attributions):
             values = self.rows(key).values.reshape(-1)
             if values.numel():
-                found[f"hist.{'.'.join(key)}"] = Histogram.of(values[:: math.ceil(values.numel() / SAMPLE)])
+                found[f"hist.{'.'.join(key)}"] = Histogram.of(spread_out(values, SAMPLE))
         return found
 
     def by_row(self) -> dict[str, Tensor]:
