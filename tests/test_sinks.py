@@ -96,24 +96,39 @@ def test_a_wandb_run_holds_what_the_folder_holds(run: Any, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_script_that_sets_the_runs_own_step_loses_nothing(count: int, run: Any, tmp_path: Path) -> None:
-    """W&B drops a row whose step is behind the run's, in silence."""
+@pytest.mark.parametrize("own_step", [True, False], ids=["its own step", "no step"])
+@pytest.mark.parametrize("order", ["before", "after", "both"])
+def test_a_script_loses_nothing(order: str, own_step: bool, count: int, run: Any, tmp_path: Path) -> None:
+    """W&B drops a row whose step is behind the run's, in silence: of a script that logs before us, and after."""
     with said() as told:
         sinks = [sinks_of(run, tmp_path / str(number)) for number in range(count)]
     assert len(told) == count - 1
     assert not told or "this one does as interp2/..." in str(told[0].message)
     for update in range(5):
-        run.log({"loss": float(update)}, step=update)
+        options = {"step": update} if own_step else {}
+        if order != "after":
+            run.log({"reward": float(update)}, **options)
         for number, one in enumerate(sinks):
             one.log({"mass": update + 0.25 + number}, 100 * update)
+        if order != "before":
+            run.log({"loss": float(update)}, **options)
     for one in sinks:
         one.close()
     rows = rows_of(run)
-    assert [row["loss"] for row in rows if "loss" in row] == [0.0, 1.0, 2.0, 3.0, 4.0]
+    for name in {"before": ["reward"], "after": ["loss"], "both": ["reward", "loss"]}[order]:
+        assert [row[name] for row in rows if name in row] == [0.0, 1.0, 2.0, 3.0, 4.0]
     for number in range(count):
         prefix = "interp" if not number else "interp2"
         found = [(row[f"{prefix}/step"], row[f"{prefix}/mass"]) for row in rows if f"{prefix}/mass" in row]
         assert found == [(100 * update, update + 0.25 + number) for update in range(5)]
+
+
+def test_the_next_sink_of_a_run_writes_over_nothing(run: Any, tmp_path: Path) -> None:
+    for number in range(3):
+        one = sinks_of(run, tmp_path / str(number))
+        one.log({"mass": float(number)}, number)
+        one.close()
+    assert [row["interp/mass"] for row in rows_of(run)] == [0.0, 1.0, 2.0]
 
 
 def test_a_script_that_logs_nothing_and_two_sinks(run: Any, tmp_path: Path) -> None:

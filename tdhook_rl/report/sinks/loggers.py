@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,21 @@ from typing import Any
 from tdhook_rl.errors import InputError
 from tdhook_rl.report.media import Animation, Artifact, DataTable, Histogram, Image, Media
 from tdhook_rl.report.sinks.base import LoggerSink
-from tdhook_rl.report.sinks.names import PREFIX, leads, told_apart
+from tdhook_rl.report.sinks.names import PREFIX, told_apart
 from tdhook_rl.report.sinks.trackers import MlflowSink, TrackioSink
 
 __all__ = ["TensorboardSink", "WandbSink", "sink_of"]
+
+
+#: By run and prefix the run's step at which a row of ours is not ended, also where another sink goes on in the run.
+_OPEN: weakref.WeakKeyDictionary[Any, dict[str, int | None]] = weakref.WeakKeyDictionary()
+
+
+def _open_rows(run: Any) -> dict[str, int | None]:
+    try:
+        return _OPEN.setdefault(run, {})
+    except TypeError:  # what cannot be referred to weakly
+        return {}
 
 
 def sink_of(logger: Any, prefix: str = PREFIX) -> LoggerSink:
@@ -47,8 +59,10 @@ def _is_of(value: Any, package: str, name: str) -> bool:
 class WandbSink(LoggerSink):
     """A W&B run, online, offline, disabled or resumed: one row for each call, with ``interp/step`` in it.
 
-    The run's own step is never set: whoever sets it goes on doing so, and is not overtaken, as each of our rows joins
-    the one that is open, and only the first of several sinks on one run ends it.
+    The run's own step is never set. Each of our rows joins the one that is open, and stays open: what a script logs at
+    the same step, before or afterwards, is in it too. A row of ours is ended by the next one only, where the script has
+    not gone on meanwhile. So a step of the script's own that counts more slowly than our rows come is overtaken, and
+    W&B drops what is behind: ``run.define_metric("loss", step_metric="epoch")`` is for such.
     """
 
     shows = (Histogram, Image, Animation, DataTable, Artifact)
@@ -56,7 +70,7 @@ class WandbSink(LoggerSink):
     def __init__(self, run: Any, prefix: str = PREFIX, *, owner: Any = None, finish: bool = False) -> None:
         super().__init__(run, prefix, owner=owner, finish=finish)
         self.prompt = True
-        self._open: int | None = None  # the run's step at which a row of ours is not ended yet
+        self._open = _open_rows(run)
         run.define_metric(f"{self.prefix}/step", hidden=True)
         run.define_metric(f"{self.prefix}/*", step_metric=f"{self.prefix}/step")
 
@@ -66,11 +80,6 @@ class WandbSink(LoggerSink):
     def summarise(self, values: Mapping[str, Any]) -> None:
         self.logger.summary.update({self._tags[name]: value for name, value in values.items() if value == value})
 
-    def close(self) -> None:
-        if self._open is not None and self._open == self.logger.step:
-            self.logger.log({}, commit=True)
-        super().close()
-
     def _send(self, values: Mapping[str, float], media: Mapping[str, Any], step: int) -> None:
         run = self.logger
         for tag, one in media.items():
@@ -79,11 +88,20 @@ class WandbSink(LoggerSink):
         payload = {**values, **{tag: _shown(one) for tag, one in media.items() if not isinstance(one, Artifact)}}
         if not payload:
             return
-        # What was logged at this step of the run, and is open still, would be written over. (To ask a run for its step
-        # is a question to another process, which a finished run does not answer.)
-        ends = leads(run, self.prefix) or self._open == run.step
-        self._open = None if ends else run.step
-        run.log({**payload, f"{self.prefix}/step": step}, commit=ends)
+        now = self._step()
+        if now is not None and self._open.get(self.prefix) == now:
+            run.log({}, commit=True)
+            now += 1
+        run.log({**payload, f"{self.prefix}/step": step}, commit=now is None)
+        self._open[self.prefix] = now
+
+    def _step(self) -> int | None:
+        """The run's step; ``None`` where it has none of its own (``mode="shared"``), or does not say it."""
+        self.logger.log({}, commit=False)  # of a finished run an error at once, where its step would be waited for
+        try:
+            return int(self.logger.step)
+        except Exception:
+            return None
 
 
 def _shown(value: Media) -> Any:

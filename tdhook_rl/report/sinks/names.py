@@ -9,7 +9,7 @@ from typing import Any
 
 from tdhook_rl.errors import warn
 
-__all__ = ["PREFIX", "Tags", "claim", "leads", "release", "told_apart"]
+__all__ = ["PREFIX", "Tags", "claim", "release", "told_apart"]
 
 #: W&B has one step axis for each first level, so one is used for all.
 PREFIX = "interp"
@@ -97,12 +97,3 @@ def release(target: Any, prefix: str) -> None:
         return
     if prefix in taken:
         taken.remove(prefix)
-
-
-def leads(target: Any, prefix: str) -> bool:
-    """Whether a prefix is the first of those that log into a target."""
-    try:
-        taken = _CLAIMED.get(target, [])
-    except TypeError:
-        return True
-    return not taken or taken[0] == prefix
