@@ -165,9 +165,9 @@ class Cheese(ConceptEnv):
         return worth(self._steps(at), gamma, STEP_COST)
 
     def _relevance(self, of: str, at: Mapping[str, Tensor] | None) -> Tensor:
-        mask = torch.ones(3, SIDE, SIDE, dtype=torch.bool, device=self.device)
-        mask[2] = self.mazes > 0
-        return mask
+        """Agent and cheese where they can be, and the walls that stand in some mazes only."""
+        everywhere, somewhere = self._walls.all(0), self._walls.any(0)
+        return torch.stack([~everywhere, ~everywhere, somewhere & ~everywhere]).unflatten(-1, (SIDE, SIDE))
 
     def _draw(self, at: Mapping[str, Any]) -> np.ndarray:
         canvas = Canvas(SIDE, SIDE)

@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from functools import partial
+from itertools import permutations
 from typing import Any
 
 import gymnasium
@@ -85,6 +86,20 @@ def test_states_that_agree_in_relevant_features_agree_in_value_and_best_actions(
         if name.startswith("cue"):
             assert bool((data["observation"][:, mask].std(0) > 0).all())
             assert not bool(mask[env.light_features()[2:]].any())
+
+
+@pytest.mark.parametrize("mazes", [0, 1, 5])
+def test_what_is_the_same_in_all_states_of_cheese_is_not_relevant(mazes: int) -> None:
+    """Walls that stand in every maze or in none, and an agent or cheese in them; all else is."""
+    env = Cheese(mazes=mazes)
+    free = [(~walls).nonzero().flatten().tolist() for walls in env._walls]
+    places = [(maze, *pair) for maze, cells in enumerate(free) for pair in permutations(cells, 2)]
+    maze, cell, cheese = torch.tensor(places).unbind(1)
+    coin = torch.zeros_like(cell)
+    states = env.state(maze=maze, cell=cell, cheese_cell=cheese, visible=coin + 1, episode_coin=coin)
+    varies = (states["observation"] != states["observation"][0]).any(0)
+    for of in env.relevance_of:
+        assert torch.equal(env.relevance(of), varies)
 
 
 def test_only_relevant_features_of_known_value_matter() -> None:

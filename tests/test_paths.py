@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 
 import pytest
+import torch
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
-from torch import nn
+from torch import Tensor, nn
 
+from tdhook_rl import ActivationCaching
 from tdhook_rl.errors import SiteError
 from tdhook_rl.sites.paths import find_sites, resolve
 from tests.policies import categorical
@@ -144,3 +148,36 @@ def test_what_names_nothing_raises_with_the_nearest(path: str, message: str) -> 
 def test_naming_no_module_raises() -> None:
     with pytest.raises(SiteError, match="at least one"):
         find_sites(Net(), [])
+
+
+class TwoHeads(nn.Module):
+    """An actor and a critic that share a trunk, which has a path in each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        trunk = nn.Sequential(nn.Linear(4, 8), nn.Tanh())
+        self.actor = nn.Sequential(trunk, nn.Linear(8, 2))
+        self.critic = nn.Sequential(trunk, nn.Linear(8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.actor(x) + self.critic(x)
+
+
+def test_a_pattern_catches_a_module_by_each_of_its_paths() -> None:
+    net = TwoHeads()
+    for path, module in net.named_modules(remove_duplicate=False):
+        if path:
+            (site,) = find_sites(net, f"{re.escape(path)}$|no such")
+            assert (site.path, site.module) == (path, module)
+            assert [one.path for one in find_sites(net, path)] == [path]
+    assert [site.path for site in find_sites(net, r"critic\..*")] == [
+        "critic.0",
+        "critic.0.0",
+        "critic.0.1",
+        "critic.1",
+    ]
+    assert [site.path for site in find_sites(net, r".*\.0\.")] == ["actor.0.0", "actor.0.1"]  # each once
+    data = TensorDict({"input": torch.randn(5, 4)}, batch_size=5)
+    with ActivationCaching([r"critic\.0\.1$", "actor.0.1"]).prepare(net) as hooked:
+        cache = hooked(data)["cache"]
+        assert torch.equal(cache["critic.0.1"], cache["actor.0.1"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 from tdhook_rl.errors import InputError, SiteError
 from tdhook_rl.weights import Pruning
 from tests.policies import CASES, HIDDEN, categorical, mlp
+from tests.test_paths import TwoHeads
 from tests.test_weights import assert_bits, bits
 
 CASE = CASES["categorical"]
@@ -128,6 +130,51 @@ def test_what_is_trained_loaded_or_synchronised_later() -> None:
         # Raw weight sync is no different.
         TensorDict.from_module(hooked).data.update_(TensorDict.from_module(actor).data)
         assert_bits(hooked, bits(actor))
+
+
+class TiedWeights(nn.Module):
+    """A weight that two modules hold, of which neither holds the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.other, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.last.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.other(self.first(x)))
+
+
+NAMES_OF_ONE = [
+    (TwoHeads, ["actor.0.0", "critic.0.0", "actor.0", "critic.0"], ["actor.0.0.weight"]),
+    (TiedWeights, ["first", "last"], ["first.weight"]),
+]
+
+
+@pytest.mark.parametrize(("make", "names", "held"), NAMES_OF_ONE)
+def test_a_weight_is_the_same_by_each_of_its_names(make: type[nn.Module], names: list[str], held: list[str]) -> None:
+    """Whichever path or pattern says what is pruned, or what is left alone: a trunk of two heads, a tied weight."""
+    net = make()
+    weights = {name for name, one in net.named_parameters() if one.ndim > 1}
+
+    def pruned(**options: object) -> set[str]:
+        with Pruning(**options).prepare(net) as hooked:  # type: ignore[arg-type]
+            own = dict(hooked.module.named_parameters())
+        return {name for name in weights if bool((own[name] == 0).any())}
+
+    for name in names:
+        every = {f"{re.escape(name)}$", name}
+        for said in every:
+            assert pruned(amount_to_prune=1.0, modules_to_prune=said) == set(held)
+            assert pruned(amount_to_prune=1.0, skip_modules=said) == weights - set(held)
+    for one in names[:2]:
+        assert pruned(amount_to_prune=1.0, skip_modules=lambda path, _, one=one: path == one) == weights - set(held)
+        assert pruned(modules_to_prune={one: (0, 2)}) == set(held)
+        for other in names[:2]:
+            with pytest.raises(SiteError, match=r"skip_modules= leaves"):
+                pruned(modules_to_prune={one: (0, 2)}, skip_modules=other)
+    if make is TwoHeads:  # what holds it is pruned with it
+        assert pruned(amount_to_prune=1.0, modules_to_prune="critic") == {*held, "critic.1.weight"}
+        assert pruned(amount_to_prune=1.0, skip_modules="critic") == {"actor.1.weight"}
 
 
 @pytest.mark.parametrize(

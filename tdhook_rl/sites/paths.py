@@ -13,7 +13,8 @@ names layer 1 of ``TensorDictModule(nn.Sequential(...))``.
 and a critic. ``"act@0"`` is its first run in a call, ``"act@-1"`` the last, ``"act@all"`` every run by itself (in a
 dimension of its own, after the batch). Without it caching shows the last run, interventions that compute from the
 activation (steering, ablation) act in every run, and what would have to choose one (explanations, patching) raises
-where there are several. Two paths of one module are the same module, whose runs are counted together.
+where there are several. Two paths of one module are the same module, whose runs are counted together; a pattern
+catches it by either, once.
 
 Grammar::
 
@@ -188,7 +189,7 @@ def _find(root: nn.Module, pattern: str, owner: str) -> list[Site]:
     if literal:
         for path, module in literal:
             if not runs_by_itself(module):
-                inner = [name for name, _ in root.named_modules() if name.startswith(f"{path}.")]
+                inner = [name for name in _names(root) if name.startswith(f"{path}.")]
                 raise SiteError(
                     f"{pattern!r} names a {type(module).__name__} of {owner}, a container that never runs; "
                     f"{nearest(pattern, inner)}"
@@ -203,11 +204,11 @@ def _find(root: nn.Module, pattern: str, owner: str) -> list[Site]:
             f"{pattern!r} is neither a path of {owner} nor a regular expression ({error}); "
             f"{nearest(pattern, _names(root))}"
         ) from None
-    matches = [
-        Site(f"{path}{suffix}", path, module, False, run)
-        for path, module in root.named_modules()  # once where two paths reach it: a second hook would fire twice
-        if path and expression.match(path) and runs_by_itself(module)
-    ]
+    matched: dict[int, Site] = {}  # once where two paths reach it: a second hook would fire twice
+    for path, module in root.named_modules(remove_duplicate=False):
+        if path and expression.match(path) and runs_by_itself(module):
+            matched.setdefault(id(module), Site(f"{path}{suffix}", path, module, False, run))
+    matches = list(matched.values())
     if not matches:
         runs = " (a run is written '@' and a number, or '@all')" if "@" in pattern else ""
         raise SiteError(f"no submodule of {owner} matches {pattern!r}{runs}; {nearest(pattern, _names(root))}")
@@ -265,7 +266,7 @@ def _join(prefix: str, name: str) -> str:
 
 
 def _names(root: nn.Module) -> list[str]:
-    return [name for name, _ in root.named_modules() if name]
+    return [name for name, _ in root.named_modules(remove_duplicate=False) if name]
 
 
 def runs_by_itself(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.arguments.callbacks import takes_keywords
 from tdhook_rl.arguments.tensors import plain_number
-from tdhook_rl.errors import InputError, SiteError, nearest
+from tdhook_rl.errors import InputError, SiteError, listed, nearest
 from tdhook_rl.method import Binder, Method
 from tdhook_rl.weights.computed import ComputedWeight, computed_weights
 
@@ -55,6 +55,9 @@ class Pruning(Method):
     copies, and warns; enter the context again to prune the new weights. Weights that are loaded or synchronised
     into the hooked policy replace the pruned ones, zeros included; a collector that synchronises from the hooked
     policy (``update_policy_weights_()`` without arguments) sends the pruned weights.
+
+    A module of several paths (a trunk that actor and critic share) is inside of all that hold it, and a weight that
+    modules share is left alone if one of them is.
 
     Weights under a mask of ``torch.nn.utils.prune`` are scored as the layer uses them. Of noisy layers (``weight_mu``
     and ``weight_sigma``, as in TorchRL's ``NoisyLinear``) means are scored, and the noise of a pruned one goes with it.
@@ -123,7 +126,7 @@ class Pruning(Method):
         places = _places(binder.root)
         if self.modules_to_prune is not None:
             paths = [site.path for site in binder.changed_sites(self.modules_to_prune, runs=False, nested=True)]
-            places = [place for place in places if _inside(place.module_key, paths)]
+            places = [place for place in places if _inside(place.paths, paths)]
         scored = self._scored(binder, places)
         if not scored:
             raise SiteError(
@@ -142,18 +145,19 @@ class Pruning(Method):
     def _slices(self, binder: Binder) -> list[tuple[nn.Parameter, Tensor]]:
         """The slices of lowest norm, in each named module."""
         masks: dict[int, tuple[nn.Parameter, Tensor]] = {}
-        every, skip = _places(binder.root), self._skips(binder)
+        every, skip, paths = _places(binder.root), self._skips(binder), _paths(binder.root)
         for path, (dim, amount) in self.modules_to_prune.items():
-            sites = [
-                site for site in binder.changed_sites(path, runs=False, nested=True) if not skip(site.path, site.module)
-            ]
+            named = {id(site.module): site for site in binder.changed_sites(path, runs=False, nested=True)}
+            sites = [site for site in named.values() if not skip(paths[id(site.module)], site.module)]
             found = [self._scored(binder, [place for place in every if place.module is site.module]) for site in sites]
             # Of the modules that a pattern matches, one with a weight is enough.
             empty = [site for site, scored in zip(sites, found, strict=True) if not scored]
             if empty and (empty[0].explicit or len(empty) == len(sites)):
                 inner = [key for key in dict.fromkeys(place.module_key for place in every) if key]
+                kept = [place for place in every if place.module is empty[0].module and self.skip_modules is not None]
+                told = " but what skip_modules= leaves alone" if kept else ""
                 raise SiteError(
-                    f"{empty[0].name!r} ({type(empty[0].module).__name__}) has no weight of its own to prune; "
+                    f"{empty[0].name!r} ({type(empty[0].module).__name__}) has no weight of its own to prune{told}; "
                     f"{nearest(empty[0].path, inner)}"
                 )
             amount = self.amount_to_prune if amount is None else amount
@@ -161,6 +165,11 @@ class Pruning(Method):
                 mask = self._slice_mask(place, scores, dim, amount)
                 previous = masks.get(id(place.parameter))
                 masks[id(place.parameter)] = place.parameter, mask if previous is None else mask | previous[1]
+        if not masks:
+            raise SiteError(
+                f"there is nothing to prune in {listed(map(repr, self.modules_to_prune), 6)}: skip_modules= leaves all "
+                "of it alone; of a module or a weight that has several paths each counts"
+            )
         return list(masks.values())
 
     def _slice_mask(self, place: _Place, scores: Tensor, dim: int, amount: float | int) -> Tensor:
@@ -178,8 +187,9 @@ class Pruning(Method):
         importance = self.importance_callback or magnitude
         keywords, skip = takes_keywords(importance, _ARGUMENTS, "importance_callback"), self._skips(binder)
         scored: dict[int, tuple[_Place, Tensor]] = {}
+        alone = {id(place.parameter) for place in _places(binder.root) if skip(place.paths, place.module)}
         for place in places:
-            if id(place.parameter) in scored or skip(place.module_key, place.module):
+            if id(place.parameter) in scored or id(place.parameter) in alone or skip(place.paths, place.module):
                 continue
             seen = place.parameter if place.computed is None else nn.Parameter(place.computed.effective(), False)
             arguments = (place.module_key, place.parameter_name, seen)
@@ -196,23 +206,28 @@ class Pruning(Method):
             scored[id(place.parameter)] = place, _checked(scores, place)
         return list(scored.values())
 
-    def _skips(self, binder: Binder) -> Callable[[str, nn.Module], bool]:
-        if callable(self.skip_modules):
-            return self.skip_modules
+    def _skips(self, binder: Binder) -> Callable[[Sequence[str], nn.Module], bool]:
+        """Whether a module is left alone, from all of its paths."""
+        if callable(asked := self.skip_modules):
+            return lambda paths, module: any(asked(path, module) for path in paths)
         left_alone = (
             []
             if self.skip_modules is None
             else [site.path for site in binder.changed_sites(self.skip_modules, runs=False, nested=True)]
         )
-        return lambda path, module: _inside(path, left_alone)
+        return lambda paths, module: _inside(paths, left_alone)
 
 
 class _Place(NamedTuple):
-    module_key: str
+    paths: list[str]  # of the module: several where it is in several places
     module: nn.Module
     parameter_name: str
     parameter: nn.Parameter
     computed: ComputedWeight | None = None  # the weight that a mask or norm makes of the parameter
+
+    @property
+    def module_key(self) -> str:
+        return self.paths[0]
 
     @property
     def name(self) -> str:
@@ -234,7 +249,7 @@ def _noises(root: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
 
 def _places(root: nn.Module) -> list[_Place]:
     """The weights that layers compute with, in the place of what these are computed from."""
-    places, noises = [], {id(noise) for _, noise in _noises(root)}
+    places, noises, paths = [], {id(noise) for _, noise in _noises(root)}, _paths(root)
     for path, module in root.named_modules():
         if "parametrizations" in path.split("."):
             continue
@@ -242,16 +257,24 @@ def _places(root: nn.Module) -> list[_Place]:
         originals = {name: one for one in computed.values() for name in one.originals}
         for name, parameter in module._parameters.items():
             if parameter is not None and name not in originals and id(parameter) not in noises:
-                places.append(_Place(path, module, name, parameter))
+                places.append(_Place(paths[id(module)], module, name, parameter))
         for name, one in computed.items():
             own = one.originals[0] if one.originals else None
             parameter = nn.Parameter(one.effective(), False) if own is None else module._parameters[own]
-            places.append(_Place(path, module, name, parameter, one))
+            places.append(_Place(paths[id(module)], module, name, parameter, one))
     return places
 
 
-def _inside(path: str, holders: list[str]) -> bool:
-    return any(path == holder or path.startswith(f"{holder}.") for holder in holders)
+def _paths(root: nn.Module) -> dict[int, list[str]]:
+    """All paths of each module, by its id: a trunk that actor and critic share has two."""
+    found: dict[int, list[str]] = {}
+    for path, module in root.named_modules(remove_duplicate=False):
+        found.setdefault(id(module), []).append(path)
+    return found
+
+
+def _inside(paths: Sequence[str], holders: Sequence[str]) -> bool:
+    return any(path == holder or path.startswith(f"{holder}.") for path in paths for holder in holders)
 
 
 def _checked(scores: Any, place: _Place) -> Tensor:
