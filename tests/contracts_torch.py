@@ -368,3 +368,31 @@ def compiled_modules() -> None:
     assert dynamo_names.is_compiled(told)
     assert dynamo_names.is_compiled(torch.compile(nn.Linear(1, 1), backend="eager"))
     assert not dynamo_names.is_compiled(nn.Linear(1, 1))
+
+
+@contract("torch_names", "draw_attention")
+def attention_is_drawn_anew() -> None:
+    layer = nn.MultiheadAttention(4, 2, add_bias_kv=True)
+    assert not hasattr(layer, "reset_parameters")
+    before = {name: one.clone() for name, one in layer.named_parameters()}
+    torch_names.draw_attention(layer)
+    changed = {name for name, one in layer.named_parameters() if not torch.equal(one, before[name])}
+    assert changed == {"in_proj_weight", "out_proj.weight", "bias_k", "bias_v"}
+    assert not layer.out_proj.bias.any()
+
+
+@contract("torch_names", "network_initialiser")
+def networks_that_initialise_their_layers() -> None:
+    from transformers import GPT2Config, GPT2Model
+
+    model = GPT2Model(
+        GPT2Config(n_layer=1, n_head=1, n_embd=4, n_positions=4, vocab_size=4, bos_token_id=0, eos_token_id=0)
+    )
+    layer: Any = model.h[0].attn.c_attn
+    before = layer.weight.detach().clone()
+    assert not hasattr(layer, "reset_parameters")
+    initialise = torch_names.network_initialiser(model)
+    assert initialise is not None
+    initialise(layer)
+    assert not torch.equal(layer.weight, before)
+    assert torch_names.network_initialiser(nn.Linear(2, 2)) is None

@@ -368,8 +368,9 @@ def test_what_cannot_be_scored_is_refused() -> None:
         cascading_randomisation(Saliency(), net, data[:0])
     with pytest.raises(SiteError):
         cascading_randomisation(Saliency(), net, data, layers=["nowhere"])
+    own = nn.Sequential(nn.Linear(FEATURES, 2).double(), Own())
     with pytest.raises(InputError, match=r"no reset_parameters.*initialise="):
-        cascading_randomisation(Saliency(), nn.Sequential(nn.Linear(FEATURES, 2).double(), Own()), data)
+        cascading_randomisation(Saliency(), own, data, layers=["1"])
     assert InfidelityMetric.score_direction is SensitivityMetric.score_direction is ScoreDirection.LOWER
 
 

@@ -299,15 +299,15 @@ def test_training_is_bit_identical_beside_a_suite() -> None:
 class Scale(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
+        self.scale = nn.Parameter(torch.ones(4, 4))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale
+        return x @ self.scale
 
 
 def test_modules_that_cannot_be_drawn_anew_are_named() -> None:
     policy = TensorDictModule(nn.Sequential(nn.Linear(6, 4), nn.Tanh(), Scale()), ["observation"], ["action"])
-    with pytest.raises(InputError, match=r"module\.2 \(Scale\) has parameters and no reset_parameters\(\)"):
+    with pytest.raises(InputError, match=r"module\.2 \(Scale\) has weights and no reset_parameters\(\)"):
         suite(policy, {"value": "value"})
     other = suite(policy, {"value": "value"}, untrained=False)
     other.update(Walks(16).batch(20))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
@@ -36,6 +37,7 @@ __all__ = [
     "cholesky_factor",
     "convolved",
     "copy_all_",
+    "draw_attention",
     "function_of",
     "has_any_global_hook",
     "held_buffers",
@@ -43,6 +45,7 @@ __all__ = [
     "hooks_made",
     "in_forward_ad",
     "is_any_autocast_enabled",
+    "network_initialiser",
     "parse_to",
     "pruned_name",
     "pytree",
@@ -143,6 +146,19 @@ def convolved(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None)
 def cholesky_factor(distribution: distributions.MultivariateNormal) -> Tensor:
     """``scale_tril`` before it is expanded to the batch, as ``rsample`` multiplies it: the same bits of one sample."""
     return distribution._unbroadcasted_scale_tril
+
+
+def draw_attention(layer: nn.MultiheadAttention) -> None:
+    """Give an attention the weights that a new one has; it is the one layer of torch without ``reset_parameters()``."""
+    layer.out_proj.reset_parameters()
+    layer._reset_parameters()
+
+
+def network_initialiser(network: nn.Module) -> Callable[[nn.Module], Any] | None:
+    """What a network does to each of its layers when it is made, by the name that ``transformers`` has for it and code
+    in its manner; ``None`` where it has none."""
+    found = getattr(network, "_init_weights", None)
+    return found if callable(found) else None
 
 
 def pruned_name(hook: BasePruningMethod) -> str:

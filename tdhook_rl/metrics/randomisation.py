@@ -13,7 +13,7 @@ from tdhook_rl.arguments.checked import checked
 from tdhook_rl.errors import InputError
 from tdhook_rl.method import Method
 from tdhook_rl.metrics.scoring import find_attribution, flat, target_name, wide
-from tdhook_rl.metrics.untrained import has_parameters, initialise_layer, own_generators
+from tdhook_rl.metrics.untrained import has_parameters, initialise_layer, is_drawn, own_generators
 from tdhook_rl.policies.tying import whole_copy
 from tdhook_rl.sites.paths import find_sites
 
@@ -46,7 +46,7 @@ def cascading_randomisation(
         data: a batch that the policy has acted on, of any batch shape; attributions in it are not used.
         layers: paths or patterns of the layers, the first to be randomised first; by default every layer with
             parameters that runs, the last that runs first.
-        initialise: what is done to a layer; by default its ``reset_parameters()``.
+        initialise: what is done to a layer; by default what :func:`~tdhook_rl.metrics.untrained_copy` does.
         absolute: compare absolute values, so that a change of sign alone counts as none.
         in_keys: for a plain module, as in ``prepare``.
         out_keys: likewise.
@@ -93,13 +93,13 @@ def cascading_randomisation(
 
     original = attributions()
     if layers is None:
-        paths = _running_layers(own, method, data, keys)
+        paths = _running_layers(own, method, data, keys, all_of_them=initialise is not None)
     else:
         paths = [site.path for pattern in layers for site in find_sites(own, pattern)]
     results = {"original": spearman(original, original)}
     with own_generators(seed):
         for path in dict.fromkeys(paths):
-            initialise_layer(path, own.get_submodule(path), initialise)
+            initialise_layer(own, path, initialise)
             results[path or "(root)"] = spearman(original, attributions())
     return results
 
@@ -126,12 +126,15 @@ def _mean_ranks(values: Tensor) -> Tensor:
     return (below + up_to + 1).double() / 2
 
 
-def _running_layers(own: nn.Module, method: Method, data: TensorDictBase, keys: dict[str, Any]) -> list[str]:
-    """The layers with parameters of their own, the last that runs first."""
+def _running_layers(
+    own: nn.Module, method: Method, data: TensorDictBase, keys: dict[str, Any], all_of_them: bool
+) -> list[str]:
+    """The layers with parameters of their own, the last that runs first; without vectors that nothing initialises,
+    unless all are asked for."""
     ran: list[str] = []
     handles = []
     for path, child in own.named_modules():
-        if has_parameters(path, child):
+        if has_parameters(path, child) and (all_of_them or is_drawn(own, path)):
             handles.append(child.register_forward_hook(lambda *_, path=path: ran.append(path)))
     try:
         # The hooked clone of a module has copies of the module's hooks: these call the same list.

@@ -374,12 +374,15 @@ def whole_copy(module: M, what: str) -> M:
     Raises:
         PreparationError: if it cannot be copied.
     """
+    memo: dict[int, Any] = {}
+    detach_graphs(module, memo)  # of its last forward, as those of pruning and of norms of weights leave one
+    seeds = dict(memo)
     try:
-        return deep_copy(module)
+        return deep_copy(module, memo)
     except PreparationError:
         raise
     except Exception as error:
-        path = _uncopyable(module, {})
+        path = _uncopyable(module, seeds)
         where = f" at {path!r}" if path else ""
         raise PreparationError(
             f"{what} a copy of {type(module).__name__}, which cannot be copied{where} ({type(error).__name__}: "

@@ -48,7 +48,7 @@ class ProbeSuite:
         concepts: by name a key, a function of the batch, a :class:`Future` or a :class:`Return`. Integers from 0 to 511
             and booleans are classes; with one dimension more (that of agents or squares aside) several yes-or-no
             labels; floats are numbers, scored by the share of variance explained.
-        untrained: the untrained network; unless given a copy with ``reset_parameters()``; ``False`` for none.
+        untrained: the untrained network; unless given an ``untrained_copy`` of the policy; ``False`` for none.
         split: which rows train and which are held out.
         control: the key, or keys, of what labels are dealt out to by chance, such as the state (Hewitt & Liang 2019);
             unless given the last grouping of ``split``.
