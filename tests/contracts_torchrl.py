@@ -204,6 +204,10 @@ def a_buffer() -> None:
     assert "found" in names.collate_fn(ring)(ring.storage[:2])
     with names.read_lock(ring), names.read_lock(SimpleNamespace()):
         ring.sample(1)  # the thread that holds it may read
+    shared = ReplayBuffer(storage=LazyTensorStorage(4), shared=True)
+    with names.read_lock(shared):
+        assert not shared._write_lock.acquire(block=False)  # other processes write under it
+    assert shared._write_lock.acquire(block=False)
     assert (names.collate_fn(SimpleNamespace()), names.cursor_of(SimpleNamespace())) == (None, 0)
     assert names.length_in_time(SimpleNamespace(), otherwise=7) == 7
     names.set_written(ring.writer, 7, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -239,3 +240,28 @@ def test_futures_end_where_a_run_was_taken_up_again(state: str, kind: str) -> No
     expected = probe_grid(policy, torch.cat(apart), concepts=concepts, **options)
     assert [soon.left_out, whole_one.left_out] == [one.left_out for one in expected]
     assert soon.trained.estimate == pytest.approx(expected["module", "soon"].trained.estimate, abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [640, 100_000])
+def test_the_newest_rows_are_whole_while_a_thread_writes_others(size: int) -> None:
+    """A buffer counts rows before it has them: what it has counted is waited for."""
+    buffer, newest = ReplayBuffer(storage=LazyTensorStorage(size)), NewestRows(most=512)
+
+    def write() -> None:
+        for start in range(0, 16 * 500, 16):
+            rows = {"number": torch.arange(start, start + 16), "frame": torch.zeros(16, 500)}
+            buffer.extend(TensorDict(rows, [16]))
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    seen, missed, going_on = [], 0, True
+    while going_on:
+        going_on = thread.is_alive()
+        found = newest.take(buffer)
+        missed += newest.missed
+        seen += [] if found is None else [found["number"]]
+    thread.join()
+    numbers = torch.cat(seen)
+    assert len(numbers) + missed == 16 * 500
+    assert all(torch.equal(one, torch.arange(len(one)) + one[0]) for one in seen)
+    assert torch.equal(numbers, numbers.unique())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -147,9 +146,20 @@ def collate_fn(buffer: Any) -> Any:
     return getattr(buffer, "_collate_fn", None)
 
 
-def read_lock(buffer: Any) -> AbstractContextManager[Any]:
-    """What keeps writers of a buffer out while it is read; nothing where a buffer has no lock."""
-    return getattr(buffer, "_replay_lock", None) or contextlib.nullcontext()
+@contextlib.contextmanager
+def read_lock(buffer: Any) -> Iterator[None]:
+    """Keep writers of a buffer out while it is read: threads and, with a lock of its own, processes.
+
+    The lock of a process that was killed while it wrote is never free again, so that it is not waited for for long.
+    """
+    with getattr(buffer, "_replay_lock", None) or contextlib.nullcontext():
+        lock = getattr(buffer, "_write_lock", None)
+        held = hasattr(lock, "acquire") and lock.acquire(timeout=5.0)
+        try:
+            yield
+        finally:
+            if held:
+                lock.release()
 
 
 def time_first(buffer: Any, found: Any) -> Any:
