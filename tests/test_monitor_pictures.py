@@ -19,7 +19,8 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.collectors import Collector
-from torchrl.data import MultiStep
+from torchrl.collectors.utils import split_trajectories
+from torchrl.data import LazyTensorStorage, MultiStep, ReplayBuffer
 from torchrl.envs import Compose as EnvCompose
 from torchrl.envs import GymEnv, InitTracker, ParallelEnv, RewardSum, SerialEnv, StepCounter, TransformedEnv
 from torchrl.modules import ProbabilisticActor
@@ -32,6 +33,7 @@ from tdhook_rl.report import Budgets, FileSink, Monitor
 from tdhook_rl.report.episodes import Followed, episodes, running_of
 from tdhook_rl.report.known_env import known_of
 from tdhook_rl.report.pictures import bars, overlays
+from tdhook_rl.rollout.newest_rows import NewestRows
 from tests.monitoring import METHOD
 
 
@@ -241,18 +243,76 @@ def test_long_episodes_of_collectors_that_number_alike_are_not_joined(parts: int
     assert known == ([(float(steps * parts), float(steps * parts))] if collectors == 1 else [])
 
 
-@pytest.mark.parametrize("look_ahead", [False, True])
-def test_one_collector_is_not_taken_for_several(look_ahead: bool) -> None:
-    """Whatever lies under the next states: of several steps ahead they are none that a batch goes on from."""
+def _cut_short(batch: TensorDictBase) -> TensorDictBase:
+    """As where workers stop each other: what lies behind the last step is of a batch before, and masked."""
+    left = batch[:, -4:].clone()
+    left["collector", "traj_ids"][:] = -1
+    left["next", "done"][:] = True
+    whole = torch.cat([batch, left], 1)
+    whole["collector", "mask"] = whole["collector", "traj_ids"] >= 0
+    return whole
+
+
+#: One collector, in several ways to hand out its batches.
+WAYS: dict[str, Any] = {
+    "as they are": lambda batches: batches,
+    "looking ahead": lambda batches: [MultiStep(0.9, 3)(batch) for batch in batches],
+    "split": lambda batches: [split_trajectories(batch, prefix="collector") for batch in batches],
+    "cut short": lambda batches: [_cut_short(batch) for batch in batches],
+    "without numbers": lambda batches: [batch.exclude("collector") for batch in batches],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_collector_is_not_taken_for_several(way: str) -> None:
+    """Whatever lies under the next states, and in padding: nothing is said, and every return and length is known."""
     (batches,) = played([], workers=1, rows=2, frames=10, total=200)
-    if look_ahead:
-        batches = [MultiStep(0.9, 3)(batch) for batch in batches]
+    whole = torch.cat(batches, 1)
+    expected = sorted(
+        (round(float(whole["next", "reward"].reshape(-1)[one.places].sum()), 4), len(one.places))
+        for one in episodes(whole.select(("next", "done"))) if one.ended
+    )  # fmt: skip
     followed, found = Followed(), []
-    for batch in batches:
+    for batch in WAYS[way](batches):
         found += [one for one in episodes(batch, followed.before(batch)) if one.ended]
         followed.follow(batch)
-    assert found
-    assert all(one.steps == one.steps for one in found)
+    assert len(found) > 5
+    assert sorted((round(one.total, 4), one.steps) for one in found) == expected
+
+
+@pytest.mark.parametrize("transforms", TOLD)
+@pytest.mark.parametrize("most", [6, 10_000])
+@pytest.mark.parametrize("kept", [50, 10_000])
+@pytest.mark.parametrize("ndim", [1, 2])
+def test_the_newest_rows_of_a_buffer_tell_no_part_of_an_episode_for_the_whole(
+    transforms: list, most: int, kept: int, ndim: int
+) -> None:
+    """Each episode is one that was played, or it is left out; none is, where no rows were missed."""
+    several = played(transforms, workers=2 if ndim == 1 else 1, rows=3, frames=60, total=360)
+    expected = Counter()
+    for worker, batches in enumerate(several):
+        for batch in batches:
+            batch["collector", "traj_ids"] = 2 * batch["collector", "traj_ids"] + worker  # they number together
+        whole = torch.cat(batches, 1)
+        for one in episodes(whole.select(("next", "done"), ("next", "reward"))):
+            expected[round(one.total, 4), float(one.steps)] += one.ended
+    buffer, newest = ReplayBuffer(storage=LazyTensorStorage(kept * ndim, ndim=ndim)), NewestRows(most)
+    followed, found, missed = Followed(), [], 0
+    for place, batch in enumerate(itertools.chain(*zip(*several, strict=True))):
+        buffer.extend(batch.reshape(-1) if ndim == 1 else batch)
+        if place % 3 == 1:
+            continue
+        data = newest.take(buffer)
+        missed += newest.missed
+        if newest.missed:
+            followed.lose()
+        found += [one for one in episodes(data, followed.before(data)) if one.ended]
+        followed.follow(data)
+    whole = [(round(one.total, 4), one.steps) for one in found]
+    known = Counter((total, steps) for total, steps in whole if total == total and steps == steps)
+    assert not known - expected
+    if not missed:
+        assert known == expected
 
 
 @pytest.mark.parametrize("every", [1, 3])

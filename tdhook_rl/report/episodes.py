@@ -68,7 +68,7 @@ def episodes(data: TensorDictBase, running: Running = MappingProxyType({})) -> l
 
     Args:
         data: the batch.
-        running: returns and steps so far of episodes that began in batches before, by the collector's numbers.
+        running: returns and steps so far of episodes that began in batches before, by number.
 
     Example:
         >>> from tensordict import TensorDict
@@ -100,7 +100,6 @@ def episodes(data: TensorDictBase, running: Running = MappingProxyType({})) -> l
     starts = np.concatenate([[0], np.diff(numbers[order]).nonzero()[0] + 1])
     stops = np.append(starts[1:], len(order))
     lasts = order[stops - 1]
-    running = running if isinstance(ids, Tensor) else {}
     earlier = _earlier(data, order[starts], numbers[lasts], running, count)
     returns = np.full(len(starts), np.nan)
     if total is not None:
@@ -117,34 +116,45 @@ def episodes(data: TensorDictBase, running: Running = MappingProxyType({})) -> l
 
 
 class Followed:
-    """Follows episodes from batch to batch by their numbers.
+    """Follows episodes from batch to batch by their numbers; where there are none, by the rows of a batch.
 
     One collector gives a number once; several that are not workers of one give the same ones. That shows where one
     begins anew, or does not go on from what it saw last. From then on, of an episode whose number another may have that
-    was cut off by the end of a batch, nothing before it is known.
+    was cut off by the end of a batch, nothing before it is known. Without numbers a row of a batch goes on where that
+    of the batch before ended, if its first state says so.
     """
 
     def __init__(self) -> None:
         self._running: Running = {}
         self._seen_last: dict[int, int] = {}
         self._ended: dict[int, None] = {}
-        self._alike = self._said = False
+        self._alike = self._said = self._lost = False
+        self._newest = -1  # the largest number so far
+        self._lines: dict[int, tuple[int | None, tuple[float, float]]] = {}  # by row: its last state, and what it had
 
     def before(self, data: TensorDictBase) -> Running:
         """What is known of episodes before a batch."""
-        ids = data.get(EPISODE, None)
-        if isinstance(ids, Tensor):
-            here = set(ids.reshape(-1).tolist())
-            if not self._alike and (not here.isdisjoint(self._ended) or self._is_cut(data)):
-                self._alike, self._running = True, _unknown(self._running)
-            if self._alike and not self._said and not here.isdisjoint(self._running):
-                self._said = True
-                _say_alike(data)
-            if self._alike and data.ndim > 1 and ids.numel() == data.batch_size.numel():
-                # Those that begin within a row of the batch, behind the end of another, are whole.
-                first = set(ids.reshape(data.batch_size)[..., 0].reshape(-1).tolist())
-                return {one: (np.nan, np.nan) for one in first if one in self._ended or one in self._running}
+        numbers = _real_numbers(data)
+        if numbers is None:
+            return self._before_lines(data)
+        here = set(numbers.tolist())
+        if not self._alike and (not here.isdisjoint(self._ended) or self._is_cut(data)):
+            self._alike, self._running = True, _unknown(self._running)
+        if self._alike and not self._said and not here.isdisjoint(self._running):
+            self._said = True
+            _say_alike(data)
+        ids = data.get(EPISODE)
+        if self._alike and data.ndim > 1 and ids.numel() == data.batch_size.numel():
+            # Those that begin within a row of the batch, behind the end of another, are whole.
+            first = set(ids.reshape(data.batch_size)[..., 0].reshape(-1).tolist())
+            return {one: (np.nan, np.nan) for one in first if one in self._ended or one in self._running}
+        if self._lost:
+            return dict.fromkeys(here - {one for one in _begun(data) if one > self._newest}, (np.nan, np.nan))
         return self._running
+
+    def lose(self) -> None:
+        """Take notice that rows were missed: what goes on from them is known of no episode."""
+        self._lost, self._seen_last = True, {}
 
     def _is_cut(self, data: TensorDictBase) -> bool:
         """Whether an episode begins in a batch with another state than it had come to in those before."""
@@ -153,22 +163,75 @@ class Followed:
         firsts, _ = _states(data, episodes(data))
         return any(self._seen_last.get(number, state) != state for number, state in firsts.items())
 
-    def follow(self, data: TensorDictBase | None) -> None:
-        """Take notice of a batch, of every one in order; ``None`` for rows of which nothing says what came before."""
-        if data is None:
-            self._running, self._seen_last = {}, {}
-            return
+    def follow(self, data: TensorDictBase) -> None:
+        """Take notice of a batch, of every one in order."""
         before, known = self.before(data), self._running
         self._running = {}  # unless what follows can be read
+        numbers, done = _real_numbers(data), data.get(("next", "done"), None)
+        if numbers is None:
+            self._follow_lines(data, before)
+            return
         found = running_of(data, before)
         self._running = {**known, **_unknown(found)} if self._alike else found
+        self._lost, self._newest = False, max(self._newest, int(numbers.max())) if len(numbers) else self._newest
         if not self._alike:
             self._seen_last = {number: one for number, one in self._seen_last.items() if number in found}
             self._seen_last |= _states(data, episodes(data))[1]
-        ids, done = data.get(EPISODE, None), data.get(("next", "done"), None)
-        if not self._alike and isinstance(ids, Tensor) and isinstance(done, Tensor) and ids.numel() == done.numel():
-            self._ended |= dict.fromkeys(ids.reshape(-1)[done.reshape(-1).bool().to(ids.device)].tolist())
+            if isinstance(done, Tensor) and done.numel() == data.batch_size.numel():
+                real = real_rows(data)
+                ends = done.reshape(data.batch_size).bool()
+                ends = ends if real is None else ends[real.to(ends.device)]
+                self._ended |= dict.fromkeys(numbers[ends.reshape(-1).to(numbers.device)].tolist())
             self._ended = self._ended if len(self._ended) < 2 * MANY else dict.fromkeys(list(self._ended)[-MANY:])
+
+    # ------------------------------------------------------------------ without numbers
+
+    def _before_lines(self, data: TensorDictBase) -> Running:
+        found, steps = episodes(data), _steps(data)
+        if not self._lines and not self._lost:
+            return {}
+        firsts, _ = _states(data, found)
+        running = {}
+        for one in found:
+            line, step = divmod(int(one.places[0]), steps)
+            last, so_far = self._lines.get(line, (None, (0.0, 0.0)))
+            if step == 0 and (self._lost or (line in self._lines and (last is None or one.number not in firsts))):
+                running[one.number] = (np.nan, np.nan)
+            elif step == 0 and line in self._lines and firsts[one.number] == last:
+                running[one.number] = so_far
+        return running
+
+    def _follow_lines(self, data: TensorDictBase, before: Running) -> None:
+        found, steps, self._lost = episodes(data, before), _steps(data), False
+        _, lasts = _states(data, found)
+        self._lines = {
+            int(one.places[-1]) // steps: (lasts.get(one.number), (one.total, one.steps))
+            for one in found if not one.ended and (int(one.places[-1]) + 1) % steps == 0
+        }  # fmt: skip
+
+
+def _steps(data: TensorDictBase) -> int:
+    return data.batch_size[-1] if data.ndim else 1
+
+
+def _real_numbers(data: TensorDictBase) -> Tensor | None:
+    """The collector's numbers of the rows that are real, ``(rows,)``: padding has that of some episode, too."""
+    ids = data.get(EPISODE, None)
+    if not isinstance(ids, Tensor):
+        return None
+    real = real_rows(data)
+    if real is None or ids.numel() != data.batch_size.numel():
+        return ids.reshape(-1)
+    return ids.reshape(data.batch_size)[real.to(ids.device)]
+
+
+def _begun(data: TensorDictBase) -> set[int]:
+    """The numbers of episodes that begin within a row of a batch, behind the end of another: later ones are larger."""
+    ids, done = data.get(EPISODE), data.get(("next", "done"), None)
+    if not data.ndim or not isinstance(done, Tensor) or not done.numel() == ids.numel() == data.batch_size.numel():
+        return set()
+    ids, done = ids.reshape(data.batch_size).cpu(), done.reshape(data.batch_size).bool().cpu()
+    return set(ids[..., 1:][done[..., :-1] & (ids[..., 1:] > ids[..., :-1])].tolist())
 
 
 def _states(data: TensorDictBase, found: list[Episode]) -> tuple[dict[int, int], dict[int, int]]:

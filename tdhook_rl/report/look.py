@@ -139,9 +139,13 @@ class Look:
             found |= self.tries("an episode", lambda: shown.animation(known)) or {}
         return found
 
-    def follow(self, data: TensorDictBase | None) -> None:
+    def follow(self, data: TensorDictBase) -> None:
         """Take notice of the episodes that the next batch may go on with; of every batch, in order."""
         self.tries("episodes", lambda: self._followed.follow(data))
+
+    def lose(self) -> None:
+        """Take notice that rows were missed before the next batch."""
+        self._followed.lose()
 
     def show(self, data: TensorDictBase) -> None:
         """Let the suite of probes learn from a batch: it takes every one, in order."""

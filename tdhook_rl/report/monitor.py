@@ -207,7 +207,7 @@ class Monitor(TrainerHookBase):
             self._tries.strict = False
         else:
             self._look.show(data)
-        self._look.follow(batch)
+        self._look.follow(data)
         return found
 
     def close(self) -> None:
@@ -374,10 +374,10 @@ class Monitor(TrainerHookBase):
             )
         if not due:
             return None
-        count = self._newest.count(self.buffer)
         data = self._newest.take(self.buffer)
-        if data is not None:  # an element may be a trajectory, or a step of several environments
-            self.frames += count * self._newest.each
+        self.frames += self._newest.new * self._newest.each  # an element may be a step of several environments
+        if self._newest.missed:
+            self._look.lose()
         return data
 
     def _end(self) -> None:
