@@ -38,6 +38,14 @@ def common_classes() -> None:
         assert not issubclass(nn.Linear, base)
 
 
+@contract("torch_names", "BackwardHookFunction")
+def what_stands_around_backward_hooks() -> None:
+    layer = nn.Linear(2, 2)
+    layer.register_full_backward_hook(lambda *_: None)
+    found = layer(torch.zeros(1, 2, requires_grad=True))
+    assert torch_names.function_of(found.grad_fn) is torch_names.BackwardHookFunction
+
+
 @contract("torch_names", "held_parameters", "held_buffers")
 def what_modules_hold() -> None:
     class Groups(nn.BatchNorm1d):
@@ -190,6 +198,15 @@ def autocast() -> None:
     assert not torch_names.is_any_autocast_enabled()
     with torch.autocast("cpu"):
         assert torch_names.is_any_autocast_enabled()
+
+
+@contract("torch_names", "saved_tensors_hooks_on", "turn_saved_tensors_hooks_on")
+def hooks_on_saved_tensors() -> None:
+    assert torch_names.saved_tensors_hooks_on()
+    with torch.autograd.graph.disable_saved_tensors_hooks("off"):
+        assert not torch_names.saved_tensors_hooks_on()
+        torch_names.turn_saved_tensors_hooks_on()
+        assert torch_names.saved_tensors_hooks_on()
 
 
 @contract("torch_names", "storage_id")

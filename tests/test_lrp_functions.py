@@ -120,6 +120,11 @@ CONSERVED: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "average": lambda net, x: F.avg_pool1d(x[:, None], 3, 1, 1)[:, 0],
     "interpolated": lambda net, x: F.interpolate(x[:, None], size=W, mode="linear")[:, 0],
     "cat": lambda net, x: torch.cat([net.lin(x)[:, :2], x[:, 2:]], -1),
+    "torus": lambda net, x: F.conv1d(F.pad(x[:, None], (1, 2), mode="circular"), net.raw[:1, None, :4])[:, 0],
+    "diagonals": lambda net, x: (
+        x.diag_embed().sum(1) + torch.stack([torch.block_diag(*row[:, None, None]) for row in x]).sum(2)
+    ),
+    "narrowed": lambda net, x: torch.cat([torch.narrow_copy(x, 1, 1, 3), x[:, 3:]], 1),
     "where": lambda net, x: torch.where(x > 0, x, net.lin(x)),
     "maximum": lambda net, x: torch.maximum(x, net.lin(x)),
     "max": lambda net, x: torch.stack([x, net.lin(x)]).max(0).values,
@@ -346,6 +351,40 @@ def test_own_rules_and_layers_of_torch_without_one() -> None:
     for layer in (nn.GRU(W, W), nn.MultiheadAttention(W, 2), nn.LayerNorm(W), nn.TransformerEncoderLayer(W, 2)):
         with pytest.raises(SiteError, match="no rule for the module"):
             LRP().prepare(nn.Sequential(layer)).__enter__()
+
+
+class Turned(torch.autograd.Function):
+    """A function of the user's that gives a view of its input."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.flatten(0).view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("functional", [False, True])
+def test_backward_hooks_that_look_stand_in_no_way_and_functions_of_views_are_named(functional: bool) -> None:
+    def made(turned: bool = False) -> nn.Module:
+        torch.manual_seed(0)
+        act = (lambda net, x: F.relu(x)) if functional else (lambda net, x: net.relu(x))
+        middle = (lambda net, x: Turned.apply(net.lin(x))) if turned else (lambda net, x: net.lin(act(net, x)))
+        return nn.Sequential(nn.Linear(W, W), Block(middle), nn.Linear(W, 2)).double()
+
+    x, found = torch.randn(3, W, dtype=F64), []
+    for hooked_modules in ([], ["", "0", "1", "1.lin", "2"]):
+        net, seen = made(), []
+        for name in hooked_modules:
+            net.get_submodule(name).register_full_backward_hook(lambda *_, seen=seen: seen.append(1))
+        with LRP(rule_mapper=exact()).prepare(net) as hooked:
+            found.append(hooked(TensorDict({"input": x}, batch_size=3))["attr", "input"])
+        assert bool(seen) == bool(hooked_modules)
+    torch.testing.assert_close(*found)
+    with LRP().prepare(made(turned=True)) as hooked, pytest.raises(InputError, match=r"no rule for .*'Turned'"):
+        hooked(TensorDict({"input": x}, batch_size=3))
 
 
 CUT: dict[str, Callable[[Block, Tensor], Tensor]] = {

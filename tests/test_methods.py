@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from tensordict.utils import unravel_key
 
 import tdhook_rl
@@ -89,6 +90,20 @@ def place(key: tuple[str, ...], hooked: Any) -> tuple[str, ...]:
     paths = dict(hooked.named_modules())
     named_by_path = any(".".join(key[index:]) in paths for index in range(1, len(key)))
     return key[0], "path" if named_by_path else "name"
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_results_have_no_graph_where_an_encoder_before_the_policy_is_trained(name: str) -> None:
+    sample, case = SAMPLES[name], POLICIES[SAMPLES[name].usual]
+    with sample.make(case).prepare(case.build()) as hooked:
+        data = sample.data(case, 3)
+        for key, value in data.items(True, True):
+            if value.is_floating_point():
+                data.set(key, value * torch.ones((), requires_grad=True))
+        found = hooked(data)
+        found = hooked.annotate(found, on_mismatch="ignore")
+        carry = [key for key in hooked.result_keys if (one := found.get(key, None)) is not None and one.requires_grad]
+    assert not carry
 
 
 @every_method

@@ -10,8 +10,9 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from tdhook_rl import ActivationCaching, IntegratedGradients, Saliency, targets
+from tdhook_rl import ActivationCaching, Compose, IntegratedGradients, Saliency, targets
 from tdhook_rl.calls.provenance import is_stamp
 from tdhook_rl.errors import InputError
 from tdhook_rl.replaying.traceable import require_traceable, trace_risks
@@ -72,6 +73,29 @@ class Plain(Base):
         return self.net(sum(found))
 
 
+class Hooks(Base):
+    """MuZero's scaling of gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(halved(x.tanh() * self.net.weight.sum()))
+
+
+def halved(hidden: Tensor) -> Tensor:
+    if hidden.requires_grad:
+        hidden.register_hook(lambda slope: slope * 0.5)
+    return hidden
+
+
+class Checkpoints(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(checkpoint(torch.tanh, x, use_reentrant=False))
+
+
+class CheckpointsByName(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(getattr(torch.utils.checkpoint, "check" + "point")(torch.tanh, x, use_reentrant=False))
+
+
 STATEFUL = {
     "buffer": (Normalises, "state"),
     "counter": (Counts, "'calls'"),
@@ -82,11 +106,13 @@ STATEFUL = {
     "dropout": (lambda: nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)), "dropout"),
     "spectral norm": (lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 3)), nn.Tanh()), "buffers"),
 }
+#: What the compiler takes for something else, see below.
+MISTAKEN = {"tensor hook": (Hooks, "'register_hook'"), "checkpoint": (Checkpoints, "'checkpoint'")}
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("name", [*STATEFUL, *MISTAKEN])
 def test_what_code_shows_is_named(name: str) -> None:
-    build, word = STATEFUL[name]
+    build, word = (STATEFUL | MISTAKEN)[name]
     policy = nn.Sequential(nn.Linear(4, 4), build())
     with pytest.raises(InputError, match=word):
         require_traceable(policy.modules(), trace_risks(policy))
@@ -190,3 +216,26 @@ def test_its_gradient_is_that_of_the_forward_that_ran(name: str) -> None:
             found = compiled(TensorDict({"x": x.detach()}, [5]))
             torch.testing.assert_close(found["logits"], y.detach())
             torch.testing.assert_close(found["attr", "x"], gradient)
+
+
+@pytest.mark.filterwarnings("ignore")  # of dynamo's, and that it goes on uncompiled
+@pytest.mark.parametrize(
+    ("build", "own"),
+    [(Hooks, False), (Hooks, True), (Checkpoints, False), (Checkpoints, True), (CheckpointsByName, True)],
+)
+def test_what_a_compiler_is_wrong_about_runs_uncompiled_and_leaves_nothing(build: Callable, own: bool) -> None:
+    policy, x = build().eval(), torch.randn(5, 4)
+    leaf = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(policy(leaf)[:, 0].sum(), leaf)
+    saliency = Saliency(target=targets.logit(0), when="step", compile={"backend": "eager"} if own else False)
+    for grad in (False, True):
+        with Compose(saliency, ActivationCaching("net")).prepare(policy, in_keys=["x"], out_keys=["logits"]) as hooked:
+            called = hooked if own else torch.compile(hooked, backend="eager")
+            for _ in range(2):  # the first call left the second without results
+                with torch.set_grad_enabled(grad):
+                    found = called(TensorDict({"x": x.clone()}, [5]))
+                torch.testing.assert_close(found["attr", "x"], slope)
+                torch.testing.assert_close(found["cache", "net"], policy(x).detach())
+    # The compiler had left hooks on saved tensors off, in the whole process.
+    again = x.clone().requires_grad_()
+    torch.autograd.grad(Checkpoints()(again).sum(), again)

@@ -128,7 +128,7 @@ class _BoundIntegratedGradients(BoundAttribution):
             return averages
         return [
             (
-                {key: value * (inputs[key] - baselines[key]) for key, value in of_inputs.items()},
+                {key: value * (inputs[key] - baselines[key]).detach() for key, value in of_inputs.items()},
                 {slot: value * difference(*reversed(inner[slot])) for slot, value in of_leaves.items()},
             )
             for of_inputs, of_leaves in averages
@@ -291,7 +291,7 @@ class _BoundIntegratedGradients(BoundAttribution):
             high, low = call.replay(ends), call.replay(baselines)
             changes = [target(high.lent()) - target(low.lent()) for target in question.targets]
         for name, change, (of_inputs, of_leaves) in zip(self.names, changes, averages, strict=True):
-            terms = [value * (ends[key] - baselines[key]) for key, value in of_inputs.items()]
+            terms = [value * (ends[key] - baselines[key]).detach() for key, value in of_inputs.items()]
             terms += [value * difference(*reversed(inner[slot])) for slot, value in of_leaves.items()]
             total = torch.stack([row_vectors(term, call.batch_size).sum(-1) for term in terms]).sum(0)
             key = (self.beside or "", *([name] if name else []))

@@ -13,7 +13,7 @@ from tdhook_rl.attribution.functions import Kind, Operation, operation, running_
 from tdhook_rl.attribution.lrp_hooks import LrpState, Unknown
 from tdhook_rl.errors import warn
 from tdhook_rl.hooking.pooling import _MaxPool
-from tdhook_rl.internals.torch_names import function_of, held_buffers, held_parameters
+from tdhook_rl.internals.torch_names import BackwardHookFunction, function_of, held_buffers, held_parameters
 from tdhook_rl.internals.torchrl_names import is_entrywise
 from tdhook_rl.sites.repeats import Several
 from tdhook_rl.sites.runtime import Runtime, vmap_level
@@ -24,11 +24,11 @@ Node = Any
 MOVES = frozenset(
     f"{name}Backward"
     for name in (
-        "Alias AsStrided Cat ChannelShuffle Clone ConstantPadNd Diagonal DiagonalScatter Expand Fill Flip Gather "
-        "Im2Col Index IndexCopy IndexFill IndexSelect MaskedFill MaskedScatter MaskedSelect Permute PixelShuffle "
-        "PixelUnshuffle Repeat ReshapeAlias Roll Rot90 Scatter Select SelectScatter Slice SliceScatter Split "
-        "SplitWithSizes Squeeze Stack T Take ToCopy Transpose Tril Triu Unbind Unfold UnsafeSplit UnsafeView "
-        "Unsqueeze View Where Zero "
+        "Alias AsStrided BlockDiag Cat ChannelShuffle Clone ConstantPadNd DiagEmbed Diagonal DiagonalScatter "
+        "Expand Fill Flip Gather Im2Col Index IndexCopy IndexFill IndexSelect MaskedFill MaskedScatter "
+        "MaskedSelect NarrowCopy Permute PixelShuffle PixelUnshuffle Repeat ReshapeAlias Roll Rot90 Scatter Select "
+        "SelectScatter Slice SliceScatter Split SplitWithSizes Squeeze Stack T Take ToCopy Transpose Tril Triu "
+        "Unbind Unfold UnsafeSplit UnsafeView Unsqueeze View Where Zero "
         "ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D "
         # The relevance of a maximum, or of another entry that is chosen by its size, is that of the entry.
         "AdaptiveMaxPool2D AdaptiveMaxPool3D Amax Amin Cummax Cummin Kthvalue Max Median Min Mode Nanmedian Sort Topk "
@@ -51,7 +51,7 @@ class Graph:
     def __init__(self, points: list[Tensor], runtime: Runtime, known: tuple[type, ...]) -> None:
         self._points = points
         self._runtime = runtime
-        self._known = (*known, _MaxPool)
+        self._known = (*known, _MaxPool, BackwardHookFunction)
         self._edges: set[tuple[Node, int]] = set()
         self._count = -1
         # The nodes are kept: their identity is what is looked up.
@@ -125,6 +125,8 @@ class Graph:
 
 def _edge(value: Tensor) -> tuple[Node, int]:
     """Where the gradient of a tensor enters the graph."""
+    while value.grad_fn is None and value._base is not None:  # a view that an autograd function makes in its forward
+        value = value._base
     if value.grad_fn is not None:
         return value.grad_fn, value.output_nr
     return torch.autograd.graph.get_gradient_edge(value).node, 0

@@ -79,6 +79,8 @@ class FunctionRules(TorchFunctionMode):
         carriers = [value for value in tensors(args, kwargs) if self.graph.carries(value)]
         self.cuts.look_at(called, args, kwargs, bool(carriers))
         if called.kind is Kind.MOVES:
+            if carriers and called.name == "pad" and "circular" in (*args, *kwargs.values()):
+                return self._moved(function, args, kwargs, carriers)
             found = function(*args, **kwargs)
             if called.in_place and isinstance(args[0], Tensor):
                 self.graph.approve(args[0])
@@ -130,6 +132,18 @@ class FunctionRules(TorchFunctionMode):
             value = value.clone()
         shape, dtype = x.shape, x.dtype
         return ShareByFunction.apply([value], lambda relevance: [relevance.sum_to_size(shape).to(dtype)], x)
+
+    def _moved(self, function: Any, args: tuple, kwargs: dict[str, Any], carriers: list[Tensor]) -> Any:
+        """Of what torch writes slice by slice: its gradient moves relevance, by a graph of its own."""
+        (x,) = carriers
+        leaf = x.detach().clone().requires_grad_()
+        args, kwargs = pytree.tree_map(lambda value: leaf if value is x else value, (args, kwargs))
+        output = function(*args, **kwargs)
+
+        def share(relevance: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(output, leaf, relevance, retain_graph=True)
+
+        return ShareByFunction.apply([output.detach().clone()], share, x)
 
     def _linear(self, function: Any, args: tuple, kwargs: dict[str, Any], carriers: list[Tensor]) -> Any:
         own = list({id(value): value for value in carriers}.values())

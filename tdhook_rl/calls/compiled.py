@@ -22,6 +22,7 @@ from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.writing import tensors_as_entries
 from tdhook_rl.errors import warn
 from tdhook_rl.internals.dynamo_names import is_of_library_code
+from tdhook_rl.internals.torch_names import saved_tensors_hooks_on, turn_saved_tensors_hooks_on
 from tdhook_rl.policies.draws import action_keys, draws, sample_keys
 from tdhook_rl.replaying.traceable import require_traceable
 from tdhook_rl.sites.classes import own_code
@@ -69,9 +70,12 @@ class Compiled:
                 self._said.add(why)
                 warn(f"{self._name}(compile=...) is set aside {why}. The numbers are the same")
             return self._method.compute(call)
+        hooks_on = saved_tensors_hooks_on()
         try:
             return self._run(call)
         except Exception as error:  # of the compiler, of the backend, or of what it has traced
+            if hooks_on:
+                turn_saved_tensors_hooks_on()
             results = self._method.compute(call)  # what is wrong with the data is said here
             self._failed = True
             reason = " ".join(str(error).split("\n\n")[0].split())

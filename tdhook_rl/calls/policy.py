@@ -36,7 +36,7 @@ class HookedState:
         provenance: whose results are whose. Read by whatever writes or believes results.
         wraps: the policy is a wrapper of ours around the user's plain module. Read where paths start, and by messages.
         traits: whether it has memory, batch statistics, convolutions. Read by annotation and by attributions.
-        trace_risks: what its code shows of writing and drawing. Read by compiled calls.
+        trace_risks: what its code shows that writes, draws or misleads a compiler. Read by compiled calls.
         shares: some of those may explain its own forward, without a second pass. Read by calls.
         chain: where it may be a chain of known layers. Read by the passes that need no graph.
         decider: what draws in it, where the derivatives of that are known. Read by passes of gradients.

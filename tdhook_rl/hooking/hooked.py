@@ -39,7 +39,7 @@ from tdhook_rl.internals.torch_names import held_buffers, held_parameters, parse
 from tdhook_rl.policies.tying import detach_graphs
 from tdhook_rl.replaying.batching import GeneratorState, frozen_statistics
 from tdhook_rl.replaying.start import Start
-from tdhook_rl.replaying.traceable import require_traceable
+from tdhook_rl.replaying.traceable import require_compilable, require_traceable
 from tdhook_rl.runs.direct import direct_methods, disabled_hooks
 from tdhook_rl.runs.run import HookedModuleRun
 from tdhook_rl.sites.classes import Swapped, own_code
@@ -134,6 +134,7 @@ class HookedMixin(AnnotatingMixin, Swapped):
         if not torch.compiler.is_compiling():
             return uncompiled(self._hooked_untraced, forward, args, kwargs)
         self._hooked.runtime.require_active()
+        require_compilable(self._hooked.trace_risks)
         output = self._hooked_call(forward, args, kwargs)
         self._close_routes(complete=True)
         return output

@@ -48,10 +48,6 @@ class _Binds(Protocol):
     def bind(self, binder: Binder) -> BoundMethod | None: ...
 
 
-def _may_be_traced(one: BoundMethod) -> bool:
-    return (one.replays and one.when == "step") or (one.bound or one).compiled is not None
-
-
 def hooked_clone(
     module: nn.Module,
     methods: Sequence[_Binds],
@@ -121,7 +117,7 @@ def hooked_clone(
         provenance=Provenance(clone, inputs, bound),
         wraps=wraps,
         traits=traits,
-        trace_risks=trace_risks(clone) if any(map(_may_be_traced, bound)) else [],
+        trace_risks=trace_risks(clone),
         shares=any(one.shares_forward for one in steps)
         and can_share(clone, traits)
         and not drawn

@@ -11,6 +11,7 @@ from torch import Tensor, distributions, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 from torch.nn.modules import module as _modules
+from torch.nn.modules._functions import BackwardHookFunction
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.conv import _ConvNd as ConvNd
 from torch.nn.modules.dropout import _DropoutNd as DropoutNd
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 __all__ = [
+    "BackwardHookFunction",
     "BatchNorm",
     "CircularPadNd",
     "ConstantPadNd",
@@ -49,10 +51,13 @@ __all__ = [
     "parse_to",
     "pruned_name",
     "pytree",
+    "saved_tensors_hooks_on",
     "storage_id",
     "take_forward_hooks",
+    "turn_saved_tensors_hooks_on",
 ]
 
+# `BackwardHookFunction`: the identity around modules with full backward hooks, which the public call does not name.
 # `BatchNorm`, `ConvNd`, `DropoutNd`, `...PadNd`: the classes that those of 1, 2 and 3 dimensions, and the lazy ones,
 # have in common; a list of the public ones would miss the next. `pytree`: how torch itself takes nested values apart
 # and puts them together, classes that were registered for it included. `TorchDispatchMode`: documented, under a private
@@ -70,6 +75,11 @@ parse_to: Any = torch._C._nn._parse_to
 
 #: Whether autocast is on for any device: the public question is about one.
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+
+#: Whether hooks on saved tensors (checkpoints) are on: the public ``disable_saved_tensors_hooks`` cannot ask.
+saved_tensors_hooks_on: Any = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
+#: To turn them on: a compiler that has failed inside of a gradient leaves them off in the whole process.
+turn_saved_tensors_hooks_on = torch._C._autograd._saved_tensors_hooks_enable
 
 #: ``(targets, sources)``: ``copy_`` of many tensors in one call, as torch's optimisers make it.
 copy_all_ = torch._foreach_copy_

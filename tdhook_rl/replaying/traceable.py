@@ -29,17 +29,36 @@ _DROPS = frozenset({
     "dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d",
     "rrelu",
 })  # fmt: skip
+#: What a compiler is mistaken about, in words: a hook on a tensor, after which it loses what Python had put back (so
+#: that a call was under way for ever), and checkpoints, of which it takes no gradient (and turns them off for all).
+_HOOKS_TENSORS = "puts a hook on a tensor"
+_CHECKPOINTS = "keeps less for its gradient"
+_MISTAKEN = {
+    "register_hook": _HOOKS_TENSORS,
+    **dict.fromkeys(("checkpoint", "checkpoint_sequential", "saved_tensors_hooks", "save_on_cpu"), _CHECKPOINTS),
+}
 _SETS = frozenset({"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"})
 _LOADS = frozenset({"LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "LOAD_NAME"})
 _CHANGES = frozenset({"append", "appendleft", "extend", "update", "pop", "popleft", "insert", "setdefault", "clear"})
 
 
 class TraceRisk(NamedTuple):
-    """What shows that the forward of a module may write or draw: in words, and whether only in training mode."""
+    """What shows that the forward of a module may write or draw, or that a compiler is mistaken about it: in words, and
+    whether only in training mode."""
 
     module: nn.Module
     words: str
     training_only: bool
+
+    @property
+    def mistaken(self) -> bool:
+        """Whether a graph of it would be wrong, or fail."""
+        return any(words in self.words for words in (_HOOKS_TENSORS, _CHECKPOINTS))
+
+    @property
+    def always(self) -> bool:
+        """Whether a graph of a call would be wrong also where no second pass is in it."""
+        return _HOOKS_TENSORS in self.words
 
 
 def trace_risks(policy: nn.Module) -> list[TraceRisk]:
@@ -63,6 +82,8 @@ def _shown(code: types.CodeType) -> tuple[tuple[str, bool], ...]:
         name = str(one.argval)
         if one.opname in _SETS or (one.opname == "STORE_DEREF" and name in code.co_freevars):
             found.append((f"writes state ({name!r})", False))
+        elif one.opname in _LOADS and name in _MISTAKEN:
+            found.append((f"{_MISTAKEN[name]} ({name!r})", False))
         elif one.opname in _LOADS:
             of_module = before == "LOAD_GLOBAL" or name_before == "functional" or one.opname == "LOAD_GLOBAL"
             of_attribute = before == "LOAD_ATTR" and not of_module
@@ -79,6 +100,20 @@ def _shown(code: types.CodeType) -> tuple[tuple[str, bool], ...]:
         if isinstance(constant, types.CodeType):
             found += _shown(constant)
     return tuple(found)
+
+
+def require_compilable(found: list[TraceRisk]) -> None:
+    """Raise where a graph of a call would be wrong, whatever is in it; see :func:`require_traceable`."""
+    for sign in found:
+        if sign.always:
+            raise _mistaken(sign)
+
+
+def _mistaken(sign: TraceRisk) -> InputError:
+    return InputError(
+        f"a call of this hooked policy cannot be compiled: {sign.words}, of which torch.compile makes something else. "
+        "Leave the policy uncompiled, or write it without"
+    )
 
 
 def require_traceable(modules: Iterable[nn.Module], found: list[TraceRisk]) -> None:
@@ -101,6 +136,8 @@ def require_traceable(modules: Iterable[nn.Module], found: list[TraceRisk]) -> N
         elif may_draw(child) and draws_noise(child):
             reason = f"a {own_class(child).__name__} of it draws noise (dropout) in training mode"
     for sign in found:
+        if sign.mistaken:
+            raise _mistaken(sign)
         if not sign.training_only or sign.module.training:
             reason = sign.words
     if reason:
