@@ -32,7 +32,7 @@ from tdhook_rl.sweeps.sweep_file import FILE, UNFINISHED, read_sweep, write_swee
 from tdhook_rl.sweeps.sweep_table import SweepRow, SweepTable
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SweepResult:
     """Outcomes by condition and episode.
 
@@ -47,6 +47,8 @@ class SweepResult:
         >>> conditions = [Condition(), Condition(draw=1), Condition("up", 1.0), Condition("up", 1.0, "random", 0)]
         >>> won = torch.tensor([[0, 0, 1, 0], [0, 0, 1, 0], [1, 1, 1, 1], [0, 0, 1, 0]]).double()
         >>> found = SweepResult(conditions=conditions, values={"won": won})
+        >>> found
+        SweepResult('won' by 'up', 4 conditions x 4 episodes: .table() has the effects)
         >>> found.effect("won").estimate, found.paired, found.control_effects("won").tolist()
         (0.75, True, [0.0])
     """
@@ -55,6 +57,12 @@ class SweepResult:
     values: Mapping[str, Tensor]
     facts: Mapping[str, Any] = field(default_factory=dict)
     runs: Tensor | None = None
+
+    def __repr__(self) -> str:
+        outcomes, vectors = (", ".join(map(repr, names)) for names in (self.outcomes, self.vectors))
+        sizes = next((one.shape for one in self.values.values()), (0, 0))
+        played = f"{sizes[0]} conditions x {sizes[1]} episodes"
+        return f"SweepResult({outcomes} by {vectors}, {played}: .table() has the effects)"
 
     @classmethod
     def together(cls, results: Sequence[SweepResult]) -> SweepResult:

@@ -30,7 +30,7 @@ _KINDS: tuple[Kind, ...] = ("lda", "ridge")
 _CONCEPTS: tuple[Concept, ...] = ("classes", "labels", "values")
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class LinearProbe(metaclass=Checked):
     """Scores ``weight @ features + bias``; classes by softmax (lda), or least-squares scores (ridge).
 
@@ -52,6 +52,8 @@ class LinearProbe(metaclass=Checked):
 
     Example:
         >>> probe = LinearProbe(weight=torch.eye(2), bias=torch.zeros(2), kind="lda", path="1")
+        >>> probe
+        LinearProbe(2 classes of 2 features at '1', lda)
         >>> probe.predict(torch.tensor([[3.0, 0.0], [0.0, 3.0]])).tolist()
         [0, 1]
     """
@@ -79,6 +81,10 @@ class LinearProbe(metaclass=Checked):
                 f"a probe has a weight (classes, features) and a bias (classes,), got {tuple(self.weight.shape)} and "
                 f"{tuple(self.bias.shape)}"
             )
+
+    def __repr__(self) -> str:
+        outputs, features = self.weight.shape
+        return f"LinearProbe({outputs} {self.concept} of {features} features at {self.path!r}, {self.kind})"
 
     def scores(self, features: Tensor) -> Tensor:
         """``(..., classes)`` from ``(..., features)``."""
