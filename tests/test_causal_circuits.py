@@ -233,6 +233,7 @@ def test_wrong_input_is_refused_in_words() -> None:
     assert not one.faithfulness.known
     assert "one group only" in one.faithfulness.words
     assert one.random is None
+    assert "no random sets beside it" in str(one)
 
 
 def test_a_circuit_of_parts_is_not_read_as_one_of_units() -> None:

@@ -109,9 +109,12 @@ class Circuit:
         return cls(**found, curve=points)
 
     def __str__(self) -> str:
+        beside = (
+            f"random sets of as many at each site keep {shown(self.random)}; as much: {100 * self.beyond:.0f}% of them"
+        )
         lines = [
             f"{self.size} of {self.of} components keep {shown(self.faithfulness)} of: {self.metric}",
-            f"random sets of as many at each site keep {shown(self.random)}; as much: {100 * self.beyond:.0f}% of them",
+            "there are no random sets beside it" if self.random is None else beside,
             f"all others without it keep {shown(self.without)}; with none of them {shown(self.nothing)} is kept",
         ]
         lines += [f"  {site}: {', '.join(map(str, numbers))}" for site, numbers in self.units.items()]
