@@ -108,6 +108,20 @@ def test_no_choice_is_taken_for_another(name: str, batch: tuple[int, ...]) -> No
         alike_episodes(hooked, env, episodes=2, max_steps=3)
 
 
+def test_an_environment_that_lacks_what_the_policy_reads_is_named() -> None:
+    net = TensorDictModule(nn.Linear(2, 2), ["observations"], ["logits"])
+    actor = ProbabilisticActor(net, in_keys=["logits"], distribution_class=Draw)
+    words = "reads 'observations', which this environment does not write; nearest: 'observation'"
+    env = Row((1,), Categorical(2))
+    with pytest.raises(MissingKeyError, match=words):
+        steering_sweep(actor, env, {"v": {"module.0.module": torch.ones(2)}}, alphas=[1.0], controls=0, episodes=2)
+    states = TensorDict({"observations": torch.randn(4, 2)}, batch_size=4)
+    with pytest.raises(MissingKeyError, match=words):
+        ablate_units(actor, states, SITE, env=env, episodes=2)
+    with ActivationCaching(SITE).prepare(actor) as hooked, pytest.raises(MissingKeyError, match=words):
+        alike_episodes(hooked, env, episodes=2, max_steps=3)
+
+
 def test_numbers_in_cart_pole_are_refused() -> None:
     net = TensorDictModule(nn.Linear(4, 2), ["observation"], ["logits"])
     actor = ProbabilisticActor(net, in_keys=["logits"], distribution_class=Draw)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from tensordict import NestedKey, TensorDictBase
+from torch import nn
 from torchrl.data import Categorical, MultiCategorical, OneHot
 from torchrl.envs import EnvBase
 
-from tdhook_rl.errors import InputError, MissingKeyError, nearest, warn
+from tdhook_rl.errors import InputError, MissingKeyError, TdhookError, nearest, warn
 
 
 def play_seed(env: EnvBase, seed: int, play: int) -> int:
@@ -26,6 +30,29 @@ def play_seed(env: EnvBase, seed: int, play: int) -> int:
         [3, 11, 19]
     """
     return seed + play * max(env.batch_size.numel(), 1)
+
+
+@contextmanager
+def lacking_told(env: EnvBase, policy: nn.Module) -> Iterator[None]:
+    """A block that plays, in which a key that the policy reads and does not find is named.
+
+    Raises:
+        MissingKeyError: says what the environment writes.
+    """
+    try:
+        yield
+    except TdhookError:
+        raise
+    except KeyError as error:
+        there = list(env.reset().keys(True, True))
+        for key in getattr(policy, "in_keys", ()):
+            if key not in there:
+                raise MissingKeyError(
+                    f"the policy reads {key!r}, which this environment does not write; {nearest(key, there)}. Rename "
+                    "its in_keys, or append the transform that writes it (InitTracker for 'is_init', a "
+                    "TensorDictPrimer for states)"
+                ) from error
+        raise
 
 
 def require_taken(env: EnvBase, step: TensorDictBase) -> None:

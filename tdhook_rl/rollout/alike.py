@@ -14,7 +14,7 @@ from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.calls.preconditions import require_hooked
 from tdhook_rl.replaying.ends import ended, first_steps
 from tdhook_rl.replaying.environment_state import same_state
-from tdhook_rl.replaying.plays import play_seed, require_taken
+from tdhook_rl.replaying.plays import lacking_told, play_seed, require_taken
 
 
 @checked
@@ -46,6 +46,7 @@ def alike_episodes(
 
     Raises:
         InputError: for less than one episode or step.
+        MissingKeyError: if the environment does not write what the policy reads.
 
     Example:
         >>> from tdhook_rl import Saliency
@@ -69,7 +70,8 @@ def alike_episodes(
             env.set_seed(now)
             # Where agents end each for itself, the others go on.
             alone = env.batch_size.numel() == 1 and "done" in env.done_keys
-            data = env.rollout(max_steps, policy, break_when_any_done=alone).detach()
+            with lacking_told(env, policy):
+                data = env.rollout(max_steps, policy, break_when_any_done=alone).detach()
             require_taken(env, data[..., 0])
             rows = data.reshape(-1, data.shape[-1])
             lengths = first_steps(ended(rows, env)).sum(-1).tolist()

@@ -15,11 +15,12 @@ from torchrl.envs.utils import exploration_type
 from tdhook_rl.arguments.checked import checked
 from tdhook_rl.arguments.progress import Progress, shown
 from tdhook_rl.arguments.seeds import stream_of
-from tdhook_rl.errors import InputError, MissingKeyError, TdhookError, nearest, warn
+from tdhook_rl.errors import InputError, warn
 from tdhook_rl.files.functions import in_words
 from tdhook_rl.latent import SteeringVectors
 from tdhook_rl.replaying.environment_settings import settings_of
 from tdhook_rl.replaying.environment_state import same_state, state_digest
+from tdhook_rl.replaying.plays import lacking_told
 from tdhook_rl.sweeps.conditions import (
     BASELINE,
     REPEATED,
@@ -141,27 +142,12 @@ def steering_sweep(
         }  # fmt: skip
         kept = Kept(folder, conditions, facts, policy, directions)
         try:
-            with shown(progress, "conditions") as show:
+            with lacking_told(made, policy), shown(progress, "conditions") as show:
                 sweep.run(kept, show)
-        except KeyError as error:
-            _require_inputs(policy, made, error)
-            raise
         finally:
             kept.write()
     values = {name: found for name, found in kept.values.items() if name != UNFINISHED}
     return SweepResult(conditions=conditions, values=values, facts=kept.facts())
-
-
-def _require_inputs(policy: nn.Module, env: EnvBase, error: KeyError) -> None:
-    """Raise in other words, where a policy found nothing under a key that it reads."""
-    if isinstance(error, TdhookError):
-        return
-    there = list(env.reset().keys(True, True))
-    for key in getattr(policy, "in_keys", ()):
-        if key not in there:
-            raise MissingKeyError(
-                f"the policy reads {key!r}, which this environment does not write; {nearest(key, there)}"
-            ) from error
 
 
 class _Sweep:

@@ -13,7 +13,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.replaying.ends import ended, first_steps, own_rewards
 from tdhook_rl.replaying.environment_state import same_state
-from tdhook_rl.replaying.plays import play_seed, require_taken
+from tdhook_rl.replaying.plays import lacking_told, play_seed, require_taken
 from tdhook_rl.sweeps.causal.edits import PutUnits
 
 
@@ -64,7 +64,8 @@ def returns_of(
             put_back()
             torch.manual_seed(stream_of(seed, "draws", len(found)))
             env.set_seed(play_seed(env, seed, len(found)))
-            played = env.rollout(max_steps, policy, break_when_any_done=alone)
+            with lacking_told(env, policy):
+                played = env.rollout(max_steps, policy, break_when_any_done=alone)
             require_taken(env, played[..., 0])
             found.append(_first_returns(env, played))
     return torch.cat(found)[:episodes]
