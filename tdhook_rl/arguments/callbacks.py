@@ -137,6 +137,9 @@ def asked(
                 "read it after: let it work on a copy, "
                 + (f"rows[{key!r}].clone()" if sees is None else "made by .clone()")
             )
+    if held and isinstance(found, TensorDictBase):  # it may be one of these, with what it has set
+        found = found.copy()
+    for one in held:
         one.put_back()
     return found
 

@@ -18,7 +18,7 @@ from tdhook_rl.arguments.keys import key_parts, required
 from tdhook_rl.attribution.baselines import Baselines
 from tdhook_rl.attribution.callbacks import ADDITIONAL, InitTargets, require_tensordict
 from tdhook_rl.attribution.chain_gradients import is_linear
-from tdhook_rl.attribution.explainable import explainable_inputs, require_inputs
+from tdhook_rl.attribution.explainable import as_floats, explainable_inputs, require_inputs
 from tdhook_rl.attribution.question import Attributed, Question, TargetFunction
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.compiled import Compiled
@@ -52,7 +52,7 @@ class GradientAttribution(Method):
         init_attr_inputs: ``(inputs, additional) -> TensorDict`` of the inputs to explain, selected from or computed
             from all inputs.
         init_attr_grads: ``(targets, additional) -> TensorDict`` of the weights of the targets of
-            ``init_attr_targets``; ones by default.
+            ``init_attr_targets``, of their shape or one for each row; ones by default.
         additional_init_keys: keys of the data that the three functions are given as ``additional``.
         inputs: the input keys to explain; by default every input that is not boolean, and none where
             ``input_modules`` are given.
@@ -291,7 +291,21 @@ class BoundAttribution(BoundMethod):
         require_tensordict(chosen, "init_attr_inputs")
         keys = [key if len(key_parts(key)) > 1 else key_parts(key)[0] for key in chosen.keys(True, True)]
         require_inputs("init_attr_inputs returned", keys, call.policy.policy_in_keys)
-        return {key: chosen.get(key) for key in keys}
+        if not keys:
+            raise InputError("init_attr_inputs returned an empty TensorDict: it holds the inputs to explain")
+        values = {key: chosen.get(key) for key in keys}
+        for key, value in values.items():
+            if not isinstance(value, Tensor) or value.shape[: len(call.batch_size)] != call.batch_size:
+                got = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                raise InputError(
+                    f"init_attr_inputs returned {key!r} {got}: it gives each row of the batch {tuple(call.batch_size)} "
+                    "its input"
+                )
+        return {key: self._as_explained(call, key, value) for key, value in values.items()}
+
+    def _as_explained(self, call: Call, key: NestedKey, value: Tensor) -> Tensor:
+        """An input that the user's function has returned, as what has a gradient."""
+        return as_floats(call, key, value)
 
     def _function(self, target: TargetFunction | None, call: Call) -> TargetFunction:
         init = self._init["targets"]

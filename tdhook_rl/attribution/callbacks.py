@@ -66,7 +66,8 @@ class InitTargets:
             raise TargetError("init_attr_targets returned an empty TensorDict: it holds the values to explain")
         weights = None
         if self.grads is not None:
-            weights = asked(self.grads, values, additional, what="init_attr_grads=", **given)
+            # On a copy: what it sets there is not what is weighted.
+            weights = asked(self.grads, values.copy(), additional, what="init_attr_grads=", **given)
             require_tensordict(weights, "init_attr_grads")
             if set(weights.keys(True, True)) != set(keys):
                 raise TargetError(
@@ -76,9 +77,34 @@ class InitTargets:
         terms = []
         for key in keys:
             value = values.get(key)
-            value = value if weights is None else value * weights.get(key).detach()
+            value = value if weights is None else value * _weight(weights, key, value, batch)
             terms.append(per_row(value, batch, f"init_attr_targets[{key!r}]"))
         return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
+
+
+def _weight(weights: TensorDictBase, key: NestedKey, value: Tensor, batch: torch.Size) -> Tensor:
+    """The weight of each entry of a target: a TensorDict of rows says that its first dimensions are these.
+
+    Raises:
+        TargetError: if it has more, or others, than the target.
+    """
+    weight = weights.get(key).detach()
+    given = weight.shape
+    while weight.ndim > value.ndim and weight.shape[-1] == 1:  # as TorchRL has numbers of rows
+        weight = weight.squeeze(-1)
+    if batch and weights.batch_size == batch:
+        weight = weight.reshape((*weight.shape, *(1,) * (value.ndim - weight.ndim)))
+    try:
+        fits = torch.broadcast_shapes(weight.shape, value.shape) == value.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise TargetError(
+            f"init_attr_grads[{key!r}] has shape {tuple(given)}, but the targets that it weighs have "
+            f"{tuple(value.shape)}: give a weight for each of them, or one for each row, in a TensorDict of the batch "
+            f"{tuple(batch)}"
+        )
+    return weight
 
 
 def _selected(data: TensorDictBase, keys: Sequence[NestedKey]) -> TensorDictBase:

@@ -40,16 +40,26 @@ def explainable_inputs(call: Call, keys: Sequence[NestedKey] | None) -> dict[Nes
         value = call.inputs.get(key)
         if value is None:
             raise MissingKeyError(f"{key!r} is to be explained, and the data does not hold it: the policy does without")
-        if value.is_complex():
-            raise InputError(
-                f"the complex input {key!r} ({value.dtype}) has no gradient as one number: let the policy read real "
-                "and imaginary parts (torch.view_as_real), or leave it out with inputs=[...]"
-            )
-        if not value.is_floating_point():
-            value = value.to(torch.get_default_dtype())
-            _require_same_outputs(call, key, value)
-        chosen[key] = value
+        chosen[key] = as_floats(call, key, value)
     return chosen
+
+
+def as_floats(call: Call, key: NestedKey, value: Tensor) -> Tensor:
+    """An input as floats, where the policy computes the same from them.
+
+    Raises:
+        InputError: if it does not, or the input is complex.
+    """
+    if value.is_complex():
+        raise InputError(
+            f"the complex input {key!r} ({value.dtype}) has no gradient as one number: let the policy read real "
+            "and imaginary parts (torch.view_as_real), or leave it out with inputs=[...]"
+        )
+    if value.is_floating_point():
+        return value
+    floats = value.to(torch.get_default_dtype())
+    _require_same_outputs(call, key, value, floats)
+    return floats
 
 
 def unless_masks(call: Call, tensors: Mapping[NestedKey, Tensor]) -> list[NestedKey]:
@@ -100,20 +110,19 @@ def require_all_there(call: Call) -> None:
         )
 
 
-def _require_same_outputs(call: Call, key: NestedKey, floats: Tensor) -> None:
-    """An integer input is explained as floats only where the policy computes the same from them."""
+def _require_same_outputs(call: Call, key: NestedKey, value: Tensor, floats: Tensor) -> None:
     remedy = (
-        f"the integer input {key!r} ({call.inputs[key].dtype}) cannot be explained as numbers; explain the output of "
+        f"the integer input {key!r} ({value.dtype}) cannot be explained as numbers; explain the output of "
         "the module that reads it with input_modules=[path], use Occlusion, which needs no gradient, or leave it out "
         "with inputs=[...]"
     )
     with torch.no_grad():
-        expected = call.replay().outputs
+        expected = call.replay({} if value is call.inputs[key] else {key: value}).outputs
         try:
             found = call.replay({key: floats}).outputs
         except Exception as error:  # whatever the user's network raises, its own checks of the dtype included
             raise InputError(f"{remedy} ({type(error).__name__}: the module does not accept floats)") from error
     for name in call.policy.policy_out_keys:
-        value = expected.get(name, None)
-        if isinstance(value, Tensor) and value.is_floating_point() and not torch.equal(value, found.get(name)):
+        output = expected.get(name, None)
+        if isinstance(output, Tensor) and output.is_floating_point() and not torch.equal(output, found.get(name)):
             raise InputError(f"{remedy} (the output {name!r} differs when it is given as floats)")

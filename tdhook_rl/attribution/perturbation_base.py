@@ -79,6 +79,9 @@ class BoundPerturbation(BoundAttribution):
         """The inputs in their own dtype: nothing is differentiated."""
         return super()._explained_inputs(call) if self._init["inputs"] else own_inputs(call, self.inputs)
 
+    def _as_explained(self, call: Call, key: NestedKey, value: Tensor) -> Tensor:
+        return value
+
     def _changes(self, call: Call, key: NestedKey, value: Tensor, inputs: Mapping[NestedKey, Tensor]) -> Changes:
         raise NotImplementedError
 

@@ -223,6 +223,11 @@ def per_row(value: Tensor, batch: torch.Size, name: str) -> Tensor:
     """
     if not isinstance(value, Tensor):
         raise TargetError(f"target {name} is a {type(value).__name__}, not a tensor")
+    if value.is_complex():
+        raise TargetError(
+            f"target {name} is a complex tensor ({value.dtype}), which has no gradient as one number: explain its real "
+            "part, its imaginary part or its size"
+        )
     if not value.is_floating_point():
         raise TargetError(
             f"target {name} is an integer tensor ({value.dtype}), which has no gradient: explain what it was "
