@@ -6,6 +6,7 @@ network's share-out written by hand.
 
 from __future__ import annotations
 
+import gc
 import pickle
 import random
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from torchrl.modules import ConvNet, NormalParamExtractor, ProbabilisticActor, T
 from torchrl.modules.models.models import DuelingMlpDQNet
 
 from tdhook_rl import LRP, Compose, SteeringVectors
-from tdhook_rl.attribution.lrp_cuts import LookForCuts
+from tdhook_rl.attribution.lrp_cuts import Graph, LookForCuts
 from tdhook_rl.attribution.lrp_rules import AlphaBeta, Epsilon, Gamma, Pass, Rule, Sum, Uniform, WSquare
 from tdhook_rl.errors import InputError, SiteError
 
@@ -164,6 +165,17 @@ def gap(net: nn.Module, x: Tensor, **options: object) -> float:
 def test_relevance_is_conserved_through(name: str) -> None:
     net = nn.Sequential(Block(CONSERVED[name]), nn.ReLU(), nn.Linear(W, 2, bias=False)).double()
     assert gap(net, torch.randn(4, W, dtype=F64)) < 1e-9
+
+
+def test_a_pass_is_gone_when_its_results_are() -> None:
+    # What a node of a graph holds, and holds the node by its graph, no garbage collection of Python's finds.
+    before = sum(type(one) is Graph for one in gc.get_objects())
+    for middle in CONSERVED.values():
+        with LRP().prepare(nn.Sequential(Block(middle), nn.ReLU(), nn.Linear(W, 2))) as hooked:
+            hooked(TensorDict({"input": torch.randn(4, W)}, batch_size=4))
+    del hooked
+    gc.collect()
+    assert sum(type(one) is Graph for one in gc.get_objects()) == before
 
 
 def test_relevance_is_conserved_through_random_networks() -> None:

@@ -151,9 +151,10 @@ class FunctionRules(TorchFunctionMode):
         given = {id(value): leaf for value, leaf in zip(own, leaves, strict=True)}
         args, kwargs = pytree.tree_map(lambda value: given.get(id(value), value), (args, kwargs))
         output = function(*args, **kwargs)
+        epsilon = self.epsilon  # not `self`, which knows the nodes of the pass: they would hold each other for ever
 
         def share(relevance: Tensor) -> list[Tensor | None]:
-            weights = ratio(relevance, output.detach(), self.epsilon)
+            weights = ratio(relevance, output.detach(), epsilon)
             found = torch.autograd.grad(output, leaves, weights, retain_graph=True, allow_unused=True)
             return [None if one is None else leaf.detach() * one for leaf, one in zip(leaves, found, strict=True)]
 
