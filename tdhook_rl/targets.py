@@ -66,10 +66,10 @@ class Target:
         sees = (run.outputs, run.stored)
         what = f"the target {self.name!r}"
         value = asked(self.function, run, what=what, sees=sees, reads_only=[run.stored], remedy=TARGET_REMEDY)
-        return _of_rows(value, run, self.name)
+        return of_rows(value, run, self.name)
 
 
-def _of_rows(value: Tensor, run: Pass, name: str) -> Tensor:
+def of_rows(value: Tensor, run: Pass, name: str) -> Tensor:
     """One number for each row that the policy was given: the copies of an ensemble, which stand before them, add up."""
     value = per_row(value, run.outputs.batch_size, name)
     copies = value.ndim - run.stored.ndim
@@ -80,7 +80,7 @@ class OwnTarget(Target):
     """A target of this module: it differentiates nothing by itself, and looks at no inputs."""
 
     def __call__(self, run: Pass) -> Tensor:
-        return _of_rows(self.function(run), run, self.name)
+        return of_rows(self.function(run), run, self.name)
 
     def head_slope(self, head: Any) -> Tensor | None:
         """The derivative by the output of a chain, times the weights of the rows, where a

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import pickle
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import InteractionType, TensorDictModule, set_interaction_type
+from tensordict.nn import EnsembleModule, InteractionType, TensorDictModule, set_interaction_type
 from torch import nn
 
 from tdhook_rl import Compose, SteeringVectors, targets
@@ -430,3 +431,24 @@ def test_masks_are_the_numbers_of_what_they_are_true_of() -> None:
     assert all(torch.equal(one, results[0]) for one in results)
     assert bool((results[0][:, 1, 0] == 0).all())
     assert bool((results[0][:, 0] != 0).all())
+
+
+@pytest.mark.parametrize("copies", [3, 4, 8, 18])  # as many as features, rows, places or all of these together
+@pytest.mark.parametrize("method", [Occlusion, PerturbationSaliency])
+@pytest.mark.parametrize("key", ["state_value", "logits"])
+def test_what_changes_in_an_ensemble_is_the_sum_over_its_copies(copies: int, method: type, key: str) -> None:
+    net = nn.Sequential(nn.Flatten(-3), nn.Linear(36, 4 if key == "logits" else 1)).double()
+    modes = ["target"] if method is Occlusion else ["target", "value" if key == "state_value" else "policy"]
+    x = torch.randn(2, 1, 6, 6, dtype=F64)
+    for mode in modes:
+        options = {} if method is Occlusion else {"mode": mode, "stride": 3}
+        policy = EnsembleModule(TensorDictModule(net, ["pixels"], [key]), copies)
+        members = []
+        for params in policy.params_td.unbind(0):
+            member = TensorDictModule(copy.deepcopy(net), ["pixels"], [key])
+            params.data.to_module(member)
+            with method(**options).prepare(member) as hooked:
+                members.append(hooked.annotate(TensorDict({"pixels": x}, 2))["attr", "pixels"])
+        with method(**options).prepare(policy) as hooked:
+            found = hooked.annotate(TensorDict({"pixels": x}, 2))["attr", "pixels"]
+        torch.testing.assert_close(found, torch.stack(members).sum(0))

@@ -22,7 +22,7 @@ from tdhook_rl.calls.several_choices import require_one_choice
 from tdhook_rl.errors import InputError, MissingKeyError, TargetError, TdhookError, nearest
 from tdhook_rl.method import Binder
 from tdhook_rl.replaying.batching import repeat_rows, row_vectors, shallow_copy
-from tdhook_rl.targets import Target, default_target, is_own
+from tdhook_rl.targets import Target, default_target, is_own, of_rows
 
 Measure = Callable[[Pass], Tensor]
 
@@ -146,7 +146,7 @@ class _WithoutGradient:
         terms = [row_vectors(v, batch).sum(-1) for v in values if isinstance(v, Tensor) and v.is_floating_point()]
         if not terms:
             raise TargetError(f"none of the outputs {run.out_keys} is a floating-point tensor: give a target=")
-        return torch.stack(terms).sum(0)
+        return of_rows(torch.stack(terms).sum(0), run, "output_sum")
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Output:
     method: str
 
     def __call__(self, run: Pass) -> Tensor:
-        return self.found(run)[1]
+        return _rows_first(run, self.found(run)[1])
 
     def found(self, run: Pass) -> tuple[NestedKey, Tensor]:
         """Its key and value."""
@@ -173,6 +173,13 @@ class Output:
         )
 
 
+def _rows_first(run: Pass, values: Tensor) -> Tensor:
+    """The copies of an ensemble, which stand before the rows, as features: their scores add up."""
+    rows = run.stored.ndim
+    copies = range(run.outputs.ndim - rows)
+    return values.movedim(tuple(copies), tuple(rows + one for one in copies)) if copies else values
+
+
 @dataclass(frozen=True)
 class OpenOutput:
     """Logits or values of discrete actions, with 0 for choices that were not open, which cannot change anything."""
@@ -181,7 +188,9 @@ class OpenOutput:
 
     def __call__(self, run: Pass) -> Tensor:
         key, values = self.output.found(run)
-        return values.masked_fill(closed_choices(run, key, values), 0.0) if values.is_floating_point() else values
+        if values.is_floating_point():
+            values = values.masked_fill(closed_choices(run, key, values), 0.0)
+        return _rows_first(run, values)
 
 
 @dataclass(frozen=True)
