@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tensordict import PersistentTensorDict, TensorDict, TensorDictBase, lazy_stack
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
 from torch.distributions import Categorical
 from torchrl.modules import ProbabilisticActor
 
 from tdhook_rl import ActivationCaching, Compose, IntegratedGradients, Saliency, targets
 from tdhook_rl.attribution import Occlusion
+from tdhook_rl.calls.provenance import is_stamp
 from tdhook_rl.errors import InputError
 from tdhook_rl.latent import ActivationPatching
 from tdhook_rl.method import Method
@@ -173,3 +175,41 @@ def test_lazy_stacks_of_other_shapes_are_refused_with_what_to_do(when: str, meth
                 torch.testing.assert_close(
                     one["attr", *KEY], METHODS[method][1](plain.module, part[KEY]), rtol=1e-4, atol=1e-6
                 )
+
+
+def own_dict(inplace: Any, whole: bool) -> ProbabilisticActor:
+    """An actor whose network, or the sequence around it, writes into a TensorDict of its own."""
+    torch.manual_seed(0)
+    first = TensorDictModule(nn.Linear(4, 5), [KEY], ["hidden"], inplace=inplace if not whole else True)
+    last = TensorDictModule(nn.Linear(5, 3), ["hidden"], ["logits"], inplace=inplace if not whole else True)
+    net = TensorDictSequential(first, last, inplace=inplace if whole else None).to(F64)
+    return ProbabilisticActor(net, in_keys=["logits"], distribution_class=Categorical, return_log_prob=True)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("inplace", [False, "empty"])
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_what_a_policy_writes_into_a_tensordict_of_its_own_is_of_the_rows(
+    whole: bool, inplace: Any, batch: tuple[int, ...]
+) -> None:
+    method = Compose(
+        ActivationCaching("module.0.module.0.module"),
+        Saliency(when="step"),
+        IntegratedGradients(baseline=0.0, compute_convergence_delta=True, when="step", attribution_key="path"),
+        Occlusion(when="step", attribution_key="occluded"),
+    )
+    data, found = rows(*batch), []
+    for policy in (own_dict(True, whole), own_dict(inplace, whole)):
+        torch.manual_seed(1)
+        plain = policy(data.clone())
+        with method.prepare(policy) as hooked:
+            torch.manual_seed(1)
+            found.append(hooked(data.clone()))
+            later = hooked.annotate(data.clone().update(plain))
+        assert found[-1].batch_size == plain.batch_size
+        assert all(torch.equal(found[-1][key], plain[key]) for key in plain.keys(True, True))
+        for key in [(root, *KEY) for root in ("attr", "path", "occluded")] + ["convergence_delta"]:
+            torch.testing.assert_close(later[key], found[-1][key])
+    for key in found[1].keys(True, True):
+        if not is_stamp(key):
+            torch.testing.assert_close(found[1][key], found[0][key])

@@ -281,7 +281,7 @@ class Call:
         runtime.replay, runtime.recording, runtime.start = replay, record, start
         try:
             with nullcontext() if start is None else start.passing():
-                outputs = run_root(self.policy, forward or self._forward, (data,), {})
+                outputs = in_rows(run_root(self.policy, forward or self._forward, (data,), {}), data.batch_size)
         finally:
             runtime.replay, runtime.recording, runtime.start = previous
         if learning:
@@ -306,6 +306,24 @@ def effects_of(policy: HookedPolicy) -> ForwardEffects:
     if runtime.effects is None:
         runtime.effects = ForwardEffects(policy.hooked_root)
     return runtime.effects
+
+
+def in_rows(output: Any, batch: torch.Size) -> Any:
+    """What a policy has put out, by the rows that it was given: ``inplace=False`` makes a TensorDict without any.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> in_rows(TensorDict(x=torch.ones(4, 2)), torch.Size([4])).batch_size
+        torch.Size([4])
+    """
+    if output.ndim >= len(batch):
+        return output
+    found = output.copy()
+    try:
+        found.batch_size = batch
+    except RuntimeError:  # an entry that is of no row
+        return output
+    return found
 
 
 def run_root(policy: HookedPolicy, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -19,7 +19,7 @@ from tdhook_rl.arguments.keys import get_entry
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.chains import Record, Steps, chain_layers
 from tdhook_rl.calls.inputs import recorded, stored_inputs
-from tdhook_rl.calls.passes import Call, Pass, effects_of, run_root
+from tdhook_rl.calls.passes import Call, Pass, effects_of, in_rows, run_root
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.undifferentiable import in_words
 from tdhook_rl.calls.writing import set_tensor, tensors_as_entries
@@ -134,15 +134,16 @@ def graph_pass(
         if given is not points:
             before, inputs = inputs, inputs | {key: point.detach().clone() for key, point in points.items()}
             effects.keeps_input = _hand_on(given, points, before)
-        call = Call(policy, forward, output, inputs, data)
+        seen = in_rows(output, data.batch_size)
+        call = Call(policy, forward, seen, inputs, data)
         # A target must not find entries of the caller's that the policy neither reads nor writes.
         own = (*inputs, *policy.policy_out_keys)
         foreign = [key for key, value in brought.items() if key not in own and output.get(key, None) is value]
-        outputs = output.exclude(*foreign)
+        outputs = seen.exclude(*foreign)
         for key, point in points.items():
             set_tensor(outputs, key, point)
         run = Pass(
-            outputs, output, replay.distributions, policy.policy_out_keys, replay.watched, policy._hooked.supports,
+            outputs, seen, replay.distributions, policy.policy_out_keys, replay.watched, policy._hooked.supports,
             actions=policy._hooked.actions, warned=runtime.warned,
         )  # fmt: skip
         call.shared = run, points

@@ -23,7 +23,7 @@ from tdhook_rl.batches.tensorclasses import call_on_fields
 from tdhook_rl.calls.bound import BoundMethod, observers
 from tdhook_rl.calls.chunks import in_deciding_rows
 from tdhook_rl.calls.inputs import drawn_noise, for_samples, recorded, require_dense_inputs, rows_of_step, stored_inputs
-from tdhook_rl.calls.passes import Call, effects_of, run_root
+from tdhook_rl.calls.passes import Call, effects_of, in_rows, run_root
 from tdhook_rl.calls.preconditions import another_dtype_or_device, other_keys, require_data
 from tdhook_rl.calls.repeatable import require_repeatable
 from tdhook_rl.calls.shared_pass import chain_pass, graph_pass, sharing
@@ -242,9 +242,10 @@ class HookedMixin(AnnotatingMixin, Swapped):
                 start.forward_over(given, inputs)
             inputs |= drawn_noise(self, output) if replays and self._hooked.noise else {}
             inputs |= recorded(self, output) if replays and self._hooked.records else {}
+            rows = in_rows(output, data.batch_size)
             if output.ndim > data.ndim:  # several samples of each row
                 inputs, data = for_samples(inputs, data.batch_size, output), output
-            seen = rows_of_step(self, output, rest) if replays else output
+            seen = rows_of_step(self, rows, rest) if replays else rows
             call = Call(self, forward, seen, inputs, data, start).of_step(runtime.drawn if replays else {})
             if start is None:
                 results |= self._compute(rest, call)
@@ -256,7 +257,9 @@ class HookedMixin(AnnotatingMixin, Swapped):
                     results |= self._compute(rest, call)
                 finally:
                     after.restore()
-            self._hooked.provenance.publish(self, data, output, results)
+            self._hooked.provenance.publish(self, data, rows, results)
+            if rows is not output:
+                output.update(rows.select(*self._step_keys(), strict=False))
             return output
         finally:
             runtime.slots.clear()
