@@ -276,6 +276,19 @@ def test_a_loss_shows_its_gradient_at_a_hidden_layer() -> None:
 
 
 @pytest.mark.parametrize("share_params", [True, False])
+def test_the_gradient_of_what_agents_see_is_cached_though_it_needs_none(share_params: bool) -> None:
+    net = MultiAgentMLP(4, 2, 3, centralized=False, share_params=share_params, depth=1, num_cells=8).double()
+    module = TensorDictModule(net, in_keys=[("agents", "observation")], out_keys=[("agents", "out")])
+    cache, x = TensorDict(), torch.randn(5, 3, 4, dtype=F64)
+    with ActivationCaching(".*_empty_net.0$", directions=["bwd"], cache=cache).prepare(module) as hooked:
+        hooked(TensorDict({("agents", "observation"): x}, batch_size=5))["agents", "out"].square().sum().backward()
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(net(leaf).square().sum(), leaf)
+    (found,) = cache.values()
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("share_params", [True, False])
 def test_agents_that_a_module_vmaps_are_a_dimension_before_the_features(share_params: bool) -> None:
     net = MultiAgentMLP(4, 2, 3, centralized=False, share_params=share_params, depth=1, num_cells=8).double()
     module = TensorDictModule(net, in_keys=[("agents", "observation")], out_keys=[("agents", "out")])

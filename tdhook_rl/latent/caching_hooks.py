@@ -15,6 +15,7 @@ from tdhook_rl.errors import InputError
 from tdhook_rl.internals.functorch_names import (
     add_batch_dim,
     get_unwrapped,
+    in_transform,
     is_batchedtensor,
     is_wrapped,
     maybe_get_bdim,
@@ -263,7 +264,7 @@ def watched(value: Tensor, arrive: Callable[[Tensor], None], own: bool) -> Tenso
         point = watched(inner.movedim(dim, place), arrive, own=False).movedim(place, dim)
         return add_batch_dim(point, dim, level)
     if not value.requires_grad:
-        value = (value.clone() if value.is_inference() else value).detach().requires_grad_()
+        value = _leaf(value)
         point = value.clone() if own else _piece(value)
         point.register_hook(arrive)
         return point
@@ -277,6 +278,16 @@ def watched(value: Tensor, arrive: Callable[[Tensor], None], own: bool) -> Tenso
     point = _piece(value)
     point.register_hook(arrive)
     return point
+
+
+def _leaf(value: Tensor) -> Tensor:
+    """A tensor with the same numbers that gradients arrive at."""
+    if in_transform() is None:
+        return (value.clone() if value.is_inference() else value).detach().requires_grad_()
+    leaf = torch.empty_like(value, requires_grad=True)  # inside vmap it can only be made so
+    with torch.no_grad():
+        leaf.copy_(value)
+    return leaf
 
 
 def _base(value: Tensor) -> Tensor:
