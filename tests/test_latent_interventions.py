@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import CompositeDistribution, TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
+from torch.distributions import Bernoulli, Categorical
+from torchrl.modules import ConsistentDropoutModule, ProbabilisticActor
 
 from tdhook_rl import ActivationCaching, Compose, SteeringVectors
 from tdhook_rl.envs import CueCorners
@@ -191,3 +197,63 @@ def test_a_row_of_maps_that_nothing_tells_is_asked_for() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), Row(), nn.Flatten(), nn.Linear(16, 2))
     with SteeringVectors({"1": torch.ones(4)}).prepare(net) as hooked, pytest.raises(InputError, match="for channels"):
         hooked(TensorDict({"input": torch.randn(2, 3, 2, 2)}, [2]))
+
+
+class Parts(TensorDictModuleBase):
+    """Writes parameters into a node, which a distribution of several parts reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.in_keys = mlp(3), ["observation"]
+        self.out_keys = [("params", "gear", "logits"), ("params", "push", "logits")]
+
+    def forward(self, tensordict: TensorDict) -> TensorDict:
+        found = self.net(tensordict["observation"])
+        tensordict["params", "gear", "logits"] = found[..., :2]
+        return tensordict.set(("params", "push", "logits"), found[..., 2:])
+
+
+def several_parts() -> ProbabilisticActor:
+    parts = {"gear": Categorical, "push": Bernoulli}
+    return ProbabilisticActor(
+        Parts(), in_keys=["params"], out_keys=["gear", "push"], distribution_class=CompositeDistribution,
+        distribution_kwargs={"distribution_map": parts},
+    )  # fmt: skip
+
+
+def does_without() -> TensorDictSequential:
+    more = TensorDictModule(mlp(), ["more"], ["unused"])
+    last = TensorDictModule(mlp(), ["observation"], ["logits"])
+    return TensorDictSequential(more, last, partial_tolerant=True)
+
+
+def with_a_mask() -> TensorDictSequential:
+    first = TensorDictModule(nn.Linear(FEATURES, HIDDEN), ["observation"], ["hidden"])
+    drop = ConsistentDropoutModule(p=0.5, in_keys=["hidden", "mask"], out_keys=["hidden", "mask"])
+    return TensorDictSequential(first, drop, TensorDictModule(nn.Linear(HIDDEN, 4), ["hidden"], ["logits"]))
+
+
+@pytest.mark.parametrize(
+    ("build", "site", "key"),
+    [
+        (several_parts, "module.0.net.1", ("params", "gear", "logits")),
+        (does_without, "module.1.module.1", "logits"),
+        (with_a_mask, "module.0.module", "logits"),
+    ],
+)
+def test_second_inputs_are_what_the_policy_is_given(build: Callable[[], nn.Module], site: str, key: Any) -> None:
+    # Neither what it makes itself nor what it can do without.
+    policy, seen = build(), torch.randn(3, 5, FEATURES)
+    data = TensorDict({"observation": seen[0], ("patched", "observation"): seen[1]}, 5)
+    with ActivationPatching(site).prepare(policy) as hooked, torch.no_grad():
+        found = hooked(data.clone())
+    torch.testing.assert_close(found["patched"][key], found[key])
+    data = TensorDict(
+        {"observation": seen[0], "positive": {"observation": seen[1]}, "negative": {"observation": seen[2]}}
+    )
+    data.batch_size = [5]
+    layers = policy.get_submodule(site.rpartition(".")[0]) if site[-1].isdigit() else policy.get_submodule(site)
+    layers = layers[: int(site[-1]) + 1] if site[-1].isdigit() else layers
+    with ActivationAddition(site, steer_key="vector").prepare(policy) as hooked, torch.no_grad():
+        found = hooked(data)["vector", site]
+    torch.testing.assert_close(found[0], (layers(seen[1]) - layers(seen[2])).mean(0).detach())

@@ -9,6 +9,8 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
+from torch.distributions import Categorical
+from torchrl.modules import ProbabilisticActor, QValueModule
 
 from tdhook_rl import ActivationCaching, Compose, IntegratedGradients, Saliency, SteeringVectors, targets
 from tdhook_rl.attribution import Occlusion
@@ -35,7 +37,18 @@ def tolerant_inside() -> TensorDictSequential:
     return TensorDictSequential(scale, tolerant())
 
 
-POLICIES: dict[str, Callable[[], TensorDictSequential]] = {"tolerant": tolerant, "inside": tolerant_inside}
+def tolerant_actor() -> ProbabilisticActor:
+    return ProbabilisticActor(tolerant(), in_keys=["logits"], distribution_class=Categorical, return_log_prob=True)
+
+
+def tolerant_q() -> TensorDictSequential:
+    """A Q-network with a head that says something more where more is there."""
+    return TensorDictSequential(tolerant(), QValueModule("categorical", action_value_key="logits"))
+
+
+POLICIES: dict[str, Callable[[], TensorDictSequential]] = {
+    "tolerant": tolerant, "inside": tolerant_inside, "actor": tolerant_actor, "q": tolerant_q,
+}  # fmt: skip
 
 
 def first_logit(policy: TensorDictSequential, a: Tensor) -> Tensor:
@@ -74,7 +87,7 @@ def method_of(kind: str, when: str, **options: object) -> Method:
 def test_what_is_absent_is_done_without(
     policy: str, kind: str, when: str, batch: tuple[int, ...], inference: bool
 ) -> None:
-    if policy == "inside" and kind == "steered":
+    if policy != "tolerant" and kind == "steered":
         pytest.skip("its paths are others")
     torch.manual_seed(0)
     plain = POLICIES[policy]()

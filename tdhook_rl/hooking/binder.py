@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tdhook_rl.errors import InputError, PreparationError, SiteError
 from tdhook_rl.internals.torch_names import held_parameters
 from tdhook_rl.policies.draws import made_inside, noise_keys
+from tdhook_rl.policies.optional import optional_keys
 from tdhook_rl.policies.tying import Tie, replace_tensors
 from tdhook_rl.sites.held_controls import HeldControls
 from tdhook_rl.sites.hooks import CaptureHook, ChangeHook, InputCaptureHook, LeafHook, ReadHook, WatchHook
@@ -41,6 +42,7 @@ class Binder:
         passes: what runs before the policy, each time: ``run(policy, forward, data)``.
         made: input keys of which the policy writes the entries itself.
         noise: input keys that hold noise, see :func:`tdhook_rl.policies.draws.noise_keys`.
+        optional: input keys that it can do without, see :func:`tdhook_rl.policies.optional.optional_keys`.
         routes: what one site hands to another during a call; each has ``close(complete)``, called at its end.
     """
 
@@ -54,6 +56,7 @@ class Binder:
         self.passes: list[Any] = []
         self.made = made_inside(policy)
         self.noise = noise_keys(policy)
+        self.optional = optional_keys(policy)
         self.routes: list[Any] = []
         self._rows: list[NestedKey] = []
         self._finite: list[NestedKey] = []
@@ -65,6 +68,11 @@ class Binder:
     def observed(self) -> list[NestedKey]:
         """The input keys that are explained unless others are named: no noise, and nothing the policy makes itself."""
         return [key for key in self.policy.in_keys if key not in self.made and key not in self.noise]
+
+    def second_inputs(self) -> tuple[list[NestedKey], list[NestedKey]]:
+        """What a second set of inputs holds, and what of that it may lack as the first may."""
+        keys = [key for key in self.policy.in_keys if key not in self.made]
+        return keys, [key for key in keys if key in self.optional or key in self.noise]
 
     @property
     def has_sites(self) -> bool:

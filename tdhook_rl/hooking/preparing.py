@@ -24,7 +24,6 @@ from tdhook_rl.hooking.hooked import HookedMixin
 from tdhook_rl.hooking.pooling import speed_up_pooling
 from tdhook_rl.policies.actors import chunked_by, supports, value_actions
 from tdhook_rl.policies.draws import Draw, draws, survey_draws
-from tdhook_rl.policies.optional import optional_keys
 from tdhook_rl.policies.outside import compiled_functions, of_compiled
 from tdhook_rl.policies.tying import Tie, tied_clone
 from tdhook_rl.replaying.batching import Traits
@@ -128,7 +127,7 @@ def hooked_clone(
         records=binder.records,
         passes=binder.passes,
         overwrites=overwrites,
-        optional=optional_keys(clone),
+        optional=binder.optional,
         made=binder.made,
         noise=binder.noise,
         chunks=chunked_by(clone),

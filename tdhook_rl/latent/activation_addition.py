@@ -57,7 +57,7 @@ class ActivationAddition(Method):
 
     def bind(self, binder: Binder) -> _BoundAddition:
         slots = {binder.capture(site): site.name for site in binder.sites(self.modules_to_steer, runs=True)}
-        return _BoundAddition(self, slots, list(binder.policy.in_keys))
+        return _BoundAddition(self, slots, *binder.second_inputs())
 
 
 def _require_numbers(value: Tensor, samples: int, root: str, site: str) -> None:
@@ -76,10 +76,12 @@ class _BoundAddition(BoundMethod):
     without_forward = True  # runs where the policy's own inputs are absent
     whole_batch = True  # its mean is over all rows
 
-    def __init__(self, config: ActivationAddition, slots: dict[str, str], in_keys: list[NestedKey]) -> None:
+    def __init__(
+        self, config: ActivationAddition, slots: dict[str, str], in_keys: list[NestedKey], spare: list[NestedKey]
+    ) -> None:
         self._roots = (config.positive_key, config.negative_key)
         self._slots = slots
-        self._in_keys = in_keys
+        self._in_keys = [key for key in in_keys if key not in spare]
         self.reads = [(root, *key_parts(key)) for root in self._roots for key in in_keys]
         self.result_keys = tuple((config.steer_key, site) for site in slots.values())
 

@@ -11,7 +11,7 @@ from tensordict.nn import ProbabilisticTensorDictModule
 from torch import Tensor
 
 from tdhook_rl.arguments.callbacks import has_parameter, takes_keywords
-from tdhook_rl.arguments.keys import key_parts, required
+from tdhook_rl.arguments.keys import get_entry, key_parts, required
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import InputError, SiteError, warn
@@ -104,7 +104,7 @@ class ActivationPatching(Method):
         # Neither samples nor what a module keeps for itself, which collectors drop.
         own = [key for key in binder.policy.out_keys if any(part.startswith("_") for part in key_parts(key))]
         kept = [key for key in binder.policy.out_keys if key not in drawn and key not in own]
-        return _BoundPatching(self.patch_key, owner, slots, kept, list(binder.policy.in_keys))
+        return _BoundPatching(self.patch_key, owner, slots, kept, *binder.second_inputs())
 
 
 class _BoundPatching(BoundMethod):
@@ -112,13 +112,20 @@ class _BoundPatching(BoundMethod):
     replays = True
 
     def __init__(
-        self, root: str, owner: str, slots: dict[str, Site], out_keys: list[NestedKey], in_keys: list[NestedKey]
+        self,
+        root: str,
+        owner: str,
+        slots: dict[str, Site],
+        out_keys: list[NestedKey],
+        in_keys: list[NestedKey],
+        spare: list[NestedKey],
     ) -> None:
         self._root = root
         self._owner = owner
         self._slots = slots
         self._out_keys = out_keys
         self._in_keys = in_keys
+        self._spare = spare
         self.reads = [(root, *key_parts(key)) for key in in_keys]
         self.result_keys = tuple((root, *key_parts(key)) for key in out_keys)
 
@@ -126,6 +133,8 @@ class _BoundPatching(BoundMethod):
         times = {slot: runs_kept(call, slot, site) for slot, site in self._slots.items()}
         others = {}
         for key, read in zip(self._in_keys, self.reads, strict=True):
+            if key in self._spare and (key not in call.inputs or get_entry(call.data, read) is None):
+                continue  # left out of both runs, or as in the first: its noise
             value = required(call.data, read, "ActivationPatching reads the second input")
             if value.shape != call.inputs[key].shape:
                 raise InputError(

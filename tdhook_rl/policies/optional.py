@@ -24,9 +24,10 @@ def optional_keys(policy: TensorDictModuleBase) -> list[NestedKey]:
 
 
 def _needed(module: TensorDictModuleBase) -> set[NestedKey]:
-    if not isinstance(module, TensorDictSequential) or isinstance(module, ProbabilisticTensorDictSequential):
-        return set(module.in_keys)  # a distribution is made of all modules
-    if module.partial_tolerant:
+    if not isinstance(module, TensorDictSequential):
+        return set(module.in_keys)
+    # Of an actor with `partial_tolerant` the distribution is made by all of its modules, whatever that says.
+    if module.partial_tolerant and not isinstance(module, ProbabilisticTensorDictSequential):
         return set()
     found: set[NestedKey] = set()
     made: set[NestedKey] = set()
