@@ -16,6 +16,8 @@ from tdhook_rl import ActivationCaching, Compose, IntegratedGradients, Saliency,
 from tdhook_rl.attribution import Occlusion
 from tdhook_rl.errors import MissingKeyError
 from tdhook_rl.method import Method
+from tdhook_rl.rollout import NetworkDiagnostics
+from tdhook_rl.sweeps import attribution_patching, patch_sites, patch_units
 
 F64 = torch.float64
 
@@ -119,3 +121,28 @@ def test_what_every_way_needs_is_asked_for() -> None:
     with Saliency(target=targets.logit(0), when="step", inputs=["a"]).prepare(policy) as hooked:
         with pytest.raises((MissingKeyError, KeyError), match="'c'"):
             hooked(TensorDict({"a": torch.randn(5, 4, dtype=F64)}, [5]))
+
+
+@pytest.mark.parametrize("policy", ["actor", "q"])
+@pytest.mark.parametrize("compared", [patch_sites, patch_units, attribution_patching])
+def test_states_may_lack_what_is_absent(policy: str, compared: Callable) -> None:
+    torch.manual_seed(0)
+    plain, more = POLICIES[policy](), torch.randn(9, 3, dtype=F64)
+    lacking = [TensorDict({"a": 9 * torch.randn(9, 4, dtype=F64)}, [9]) for _ in range(2)]
+    whole = [one.clone().set(("more", "b"), more) for one in lacking]
+    site, metric = plain.get_submodule("0" if policy == "q" else "module.0"), lambda out: out["logits"][..., 0]
+    name = next(path for path, one in plain.named_modules() if one is site.module[0].module[1])
+    found, expected = (compared(plain, *states, name, metric=metric) for states in (lacking, whole))
+    assert str(found) == str(expected)
+    with pytest.raises(MissingKeyError, match=r"\('more', 'b'\), which the data lacks"):
+        compared(plain, lacking[0], whole[1], name, metric=metric)
+
+
+def test_diagnostics_are_of_states_that_lack_it() -> None:
+    plain = tolerant_actor()
+    [site] = [path for path, one in plain.named_modules() if one is plain.module[0].module[0].module[1]]
+    states = TensorDict({"a": torch.randn(30, 4, dtype=F64)}, [30])
+    whole = states.clone().set(("more", "b"), torch.randn(30, 3, dtype=F64))
+    found, expected = (NetworkDiagnostics(plain, sites=[site]).update(one) for one in (states, whole))
+    assert found == pytest.approx(expected, rel=0, abs=0, nan_ok=True)
+    assert found

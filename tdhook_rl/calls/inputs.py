@@ -118,6 +118,16 @@ def stored_inputs(
     return inputs
 
 
+def state_keys(policy: HookedPolicy, *states: TensorDictBase) -> list[NestedKey]:
+    """What the policy reads of states: without what it can do without, where none of them holds it."""
+    spare = policy._hooked.optional
+    return [
+        key
+        for key in policy.policy_in_keys
+        if key not in spare or any(get_entry(one, key) is not None for one in states)
+    ]
+
+
 def keys_read(policy: HookedPolicy, methods: Iterable[BoundMethod]) -> list[NestedKey]:
     """The entries of the data that passes over it read, for these methods."""
     out_keys = policy.policy_out_keys

@@ -15,7 +15,7 @@ from torchrl.modules.models.multiagent import MultiAgentNetBase
 
 from tdhook_rl.arguments.checked import require_counts
 from tdhook_rl.arguments.keys import required
-from tdhook_rl.calls.inputs import require_as_seen, stored_inputs
+from tdhook_rl.calls.inputs import require_as_seen, state_keys, stored_inputs
 from tdhook_rl.calls.passes import Call, effects_of
 from tdhook_rl.calls.real_rows import defined_values, real_rows
 from tdhook_rl.calls.repeatable import require_rows_apart
@@ -79,7 +79,7 @@ class FixedStates:
             MissingKeyError: if the batch lacks an input of the network, or the group that was named.
             InputError: if it has no states.
         """
-        keys = self.hooked.policy_in_keys
+        keys = state_keys(self.hooked, data)
         for key in keys:
             required(data, key, "the network reads")
         require_as_seen(self.hooked, data, "give states= with what it reads, and nothing that it writes", states=True)

@@ -11,7 +11,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.arguments.keys import required
-from tdhook_rl.calls.inputs import require_as_seen
+from tdhook_rl.calls.inputs import require_as_seen, state_keys
 from tdhook_rl.calls.real_rows import defined_values, real_rows, surely_finite
 from tdhook_rl.errors import InputError, nearest
 from tdhook_rl.policies.draws import action_keys
@@ -93,16 +93,17 @@ def pairs_of(
         raise InputError(f"there are no states to compare: the batch shape is {tuple(clean.batch_size)}")
     for states in (clean, corrupt):
         require_as_seen(bench.hooked, states, "give states with what it reads, and nothing it writes", states=True)
-    for key in bench.reads:
+    reads = state_keys(bench.hooked, clean, corrupt)
+    for key in reads:
         shapes = [tuple(required(one, key, "the policy reads").shape) for one in (clean, corrupt)]
         if shapes[0] != shapes[1]:
             raise InputError(f"clean and corrupt {key!r} have the shapes {shapes[0]} and {shapes[1]}")
     numbers = _groups(clean, groups)
-    sides = [flat_states(one, bench.reads) for one in (clean, corrupt)]
+    sides = [flat_states(one, reads) for one in (clean, corrupt)]
     usable = torch.ones(count, dtype=torch.bool)
     for states, side in zip((clean, corrupt), sides, strict=True):
         real = real_rows(states)
-        odd = (value for key in bench.reads if not surely_finite(value := side.get(key)))
+        odd = (value for key in reads if not surely_finite(value := side.get(key)))
         finite = defined_values(odd, side.batch_size)
         for mask in (real, finite):
             if mask is not None:
@@ -112,7 +113,7 @@ def pairs_of(
             f"none of the {count} pairs of states can be used: they hold NaN or infinite entries, or padding"
         )
     keys = [key for key in action_keys(bench.hooked.policy_out_keys) if clean.get(key, None) is not None]
-    stored = flat_states(clean, [key for key in keys if key not in bench.reads])
+    stored = flat_states(clean, [key for key in keys if key not in reads])
     pairs = Pairs(sides[0], sides[1], stored, torch.ones_like(usable), numbers)
     return pairs if bool(usable.all()) else pairs.some(usable)
 
