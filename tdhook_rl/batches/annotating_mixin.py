@@ -39,8 +39,8 @@ def annotate(
 
     The stored actions are the targets; nothing is sampled, and the generators stay as they are. A recurrent
     policy is run at the hidden state that is stored with each row; only methods with
-    ``horizon="trajectory"`` are given whole trajectories, of which the last batch dimension is time. The
-    result can be a collector's ``postproc``.
+    ``horizon="trajectory"`` are given whole trajectories, of which the last batch dimension is time (each by itself,
+    where several lie one after the other in it). The result can be a collector's ``postproc``.
 
     Args:
         data: a batch as collected or read from a buffer, of any batch shape; it is not modified and

@@ -18,6 +18,7 @@ from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.batches.found import Found
 from tdhook_rl.batches.keeping import Keep, kept_keys, only_kept
 from tdhook_rl.batches.mismatch import Mismatch
+from tdhook_rl.batches.pieces import pieces
 from tdhook_rl.calls.bound import BoundMethod, observers
 from tdhook_rl.calls.heads import replay_chain
 from tdhook_rl.calls.inputs import (
@@ -113,7 +114,10 @@ def _computed(
         others = not effects.watch.idle or any(one.asks_functions for one in missing)
         noise = PassNoise(data.device or effects.device, others=others)
     for part, run, size in _parts(missing, data, chunk_size):
-        yield run(policy, selected, _Analysis(policy, part, mismatch, noise, laid_out), size)
+        analysis = _Analysis(policy, part, mismatch, noise, laid_out)
+        if run is _trajectories and data.ndim and policy._hooked.traits.recurrent:
+            analysis.pieces = pieces(policy, data.reshape(-1, data.batch_size[-1]))
+        yield run(policy, selected, analysis, size)
     mismatch.report(data)
 
 
@@ -169,6 +173,7 @@ class _Analysis:
         self.mismatch = mismatch
         self.noise = noise
         self.through_time = False  # whole trajectories, in the recurrent mode
+        self.pieces: list[Tensor] | None = None  # rows by trajectory, where lines hold several
         self.laid_out = laid_out  # how rows are computed in another layout than that of the data
         self.forward: Callable[..., Any] = type(policy)._base.forward
 
@@ -263,11 +268,21 @@ def _trajectories(policy: HookedPolicy, data: TensorDictBase, analysis: _Analysi
             "dimension is time"
         )
     steps = data.batch_size[-1]
-    flat = data.reshape(-1, steps)
-    at_once = len(flat) if chunk_size is None else max(1, chunk_size // steps)
     analysis.through_time, analysis.laid_out = True, ""
-    found = _in_parts(flat, at_once, analysis)
-    return {key: value.reshape((*data.batch_size, *value.shape[2:])) for key, value in found.items()}
+    if analysis.pieces is None:
+        found = _lines(data.reshape(-1, steps), analysis, chunk_size)
+        return {key: value.reshape((*data.batch_size, *value.shape[2:])) for key, value in found.items()}
+    flat = data.reshape(-1)
+    parts = [_lines(flat[rows], analysis, chunk_size) for rows in analysis.pieces]
+    order = torch.cat([rows.reshape(-1) for rows in analysis.pieces]).argsort()
+    found = {key: torch.cat([part[key].flatten(0, 1) for part in parts]) for key in parts[0]}
+    return {key: value[order.to(value.device)].reshape((*data.batch_size, *value.shape[1:]))
+            for key, value in found.items()}  # fmt: skip
+
+
+def _lines(data: TensorDictBase, analysis: _Analysis, chunk_size: int | None) -> Results:
+    """Trajectories ``(lines, time)``, as many at once as have so many rows."""
+    return _in_parts(data, len(data) if chunk_size is None else max(1, chunk_size // data.batch_size[1]), analysis)
 
 
 def _recurrent_mode(policy: HookedPolicy, mode: bool) -> AbstractContextManager[Any]:
