@@ -23,10 +23,12 @@ from torchrl.record.loggers.csv import CSVLogger
 from torchrl.record.loggers.monitoring import Every, LoggerMonitor
 
 from tdhook_rl import Compose, ControlRecord, Saliency, SteeringVectors, targets
+from tdhook_rl.attribution import IntegratedGradients
 from tdhook_rl.envs import CueCorners, TMaze
 from tdhook_rl.errors import InputError
 from tdhook_rl.examples.agent import FC2, PPO, make_actor, make_critic
 from tdhook_rl.report import FileSink, Monitor, open_wandb
+from tdhook_rl.rollout import summarise
 from tests.monitoring import METHOD, QUIET, batch_of
 from tests.wandb_reader import finished, records
 
@@ -255,3 +257,33 @@ def test_an_evaluator_takes_its_numbers_and_the_monitor_the_evaluators(tmp_path:
     assert found["eval/attr.observation"] > 0
     assert found["eval/computed.attr"] == 1.0
     assert "eval/reward" in curves
+
+
+OTHERS: dict[str, Callable[[Any], Any]] = {
+    "another target": lambda actor: Saliency(target=targets.logit(1)).prepare(actor, return_context=False),
+    "another method": lambda actor: IntegratedGradients(baseline=0.0).prepare(actor, return_context=False),
+    "a critic": lambda actor: Saliency().prepare(make_critic(), return_context=False),
+    "each step": lambda actor: Saliency(target=targets.logit(1), when="step").prepare(actor, return_context=False),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_results_of_another_policy_are_not_taken_for_this_ones(name: str, tmp_path: Path) -> None:
+    """Two monitors look at a batch that the policy of one has annotated: each logs what its own policy finds."""
+    actor = make_actor()
+    other = OTHERS[name](actor)
+    policy = METHOD.prepare(actor, return_context=False)
+    monitors = [Monitor(one, tmp_path / str(number)) for number, one in enumerate((policy, other))]
+    found = []
+    for seed in range(2):
+        plain = CueCorners(batch_size=[4], seed=seed).rollout(5, actor, break_when_any_done=False).detach()
+        batch = policy.annotate(plain)
+        for monitor in monitors:
+            expected = summarise(monitor.policy.annotate(plain), [("attr", "observation")])["attr.observation"]
+            found.append(expected)
+            assert monitor.step(batch)["attr.observation"] == pytest.approx(expected, rel=1e-4)
+        with torch.no_grad():  # as by an update
+            actor.module[0].module[0].weight.mul_(1.1)
+    for monitor in monitors:
+        monitor.close()
+    assert len(set(found)) == 4

@@ -13,7 +13,7 @@ from tdhook_rl.arguments.keys import get_entry, surely_lacks
 from tdhook_rl.calls.bound import BoundMethod
 from tdhook_rl.calls.policy import HookedPolicy
 from tdhook_rl.calls.provenance import is_stamped, precision_on, stamp_key
-from tdhook_rl.calls.real_rows import real_rows, without_other_rows
+from tdhook_rl.calls.real_rows import real_rows, row_mask, without_other_rows
 from tdhook_rl.calls.writing import require_room, set_entries, set_tensor
 from tdhook_rl.internals.tensordict_names import has_names, new_unsafe, set_str
 from tdhook_rl.replaying.batching import shallow_copy
@@ -195,3 +195,24 @@ class Found:
                 set_str(result, root, node, inplace=False, validated=True)
             else:
                 result.set(root, node)
+
+
+def is_of_another(policy: HookedPolicy, data: TensorDictBase) -> bool | None:
+    """Whether stamps say that all results in a batch were written by another policy, or method, or with other weights.
+
+    Returns:
+        ``None`` where no row says whose it is: random frames, compiled calls, roots without stamps.
+    """
+    own, known = policy._hooked.provenance, None
+    with policy._hooked.runtime.lock:
+        own.forget()
+        own.note_weights(policy)
+        for root in own.stamped:
+            mask, stamp = row_mask(data, ("computed", root)), get_entry(data, stamp_key(root))
+            if mask is None or not isinstance(stamp, Tensor) or not bool((said := mask & (stamp != 0)).any()):
+                continue
+            rows = own.own_rows(root, data)
+            if rows is not None and not bool((rows & said.to(rows.device)).any()):
+                return True
+            known = False
+    return known

@@ -10,6 +10,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from tdhook_rl.batches.annotation import OnMismatch
+from tdhook_rl.batches.found import is_of_another
 from tdhook_rl.calls.bound import observers
 from tdhook_rl.errors import TdhookError, warn
 from tdhook_rl.report.episodes import Episode, Followed, episode_table, episodes, odd_rewards
@@ -95,6 +96,7 @@ class Look:
     tries: Tries = field(default_factory=Tries)
     seen: int = 0
     _tabled: int | None = field(default=None, init=False)
+    _others: bool | None = field(default=None, init=False)  # whether results that a batch brings are another policy's
     _followed: Followed = field(default_factory=Followed, init=False)
 
     def __call__(
@@ -167,11 +169,14 @@ class Look:
         return bool(every) and self.seen % every == 0
 
     def _annotated(self, batch: TensorDictBase, on_mismatch: OnMismatch) -> TensorDictBase:
-        """The batch with results; as it is where it has them."""
+        """The batch with results; as it is where it has them, of this policy."""
         later = [key for one in observers(self.policy._hooked.bound) if not one.only_in_forward
                  for key in one.result_keys]  # fmt: skip
         if all(batch.get(key, None) is not None for key in later):
-            return batch
+            if self._others is None:  # asked once: later, weights are others than those that acted
+                self._others = is_of_another(self.policy, batch)
+            if not self._others:
+                return batch
         return self.policy.annotate(batch, on_mismatch=on_mismatch)
 
 
