@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,9 @@ from tdhook_rl.attribution import (
     Occlusion,
     PerturbationSaliency,
 )
+from tdhook_rl.attribution.lrp_rules import Epsilon, Uniform
 from tdhook_rl.errors import InputError, MissingKeyError
+from tdhook_rl.method import Method
 from tdhook_rl.metrics import policy_divergence, random_target_loss
 from tdhook_rl.replay import smallest_margins
 from tdhook_rl.report.player.decisions import decision_tracks
@@ -281,3 +284,62 @@ def test_distributions_over_other_listed_choices_are_not_compared() -> None:
     for second in (other, MaskedCategorical(logits=logits[:, :2], mask=torch.ones(2, 2, dtype=torch.bool))):
         with pytest.raises(InputError, match=r"not the same ones"):
             policy_divergence(one, second)
+
+
+class Closes(nn.Module):
+    """Logits of which a network closes some by itself, in the ways that people write."""
+
+    def __init__(self, how: str, bias: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.how = nn.Linear(4, 6, bias=bias).double(), nn.Linear(6, 3, bias=bias).double(), how
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        logits = self.head(self.body(x).relu())
+        low = torch.full_like(logits, -torch.inf)
+        if self.how == "masked_fill":
+            return logits.masked_fill(~mask, -torch.inf)
+        if self.how == "where":
+            return torch.where(mask, logits, low)
+        return logits + torch.zeros_like(logits).masked_fill(~mask, -torch.inf) if self.how == "added" else logits
+
+
+EXPLAIN: dict[str, Callable[..., Method]] = {
+    "saliency": Saliency,
+    "product": lambda **options: Saliency(multiply_by_inputs=True, **options),
+    "path": lambda **options: IntegratedGradients(baseline=0.0, n_steps=4, **options),
+    "relevance": lambda **options: LRP(rule_mapper=Uniform(Epsilon(0.0), epsilon=0.0), **options),
+    "guided": GuidedBackpropagation,
+    "occlusion": Occlusion,
+}
+
+
+@pytest.mark.parametrize(("method", "target"), [*product(EXPLAIN, ["logit", "chosen_logit"]), ("relevance", "default")])
+def test_open_logits_are_explained_beside_those_that_are_minus_infinity(method: str, target: str) -> None:
+    asked = {"logit": {"target": targets.logit(0)}, "chosen_logit": {"target": targets.chosen_logit()}, "default": {}}
+    for batch in [(3,), (), (2, 3)]:
+        torch.manual_seed(1)
+        mask = torch.rand(*batch, 3) < 0.5
+        mask[..., 0] = True
+        data = TensorDict({"x": torch.randn(*batch, 4).double(), "mask": mask}, batch)
+        data["action"] = torch.zeros(batch, dtype=torch.int64)
+        found = []
+        for how in ("masked_fill", "where", "added", "open"):
+            net = TensorDictModule(Closes(how), ["x", "mask"], ["logits"])
+            policy = ProbabilisticActor(net, ["logits"], distribution_class=Categorical)
+            with EXPLAIN[method](inputs=["x"], **asked[target]).prepare(policy) as hooked:
+                rows = hooked.annotate(data.clone())
+            assert bool(rows["computed", "attr"].all())
+            found.append(rows["attr", "x"])
+        for one in found[:-1]:
+            torch.testing.assert_close(one, found[-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_relevance_of_large_logits(dtype: torch.dtype) -> None:
+    """It starts at them, and not at their squares, of which float16 has none."""
+    net = nn.Linear(4, 3, bias=False).to(dtype)
+    x = (400 * torch.eye(4)).to(dtype)
+    with LRP(target=targets.logit(0)).prepare(net, in_keys=["x"], out_keys=["logits"]) as hooked:
+        rows = hooked(TensorDict({"x": x / net.weight[0].detach().abs().max()}, batch_size=4))
+    torch.testing.assert_close(rows["attr", "x"].sum(-1), rows["logits"][:, 0].detach(), rtol=1e-2, atol=1e-2)

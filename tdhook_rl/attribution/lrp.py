@@ -229,8 +229,8 @@ class _Start:
             if count is not None
         )
         terms = [
-            row_vectors(node * (point.detach() * count), run.outputs.batch_size).sum(-1)
-            for node, point, count in zip((*nodes.values(), *run.watched.values()), points, counts, strict=True)
+            row_vectors(_begun(node, count), run.outputs.batch_size).sum(-1)
+            for node, count in zip((*nodes.values(), *run.watched.values()), counts, strict=True)
             if count is not None
         ]
         if not terms:
@@ -238,6 +238,13 @@ class _Start:
         # A row whose target is no number has no relevance either, whatever its outputs are.
         defined = row_vectors(torch.isfinite(self.value), run.outputs.batch_size).all(-1)
         return torch.where(defined, torch.stack(terms).sum(0), torch.nan)
+
+
+def _begun(node: Tensor, count: Tensor) -> Tensor:
+    """Zero, with a gradient that is each entry of an output times how much it counts; of what does not count, minus
+    infinity too, it is zero."""
+    start = torch.where(count == 0, 0.0, node.detach() * count)
+    return torch.where(count == 0, 0.0, (node - node.detach()) * start)
 
 
 def _has_gradient(value: Any) -> bool:

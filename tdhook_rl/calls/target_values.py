@@ -142,7 +142,7 @@ class Chosen:
 
     def __call__(self, run: Pass) -> Tensor:
         found = [(key, _expected(run, key, value)) for key, value in outputs_named(run, self.key, self.name)]
-        return _total(run, [(value * chosen_entries(run, value, key)).sum(-1) for key, value in found])
+        return _total(run, [self._of(value, chosen_entries(run, value, key)) for key, value in found])
 
     def slope(self, run: Pass) -> Slope | None:
         (key, values), *others = outputs_named(run, self.key, self.name)
@@ -153,6 +153,11 @@ class Chosen:
         if run is None or run.out_keys != [key] or (action := action_of(run, key)) is None:
             return None
         return head.weighted(as_one_hot(run, action, get_entry(run.outputs, key), key))
+
+    @staticmethod
+    def _of(values: Tensor, chosen: Tensor) -> Tensor:
+        # No product: zero times the minus infinity of a choice that is closed would be no number.
+        return torch.where(chosen == 0, 0.0, values).sum(-1)
 
 
 @dataclass(frozen=True)
