@@ -60,6 +60,8 @@ def test_a_class_that_comes_late_is_not_scored_by_what_was_before() -> None:
         one.fit()
         one.judge(rows)
         assert one.score(0, 0).estimate == pytest.approx(2 / 3 if lacking else 1.0)
+        # While it has no training row it is never guessed, and later it is one of three.
+        assert one.chance(0, 0) == pytest.approx(1 / 3 if lacking else 7 / 18)
     # Of the class that was new only the rows since then count, of the others all.
     assert one.score(0, 0).rows == 25 + 2 * 50
 
@@ -351,6 +353,43 @@ def test_labels_by_chance_that_lack_a_class_are_no_control() -> None:
         cell = own.table()["0", "coin"]
         assert cell.selectivity is not None
         assert cell.selectivity.known == (classes == 2)
-    assert cell.shuffled.estimate > 0.4 > cell.chance  # by which selectivity was negative
+    assert cell.shuffled.estimate > cell.trained.low > 0.37  # by which selectivity was negative
     assert cell.selectivity.words == "one of the two has no training row of class 2"
     assert cell.selectivity.words in str(own.table())
+
+
+@pytest.mark.parametrize("classes", [3, 4])
+@pytest.mark.parametrize("kind", ["suite", "online", "added up"])
+def test_chance_is_that_of_the_classes_that_were_known(kind: str, classes: int) -> None:
+    """Of a coin that has two sides at first: what is scored then is right by chance more often than later."""
+    split = GroupSplit("episode", held_out=0.5)
+    options: dict[str, Any] = {"sites": "0", "concepts": {"coin": "coin"}, "split": split, "untrained": False}
+    net, found = nn.Sequential(nn.Identity()), []
+
+    def right(known: int) -> float:
+        """Of a guess: the first classes have rows from either time, in these shares."""
+        early, late = 1 / known, 1 / classes
+        first = (early * early + late * late) / (early + late)
+        return (known * first + (classes - known) * late) / classes
+
+    for known in (2, classes):
+        suites = [ProbeSuite(net, **options) for _ in range(2)]
+        online = OnlineProbe(features="input", label="coin", split=split, classes=classes)
+        for part in range(4):
+            draws = torch.Generator().manual_seed(part)
+            coin = torch.randint(known if part < 2 else classes, (1000,), generator=draws)
+            data = TensorDict({"input": torch.randn(1000, 3, generator=draws), "coin": coin}, [1000])
+            data["episode"] = torch.arange(1000) + 1000 * part
+            online.update(data)
+            suites[part // 2 if kind == "added up" else 0].update(data)
+        if kind == "online":
+            found.append((online.scores["accuracy"], online.words))
+        else:
+            cell = (suites[0] + suites[1] if kind == "added up" else suites[0]).table()["0", "coin"]
+            assert cell.chance == pytest.approx(right(known), abs=0.01)
+            found.append((cell.trained, cell.words))
+    (fewer, told), (always, nothing) = found
+    assert ("judged while fewer classes were known" in told, nothing) == (True, "")
+    assert fewer.low > 1 / classes  # which was taken for chance
+    assert right(2) in fewer
+    assert 1 / classes in always

@@ -101,10 +101,9 @@ class ClassConcept(Concept):
         self._hits.forget(self.statistics.there & ~before)
 
     def decay(self, factor: float) -> None:
-        self.statistics.decay(factor)
-        self._hits.decay(factor)
-        if self._scores is not None:
-            self._scores.decay(factor)
+        for one in (self.statistics, self._hits, self._scores):
+            if one is not None:
+                one.decay(factor)
 
     def solve(self, path: str) -> LinearProbe | None:
         if int(self.statistics.there.sum()) < 2:
@@ -117,7 +116,8 @@ class ClassConcept(Concept):
     def judge(self, probe: LinearProbe, features: Tensor, labels: Tensor, codes: Sequence[Tensor]) -> None:
         scores = probe.scores(features.double()).cpu()
         of_class = torch.nn.functional.one_hot(labels, len(self.statistics.count)).bool()
-        self._hits.add(codes, of_class, (scores.argmax(-1) == labels)[:, None].expand_as(of_class))
+        known = torch.where(self.statistics.there, self.statistics.there.sum(), 0)
+        self._hits.add(codes, of_class, (scores.argmax(-1) == labels)[:, None].expand_as(of_class), known)
         if self._scores is not None:
             middle, spread = (torch.tensor([one], dtype=torch.float64) for one in self.statistics.margin(probe))
             margin = scores[:, 1:] - scores[:, :1]
@@ -150,6 +150,8 @@ class ClassConcept(Concept):
             self.words.append(f"left out, with fewer than min_rows={self.options.min_rows:g} rows: {_names(few)}")
         if bool(unseen.any()) and not math.isnan(found["accuracy"].estimate):
             self.words.append(f"held-out rows of {_names(unseen)} count as wrong: no training row is of that class")
+        if not math.isnan(found["accuracy"].estimate):
+            self.words += self._hits.words(enough)
         return found
 
     @property

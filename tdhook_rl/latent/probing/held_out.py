@@ -190,31 +190,42 @@ class HitTally:
     def __init__(self, *, columns: int, groupings: int) -> None:
         self._columns = columns
         self._tallies = [Tally(width=2 * columns) for _ in range(groupings)]
+        self._among = torch.zeros(columns, 3, dtype=torch.float64)  # rows, by how many classes the probe knew
 
-    def add(self, codes: Sequence[Tensor | Grouped], of_class: Tensor, right: Tensor) -> None:
+    def add(
+        self, codes: Sequence[Tensor | Grouped], of_class: Tensor, right: Tensor, known: Tensor | None = None
+    ) -> None:
         """Add rows.
 
         Args:
             codes: for each grouping ``(rows,)``, the group of each row.
             of_class: ``(rows, columns)``, bool: the column that a row belongs to.
             right: ``(rows, columns)``, bool: and whether it was classified rightly.
+            known: ``(columns,)``, among how many classes it was, 0 for one that is not among them; two unless given.
         """
+        if known is not None:
+            self._among = _padded(self._among, int(known.max()) + 1)
+            self._among.scatter_add_(1, known[:, None], of_class.sum(0)[:, None].double())
         values = torch.cat([of_class & right, of_class], 1)
         for tally, code in zip(self._tallies, codes, strict=True):
             tally.add(code, values)
 
     def decay(self, factor: float) -> None:
         """Let what was scored before count for less."""
+        self._among *= factor
         for tally in self._tallies:
             tally.decay(factor)
 
     def forget(self, columns: Tensor) -> None:
         """Drop the rows of some classes."""
+        self._among[columns] = 0
         for tally in self._tallies:
             tally.forget(torch.cat([columns, columns]))
 
     def merge(self, other: HitTally) -> None:
         """Add the rows of another."""
+        width = max(self._among.shape[1], other._among.shape[1])
+        self._among = _padded(self._among, width) + _padded(other._among, width)
         for tally, its in zip(self._tallies, other._tallies, strict=True):
             tally.merge(its)
 
@@ -228,6 +239,8 @@ class HitTally:
         wider = HitTally(columns=width, groupings=len(self._tallies))
         places = torch.cat([columns, columns + width])
         wider._tallies = [tally.spread(places, 2 * width) for tally in self._tallies]
+        wider._among = torch.zeros(width, self._among.shape[1], dtype=torch.float64)
+        wider._among[columns] = self._among
         return wider
 
     @property
@@ -253,10 +266,34 @@ class HitTally:
             statistics.balanced_accuracy(*np.split(one, 2, axis=1), confidence=confidence) for one in parts
         ])  # fmt: skip
 
+    def chance(self, chosen: Tensor) -> float:
+        """The balanced accuracy of a guess over the chosen columns; NaN of fewer than two.
+
+        Where rows were judged while fewer classes were known, a guess was right more often.
+        """
+        classes = int(chosen.sum())
+        among = self._among[chosen]
+        if classes < 2 or not bool(among[:, 1:classes].any()):
+            return 1 / classes if classes > 1 else math.nan
+        right = among[:, 1:] / torch.arange(1, among.shape[1]).clamp(2, classes)
+        return float((right.sum(1) / among.sum(1)).nanmean())
+
+    def words(self, chosen: Tensor) -> list[str]:
+        """What has to be known where chance is more than that of so many classes."""
+        chance, among = self.chance(chosen), self._among[chosen]
+        if not chance * len(among) > 1.02:
+            return []
+        fewer = float(among[:, 1 : len(among)].sum() / among.sum())
+        return [f"{fewer:.0%} of the held-out rows were judged while fewer classes were known: chance is {chance:.2f}"]
+
     def columns(self, chosen: Tensor) -> Tensor:
         """Where the tables have how many rows of the chosen columns are right, and then how many there are."""
         columns = chosen.nonzero().squeeze(-1)
         return torch.cat([columns, self._columns + columns])
+
+
+def _padded(rows: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(rows, (0, max(width - rows.shape[1], 0)))
 
 
 class ScoreHistograms:
@@ -329,3 +366,19 @@ class ScoreHistograms:
 def widest(intervals: Sequence[Interval]) -> Interval:
     """Of one estimate by several groupings the least sure; none, if one of them gives none."""
     return max(intervals, key=lambda one: one.half_width if one.known else math.inf)
+
+
+def aligned(
+    first: Tally, own: Tensor | slice, second: Tally, theirs: Tensor | slice
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Some sums of two tallies, a row for each group of either, in the same order."""
+    if first.folded != second.folded:
+        return None
+    codes = torch.cat([first.codes, second.codes]).unique()
+    found = []
+    for tally, columns in ((first, own), (second, theirs)):
+        part = tally.of(columns)
+        sums = torch.zeros(len(codes), part.shape[1], dtype=torch.float64)
+        sums[torch.searchsorted(codes, tally.codes)] = part
+        found.append(sums.numpy())
+    return found[0], found[1]

@@ -14,7 +14,7 @@ from torch import Tensor
 from tdhook_rl import statistics
 from tdhook_rl.errors import listed
 from tdhook_rl.latent.probing.bank import ClassBank, Probes
-from tdhook_rl.latent.probing.held_out import HitTally, ScoreHistograms, Tally, widest
+from tdhook_rl.latent.probing.held_out import HitTally, ScoreHistograms, Tally, aligned, widest
 from tdhook_rl.latent.probing.linear_probe import LinearProbe
 from tdhook_rl.latent.probing.rows import Rows
 from tdhook_rl.latent.probing.value_bank import ValueBank, ValueProbes
@@ -152,7 +152,9 @@ class ScoredClasses(Scored[ClassBank]):
         features, labels, usable = rows.held
         scores = self.probes.scores(features)
         counts = None if usable is None else usable.T[..., None]
-        probed = self.probes.there.sum(-1) > 1
+        there = self.probes.there
+        known = there.sum(-1, keepdim=True)
+        probed = known[..., 0] > 1
         if not bool(probed.all()):
             counts = probed.expand(scores.shape[:3]) if counts is None else counts & probed
         of_class = torch.zeros(len(labels), *scores.shape[2:], dtype=torch.bool).scatter_(2, labels[..., None], True)
@@ -160,7 +162,8 @@ class ScoredClasses(Scored[ClassBank]):
         counted = of_class[:, None].expand(scores.shape)
         if counts is not None:
             counted = counted & counts[..., None]
-        self._hits.add(rows.parts.groups, counted.flatten(1), right.expand(scores.shape).flatten(1))
+        among = torch.where(there, known, 0).flatten()
+        self._hits.add(rows.parts.groups, counted.flatten(1), right.expand(scores.shape).flatten(1), among)
         if self._areas is not None:
             binary = self._binary
             if counts is not None:
@@ -198,7 +201,8 @@ class ScoredClasses(Scored[ClassBank]):
         few = ((rows > 0) & ~enough).nonzero().squeeze(-1).tolist()
         unseen = ((rows > 0) & ~there).nonzero().squeeze(-1).tolist()
         said = [f"left out, fewer than {self.min_rows:g} held-out rows: class {listed(few, 6)}"] if few else []
-        return "; ".join(said + ([f"wrong, without a training row: class {listed(unseen, 6)}"] if unseen else []))
+        said += [f"wrong, without a training row: class {listed(unseen, 6)}"] if unseen else []
+        return "; ".join([*said, *self._hits.words(self._columns(source, concept))])
 
     def difference(self, source: int, concept: int, other: ScoredClasses, at: tuple[int, int]) -> Interval:
         """The balanced accuracy of a concept minus that of one of another bank, of a source there, by group.
@@ -212,7 +216,7 @@ class ScoredClasses(Scored[ClassBank]):
         found = []
         own, theirs = self._hits.columns(self._columns(source, concept)), other._hits.columns(other._columns(*at))
         for mine, its in zip(self._hits.tables, other._hits.tables, strict=True):
-            parts = _aligned(mine, own, its, theirs)
+            parts = aligned(mine, own, its, theirs)
             if parts is None:
                 return none(
                     math.nan, "the two were grouped in other ways", confidence=self.confidence, groups=0, rows=0.0
@@ -231,9 +235,8 @@ class ScoredClasses(Scored[ClassBank]):
         return int(self._enough(source, concept).sum())
 
     def chance(self, source: int, concept: int) -> float:
-        """The balanced accuracy of a guess."""
-        count = self.classes(source, concept)
-        return 1 / count if count > 1 else math.nan
+        """The balanced accuracy of a guess, on average over the rows where some were judged among fewer classes."""
+        return self._hits.chance(self._columns(source, concept))
 
     def probe(self, source: int, concept: int, path: str, facts: dict[str, float]) -> LinearProbe | None:
         """The probe of one concept."""
@@ -332,7 +335,7 @@ class ScoredValues(Scored[ValueBank]):
         found = []
         own, theirs = self._columns(source, concept), other._columns(*at)
         for mine, its in zip(self._sums, other._sums, strict=True):
-            parts = _aligned(mine, own, its, theirs)
+            parts = aligned(mine, own, its, theirs)
             if parts is None:
                 return none(
                     math.nan, "the two were grouped in other ways", confidence=self.confidence, groups=0, rows=0.0
@@ -378,19 +381,3 @@ class ScoredValues(Scored[ValueBank]):
     def _columns(self, source: int, concept: int) -> slice:
         start = 4 * (source * self.width + concept)
         return slice(start, start + 4)
-
-
-def _aligned(
-    first: Tally, own: Tensor | slice, second: Tally, theirs: Tensor | slice
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Some sums of two tallies, a row for each group of either, in the same order."""
-    if first.folded != second.folded:
-        return None
-    codes = torch.cat([first.codes, second.codes]).unique()
-    found = []
-    for tally, columns in ((first, own), (second, theirs)):
-        part = tally.of(columns)
-        sums = torch.zeros(len(codes), part.shape[1], dtype=torch.float64)
-        sums[torch.searchsorted(codes, tally.codes)] = part
-        found.append(sums.numpy())
-    return found[0], found[1]
