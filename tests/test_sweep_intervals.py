@@ -229,3 +229,20 @@ def test_a_half_way_of_no_width_says_so(spread: float) -> None:
     half = known(8, effect=1.0, seed=0, spread=spread).alpha_50("score")
     assert half.known
     assert ("all 8 groups are alike" in half.words) == (half.low == half.high) == (spread == 0)
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.float64])
+def test_a_strength_is_found_by_its_number_in_any_dtype(given: torch.dtype) -> None:
+    """Of those that are all but equal the nearest; what is in no dtype the same was not played."""
+    played = [*torch.linspace(-1, 1, 21, dtype=given).tolist(), 0.3 * (1 + 5e-7)]
+    conditions = [Condition(), Condition(draw=1), *(Condition("up", one) for one in played)]
+    values = torch.arange(len(conditions), dtype=torch.float64)[:, None].expand(-1, 4)
+    found = SweepResult(conditions=conditions, values={"o": values})
+    for place, strength in enumerate(played):
+        if tenths := round(10 * strength) / 10:
+            others = [float(np.float32(strength)), float(np.float32(tenths)), tenths] if place < 21 else []
+            for asked in [strength, *others]:
+                assert found.of("o", alpha=asked)[0] == place + 2
+    for asked in (0.05, 0.1001, 1.00001):
+        with pytest.raises(InputError, match=f"did not play vector 'up' at alpha {asked:g}"):
+            found.of("o", alpha=asked)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,6 +75,19 @@ class Direction:
         if not condition.control:
             return self.parts[place]
         return self.controls[condition.control][place][condition.draw]
+
+
+def place_of(asked: Condition, conditions: Sequence[Condition]) -> int | None:
+    """Where a condition is; unless it is there, the one whose strength is the same but for rounding.
+
+    0.3 is what 0.1 + 0.2 gives, and what float32 makes of it.
+    """
+    near = [
+        (abs(one.alpha - asked.alpha), place)
+        for place, one in enumerate(conditions)
+        if math.isclose(one.alpha, asked.alpha, rel_tol=1e-6) and replace(one, alpha=asked.alpha) == asked
+    ]
+    return min(near)[1] if near else None
 
 
 def directions_of(vectors: Any, controls: int, seed: int) -> dict[str, Direction]:

@@ -27,7 +27,7 @@ from tdhook_rl.statistics import (
 from tdhook_rl.statistics.cautions import all_alike
 from tdhook_rl.statistics.interval import pair_up
 from tdhook_rl.statistics.means import may_be_0
-from tdhook_rl.sweeps.conditions import BASELINE, RANDOM, REPEATED, SHUFFLED, Condition
+from tdhook_rl.sweeps.conditions import BASELINE, RANDOM, REPEATED, SHUFFLED, Condition, place_of
 from tdhook_rl.sweeps.sweep_file import FILE, UNFINISHED, read_sweep, write_sweep
 from tdhook_rl.sweeps.sweep_table import SweepRow, SweepTable
 
@@ -375,11 +375,8 @@ class SweepResult:
         return (0.0, 1.0) if bool(((values == 0) | (values == 1)).all()) else None
 
     def _row(self, condition: Condition) -> int:
-        if condition in self.conditions:
-            return list(self.conditions).index(condition)
-        for place, one in enumerate(self.conditions):  # 0.1 + 0.2 is asked for as 0.3
-            if math.isclose(one.alpha, condition.alpha) and replace(one, alpha=condition.alpha) == condition:
-                return place
+        if (place := place_of(condition, self.conditions)) is not None:
+            return place
         named = f"{condition.control or 'vector'} {condition.vector!r} at alpha {condition.alpha:g}"
         have = ", ".join(f"{alpha:g}" for alpha in self.alphas(condition.vector))
         raise InputError(f"the sweep did not play {named} (draw {condition.draw}); strengths: {have}")
