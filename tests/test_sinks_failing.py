@@ -91,7 +91,7 @@ def test_a_backend_that_hangs_stops_nothing(tmp_path: Path) -> None:
         sinks.log({"a": 1.0}, 1)
     for step in range(2, 50):
         sinks.log({"a": float(step)}, step)
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < 3.0  # a tenth of a second for each would be more
     logger.gate.set()
     sinks.close()
     assert [step for step, _ in logger.rows] == list(range(50))  # in order, and all of them
@@ -134,7 +134,7 @@ def test_a_sink_that_is_called_as_it_is_gets_a_thread_when_it_needs_one(failing:
     with said():
         for step in range(2, 30):
             sinks.log({"a": float(step)}, step)
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < 2.0
     logger.gate.set()
     sinks.close()
     assert sorted(step for step, _ in logger.rows) == list(range(30))
