@@ -146,3 +146,66 @@ def test_other_shapes_of_one_number_and_of_other_widths() -> None:
     for env in (Row(), Row((2,))):
         with pytest.raises(MissingKeyError, match=r"under 'action', which the policy does not write.*act"):
             steering_sweep(unnamed, env, vector, **options)
+
+
+class Lottery(Row):
+    """Starts from a generator of its own, which a seed replaces as Gymnasium does, or moves."""
+
+    def __init__(self, replaces: bool) -> None:
+        super().__init__(action=Categorical(2))
+        self.replaces, self.generator = replaces, torch.Generator()
+
+    def _set_seed(self, seed: int | None) -> None:
+        if self.replaces:
+            self.generator = torch.Generator()
+        self.generator.manual_seed(seed or 0)
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **_: Any) -> TensorDict:
+        at = torch.rand(2, generator=self.generator)
+        return TensorDict({"observation": at, "time": torch.zeros(1)}, [])
+
+
+def cart_pole() -> EnvBase:
+    return GymEnv("CartPole-v1", categorical_action_encoding=True)
+
+
+DRAWING: dict[str, tuple[Callable[[], EnvBase], int]] = {
+    "Gymnasium's": (cart_pole, 4),
+    "inside transforms": (lambda: TransformedEnv(cart_pole(), StepCounter(9)), 4),
+    "several of them": (lambda: SerialEnv(2, cart_pole), 4),
+    "one that is moved": (lambda: Lottery(False), 2),
+    "one that is replaced": (lambda: Lottery(True), 2),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*did not end within max_steps=3")
+@pytest.mark.parametrize("name", DRAWING)
+def test_what_the_user_plays_afterwards_starts_as_without(name: str) -> None:
+    make, width = DRAWING[name]
+    net = TensorDictModule(nn.Linear(width, 2), ["observation"], ["logits"])
+    actor = ProbabilisticActor(net, in_keys=["logits"], distribution_class=Draw)
+    states = TensorDict({"observation": torch.randn(4, width)}, batch_size=4)
+    vector = {"v": {"module.0.module": torch.ones(2)}}
+
+    def episodes(env: EnvBase) -> None:
+        with ActivationCaching(SITE).prepare(actor) as hooked:
+            alike_episodes(hooked, env, episodes=2, max_steps=3)
+
+    plays: list[Callable[[EnvBase], Any]] = [
+        lambda env: None,
+        episodes,
+        lambda env: ablate_units(actor, states, SITE, env=env, episodes=2, max_steps=3),
+        lambda env: steering_sweep(
+            actor, env, vector, alphas=[1.0], controls=0, episodes=2, max_steps=3, progress=False
+        ),
+    ]  # fmt: skip
+    found = []
+    for play in plays:
+        env = make()
+        env.set_seed(5)
+        env.reset()
+        play(env)
+        found.append(torch.stack([env.reset()["observation"] for _ in range(3)]))
+        env.close()
+    assert all(torch.equal(one, found[0]) for one in found)
+    assert len(found[0].flatten(0, -2).unique(dim=0)) > 2

@@ -175,7 +175,7 @@ def _of_module(
 
 def _of_object(value: Any, path: str, owner: str, add: Add) -> Iterator[tuple[str, Any]]:
     """What an object that is no module holds, with the paths; the object itself is added if it can change."""
-    kind = next((kind for types_, kind in _KINDS if isinstance(value, types_)), None)
+    kind = kind_of(value)
     if kind is not None:
         add(kind, value, path, owner)
     if isinstance(value, dict):
@@ -312,3 +312,8 @@ _KINDS: list[tuple[Any, Kind]] = [
     ),
     (random.Random, Kind(lambda g: g.getstate(), lambda g, s: g.getstate() == s, lambda g, s: g.setstate(s))),
 ]
+
+
+def kind_of(value: Any) -> Kind | None:
+    """How a thing is handled; ``None`` for what has no content of its own."""
+    return next((kind for kinds, kind in _KINDS if isinstance(value, kinds)), None)

@@ -21,11 +21,13 @@ from tdhook_rl.files.digests import digest_of
 from tdhook_rl.internals.torch_names import held_buffers
 from tdhook_rl.internals.torchrl_names import forget_last_step, lower_done_flags
 from tdhook_rl.policies.memory import same_values
+from tdhook_rl.replaying.environment_generators import keep_generators
 
 
 @contextlib.contextmanager
 def same_state(env: EnvBase, policy: nn.Module | None = None) -> Iterator[Callable[[], None]]:
-    """Inside, a function that puts back what was held at the beginning; afterwards all is as it was then.
+    """Inside, a function that puts back what was held at the beginning; afterwards all is as it was then, and so are
+    the generators of an environment in this process, which plays seed.
 
     Put back are the state dicts of an environment's transforms and workers, and the buffers of a policy; what is in
     neither stays as it is. An environment of which something has no state before its first reset is seeded and reset
@@ -47,6 +49,7 @@ def same_state(env: EnvBase, policy: nn.Module | None = None) -> Iterator[Callab
         ...     bool((env.transform.loc == played).any())
         False
     """
+    put_back_generators = keep_generators(env)
     _reset_what_is_new(env)
     held = [(one, _copied(_state_of(one))) for one in holders(env)]
     states = [(one, state) for one, state in held if state is not None and any(True for _ in _leaves(state))]
@@ -72,6 +75,7 @@ def same_state(env: EnvBase, policy: nn.Module | None = None) -> Iterator[Callab
         yield put_back
     finally:
         put_back()
+        put_back_generators()
 
 
 def state_digest(env: EnvBase, put_back: Callable[[], None], seed: int) -> str:

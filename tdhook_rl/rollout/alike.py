@@ -30,8 +30,8 @@ def alike_episodes(
     """Annotated episodes, each from its own seed: of the environment, and of the actions that are drawn.
 
     Called with another policy, or with other controls, they start alike, and differ by the policy alone until it acts
-    otherwise (an environment that cannot be seeded starts as it likes). The global generators, and what transforms of
-    the environment hold, are as before.
+    otherwise (an environment that cannot be seeded starts as it likes). The global generators, those of the environment
+    that are in this process, and what its transforms hold, are as before.
 
     Args:
         policy: the hooked policy.

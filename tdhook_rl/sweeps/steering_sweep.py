@@ -62,8 +62,8 @@ def steering_sweep(
     between two of them is due to the steering. Alpha 0 is played twice: where the two are not equal to the bit, the
     environment draws by itself, and conditions are played one by one from the same seeds; where they still differ the
     result is unpaired, which is said. Each condition begins with what transforms (statistics of ``VecNorm``, say) and
-    the policy's buffers held at first, and leaves it so; where rows of a batch change each other by these, conditions
-    are played one by one.
+    the policy's buffers held at first, and leaves it so, as it does the environment's generators in this process; where
+    rows of a batch change each other by these, conditions are played one by one.
 
     Args:
         policy: the policy, not hooked; of any kind of action. It acts by the
