@@ -244,3 +244,15 @@ def test_a_monitor_looks_at_what_a_trainer_collects(tmp_path: Path, ndim: int) -
     assert [step for step, _ in curve] == [FRAMES, 2 * FRAMES, 3 * FRAMES, 4 * FRAMES]
     assert [(state["frames"], state["steps"]) for state in states] == [(n * FRAMES, n) for n in (1, 2, 3, 4)]
     assert not any("attr" in name for name in logged(tmp_path))  # the trainer's own log is left as it is
+
+
+def test_a_monitor_counts_frames_as_the_trainer_does(tmp_path: Path) -> None:
+    actor = make_actor()
+    with make_method().prepare(actor) as policy, Monitor(policy, tmp_path / "local") as monitor:
+        trainer = make_trainer(policy, actor, tmp_path, None, direct=False)
+        trainer.frame_skip, trainer.total_frames = 3, 12 * FRAMES
+        monitor.register(trainer)
+        trainer.train()
+    curve = FileSink.read(tmp_path / "local" / "log.csv")["attr.observation"]
+    assert [step for step, _ in curve] == [3 * FRAMES * batch for batch in (1, 2, 3, 4)]
+    assert curve[-1][0] == trainer.collected_frames

@@ -84,7 +84,7 @@ class Monitor(TrainerHookBase):
             which older weights have collected.
 
     Attributes:
-        frames: environment frames so far, padding left out.
+        frames: environment frames so far, padding left out; in a trainer times its ``frame_skip``, as it counts them.
 
     Raises:
         PreparationError: for a policy that is not hooked.
@@ -143,7 +143,7 @@ class Monitor(TrainerHookBase):
         self.frames = 0
         self._newest = NewestRows(rows)
         self._mismatch: tuple[OnMismatch, OnMismatch] = (on_mismatch or "warn", on_mismatch or "ignore")
-        self._steps = 0
+        self._steps, self._skip = 0, 1
         self._last: dict[str, float] = {"frames": 0.0}
         self._closed, self._ended = False, -1
         self._trainer: Trainer | None = None
@@ -197,7 +197,7 @@ class Monitor(TrainerHookBase):
         if batch is not None:
             require_data(batch, "Monitor.step")
             real = real_rows(batch)
-            self.frames += batch.batch_size.numel() if real is None else int(real.sum())
+            self.frames += self._skip * (batch.batch_size.numel() if real is None else int(real.sum()))
         if data is None or not data.batch_size.numel():
             return None
         found = None
@@ -307,7 +307,7 @@ class Monitor(TrainerHookBase):
         if not self._look.features.known:
             self._learn_of(getattr(trainer, "collector", None))
         self.buffer = getattr(trainer, "replay_buffer", None) if self.buffer is None else self.buffer
-        self._trainer = trainer
+        self._trainer, self._skip = trainer, getattr(trainer, "frame_skip", 1)
         trainer.register_op("pre_steps_log", self._of_trainer)
         trainer.register_op("shutdown", self._end)
         trainer.register_module(name, self)
@@ -375,7 +375,7 @@ class Monitor(TrainerHookBase):
         if not due:
             return None
         data = self._newest.take(self.buffer)
-        self.frames += self._newest.new * self._newest.each  # an element may be a step of several environments
+        self.frames += self._skip * self._newest.new * self._newest.each  # an element: a step of several environments
         if self._newest.missed:
             self._look.lose()
         return data
