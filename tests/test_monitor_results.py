@@ -13,14 +13,16 @@ import wandb
 from PIL import Image as Pillow
 from tensordict import TensorDict
 
-from tdhook_rl import ActivationCaching
+from tdhook_rl import ActivationCaching, Compose, Saliency, targets
 from tdhook_rl.artifacts import load_artifact
+from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError
 from tdhook_rl.examples.agent import FC2, make_actor
 from tdhook_rl.latent import SteeringVector
 from tdhook_rl.latent.probing import ClassStatistics
 from tdhook_rl.probes.probe_table import ProbeCell, ProbeTable
 from tdhook_rl.report import DataTable, FileSink, Monitor
+from tdhook_rl.report.contents.names import masses_of
 from tdhook_rl.report.figures import lines
 from tdhook_rl.report.readings import Features, Readings
 from tdhook_rl.rollout import GroupSplit, OnlineProbe, ProbeSuite
@@ -196,3 +198,25 @@ def test_a_vector_is_kept_as_an_artifact(tmp_path: Path) -> None:
     (kept,) = [one for one in saved if one.type == "SteeringVector"]
     assert (kept.name, json.loads(kept.metadata)["effect"]) == ("interp-corner-a", 0.9)
     assert set(kept.aliases) == {"latest", "f80"}
+
+
+def test_several_methods_that_explain_one_input_are_all_shown(tmp_path: Path) -> None:
+    """Pictures, shares of groups, and columns of the table of episodes have names of their own."""
+    other = Saliency(target=targets.logit(1), attribution_key="other")
+    method, groups = Compose(Saliency(target=targets.logit(0)), other), {"some": [0, 1], "a.b": [2]}
+    with method.prepare(make_actor()) as policy, Monitor(policy, tmp_path, groups=groups, table_every=1) as monitor:
+        data = CueCorners(batch_size=[2], max_steps=4, seed=0).rollout(9, policy, break_when_any_done=False)
+        found = monitor.step(data)
+        data = policy.annotate(data)
+    for root in ("attr", "other"):
+        sizes = data[root, "observation"].abs()
+        expected = float((sizes[..., :2].sum(-1) / sizes.sum(-1)).mean())
+        assert found[f"mass.{root}.observation.some"] == pytest.approx(expected, rel=1e-4)
+        assert (tmp_path / "media" / f"bars.{root}.observation.0").is_dir()
+    (table,) = (tmp_path / "media" / "episodes").iterdir()
+    columns = table.read_text().splitlines()[0].split(",")
+    assert {"mass.attr.observation.some", "mass.other.observation.some"} <= set(columns)
+    shares = masses_of({name: [(0, value)] for name, value in found.items()})
+    assert {head: set(one) for head, one in shares.items()} == {
+        f"{root}.observation": {"some", "a.b"} for root in ("attr", "other")
+    }

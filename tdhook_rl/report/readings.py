@@ -180,6 +180,11 @@ class Readings:
             self._rows[key] = result_rows(self.data, key)
         return self._rows[key]
 
+    def of_input(self, key: tuple[str, ...]) -> str:
+        """What an attribution is called by what it explains; with its root where several methods explain the same."""
+        alike = sum(one[1:] == key[1:] for one in self.attributions)
+        return ".".join(key if alike > 1 else key[1:])
+
     def numbers(self) -> dict[str, float]:
         """One for each result, feature, group and statistic."""
         found = summary_of(self.data, self.policy.result_keys, self.rows)
@@ -193,7 +198,7 @@ class Readings:
                 means = values.abs().flatten(1).mean(0).tolist()
                 found |= {f"{name}.{one}": mean for one, mean in zip(names, means, strict=True)}
             shares = {one: float(share.nanmean()) for one, share in self.masses(source, values).items()}
-            found |= {f"mass.{'.'.join(key[1:])}.{group}": share for group, share in shares.items()}
+            found |= {f"mass.{self.of_input(key)}.{group}": share for group, share in shares.items()}
         for key in self.activations:
             values, name = self.rows(key).values, ".".join(key)
             if values.numel() and values.is_floating_point():
@@ -231,7 +236,7 @@ class Readings:
             source = input_of(self.policy, key) if explains else None
             if source is not None and rows.values.ndim > 1:
                 for group, mass in self.masses(source, rows.values).items():
-                    found[f"mass.{'.'.join(key[1:])}.{group}"] = self._spread(mass, rows)
+                    found[f"mass.{self.of_input(key)}.{group}"] = self._spread(mass, rows)
         return found
 
     # ------------------------------------------------------------------ inner

@@ -51,7 +51,7 @@ class Shown:
             chosen = torch.linspace(0, len(rows.values) - 1, min(count, len(rows.values))).round().long()
             captions = [self._caption(int(place)) for place in rows.places[chosen]]
             kind, pictures = self._pictures(key, source, chosen, captions, one_order=False)
-            name = ".".join(key[1:])
+            name = self.readings.of_input(key)
             found |= {f"{kind}.{name}.{one}": Image(made, captions[one]) for one, made in enumerate(pictures)}
         return found
 
@@ -69,7 +69,7 @@ class Shown:
             if len(places) > 1:
                 captions = [self._caption(int(place), step) for step, place in enumerate(places)]
                 _, pictures = self._pictures(key, source, at[places], captions, one_order=True)
-                found[f"episode.{'.'.join(key[1:])}"] = Animation(pictures, fps=6)
+                found[f"episode.{self.readings.of_input(key)}"] = Animation(pictures, fps=6)
         return found
 
     # ------------------------------------------------------------------ inner

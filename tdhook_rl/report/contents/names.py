@@ -149,13 +149,14 @@ def features_of(series: Mapping[str, Series]) -> dict[str, dict[str, Series]]:
 
 
 def masses_of(series: Mapping[str, Series], logged: Mapping[str, Series] | None = None) -> dict[str, dict[str, Series]]:
-    """For each input the share of attribution in each group: ``mass.observation.NAME``.
+    """For each input the share of attribution in each group: ``mass.observation.NAME``, or of each of several methods.
 
     Both may hold dots: the inputs are those of which there is an attribution in ``logged``, all numbers of the run.
     """
     known = series if logged is None else logged
     roots = [f"{root}." for root in ("attr", *_roots(known))]
-    inputs = sorted((name.removeprefix(one) for one in roots for name in known if name.startswith(one)), key=len)
+    named = [(name, one) for one in roots for name in known if name.startswith(one)]
+    inputs = sorted((part for name, one in named for part in (name.removeprefix(one), name)), key=len)
     found: dict[str, dict[str, Series]] = {}
     for name, curve in series.items():
         rest = name.removeprefix("mass.")
