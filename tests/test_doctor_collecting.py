@@ -18,15 +18,17 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torch.distributions import Categorical
-from torchrl.collectors import AsyncBatchedCollector, Collector, MultiAsyncCollector
-from torchrl.collectors.distributed import RayCollector
+from torchrl.collectors import AsyncBatchedCollector, Collector, MultiAsyncCollector, MultiSyncCollector
+from torchrl.collectors.distributed import DistributedCollector, RayCollector
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ListStorage, ReplayBuffer
 from torchrl.envs import SelectTransform
 from torchrl.envs.utils import exploration_type
 from torchrl.modules import ProbabilisticActor
 
 from tdhook_rl import ActivationCaching, SteeringVectors
+from tdhook_rl.doctor.check import _Examination
 from tdhook_rl.doctor.collecting import failure
+from tdhook_rl.doctor.dry_run import Deadline
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import InputError
 from tdhook_rl.examples.agent import FC2, make_actor
@@ -167,6 +169,26 @@ def test_what_is_not_to_check() -> None:
         check(hooked(make_actor()), [CueCorners, CueCorners], {"num_workers": 3})
     with pytest.raises(InputError, match=r"each of 3 workers has create_env_kwargs of its own, got 2"):
         check(hooked(make_actor()), CueCorners, {"num_workers": 3, "create_env_kwargs": [{}, {}]})
+
+
+CHOSEN: dict[str, tuple[Any, Any, dict[str, Any], Any, int]] = {
+    "our workers": (CueCorners, None, {"num_workers": 2}, MultiSyncCollector, 2),
+    "collectors": (CueCorners, None, {"num_collectors": 2}, MultiAsyncCollector, 2),
+    "in turn": (CueCorners, Collector, {"num_collectors": 3, "sync": True}, MultiSyncCollector, 3),
+    "a process": (CueCorners, Collector, {"backend": "process", "sync": True}, MultiSyncCollector, 1),
+    "of a list": ([CueCorners] * 2, None, {"backend": "process"}, MultiAsyncCollector, 2),
+    "elsewhere": ([CueCorners] * 2, None, {"backend": "ray", "num_collectors": 2}, DistributedCollector, 0),
+    "here": (CueCorners, Collector, {"backend": "direct"}, Collector, 0),
+}
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_workers_are_those_that_the_arguments_of_collector_choose(name: str) -> None:
+    """One environment for all was pickled to ``num_collectors``, and the check said that they could not start."""
+    given, collector, options, kind, workers = CHOSEN[name]
+    trial = _Examination(None, None, given, dict(options), collector, 2, False, Deadline(1.0))
+    assert trial._collector() == (kind, workers)
+    assert set(trial.options) == ({"backend"} if name == "here" else set())
 
 
 def test_the_users_probes_are_not_fed() -> None:

@@ -50,7 +50,8 @@ def check(
         env: a TorchRL environment, which must deep-copy, or a function that makes one; or a list of these, one for
             each worker, of which the first is looked at step by step.
         collector_kwargs: the arguments for the collector, without the policy and the environment; ``num_workers`` of
-            them makes the dry run start so many processes. Frames and the size of the buffer are cut down.
+            them, or ``num_collectors`` (with ``sync``), makes the dry run start so many processes. Frames and the size
+            of the buffer are cut down.
         collector: the collector's class; by default ``Collector``, or ``MultiSyncCollector`` if there are workers.
         steps: how many steps are made by hand; more, up to one batch of the collector, if a schedule has not selected
             a row by then.
@@ -147,7 +148,7 @@ class _Examination:
         """The collector's class, and how many environments it is given in a list; 0 for one environment."""
         from torchrl.collectors import AsyncBatchedCollector, Collector, MultiCollector, MultiSyncCollector
 
-        asked = self.options.pop("num_workers", None)
+        chosen, asked = self._chosen()
         several = isinstance(self.env, list | tuple)
         if several:
             asked = len(self.env) if asked is None else asked
@@ -155,7 +156,7 @@ class _Examination:
                 raise InputError(f"each of num_workers={asked} has an environment of its own, got {len(self.env)}")
         if asked is not None and (not isinstance(asked, int) or asked < 0):
             raise InputError(f"num_workers= is a number of processes from 0 on, got {asked!r:.80}")
-        kind = self.collector or (MultiSyncCollector if asked else Collector)
+        kind = chosen or (MultiSyncCollector if asked else Collector)
         takes_a_list = issubclass(kind, (MultiCollector, AsyncBatchedCollector))
         if asked and not takes_a_list:
             remedy = "give one environment" if several else "leave out num_workers"
@@ -165,6 +166,22 @@ class _Examination:
         if isinstance(given, list | tuple) and workers and len(given) != workers:
             raise InputError(f"each of {workers} workers has create_env_kwargs of its own, got {len(given)}")
         return kind, workers
+
+    def _chosen(self) -> tuple[type | None, Any]:
+        """The class and the number of workers, as arguments say: of ours, or as ``Collector(...)`` is told of them."""
+        from torchrl.collectors import Collector, MultiAsyncCollector, MultiSyncCollector
+        from torchrl.collectors.distributed import DistributedCollector
+
+        asked, backend = self.options.pop("num_workers", None), self.options.get("backend")
+        count = self.options.get("num_collectors")
+        if self.collector not in (None, Collector) or asked is not None or (backend or count) in (None, "direct"):
+            return self.collector, asked
+        told = [self.options.pop(name, None) for name in ("backend", "num_collectors", "sync", "backend_options")]
+        if backend in (None, "process"):
+            self.options |= told[-1] or {}
+            return MultiSyncCollector if told[2] else MultiAsyncCollector, count
+        self.env = self.env[0] if isinstance(self.env, list | tuple) and self.env else self.env
+        return DistributedCollector, None
 
     def _run(self, kind: type, workers: int) -> Iterator[Finding]:
         self.deadline.waiting_for = "the constructor of the environment"
