@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from tdhook_rl import Saliency, targets
+from tdhook_rl import IntegratedGradients, Saliency, targets
 from tdhook_rl.calls.real_rows import defined_values
+from tdhook_rl.errors import TargetError
 
 KEYS = ("pixels", "vector", "idle")
 
@@ -88,3 +90,30 @@ def test_a_compiler_does_not_take_infinite_values_for_numbers() -> None:
     scalars = {"cpp.vec_isa_ok": False}  # which vectors the machine has is else found by compiling something for each
     found = torch.compile(lambda value: defined_values([value], value.shape), backend="inductor", options=scalars)
     assert found(values).tolist() == [True, False, False, False]
+
+
+class Objects(nn.Module):
+    """Looks up what stands in each place, as agents of MiniGrid do; ``count`` of them is read as a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds, self.head = nn.Embedding(9, 4), nn.Linear(13, 3)
+
+    def forward(self, places: Tensor, count: Tensor) -> Tensor:
+        return self.head(torch.cat([self.kinds(places.long()).flatten(-2), count], -1))
+
+
+@pytest.mark.parametrize("method", [Saliency, IntegratedGradients])
+@pytest.mark.parametrize("when", ["step", "batch"])
+def test_integers_that_a_table_is_looked_up_by_are_told_apart(method: type, when: str) -> None:
+    policy = TensorDictModule(Objects(), ["places", "count"], ["logits"])
+    places = torch.randint(0, 9, (5, 3), dtype=torch.uint8)
+    data = TensorDict({"places": places, "count": torch.randn(5, 1)}, 5)
+    options = {"when": when, "target": targets.logit(0), **({} if method is Saliency else {"baseline": 0.0})}
+    said = r"Of integers \('places'\) .*input_modules=\['module.kinds'\], or use Occlusion"
+    with method(inputs=["places"], **options).prepare(policy) as hooked, pytest.raises(TargetError, match=said):
+        hooked.annotate(hooked(data.clone()))
+    with method(**options).prepare(policy) as hooked, pytest.warns(UserWarning, match=said):
+        found = hooked.annotate(hooked(data.clone()))
+    assert found["attr", "places"].isnan().all()
+    assert found["attr", "count"].isfinite().all()

@@ -21,7 +21,7 @@ from tdhook_rl.attribution.chain_gradients import chain_gradients
 from tdhook_rl.attribution.copies import of_copies
 from tdhook_rl.attribution.leaves import activations, as_leaves, in_runs, joined, require_fired
 from tdhook_rl.attribution.question import Attributed, Question, TargetFunction
-from tdhook_rl.attribution.undefined import defined_rows, warn_unreached, with_nan
+from tdhook_rl.attribution.undefined import defined_rows, unreached_integers, warn_unreached, with_nan
 from tdhook_rl.calls.chains import MODIFIED
 from tdhook_rl.calls.heads import Tangent, TrunkPass, run_trunk
 from tdhook_rl.calls.passes import Call, Pass, effects_of
@@ -65,7 +65,7 @@ def functional_gradients(question: Question) -> tuple[list[Attributed], dict[str
             if torch.compiler.is_compiling():
                 return scalar, (value, {} if placed or stored is not None else _numbers(run))
             if not value.requires_grad:
-                raise TargetError(no_path(target, inputs, sites.values()))
+                raise TargetError(no_path(target, inputs, sites.values()) + unreached_integers(call, inputs))
             # Zeros from the transform would not tell a slope of zero from an input that no gradient reaches.
             own = torch.autograd.grad(scalar, values, allow_unused=True, create_graph=torch.is_grad_enabled())
             return scalar.detach(), (value, {i: one for i, one in enumerate(own) if one is not None})
@@ -79,7 +79,7 @@ def functional_gradients(question: Question) -> tuple[list[Attributed], dict[str
             )
         else:
             one = tuple(own.get(i) for i in range(len(points)))
-            warn_unreached(runtime, target, one, inputs, [sites[slot] for slot in inner])
+            warn_unreached(call, target, one, inputs, [sites[slot] for slot in inner])
         defined = defined_rows(call, value)
         if question.defined is not None:
             question.defined[index] = defined
@@ -247,7 +247,7 @@ def _of_tangents(
         more = index + 1 < len(known)
         (gradient,) = torch.autograd.grad(values, *primals.values(), slopes, retain_graph=more, allow_unused=True)
         if gradient is None:
-            raise TargetError(no_path(tangent, primals))
+            raise TargetError(no_path(tangent, primals) + unreached_integers(question.call, primals))
         found.append((dict.fromkeys(primals, gradient), {}))
     return found
 
@@ -286,7 +286,7 @@ def _backward(
     found: list[Attributed] = []
     for index, (target, value) in enumerate(zip(targets, values, strict=False)):
         if not value.requires_grad:
-            raise TargetError(no_path(target, primals, sites.values()))
+            raise TargetError(no_path(target, primals, sites.values()) + unreached_integers(call, primals))
         total = value.sum()
         finite = surely_finite(total)
         explained, outer = (total, None) if weights is None else (value, weights.to(value.dtype))
@@ -296,7 +296,7 @@ def _backward(
             found.append((dict(zip(primals, slopes, strict=True)), {}))  # type: ignore[arg-type]
             continue
         one = _beside_others(slopes, points, len(primals), inner.values())
-        warn_unreached(runtime, target, one, primals, [sites[slot] for slot, runs in inner.items() for _ in runs])
+        warn_unreached(call, target, one, primals, [sites[slot] for slot, runs in inner.items() for _ in runs])
         defined = None if finite else defined_rows(call, value.detach())
         if defined is not None and question.defined is not None:
             question.defined[index] = defined

@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdhook_rl.calls.passes import Call
 from tdhook_rl.errors import TargetError, warn
-from tdhook_rl.sites.runtime import Runtime
+from tdhook_rl.sites.numbers import is_whole
 from tdhook_rl.targets import no_path
+
+#: Modules that are looked up by integers.
+TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 
 def defined_rows(call: Call, reached: Tensor) -> Tensor:
@@ -52,8 +55,22 @@ def with_nan(gradients: Sequence[Tensor | None], points: Sequence[Tensor], defin
     return filled if defined is None else [nan_undefined_rows(defined, one) for one in filled]
 
 
+def unreached_integers(call: Call, keys: Iterable[NestedKey]) -> str:
+    """What to do where no gradient reaches integers, such as the numbers of objects that a table is looked up by."""
+    found = {key: call.inputs.get(key) for key in keys}
+    whole = [repr(key) for key, one in found.items() if one is not None and is_whole(one) and one.dtype != torch.bool]
+    if not whole:
+        return ""
+    tables = [path for path, module in call.policy.hooked_root.named_modules() if isinstance(module, TABLES)]
+    return (
+        f". Of integers ({', '.join(whole)}) that a table is looked up by, or that are compared, there is none: "
+        f"explain what the module that reads them gives, input_modules={tables or '[path]'}, or use Occlusion, which "
+        "needs none"
+    )
+
+
 def warn_unreached(
-    runtime: Runtime,
+    call: Call,
     target: Callable[..., Any],
     gradients: Sequence[Tensor | None],
     inputs: Iterable[NestedKey],
@@ -69,7 +86,8 @@ def warn_unreached(
     if all(gradient is not None for gradient in gradients):
         return
     if all(gradient is None for gradient in gradients):
-        raise TargetError(no_path(target, inputs, sites))
+        raise TargetError(no_path(target, inputs, sites) + unreached_integers(call, inputs))
+    runtime = call.policy._hooked.runtime
     unreached = [name for name, one in zip((*inputs, *sites), gradients, strict=True) if one is None]
     names = dict.fromkeys(map(repr, unreached))
     of = getattr(target, "name", "the target")
@@ -77,7 +95,7 @@ def warn_unreached(
         f"no gradient of {of} reaches {', '.join(names)}: it is cut off on the way (no_grad, detach, rounding), or "
         "nothing reads it of what is explained. NaN is written for it. Leave it out with inputs=[...], choose another "
         "target, or measure its effect with Occlusion, which needs no gradient"
-    )
+    ) + unreached_integers(call, unreached)
     if message not in runtime.warned:
         runtime.warned.add(message)
         warn(message)
