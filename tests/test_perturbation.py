@@ -12,6 +12,8 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import EnsembleModule, InteractionType, TensorDictModule, set_interaction_type
 from torch import nn
+from torch.distributions import Categorical
+from torchrl.modules import OneHotCategorical, ProbabilisticActor
 
 from tdhook_rl import Compose, SteeringVectors, targets
 from tdhook_rl.attribution.activation_maximisation import ActivationMaximisation
@@ -195,6 +197,23 @@ def test_sarfa_equals_a_loop_in_numpy(build, batch: tuple[int, ...], groups) -> 
     assert bool((found == 0).any())
 
 
+@pytest.mark.parametrize("key", [None, "probs"])
+@pytest.mark.parametrize("kind", [Categorical, OneHotCategorical])
+def test_sarfa_takes_probabilities_as_they_are(key: str | None, kind: type) -> None:
+    net = mlp().double()
+    actors = []
+    for name, layers in {"logits": [net], "probs": [net, nn.Softmax(-1)]}.items():
+        module = TensorDictModule(nn.Sequential(*layers), ["observation"], [name])
+        actors.append(ProbabilisticActor(module, in_keys=[name], distribution_class=kind))
+    data = collected(actors[0], 7).exclude("logits")
+    with SARFA().prepare(actors[0]) as hooked:
+        expected = hooked.annotate(data.clone())["attr", "observation"]
+    with SARFA(key=key).prepare(actors[1]) as hooked:
+        found = hooked.annotate(data.clone())["attr", "observation"]
+    assert (expected > 0).any()
+    torch.testing.assert_close(found, expected)
+
+
 def test_sarfa_ignores_what_is_irrelevant_and_accepts_masked_actions() -> None:
     class Policy(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -374,7 +393,7 @@ def test_data_that_does_not_fit_is_refused() -> None:
         (actor, Occlusion(), data.exclude("action"), TargetError, "lacks"),
         (actor, SARFA(), data.exclude("action"), TargetError, "lacks"),
         (actor, SARFA(key="logit"), data, TargetError, "SARFA reads 'logit'.*nearest: 'logits'"),
-        (value, SARFA(), data, TargetError, "'logits' or 'action_value', which the policy does not output"),
+        (value, SARFA(), data, TargetError, "'logits' or 'action_value' or 'probs', which the policy does not output"),
         (value, SARFA(key="state_value"), data, TargetError, "two or more discrete actions"),
         (actor, PerturbationSaliency(), data, InputError, r"images of \(channels, rows, columns\).*\(6,\)"),
     ):

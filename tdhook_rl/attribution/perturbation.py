@@ -81,7 +81,7 @@ class _BoundOcclusion(BoundPerturbation):
 class _BoundSARFA(_BoundOcclusion):
     def __init__(self, config: SARFA, binder: Binder) -> None:
         super().__init__(config, binder)
-        self._keys = _keys(config.key, ("logits", "action_value"))
+        self._keys = _keys(config.key, ("logits", "action_value", "probs"))
 
     def _measures(self, targets: Sequence[Measure]) -> Sequence[Measure]:
         return [ChosenFirst(Output(self._keys, self._name))]
@@ -187,13 +187,14 @@ class Occlusion(Perturbation):
 class SARFA(Occlusion):
     """Specific and relevant feature attribution (Puri et al. 2020) of the stored discrete action.
 
-    With ``P`` the softmax of the logits or Q values, a group of features scores ``2 K dP / (K + dP)``: ``dP`` is the
-    drop of ``P(action)`` when the group is replaced (specific), and ``K = 1 / (1 + KL)``, with the divergence from
-    the renormalised probabilities of the other actions before to those after (relevant: what moves all actions alike
-    scores less). Where ``dP <= 0`` the score is 0; it lies in [0, 1].
+    With ``P`` the softmax of the logits or Q values, or an output called ``"probs"`` as it is, a group of features
+    scores ``2 K dP / (K + dP)``: ``dP`` is the drop of ``P(action)`` when the group is replaced (specific), and
+    ``K = 1 / (1 + KL)``, with the divergence from the renormalised probabilities of the other actions before to those
+    after (relevant: what moves all actions alike scores less). Where ``dP <= 0`` the score is 0; it lies in [0, 1].
 
     Args:
-        key: the output with one number for each action; by default ``"logits"``, else ``"action_value"``.
+        key: the output with one number for each action; by default ``"logits"``, else ``"action_value"``, else
+            ``"probs"``.
 
     The other arguments are those of :class:`Occlusion`, without targets.
 

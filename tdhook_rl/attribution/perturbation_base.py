@@ -10,6 +10,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
+from tdhook_rl.arguments.keys import key_parts
 from tdhook_rl.attribution.base import BoundAttribution, GradientAttribution
 from tdhook_rl.attribution.explainable import require_all_there, unless_masks
 from tdhook_rl.attribution.groups import Groups
@@ -195,8 +196,8 @@ class OpenOutput:
 
 @dataclass(frozen=True)
 class ChosenFirst:
-    """Logits or values of discrete actions, the stored action first and the others after it; of choices that were not
-    open minus infinity."""
+    """Logits or values of discrete actions (of ``"probs"``, as torch's distributions call probabilities, the
+    logarithms), the stored action first and the others after it; of choices that were not open minus infinity."""
 
     output: Output
 
@@ -208,6 +209,8 @@ class ChosenFirst:
                 f"{tuple(values.shape)} at batch size {tuple(run.outputs.batch_size)}"
             )
         require_one_choice(run, values, key, "SARFA")
+        if key_parts(key)[-1] == "probs":
+            values = values.log()
         order = one_hot_action(run, values, key).sort(dim=-1, descending=True, stable=True).indices
         return values.masked_fill(closed_choices(run, key, values), -torch.inf).gather(-1, order)
 
