@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdhook_rl import Compose, LinearProbe, Saliency, Scheduled, SteeringVectors, targets
 from tdhook_rl.envs import CueCorners
@@ -417,6 +417,27 @@ def test_functions_may_see_the_rows_they_act_on(function: Callable, batch: tuple
     with ActivationPatching(["1"], patch_fn=half).prepare(net) as hooked:
         patched = hooked(data.clone())["patched", "output"]
     torch.testing.assert_close(patched, net[2:](torch.where((goal > 2)[..., None], net[:2](x), net[:2](-x))))
+
+
+@pytest.mark.parametrize("site", ["0", "1"])  # what the first gives is what it was given
+def test_a_function_that_works_in_place_acts_where_it_is_to(site: str) -> None:
+    net = nn.Sequential(nn.Identity(), nn.Linear(6, 4), nn.Tanh()).double()
+    data = TensorDict({"input": torch.randn(5, 6).double(), "open": torch.arange(5) % 2 == 0}, batch_size=5)
+
+    def doubled(module_key: str, output: Tensor) -> Tensor:
+        return output.mul_(2)
+
+    for when in (None, "open"):
+        acts = data["open"][:, None] if when else torch.ones(5, 1, dtype=torch.bool)
+        with (
+            SteeringVectors(modules_to_steer=[site], steer_fn=doubled, when=when).prepare(net) as hooked,
+            torch.no_grad(),
+        ):
+            found = hooked(data.clone())
+        at = net[: int(site) + 1](data["input"])
+        expected = net[int(site) + 1 :](torch.where(acts, 2 * at, at))
+        torch.testing.assert_close(found["output"], expected.detach())
+        assert torch.equal(found["input"], data["input"])
 
 
 def test_what_functions_see_is_read_only() -> None:

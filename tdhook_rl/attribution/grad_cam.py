@@ -17,6 +17,7 @@ from tdhook_rl.attribution.question import Attributed, Question
 from tdhook_rl.calls.passes import Call, with_batch
 from tdhook_rl.errors import InputError
 from tdhook_rl.method import Binder
+from tdhook_rl.sites.numbers import first_order
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class _BoundGradCAM(BoundAttribution):
         pooled = _from_the_end(dims.weight_pooling_dims, value, leading, site)
         summed = _from_the_end(dims.feature_sum_dims, value, leading, site)
         weights = gradient.mean(pooled, keepdim=True) if pooled else gradient
-        weighted = weights * value
+        weighted = first_order(weights, value)
         found = weighted.sum(summed) if summed else weighted
         found = found.relu() if self._relu else found
         found = found.abs() if self._absolute else found

@@ -28,7 +28,7 @@ from tdhook_rl.errors import InputError, MissingKeyError, SiteError, nearest
 from tdhook_rl.method import Binder
 from tdhook_rl.policies.draws import action_keys, draws, sample_keys
 from tdhook_rl.replaying.batching import conv_chunk, repeat_rows, row_vectors
-from tdhook_rl.sites.numbers import difference
+from tdhook_rl.sites.numbers import difference, first_order
 
 Quadrature = Literal["gausslegendre", "riemann_middle", "riemann_left", "riemann_right", "riemann_trapezoid"]
 
@@ -129,7 +129,7 @@ class _BoundIntegratedGradients(BoundAttribution):
         return [
             (
                 {key: value * (inputs[key] - baselines[key]).detach() for key, value in of_inputs.items()},
-                {slot: value * difference(*reversed(inner[slot])) for slot, value in of_leaves.items()},
+                {slot: first_order(value, difference(*reversed(inner[slot]))) for slot, value in of_leaves.items()},
             )
             for of_inputs, of_leaves in averages
         ]
@@ -242,7 +242,7 @@ class _BoundIntegratedGradients(BoundAttribution):
         # Ordinary tensors, also where the first call is in inference mode.
         with torch.inference_mode(False) if keep else nullcontext():
             alphas, shares = (
-                torch.tensor(values, dtype=like.dtype, device=like.device) for values in (points, weights)
+                torch.tensor(values, dtype=like.dtype.to_real(), device=like.device) for values in (points, weights)
             )
             size = math.ceil(len(points) / number)
             passes = [
@@ -292,7 +292,7 @@ class _BoundIntegratedGradients(BoundAttribution):
             changes = [target(high.lent()) - target(low.lent()) for target in question.targets]
         for name, change, (of_inputs, of_leaves) in zip(self.names, changes, averages, strict=True):
             terms = [value * (ends[key] - baselines[key]).detach() for key, value in of_inputs.items()]
-            terms += [value * difference(*reversed(inner[slot])) for slot, value in of_leaves.items()]
+            terms += [first_order(value, difference(*reversed(inner[slot]))) for slot, value in of_leaves.items()]
             total = torch.stack([row_vectors(term, call.batch_size).sum(-1) for term in terms]).sum(0)
             key = (self.beside or "", *([name] if name else []))
             self._deltas[key] = total - change

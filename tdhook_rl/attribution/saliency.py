@@ -12,6 +12,7 @@ from tdhook_rl.attribution.base import BoundAttribution, GradientAttribution, co
 from tdhook_rl.attribution.gradients import gradients
 from tdhook_rl.attribution.question import Attributed, Question
 from tdhook_rl.method import Binder
+from tdhook_rl.sites.numbers import first_order
 
 
 class _BoundSaliency(BoundAttribution):
@@ -38,7 +39,7 @@ class _BoundSaliency(BoundAttribution):
         if self.is_product:
             value = value.detach()
             # What a closed action is told by has no slope: a logit of minus infinity adds nothing.
-            gradient = (gradient * value).masked_fill((gradient == 0) & value.isinf(), 0)
+            gradient = first_order(gradient, value).masked_fill((gradient == 0) & value.isinf(), 0)
         return gradient.abs() if self._absolute else gradient
 
 

@@ -283,8 +283,11 @@ class FunctionHook:
         self.runtime.intervene_at(self.site)
         value, disguise = rows_of(output, module, self.site, self.runtime)
         beside = {"rows": rows_under_way(self.runtime, self.site, "steer_fn")} if self.beside else {}
-        given = () if self.keywords else (self.site, value)
-        named = {"module_key": self.site, "output": value} if self.keywords else {}
+        # On a copy: what it writes there in place is what it returns, and no more; not where it does not act, nor to
+        # what the module was given, which some hand on as it is.
+        lent = value.clone()
+        given = () if self.keywords else (self.site, lent)
+        named = {"module_key": self.site, "output": lent} if self.keywords else {}
         sees, what = list(beside.values()), f"steer_fn at {self.site!r}"
         steered = asked(self.function, *given, what=what, sees=sees, remedy=ROWS_REMEDY, **named, **beside)
         if not isinstance(steered, Tensor) or steered.shape != value.shape:

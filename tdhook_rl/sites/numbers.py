@@ -87,6 +87,14 @@ def difference(one: Tensor, other: Tensor) -> Tensor:
     return found.masked_fill((one == other) & one.isinf(), 0)
 
 
+def first_order(slope: Tensor, change: Tensor) -> Tensor:
+    """What a change of activations adds, to first order, to what the slope is of.
+
+    At a complex number torch's slope holds those by its real and by its imaginary part, and what a change adds is real.
+    """
+    return (slope.conj() * change).real if slope.is_complex() else slope * change
+
+
 @functools.cache
 def _lost(given: torch.dtype, dtype: torch.dtype) -> tuple[bool, bool]:
     """Whether numbers of a dtype may be others in the second one, and whether they may be beyond it."""

@@ -15,7 +15,7 @@ from tdhook_rl.arguments.seeds import stream_of
 from tdhook_rl.arguments.tensors import plain_number
 from tdhook_rl.calls.real_rows import surely_finite
 from tdhook_rl.errors import InputError, TargetError
-from tdhook_rl.sites.numbers import difference
+from tdhook_rl.sites.numbers import difference, first_order
 from tdhook_rl.sweeps.causal.bench import Bench, Ran
 from tdhook_rl.sweeps.causal.components import Components, components_of, passes
 from tdhook_rl.sweeps.causal.gap import Gap
@@ -267,19 +267,21 @@ class Effects:
         """``(rows, components)``: slopes times differences, summed over runs, places and the units of a component."""
         rows, components = base.result.outputs.batch_size[-1], self.components
         points = [base.kept[site][0] for site in self.bench.sites]
-        dtype = functools.reduce(torch.promote_types, (one.dtype for one in points))
+        dtype = functools.reduce(
+            torch.promote_types, (one.abs().dtype if one.is_complex() else one.dtype for one in points)
+        )
         found = torch.empty(rows, len(components), dtype=dtype, device=points[0].device)
         for site, own in components.split(found).items():
             runs = zip(slopes.get(site, ()), base.kept[site], source.kept[site], strict=False)
             known = [(slope, there, here.detach()) for slope, here, there in runs if slope is not None]
-            if len(known) == 1 and known[0][0].shape == own.shape:
+            if len(known) == 1 and known[0][0].shape == own.shape and not known[0][0].is_complex():
                 slope, there, here = known[0]
                 torch.sub(there, here, out=own).mul_(slope)  # where it belongs: fresh memory takes longer than the work
                 if surely_finite(own):
                     continue
             own.zero_()
             for slope, there, here in known:
-                product = slope * difference(there, here)
+                product = first_order(slope, difference(there, here))
                 units = product.ndim + components.axes[site]
                 if others := [dim for dim in range(1, product.ndim) if dim != units]:
                     product = product.sum(others)
