@@ -370,3 +370,20 @@ def test_a_gradient_site_that_does_not_run_is_an_error() -> None:
         with ActivationCaching(pattern, directions=["bwd"], cache=TensorDict()).prepare(net) as hooked:
             with pytest.raises(SiteError, match=message), torch.no_grad():
                 hooked(data.clone())
+
+
+WRITING = {
+    "fwd": lambda output: output.relu_(),
+    "fwd_pre": lambda args: args[0].mul_(2),
+    "bwd": lambda grad_input: grad_input[0].clamp_(-1, 1),
+    "bwd_pre": lambda grad_output: grad_output[0].mul_(0),
+}
+
+
+@pytest.mark.parametrize("direction", WRITING)
+def test_a_callback_that_writes_to_what_the_policy_goes_on_with_is_refused(direction: str) -> None:
+    net = nn.Sequential(nn.Linear(FEATURES, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    options = {"directions": [direction], "cache": TensorDict(), "callback": WRITING[direction]}
+    with ActivationCaching("1", **options).prepare(net) as hooked:
+        with pytest.raises(InputError, match=r"callback for '1' has written in place.*work on a copy"):
+            hooked(TensorDict({"input": torch.randn(3, FEATURES)}, batch_size=3))["output"].sum().backward()

@@ -149,11 +149,11 @@ class Held:
 
     def __init__(self, data: TensorDictBase) -> None:
         self._data = data
-        self._entries = {key: (one, _version(one)) for key, one in data.items(True, True) if isinstance(one, Tensor)}
+        self._entries = {key: (one, version_of(one)) for key, one in data.items(True, True) if isinstance(one, Tensor)}
 
     def written(self) -> Any:
         """The key of an entry that was written to in place; ``None`` if there is none."""
-        return next((key for key, (one, version) in self._entries.items() if _version(one) != version), None)
+        return next((key for key, (one, version) in self._entries.items() if version_of(one) != version), None)
 
     def put_back(self) -> None:
         """Leave the TensorDict with the entries that it had."""
@@ -165,7 +165,8 @@ class Held:
                 self._data.del_(key) if known is None else self._data.set(key, known[0])
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to in place; of inference tensors nothing tells."""
     return 0 if tensor.is_inference() else tensor._version
 
 

@@ -35,6 +35,7 @@ class ActivationCaching(Method):
             direction ``"fwd"``), ``grad_input`` (``"bwd"``), ``grad_output`` (``"bwd_pre"``), ``key`` (the path) and
             ``direction``. It is called with those keywords that it has parameters for, or with all if it takes
             ``**kwargs``, and returns one tensor, in the forward directions with a row for each row of the batch.
+            It only looks, and is refused where it writes in place to what it is given.
             ``lambda output: output[1]`` keeps the second tensor of a tuple; without a callback the first is kept.
             ``grad_input`` and ``grad_output`` are tuples of one tensor, the gradient of the first tensor.
         directions: ``"fwd"`` for what modules return, ``"fwd_pre"`` for what they receive, ``"bwd"`` for the

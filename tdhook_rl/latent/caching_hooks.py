@@ -11,6 +11,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from tdhook_rl.arguments.callbacks import version_of
 from tdhook_rl.errors import InputError
 from tdhook_rl.internals.functorch_names import (
     add_batch_dim,
@@ -22,7 +23,7 @@ from tdhook_rl.internals.functorch_names import (
     maybe_get_level,
 )
 from tdhook_rl.latent.caches import CallRecord, Key, Staging
-from tdhook_rl.sites.containers import first_input, first_tensor, with_first_tensor
+from tdhook_rl.sites.containers import first_input, first_tensor, tensors_of, with_first_tensor
 from tdhook_rl.sites.hooks import CaptureHook, Portable
 from tdhook_rl.sites.layouts import time_comes_first
 from tdhook_rl.sites.paths import Site
@@ -85,7 +86,14 @@ class Callback:
     def __call__(self, *, key: str, **offered: Any) -> Tensor:
         offered["key"] = key
         names = self.names
+        seen = [] if torch.compiler.is_compiling() else tensors_of(list(offered.values()))
+        versions = [version_of(tensor) for tensor in seen]
         value = self.function(**{name: value for name, value in offered.items() if names is None or name in names})
+        if versions != [version_of(tensor) for tensor in seen]:
+            raise InputError(
+                f"the callback for {key!r} has written in place to what it was given, with which the policy goes on: "
+                "let it work on a copy, output.clone()"
+            )
         if not isinstance(value, Tensor):
             raise InputError(
                 f"the callback returned a {type(value).__name__} for {key!r}: return the one tensor to keep"
