@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
 
 from tdhook_rl.envs import CueCorners
 from tdhook_rl.errors import ArtifactError, InputError
@@ -246,3 +247,24 @@ def test_a_strength_is_found_by_its_number_in_any_dtype(given: torch.dtype) -> N
     for asked in (0.05, 0.1001, 1.00001):
         with pytest.raises(InputError, match=f"did not play vector 'up' at alpha {asked:g}"):
             found.of("o", alpha=asked)
+
+
+@pytest.mark.parametrize("make", [Tensor.bool, Tensor.int, Tensor.half, Tensor.float, Tensor.numpy, Tensor.tolist])
+def test_outcomes_of_any_dtype_are_numbers(make: Callable[[Tensor], Any], tmp_path: Path) -> None:
+    conditions = [Condition(), Condition(draw=1), *(Condition("up", one) for one in (0.5, 1.0))]
+    conditions += [Condition("up", one, "random", draw) for one in (0.5, 1.0) for draw in range(2)]
+    won = (torch.rand(len(conditions), 12, generator=torch.Generator().manual_seed(0)) > 0.4).double()
+    won[1] = won[0]
+    plain, found = (SweepResult(conditions=conditions, values={"won": one}) for one in (won, make(won)))
+    assert found.records() == plain.records()
+    assert found.chosen("won") is not None
+    assert SweepResult.load(found.save(tmp_path).parent).records() == plain.records()
+    for wrong, message in (
+        ({"values": {"won": won[0]}}, r"has shape \(12,\): it is \(8, episodes\)"),
+        ({"values": {"won": won[:3]}}, r"has shape \(3, 12\)"),
+        ({"values": {"won": won, "lost": won[:, :5]}}, r"of as many episodes as the others"),
+        ({"values": {"won": won * 1j}}, r"real numbers"),
+        ({"values": {"won": won}, "runs": torch.zeros(3)}, r"each of 12 episodes, got \(3,\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            SweepResult(conditions=conditions, **wrong)

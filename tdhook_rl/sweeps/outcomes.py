@@ -109,6 +109,25 @@ class Outcomes:
         return found
 
 
+def table_of(values: Mapping[str, Any], conditions: int, runs: Tensor | None = None) -> dict[str, Tensor]:
+    """Outcomes by condition and episode, ``(conditions, episodes)`` each, in float64 on the CPU.
+
+    Raises:
+        InputError: for another shape, what is no number, or a run for another number of episodes.
+    """
+    found = {name: numbers(one, f"the outcome {name!r}").to("cpu", torch.float64) for name, one in values.items()}
+    episodes = {one.shape[1] for one in found.values() if one.ndim == 2}
+    for name, one in found.items():
+        if one.ndim != 2 or len(one) != conditions or len(episodes) > 1:
+            raise InputError(
+                f"the outcome {name!r} has shape {tuple(one.shape)}: it is ({conditions}, episodes), a row for each "
+                "condition, of as many episodes as the others"
+            )
+    if runs is not None and found and tuple(runs.shape) != (episode := next(iter(episodes)),):
+        raise InputError(f"runs= names the run of each of {episode} episodes, got {tuple(runs.shape)}")
+    return found
+
+
 def _name(function: Outcome) -> str:
     return getattr(function, "__name__", type(function).__name__)
 

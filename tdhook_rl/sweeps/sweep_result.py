@@ -28,6 +28,7 @@ from tdhook_rl.statistics.cautions import all_alike
 from tdhook_rl.statistics.interval import pair_up
 from tdhook_rl.statistics.means import may_be_0
 from tdhook_rl.sweeps.conditions import BASELINE, RANDOM, REPEATED, SHUFFLED, Condition, place_of
+from tdhook_rl.sweeps.outcomes import table_of
 from tdhook_rl.sweeps.sweep_file import FILE, UNFINISHED, read_sweep, write_sweep
 from tdhook_rl.sweeps.sweep_table import SweepRow, SweepTable
 
@@ -38,7 +39,7 @@ class SweepResult:
 
     Args:
         conditions: what was played.
-        values: of each outcome ``(conditions, episodes)``, float64.
+        values: of each outcome ``(conditions, episodes)``, kept in float64.
         facts: what was asked, and how it was played.
         runs: the training run of each episode, where results of several agents are together; intervals are over
             runs then.
@@ -57,6 +58,9 @@ class SweepResult:
     values: Mapping[str, Tensor]
     facts: Mapping[str, Any] = field(default_factory=dict)
     runs: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", table_of(self.values, len(self.conditions), self.runs))
 
     def __repr__(self) -> str:
         outcomes, vectors = (", ".join(map(repr, names)) for names in (self.outcomes, self.vectors))
