@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
-from torch.distributions import Categorical
+from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily, Normal
 from torchrl.modules import ProbabilisticActor
 
 from tdhook_rl import Compose, Saliency, targets
@@ -256,6 +256,34 @@ def test_a_policy_without_bias_is_complete_for_its_logit() -> None:
     data = actor(TensorDict({"observation": torch.randn(6, 6, dtype=F64)}, batch_size=6)).detach()
     with LRP(rule_mapper=Uniform(Epsilon(0.0), epsilon=0.0)).prepare(actor) as hooked:
         assert float(completeness_gap(hooked, hooked.annotate(data)).abs().max()) < 1e-12
+
+
+class Parts(nn.Module):
+    """Logits and means of three parts that an action is drawn from."""
+
+    def __init__(self, width: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.layer = (3, *width), nn.Linear(4, 3 + 3 * torch.Size(width).numel(), bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits, means = self.layer(x).tensor_split([3], -1)
+        return logits, means.reshape(*x.shape[:-1], *self.shape)
+
+
+@pytest.mark.parametrize("width", [(), (2,)])
+def test_logits_of_what_a_continuous_action_is_drawn_from_are_no_choices(width: tuple[int, ...]) -> None:
+    def mixture(logits: Tensor, means: Tensor) -> Distribution:
+        return MixtureSameFamily(Categorical(logits=logits), Independent(Normal(means, 1.0), len(width)))
+
+    module = TensorDictModule(Parts(width), ["x"], ["logits", "means"]).double()
+    actor = ProbabilisticActor(module, in_keys=["logits", "means"], distribution_class=mixture, return_log_prob=True)
+    data = actor(TensorDict({"x": torch.randn(5, 4, dtype=torch.float64)}, 5)).detach()
+    # Of a linear net without biases relevance is the gradient times the input.
+    with Saliency(multiply_by_inputs=True).prepare(actor) as hooked:
+        expected = hooked.annotate(data.clone())["attr", "x"]
+    with LRP(rule_mapper=Uniform(Epsilon(0.0), epsilon=0.0)).prepare(actor) as hooked:
+        found = hooked.annotate(data.clone())["attr", "x"]
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_start_of_ones_where_asked() -> None:

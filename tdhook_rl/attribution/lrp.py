@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import Tensor, nn
 
@@ -181,12 +182,18 @@ class _Default:
     name = "(default)"
 
     def __call__(self, run: Pass) -> Tensor:
-        logits = keys_named(run.outputs, "logits")
+        logits = [key for key in keys_named(run.outputs, "logits") if not _weighs(run, key)]
         decided = drawn_decisions(run)
         known = bool(logits) and all(action_of(run, key) is not None for key in logits)
         if not known or (decided and len(decided) != len(logits)):
             return default_target(run)(run)
         return (chosen_logit(logits[0]) if len(logits) == 1 else chosen_logit())(run)
+
+
+def _weighs(run: Pass, key: NestedKey) -> bool:
+    """Whether logits are of the parts that a continuous action is drawn from, rather than of choices."""
+    action, logits = action_of(run, key), run.outputs.get(key)
+    return action is not None and action.is_floating_point() and action.shape != logits.shape
 
 
 class _Start:
