@@ -188,6 +188,35 @@ def test_results_are_seen_by_what_is_asked() -> None:
     assert torch.equal(found["index"], (attr[:, 1] > 1).nonzero().flatten())
 
 
+#: What policies put out (entry, shape), the action beside it, and whether it has a number for each choice.
+PUT_OUT: dict[str, tuple[str, tuple[int, ...], torch.Tensor, bool]] = {
+    "index": ("logits", (4,), torch.randint(0, 4, (6,)), True),
+    "index in a dimension": ("action_value", (4,), torch.randint(0, 4, (6, 1)), True),
+    "one-hot": ("logits", (4,), torch.eye(4)[torch.randint(0, 4, (6,))], True),
+    "several decisions": ("logits", (3, 4), torch.randint(0, 4, (6, 3)), True),
+    "atoms": ("action_value", (5, 4), torch.randint(0, 4, (6,)), False),
+    "atoms, one-hot": ("action_value", (5, 4), torch.eye(4, dtype=torch.long)[torch.randint(0, 4, (6,))], False),
+    "several choices": ("logits", (6,), torch.randint(0, 2, (6, 3)), False),
+    "parts of a mixture": ("logits", (3,), torch.randn(6, 2), False),
+    "as many parts as actions": ("logits", (2,), torch.randn(6, 2), False),
+}
+
+
+@pytest.mark.parametrize("kind", PUT_OUT)
+def test_margins_are_of_the_choices_that_actions_are_of(kind: str) -> None:
+    key, shape, action, fits = PUT_OUT[kind]
+    rows = TensorDict({key: torch.randn(6, *shape), "action": action}, 6)
+    if not fits:
+        with pytest.raises(InputError, match=r"no number for each choice.*name it by key="):
+            smallest_margins(rows)
+    two = rows[key].topk(2, -1).values
+    margins = (two[..., 0] - two[..., 1]).reshape(6, -1).amin(1)
+    named = smallest_margins(rows, k=6, key=key)
+    assert torch.equal(named["index"], margins.argsort())
+    if fits:
+        assert torch.equal(smallest_margins(rows, k=6)["index"], named["index"])
+
+
 def test_smallest_margins() -> None:
     data = stream()
     two = data["logits"].topk(2, -1).values

@@ -191,6 +191,8 @@ def smallest_margins(
 
     Raises:
         MissingKeyError: if nothing says what the policy thinks of its actions.
+        InputError: if what is found is not a number for each choice that the stored action is of: atoms of a
+            distributional Q-network, several choices one after the other, parts of a continuous distribution.
 
     Example:
         >>> from tensordict import TensorDict
@@ -216,6 +218,8 @@ def smallest_margins(
             raise InputError(
                 f"a margin is between two actions; {' or '.join(map(repr, wanted))} is {tuple(value.shape)}"
             )
+        if key is None:
+            _require_preferences(rows, value)
         closed = closed_values(value)
         value = value.detach() if value.dtype == torch.float64 else value.detach().float()
         value = value.masked_fill(closed | ~_open(rows, allowed, value), -torch.inf)
@@ -261,6 +265,22 @@ def _returns(joined: Joined, gamma: float, reward: NestedKey, batch_size: int) -
         )  # fmt: skip
         at += len(part)
     return Returns(rows=found, episode=episode, episodes=listed)
+
+
+def _require_preferences(rows: TensorDictBase, value: Tensor) -> None:
+    """Raise if what was found is no number for each of the choices that the action beside it is of."""
+    action = rows.get("action", None)
+    if not isinstance(action, Tensor):
+        return
+    shape, choices = action.shape, value.shape[:-1]
+    fractions = action.is_floating_point() and bool(((action != 0) & (action != 1) & ~action.isnan()).any())
+    if (fractions or shape != value.shape) and (action.is_floating_point() or shape not in (choices, (*choices, 1))):
+        raise InputError(
+            f"what the policy put out is {tuple(value.shape)}, and its actions {tuple(shape)} ({action.dtype}): that "
+            "is no number for each choice, but such as atoms of a distribution over returns, several choices one after "
+            "the other, or parts that a continuous action is drawn from. Store a number for each choice, such as the "
+            "expectation over atoms, and name it by key="
+        )
 
 
 def _open(rows: TensorDictBase, allowed: NestedKey | None, value: Tensor) -> Tensor:
