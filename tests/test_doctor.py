@@ -13,6 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensordict.nn import TensorDictModule
+from torchrl.envs import CatFrames, CatTensors, GymEnv, Transform, TransformedEnv, VecNormV2
+from torchrl.envs import Compose as ComposeTransforms
+from torchrl.modules import ProbabilisticActor
 
 from tdhook_rl import ActivationCaching, Compose, Saliency
 from tdhook_rl.attribution import SARFA
@@ -79,6 +83,29 @@ def test_constructors_contexts_and_factories(source: Callable[[], CueCorners]) -
     assert made.ok, str(made)
     assert "policy_factory" in found(made, "pickle", "ok").seen
     assert "deleted" in found(made, "original", "ok").seen
+
+
+NEW: dict[str, Callable[[], Transform]] = {
+    "frames": lambda: CatFrames(N=3, dim=-1, in_keys=["observation"], out_keys=["stack"]),
+    "among others": lambda: ComposeTransforms(
+        CatTensors(["observation"], out_key="stack", del_keys=False), CatFrames(N=3, dim=-1, in_keys=["stack"])
+    ),
+    "statistics": lambda: VecNormV2(in_keys=["observation"], out_keys=["stack"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("was_reset", [False, True])
+def test_environments_that_have_not_begun(name: str, was_reset: bool) -> None:
+    source = TransformedEnv(GymEnv("CartPole-v1", categorical_action_encoding=True), NEW[name]())
+    if was_reset:
+        source.reset()
+    width = 4 if name == "statistics" else 12
+    net = TensorDictModule(torch.nn.Linear(width, 2), ["stack"], ["logits"])
+    actor = ProbabilisticActor(net, ["logits"], distribution_class=torch.distributions.Categorical)
+    with Saliency().prepare(actor) as policy:
+        report = check(policy, source, {"frames_per_batch": 32, "postproc": policy.annotate})
+    assert report.ok, str(report)
 
 
 def test_the_report() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import inspect
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from torchrl.data import ReplayBuffer
 
 from tdhook_rl.batches.annotating_mixin import only_by_annotate
 from tdhook_rl.batches.keeping import kept_keys
-from tdhook_rl.doctor.dry_run import Deadline, env_options, first_line, fresh_env
+from tdhook_rl.doctor.dry_run import Deadline, copied, env_options, first_line, fresh_env
 from tdhook_rl.doctor.findings import Finding
 from tdhook_rl.doctor.recorded_rollout import Key, RecordedRollout, as_tuple, leaves
 from tdhook_rl.errors import TdhookError, listed
@@ -96,7 +95,7 @@ class Collecting:
         memo = {id(policy): trial}
         for name, value in self.options.items():
             try:
-                arguments[name] = replica(value) if name == "replay_buffer" else copy.deepcopy(value, memo)
+                arguments[name] = replica(value) if name == "replay_buffer" else copied(value, memo)
             except Exception as error:
                 self.skipped.append(f"{name} ({type(error).__name__}: {first_line(error)})")
         asked = arguments.get("frames_per_batch", STEPS * copies)
@@ -128,7 +127,7 @@ def replica(buffer: Any, rows: int = 256) -> Any:
     made = ReplayBuffer(storage=type(storage)(rows, **options), shared=buffer.shared, batch_size=1)
     if len(storage):
         made.extend(storage.get(0).detach().clone().unsqueeze(0))
-    for transform in copy.deepcopy(buffer.transform):
+    for transform in copied(buffer.transform):
         made.append_transform(transform)
     return made
 

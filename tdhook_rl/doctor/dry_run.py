@@ -17,6 +17,7 @@ import torch
 from tensordict.nn import set_interaction_type
 from tensordict.nn.probabilistic import interaction_type
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torchrl.envs import EnvBase, ParallelEnv
 
 from tdhook_rl.errors import InputError
@@ -147,6 +148,16 @@ def _shadow(bound: Any) -> Any:
     return shadow
 
 
+def copied(thing: Any, memo: dict[int, Any] | None = None) -> Any:
+    """A deep copy, in which what has no shape before its first use (the frames of ``CatFrames``) has none either."""
+    memo = {} if memo is None else memo
+    for part in thing.modules() if isinstance(thing, nn.Module) else ():
+        for tensor in (*part._buffers.values(), *part._parameters.values()):
+            if tensor is not None and is_lazy(tensor):
+                memo[id(tensor)] = type(tensor)(device=tensor.device, dtype=tensor.dtype)  # type: ignore[call-arg]
+    return copy.deepcopy(thing, memo)
+
+
 def fresh_env(env: Any, options: dict[str, Any]) -> Any:
     """An environment that may be stepped: a copy of an instance, or what a constructor makes.
 
@@ -161,7 +172,7 @@ def fresh_env(env: Any, options: dict[str, Any]) -> Any:
                 "makes another, or one that has not been reset"
             )
         try:
-            return copy.deepcopy(env)
+            return copied(env)
         except Exception as error:
             raise InputError(
                 f"this {type(env).__name__} cannot be copied ({type(error).__name__}: {first_line(error)}), and a dry "
