@@ -438,6 +438,12 @@ def test_a_function_that_works_in_place_acts_where_it_is_to(site: str) -> None:
         expected = net[int(site) + 1 :](torch.where(acts, 2 * at, at))
         torch.testing.assert_close(found["output"], expected.detach())
         assert torch.equal(found["input"], data["input"])
+    other = data.clone().set(("patched", "input"), -data["input"])
+    with (
+        ActivationPatching([site], patch_fn=lambda k, here, first: here.mul_(2)).prepare(net) as hooked,
+        torch.no_grad(),
+    ):
+        assert torch.equal(hooked(other)["patched", "input"], -data["input"])
 
 
 def test_what_functions_see_is_read_only() -> None:

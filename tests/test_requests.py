@@ -229,6 +229,29 @@ def test_callbacks_are_given_what_torch_gives_to_hooks(suffix: str, names: set[s
     assert seen[1]["value"] == 7
 
 
+@pytest.mark.parametrize("suffix", ["", "_input", "_grad", "_grad_output"])
+def test_callbacks_that_capture_only_look(suffix: str) -> None:
+    hooked, data = HookedModule.from_module(mlp().double()), batch()
+
+    def writes(**given: Any) -> Tensor:
+        value = given[KINDS[suffix] if suffix != "_input" else "args"]
+        value = value if isinstance(value, Tensor) else value[0]
+        with torch.no_grad():
+            return value.mul_(2)
+
+    with pytest.raises(InputError, match=r"the callback for '2' has written in place"):
+        with hooked.run(data, target=first) as run:
+            getattr(run, "get" + suffix)("2", callback=writes)
+
+
+def test_what_callbacks_capture_is_kept_as_it_was() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))
+    data = TensorDict({"input": torch.randn(5, 4)}, batch_size=5)
+    with torch.no_grad(), HookedModule.from_module(net).run(data) as run:
+        proxy = run.get("0", callback=lambda output: output)
+    torch.testing.assert_close(proxy.resolve(), net[0](data["input"]).detach())
+
+
 def test_callbacks_take_what_they_name_and_no_more() -> None:
     net, data = mlp().double(), batch()
     hooked = HookedModule.from_module(net)

@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -163,6 +164,22 @@ class Held:
             known = self._entries.get(key)
             if isinstance(value, Tensor) and (known is None or value is not known[0]):
                 self._data.del_(key) if known is None else self._data.set(key, known[0])
+
+
+@contextmanager
+def only_looks(seen: Sequence[Tensor], what: str) -> Iterator[None]:
+    """A block in which a function of the user's is called that only looks at tensors with which the policy goes on.
+
+    Raises:
+        InputError: if one of them was written to in place.
+    """
+    versions = [version_of(tensor) for tensor in seen]
+    yield
+    if versions != [version_of(tensor) for tensor in seen]:
+        raise InputError(
+            f"{what} has written in place to what it was given, with which the policy goes on: let it work on a copy, "
+            "output.clone()"
+        )
 
 
 def version_of(tensor: Tensor) -> int:

@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from tdhook_rl.arguments.callbacks import version_of
+from tdhook_rl.arguments.callbacks import only_looks
 from tdhook_rl.errors import InputError
 from tdhook_rl.internals.functorch_names import (
     add_batch_dim,
@@ -87,13 +87,8 @@ class Callback:
         offered["key"] = key
         names = self.names
         seen = [] if torch.compiler.is_compiling() else tensors_of(list(offered.values()))
-        versions = [version_of(tensor) for tensor in seen]
-        value = self.function(**{name: value for name, value in offered.items() if names is None or name in names})
-        if versions != [version_of(tensor) for tensor in seen]:
-            raise InputError(
-                f"the callback for {key!r} has written in place to what it was given, with which the policy goes on: "
-                "let it work on a copy, output.clone()"
-            )
+        with only_looks(seen, f"the callback for {key!r}"):
+            value = self.function(**{name: value for name, value in offered.items() if names is None or name in names})
         if not isinstance(value, Tensor):
             raise InputError(
                 f"the callback returned a {type(value).__name__} for {key!r}: return the one tensor to keep"

@@ -81,8 +81,9 @@ class PatchHook:
         patch = None
         beside = {"rows": rows_under_way(runtime, self.site, "patch_fn")} if self.beside else {}
         if self.function is not None:
-            given = () if self.keywords else (self.site, value, original)
-            named = {"module_key": self.site, "output": value, "output_to_patch": original} if self.keywords else {}
+            lent = value.clone()  # where a module hands on what it was given, that is the caller's
+            given = () if self.keywords else (self.site, lent, original)
+            named = {"module_key": self.site, "output": lent, "output_to_patch": original} if self.keywords else {}
             sees, what = list(beside.values()), f"patch_fn at {self.site!r}"
             patch = asked(self.function, *given, what=what, sees=sees, remedy=ROWS_REMEDY, **named, **beside)
         if patch is None:

@@ -15,7 +15,7 @@ from tensordict.nn import ProbabilisticTensorDictModule
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tdhook_rl.arguments.callbacks import asked
+from tdhook_rl.arguments.callbacks import asked, only_looks
 from tdhook_rl.arguments.checked import checked, shown
 from tdhook_rl.calls.decisions import require_own_parameters
 from tdhook_rl.calls.passes import Pass
@@ -34,6 +34,7 @@ from tdhook_rl.runs.requests import (
     request_sites,
     without_methods,
 )
+from tdhook_rl.sites.containers import tensors_of
 from tdhook_rl.sites.numbers import in_dtype
 from tdhook_rl.sites.repeats import part_of, several_runs
 from tdhook_rl.sites.states import StateHook, may_give_several, watching
@@ -310,7 +311,11 @@ class HookedModuleRun(Placing):
 
         def keep(module: nn.Module, original: Tensor, given: dict[str, Any], index: int) -> None:
             # A copy: an in-place module would overwrite it.
-            value = original.clone() if call is None else call(module=module, key=key, direction=direction, **given)
+            value: Any = original
+            if call is not None:
+                with only_looks(tensors_of(list(given.values())), f"the callback for {key!r}"):
+                    value = call(module=module, key=key, direction=direction, **given)
+            value = value.clone() if isinstance(value, Tensor) else value
             if not isinstance(value, (Tensor, TensorDictBase)):
                 raise InputError(
                     f"the callback for {key!r} must return a tensor or a TensorDict, got a {type(value).__name__}"
