@@ -198,6 +198,9 @@ PUT_OUT: dict[str, tuple[str, tuple[int, ...], torch.Tensor, bool]] = {
     "atoms, one-hot": ("action_value", (5, 4), torch.eye(4, dtype=torch.long)[torch.randint(0, 4, (6,))], False),
     "several choices": ("logits", (6,), torch.randint(0, 2, (6, 3)), False),
     "parts of a mixture": ("logits", (3,), torch.randn(6, 2), False),
+    "several choices, one-hot": ("action_value", (5,), torch.tensor([[0, 1, 0, 1, 0]] * 6), False),
+    "bits": ("logits", (3,), torch.tensor([[0, 1, 1], [0, 0, 0], [1, 0, 0]] * 2), False),
+    "one-hot, padded": ("logits", (3,), torch.tensor([[0, 0, 0], [0, 0, 1], [1, 0, 0]] * 2), True),
     "as many parts as actions": ("logits", (2,), torch.randn(6, 2), False),
 }
 

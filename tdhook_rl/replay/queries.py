@@ -273,8 +273,10 @@ def _require_preferences(rows: TensorDictBase, value: Tensor) -> None:
     if not isinstance(action, Tensor):
         return
     shape, choices = action.shape, value.shape[:-1]
-    fractions = action.is_floating_point() and bool(((action != 0) & (action != 1) & ~action.isnan()).any())
-    if (fractions or shape != value.shape) and (action.is_floating_point() or shape not in (choices, (*choices, 1))):
+    # One of them is set where it is one-hot; in padding none may be.
+    one_hot = shape == value.shape and bool((action.isnan() | (action == 0) | (action == 1)).all())
+    one_hot = one_hot and bool(((action == 1).sum(-1) <= 1).all())
+    if not one_hot and (action.is_floating_point() or shape not in (choices, (*choices, 1))):
         raise InputError(
             f"what the policy put out is {tuple(value.shape)}, and its actions {tuple(shape)} ({action.dtype}): that "
             "is no number for each choice, but such as atoms of a distribution over returns, several choices one after "
