@@ -239,11 +239,10 @@ class _BoundIntegratedGradients(BoundAttribution):
         key = (rows, like.dtype, like.device)
         if keep and known == key:
             return passes
+        dtype = like.real.dtype if like.is_complex() else like.dtype  # a compiler does not know to_real()
         # Ordinary tensors, also where the first call is in inference mode.
         with torch.inference_mode(False) if keep else nullcontext():
-            alphas, shares = (
-                torch.tensor(values, dtype=like.dtype.to_real(), device=like.device) for values in (points, weights)
-            )
+            alphas, shares = (torch.tensor(values, dtype=dtype, device=like.device) for values in (points, weights))
             size = math.ceil(len(points) / number)
             passes = [
                 (a, w.repeat_interleave(rows)) for a, w in zip(alphas.split(size), shares.split(size), strict=True)
