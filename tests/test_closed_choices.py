@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from tensordict import NestedKey, TensorDict
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from tensordict.nn import InteractionType, TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
-from torch.distributions import Categorical
+from torch.distributions import Categorical, RelaxedOneHotCategorical
 from torchrl.modules import (
     DistributionalQValueModule,
     MaskedCategorical,
@@ -333,6 +333,23 @@ def test_open_logits_are_explained_beside_those_that_are_minus_infinity(method: 
             found.append(rows["attr", "x"])
         for one in found[:-1]:
             torch.testing.assert_close(one, found[-1])
+
+
+@pytest.mark.parametrize("method", [name for name in EXPLAIN if name != "guided"])
+@pytest.mark.parametrize("when", ["step", "batch"])
+def test_a_relaxed_choice_has_a_share_of_each_logit(method: str, when: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(4, 3, bias=False).double()
+    policy = ProbabilisticActor(
+        TensorDictModule(net, ["x"], ["logits"]), ["logits"], distribution_class=RelaxedOneHotCategorical,
+        distribution_kwargs={"temperature": torch.tensor(1.0)}, default_interaction_type=InteractionType.RANDOM,
+    )  # fmt: skip
+    options = {"when": when} if method in ("saliency", "product", "path") else {}
+    with EXPLAIN[method](target=targets.chosen_logit(), **options).prepare(policy) as hooked:
+        rows = hooked.annotate(hooked(TensorDict({"x": torch.randn(5, 4).double()}, batch_size=5)))
+    slope = rows["action"] @ net.weight
+    expected = slope if method == "saliency" else slope * rows["x"]
+    torch.testing.assert_close(rows["attr", "x"], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -156,8 +156,8 @@ class Chosen:
 
     @staticmethod
     def _of(values: Tensor, chosen: Tensor) -> Tensor:
-        # No product: zero times the minus infinity of a choice that is closed would be no number.
-        return torch.where(chosen == 0, 0.0, values).sum(-1)
+        # Zero times the minus infinity of a closed choice would be no number; a relaxed choice has shares of several.
+        return torch.where(chosen == 0, 0.0, values * chosen).sum(-1)
 
 
 @dataclass(frozen=True)

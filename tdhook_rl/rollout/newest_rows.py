@@ -50,8 +50,7 @@ class NewestRows:
             self.missed = self.new - taken
             if not taken:
                 return None
-            found = buffer.storage.get(
-                torch.arange(written - taken, written) % size
-            )  # a full ring goes on at its start
+            # A full ring goes on at its start.
+            found = buffer.storage.get(torch.arange(written - taken, written) % size)
         self.each = found.batch_size[1:].numel()
         return time_first(buffer, found) if getattr(buffer.storage, "ndim", 1) > 1 else found
