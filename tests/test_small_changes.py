@@ -70,7 +70,7 @@ def test_areas_are_of_the_rows_that_a_source_has() -> None:
     scores, yes = _rows(300, 2, 2)
     usable = torch.rand(300, 2) < 0.5
     found = ScoreHistograms(labels=2, groupings=1, sources=2)
-    _added(found, scores, yes, usable)
+    _added(found, scores, yes, usable[..., None].expand(300, 2, 2))
     for source in range(2):
         alone = ScoreHistograms(labels=2, groupings=1)
         _added(alone, scores[usable[:, source], source : source + 1], yes[usable[:, source]])
