@@ -14,7 +14,7 @@ from torch import Tensor
 from tdhook_rl.errors import ArtifactError
 from tdhook_rl.files.digests import digest_of
 from tdhook_rl.files.durable import parse_json, put, require_file_name
-from tdhook_rl.files.stored import plain
+from tdhook_rl.files.stored import as_stored
 
 __all__ = ["load_artifact", "save_artifact"]
 
@@ -46,7 +46,7 @@ def save_artifact(
     tensors = {name: tensor.detach().to_dense().cpu().contiguous().clone() for name, tensor in tensors.items()}
     _require_finite(path, tensors)
     try:
-        document = {"format": FORMAT, "kind": kind, "facts": plain(facts or {})}
+        document = {"format": FORMAT, "kind": kind, "facts": as_stored(facts or {})}
         document["digest"] = _digest(document["facts"], tensors)
         text = json.dumps(document, indent=2)
     except (TypeError, ValueError) as error:

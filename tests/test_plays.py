@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -165,6 +166,19 @@ class Lottery(Row):
         return TensorDict({"observation": at, "time": torch.zeros(1)}, [])
 
 
+class Silent:
+    """Answers no question, as what belongs to another process may."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"asked for {name}")
+
+
+def beside_others() -> EnvBase:
+    env = Lottery(True)
+    env.__dict__["others"] = [Silent(), weakref.proxy(Lottery(True))]  # the second is gone
+    return env
+
+
 def cart_pole() -> EnvBase:
     return GymEnv("CartPole-v1", categorical_action_encoding=True)
 
@@ -175,6 +189,7 @@ DRAWING: dict[str, tuple[Callable[[], EnvBase], int]] = {
     "several of them": (lambda: SerialEnv(2, cart_pole), 4),
     "one that is moved": (lambda: Lottery(False), 2),
     "one that is replaced": (lambda: Lottery(True), 2),
+    "beside what answers nothing": (beside_others, 2),
 }
 
 

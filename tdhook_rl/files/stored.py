@@ -17,7 +17,7 @@ from tdhook_rl.internals.python_names import codes, parser
 LONGEST, MOST_REPEATS = 1000, 3
 
 
-def plain(facts: Mapping[str, Any]) -> dict[str, Any]:
+def as_stored(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Facts as a file gives them back: numbers of NumPy and tensors of one number are numbers, tuples lists.
 
     Raises:
@@ -25,7 +25,7 @@ def plain(facts: Mapping[str, Any]) -> dict[str, Any]:
 
     Example:
         >>> import torch
-        >>> plain({"frames": torch.tensor(3), "shape": (2, 3)})
+        >>> as_stored({"frames": torch.tensor(3), "shape": (2, 3)})
         {'frames': 3, 'shape': [2, 3]}
     """
     return json.loads(json.dumps(dict(facts), default=_number))

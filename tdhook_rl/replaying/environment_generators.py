@@ -38,7 +38,7 @@ def keep_generators(env: Any) -> Callable[[], None]:
         (store, name, value, kind, None if kind is None else kind.read(value))
         for store in _stores(env)
         for name, value in store.items()
-        if value is None or isinstance(value, GENERATORS)
+        if value is None or issubclass(type(value), GENERATORS)
         for kind in [kind_of(value)]
     ]
 
@@ -47,7 +47,7 @@ def keep_generators(env: Any) -> Callable[[], None]:
             if kind is not None:
                 store[name] = value  # a seed may have put a new one in its place
                 kind.write(value, state)
-            elif isinstance(store.get(name), GENERATORS):
+            elif issubclass(type(store.get(name)), GENERATORS):
                 store[name] = None  # as it is before the first reset
 
     return put_back
@@ -63,11 +63,13 @@ def _stores(env: Any) -> list[dict[str, Any]]:
             continue
         store = found[id(one)] = getattr(one, "__dict__", {})
         for value in store.values():
-            inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            kind = type(value)
+            inside = value.values() if issubclass(kind, dict) else value if issubclass(kind, (list, tuple)) else ()
             waiting += [inner for inner in (value, *inside) if _plays(inner)]
     return list(found.values())
 
 
 def _plays(one: Any) -> bool:
-    """Whether it is an environment, or a transform of one."""
-    return callable(getattr(one, "reset", None)) or isinstance(one, torch.nn.Module)
+    """Whether it is an environment, or a transform of one, by its class: a thing that is asked may answer anything."""
+    kind = type(one)
+    return callable(getattr(kind, "reset", None)) or issubclass(kind, torch.nn.Module)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tdhook_rl.errors import InputError
 from tdhook_rl.files.digests import content_of, digest_of
-from tdhook_rl.files.stored import plain
+from tdhook_rl.files.stored import as_stored
 from tdhook_rl.files.versions import versions
 from tdhook_rl.internals.torch_names import held_parameters
 
@@ -53,7 +53,7 @@ def facts_given(facts: Mapping[str, Any] | None) -> dict[str, Any]:
         return {}
     try:
         odd = next((name for name in facts if not isinstance(name, str) or name in TAKEN), None)
-        found = plain(facts)
+        found = as_stored(facts)
         json.dumps(found, allow_nan=False)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"facts= is a mapping of what JSON can hold: {error}") from None
